@@ -1,0 +1,67 @@
+# Shared by the image recipes; sourced, not run.  POSIX sh.
+#
+# A recipe runs twice: first as the user who asked for the image, then, started by `enter`, inside name spaces of its
+# own, where it is uid 0, has the user's subordinate ids, and may mount.  Nothing of what it mounts or starts there
+# outlives it: when the outer half ends, however it ends, the kernel kills the inner half and drops its mounts.
+
+stage() { printf '== %s\n' "$*"; }
+fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+# Run the recipe again inside; returns only there.  $1: MiB of memory from which the tree is kept in memory.
+enter() {
+    if [ "${VMSANDBOX_INSIDE-}" = "$$" ]; then
+        inside "$1"
+        return
+    fi
+    [ -d "${VMSANDBOX_OUT-}" ] || fail "VMSANDBOX_OUT is not a directory"
+    [ -d "${VMSANDBOX_WORK-}" ] || fail "VMSANDBOX_WORK is not a directory"
+    set -- --mount --pid --fork --kill-child --mount-proc
+    if [ "$(id -u)" != 0 ]; then
+        command -v newuidmap >/dev/null || fail "newuidmap is missing (Debian: package uidmap)"
+        for map in /etc/subuid /etc/subgid; do
+            awk -F: -v n="$(id -un)" -v u="$(id -u)" '($1 == n || $1 == u) && $3 >= 65536 { f = 1 } END { exit !f }' $map ||
+                fail "no 65536 subordinate ids for $(id -un) in $map (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 $(id -un))"
+        done
+        set -- --user --map-root-user --map-auto "$@"
+        unshare "$@" true ||
+            fail "user name spaces do not work here (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
+    fi
+    # In its own name space the recipe is process 1.
+    VMSANDBOX_INSIDE=1 setpriv --pdeathsig KILL unshare "$@" "$0" &
+    child=$!
+    trap 'kill -KILL $child 2>/dev/null; wait $child; exit 143' HUP INT TERM
+    status=0
+    wait $child || status=$?
+    exit $status
+}
+
+inside() {
+    umask 022
+    unset TMPDIR
+    export LC_ALL=C.UTF-8 SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(date +%s)}"
+    # The tree under construction: in memory if there is plenty, else in the scratch directory; by a path that apt's own user can reach.
+    free=$(awk '$1 == "MemAvailable:" { print int($2 / 1024) }' /proc/meminfo)
+    if [ "$free" -ge "$1" ]; then
+        mount -t tmpfs -o mode=0755 tmpfs /var/tmp
+    else
+        chmod 0755 "$VMSANDBOX_WORK"
+        mount --bind "$VMSANDBOX_WORK" /var/tmp
+    fi
+    ROOT=/var/tmp/root
+    export TMPDIR=/var/tmp
+}
+
+# bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT.
+bootstrap() {
+    suite=$1 variant=$2 packages=$3
+    shift 3
+    # mmdebstrap looks for the suite's key among apt's; where those lack it, the full Debian key ring must have it.
+    set -- --mode=root --variant="$variant" --format=directory --include="$packages" --components=main \
+        --aptopt='APT::Install-Recommends "false"' --aptopt='APT::Sandbox::User "root"' --aptopt='Acquire::Languages "none"' "$@"
+    if ! mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1; then
+        cat "$TMPDIR/log" >&2
+        grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
+            fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
+        fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
+    fi
+}

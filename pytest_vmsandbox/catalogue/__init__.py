@@ -1,0 +1,1 @@
+"""The images that guests boot: how they are described, found, built and kept."""

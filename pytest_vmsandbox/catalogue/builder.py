@@ -1,0 +1,181 @@
+"""Building an image: its recipe runs under watch, and its result is taken into the store."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.intake import Intake
+from pytest_vmsandbox.catalogue.store import LOG, BuiltImage, ImageState, ImageStore
+from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.spec import GIB, format_size
+
+ROOM_FOR_A_DISK = 3 * GIB
+PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
+
+_WARDEN = os.fspath(Path(__file__).with_name("warden.py"))
+_TAIL = 20  # lines of the output in an error
+
+
+def build(
+    definition: ImageDefinition,
+    store: ImageStore,
+    *,
+    progress: Callable[[str], None],
+    force: bool = False,
+) -> BuiltImage:
+    """Build an image, unless it is built.
+
+    When several processes build the same one, the first does and the others wait for it.
+
+    Args:
+        definition: what to build.
+        store: where to.
+        progress: told, in lines for people, how far it is.
+        force: build it again.
+
+    Returns:
+        The built image. Older ones of its name are removed, unless guests use them.
+
+    Raises:
+        ImageError: a program that the recipe needs is missing, the disk is too full, the recipe
+            failed or did not deliver, or `force` was given while guests use the image.
+        ConfigError: a file of the definition cannot be read.
+        TeardownError: temporary files or older images cannot be removed.
+    """
+    name = definition.name
+    intake = Intake(store, definition)
+    with intake.lock(lambda: progress(f"waiting: another process builds {name}")) as lock:
+        if not force and store.state(definition) is ImageState.BUILT:
+            progress(f"{name} is built")
+            return store.require(definition)
+        _check_programs(definition)
+        intake.check_unused()
+        intake.sweep()
+        with intake.folders() as (out, work):
+            if definition.disk_size is not None:
+                check_room((out, work), ROOM_FOR_A_DISK)
+            environment = {
+                **os.environ,
+                "LC_ALL": "C.UTF-8",
+                "PATH": programs.search_path(),
+                "TMPDIR": os.fspath(work),
+                "VMSANDBOX_OUT": os.fspath(out),
+                "VMSANDBOX_WORK": os.fspath(work),
+            }
+            log = store.failed_log(name)
+            try:
+                _run(definition, environment, log, lock, progress)
+                image = intake.adopt(out)
+                log.replace(image.folder / LOG)
+            except OSError as error:  # the disk is full, for instance
+                raise ImageError(f"building {name!r} failed: {error}") from error
+            except ImageError as error:
+                error.details = f"{error.details}\n{_tail(log)}".strip()
+                error.remedy = error.remedy or f"read {log}"
+                raise
+            return image
+
+
+def check_room(folders: Iterable[Path], needed: int) -> None:
+    """Check that there are `needed` bytes free on the disk of each of `folders`.
+
+    Raises:
+        ImageError: there are less.
+    """
+    for folder in folders:
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise ImageError(
+                f"only {format_size(free)} are free in {folder}; a build needs "
+                f"{format_size(needed)}",
+                remedy="make room, or set VMSANDBOX_CACHE and TMPDIR to a larger disk",
+            )
+
+
+def _check_programs(definition: ImageDefinition) -> None:
+    if sys.platform != "linux":
+        raise ImageError(
+            f"images such as {definition.name!r} can be built on Linux only",
+            remedy="build it on a Linux machine, and copy the folder "
+            f"images/{definition.name} from its cache to the one here",
+        )
+    if missing := programs.missing(definition.requires):
+        packages = sorted({programs.package_of(program) for program in missing})
+        raise ImageError(
+            f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",
+            remedy=f"sudo apt-get install {' '.join(packages)} (on Debian and Ubuntu)",
+        )
+
+
+def _run(
+    definition: ImageDefinition,
+    environment: dict[str, str],
+    log: Path,
+    lock: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Run the recipe. When this returns or raises, nothing that it started is left.
+
+    Raises:
+        ImageError: it failed.
+    """
+    name = definition.name
+    argv = [
+        *(sys.executable, "-I", "-S", _WARDEN, str(os.getpid()), str(lock)),
+        *_own_namespaces(),
+        os.fspath(definition.folder.absolute() / definition.recipe),
+    ]
+    with (
+        log.open("wb", buffering=0) as output,
+        subprocess.Popen(
+            argv,
+            cwd=definition.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is ours alone
+            pass_fds=(lock,),
+            umask=0o022,
+        ) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                output.write(line)
+                if line.startswith(PROGRESS):
+                    progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
+            status = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    if status != 0:
+        killed = status - 128 if status > 128 else -status  # the latter is the warden itself
+        ended = f"signal {killed}" if killed > 0 else f"status {status}"
+        raise ImageError(f"building {name!r} failed: its recipe ended with {ended}")
+
+
+def _own_namespaces() -> list[str]:
+    """The start of a command line that gives a program processes and mounts of its own.
+
+    It is for root. Other users' recipes have no mounts outside of user namespaces, and these
+    would not work in one: newuidmap refuses to.
+    """
+    command = ["unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]
+    if os.geteuid() != 0 or shutil.which(command[0]) is None:
+        return []
+    works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    return command if works else []  # it does not in most containers
+
+
+def _tail(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))

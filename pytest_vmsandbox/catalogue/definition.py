@@ -1,0 +1,251 @@
+"""What an image is, as its ``image.toml`` says, and the digest of everything that goes into it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import Hardware, parse_size
+
+DEFINITION_FILE = "image.toml"
+SCHEMA = 1
+BUILD_FORMAT = 1  # goes into each digest: raise it when what a recipe must deliver changes
+ARCHITECTURES = ("x86_64", "aarch64")
+INITS = ("systemd", "busybox")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+_KEYS = ("schema", "description", "architecture", "recipe", "uses", "requires", "boot", "system")
+_IGNORED = {"__pycache__"}  # folders that appear by themselves
+_T = TypeVar("_T")
+
+
+def check_name(name: str, where: object) -> None:
+    """Check the name of an image, which is the name of its folder.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if not NAME.fullmatch(name) or name == "all":
+        raise ConfigError(
+            f"{where}: {name!r} is not a name for an image",
+            remedy="use small letters, digits, dots, underscores and hyphens; not the word 'all'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDefinition:
+    """An image that can be built.
+
+    Attributes:
+        name: the name of its folder.
+        folder: where ``image.toml``, the recipe and its files lie.
+        description: one line for people.
+        architecture: one of `ARCHITECTURES`.
+        recipe: the executable in `folder` that builds it.
+        uses: further files and folders the recipe reads, relative to `folder`.
+        requires: programs of the host that the recipe calls.
+        append: the kernel's command line.
+        memory_min: bytes of memory below which it does not boot.
+        disk_size: bytes of its root disk; None when it has none.
+        python: whether the guest has a Python.
+        init: one of `INITS`.
+        user: who runs commands in the guest where nobody is named.
+    """
+
+    name: str
+    folder: Path
+    description: str
+    architecture: str
+    recipe: str
+    uses: tuple[str, ...]
+    requires: tuple[str, ...]
+    append: str
+    memory_min: int
+    disk_size: int | None
+    python: bool
+    init: str
+    user: str
+
+    @classmethod
+    def read(cls, folder: Path) -> ImageDefinition:
+        """The definition in `folder`.
+
+        Raises:
+            ConfigError: a key is missing, unknown or has a value that is not allowed; the
+                recipe cannot be executed; or a file named in ``uses`` does not exist.
+        """
+        check_name(folder.name, folder)
+        file = folder / DEFINITION_FILE
+        try:
+            with file.open("rb") as stream:
+                content = tomllib.load(stream)
+        except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        top = _Table(file, "", content, _KEYS, optional=("disk",))
+        top.read("schema", f"the number {SCHEMA}", _schema)
+        boot = top.table("boot", ("append", "memory_min"))
+        system = top.table("system", ("python", "init", "user"))
+        return cls(
+            name=folder.name,
+            folder=folder,
+            description=top.read("description", "one line of text", _line),
+            architecture=top.choice("architecture", ARCHITECTURES),
+            recipe=top.read("recipe", "an executable file in this folder", _executable(folder)),
+            uses=top.read("uses", "a list of paths, relative to this folder", _paths(folder)),
+            requires=top.read("requires", "a list of names of programs", _programs),
+            append=boot.read("append", "one line of text, or ''", _line_or_empty),
+            memory_min=boot.read("memory_min", "a size such as '256MiB'", _size),
+            disk_size=top.table("disk", ("size",)).read("size", "a size such as '8GiB'", _size)
+            if "disk" in content
+            else None,
+            python=system.read("python", "true or false", _boolean),
+            init=system.choice("init", INITS),
+            user=system.read("user", "the name of a user", _user),
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that goes into the image: every file of its folder and of
+        ``uses``, and which of them are executable. Read once for each object.
+
+        The other bits of a file's mode stay out, as in git: they differ from one checkout to
+        the next.
+
+        Raises:
+            ConfigError: one of the files cannot be read, or is not a regular file.
+        """
+        total = hashlib.sha256(f"{BUILD_FORMAT} {self.name}\n".encode())
+        sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
+        for label, file in sorted(found for source in sources for found in _files(*source)):
+            try:
+                mode = file.stat().st_mode
+                if not stat.S_ISREG(mode):  # reading a FIFO would wait for its writer
+                    raise ConfigError(f"{file} goes into {self.name}, but is not a regular file")
+                content = hashlib.sha256(file.read_bytes()).hexdigest()
+            except OSError as error:
+                raise ConfigError(f"{file} goes into {self.name}, but: {error}") from error
+            kind = "x" if mode & stat.S_IXUSR else "-"
+            total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
+        return total.hexdigest()
+
+
+def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:
+    """The files in or at `source`, each with the path by which it goes into the digest."""
+    if not source.is_dir():
+        yield label, source
+    for folder, subfolders, files in os.walk(source):
+        subfolders[:] = (name for name in subfolders if name not in _IGNORED)
+        links = (name for name in subfolders if (Path(folder) / name).is_symlink())
+        for name in (*files, *links):  # a link to a folder is refused later: no regular file
+            file = Path(folder) / name
+            yield f"{label}/{file.relative_to(source)}", file
+
+
+class _Table:
+    """A table of a TOML file, with exactly the keys that it must have."""
+
+    def __init__(
+        self,
+        file: Path,
+        prefix: str,
+        values: dict[str, Any],
+        keys: Sequence[str],
+        optional: Sequence[str] = (),
+    ) -> None:
+        self._file = file
+        self._prefix = prefix
+        self._values = values
+        remedy = f"allowed here: {', '.join((*keys, *optional))}"
+        for word, names in (
+            ("unknown", [key for key in values if key not in (*keys, *optional)]),
+            ("missing", [key for key in keys if key not in values]),
+        ):
+            if names:
+                listed = ", ".join(repr(prefix + name) for name in names)
+                raise ConfigError(f"{file}: {word} key {listed}", remedy=remedy)
+
+    def read(self, key: str, allowed: str, reader: Callable[[Any], _T | None]) -> _T:
+        """The value of `key` as `reader` returns it; None from it stands for a wrong value."""
+        value = self._values[key]
+        if (result := reader(value)) is None:
+            raise ConfigError(
+                f"{self._file}: {self._prefix}{key} = {value!r} is not allowed",
+                remedy=f"{self._prefix}{key} must be {allowed}",
+            )
+        return result
+
+    def choice(self, key: str, choices: Sequence[str]) -> str:
+        """The value of `key`, one of `choices`."""
+        allowed = " or ".join(map(repr, choices))
+        return self.read(key, allowed, lambda it: next((ok for ok in choices if ok == it), None))
+
+    def table(self, key: str, keys: Sequence[str]) -> _Table:
+        """The table `key`, with exactly `keys`."""
+        values = self.read(key, "a table", lambda it: it if isinstance(it, dict) else None)
+        return _Table(self._file, f"{self._prefix}{key}.", values, keys)
+
+
+def _schema(value: object) -> int | None:
+    return SCHEMA if type(value) is int and value == SCHEMA else None  # True == 1, too
+
+
+def _boolean(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _line_or_empty(value: object) -> str | None:
+    return value if isinstance(value, str) and value.isprintable() else None
+
+
+def _line(value: object) -> str | None:
+    return _line_or_empty(value) or None
+
+
+def _size(value: object) -> int | None:
+    try:
+        return parse_size(value, "")
+    except ConfigError:
+        return None
+
+
+def _user(value: object) -> str | None:
+    try:
+        return Hardware().changed({"user": value}).user if value is not None else None
+    except ConfigError:
+        return None
+
+
+def _texts(value: object, good: Callable[[str], bool]) -> tuple[str, ...] | None:
+    if isinstance(value, list) and all(isinstance(it, str) and good(it) for it in value):
+        return tuple(value)
+    return None
+
+
+def _programs(value: object) -> tuple[str, ...] | None:
+    return _texts(value, lambda it: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", it) is not None)
+
+
+def _paths(folder: Path) -> Callable[[object], tuple[str, ...] | None]:
+    def good(path: str) -> bool:
+        return path.isprintable() and not Path(path).is_absolute() and (folder / path).exists()
+
+    return lambda value: _texts(value, good)
+
+
+def _executable(folder: Path) -> Callable[[object], str | None]:
+    def read(value: object) -> str | None:
+        if not isinstance(value, str) or not value.isprintable() or Path(value).name != value:
+            return None
+        file = folder / value
+        return value if file.is_file() and os.access(file, os.X_OK) else None
+
+    return read

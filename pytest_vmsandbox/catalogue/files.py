@@ -1,0 +1,119 @@
+"""Folders, locks and removal: what the store and the builder need of the file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pytest_vmsandbox.core.errors import ImageError, TeardownError
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder`, and those above it that are missing, for this user alone (mode 0700).
+
+    Raises:
+        ImageError: it cannot be made, or it belongs to somebody else.
+    """
+    try:
+        for missing in reversed([it for it in (folder, *folder.parents) if not it.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid():
+            raise ImageError(f"{folder} belongs to another user", remedy="set VMSANDBOX_CACHE")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise ImageError(
+            f"there is no room for images: {error}", remedy="set VMSANDBOX_CACHE"
+        ) from error
+    return folder
+
+
+@contextmanager
+def locked(
+    file: Path, *, shared: bool = False, on_busy: Callable[[], object] | None = None
+) -> Iterator[int]:
+    """Hold a lock on `file` (flock) and hand out its descriptor.
+
+    A process that inherits the descriptor keeps the lock as long as it lives.
+
+    Args:
+        file: made where it is missing, unless the lock is a shared one.
+        shared: several may hold it at a time.
+        on_busy: called once before waiting for others; None to not wait.
+
+    Raises:
+        BlockingIOError: others hold it, and `on_busy` is None.
+        FileNotFoundError: the file (for a shared lock) or its folder does not exist.
+    """
+    import fcntl  # Windows has none, and this module can be imported there
+
+    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        descriptor = os.open(file, flags | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_busy is None:
+                    raise
+                on_busy()
+                fcntl.flock(descriptor, kind)
+            try:
+                current = os.path.samestat(os.fstat(descriptor), file.stat())
+            except FileNotFoundError:
+                current = False
+            if current:
+                yield descriptor
+                return
+            # Else it was removed or replaced while we waited: what we locked is nobody's.
+        finally:
+            os.close(descriptor)
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes that the files in `folder` take on the disk, holes not counted."""
+    return sum(
+        (Path(parent) / name).lstat().st_blocks * 512
+        for parent, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove `folder` and all in it, also what belongs to this user's subordinate users.
+
+    Raises:
+        TeardownError: something of it cannot be removed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    # What mmdebstrap unpacks for an ordinary user belongs to that user's range in /etc/subuid.
+    # Only root of a user namespace may remove it, as well as what is in read-only folders.
+    for mapping in (["--map-root-user", "--map-auto"], ["--map-root-user"]):
+        if not os.path.lexists(folder):
+            return
+        with suppress(FileNotFoundError):
+            subprocess.run(
+                ["unshare", "--user", *mapping, "--", "rm", "-rf", "--", os.fspath(folder)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+    if os.path.lexists(folder):
+        raise TeardownError(f"{folder} cannot be removed", remedy=f"sudo rm -rf {folder}")
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring `folder` and the files directly in it to the disk."""
+    for path in (*(it for it in folder.iterdir() if it.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

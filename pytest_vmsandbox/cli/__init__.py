@@ -1,0 +1,128 @@
+"""The command ``vmsandbox``. Each subcommand is a module here, imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import click
+
+from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError, LaunchError, VMSandboxError
+
+FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
+
+_COMMANDS = {  # module and function of the same name; what it does
+    "quickstart": "Make this machine ready, and show a small suite running in guests.",
+    "doctor": "Say what works on this machine, and what does not.",
+    "images": "List, build and remove images.",
+    "run": "Run one command in a fresh guest.",
+    "shell": "Open an interactive shell in a fresh guest.",
+}
+
+
+class Application(click.Group):
+    """The group of all commands: loads them when needed, and turns errors into exit statuses."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """See `click.Group`."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """See `click.Group`."""
+        if cmd_name not in _COMMANDS:
+            return None
+        if sys.platform == "win32" and cmd_name != "doctor":
+            raise LaunchError("guests run on Linux and macOS, not on Windows")
+        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """See `click.Group`; no command has to be loaded for its line."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Group`."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            raise  # click ends quietly then
+        except (VMSandboxError, BaseExceptionGroup, OSError) as error:
+            leaves = list(_leaves(error))
+            for leaf in leaves:
+                if not isinstance(leaf, VMSandboxError | OSError):
+                    raise
+            for leaf in leaves:
+                show_error(leaf)
+            ctx.exit(max(exit_status(leaf) for leaf in leaves))
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status that an error stands for."""
+    if isinstance(error, ConfigError):
+        return USAGE
+    return UNAVAILABLE if isinstance(error, (*INFRASTRUCTURE, OSError)) else FAILED
+
+
+def show_error(error: BaseException) -> None:
+    """Write an error to the standard error, for people."""
+    click.echo(f"vmsandbox: {error}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(note, err=True)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in _leaves(part)]
+    return [error]
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        try:
+            number = version("pytest-vmsandbox")
+        except PackageNotFoundError:  # a checkout that is not installed
+            number = "(not installed)"
+        click.echo(f"vmsandbox {number}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Application,
+    name="vmsandbox",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 the thing asked for failed, 2 wrong usage, 69 the "
+    "infrastructure failed. 'run' passes the guest's own status on.",
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+def application() -> None:
+    """Fresh virtual machines, for tests and by hand."""
+
+
+def main() -> NoReturn:
+    """The entry point ``vmsandbox``."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by whoever started us; the next file would get its number
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal lacks must not hide what is said.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    application(prog_name="vmsandbox")
+    raise AssertionError  # click has ended the process

@@ -1,0 +1,85 @@
+"""``vmsandbox doctor``: what works on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli.checks import Check, Status
+from pytest_vmsandbox.cli.options import image_path_option
+from pytest_vmsandbox.cli.screen import Screen, write_json
+from pytest_vmsandbox.core.settings import Settings
+
+_STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red"}
+_INDENT = 28  # of what was found
+
+
+@click.command
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@image_path_option
+@click.pass_context
+def doctor(ctx: click.Context, *, as_json: bool, image_path: tuple[Path, ...]) -> None:
+    """Say what works on this machine and what does not, each with its remedy.
+
+    A warning is something that guests can run without; where something has failed, no guest can
+    run, and the exit status is 1.
+    """
+    screen = Screen()
+    settings = Settings(image_path=image_path)
+    if as_json:
+        found = list(examine(settings, Screen(stderr=True)))
+        write_json(
+            {
+                "ok": checks.worst(found) is not Status.FAILED,
+                "checks": [
+                    {name: asdict(check)[name] for name in ("name", "status", "found", "remedy")}
+                    for check in found
+                ],
+            }
+        )
+    else:
+        found = []
+        with screen.waiting("looking at this machine"):
+            for check in examine(settings, screen):
+                show(screen, check)
+                found.append(check)
+        screen.say()
+        screen.say(*_SUMMARIES[checks.worst(found)])
+    ctx.exit(1 if checks.worst(found) is Status.FAILED else 0)
+
+
+_SUMMARIES = {
+    Status.OK: ("Guests can run here.", "bold green"),
+    Status.WARNING: ("Guests can run here; see the warnings.", "bold"),
+    Status.FAILED: (
+        "No guest can run here as it is. 'vmsandbox quickstart' installs what is missing.",
+        "bold red",
+    ),
+}
+
+
+def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
+    """The checks of this machine. `screen` is told when something takes long."""
+    if sys.platform == "win32":  # nothing else of ours can be imported there
+        return [checks.operating_system(sys.platform, "Windows")]
+    from pytest_vmsandbox.cli.examine import Machine  # not on Windows
+
+    return Machine(settings, screen.say).checks()
+
+
+def show(screen: Screen, check: Check) -> None:
+    """A check for people: what was found, and below it the remedy."""
+    remedy = f"Remedy: {check.remedy}" if check.remedy else ""
+    first, *further = [*screen.wrapped(check.found, _INDENT), *screen.wrapped(remedy, _INDENT)]
+    screen.parts(
+        (f"{check.status:8}", _STYLES[check.status]),
+        (f"{check.name:{_INDENT - 8}}", "bold"),
+        (first, ""),
+    )
+    for line in further:
+        screen.say(f"{'':{_INDENT}}{line}")

@@ -1,0 +1,216 @@
+"""Looks at this machine and has `checks` judge it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue.builder import ROOM_FOR_A_DISK
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli.checks import Check
+from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
+from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.machine.qemu import find_qemu
+
+_KEYRINGS = (
+    Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
+    Path("/usr/share/keyrings/debian-archive-keyring.pgp"),
+)
+_NAMESPACE_SECONDS = 20.0
+
+
+class Machine:
+    """This machine, as far as guests are concerned.
+
+    Args:
+        settings: of the guests that are to run here.
+        say: told of long waits, for people.
+    """
+
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
+        self._settings = settings
+        self._say = say
+        self._cache = settings.cache or paths.cache_dir()
+        catalogue = Catalogue(settings.image_path)
+        self._definitions = [
+            catalogue.get(name)
+            for name in catalogue.names()
+            if catalogue.get(name).architecture == native_architecture()
+        ]
+        store = ImageStore(self._cache)
+        self._states = {it.name: store.state(it) for it in self._definitions}
+
+    def checks(self) -> Iterator[Check]:
+        """Everything that can be checked, most basic first."""
+        building = sys.platform == "linux"  # there are no recipes for other systems
+        yield checks.operating_system(sys.platform, _system_name())
+        yield checks.python(tuple(sys.version_info[:3]), sys.executable)
+        yield (qemu := self._qemu())
+        yield checks.qemu_img(shutil.which("qemu-img"))
+        verdict = self._verdict() if qemu.status is not checks.Status.FAILED else None
+        yield checks.accelerator(
+            host.kvm_problem(),
+            (verdict.accelerator, verdict.reason) if verdict else None,
+            platform=sys.platform,
+        )
+        yield self._qemu_user(verdict)
+        if building:
+            yield from self._building()
+        yield checks.images(
+            {name: str(state) for name, state in self._states.items()}, DEFAULT_IMAGE
+        )
+        yield checks.memory(
+            host.available_memory(),
+            default=self._settings.hardware.memory,
+            smallest=min((it.memory_min for it in self._definitions), default=0),
+            overhead=host.QEMU_OVERHEAD,
+        )
+        runtime = self._settings.runtime or paths.runtime_dir()
+        yield checks.folder(
+            "cache folder", self._cache, _folder_problem(self._cache), variable="VMSANDBOX_CACHE"
+        )
+        yield checks.folder(
+            "runtime folder",
+            runtime,
+            _folder_problem(runtime, private=True),
+            variable="VMSANDBOX_RUNTIME",
+        )
+        yield self._disk("free disk, cache", self._cache, "VMSANDBOX_CACHE")
+        if building:
+            work = Path(os.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108  # where builds work
+            yield self._disk("free disk, builds", work, "TMPDIR")
+        yield checks.ssh_client(shutil.which("ssh"))
+
+    def _qemu(self) -> Check:
+        try:
+            found = find_qemu(native_architecture())
+        except LaunchError as error:
+            program = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{native_architecture()}"
+            return checks.no_qemu(
+                error.brief, error.remedy, program, missing=shutil.which(program) is None
+            )
+        return checks.qemu(found.path, found.version)
+
+    def _verdict(self) -> Verdict | None:
+        """The accelerator that is proven, with an image that is built; None without one."""
+        built = [it for it in self._definitions if self._states[it.name] is ImageState.BUILT]
+        built.sort(key=lambda it: (it.name != DEFAULT_IMAGE, it.name))
+        if not built:
+            return None
+        try:
+            with GuestFactory.open(self._settings, Surroundings(say=self._say)) as factory:
+                return factory.accelerator(built[0].name)
+        except (VMSandboxError, OSError):
+            return None  # another check tells why: QEMU, the cache or the runtime folder
+
+    def _qemu_user(self, verdict: Verdict | None) -> Check:
+        accelerator = verdict.accelerator if verdict else "tcg" if host.kvm_problem() else "kvm"
+        identity = host.guest_identity(accelerator)
+        return checks.qemu_user(
+            os.geteuid(), _user_name(), (identity.uid, identity.gid) if identity else None
+        )
+
+    def _building(self) -> Iterator[Check]:
+        needed = ImageState.BUILT not in self._states.values()
+        needed_programs = [program for it in self._definitions for program in it.requires]
+        if os.geteuid() != 0:
+            needed_programs.append("newuidmap")
+        yield checks.image_tools(programs.missing(needed_programs), needed=needed)
+        if any(_uses_debian(it) for it in self._definitions):
+            yield checks.keyring(any(it.exists() for it in _KEYRINGS), needed=needed)
+        if os.geteuid() != 0:
+            yield checks.subordinate_ids(
+                _user_name(),
+                os.geteuid(),
+                _text("/etc/subuid"),
+                _text("/etc/subgid"),
+                needed=needed,
+            )
+            yield checks.user_namespaces(_namespace_problem(), needed=needed)
+
+    def _disk(self, name: str, folder: Path, variable: str) -> Check:
+        return checks.disk(
+            name,
+            folder,
+            shutil.disk_usage(_existing(folder)).free,
+            needed=ROOM_FOR_A_DISK,
+            variable=variable,
+        )
+
+
+def _uses_debian(definition: ImageDefinition) -> bool:
+    return "mmdebstrap" in definition.requires
+
+
+def _system_name() -> str:
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
+    except (OSError, KeyError):
+        return platform.platform(terse=True)
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a number without a name, as in containers
+        return str(os.geteuid())
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the first above it that is there."""
+    return next(it for it in (folder.absolute(), *folder.absolute().parents) if it.is_dir())
+
+
+def _folder_problem(folder: Path, *, private: bool = False) -> str:
+    """Why a folder cannot be used, or made; empty if it can."""
+    if not os.path.lexists(folder):
+        above = _existing(folder)
+        return "" if os.access(above, os.W_OK | os.X_OK) else f"cannot be made in {above}"
+    if not folder.is_dir():
+        return "is not a folder"
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        return "belongs to another user"
+    if private and status.st_mode & 0o077:
+        return "is open to other users"
+    return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "cannot be written"
+
+
+def _namespace_problem() -> str:
+    """What is said when we make a user namespace as builds do; empty if it works."""
+    if shutil.which("unshare") is None:
+        return ""  # it is among the image tools
+    try:
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--mount", "true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_NAMESPACE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return "" if done.returncode == 0 else done.stderr.strip() or "unshare failed"

@@ -1,0 +1,32 @@
+"""Programs that are in front of the person for a while."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def run(
+    argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> int:
+    """Run a program with our streams, to its end; its exit status, −N if signal N ended it.
+
+    Ctrl-C reaches it, too: it is not killed for that, but given the time to end in good order.
+
+    Raises:
+        KeyboardInterrupt: there was a Ctrl-C; the program has ended.
+    """
+    sys.stdout.flush()
+    interrupts: list[int] = []
+    ours = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        with subprocess.Popen(argv, cwd=cwd, env=env) as process:
+            status = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, ours)
+    if interrupts:
+        raise KeyboardInterrupt
+    return status

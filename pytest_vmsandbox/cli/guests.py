@@ -1,0 +1,28 @@
+"""A fresh guest for a command, and what is seen while it boots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from pytest_vmsandbox.cli.options import GuestWish
+from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.guest import Guest
+
+
+@contextmanager
+def fresh_guest(image: str, wish: GuestWish) -> Iterator[Guest]:
+    """A guest that answers, and is gone at the end. What we say goes to the standard error.
+
+    Raises:
+        VMSandboxError: see `GuestFactory.boot`.
+    """
+    screen = Screen(stderr=True)
+    with ExitStack() as stack:
+        factory = stack.enter_context(
+            GuestFactory.open(wish.settings, Surroundings(say=screen.say))
+        )
+        with screen.waiting(f"booting {image}"):
+            guest = stack.enter_context(factory.boot(image, **wish.hardware))
+        yield guest

@@ -1,0 +1,132 @@
+"""``vmsandbox images``: the catalogue, and what is built of it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import click
+
+from pytest_vmsandbox.catalogue import builder, listing
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.cli.options import image_path_option
+from pytest_vmsandbox.cli.screen import Screen, write_json
+from pytest_vmsandbox.core.deadline import monotonic
+from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.core.spec import format_size
+
+_STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim"}
+
+
+@click.group
+def images() -> None:
+    """List, build and remove images."""
+
+
+@images.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@image_path_option
+def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
+    """List the images: their state, their size on the disk, and what they are.
+
+    \b
+    built     ready
+    stale     its definition has changed since it was built
+    missing   not built
+    other     built here, but its definition is not in the catalogue
+    """  # noqa: D301  # a mark for click
+    found = listing.entries(Catalogue(image_path), ImageStore(cache_dir()))
+    if as_json:
+        write_json(
+            {
+                "images": [
+                    {
+                        "name": image.name,
+                        "state": image.state,
+                        "size_bytes": image.size,
+                        "architecture": image.architecture,
+                        "description": image.description,
+                    }
+                    for image in found
+                ]
+            }
+        )
+        return
+    screen = Screen()
+    for image, (name, state, size, description) in zip(found, listing.cells(found), strict=True):
+        screen.parts(
+            (name, "bold"),
+            (f"  {state}", _STYLES[image.state]),
+            (f"  {size}", ""),
+            (f"  {description}", ""),
+        )
+
+
+@images.command
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--force", is_flag=True, help="Build again what is built.")
+@image_path_option
+def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) -> None:
+    """Build images, unless they are built.
+
+    A NAME may be a glob such as 'debian-*', or 'all'. All are tried, also after one has failed.
+    """
+    catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
+    definitions = [catalogue.get(name) for name in catalogue.select(names)]
+    errors: list[Exception] = []
+    for definition in definitions:
+        try:
+            build_one(Screen(), catalogue, store, definition.name, force=force)
+        except VMSandboxError as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("images", errors)
+
+
+def build_one(
+    screen: Screen, catalogue: Catalogue, store: ImageStore, name: str, *, force: bool = False
+) -> None:
+    """Build one image and show how it goes.
+
+    Raises:
+        VMSandboxError: see `builder.build`.
+    """
+    definition = catalogue.get(name)
+    if not force and store.state(definition) == "built":
+        screen.say(f"{name} is built")
+        return
+    screen.say(f"building {name}: {definition.description}", "bold")
+    began = monotonic()
+    with screen.stages() as stage:
+        image = builder.build(definition, store, progress=stage, force=force)
+    screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {monotonic() - began:.0f} s")
+
+
+@images.command
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@image_path_option
+def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
+    """Remove what is built of images, unless guests use it. A NAME may be a glob."""
+    catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
+    built = list(dict.fromkeys(image.definition.name for image in store.all()))
+    chosen: dict[str, None] = {}
+    for pattern in names:
+        matching = [name for name in built if fnmatchcase(name, pattern)]
+        chosen |= dict.fromkeys(matching or catalogue.select([pattern]))
+    screen = Screen()
+    errors: list[Exception] = []
+    for name in chosen:
+        try:
+            freed = store.remove(name)
+        except VMSandboxError as error:
+            errors.append(error)
+        else:
+            screen.say(
+                f"{name} is removed: {format_size(freed)} are free again"
+                if freed
+                else f"{name} was not built"
+            )
+    if errors:
+        raise ExceptionGroup("images", errors)

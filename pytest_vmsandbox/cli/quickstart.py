@@ -1,0 +1,213 @@
+"""``vmsandbox quickstart``: from a bare machine to tests that run in guests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+
+import pytest_vmsandbox
+from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.cli import checks, foreground, packages
+from pytest_vmsandbox.cli.checks import Check, Status
+from pytest_vmsandbox.cli.doctor import show
+from pytest_vmsandbox.cli.examine import Machine
+from pytest_vmsandbox.cli.images import build_one
+from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.deadline import monotonic
+from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
+
+_SUITE = Path(__file__).with_name("quickstart_suite")
+_PLUGIN = "vmsandbox"  # the name of our entry point
+_NEXT = """\
+A test that asks for the fixture 'vm' gets a guest:   def test_it(vm): vm.run(["uname", "-a"])
+Which guests it runs on, and all options:             pytest --vm='debian-*', pytest --help
+More: the README, and the suite that ran just now:    {suite}"""
+
+
+class Stop(Exception):
+    """It cannot go on; the reason has been said."""
+
+
+@click.command
+@click.option("--yes", "-y", is_flag=True, help="Install what is missing without asking.")
+@click.option(
+    "--image", default=DEFAULT_IMAGE, show_default=True, metavar="NAME", help="The image to use."
+)
+@click.option("--only-install", is_flag=True, help="Install what is missing, and no more.")
+@click.pass_context
+def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool) -> None:
+    """Make this machine ready for guests, and show a small suite running in them.
+
+    It checks this machine, installs the system packages that are missing (it asks before), builds
+    an image, and runs a small suite of real tests in guests. It can be repeated: what is there is
+    left alone.
+    """
+    screen = Screen()
+    catalogue = Catalogue()
+    catalogue.get(image)  # an unknown one is an error now, not later
+    try:
+        screen.say("Checking this machine", "bold")
+        _prepare(screen, _check(screen), yes=yes)
+        if only_install:
+            return
+        screen.say()
+        build_one(screen, catalogue, ImageStore(cache_dir()), image)
+        screen.say()
+        screen.say("Running a small suite in guests; each test gets one of its own", "bold")
+        _run_suite(screen, image)
+    except Stop:
+        ctx.exit(1)
+    screen.say()
+    screen.say(_NEXT.format(suite=_SUITE))
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def _check(screen: Screen) -> list[Check]:
+    """Look at the machine and say what is not as it should be."""
+    with screen.waiting("looking"):
+        found = list(Machine(Settings(), screen.say).checks())
+    for check in found:
+        # That no image is built is what we are here for.
+        if check.status is not Status.OK and check.name != "images":
+            show(screen, check)
+    return found
+
+
+def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
+    """Install what is missing, and look again.
+
+    Raises:
+        Stop: it was not installed, or something else is wrong with the machine.
+    """
+    wanted = tuple(dict.fromkeys(it for check in found for it in check.install))
+    commands = [packages.as_root(it) for check in found for it in check.commands]
+    if wanted or commands:
+        _install(screen, wanted, commands, yes=yes)
+        screen.say("Checking again", "bold")
+        found = _check(screen)
+    if checks.worst(found) is Status.FAILED:
+        screen.say("No guest can run on this machine as it is; the remedies are above.", "red")
+        raise Stop
+    screen.say("This machine can run guests.", "green")
+
+
+def _install(
+    screen: Screen, wanted: tuple[str, ...], commands: list[list[str]], *, yes: bool
+) -> None:
+    """Install packages and run commands, after asking.
+
+    Raises:
+        Stop: nobody could be asked, the answer was no, or it failed.
+    """
+    if wanted and programs.find("apt-get") is None:
+        screen.say("Packages are installed with apt-get only; here it is up to you:")
+        screen.say(f"  {packages.install_line(wanted)}")
+        raise Stop
+    install = packages.apt_install(wanted)
+    plan = [*([install] if wanted else []), *commands]
+    screen.say("This is missing, and can be installed:")
+    for argv in plan:
+        screen.say(f"  {packages.shown(argv)}")
+    if not yes:
+        if not sys.stdin.isatty():
+            screen.say("There is nobody to ask: add --yes, or run that by hand.")
+            raise Stop
+        if not click.confirm("Install it now?", default=False):
+            screen.say("Nothing was installed.")
+            raise Stop
+    if os.geteuid() != 0 and programs.find("sudo") is None:
+        screen.say("That needs root, and there is no sudo: run it as root.", "red")
+        raise Stop
+    if wanted:
+        _apt_install(screen, wanted)
+    for argv in commands:
+        _run(screen, argv)
+
+
+def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
+    updated = not packages.apt_knows(wanted)
+    if updated:
+        screen.say("Fetching the lists of packages")
+        _run(screen, packages.apt_update())
+    screen.say(f"Installing {', '.join(wanted)}")
+    install = packages.apt_install(wanted)
+    if not updated and foreground.run(install) == 0:
+        return
+    if not updated:  # the lists may be older than what the mirror still has
+        _run(screen, packages.apt_update())
+    _run(screen, install)
+
+
+def _run(screen: Screen, argv: list[str]) -> None:
+    status = foreground.run(argv)
+    if status != 0:
+        screen.say(f"{packages.shown(argv)} ended with status {status}", "red")
+        raise Stop
+
+
+# -- the suite -------------------------------------------------------------------------------------
+
+
+def _run_suite(screen: Screen, image: str) -> None:
+    """Run the tests where no configuration of anybody else is found.
+
+    Raises:
+        Stop: one of them failed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="vmsandbox-quickstart-"))
+    began = monotonic()
+    try:
+        suite = folder / "suite"
+        shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
+        environment, plugin = _environment()
+        argv = [
+            *(sys.executable, "-m", "pytest", "-p", plugin, "-v", f"--vm={image}"),
+            *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
+            *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
+        ]
+        status = foreground.run(argv, cwd=suite, env=environment)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    screen.say()
+    if status != 0:
+        screen.say(
+            f"The suite failed, status {status}; it and its artifacts are in {folder}", "bold red"
+        )
+        raise Stop
+    shutil.rmtree(folder, ignore_errors=True)
+    screen.say(
+        f"Real machines were started, restarted, destroyed and filled up in "
+        f"{monotonic() - began:.0f} s; nothing of them is left.",
+        "bold green",
+    )
+
+
+def _environment() -> tuple[dict[str, str], str]:
+    """Variables that keep other plugins and options out, and the name of our plugin."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
+    }
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    if entry_points(group="pytest11", name=_PLUGIN):
+        return environment, _PLUGIN
+    # A checkout that is not installed.
+    root = str(Path(pytest_vmsandbox.__file__).resolve().parent.parent)
+    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment, f"{pytest_vmsandbox.__name__}.plugin"

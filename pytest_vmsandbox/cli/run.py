@@ -1,0 +1,95 @@
+"""``vmsandbox run``: one command in a fresh guest, as if it ran here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pytest_vmsandbox.cli.guests import fresh_guest
+from pytest_vmsandbox.cli.options import GuestWish, guest_options
+from pytest_vmsandbox.cli.streams import attach
+
+
+def _read_copies(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[Path, str], ...]:
+    """Read ``SRC:DEST``: a path of this machine, which exists, and one of the guest."""
+    copies = []
+    for value in values:
+        source, colon, dest = value.rpartition(":")
+        if not (source and colon and dest):
+            raise click.BadParameter(f"{value!r} is not of the form SRC:DEST")
+        if not Path(source).exists():
+            raise click.BadParameter(f"{source!r} does not exist on this machine")
+        copies.append((Path(source), dest))
+    return tuple(copies)
+
+
+def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what SSH could not carry."""
+    for word in words:
+        if not word.isascii() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise click.BadParameter(f"{word!r} is not UTF-8")
+    return words
+
+
+@click.command
+@click.argument("image")
+@click.argument(
+    "command",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    callback=_read_words,
+    metavar="-- COMMAND...",
+)
+@guest_options
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=float("inf"),
+    show_default="none",
+    metavar="SECONDS",
+    help="For the command, once the guest is up. It is killed then, and the status is 1.",
+)
+@click.option(
+    "--push",
+    multiple=True,
+    callback=_read_copies,
+    metavar="SRC:DEST",
+    help="Copy a file or folder into the guest before; repeatable.",
+)
+@click.pass_context
+def run(
+    ctx: click.Context,
+    /,
+    *,
+    image: str,
+    command: tuple[str, ...],
+    timeout: float,
+    push: tuple[tuple[Path, str], ...],
+    **options: str | None,
+) -> None:
+    """Run one command in a fresh guest; no shell reads it.
+
+    Its standard streams are those of this command (its input only where that is no terminal), and
+    so is its exit status; 128 + N if signal N ended it. The guest is gone afterwards.
+
+    \b
+    vmsandbox run debian-13 -- uname -a
+    tar c src | vmsandbox run debian-13 --memory 1GiB -- sh -c 'tar x && make -C src'
+    """  # noqa: D301  # a mark for click
+    wish = GuestWish.read(**options)  # type: ignore[arg-type]  # click has read them
+    with fresh_guest(image, wish) as guest:
+        for source, dest in push:
+            guest.push(source, dest)
+        process = guest.popen(command, text=False)
+        status = attach(process, stdin=_input(), timeout=timeout)
+    ctx.exit(status if status >= 0 else 128 - status)
+
+
+def _input() -> int | None:
+    """Our standard input, if there is one that is not a person."""
+    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.fileno()

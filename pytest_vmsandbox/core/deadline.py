@@ -1,0 +1,93 @@
+"""Time: the one module that reads a clock or sleeps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+_LOOK_SECONDS = 0.25
+
+
+def monotonic() -> float:
+    """Seconds of a clock that only goes forward."""
+    return time.monotonic()
+
+
+def wall() -> float:
+    """Seconds since the epoch."""
+    return time.time()
+
+
+class Deadline:
+    """A moment by which something must be over.
+
+    Args:
+        seconds: from now; at least 0.
+
+    Example:
+        >>> Deadline(60).remaining() > 59
+        True
+        >>> Deadline(0).expired
+        True
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = float(seconds)
+        self._start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was set."""
+        return time.monotonic() - self._start
+
+    def remaining(self, at_most: float | None = None) -> float:
+        """Seconds that are left, never negative; `at_most` caps them."""
+        left = max(0.0, self.seconds - self.elapsed)
+        return left if at_most is None else min(left, at_most)
+
+    @property
+    def expired(self) -> bool:
+        """Whether no time is left."""
+        return self.elapsed >= self.seconds
+
+    def pause(self, seconds: float) -> None:
+        """Sleep for `seconds`, but not beyond the deadline."""
+        time.sleep(self.remaining(seconds))
+
+
+def within(
+    seconds: float, work: Callable[[], object], check: Callable[[], None] | None = None
+) -> bool:
+    """Do what may block for ever, in a thread that is left behind then.
+
+    Args:
+        seconds: how long it is waited for.
+        work: what to do; what it raises is raised here.
+        check: called now and then meanwhile; what it raises ends the waiting.
+
+    Returns:
+        Whether it ended in time.
+
+    Example:
+        >>> within(10, lambda: None)
+        True
+    """
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="vmsandbox-within", daemon=True)
+    thread.start()
+    deadline = Deadline(seconds)
+    while thread.is_alive() and not deadline.expired:
+        thread.join(deadline.remaining(_LOOK_SECONDS))
+        if check is not None and thread.is_alive():
+            check()
+    if failure:
+        raise failure[0]
+    return not thread.is_alive()

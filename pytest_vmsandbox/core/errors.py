@@ -1,0 +1,185 @@
+"""Every error that this package raises.
+
+::
+
+    VMSandboxError
+    ├── ConfigError        what was asked for cannot be meant: a bad option, marker, definition
+    ├── ImageError         an image is missing, stale, or its build failed
+    ├── LaunchError        QEMU is missing, refused to start, or the host has no room for a guest
+    ├── BootError          the guest did not get as far as answering; `stage` says how far it got
+    ├── GuestLost          a guest that ran is gone: panic, power-off from inside, QEMU exit
+    ├── CommandError       a program in the guest returned non-zero, or could not be started
+    ├── CommandTimeout     a program in the guest did not end in time, and was killed
+    ├── TransferError      files could not be copied to or from the guest
+    ├── MonitorError       QEMU refused a monitor command, or its monitor is gone
+    └── TeardownError      something of ours could not be ended or removed
+
+The text of an error is its brief first line, then details, then the remedy. Errors of third-party
+libraries do not leave the module that uses the library; they are the `__cause__` of one of these.
+
+`INFRASTRUCTURE` are the errors that are not the fault of the test: pytest reports them as ERROR,
+the command `vmsandbox` ends with status 69.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_vmsandbox.core.text import printable
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.core.transport import CommandResult
+
+
+class VMSandboxError(Exception):
+    """The root of all errors of this package.
+
+    Args:
+        brief: one line that says what happened.
+        details: further lines, for instance what a program wrote to its standard error.
+        remedy: what the reader can do about it.
+        stage: where it happened: image, launch, firmware, kernel, init, ssh, command, transfer,
+            teardown.
+    """
+
+    default_stage = ""
+
+    def __init__(self, brief: str, *, details: str = "", remedy: str = "", stage: str = "") -> None:
+        self.brief = brief
+        self.details = details
+        self.remedy = remedy
+        self.stage = stage or self.default_stage
+        super().__init__(brief)
+
+    def __str__(self) -> str:
+        lines = [f"[{self.stage}] {self.brief}" if self.stage else self.brief]
+        if self.details:
+            lines.append(self.details.rstrip("\n"))
+        if self.remedy:
+            lines.append(f"Remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class ConfigError(VMSandboxError):
+    """What was asked for cannot be meant: an option, a marker's argument, an image definition."""
+
+
+class ImageError(VMSandboxError):
+    """An image is missing or stale, or building it failed."""
+
+    default_stage = "image"
+
+
+class LaunchError(VMSandboxError):
+    """QEMU is missing, refused to start, or the host has no room for the guest."""
+
+    default_stage = "launch"
+
+
+class BootError(VMSandboxError):
+    """A guest did not come up.
+
+    Args:
+        brief: one line.
+        stage: the last stage that was reached: launch, firmware, kernel, init or ssh.
+        seconds: how long we waited.
+    """
+
+    def __init__(
+        self, brief: str, *, stage: str, seconds: float, details: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(brief, details=details, remedy=remedy, stage=stage)
+        self.seconds = seconds
+
+
+class GuestLost(VMSandboxError):
+    """A guest that had been up is gone: kernel panic, power-off from inside, QEMU exit."""
+
+
+class CommandError(VMSandboxError):
+    """A program in the guest returned non-zero, or could not be started at all.
+
+    Attributes:
+        result: the `CommandResult`, with both streams.
+    """
+
+    default_stage = "command"
+
+    def __init__(
+        self, brief: str, *, result: CommandResult[str] | CommandResult[bytes], remedy: str = ""
+    ) -> None:
+        super().__init__(brief, details=_streams(result.stdout, result.stderr), remedy=remedy)
+        self.result = result
+
+
+class CommandTimeout(VMSandboxError):
+    """A program in the guest did not end in time. Its process group was killed.
+
+    Attributes:
+        seconds: the time-out.
+        stdout: what it had written by then (bytes).
+        stderr: likewise.
+    """
+
+    default_stage = "command"
+
+    def __init__(
+        self,
+        brief: str,
+        *,
+        seconds: float,
+        stdout: bytes = b"",
+        stderr: bytes = b"",
+        remedy: str = "",
+    ) -> None:
+        super().__init__(brief, details=_streams(stdout, stderr), remedy=remedy)
+        self.seconds = seconds
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class TransferError(VMSandboxError):
+    """Files could not be copied to or from the guest."""
+
+    default_stage = "transfer"
+
+
+class MonitorError(VMSandboxError):
+    """QEMU refused a monitor command, or its monitor is gone.
+
+    Attributes:
+        error_class: QMP's class of the error, such as ``CommandNotFound``; empty when the
+            monitor is gone.
+    """
+
+    def __init__(self, brief: str, *, error_class: str = "", details: str = "") -> None:
+        super().__init__(brief, details=details)
+        self.error_class = error_class
+
+
+class TeardownError(VMSandboxError):
+    """Something of ours could not be ended or removed."""
+
+    default_stage = "teardown"
+
+
+# Their public home is the package itself, and so they are called in a report's short summary.
+for _error in (VMSandboxError, *VMSandboxError.__subclasses__()):
+    _error.__module__ = "pytest_vmsandbox"
+
+INFRASTRUCTURE = (ImageError, LaunchError, BootError, GuestLost, MonitorError, TeardownError)
+
+_STREAM_LIMIT = 8_000  # characters of each stream in an error's text; the error object has them all
+
+
+def _streams(stdout: str | bytes, stderr: str | bytes) -> str:
+    parts = []
+    for name, stream in (("stdout", stdout), ("stderr", stderr)):
+        text = printable(stream.decode(errors="replace") if isinstance(stream, bytes) else stream)
+        if not text:
+            continue
+        if len(text) > _STREAM_LIMIT:
+            left_out = len(text) - _STREAM_LIMIT
+            text = f"[{left_out} characters left out]\n…{text[-_STREAM_LIMIT:]}"
+        parts.append(f"--- {name}\n{text.rstrip()}")
+    return "\n".join(parts)

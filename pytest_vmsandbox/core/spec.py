@@ -1,0 +1,146 @@
+"""What a guest is made of: frozen values, and how they are read from what users write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from pytest_vmsandbox.core.errors import ConfigError
+
+KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
+_UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
+NETWORKS = ("isolated", "nat")
+
+
+def parse_size(value: object, what: str) -> int:
+    """The number of bytes in a size such as ``"512MiB"``.
+
+    Args:
+        value: a positive number and one of the units KiB, MiB, GiB, TiB.
+        what: what the size is of, for the error.
+
+    Raises:
+        ConfigError: it is anything else.
+
+    Example:
+        >>> parse_size("1.5GiB", "memory")
+        1610612736
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB)\s*", value)
+        if match and (size := int(float(match[1]) * _UNITS[match[2]])) > 0:
+            return size
+    raise ConfigError(
+        f"{what}={value!r} is not a size",
+        remedy="write a number and a unit, such as '512MiB' or '2GiB' (KiB, MiB, GiB, TiB)",
+    )
+
+
+def format_size(size: float) -> str:
+    """`size` bytes for people, in the largest unit that leaves a number of at least 1.
+
+    Example:
+        >>> format_size(512 * 1024**2)
+        '512MiB'
+        >>> format_size(1610612736)
+        '1.5GiB'
+    """
+    for unit, factor in reversed(_UNITS.items()):
+        if size >= factor:
+            return f"{size / factor:.1f}".removesuffix(".0") + unit
+    return f"{size:.0f}B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The hardware of a guest.
+
+    Attributes:
+        cpus: number of processors, at least 1.
+        memory: bytes.
+        disk: bytes of the root disk; None for the size that the image has.
+        disks: bytes of each further, blank disk, in order.
+        network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
+        user: who runs commands in the guest where a call names nobody.
+    """
+
+    cpus: int = 1
+    memory: int = 512 * MIB
+    disk: int | None = None
+    disks: tuple[int, ...] = ()
+    network: str = "isolated"
+    user: str = "root"
+
+    def changed(self, wishes: Mapping[str, object]) -> Hardware:
+        """This hardware with `wishes`, as a user writes them (sizes are strings with a unit).
+
+        Raises:
+            ConfigError: an unknown name, or a value that cannot be meant.
+
+        Example:
+            >>> Hardware().changed({"cpus": 2, "memory": "1GiB"}).cpus
+            2
+        """
+        values: dict[str, object] = {}
+        for name, wish in wishes.items():
+            if name not in _READERS:
+                raise ConfigError(
+                    f"there is no hardware called {name!r}",
+                    remedy=f"use {', '.join(_READERS)}",
+                )
+            if wish is not None:
+                values[name] = _READERS[name](wish)
+        return replace(self, **values)  # type: ignore[arg-type]
+
+
+def _cpus(value: object) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= 255:
+        raise ConfigError(f"cpus={value!r} is not a number of processors", remedy="use 1 to 255")
+    return int(text)
+
+
+def _memory(value: object) -> int:
+    return parse_size(value, "memory")
+
+
+def _disk(value: object) -> int:
+    return parse_size(value, "disk")
+
+
+def _disks(value: object) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(
+            f"disks={value!r} is not a list of sizes", remedy="write for instance disks=['1GiB']"
+        )
+    sizes = tuple(parse_size(size, "disks") for size in value)
+    if len(sizes) > MAX_DISKS:
+        raise ConfigError(f"{len(sizes)} disks are too many", remedy=f"use at most {MAX_DISKS}")
+    return sizes
+
+
+def _network(value: object) -> str:
+    if value not in NETWORKS:
+        raise ConfigError(
+            f"network={value!r} is unknown", remedy=f"use {' or '.join(map(repr, NETWORKS))}"
+        )
+    return str(value)
+
+
+def _user(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", value):
+        raise ConfigError(f"user={value!r} is not a user name")
+    return value
+
+
+MAX_DISKS = 8
+_READERS = {
+    "cpus": _cpus,
+    "memory": _memory,
+    "disk": _disk,
+    "disks": _disks,
+    "network": _network,
+    "user": _user,
+}
+HARDWARE_NAMES = tuple(_READERS)

@@ -1,0 +1,1 @@
+"""What users hold: guests, the factory that boots them, and the ways into them."""

@@ -1,0 +1,678 @@
+"""A running guest, as tests hold it."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shlex
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Protocol, Self, cast, overload
+
+from pytest_vmsandbox.core.deadline import Deadline, monotonic
+from pytest_vmsandbox.core.errors import (
+    BootError,
+    CommandError,
+    CommandTimeout,
+    ConfigError,
+    GuestLost,
+    TransferError,
+    VMSandboxError,
+)
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
+from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.machine import Machine
+
+Streams = bytes | str | None
+_NOT_FOUND = 127
+_POLL_SECONDS = 0.25
+_SSH_TRY_SECONDS = 2.0
+
+
+class Platform(Protocol):
+    """What a guest needs of those who made it."""
+
+    def machine(self) -> Any:
+        """A context manager: the guest's machine, switched on."""
+
+    def transport(self, machine: Machine, user: str) -> Transport:
+        """A way to run programs in it as a user."""
+
+    def answers(self, machine: Machine, timeout: float) -> bool:
+        """Whether the guest can be talked to; waits at most `timeout` seconds."""
+
+    def ssh_command(self, machine: Machine, user: str) -> str:
+        """The line that a person types to get in."""
+
+
+class Guest:
+    """A running virtual machine. Made by `GuestFactory.boot`, which ends it.
+
+    Every method that talks to the guest raises `GuestLost` when it is gone.
+
+    Attributes:
+        name: unique among the guests of this process.
+        image: the name of its image.
+        spec: its hardware.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        *,
+        name: str,
+        image: str,
+        spec: Hardware,
+        boot_timeout: float,
+        command_timeout: float,
+        hints: Callable[[], Sequence[str]],
+    ) -> None:
+        self.name = name
+        self.image = image
+        self.spec = spec
+        self._platform = platform
+        self._boot_timeout = boot_timeout
+        self._command_timeout = command_timeout
+        self._hints = hints
+        self._machine: Machine | None = None
+        self._power = ExitStack()  # what exists while the guest is switched on
+        self._transports: dict[str, Transport] = {}
+        self._transports_lock = threading.Lock()
+        self._processes: list[Process] = []
+
+    def __repr__(self) -> str:
+        state = "on" if self._machine is not None else "off"
+        return f"<Guest {self.name} image={self.image} {state}>"
+
+    # -- commands -------------------------------------------------------------------------------
+
+    @overload
+    def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
+            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
+
+    @overload
+    def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
+            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
+
+    def run(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        check: bool = True,
+        timeout: float | None = None,
+        input: Streams = None,  # noqa: A002  # subprocess.run's name
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        text: bool = True,
+    ) -> CommandResult[str] | CommandResult[bytes]:
+        r"""Run one program to its end; no shell reads its arguments.
+
+        Args:
+            argv: the program and its arguments.
+            check: raise `CommandError` when it returns non-zero.
+            timeout: seconds; None for the setting ``vm_command_timeout``.
+            input: for its standard input, which is empty otherwise.
+            cwd: the folder it starts in; None for the user's home.
+            env: variables added to the user's environment.
+            user: who runs it; None for the guest's own.
+            text: streams as `str` (UTF-8; what cannot be decoded is replaced), else `bytes`.
+
+        Raises:
+            CommandError: it returned non-zero, or the folder or user does not exist.
+            CommandTimeout: it was not over in time; its process group was killed.
+
+        A program that leaves something in the background which holds its streams open is over
+        when it is itself over, and nothing more has come for half a second.
+
+        Example::
+
+            >>> vm.run(["uname", "-s"]).stdout
+            'Linux\n'
+        """
+        command = self._command(argv, cwd=cwd, env=env, user=user)
+        data = input.encode() if isinstance(input, str) else input
+        stdout, stderr = bytearray(), bytearray()
+        started = monotonic()
+        with self._explained():
+            try:
+                status = self.stream(
+                    command,
+                    stdin=None if data is None else io.BytesIO(data),
+                    stdout=stdout.extend,
+                    stderr=stderr.extend,
+                    timeout=timeout,
+                )
+            except CommandTimeout as late:
+                raise CommandTimeout(
+                    late.brief,
+                    seconds=late.seconds,
+                    stdout=bytes(stdout),
+                    stderr=bytes(stderr),
+                    remedy="give it more with timeout=…, or vm_command_timeout for all",
+                ) from late
+            result: CommandResult[str] | CommandResult[bytes]
+            values: dict[str, Any] = {
+                "argv": command.argv,
+                "returncode": status,
+                "duration": monotonic() - started,
+            }
+            if text:
+                result = CommandResult(
+                    stdout=stdout.decode(errors="replace"),
+                    stderr=stderr.decode(errors="replace"),
+                    **values,
+                )
+            else:
+                result = CommandResult(stdout=bytes(stdout), stderr=bytes(stderr), **values)
+            if check and status != 0:
+                raise _command_error(result)
+            return result
+
+    @overload
+    def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
+              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              user: str | None = ..., text: Literal[True] = ...,
+              ) -> CommandResult[str]: ...  # fmt: skip
+
+    @overload
+    def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
+              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
+
+    def shell(self, script: str, **same: Any) -> CommandResult[str] | CommandResult[bytes]:
+        r"""Run a script with the guest's ``/bin/sh``; the arguments are those of `run`.
+
+        Example::
+
+            >>> vm.shell("echo $((6 * 7)) | tr 4 '>'").stdout
+            '>2\n'
+        """
+        if not isinstance(script, str):
+            raise TypeError(f"a script is a str, not {type(script).__name__}; vm.run() takes lists")
+        return self.run(["/bin/sh", "-c", script], **same)
+
+    def popen(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        text: bool = True,
+    ) -> Process:
+        """Start a program and leave it running; the arguments are those of `run`.
+
+        It ends with the guest at the latest. Whoever starts a program that writes much has to
+        read its streams, or it stops when two MiB wait to be read.
+
+        Raises:
+            CommandError: the folder or the user does not exist.
+        """
+        with self._explained():
+            command = self._command(argv, cwd=cwd, env=env, user=user)
+            process = Process(self._start(command), command.argv, text=text)
+            self._processes.append(process)  # it goes on also if the caller forgets it
+            return process
+
+    def stream(
+        self,
+        command: Command,
+        *,
+        stdin: IO[bytes] | None = None,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        timeout: float | None = None,
+        idle: float = math.inf,
+    ) -> int:
+        """Run a program with its streams passed on as they come; its exit status is returned."""
+        process = self._start(command)
+        try:
+            return process.communicate(
+                stdin,  # type: ignore[arg-type]
+                stdout,
+                stderr,
+                self._command_timeout if timeout is None else _seconds(timeout),
+                idle,
+            )
+        finally:
+            process.close()
+
+    def wait_until(self, argv: Sequence[str | os.PathLike[str]], *, timeout: float) -> None:
+        """Run a program again and again until it returns 0.
+
+        Args:
+            argv: the program and its arguments.
+            timeout: seconds for all the tries together.
+
+        Raises:
+            CommandTimeout: it did not; the text has the last try's streams.
+        """
+        deadline = Deadline(_seconds(timeout))
+        last: CommandResult[bytes] | None = None
+        while True:
+            try:
+                last = self.run(
+                    argv, check=False, text=False, timeout=max(deadline.remaining(), 1.0)
+                )
+            except CommandTimeout as late:
+                raise CommandTimeout(
+                    f"{argv[0]} did not return in {timeout:g} s of wait_until",
+                    seconds=timeout,
+                    stdout=late.stdout,
+                    stderr=late.stderr,
+                ) from late
+            if last.returncode == 0:
+                return
+            if deadline.expired:
+                raise CommandTimeout(
+                    f"{shlex.join(os.fspath(it) for it in argv)} did not return 0 within {timeout:g} s; "
+                    f"the last try returned {last.returncode}",
+                    seconds=timeout,
+                    stdout=last.stdout,
+                    stderr=last.stderr,
+                )
+            deadline.pause(_POLL_SECONDS)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def push(self, source: str | os.PathLike[str], dest: str) -> None:
+        """Copy a file or a tree into the guest.
+
+        `dest` names the copy. A file goes into `dest` if that is a folder; a tree is merged into
+        `dest` if that is there. A `dest` that ends in ``/`` is a folder to put the copy into.
+        Missing folders are made. Modes, times and symbolic links stay; the owner is the guest's
+        user. A file takes its place at once, whole.
+
+        Raises:
+            TransferError: `source` does not exist, or the guest cannot take it.
+        """
+        with self._explained():
+            transfer.push(self._stream_script, Path(source), dest)
+
+    def pull(self, source: str, dest: str | os.PathLike[str]) -> None:
+        """Copy a file or a tree out of the guest; `dest` is understood as in `push`.
+
+        Symbolic links are copied as links, never followed.
+
+        Raises:
+            TransferError: `source` does not exist, or `dest` cannot be written.
+        """
+        with self._explained():
+            transfer.pull(self._stream_script, source, dest)
+
+    def read_text(self, path: str) -> str:
+        """The content of a file in the guest, as UTF-8.
+
+        Raises:
+            TransferError: it cannot be read.
+        """
+        try:
+            return self.run(
+                ["cat", path if path.startswith("/") else f"./{path}"], text=False
+            ).stdout.decode()
+        except CommandError as error:
+            raise TransferError(f"{path} cannot be read", details=error.details) from error
+        except UnicodeDecodeError as error:
+            raise TransferError(
+                f"{path} is not UTF-8: {error}", remedy="vm.pull() copies any file"
+            ) from error
+
+    def write_text(self, path: str, text: str) -> None:
+        """Write a file in the guest, as UTF-8, mode 0644; missing folders are made.
+
+        Raises:
+            TransferError: it cannot be written.
+        """
+        try:
+            with self._explained():
+                transfer.push_stream(
+                    self._stream_script, io.BytesIO(text.encode()), path, name=None, mode=0o644
+                )
+        except CommandError as error:
+            raise TransferError(f"{path} cannot be written", details=error.details) from error
+
+    # -- power ----------------------------------------------------------------------------------
+
+    def reboot(self, *, timeout: float | None = None) -> None:
+        """Restart in an orderly way, and wait until the guest answers again.
+
+        Args:
+            timeout: seconds for going down and coming up; None for twice the boot time-out.
+
+        Raises:
+            BootError: it did not come back.
+        """
+        deadline = Deadline(2 * self._boot_timeout if timeout is None else _seconds(timeout))
+        with self._explained():
+            machine = self._on()
+            since = len(machine.monitor.events())
+            lost = self._ask("reboot")
+            while machine.monitor.wait_event("RESET", since=since, timeout=_POLL_SECONDS) is None:
+                self._check()
+                if deadline.expired:
+                    raise BootError(
+                        f"{self.name} did not go down to reboot",
+                        stage="init",
+                        seconds=deadline.elapsed,
+                        details=machine.console.tail(),
+                    ) from lost
+            machine.console.begin_boot()
+            self._hang_up()
+            self._await_answer(machine, deadline)
+
+    def power_off(self) -> None:
+        """Switch off in an orderly way. A guest that does not obey in time is switched off."""
+        with self._explained():
+            machine = self._on()
+            self._ask("poweroff")
+            machine.end(self._boot_timeout)
+            self._switch_off()
+
+    def power_cut(self) -> None:
+        """Pull the plug: what the guest had not yet written to its disk is lost."""
+        with self._explained():
+            self._on().kill()
+            self._switch_off()
+
+    def power_on(self) -> None:
+        """Switch on again, with the disks as they were, and wait until the guest answers.
+
+        Raises:
+            ConfigError: it is on.
+            BootError: it did not come up.
+        """
+        if self._machine is not None and self._machine.ended() is None:
+            raise ConfigError(f"{self.name} is on", remedy="vm.power_off() or vm.power_cut() first")
+        self._switch_off()
+        with self._explained():
+            self._switch_on()
+
+    # -- from outside ---------------------------------------------------------------------------
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """A loopback address of this host that reaches a TCP port of the guest.
+
+        It works for an isolated guest too. The guest's service has to listen on its network
+        address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power.
+        """
+        if not _is_number(port, int) or not 1 <= port <= 65535:
+            raise ConfigError(f"{port!r} is not a TCP port", remedy="use 1 to 65535")
+        with self._explained():
+            return self._on().forward(port)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is switched on and has neither ended nor panicked."""
+        try:
+            self._check()
+        except GuestLost:
+            return False
+        return True
+
+    @property
+    def console(self) -> Console:
+        """The serial console since the guest was last switched on."""
+        return self._on().console
+
+    def screenshot(self, path: str | os.PathLike[str]) -> None:
+        """Save the display to a file, as PNG."""
+        with self._explained(), Path(path).open("wb") as file:
+            self._on().screenshot(file)
+
+    def qmp(self, command: str, **arguments: object) -> Any:
+        """Execute a command of the QEMU machine protocol, and return its answer.
+
+        Raises:
+            MonitorError: QEMU refused it; `error_class` has the protocol's class.
+
+        Example::
+
+            >>> vm.qmp("query-status")["status"]
+            'running'
+        """
+        with self._explained():
+            return self._on().execute(command, arguments)
+
+    @property
+    def ssh_command(self) -> str:
+        """The line that a person types to get in."""
+        return self._platform.ssh_command(self._on(), self.spec.user)
+
+    # -- for those who made it ------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        with self._explained():
+            self._switch_on()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._switch_off()
+
+    def _switch_on(self) -> None:
+        deadline = Deadline(self._boot_timeout)
+        with ExitStack() as stack:
+            machine = stack.enter_context(self._platform.machine())
+            stack.callback(self._hang_up)
+            self._machine = machine
+            try:
+                self._await_answer(machine, deadline)
+            except BaseException:
+                self._machine = None
+                raise
+            self._power = stack.pop_all()
+
+    def _switch_off(self) -> None:
+        self._machine = None
+        power, self._power = self._power, ExitStack()
+        power.close()
+
+    def _await_answer(self, machine: Machine, deadline: Deadline) -> None:
+        while not self._platform.answers(machine, deadline.remaining(_SSH_TRY_SECONDS)):
+            try:
+                machine.check()
+                machine.check_booting()
+            except GuestLost as lost:
+                raise machine.boot_error(lost, deadline.elapsed) from lost
+            if deadline.expired:
+                raise BootError(
+                    f"{self.name} did not answer on SSH within {deadline.seconds:g} s; "
+                    f"it got as far as: {machine.stage}",
+                    stage=machine.stage,
+                    seconds=deadline.seconds,
+                    details=f"--- last lines of the console\n{machine.console.tail()}",
+                    remedy="allow more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
+                )
+            deadline.pause(0.05)
+
+    def _hang_up(self) -> None:
+        self._processes.clear()
+        while self._transports:
+            self._transports.popitem()[1].close()
+
+    def _on(self) -> Machine:
+        if self._machine is None:
+            raise GuestLost(f"{self.name} is switched off", remedy="vm.power_on() switches it on")
+        return self._machine
+
+    def _check(self) -> None:
+        self._on().check()
+
+    def _start(self, command: Command) -> RemoteProcess:
+        """Start a program as its user: root becomes another one, anybody else logs in as them."""
+        machine = self._on()
+        machine.check()
+        login = self.spec.user
+        if command.user is not None and login != "root":
+            login, command = command.user, replace(command, user=None)
+        with self._transports_lock:
+            if login not in self._transports:
+                self._transports[login] = self._platform.transport(machine, login)
+            transport = self._transports[login]
+        return transport.start(command)
+
+    def _command(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        cwd: str | None,
+        env: Mapping[str, str] | None,
+        user: str | None,
+    ) -> Command:
+        if isinstance(argv, str | bytes):
+            raise TypeError("argv is a list of words; vm.shell() takes a script")
+        words = tuple(os.fspath(word) for word in argv)
+        if not words:
+            raise ValueError("argv is empty")
+        for word in words:
+            if not isinstance(word, str):
+                raise TypeError(f"a word of argv is a str, not {type(word).__name__}")
+        return Command(
+            argv=words, cwd=cwd, env=dict(env or {}), user=None if user == self.spec.user else user
+        )
+
+    def _stream_script(
+        self,
+        script: str,
+        *,
+        stdin: IO[bytes] | None = None,
+        stdout: Callable[[bytes], object] | None = None,
+    ) -> None:
+        written, stderr = bytearray(), bytearray()
+        argv = ("/bin/sh", "-c", script)
+        started = monotonic()
+        status = self.stream(
+            Command(argv=argv),
+            stdin=stdin,
+            stdout=stdout or written.extend,
+            stderr=stderr.extend,
+            timeout=math.inf,  # as long as something moves
+            idle=self._command_timeout,
+        )
+        if status != 0:
+            raise _command_error(
+                CommandResult(
+                    argv=argv,
+                    returncode=status,
+                    stdout=written.decode(errors="replace"),
+                    stderr=stderr.decode(errors="replace"),
+                    duration=monotonic() - started,
+                )
+            )
+
+    def _ask(self, program: str) -> GuestLost | None:
+        """Ask the guest to go down; the connection may break before it answers.
+
+        Returns:
+            How the connection broke, for whom waits in vain; None if there was an answer.
+
+        Raises:
+            CommandError: the guest cannot go down.
+        """
+        try:
+            result = self.run([program], check=False, user="root", timeout=self._command_timeout)
+        except GuestLost as lost:
+            return lost
+        if result.returncode > 0:  # ended by a signal, it is one of the first to go
+            raise _command_error(result)
+        return None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add to errors of the guest what its maker knows: where the artifacts are, and so on."""
+        try:
+            yield
+        except VMSandboxError as error:
+            if not getattr(error, "__notes__", None) and not isinstance(error, CommandError):
+                for hint in self._hints():
+                    error.add_note(hint)
+            raise
+
+
+class Process:
+    """A program that was started and left running; made by `Guest.popen`.
+
+    Attributes:
+        argv: the program and its arguments.
+        stdin, stdout, stderr: its streams, text or bytes as `popen` was told.
+    """
+
+    def __init__(self, remote: RemoteProcess, argv: tuple[str, ...], *, text: bool) -> None:
+        self._remote = remote
+        self.argv = argv
+        self.stdin = cast("IO[Any]", remote.stdin)
+        self.stdout = cast("IO[Any]", remote.stdout)
+        self.stderr = cast("IO[Any]", remote.stderr)
+        if text:
+            self.stdin = io.TextIOWrapper(self.stdin, encoding="utf-8", write_through=True)
+            self.stdout = io.TextIOWrapper(self.stdout, encoding="utf-8", errors="replace")
+            self.stderr = io.TextIOWrapper(self.stderr, encoding="utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit status (−N: signal N), or None while it runs."""
+        return self._remote.poll()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end, at most `timeout` seconds; its exit status.
+
+        Raises:
+            CommandTimeout: it still runs, and is left running.
+        """
+        return self._remote.wait(_seconds(timeout))
+
+    def terminate(self) -> None:
+        """Send SIGTERM to its process group."""
+        self._remote.signal("TERM")
+
+    def kill(self) -> None:
+        """Send SIGKILL to its process group."""
+        self._remote.signal("KILL")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            self.kill()
+        self._remote.close()
+
+
+def _is_number(value: object, *kinds: type) -> bool:
+    """Whether it is of one of `kinds`; True and False are no numbers here."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _seconds(timeout: float) -> float:
+    if not _is_number(timeout, int, float) or not timeout >= 0:
+        raise ConfigError(f"timeout={timeout!r} is not a number of seconds")
+    return float(timeout)
+
+
+def _command_error(result: CommandResult[str] | CommandResult[bytes]) -> CommandError:
+    program, remedy = result.argv[0], ""
+    brief = f"{shlex.join(result.argv)} returned {result.returncode}"
+    if len(brief) > 500:  # a script; its first line is enough
+        brief = f"{brief[:500]}… returned {result.returncode}"
+    text = (
+        result.stderr if isinstance(result.stderr, str) else result.stderr.decode(errors="replace")
+    )
+    if result.returncode == _NOT_FOUND and program in text:
+        brief = f"command not found in the guest: {program}"
+        remedy = "install it in the guest, or push it there; vm.shell() runs shell scripts"
+    return CommandError(brief, result=result, remedy=remedy)

@@ -1,0 +1,358 @@
+"""A program in a guest, on an SSH channel of its own."""
+
+from __future__ import annotations
+
+import io
+import math
+import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
+from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.guests import script
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.ssh import SSHTransport
+
+_CHUNK = 1 << 18
+_CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
+_DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
+_KILL_SECONDS = 15.0
+_LINGER_SECONDS = 5.0
+_ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
+_CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
+_MAX_GROUP = 20  # digits of a process number
+_MAX_NOISE = 1 << 16  # bytes that a login shell may write before the program starts
+UNKNOWN_SIGNAL = 127  # the server did not tell which; OpenSSH names only some of them
+
+
+class SSHProcess:
+    """A program in a guest, on a channel of its own; see `RemoteProcess`."""
+
+    def __init__(
+        self,
+        transport: SSHTransport,
+        channel: Any,
+        command: Command,
+        token: str,
+        check: Callable[[], None],
+        start_timeout: float,
+    ) -> None:
+        self._transport = transport
+        self._channel = channel
+        self._command = command
+        self._check = check
+        self._started = self._moved = monotonic()
+        try:
+            self._early, self.group = self._await_start(
+                f"{script.STARTED} {token} ".encode(), Deadline(start_timeout)
+            )
+        except BaseException:
+            transport.hang_up(channel)
+            raise
+
+    def _await_start(self, mark: bytes, deadline: Deadline) -> tuple[bytes, int]:
+        """Read up to the line that says that the program starts; return what came after it."""
+        seen = b""
+        self._channel.settimeout(_CHECK_SECONDS)
+        while True:
+            before, _, rest = seen.partition(mark)
+            group, ended, early = rest.partition(b"\n")
+            if ended and group.isdigit():
+                return early, int(group)
+            if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
+                raise GuestLost(
+                    "the guest's login shell does not stop talking",
+                    stage="ssh",
+                    details=seen[:500].decode(errors="replace"),
+                )
+            try:
+                data = self._channel.recv(_CHUNK)
+            except TimeoutError:
+                self._check()
+                if deadline.expired:
+                    raise GuestLost(
+                        f"the guest did not start a program in {deadline.seconds:g} s", stage="ssh"
+                    ) from None
+                continue
+            if not data:
+                raise self._not_started(seen)
+            seen += data
+
+    def _not_started(self, noise: bytes) -> CommandError | GuestLost:
+        self._channel.status_event.wait(_LINGER_SECONDS)
+        if not self._channel.status_event.is_set() or self._channel.exit_status == -1:
+            self._check()
+            return GuestLost("the connection broke while a program was started", stage="ssh")
+        stderr = b""
+        while data := self._channel.recv_stderr(_CHUNK):
+            stderr += data
+        result = CommandResult(
+            argv=self._command.argv,
+            returncode=self._channel.exit_status,
+            stdout=noise.decode(errors="replace"),
+            stderr=stderr.decode(errors="replace"),
+            duration=monotonic() - self._started,
+        )
+        what = f"{self._command.argv[0]} could not be started"
+        if self._command.user is not None:
+            what += f" as {self._command.user}"
+        if self._command.cwd is not None:
+            what += f" in {self._command.cwd}"
+        return CommandError(
+            what, result=result, remedy="check that the folder and the user exist in the guest"
+        )
+
+    # -- all at once ----------------------------------------------------------------------------
+
+    def communicate(
+        self,
+        stdin: io.BufferedIOBase | None,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        timeout: float,
+        idle: float = math.inf,
+    ) -> int:
+        """See `RemoteProcess.communicate`."""
+        if self._early:
+            stdout(self._early)
+            self._early = b""
+        with self._feeding(stdin) as source_errors:
+            try:
+                status = self._pump(stdout, stderr, Deadline(timeout), idle)
+            except CommandTimeout:
+                if source_errors:
+                    raise source_errors[0] from None
+                raise
+        if source_errors:
+            raise source_errors[0]
+        return status
+
+    def _pump(
+        self,
+        stdout: Callable[[bytes], object],
+        stderr: Callable[[bytes], object],
+        deadline: Deadline,
+        idle: float,
+    ) -> int:
+        channel = self._channel
+        poller = select.poll()
+        poller.register(channel.fileno(), select.POLLIN)
+        quiet = self._transport.quiet_seconds
+        checked = self._moved = monotonic()
+        ended: float | None = None
+        while True:
+            got = False
+            if channel.recv_ready():
+                stdout(channel.recv(_CHUNK))
+                got = True
+            if channel.recv_stderr_ready():
+                stderr(channel.recv_stderr(_CHUNK))
+                got = True
+            now = monotonic()
+            if got:
+                self._moved = now
+            ended = ended or (now if self._has_ended() else None)
+            if ended:
+                over = channel.eof_received or channel.closed or now - self._moved > quiet
+                if (over and not got) or now - ended > _DRAIN_SECONDS:
+                    return self._status()
+            elif deadline.expired:
+                self._kill(f"did not end in {deadline.seconds:g} s", deadline.seconds)
+            elif now - self._moved > idle:
+                self._kill(f"neither took nor gave anything for {idle:g} s", idle)
+            if now - checked > _CHECK_SECONDS:
+                self._check()
+                checked = now
+            if got:
+                continue
+            if channel.eof_received or channel.closed:  # then the poller does not wait
+                channel.status_event.wait(deadline.remaining(_CHECK_SECONDS))
+            else:
+                poller.poll(deadline.remaining(0.02 if ended else _CHECK_SECONDS) * 1000)
+
+    def _kill(self, why: str, seconds: float) -> NoReturn:
+        self._try_to_kill()
+        raise CommandTimeout(f"{self._command.argv[0]} {why} and was killed", seconds=seconds)
+
+    def _try_to_kill(self) -> None:
+        """Kill it if the guest still takes orders; if not, that is not the news."""
+        with suppress(VMSandboxError, OSError):
+            within(_KILL_SECONDS, lambda: self.signal("KILL"))
+
+    @contextmanager
+    def _feeding(self, stdin: io.BufferedIOBase | None) -> Iterator[list[Exception]]:
+        """Send `stdin` from a thread of its own, which is gone at the end."""
+        errors: list[Exception] = []
+        if stdin is None:
+            self._channel.shutdown_write()
+            yield errors
+            return
+
+        def feed() -> None:
+            while True:
+                try:
+                    data = stdin.read(_CHUNK)
+                except Exception as error:  # noqa: BLE001  # of the caller's stream: theirs to see
+                    errors.append(error)
+                    self._try_to_kill()  # it must not take what came so far for all
+                    return
+                try:
+                    if not data:
+                        self._channel.shutdown_write()
+                        return
+                    self.send(data)
+                except (OSError, EOFError, VMSandboxError):
+                    return  # it ended without reading all, or is lost: whoever waits is told
+
+        thread = threading.Thread(target=feed, name="vmsandbox-stdin", daemon=True)
+        thread.start()
+        try:
+            yield errors
+        finally:
+            self._transport.hang_up(self._channel)  # also ends a send that waits for a reader
+            thread.join()
+
+    def send(self, data: bytes) -> None:
+        """Write to its standard input.
+
+        Raises:
+            OSError: it ended, or the connection is gone.
+            GuestLost: the guest is gone.
+        """
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._channel.send(view) :]
+                self._moved = monotonic()
+            except TimeoutError:
+                self._check()
+                if self._has_ended():
+                    raise BrokenPipeError("the program has ended") from None
+
+    def receive(self, recv: Callable[[int], bytes], size: int) -> bytes:
+        """Read what there is of a stream, at least a byte; nothing at its end.
+
+        Raises:
+            GuestLost: the guest is gone.
+        """
+        while True:
+            try:
+                return recv(size)
+            except TimeoutError:
+                self._check()
+
+    def end_input(self) -> None:
+        """Let it find the end of its standard input; nothing happens if it is gone."""
+        if not self._channel.closed:
+            self._channel.shutdown_write()
+
+    # -- step by step ---------------------------------------------------------------------------
+
+    def poll(self) -> int | None:
+        """See `RemoteProcess.poll`."""
+        return self._status() if self._has_ended() else None
+
+    def wait(self, timeout: float) -> int:
+        """See `RemoteProcess.wait`."""
+        deadline = Deadline(timeout)
+        while not self._has_ended():
+            self._check()
+            self._channel.status_event.wait(deadline.remaining(_CHECK_SECONDS))
+            if deadline.expired and not self._has_ended():
+                raise CommandTimeout(
+                    f"{self._command.argv[0]} still runs after {timeout:g} s",
+                    seconds=timeout,
+                    remedy="it was left running; .terminate() or .kill() ends it",
+                )
+        return self._status()
+
+    def signal(self, name: str) -> None:
+        """See `RemoteProcess.signal`."""
+        if not self._has_ended():
+            self._transport.send_signal(self.group, name)
+
+    @property
+    def stdin(self) -> io.BufferedIOBase:
+        """See `RemoteProcess.stdin`."""
+        return io.BufferedWriter(_Writer(self), _CHUNK)
+
+    @property
+    def stdout(self) -> io.BufferedIOBase:
+        """See `RemoteProcess.stdout`."""
+        early, self._early = self._early, b""
+        return io.BufferedReader(_Reader(self, self._channel.recv, early), _CHUNK)
+
+    @property
+    def stderr(self) -> io.BufferedIOBase:
+        """See `RemoteProcess.stderr`."""
+        return io.BufferedReader(_Reader(self, self._channel.recv_stderr, b""), _CHUNK)
+
+    def close(self) -> None:
+        """See `RemoteProcess.close`."""
+        self._transport.hang_up(self._channel)
+
+    def _has_ended(self) -> bool:
+        return bool(self._channel.status_event.is_set())
+
+    def _status(self) -> int:
+        if self._channel.ended_by is not None:
+            return -int(self._channel.ended_by)
+        if self._channel.exit_status == -1:  # the channel closed without a word
+            deadline = Deadline(_CAUSE_SECONDS)
+            while not deadline.expired:  # a guest that goes down closes its connections first
+                self._check()
+                if self._transport.has_left(self._channel):
+                    break
+                if self._transport.is_current(self._channel) and deadline.elapsed > _ALIVE_SECONDS:
+                    return -UNKNOWN_SIGNAL  # the connection is well: it was the program
+                deadline.pause(_CHECK_SECONDS)
+            raise GuestLost(
+                "the connection broke while a program ran",
+                stage="ssh",
+                remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
+            )
+        return int(self._channel.exit_status)
+
+
+class _Reader(io.RawIOBase):
+    """An output stream of a program."""
+
+    def __init__(self, process: SSHProcess, recv: Callable[[int], bytes], early: bytes) -> None:
+        self._process = process
+        self._recv = recv
+        self._early = early
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._early:
+            data, self._early = self._early[: len(buffer)], self._early[len(buffer) :]
+        else:
+            data = self._process.receive(self._recv, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Writer(io.RawIOBase):
+    """The input stream of a program."""
+
+    def __init__(self, process: SSHProcess) -> None:
+        self._process = process
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._process.send(bytes(data))
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._process.end_input()

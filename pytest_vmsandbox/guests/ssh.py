@@ -1,0 +1,268 @@
+"""SSH into a guest: the only module that knows paramiko."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paramiko
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from pytest_vmsandbox.core.deadline import within
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests import script
+from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, SSHProcess
+
+_QUIET_SECONDS = 0.5  # a stream that something else holds open is done when it was quiet so long
+_KILL_SECONDS = 15.0
+_KEEPALIVE_SECONDS = 15
+_LINGER_SECONDS = 5.0
+_SIGNALS = {
+    "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "BUS": 7, "FPE": 8, "KILL": 9,
+    "USR1": 10, "SEGV": 11, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15, "XCPU": 24, "SYS": 31,
+}  # fmt: skip  # the names are the protocol's, the numbers Linux's
+_MAX_LINE = 8_000  # bytes of a command that every server takes; dropbear's limit is 9,000
+_LOG = "pytest_vmsandbox.ssh"  # paramiko also logs what it raises; tests need not see it twice
+logging.getLogger(_LOG).addHandler(logging.NullHandler())
+logging.getLogger(_LOG).propagate = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyPair:
+    """The key with which one run enters its guests.
+
+    Attributes:
+        private: in OpenSSH's format.
+        public: ``ssh-ed25519 AAAA…``.
+    """
+
+    private: str
+    public: str
+
+    @classmethod
+    def generate(cls) -> KeyPair:
+        """A new key."""
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        public = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        return cls(private=private.decode(), public=public.decode())
+
+    def save(self, path: Path) -> None:
+        """Write the private part to a file that only this user can read."""
+        path.touch(mode=0o600)
+        path.write_text(self.private)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """How a guest's SSH server is reached and known.
+
+    Attributes:
+        address: host and port.
+        user: who logs in.
+        key: our key.
+        host_key: the server's, ``ssh-ed25519 AAAA…``; any other is refused.
+    """
+
+    address: tuple[str, int]
+    user: str
+    key: KeyPair
+    host_key: str
+
+
+def greeting(address: tuple[str, int], timeout: float) -> bool:
+    """Whether an SSH server greets us there within `timeout` seconds."""
+    try:
+        with socket.create_connection(address, timeout) as sock:
+            sock.settimeout(timeout)
+            return sock.recv(4) == b"SSH-"
+    except OSError:
+        return False
+
+
+class _Session(paramiko.Transport):
+    """A connection that also notes which signal ended a program; paramiko itself drops it."""
+
+    def _note_signal(channel: Any, message: Any) -> None:  # noqa: N805  # called without self
+        if message.get_text() == "exit-signal":
+            message.get_boolean()
+            channel.ended_by = _SIGNALS.get(message.get_text(), UNKNOWN_SIGNAL)
+            channel.status_event.set()
+        else:
+            message.rewind()
+            message.get_int()  # the channel's number
+            channel._handle_request(message)
+
+    _channel_handler_table = {  # noqa: RUF012
+        **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]  # noqa: SLF001
+        paramiko.common.MSG_CHANNEL_REQUEST: _note_signal,
+    }
+
+
+class SSHTransport:
+    """Runs programs in a guest over one SSH connection, made when it is first needed.
+
+    Args:
+        endpoint: called for each connection; gives where and how.
+        check: called often while something is awaited; raises `GuestLost` when the guest is gone.
+        connect_timeout: seconds for a connection.
+        time_scale: by how much the guest is slower than one on real hardware.
+    """
+
+    def __init__(
+        self,
+        endpoint: Callable[[], Endpoint],
+        *,
+        check: Callable[[], None],
+        connect_timeout: float,
+        time_scale: float = 1.0,
+    ) -> None:
+        self.quiet_seconds = max(_QUIET_SECONDS, _QUIET_SECONDS * time_scale / 4)
+        self._endpoint = endpoint
+        self._check = check
+        self._connect_timeout = connect_timeout
+        self._session: _Session | None = None
+        self._lock = threading.Lock()
+
+    def start(self, command: Command) -> SSHProcess:
+        """Start a program; see `Transport.start`."""
+        token = secrets.token_hex(8)
+        line = script.command_line(command, token)
+        return SSHProcess(
+            self, self._channel(line), command, token, self._check, self._connect_timeout
+        )
+
+    def send_signal(self, group: int, name: str) -> None:
+        """Send a signal to a process group of the guest; it may be gone already."""
+        channel = self._channel(script.kill_line(group, name))
+        try:
+            channel.status_event.wait(_KILL_SECONDS)
+        finally:
+            channel.close()
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        with self._lock:
+            session, self._session = self._session, None
+        if session is not None:
+            _close(session)
+
+    def is_current(self, channel: Any) -> bool:
+        """Whether a channel is one of the connection that is in use now."""
+        session = self._session
+        return session is not None and channel.get_transport() is session and session.is_active()
+
+    def has_left(self, channel: Any) -> bool:
+        """Whether a channel is one of a connection that we have closed ourselves."""
+        return channel.get_transport() is not self._session
+
+    def hang_up(self, channel: Any) -> None:
+        """Close a channel; if the guest does not even take that, its connection."""
+        if not within(_LINGER_SECONDS, channel.close):
+            _close(channel.get_transport())
+
+    def _channel(self, line: str) -> Any:
+        ahead = b""
+        if len(os.fsencode(line)) > _MAX_LINE:
+            line, ahead = script.shipped(line)
+        for attempt in (1, 2):
+            session = self._connected()
+            try:
+                return self._execute(session, os.fsencode(line), ahead)
+            except paramiko.ChannelException as error:  # the connection itself is all right
+                raise _lost("the guest opens no further channel", error) from error
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                with self._lock:
+                    if self._session is session:
+                        self._session = None
+                _close(session)
+                self._check()
+                if attempt == 2:
+                    raise _lost("no command can be started", error) from error
+        raise AssertionError
+
+    def _execute(self, session: _Session, line: bytes, ahead: bytes) -> Any:
+        channel: Any = session.open_session(timeout=self._connect_timeout)
+        channel.ended_by = None
+
+        def ask() -> None:
+            channel.exec_command(line)
+            channel.sendall(ahead)
+
+        # paramiko itself would wait for the answer for ever.
+        if not within(self._connect_timeout, ask, check=self._check):
+            raise paramiko.SSHException("no answer to the request to start a program")
+        return channel
+
+    def _connected(self) -> _Session:
+        with self._lock:
+            if self._session is not None and self._session.is_active():
+                return self._session
+            if self._session is not None:
+                _close(self._session)
+            self._session = None
+            self._check()
+            endpoint = self._endpoint()
+            try:
+                self._session = _connect(endpoint, self._connect_timeout)
+            except paramiko.AuthenticationException as error:
+                raise ConfigError(
+                    f"{endpoint.user} cannot log in to the guest",
+                    remedy="name a user that exists in the guest",
+                ) from error
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                self._check()
+                raise _lost("no SSH connection", error) from error
+            return self._session
+
+
+def _close(session: _Session) -> None:
+    session.close()
+    session.join(_LINGER_SECONDS)
+
+
+def _connect(endpoint: Endpoint, timeout: float) -> _Session:
+    sock = socket.create_connection(endpoint.address, timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    session = _Session(sock)
+    session.set_log_channel(_LOG)
+    try:
+        session.banner_timeout = session.handshake_timeout = session.auth_timeout = timeout
+        session.get_security_options().key_types = ("ssh-ed25519",)
+        session.start_client(timeout=timeout)
+        theirs = session.get_remote_server_key()
+        if f"{theirs.get_name()} {theirs.get_base64()}" != endpoint.host_key:
+            raise paramiko.SSHException(
+                "the server's key is not the one of this image; something else answers there"
+            )
+        key = paramiko.Ed25519Key.from_private_key(io.StringIO(endpoint.key.private))
+        session.auth_publickey(endpoint.user, key)
+        session.set_keepalive(_KEEPALIVE_SECONDS)
+    except BaseException:
+        _close(session)
+        raise
+    return session
+
+
+def _lost(what: str, error: Exception) -> GuestLost:
+    return GuestLost(
+        f"{what}: {str(error) or type(error).__name__}",
+        stage="ssh",
+        remedy="the console's last lines may tell why; the user must exist in the guest",
+    )

@@ -1,0 +1,191 @@
+"""Which accelerator runs guests here: proven by running a kernel, not assumed.
+
+``/dev/kvm`` can exist, open and create a virtual machine, and still not run a guest. So `auto`
+takes an accelerator only after the image's own kernel has started its first program with it. The
+verdict is remembered for this boot of the host, this build of QEMU and this kernel.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.deadline import monotonic
+from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.process import LauncherError
+from pytest_vmsandbox.machine.qemu import Qemu
+
+PROOF_SECONDS = 20.0  # a kernel that runs natively needs about one
+EMULATION_SCALE = 10.0
+_PROOF_MEMORY = 512 * MIB
+_COPES = "let it be found out: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """An accelerator that runs guests here.
+
+    Attributes:
+        accelerator: ``kvm``, ``hvf`` or ``tcg`` (emulation).
+        processor: the processor model that runs with it.
+        reason: why it is that one, for people.
+        seconds: what the proof took; 0 where there was nothing to prove.
+    """
+
+    accelerator: str
+    processor: str
+    reason: str
+    seconds: float = 0.0
+
+    @property
+    def time_scale(self) -> float:
+        """By how much time-outs have to be longer than on real hardware."""
+        return EMULATION_SCALE if self.accelerator == "tcg" else 1.0
+
+
+def choose(
+    wanted: str,
+    qemu: Qemu,
+    *,
+    kernel: Path,
+    initrd: Path,
+    append: str,
+    cache: Path,
+    hypervisor: Callable[[], Hypervisor],
+    say: Callable[[str], None] = lambda _: None,
+) -> Verdict:
+    """The accelerator for guests with this kernel.
+
+    Args:
+        wanted: ``auto``, or the one to take unproven.
+        append: the kernel's command line.
+        cache: the user's cache folder; verdicts are kept there.
+        hypervisor: called when there is something to prove.
+        say: told when a proof begins, which takes up to about 20 s.
+
+    Raises:
+        LaunchError: the wanted one cannot be used by this user on this machine, or nothing can be
+            proven now.
+        ConfigError: the cache folder cannot be used.
+    """
+    if wanted == "kvm" and (problem := host.kvm_problem()):
+        raise LaunchError(f"KVM was asked for: {problem}", remedy=_COPES)
+    if wanted == "hvf" and sys.platform != "darwin":
+        raise LaunchError("HVF was asked for, and there is none but on macOS", remedy=_COPES)
+    if wanted != "auto":
+        return _unproven(wanted, qemu, "as asked for")
+    candidate = "hvf" if sys.platform == "darwin" else "kvm"
+    if candidate == "kvm" and (problem := host.kvm_problem()):
+        return _unproven("tcg", qemu, problem)
+    folder = cache / "accelerator"
+    with ExitStack() as stack:
+        with paths.usable(cache, paths.CACHE):
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes prove once
+        path = folder / f"{_key(candidate, qemu, kernel)}.json"
+        if verdict := recall(path):
+            return verdict
+        say(f"proving that {candidate} runs guests here, once, at most about {PROOF_SECONDS:.0f} s")
+        verdict = _prove(candidate, qemu, kernel, initrd, append, hypervisor())
+        with paths.usable(cache, paths.CACHE):
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                json.dump(asdict(verdict), file)
+            Path(file.name).replace(path)
+        return verdict
+
+
+def recall(path: Path) -> Verdict | None:
+    """A remembered verdict; None where there is none that can be read."""
+    try:
+        return Verdict(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _unproven(accelerator: str, qemu: Qemu, reason: str, seconds: float = 0.0) -> Verdict:
+    model = processor_models(accelerator, qemu.version)[0]
+    return Verdict(accelerator=accelerator, processor=model, reason=reason, seconds=seconds)
+
+
+def _prove(
+    candidate: str, qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hypervisor
+) -> Verdict:
+    """What a kernel does with the candidate; what is no fault of the candidate is raised.
+
+    Raises:
+        LaunchError: there is no room for a guest now, or the launcher failed.
+    """
+    host.require_memory(_PROOF_MEMORY)
+    start = monotonic()
+    ran: list[str] = []
+    refused: list[str] = []
+    for model in processor_models(candidate, qemu.version):
+        spec = MachineSpec(
+            name="vmsandbox-proof",
+            qemu=str(qemu.path),
+            version=qemu.version,
+            accelerator=candidate,
+            processor=model,
+            hardware=Hardware(memory=_PROOF_MEMORY),
+            append=append,
+        )
+        try:
+            with Machine.running(
+                hypervisor.launcher,
+                hypervisor.loop,
+                spec,
+                kernel=kernel,
+                initrd=initrd,
+                disks=Disks(base=None, overlays=()),
+                logs=None,
+            ) as machine:
+                machine.wait_for_user_space(PROOF_SECONDS)
+        except LauncherError:
+            raise
+        except VMSandboxError as error:
+            hypervisor.launcher.check()  # QEMU dies with it
+            (refused if isinstance(error, LaunchError) else ran).append(error.brief)
+        else:
+            return Verdict(
+                accelerator=candidate,
+                processor=model,
+                reason="proven: a kernel ran its first program",
+                seconds=monotonic() - start,
+            )
+    reason = f"{candidate} is here but does not run guests: {(ran or refused)[-1]}"
+    return _unproven("tcg", qemu, reason, monotonic() - start)
+
+
+def _key(candidate: str, qemu: Qemu, kernel: Path) -> str:
+    with kernel.open("rb") as file:
+        kernel_digest = hashlib.file_digest(file, "sha256").hexdigest()
+    parts = (candidate, _host_boot(), qemu.build, kernel_digest)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _host_boot() -> str:
+    """What differs after each boot of this host."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        import subprocess
+
+        return subprocess.run(
+            ["sysctl", "-n", "kern.boottime"], capture_output=True, text=True, check=False
+        ).stdout.strip()

@@ -1,0 +1,126 @@
+"""A guest's serial console: everything it wrote, bounded."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import threading
+from typing import IO
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.text import printable
+
+HEAD, TAIL = 1 << 20, 1 << 20  # characters that are kept of the beginning and of the end
+_LOG_LIMIT = 64 << 20  # bytes in the log file
+
+
+class _Growing:
+    """A text that grows at its end; it is put together when it is read."""
+
+    def __init__(self, text: str = "") -> None:
+        self._parts = [text]
+        self.size = len(text)
+
+    def add(self, text: str) -> None:
+        if text:
+            self._parts.append(text)
+            self.size += len(text)
+
+    def read(self) -> str:
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
+
+
+class Console:
+    """What a guest has written to its serial console.
+
+    Kept are the first and the last MiB, without control sequences and carriage returns.
+
+    Args:
+        log: a file for the raw bytes, or None. Its first 64 MiB are kept; less, when the disk is full.
+    """
+
+    def __init__(self, log: IO[bytes] | None) -> None:
+        self._log = log
+        self._logged = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._head = _Growing()
+        self._tail = _Growing()
+        self._dropped = 0
+        self._this_boot = _Growing()
+        self._grew = threading.Condition()
+
+    def feed(self, data: bytes) -> None:
+        """Take what the guest wrote."""
+        if self._log is not None and self._logged < _LOG_LIMIT:
+            try:
+                self._log.write(data)
+                self._log.flush()
+                self._logged += len(data)
+            except OSError:
+                self._log = None  # the text is worth more
+        text = self._decoder.decode(data).replace("\r", "")
+        with self._grew:
+            self._this_boot.add(text[: HEAD - self._this_boot.size])
+            room = HEAD - self._head.size
+            self._head.add(text[:room])
+            self._tail.add(text[room:])
+            if self._tail.size > 2 * TAIL:  # cut seldom, so that a chatty guest costs little
+                self._dropped += self._tail.size - TAIL
+                self._tail = _Growing(self._tail.read()[-TAIL:])
+            self._grew.notify_all()
+
+    def begin_boot(self) -> None:
+        """From here on it is another boot of the same machine."""
+        with self._grew:
+            self._this_boot = _Growing()
+
+    @property
+    def this_boot(self) -> str:
+        """The first MiB of what the guest wrote since it was last reset."""
+        with self._grew:
+            raw = self._this_boot.read()
+        return printable(raw)
+
+    @property
+    def text(self) -> str:
+        """All of it; where the middle is left out, a line says how much."""
+        with self._grew:
+            gap = f"\n[{self._dropped} characters left out]\n" if self._dropped else ""
+            raw = self._head.read() + gap + self._tail.read()
+        return printable(raw)
+
+    def tail(self, n: int = 20) -> str:
+        """The last `n` lines."""
+        return "\n".join(self.text.rstrip("\n").split("\n")[-n:]) if n > 0 else ""
+
+    def wait_for(self, pattern: str, timeout: float, *, this_boot: bool = False) -> re.Match[str]:
+        """Wait until a regular expression is found in the text.
+
+        Args:
+            pattern: searched in all of the text, with ``re.MULTILINE``.
+            timeout: seconds.
+            this_boot: only what was written since the last reset counts.
+
+        Raises:
+            TimeoutError: it was not found in time; the text names the last lines.
+        """
+        deadline = Deadline(timeout)
+        compiled = re.compile(pattern, re.MULTILINE)
+        while True:
+            with self._grew:
+                size = self._size
+            if match := compiled.search(self.this_boot if this_boot else self.text):
+                return match
+            if deadline.expired:
+                raise TimeoutError(
+                    f"{pattern!r} did not appear on the console in {timeout:g} s; "
+                    f"its last lines:\n{self.tail()}"
+                )
+            with self._grew:
+                if self._size == size:
+                    self._grew.wait(deadline.remaining())
+
+    @property
+    def _size(self) -> int:
+        return self._dropped + self._head.size + self._tail.size

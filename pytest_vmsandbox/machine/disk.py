@@ -1,0 +1,94 @@
+"""Disks of a guest: the image's, only read, and an overlay that takes what the guest writes."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.core.errors import ImageError, LaunchError
+from pytest_vmsandbox.core.spec import format_size
+
+_CREATE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disks:
+    """The open files of a guest's disks. They have no names, so no crash leaves one behind.
+
+    Attributes:
+        base: the image's disk, or None.
+        overlays: one qcow2 for the root disk, if there is a base, then one for each further disk.
+    """
+
+    base: IO[bytes] | None
+    overlays: tuple[IO[bytes], ...]
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, *, base: Path | None, root_size: int | None, blank: Sequence[int], folder: Path
+    ) -> Iterator[Disks]:
+        """Fresh disks; what the guest has written is gone at the end.
+
+        Args:
+            base: the image's disk, a raw file, or None for a guest without one.
+            root_size: bytes of the root disk; None for the size of `base`.
+            blank: bytes of each further disk.
+            folder: on a file system that has room for what the guest writes.
+
+        Raises:
+            ImageError: `base` cannot be read.
+            LaunchError: an overlay cannot be made.
+        """
+        with ExitStack() as stack:
+            sizes = list(blank)
+            base_file: IO[bytes] | None = None
+            if base is not None:
+                try:
+                    base_file = stack.enter_context(base.open("rb"))
+                except OSError as error:
+                    raise ImageError(
+                        f"the image's disk cannot be read: {error}",
+                        remedy="build the image again: vmsandbox images build NAME --force",
+                    ) from error
+                sizes.insert(0, root_size or base.stat().st_size)
+            overlays = []
+            for size in sizes:
+                overlay = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                overlay.write(_empty_qcow2(size))
+                overlay.flush()
+                overlays.append(overlay)
+            yield cls(base=base_file, overlays=tuple(overlays))
+
+
+@cache
+def _empty_qcow2(size: int) -> bytes:
+    """A qcow2 file of `size` bytes that holds nothing and names no base."""
+    with tempfile.TemporaryDirectory() as folder:  # on failure, qemu-img removes the file itself
+        file = Path(folder, "empty.qcow2")
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=off", str(file)]
+        try:
+            subprocess.run(
+                [*argv, str(size)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_CREATE_SECONDS,
+                stdin=subprocess.DEVNULL,
+            )
+        except FileNotFoundError as error:
+            raise LaunchError(
+                "there is no qemu-img on this machine", remedy="apt-get install qemu-utils"
+            ) from error
+        except (subprocess.SubprocessError, OSError) as error:
+            raise LaunchError(
+                f"a disk of {format_size(size)} could not be made",
+                details=str(getattr(error, "stderr", None) or error),
+            ) from error
+        return file.read_bytes()

@@ -1,0 +1,115 @@
+"""What this host has and allows: memory, users, the device of its accelerator."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+from pathlib import Path
+
+from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.core.spec import MIB, format_size
+from pytest_vmsandbox.machine.process import Identity
+
+KVM = Path("/dev/kvm")
+QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, beside the guest's memory
+_CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
+_SETGID, _SETUID = 6, 7  # bits of a capability set
+_UIDS = range(61184, 65520)  # systemd's range for users that exist only while a service runs
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can use without swapping; None where the host does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    try:  # a container's limit
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = (_CGROUP / "memory.current").read_text().strip()
+        if limit != "max":
+            sizes.append(int(limit) - int(used) + _page_cache())
+    except OSError:
+        pass
+    return min(sizes, default=None)
+
+
+def _page_cache() -> int:
+    """Bytes of a container's memory that hold files, and are given up when memory is needed."""
+    words = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
+
+
+def require_memory(size: int) -> None:
+    """Check that a guest with `size` bytes of memory fits.
+
+    Raises:
+        LaunchError: it does not.
+    """
+    available = available_memory()
+    if available is not None and size + QEMU_OVERHEAD > available:
+        raise LaunchError(
+            f"a guest with {format_size(size)} of memory does not fit: this host has "
+            f"{format_size(max(0, available))} left, QEMU itself takes {format_size(QEMU_OVERHEAD)}",
+            remedy="give it less: memory= (in a test), --memory (vmsandbox); or end what else runs here",
+        )
+
+
+def kvm_problem() -> str:
+    """Why KVM cannot even be tried here; empty where it can."""
+    if sys.platform != "linux":
+        return "there is no KVM but on Linux"
+    if not KVM.exists():
+        return f"there is no {KVM}: virtualization is switched off, or this is a virtual machine"
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        return f"{KVM} is not open to this user; add them to its group: sudo usermod -aG kvm $USER"
+    return ""
+
+
+def guest_identity(accelerator: str) -> Identity | None:
+    """Who QEMU runs as: where we are root, an unprivileged user of our own; None where not.
+
+    With KVM the user is put into the group of its device. Where the device is open to root alone,
+    QEMU has to stay root.
+    """
+    if os.geteuid() != 0:
+        return None
+    groups: tuple[int, ...] = ()
+    if accelerator == "kvm" and KVM.exists():
+        status = KVM.stat()
+        if status.st_mode & 0o006 != 0o006:
+            if status.st_mode & 0o060 != 0o060:
+                return None
+            groups = (status.st_gid,)
+    if not (_all_users_mapped() and _may_change_user()):
+        return None
+    uid = _UIDS[os.getpid() % len(_UIDS)]
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return Identity(uid=uid, gid=uid, groups=groups)
+    return Identity(uid=65534, gid=65534, groups=groups)
+
+
+def _all_users_mapped() -> bool:
+    """Whether `_UIDS` exist in this user namespace (in a container they may not)."""
+    try:
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+    except OSError:
+        return False
+    return any(
+        int(first) <= _UIDS.start and _UIDS.stop <= int(first) + int(count)
+        for first, _, count in (line.split() for line in lines)
+    )
+
+
+def _may_change_user() -> bool:
+    """Whether we may become another user (in a container root may not)."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return False
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    needed = 1 << _SETUID | 1 << _SETGID
+    return effective & needed == needed

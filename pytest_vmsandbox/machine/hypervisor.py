@@ -1,0 +1,110 @@
+"""The one owner of everything that a process needs to run guests."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.process import Launcher
+
+_LOCK = ".lock"
+_RUN = re.compile(r"\d+-[0-9a-f]{8}")  # names of folders of runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypervisor:
+    """What all guests of one process share.
+
+    Attributes:
+        folder: of this run, private to the user; gone after it, however it ends.
+        cache: the user's cache folder, on a file system with room.
+        launcher: spawns and owns every QEMU.
+        loop: the thread that listens to them.
+    """
+
+    folder: Path
+    cache: Path
+    launcher: Launcher
+    loop: LoopThread
+
+    @classmethod
+    @contextmanager
+    def running(
+        cls, *, runtime: Path | None = None, cache: Path | None = None
+    ) -> Iterator[Hypervisor]:
+        """A running launcher and loop; at the end every guest is gone, and so are they.
+
+        Raises:
+            ConfigError: one of the folders cannot be used.
+        """
+        cache = cache or paths.cache_dir()
+        with paths.usable(cache, paths.CACHE):
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with ExitStack() as stack:
+            folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
+            launcher = stack.enter_context(Launcher.running(folder))
+            loop = stack.enter_context(LoopThread.running())
+            yield cls(folder=folder, cache=cache, launcher=launcher, loop=loop)
+
+
+@contextmanager
+def _run_folder(root: Path) -> Iterator[Path]:
+    """A folder for this run. Those of runs that are gone are removed first."""
+    with paths.usable(root, paths.RUNTIME):
+        folder, lock = _make_run_folder(root)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
+    """A new folder for a run, and its lock, held."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = root.lstat()  # a link that somebody else has put there is none of ours
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if not private or status.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{root} is not private to this user",
+            remedy=f"remove it, or name another folder in {paths.RUNTIME}",
+        )
+    with (root / _LOCK).open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for entry in root.iterdir():
+            if _is_run_folder(entry) and not _alive(entry):
+                shutil.rmtree(entry, ignore_errors=True)
+        folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir(mode=0o700)
+        lock = (folder / _LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def _is_run_folder(entry: Path) -> bool:
+    named_so = _RUN.fullmatch(entry.name) is not None
+    return named_so and entry.is_dir() and not entry.is_symlink()
+
+
+def _alive(folder: Path) -> bool:
+    """Whether the run that made this folder still holds its lock."""
+    try:
+        with (folder / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,212 @@
+"""The launcher: a process that spawns every guest of one run, and ends them when the run is gone.
+
+It is a program of its own (``python -I -S launcher.py CONTROL-FD OWNER-PID FOLDER``): the standard
+library only, one thread, imported by nobody. Two things tell it that its owner is gone, however
+that went: the end of the control socket, and a pidfd of the owner (a process that the owner forked
+may still hold the socket). Then it kills every guest, waits for each, removes the run's folder
+and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the launcher has one thread,
+so the signal cannot come early).
+
+The control socket carries one JSON message per packet, host to launcher only:
+
+* ``{"spawn": ID, "argv": […], "fds": [N, …], "uid": N|null, "gid": N|null, "groups": […]}`` with
+  the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
+  pipe gets a line ``{"pid": N}`` or ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
+* ``{"signal": NUMBER, "id": ID}`` sends a signal to a guest that has not been reaped yet, so a
+  process that merely got the same pid is never hit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+
+TYPE_CHECKING = False  # known to type checkers; importing typing would take longer than we do
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    Guests = dict[int, dict[str, int]]
+
+PR_SET_PDEATHSIG = 1
+MAX_MESSAGE = 1 << 20
+FIRST_FREE_FD = 200
+
+
+def main(control_fd: int, owner_pid: int, folder: str) -> None:
+    """Own the guests until the owner is gone."""
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGPIPE"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    poller = select.poll()
+    poller.register(control, select.POLLIN)
+    poller.register(wake_read, select.POLLIN)
+    owner: int | None = None
+    if hasattr(os, "pidfd_open"):
+        try:
+            owner = os.pidfd_open(owner_pid)
+        except OSError:
+            if os.getppid() != owner_pid:  # it was gone before we looked
+                control.close()
+                return
+        else:
+            poller.register(owner, select.POLLIN)
+    guests: Guests = {}
+    try:
+        while True:
+            ready = {fd for fd, _ in poller.poll()}
+            if wake_read in ready:
+                drain(wake_read)
+                reap(guests)
+            if owner is not None and owner in ready:
+                break
+            if control.fileno() in ready and not obey(control, guests):
+                break
+    finally:
+        end_all(guests)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def drain(fd: int) -> None:
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        pass
+
+
+def obey(control: socket.socket, guests: Guests) -> bool:
+    """Carry out one message; False at the end of the control socket."""
+    try:
+        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 64)
+    except (BlockingIOError, InterruptedError):
+        return True
+    except OSError:
+        return False
+    if not message:
+        return False
+    request = json.loads(message)
+    if "spawn" in request:
+        spawn(request, fds, guests)
+    else:
+        guest = guests.get(request["id"])
+        if guest is not None:
+            os.kill(guest["pid"], request["signal"])
+    return True
+
+
+def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
+    """Start a guest. When the host has no room for it, its status pipe is told."""
+    moved: list[int] = []
+    try:
+        for fd in fds:
+            moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD))  # noqa: PERF401  # those before an error are closed
+        if len(moved) != 1 + len(request["fds"]):  # there were no numbers left to receive them
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    except OSError as error:
+        if fds:
+            report(fds[0], {"error": str(error)})
+        close(moved + fds)
+        return
+    close(fds)
+    status, *given = moved
+    launcher_pid = os.getpid()
+    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+    except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        report(status, {"error": str(error)})
+        close(moved)
+        return
+    if pid == 0:
+        try:
+            become(request, given, launcher_pid)
+        except BaseException as error:  # noqa: BLE001  # the owner is told
+            report(status, {"error": str(error)})
+        finally:
+            os._exit(127)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    close(given)
+    report(status, {"pid": pid})
+    guests[request["spawn"]] = {"pid": pid, "status": status}
+
+
+def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoReturn:
+    """In the child: set up descriptors, user and death signal, and become the program."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    targets = dict(zip(request["fds"], given, strict=True))
+    for number in (1, 2):
+        if number not in targets:
+            os.dup2(null, number)
+    for number, fd in targets.items():
+        os.dup2(fd, number)  # dup2 makes it inheritable
+    signal.set_wakeup_fd(-1)
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            try:
+                signal.signal(number, signal.SIG_DFL)
+            except (OSError, ValueError):
+                pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")  # let the host's OOM killer take a guest before a test run
+    except OSError:
+        pass
+    if request["uid"] is not None:
+        os.setgroups(request["groups"])
+        os.setresgid(request["gid"], request["gid"], request["gid"])
+        os.setresuid(request["uid"], request["uid"], request["uid"])
+    if sys.platform == "linux":  # after the change of user, which clears the death signal
+        if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+        if os.getppid() != launcher_pid:
+            os._exit(127)
+    os.execve(request["argv"][0], request["argv"], request["env"])
+
+
+def reap(guests: Guests) -> None:
+    for name, guest in list(guests.items()):
+        pid, status = os.waitpid(guest["pid"], os.WNOHANG)
+        if pid:
+            report(guest["status"], {"exit": os.waitstatus_to_exitcode(status)})
+            os.close(guest["status"])
+            del guests[name]
+
+
+def end_all(guests: Guests) -> None:
+    for guest in guests.values():
+        os.kill(guest["pid"], signal.SIGKILL)
+    for guest in guests.values():
+        os.waitpid(guest["pid"], 0)
+
+
+def close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def report(status: int, message: dict[str, object]) -> None:
+    try:
+        os.write(status, json.dumps(message).encode() + b"\n")
+    except OSError:
+        pass  # the owner is gone; the control socket says so too
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,78 @@
+"""The one thread of ours that waits for descriptors: QEMU's monitors and serial consoles."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_CHUNK = 65_536
+_CALL_SECONDS = 10.0
+
+
+class LoopThread:
+    """An asyncio event loop in a thread of its own, used from other threads."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    @classmethod
+    @contextmanager
+    def running(cls) -> Iterator[LoopThread]:
+        """A running loop; at the end its tasks are cancelled and the thread is gone."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="vmsandbox-loop", daemon=True)
+        thread.start()
+        try:
+            yield cls(loop)
+        finally:
+            asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(_CALL_SECONDS)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Start a coroutine on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    @contextmanager
+    def reading(self, sock: socket.socket, feed: Callable[[bytes], None]) -> Iterator[None]:
+        """Hand what arrives on `sock` to `feed`, on the loop's thread, until its end."""
+        sock.setblocking(False)
+
+        def on_readable() -> None:
+            try:
+                data = sock.recv(_CHUNK)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                feed(data)
+            else:
+                self._loop.remove_reader(sock)
+
+        async def start() -> None:
+            self._loop.add_reader(sock, on_readable)
+
+        async def end() -> None:
+            if self._loop.remove_reader(sock):
+                on_readable()  # what arrived last
+
+        self.submit(start()).result(_CALL_SECONDS)
+        try:
+            yield
+        finally:
+            self.submit(end()).result(_CALL_SECONDS)
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,385 @@
+"""One running QEMU: its process, monitor, console and disks, and how it is ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
+from pytest_vmsandbox.machine import cmdline, host
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
+from pytest_vmsandbox.machine.qmp import Monitor
+
+GREETING_SECONDS = 30.0
+_TERM_SECONDS = 5.0
+_LAST_FIXED_FD = 4
+
+# What the console shows once a stage is reached. `kernel` is what a kernel prints first, also
+# when it is told to be quiet; `init` and `ssh` are printed by our images.
+_STAGES = (
+    ("ssh", re.compile(r"^vmsandbox: ssh$", re.MULTILINE)),
+    ("init", re.compile(r"^vmsandbox: init$", re.MULTILINE)),
+    ("kernel", re.compile(r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]", re.MULTILINE)),
+)
+SSH_ANNOUNCED, INIT_REACHED = _STAGES[0][1].pattern, _STAGES[1][1].pattern
+_PANIC_LINES = 30
+_PANIC_END = "---[ end Kernel panic - not syncing"
+_PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
+
+
+class Machine:
+    """A QEMU process that we drive. Made by `running`, which ends it."""
+
+    def __init__(
+        self, spec: MachineSpec, process: OwnedProcess, monitor: Monitor, console: Console
+    ) -> None:
+        self.spec = spec
+        self.process = process
+        self.monitor = monitor
+        self.console = console
+
+    @classmethod
+    @contextmanager
+    def running(
+        cls,
+        launcher: Launcher,
+        loop: LoopThread,
+        spec: MachineSpec,
+        *,
+        kernel: Path | None,
+        initrd: Path | None,
+        disks: Disks,
+        logs: Path | None,
+        more_args: Sequence[str] = (),
+    ) -> Iterator[Machine]:
+        """Start QEMU and connect to its monitor. At the end the process is killed and reaped.
+
+        Args:
+            kernel, initrd: to boot directly; None for a guest that is only firmware.
+            logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
+            more_args: added to QEMU's command line.
+
+        Raises:
+            LaunchError: the host has no room, or QEMU ended before it greeted us.
+        """
+        host.require_memory(spec.hardware.memory)
+        with ExitStack() as stack:
+            log = _Logs(stack, logs)
+            console = Console(log.console)
+            fds, given = _descriptors(stack, kernel, initrd, disks)
+            our_monitor, their_monitor = socket.socketpair()
+            our_console, their_console = socket.socketpair()
+            stack.enter_context(our_console)
+            stack.callback(our_monitor.close)
+            given |= {fds.monitor: their_monitor.fileno(), fds.console: their_console.fileno()}
+            argv = [*cmdline.argv(spec, fds), *more_args]
+            log.argv(argv)
+            stack.enter_context(loop.reading(our_console, console.feed))
+            with their_monitor, their_console:
+                process = stack.enter_context(
+                    launcher.spawn(
+                        argv,
+                        fds=given,
+                        env={"PATH": os.defpath, "LC_ALL": "C"},
+                        identity=host.guest_identity(spec.accelerator),
+                    )
+                )
+            try:
+                monitor = stack.enter_context(
+                    Monitor.connected(loop, our_monitor, log=log.monitor, timeout=GREETING_SECONDS)
+                )
+            except MonitorError as error:
+                raise _did_not_start(process) from error
+            # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
+            stack.callback(process.wait, _TERM_SECONDS)
+            stack.callback(process.signal, signal.SIGKILL)
+            yield cls(spec, process, monitor, console)
+
+    # -- how it is doing ------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> str:
+        """How far the guest has got: launch, kernel, init or ssh."""
+        text = self.console.this_boot
+        for stage, pattern in _STAGES:
+            if pattern.search(text):
+                return stage
+        return "firmware"
+
+    def ended(self) -> int | None:
+        """QEMU's exit status, or None while it runs."""
+        return self.process.wait(0)
+
+    def check(self) -> None:
+        """Look whether the guest is still there; quick enough to be called often.
+
+        Raises:
+            GuestLost: QEMU is gone, the guest's kernel panicked, or the accelerator gave up.
+        """
+        events = self.monitor.events()
+        names = [event["event"] for event in events]
+        if "GUEST_PANICKED" in names:
+            raise self._panic()
+        status = self.ended()
+        if status is None:
+            return
+        if "SHUTDOWN" in names:
+            reason = events[names.index("SHUTDOWN")].get("data", {}).get("reason", "")
+            raise GuestLost(
+                f"{self.spec.name} is switched off ({reason})",
+                details=self._console_lines(),
+                remedy="in a test, vm.power_on() switches it on again",
+            )
+        raise GuestLost(
+            f"{self.spec.name}: QEMU ended with {_status_text(status)}",
+            details="\n".join(filter(None, [self.process.stderr_tail, self._console_lines()])),
+            stage="launch",
+        )
+
+    def check_booting(self) -> None:
+        """Look closer while a guest boots; asks QEMU, so not for a tight loop.
+
+        A kernel that panics before it has the driver which tells QEMU says so on the console.
+        Later that text is no proof: any program of the guest can write it.
+
+        Raises:
+            GuestLost: the kernel panicked, or QEMU has stopped it after an error of its own.
+        """
+        if _PANIC_END in self.console.this_boot:
+            raise self._panic()
+        status = self.execute("query-status")["status"]
+        if status in {"internal-error", "io-error"}:
+            raise GuestLost(
+                f"{self.spec.name}: QEMU stopped the guest with status {status!r} "
+                f"({self.spec.accelerator})",
+                details=self._console_lines(),
+                remedy="do without the accelerator: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)"
+                if status == "internal-error"
+                else "the host's disk may be full",
+                stage="launch",
+            )
+
+    def boot_error(self, error: GuestLost, seconds: float) -> BootError:
+        """The same loss, as one of a guest that has not come up yet."""
+        stage = error.stage or self.stage
+        return BootError(
+            f"{error.brief} while booting, {seconds:.0f} s after power-on",
+            stage=stage,
+            seconds=seconds,
+            details=error.details,
+            remedy=error.remedy,
+        )
+
+    def _panic(self) -> GuestLost:
+        """The panic that QEMU has told of; the console says which, where it came so far."""
+        text = self.console.text
+        found = list(_PANIC_TEXT.finditer(text))
+        if not found:
+            return GuestLost(
+                f"{self.spec.name}: kernel panic", details=self._console_lines(), stage="kernel"
+            )
+        lines = text[found[-1].start() :].split("\n")[:_PANIC_LINES]
+        return GuestLost(
+            f"{self.spec.name}: kernel panic: {found[-1][1]}",
+            details="\n".join(["--- on the console", *lines]),
+            stage="kernel",
+        )
+
+    def _console_lines(self) -> str:
+        tail = self.console.tail()
+        return f"--- last lines of the console\n{tail}" if tail else "(the console is empty)"
+
+    # -- what can be done with it ---------------------------------------------------------------
+
+    def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None
+    ) -> Any:
+        """Execute a command of the machine protocol, with a descriptor passed along.
+
+        Raises:
+            MonitorError: QEMU refused it.
+            GuestLost: QEMU is gone.
+        """
+        try:
+            return self.monitor.execute(command, arguments, fd=fd)
+        except MonitorError:
+            if self.monitor.closed:  # QEMU is ending; what ended it is seen in a moment
+                self.process.wait(_TERM_SECONDS)
+                self.check()
+            raise
+
+    def _human(self, line: str) -> str:
+        return str(self.execute("human-monitor-command", {"command-line": line}))
+
+    def forward(self, port: int) -> tuple[str, int]:
+        """A loopback address of this host that reaches a TCP port of the guest.
+
+        The kernel picks the port on this side. Asked again for the same port, it gives the same.
+
+        Raises:
+            MonitorError: QEMU refuses it.
+        """
+        if not (here := self._forwarded(port)):
+            answer = self._human(f"hostfwd_add {cmdline.NETDEV} tcp:127.0.0.1:0-:{port}")
+            here = self._forwarded(port)
+            if not here:
+                raise MonitorError(f"QEMU did not forward port {port}", details=answer)
+        return here
+
+    def _forwarded(self, port: int) -> tuple[str, int] | None:
+        # TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0
+        for line in self._human("info usernet").splitlines():
+            words = line.split()
+            if words[:1] == ["TCP[HOST_FORWARD]"] and words[5] == str(port):
+                return words[2], int(words[3])
+        return None
+
+    def screenshot(self, file: IO[bytes]) -> None:
+        """Write the display to an open file, as PNG.
+
+        Raises:
+            MonitorError: QEMU cannot (before 7.1, or built without PNG).
+        """
+        added: Any = self.execute("add-fd", fd=file.fileno())
+        number = added["fdset-id"]
+        try:
+            self.execute("screendump", {"filename": f"/dev/fdset/{number}", "format": "png"})
+        finally:
+            self.execute("remove-fd", {"fdset-id": number})
+
+    def end(self, timeout: float) -> bool:
+        """Wait for an orderly end of QEMU, then insist: quit, SIGTERM, SIGKILL.
+
+        Args:
+            timeout: seconds for the guest's own power-off, which somebody has asked for.
+
+        Returns:
+            Whether the guest switched itself off.
+        """
+        if self.process.wait(timeout) is not None:
+            return True
+        try:
+            self.monitor.execute("quit", timeout=_TERM_SECONDS)
+        except MonitorError:
+            pass  # the next rung
+        for number in (None, signal.SIGTERM, signal.SIGKILL):
+            if number is not None:
+                self.process.signal(number)
+            if self.process.wait(_TERM_SECONDS) is not None:
+                break
+        return False
+
+    def kill(self) -> None:
+        """Pull the plug."""
+        self.process.signal(signal.SIGKILL)
+        self.process.wait(_TERM_SECONDS)
+
+    def wait_for_ssh(self, timeout: float) -> bool:
+        """Whether the guest announces its SSH server on the console within `timeout` seconds."""
+        try:
+            self.console.wait_for(SSH_ANNOUNCED, timeout, this_boot=True)
+        except TimeoutError:
+            return False
+        return True
+
+    def wait_for_user_space(self, timeout: float) -> None:
+        """Wait until the guest's kernel has started its first program.
+
+        Raises:
+            BootError: it did not in `timeout` seconds, or the guest is gone.
+        """
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                self.console.wait_for(INIT_REACHED, deadline.remaining(0.5))
+            except TimeoutError as error:
+                try:
+                    self.check()
+                    self.check_booting()
+                except GuestLost as lost:
+                    raise self.boot_error(lost, deadline.elapsed) from lost
+                if deadline.expired:
+                    raise BootError(
+                        f"no program ran in {self.spec.name} within {timeout:g} s "
+                        f"({self.spec.accelerator})",
+                        stage=self.stage,
+                        seconds=timeout,
+                        details=self._console_lines(),
+                    ) from error
+            else:
+                return
+
+
+class _Logs:
+    """The files that a machine writes beside its work."""
+
+    def __init__(self, stack: ExitStack, folder: Path | None) -> None:
+        self._folder = folder
+        self.console: IO[bytes] | None = None
+        self._monitor: IO[str] | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: else closing it would fail once more where the disk is full.
+            self.console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
+            self._monitor = stack.enter_context((folder / "qmp.log").open("a", buffering=1))
+
+    def monitor(self, line: str) -> None:
+        if self._monitor is not None and not self._monitor.closed:
+            self._monitor.write(line)
+
+    def argv(self, argv: list[str]) -> None:
+        if self._folder is not None:
+            (self._folder / "qemu.argv").write_text("\n".join(argv) + "\n")
+
+
+def _descriptors(
+    stack: ExitStack, kernel: Path | None, initrd: Path | None, disks: Disks
+) -> tuple[Descriptors, dict[int, int]]:
+    """The numbers for QEMU, and which of our descriptors is behind each."""
+    given: dict[int, int] = {}
+
+    def give(fd: int) -> int:
+        number = _LAST_FIXED_FD + 1 + len(given)
+        given[number] = fd
+        return number
+
+    fds = Descriptors()
+    if kernel is not None:
+        fds = replace(fds, kernel=give(stack.enter_context(kernel.open("rb")).fileno()))
+    if initrd is not None:
+        fds = replace(fds, initrd=give(stack.enter_context(initrd.open("rb")).fileno()))
+    if disks.base is not None:
+        fds = replace(fds, base=give(disks.base.fileno()))
+    overlays = tuple(give(overlay.fileno()) for overlay in disks.overlays)
+    return replace(fds, overlays=overlays), given
+
+
+def _did_not_start(process: OwnedProcess) -> LaunchError:
+    status = process.wait(_TERM_SECONDS)
+    how = "does not answer" if status is None else f"ended with {_status_text(status)}"
+    return LaunchError(
+        f"QEMU {how}",
+        details=process.stderr_tail + "--- its command line\n" + " ".join(process.argv),
+        remedy="'vmsandbox doctor' checks this machine",
+    )
+
+
+def _status_text(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    hint = " (a system call that -sandbox forbids)" if -status == signal.SIGSYS else ""
+    name = signal.Signals(-status).name
+    hint = " (an out-of-memory kill, or a kill from outside)" if name == "SIGKILL" else hint
+    return f"signal {name}{hint}"

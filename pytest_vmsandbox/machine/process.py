@@ -1,0 +1,244 @@
+"""Processes of ours, spawned and owned by the launcher, which outlives any death of this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import LaunchError, TeardownError
+
+_STDERR_TAIL = 8_192  # bytes
+_REAP_SECONDS = 10.0  # a killed process that is not gone by then is stuck in the kernel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who a process runs as: numbers of user, group and further groups."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+class LauncherError(LaunchError):
+    """The launcher is gone, or could not start a program: no fault of what was to run."""
+
+
+class OwnedProcess:
+    """A process that the launcher has spawned. Made by `Launcher.spawn`, which ends it.
+
+    Attributes:
+        pid: its process number.
+        argv: its command line.
+    """
+
+    def __init__(
+        self, launcher: Launcher, number: int, argv: tuple[str, ...], status: int, stderr: IO[bytes]
+    ) -> None:
+        self.argv = argv
+        self.pid = 0
+        self._launcher = launcher
+        self._number = number
+        self._status = status
+        self._stderr = stderr
+        self._lines = b""
+        self._tail: str | None = None  # known at the end; until then it is in the file
+        self._returncode: int | None = None
+        self._lock = threading.Lock()
+
+    def _await_start(self) -> None:
+        message = self._read(Deadline(_REAP_SECONDS))
+        if message is None or "pid" not in message:
+            reason = "the launcher did not answer"
+            if message is not None:
+                reason = str(message.get("error", "the launcher is gone"))
+            raise LauncherError(f"{self.argv[0]} could not be started: {reason}")
+        self.pid = int(message["pid"])
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit status (−N: signal N), or None if it still runs after `timeout` seconds."""
+        deadline = Deadline(timeout)
+        if not self._lock.acquire(timeout=deadline.remaining()):  # another thread is waiting
+            return self._returncode
+        try:
+            while self._returncode is None and self._tail is None:
+                message = self._read(deadline)
+                if message is None:
+                    return None
+                if "error" in message:
+                    raise LauncherError(f"{self.argv[0]} could not be started: {message['error']}")
+                self._returncode = int(message.get("exit", -9))
+            return self._returncode
+        finally:
+            self._lock.release()
+
+    def _read(self, deadline: Deadline) -> dict[str, Any] | None:
+        while b"\n" not in self._lines:
+            poller = select.poll()
+            poller.register(self._status, select.POLLIN)
+            if not poller.poll(deadline.remaining() * 1000):
+                return None
+            data = os.read(self._status, 4096)
+            if not data:  # the launcher is gone, and its children with it
+                return {"exit": -9}
+            self._lines += data
+        line, _, self._lines = self._lines.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def signal(self, number: int) -> None:
+        """Send a signal; nothing happens if the process is gone."""
+        self._launcher.signal(self._number, number)
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last lines of what it wrote to its standard error (and output)."""
+        if self._tail is not None:
+            return self._tail
+        fd = self._stderr.fileno()
+        start = max(0, os.fstat(fd).st_size - _STDERR_TAIL)
+        # The process writes where this file is: it must not be moved.
+        return os.pread(fd, _STDERR_TAIL, start).decode(errors="replace")
+
+    def _end(self) -> None:
+        """Its descriptors are about to be closed: keep what can still be asked for."""
+        self._tail = self.stderr_tail
+
+
+class Launcher:
+    """This process's end of the launcher. One for each process that runs guests.
+
+    Args:
+        folder: of the run; the launcher removes it when this process is gone.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @classmethod
+    @contextmanager
+    def running(cls, folder: Path) -> Iterator[Launcher]:
+        """A running launcher; at the end it and all that it still owns is killed."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            with theirs:
+                program = Path(__file__).with_name("launcher.py")
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        str(program),
+                        str(theirs.fileno()),
+                        str(os.getpid()),
+                        str(folder),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C in our terminal is not for it
+                    cwd="/",
+                )
+            try:
+                yield cls(ours)
+            finally:
+                ours.shutdown(socket.SHUT_RDWR)
+                try:
+                    process.wait(_REAP_SECONDS)
+                except subprocess.TimeoutExpired as error:
+                    process.kill()
+                    process.wait()
+                    raise TeardownError("the launcher did not end and was killed") from error
+
+    @contextmanager
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        fds: Mapping[int, int],
+        env: Mapping[str, str],
+        identity: Identity | None = None,
+    ) -> Iterator[OwnedProcess]:
+        """A process of ours; at the end it is killed, if it still runs, and reaped.
+
+        Args:
+            argv: absolute path of the program, and its arguments.
+            fds: descriptors for it: its number → ours.
+            env: its whole environment.
+            identity: who it runs as; None for the user of this process.
+
+        Raises:
+            LaunchError: it could not be started.
+            TeardownError: it could not be killed.
+        """
+        status_read, status_write = os.pipe2(os.O_CLOEXEC)
+        with tempfile.TemporaryFile() as stderr, os.fdopen(status_read, "rb", buffering=0):
+            given = {1: stderr.fileno(), 2: stderr.fileno(), **fds}
+            with self._lock:
+                self._count += 1
+                number = self._count
+            process = OwnedProcess(self, number, tuple(argv), status_read, stderr)
+            try:
+                self._send(
+                    {
+                        "spawn": number,
+                        "argv": list(argv),
+                        "fds": list(given),
+                        "env": dict(env),
+                        "uid": identity.uid if identity else None,
+                        "gid": identity.gid if identity else None,
+                        "groups": list(identity.groups) if identity else [],
+                    },
+                    [status_write, *given.values()],
+                )
+            finally:
+                os.close(status_write)
+            try:
+                process._await_start()  # noqa: SLF001  # ours, just above
+                yield process
+            finally:
+                self.signal(number, 9)
+                try:
+                    if process.pid and process.wait(_REAP_SECONDS) is None:
+                        raise TeardownError(f"process {process.pid} ({argv[0]}) cannot be killed")
+                finally:
+                    process._end()  # noqa: SLF001  # likewise
+
+    def check(self) -> None:
+        """Look whether the launcher is still there.
+
+        Raises:
+            LauncherError: it is gone.
+        """
+        self._send({"id": 0, "signal": 0}, [])  # numbers of processes begin at 1
+
+    def signal(self, number: int, signum: int) -> None:
+        """Send a signal to a process by the number that `spawn` gave it."""
+        try:
+            self._send({"id": number, "signal": signum}, [])
+        except LaunchError:
+            pass  # the launcher is gone, and took the process with it
+
+    def _send(self, message: object, fds: Sequence[int]) -> None:
+        with self._lock:
+            try:
+                socket.send_fds(self._control, [json.dumps(message).encode()], fds)
+            except OSError as error:
+                raise LauncherError(
+                    "the launcher is gone, and every guest with it",
+                    details=str(error),
+                    remedy="something killed the launcher process; look for an out-of-memory kill",
+                ) from error

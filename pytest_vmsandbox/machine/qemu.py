@@ -1,0 +1,79 @@
+"""The QEMU of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from pytest_vmsandbox.core.errors import LaunchError
+
+_VERSION_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qemu:
+    """A QEMU system emulator.
+
+    Attributes:
+        path: of the program.
+        version: for instance ``(7, 2, 22)``.
+        build: what tells this build from any other: path, version, size and time of the file.
+    """
+
+    path: Path
+    version: tuple[int, ...]
+    build: str
+
+    @property
+    def release(self) -> str:
+        """The version for people, such as ``7.2.22``."""
+        return ".".join(map(str, self.version))
+
+
+def find_qemu(architecture: str = "x86_64") -> Qemu:
+    """The QEMU for guests of an architecture.
+
+    The variable ``VMSANDBOX_QEMU`` names another program than the one on the path.
+
+    Raises:
+        LaunchError: there is none, or it does not run.
+    """
+    wanted = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{architecture}"
+    found = shutil.which(wanted)
+    if found is None:
+        raise LaunchError(
+            f"there is no {wanted} on this machine",
+            remedy="run 'vmsandbox quickstart', or install it: apt-get install qemu-system-x86 "
+            "qemu-utils (Debian, Ubuntu), dnf install qemu-system-x86 (Fedora), "
+            "brew install qemu (macOS)",
+        )
+    status = Path(found).stat()
+    return _inspect(found, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _inspect(path: str, mtime: int, size: int) -> Qemu:
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        output = done.stdout + done.stderr
+    except (OSError, subprocess.TimeoutExpired) as error:
+        output = str(error)
+    match = re.search(r"version (\d+(?:\.\d+)*)", output)
+    if match is None:
+        raise LaunchError(
+            f"{path} does not tell its version", details=output, remedy="install QEMU anew"
+        )
+    version = tuple(int(part) for part in match[1].split("."))
+    return Qemu(path=Path(path), version=version, build=f"{path} {match[1]} {size} {mtime}")

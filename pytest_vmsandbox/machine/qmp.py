@@ -1,0 +1,144 @@
+"""The QEMU machine protocol: the only module that knows `qemu.qmp`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from typing import Any
+
+from qemu.qmp import (
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    QMPClient,
+    QMPError,
+    Runstate,
+)
+
+from pytest_vmsandbox.core.deadline import Deadline, wall
+from pytest_vmsandbox.core.errors import MonitorError
+from pytest_vmsandbox.machine.loop import LoopThread
+
+Event = Mapping[str, Any]
+_CLOSE_SECONDS = 5.0
+
+
+class Monitor:
+    """A connection to QEMU's monitor, used from any thread.
+
+    Args:
+        log: called with each line of the protocol's log.
+    """
+
+    def __init__(self, loop: LoopThread, log: Callable[[str], None]) -> None:
+        self._loop = loop
+        self._log = log
+        self._client = QMPClient("vmsandbox")
+        self._client.logger.disabled = True  # raises what it logs
+        self._listener = EventListener()
+        self._client.register_listener(self._listener)
+        self._events: list[Event] = []
+        self._arrived = threading.Condition()
+
+    @classmethod
+    @contextmanager
+    def connected(
+        cls, loop: LoopThread, sock: socket.socket, *, log: Callable[[str], None], timeout: float
+    ) -> Iterator[Monitor]:
+        """A monitor on our end of a socket pair; it takes the socket over.
+
+        Raises:
+            MonitorError: QEMU did not greet us within `timeout` seconds.
+        """
+        monitor = cls(loop, log)
+        try:
+            monitor._await(monitor._client.connect(sock), timeout, "greeting")
+            pump = loop.submit(monitor._pump())
+            try:
+                yield monitor
+            finally:
+                pump.cancel()
+        finally:
+            try:
+                monitor._await(monitor._client.disconnect(), _CLOSE_SECONDS, "disconnect")
+            except MonitorError:
+                pass  # QEMU ended first: then disconnect() raises what ended the connection
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        fd: int | None = None,
+        timeout: float = 30.0,
+    ) -> Any:
+        """Execute a command, with a descriptor passed along, and return its answer.
+
+        Raises:
+            MonitorError: QEMU refused it, did not answer in `timeout` seconds, or is gone.
+        """
+        self._record("->", {"execute": command, "arguments": dict(arguments or {})})
+        try:
+            answer = self._await(self._execute(command, arguments, fd), timeout, command)
+        except MonitorError as error:
+            self._record("<-", {"error": error.brief})
+            raise
+        self._record("<-", {"return": answer})
+        return answer
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is over."""
+        return self._client.runstate is not Runstate.RUNNING
+
+    def events(self) -> list[Event]:
+        """All events so far."""
+        with self._arrived:
+            return list(self._events)
+
+    def wait_event(self, name: str, *, since: int, timeout: float) -> Event | None:
+        """The first event called `name` from number `since` on; None after `timeout` seconds."""
+        deadline = Deadline(timeout)
+        with self._arrived:
+            while True:
+                for event in self._events[since:]:
+                    if event["event"] == name:
+                        return event
+                if not self._arrived.wait(deadline.remaining()) and deadline.expired:
+                    return None
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, fd: int | None
+    ) -> object:
+        if fd is not None:
+            self._client.send_fd_scm(fd)
+        return await self._client.execute(command, dict(arguments) if arguments else None)
+
+    async def _pump(self) -> None:
+        async for event in self._listener:
+            self._record("<-", event)
+            with self._arrived:
+                self._events.append(event)
+                self._arrived.notify_all()
+
+    def _record(self, direction: str, message: object) -> None:
+        self._log(f"{wall():.3f} {direction} {json.dumps(message, default=str)}\n")
+
+    def _await(self, work: Any, timeout: float, what: str) -> Any:
+        future = self._loop.submit(work)
+        try:
+            return future.result(timeout)
+        except FutureTimeoutError as error:
+            future.cancel()
+            raise MonitorError(f"QEMU's monitor: no answer to {what!r} in {timeout:g} s") from error
+        except ExecuteError as error:
+            raise MonitorError(
+                f"QEMU refused {what!r}: {error}", error_class=error.error_class
+            ) from error
+        # It asserts that QEMU, which has just greeted us, has not ended since: it may have.
+        except (QMPError, ExecInterruptedError, EOFError, OSError, AssertionError) as error:
+            raise MonitorError(f"QEMU's monitor is gone ({what!r}): {error}") from error

@@ -1,0 +1,200 @@
+"""The pytest plugin: hook implementations and fixtures; what they do lies in `testing`.
+
+It is imported by every pytest run on a machine where it is installed, so nothing that drives
+guests is imported before a guest is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.testing import (
+    collection,
+    config as options,
+    hookspecs,
+    reporting,
+    selection,
+)
+from pytest_vmsandbox.testing.session import SharedGuests, VMSession
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+    from pathlib import Path
+
+    from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.guest import Guest
+
+SESSION = pytest.StashKey[VMSession]()
+_USAGE_ERRORS, _TOLD = "vmsandbox_usage_errors", "vmsandbox_told"  # by an xdist worker
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options.add_options(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "vm(*images, cpus, memory, disk, disks, network, isolation, user, skip, xfail): "
+        "which images (names or globs) and which hardware the guest of a test has",
+    )
+    config.stash[SESSION] = VMSession(config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SESSION in config.stash:
+        config.stash[SESSION].close()
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not config.getoption("--vm-list"):
+        return None
+    try:
+        for line in VMSession(config).image_lines():  # pytest does not configure itself for this
+            print(line)  # noqa: T201  # what was asked for
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+    return 0
+
+
+# -- which tests run on which images ----------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)  # the image is the first part of a test's id
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "_vm_image" in metafunc.fixturenames:
+        collection.parametrize(metafunc.config.stash[SESSION], metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if errors := collection.check(config.stash[SESSION], items):
+        items.clear()
+        if not hasattr(config, "workeroutput"):
+            raise pytest.UsageError(*errors)
+        config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
+    collection.deselect(config, items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what an xdist worker has found; all of them find the same."""
+    session, output = node.config.stash[SESSION], getattr(node, "workeroutput", {})
+    session.usage_errors = output.get(_USAGE_ERRORS, session.usage_errors)
+    session.told.update(dict.fromkeys(output.get(_TOLD, ())))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    ours = session.config.stash[SESSION]
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_TOLD] = ours.about(ours.images_used)
+    if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
+        raise pytest.UsageError(*ours.usage_errors)
+
+
+def pytest_report_collectionfinish(
+    config: pytest.Config, items: Sequence[pytest.Item]
+) -> list[str]:
+    if config.getoption("collectonly"):
+        return []
+    return config.stash[SESSION].about(collection.images_needed(items))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Tell what xdist's workers ran guests with; they have no terminal of their own."""
+    for line in config.stash[SESSION].told:
+        terminalreporter.write_line(line)
+
+
+# -- running ------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    session = item.config.stash[SESSION]
+    session.item = item
+    try:
+        return (yield)
+    finally:
+        session.finish(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return (yield from reporting.make_report(item, call))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs."""
+    return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
+
+
+# -- fixtures -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def vm_factory(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> GuestFactory:
+    """Boots guests: ``with vm_factory.boot("debian-13", memory="1GiB") as guest: …``."""
+    session = pytestconfig.stash[SESSION]
+    session.temporary = lambda: tmp_path_factory.mktemp("vm-artifacts")
+    return session.factory
+
+
+@pytest.fixture
+def vm_artifacts(
+    request: pytest.FixtureRequest,
+    vm_factory: GuestFactory,  # noqa: ARG001  # it says where folders are made
+) -> Path:
+    """The folder of this test's artifacts; it is kept if the test fails."""
+    return request.config.stash[SESSION].artifacts_of(request.node)
+
+
+@pytest.fixture
+def vm(
+    request: pytest.FixtureRequest, vm_factory: GuestFactory, _vm_image: str | None
+) -> Iterator[Guest]:
+    """A running `Guest` in a known-clean state."""
+    session = request.config.stash[SESSION]
+    wishes = selection.read_marks(request.node.iter_markers("vm"))
+    image = _vm_image or next(iter(session.images(wishes)), None)
+    if image is None:
+        pytest.skip("no selected image applies to this test")
+    if wishes.isolation == "test":
+        with vm_factory.boot(image, **wishes.hardware) as guest:
+            yield guest
+    else:
+        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(image, wishes)
+
+
+@pytest.fixture(scope="session")
+def _vm_image(request: pytest.FixtureRequest) -> str | None:
+    """The image of this test; None where pytest cannot parametrize (unittest's classes)."""
+    image: str | None = getattr(request, "param", None)
+    return image
+
+
+@pytest.fixture(scope="module")
+def _vm_of_module(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
+    with SharedGuests.open(pytestconfig.stash[SESSION]) as guests:
+        yield guests
+
+
+@pytest.fixture(scope="session")
+def _vm_of_session(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
+    with SharedGuests.open(pytestconfig.stash[SESSION]) as guests:
+        yield guests

@@ -1,0 +1,94 @@
+"""Artifacts: what is left of a failed test's guests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+_MAX_NAME = 120  # characters; file systems allow 255 bytes
+# Node ids of which no two become the same name: nothing in them but separators is changed.
+_PLAIN = re.compile(r"(?:\w[\w.]*/)*\w[\w.]*(?:::\w+)*(?:\[\w+(?:[.-]\w+)*\])?", re.ASCII)
+
+
+class Artifacts:
+    """The folders of one run's artifacts: one for each test, in it one for each guest.
+
+    A guest may outlive the test that booted it, so guests log into folders of their own; a test's
+    folder gets links to the logs.
+
+    Args:
+        root: made when it is first needed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def of_test(self, nodeid: str) -> Path:
+        """The folder of a test; it exists."""
+        folder = self._root / folder_name(nodeid)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def of_guest(self, nodeid: str, guest: str) -> Path:
+        """The folder of a guest of a test; it exists."""
+        folder = self.of_test(nodeid) / guest
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def of_logs(self, guest: str) -> Path:
+        """The folder that a guest logs into; it exists, and is of this run alone."""
+        folder = self._guests / guest
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def keep_logs(self, nodeid: str, guest: str) -> None:
+        """Let the folder of a test have what a guest has logged, and goes on to log."""
+        place = self.of_test(nodeid) / guest
+        with suppress(OSError):  # a full disk is no reason to fail, too
+            shutil.copytree(self._guests / guest, place, copy_function=_link, dirs_exist_ok=True)
+
+    def discard_logs(self, guest: str) -> None:
+        """Remove the folder that a guest has logged into; tests keep what they have of it."""
+        shutil.rmtree(self._guests / guest, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove what guests have logged, but for what is kept with tests."""
+        if "_guests" in self.__dict__:
+            shutil.rmtree(self._guests, ignore_errors=True)
+
+    @cached_property
+    def _guests(self) -> Path:
+        self._root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="guests-", dir=self._root))
+
+    def discard(self, nodeid: str) -> None:
+        """Remove the folder of a test that passed."""
+        shutil.rmtree(self._root / folder_name(nodeid), ignore_errors=True)
+
+
+def _link(source: str, dest: str) -> None:
+    Path(dest).unlink(missing_ok=True)
+    try:
+        os.link(source, dest)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, dest)
+
+
+def folder_name(nodeid: str) -> str:
+    """A node id as the name of a folder: readable, and different for different tests.
+
+    Example:
+        >>> folder_name("tests/test_a.py::test_b[debian-13]")
+        'tests-test_a.py-test_b-debian-13'
+    """
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", nodeid).strip("-.")
+    if len(name) > _MAX_NAME or not _PLAIN.fullmatch(nodeid):
+        digest = hashlib.sha256(nodeid.encode(errors="surrogatepass")).hexdigest()[:8]
+        name = f"{name[:_MAX_NAME]}-{digest}".lstrip("-")
+    return name

@@ -1,0 +1,35 @@
+"""The hooks that other plugins and conftest files can implement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.machine.cmdline import MachineSpec
+
+
+@pytest.hookspec
+def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: ignore[empty-body]
+    """Return folders with further image definitions, as the ini key `vm_image_path` names them."""
+
+
+@pytest.hookspec
+def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
+    config: pytest.Config, spec: MachineSpec
+) -> Sequence[str]:
+    """Return arguments to add to the end of QEMU's command line for a guest."""
+
+
+@pytest.hookspec
+def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
+    """Called when a guest answers, before a test gets it."""
+
+
+@pytest.hookspec
+def pytest_vmsandbox_guest_stopping(config: pytest.Config, guest: Guest, failed: bool) -> None:
+    """Called before a guest is ended; `failed` tells whether its test has failed by then."""

@@ -1,0 +1,109 @@
+"""How our errors look in pytest's reports."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import _pytest
+import pluggy
+import pytest
+
+from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+FAILED = pytest.StashKey[bool]()
+
+# Frames that say nothing to a reader: ours, and those of the context managers between ours.
+_HIDDEN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
+_STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
+_PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are installed
+_PYTESTS = tuple(it.__path__[0] for it in (_pytest, pluggy))
+
+
+def make_report(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Around pytest's making of a report: what a test's failure, or its guest's, looks like."""
+    if call.excinfo is None or not isinstance(call.excinfo.value, VMSandboxError):
+        report = yield
+    else:
+        only_text = False
+        if not item.config.getoption("fulltrace"):
+            only_text = not hide_ours(call.excinfo)
+        report = yield
+        if isinstance(call.excinfo.value, INFRASTRUCTURE):
+            if hasattr(report, "wasxfail"):  # a guest that is lost is not what was expected to fail
+                del report.wasxfail
+                report.outcome = "failed"
+                report.longrepr = item.repr_failure(call.excinfo)
+            report.vm_infrastructure = True  # type: ignore[attr-defined]  # travels with it
+        if report.failed and only_text:
+            report.longrepr = call.excinfo.getrepr(style="no")
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+def is_lost_guest(report: pytest.TestReport) -> bool:
+    """Whether a test's own code failed because of its guest: an error, not a failure."""
+    return report.when == "call" and report.failed and getattr(report, "vm_infrastructure", False)
+
+
+def hide_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Let a report show the test's line that led to an error of ours, not ours behind it.
+
+    ``--full-trace`` shows all.
+
+    Returns:
+        Whether any line of the user's is left to be shown.
+    """
+    outside = _without_ours(excinfo.tb)
+    if outside is not None:
+        excinfo.traceback = type(excinfo.traceback)(outside)
+    _hide_behind(excinfo.value)
+    files = [entry.frame.code.raw.co_filename for entry in excinfo.traceback]
+    return not all(file.startswith((*_PYTESTS, *_HIDDEN)) for file in files)
+
+
+def _hide_behind(error: BaseException) -> None:
+    """Hide what led to an error of ours within us, not what had failed in the user's code before."""
+    behind = error.__context__
+    if error.__cause__ is not None:
+        behind = error.__cause__.__context__
+    elif error.__suppress_context__:
+        return
+    while behind is not None and not _is_users(behind.__traceback__):
+        behind = behind.__context__
+    error.__cause__, error.__context__ = None, behind
+    error.__suppress_context__ = behind is None
+    if isinstance(behind, VMSandboxError):
+        behind.__traceback__ = _without_ours(behind.__traceback__)
+        _hide_behind(behind)
+
+
+def _is_users(trace: TracebackType | None) -> bool:
+    """Whether any line of it is neither ours nor a library's."""
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    frames = []
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith(_HIDDEN):
+            frames.append(trace)
+        trace = trace.tb_next
+    outside: TracebackType | None = None
+    for frame in reversed(frames):
+        outside = TracebackType(outside, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    return outside

@@ -1,0 +1,132 @@
+"""Which images and which hardware a test gets: what its `vm` markers say (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
+
+ISOLATION = ("test", "module", "session")
+_GLOB = frozenset("*?[!")
+_ARGUMENTS = (*HARDWARE_NAMES, "isolation", "skip", "xfail")
+
+
+class Mark(Protocol):
+    """The part of `pytest.Mark` that is read here."""
+
+    @property
+    def args(self) -> tuple[object, ...]:
+        """The images."""
+
+    @property
+    def kwargs(self) -> Mapping[str, object]:
+        """The rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the markers of one test ask for.
+
+    Attributes:
+        images: names and globs; empty for no wish.
+        hardware: as a user writes it.
+        isolation: one of `ISOLATION`.
+        skip, xfail: image glob → reason, the closest marker's first.
+    """
+
+    images: tuple[str, ...] = ()
+    hardware: Mapping[str, object] = field(default_factory=dict)
+    isolation: str = "test"
+    skip: Mapping[str, str] = field(default_factory=dict)
+    xfail: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_marks(marks: Iterable[Mark]) -> Wishes:
+    """Resolve each argument from the closest marker that sets it; `skip` and `xfail` add up.
+
+    Args:
+        marks: the closest first.
+
+    Raises:
+        ConfigError: an argument is unknown or cannot be meant.
+    """
+    images: tuple[str, ...] = ()
+    single: dict[str, object] = {}
+    reasons: dict[str, dict[str, str]] = {"skip": {}, "xfail": {}}
+    for mark in marks:
+        for name, value in mark.kwargs.items():
+            if name not in _ARGUMENTS:
+                raise ConfigError(
+                    f"pytest.mark.vm has no argument {name!r}",
+                    remedy=f"use image names or globs, and {', '.join(_ARGUMENTS)}",
+                )
+            if name in reasons:
+                for glob, why in _reasons(name, value).items():
+                    reasons[name].setdefault(glob, why)
+            else:
+                single.setdefault(name, value)
+        if mark.args and not images:
+            images = tuple(_image(arg) for arg in mark.args)
+    isolation = single.pop("isolation", "test")
+    if isolation not in ISOLATION:
+        raise ConfigError(
+            f"isolation={isolation!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
+        )
+    Hardware().changed(single)  # wrong values are found before anything is booted
+    return Wishes(images=images, hardware=single, isolation=str(isolation), **reasons)
+
+
+def applicable(
+    wishes: Wishes,
+    *,
+    selected: Sequence[str],
+    from_command_line: bool,
+    select: Callable[[Sequence[str]], Sequence[str]],
+) -> list[str]:
+    """The images that a test runs on.
+
+    Args:
+        wishes: of the test.
+        selected: the images of the run.
+        from_command_line: whether `--vm` named them. If not, a literal name in a marker also
+            runs where it was not selected.
+        select: the names that patterns match in the catalogue.
+
+    Raises:
+        ConfigError: a pattern matches nothing in the catalogue.
+    """
+    if not wishes.images:
+        return list(selected)
+    matching = select(wishes.images)
+    images = [name for name in selected if name in matching]
+    if not from_command_line:
+        images += [name for name in wishes.images if not _GLOB & set(name) and name != "all"]
+    return list(dict.fromkeys(images))
+
+
+def reason(reasons: Mapping[str, str], image: str) -> str | None:
+    """The reason of the first glob that matches an image."""
+    return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
+
+
+def _image(arg: object) -> str:
+    if not isinstance(arg, str) or not arg:
+        raise ConfigError(
+            f"pytest.mark.vm({arg!r}): an image is named by a str", remedy="for instance 'debian-*'"
+        )
+    return arg
+
+
+def _reasons(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    ):
+        raise ConfigError(
+            f"{name}={value!r} does not map image globs to reasons",
+            remedy=f"for instance {name}={{'debian-12': 'no nftables'}}",
+        )
+    return dict(value)

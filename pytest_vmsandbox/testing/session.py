@@ -1,0 +1,249 @@
+"""What one pytest run has of ours: the guests of its tests, and what is told about them."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.testing import config as options, selection
+from pytest_vmsandbox.testing.artifacts import Artifacts
+from pytest_vmsandbox.testing.reporting import FAILED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_vmsandbox.catalogue.catalogue import Catalogue
+    from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.machine.cmdline import MachineSpec
+
+
+class VMSession:
+    """The state of one run. It costs nothing until a test asks for a guest.
+
+    Attributes:
+        usage_errors: what tests ask for and cannot be meant; found while they are collected.
+        told: lines that xdist's workers have told about their guests.
+        item: the test that runs now.
+        temporary: makes a folder that pytest removes some runs later.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.usage_errors: list[str] = []
+        self.told: dict[str, None] = {}
+        self.item: pytest.Item | None = None
+        self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
+        self._guests: dict[str, bool] = {}  # those this test may have used, and whether they run
+        self._stack = ExitStack()
+
+    def close(self) -> None:
+        """End every guest that is left."""
+        try:
+            self._stack.close()
+        finally:
+            if "artifacts" in self.__dict__:
+                self.artifacts.close()
+
+    def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
+        """Note what a test asks for and cannot be meant; a wrong `--vm` is told once, not by each."""
+        text = f"{nodeid}: {error}" if self._selection_error is not error else str(error)
+        if text not in self.usage_errors:
+            self.usage_errors.append(text)
+
+    # -- which images ---------------------------------------------------------------------------
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The images that there are."""
+        from pytest_vmsandbox.catalogue.catalogue import Catalogue
+
+        return Catalogue(options.image_path(self.config))
+
+    def image_lines(self) -> list[str]:
+        """The images, their state and size, as a table of text.
+
+        Raises:
+            ConfigError: a definition is not well-formed.
+        """
+        from pytest_vmsandbox.catalogue import listing
+        from pytest_vmsandbox.catalogue.store import ImageStore
+        from pytest_vmsandbox.core.paths import cache_dir
+
+        return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
+
+    def images(self, wishes: selection.Wishes) -> list[str]:
+        """The images that a test with these wishes runs on.
+
+        Raises:
+            ConfigError: a name or glob matches nothing in the catalogue.
+        """
+        if self._selection_error is not None:
+            raise self._selection_error
+        selected, from_command_line = self._selected
+        for globs in (wishes.skip, wishes.xfail):
+            for glob in globs:
+                self.catalogue.select([glob])
+        return selection.applicable(
+            wishes,
+            selected=selected,
+            from_command_line=from_command_line,
+            select=self.catalogue.select,
+        )
+
+    @cached_property
+    def _selection_error(self) -> ConfigError | None:
+        try:
+            _ = self._selected
+        except ConfigError as error:
+            return error
+        return None
+
+    @cached_property
+    def _selected(self) -> tuple[list[str], bool]:
+        patterns, from_command_line = options.selected_patterns(self.config)
+        return self.catalogue.select(patterns), from_command_line
+
+    # -- guests ---------------------------------------------------------------------------------
+
+    @cached_property
+    def factory(self) -> GuestFactory:
+        """Boots guests for this run."""
+        from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+
+        surroundings = Surroundings(
+            logs=self._logs,
+            hints=self._hints,
+            say=self._say,
+            missing=self._missing,
+            qemu_args=self._qemu_args,
+            ready=self._ready,
+            stopping=self._stopping,
+        )
+        factory = GuestFactory.open(options.settings(self.config), surroundings)
+        return self._stack.enter_context(factory)
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """Where artifacts go; without an option, beside pytest's other temporary folders."""
+        return Artifacts(options.artifacts_dir(self.config) or self.temporary())
+
+    def artifacts_of(self, item: pytest.Item) -> Path:
+        """The folder of a test; it has the logs of the guests that the test may have used."""
+        # A guest that was there before is of this test only if something of it asks for guests.
+        asks = "vm_factory" in getattr(item, "fixturenames", ())
+        for guest, runs in self._guests.items():
+            if asks or not runs:
+                self.artifacts.keep_logs(item.nodeid, guest)
+        return self.artifacts.of_test(item.nodeid)
+
+    def finish(self, item: pytest.Item) -> None:
+        """Forget a test; its artifacts stay only if it failed."""
+        self.item = None
+        if "artifacts" not in self.__dict__:
+            return
+        if not item.stash.get(FAILED, False):
+            self.artifacts.discard(item.nodeid)
+        elif self._guests:
+            self.artifacts_of(item)
+        for guest in [name for name, runs in self._guests.items() if not runs]:
+            self.artifacts.discard_logs(guest)
+            del self._guests[guest]
+
+    @property
+    def images_used(self) -> list[str]:
+        """The images of which guests were asked for."""
+        return self.factory.images_used if "factory" in self.__dict__ else []
+
+    def about(self, images: Sequence[str]) -> list[str]:
+        """Lines on what runs the guests of this run, for pytest's header."""
+        lines: dict[str, None] = {}
+        for image in images:
+            try:
+                lines[self.factory.describe(image)] = None
+            except VMSandboxError as error:
+                lines[f"vmsandbox: {error.brief}"] = None
+        return list(lines)
+
+    def _logs(self, guest: str) -> Path | None:
+        if self.item is None:
+            return None
+        self._guests[guest] = False
+        return self.artifacts.of_logs(guest)
+
+    def _hints(self) -> list[str]:
+        if self.item is None:
+            return []
+        again = [f"--vm={pattern}" for pattern in self.config.getoption("--vm") or ()]
+        return [
+            f"artifacts: {self.artifacts_of(self.item)}",
+            f"reproduce: pytest {' '.join(map(shlex.quote, [self.item.nodeid, *again]))}",
+        ]
+
+    def _say(self, text: str) -> None:
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"vmsandbox: {text}")
+
+    def _missing(self, error: VMSandboxError) -> NoReturn:
+        if options.skip_missing(self.config):
+            pytest.skip(f"{error.brief} (--vm-missing=skip)")
+        raise error
+
+    def _qemu_args(self, spec: MachineSpec) -> list[str]:
+        hook = self.config.hook.pytest_vmsandbox_qemu_args
+        return [arg for more in hook(config=self.config, spec=spec) for arg in more]
+
+    def _ready(self, guest: Guest) -> None:
+        if self.item is not None:
+            self.artifacts.keep_logs(self.item.nodeid, guest.name)
+        self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
+        self._guests[guest.name] = True
+
+    def _stopping(self, guest: Guest, failed: bool) -> None:
+        self._guests[guest.name] = False
+        failed = failed or (self.item is not None and self.item.stash.get(FAILED, False))
+        if failed and self.item is not None:
+            folder = self.artifacts.of_guest(self.item.nodeid, guest.name)
+            with suppress(VMSandboxError, OSError):  # it may be gone, and that is the failure
+                guest.screenshot(folder / "screenshot.png")
+        self.config.hook.pytest_vmsandbox_guest_stopping(
+            config=self.config, guest=guest, failed=failed
+        )
+
+
+class SharedGuests:
+    """Guests that live as long as a module or a session, by image and hardware."""
+
+    def __init__(self, factory: GuestFactory, stack: ExitStack) -> None:
+        self._factory = factory
+        self._stack = stack
+        self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
+
+    @classmethod
+    @contextmanager
+    def open(cls, session: VMSession) -> Iterator[SharedGuests]:
+        """No guests yet; at the end all are gone."""
+        with ExitStack() as stack:
+            yield cls(session.factory, stack)
+
+    def get(self, image: str, wishes: selection.Wishes) -> Guest:
+        """The guest for this image and hardware; a lost one is replaced by a fresh one."""
+        key = (image, repr(sorted(wishes.hardware.items())))
+        if key in self._guests:
+            guest, own = self._guests[key]
+            if guest.alive:
+                return guest
+            own.close()
+        own = self._stack.enter_context(ExitStack())
+        guest = own.enter_context(self._factory.boot(image, **wishes.hardware))
+        self._guests[key] = guest, own
+        return guest

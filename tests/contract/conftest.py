@@ -1,0 +1,97 @@
+"""Machines for the contract tests: of a fake QEMU, and of the real one with firmware only."""
+
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+
+FAKE = Path(__file__).with_name("fake_qemu.py")
+
+
+@dataclass
+class Stand:
+    """Where machines of one QEMU are started.
+
+    Attributes:
+        kind: fake or real.
+        logs: the folder for the machines' logs.
+    """
+
+    kind: str
+    qemu: Qemu
+    hypervisor: Hypervisor
+    logs: Path
+
+    @contextmanager
+    def machine(self, *, fault=None, disks=None, memory=64, name="it", kernel=None):
+        spec = MachineSpec(
+            name=name,
+            qemu=str(self.qemu.path),
+            version=self.qemu.version,
+            accelerator="tcg",
+            processor=processor_models("tcg", self.qemu.version)[0],
+            hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
+        )
+        with Machine.running(
+            self.hypervisor.launcher,
+            self.hypervisor.loop,
+            spec,
+            kernel=kernel,
+            initrd=None,
+            disks=disks or Disks(base=None, overlays=()),
+            logs=self.logs,
+            more_args=["-fake", fault] if fault else [],
+        ) as machine:
+            yield machine
+
+
+@pytest.fixture(scope="module")
+def hypervisor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hypervisor")
+    with Hypervisor.running(runtime=folder / "runtime", cache=folder / "cache") as hypervisor:
+        yield hypervisor
+
+
+@pytest.fixture(scope="module")
+def fake_qemu(tmp_path_factory):
+    program = tmp_path_factory.mktemp("fake") / "qemu-system-fake"
+    program.write_text(f"#!{sys.executable} -IS\n{FAKE.read_text()}")
+    program.chmod(0o755)
+    return Qemu(path=program, version=(7, 2, 22), build="fake")
+
+
+@pytest.fixture
+def fake(fake_qemu, hypervisor, tmp_path, monkeypatch):
+    """The fake runs as us: another user may not be allowed to execute our Python."""
+    monkeypatch.setattr(host, "guest_identity", lambda accelerator: None)
+    return Stand("fake", fake_qemu, hypervisor, tmp_path)
+
+
+@pytest.fixture
+def real(hypervisor, tmp_path):
+    if not shutil.which("qemu-system-x86_64") and not os.environ.get("CI"):
+        pytest.skip("there is no qemu-system-x86_64 here, and this is not CI")
+    return Stand("real", find_qemu("x86_64"), hypervisor, tmp_path)
+
+
+@pytest.fixture(params=["fake", "real"])
+def stand(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def machine(stand):
+    with stand.machine() as machine:
+        yield machine

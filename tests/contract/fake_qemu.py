@@ -1,0 +1,245 @@
+"""A program that behaves like QEMU as far as `machine.Machine` is concerned.
+
+It takes our command line, speaks QMP on the descriptor it is given, and writes to its console.
+``-fake FAULT`` (the test adds it) lets it go wrong in one way. Standard library only.
+"""
+
+import array
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+VERSION = {"major": 7, "minor": 2, "micro": 22}
+PNG = b"\x89PNG\r\n\x1a\n and so on"
+
+
+def descriptor(options, chardev):
+    """The number of the descriptor that a chardev is on."""
+    for value in options["-chardev"]:
+        parts = dict(part.split("=", 1) for part in value.split(",")[1:])
+        if parts["id"] == chardev:
+            return int(parts["fd"])
+    raise SystemExit(f"no chardev {chardev}")
+
+
+def parse(argv):
+    options = {}
+    words = iter(argv)
+    for word in words:
+        flags = ("-nodefaults", "-no-user-config", "-S")
+        options.setdefault(word, []).append("" if word in flags else next(words))
+    return options
+
+
+class Refused(Exception):
+    def __init__(self, text, kind="GenericError"):
+        super().__init__(text)
+        self.kind = kind
+
+
+class FakeQemu:
+    def __init__(self, argv):
+        self.options = parse(argv)
+        self.fault = self.options.get("-fake", [""])[0]
+        self.monitor = socket.socket(fileno=descriptor(self.options, "qmp"))
+        self.console = socket.socket(fileno=descriptor(self.options, "console"))
+        self.status = "running"
+        self.passed = []  # descriptors that came along
+        self.sets = {int(it.split("set=")[1]): [] for it in self.options.get("-add-fd", [])}
+        self.forwards = []
+        self.queue = []
+        self.files = []
+        for value in self.options.get("-blockdev", []):
+            node = json.loads(value)
+            os.fstat(int(node["file"]["filename"].rpartition("/")[2]))  # it has to be there
+            self.files.append(node)
+
+    # -- commands -------------------------------------------------------------------------------
+
+    def do_qmp_capabilities(self, enable=()):
+        return {}
+
+    def do_query_status(self):
+        return {"status": self.status, "running": self.status == "running"}
+
+    def do_query_version(self):
+        return {"qemu": VERSION, "package": "fake"}
+
+    def do_query_named_block_nodes(self, flat=False):
+        return [{"node-name": node["node-name"], "drv": node["driver"]} for node in self.files]
+
+    def do_stop(self):
+        self.status = "paused"
+        self.event("STOP")
+        return {}
+
+    def do_cont(self):
+        self.status = "running"
+        self.event("RESUME")
+        return {}
+
+    def do_system_powerdown(self):
+        if self.fault == "powers-off":
+            self.event("SHUTDOWN", guest=True, reason="guest-shutdown")
+            self.queue.append(None)
+        return {}
+
+    def do_system_reset(self):
+        self.event("RESET", guest=False, reason="host-qmp-system-reset")
+        return {}
+
+    def do_quit(self):
+        if self.fault in {"stubborn", "very-stubborn"}:
+            return {}
+        self.event("SHUTDOWN", guest=False, reason="host-qmp-quit")
+        self.queue.append(None)
+        return {}
+
+    def do_human_monitor_command(self, command_line):
+        words = command_line.split()
+        if words == ["info", "usernet"]:
+            lines = ["Hub -1 (n0):", "  Protocol[State]    FD  Source Address  Port   Dest."]
+            for number, (sock, port) in enumerate(self.forwards):
+                host, here = sock.getsockname()
+                lines.append(
+                    f"  TCP[HOST_FORWARD]  {number:3}  {host:>14} {here:5}  "
+                    f"     10.0.2.15 {port:5}     0     0"
+                )
+            return "\r\n".join(lines) + "\r\n"
+        if words[0] == "hostfwd_add":
+            _, host, rest = words[2].split(":", 2)
+            here, there = rest.split("-:")
+            if not 0 < int(there) < 65536:
+                return f"invalid host forwarding rule '{words[2]}'\r\n"
+            self.forwards.append((socket.create_server((host, int(here))), int(there)))
+            return ""
+        return f"unknown command: '{words[0]}'\r\n"
+
+    def do_add_fd(self):
+        if not self.passed:
+            raise Refused("No file descriptor supplied via SCM_RIGHTS")
+        number = max(self.sets, default=0) + 1
+        self.sets[number] = [self.passed.pop()]
+        return {"fdset-id": number, "fd": self.sets[number][0]}
+
+    def do_remove_fd(self, fdset_id):
+        if fdset_id not in self.sets:
+            raise Refused(f"File descriptor named 'fdset-id:{fdset_id}' not found")
+        for fd in self.sets.pop(fdset_id):
+            os.close(fd)
+        return {}
+
+    def do_screendump(self, filename, format="ppm"):  # noqa: A002  # the protocol's name  # noqa: A002  # QMP's name
+        number = int(filename.removeprefix("/dev/fdset/"))
+        os.write(self.sets[number][0], PNG)
+        return {}
+
+    # -- the protocol ---------------------------------------------------------------------------
+
+    def event(self, name, **data):
+        now = {"seconds": 1, "microseconds": 0}
+        message = {"event": name, "timestamp": now}
+        if data:
+            message["data"] = data
+        self.queue.append(message)
+
+    def send(self, message):
+        self.monitor.sendall(json.dumps(message).encode() + b"\r\n")
+
+    def flush(self):
+        for message in self.queue:
+            if message is None:
+                sys.exit(0)
+            self.send(message)
+        self.queue.clear()
+
+    def obey(self, request):
+        name = request["execute"]
+        if self.fault == "dies-in-the-middle" and name == "query-version":
+            print("fake: assertion failed: version >= 0", file=sys.stderr, flush=True)
+            os.abort()
+        if self.fault == "hangs" and name == "query-version":
+            return
+        method = getattr(self, "do_" + name.replace("-", "_"), None)
+        arguments = {k.replace("-", "_"): v for k, v in request.get("arguments", {}).items()}
+        try:
+            if method is None:
+                raise Refused(f"The command {name} has not been found", "CommandNotFound")
+            answer = {"return": method(**arguments)}
+        except Refused as error:
+            answer = {"error": {"class": error.kind, "desc": str(error)}}
+        except TypeError as error:
+            answer = {"error": {"class": "GenericError", "desc": str(error)}}
+        if "id" in request:
+            answer["id"] = request["id"]
+        self.send(answer)
+        if name == "qmp_capabilities":
+            self.after_greeting()
+        self.flush()
+
+    def after_greeting(self):
+        if self.fault == "panic":
+            self.console.sendall(
+                b"vmsandbox: init\r\n[    1.5] Kernel panic - not syncing: "
+                b"Attempted to kill init! exitcode=0x00000100\r\n[    1.6] Call Trace:\r\n"
+            )
+            self.status = "guest-panicked"
+            self.event("GUEST_PANICKED", action="pause")
+        elif self.fault in {"internal-error", "io-error"}:
+            self.status = self.fault
+            self.event("STOP")
+        elif self.fault == "greets-and-ends":
+            print("fake: changed its mind", file=sys.stderr, flush=True)
+            os._exit(3)
+        elif self.fault == "boots":
+            self.console.sendall(b"[    0.0] Linux version 6\r\nvmsandbox: init\r\n")
+        elif self.fault == "prints-panic":
+            self.console.sendall(b"Kernel panic - not syncing: says a test\r\n")
+
+    def run(self):
+        self.console.sendall(b"SeaBIOS (fake)\r\n")
+        if self.fault == "exits":
+            print("fake: -machine: unsupported machine type", file=sys.stderr)
+            sys.exit(1)
+        if self.fault == "silent":
+            signal.pause()
+        if self.fault == "garbage":
+            self.monitor.sendall(b"SSH-2.0-what\r\n" * 3)
+            signal.pause()
+        if self.fault == "very-stubborn":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.send({"QMP": {"version": {"qemu": VERSION, "package": ""}, "capabilities": ["oob"]}})
+        if self.fault == "garbage-later":
+            self.monitor.recv(1)
+            self.monitor.sendall(b"}{ what\r\n")
+            signal.pause()
+        buffer = b""
+        while True:
+            select.select([self.monitor], [], [])
+            data, ancillary, _, _ = self.monitor.recvmsg(65536, socket.CMSG_SPACE(64))
+            for _, kind, content in ancillary:
+                if kind == socket.SCM_RIGHTS:
+                    numbers = array.array("i")
+                    numbers.frombytes(content)
+                    self.passed += numbers
+            if not data:
+                sys.exit(0)
+            buffer += data
+            # Requests come one to a line, or without any end of line at all.
+            while buffer.strip():
+                try:
+                    request, end = json.JSONDecoder().raw_decode(buffer.decode().lstrip())
+                except ValueError:
+                    break
+                buffer = buffer.decode().lstrip()[end:].encode()
+                self.obey(request)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print("QEMU emulator version {major}.{minor}.{micro} (fake)".format(**VERSION))
+    else:
+        FakeQemu(sys.argv[1:]).run()

@@ -1,0 +1,377 @@
+"""What `Machine` and `Monitor` promise, on a fake QEMU and on the real one."""
+
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
+from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.machine import host, machine as machine_module
+from pytest_vmsandbox.machine.disk import Disks
+
+FORBIDS_PNG = (7, 1)
+
+
+def gone(pid):
+    return not Path(f"/proc/{pid}").exists()
+
+
+def descriptors():
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+class TestMonitor:
+    def test_answers(self, machine):
+        assert machine.monitor.execute("query-status")["status"] == "running"
+
+    def test_takes_arguments(self, machine):
+        assert machine.monitor.execute("query-named-block-nodes", {"flat": True}) == []
+
+    def test_refuses_an_unknown_command(self, machine):
+        with pytest.raises(MonitorError, match="refused 'no-such-command'") as caught:
+            machine.monitor.execute("no-such-command")
+        assert caught.value.error_class == "CommandNotFound"
+        assert machine.monitor.execute("query-status")
+
+    def test_refuses_wrong_arguments(self, machine):
+        with pytest.raises(MonitorError) as caught:
+            machine.monitor.execute("remove-fd", {"fdset-id": 77})
+        assert caught.value.error_class == "GenericError"
+
+    def test_is_used_by_several_threads(self, machine):
+        answers = []
+
+        def ask():
+            answers.extend(machine.monitor.execute("query-status")["status"] for _ in range(10))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == ["running"] * 40
+
+    def test_tells_events_in_order(self, machine):
+        machine.monitor.execute("stop")
+        machine.monitor.execute("cont")
+        assert machine.monitor.wait_event("RESUME", since=0, timeout=5)
+        names = [event["event"] for event in machine.monitor.events()]
+        assert [name for name in names if name in {"STOP", "RESUME"}] == ["STOP", "RESUME"]
+
+    def test_looks_only_at_events_from_a_number_on(self, machine):
+        machine.monitor.execute("stop")
+        assert machine.monitor.wait_event("STOP", since=0, timeout=5)
+        since = len(machine.monitor.events())
+        assert machine.monitor.wait_event("STOP", since=since, timeout=0) is None
+        machine.monitor.execute("system_reset")
+        event = machine.monitor.wait_event("RESET", since=since, timeout=5)
+        assert event is not None
+        assert event["data"]["guest"] is False
+
+    def test_is_gone_with_qemu(self, machine):
+        machine.kill()
+        with pytest.raises(MonitorError, match="'query-status'"):
+            machine.monitor.execute("query-status", timeout=5)
+
+    def test_makes_the_folder_for_its_logs(self, fake):
+        fake.logs = fake.logs / "run" / "it"
+        with fake.machine():
+            pass
+        names = {path.name for path in fake.logs.iterdir()}
+        assert names == {"console.log", "qmp.log", "qemu.argv"}
+
+    def test_writes_a_log(self, machine, stand):
+        machine.monitor.execute("query-status")
+        with pytest.raises(MonitorError):
+            machine.monitor.execute("no-such-command")
+        lines = (stand.logs / "qmp.log").read_text().splitlines()
+        asked = [line.split(" ", 1)[1] for line in lines]
+        assert asked[0] == '-> {"execute": "query-status", "arguments": {}}'
+        assert asked[1].startswith('<- {"return": {')
+        assert '<- {"error": ' in asked[3]
+
+    def test_of_a_lost_guest_tells_the_loss(self, machine):
+        machine.kill()
+        with pytest.raises(GuestLost, match="signal SIGKILL"):
+            machine.execute("query-status")
+        assert machine.monitor.closed
+
+    def test_of_a_running_guest_tells_the_refusal(self, machine):
+        with pytest.raises(MonitorError, match="refused 'no-such-command'"):
+            machine.execute("no-such-command")
+        assert not machine.monitor.closed
+
+
+class TestForward:
+    def test_listens_on_loopback(self, machine):
+        host_name, port = machine.forward(22)
+        assert host_name == "127.0.0.1"
+        with socket.create_connection((host_name, port), timeout=5):
+            pass
+
+    def test_is_the_same_when_asked_again(self, machine):
+        assert machine.forward(22) == machine.forward(22)
+        assert machine.forward(22) != machine.forward(80)
+
+    def test_is_another_one_for_another_guest(self, stand):
+        with stand.machine(name="a") as a, stand.machine(name="b") as b:
+            assert a.forward(22) != b.forward(22)
+
+    def test_is_refused(self, machine):
+        with pytest.raises(MonitorError, match="did not forward port 70000") as caught:
+            machine.forward(70000)
+        assert "invalid" in caught.value.details.lower()
+
+    def test_ends_with_the_guest(self, stand):
+        with stand.machine() as machine:
+            address = machine.forward(22)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address, timeout=5)
+
+
+class TestScreenshot:
+    def test_is_a_png(self, machine, tmp_path):
+        if machine.spec.version < FORBIDS_PNG:
+            pytest.skip("QEMU writes PNG from 7.1 on")
+        for name in ("one", "two"):
+            with (tmp_path / name).open("wb") as file:
+                machine.screenshot(file)
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+class TestDisks:
+    def test_are_passed_by_descriptor(self, stand, tmp_path):
+        base = tmp_path / "base.raw"
+        base.write_bytes(bytes(MIB))
+        folder = stand.hypervisor.cache
+        with (
+            Disks.open(base=base, root_size=2 * MIB, blank=[MIB], folder=folder) as disks,
+            stand.machine(disks=disks) as machine,
+        ):
+            nodes = machine.monitor.execute("query-named-block-nodes", {"flat": True})
+            drivers = {node["node-name"]: node["drv"] for node in nodes}
+            assert drivers["base"] == "raw"
+            assert drivers["root"] == drivers["disk0"] == "qcow2"
+
+
+class TestEnd:
+    def test_the_process_is_gone_afterwards(self, stand):
+        with stand.machine() as machine:
+            pid = machine.process.pid
+            assert machine.ended() is None
+            machine.check()
+            machine.check_booting()
+        assert gone(pid)
+
+    def test_nothing_stays_open(self, stand):
+        with stand.machine():
+            pass  # what is made once is made
+        before, threads = descriptors(), threading.active_count()
+        with stand.machine():
+            pass
+        assert descriptors() == before
+        assert threading.active_count() == threads
+
+    def test_an_error_in_the_body_passes_through(self, stand):
+        def use():
+            with stand.machine() as machine:
+                pids.append(machine.process.pid)
+                raise KeyError("mine")
+
+        pids: list[int] = []
+        with pytest.raises(KeyError, match="mine"):
+            use()
+        assert gone(pids[0])
+
+    def test_quits_a_guest_that_does_not_switch_itself_off(self, machine):
+        assert machine.end(0.01) is False
+        assert machine.ended() == 0
+        assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
+
+    def test_is_lost_when_it_is_switched_off(self, machine):
+        machine.end(0.01)
+        assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
+        with pytest.raises(GuestLost, match=r"is switched off \(host-qmp-quit\)") as caught:
+            machine.check()
+        assert "vm.power_on()" in caught.value.remedy
+
+    def test_is_lost_when_it_is_killed(self, machine):
+        machine.kill()
+        assert machine.ended() == -signal.SIGKILL
+        with pytest.raises(GuestLost, match="QEMU ended with signal SIGKILL"):
+            machine.check()
+
+    def test_is_lost_when_it_is_killed_from_outside(self, machine):
+        os.kill(machine.process.pid, signal.SIGTERM)
+        assert machine.process.wait(5) is not None
+        with pytest.raises(GuestLost):
+            machine.check()
+
+    def test_a_dead_one_can_be_ended(self, machine):
+        machine.kill()
+        assert machine.end(0) is True
+        machine.kill()
+
+
+class TestStart:
+    def test_writes_its_command_line(self, machine, stand):
+        words = (stand.logs / "qemu.argv").read_text().splitlines()
+        assert words[0] == str(stand.qemu.path)
+        assert tuple(words) == machine.process.argv
+
+    def test_writes_the_console_to_a_file(self, machine, stand):
+        machine.console.wait_for("SeaBIOS", timeout=20)
+        assert b"SeaBIOS" in (stand.logs / "console.log").read_bytes()
+        assert machine.stage == "firmware"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+    def test_runs_as_nobody_else(self, real):
+        with real.machine() as machine:
+            assert Path(f"/proc/{machine.process.pid}").stat().st_uid >= 61184
+
+    def test_sees_nothing_of_our_environment(self, machine):
+        environ = Path(f"/proc/{machine.process.pid}/environ").read_bytes()
+        names = {entry.partition(b"=")[0] for entry in environ.split(b"\0")}
+        assert names - {b""} == {b"PATH", b"LC_ALL"}
+
+    def test_refuses_what_the_host_has_no_room_for(self, stand, monkeypatch):
+        monkeypatch.setattr(host, "available_memory", lambda: 100 * MIB)
+        with pytest.raises(LaunchError, match="64MiB of memory does not fit"), stand.machine():
+            pass
+
+    def test_an_argument_it_does_not_know(self, stand):
+        stand.qemu = type(stand.qemu)(path=stand.qemu.path, version=(1, 0), build="old")
+        fault = "exits" if stand.kind == "fake" else None
+        with (
+            pytest.raises(LaunchError, match="QEMU ended with exit status 1") as caught,
+            stand.machine(fault=fault),
+        ):
+            pass
+        assert "unsupported machine type" in caught.value.details
+        assert "-nodefaults" in caught.value.details
+
+    def test_a_missing_program(self, stand, tmp_path):
+        stand.qemu = type(stand.qemu)(path=tmp_path / "none", version=(7, 2), build="none")
+        with pytest.raises(LaunchError, match="could not be started"), stand.machine():
+            pass
+
+
+class TestFaults:
+    """What only a fake can be made to do."""
+
+    def test_never_greets(self, fake, monkeypatch):
+        monkeypatch.setattr(machine_module, "GREETING_SECONDS", 0.2)
+        monkeypatch.setattr(machine_module, "_TERM_SECONDS", 0.1)
+        with pytest.raises(LaunchError, match="QEMU does not answer"), fake.machine(fault="silent"):
+            pass
+
+    @pytest.mark.parametrize("fault", ["garbage", "garbage-later"])
+    def test_does_not_speak_the_protocol(self, fake, fault, monkeypatch):
+        monkeypatch.setattr(machine_module, "_TERM_SECONDS", 0.1)
+        with pytest.raises(LaunchError, match="QEMU does not answer"), fake.machine(fault=fault):
+            pass
+
+    def test_dies_in_the_middle(self, fake):
+        with fake.machine(fault="dies-in-the-middle") as machine:
+            with pytest.raises(MonitorError, match="'query-version'"):
+                machine.monitor.execute("query-version")
+            machine.process.wait(5)
+            with pytest.raises(GuestLost, match="signal SIGABRT") as caught:
+                machine.check()
+            assert "assertion failed: version >= 0" in caught.value.details
+            assert "SeaBIOS (fake)" in caught.value.details
+
+    def test_hangs(self, fake):
+        with fake.machine(fault="hangs") as machine:
+            with pytest.raises(MonitorError, match=r"no answer to 'query-version' in 0\.1 s"):
+                machine.monitor.execute("query-version", timeout=0.1)
+            assert machine.monitor.execute("query-status")
+
+    @pytest.mark.parametrize(
+        ("fault", "status"), [("stubborn", -signal.SIGTERM), ("very-stubborn", -signal.SIGKILL)]
+    )
+    def test_does_not_quit(self, fake, fault, status, monkeypatch):
+        monkeypatch.setattr(machine_module, "_TERM_SECONDS", 0.2)
+        with fake.machine(fault=fault) as machine:
+            assert machine.end(0.01) is False
+            assert machine.ended() == status
+
+    def test_panics(self, fake):
+        with fake.machine(fault="panic") as machine:
+            assert machine.monitor.wait_event("GUEST_PANICKED", since=0, timeout=5)
+            machine.console.wait_for("Call Trace", timeout=5)
+            with pytest.raises(GuestLost, match="kernel panic: Attempted to kill init!") as caught:
+                machine.check()
+            assert caught.value.stage == "kernel"
+            assert "Call Trace" in caught.value.details
+            error = machine.boot_error(caught.value, 3)
+            assert "while booting, 3 s after power-on" in error.brief
+
+    def test_prints_what_a_panic_prints(self, fake):
+        with fake.machine(fault="prints-panic") as machine:
+            machine.console.wait_for("Kernel panic", timeout=5)
+            machine.check()
+
+    @pytest.mark.parametrize(
+        ("fault", "remedy"), [("internal-error", "--vm-accel=tcg"), ("io-error", "disk")]
+    )
+    def test_stops_by_itself(self, fake, fault, remedy):
+        with fake.machine(fault=fault) as machine:
+            machine.check()
+            with pytest.raises(GuestLost, match=f"status '{fault}'") as caught:
+                machine.check_booting()
+            assert remedy in caught.value.remedy
+
+    @pytest.mark.parametrize("_", range(3))
+    def test_ends_as_soon_as_it_has_greeted(self, fake, _):
+        """Whether it is there long enough to be had depends on who is faster."""
+
+        def use():
+            with fake.machine(fault="greets-and-ends") as machine:
+                assert machine.process.wait(5) == 3
+                machine.check()
+
+        with pytest.raises(
+            (GuestLost, LaunchError), match="QEMU ended with exit status 3"
+        ) as caught:
+            use()
+        assert "fake: changed its mind" in caught.value.details
+
+    def test_switches_itself_off(self, fake):
+        with fake.machine(fault="powers-off") as machine:
+            machine.execute("system_powerdown")
+            assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
+            assert machine.end(5) is True
+            with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)"):
+                machine.check()
+
+
+class TestUserSpace:
+    def test_is_reached(self, fake):
+        with fake.machine(fault="boots") as machine:
+            machine.wait_for_user_space(10)
+            assert machine.stage == "init"
+
+    def test_is_not_reached(self, stand):
+        with stand.machine() as machine:
+            with pytest.raises(BootError, match="no program ran in it") as caught:
+                machine.wait_for_user_space(0.1)
+            assert caught.value.stage == "firmware"
+            assert caught.value.seconds == pytest.approx(0.1)
+
+    def test_a_guest_that_ends_is_noticed_early(self, fake):
+        with fake.machine() as machine:
+            machine.kill()
+            with pytest.raises(BootError, match="while booting"):
+                machine.wait_for_user_space(60)
+
+    def test_an_accelerator_that_gives_up_is_noticed_early(self, fake):
+        with fake.machine(fault="internal-error") as machine:
+            with pytest.raises(BootError, match="'internal-error'") as caught:
+                machine.wait_for_user_space(60)
+            assert caught.value.stage == "launch"

@@ -1,0 +1,256 @@
+"""The command `vmsandbox` with real guests, started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VMSANDBOX = [sys.executable, "-P", "-m", "pytest_vmsandbox"]
+SECONDS = 240  # for a boot under emulation on a busy machine
+
+
+def vmsandbox(*arguments, **options):
+    options = {"stdin": subprocess.DEVNULL, **options}
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(
+        [*VMSANDBOX, *arguments], capture_output=True, timeout=SECONDS, check=False, **options
+    )
+
+
+def start(*arguments, **options) -> Any:
+    """The command, left running, with its output piped to us."""
+    return subprocess.Popen(
+        [*VMSANDBOX, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **{"stdin": subprocess.DEVNULL, **options},
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def proven():
+    """The accelerator is known, so that nothing is said about it."""
+    vmsandbox("run", "tiny", "--", "true")
+
+
+def test_streams_are_passed_through_as_bytes():
+    data = bytes(range(256)) * 5_000
+    script = "cat; printf 'to\\000err\\377' >&2"
+    done = vmsandbox("run", "tiny", "--", "sh", "-c", script, input=data)
+    assert done.returncode == 0
+    assert done.stdout == data
+    assert done.stderr == b"to\0err\xff"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "kill -KILL $$"], 137),
+        (["sh", "-c", "kill -TERM $$"], 143),
+        (["no-such-program"], 127),
+    ],
+    ids=["exit", "kill", "term", "not found"],
+)
+def test_the_exit_status_is_the_guests(command, status):
+    done = vmsandbox("run", "tiny", "--", *command)
+    assert (done.returncode, done.stdout) == (status, b"")
+
+
+def test_words_reach_the_guest_as_they_are():
+    words = ["a b", "*", "$HOME", "", "'", '"', "--", "-x", "é", "line\nbreak"]
+    done = vmsandbox("run", "tiny", "--", "printf", "%s|", *words)
+    assert done.stdout.decode() == "".join(f"{word}|" for word in words)
+
+
+def test_hardware_user_and_files(tmp_path):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "file").write_bytes(b"\0\xff")
+    (tmp_path / "script").write_text("#!/bin/sh\nid -un; nproc; od -An -tx1 /tmp/there/file\n")
+    (tmp_path / "script").chmod(0o755)
+    done = vmsandbox(
+        "run", "tiny", "--cpus", "2", "--memory", "256MiB", "--user", "tester",
+        "--push", f"{tmp_path}/tree:/tmp/there", "--push", f"{tmp_path}/script:/tmp/",
+        "--", "/tmp/script",
+    )  # fmt: skip
+    assert done.stdout.split() == [b"tester", b"2", b"00", b"ff"]
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_time_out():
+    started = time.monotonic()
+    done = vmsandbox("run", "tiny", "--timeout", "2", "--", "sh", "-c", "echo first; sleep 1000")
+    assert done.returncode == 1
+    assert done.stdout == b"first\n"
+    assert b"did not end in 2 s and was killed" in done.stderr
+    assert time.monotonic() - started < SECONDS / 2
+
+
+def test_output_comes_while_the_command_runs_and_input_may_stay_open():
+    command = ["sh", "-c", "echo ready; head -n 1"]
+    with start("run", "tiny", "--", *command, stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"go\n"
+        assert process.wait(20) == 0  # though its input is still open
+
+
+def test_something_in_the_background_does_not_hold_it():
+    started = time.monotonic()
+    done = vmsandbox("run", "tiny", "--", "sh", "-c", "sleep 1000 & echo done")
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+    assert time.monotonic() - started < SECONDS / 2
+
+
+def test_a_reader_that_goes_away():
+    with start("run", "tiny", "--", "yes") as process:
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.wait(30) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+def test_an_output_that_is_full():
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*VMSANDBOX, "run", "tiny", "--", "sh", "-c", "echo hello; sleep 2"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=SECONDS,
+            check=False,
+        )
+    assert done.returncode == 69
+    assert b"No space left on device" in done.stderr
+
+
+def test_streams_that_are_closed():
+    done = subprocess.run(
+        [
+            "/bin/sh",
+            "-c",
+            'exec "$@" <&- >&-',
+            "sh",
+            *VMSANDBOX,
+            "run",
+            "tiny",
+            "--",
+            "sh",
+            "-c",
+            "echo lost; echo said >&2; exit 4",
+        ],
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (4, b"", b"said\n")
+
+
+def test_interrupted_while_it_runs():
+    with start("run", "tiny", "--", "sh", "-c", "echo ready; sleep 1000") as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == b"interrupted\n"
+
+
+def test_a_user_that_is_not_there():
+    done = vmsandbox("run", "tiny", "--user", "nobody-here", "--", "true")
+    assert done.returncode == 2
+    assert b"cannot log in to the guest" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--memory", "64MiB"], 2, b"at least 128MiB"),
+        (["--memory", "1TiB"], 69, b"does not fit"),
+        (["--disk", "1GiB"], 2, b"no disk of its own"),
+        (["--boot-timeout", "0.01"], 69, b"did not answer"),
+    ],
+    ids=["little", "much", "disk", "time"],
+)
+def test_guests_that_cannot_be(options, status, said):
+    done = vmsandbox("run", "tiny", *options, "--", "true")
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert said in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_without_qemu(tmp_path):
+    done = vmsandbox("run", "tiny", "--", "true", env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == 69
+    assert b"there is no qemu-system-x86_64" in done.stderr
+    assert b"vmsandbox quickstart" in done.stderr
+
+
+def test_doctor_knows_the_accelerator():
+    done = vmsandbox("doctor", "--json")
+    content = json.loads(done.stdout)
+    assert (done.returncode, content["schema"], content["ok"]) == (0, 1, True)
+    checks = {check["name"]: check for check in content["checks"]}
+    assert "whether" not in checks["accelerator"]["found"]
+    assert "tiny" in checks["images"]["found"]
+
+
+def test_shell_without_a_terminal():
+    done = vmsandbox("shell", "tiny", input=b"hostname; exit 7\n")
+    assert (done.returncode, done.stdout) == (7, b"tiny.1\n")
+
+
+def test_shell_on_a_terminal():
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, [*VMSANDBOX, "shell", "tiny"], {**os.environ, "TERM": "xterm"})
+    seen = read_until(terminal, b"# ")
+    assert b"\x1b" in seen  # something moved while it booted
+    assert b"gone when you leave" in seen
+    os.write(terminal, b"echo $((6 * 7)); exit 5\r")
+    assert re.search(rb"^42\r$", read_until(terminal, None), re.MULTILINE)
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 5
+
+
+def read_until(terminal, end):
+    """What comes, up to `end`, or to the end of it all."""
+    seen = b""
+    deadline = time.monotonic() + SECONDS
+    while end is None or end not in seen.replace(b"\x1b", b""):
+        assert time.monotonic() < deadline, seen
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            seen += os.read(terminal, 65536)
+        except OSError:  # the other side is closed
+            break
+    return seen
+
+
+def test_quickstart_where_everything_is_there(tmp_path):
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('not ours to read')\n")
+    done = vmsandbox(
+        "quickstart",
+        "--image",
+        "tiny",
+        cwd=tmp_path,
+        env={**os.environ, "PYTEST_ADDOPTS": "--no-such-option", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert b"test_destroying_everything[tiny] PASSED" in done.stdout
+    assert b"nothing of them is left" in done.stdout
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert list(tmp_path.glob("vmsandbox-quickstart-*")) == []

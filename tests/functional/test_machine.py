@@ -1,0 +1,232 @@
+"""Power, console, network and the machine itself."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+
+import pytest
+
+from pytest_vmsandbox import BootError, ConfigError, GuestLost, LaunchError, MonitorError
+
+pytestmark = pytest.mark.vm("tiny")
+
+
+def boots(vm) -> str:
+    return vm.read_text("/proc/sys/kernel/random/boot_id")
+
+
+def test_each_test_has_a_fresh_guest(vm, request):
+    """Run twice by the next test's parameters: neither sees the other."""
+    vm.write_text("/root/mark", "here")
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_nobody_was_here_before(vm, again):
+    assert vm.run(["ls", "/root"]).stdout == ""
+    vm.write_text("/root/mark", "here")
+
+
+@pytest.mark.vm(disks=["64MiB"])
+def test_power(vm):
+    vm.shell("mkfs.ext4 -q /dev/vda && mkdir /mnt/d && mount /dev/vda /mnt/d")
+    first = boots(vm)
+    vm.shell("echo kept > /mnt/d/synced && sync && echo lost > /mnt/d/not-synced")
+    vm.power_cut()
+    with pytest.raises(GuestLost, match="switched off"):
+        vm.run(["true"])
+    vm.power_on()
+    second = boots(vm)
+    assert second != first
+    vm.shell("mkdir /mnt/d && mount /dev/vda /mnt/d")
+    assert vm.read_text("/mnt/d/synced") == "kept\n"
+    with pytest.raises(ConfigError, match="is on"):
+        vm.power_on()
+    vm.shell("echo kept too > /mnt/d/orderly")
+    vm.power_off()
+    vm.power_on()
+    vm.shell("mkdir /mnt/d && mount /dev/vda /mnt/d")
+    assert vm.read_text("/mnt/d/orderly") == "kept too\n"
+    third = boots(vm)
+    vm.reboot()
+    assert len({first, second, third, boots(vm)}) == 4
+
+
+@pytest.mark.vm(cpus=2, memory="320MiB", disks=["16MiB", "32MiB"])
+def test_hardware(vm):
+    assert vm.run(["nproc"]).stdout == "2\n"
+    total = int(vm.shell("grep MemTotal /proc/meminfo").stdout.split()[1]) * 1024
+    assert 200 << 20 < total < 320 << 20
+    sizes = vm.shell("cat /sys/block/vda/size /sys/block/vdb/size").stdout.split()
+    assert [int(size) * 512 for size in sizes] == [16 << 20, 32 << 20]
+    assert vm.spec.cpus == 2
+
+
+def test_console(vm):
+    vm.shell("echo hello from the guest > /dev/console")
+    assert vm.console.wait_for(r"^hello from (.*)$", timeout=30)[1] == "the guest"
+    assert "hello from the guest" in vm.console.tail(3)
+    with pytest.raises(TimeoutError, match="never"):
+        vm.console.wait_for("never", timeout=0.2)
+
+
+def test_screenshot_and_qmp(vm, tmp_path):
+    vm.screenshot(tmp_path / "shot.png")
+    assert (tmp_path / "shot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert vm.qmp("query-status")["status"] == "running"
+    with pytest.raises(MonitorError, match="nonsense") as caught:
+        vm.qmp("nonsense")
+    assert caught.value.error_class == "CommandNotFound"
+
+
+def test_forward(vm):
+    vm.popen(["sh", "-c", "while :; do echo hello | nc -l -p 8080; done"])
+    vm.wait_until(["sh", "-c", "netstat -ltn | grep -q :8080"], timeout=60)
+    address = vm.forward(8080)
+    assert address[0] == "127.0.0.1"
+    assert vm.forward(8080) == address
+    with socket.create_connection(address, 30) as sock:
+        assert sock.recv(100) == b"hello\n"
+
+
+@pytest.mark.parametrize("network", ["isolated", "nat"])
+def test_isolation(vm_factory, network):
+    """The same connection attempt, with a positive control: nat reaches the host, isolated not."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        vm_factory.boot("tiny", network=network) as vm,
+    ):
+        # 10.0.2.2 is the host's loopback, as QEMU's user network shows it to the guest.
+        port = server.getsockname()[1]
+        vm.popen(["nc", "-w", "5", "10.0.2.2", str(port)])
+        server.settimeout(15)
+        try:
+            server.accept()[0].close()
+            reached = True
+        except TimeoutError:
+            reached = False
+    assert reached is (network == "nat")
+
+
+def test_ssh_command_gets_in(vm):
+    done = subprocess.run(
+        ["sh", "-c", f"{vm.ssh_command} uname"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.stdout, done.stderr) == ("Linux\n", "")
+
+
+def test_two_at_once(vm_factory):
+    with vm_factory.boot("tiny") as a, vm_factory.boot("tiny", memory="256MiB") as b:
+        assert boots(a) != boots(b)
+        assert a.name != b.name
+        a.write_text("/tmp/x", "a")
+        assert b.run(["test", "-e", "/tmp/x"], check=False).returncode == 1
+
+
+def test_kernel_panic_is_told_by_name(vm):
+    with pytest.raises(GuestLost, match="kernel panic: sysrq triggered crash"):
+        vm.shell("echo c > /proc/sysrq-trigger; sleep 100")
+    assert not vm.alive
+
+
+def test_text_about_a_panic_is_none(vm):
+    vm.shell("echo 'Kernel panic - not syncing: not really' > /dev/console")
+    assert vm.run(["true"]).returncode == 0
+
+
+def test_power_off_from_inside(vm):
+    vm.popen(["poweroff"])
+    with pytest.raises(GuestLost, match="switched off"):
+        vm.run(["sleep", "100"])
+    vm.power_on()
+    assert vm.run(["true"]).returncode == 0
+
+
+def test_qemu_killed(vm):
+    import os
+    import signal
+
+    os.kill(vm._machine.process.pid, signal.SIGKILL)
+    with pytest.raises(GuestLost, match="QEMU ended with signal SIGKILL"):
+        vm.run(["sleep", "100"])
+
+
+def test_too_much_memory(vm_factory):
+    with pytest.raises(LaunchError, match="does not fit"), vm_factory.boot("tiny", memory="4TiB"):
+        pass
+
+
+def test_too_little_memory_for_the_image(vm_factory):
+    with pytest.raises(ConfigError, match="too little"), vm_factory.boot("tiny", memory="16MiB"):
+        pass
+
+
+def test_no_answer_names_the_stage(vm_factory, monkeypatch):
+    """A kernel that finds nothing to start panics, and that is what is told."""
+    monkeypatch.setattr(vm_factory, "_surroundings", _with_broken_init(vm_factory._surroundings))
+    with pytest.raises(BootError, match="panic") as caught, vm_factory.boot("tiny"):
+        pass
+    assert caught.value.stage == "kernel"
+    assert caught.value.seconds > 0
+
+
+def _with_broken_init(surroundings):
+    import dataclasses
+
+    return dataclasses.replace(
+        surroundings, qemu_args=lambda spec: ["-append", f"{spec.append} rdinit=/bin/false"]
+    )
+
+
+def test_ssh_never_answers(vm_factory, monkeypatch):
+    """The last stage that was reached is named, with the end of the console."""
+    import dataclasses
+
+    monkeypatch.setattr(
+        vm_factory,
+        "_surroundings",
+        dataclasses.replace(
+            vm_factory._surroundings,
+            qemu_args=lambda spec: ["-append", f"{spec.append} rdinit=/usr/bin/cat"],
+        ),
+    )
+    monkeypatch.setattr(
+        vm_factory, "_settings", dataclasses.replace(vm_factory._settings, boot_timeout=1.5)
+    )
+    with pytest.raises(BootError, match="did not answer on SSH") as caught, vm_factory.boot("tiny"):
+        pass
+    assert caught.value.stage == "firmware"
+
+
+def test_qemu_that_refuses_its_command_line(vm_factory, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setattr(
+        vm_factory,
+        "_surroundings",
+        dataclasses.replace(vm_factory._surroundings, qemu_args=lambda _: ["-no-such-option"]),
+    )
+    with (
+        pytest.raises(LaunchError, match="QEMU ended with exit status 1") as caught,
+        vm_factory.boot("tiny"),
+    ):
+        pass
+    assert "no-such-option" in str(caught.value)
+
+
+def test_qemu_runs_as_nobody_in_particular(vm):
+    import os
+    from pathlib import Path
+
+    pid = vm._machine.process.pid
+    status = Path(f"/proc/{pid}/status").read_text()
+    uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
+    assert "0" not in uids
+    assert "Seccomp:\t2" in status
+    if os.geteuid() != 0:
+        assert set(uids) == {str(os.geteuid())}

@@ -1,0 +1,165 @@
+"""A suite of tests that runs in a pytest of its own, on images and guests that are fakes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.catalogue import listing, store
+from pytest_vmsandbox.catalogue.catalogue import native_architecture
+
+# pytester forgets what a run in this process imports: what takes long to import is kept.
+assert listing
+assert store
+
+IMAGES = {
+    "alpha-1": native_architecture(),
+    "alpha-2": native_architecture(),
+    "beta": native_architecture(),
+    "foreign": "aarch64" if native_architecture() == "x86_64" else "x86_64",
+}
+INI = """\
+[pytest]
+vm_image_path = images
+vm_images = alpha-1
+"""
+# The fake writes what happens to guests into the file `guests`, also from several processes.
+FAKE = """
+from contextlib import contextmanager
+
+import pytest
+
+from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.plugin import SESSION
+
+
+class FakeGuest:
+    def __init__(self, name, image):
+        self.name, self.image, self.alive = name, image, True
+
+    def screenshot(self, path):
+        path.write_bytes(b"a picture")
+
+
+class FakeFactory:
+    def __init__(self, session):
+        self.session, self.count = session, 0
+
+    def describe(self, image):
+        return f"vmsandbox: a fake runs {image}"
+
+    def note(self, *words):
+        with (self.session.config.rootpath / "guests").open("a") as file:
+            print(*words, file=file)
+
+    @contextmanager
+    def boot(self, image, **hardware):
+        self.count += 1
+        guest = FakeGuest(f"{image}.{self.count}", image)
+        self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
+        logs = self.session._logs(guest.name)
+        (logs / "console.log").write_text(f"{guest.name} boots")
+        if image == "beta" and hardware.get("cpus") == 13:
+            raise BootError("beta does not come up", stage="kernel", seconds=3)
+        self.session._ready(guest)
+        failed = True
+        try:
+            yield guest
+            failed = False
+        finally:
+            self.session._stopping(guest, failed)
+            self.note("end", guest.name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    session = config.stash[SESSION]
+    session.factory = FakeFactory(session)
+"""
+
+
+def define_image(folder, architecture):
+    folder.mkdir(parents=True)
+    (folder / "image.toml").write_text(f"""\
+schema = 1
+description = "An image"
+architecture = "{architecture}"
+recipe = "build"
+uses = []
+requires = ["sh"]
+[boot]
+append = ""
+memory_min = "128MiB"
+[system]
+python = false
+init = "busybox"
+user = "root"
+""")
+    (folder / "build").write_text("#!/bin/sh\n")
+    (folder / "build").chmod(0o755)
+
+
+class Suite:
+    """A folder with tests of a user, and ways to run pytest on it."""
+
+    def __init__(self, pytester):
+        self.pytester = pytester
+        self.path: Path = pytester.path
+
+    def write(self, source, name="test_suite"):
+        return self.pytester.makepyfile(**{name: source})
+
+    def ini(self, text):
+        (self.path / "pytest.ini").write_text(text)
+
+    def run(self, *args):
+        """Run in this process, with no other plugin: that is quicker."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+            return self.pytester.runpytest_inprocess(
+                *("-p", "no:cacheprovider", "-p", "pytest_vmsandbox.plugin", *args)
+            )
+
+    def run_apart(self, *args):
+        """Run in a process of its own: what it imports stays there."""
+        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *args, timeout=60)
+
+    def ids(self, *args):
+        """The tests that are collected, in order."""
+        lines = self.run("--collect-only", "-q", *args).outlines
+        return [line.partition("::")[2] for line in lines if "::" in line]
+
+    def usage_error(self, *args):
+        """Run what must be a usage error; its text."""
+        result = self.run(*args)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert "Traceback" not in result.stderr.str()
+        return result.stderr.str()
+
+    @property
+    def guests(self):
+        """What happened to guests, line by line."""
+        file = self.path / "guests"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def bare(pytester, monkeypatch):
+    """A suite with images of its own, none of them built."""
+    for name in list(os.environ):
+        if name.startswith(("VMSANDBOX_", "PYTEST_")) or name == "CI":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(pytester.path / "cache"))
+    monkeypatch.setenv("VMSANDBOX_RUNTIME", str(pytester.path / "runtime"))
+    for name, architecture in IMAGES.items():
+        define_image(pytester.path / "images" / name, architecture)
+    suite = Suite(pytester)
+    suite.ini(INI)
+    return suite
+
+
+@pytest.fixture
+def suite(bare):
+    """Likewise, with a fake that boots guests."""
+    bare.pytester.makeconftest(FAKE)
+    return bare

@@ -1,0 +1,198 @@
+"""QEMU's command line: a table for each device, and the whole."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
+from pytest_vmsandbox.machine import cmdline
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+
+SPEC = MachineSpec(
+    name="debian-13.1",
+    qemu="/usr/bin/qemu-system-x86_64",
+    version=(7, 2, 22),
+    accelerator="tcg",
+    processor="Nehalem,-cx16",
+    hardware=Hardware(),
+    append="console=ttyS0 quiet",
+)
+
+
+def with_hardware(**values):
+    return replace(SPEC, hardware=replace(SPEC.hardware, **values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "argv"),
+    [
+        ({}, ["-machine", "pc-q35-7.2,accel=tcg,graphics=off"]),
+        (
+            {"version": (10, 0, 2), "accelerator": "kvm"},
+            ["-machine", "pc-q35-10.0,accel=kvm,graphics=off"],
+        ),
+        ({"version": (9, 1)}, ["-machine", "pc-q35-9.1,accel=tcg,graphics=off"]),
+    ],
+)
+def test_machine(changes, argv):
+    assert cmdline.machine(replace(SPEC, **changes)) == argv
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version", "models"),
+    [
+        ("tcg", (7, 2, 22), ["Nehalem,-cx16"]),
+        ("tcg", (8, 0, 0), ["Nehalem"]),
+        ("tcg", (10, 0, 2), ["Nehalem"]),
+        ("kvm", (7, 2, 22), ["host", "host,-arch-capabilities"]),
+        ("hvf", (10, 0, 2), ["host", "host,-arch-capabilities"]),
+    ],
+)
+def test_processor_models(accelerator, version, models):
+    assert list(cmdline.processor_models(accelerator, version)) == models
+
+
+def test_processors():
+    assert cmdline.processors(with_hardware(cpus=4)) == ["-cpu", "Nehalem,-cx16", "-smp", "4"]
+
+
+def test_sockets():
+    fds = Descriptors(monitor=8, console=9)
+    assert cmdline.monitor(fds) == [
+        *("-chardev", "socket,id=qmp,fd=8"),
+        *("-mon", "chardev=qmp,mode=control"),
+    ]
+    assert cmdline.console(fds) == [
+        *("-chardev", "socket,id=console,fd=9"),
+        *("-serial", "chardev:console"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fds", "argv"),
+    [
+        (Descriptors(), []),
+        (Descriptors(initrd=6), []),
+        (
+            Descriptors(kernel=5),
+            ["-kernel", "/proc/self/fd/5", "-append", "console=ttyS0 quiet"],
+        ),
+        (
+            Descriptors(kernel=5, initrd=6),
+            [
+                "-kernel",
+                "/proc/self/fd/5",
+                "-initrd",
+                "/proc/self/fd/6",
+                "-append",
+                "console=ttyS0 quiet",
+            ],
+        ),
+    ],
+)
+def test_kernel(fds, argv):
+    assert cmdline.kernel(SPEC, fds) == argv
+
+
+@pytest.mark.parametrize(("network", "restrict"), [("isolated", "on"), ("nat", "off")])
+def test_network(network, restrict):
+    netdev, device = cmdline.network(with_hardware(network=network))[1::2]
+    assert f"restrict={restrict}" in netdev.split(",")
+    assert "hostfwd" not in netdev
+    assert device.startswith("virtio-net-pci,netdev=n0")
+
+
+def test_devices_that_are_always_there():
+    assert cmdline.display() == ["-display", "none", "-device", "VGA,vgamem_mb=4"]
+    assert cmdline.entropy() == ["-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]
+    assert cmdline.panic() == ["-device", "pvpanic-pci", "-action", "panic=pause"]
+
+
+def test_confinement():
+    option, value = cmdline.confinement()
+    assert option == "-sandbox"
+    assert value.split(",") == ["on"] + [
+        f"{what}=deny" for what in ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
+    ]
+
+
+class TestDisks:
+    def nodes(self, hardware, fds):
+        args = cmdline.disks(replace(SPEC, hardware=hardware), fds)
+        pairs = list(zip(args[::2], args[1::2], strict=True))
+        nodes = [json.loads(value) for option, value in pairs if option == "-blockdev"]
+        return nodes, [pair for pair in pairs if pair[0] != "-blockdev"]
+
+    def test_none(self):
+        assert cmdline.disks(SPEC, Descriptors()) == []
+
+    def test_an_image_and_its_overlay(self):
+        nodes, others = self.nodes(Hardware(), Descriptors(base=7, overlays=(8,)))
+        base, root = nodes
+        assert base["driver"] == "raw"
+        assert base["read-only"] is base["file"]["read-only"] is True
+        assert base["file"]["filename"] == "/dev/fdset/7"
+        assert (root["node-name"], root["driver"], root["backing"]) == ("root", "qcow2", "base")
+        assert root["file"]["filename"] == "/dev/fdset/8"
+        assert root["cache"]["no-flush"] is True
+        assert others == [
+            ("-add-fd", "fd=7,set=7"),
+            ("-add-fd", "fd=8,set=8"),
+            ("-device", "virtio-blk-pci,drive=root,serial=root"),
+        ]
+
+    def test_blank_ones_stand_on_nothing(self):
+        nodes, others = self.nodes(Hardware(disks=(GIB, MIB)), Descriptors(overlays=(5, 6)))
+        assert [node["node-name"] for node in nodes] == ["disk0", "disk1"]
+        assert not any("backing" in node for node in nodes)
+        assert ("-device", "virtio-blk-pci,drive=disk1,serial=disk1") in others
+
+    def test_the_root_disk_comes_first(self):
+        nodes, _ = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=(6, 7)))
+        assert [node["node-name"] for node in nodes] == ["base", "root", "disk0"]
+
+    def test_an_overlay_too_few_is_a_mistake(self):
+        with pytest.raises(ValueError, match="zip"):
+            self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=(6,)))
+
+
+class TestWhole:
+    FDS = Descriptors(kernel=5, initrd=6, base=7, overlays=(8, 9))
+
+    def argv(self, **hardware):
+        spec = with_hardware(**{"disks": (MIB,), **hardware})
+        return cmdline.argv(spec, self.FDS)
+
+    def test_begins_with_the_program_and_what_keeps_it_from_reading_files(self):
+        argv = self.argv()
+        assert argv[:3] == ["/usr/bin/qemu-system-x86_64", "-name", "debian-13.1"]
+        assert {"-nodefaults", "-no-user-config"} <= set(argv)
+
+    def test_has_every_device(self):
+        argv = self.argv()
+        devices = [argv[i + 1].split(",")[0] for i, word in enumerate(argv) if word == "-device"]
+        assert sorted(devices) == [
+            *("VGA", "pvpanic-pci", "virtio-blk-pci", "virtio-blk-pci"),
+            *("virtio-net-pci", "virtio-rng-pci", "vmgenid"),
+        ]
+
+    @pytest.mark.parametrize("memory", [128 * MIB, GIB, 3 * GIB])
+    def test_memory(self, memory):
+        argv = self.argv(memory=memory)
+        assert argv[argv.index("-m") + 1] == f"{memory // MIB}M"
+
+    def test_names_no_file_but_by_descriptor(self):
+        paths = [word for word in self.argv()[1:] if "/" in word]
+        assert len(paths) == 5
+        for word in paths:
+            assert "/proc/self/fd/" in word or "/dev/fdset/" in word
+            assert "/work" not in word
+            assert "/home" not in word
+
+    def test_the_devices_do_not_depend_on_the_accelerator_or_the_network(self):
+        def devices(argv):
+            return [argv[i + 1] for i, word in enumerate(argv) if word == "-device"]
+
+        kvm = cmdline.argv(replace(with_hardware(disks=(MIB,)), accelerator="kvm"), self.FDS)
+        assert devices(kvm) == devices(self.argv()) == devices(self.argv(network="nat"))

@@ -1,0 +1,542 @@
+"""What a `Guest` does, on a machine that is a fake and programs that really run here."""
+
+import io
+import math
+import os
+import signal
+import subprocess
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.core.errors import (
+    BootError,
+    CommandError,
+    CommandTimeout,
+    ConfigError,
+    GuestLost,
+    TransferError,
+)
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests import guest as guest_module
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.machine.console import Console
+
+
+class LocalProcess:
+    """A program of the fake guest."""
+
+    def __init__(self, command, home):
+        self.command = command
+        cwd = home if command.cwd is None else command.cwd
+        argv = list(command.argv)
+        if not any(Path(folder, argv[0]).exists() for folder in os.get_exec_path()):
+            argv = ["/bin/sh", "-c", 'echo "sh: 1: exec: $0: not found" >&2; exit 127', argv[0]]
+        self.process = subprocess.Popen(
+            argv,
+            cwd=cwd,
+            env={**os.environ, **command.env},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def communicate(self, stdin, stdout, stderr, timeout, idle=math.inf):
+        try:
+            limit = None if timeout == float("inf") else timeout
+            data = b"" if stdin is None else b"".join(iter(lambda: stdin.read(65536), b""))
+            out, err = self.process.communicate(data, timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.signal("KILL")
+            out, err = self.process.communicate()
+            stdout(out)
+            raise CommandTimeout(f"{self.command.argv[0]} is late", seconds=timeout) from None
+        stdout(out)
+        stderr(err)
+        return self.process.returncode
+
+    def poll(self):
+        return self.process.poll()
+
+    def wait(self, timeout):
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise CommandTimeout("it still runs", seconds=timeout) from None
+
+    def signal(self, name):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
+
+    stdin = property(lambda self: self.process.stdin)
+    stdout = property(lambda self: self.process.stdout)
+    stderr = property(lambda self: self.process.stderr)
+
+    def close(self):
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+
+
+class FakeTransport:
+    def __init__(self, machine, user, home):
+        self.machine, self.user, self.home = machine, user, home
+        self.commands = []
+        self.closed = False
+
+    def start(self, command):
+        self.commands.append(command)
+        if command.argv[0] in {"reboot", "poweroff"}:
+            self.machine.ask(command.argv[0])
+            command = replace(command, argv=("true",))  # never run these here
+        return LocalProcess(command, self.home)
+
+    def close(self):
+        self.closed = True
+
+
+class FakeMachine:
+    """A machine that does what it is told; `fault` is what is wrong with it."""
+
+    def __init__(self):
+        self.console = Console(None)
+        self.monitor = self
+        self.status = None
+        self.fault = None
+        self.stage = "kernel"
+        self.names = []
+        self.obeys = True
+
+    def ask(self, what):
+        if self.obeys:
+            if what == "reboot":
+                self.names.append("RESET")
+            else:
+                self.status = 0
+
+    def events(self):
+        return list(self.names)
+
+    def wait_event(self, name, *, since, timeout):
+        return name if name in self.names[since:] else None
+
+    def check(self):
+        if self.fault:
+            raise GuestLost(self.fault, stage="kernel")
+        if self.status is not None:
+            raise GuestLost("it is switched off")
+
+    def check_booting(self):
+        pass
+
+    def boot_error(self, error, seconds):
+        return BootError(f"{error.brief} while booting", stage=error.stage, seconds=seconds)
+
+    def ended(self):
+        return self.status
+
+    def end(self, timeout):
+        self.status = 0 if self.status is None else self.status
+        return True
+
+    def kill(self):
+        self.status = -9
+
+    def forward(self, port):
+        return "127.0.0.1", 40_000 + port
+
+    def execute(self, command, arguments=None):
+        return {"command": command, **(arguments or {})}
+
+    def screenshot(self, file):
+        file.write(b"picture")
+
+
+class FakePlatform:
+    def __init__(self, home):
+        self.home = home
+        self.machines = []
+        self.transports = []
+        self.off = 0
+        self.answer = True
+        self.fault = None
+
+    @contextmanager
+    def machine(self):
+        machine = FakeMachine()
+        machine.fault = self.fault
+        machine.console.feed(b"Linux version 6\r\nlast words\r\n")
+        self.machines.append(machine)
+        try:
+            yield machine
+        finally:
+            self.off += 1
+
+    def transport(self, machine, user):
+        self.transports.append(FakeTransport(machine, user, self.home))
+        return self.transports[-1]
+
+    def answers(self, machine, timeout):
+        return self.answer
+
+    def ssh_command(self, machine, user):
+        return f"ssh {user}@guest"
+
+
+@pytest.fixture
+def platform(tmp_path, monkeypatch):
+    monkeypatch.setattr(guest_module, "_POLL_SECONDS", 0.001)
+    home = tmp_path / "home"
+    home.mkdir()
+    return FakePlatform(home)
+
+
+def make(platform, *, user="root", boot_timeout=5.0):
+    return Guest(
+        platform,
+        name="tiny.1",
+        image="tiny",
+        spec=Hardware(user=user),
+        boot_timeout=boot_timeout,
+        command_timeout=5.0,
+        hints=lambda: ["artifacts: over there"],
+    )
+
+
+@pytest.fixture
+def vm(platform):
+    with make(platform) as vm:
+        yield vm
+
+
+class TestRun:
+    def test_result(self, vm):
+        result = vm.run(["printf", "%s", "a b"])
+        assert (result.argv, result.returncode) == (("printf", "%s", "a b"), 0)
+        assert (result.stdout, result.stderr) == ("a b", "")
+        assert 0 < result.duration < 5
+
+    def test_bytes(self, vm):
+        result = vm.run(["cat"], input=b"\xff\0", text=False)
+        assert (result.stdout, result.stderr) == (b"\xff\0", b"")
+
+    def test_text_replaces_what_cannot_be_decoded(self, vm):
+        assert vm.run(["printf", r"\377é"]).stdout == "\ufffdé"
+        assert vm.run(["cat"], input="é").stdout == "é"
+
+    def test_environment_and_folder(self, vm, tmp_path):
+        result = vm.run(["sh", "-c", "echo $A; pwd"], env={"A": "x y"}, cwd=str(tmp_path))
+        assert result.stdout == f"x y\n{tmp_path}\n"
+
+    def test_a_path_is_a_word(self, vm, tmp_path):
+        assert vm.run(["echo", tmp_path]).stdout == f"{tmp_path}\n"
+
+    def test_a_status_that_is_not_zero(self, vm):
+        with pytest.raises(CommandError, match="returned 3") as caught:
+            vm.run(["sh", "-c", "echo out; echo err >&2; exit 3"])
+        assert "--- stdout\nout\n--- stderr\nerr" in str(caught.value)
+        assert caught.value.result.returncode == 3
+        assert not hasattr(caught.value, "__notes__")
+
+    def test_a_signal(self, vm):
+        assert vm.run(["sh", "-c", "kill -9 $$"], check=False).returncode == -9
+
+    def test_unchecked(self, vm):
+        assert vm.run(["false"], check=False).returncode == 1
+
+    def test_a_program_that_is_not_there(self, vm):
+        with pytest.raises(CommandError, match="command not found in the guest: nosuch") as caught:
+            vm.run(["nosuch", "-x"])
+        assert "install it" in caught.value.remedy
+        assert vm.run(["nosuch"], check=False).returncode == 127
+
+    def test_a_timeout(self, vm):
+        with pytest.raises(CommandTimeout) as caught:
+            vm.run(["sh", "-c", "echo out; sleep 1000"], timeout=0.05)
+        assert caught.value.stdout == b"out\n"
+        assert caught.value.seconds == 0.05
+        assert "vm_command_timeout" in caught.value.remedy
+
+    @pytest.mark.parametrize(
+        ("argv", "error"),
+        [
+            ("ls -l", TypeError),
+            (b"ls", TypeError),
+            ([], ValueError),
+            (["ls", 1], TypeError),
+            (["ls", b"x"], TypeError),
+            (["ls", None], TypeError),
+        ],
+    )
+    def test_what_is_no_list_of_words(self, vm, platform, argv, error):
+        with pytest.raises(error):
+            vm.run(argv)
+        with pytest.raises(error):
+            vm.popen(argv)
+        assert platform.transports == []
+
+    @pytest.mark.parametrize("timeout", [-1, True, "5", float("nan")])
+    def test_what_is_no_time(self, vm, timeout):
+        with pytest.raises(ConfigError, match="is not a number of seconds"):
+            vm.run(["true"], timeout=timeout)
+
+    def test_a_long_script_is_cut_in_the_first_line(self, vm):
+        with pytest.raises(CommandError) as caught:
+            vm.shell("exit 3 # " + "x" * 5000)
+        assert len(caught.value.brief) < 600
+
+
+class TestShell:
+    def test_is_a_shell(self, vm):
+        assert vm.shell("echo $((6 * 7)) | tr 4 '>'").stdout == ">2\n"
+
+    def test_takes_what_run_takes(self, vm):
+        result = vm.shell("cat; exit 3", input=b"x", check=False, text=False)
+        assert (result.returncode, result.stdout) == (3, b"x")
+
+    def test_takes_no_list(self, vm):
+        with pytest.raises(TypeError, match=r"vm\.run\(\) takes lists"):
+            vm.shell(["ls"])
+
+
+class TestUser:
+    @pytest.mark.parametrize(
+        ("own", "asked", "login", "becomes"),
+        [
+            ("root", None, "root", None),
+            ("root", "root", "root", None),
+            ("root", "me", "root", "me"),
+            ("me", None, "me", None),
+            ("me", "me", "me", None),
+            ("me", "root", "root", None),
+        ],
+    )
+    def test_root_becomes_others_and_others_log_in(self, platform, own, asked, login, becomes):
+        with make(platform, user=own) as vm:
+            vm.run(["true"], user=asked)
+            (transport,) = platform.transports
+            assert (transport.user, transport.commands[0].user) == (login, becomes)
+
+    def test_there_is_one_connection_for_each(self, platform):
+        with make(platform, user="me") as vm:
+            for user in (None, "root", None, "root"):
+                vm.run(["true"], user=user)
+        assert [it.user for it in platform.transports] == ["me", "root"]
+        assert all(it.closed for it in platform.transports)
+
+
+class TestPopen:
+    def test_talks(self, vm):
+        with vm.popen(["cat"]) as process:
+            process.stdin.write("one\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "one\n"
+            assert process.poll() is None
+            process.stdin.close()
+            assert process.wait(5) == 0
+
+    def test_bytes(self, vm):
+        with vm.popen(["cat"], text=False) as process:
+            process.stdin.write(b"\xff\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"\xff\n"
+
+    def test_is_killed_at_the_end(self, vm):
+        with vm.popen(["sleep", "1000"], text=False) as process:
+            remote = process._remote
+        assert remote.poll() == -9
+
+    def test_is_ended(self, vm):
+        with vm.popen(["sleep", "1000"], text=False) as process:
+            with pytest.raises(CommandTimeout):
+                process.wait(0.01)
+            process.terminate()
+            assert process.wait(5) == -15
+            process.kill()
+
+
+class TestWaitUntil:
+    SCRIPT = 'echo x >>count; [ "$(wc -l <count)" -ge 3 ]'
+
+    def test_tries_again(self, vm, platform):
+        vm.wait_until(["sh", "-c", self.SCRIPT], timeout=5)
+        assert (platform.home / "count").read_text() == "x\n" * 3
+
+    def test_gives_up_with_the_last_try(self, vm):
+        with pytest.raises(CommandTimeout, match="did not return 0 within 0.05 s") as caught:
+            vm.wait_until(["sh", "-c", "echo why >&2; exit 4"], timeout=0.05)
+        assert "the last try returned 4" in caught.value.brief
+        assert caught.value.stderr == b"why\n"
+        assert caught.value.seconds == 0.05
+
+    def test_a_try_that_does_not_end(self, vm):
+        with pytest.raises(CommandTimeout, match="did not return"):
+            vm.wait_until(["sleep", "1000"], timeout=0)
+
+    def test_a_lost_guest_is_not_waited_for(self, vm, platform):
+        platform.machines[0].fault = "kernel panic"
+        with pytest.raises(GuestLost, match="kernel panic"):
+            vm.wait_until(["true"], timeout=60)
+
+
+class TestFiles:
+    def test_text(self, vm, platform):
+        vm.write_text("sub/-name", "é\r\n")
+        file = platform.home / "sub/-name"
+        assert file.read_bytes() == "é\r\n".encode()
+        assert file.stat().st_mode & 0o777 == 0o644
+        assert vm.read_text("sub/-name") == "é\r\n"
+        vm.write_text("-x", "y")
+        assert vm.read_text("-x") == vm.read_text(str(platform.home / "-x")) == "y"
+
+    def test_text_that_is_none(self, vm, platform):
+        (platform.home / "raw").write_bytes(b"\xff")
+        with pytest.raises(TransferError, match="raw is not UTF-8") as caught:
+            vm.read_text("raw")
+        assert "vm.pull()" in caught.value.remedy
+
+    def test_what_is_not_there(self, vm):
+        with pytest.raises(TransferError, match="none cannot be read"):
+            vm.read_text("none")
+        with pytest.raises(TransferError, match="cannot be written"):
+            vm.write_text("/dev/null/x", "x")
+
+    def test_push_and_pull(self, vm, platform, tmp_path):
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "file").write_text("x")
+        vm.push(source, "copy")
+        vm.push(str(source / "file"), "one")
+        vm.pull("copy", tmp_path / "back")
+        vm.pull("one", str(tmp_path / "one"))
+        assert (tmp_path / "back/file").read_text() == (tmp_path / "one").read_text() == "x"
+
+    def test_errors_have_hints(self, vm, tmp_path):
+        with pytest.raises(TransferError) as caught:
+            vm.push(tmp_path / "none", "x")
+        assert caught.value.__notes__ == ["artifacts: over there"]
+
+
+class TestPower:
+    def test_is_on_and_then_gone(self, platform):
+        vm = make(platform)
+        with vm:
+            assert vm.alive
+            assert repr(vm) == "<Guest tiny.1 image=tiny on>"
+        assert platform.off == 1
+        assert repr(vm) == "<Guest tiny.1 image=tiny off>"
+        assert not vm.alive
+
+    def test_a_cut(self, vm, platform):
+        vm.run(["true"])
+        vm.power_cut()
+        assert platform.machines[0].status == -9
+        assert platform.transports[0].closed
+        assert not vm.alive
+        with pytest.raises(GuestLost, match="tiny.1 is switched off") as caught:
+            vm.run(["true"])
+        assert "vm.power_on()" in caught.value.remedy
+        vm.power_on()
+        vm.run(["true"])
+        assert (len(platform.machines), platform.off) == (2, 1)
+
+    @pytest.mark.parametrize("obeys", [True, False])
+    def test_off(self, vm, platform, obeys):
+        platform.machines[0].obeys = obeys
+        vm.power_off()
+        assert platform.machines[0].status == 0
+        assert not vm.alive
+
+    def test_on_while_it_is_on(self, vm):
+        with pytest.raises(ConfigError, match="tiny.1 is on"):
+            vm.power_on()
+
+    def test_on_after_it_ended_by_itself(self, vm, platform):
+        platform.machines[0].status = 0
+        vm.power_on()
+        assert vm.alive
+
+    def test_reboot(self, vm, platform):
+        vm.run(["true"])
+        vm.reboot()
+        assert platform.transports[0].closed
+        assert vm.run(["echo", "x"]).stdout == "x\n"
+        assert len(platform.machines) == 1
+
+    def test_a_reboot_that_does_not_happen(self, vm, platform):
+        platform.machines[0].obeys = False
+        with pytest.raises(BootError, match="did not go down to reboot"):
+            vm.reboot(timeout=0.05)
+
+    def test_a_guest_that_does_not_answer(self, platform):
+        platform.answer = False
+        vm = make(platform, boot_timeout=0.02)
+        with pytest.raises(BootError, match="did not answer on SSH within 0.02 s") as caught, vm:
+            pass
+        assert caught.value.stage == "kernel"
+        assert "last words" in caught.value.details
+        assert "--vm-boot-timeout" in caught.value.remedy
+        assert caught.value.__notes__ == ["artifacts: over there"]
+        assert platform.off == 1
+
+    def test_a_guest_that_panics_while_booting(self, platform):
+        platform.answer = False
+        platform.fault = "kernel panic"
+        with pytest.raises(BootError, match="kernel panic while booting"), make(platform):
+            pass
+        assert platform.off == 1
+
+    def test_an_error_of_a_lost_guest_has_hints_once(self, vm, platform):
+        platform.machines[0].fault = "kernel panic"
+        with pytest.raises(GuestLost) as caught:
+            vm.shell("true")
+        assert caught.value.__notes__ == ["artifacts: over there"]
+
+
+class TestFromOutside:
+    def test_forward(self, vm):
+        assert vm.forward(80) == ("127.0.0.1", 40_080)
+
+    @pytest.mark.parametrize("port", [0, -1, 65_536, "80", 80.0, True, None])
+    def test_what_is_no_port(self, vm, port):
+        with pytest.raises(ConfigError, match="is not a TCP port"):
+            vm.forward(port)
+
+    def test_console(self, vm):
+        assert vm.console.tail(1) == "last words"
+
+    def test_screenshot(self, vm, tmp_path):
+        vm.screenshot(tmp_path / "it.png")
+        assert (tmp_path / "it.png").read_bytes() == b"picture"
+
+    def test_monitor(self, vm):
+        assert vm.qmp("query-status", a=1) == {"command": "query-status", "a": 1}
+
+    def test_way_in(self, platform):
+        with make(platform, user="me") as vm:
+            assert vm.ssh_command == "ssh me@guest"
+
+    def test_nothing_of_a_guest_that_is_off(self, vm, tmp_path):
+        vm.power_cut()
+        for use in (
+            lambda: vm.console,
+            lambda: vm.ssh_command,
+            lambda: vm.forward(80),
+            lambda: vm.qmp("stop"),
+            lambda: vm.screenshot(tmp_path / "it.png"),
+            vm.power_off,
+            vm.reboot,
+        ):
+            with pytest.raises(GuestLost, match="is switched off"):
+                use()
+
+
+def test_streams_are_passed_on_as_they_come(vm):
+    got = []
+    command = Command(argv=("cat",))
+    status = vm.stream(command, stdin=io.BytesIO(b"x"), stdout=got.append, stderr=got.append)
+    assert (status, b"".join(got)) == (0, b"x")

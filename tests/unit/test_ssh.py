@@ -1,0 +1,420 @@
+"""Programs over SSH, on a server of our own that really runs them here."""
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import threading
+from contextlib import contextmanager
+
+import paramiko
+import pytest
+from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
+
+from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests import process as remote, ssh
+from pytest_vmsandbox.guests.ssh import Endpoint, KeyPair, SSHTransport, greeting
+
+OURS, THEIRS, OTHER = KeyPair.generate(), KeyPair.generate(), KeyPair.generate()
+
+
+def private(pair):
+    return paramiko.Ed25519Key.from_private_key(io.StringIO(pair.private))
+
+
+class Server(paramiko.ServerInterface):
+    """One connection: each command becomes a process here."""
+
+    def __init__(self, host):
+        self.host = host
+
+    def get_allowed_auths(self, username):
+        return "publickey"
+
+    def check_auth_publickey(self, username, key):
+        known = f"{key.get_name()} {key.get_base64()}" == OURS.public and username != "stranger"
+        return AUTH_SUCCESSFUL if known else AUTH_FAILED
+
+    def check_channel_request(self, kind, chanid):
+        return OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel, command):
+        self.host.begin(self.work, channel, command)
+        return True
+
+    def work(self, channel, command):
+        if self.host.noise:
+            channel.sendall(self.host.noise)
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.host.processes.append(process)
+        pumps = [
+            threading.Thread(target=self.pump, args=(process.stdout, channel.sendall)),
+            threading.Thread(target=self.pump, args=(process.stderr, channel.sendall_stderr)),
+        ]
+        feeder = threading.Thread(target=self.feed, args=(channel, process.stdin))
+        for thread in (*pumps, feeder):
+            thread.start()
+        for thread in pumps:
+            thread.join()
+        status = process.wait()
+        try:
+            if status < 0:
+                message = paramiko.Message()
+                message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
+                message.add_int(channel.remote_chanid)
+                message.add_string("exit-signal")
+                message.add_boolean(False)
+                message.add_string(signal.Signals(-status).name.removeprefix("SIG"))
+                message.add_boolean(False)
+                message.add_string("")
+                message.add_string("")
+                channel.transport._send_user_message(message)
+            else:
+                channel.send_exit_status(status)
+        except (OSError, EOFError, paramiko.SSHException):
+            pass  # the other side has gone
+        channel.close()
+        feeder.join()
+
+    @staticmethod
+    def pump(source, send):
+        with source:
+            while data := source.read1(32_768):
+                try:
+                    send(data)
+                except OSError:
+                    break
+
+    @staticmethod
+    def feed(channel, sink):
+        try:
+            with sink:
+                while data := channel.recv(32_768):
+                    sink.write(data)
+                    sink.flush()
+        except OSError:
+            pass
+
+
+class Host:
+    """A machine with an SSH server, on loopback."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self.listener.getsockname()
+        self.noise = b""
+        self.sessions = []
+        self.processes = []
+        self.threads = []
+        self.begin(self.serve)
+
+    def begin(self, work, *args):
+        thread = threading.Thread(target=work, args=args)
+        self.threads.append(thread)
+        thread.start()
+
+    def serve(self):
+        while True:
+            try:
+                sock, _ = self.listener.accept()
+            except OSError:
+                return
+            session = paramiko.Transport(sock)
+            session.set_log_channel(ssh._LOG)
+            session.add_server_key(private(THEIRS))
+            self.sessions.append(session)
+            try:
+                session.start_server(server=Server(self))
+            except (paramiko.SSHException, EOFError, OSError):
+                session.close()
+
+    def hang_up(self):
+        for session in self.sessions:
+            session.close()
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        self.hang_up()
+        for thread in self.threads:
+            thread.join()
+        for session in self.sessions:
+            session.join(5)
+
+
+@pytest.fixture
+def host():
+    host = Host()
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def nobody():
+    """An address where nobody listens, nor will."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()
+
+
+@contextmanager
+def transport_to(address, *, key=OURS, host_key=THEIRS, user="root", check=lambda: None, timeout=5):
+    transport = SSHTransport(
+        lambda: Endpoint(address=address, user=user, key=key, host_key=host_key.public),
+        check=check,
+        connect_timeout=timeout,
+    )
+    try:
+        yield transport
+    finally:
+        transport.close()
+
+
+@pytest.fixture
+def transport(host):
+    with transport_to(host.address) as transport:
+        yield transport
+
+
+def sh(script, **more):
+    return Command(argv=("/bin/sh", "-c", script), **more)
+
+
+def run(transport, command, *, stdin=None, timeout=10):
+    out, err = bytearray(), bytearray()
+    process = transport.start(command)
+    try:
+        stream = None if stdin is None else io.BytesIO(stdin)
+        status = process.communicate(stream, out.extend, err.extend, timeout)
+    finally:
+        process.close()
+    return status, bytes(out), bytes(err)
+
+
+class TestKeyPair:
+    def test_each_is_another_one(self):
+        assert len({OURS.private, THEIRS.private, OTHER.private}) == 3
+        assert OURS.public.startswith("ssh-ed25519 AAAA")
+
+    def test_the_parts_belong_together(self):
+        assert OURS.public == f"ssh-ed25519 {private(OURS).get_base64()}"
+
+    def test_is_saved_for_this_user_alone(self, tmp_path):
+        OURS.save(tmp_path / "key")
+        assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "key").read_text() == OURS.private
+
+
+class TestGreeting:
+    def test_of_a_server(self, host):
+        assert greeting(host.address, 5)
+
+    def test_of_nobody(self, nobody):
+        assert not greeting(nobody, 5)
+
+    def test_of_one_who_says_nothing(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            assert not greeting(listener.getsockname(), 0.05)
+
+
+class TestConnection:
+    def test_is_made_once(self, host, transport):
+        assert [run(transport, sh("exit 0"))[0] for _ in range(3)] == [0, 0, 0]
+        assert len(host.sessions) == 1
+
+    def test_is_made_anew_after_it_was_closed(self, host, transport):
+        run(transport, sh("exit 0"))
+        transport.close()
+        assert run(transport, sh("exit 3"))[0] == 3
+        assert len(host.sessions) == 2
+
+    def test_is_made_anew_after_it_broke(self, host, transport):
+        run(transport, sh("exit 0"))
+        host.hang_up()
+        assert run(transport, sh("exit 3"))[0] == 3
+
+    def test_another_host_key_is_refused(self, host):
+        with (
+            transport_to(host.address, host_key=OTHER) as transport,
+            pytest.raises(GuestLost, match="key is not the one of this image") as caught,
+        ):
+            transport.start(sh("exit 0"))
+        assert caught.value.stage == "ssh"
+        assert host.processes == []
+
+    @pytest.mark.parametrize("wrong", [{"key": OTHER}, {"user": "stranger"}])
+    def test_who_is_not_known_is_refused(self, host, wrong):
+        with (
+            transport_to(host.address, **wrong) as transport,
+            pytest.raises(ConfigError, match="cannot log in to the guest"),
+        ):
+            transport.start(sh("exit 0"))
+
+    def test_nobody_listens(self, nobody):
+        with (
+            transport_to(nobody) as transport,
+            pytest.raises(GuestLost, match=r"no SSH connection: .*refused"),
+        ):
+            transport.start(sh("exit 0"))
+
+    def test_a_server_that_never_greets(self):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            transport_to(listener.getsockname(), timeout=0.1) as transport,
+            pytest.raises(GuestLost, match="no SSH connection"),
+        ):
+            transport.start(sh("exit 0"))
+
+    def test_a_server_that_is_none(self):
+        def hello():
+            sock, _ = listener.accept()
+            with sock:
+                sock.sendall(b"220 ready\r\n" * 3)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=hello)
+            thread.start()
+            with (
+                transport_to(listener.getsockname(), timeout=1) as transport,
+                pytest.raises(GuestLost, match="no SSH connection"),
+            ):
+                transport.start(sh("exit 0"))
+            thread.join()
+
+    def test_the_guests_own_story_is_told_first(self, host):
+        def check():
+            raise GuestLost("kernel panic")
+
+        with (
+            transport_to(host.address, host_key=OTHER, check=check) as transport,
+            pytest.raises(GuestLost, match="kernel panic"),
+        ):
+            transport.start(sh("exit 0"))
+
+    def test_leaves_no_thread(self, host):
+        with transport_to(host.address) as transport:
+            run(transport, sh("exit 0"))
+            session = transport._session
+        assert session is not None
+        assert not session.is_alive()
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("script", "status"),
+        [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", -9), ("kill -15 $$", -15)],
+    )
+    def test_exit_status(self, transport, script, status):
+        assert run(transport, sh(script))[0] == status
+
+    def test_both_streams(self, transport):
+        assert run(transport, sh("echo out; echo err >&2")) == (0, b"out\n", b"err\n")
+
+    def test_large_binary_input_and_output(self, transport):
+        data = os.urandom(1 << 20)
+        assert run(transport, Command(argv=("cat",)), stdin=data) == (0, data, b"")
+
+    def test_without_input_it_finds_the_end(self, transport):
+        assert run(transport, Command(argv=("cat",))) == (0, b"", b"")
+
+    def test_input_that_nobody_reads(self, transport):
+        assert run(transport, sh("exit 3"), stdin=b"x" * (1 << 20))[0] == 3
+
+    def test_noise_of_a_login_shell_is_no_output(self, host, transport):
+        host.noise = b"Welcome!\nvmsandbox-started not this one\n"
+        assert run(transport, sh("echo out"))[1] == b"out\n"
+
+    def test_what_was_printed_before_the_error_is_kept(self, transport):
+        assert run(transport, Command(argv=("no-such-program",)))[0] == 127
+
+    def test_a_folder_that_is_not_there(self, transport):
+        with pytest.raises(CommandError, match="could not be started in /no/such") as caught:
+            transport.start(sh("exit 0", cwd="/no/such"))
+        assert caught.value.result.returncode == 126
+        assert "/no/such" in str(caught.value.result.stderr)
+
+    def test_a_timeout_ends_its_process_group(self, host, transport):
+        out = bytearray()
+        process = transport.start(sh("echo started; sleep 1000 & wait"))
+        with pytest.raises(CommandTimeout, match=r"did not end in 0\.1 s and was killed"):
+            process.communicate(None, out.extend, out.extend, 0.1)
+        process.close()
+        assert out == b"started\n"
+        assert host.processes[0].wait(5) == -9
+
+    def test_a_background_process_that_holds_a_stream_is_not_waited_for(
+        self, transport, monkeypatch
+    ):
+        monkeypatch.setattr(ssh, "_QUIET_SECONDS", 0.05)
+        started = transport.start(sh("sleep 1000 & echo $!; exec true"))
+        out = bytearray()
+        # A server of OpenSSH tells the end at once; this one waits for the streams: kill it.
+        out += started.stdout.readline()
+        os.kill(int(out), signal.SIGKILL)
+        assert started.wait(5) == 0
+        started.close()
+
+    def test_a_connection_that_breaks_in_the_middle(self, host, transport, monkeypatch):
+        monkeypatch.setattr(remote, "_CAUSE_SECONDS", 0.05)
+        process = transport.start(sh("sleep 1000"))
+        host.hang_up()
+        with pytest.raises(GuestLost, match="the connection broke while a program ran"):
+            process.communicate(None, bytes, bytes, 5)
+        process.close()
+
+    def test_a_guest_that_is_lost_in_the_middle(self, host):
+        lost = threading.Event()
+
+        def check():
+            if lost.is_set():
+                raise GuestLost("kernel panic")
+
+        with transport_to(host.address, check=check) as transport:
+            process = transport.start(sh("sleep 1000"))
+            lost.set()
+            with pytest.raises(GuestLost, match="kernel panic"):
+                process.communicate(None, bytes, bytes, 5)
+            process.close()
+
+
+class TestStepByStep:
+    def test_poll_and_wait(self, transport):
+        process = transport.start(sh("read line; exit 4"))
+        assert process.poll() is None
+        with pytest.raises(CommandTimeout, match="still runs"):
+            process.wait(0.01)
+        with process.stdin as stdin:
+            stdin.write(b"go\n")
+        assert process.wait(5) == process.poll() == 4
+        process.close()
+
+    def test_talks(self, transport):
+        process = transport.start(Command(argv=("cat",)))
+        stdin, stdout = process.stdin, process.stdout
+        for line in (b"one\n", b"two\n"):
+            stdin.write(line)
+            stdin.flush()
+            assert stdout.readline() == line
+        stdin.close()
+        assert stdout.read() == b""
+        assert process.wait(5) == 0
+        process.close()
+
+    @pytest.mark.parametrize(("name", "status"), [("TERM", -15), ("KILL", -9)])
+    def test_signals(self, transport, name, status):
+        process = transport.start(sh("sleep 1000"))
+        process.signal(name)
+        assert process.wait(5) == status
+        process.signal(name)  # it is gone: nothing happens
+        process.close()
