@@ -192,15 +192,20 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
         "_surroundings",
         dataclasses.replace(
             vm_factory._surroundings,
-            qemu_args=lambda spec: ["-append", f"{spec.append} rdinit=/usr/bin/cat"],
+            # It tells all that it does, so that there is no doubt how far it got.
+            qemu_args=lambda spec: [
+                "-append",
+                f"{spec.append} ignore_loglevel rdinit=/usr/bin/cat",
+            ],
         ),
     )
     monkeypatch.setattr(
-        vm_factory, "_settings", dataclasses.replace(vm_factory._settings, boot_timeout=1.5)
+        vm_factory, "_settings", dataclasses.replace(vm_factory._settings, boot_timeout=2.5)
     )
     with pytest.raises(BootError, match="did not answer on SSH") as caught, vm_factory.boot("tiny"):
         pass
-    assert caught.value.stage == "firmware"
+    assert caught.value.stage == "kernel"
+    assert "--- last lines of the console\n[" in str(caught.value)
 
 
 def test_qemu_that_refuses_its_command_line(vm_factory, monkeypatch):
