@@ -42,10 +42,14 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "vm(*images, cpus, memory, disk, disks, network, isolation, user, skip, xfail): "
-        "which images (names or globs) and which hardware the guest of a test has",
+        "vm(*images, cpus, memory, disk, disks, network, isolation, user, test_timeout, skip, "
+        "xfail): which images (names or globs) and which hardware the guest of a test has",
+    )
+    config.addinivalue_line(
+        "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
     config.stash[SESSION] = VMSession(config)
+    config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -69,7 +73,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # the image is the first part of a test's id
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "_vm_image" in metafunc.fixturenames:
+    if collection.needs_parameter(metafunc):
         collection.parametrize(metafunc.config.stash[SESSION], metafunc)
 
 
@@ -94,6 +98,7 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ours = session.config.stash[SESSION]
+    ours.finish_inside()
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_TOLD] = ours.about(ours.images_used)
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
@@ -119,14 +124,41 @@ def pytest_terminal_summary(
 # -- running ------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    session = item.config.stash[SESSION]
-    session.item = item
-    try:
-        return (yield)
-    finally:
-        session.finish(item)
+class _Protocol:
+    """What is done around each test; a plugin of its own, since a hook is one function of one."""
+
+    @staticmethod
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+        session = item.config.stash[SESSION]
+        session.item = item
+        try:
+            return (yield)
+        finally:
+            session.finish(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if not collection.runs_inside(item):
+        return None
+    item.config.stash[SESSION].inside.run(item, nextitem)
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """Take over pytest-timeout's limit: its alarm would end the whole run."""
+    if not collection.is_inside(item):
+        return None
+    if settings.timeout:
+        item.stash[collection.LIMIT] = float(settings.timeout)
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
+    return True if collection.is_inside(item) else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -174,7 +206,7 @@ def vm(
     image = _vm_image or next(iter(session.images(wishes)), None)
     if image is None:
         pytest.skip("no selected image applies to this test")
-    if wishes.isolation == "test":
+    if wishes.isolation in (None, "test"):
         with vm_factory.boot(image, **wishes.hardware) as guest:
             yield guest
     else:

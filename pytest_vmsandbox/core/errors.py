@@ -10,6 +10,7 @@
     ├── GuestLost          a guest that ran is gone: panic, power-off from inside, QEMU exit
     ├── CommandError       a program in the guest returned non-zero, or could not be started
     ├── CommandTimeout     a program in the guest did not end in time, and was killed
+    ├── InterpreterLost    a test that ran in a guest took its interpreter along, or had to be killed
     ├── TransferError      files could not be copied to or from the guest
     ├── MonitorError       QEMU refused a monitor command, or its monitor is gone
     └── TeardownError      something of ours could not be ended or removed
@@ -136,6 +137,12 @@ class CommandTimeout(VMSandboxError):
         self.seconds = seconds
         self.stdout = stdout
         self.stderr = stderr
+
+
+class InterpreterLost(VMSandboxError):
+    """The interpreter that ran a test in a guest ended in the middle, or had to be killed."""
+
+    default_stage = "command"
 
 
 class TransferError(VMSandboxError):

@@ -63,6 +63,22 @@ class RemoteProcess(Protocol):
             GuestLost: the guest or the connection to it is gone.
         """
 
+    def send(self, data: bytes) -> None:
+        """Write all of `data` to its standard input.
+
+        Raises:
+            OSError: it ended, or the connection is gone.
+            GuestLost: the guest is gone.
+        """
+
+    def receive(self, timeout: float) -> bytes:
+        """What of its standard output has come, at least a byte; nothing at its end.
+
+        Raises:
+            TimeoutError: nothing came within `timeout` seconds.
+            GuestLost: the guest is gone.
+        """
+
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
 

@@ -222,7 +222,7 @@ class Guest:
         """
         with self._explained():
             command = self._command(argv, cwd=cwd, env=env, user=user)
-            process = Process(self._start(command), command.argv, text=text)
+            process = Process(self.start(command), command.argv, text=text)
             self._processes.append(process)  # it goes on also if the caller forgets it
             return process
 
@@ -237,7 +237,7 @@ class Guest:
         idle: float = math.inf,
     ) -> int:
         """Run a program with its streams passed on as they come; its exit status is returned."""
-        process = self._start(command)
+        process = self.start(command)
         try:
             return process.communicate(
                 stdin,  # type: ignore[arg-type]
@@ -248,6 +248,25 @@ class Guest:
             )
         finally:
             process.close()
+
+    def start(self, command: Command) -> RemoteProcess:
+        """Start a program, on streams that its starter reads and closes.
+
+        It runs as its user: root becomes another one, anybody else logs in as them.
+
+        Raises:
+            CommandError: the folder or the user does not exist.
+        """
+        machine = self._on()
+        machine.check()
+        login = self.spec.user
+        if command.user is not None and login != "root":
+            login, command = command.user, replace(command, user=None)
+        with self._transports_lock:
+            if login not in self._transports:
+                self._transports[login] = self._platform.transport(machine, login)
+            transport = self._transports[login]
+        return transport.start(command)
 
     def wait_until(self, argv: Sequence[str | os.PathLike[str]], *, timeout: float) -> None:
         """Run a program again and again until it returns 0.
@@ -311,6 +330,24 @@ class Guest:
         """
         with self._explained():
             transfer.pull(self._stream_script, source, dest)
+
+    def stream_script(
+        self,
+        script: str,
+        *,
+        stdin: IO[bytes] | None = None,
+        stdout: Callable[[bytes], object] | None = None,
+    ) -> None:
+        """Run a script with the guest's ``/bin/sh``, its streams passed on as they come.
+
+        It has all the time it needs as long as something moves: `CommandTimeout` comes when
+        nothing went either way for the seconds of ``vm_command_timeout``.
+
+        Raises:
+            CommandError: it returned non-zero.
+        """
+        with self._explained():
+            self._stream_script(script, stdin=stdin, stdout=stdout)
 
     def read_text(self, path: str) -> str:
         """The content of a file in the guest, as UTF-8.
@@ -513,19 +550,6 @@ class Guest:
 
     def _check(self) -> None:
         self._on().check()
-
-    def _start(self, command: Command) -> RemoteProcess:
-        """Start a program as its user: root becomes another one, anybody else logs in as them."""
-        machine = self._on()
-        machine.check()
-        login = self.spec.user
-        if command.user is not None and login != "root":
-            login, command = command.user, replace(command, user=None)
-        with self._transports_lock:
-            if login not in self._transports:
-                self._transports[login] = self._platform.transport(machine, login)
-            transport = self._transports[login]
-        return transport.start(command)
 
     def _command(
         self,

@@ -218,12 +218,7 @@ class SSHProcess:
             thread.join()
 
     def send(self, data: bytes) -> None:
-        """Write to its standard input.
-
-        Raises:
-            OSError: it ended, or the connection is gone.
-            GuestLost: the guest is gone.
-        """
+        """See `RemoteProcess.send`."""
         view = memoryview(data)
         while view:
             try:
@@ -234,17 +229,28 @@ class SSHProcess:
                 if self._has_ended():
                     raise BrokenPipeError("the program has ended") from None
 
-    def receive(self, recv: Callable[[int], bytes], size: int) -> bytes:
+    def receive(self, timeout: float) -> bytes:
+        """See `RemoteProcess.receive`."""
+        if self._early:
+            early, self._early = self._early, b""
+            return early
+        return self.read(self._channel.recv, _CHUNK, timeout)
+
+    def read(self, recv: Callable[[int], bytes], size: int, timeout: float = math.inf) -> bytes:
         """Read what there is of a stream, at least a byte; nothing at its end.
 
         Raises:
+            TimeoutError: nothing came within `timeout` seconds.
             GuestLost: the guest is gone.
         """
+        deadline = Deadline(timeout)
         while True:
             try:
                 return recv(size)
             except TimeoutError:
                 self._check()
+                if deadline.expired:
+                    raise
 
     def end_input(self) -> None:
         """Let it find the end of its standard input; nothing happens if it is gone."""
@@ -334,7 +340,7 @@ class _Reader(io.RawIOBase):
         if self._early:
             data, self._early = self._early[: len(buffer)], self._early[len(buffer) :]
         else:
-            data = self._process.receive(self._recv, len(buffer))
+            data = self._process.read(self._recv, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 

@@ -52,7 +52,7 @@ def push(stream: Streamer, source: Path, dest: str) -> None:
         TransferError: `source` does not exist, holds something that cannot be copied, or the
             guest cannot take it (its message tells why).
     """
-    _check_guest_path(dest)
+    check_guest_path(dest)
     try:
         mode = source.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -67,7 +67,7 @@ def push(stream: Streamer, source: Path, dest: str) -> None:
             f"{source} cannot be read: {error}", remedy="the path is one of this machine"
         ) from error
     except CommandError as error:
-        raise _refused(f"{source} could not be pushed to {dest}", error) from error
+        raise refused(f"{source} could not be pushed to {dest}", error) from error
 
 
 def push_stream(
@@ -87,7 +87,7 @@ def push_stream(
         )
     # Written beside its place and then renamed: nobody in the guest sees half a file.
     script = (
-        f"d={_quoted(dest)}; {into}"
+        f"d={quoted(dest)}; {into}"
         'p=$(dirname -- "$d"); [ -d "$p" ] || mkdir -p "$p"; '
         't="$p/.vmsandbox.$$"; '
         f'cat > "$t" && chmod {mode:o} "$t" && mv -f "$t" "$d" || {{ rm -f "$t"; exit 1; }}'
@@ -101,7 +101,7 @@ def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> None:
     Raises:
         TransferError: `source` does not exist, or `dest` cannot be written.
     """
-    _check_guest_path(source)
+    check_guest_path(source)
     name = PurePosixPath(source).name or "root"
     inside = os.fspath(dest).endswith("/")
     target = Path(dest)
@@ -122,7 +122,7 @@ def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise TransferError(f"{source} could not be pulled to {target}: {error}") from error
     except CommandError as error:
-        raise _refused(f"{source} could not be pulled from the guest", error) from error
+        raise refused(f"{source} could not be pulled from the guest", error) from error
 
 
 def _move(source: Path, target: Path) -> None:
@@ -144,9 +144,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _push_tree(stream: Streamer, source: Path, dest: str) -> None:
-    target = _quoted(dest)
+    target = quoted(dest)
     if dest.endswith("/"):
-        target = _quoted(dest + source.resolve().name)
+        target = quoted(dest + source.resolve().name)
     script = f"mkdir -p {target} && tar -xpzo -C {target} -f -"
 
     def pack(file: IO[bytes]) -> None:
@@ -156,7 +156,7 @@ def _push_tree(stream: Streamer, source: Path, dest: str) -> None:
         ):
             archive.add(source, ".", filter=_anonymous)
 
-    with _written_by(pack) as archive:
+    with written_by(pack) as archive:
         stream(script, stdin=archive)
 
 
@@ -174,7 +174,7 @@ def _pull_into(stream: Streamer, source: str, scratch: Path) -> Path:
     if not name:  # the guest's root folder, or «.»
         folder, name = source, "."
     name = name if name == "." else "./" + name  # a name may begin with a dash
-    script = f"cd {_quoted(folder)} && tar -czf - {shlex.quote(name)}"
+    script = f"cd {quoted(folder)} && tar -czf - {shlex.quote(name)}"
     failure: list[BaseException] = []
 
     def unpack(file: IO[bytes]) -> None:
@@ -275,8 +275,11 @@ def _hard_link(member: tarfile.TarInfo, folder: Path, path: Path) -> None:
 
 
 @contextmanager
-def _written_by(work: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
-    """A file to read from, whose content a thread writes meanwhile."""
+def written_by(work: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
+    """A file to read from, whose content a thread writes meanwhile.
+
+    What `work` raises is raised by the read that would have found the end.
+    """
     read_fd, write_fd = os.pipe()
     failure: list[BaseException] = []
 
@@ -347,17 +350,23 @@ def _read_by(
         thread.join()
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
     """A path of the guest as a word of a script; it does not look like an option."""
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
-def _check_guest_path(path: str) -> None:
+def check_guest_path(path: str) -> None:
+    """Refuse what names nothing.
+
+    Raises:
+        TransferError: `path` is empty or has a NUL.
+    """
     if not path or "\0" in path:
         raise TransferError(f"{path!r} is not a path in the guest")
 
 
-def _refused(what: str, error: CommandError) -> TransferError:
+def refused(what: str, error: CommandError) -> TransferError:
+    """The error for a script of ours that failed in the guest; `what` is its first line."""
     remedy = ""
     if "No space left" in str(error):
         remedy = "the guest's disk is full; ask for a larger one: disk='16GiB'"

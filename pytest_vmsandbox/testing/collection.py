@@ -16,6 +16,81 @@ if TYPE_CHECKING:
 
 _NO_IMAGE = "no-image"
 _IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize
+_INSIDE = pytest.StashKey[bool]()
+_PLACE = pytest.StashKey[tuple[str, str, str]]()
+LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
+_DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
+
+
+def is_inside(item: pytest.Item) -> bool:
+    """Whether a test runs inside its guest."""
+    if _INSIDE not in item.stash:
+        item.stash[_INSIDE] = _runs_inside(item, getattr(item, "fixturenames", ()))
+    return item.stash[_INSIDE]
+
+
+def runs_inside(item: pytest.Item) -> bool:
+    """Whether a test's protocol is carried out inside its guest.
+
+    A test that its marker `vm` skips on that image is skipped here: for that, nothing is booted.
+    """
+    if not is_inside(item):
+        return False
+    wishes = selection.read_marks(item.iter_markers("vm"))
+    return selection.reason(wishes.skip, image_of(item) or "") is None
+
+
+def _runs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
+    try:
+        marked = selection.in_guest(node.iter_markers("in_vm"))
+    except ConfigError:
+        return False  # told by `check`
+    if marked is None:
+        return options.inside(node.config) and _DRIVES.isdisjoint(fixturenames)
+    return marked
+
+
+def needs_parameter(metafunc: pytest.Metafunc) -> bool:
+    """Whether a test function gets one parameter for each of its images."""
+    names = metafunc.fixturenames
+    if "_vm_image" in names:
+        return True
+    if _runs_inside(metafunc.definition, names):
+        names.append("_vm_image")  # which lets pytest parametrize it; nobody asks for its value
+        return True
+    return False
+
+
+def place_of(item: pytest.Item) -> tuple[str, str, str]:
+    """What decides which guest a test runs inside: image, hardware, and what shares the guest."""
+    if _PLACE not in item.stash:
+        wishes = selection.read_marks(item.iter_markers("vm"))
+        shared = {"session": "session", "module": item.nodeid.partition("::")[0]}
+        isolation = wishes.isolation or options.isolation(item.config)
+        item.stash[_PLACE] = (
+            image_of(item) or "",
+            repr(sorted(wishes.hardware.items())),
+            shared.get(isolation, item.nodeid),
+        )
+    return item.stash[_PLACE]
+
+
+def plain_nodeid(item: pytest.Item) -> str:
+    """What a test is called where it has no parameter for its image."""
+    if not _has_parameter(item):
+        return item.nodeid
+    identity: str = item.callspec.id  # type: ignore[attr-defined]
+    rest = identity.removeprefix(image_of(item) or _NO_IMAGE).removeprefix("-")
+    base = item.nodeid.removesuffix(f"[{identity}]")
+    return f"{base}[{rest}]" if rest else base
+
+
+def plain_indices(item: pytest.Item) -> dict[str, int] | None:
+    """The indices of a test's parameters, but for its image; None for a test without any."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return None
+    return {name: index for name, index in callspec.indices.items() if name != "_vm_image"} or None
 
 
 def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
@@ -44,9 +119,21 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
 def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
     """What cannot be meant in the tests and in the settings that they need."""
     for item in items:
-        if "_vm_image" in getattr(item, "fixturenames", ()) and not _has_parameter(item):
+        _check_marks(session, item)
+        if not _has_parameter(item) and (
+            "_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item)
+        ):
             _settle(session, item)
-    if any("vm_factory" in getattr(item, "fixturenames", ()) for item in items):
+    if any(is_inside(item) for item in items):
+        for option in ("usepdb", "trace"):
+            if session.config.getoption(option):
+                session.usage_errors.append(
+                    f"--{option.removeprefix('use')} cannot reach tests that run inside a guest; "
+                    "take them out with -m 'not in_vm', or keep the guest and look around in it"
+                )
+    if any(
+        "vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items
+    ):
         try:
             options.check(session.config)
         except pytest.UsageError as error:
@@ -81,11 +168,28 @@ def images_needed(items: Iterable[pytest.Item]) -> list[str]:
     )
 
 
+def _check_marks(session: VMSession, item: pytest.Item) -> None:
+    try:
+        marked = selection.in_guest(item.iter_markers("in_vm"))
+    except ConfigError as error:
+        session.note_usage_error(item.nodeid, error)
+        return
+    if marked and not _DRIVES.isdisjoint(getattr(item, "fixturenames", ())):
+        error = ConfigError(
+            "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
+            remedy="take away the marker in_vm, or the fixture",
+        )
+        session.note_usage_error(item.nodeid, error)
+
+
 def _settle(session: VMSession, item: pytest.Item) -> None:
     """Do what `parametrize` does for a test that pytest cannot parametrize (unittest's)."""
     try:
         wishes = selection.read_marks(item.iter_markers("vm"))
-        image = next(iter(session.images(wishes)), None)
+        images = session.images(wishes)
+        image = next(iter(images), None)
+        if len(images) > 1:
+            session.note_single_image(images[0])
     except ConfigError as error:
         session.note_usage_error(item.nodeid, error)
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ACCELERATORS, DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.testing.selection import ISOLATION
 
 MISSING = ("error", "skip")
+_TEST_SECONDS = 600.0
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
 
@@ -35,6 +39,20 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption(
         "--vm-missing", choices=MISSING, help="what a missing QEMU or image does (default: error)"
     )
+    group.addoption(
+        "--in-vm",
+        action="store_true",
+        default=None,
+        help="run all tests inside guests, but for those that drive one. Ini key: vm_inside",
+    )
+    group.addoption(
+        "--vm-isolation",
+        choices=ISOLATION,
+        help="what shares a guest, of the tests that run inside (default: session)",
+    )
+    group.addoption(
+        "--vm-offline", action="store_true", default=None, help="never touch the network"
+    )
     group.addoption("--vm-artifacts", metavar="DIR", help="where the artifacts of failed tests go")
     group.addoption(
         "--vm-boot-timeout",
@@ -48,6 +66,14 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("vm_boot_timeout", "like --vm-boot-timeout", default=None)
     parser.addini("vm_image_path", "folders with image definitions", type="paths", default=None)
     parser.addini("vm_command_timeout", "seconds for a command in a guest (60)", default=None)
+    parser.addini("vm_inside", "like --in-vm", type="bool", default=None)
+    parser.addini("vm_isolation", "like --vm-isolation", default=None)
+    parser.addini("vm_offline", "like --vm-offline", type="bool", default=None)
+    parser.addini("vm_test_timeout", "seconds for a test inside a guest (600)", default=None)
+    parser.addini("vm_push", "what goes to a guest although git ignores it", type="args")
+    parser.addini("vm_requirements", "what is installed in a guest for tests", type="linelist")
+    parser.addini("vm_guest_plugins", "pytest plugins that a guest loads", type="args")
+    parser.addini("vm_env", "variables for tests in a guest: NAME or NAME=VALUE", type="linelist")
     for name in _HARDWARE_KEYS:
         parser.addini(f"vm_{name}", f"default {name} of a guest", default=None)
 
@@ -82,6 +108,9 @@ def check(config: pytest.Config) -> None:
     """
     settings(config)
     skip_missing(config)
+    isolation(config)
+    test_timeout(config)
+    guest_environment(config, {})
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:
@@ -102,6 +131,62 @@ def selected_patterns(config: pytest.Config) -> tuple[list[str], bool]:
 def skip_missing(config: pytest.Config) -> bool:
     """Whether a missing QEMU or image skips a test instead of being an error."""
     return _choice(config, "--vm-missing", "vm_missing", MISSING) == "skip"
+
+
+def inside(config: pytest.Config) -> bool:
+    """Whether tests run inside guests without a marker that says so."""
+    return bool(config.getoption("--in-vm") or _ini(config, "vm_inside"))
+
+
+def isolation(config: pytest.Config) -> str:
+    """What shares a guest, of the tests that run inside."""
+    return _choice(config, "--vm-isolation", "vm_isolation", ISOLATION) or "session"
+
+
+def offline(config: pytest.Config) -> bool:
+    """Whether the network must not be touched."""
+    return bool(config.getoption("--vm-offline") or _ini(config, "vm_offline"))
+
+
+def test_timeout(config: pytest.Config) -> float:
+    """Seconds that a test inside a guest has, on real hardware."""
+    return _seconds(_ini(config, "vm_test_timeout"), "vm_test_timeout") or _TEST_SECONDS
+
+
+def push(config: pytest.Config) -> list[str]:
+    """Paths relative to the rootdir that go to guests although git ignores them."""
+    return list(_ini(config, "vm_push") or ())
+
+
+def requirements(config: pytest.Config) -> list[str]:
+    """What is installed in guests for tests; empty for what this environment has."""
+    return list(_ini(config, "vm_requirements") or ())
+
+
+def guest_plugins(config: pytest.Config) -> list[str]:
+    """The pytest plugins that guests load; empty for those that are loaded here."""
+    return list(_ini(config, "vm_guest_plugins") or ())
+
+
+def guest_environment(config: pytest.Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that tests in a guest get.
+
+    Args:
+        environ: of this process; only what is named goes over, and CI, which pytest reads.
+
+    Raises:
+        pytest.UsageError: a line names no variable.
+    """
+    found = {name: environ[name] for name in ("CI",) if name in environ}
+    for line in _ini(config, "vm_env") or ():
+        name, given, value = line.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.strip()):
+            raise pytest.UsageError(f"vm_env: {line!r}: write NAME or NAME=VALUE")
+        if given:
+            found[name.strip()] = value.strip()
+        elif name.strip() in environ:
+            found[name.strip()] = environ[name.strip()]
+    return found
 
 
 def artifacts_dir(config: pytest.Config) -> Path | None:

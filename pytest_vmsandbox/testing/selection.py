@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 
 ISOLATION = ("test", "module", "session")
 _GLOB = frozenset("*?[!")
-_ARGUMENTS = (*HARDWARE_NAMES, "isolation", "skip", "xfail")
+_ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 
 
 class Mark(Protocol):
@@ -34,13 +35,15 @@ class Wishes:
     Attributes:
         images: names and globs; empty for no wish.
         hardware: as a user writes it.
-        isolation: one of `ISOLATION`.
+        isolation: one of `ISOLATION`; None for no wish.
+        test_timeout: seconds for a test inside a guest; None for no wish.
         skip, xfail: image glob → reason, the closest marker's first.
     """
 
     images: tuple[str, ...] = ()
     hardware: Mapping[str, object] = field(default_factory=dict)
-    isolation: str = "test"
+    isolation: str | None = None
+    test_timeout: float | None = None
     skip: Mapping[str, str] = field(default_factory=dict)
     xfail: Mapping[str, str] = field(default_factory=dict)
 
@@ -71,13 +74,28 @@ def read_marks(marks: Iterable[Mark]) -> Wishes:
                 single.setdefault(name, value)
         if mark.args and not images:
             images = tuple(_image(arg) for arg in mark.args)
-    isolation = single.pop("isolation", "test")
-    if isolation not in ISOLATION:
-        raise ConfigError(
-            f"isolation={isolation!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
-        )
+    isolation = _isolation(single.pop("isolation", None))
+    test_timeout = _seconds(single.pop("test_timeout", None))
     Hardware().changed(single)  # wrong values are found before anything is booted
-    return Wishes(images=images, hardware=single, isolation=str(isolation), **reasons)
+    return Wishes(
+        images=images, hardware=single, isolation=isolation, test_timeout=test_timeout, **reasons
+    )
+
+
+def in_guest(marks: Iterable[Mark]) -> bool | None:
+    """What the closest `in_vm` marker says; None where there is none.
+
+    Raises:
+        ConfigError: its argument is neither True nor False.
+    """
+    for mark in marks:
+        if mark.kwargs or len(mark.args) > 1 or not all(isinstance(it, bool) for it in mark.args):
+            raise ConfigError(
+                "pytest.mark.in_vm takes no argument, or False",
+                remedy="images and hardware are the arguments of pytest.mark.vm",
+            )
+        return bool(mark.args[0]) if mark.args else True
+    return None
 
 
 def applicable(
@@ -111,6 +129,22 @@ def applicable(
 def reason(reasons: Mapping[str, str], image: str) -> str | None:
     """The reason of the first glob that matches an image."""
     return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
+
+
+def _isolation(value: object) -> str | None:
+    if value is not None and value not in ISOLATION:
+        raise ConfigError(
+            f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
+        )
+    return None if value is None else str(value)
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"test_timeout={value!r} is not a positive number of seconds")
+    return float(value)
 
 
 def _image(arg: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.machine.cmdline import MachineSpec
+    from pytest_vmsandbox.testing.inside import Inside
 
 
 class VMSession:
@@ -32,6 +34,7 @@ class VMSession:
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
         told: lines that xdist's workers have told about their guests.
+        unimportable: files of tests that this side could not collect, relative to the rootdir.
         item: the test that runs now.
         temporary: makes a folder that pytest removes some runs later.
     """
@@ -40,10 +43,27 @@ class VMSession:
         self.config = config
         self.usage_errors: list[str] = []
         self.told: dict[str, None] = {}
+        self.unimportable: set[str] = set()
         self.item: pytest.Item | None = None
         self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
         self._guests: dict[str, bool] = {}  # those this test may have used, and whether they run
+        self._single_image_told = False
         self._stack = ExitStack()
+
+    @cached_property
+    def inside(self) -> Inside:
+        """The tests that run inside guests."""
+        from pytest_vmsandbox.testing.inside import Inside
+
+        if factory := getattr(self.config, "_tmp_path_factory", None):
+            self.temporary = lambda: factory.mktemp("vm-artifacts")
+        return Inside(self)
+
+    def finish_inside(self) -> None:
+        """Let what runs inside guests tear down what is left."""
+        if "inside" in self.__dict__:
+            for problem in self.inside.close():
+                self.told[f"vmsandbox: at the end of the tests inside: {problem}"] = None
 
     def close(self) -> None:
         """End every guest that is left."""
@@ -58,6 +78,23 @@ class VMSession:
         text = f"{nodeid}: {error}" if self._selection_error is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
+
+    def note_single_image(self, image: str) -> None:
+        """Tell, once, that tests which cannot be parametrized run on the first image only."""
+        if not self._single_image_told:
+            self._single_image_told = True
+            warnings.warn(
+                pytest.PytestWarning(
+                    "tests of unittest's classes and doctests cannot be parametrized: "
+                    f"of the selected images they run on {image} only"
+                ),
+                stacklevel=2,
+            )
+
+    def note_report(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Remember that a test has failed: its artifacts are kept."""
+        if report.failed:
+            item.stash[FAILED] = True
 
     # -- which images ---------------------------------------------------------------------------
 
@@ -121,8 +158,8 @@ class VMSession:
 
         surroundings = Surroundings(
             logs=self._logs,
-            hints=self._hints,
-            say=self._say,
+            hints=self.hints,
+            say=self.say,
             missing=self._missing,
             qemu_args=self._qemu_args,
             ready=self._ready,
@@ -179,7 +216,8 @@ class VMSession:
         self._guests[guest] = False
         return self.artifacts.of_logs(guest)
 
-    def _hints(self) -> list[str]:
+    def hints(self) -> list[str]:
+        """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
         again = [f"--vm={pattern}" for pattern in self.config.getoption("--vm") or ()]
@@ -188,7 +226,8 @@ class VMSession:
             f"reproduce: pytest {' '.join(map(shlex.quote, [self.item.nodeid, *again]))}",
         ]
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell of a long wait, for people."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
             reporter.write_line(f"vmsandbox: {text}")

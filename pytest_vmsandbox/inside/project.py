@@ -1,0 +1,209 @@
+"""The project under test as this machine has it: what a guest needs besides its tree."""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from packaging.utils import canonicalize_name
+
+from pytest_vmsandbox.core.errors import TransferError
+from pytest_vmsandbox.inside.environment import console_scripts, home, installed, origin
+
+_SITES = {"site-packages", "dist-packages"}
+_SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
+_METADATA = ("entry_points.txt", "top_level.txt")
+_WHEEL = (
+    "Wheel-Version: 1.0\nGenerator: pytest-vmsandbox\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+)
+_CODE = {".py", ".so"}
+_EDITABLE = re.compile(r"_*editable")  # the start of what build backends call their finders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """The project under test.
+
+    Args:
+        root: pytest's rootdir.
+        names: canonical names of the installed distributions whose source is the tree at `root`;
+            several in a workspace, none if none of it is installed.
+        import_roots: POSIX paths relative to `root` that stand first on ``sys.path`` in the guest;
+            ``""`` is `root` itself.
+        metadata: files for site-packages by path: the distributions' ``.dist-info`` folders.
+        scripts: files for the folder bin by name: the distributions' programs.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    import_roots: tuple[str, ...]
+    metadata: Mapping[str, bytes]
+    scripts: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, root: Path, sys_path: Sequence[str] | None = None) -> Project:
+        """The project in `root`.
+
+        Args:
+            root: pytest's rootdir.
+            sys_path: what it is imported from here; default: ``sys.path``.
+
+        Raises:
+            TransferError: a module that is installed here is not in the tree.
+        """
+        path = sys.path if sys_path is None else sys_path
+        tree = _Tree(root)
+        found = {name: it for name, it in installed(path).items() if tree.has(name, it)}
+        import_roots = list(dict.fromkeys(it for it in map(tree.relative, path) if it is not None))
+        for name, distribution in found.items():
+            for module in _modules(distribution, name):
+                where = tree.find(module, import_roots)
+                if where is None and _is_editable(distribution):
+                    where = tree.ask_python(module)
+                    if where is None:
+                        continue  # built at its import, or not what its name says
+                if where is None:
+                    raise TransferError(
+                        f"{module!r} of {name} is installed here, but {tree.root} does not have it:"
+                        " a guest gets the tree",
+                        remedy="what is compiled must be built in the tree (`pip install -e .`), by"
+                        " a Python of the guest's version",
+                    )
+                if where not in import_roots:
+                    import_roots.append(where)
+        metadata: dict[str, bytes] = {}
+        scripts: dict[str, bytes] = {}
+        for name, distribution in found.items():
+            metadata.update(_metadata(name, distribution))
+            scripts |= console_scripts(distribution)
+        return cls(
+            root=root,
+            names=tuple(sorted(found)),
+            import_roots=tuple(import_roots),
+            metadata=metadata,
+            scripts=scripts,
+        )
+
+
+class _Tree:
+    """A project's folder, apart from the virtual environments in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.realpath(root))
+        self._name = _declared_name(self.root)
+
+    def relative(self, path: str) -> str | None:
+        """The POSIX path of a folder of the tree, relative to the root; None for what is none."""
+        folder = Path(os.path.realpath(path or "."))
+        if not folder.is_relative_to(self.root) or not folder.is_dir():
+            return None
+        inner = folder.relative_to(self.root)
+        above = [self.root.joinpath(*inner.parts[:it]) for it in range(1, len(inner.parts) + 1)]
+        prefixes = {Path(os.path.realpath(it)) for it in (sys.prefix, sys.base_prefix)}
+        if (
+            not _SITES.isdisjoint(inner.parts)
+            or not prefixes.isdisjoint(above)
+            or any((it / "pyvenv.cfg").exists() for it in above)
+        ):
+            return None
+        return "" if inner == Path() else inner.as_posix()
+
+    def has(self, name: str, distribution: Distribution) -> bool:
+        """Whether the tree is the source of an installed distribution."""
+        if name == self._name or self.relative(str(home(distribution))) is not None:
+            return True
+        found = origin(distribution)
+        url = urlsplit(str(found.get("url", "")))
+        return (
+            url.scheme == "file"
+            and "dir_info" in found
+            and self.relative(unquote(url.path)) is not None
+        )
+
+    def find(self, module: str, import_roots: Iterable[str]) -> str | None:
+        """Where a top-level module is imported from; None if the tree does not have it."""
+        return next((it for it in (*import_roots, *_SOURCES) if self._holds(it, module)), None)
+
+    def ask_python(self, module: str) -> str | None:
+        """The same, for what a finder finds."""
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            return None
+        if spec is None:
+            return None
+        places: Iterable[str | None] = spec.submodule_search_locations or [spec.origin]
+        for place in places:
+            where = self.relative(str(Path(place).parent)) if place else None
+            if where is not None and self._holds(where, module):
+                return where
+        return None
+
+    def _holds(self, where: str, module: str) -> bool:
+        base = self.root / where
+        files = (it for pattern in ("py", "*so") for it in base.glob(f"{module}.{pattern}"))
+        return any(files) or any((base / module).rglob("*.py"))
+
+
+def _declared_name(root: Path) -> str | None:
+    """The canonical name that a project gives itself."""
+    name: object = None
+    try:
+        tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+        poetry = tables.get("tool", {}).get("poetry", {})
+        name = tables.get("project", {}).get("name") or poetry.get("name")
+    except (OSError, ValueError, AttributeError):
+        pass  # missing, or not for us to judge
+    if name is None:
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read(root / "setup.cfg", encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            return None
+        name = parser.get("metadata", "name", fallback=None)
+    return canonicalize_name(name) if isinstance(name, str) else None
+
+
+def _is_editable(distribution: Distribution) -> bool:
+    editable = origin(distribution).get("dir_info", {}).get("editable", False)
+    return bool(editable) or home(distribution).name not in _SITES
+
+
+def _modules(distribution: Distribution, name: str) -> list[str]:
+    """The top-level modules of a distribution."""
+    if (listed := distribution.read_text("top_level.txt")) is not None:
+        found = set(listed.split())
+    else:
+        paths = [PurePosixPath(str(it)) for it in distribution.files or ()]
+        found = {it.parts[0].partition(".")[0] for it in paths if it.suffix in _CODE}
+    found = {it for it in found if it.isidentifier() and not _EDITABLE.match(it)}
+    if not found and _is_editable(distribution):
+        found = {name.replace("-", "_")}
+    return sorted(found)
+
+
+def _metadata(name: str, distribution: Distribution) -> Iterator[tuple[str, bytes]]:
+    """The files of a ``.dist-info`` without code, by path below site-packages."""
+    folder = f"{name.replace('-', '_')}-{distribution.version}.dist-info"
+    texts = {it: distribution.read_text(it) for it in _METADATA}
+    texts["METADATA"] = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
+    texts["WHEEL"] = distribution.read_text("WHEEL") or _WHEEL
+    texts["INSTALLER"] = "pytest-vmsandbox\n"
+    files = {f"{folder}/{it}": text.encode() for it, text in texts.items() if text}
+    record = ""
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        record += f"{path},sha256={digest},{len(content)}\n"
+    yield from files.items()
+    yield f"{folder}/RECORD", f"{record}{folder}/RECORD,,\n".encode()

@@ -1,0 +1,643 @@
+"""What runs pytest in a guest: a keeper, and the session that it keeps.
+
+This file goes to the guest. It knows the standard library and pytest only, runs on Python 3.9 and
+newer, and nobody imports it. It is three programs:
+
+``serve FOLDER``
+    The keeper: a small process that outlives sessions. It listens on a socket in FOLDER, an
+    endpoint that can be attached to again and again (one at a time), starts sessions by a fork,
+    passes messages on, and tells how a session ended. It prints ``listening`` and goes to the
+    background.
+``attach FOLDER``
+    Standard input and output become a connection to the keeper.
+``probe``
+    Prints what has to be known of this Python to prepare what it needs.
+
+Messages are JSON objects, one a line. To the keeper::
+
+    {"do": "start", "config": {…}}     start a session, see `Session`
+    {"do": "signal", "name": "INT"}    to the session's process group (DUMP: show all stacks)
+    {"do": "ping", "n": N}             is answered {"pong": N}
+    {"do": "run", …}, {"do": "finish"} for the session, passed on
+
+From it: what the session says, ``{"output": TEXT, "of": 1|2}`` where output is live, and
+``{"exit": STATUS, "tail": TEXT}`` when the session has ended (−N: by signal N).
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import faulthandler
+import json
+import os
+import platform
+import select
+import signal
+import socket
+import sys
+import traceback
+
+SOCKET = "socket"
+CHUNK = 1 << 16
+MAX_QUEUED = 8 << 20  # bytes for the host that wait; more is not read from the session
+MAX_TAIL = 16_384  # bytes of what a session wrote last
+MAX_TEXT = 4 << 20  # characters of one string in a message
+MAX_MESSAGE = 24 << 20  # bytes
+PIECE = 500  # collected items in one message
+DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
+
+
+# -- the keeper -----------------------------------------------------------------------------------
+
+
+class Lines:
+    """Lines that arrive in pieces."""
+
+    def __init__(self):
+        self.rest = b""
+
+    def feed(self, data):
+        lines = (self.rest + data).split(b"\n")
+        self.rest = lines.pop()
+        return lines
+
+
+class Keeper:
+    """One poll loop: the host's connection, the session's, and the session's output."""
+
+    def __init__(self, listener):
+        self.listener = listener
+        self.host = None
+        self.from_host = Lines()
+        self.to_host = []  # whole lines; a connection that breaks gets the first one again
+        self.sent = 0  # bytes of the first line
+        self.session = None  # our end of its socket
+        self.from_session = Lines()
+        self.to_session = b""
+        self.pid = 0
+        self.outputs = {}  # descriptor → 1 or 2
+        self.decoders = {}
+        self.tail = b""
+        self.live = False
+        wake_read, wake_write = os.pipe()
+        for fd in (wake_read, wake_write):
+            os.set_blocking(fd, False)
+        self.wake = wake_read
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+
+    def run(self):
+        while True:
+            poller = select.poll()
+            poller.register(self.wake, select.POLLIN)
+            poller.register(self.listener, select.POLLIN)
+            if self.host is not None:
+                poller.register(
+                    self.host, select.POLLIN | (select.POLLOUT if self.to_host else 0)
+                )
+            if sum(map(len, self.to_host)) < MAX_QUEUED:
+                for fd in self.outputs:
+                    poller.register(fd, select.POLLIN)
+                if self.session is not None:
+                    poller.register(
+                        self.session, select.POLLIN | (select.POLLOUT if self.to_session else 0)
+                    )
+            ready = dict(poller.poll())
+            if self.listener.fileno() in ready:
+                self.attach()
+            elif self.host is not None and self.host.fileno() in ready:
+                self.serve_host(ready[self.host.fileno()])
+            for fd in list(self.outputs):
+                if fd in ready:
+                    self.take_output(fd)
+            if self.session is not None and self.session.fileno() in ready:
+                self.serve_session(ready[self.session.fileno()])
+            if self.wake in ready:
+                drain(self.wake)
+                self.reap()
+
+    def attach(self):
+        connection, _ = self.listener.accept()
+        if self.host is not None:  # somebody else attaches: the former one is gone or forgotten
+            self.detach()
+        connection.setblocking(False)
+        self.host = connection
+        self.say({"attached": os.getpid()})
+
+    def detach(self):
+        self.host.close()
+        self.host, self.sent, self.from_host = None, 0, Lines()
+
+    def serve_host(self, events):
+        if events & ~select.POLLOUT:
+            data = receive(self.host)
+            if not data:
+                if data is not None:
+                    self.detach()
+                return
+            for line in self.from_host.feed(data):
+                self.obey(line)
+        self.flush()
+
+    def flush(self):
+        while self.host is not None and self.to_host:
+            try:
+                self.sent += self.host.send(self.to_host[0][self.sent :])
+            except BlockingIOError:
+                return
+            except OSError:
+                self.detach()
+                return
+            if self.sent == len(self.to_host[0]):
+                del self.to_host[0]
+                self.sent = 0
+
+    def obey(self, line):
+        message = json.loads(line)
+        what = message.get("do")
+        if what == "ping":
+            self.say({"pong": message["n"]})
+        elif what == "start":
+            self.start(message["config"])
+        elif what == "signal":
+            if self.pid:
+                number = DUMP if message["name"] == "DUMP" else getattr(signal, "SIG" + message["name"])
+                try:  # all stacks are the session's own affair
+                    (os.kill if number == DUMP else os.killpg)(self.pid, number)
+                except ProcessLookupError:
+                    pass
+        elif self.session is not None:
+            self.to_session += line + b"\n"
+            self.flush_session()
+
+    def start(self, config):
+        self.end_session()
+        ours, theirs = socket.socketpair()
+        pipes = {1: os.pipe(), 2: os.pipe()}
+        self.tail, self.live = b"", bool(config.get("live"))
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for sock in (ours, self.listener, self.host):
+                    if sock is not None:
+                        sock.close()
+                os.close(self.wake)
+                status = run_session(config, theirs, {n: pipe[1] for n, pipe in pipes.items()})
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                try:
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                finally:
+                    os._exit(status)
+        theirs.close()
+        ours.setblocking(False)
+        self.session, self.from_session, self.to_session, self.pid = ours, Lines(), b"", pid
+        for number, (read, write) in pipes.items():
+            os.close(write)
+            os.set_blocking(read, False)
+            self.outputs[read] = number
+            self.decoders[number] = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def flush_session(self):
+        try:
+            self.to_session = self.to_session[self.session.send(self.to_session) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.to_session = b""  # it is gone; its exit is told
+
+    def serve_session(self, events):
+        if events & select.POLLOUT:
+            self.flush_session()
+        if events & ~select.POLLOUT:
+            data = receive(self.session)
+            if data:
+                self.queue(*[line + b"\n" for line in self.from_session.feed(data)])
+            elif data is not None:
+                self.session.close()
+                self.session = None
+
+    def take_output(self, fd):
+        try:
+            data = os.read(fd, CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            os.close(fd)
+            del self.outputs[fd]
+            return
+        self.tail = (self.tail + data)[-MAX_TAIL:]
+        if self.live:
+            number = self.outputs[fd]
+            self.say({"output": self.decoders[number].decode(data), "of": number})
+
+    def reap(self):
+        if not self.pid:
+            return
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return
+        self.pid = 0
+        # What it said last. A process that it left behind may hold the ends open: no waiting.
+        while self.session is not None:
+            data = receive(self.session)
+            if data:
+                self.queue(*[line + b"\n" for line in self.from_session.feed(data)])
+            else:
+                self.session.close()
+                self.session = None
+        for fd in list(self.outputs):
+            for _ in range(64):
+                if fd in self.outputs:
+                    self.take_output(fd)
+            if fd in self.outputs:
+                os.close(fd)
+                del self.outputs[fd]
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self.say({"exit": code, "tail": self.tail.decode("utf-8", "replace")})
+
+    def end_session(self):
+        if self.pid:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+        for fd in self.outputs:
+            os.close(fd)
+        self.outputs = {}
+
+    def say(self, message):
+        self.queue(json.dumps(message).encode() + b"\n")
+
+    def queue(self, *lines):
+        self.to_host += lines
+        self.flush()
+
+
+def receive(sock):
+    """What has come; nothing at the end; None if there is just nothing now."""
+    try:
+        return sock.recv(CHUNK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def drain(fd):
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        pass
+
+
+def serve(folder):
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    path = os.path.join(folder, SOCKET)
+    if os.path.exists(path):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(4)
+    print("listening", flush=True)
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    protect("-900")  # a session that takes all memory is killed before its keeper
+    Keeper(listener).run()
+
+
+def protect(score):
+    """Tell the kernel whom to kill when memory runs out."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(score)
+    except OSError:
+        pass
+
+
+def attach(folder):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(os.path.join(folder, SOCKET))
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    poller.register(sock, select.POLLIN)
+    while True:
+        for fd, _ in poller.poll():
+            if fd == 0:
+                data = os.read(0, CHUNK)
+                sock.sendall(data)
+            else:
+                data = sock.recv(CHUNK)
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(1, view) :]
+            if not data:
+                return
+
+
+def probe():
+    name, version = platform.libc_ver()
+    print(
+        json.dumps(
+            {
+                "version": list(sys.version_info[:3]),
+                "machine": platform.machine(),
+                "libc": [name, version],
+                "executable": sys.executable,
+            }
+        )
+    )
+
+
+# -- the session ----------------------------------------------------------------------------------
+
+
+def run_session(config, wire, outputs):
+    """In the child: descriptors, path, environment; then pytest. Returns the exit status."""
+    os.setpgid(0, 0)
+    protect("0")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    for number, fd in outputs.items():
+        os.dup2(fd, number)
+    # A descriptor of its own: while a test runs, 2 is pytest's.
+    private = os.dup(2)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    faulthandler.enable(file=private)
+    faulthandler.register(DUMP, file=private, all_threads=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    os.environ["PATH"] = config["programs"] + os.pathsep + os.environ.get("PATH", os.defpath)
+    os.environ.update(config["environment"])
+    os.chdir(config["cwd"])
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [*config["path"], *(entry for entry in sys.path if entry != here)]
+    sys.argv[:] = ["pytest", *config["args"]]
+
+    import pytest
+
+    for name, order in ORDER.items():
+        pytest.hookimpl(**{order: True})(getattr(Session, name))
+    session = Session(config, Wire(wire))
+    plugins = installed_plugins(config["plugins"])
+    args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
+    session.wire.say({"pytest": pytest.__version__})
+    return int(pytest.main(args, plugins=[session]))
+
+
+def installed_plugins(names):
+    """Those of the wanted plugins that are installed here."""
+    from importlib.metadata import distributions
+
+    there = {
+        point.name
+        for distribution in distributions()
+        for point in distribution.entry_points
+        if point.group == "pytest11"
+    }
+    return [name for name in names if name in there]
+
+
+class Wire:
+    """The session's end of its connection to the keeper."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self.lines = Lines()
+        self.waiting = []
+        os.set_inheritable(sock.fileno(), False)
+        self.owner = os.getpid()
+
+    def say(self, message):
+        if os.getpid() != self.owner:  # a test has forked, and its child reports: not to us
+            return
+        data = json.dumps(message).encode() + b"\n"
+        try:
+            self.sock.sendall(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise
+
+    def hear(self):
+        """The next message; None when there will be none."""
+        while not self.waiting:
+            data = self.sock.recv(CHUNK)
+            if not data:
+                return None
+            self.waiting += self.lines.feed(data)
+        return json.loads(self.waiting.pop(0))
+
+
+class Session:
+    """The plugin that makes a pytest session run what it is told to.
+
+    Its hooks are marked by `ORDER`: pytest cannot be imported before the path is set.
+
+    The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
+    ``path`` for `sys.path`, ``programs``
+    for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
+    told, since the host could not collect them).
+
+    It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
+    report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
+    is told to run, ``{"begin": ID}``, reports, ``{"done": ID, "stop": reason or null}``.
+    """
+
+    def __init__(self, config, wire):
+        self.settings = config
+        self.wire = wire
+        self.items = {}
+        self.failed = []
+        self.pause = None
+
+    # -- setting up ---------------------------------------------------------------------------
+
+    def pytest_configure(self, config):
+        for name, value in self.settings["options"].items():
+            if hasattr(config.option, name):
+                setattr(config.option, name, value)
+
+    def pytest_sessionstart(self, session):
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:  # it has to be there, but nobody reads it
+            from _pytest._io import TerminalWriter
+
+            reporter._tw = TerminalWriter(open(os.devnull, "w"))
+
+    def pytest_collectreport(self, report):
+        if not report.passed:
+            self.failed.append(report)
+
+    def pytest_collection_finish(self, session):
+        rows = []
+        detailed = set(self.settings["details"])
+        for item in session.items:
+            self.items[item.nodeid] = item
+            spec = getattr(item, "callspec", None)
+            row = [item.nodeid, dict(spec.indices) if spec is not None else None]
+            if item.nodeid.partition("::")[0] in detailed:
+                marks = [mark.name for mark in item.iter_markers()]
+                row.append([list(item.location), sorted(map(str, item.keywords)), marks])
+            rows.append(row)
+        for start in range(0, len(rows), PIECE):
+            self.wire.say({"items": clean(rows[start : start + PIECE])})
+        for report in self.failed:
+            data = session.config.hook.pytest_report_to_serializable(
+                config=session.config, report=report
+            )
+            self.wire.say({"failed": [report.nodeid, clean(data)]})
+        self.wire.say({"ready": len(rows)})
+
+    # -- running ------------------------------------------------------------------------------
+
+    def pytest_runtestloop(self, session):
+        while True:
+            message = self.wire.hear()
+            if message is None or message["do"] == "finish":
+                return True
+            self.run(session, message)
+
+    def run(self, session, message):
+        item = self.items[message["id"]]
+        self.wire.say({"begin": message["id"]})
+        for name, reason in message.get("marks", ()):
+            import pytest
+
+            item.add_marker(getattr(pytest.mark, name)(reason=reason))
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(session, message))
+        stop = session.shouldfail or session.shouldstop
+        self.wire.say({"done": message["id"], "stop": str(stop) if stop else None})
+
+    def next(self, session, message):
+        """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
+        if message["next"] in self.items:
+            return self.items[message["next"]]
+        if not message["more"]:
+            return None
+        if self.pause is None:
+            import pytest
+
+            class Pause(pytest.Item):
+                def runtest(self):
+                    raise NotImplementedError
+
+            self.pause = Pause.from_parent(session, name="vmsandbox-pause")
+        return self.pause
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        if data is not None:
+            self.wire.say(bounded({"report": clean(data)}))
+
+    def pytest_collection(self, session):
+        self.config = session.config
+
+    def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+        category = warning_message.category
+        self.wire.say(
+            clean(
+                {
+                    "warning": str(warning_message.message),
+                    "category": [category.__module__, category.__name__],
+                    "file": warning_message.filename,
+                    "line": warning_message.lineno,
+                    "when": when,
+                    "node": nodeid,
+                    "location": location,
+                }
+            )
+        )
+
+    def pytest_keyboard_interrupt(self, excinfo):
+        import pytest
+
+        left = isinstance(excinfo.value, pytest.exit.Exception)
+        self.wire.say(
+            clean(
+                {
+                    "interrupted": str(excinfo.value),
+                    "exit": left,
+                    "status": getattr(excinfo.value, "returncode", None) if left else None,
+                }
+            )
+        )
+
+    def pytest_internalerror(self, excrepr):
+        self.wire.say({"internal": clean(str(excrepr))})
+
+    def pytest_unconfigure(self):
+        self.wire.say({"finished": True})
+
+
+ORDER = {
+    "pytest_configure": "tryfirst",
+    "pytest_sessionstart": "trylast",
+    "pytest_collection": "tryfirst",
+    "pytest_collection_finish": "trylast",
+    "pytest_runtestloop": "tryfirst",
+    "pytest_runtest_logreport": "trylast",
+    "pytest_unconfigure": "trylast",
+}
+
+
+def clean(value, depth=0):
+    """A value as JSON can carry it: what it cannot becomes its repr, what is long is cut."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else repr(value)
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            gone = len(value) - MAX_TEXT
+            half = MAX_TEXT // 2
+            value = "%s\n[%d characters left out]\n%s" % (value[:half], gone, value[-half:])
+        return value.encode("utf-8", "backslashreplace").decode()
+    if depth > 40:
+        return "…"
+    if isinstance(value, dict):
+        return {clean(str(key)): clean(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [clean(item, depth + 1) for item in value]
+    if hasattr(value, "__fspath__"):
+        return clean(os.fspath(value), depth)
+    try:
+        return clean(repr(value), depth)
+    except Exception as error:
+        return "<%s whose repr() fails: %s>" % (type(value).__name__, type(error).__name__)
+
+
+def bounded(message):
+    """A report that fits into one message; its captured output goes first."""
+    if len(json.dumps(message)) > MAX_MESSAGE:
+        report = message["report"]
+        report["sections"] = [
+            [name, text[:100_000] + "\n[the rest was too much to be sent]"]
+            for name, text in report.get("sections", ())[:20]
+        ]
+        report["user_properties"] = []
+        if len(json.dumps(message)) > MAX_MESSAGE:
+            report["longrepr"] = "(too long to be sent)"
+    return message
+
+
+if __name__ == "__main__":
+    {"serve": serve, "attach": attach, "probe": probe}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,94 @@
+"""The wire to a guest's test session: JSON objects, one a line. The guest is not trusted (pure)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from pytest_vmsandbox.core.errors import GuestLost
+
+MAX_LINE = 32 << 20  # bytes; the runner's own limit is lower
+MAX_DEPTH = 60  # of lists and objects in each other
+MAX_DIGITS = 400  # of a number
+
+Message = dict[str, Any]
+
+
+class Decoder:
+    """Makes messages of the bytes that arrive.
+
+    Example:
+        >>> decoder = Decoder()
+        >>> decoder.feed(b'{"ready"')
+        []
+        >>> decoder.feed(b': 3}' + bytes([10]))
+        [{'ready': 3}]
+    """
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages that are complete now.
+
+        Raises:
+            GuestLost: what came is no message: too long, not JSON, not an object, nested too
+                deeply.
+        """
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(self._rest) + lines[0]
+            self._rest = bytearray(rest)
+        else:
+            self._rest += rest
+        if len(self._rest) > MAX_LINE:
+            raise broken(f"a line of more than {MAX_LINE} bytes", bytes(self._rest[:300]))
+        return [_decode(line) for line in lines]
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """A message as a line."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def broken(why: str, what: object = None) -> GuestLost:
+    """The error for a guest that does not keep to the protocol."""
+    return GuestLost(
+        f"the guest's test session does not keep to its protocol: {why}",
+        details="" if what is None else f"it sent: {what!r:.300}",
+        stage="transfer",
+        remedy="something in the guest disturbs the session; its console may tell",
+    )
+
+
+def _decode(line: bytes) -> Message:
+    if len(line) > MAX_LINE:
+        raise broken(f"a line of {len(line)} bytes", line)
+    try:
+        message = json.loads(line, parse_constant=_refuse, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise broken("a line that is not JSON", line) from error
+    if not isinstance(message, dict):
+        raise broken("a line that is not an object", line)
+    if _depth(message) > MAX_DEPTH:
+        raise broken(f"more than {MAX_DEPTH} levels of lists and objects", line)
+    return message
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError("too many digits")
+    return int(digits)
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        level = [it for item in level for it in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+    return depth

@@ -1,0 +1,480 @@
+"""Tests that run inside a guest: their protocol is carried out there, and its reports told here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_vmsandbox.core.errors import (
+    INFRASTRUCTURE,
+    ConfigError,
+    GuestLost,
+    InterpreterLost,
+    TransferError,
+    VMSandboxError,
+)
+from pytest_vmsandbox.testing import collection, config as options, selection
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.inside.install import Installed, Payload
+    from pytest_vmsandbox.inside.session import GuestSession, Keeper
+    from pytest_vmsandbox.inside.wire import Message
+    from pytest_vmsandbox.testing.remote_reports import Reader
+    from pytest_vmsandbox.testing.session import VMSession
+
+_COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
+_TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
+
+Key = tuple[str, str, str]  # image, hardware, and what shares the guest
+
+
+@dataclass(kw_only=True)
+class Lease:
+    """A guest that runs tests inside, as long as those of its key may come."""
+
+    guest: Guest
+    installed: Installed
+    keeper: Keeper
+    reader: Reader
+    config: Mapping[str, object]
+    patience: float
+    stack: ExitStack
+    session: GuestSession | None = None
+    failure: VMSandboxError | None = None  # why no session can be had here
+
+
+class Inside:
+    """The tests of one run that run inside guests."""
+
+    def __init__(self, session: VMSession) -> None:
+        self._session = session
+        self._config = session.config
+        self._leases: dict[Key, Lease] = {}
+        self._failures: dict[Key, VMSandboxError] = {}
+        self._prepared: Payload | None = None
+        self._following: dict[str, str] | None = None
+
+    # -- the protocol of one test ------------------------------------------------------------
+
+    def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Carry out a test's protocol in its guest."""
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        last: pytest.TestReport | None = None
+        for report in self._reports(item, nextitem):
+            if report.when == "teardown":
+                last = report
+            else:
+                self._log(item, report)
+        # This side's own fixtures, of tests that ran here, may be over; and the guest.
+        call = pytest.CallInfo.from_call(
+            lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=_RAISED
+        )
+        assert last is not None
+        if call.excinfo is None or last.failed:
+            self._log(item, last)
+        if call.excinfo is not None:
+            self._log(item, item.ihook.pytest_runtest_makereport(item=item, call=call))
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+
+    def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        report.user_properties.append(("vm", collection.image_of(item)))
+        self._session.note_report(item, report)
+        item.ihook.pytest_runtest_logreport(report=report)
+
+    def _reports(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Iterator[pytest.TestReport]:
+        """The reports of a test, whatever happens: setup, call if that was reached, teardown."""
+        phases = ["setup", "call", "teardown"]
+        call = pytest.CallInfo.from_call(lambda: self._lease(item), when="setup", reraise=_RAISED)
+        if call.excinfo is not None:
+            yield item.ihook.pytest_runtest_makereport(item=item, call=call)
+            yield self._passed(item, "teardown")
+            return
+        assert call.result is not None
+        lease = call.result
+        try:
+            found = self._guest_id(lease, item)
+            if not isinstance(found, str):
+                yield found
+                yield self._passed(item, "teardown")
+                return
+            for report in self._session_reports(lease, item, found, nextitem):
+                if type(report) is pytest.TestReport:  # a subtest's is one more
+                    self._check_order(phases, report)
+                yield report
+            if phases:
+                raise self._broken(f"a test is done without {phases[0]}")
+        except VMSandboxError as error:
+            self._lose(lease, error)
+            yield self._failed(item, error, phases[0] if phases else "teardown")
+            if phases and phases[0] != "teardown":
+                yield self._passed(item, "teardown")
+        except KeyboardInterrupt:
+            self._interrupt(lease)
+            raise
+
+    def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
+        if not phases or report.when != phases[0]:
+            raise self._broken(f"a report of {report.when} where none was due")
+        del phases[0]
+        if report.when == "setup" and not report.passed:
+            phases.remove("call")
+
+    def _session_reports(
+        self, lease: Lease, item: pytest.Item, nodeid: str, nextitem: pytest.Item | None
+    ) -> Iterator[pytest.TestReport]:
+        assert lease.session is not None
+        following, more = self._next(item, nextitem, lease)
+        for message in lease.session.run(
+            nodeid, following=following, more=more, marks=_marks(item), limit=self._limit(item, lease)
+        ):
+            if "report" in message:
+                yield lease.reader.test_report(item, nodeid, message["report"])
+            elif message.get("stop"):
+                item.session.shouldstop = str(message["stop"])
+            elif "interrupted" in message:
+                self._stop(lease, message)
+            else:
+                self._tell(lease, message, item.nodeid)
+
+    def _tell(self, lease: Lease, message: Message, nodeid: str) -> None:
+        """Pass on what a session says besides."""
+        from pytest_vmsandbox.testing.remote_reports import harmless, recorded_warning
+
+        if "warning" in message and message.get("when") == "runtest":
+            arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
+            self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+        elif "output" in message:
+            stream = sys.stderr if message.get("of") == 2 else sys.stdout
+            stream.write(harmless(message["output"]))
+            stream.flush()
+
+    def _stop(self, lease: Lease, message: Message) -> NoReturn:
+        """A test has raised KeyboardInterrupt, or called `pytest.exit`."""
+        assert lease.session is not None
+        lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience)
+        lease.session = None
+        if not message.get("exit"):
+            raise KeyboardInterrupt
+        status = message.get("status")
+        pytest.exit(str(message["interrupted"]), status if isinstance(status, int) else None)
+
+    def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
+        call = pytest.CallInfo.from_call(lambda: None, when=phase)
+        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        return report
+
+    def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
+        if not getattr(error, "__notes__", None):
+            for hint in self._session.hints():
+                error.add_note(hint)
+
+        def fail() -> NoReturn:
+            raise error
+
+        call = pytest.CallInfo.from_call(fail, when=phase)
+        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        return report
+
+    def _broken(self, why: str) -> GuestLost:
+        from pytest_vmsandbox.inside.wire import broken
+
+        return broken(why)
+
+    def _limit(self, item: pytest.Item, lease: Lease) -> float:
+        if collection.LIMIT in item.stash:
+            return item.stash[collection.LIMIT]
+        wishes = selection.read_marks(item.iter_markers("vm"))
+        if wishes.test_timeout is not None:
+            return wishes.test_timeout
+        return options.test_timeout(self._config) * lease.patience
+
+    # -- which item that is in the guest --------------------------------------------------------
+
+    def _guest_id(self, lease: Lease, item: pytest.Item) -> str | pytest.TestReport:
+        """What the guest calls a test; or the report of why it has none."""
+        assert lease.session is not None
+        found = lease.session.collected
+        nodeid = collection.plain_nodeid(item)
+        if nodeid in found.items:
+            return nodeid
+        file = nodeid.partition("::")[0]
+        parents = [file, *(str(it) for it in Path(file).parents), ""]
+        for parent in parents:
+            if parent in found.failed or (parent and f"{parent}/__init__.py" in found.failed):
+                failed = found.failed.get(parent) or found.failed[f"{parent}/__init__.py"]
+                return self._not_collected(item, lease.reader.collect_failure(failed))
+        if (indices := collection.plain_indices(item)) is not None:
+            base = nodeid.partition("[")[0]
+            for other, theirs in found.items.items():
+                if theirs == indices and other.partition("[")[0] == base:
+                    item.warn(
+                        pytest.PytestWarning(
+                            f"in {lease.guest.image} this test is called {other}: its parameters' "
+                            "ids differ between the two Pythons"
+                        )
+                    )
+                    return other
+        raise TransferError(
+            f"pytest in {lease.guest.name} has not collected {nodeid}",
+            remedy="it is there on this machine, so something decides otherwise in the guest: "
+            "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
+        )
+
+    def _not_collected(self, item: pytest.Item, longrepr: Any) -> pytest.TestReport:
+        skipped = isinstance(longrepr, tuple)
+        return pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords=dict.fromkeys(item.keywords, 1),
+            outcome="skipped" if skipped else "failed",
+            longrepr=longrepr,
+            when="setup",
+        )
+
+    def _next(
+        self, item: pytest.Item, nextitem: pytest.Item | None, lease: Lease
+    ) -> tuple[str | None, bool]:
+        """The next test of the same session, and whether there may be any."""
+        if hasattr(self._config, "workerinput"):  # xdist: more may come, nobody knows
+            if nextitem is not None and _is_inside(nextitem) and _key(nextitem) == _key(item):
+                return collection.plain_nodeid(nextitem), True
+            return None, _key(item)[2] == "session" and nextitem is not None
+        if self._following is None:
+            self._following = {}
+            last: dict[Key, str] = {}
+            for it in reversed(item.session.items):
+                if _is_inside(it):
+                    key = _key(it)
+                    if key in last:
+                        self._following[it.nodeid] = last[key]
+                    last[key] = collection.plain_nodeid(it)
+        following = self._following.get(item.nodeid)
+        return following, following is not None
+
+    # -- guests -----------------------------------------------------------------------------------
+
+    def _lease(self, item: pytest.Item) -> Lease:
+        """The guest for a test, with a session that has collected."""
+        key = _key(item)
+        if key in self._failures:
+            raise self._failures[key]
+        lease = self._leases.get(key)
+        if lease is not None and not lease.guest.alive:
+            self._end(key)
+            lease = None
+        if lease is None:
+            try:
+                lease = self._leases[key] = self._open(item)
+            except VMSandboxError as error:
+                if key[2] != item.nodeid:  # the next one would fail as this one
+                    self._failures[key] = error
+                raise
+        if lease.failure is not None:
+            raise lease.failure
+        if lease.session is None:
+            self._start(lease)
+        return lease
+
+    def _open(self, item: pytest.Item) -> Lease:
+        from pytest_vmsandbox.inside.install import install
+        from pytest_vmsandbox.inside.session import Keeper
+        from pytest_vmsandbox.testing.remote_reports import Reader
+
+        image = collection.image_of(item)
+        assert image is not None
+        self._check_python(image)
+        wishes = selection.read_marks(item.iter_markers("vm"))
+        with ExitStack() as stack:
+            guest = stack.enter_context(self._session.factory.boot(image, **wishes.hardware))
+            patience = self._session.factory.accelerator(image).time_scale
+            installed = install(guest, self._payload(item.session))
+            keeper = stack.enter_context(
+                Keeper.attached(guest, installed.place, patience=patience)
+            )
+            return Lease(
+                guest=guest,
+                installed=installed,
+                keeper=keeper,
+                reader=Reader(installed.tree, self._config.rootpath),
+                config=self._session_config(item, guest, installed),
+                patience=patience,
+                stack=stack.pop_all(),
+            )
+
+    def _check_python(self, image: str) -> None:
+        catalogue = self._session.catalogue
+        if catalogue.get(image).python:
+            return
+        others = [name for name in catalogue.names() if catalogue.get(name).python]
+        raise TransferError(
+            f"{image} has no Python, so no test can run inside it",
+            remedy=f"run it inside {' or '.join(others)}; tests that drive a guest, "
+            f"with the fixture vm, run with {image}, too",
+        )
+
+    def _start(self, lease: Lease) -> None:
+        from pytest_vmsandbox.inside.session import GuestSession
+
+        try:
+            lease.session, said = GuestSession.started(
+                lease.keeper, lease.config, timeout=_COLLECT_SECONDS * lease.patience
+            )
+        except InterpreterLost as lost:
+            lease.failure = InterpreterLost(
+                f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
+                details=lost.details,
+            )
+            raise lease.failure from lost
+        for message in said:
+            self._tell(lease, message, "")
+
+    def _session_config(
+        self, item: pytest.Item, guest: Guest, installed: Installed
+    ) -> dict[str, object]:
+        from pytest_vmsandbox.inside.install import BASE
+        from pytest_vmsandbox.testing import forwarding
+
+        config, tree = self._config, installed.tree
+        translate = forwarding.translator(config.rootpath, tree)
+        key = _key(item)
+        files = {
+            collection.plain_nodeid(it).partition("::")[0]: None
+            for it in item.session.items
+            if _is_inside(it) and _key(it) == key
+        }
+        where = translate(str(config.invocation_params.dir))
+        return {
+            "args": [
+                *(f"--rootdir={tree}", "-c", f"{BASE}/pytest.ini", f"--confcutdir={tree}"),
+                *("--disable-plugin-autoload", "-o", f"cache_dir={BASE}/cache"),
+                *forwarding.arguments(config, translate),
+                *(f"{tree}/{file}" for file in files),
+            ],
+            "plugins": forwarding.plugins(config, options.guest_plugins(config)),
+            "options": forwarding.options(config, translate),
+            "path": list(installed.path),
+            "programs": installed.programs,
+            "cwd": where if where.startswith(tree) else tree,
+            "environment": {
+                "VMSANDBOX_GUEST": guest.name,
+                **options.guest_environment(config, os.environ),
+            },
+            "details": [file for file in files if file in self._session.unimportable],
+            "live": config.getoption("capture") == "no",
+        }
+
+    def _payload(self, session: pytest.Session) -> Payload:
+        if self._prepared is None:
+            self._prepared = self._prepare(session)
+        return self._prepared
+
+    def _prepare(self, session: pytest.Session) -> Payload:
+        from pytest_vmsandbox.core.paths import cache_dir
+        from pytest_vmsandbox.inside.environment import Requirements
+        from pytest_vmsandbox.inside.install import Payload
+        from pytest_vmsandbox.inside.project import Project
+        from pytest_vmsandbox.inside.tree import Tree
+
+        config = self._config
+        root = config.rootpath
+        files = [
+            it.path for it in session.items if _is_inside(it) and it.path.is_file()
+        ]
+        outside = [file for file in files if not file.is_relative_to(root)]
+        if outside:
+            raise ConfigError(
+                f"{outside[0]} is not below the rootdir, {root}, so it does not go to the guest",
+                remedy="name a folder above all tests: --rootdir",
+            )
+        wanted = [str(file.relative_to(root)) for file in files]
+        project = Project.of(root)
+        if entries := options.requirements(config):
+            requirements = Requirements.of_entries(root, entries, project.names)
+        else:
+            requirements = Requirements.of_host(root, project.names, say=self._session.say)
+        return Payload(
+            tree=Tree.of(root, more=[*options.push(config), *dict.fromkeys(wanted)]),
+            project=project,
+            requirements=requirements,
+            cache=cache_dir(),
+            offline=options.offline(config),
+            say=self._session.say,
+        )
+
+    def _lose(self, lease: Lease, error: VMSandboxError) -> None:
+        """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        if isinstance(error, InterpreterLost):
+            lease.session = None
+        elif isinstance(error, INFRASTRUCTURE):
+            for key, other in list(self._leases.items()):
+                if other is lease:
+                    with suppress(VMSandboxError):
+                        self._end(key)
+
+    def _interrupt(self, lease: Lease) -> None:
+        if lease.session is not None:
+            lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience)
+            lease.session = None
+
+    def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        with ExitStack() as stack:
+            key = _key(item)
+            if key in self._leases and key[2] != "session":
+                keep = nextitem is not None and _is_inside(nextitem) and _key(nextitem) == key
+                if not keep:
+                    stack.callback(self._end, key)
+            item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
+
+    def _end(self, key: Key) -> None:
+        lease = self._leases.pop(key)
+        lease.stack.close()
+
+    def close(self) -> list[str]:
+        """Let every session tear down what is left, and end the guests.
+
+        Returns:
+            What went wrong, for people.
+        """
+        problems = []
+        for key, lease in list(self._leases.items()):
+            try:
+                if lease.session is not None and lease.guest.alive:
+                    for message in lease.session.finish(_COLLECT_SECONDS * lease.patience):
+                        if "exit" in message and message["exit"] not in range(6):
+                            problems.append(f"{lease.guest.name}: {message.get('tail')}")
+            except (VMSandboxError, TimeoutError) as error:
+                problems.append(str(error))
+            try:
+                self._end(key)
+            except VMSandboxError as error:
+                problems.append(str(error))
+        return problems
+
+
+_RAISED: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
+
+
+def _is_inside(item: pytest.Item) -> bool:
+    return collection.is_inside(item)
+
+
+def _key(item: pytest.Item) -> Key:
+    return collection.place_of(item)
+
+
+def _marks(item: pytest.Item) -> list[tuple[str, str]]:
+    """Marks that only this side knows of."""
+    image = collection.image_of(item)
+    wishes = selection.read_marks(item.iter_markers("vm"))
+    why = selection.reason(wishes.xfail, image or "")
+    return [] if why is None else [("xfail", why)]

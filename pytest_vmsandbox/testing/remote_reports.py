@@ -1,0 +1,310 @@
+"""Reports that come from a guest: checked, and made into pytest's own.
+
+A guest is not trusted, so of what it sends only what has the right shape is taken, and only a few
+things by name; texts lose what could play tricks on a terminal, but keep their colours.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_vmsandbox.inside.wire import Message, broken
+
+PHASES = ("setup", "call", "teardown")
+OUTCOMES = ("passed", "failed", "skipped")
+_SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
+_MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
+# Control characters and sequences, but for colours, tabs and line ends.
+_TRICKS = re.compile(
+    r"\x1b(?!\[[0-9;]*m)(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])?"
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]"
+)
+
+
+def harmless(text: object) -> str:
+    r"""A text without what could play tricks on a terminal; colours stay.
+
+    Example:
+        >>> harmless("\x1b[31mred\x1b[0m\x1b[2J")
+        '\x1b[31mred\x1b[0m'
+    """
+    if not isinstance(text, str):
+        raise broken("something else where a text should be", text)
+    return _TRICKS.sub("", text)
+
+
+class Reader:
+    """Makes reports of what a guest sends.
+
+    Args:
+        there, here: the project's folder in the guest, and on this machine.
+    """
+
+    def __init__(self, there: str, here: Path) -> None:
+        self._there = there.rstrip("/") + "/"
+        self._here = f"{here}/"
+
+    def test_report(self, item: pytest.Item, nodeid: str, data: object) -> pytest.TestReport:
+        """The report of a phase of `item`, which is called `nodeid` in the guest.
+
+        Raises:
+            GuestLost: it is of another test, or no report.
+        """
+        fields = _object(data)
+        if fields.get("nodeid") != nodeid:
+            raise broken("a report of a test that was not asked for", fields.get("nodeid"))
+        clean: dict[str, Any] = {
+            "nodeid": item.nodeid,
+            "location": item.location,
+            "keywords": dict.fromkeys(item.keywords, 1),
+            "outcome": _one_of(fields.get("outcome"), OUTCOMES),
+            "when": _one_of(fields.get("when"), PHASES),
+            "longrepr": self._longrepr(fields.get("longrepr")),
+            "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
+            "user_properties": [
+                _property(it) for it in _list(fields.get("user_properties"), _MAX_PROPERTIES)
+            ],
+            **{name: _number(fields.get(name, 0)) for name in ("duration", "start", "stop")},
+        }
+        if clean["outcome"] == "skipped" and not isinstance(clean["longrepr"], tuple):
+            if "wasxfail" not in fields:
+                raise broken("a skipped test without a reason", fields.get("longrepr"))
+        if "wasxfail" in fields:
+            clean["wasxfail"] = harmless(fields["wasxfail"])
+        if fields.get("_report_type") == _SUBTEST:
+            return self._subtest(item, clean, _context(fields.get(_CONTEXT)))
+        return _made(pytest.TestReport._from_json, clean)  # noqa: SLF001  # xdist's way, too
+
+    def _subtest(
+        self, item: pytest.Item, clean: dict[str, Any], context: dict[str, Any]
+    ) -> pytest.TestReport:
+        def make(data: dict[str, Any]) -> Any:
+            return item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
+
+        more = {"_report_type": _SUBTEST, _CONTEXT: context, "$report_type": "TestReport"}
+        report: pytest.TestReport = _made(make, {**clean, **more})
+        return report
+
+    def collect_failure(self, data: object) -> Any:
+        """Why a file could not be collected: what `pytest.CollectReport.longrepr` can be.
+
+        Raises:
+            GuestLost: it is no report.
+        """
+        fields = _object(data)
+        clean = {
+            "nodeid": "",
+            "outcome": _one_of(fields.get("outcome"), OUTCOMES),
+            "longrepr": self._longrepr(fields.get("longrepr")),
+            "result": None,
+            "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
+        }
+        return _made(pytest.CollectReport._from_json, clean).longrepr  # noqa: SLF001
+
+    def path(self, path: object) -> str:
+        """A path as it is called on this machine, where it is one of the project."""
+        text = harmless(path)
+        if text.startswith(self._there):
+            return self._here + text.removeprefix(self._there)
+        return text
+
+    def _section(self, value: object) -> tuple[str, str]:
+        name, text = _list(value, 2, exactly=True)
+        return harmless(name), harmless(text)
+
+    def _longrepr(self, value: object) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return harmless(value)
+        if isinstance(value, list):
+            path, line, reason = _list(value, 3, exactly=True)
+            return self.path(path), _integer(line), harmless(reason)
+        fields = _object(value)
+        chain = fields.get("chain")
+        return {
+            "reprcrash": self._crash(fields.get("reprcrash")),
+            "reprtraceback": self._traceback(fields.get("reprtraceback")),
+            "sections": [
+                (harmless(name), harmless(text), harmless(sep)[:1] or "-")
+                for name, text, sep in (
+                    _list(it, 3, exactly=True)
+                    for it in _list(fields.get("sections"), _MAX_SECTIONS)
+                )
+            ],
+            "chain": None
+            if chain is None
+            else [
+                (
+                    self._traceback(trace),
+                    self._crash(crash),
+                    None if text is None else harmless(text),
+                )
+                for trace, crash, text in (
+                    _list(it, 3, exactly=True) for it in _list(chain, _MAX_ENTRIES)
+                )
+            ],
+        }
+
+    def _crash(self, value: object) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        fields = _object(value)
+        return {
+            "path": self.path(fields.get("path")),
+            "lineno": _integer(fields.get("lineno")),
+            "message": harmless(fields.get("message")),
+        }
+
+    def _traceback(self, value: object) -> dict[str, Any]:
+        fields = _object(value)
+        extraline = fields.get("extraline")
+        return {
+            "reprentries": [
+                self._entry(it) for it in _list(fields.get("reprentries"), _MAX_ENTRIES)
+            ],
+            "extraline": None if extraline is None else harmless(extraline),
+            "style": harmless(fields.get("style")),
+        }
+
+    def _entry(self, value: object) -> dict[str, Any]:
+        fields = _object(value)
+        data = _object(fields.get("data"))
+        lines = [harmless(it) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        style = harmless(data.get("style", "long"))
+        if fields.get("type") == "ReprEntryNative":
+            return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
+        if fields.get("type") != "ReprEntry":
+            raise broken("a traceback's entry of an unknown kind", fields.get("type"))
+        arguments, local, place = (
+            data.get(name) for name in ("reprfuncargs", "reprlocals", "reprfileloc")
+        )
+        return {
+            "type": "ReprEntry",
+            "data": {
+                "lines": lines,
+                "style": style,
+                "reprfuncargs": arguments
+                and {
+                    "args": [
+                        (harmless(name), harmless(text))
+                        for name, text in (
+                            _list(it, 2, exactly=True)
+                            for it in _list(_object(arguments).get("args"), _MAX_ENTRIES)
+                        )
+                    ]
+                },
+                "reprlocals": local
+                and {
+                    "lines": [
+                        harmless(it) for it in _list(_object(local).get("lines"), _MAX_ENTRIES)
+                    ]
+                },
+                "reprfileloc": self._crash(place),
+            },
+        }
+
+
+def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
+    """The arguments of ``pytest_warning_recorded`` for a warning from a guest.
+
+    Raises:
+        GuestLost: it is none.
+    """
+    module, name = (harmless(it) for it in _list(message.get("category"), 2, exactly=True))
+    category = _category(module, name)
+    location = message.get("location")
+    if location is not None:
+        path, line, function = _list(location, 3, exactly=True)
+        location = reader.path(path), _integer(line), harmless(function)
+    return {
+        "warning_message": warnings.WarningMessage(
+            message=category(harmless(message.get("warning"))),
+            category=category,
+            filename=reader.path(message.get("file")),
+            lineno=_integer(message.get("line")),
+        ),
+        "when": _one_of(message.get("when"), ("config", "collect", "runtest")),
+        "nodeid": harmless(message.get("node")),
+        "location": location,
+    }
+
+
+def _category(module: str, name: str) -> type[Warning]:
+    """A class of that name; none is imported because a guest says so."""
+    known = getattr({"builtins": builtins, "pytest": pytest}.get(module), name, None)
+    if isinstance(known, type) and issubclass(known, Warning):
+        return known
+    name = name if name.isidentifier() else "Warning"
+    return type(name, (Warning,), {"__module__": module[:200]})
+
+
+_CONTEXT = "_subtest.context"
+
+
+def _context(value: object) -> dict[str, Any]:
+    fields = _object(value)
+    message = fields.get("msg")
+    return {
+        "msg": None if message is None else harmless(message),
+        "kwargs": {
+            harmless(name): harmless(it) if isinstance(it, str) else it
+            for name, it in _object(fields.get("kwargs")).items()
+            if isinstance(it, str | int | float | bool | None)
+        },
+    }
+
+
+def _made(make: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
+    """A report of pytest's, which has its own idea of what is well-formed."""
+    try:
+        return make(data)
+    except Exception as error:
+        raise broken(f"a report that pytest does not take ({error})") from error
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise broken("something else where an object should be", value)
+    return value
+
+
+def _list(value: object, most: int, *, exactly: bool = False) -> list[Any]:
+    if not isinstance(value, list) or len(value) > most or (exactly and len(value) != most):
+        raise broken("something else where a list should be, or one of the wrong length", value)
+    return value
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**53:
+        raise broken("something else where a line's number should be", value)
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e12:
+        raise broken("something else where a number should be", value)
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _one_of(value: object, allowed: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise broken(f"something else where one of {', '.join(allowed)} should be", value)
+    return value
+
+
+def _property(value: object) -> tuple[str, object]:
+    name, content = _list(value, 2, exactly=True)
+    if isinstance(content, str):
+        content = harmless(content)
+    return harmless(name), content
+
+

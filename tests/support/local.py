@@ -1,0 +1,86 @@
+"""A stand-in for a guest: its programs run on this machine."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+
+from pytest_vmsandbox.core.errors import CommandError, GuestLost
+from pytest_vmsandbox.core.transport import CommandResult
+
+
+class LocalProcess:
+    """A program that runs here; see `RemoteProcess`."""
+
+    def __init__(self, guest, command):
+        self.guest = guest
+        self.process = subprocess.Popen(
+            command.argv,
+            cwd=command.cwd,
+            env={**os.environ, **command.env},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def send(self, data):
+        self.guest.check()
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def receive(self, timeout):
+        self.guest.check()
+        poller = select.poll()
+        poller.register(self.process.stdout, select.POLLIN)
+        if not poller.poll(min(timeout, 60) * 1000):
+            self.guest.check()
+            raise TimeoutError
+        return os.read(self.process.stdout.fileno(), 1 << 18)
+
+    def close(self):
+        for stream in (self.process.stdin, self.process.stdout):
+            try:
+                stream.close()
+            except BrokenPipeError:
+                pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+class LocalGuest:
+    """What a test session needs of a guest, without one."""
+
+    def __init__(self, name="local.1", image="local"):
+        self.name, self.image = name, image
+        self.lost = None
+
+    @property
+    def alive(self):
+        return self.lost is None
+
+    def check(self):
+        if self.lost is not None:
+            raise GuestLost(self.lost, stage="kernel")
+
+    def run(self, argv, *, check=True, user=None, timeout=60, input=None):
+        self.check()
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout, check=False, input=input
+        )
+        result = CommandResult(
+            argv=tuple(argv), returncode=done.returncode, stdout=done.stdout, stderr=done.stderr,
+            duration=0.0,
+        )  # fmt: skip
+        if check and result.returncode:
+            raise CommandError(f"{argv[0]} returned {result.returncode}", result=result)
+        return result
+
+    def start(self, command):
+        self.check()
+        return LocalProcess(self, command)
