@@ -17,6 +17,7 @@ from pytest_vmsandbox.testing import (
     hookspecs,
     reporting,
     selection,
+    unimportable,
 )
 from pytest_vmsandbox.testing.session import SharedGuests, VMSession
 
@@ -49,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
     config.stash[SESSION] = VMSession(config)
-    config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
+    config.pluginmanager.register(InsideProtocol(), "vmsandbox-inside")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -77,14 +78,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         collection.parametrize(metafunc.config.stash[SESSION], metafunc)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    return unimportable.stand_in(collector.config.stash[SESSION], collector, report)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, object, object]:
+    unimportable.replace(config.stash[SESSION], items)
     if errors := collection.check(config.stash[SESSION], items):
         items.clear()
         if not hasattr(config, "workeroutput"):
             raise pytest.UsageError(*errors)
         config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
     collection.deselect(config, items)
+    result = yield
+    collection.group(items)
+    return result
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -124,26 +139,30 @@ def pytest_terminal_summary(
 # -- running ------------------------------------------------------------------------------------------
 
 
-class _Protocol:
-    """What is done around each test; a plugin of its own, since a hook is one function of one."""
-
-    @staticmethod
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-        session = item.config.stash[SESSION]
-        session.item = item
-        try:
-            return (yield)
-        finally:
-            session.finish(item)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    session = item.config.stash[SESSION]
+    session.item = item
+    try:
+        return (yield)
+    finally:
+        session.finish(item)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    if not collection.runs_inside(item):
-        return None
-    item.config.stash[SESSION].inside.run(item, nextitem)
-    return True
+class InsideProtocol:
+    """Takes over the protocol of tests that run inside guests.
+
+    It is registered late, so that it comes before other plugins that take over a protocol.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        if not collection.runs_inside(item):
+            return None
+        item.config.stash[SESSION].inside.run(item, nextitem)
+        return True
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -86,7 +86,8 @@ def install(guest: Guest, payload: Payload) -> Installed:
         base = Path(folder)
         base.chmod(0o755)
         shutil.copyfile(_RUNNER, base / "runner.py")
-        (base / "pytest.ini").write_text("[pytest]\n")
+        # Not pytest.ini: a pytest that a test starts in the tree would find it above.
+        (base / "session.ini").write_text("[pytest]\n")
         _make_environment(base / "env", packages, executable, environment, payload.project, path)
         guest.push(base, BASE)
     guest.push(environment.site_packages, f"{ENV}/{packages}")

@@ -30,6 +30,7 @@ import codecs
 import errno
 import faulthandler
 import json
+import linecache
 import os
 import platform
 import select
@@ -55,11 +56,14 @@ class Lines:
     """Lines that arrive in pieces."""
 
     def __init__(self):
-        self.rest = b""
+        self.rest = bytearray()
 
     def feed(self, data):
-        lines = (self.rest + data).split(b"\n")
-        self.rest = lines.pop()
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(self.rest) + lines[0]
+            self.rest.clear()
+        self.rest += rest
         return lines
 
 
@@ -83,7 +87,7 @@ class Keeper:
         wake_read, wake_write = os.pipe()
         for fd in (wake_read, wake_write):
             os.set_blocking(fd, False)
-        self.wake = wake_read
+        self.wake, self.awaken = wake_read, wake_write
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
@@ -123,7 +127,9 @@ class Keeper:
             self.detach()
         connection.setblocking(False)
         self.host = connection
-        self.say({"attached": os.getpid()})
+        # Before what waits for whoever attaches.
+        self.to_host.insert(0, json.dumps({"attached": os.getpid()}).encode() + b"\n")
+        self.flush()
 
     def detach(self):
         self.host.close()
@@ -143,7 +149,7 @@ class Keeper:
     def flush(self):
         while self.host is not None and self.to_host:
             try:
-                self.sent += self.host.send(self.to_host[0][self.sent :])
+                self.sent += self.host.send(memoryview(self.to_host[0])[self.sent :])
             except BlockingIOError:
                 return
             except OSError:
@@ -162,14 +168,19 @@ class Keeper:
             self.start(message["config"])
         elif what == "signal":
             if self.pid:
-                number = DUMP if message["name"] == "DUMP" else getattr(signal, "SIG" + message["name"])
-                try:  # all stacks are the session's own affair
-                    (os.kill if number == DUMP else os.killpg)(self.pid, number)
-                except ProcessLookupError:
-                    pass
+                if message["name"] == "DUMP":  # all stacks are the session's own affair
+                    os.kill(self.pid, DUMP)
+                else:
+                    self.kill(getattr(signal, "SIG" + message["name"]))
         elif self.session is not None:
             self.to_session += line + b"\n"
             self.flush_session()
+
+    def kill(self, number):
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:  # it has gone into another group
+            os.kill(self.pid, number)
 
     def start(self, config):
         self.end_session()
@@ -185,7 +196,8 @@ class Keeper:
                 for sock in (ours, self.listener, self.host):
                     if sock is not None:
                         sock.close()
-                os.close(self.wake)
+                for fd in (self.wake, self.awaken, *(pipe[0] for pipe in pipes.values())):
+                    os.close(fd)
                 status = run_session(config, theirs, {n: pipe[1] for n, pipe in pipes.items()})
             except BaseException:
                 traceback.print_exc()
@@ -195,6 +207,10 @@ class Keeper:
                     sys.stderr.flush()
                 finally:
                     os._exit(status)
+        try:  # both do it, so that it is done
+            os.setpgid(pid, pid)
+        except OSError:
+            pass
         theirs.close()
         ours.setblocking(False)
         self.session, self.from_session, self.to_session, self.pid = ours, Lines(), b"", pid
@@ -266,7 +282,7 @@ class Keeper:
 
     def end_session(self):
         if self.pid:
-            os.killpg(self.pid, signal.SIGKILL)
+            self.kill(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
         if self.session is not None:
@@ -439,6 +455,8 @@ class Wire:
 
     def hear(self):
         """The next message; None when there will be none."""
+        if os.getpid() != self.owner:  # the child of a test came back: what comes is not for it
+            os._exit(0)
         while not self.waiting:
             data = self.sock.recv(CHUNK)
             if not data:
@@ -453,8 +471,8 @@ class Session:
     Its hooks are marked by `ORDER`: pytest cannot be imported before the path is set.
 
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
-    ``path`` for `sys.path`, ``programs``
-    for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
+    ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
+    ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
@@ -475,6 +493,11 @@ class Session:
         for name, value in self.settings["options"].items():
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
+        if self.settings.get("junit"):
+            from _pytest.junitxml import xml_key
+
+            config.stash[xml_key] = junit = JUnit(self.settings["junit"], self.wire)
+            config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
     def pytest_sessionstart(self, session):
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
@@ -514,7 +537,8 @@ class Session:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
                 return True
-            self.run(session, message)
+            if self.run(session, message):
+                return True
 
     def run(self, session, message):
         item = self.items[message["id"]]
@@ -526,6 +550,7 @@ class Session:
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(session, message))
         stop = session.shouldfail or session.shouldstop
         self.wire.say({"done": message["id"], "stop": str(stop) if stop else None})
+        return stop
 
     def next(self, session, message):
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
@@ -546,6 +571,11 @@ class Session:
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
         if data is not None:
+            data["user_properties"] = [
+                [str(name), portable(value)] for name, value in report.user_properties
+            ]
+            if isinstance(data["longrepr"], str) and not isinstance(report.longrepr, str):
+                data["longrepr"] = {"text": data["longrepr"]}
             self.wire.say(bounded({"report": clean(data)}))
 
     def pytest_collection(self, session):
@@ -563,6 +593,7 @@ class Session:
                     "when": when,
                     "node": nodeid,
                     "location": location,
+                    "source": linecache.getline(warning_message.filename, warning_message.lineno),
                 }
             )
         )
@@ -575,7 +606,7 @@ class Session:
             clean(
                 {
                     "interrupted": str(excinfo.value),
-                    "exit": left,
+                    "left": left,
                     "status": getattr(excinfo.value, "returncode", None) if left else None,
                 }
             )
@@ -586,6 +617,27 @@ class Session:
 
     def pytest_unconfigure(self):
         self.wire.say({"finished": True})
+
+
+class JUnit:
+    """Stands in for the writer of junit's file, which is the host's: tests tell it things."""
+
+    def __init__(self, family, wire):
+        self.family = family
+        self.wire = wire
+
+    def add_global_property(self, name, value):
+        if not isinstance(name, str):
+            raise TypeError(
+                "name parameter needs to be a string, but %s given" % type(name).__name__
+            )
+        self.wire.say(clean({"junit": "property", "name": name, "value": str(value)}))
+
+    def node_reporter(self, report):
+        return self
+
+    def add_attribute(self, name, value):
+        self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
 ORDER = {
@@ -599,9 +651,24 @@ ORDER = {
 }
 
 
+def portable(value):
+    """A value that JSON keeps as it is; of another, the text that junit's file has of it."""
+    try:
+        if json.loads(json.dumps(value)) == value:
+            return value
+    except Exception:
+        pass
+    try:
+        return str(value)
+    except Exception:
+        return value
+
+
 def clean(value, depth=0):
     """A value as JSON can carry it: what it cannot becomes its repr, what is long is cut."""
-    if value is None or isinstance(value, (bool, int)):
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 64:
         return value
     if isinstance(value, float):
         return value if value - value == 0 else repr(value)

@@ -7,15 +7,16 @@ one when the interpreter of the first has died.
 from __future__ import annotations
 
 import json
+import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.deadline import Deadline, within
 from pytest_vmsandbox.core.errors import (
-    CommandTimeout,
     GuestLost,
     InterpreterLost,
     VMSandboxError,
@@ -25,11 +26,17 @@ from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProces
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
 _PING_SECONDS = 15.0  # of silence, after which it is asked whether the guest is still there
-_ANSWER_SECONDS = 30.0  # that it then has, and again on another way
+_ANSWER_SECONDS = 5.0  # that it then has; scaled
+_ATTACH_SECONDS = 30.0  # for the keeper to greet; scaled
 _DUMP_SECONDS = 2.0  # before a test is killed, all its stacks are asked for
 _EXIT_SECONDS = 5.0  # from a kill until it is told
-_MAX_MESSAGES = 100_000  # of one test
+_MAX_MESSAGES = 100_000  # that answer one request; live output does not count
+_MAX_BYTES = 256 << 20  # of them
+_MAX_OUTPUT = 16 << 20  # characters of live output that are kept, of what nobody waits for
 _MAX_ITEMS = 1_000_000
+_MAX_TAIL = 64 << 10  # characters of what was written last
+_MAX_FRAME = 5_000  # characters of a line of a stack
+_MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner\.py)\b.*", line \d+ in ')
 
 
 class Host(Protocol):
@@ -39,8 +46,9 @@ class Host(Protocol):
     def name(self) -> str:
         """Who it is."""
 
-    def run(self, argv: Sequence[str], **how: Any) -> CommandResult[Any]:
-        """Run a program to its end."""
+    @property
+    def run(self) -> Callable[..., CommandResult[Any]]:
+        """Runs a program to its end."""
 
     def start(self, command: Command) -> RemoteProcess:
         """Start a program, on streams that its starter reads and closes."""
@@ -91,7 +99,8 @@ class Keeper:
         self.patience = patience
         self._process = process
         self._decoder = Decoder()
-        self._waiting: list[Message] = []
+        self._waiting: deque[Message] = deque()
+        self._answers, self._weight = 0, 0
 
     @classmethod
     @contextmanager
@@ -109,10 +118,31 @@ class Keeper:
         process = guest.start(Command(argv=attach))
         try:
             keeper = cls(guest, process, patience=patience)
-            keeper.hear(_ANSWER_SECONDS * patience)
+            keeper._greeting(_ATTACH_SECONDS * patience)
             yield keeper
         finally:
             process.close()
+
+    def _greeting(self, timeout: float) -> None:
+        try:
+            message = self.hear(timeout)
+        except TimeoutError:
+            raise self._silent() from None
+        if "attached" not in message:
+            raise broken("no greeting", message)
+
+    def expect(self) -> None:
+        """From here on, so many messages are heard, and no more, until this is called again."""
+        self._answers, self._weight = 0, self._decoder.weight
+
+    def ask(self, message: Mapping[str, object]) -> None:
+        """Send a message that others answer; see `expect`.
+
+        Raises:
+            GuestLost: the guest, or the way to it, is gone.
+        """
+        self.expect()
+        self.say(message)
 
     def say(self, message: Mapping[str, object]) -> None:
         """Send a message.
@@ -120,10 +150,13 @@ class Keeper:
         Raises:
             GuestLost: the guest, or the way to it, is gone.
         """
-        try:
-            self._process.send(encode(message))
+        data = encode(message)
+        try:  # a guest may never take it
+            sent = within(_ATTACH_SECONDS * self.patience, lambda: self._process.send(data))
         except OSError as error:
             raise self._lost() from error
+        if not sent:
+            raise self._silent()
 
     def hear(self, timeout: float) -> Message:
         """The next message.
@@ -141,7 +174,14 @@ class Keeper:
                 if deadline.expired:
                     raise
                 self._ping()
-        return self._waiting.pop(0)
+            else:
+                if deadline.expired and not self._waiting:  # it speaks, but says nothing
+                    raise TimeoutError
+        message = self._waiting.popleft()
+        self._answers += "output" not in message
+        if self._answers > _MAX_MESSAGES or self._decoder.weight - self._weight > _MAX_BYTES:
+            raise broken("more messages than there can be")
+        return message
 
     def signal(self, name: str) -> None:
         """Send a signal to the session's process group; DUMP lets it write all its stacks."""
@@ -170,16 +210,8 @@ class Keeper:
                 return
 
     def _silent(self) -> GuestLost:
-        try:
-            self.guest.run(["true"], timeout=_ANSWER_SECONDS * self.patience)
-        except CommandTimeout:
-            pass
-        except GuestLost as lost:
-            return lost
-        else:
-            return self._lost()
         return GuestLost(
-            f"{self.guest.name} does not answer any more, neither its test session nor SSH",
+            f"{self.guest.name} does not answer any more",
             stage="ssh",
             remedy="did the test take the guest's network down, or stop all of its processes?",
         )
@@ -188,7 +220,8 @@ class Keeper:
         try:
             self.guest.run(["true"], timeout=_ANSWER_SECONDS * self.patience)
         except GuestLost as lost:
-            return lost
+            if lost.stage != "ssh":  # the machine itself tells why
+                return lost
         except VMSandboxError:
             pass
         return GuestLost(
@@ -212,7 +245,11 @@ class GuestSession:
     def __init__(self, keeper: Keeper) -> None:
         self.collected = Collected()
         self._keeper = keeper
+        self._announced: deque[str] = deque()
         self._over = False
+        self._ending = False  # it tears all down already
+        self._dumped: Deadline | None = None
+        self._output = 0
 
     @classmethod
     def started(
@@ -232,7 +269,7 @@ class GuestSession:
             GuestLost: the guest is gone.
         """
         session = cls(keeper)
-        keeper.say({"do": "start", "config": config})
+        keeper.ask({"do": "start", "config": config})
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
@@ -246,6 +283,8 @@ class GuestSession:
         try:
             if "items" in message:
                 for nodeid, indices, *details in message["items"]:
+                    if printable(str(nodeid)) != str(nodeid):
+                        continue  # pytest gives no such names, and those of this side are shown
                     found.items[str(nodeid)] = indices if isinstance(indices, dict) else None
                     if details:
                         found.details[str(nodeid)] = details[0]
@@ -253,6 +292,8 @@ class GuestSession:
                     raise broken(f"more than {_MAX_ITEMS} tests")
             elif "failed" in message:
                 nodeid, report = message["failed"]
+                if not report or not isinstance(report, dict):
+                    raise TypeError
                 found.failed[str(nodeid)] = report
             elif "pytest" in message:
                 self.collected = Collected(
@@ -262,9 +303,27 @@ class GuestSession:
                     pytest=str(message["pytest"]),
                 )
             else:
-                said.append(message)
+                self._note(message, said)
         except (TypeError, ValueError) as error:
             raise broken("a list of tests that is none", message) from error
+
+    @property
+    def announced(self) -> Collection[str]:
+        """The items that are announced and not run yet, in order."""
+        return self._announced
+
+    def announce(
+        self, nodeid: str, *, following: str | None, more: bool, marks: Sequence[tuple[str, str]]
+    ) -> None:
+        """Let it run an item as soon as it is done with those before; `run` has to follow.
+
+        Raises:
+            GuestLost: the guest is gone.
+        """
+        self._keeper.say(
+            {"do": "run", "id": nodeid, "next": following, "more": more, "marks": list(marks)}
+        )
+        self._announced.append(nodeid)
 
     def run(
         self,
@@ -288,27 +347,39 @@ class GuestSession:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
-        self._keeper.say(
-            {"do": "run", "id": nodeid, "next": following, "more": more, "marks": list(marks)}
-        )
+        if not self._announced:
+            self.announce(nodeid, following=following, more=more, marks=marks)
+        if self._announced.popleft() != nodeid:
+            self.kill()
+            raise InterpreterLost(
+                "it was to run the tests in another order", remedy="which plugin changes the order?"
+            )
+        self._keeper.expect()
         deadline = Deadline(limit)
-        for _ in range(_MAX_MESSAGES):
+        while True:
             message = self._hear(deadline, "end")
             if "begin" in message:
                 continue
+            if "done" in message and message["done"] != nodeid:
+                raise broken("the end of a test that was not asked for", message["done"])
             yield message
             if "done" in message:
                 return
-        raise broken(f"more than {_MAX_MESSAGES} messages for one test")
 
-    def interrupt(self, seconds: float) -> None:
-        """Let the session tear all down, as after Ctrl-C; kill it if it takes longer."""
-        if self._over:
-            return
+    def interrupt(self, seconds: float) -> list[Message]:
+        """Let the session tear all down, as after Ctrl-C; kill it if it takes longer.
+
+        Returns:
+            What it said meanwhile.
+        """
+        said: list[Message] = []
         with suppress(VMSandboxError, TimeoutError):
-            self._keeper.signal("INT")
-            self._until_exit(Deadline(seconds))
+            if not self._over:
+                if not self._ending:
+                    self._keeper.signal("INT")
+                said = self._until_exit(Deadline(seconds))
         self.kill()
+        return said
 
     def finish(self, seconds: float) -> list[Message]:
         """Let the session tear down what is left, and end.
@@ -322,7 +393,7 @@ class GuestSession:
         """
         if self._over:
             return []
-        self._keeper.say({"do": "finish"})
+        self._keeper.ask({"do": "finish"})
         try:
             return self._until_exit(Deadline(seconds))
         except TimeoutError:
@@ -334,40 +405,60 @@ class GuestSession:
         if not self._over:
             with suppress(VMSandboxError, TimeoutError):
                 self._keeper.signal("KILL")
-                tail = str(self._until_exit(Deadline(_EXIT_SECONDS * self._keeper.patience))[-1]["tail"])
+                *_, end = self._until_exit(Deadline(_EXIT_SECONDS * self._keeper.patience))
+                tail = str(end.get("tail", ""))
         self._over = True
         return tail
 
     def _until_exit(self, deadline: Deadline) -> list[Message]:
-        said = []
+        said: list[Message] = []
         while True:
             message = self._keeper.hear(deadline.remaining())
-            said.append(message)
+            self._note(message, said)
             if "exit" in message:
                 self._over = True
                 return said
-            if len(said) > _MAX_MESSAGES:
-                raise broken("no end")
+            if deadline.expired:
+                raise TimeoutError
+
+    def _note(self, message: Message, said: list[Message]) -> None:
+        """Remember what was said; of output, which may have no end, so much and no more."""
+        if "output" in message:
+            self._output += 100 + len(str(message["output"]))
+        if "output" not in message or "exit" in message or self._output <= _MAX_OUTPUT:
+            said.append(message)
 
     def _hear(self, deadline: Deadline, what: str) -> Message:
         """The next message; a session that is late is asked for its stacks and killed."""
         try:
-            try:
-                message = self._keeper.hear(deadline.remaining() - _DUMP_SECONDS)
-            except TimeoutError:
-                self._keeper.signal("DUMP")
-                message = self._keeper.hear(deadline.remaining())
+            message = self._next(deadline)
         except TimeoutError:
             raise self._killed(what, deadline.seconds) from None
         if "exit" in message:
             self._over = True
             raise self._ended(message)
+        self._ending = self._ending or "interrupted" in message
         if "internal" in message:
             self.kill()
             raise InterpreterLost(
                 "pytest in the guest failed: INTERNALERROR",
                 details=printable(str(message["internal"])),
             )
+        return message
+
+    def _next(self, deadline: Deadline) -> Message:
+        early = min(_DUMP_SECONDS, deadline.seconds / 2)
+        if (left := deadline.remaining() - early) > 0:
+            try:
+                return self._keeper.hear(left)
+            except TimeoutError:
+                pass
+        if self._dumped is not deadline:
+            self._dumped = deadline
+            self._keeper.signal("DUMP")
+        message = self._keeper.hear(deadline.remaining())
+        if deadline.expired and "output" in message:  # there may be no end of it
+            raise TimeoutError
         return message
 
     def _killed(self, what: str, seconds: float) -> InterpreterLost:
@@ -405,7 +496,10 @@ class GuestSession:
 
 
 def _stacks(tail: str) -> str:
-    return f"--- what it wrote last\n{printable(tail)}" if tail.strip() else ""
+    """What a session wrote last; of stacks, the lines that are no affair of the test are left out."""
+    lines = printable(tail[-_MAX_TAIL:]).splitlines()
+    lines = [it for it in lines if len(it) > _MAX_FRAME or not _MACHINERY.match(it)]
+    return "\n".join(["--- what it wrote last", *lines]) if any(lines) else ""
 
 
 def _signal_name(number: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -11,12 +13,19 @@ from pytest_vmsandbox.core.errors import GuestLost
 MAX_LINE = 32 << 20  # bytes; the runner's own limit is lower
 MAX_DEPTH = 60  # of lists and objects in each other
 MAX_DIGITS = 400  # of a number
+MAX_VALUES = 1_000_000  # in a message: a short one can be much to keep
+_LONG = 1 << 20  # bytes of a message whose values are counted
+# What is between strings, each time with the string that follows.
+_BETWEEN = re.compile(rb'([^"]++)(?:"(?:[^"\\]++|\\.)*+"?)?', re.DOTALL)
 
 Message = dict[str, Any]
 
 
 class Decoder:
     """Makes messages of the bytes that arrive.
+
+    Attributes:
+        weight: bytes of all messages so far but live output, which nobody keeps.
 
     Example:
         >>> decoder = Decoder()
@@ -28,6 +37,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._rest = bytearray()
+        self.weight = 0
 
     def feed(self, data: bytes) -> list[Message]:
         """The messages that are complete now.
@@ -44,7 +54,10 @@ class Decoder:
             self._rest += rest
         if len(self._rest) > MAX_LINE:
             raise broken(f"a line of more than {MAX_LINE} bytes", bytes(self._rest[:300]))
-        return [_decode(line) for line in lines]
+        messages = [_decode(line) for line in lines]
+        for line, message in zip(lines, messages, strict=True):
+            self.weight += 0 if "output" in message else len(line)
+        return messages
 
 
 def encode(message: Mapping[str, object]) -> bytes:
@@ -65,8 +78,12 @@ def broken(why: str, what: object = None) -> GuestLost:
 def _decode(line: bytes) -> Message:
     if len(line) > MAX_LINE:
         raise broken(f"a line of {len(line)} bytes", line)
+    if len(line) > _LONG:
+        _check_values(line)
     try:
-        message = json.loads(line, parse_constant=_refuse, parse_int=_integer)
+        message = json.loads(
+            line.decode(), parse_constant=_refuse, parse_int=_integer, parse_float=_float
+        )
     except (ValueError, RecursionError) as error:
         raise broken("a line that is not JSON", line) from error
     if not isinstance(message, dict):
@@ -84,6 +101,20 @@ def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError("too many digits")
     return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
+
+
+def _check_values(line: bytes) -> None:
+    """Count what separates values, between strings."""
+    count = 0
+    for between in _BETWEEN.finditer(line):
+        count += sum(map(between[1].count, (b",", b"[", b"{")))
+        if count > MAX_VALUES:
+            raise broken(f"more than {MAX_VALUES} values", line[:300])
 
 
 def _depth(value: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 _NO_IMAGE = "no-image"
 _IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize
 _INSIDE = pytest.StashKey[bool]()
+_PLAIN = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
 LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
+_TAKE_OVER = {"reruns": "pytest-rerunfailures", "forked": "pytest-forked"}  # the protocol
 _DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
 
 
@@ -27,6 +30,13 @@ def is_inside(item: pytest.Item) -> bool:
     if _INSIDE not in item.stash:
         item.stash[_INSIDE] = _runs_inside(item, getattr(item, "fixturenames", ()))
     return item.stash[_INSIDE]
+
+
+def settle_inside(item: pytest.Item, *, image: str, plain: str) -> None:
+    """Note what a test is that no function of this machine stands for."""
+    item.stash[_INSIDE] = True
+    item.stash[_IMAGE] = image
+    item.stash[_PLAIN] = plain
 
 
 def runs_inside(item: pytest.Item) -> bool:
@@ -77,12 +87,14 @@ def place_of(item: pytest.Item) -> tuple[str, str, str]:
 
 def plain_nodeid(item: pytest.Item) -> str:
     """What a test is called where it has no parameter for its image."""
+    if _PLAIN in item.stash:
+        return item.stash[_PLAIN]
     if not _has_parameter(item):
         return item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]
-    rest = identity.removeprefix(image_of(item) or _NO_IMAGE).removeprefix("-")
+    rest = identity.removeprefix(image_of(item) or _NO_IMAGE)  # of other parameters, which may be ""
     base = item.nodeid.removesuffix(f"[{identity}]")
-    return f"{base}[{rest}]" if rest else base
+    return f"{base}[{rest[1:]}]" if rest else base
 
 
 def plain_indices(item: pytest.Item) -> dict[str, int] | None:
@@ -112,7 +124,7 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
         "_vm_image",
         params or [pytest.param(None, id=_NO_IMAGE)],
         indirect=True,
-        scope="session",  # pytest then runs tests of the same image one after the other
+        scope="function",  # so that pytest leaves the order as it is without it; see `group`
     )
 
 
@@ -120,7 +132,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
     """What cannot be meant in the tests and in the settings that they need."""
     for item in items:
         _check_marks(session, item)
-        if not _has_parameter(item) and (
+        if not _has_parameter(item) and _PLAIN not in item.stash and (
             "_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item)
         ):
             _settle(session, item)
@@ -128,8 +140,17 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
         for option in ("usepdb", "trace"):
             if session.config.getoption(option):
                 session.usage_errors.append(
-                    f"--{option.removeprefix('use')} cannot reach tests that run inside a guest; "
-                    "take them out with -m 'not in_vm', or keep the guest and look around in it"
+                    f"--{option.removeprefix('use')} cannot reach tests that run inside a guest"
+                    "\nRemedy: leave them out with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way "
+                    "to look around in a guest"
+                )
+        for option, plugin in _TAKE_OVER.items():
+            if getattr(session.config.option, option, None):
+                warnings.warn(
+                    pytest.PytestWarning(
+                        f"{plugin} does nothing for tests that run inside a guest"
+                    ),
+                    stacklevel=2,
                 )
     if any(
         "vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items
@@ -147,6 +168,13 @@ def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:
     if without:
         config.hook.pytest_deselected(items=[item for item in items if item in without])
         items[:] = [item for item in items if item not in without]
+
+
+def group(items: list[pytest.Item]) -> None:
+    """Put tests of the same image one after the other; their order is left as it is otherwise."""
+    images = {image: number for number, image in enumerate(dict.fromkeys(map(image_of, items)))}
+    images[None] = 0
+    items.sort(key=lambda item: images[image_of(item)])
 
 
 def image_of(item: pytest.Item) -> str | None:
@@ -175,11 +203,11 @@ def _check_marks(session: VMSession, item: pytest.Item) -> None:
         session.note_usage_error(item.nodeid, error)
         return
     if marked and not _DRIVES.isdisjoint(getattr(item, "fixturenames", ())):
-        error = ConfigError(
+        wrong = ConfigError(
             "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
             remedy="take away the marker in_vm, or the fixture",
         )
-        session.note_usage_error(item.nodeid, error)
+        session.note_usage_error(item.nodeid, wrong)
 
 
 def _settle(session: VMSession, item: pytest.Item) -> None:

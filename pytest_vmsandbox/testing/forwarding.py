@@ -71,16 +71,17 @@ def ini(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, str
     """The ini keys that are set, as texts that mean the same in the guest."""
     set_here = getattr(config, "_inicfg", None)  # `inicfg` until pytest 9.0
     if set_here is None:
-        set_here = config.inicfg
+        set_here = config.inicfg  # type: ignore[deprecated]
     overridden = [it.partition("=")[0] for it in config.getoption("override_ini") or ()]
-    known = config._parser._inidict  # type: ignore[attr-defined]  # noqa: SLF001  # pytest has no list
+    known = config._parser._inidict  # noqa: SLF001  # pytest has no list
     texts = {}
     for name in {*set_here, *overridden, "markers"}:
         if name not in known or name in _OURS_INI or name.startswith(_OURS_INI_FAMILIES):
             continue
         value = config.getini(name)
         if value is not None:
-            texts[name] = _text(known[name][1], value, translate)
+            lines = "linelist" in repr(known[name][1])  # a type, or several
+            texts[name] = _text(value, translate, lines=lines)
     return texts
 
 
@@ -143,13 +144,11 @@ def _translated(value: Any, translate: Callable[[str], str]) -> Any:
     return value
 
 
-def _text(kind: str | None, value: Any, translate: Callable[[str], str]) -> str:
+def _text(value: Any, translate: Callable[[str], str], *, lines: bool) -> str:
     """An ini value, which pytest has read, as it would be written."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         words = [translate(str(it)) for it in value]
-        if kind == "linelist":
-            return "\n".join(words)
-        return shlex.join(words)
+        return "\n".join(words) if lines else shlex.join(words)
     return str(value)

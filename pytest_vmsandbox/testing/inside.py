@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
@@ -20,17 +22,19 @@ from pytest_vmsandbox.core.errors import (
     TransferError,
     VMSandboxError,
 )
+from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.testing import collection, config as options, selection
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.install import Installed, Payload
-    from pytest_vmsandbox.inside.session import GuestSession, Keeper
+    from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.testing.remote_reports import Reader
     from pytest_vmsandbox.testing.session import VMSession
 
 _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
+_AHEAD = 8  # tests that a guest may run before the reports of one are here
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
 
 Key = tuple[str, str, str]  # image, hardware, and what shares the guest
@@ -60,7 +64,7 @@ class Inside:
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
         self._prepared: Payload | None = None
-        self._following: dict[str, str] | None = None
+        self._following: dict[pytest.Item, pytest.Item] = {}
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -132,19 +136,42 @@ class Inside:
     def _session_reports(
         self, lease: Lease, item: pytest.Item, nodeid: str, nextitem: pytest.Item | None
     ) -> Iterator[pytest.TestReport]:
+        from pytest_vmsandbox.testing.remote_reports import colourless
+
         assert lease.session is not None
-        following, more = self._next(item, nextitem, lease)
+        following, more = self._next(item, nextitem)
+        self._announce(lease, item)
         for message in lease.session.run(
             nodeid, following=following, more=more, marks=_marks(item), limit=self._limit(item, lease)
         ):
             if "report" in message:
                 yield lease.reader.test_report(item, nodeid, message["report"])
             elif message.get("stop"):
-                item.session.shouldstop = str(message["stop"])
+                item.session.shouldstop = colourless(str(message["stop"]))
             elif "interrupted" in message:
                 self._stop(lease, message)
             else:
                 self._tell(lease, message, item.nodeid)
+
+    def _announce(self, lease: Lease, item: pytest.Item) -> None:
+        """Let the guest go on with what comes next, while the reports are on their way here.
+
+        Not where a result could end the run: then nothing may be run too much.
+        """
+        option = self._config.option
+        if option.maxfail or getattr(option, "stepwise", False) or self._is_worker:
+            return
+        session, announced = lease.session, 0
+        assert session is not None
+        ahead: pytest.Item | None = item
+        while ahead is not None and announced <= _AHEAD:
+            nodeid = collection.plain_nodeid(ahead)
+            if nodeid not in session.collected.items:
+                return
+            if nodeid not in session.announced:
+                following, more = self._next(ahead, None)
+                session.announce(nodeid, following=following, more=more, marks=_marks(ahead))
+            ahead, announced = self._following.get(ahead), announced + 1
 
     def _tell(self, lease: Lease, message: Message, nodeid: str) -> None:
         """Pass on what a session says besides."""
@@ -153,20 +180,40 @@ class Inside:
         if "warning" in message and message.get("when") == "runtest":
             arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
             self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+        elif "junit" in message:
+            self._record(message, nodeid)
         elif "output" in message:
             stream = sys.stderr if message.get("of") == 2 else sys.stdout
-            stream.write(harmless(message["output"]))
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            text = harmless(message["output"]).encode(encoding, "backslashreplace")
+            stream.write(text.decode(encoding))
             stream.flush()
+
+    def _record(self, message: Message, nodeid: str) -> None:
+        """Tell junit's file what a test has recorded, other than by its reports."""
+        from pytest_vmsandbox.testing.remote_reports import harmless
+
+        xml = self._config.stash.get(xml_key, None)
+        name, value = harmless(message.get("name")), harmless(message.get("value"))
+        if xml is None:
+            return
+        if message["junit"] == "property":
+            xml.add_global_property(name, value)
+        elif re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
+            xml.node_reporter(nodeid).add_attribute(name, value)
 
     def _stop(self, lease: Lease, message: Message) -> NoReturn:
         """A test has raised KeyboardInterrupt, or called `pytest.exit`."""
-        assert lease.session is not None
-        lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience)
-        lease.session = None
-        if not message.get("exit"):
+        from pytest_vmsandbox.testing.remote_reports import colourless
+
+        self._interrupt(lease)
+        if not message.get("left"):
             raise KeyboardInterrupt
         status = message.get("status")
-        pytest.exit(str(message["interrupted"]), status if isinstance(status, int) else None)
+        pytest.exit(
+            colourless(str(message["interrupted"])),
+            status if isinstance(status, int) and 0 <= status < 256 else None,
+        )
 
     def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
         call = pytest.CallInfo.from_call(lambda: None, when=phase)
@@ -242,24 +289,40 @@ class Inside:
         )
 
     def _next(
-        self, item: pytest.Item, nextitem: pytest.Item | None, lease: Lease
+        self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> tuple[str | None, bool]:
         """The next test of the same session, and whether there may be any."""
-        if hasattr(self._config, "workerinput"):  # xdist: more may come, nobody knows
+        if self._is_worker:  # of xdist: more may come, nobody knows
             if nextitem is not None and _is_inside(nextitem) and _key(nextitem) == _key(item):
                 return collection.plain_nodeid(nextitem), True
             return None, _key(item)[2] == "session" and nextitem is not None
-        if self._following is None:
-            self._following = {}
-            last: dict[Key, str] = {}
+        if not self._following:
+            last: dict[Key, pytest.Item] = {}
             for it in reversed(item.session.items):
-                if _is_inside(it):
+                if collection.runs_inside(it):
                     key = _key(it)
                     if key in last:
-                        self._following[it.nodeid] = last[key]
-                    last[key] = collection.plain_nodeid(it)
-        following = self._following.get(item.nodeid)
-        return following, following is not None
+                        self._following[it] = last[key]
+                    last[key] = it
+        following = self._following.get(item)
+        return (
+            None if following is None else collection.plain_nodeid(following),
+            following is not None,
+        )
+
+    @property
+    def _is_worker(self) -> bool:
+        return hasattr(self._config, "workerinput")
+
+    def collected(self, item: pytest.Item) -> Collected:
+        """What the session for a test has found.
+
+        Raises:
+            VMSandboxError: there can be none.
+        """
+        session = self._lease(item).session
+        assert session is not None
+        return session.collected
 
     # -- guests -----------------------------------------------------------------------------------
 
@@ -355,7 +418,7 @@ class Inside:
         where = translate(str(config.invocation_params.dir))
         return {
             "args": [
-                *(f"--rootdir={tree}", "-c", f"{BASE}/pytest.ini", f"--confcutdir={tree}"),
+                *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini", f"--confcutdir={tree}"),
                 *("--disable-plugin-autoload", "-o", f"cache_dir={BASE}/cache"),
                 *forwarding.arguments(config, translate),
                 *(f"{tree}/{file}" for file in files),
@@ -370,6 +433,7 @@ class Inside:
                 **options.guest_environment(config, os.environ),
             },
             "details": [file for file in files if file in self._session.unimportable],
+            "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture") == "no",
         }
 
@@ -423,7 +487,9 @@ class Inside:
 
     def _interrupt(self, lease: Lease) -> None:
         if lease.session is not None:
-            lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience)
+            for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience):
+                with suppress(VMSandboxError):  # of no interest now
+                    self._tell(lease, message, "")
             lease.session = None
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -449,9 +515,12 @@ class Inside:
         for key, lease in list(self._leases.items()):
             try:
                 if lease.session is not None and lease.guest.alive:
-                    for message in lease.session.finish(_COLLECT_SECONDS * lease.patience):
-                        if "exit" in message and message["exit"] not in range(6):
-                            problems.append(f"{lease.guest.name}: {message.get('tail')}")
+                    said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
+                    problems += [
+                        f"{lease.guest.name}: {printable(str(message.get('tail')))}"
+                        for message in said
+                        if message.get("exit", 0) not in range(6)
+                    ]
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
             try:

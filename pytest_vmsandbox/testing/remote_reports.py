@@ -10,11 +10,14 @@ import builtins
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest._code.code import TerminalRepr
+from _pytest._io import TerminalWriter
 
 from pytest_vmsandbox.inside.wire import Message, broken
 
@@ -22,15 +25,22 @@ PHASES = ("setup", "call", "teardown")
 OUTCOMES = ("passed", "failed", "skipped")
 _SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
-# Control characters and sequences, but for colours, tabs and line ends.
+_MAX_SOURCE = 200_000  # characters in a report that pytest highlights: that can take seconds
+# Control characters and sequences, but for colours, tabs and line ends; characters that let a
+# terminal show a line in another order; half characters, which cannot be written.
 _TRICKS = re.compile(
     r"\x1b(?!\[[0-9;]*m)(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])?"
-    r"|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]"
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+_RETURN = re.compile(r"\r(?!\n)")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FAILURE = "E   "  # starts the first of an entry's lines that is no source
 
 
 def harmless(text: object) -> str:
     r"""A text without what could play tricks on a terminal; colours stay.
+
+    A carriage return, which would let a line be written over, becomes a line end.
 
     Example:
         >>> harmless("\x1b[31mred\x1b[0m\x1b[2J")
@@ -38,7 +48,12 @@ def harmless(text: object) -> str:
     """
     if not isinstance(text, str):
         raise broken("something else where a text should be", text)
-    return _TRICKS.sub("", text)
+    return _RETURN.sub("\n", _TRICKS.sub("", text))
+
+
+def colourless(text: object) -> str:
+    """Likewise, for what pytest cuts, wraps or highlights: colours would be cut through."""
+    return _COLOUR.sub("", harmless(text))
 
 
 class Reader:
@@ -74,14 +89,19 @@ class Reader:
             ],
             **{name: _number(fields.get(name, 0)) for name in ("duration", "start", "stop")},
         }
-        if clean["outcome"] == "skipped" and not isinstance(clean["longrepr"], tuple):
-            if "wasxfail" not in fields:
-                raise broken("a skipped test without a reason", fields.get("longrepr"))
         if "wasxfail" in fields:
-            clean["wasxfail"] = harmless(fields["wasxfail"])
+            clean["wasxfail"] = colourless(fields["wasxfail"])
+        elif clean["outcome"] == "skipped" and not isinstance(clean["longrepr"], tuple):
+            raise broken("a skipped test without a reason", fields.get("longrepr"))
+        if clean["outcome"] == "failed" and clean["longrepr"] is None:
+            clean["longrepr"] = ""  # pytest's own code relies on one
         if fields.get("_report_type") == _SUBTEST:
+            if clean["when"] != "call":
+                raise broken("a subtest that is no part of a test's call", clean["when"])
             return self._subtest(item, clean, _context(fields.get(_CONTEXT)))
-        return _made(pytest.TestReport._from_json, clean)  # noqa: SLF001  # xdist's way, too
+        make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
+        report: pytest.TestReport = _made(make, clean)
+        return report
 
     def _subtest(
         self, item: pytest.Item, clean: dict[str, Any], context: dict[str, Any]
@@ -91,6 +111,8 @@ class Reader:
 
         more = {"_report_type": _SUBTEST, _CONTEXT: context, "$report_type": "TestReport"}
         report: pytest.TestReport = _made(make, {**clean, **more})
+        if hasattr(report, "context"):  # pytest takes their repr, and the guest's has done so
+            object.__setattr__(report.context, "kwargs", context["kwargs"])
         return report
 
     def collect_failure(self, data: object) -> Any:
@@ -107,11 +129,12 @@ class Reader:
             "result": None,
             "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
         }
-        return _made(pytest.CollectReport._from_json, clean).longrepr  # noqa: SLF001
+        made = _made(pytest.CollectReport._from_json, clean)  # noqa: SLF001
+        return "" if made.longrepr is None else made.longrepr
 
     def path(self, path: object) -> str:
         """A path as it is called on this machine, where it is one of the project."""
-        text = harmless(path)
+        text = colourless(path)
         if text.startswith(self._there):
             return self._here + text.removeprefix(self._there)
         return text
@@ -127,14 +150,16 @@ class Reader:
             return harmless(value)
         if isinstance(value, list):
             path, line, reason = _list(value, 3, exactly=True)
-            return self.path(path), _integer(line), harmless(reason)
+            return self.path(path), _integer(line), colourless(reason)
         fields = _object(value)
+        if "text" in fields:
+            return _Text(harmless(fields["text"]))
         chain = fields.get("chain")
-        return {
+        clean: dict[str, Any] = {
             "reprcrash": self._crash(fields.get("reprcrash")),
             "reprtraceback": self._traceback(fields.get("reprtraceback")),
             "sections": [
-                (harmless(name), harmless(text), harmless(sep)[:1] or "-")
+                (harmless(name), harmless(text), _separator(sep))
                 for name, text, sep in (
                     _list(it, 3, exactly=True)
                     for it in _list(fields.get("sections"), _MAX_SECTIONS)
@@ -153,6 +178,12 @@ class Reader:
                 )
             ],
         }
+        traces = [clean["reprtraceback"], *(trace for trace, _, _ in clean["chain"] or ())]
+        entries = [entry["data"] for trace in traces for entry in trace["reprentries"]]
+        if sum(len(it) for entry in entries for it in _source(entry["lines"])) > _MAX_SOURCE:
+            for entry in entries:
+                entry["style"] = "value"
+        return clean
 
     def _crash(self, value: object) -> dict[str, Any] | None:
         if value is None:
@@ -161,7 +192,7 @@ class Reader:
         return {
             "path": self.path(fields.get("path")),
             "lineno": _integer(fields.get("lineno")),
-            "message": harmless(fields.get("message")),
+            "message": colourless(fields.get("message")),
         }
 
     def _traceback(self, value: object) -> dict[str, Any]:
@@ -190,7 +221,7 @@ class Reader:
         return {
             "type": "ReprEntry",
             "data": {
-                "lines": lines,
+                "lines": lines if style == "value" else _highlightable(lines),
                 "style": style,
                 "reprfuncargs": arguments
                 and {
@@ -213,6 +244,18 @@ class Reader:
         }
 
 
+class _Text(TerminalRepr):
+    """A reason of which only the text is known; unlike a `str`, no summary is made of it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def toterminal(self, tw: TerminalWriter) -> None:
+        """Write it; see pytest."""
+        for line in self._text.splitlines():
+            tw.line(line)
+
+
 def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     """The arguments of ``pytest_warning_recorded`` for a warning from a guest.
 
@@ -231,6 +274,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
             category=category,
             filename=reader.path(message.get("file")),
             lineno=_integer(message.get("line")),
+            line=harmless(message.get("source", "")),  # or it is read from a file of this machine
         ),
         "when": _one_of(message.get("when"), ("config", "collect", "runtest")),
         "nodeid": harmless(message.get("node")),
@@ -254,9 +298,9 @@ def _context(value: object) -> dict[str, Any]:
     fields = _object(value)
     message = fields.get("msg")
     return {
-        "msg": None if message is None else harmless(message),
+        "msg": None if message is None else colourless(message),
         "kwargs": {
-            harmless(name): harmless(it) if isinstance(it, str) else it
+            colourless(name): colourless(it) if isinstance(it, str) else _plain(it)
             for name, it in _object(fields.get("kwargs")).items()
             if isinstance(it, str | int | float | bool | None)
         },
@@ -265,10 +309,15 @@ def _context(value: object) -> dict[str, Any]:
 
 def _made(make: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
     """A report of pytest's, which has its own idea of what is well-formed."""
-    try:
-        return make(data)
+    longrepr = data["longrepr"]
+    plain = not isinstance(longrepr, dict)
+    try:  # pytest takes a text with certain words in it for a traceback
+        report = make({**data, "longrepr": None} if plain else data)
     except Exception as error:
-        raise broken(f"a report that pytest does not take ({error})") from error
+        raise broken("a report that pytest does not take") from error
+    if plain:
+        report.longrepr = longrepr
+    return report
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -284,7 +333,7 @@ def _list(value: object, most: int, *, exactly: bool = False) -> list[Any]:
 
 
 def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**53:
+    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
         raise broken("something else where a line's number should be", value)
     return value
 
@@ -301,10 +350,39 @@ def _one_of(value: object, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _highlightable(lines: list[str]) -> list[str]:
+    """The lines of an entry, whose source pytest highlights."""
+    source = _source(lines)
+    return [*map(colourless, source), *lines[len(source) :]]
+
+
+def _source(lines: list[str]) -> list[str]:
+    return list(takewhile(lambda it: not it.startswith(_FAILURE), lines))
+
+
+def _separator(value: object) -> str:
+    text = harmless(value)[:1]
+    return text if text.isprintable() and text else "-"
+
+
 def _property(value: object) -> tuple[str, object]:
     name, content = _list(value, 2, exactly=True)
-    if isinstance(content, str):
-        content = harmless(content)
-    return harmless(name), content
+    return harmless(name), _plain(content)
+
+
+def _plain(value: object) -> object:
+    """Any JSON value, its texts without tricks."""
+    if isinstance(value, dict):
+        return {harmless(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, int) and not _is_small(value):
+        return str(value)
+    return harmless(value) if isinstance(value, str) else value
+
+
+def _is_small(value: int) -> bool:
+    """Whether it can go on to where xdist sends it."""
+    return abs(value) < 2**31
 
 

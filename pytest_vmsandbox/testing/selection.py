@@ -74,8 +74,8 @@ def read_marks(marks: Iterable[Mark]) -> Wishes:
                 single.setdefault(name, value)
         if mark.args and not images:
             images = tuple(_image(arg) for arg in mark.args)
-    isolation = _isolation(single.pop("isolation", None))
-    test_timeout = _seconds(single.pop("test_timeout", None))
+    isolation = _isolation(single.pop("isolation")) if "isolation" in single else None
+    test_timeout = _seconds(single.pop("test_timeout")) if "test_timeout" in single else None
     Hardware().changed(single)  # wrong values are found before anything is booted
     return Wishes(
         images=images, hardware=single, isolation=isolation, test_timeout=test_timeout, **reasons
@@ -131,17 +131,15 @@ def reason(reasons: Mapping[str, str], image: str) -> str | None:
     return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
 
 
-def _isolation(value: object) -> str | None:
-    if value is not None and value not in ISOLATION:
+def _isolation(value: object) -> str:
+    if value not in ISOLATION:
         raise ConfigError(
             f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
         )
-    return None if value is None else str(value)
+    return str(value)
 
 
-def _seconds(value: object) -> float | None:
-    if value is None:
-        return None
+def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"test_timeout={value!r} is not a positive number of seconds")
     return float(value)

@@ -1,0 +1,108 @@
+"""Test files that this machine cannot collect, or skips as a whole, and a guest may not.
+
+Under ``--in-vm`` such a file is represented by one item for each image, until the guest has
+collected it: then its tests take that item's place. What the guest cannot collect either is
+reported by that item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.testing import collection, config as options
+from pytest_vmsandbox.testing.selection import Wishes
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.testing.session import VMSession
+
+
+class RemoteItem(pytest.Item):
+    """A test, or a file of tests, that only the guest can collect."""
+
+    place: tuple[Path, int | None, str] | None = None
+
+    @classmethod
+    def of(cls, parent: pytest.Collector, *, image: str, plain: str) -> Self:
+        """An item for what the guest calls `plain`."""
+        base, bracket, rest = plain.partition("[")
+        name = f"{base}[{image}-{rest}" if bracket else f"{base}[{image}]"
+        item: Self = cls.from_parent(
+            parent, name=name.partition("::")[2] or name, nodeid=name
+        )
+        collection.settle_inside(item, image=image, plain=plain)
+        return item
+
+    def runtest(self) -> None:
+        raise NotImplementedError("it runs inside a guest")
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        return self.place or (self.path, None, self.name)
+
+
+def stand_in(
+    session: VMSession, collector: pytest.Collector, report: pytest.CollectReport
+) -> pytest.CollectReport:
+    """A file's report; one with items for the guest instead of its failure, where that helps."""
+    config = collector.config
+    if (
+        report.passed
+        or not isinstance(collector, pytest.Module)
+        or config.option.collectonly
+        or not options.inside(config)
+    ):
+        return report
+    try:
+        images = session.images(Wishes())
+    except ConfigError:
+        return report  # told by what uses it
+    session.unimportable.add(collector.nodeid)
+    items: list[pytest.Item | pytest.Collector] = [
+        RemoteItem.of(collector, image=image, plain=collector.nodeid) for image in images
+    ]
+    return pytest.CollectReport(collector.nodeid, "passed", None, result=items)
+
+
+def replace(session: VMSession, items: list[pytest.Item]) -> None:
+    """Put the tests that guests have collected into the places of the files."""
+    if session.unimportable:
+        items[:] = [it for item in items for it in _collected(session, item)]
+
+
+def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
+    if not isinstance(item, RemoteItem):
+        yield item
+        return
+    try:
+        found = session.inside.collected(item)
+    except VMSandboxError:
+        yield item  # it tells so when it is run
+        return
+    file, image = collection.plain_nodeid(item), collection.image_of(item)
+    assert item.parent is not None
+    assert image is not None
+    plains = [it for it in found.items if it.partition("::")[0] == file]
+    for plain in plains:
+        one = RemoteItem.of(item.parent, image=image, plain=plain)
+        _describe(one, found.details.get(plain))
+        yield one
+    if not plains:
+        yield item
+
+
+def _describe(item: RemoteItem, details: Any) -> None:
+    """Give a test the place, the keywords and the marks that the guest has told of."""
+    try:
+        (_, line, _), keywords, marks = details
+        if isinstance(line, int | None):
+            item.place = (item.path, line, item.name.replace("::", "."))
+        item.extra_keyword_matches.update(str(it) for it in keywords)
+        for mark in marks:
+            if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
+                item.add_marker(mark)
+    except (TypeError, ValueError):
+        return  # it is run all the same

@@ -1,0 +1,198 @@
+"""Tests that run inside a guest: whatever they do to it, each has its reports, and the rest goes on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+IMAGE = "debian-13"
+
+
+class Run:
+    """A run of pytest on a suite of its own."""
+
+    def __init__(self, folder, *args):
+        junit = folder / "junit.xml"
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider",
+             f"--junitxml={junit}", f"--vm={IMAGE}", *args],
+            cwd=folder, capture_output=True, text=True, timeout=1500, check=False,
+        )  # fmt: skip
+        self.status, self.output = done.returncode, done.stdout + done.stderr
+        self.cases = {}
+        for case in ElementTree.parse(junit).getroot().iter("testcase"):
+            name = case.get("name").replace(f"[{IMAGE}]", "").replace(f"[{IMAGE}-", "[")
+            found = [(it.tag, it.get("message", "") + (it.text or "")) for it in case
+                     if it.tag in {"failure", "error", "skipped"}]  # fmt: skip
+            self.cases.setdefault(name, []).extend(found)
+
+    def outcome(self, name):
+        kinds = [kind for kind, _ in self.cases[name]]
+        return kinds or ["passed"]
+
+    def text(self, name):
+        return "\n".join(text for _, text in self.cases[name])
+
+
+SUITE = '''
+import ctypes
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+pytestmark = [pytest.mark.in_vm, pytest.mark.vm(test_timeout=300)]
+
+
+def sysrq(letter):
+    with open("/proc/sysrq-trigger", "w") as file:
+        file.write(letter)
+    time.sleep(60)
+
+
+def test_first_is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_after_the_first():
+    print("here")
+
+
+def test_leaves():
+    os._exit(0)
+
+
+@pytest.fixture
+def crashing_setup():
+    os._exit(3)
+
+
+def test_crashes_in_setup(crashing_setup):
+    pass
+
+
+@pytest.fixture
+def crashing_teardown():
+    yield
+    os._exit(4)
+
+
+def test_crashes_in_teardown(crashing_teardown):
+    pass
+
+
+def test_segmentation_fault():
+    ctypes.string_at(0)
+
+
+@pytest.mark.vm(test_timeout=15)
+def test_hangs():
+    time.sleep(1000)  # here it hangs
+
+
+def test_takes_all_memory():
+    hoard = []
+    while True:
+        hoard.append(b"x" * (16 << 20))
+
+
+def test_fills_the_disk(tmp_path):
+    with pytest.raises(OSError, match="No space left"), open("/full", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 1 << 30)
+        while True:
+            os.posix_fallocate(file.fileno(), os.path.getsize("/full"), 1 << 28)
+    subprocess.run(["sh", "-c", "yes > /full2"], check=False)
+
+
+def test_with_a_full_disk():
+    print("still here")
+
+
+def test_panics():
+    sysrq("c")
+
+
+def test_after_the_panic():
+    assert not os.path.exists("/full")
+
+
+def test_switches_off():
+    sysrq("o")
+
+
+def test_takes_the_network_down():
+    subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
+    time.sleep(1000)
+
+
+def test_after_the_network():
+    pass
+
+
+def test_last_kills_its_keeper():
+    subprocess.run(["sh", "-c", "kill -9 -1"])
+'''
+
+
+@pytest.fixture(scope="module")
+def crashes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crashes")
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "test_crashes.py").write_text(SUITE)
+    return Run(folder)
+
+
+def test_each_test_has_its_reports(crashes):
+    assert len(crashes.cases) == len(re.findall(r"^def test_", SUITE, re.MULTILINE)), crashes.output
+    assert crashes.status == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_after_the_first", "test_fills_the_disk", "test_with_a_full_disk",
+     "test_after_the_panic", "test_after_the_network"],
+)  # fmt: skip
+def test_the_rest_goes_on(crashes, name):
+    assert crashes.outcome(name) == ["passed"], crashes.output
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome", "text"),
+    [
+        ("test_first_is_killed", "failure", "the interpreter was ended by SIGKILL"),
+        ("test_leaves", "failure", "the interpreter ended with status 0"),
+        ("test_crashes_in_setup", "error", "the interpreter ended with status 3"),
+        ("test_crashes_in_teardown", "error", "the interpreter ended with status 4"),
+        ("test_segmentation_fault", "failure", "SIGSEGV"),
+        ("test_segmentation_fault", "failure", "in test_segmentation_fault"),
+        ("test_hangs", "failure", "did not end within 15 s"),
+        ("test_hangs", "failure", "in test_hangs"),
+        ("test_takes_all_memory", "failure", "ran out of memory"),
+        ("test_panics", "error", "kernel panic: sysrq triggered crash"),
+        ("test_switches_off", "error", "is switched off"),
+        ("test_takes_the_network_down", "error", "does not answer any more"),
+        ("test_last_kills_its_keeper", "error", "is gone"),
+    ],
+)
+def test_the_cause_is_named(crashes, name, outcome, text):
+    assert outcome in crashes.outcome(name), crashes.output
+    assert text in crashes.text(name), crashes.output
+
+
+def test_a_guest_without_python(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n\n@pytest.mark.in_vm\n@pytest.mark.vm('tiny')\ndef test_it():\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert "tiny has no Python, so no test can run inside it" in done.stdout
+    assert "run it inside debian-12 or debian-13; tests that drive a guest" in done.stdout
+    assert "1 error" in done.stdout

@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.fixture
+def where(where):
+    return f"deeper {where}"

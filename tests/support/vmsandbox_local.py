@@ -1,0 +1,98 @@
+"""A plugin for a run under test: its guests are this machine, and nothing is installed in them.
+
+Named so that it is not handed on to the guest's pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.inside import install
+from pytest_vmsandbox.inside.session import Place
+from pytest_vmsandbox.plugin import SESSION
+from support.local import LocalGuest
+
+
+class Local(LocalGuest):
+    """Sees nothing of how pytest was called here, as a real guest would not."""
+
+    spec = SimpleNamespace(user="root")
+
+    def run(self, argv, **how):
+        if "serve" not in argv[2:3][0:1] and argv[:2] == ["sh", "-c"] and "serve" in argv[2]:
+            kept = {name: value for name, value in os.environ.items() if not _is_ours(name)}
+            argv = ["env", "-i", *(f"{name}={value}" for name, value in kept.items()), *argv]
+        return super().run(argv, **how)
+
+
+def _is_ours(name):
+    return name.startswith(("PYTEST_", "PYTHON", "COV_"))
+
+
+class LocalFactory:
+    def __init__(self, session, folder):
+        self.session, self.folder, self.count = session, folder, 0
+        self.images_used = []
+
+    def describe(self, image):
+        return f"vmsandbox: this machine plays {image}"
+
+    def accelerator(self, image):
+        return SimpleNamespace(time_scale=1.0)
+
+    @contextmanager
+    def boot(self, image, **hardware):
+        Hardware().changed(hardware)
+        self.count += 1
+        guest = Local(f"{image}.{self.count}", image)
+        self.session._logs(guest.name)
+        self.session._ready(guest)
+        try:
+            yield guest
+        finally:
+            self.session._stopping(guest, False)
+            end_all(f"{self.folder / guest.name}/")
+
+    def install(self, guest, payload):
+        base = self.folder / guest.name
+        base.mkdir()
+        (base / "session.ini").write_text("[pytest]\n")
+        install.BASE = str(base)
+        root = payload.project.root
+        return install.Installed(
+            place=Place(
+                python=sys.executable, runner=str(install._RUNNER), folder=str(base / "run")
+            ),
+            tree=str(root),
+            path=tuple(f"{root}/{it}".rstrip("/.") for it in payload.project.import_roots),
+            programs=str(Path(sys.executable).parent),
+        )
+
+
+def end_all(word):
+    """End the processes on whose command line is a word: keepers, and their sessions."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if "serve" in line and any(it.startswith(word) for it in line):
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                pass
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    session = config.stash[SESSION]
+    folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
+    session.factory = LocalFactory(session, folder)
+    install.install = session.factory.install

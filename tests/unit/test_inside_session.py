@@ -1,0 +1,775 @@
+"""A session in a guest that does not behave, and in one whose tests do what no test should.
+
+The first half plays scripts to the host's side; the second runs the real runner on this machine.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+import threading
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
+from pytest_vmsandbox.inside import session
+from pytest_vmsandbox.inside.session import GuestSession, Keeper, Place, parse_probe
+from pytest_vmsandbox.inside.wire import encode
+from support.local import LocalGuest
+from support.reports import EVIL_TEXT, JSON, KEYS, check_text
+
+RUNNER = Path(session.__file__).with_name("runner.py")
+ID = "test_a.py::test_a"
+HOW: dict[str, Any] = {"following": None, "more": False, "marks": (), "limit": 5.0}
+SILENCE = object()
+
+
+# -- a keeper that plays a script ----------------------------------------------------------------
+
+
+class Script:
+    """A process in a guest that says what it likes: bytes, messages, or nothing for a while."""
+
+    def __init__(self, *steps, alive=True, repeat=False):
+        self.steps, self.alive, self.repeat = list(steps), alive, repeat
+        self.name, self.image = "hostile.1", "hostile"
+        self.heard = []
+        self.closed = False
+
+    def send(self, data):
+        self.heard.append(json.loads(data))
+
+    def receive(self, timeout):
+        if not self.steps:
+            return b""
+        step = self.steps[0] if self.repeat else self.steps.pop(0)
+        if step is SILENCE:
+            raise TimeoutError
+        return step if isinstance(step, bytes) else encode(step)
+
+    def start(self, command):
+        return self
+
+    def run(self, argv, **how):
+        if not self.alive:
+            raise GuestLost("hostile.1 has panicked", stage="kernel")
+        return SimpleNamespace(stdout="")
+
+    def close(self):
+        self.closed = True
+
+    @property
+    def asked(self):
+        return [it["do"] if it["do"] != "signal" else it["name"] for it in self.heard]
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS", "_EXIT_SECONDS"):
+        monkeypatch.setattr(session, name, 0.2)
+
+
+def play(*steps, **how):
+    script: Any = Script(*steps, **how)
+    return script, GuestSession(Keeper(script, script, patience=1.0))
+
+
+def run(*steps, **how):
+    script, talk = play(*steps, **how)
+    try:
+        return list(talk.run(ID, **HOW))
+    finally:
+        assert script.asked[0] == "run"
+
+
+def report(nodeid=ID):
+    return {"report": {"nodeid": nodeid}}
+
+
+def test_a_run_that_is_well_behaved():
+    said = run({"begin": ID}, report(), {"output": "x"}, {"done": ID, "stop": None})
+    assert [next(iter(it)) for it in said] == ["report", "output", "done"]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [b"garbage\n"],
+        [b"\x00\xff\x1b[2J\n"],
+        [b'{"done": "'],
+        [b'{"done"', b": 1"],
+        [b"[]\n"],
+        [{"done": "test_a.py::another"}],
+        [{"done": None}],
+        [{"done": [ID]}],
+        [{"exit": "x", "tail": ""}],
+        [{"exit": None}],
+        [{"exit": 0}],
+        [],
+    ],
+)
+def test_a_run_that_breaks_the_protocol(steps):
+    with pytest.raises(GuestLost) as caught:
+        run(*steps)
+    check_text(str(caught.value))
+
+
+def test_the_end_of_a_guest_is_told_by_its_cause():
+    with pytest.raises(GuestLost, match="panicked"):
+        run(b'{"half', alive=False)
+    with pytest.raises(GuestLost, match="keeper .* is gone"):
+        run(b'{"half')
+
+
+def test_what_came_before_the_end_is_told():
+    seen = []
+    with pytest.raises(GuestLost):
+        seen.extend(play(report(), report("other"), b"")[1].run(ID, **HOW))
+    talk = play(report(), b"{")[1].run(ID, **HOW)
+    assert next(talk) == report()
+    with pytest.raises(GuestLost):
+        next(talk)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"exit": 0, "tail": "bye"}, r"ended with status 0 \(os._exit\?\)"),
+        ({"exit": 3, "tail": ""}, "ended with status 3"),
+        ({"exit": -9, "tail": ""}, "SIGKILL"),
+        ({"exit": -12345, "tail": ""}, "signal 12345"),
+        ({"exit": -(10**390), "tail": ""}, "signal 1000"),
+        ({"exit": "7", "tail": {"a": 1}}, "status 7"),
+        ({"exit": 1, "tail": "\x1b[2J\x1b]0;x\x07\u202e\ud800"}, "status 1"),
+        ({"internal": "\x1b[2Jboom"}, "INTERNALERROR"),
+    ],
+)
+def test_an_interpreter_that_ended(message, text):
+    with pytest.raises(InterpreterLost, match=text) as caught:
+        run(message)
+    check_text(str(caught.value))
+
+
+@pytest.mark.parametrize("unit", ["/pluggy ", '  File "/', "x", "\n", "\x1b]"])
+def test_a_tail_without_an_end(unit):
+    with pytest.raises(InterpreterLost) as caught:
+        run({"exit": 1, "tail": '  File "' + unit * 300_000})
+    assert len(str(caught.value)) < 100_000
+
+
+@pytest.mark.parametrize("end", [{"exit": 1}, {"exit": 1, "tail": 3}, {"exit": []}, b"x\n", b""])
+def test_a_kill_ends_whatever_comes(end):
+    script, talk = play(end)
+    assert talk.kill() in {"", "3"}
+    assert script.asked == ["KILL"]
+    assert talk.kill() == ""
+    assert script.asked == ["KILL"]
+
+
+def test_a_guest_that_takes_nothing():
+    class Deaf(Script):
+        def send(self, data):
+            assert taken.wait(10)
+
+    taken = threading.Event()
+    script: Any = Deaf()
+    try:
+        with pytest.raises(GuestLost, match="does not answer"):
+            list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
+    finally:
+        taken.set()
+
+
+def test_silence_is_asked_about(monkeypatch):
+    monkeypatch.setattr(session, "_PING_SECONDS", 0.01)
+    assert run(SILENCE, {"pong": 0}, {"done": ID}) == [{"done": ID}]
+    with pytest.raises(GuestLost, match="does not answer"):
+        run(SILENCE, SILENCE)
+    with pytest.raises(GuestLost, match="is gone"):
+        run(SILENCE)
+
+
+@pytest.mark.parametrize("flood", [{"pong": 0}, b'{"pong": 0}\n' * 10_000, b" "])
+def test_speech_that_says_nothing_ends_in_time(flood):
+    script, talk = play(flood, repeat=True)
+    with pytest.raises(InterpreterLost, match=r"did not end within 0\.1 s"):
+        list(talk.run(ID, **HOW | {"limit": 0.1}))
+    assert script.asked == ["run", "DUMP", "KILL"]
+
+
+def test_live_output_without_an_end_is_ended_in_time():
+    script, talk = play({"output": "y\n" * 100, "of": 1}, repeat=True)
+    seen = []
+    with pytest.raises(InterpreterLost, match=r"did not end within 0\.2 s"):
+        seen.extend(talk.run(ID, **HOW | {"limit": 0.2}))
+    assert seen
+    assert script.asked == ["run", "DUMP", "KILL"]
+
+
+def test_live_output_is_no_flood(monkeypatch):
+    monkeypatch.setattr(session, "_MAX_MESSAGES", 10)
+    monkeypatch.setattr(session, "_MAX_BYTES", 1000)
+    many = [{"output": "x" * 100}] * 100
+    assert len(run(*many, {"done": ID})) == 101
+
+
+@pytest.mark.parametrize("message", [report(), {}, {"begin": ID}, {"interrupted": ""}])
+def test_a_flood_of_messages(monkeypatch, message):
+    monkeypatch.setattr(session, "_MAX_MESSAGES", 1_000)
+    with pytest.raises(GuestLost, match="more messages"):
+        run(encode(message) * 100, repeat=True)
+
+
+def test_a_flood_of_bytes(monkeypatch):
+    monkeypatch.setattr(session, "_MAX_BYTES", 1 << 20)
+    with pytest.raises(GuestLost, match="more messages"):
+        run({"report": "x" * 100_000}, repeat=True)
+
+
+def test_each_request_has_its_own_limit(monkeypatch):
+    monkeypatch.setattr(session, "_MAX_MESSAGES", 10)
+    one = [report()] * 9 + [{"done": ID}]
+    talk = play(*one * 5)[1]
+    for _ in range(5):
+        assert len(list(talk.run(ID, **HOW))) == 10
+
+
+@pytest.mark.parametrize("use", [lambda it: it.finish(0.3), lambda it: it.interrupt(0.3)])
+def test_an_end_with_a_flood(monkeypatch, use):
+    monkeypatch.setattr(session, "_MAX_OUTPUT", 10_000)
+    script, talk = play({"output": "y" * 100}, repeat=True)
+    try:
+        said = use(talk)
+    except InterpreterLost:
+        said = []
+    assert len(said) <= 60
+    assert script.asked[-1] == "KILL"
+
+
+def test_the_end_is_told_after_much_output(monkeypatch):
+    monkeypatch.setattr(session, "_MAX_OUTPUT", 500)
+    talk = play(*[{"output": "y" * 100}] * 50, {"exit": 0, "tail": ""})[1]
+    assert [next(iter(it)) for it in talk.finish(1)] == ["output", "output", "exit"]
+
+
+def started(*steps):
+    script: Any = Script(*steps)
+    return GuestSession.started(Keeper(script, script, patience=1.0), {}, timeout=0.5)
+
+
+def test_what_is_collected():
+    talk, said = started(
+        {"pytest": "9.0"},
+        {"items": [[ID, None], ["b", {"x": 0}], ["c", None, [["c", 1, "c"], [], []]]]},
+        {"failed": ["d.py", {"nodeid": "d.py"}]},
+        {"output": "x"},
+        {"ready": 3},
+    )
+    assert talk.collected.items == {ID: None, "b": {"x": 0}, "c": None}
+    assert list(talk.collected.details) == ["c"]
+    assert talk.collected.failed == {"d.py": {"nodeid": "d.py"}}
+    assert talk.collected.pytest == "9.0"
+    assert said == [{"output": "x"}]
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\rb", "\u202ea", "\ud800", "a\x07"])
+def test_a_name_that_plays_tricks_is_none(name):
+    talk, _ = started({"items": [[f"{ID}[{name}]", None], [ID, None]]}, {"ready": 2})
+    assert list(talk.collected.items) == [ID]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"items": 3},
+        {"items": None},
+        {"items": "abc"},
+        {"items": [3]},
+        {"items": [[]]},
+        {"items": {"a": 1}},
+        {"items": [["a", None], 3]},
+        {"failed": "x"},
+        {"failed": []},
+        {"failed": ["x", None]},
+        {"failed": ["x", {}]},
+        {"failed": ["x", "why"]},
+        {"failed": 3},
+        {"exit": 4},
+    ],
+)
+def test_items_that_are_none(message):
+    with pytest.raises(GuestLost) as caught:
+        started(message, {"ready": 1})
+    check_text(str(caught.value))
+
+
+def test_too_many_items(monkeypatch):
+    monkeypatch.setattr(session, "_MAX_ITEMS", 10)
+    with pytest.raises(GuestLost, match="more than 10 tests"):
+        started({"items": [[str(n), None] for n in range(11)]})
+
+
+def test_a_keeper_that_does_not_greet():
+    place = Place(python="python3", runner="/r", folder="/f")
+    for steps in (
+        [SILENCE] * 3,
+        [{"pong": 0}, SILENCE, SILENCE],
+        [{"ready": 1}],
+        [b"login:\n"],
+        [],
+    ):
+        script: Any = Script(*steps)
+        with pytest.raises(GuestLost), Keeper.attached(script, place):
+            raise AssertionError
+        assert script.closed
+
+
+EVENTS = st.sampled_from(
+    ["report", "done", "exit", "tail", "output", "items", "failed", "pytest", "internal", "ready"]
+)
+ANYTHING = st.lists(
+    st.binary(max_size=30)
+    | st.dictionaries(EVENTS | KEYS, JSON | EVIL_TEXT, max_size=3).map(encode),
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
+@given(ANYTHING, st.sampled_from(["start", "run", "finish", "interrupt", "kill"]))
+def test_whatever_is_said(steps, what):
+    script, talk = play(*steps)
+    use = {
+        "start": lambda: GuestSession.started(Keeper(script, script, patience=1.0), {}, timeout=1),
+        "run": lambda: list(talk.run(ID, **HOW)),
+        "finish": lambda: talk.finish(1),
+        "interrupt": lambda: talk.interrupt(1),
+        "kill": talk.kill,
+    }[what]
+    try:
+        use()
+    except (GuestLost, InterpreterLost) as error:
+        check_text(str(error))
+
+
+@settings(max_examples=50)
+@given(st.text() | JSON.map(json.dumps))
+def test_what_probe_prints(text):
+    with pytest.raises(GuestLost):
+        parse_probe(text)
+
+
+# -- the real runner -----------------------------------------------------------------------------
+
+
+class Folder:
+    """A folder of tests, and a keeper on this machine."""
+
+    def __init__(self, folder, source, conftest=""):
+        self.guest = LocalGuest()
+        self.folder = folder
+        (folder / "test_it.py").write_text(textwrap.dedent(source))
+        (folder / "pytest.ini").write_text("[pytest]\n")
+        if conftest:
+            (folder / "conftest.py").write_text(textwrap.dedent(conftest))
+        self.place = Place(python=sys.executable, runner=str(RUNNER), folder=f"{folder}/k")
+        self.pids = set()
+
+    @contextmanager
+    def keeper(self):
+        with Keeper.attached(self.guest, self.place) as keeper:
+            if not self.pids:
+                self.pids.add(self.keeper_pid())
+            yield keeper
+
+    def keeper_pid(self):
+        (pid,) = (
+            int(it.name)
+            for it in Path("/proc").glob("[0-9]*")
+            if f"\0serve\0{self.folder}/k\0".encode() in _read(it / "cmdline")
+        )
+        return pid
+
+    def config(self, *args, live=False):
+        return {
+            "args": [
+                *("--rootdir", str(self.folder), "-c", str(self.folder / "pytest.ini")),
+                *("--disable-plugin-autoload", "-p", "no:cacheprovider", *args),
+                *(() if live else ("--capture=fd",)),
+                str(self.folder / "test_it.py"),
+            ],
+            "plugins": [],
+            "options": {},
+            "path": [],
+            "programs": os.defpath,
+            "cwd": str(self.folder),
+            "environment": {"PYTHONDONTWRITEBYTECODE": "1"},
+            "details": [],
+            "live": live,
+        }
+
+    def start(self, keeper, *args, **how):
+        talk, _ = GuestSession.started(keeper, self.config(*args, **how), timeout=20)
+        return talk
+
+    def close(self):
+        """End all that was started here: keepers, sessions, and what those have left behind."""
+        mine = f"{self.folder}/".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            if mine in _read(entry / "cmdline"):
+                with _gone_is_fine():
+                    fd = os.pidfd_open(int(entry.name))
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    assert select.select([fd], [], [], 5)[0]
+                    os.close(fd)
+
+
+@contextmanager
+def _gone_is_fine():
+    try:
+        yield
+    except ProcessLookupError:
+        pass
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS", "_EXIT_SECONDS"):
+        monkeypatch.setattr(session, name, 10)
+    places = []
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
+
+        def make(source, **more):
+            places.append(Folder(Path(folder), source, **more))
+            return places[-1]
+
+        yield make
+        for place in places:
+            place.close()
+
+
+def ids(talk):
+    return list(talk.collected.items)
+
+
+def outcomes(messages):
+    return [(it["report"]["when"], it["report"]["outcome"]) for it in messages if "report" in it]
+
+
+def until(true):
+    """Whether it becomes true in time."""
+    deadline = Deadline(5)
+    while not true() and not deadline.expired:
+        deadline.pause(0.02)
+    return true()
+
+
+ALL = [("setup", "passed"), ("call", "passed"), ("teardown", "passed")]
+
+
+def all_of(talk, nodeid, **how):
+    """What is told of a test until the interpreter is lost, and the error."""
+    said = []
+    try:
+        said.extend(talk.run(nodeid, **HOW | {"limit": 20.0, "more": True} | how))
+    except InterpreterLost as error:
+        return outcomes(said), error
+    return outcomes(said), None
+
+
+@pytest.mark.parametrize(
+    ("line", "brief", "detail"),
+    [
+        ("os._exit(0)", r"status 0 \(os._exit\?\)", ""),
+        ("os._exit(3)", "status 3", ""),
+        ("print('last', flush=True); os.write(2, b'words'); os._exit(3)", "status 3", ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL", ""),
+        ("os.killpg(0, signal.SIGKILL)", "SIGKILL", ""),
+        ("os.killpg(0, signal.SIGTERM)", "SIGTERM", ""),
+        ("ctypes.string_at(0)", "SIGSEGV", "line 6 in test_ends"),
+        ("os.abort()", "SIGABRT", "line 6 in test_ends"),
+        ("os.closerange(0, 256); os.kill(os.getpid(), 9)", "SIGKILL", ""),
+    ],
+)
+def test_a_test_that_ends_its_interpreter(inside, line, brief, detail):
+    place = inside(
+        f"""\
+        import ctypes, os, signal
+
+
+        def test_ends():
+            # here
+            {line}
+
+
+        def test_next():
+            pass
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        one, two = ids(talk)
+        said, error = all_of(talk, one, following=two)
+        assert said == [("setup", "passed")]
+        assert re.search(brief, str(error))
+        assert detail in str(error)
+        again = place.start(keeper)  # another interpreter
+        assert all_of(again, two) == (ALL, None)
+        assert again.finish(10)[-1]["exit"] == 0
+
+
+def test_a_test_that_closes_all_descriptors(inside):
+    """It cannot tell anything any more: its end is told."""
+    place = inside(
+        """\
+        import os
+
+        def test_it():
+            os.closerange(0, 256)
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        said, error = all_of(talk, *ids(talk))
+        assert said == [("setup", "passed")]
+        assert re.search("the interpreter ended with status", str(error))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_test_that_hangs_is_shown_where(inside, live):
+    place = inside(
+        """\
+        import time
+
+        def test_hangs():
+            time.sleep(0.01)
+            time.sleep(1000)  # here
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper, *(["--capture=no"] if live else []), live=live)
+        said, error = all_of(talk, *ids(talk), limit=0.6)
+        assert said == [("setup", "passed")]
+        assert re.search(r"did not end within 0\.6 s, and its interpreter was killed", str(error))
+        assert "line 5 in test_hangs" in str(error)
+        assert str(error).count("in test_hangs") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "left", "text"),
+    [("raise KeyboardInterrupt('x')", False, "x"), ("pytest.exit('enough', 7)", True, "enough")],
+)
+def test_a_test_that_ends_the_run(inside, line, left, text):
+    place = inside(
+        f"""\
+        import time
+
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def shared():
+            yield
+            time.sleep(0.3)
+            open("torn down", "w").close()
+
+        def test_it(shared):
+            {line}
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        for message in talk.run(*ids(talk), **HOW):
+            if "interrupted" in message:
+                break
+        else:
+            pytest.fail("it does not tell")
+        assert (message["left"], message["interrupted"]) == (left, text)
+        assert talk.interrupt(10)[-1]["exit"] == (7 if left else 2)
+    assert (place.folder / "torn down").exists()
+
+
+def test_a_test_whose_child_goes_on(inside):
+    place = inside(
+        """\
+        import os
+
+        def test_forks():
+            if os.fork() == 0:
+                open(f"child {os.getpid()}", "w").close()
+
+        def test_next():
+            open("next", "a").write(f"{os.getpid()}\\n")
+
+        def test_last():
+            pass
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        one, two, three = ids(talk)
+        assert all_of(talk, one, following=two) == (ALL, None)
+        assert until(lambda: list(place.folder.glob("child *")))
+        (found,) = place.folder.glob("child *")
+        child = int(found.name.split()[1])
+        assert all_of(talk, two, following=three) == (ALL, None)
+        assert all_of(talk, three) == (ALL, None)
+        assert talk.finish(10)[-1]["exit"] == 0
+    (pid,) = (place.folder / "next").read_text().split()
+    assert int(pid) != child
+    assert until(lambda: not Path(f"/proc/{child}").exists())
+
+
+def test_a_test_whose_grandchild_holds_all_open(inside):
+    """The end of the interpreter is told although its descriptors live on."""
+    place = inside(
+        """\
+        import os, time
+
+        def test_forks():
+            if os.fork() == 0:
+                time.sleep(1000)
+            os._exit(5)
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        _, error = all_of(talk, *ids(talk))
+        assert re.search("status 5", str(error))
+
+
+@pytest.mark.parametrize(
+    ("args", "conftest", "status", "text"),
+    [
+        (["--no-such-option"], "", 4, "unrecognized arguments: --no-such-option"),
+        ([], "raise ValueError('conftest is broken')", 4, "conftest is broken"),
+        ([], "import os; os._exit(9)", 9, ""),
+        (["-p", "no_such_plugin"], "", "(4|70)", "no_such_plugin"),
+    ],
+)
+def test_a_session_that_does_not_start(inside, args, conftest, status, text):
+    place = inside("def test_it(): pass", conftest=conftest)
+    with place.keeper() as keeper:
+        with pytest.raises(InterpreterLost, match=f"ended with status {status}") as caught:
+            place.start(keeper, *args)
+        assert text in str(caught.value)
+
+
+def test_a_test_file_that_cannot_be_imported(inside):
+    place = inside("import no_such_module")
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        assert not talk.collected.items
+        assert "no_such_module" in json.dumps(talk.collected.failed["test_it.py"])
+
+
+@pytest.mark.parametrize("capture", ["fd", "no"])
+def test_a_flood_of_output_that_is_not_wanted(inside, capture):
+    place = inside(
+        """\
+        import os
+
+        def test_it(capfd):
+            with capfd.disabled():
+                for _ in range(300):
+                    os.write(1, b"x" * 100_000)
+                os.write(2, b"the end")
+            os._exit(3)
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper, f"--capture={capture}")
+        _, error = all_of(talk, *ids(talk))
+        assert "the end" in str(error)
+        assert len(str(error)) < 20_000
+
+
+def test_a_report_that_is_too_large_is_cut(inside):
+    place = inside(
+        """\
+        def test_it(record_property):
+            record_property("big", 10**500)
+            record_property("bigger", 10**5000)
+            for _ in range(40):
+                print("ü" * 1_000_000)
+            raise ValueError("x" * 1_000_000)
+        """
+    )
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        said, error = all_of(talk, *ids(talk))
+        assert error is None
+        assert said == [ALL[0], ("call", "failed"), ALL[2]]
+
+
+def test_attached_again(inside):
+    """A keeper outlives who talks to it, and so does its session."""
+    place = inside("def test_a(): pass\ndef test_b(): pass")
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        one, two = ids(talk)
+        assert all_of(talk, one, following=two) == (ALL, None)
+        keeper.say({"do": "ping", "n": 1})
+    with place.keeper() as keeper:
+        talk = GuestSession(keeper)
+        assert all_of(talk, two) == (ALL, None)
+    with place.keeper() as keeper:
+        assert GuestSession(keeper).finish(10)[-1]["exit"] == 0
+
+
+def test_what_was_said_to_nobody_is_told_later(inside):
+    place = inside("def test_a(): pass")
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        (one,) = ids(talk)
+        keeper.say({"do": "run", "id": one, "next": None, "more": True, "marks": []})
+        keeper.say({"do": "finish"})
+    for _ in range(3):  # whoever attaches is greeted first
+        with place.keeper() as keeper:
+            pass
+    with place.keeper() as keeper:
+        said = GuestSession(keeper).finish(10)
+    assert said[-1]["exit"] == 0
+    assert outcomes(said) in (ALL, [])  # what was on its way to who has gone is lost
+
+
+def test_a_session_that_is_replaced(inside):
+    place = inside("import time\ndef test_a(): time.sleep(1000)")
+    with place.keeper() as keeper:
+        talk = place.start(keeper)
+        keeper.say({"do": "run", "id": ids(talk)[0], "next": None, "more": True, "marks": []})
+        again = place.start(keeper)
+        assert again.finish(10)[-1]["exit"] == 0
+
+
+def test_nobody_is_left_to_talk_to(inside):
+    place = inside(
+        """\
+        import os, signal
+
+        def test_it():
+            os.kill(int(os.environ["KEEPER"]), signal.SIGKILL)
+            os._exit(1)
+        """
+    )
+    with place.keeper() as keeper:
+        config = place.config()
+        config["environment"]["KEEPER"] = str(*place.pids)
+        talk, _ = GuestSession.started(keeper, config, timeout=20)
+        with pytest.raises(GuestLost, match="keeper .* is gone"):
+            list(talk.run(ids(talk)[0], **HOW))
