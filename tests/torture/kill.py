@@ -92,11 +92,13 @@ def play(one: Round) -> bool:
     with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
         folder = Path(scratch)
         (folder / "test_suite.py").write_text(SUITE)
-        runtime = folder / "runtime"
+        runtime, cache = folder / "runtime", folder / "cache"
+        make_cache(cache)
         mark = f"VMSANDBOX_TORTURE={os.getpid()}.{one.number}"
         env = {
             **os.environ,
             "VMSANDBOX_RUNTIME": str(runtime),
+            "VMSANDBOX_CACHE": str(cache),
             "TMPDIR": scratch,
             **dict([mark.split("=")]),
         }
@@ -151,6 +153,16 @@ def play(one: Round) -> bool:
         return bool(alive or left)
 
 
+def make_cache(cache: Path) -> None:
+    """A cache of a round's own, so that nobody else's files are in it; images and verdicts are shared."""
+    from pytest_vmsandbox.core.paths import cache_dir
+
+    cache.mkdir(mode=0o700)
+    for name in ("images", "accelerator"):
+        (cache_dir() / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        (cache / name).symlink_to(cache_dir() / name)
+
+
 def start_again(env: dict[str, str]) -> None:
     """The next start removes what a dead run could not."""
     code = (
@@ -165,12 +177,9 @@ def start_again(env: dict[str, str]) -> None:
 
 def files(folder: Path) -> set[str]:
     """The files that runs could leave: theirs, the cache's, shared memory's, temporary ones."""
-    from pytest_vmsandbox.core.paths import cache_dir
-
     ours = {"runtime", "runtime/.lock", "test_suite.py", "output", "__pycache__"}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")} - ours
     found = {name for name in found if not name.startswith(("base", "__pycache__"))}
-    found |= {str(path) for path in cache_dir().glob("*")}
     return found | {str(path) for path in Path("/dev/shm").glob("*")}
 
 
