@@ -41,6 +41,9 @@ class Project:
             several in a workspace, none if none of it is installed.
         import_roots: POSIX paths relative to `root` that stand first on ``sys.path`` in the guest;
             ``""`` is `root` itself.
+        modules: POSIX paths relative to `root` of the distributions' modules, folders and files. All
+            that is in them is imported or read here, also what git ignores: a file with the version
+            that a build has written, what is compiled, catalogues of translations.
         metadata: files for site-packages by path: the distributions' ``.dist-info`` folders.
         scripts: files for the folder bin by name: the distributions' programs.
     """
@@ -48,6 +51,7 @@ class Project:
     root: Path
     names: tuple[str, ...]
     import_roots: tuple[str, ...]
+    modules: tuple[str, ...]
     metadata: Mapping[str, bytes]
     scripts: Mapping[str, bytes]
 
@@ -66,6 +70,7 @@ class Project:
         tree = _Tree(root)
         found = {name: it for name, it in installed(path).items() if tree.has(name, it)}
         import_roots = list(dict.fromkeys(it for it in map(tree.relative, path) if it is not None))
+        modules: dict[str, None] = {}
         for name, distribution in found.items():
             for module in _modules(distribution, name):
                 where = tree.find(module, import_roots)
@@ -82,6 +87,7 @@ class Project:
                     )
                 if where not in import_roots:
                     import_roots.append(where)
+                modules |= dict.fromkeys(tree.places(where, module))
         metadata: dict[str, bytes] = {}
         scripts: dict[str, bytes] = {}
         for name, distribution in found.items():
@@ -91,6 +97,7 @@ class Project:
             root=root,
             names=tuple(sorted(found)),
             import_roots=tuple(import_roots),
+            modules=tuple(modules),
             metadata=metadata,
             scripts=scripts,
         )
@@ -150,10 +157,21 @@ class _Tree:
                 return where
         return None
 
+    def places(self, where: str, module: str) -> list[str]:
+        """The POSIX paths of a top-level module, relative to the root; none behind a link."""
+        base = self.root / where
+        if Path(os.path.realpath(base)) != base:
+            return []
+        folder = [base / module] if (base / module).is_dir() else []
+        return [it.relative_to(self.root).as_posix() for it in (*folder, *_files(base, module))]
+
     def _holds(self, where: str, module: str) -> bool:
         base = self.root / where
-        files = (it for pattern in ("py", "*so") for it in base.glob(f"{module}.{pattern}"))
-        return any(files) or any((base / module).rglob("*.py"))
+        return any(_files(base, module)) or any((base / module).rglob("*.py"))
+
+
+def _files(base: Path, module: str) -> Iterator[Path]:
+    return (it for pattern in ("py", "*so") for it in sorted(base.glob(f"{module}.{pattern}")))
 
 
 def _declared_name(root: Path) -> str | None:

@@ -31,7 +31,7 @@ class Decoder:
         >>> decoder = Decoder()
         >>> decoder.feed(b'{"ready"')
         []
-        >>> decoder.feed(b': 3}' + bytes([10]))
+        >>> decoder.feed(b": 3}" + bytes([10]))
         [{'ready': 3}]
     """
 

@@ -7,7 +7,7 @@ skip in silence. What is about selecting, ordering, reporting or ending tests st
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,14 +85,8 @@ def ini(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, str
     return texts
 
 
-def plugins(config: pytest.Config, wanted: Iterable[str]) -> list[str]:
-    """Names of the plugins that the guest loads, as far as it has them.
-
-    Args:
-        wanted: the ini key ``vm_guest_plugins``; empty for those that are registered here.
-    """
-    if wanted := list(wanted):
-        return wanted
+def plugins(config: pytest.Config) -> list[str]:
+    """Names of the plugins that are loaded here, and by the guest as far as it has them."""
     manager = config.pluginmanager
     names: dict[str, None] = {}
     for _, distribution in manager.list_plugin_distinfo():

@@ -415,15 +415,17 @@ class Inside:
             for it in item.session.items
             if _is_inside(it) and _key(it) == key
         }
+        wanted = options.guest_plugins(config)
         where = translate(str(config.invocation_params.dir))
         return {
             "args": [
                 *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini", f"--confcutdir={tree}"),
                 *("--disable-plugin-autoload", "-o", f"cache_dir={BASE}/cache"),
+                *(word for name in wanted for word in ("-p", name)),
                 *forwarding.arguments(config, translate),
                 *(f"{tree}/{file}" for file in files),
             ],
-            "plugins": forwarding.plugins(config, options.guest_plugins(config)),
+            "plugins": [] if wanted else forwarding.plugins(config),
             "options": forwarding.options(config, translate),
             "path": list(installed.path),
             "programs": installed.programs,
@@ -467,7 +469,9 @@ class Inside:
         else:
             requirements = Requirements.of_host(root, project.names, say=self._session.say)
         return Payload(
-            tree=Tree.of(root, more=[*options.push(config), *dict.fromkeys(wanted)]),
+            tree=Tree.of(
+                root, more=[*options.push(config), *project.modules, *dict.fromkeys(wanted)]
+            ),
             project=project,
             requirements=requirements,
             cache=cache_dir(),

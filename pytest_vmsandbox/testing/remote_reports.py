@@ -384,5 +384,3 @@ def _plain(value: object) -> object:
 def _is_small(value: int) -> bool:
     """Whether it can go on to where xdist sends it."""
     return abs(value) < 2**31
-
-

@@ -88,8 +88,8 @@ PROJECTS = (
         needs=("pytest-asyncio>=1.3", "pytest-mock>=3.15", "pytest-timeout>=2.4", "virtualenv>=20"),
         git=False,
         file="src/filelock/_api.py",
-        line="return self._context.lock_file_fd is not None",
-        broken="return False",
+        line="if self._context.lock_counter == 0 or force:",
+        broken="if False:",
         part="tests/test_filelock.py::test_nested_context_manager",
         slow="test_threaded",  # a hundred threads that poll
     ),
@@ -103,6 +103,18 @@ PROJECTS = (
         line="def first(iterable, default=_marker):",
         broken="def first(iterable, default=None):",
         part="tests/test_more.py::FirstTests",
+    ),
+    Project(  # doctests, parameters of all kinds, plugins' options; warnings are errors
+        name="humanize",
+        version="4.17.0",
+        sha256="1d6a36c453dbfbb3f0b34601d2e0b4ce5d48d780305cd45714843f0068fde6ac",
+        module="humanize",
+        needs=("freezegun>=1.5", "pytest-benchmark>=5", "pytest-codspeed>=5.0.4"),
+        git=True,
+        file="src/humanize/lists.py",
+        line='return f"{item_list[0]} and {item_list[1]}"',
+        broken='return f"{item_list[0]} or {item_list[1]}"',
+        part="tests/test_lists.py",
     ),
     Project(  # processes, signals, terminals; a file that is called sh_test.py
         name="sh",
@@ -394,7 +406,7 @@ def plain_pytest(
 
     source = Source.of(tree)
     payload = Payload(
-        tree=Tree.of(tree),
+        tree=Tree.of(tree, more=source.modules),
         project=source,
         requirements=Requirements.of_host(tree, source.names, say=say),
         cache=cache_dir(),

@@ -192,3 +192,10 @@ def test_live_output_that_the_terminal_cannot_show(told, monkeypatch):
     monkeypatch.setattr(inside, "sys", SimpleNamespace(stdout=file, stderr=file))
     told(SETUP, {"output": "ü€\n", "of": 1}, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)
     assert file.buffer.getvalue() == rb"\xfc\u20ac" + b"\n"
+
+
+@pytest.mark.parametrize("kind", ["attribute", "property", "x", 3])
+@pytest.mark.parametrize("name", ["time", "name", "xmlns", "a b", "", EVIL, "é", "x" * 10_000])
+def test_what_a_test_records_for_junit(told, kind, name):
+    said = {"junit": kind, "name": name, "value": EVIL + "\ud800<&>\"'"}
+    told(SETUP, said, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)

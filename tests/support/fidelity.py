@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_vmsandbox.testing.remote_reports import harmless
@@ -18,7 +19,31 @@ _HEADER = re.compile(
     r"^(platform |cachedir: |rootdir: |configfile: |plugins: |testpaths: |vmsandbox: |using "
     r"|--- generated xml file|\d+ workers|bringing up nodes|created: |initialized: |ready: |scheduling tests|\[gw\d+\] )"
 )
-_DURATION = re.compile(r"^\d+\.\d\ds (setup|call|teardown)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line of pytest's, on whose two runs the comparison is made.
+
+    Attributes:
+        args: its arguments; ``[IMAGE-`` starts the parameters of a test.
+        ordered: whether the order of what is said is no chance.
+        environment: variables for both.
+    """
+
+    args: tuple[str, ...]
+    ordered: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, text: str, *, ordered: bool = True, **environment: str) -> Line:
+        """From a text as a person types it."""
+        return cls(tuple(shlex.split(text)), ordered, environment)
+
+    def arguments(self, image: str | None = None) -> list[str]:
+        """For a run on an image, or for plain pytest."""
+        start = f"[{image}-" if image else "["
+        return [*ARGS, *(arg.replace("[IMAGE-", start) for arg in self.args)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +88,7 @@ class Reader:
         screen = list(self._screen(said.screen))
         if not ordered:
             cases.sort()
-            screen = sorted(line for line in _summary(screen))
+            screen = sorted(_summary(screen))
         return Run(status=said.status, cases=cases, screen=screen)
 
     def text(self, text: str) -> str:
@@ -104,6 +129,7 @@ class Reader:
     def _screen(self, screen: str) -> Iterable[str]:
         for line in self.text(screen).splitlines():
             if not _HEADER.match(line):
+                line = re.sub(r" +(?=\[ *\d+%\]$)", " ", line)
                 yield "N.NNs …" if line.startswith("N.NNs ") else line.rstrip()
 
 
@@ -125,13 +151,8 @@ def differences(inside: Run, plain: Run, *, most: int = 60) -> list[str]:
 
 
 def _diff(what: str, theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
-    lines = []
-    matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind == "equal":
-            continue
-        old = [line for it in theirs[a:b] for line in it.splitlines()]
-        new = [line for it in ours[c:d] for line in it.splitlines()]
-        diff = difflib.unified_diff(old, new, f"plain {what} {a}", f"inside {what} {c}", n=1, lineterm="")
-        lines += [line[:300] for line in diff]
-    return lines
+    old = [line[:300] for it in theirs for line in it.splitlines()]
+    new = [line[:300] for it in ours for line in it.splitlines()]
+    return list(
+        difflib.unified_diff(old, new, f"plain {what}", f"inside {what}", n=2, lineterm="")
+    )

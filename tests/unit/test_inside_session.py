@@ -10,8 +10,8 @@ import select
 import signal
 import sys
 import tempfile
-import threading
 import textwrap
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -733,19 +733,38 @@ def test_attached_again(inside):
 
 
 def test_what_was_said_to_nobody_is_told_later(inside):
-    place = inside("def test_a(): pass")
+    place = inside(
+        """\
+        import os, time
+
+        def test_a():
+            while not os.path.exists("go"):
+                time.sleep(0.01)
+
+        def test_b():
+            open("over", "w").close()
+            os._exit(3)
+        """
+    )
     with place.keeper() as keeper:
         talk = place.start(keeper)
-        (one,) = ids(talk)
-        keeper.say({"do": "run", "id": one, "next": None, "more": True, "marks": []})
-        keeper.say({"do": "finish"})
+        one, two = ids(talk)
+        talk.announce(one, following=two, more=True, marks=())
+        talk.announce(two, following=None, more=True, marks=())
+        while "report" not in keeper.hear(10):
+            pass
+        keeper._ping()  # all that was sent has arrived
     for _ in range(3):  # whoever attaches is greeted first
         with place.keeper() as keeper:
             pass
+    (place.folder / "go").touch()
+    assert until((place.folder / "over").exists)
     with place.keeper() as keeper:
-        said = GuestSession(keeper).finish(10)
-    assert said[-1]["exit"] == 0
-    assert outcomes(said) in (ALL, [])  # what was on its way to who has gone is lost
+        talk = GuestSession(keeper)
+        said = list(talk.interrupt(10))
+    assert said[-1]["exit"] == 3
+    assert [it["done"] for it in said if "done" in it] == [one]
+    assert outcomes(said)[-2:] == [ALL[2], ALL[0]]
 
 
 def test_a_session_that_is_replaced(inside):

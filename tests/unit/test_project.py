@@ -101,6 +101,16 @@ def test_an_editable_one_whose_modules_are_nowhere(here):
     assert here.project().import_roots == ()
 
 
+def test_modules_are_named_so_that_what_git_ignores_of_them_goes_too(here, tmp_path):
+    here.write("src/my_app/__init__.py", "src/one.py", "fast.abi3.so", "src/other/x.py")
+    here.install(origin=here.editable(), top_level__txt="my_app\none\nfast\nlinked\n")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "x.py").touch()
+    (here.root / "lib").symlink_to(tmp_path)  # what is behind a link does not go
+    found = here.project()
+    assert found.modules == ("fast.abi3.so", "src/my_app", "src/one.py")
+
+
 @pytest.mark.parametrize(
     ("tree", "roots"),
     [

@@ -69,8 +69,8 @@ def test_lone_surrogate():
 
 
 def test_very_long_output():
-    for number in range(20_000):
-        print(f"{number:06} " + "x" * 93)
+    for number in range(200):
+        print(f"{number:06} " + "x" * 9_993)
 
 
 def test_one_long_line():

@@ -1,0 +1,136 @@
+"""Tests that run inside a guest are reported as plain pytest reports them there.
+
+The guest is this machine: the same programs, the same files, nothing in between but the wire.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import fidelity
+from support.fidelity import Line
+
+IMAGE = "debian-13"
+SUPPORT = Path(fidelity.__file__).parent
+# Each group is run in order, on caches of its own.
+GROUPS = {
+    "all of it": ["--durations=5 --durations-min=100"],
+    "verbose": ["-vv --showlocals --tb=short --runslow --level=3 --level 4 test_asserts.py "
+                "test_marks.py test_subtests.py arithmetic.sums"],
+    "line": ["--tb=line -q --no-header -p no:logging test_logging.py test_marks.py test_output.py"],
+    "native": ["--tb=native --runxfail test_asserts.py test_marks.py"],
+    "options": ["-W error -o flavour=mint -o strictly=true -o 'places=a sub' --flavour-suffix=? "
+                "-o log_level=DEBUG -rfE test_logging.py test_marks.py sub"],
+    "doctests": ["--doctest-modules documented.py test_text.txt test_unittest.py"],
+    "first failure": ["-x", "--maxfail=2 -v"],
+    "chosen": ["-k 'test_per or Order'", "-m 'slow or level' --runslow",
+               "test_marks.py::test_xpass test_params.py::TestAClass sub "
+               "'test_params.py::test_texts[IMAGE-]' 'test_params.py::test_texts[IMAGE-a b]'"],
+    "failed ones": ["test_fixtures.py", "--lf test_fixtures.py", "--ff -v test_fixtures.py"],
+    "stepwise": ["--sw test_marks.py", "--sw test_marks.py"],
+}  # fmt: skip
+# Here order is chance, or another one by design.
+LOOSE = {
+    "live": ["-s test_output.py -k 'both_streams or phases or subprocess'"],
+    "parallel": ["-n 2 test_fixtures.py::TestOrder test_marks.py test_subtests.py test_unittest.py"],
+    "subtests of unittest": ["--show-capture=no apart/test_unittest_subtests.py"],
+}
+
+
+class Sides:
+    """Both ways to run a copy of the project with every kind of outcome."""
+
+    def __init__(self, folder):
+        self.folder, self.suite = folder, folder / "suite"
+        shutil.copytree(fidelity.OUTCOMES, self.suite, ignore=shutil.ignore_patterns("__pycache__"))
+        self.reader = fidelity.Reader(IMAGE, {str(self.suite): "<suite>"})
+
+    def differences(self, line):
+        inside = self.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
+        xdist = () if "-n" in line.args else ("-p", "no:xdist")
+        plain = self.run("plain", line, "-p", "no:vmsandbox", *xdist)
+        runs = [self.reader.read(it, ordered=line.ordered) for it in (inside, plain)]
+        assert len(runs[1].cases) > 1, plain.screen
+        return fidelity.differences(*runs)
+
+    def run(self, side, line, *args):
+        junit = self.folder / f"{side}.xml"
+        junit.unlink(missing_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
+        environment = {
+            **kept, "COLUMNS": "300", "TMPDIR": str(self.folder), "CI": "", **line.environment,
+            "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}", "VMSANDBOX_CACHE": str(self.folder / "c"),
+            "VMSANDBOX_RUNTIME": str(self.folder / "r"),
+        }  # fmt: skip
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", *args, f"--junitxml={junit}"),
+                *("-o", f"cache_dir={self.folder / side}-cache", "--ignore=apart"),
+                *line.arguments(IMAGE if side == "inside" else None),
+            ],
+            cwd=self.suite, env=environment, timeout=100, check=False, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return fidelity.Said(
+            status=done.returncode,
+            screen=done.stdout.decode(errors="backslashreplace"),
+            junit=junit.read_bytes() if junit.exists() else b"",
+        )
+
+
+@pytest.fixture
+def sides(tmp_path_factory):
+    return Sides(tmp_path_factory.mktemp("f"))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_same_as_plain_pytest(sides, group):
+    for text in GROUPS[group]:
+        assert sides.differences(Line.of(text)) == []
+
+
+@pytest.mark.parametrize("group", LOOSE)
+def test_the_same_but_for_the_order(sides, group):
+    for text in LOOSE[group]:
+        assert sides.differences(Line.of(text, ordered=False)) == []
+
+
+def test_options_of_the_environment(sides):
+    line = Line.of("test_marks.py", PYTEST_ADDOPTS="--runslow -vv --tb=short --level 7")
+    assert sides.differences(line) == []
+
+
+def test_files_that_are_skipped_as_a_whole(sides):
+    """The guest is asked about them: each is a test that is skipped, for the same reason."""
+    line = Line.of("apart/test_importorskip.py apart/test_skips_module.py")
+    inside = sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
+    plain = sides.run("plain", line, "-p", "no:vmsandbox")
+    told = [
+        sorted(it for it in sides.reader.read(said).screen if it.startswith("SKIPPED"))
+        for said in (inside, plain)
+    ]
+    assert told[0] == told[1]
+    assert len(told[0]) == 2
+
+
+def test_a_file_that_cannot_be_imported(sides):
+    (sides.suite / "test_broken.py").write_text("import no_such_module_anywhere\n")
+    line = Line.of("--continue-on-collection-errors test_broken.py test_text.txt")
+    inside, plain = (
+        sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm"),
+        sides.run("plain", line, "-p", "no:vmsandbox"),
+    )
+    assert inside.status == plain.status == 1
+    for said in (inside, plain):
+        assert "No module named 'no_such_module_anywhere'" in said.screen
+        assert "1 failed, 1 error" in said.screen
+
+
+def test_a_source_that_is_no_utf_8(sides):
+    text = "# coding: latin-1\ndef test_a():\n    text = 'ü'\n    print(text)\n    assert text == 'ä'\n"
+    (sides.suite / "test_latin.py").write_bytes(text.encode("latin-1"))
+    assert sides.differences(Line.of("test_latin.py -l")) == []
