@@ -39,12 +39,20 @@ import socket
 import sys
 import traceback
 
+TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
+if TYPE_CHECKING:
+    import warnings
+    from typing import Any, NoReturn
+
+    import pytest
+
 SOCKET = "socket"
 CHUNK = 1 << 16
 MAX_QUEUED = 8 << 20  # bytes for the host that wait; more is not read from the session
 MAX_TAIL = 16_384  # bytes of what a session wrote last
 MAX_TEXT = 4 << 20  # characters of one string in a message
 MAX_MESSAGE = 24 << 20  # bytes
+NICE = 5  # of what stands between tests and host: several messages then go in one
 PIECE = 500  # collected items in one message
 DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
 
@@ -55,10 +63,10 @@ DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
 class Lines:
     """Lines that arrive in pieces."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rest = bytearray()
 
-    def feed(self, data):
+    def feed(self, data: bytes) -> list[bytes]:
         *lines, rest = data.split(b"\n")
         if lines:
             lines[0] = bytes(self.rest) + lines[0]
@@ -70,18 +78,20 @@ class Lines:
 class Keeper:
     """One poll loop: the host's connection, the session's, and the session's output."""
 
-    def __init__(self, listener):
+    def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
-        self.host = None
+        self.host: socket.socket | None = None
         self.from_host = Lines()
-        self.to_host = []  # whole lines; a connection that breaks gets the first one again
+        self.to_host: list[
+            bytes
+        ] = []  # whole lines; a connection that breaks gets the first one again
         self.sent = 0  # bytes of the first line
-        self.session = None  # our end of its socket
+        self.session: socket.socket | None = None  # our end of its socket
         self.from_session = Lines()
         self.to_session = b""
         self.pid = 0
-        self.outputs = {}  # descriptor → 1 or 2
-        self.decoders = {}
+        self.outputs: dict[int, int] = {}  # descriptor → 1 or 2
+        self.decoders: dict[int, codecs.IncrementalDecoder] = {}
         self.tail = b""
         self.live = False
         wake_read, wake_write = os.pipe()
@@ -91,15 +101,13 @@ class Keeper:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
 
-    def run(self):
+    def run(self) -> NoReturn:
         while True:
             poller = select.poll()
             poller.register(self.wake, select.POLLIN)
             poller.register(self.listener, select.POLLIN)
             if self.host is not None:
-                poller.register(
-                    self.host, select.POLLIN | (select.POLLOUT if self.to_host else 0)
-                )
+                poller.register(self.host, select.POLLIN | (select.POLLOUT if self.to_host else 0))
             if sum(map(len, self.to_host)) < MAX_QUEUED:
                 for fd in self.outputs:
                     poller.register(fd, select.POLLIN)
@@ -121,7 +129,7 @@ class Keeper:
                 drain(self.wake)
                 self.reap()
 
-    def attach(self):
+    def attach(self) -> None:
         connection, _ = self.listener.accept()
         if self.host is not None:  # somebody else attaches: the former one is gone or forgotten
             self.detach()
@@ -131,11 +139,12 @@ class Keeper:
         self.to_host.insert(0, json.dumps({"attached": os.getpid()}).encode() + b"\n")
         self.flush()
 
-    def detach(self):
-        self.host.close()
+    def detach(self) -> None:
+        if self.host is not None:
+            self.host.close()
         self.host, self.sent, self.from_host = None, 0, Lines()
 
-    def serve_host(self, events):
+    def serve_host(self, events: int) -> None:
         if events & ~select.POLLOUT:
             data = receive(self.host)
             if not data:
@@ -146,7 +155,7 @@ class Keeper:
                 self.obey(line)
         self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         while self.host is not None and self.to_host:
             try:
                 self.sent += self.host.send(memoryview(self.to_host[0])[self.sent :])
@@ -159,7 +168,7 @@ class Keeper:
                 del self.to_host[0]
                 self.sent = 0
 
-    def obey(self, line):
+    def obey(self, line: bytes) -> None:
         message = json.loads(line)
         what = message.get("do")
         if what == "ping":
@@ -176,13 +185,13 @@ class Keeper:
             self.to_session += line + b"\n"
             self.flush_session()
 
-    def kill(self, number):
+    def kill(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:  # it has gone into another group
             os.kill(self.pid, number)
 
-    def start(self, config):
+    def start(self, config: dict[str, Any]) -> None:
         self.end_session()
         ours, theirs = socket.socketpair()
         pipes = {1: os.pipe(), 2: os.pipe()}
@@ -220,7 +229,9 @@ class Keeper:
             self.outputs[read] = number
             self.decoders[number] = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def flush_session(self):
+    def flush_session(self) -> None:
+        if self.session is None:
+            return
         try:
             self.to_session = self.to_session[self.session.send(self.to_session) :]
         except BlockingIOError:
@@ -228,7 +239,7 @@ class Keeper:
         except OSError:
             self.to_session = b""  # it is gone; its exit is told
 
-    def serve_session(self, events):
+    def serve_session(self, events: int) -> None:
         if events & select.POLLOUT:
             self.flush_session()
         if events & ~select.POLLOUT:
@@ -236,10 +247,14 @@ class Keeper:
             if data:
                 self.queue(*[line + b"\n" for line in self.from_session.feed(data)])
             elif data is not None:
-                self.session.close()
-                self.session = None
+                self.hang_up()
 
-    def take_output(self, fd):
+    def hang_up(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def take_output(self, fd: int) -> None:
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
@@ -255,7 +270,7 @@ class Keeper:
             number = self.outputs[fd]
             self.say({"output": self.decoders[number].decode(data), "of": number})
 
-    def reap(self):
+    def reap(self) -> None:
         if not self.pid:
             return
         pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -268,8 +283,7 @@ class Keeper:
             if data:
                 self.queue(*[line + b"\n" for line in self.from_session.feed(data)])
             else:
-                self.session.close()
-                self.session = None
+                self.hang_up()
         for fd in list(self.outputs):
             for _ in range(64):
                 if fd in self.outputs:
@@ -280,28 +294,28 @@ class Keeper:
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
         self.say({"exit": code, "tail": self.tail.decode("utf-8", "replace")})
 
-    def end_session(self):
+    def end_session(self) -> None:
         if self.pid:
             self.kill(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
-        if self.session is not None:
-            self.session.close()
-            self.session = None
+        self.hang_up()
         for fd in self.outputs:
             os.close(fd)
         self.outputs = {}
 
-    def say(self, message):
+    def say(self, message: dict[str, Any]) -> None:
         self.queue(json.dumps(message).encode() + b"\n")
 
-    def queue(self, *lines):
+    def queue(self, *lines: bytes) -> None:
         self.to_host += lines
         self.flush()
 
 
-def receive(sock):
+def receive(sock: socket.socket | None) -> bytes | None:
     """What has come; nothing at the end; None if there is just nothing now."""
+    if sock is None:
+        return None
     try:
         return sock.recv(CHUNK)
     except BlockingIOError:
@@ -310,7 +324,7 @@ def receive(sock):
         return b""
 
 
-def drain(fd):
+def drain(fd: int) -> None:
     try:
         while os.read(fd, 4096):
             pass
@@ -318,7 +332,7 @@ def drain(fd):
         pass
 
 
-def serve(folder):
+def serve(folder: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
     path = os.path.join(folder, SOCKET)
     if os.path.exists(path):
@@ -334,10 +348,12 @@ def serve(folder):
     for number in (0, 1, 2):
         os.dup2(null, number)
     protect("-900")  # a session that takes all memory is killed before its keeper
+    if os.geteuid() == 0:  # who else could not give a session its share back
+        os.nice(NICE)
     Keeper(listener).run()
 
 
-def protect(score):
+def protect(score: str) -> None:
     """Tell the kernel whom to kill when memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
@@ -346,7 +362,8 @@ def protect(score):
         pass
 
 
-def attach(folder):
+def attach(folder: str) -> None:
+    os.nice(NICE)
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(os.path.join(folder, SOCKET))
     poller = select.poll()
@@ -366,7 +383,7 @@ def attach(folder):
                 return
 
 
-def probe():
+def probe() -> None:
     name, version = platform.libc_ver()
     print(
         json.dumps(
@@ -383,10 +400,12 @@ def probe():
 # -- the session ----------------------------------------------------------------------------------
 
 
-def run_session(config, wire, outputs):
+def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, int]) -> int:
     """In the child: descriptors, path, environment; then pytest. Returns the exit status."""
     os.setpgid(0, 0)
     protect("0")
+    if os.geteuid() == 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -397,7 +416,8 @@ def run_session(config, wire, outputs):
     sys.stdin = open(0, closefd=False)
     sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     faulthandler.enable(file=private)
     faulthandler.register(DUMP, file=private, all_threads=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -411,8 +431,10 @@ def run_session(config, wire, outputs):
 
     import pytest
 
-    for name, order in ORDER.items():
-        pytest.hookimpl(**{order: True})(getattr(Session, name))
+    for name in FIRST:
+        pytest.hookimpl(tryfirst=True)(getattr(Session, name))
+    for name in LAST:
+        pytest.hookimpl(trylast=True)(getattr(Session, name))
     session = Session(config, Wire(wire))
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
@@ -420,7 +442,7 @@ def run_session(config, wire, outputs):
     return int(pytest.main(args, plugins=[session]))
 
 
-def installed_plugins(names):
+def installed_plugins(names: list[str]) -> list[str]:
     """Those of the wanted plugins that are installed here."""
     from importlib.metadata import distributions
 
@@ -436,14 +458,14 @@ def installed_plugins(names):
 class Wire:
     """The session's end of its connection to the keeper."""
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.lines = Lines()
-        self.waiting = []
+        self.waiting: list[bytes] = []
         os.set_inheritable(sock.fileno(), False)
         self.owner = os.getpid()
 
-    def say(self, message):
+    def say(self, message: dict[str, Any]) -> None:
         if os.getpid() != self.owner:  # a test has forked, and its child reports: not to us
             return
         data = json.dumps(message).encode() + b"\n"
@@ -453,7 +475,7 @@ class Wire:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
 
-    def hear(self):
+    def hear(self) -> dict[str, Any] | None:
         """The next message; None when there will be none."""
         if os.getpid() != self.owner:  # the child of a test came back: what comes is not for it
             os._exit(0)
@@ -462,13 +484,14 @@ class Wire:
             if not data:
                 return None
             self.waiting += self.lines.feed(data)
-        return json.loads(self.waiting.pop(0))
+        message: dict[str, Any] = json.loads(self.waiting.pop(0))
+        return message
 
 
 class Session:
     """The plugin that makes a pytest session run what it is told to.
 
-    Its hooks are marked by `ORDER`: pytest cannot be imported before the path is set.
+    Its hooks are put in order by `FIRST` and `LAST`: pytest cannot be imported before the path is set.
 
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
@@ -480,43 +503,44 @@ class Session:
     is told to run, ``{"begin": ID}``, reports, ``{"done": ID, "stop": reason or null}``.
     """
 
-    def __init__(self, config, wire):
+    def __init__(self, config: dict[str, Any], wire: Wire) -> None:
         self.settings = config
         self.wire = wire
-        self.items = {}
-        self.failed = []
-        self.pause = None
+        self.items: dict[str, pytest.Item] = {}
+        self.failed: list[pytest.CollectReport] = []
+        self.pause: pytest.Item | None = None
 
     # -- setting up ---------------------------------------------------------------------------
 
-    def pytest_configure(self, config):
+    def pytest_configure(self, config: pytest.Config) -> None:
         for name, value in self.settings["options"].items():
             if hasattr(config.option, name):
                 setattr(config.option, name, value)
         if self.settings.get("junit"):
             from _pytest.junitxml import xml_key
 
-            config.stash[xml_key] = junit = JUnit(self.settings["junit"], self.wire)
+            junit: Any = JUnit(self.settings["junit"], self.wire)
+            config.stash[xml_key] = junit
             config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
-    def pytest_sessionstart(self, session):
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             from _pytest._io import TerminalWriter
 
-            reporter._tw = TerminalWriter(open(os.devnull, "w"))
+            reporter._tw = TerminalWriter(open(os.devnull, "w"))  # noqa: SLF001
 
-    def pytest_collectreport(self, report):
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:
             self.failed.append(report)
 
-    def pytest_collection_finish(self, session):
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
         rows = []
         detailed = set(self.settings["details"])
         for item in session.items:
             self.items[item.nodeid] = item
             spec = getattr(item, "callspec", None)
-            row = [item.nodeid, dict(spec.indices) if spec is not None else None]
+            row: list[Any] = [item.nodeid, dict(spec.indices) if spec is not None else None]
             if item.nodeid.partition("::")[0] in detailed:
                 marks = [mark.name for mark in item.iter_markers()]
                 row.append([list(item.location), sorted(map(str, item.keywords)), marks])
@@ -532,7 +556,7 @@ class Session:
 
     # -- running ------------------------------------------------------------------------------
 
-    def pytest_runtestloop(self, session):
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
         while True:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
@@ -540,7 +564,7 @@ class Session:
             if self.run(session, message):
                 return True
 
-    def run(self, session, message):
+    def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]
         self.wire.say({"begin": message["id"]})
         for name, reason in message.get("marks", ()):
@@ -550,9 +574,9 @@ class Session:
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(session, message))
         stop = session.shouldfail or session.shouldstop
         self.wire.say({"done": message["id"], "stop": str(stop) if stop else None})
-        return stop
+        return bool(stop)
 
-    def next(self, session, message):
+    def next(self, session: pytest.Session, message: dict[str, Any]) -> pytest.Item | None:
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
         if message["next"] in self.items:
             return self.items[message["next"]]
@@ -562,15 +586,17 @@ class Session:
             import pytest
 
             class Pause(pytest.Item):
-                def runtest(self):
+                def runtest(self) -> None:
                     raise NotImplementedError
 
             self.pause = Pause.from_parent(session, name="vmsandbox-pause")
         return self.pause
 
-    def pytest_runtest_logreport(self, report):
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
         if data is not None:
+            for name in ("keywords", "location"):  # the host has its own
+                data.pop(name, None)
             data["user_properties"] = [
                 [str(name), portable(value)] for name, value in report.user_properties
             ]
@@ -578,10 +604,16 @@ class Session:
                 data["longrepr"] = {"text": data["longrepr"]}
             self.wire.say(bounded({"report": clean(data)}))
 
-    def pytest_collection(self, session):
+    def pytest_collection(self, session: pytest.Session) -> None:
         self.config = session.config
 
-    def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+    def pytest_warning_recorded(
+        self,
+        warning_message: warnings.WarningMessage,
+        when: str,
+        nodeid: str,
+        location: tuple[str, int, str] | None,
+    ) -> None:
         category = warning_message.category
         self.wire.say(
             clean(
@@ -598,7 +630,7 @@ class Session:
             )
         )
 
-    def pytest_keyboard_interrupt(self, excinfo):
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         import pytest
 
         left = isinstance(excinfo.value, pytest.exit.Exception)
@@ -612,51 +644,49 @@ class Session:
             )
         )
 
-    def pytest_internalerror(self, excrepr):
+    def pytest_internalerror(self, excrepr: object) -> None:
         self.wire.say({"internal": clean(str(excrepr))})
 
-    def pytest_unconfigure(self):
+    def pytest_unconfigure(self) -> None:
         self.wire.say({"finished": True})
 
 
 class JUnit:
     """Stands in for the writer of junit's file, which is the host's: tests tell it things."""
 
-    def __init__(self, family, wire):
+    def __init__(self, family: str, wire: Wire) -> None:
         self.family = family
         self.wire = wire
 
-    def add_global_property(self, name, value):
+    def add_global_property(self, name: str, value: object) -> None:
         if not isinstance(name, str):
             raise TypeError(
                 "name parameter needs to be a string, but %s given" % type(name).__name__
             )
         self.wire.say(clean({"junit": "property", "name": name, "value": str(value)}))
 
-    def node_reporter(self, report):
+    def node_reporter(self, report: object) -> JUnit:  # noqa: ARG002  # of the one that runs
         return self
 
-    def add_attribute(self, name, value):
+    def add_attribute(self, name: str, value: object) -> None:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-ORDER = {
-    "pytest_configure": "tryfirst",
-    "pytest_sessionstart": "trylast",
-    "pytest_collection": "tryfirst",
-    "pytest_collection_finish": "trylast",
-    "pytest_runtestloop": "tryfirst",
-    "pytest_runtest_logreport": "trylast",
-    "pytest_unconfigure": "trylast",
-}
+FIRST = ("pytest_configure", "pytest_collection", "pytest_runtestloop")
+LAST = (
+    "pytest_sessionstart",
+    "pytest_collection_finish",
+    "pytest_runtest_logreport",
+    "pytest_unconfigure",
+)
 
 
-def portable(value):
+def portable(value: Any) -> Any:
     """A value that JSON keeps as it is; of another, the text that junit's file has of it."""
     try:
         if json.loads(json.dumps(value)) == value:
             return value
-    except Exception:
+    except Exception:  # noqa: S110  # then as text
         pass
     try:
         return str(value)
@@ -664,7 +694,7 @@ def portable(value):
         return value
 
 
-def clean(value, depth=0):
+def clean(value: Any, depth: int = 0) -> Any:
     """A value as JSON can carry it: what it cannot becomes its repr, what is long is cut."""
     if value is None or isinstance(value, bool):
         return value
@@ -692,19 +722,23 @@ def clean(value, depth=0):
         return "<%s whose repr() fails: %s>" % (type(value).__name__, type(error).__name__)
 
 
-def bounded(message):
+def bounded(message: dict[str, Any]) -> dict[str, Any]:
     """A report that fits into one message; its captured output goes first."""
-    if len(json.dumps(message)) > MAX_MESSAGE:
-        report = message["report"]
+    report = message["report"]
+    size = sum(len(text) for _, text in report["sections"]) + len(str(report["longrepr"]))
+    if size + len(str(report["user_properties"])) > MAX_MESSAGE // 6:  # as JSON, it may grow
         report["sections"] = [
             [name, text[:100_000] + "\n[the rest was too much to be sent]"]
-            for name, text in report.get("sections", ())[:20]
+            for name, text in report["sections"][:20]
         ]
         report["user_properties"] = []
-        if len(json.dumps(message)) > MAX_MESSAGE:
+        if size > MAX_MESSAGE // 6 and len(str(report["longrepr"])) > MAX_MESSAGE // 6:
             report["longrepr"] = "(too long to be sent)"
     return message
 
 
 if __name__ == "__main__":
-    {"serve": serve, "attach": attach, "probe": probe}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "probe":
+        probe()
+    else:
+        {"serve": serve, "attach": attach}[sys.argv[1]](sys.argv[2])

@@ -92,7 +92,9 @@ def plain_nodeid(item: pytest.Item) -> str:
     if not _has_parameter(item):
         return item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]
-    rest = identity.removeprefix(image_of(item) or _NO_IMAGE)  # of other parameters, which may be ""
+    rest = identity.removeprefix(
+        image_of(item) or _NO_IMAGE
+    )  # of other parameters, which may be ""
     base = item.nodeid.removesuffix(f"[{identity}]")
     return f"{base}[{rest[1:]}]" if rest else base
 
@@ -132,8 +134,10 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
     """What cannot be meant in the tests and in the settings that they need."""
     for item in items:
         _check_marks(session, item)
-        if not _has_parameter(item) and _PLAIN not in item.stash and (
-            "_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item)
+        if (
+            not _has_parameter(item)
+            and _PLAIN not in item.stash
+            and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
     if any(is_inside(item) for item in items):
@@ -152,9 +156,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
                     ),
                     stacklevel=2,
                 )
-    if any(
-        "vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items
-    ):
+    if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
         try:
             options.check(session.config)
         except pytest.UsageError as error:

@@ -142,7 +142,11 @@ class Inside:
         following, more = self._next(item, nextitem)
         self._announce(lease, item)
         for message in lease.session.run(
-            nodeid, following=following, more=more, marks=_marks(item), limit=self._limit(item, lease)
+            nodeid,
+            following=following,
+            more=more,
+            marks=_marks(item),
+            limit=self._limit(item, lease),
         ):
             if "report" in message:
                 yield lease.reader.test_report(item, nodeid, message["report"])
@@ -288,9 +292,7 @@ class Inside:
             when="setup",
         )
 
-    def _next(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> tuple[str | None, bool]:
+    def _next(self, item: pytest.Item, nextitem: pytest.Item | None) -> tuple[str | None, bool]:
         """The next test of the same session, and whether there may be any."""
         if self._is_worker:  # of xdist: more may come, nobody knows
             if nextitem is not None and _is_inside(nextitem) and _key(nextitem) == _key(item):
@@ -361,9 +363,7 @@ class Inside:
             guest = stack.enter_context(self._session.factory.boot(image, **wishes.hardware))
             patience = self._session.factory.accelerator(image).time_scale
             installed = install(guest, self._payload(item.session))
-            keeper = stack.enter_context(
-                Keeper.attached(guest, installed.place, patience=patience)
-            )
+            keeper = stack.enter_context(Keeper.attached(guest, installed.place, patience=patience))
             return Lease(
                 guest=guest,
                 installed=installed,
@@ -453,9 +453,7 @@ class Inside:
 
         config = self._config
         root = config.rootpath
-        files = [
-            it.path for it in session.items if _is_inside(it) and it.path.is_file()
-        ]
+        files = [it.path for it in session.items if _is_inside(it) and it.path.is_file()]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(

@@ -31,9 +31,7 @@ class RemoteItem(pytest.Item):
         """An item for what the guest calls `plain`."""
         base, bracket, rest = plain.partition("[")
         name = f"{base}[{image}-{rest}" if bracket else f"{base}[{image}]"
-        item: Self = cls.from_parent(
-            parent, name=name.partition("::")[2] or name, nodeid=name
-        )
+        item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
         collection.settle_inside(item, image=image, plain=plain)
         return item
 

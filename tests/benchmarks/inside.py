@@ -81,9 +81,7 @@ def main() -> None:
         "in_guest_overhead_ms": round(
             statistics.median(a - b for a, b in zip(inside, plain, strict=True)), 2
         ),
-        "ratio": round(
-            statistics.median(a / b for a, b in zip(inside, plain, strict=True)), 3
-        ),
+        "ratio": round(statistics.median(a / b for a, b in zip(inside, plain, strict=True)), 3),
         "push_unchanged_s": round(statistics.median(pushes), 3),
     }
     if args.json:

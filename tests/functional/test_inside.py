@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -24,7 +24,7 @@ class Run:
         )  # fmt: skip
         self.status, self.output = done.returncode, done.stdout + done.stderr
         self.cases = {}
-        for case in ElementTree.parse(junit).getroot().iter("testcase"):
+        for case in ET.parse(junit).getroot().iter("testcase"):
             name = case.get("name").replace(f"[{IMAGE}]", "").replace(f"[{IMAGE}-", "[")
             found = [(it.tag, it.get("message", "") + (it.text or "")) for it in case
                      if it.tag in {"failure", "error", "skipped"}]  # fmt: skip
@@ -38,7 +38,7 @@ class Run:
         return "\n".join(text for _, text in self.cases[name])
 
 
-SUITE = '''
+SUITE = """
 import ctypes
 import os
 import signal
@@ -137,7 +137,7 @@ def test_after_the_network():
 
 def test_last_kills_its_keeper():
     subprocess.run(["sh", "-c", "kill -9 -1"])
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,9 @@ GROUPS = {
 # Here order is chance, or another one by design.
 LOOSE = {
     "live": ["-s test_output.py -k 'both_streams or phases or subprocess'"],
-    "parallel": ["-n 2 test_fixtures.py::TestOrder test_marks.py test_subtests.py test_unittest.py"],
+    "parallel": [
+        "-n 2 test_fixtures.py::TestOrder test_marks.py test_subtests.py test_unittest.py"
+    ],
     "subtests of unittest": ["--show-capture=no apart/test_unittest_subtests.py"],
 }
 
@@ -47,7 +49,7 @@ class Sides:
     def __init__(self, folder):
         self.folder, self.suite = folder, folder / "suite"
         shutil.copytree(fidelity.OUTCOMES, self.suite, ignore=shutil.ignore_patterns("__pycache__"))
-        self.reader = fidelity.Reader(IMAGE, {str(self.suite): "<suite>"})
+        self.reader = fidelity.Reader(IMAGE, {str(self.suite): "<suite>", str(folder): ""})
 
     def differences(self, line):
         inside = self.run("inside", line, "-p", "vmsandbox_local", "--in-vm")

@@ -24,10 +24,10 @@ def test_ids_carry_the_image(suite):
         "test_in[alpha-1-a]",
         "test_in[alpha-1-b]",
         "TestIt::test_method[alpha-1]",
+        "test_here",
         "test_in[alpha-2-a]",
         "test_in[alpha-2-b]",
         "TestIt::test_method[alpha-2]",
-        "test_here",
     ]
 
 
