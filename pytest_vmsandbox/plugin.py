@@ -115,7 +115,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ours = session.config.stash[SESSION]
     ours.finish_inside()
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput[_TOLD] = ours.about(ours.images_used)
+        session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*ours.usage_errors)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -150,12 +149,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
                 )
         for option, plugin in _TAKE_OVER.items():
             if getattr(session.config.option, option, None):
-                warnings.warn(
-                    pytest.PytestWarning(
-                        f"{plugin} does nothing for tests that run inside a guest"
-                    ),
-                    stacklevel=2,
-                )
+                session.tell(f"{plugin} does nothing for tests that run inside a guest")
     if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
         try:
             options.check(session.config)
@@ -219,7 +213,10 @@ def _settle(session: VMSession, item: pytest.Item) -> None:
         images = session.images(wishes)
         image = next(iter(images), None)
         if len(images) > 1:
-            session.note_single_image(images[0])
+            session.tell(
+                "tests of unittest's classes and doctests cannot be parametrized: of the selected "
+                f"images they ran on {images[0]} only"
+            )
     except ConfigError as error:
         session.note_usage_error(item.nodeid, error)
         return

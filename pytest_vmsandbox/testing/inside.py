@@ -268,11 +268,9 @@ class Inside:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == indices and other.partition("[")[0] == base:
-                    item.warn(
-                        pytest.PytestWarning(
-                            f"in {lease.guest.image} this test is called {other}: its parameters' "
-                            "ids differ between the two Pythons"
-                        )
+                    self._session.tell(
+                        f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
+                        "differ between the two Pythons"
                     )
                     return other
         raise TransferError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
@@ -33,7 +32,7 @@ class VMSession:
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
-        told: lines that xdist's workers have told about their guests.
+        told: lines for the end of the run; those of xdist's workers are among them.
         unimportable: files of tests that this side could not collect, relative to the rootdir.
         item: the test that runs now.
         temporary: makes a folder that pytest removes some runs later.
@@ -47,7 +46,6 @@ class VMSession:
         self.item: pytest.Item | None = None
         self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
         self._guests: dict[str, bool] = {}  # those this test may have used, and whether they run
-        self._single_image_told = False
         self._stack = ExitStack()
 
     @cached_property
@@ -63,7 +61,7 @@ class VMSession:
         """Let what runs inside guests tear down what is left."""
         if "inside" in self.__dict__:
             for problem in self.inside.close():
-                self.told[f"vmsandbox: at the end of the tests inside: {problem}"] = None
+                self.tell(f"at the end of the tests inside: {problem}")
 
     def close(self) -> None:
         """End every guest that is left."""
@@ -79,17 +77,9 @@ class VMSession:
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
-    def note_single_image(self, image: str) -> None:
-        """Tell, once, that tests which cannot be parametrized run on the first image only."""
-        if not self._single_image_told:
-            self._single_image_told = True
-            warnings.warn(
-                pytest.PytestWarning(
-                    "tests of unittest's classes and doctests cannot be parametrized: "
-                    f"of the selected images they run on {image} only"
-                ),
-                stacklevel=2,
-            )
+    def tell(self, text: str) -> None:
+        """Tell people something at the end of the run, once. No warning: it fails no test."""
+        self.told[f"vmsandbox: {text}"] = None
 
     def note_report(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Remember that a test has failed: its artifacts are kept."""

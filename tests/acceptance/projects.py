@@ -12,7 +12,8 @@ Then, for each of them,
 - in a copy of the tree, a test looks where the project's module comes from, and a part of the suite runs,
   first as it is and then with a line of the module broken on this machine: the guest must notice.
 
-Exit status 1 if anything differs.
+Exit status 1 if anything differs. Tests that take many minutes where the CPU is emulated run with --slow
+only. With emulation and four guests for each project, a project takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -349,8 +350,8 @@ class Trial:
 
 def compare(inside: Outcomes, plain: Outcomes, racy: Collection[str]) -> list[str]:
     """What differs between the two; of a racy test, only that one of them lacks it."""
-    if not plain:
-        return ["plain pytest in the guest ran no test"]
+    if "passed" not in kinds(plain):
+        return ["no test passed with plain pytest in the guest"]
     found = []
     for name in sorted({*inside, *plain}):
         here, there = inside.get(name, ["missing"]), plain.get(name, ["missing"])

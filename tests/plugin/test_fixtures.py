@@ -259,7 +259,7 @@ class TestLogsOfGuestsThatTestsShare:
             def test_c(mine): assert False
 
             def test_d(mine, pytestconfig):
-                note = pytestconfig.stash[SESSION]._hints()[0].removeprefix("artifacts: ")
+                note = pytestconfig.stash[SESSION].hints()[0].removeprefix("artifacts: ")
                 with open(note + "/alpha-1.1/console.log") as file:
                     assert file.read() == "alpha-1.1 boots"
         """)

@@ -68,7 +68,7 @@ def test_a_whole_suite(suite, how):
 def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
     suite.write(SUITE)
     result = suite.run("--collect-only", "--in-vm", "--vm=alpha-1", "--vm=alpha-2")
-    result.stdout.fnmatch_lines(["*of the selected images they run on alpha-1 only*"])
+    result.stdout.fnmatch_lines(["*of the selected images they ran on alpha-1 only*"])
 
 
 @pytest.mark.parametrize(

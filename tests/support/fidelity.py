@@ -104,7 +104,10 @@ class Reader:
         text = re.sub(r"0x[0-9a-f]{6,}", "0x…", text)
         text = re.sub(r"\b\d+\.\d\ds( \(\d:\d\d:\d\d\))?", "N.NNs", text)
         text = re.sub(
-            r"oldfd=\d+|frames out of \d+|(?<=^n = )9\d\d$", "…", text, flags=re.MULTILINE
+            r"oldfd=\d+|frames out of \d+|repeated \d+ more|cache from \S+ ago|(?<=^n = )9\d\d$",
+            "…",
+            text,
+            flags=re.MULTILINE,
         )
         return re.sub(r"([=_-])\1{3,}", r"\1\1\1", text)
 
@@ -131,8 +134,8 @@ class Reader:
     def _screen(self, screen: str) -> Iterable[str]:
         for line in self.text(screen).splitlines():
             if not _HEADER.match(line):
-                line = re.sub(r" +(?=\[ *\d+%\]$)", " ", line)
-                yield "N.NNs …" if line.startswith("N.NNs ") else line.rstrip()
+                shown = re.sub(r" +(?=\[ *\d+%\]$)", " ", line)
+                yield "N.NNs …" if shown.startswith("N.NNs ") else shown.rstrip()
 
 
 def _summary(screen: list[str]) -> list[str]:

@@ -34,7 +34,7 @@ class LocalProcess:
     def receive(self, timeout):
         self.guest.check()
         poller = select.poll()
-        poller.register(self.process.stdout, select.POLLIN)
+        poller.register(self.process.stdout.fileno(), select.POLLIN)
         if not poller.poll(min(timeout, 60) * 1000):
             self.guest.check()
             raise TimeoutError
@@ -68,7 +68,7 @@ class LocalGuest:
         if self.lost is not None:
             raise GuestLost(self.lost, stage="kernel")
 
-    def run(self, argv, *, check=True, user=None, timeout=60, input=None):
+    def run(self, argv, *, check=True, user=None, timeout=60, input=None):  # noqa: A002
         self.check()
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=timeout, check=False, input=input

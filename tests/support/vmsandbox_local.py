@@ -28,7 +28,7 @@ class Local(LocalGuest):
     spec = SimpleNamespace(user="root")
 
     def run(self, argv, **how):
-        if "serve" not in argv[2:3][0:1] and argv[:2] == ["sh", "-c"] and "serve" in argv[2]:
+        if argv[:2] == ["sh", "-c"] and "serve" in argv[2]:
             kept = {name: value for name, value in os.environ.items() if not _is_ours(name)}
             argv = ["env", "-i", *(f"{name}={value}" for name, value in kept.items()), *argv]
         return super().run(argv, **how)

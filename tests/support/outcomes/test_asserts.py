@@ -57,10 +57,10 @@ def test_deep():
 
 
 def test_recursion():
-    def again(n):
-        return again(n + 1)
+    def again():
+        return again()
 
-    again(0)
+    again()
 
 
 def test_raises():
