@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ class Run:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider",
              f"--junitxml={junit}", f"--vm={IMAGE}", *args],
+            env={**os.environ, "SECRET_OF_THE_HOST": "1"},
             cwd=folder, capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
         self.status, self.output = done.returncode, done.stdout + done.stderr
@@ -61,7 +63,8 @@ def test_first_is_killed():
 
 
 def test_after_the_first():
-    print("here")
+    assert os.environ["VMSANDBOX_GUEST"].startswith("debian-13.")
+    assert "SECRET_OF_THE_HOST" not in os.environ
 
 
 def test_leaves():

@@ -40,7 +40,7 @@ GROUPS = {
 LOOSE = {
     "live": ["-s test_output.py -k 'both_streams or phases or subprocess'"],
     # Without fixtures that are shared: it is chance which worker has them.
-    "parallel": ["-n 2 test_marks.py test_subtests.py test_params.py::test_texts"],
+    "parallel": ["-n 2 test_marks.py test_subtests.py test_params.py::TestAClass"],
     # Plain pytest captures the letters that it shows for them.
     "subtests of unittest": ["-rfE -o junit_logging=no apart/test_unittest_subtests.py"],
 }

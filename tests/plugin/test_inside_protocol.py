@@ -1,0 +1,214 @@
+"""Tests inside guests among others: which guest they share, what is torn down when, Ctrl-C.
+
+The guest is this machine, as in `test_fidelity`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import fidelity
+
+SUPPORT = Path(fidelity.__file__).parent
+
+
+class Suite:
+    """A folder with tests, and runs of pytest on it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.path = folder / "suite"
+        self.path.mkdir()
+        (self.path / "pytest.ini").write_text("[pytest]\n")
+        # The hook is the host's; a guest's pytest does not know it, so it is told by a plugin.
+        (folder / "host_plugin.py").write_text(
+            "def pytest_vmsandbox_guest_ready(config, guest):\n"
+            f"    with open({str(folder / 'guests')!r}, 'a') as file:\n"
+            "        print(guest.name, file=file)\n"
+        )
+
+    def write(self, name, source):
+        (self.path / name).write_text(source)
+
+    @property
+    def guests(self):
+        file = self.folder / "guests"
+        return file.read_text().split() if file.exists() else []
+
+    def start(self, *args):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
+        return subprocess.Popen(
+            [*(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"),
+             *("-p", "vmsandbox_local", "-p", "vmsandbox_host_plugin", *args)],
+            cwd=self.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**kept, "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",
+                 "TMPDIR": str(self.folder), "VMSANDBOX_CACHE": str(self.folder / "c"),
+                 "VMSANDBOX_RUNTIME": str(self.folder / "r")},
+        )  # fmt: skip
+
+    def run(self, *args):
+        (self.folder / "host_plugin.py").rename(self.folder / "vmsandbox_host_plugin.py")
+        with self.start(*args) as process:
+            output, _ = process.communicate(timeout=100)
+        return process.returncode, output
+
+
+@pytest.fixture
+def suite(tmp_path_factory):
+    return Suite(tmp_path_factory.mktemp("s"))
+
+
+TWO = """
+import os
+
+import pytest
+
+@pytest.fixture(scope="session")
+def once():
+    return os.getpid()
+
+PIDS = []
+
+def test_a(once): PIDS.append(once)
+
+def test_b(once): PIDS.append(once)
+"""
+
+
+@pytest.mark.parametrize(("isolation", "guests"), [("session", 1), ("module", 2), ("test", 4)])
+def test_isolation(suite, isolation, guests):
+    suite.write("test_one.py", TWO)
+    suite.write("test_two.py", TWO)
+    status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
+    assert status == 0, output
+    assert "4 passed" in output
+    assert suite.guests == [f"debian-13.{number + 1}" for number in range(guests)]
+
+
+def test_the_marker_is_closer_than_the_option(suite):
+    suite.write("test_one.py", f"{TWO}\npytestmark = pytest.mark.vm(isolation='test')\n")
+    status, output = suite.run("--in-vm", "--vm-isolation=session")
+    assert status == 0, output
+    assert len(suite.guests) == 2
+
+
+def test_fixtures_of_both_sides(suite):
+    """What is shared here stays for whom it is shared, and its end is told where it belongs."""
+    suite.write(
+        "test_both.py",
+        """
+import pytest
+
+CALLS = []
+
+@pytest.fixture(scope="module")
+def shared():
+    CALLS.append("up")
+    yield
+    raise RuntimeError("late")
+
+def test_here(shared): assert CALLS == ["up"]
+
+@pytest.mark.in_vm
+def test_there(shared): assert CALLS == ["up"]
+
+def test_here_again(shared): assert CALLS == ["up"]
+
+@pytest.mark.in_vm
+def test_last(): pass
+""",
+    )
+    status, output = suite.run()
+    assert status == 1, output
+    assert "4 passed, 2 errors" in output
+    assert "ERROR test_both.py::test_last[debian-13] - RuntimeError: late" in output
+
+
+def test_interrupted(suite):
+    """All is torn down in the guest, then here, and the status is pytest's own."""
+    (suite.folder / "host_plugin.py").rename(suite.folder / "vmsandbox_host_plugin.py")
+    suite.write(
+        "test_long.py",
+        """
+import time
+
+import pytest
+
+@pytest.fixture(scope="session")
+def session():
+    yield
+    print("the session is over")
+
+@pytest.fixture
+def mine(session):
+    yield
+    print("mine is over")
+
+def test_long(mine):
+    print("it runs", flush=True)
+    time.sleep(90)
+
+def test_next(): pass
+""",
+    )
+    with suite.start("--in-vm", "-s") as process:
+        output = ""
+        while "it runs" not in output:
+            more = process.stdout.readline()
+            assert more, output
+            output += more
+        process.send_signal(signal.SIGINT)
+        output += process.communicate(timeout=60)[0]
+    assert process.returncode == pytest.ExitCode.INTERRUPTED, output
+    assert "mine is over\nthe session is over\n" in output
+    assert "KeyboardInterrupt" in output
+    assert "test_next" not in output
+
+
+def test_a_test_that_stops_the_run(suite):
+    suite.write(
+        "test_stop.py",
+        """
+import pytest
+
+def test_exits(): pytest.exit("enough", 7)
+
+def test_never(): open("never", "w")
+""",
+    )
+    status, output = suite.run("--in-vm", "-v")
+    assert status == 7, output
+    assert "_pytest.outcomes.Exit: enough" in output
+    assert not (suite.path / "never").exists()
+
+
+def test_an_unknown_option_of_a_conftest_reaches_the_guest(suite):
+    suite.write(
+        "conftest.py",
+        """
+def pytest_addoption(parser):
+    parser.addoption("--flavour")
+    parser.addini("places", "", type="linelist")
+""",
+    )
+    suite.write(
+        "test_it.py",
+        """
+import os
+
+def test_it(pytestconfig):
+    assert os.environ["VMSANDBOX_GUEST"] == "debian-13.1"
+    assert pytestconfig.getoption("--flavour") == "mint"
+    assert pytestconfig.getini("places") == ["a b", "c"]
+    assert os.environ["GIVEN"] == "1"
+""",
+    )
+    (suite.path / "pytest.ini").write_text(
+        "[pytest]\nplaces =\n    a b\n    c\nvm_env = GIVEN=1\naddopts = --flavour=mint\n"
+    )
+    status, output = suite.run("--in-vm")
+    assert status == 0, output
