@@ -163,7 +163,8 @@ initramfs() {
     chmod 0755 "$tree/init"
     for module in pvpanic pvpanic_pci virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
         chroot "$ROOT" modprobe --set-version "$version" --show-depends "$module" 2>/dev/null || fail "the kernel has no module $module"
-    done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$TMPDIR/modules"
+    done >"$TMPDIR/insmod"    # no pipe: in one, failing would end its half of it only
+    awk '$1 == "insmod" && !seen[$2]++ { print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"
     while read -r module; do
         name=${module##*/}
         case $name in
