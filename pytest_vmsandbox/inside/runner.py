@@ -38,6 +38,7 @@ import signal
 import socket
 import sys
 import traceback
+import types
 
 TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
 if TYPE_CHECKING:
@@ -439,7 +440,7 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
     session.wire.say({"pytest": pytest.__version__})
-    return int(pytest.main(args, plugins=[session]))
+    return int(pytest.main(args, plugins=[session, fixtures_of(config["fixtures"])]))
 
 
 def installed_plugins(names: list[str]) -> list[str]:
@@ -495,7 +496,7 @@ class Session:
 
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
-    ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
+    ``fixtures`` (name → value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
@@ -649,6 +650,19 @@ class Session:
 
     def pytest_unconfigure(self) -> None:
         self.wire.say({"finished": True})
+
+
+def fixtures_of(values: dict[str, object]) -> types.ModuleType:
+    """A plugin: fixtures for the whole session that are values of the host's."""
+    import pytest
+
+    def fixture_of(name: str, value: object) -> object:
+        return pytest.fixture(scope="session", name=name)(lambda: value)
+
+    module = types.ModuleType("vmsandbox_fixtures")
+    for name, value in values.items():
+        setattr(module, name, fixture_of(name, value))
+    return module
 
 
 class JUnit:

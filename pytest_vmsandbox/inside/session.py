@@ -246,6 +246,7 @@ class GuestSession:
         self.collected = Collected()
         self._keeper = keeper
         self._announced: deque[str] = deque()
+        self._running = False
         self._over = False
         self._ending = False  # it tears all down already
         self._dumped: Deadline | None = None
@@ -355,16 +356,17 @@ class GuestSession:
                 "it was to run the tests in another order", remedy="which plugin changes the order?"
             )
         self._keeper.expect()
+        self._running = True
         deadline = Deadline(limit)
-        while True:
+        while self._running:
             message = self._hear(deadline, "end")
             if "begin" in message:
                 continue
-            if "done" in message and message["done"] != nodeid:
-                raise broken("the end of a test that was not asked for", message["done"])
-            yield message
             if "done" in message:
-                return
+                if message["done"] != nodeid:
+                    raise broken("the end of a test that was not asked for", message["done"])
+                self._running = False
+            yield message
 
     def interrupt(self, seconds: float) -> list[Message]:
         """Let the session tear all down, as after Ctrl-C; kill it if it takes longer.
@@ -393,6 +395,8 @@ class GuestSession:
         """
         if self._over:
             return []
+        if self._running or self._announced:  # nobody waits for what is in the middle of it
+            return self.interrupt(seconds)
         self._keeper.ask({"do": "finish"})
         try:
             return self._until_exit(Deadline(seconds))

@@ -7,6 +7,7 @@ skip in silence. What is about selecting, ordering, reporting or ending tests st
 from __future__ import annotations
 
 import shlex
+import uuid
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,6 +97,17 @@ def plugins(config: pytest.Config) -> list[str]:
             if point.group == "pytest11" and manager.has_plugin(point.name):
                 names[point.name] = None
     return list(names)
+
+
+def fixtures(config: pytest.Config) -> dict[str, str]:
+    """Values of fixtures that a host-only plugin has: those of pytest-xdist."""
+    if not config.pluginmanager.has_plugin("xdist"):
+        return {}
+    worker = getattr(config, "workerinput", {})
+    return {
+        "worker_id": worker.get("workerid", "master"),
+        "testrun_uid": worker.get("testrunuid", uuid.uuid4().hex),
+    }
 
 
 def translator(root: Path, there: str) -> Callable[[str], str]:

@@ -52,6 +52,7 @@ class Lease:
     patience: float
     stack: ExitStack
     session: GuestSession | None = None
+    has_collected: bool = False
     failure: VMSandboxError | None = None  # why no session can be had here
 
 
@@ -70,6 +71,14 @@ class Inside:
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Carry out a test's protocol in its guest."""
+        try:
+            self._run(item, nextitem)
+        except KeyboardInterrupt:
+            if lease := self._leases.get(_key(item)):
+                self._interrupt(lease)
+            raise
+
+    def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         last: pytest.TestReport | None = None
         for report in self._reports(item, nextitem):
@@ -122,9 +131,6 @@ class Inside:
             yield self._failed(item, error, phases[0] if phases else "teardown")
             if phases and phases[0] != "teardown":
                 yield self._passed(item, "teardown")
-        except KeyboardInterrupt:
-            self._interrupt(lease)
-            raise
 
     def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
         if not phases or report.when != phases[0]:
@@ -345,7 +351,14 @@ class Inside:
         if lease.failure is not None:
             raise lease.failure
         if lease.session is None:
-            self._start(lease)
+            try:
+                self._start(lease)
+            except GuestLost as lost:
+                self._lose(lease, lost)
+                if lease.has_collected:  # it was well once: a fresh one will be
+                    return self._lease(item)
+                self._failures[key] = lost  # what it collects does that, and would do it again
+                raise
         return lease
 
     def _open(self, item: pytest.Item) -> Lease:
@@ -396,6 +409,7 @@ class Inside:
                 details=lost.details,
             )
             raise lease.failure from lost
+        lease.has_collected = True
         for message in said:
             self._tell(lease, message, "")
 
@@ -425,6 +439,7 @@ class Inside:
             ],
             "plugins": [] if wanted else forwarding.plugins(config),
             "options": forwarding.options(config, translate),
+            "fixtures": forwarding.fixtures(config),
             "path": list(installed.path),
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,

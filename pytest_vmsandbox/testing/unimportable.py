@@ -8,6 +8,7 @@ reported by that item.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,9 @@ from pytest_vmsandbox.testing.selection import Wishes
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.testing.session import VMSession
+
+
+_MAX_LINE = 10_000_000
 
 
 class RemoteItem(pytest.Item):
@@ -96,11 +100,14 @@ def _describe(item: RemoteItem, details: Any) -> None:
     """Give a test the place, the keywords and the marks that the guest has told of."""
     try:
         (_, line, _), keywords, marks = details
-        if isinstance(line, int | None):
+        if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
         item.extra_keyword_matches.update(str(it) for it in keywords)
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
-                item.add_marker(mark)
+                with suppress(
+                    pytest.fail.Exception
+                ):  # it is none of this side's, and those are strict
+                    item.add_marker(mark)
     except (TypeError, ValueError):
         return  # it is run all the same

@@ -212,3 +212,46 @@ def test_it(pytestconfig):
     )
     status, output = suite.run("--in-vm")
     assert status == 0, output
+
+
+@pytest.mark.parametrize(("args", "worker"), [((), "master"), (("-n", "1"), "gw0")])
+def test_fixtures_of_xdist(suite, args, worker):
+    suite.write(
+        "test_it.py",
+        f"def test_it(worker_id, testrun_uid):\n    assert worker_id == {worker!r} and testrun_uid\n",
+    )
+    status, output = suite.run("--in-vm", *args)
+    assert status == 0, output
+
+
+def test_a_keeper_that_is_gone_costs_one_test_its_guest(suite):
+    suite.write(
+        "test_it.py",
+        """
+import os
+import signal
+
+def test_first(): pass
+
+def test_kills_its_keeper():
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def test_last(): pass
+""",
+    )
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    assert "2 passed, 1 error" in output
+    assert suite.guests == ["debian-13.1", "debian-13.2"]
+
+
+def test_a_file_that_kills_the_session_that_collects_it(suite):
+    """All are told why; nothing is tried again and again."""
+    suite.write("test_it.py", "import os\n\nos.environ.get('VMSANDBOX_GUEST') and os._exit(9)\n"
+                "def test_a(): pass\n\ndef test_b(): pass\n")  # fmt: skip
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    assert output.count("could not collect the tests: the interpreter ended with status 9") >= 2
+    assert "2 errors" in output
+    assert suite.guests == ["debian-13.1"]

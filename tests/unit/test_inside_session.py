@@ -414,6 +414,7 @@ class Folder:
             "cwd": str(self.folder),
             "environment": {"PYTHONDONTWRITEBYTECODE": "1"},
             "details": [],
+            "fixtures": {},
             "live": live,
         }
 
