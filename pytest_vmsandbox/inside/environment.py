@@ -342,7 +342,8 @@ def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
     """
     found: dict[str, Distribution] = {}
     for distribution in importlib.metadata.distributions(**_path(sys_path)):
-        if name := distribution.metadata["Name"]:  # None: what a removal has left
+        # None: what a removal has left. By its key, Python 3.12 warns of that.
+        if name := dict(distribution.metadata.items()).get("Name"):  # type: ignore[attr-defined]
             found.setdefault(canonicalize_name(name), distribution)
     return found
 

@@ -33,6 +33,10 @@ class Installed:
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
         (info / "RECORD").write_text("".join(f"{it},,\n" for it in record))
+        for it in record:  # since Python 3.12, what is not there is not told
+            if ".dist-info" not in it:
+                (self.site / it).parent.mkdir(parents=True, exist_ok=True)
+                (self.site / it).touch()
         if origin is not None:
             (info / "direct_url.json").write_text(json.dumps(origin))
         for file, text in files.items():
