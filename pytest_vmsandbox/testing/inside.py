@@ -65,6 +65,7 @@ class Inside:
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
         self._prepared: Payload | None = None
+        self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
 
     # -- the protocol of one test ------------------------------------------------------------
@@ -114,6 +115,7 @@ class Inside:
             return
         assert call.result is not None
         lease = call.result
+        reports: list[pytest.TestReport] = []
         try:
             found = self._guest_id(lease, item)
             if not isinstance(found, str):
@@ -123,14 +125,21 @@ class Inside:
             for report in self._session_reports(lease, item, found, nextitem):
                 if type(report) is pytest.TestReport:  # a subtest's is one more
                     self._check_order(phases, report)
-                yield report
+                reports.append(report)
             if phases:
                 raise self._broken(f"a test is done without {phases[0]}")
         except VMSandboxError as error:
+            ahead = list(lease.session.announced) if lease.session is not None else []
             self._lose(lease, error)
-            yield self._failed(item, error, phases[0] if phases else "teardown")
+            if isinstance(error, GuestLost) and ahead:
+                # Any of them may have done it, while reports were on their way: one by one, then.
+                self._alone.update([collection.plain_nodeid(item), *ahead])
+                yield from self._reports(item, nextitem)
+                return
+            reports.append(self._failed(item, error, phases[0] if phases else "teardown"))
             if phases and phases[0] != "teardown":
-                yield self._passed(item, "teardown")
+                reports.append(self._passed(item, "teardown"))
+        yield from reports
 
     def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
         if not phases or report.when != phases[0]:
@@ -171,17 +180,18 @@ class Inside:
         option = self._config.option
         if option.maxfail or getattr(option, "stepwise", False) or self._is_worker:
             return
-        session, announced = lease.session, 0
+        session = lease.session
         assert session is not None
         ahead: pytest.Item | None = item
-        while ahead is not None and announced <= _AHEAD:
-            nodeid = collection.plain_nodeid(ahead)
+        for _ in range(1 + _AHEAD):
+            if ahead is None or (nodeid := collection.plain_nodeid(ahead)) in self._alone:
+                return
             if nodeid not in session.collected.items:
                 return
             if nodeid not in session.announced:
                 following, more = self._next(ahead, None)
                 session.announce(nodeid, following=following, more=more, marks=_marks(ahead))
-            ahead, announced = self._following.get(ahead), announced + 1
+            ahead = self._following.get(ahead)
 
     def _tell(self, lease: Lease, message: Message, nodeid: str) -> None:
         """Pass on what a session says besides."""

@@ -65,7 +65,9 @@ class Sides:
     def run(self, side, line, *args):
         junit = self.folder / f"{side}.xml"
         junit.unlink(missing_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHON", "COV"))}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHON", "COV"))
+        }
         environment = {
             **kept, "LC_ALL": "C.UTF-8", "COLUMNS": "300", "TMPDIR": str(self.folder), "CI": "", **line.environment,
             "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}", "VMSANDBOX_CACHE": str(self.folder / "c"),

@@ -224,7 +224,7 @@ def test_fixtures_of_xdist(suite, args, worker):
     assert status == 0, output
 
 
-def test_a_keeper_that_is_gone_costs_one_test_its_guest(suite):
+def test_a_guest_that_is_lost_is_one_tests_error(suite):
     suite.write(
         "test_it.py",
         """
@@ -243,7 +243,8 @@ def test_last(): pass
     status, output = suite.run("--in-vm")
     assert status == 1, output
     assert "2 passed, 1 error" in output
-    assert suite.guests == ["debian-13.1", "debian-13.2"]
+    # The second is for those of which each may have done it, one by one; the third for the rest.
+    assert suite.guests == ["debian-13.1", "debian-13.2", "debian-13.3"]
 
 
 def test_a_file_that_kills_the_session_that_collects_it(suite):
