@@ -168,23 +168,23 @@ def test_the_rest_goes_on(crashes, name):
 @pytest.mark.parametrize(
     ("name", "outcome", "text"),
     [
-        ("test_first_is_killed", "failure", "the interpreter was ended by SIGKILL"),
-        ("test_leaves", "failure", "the interpreter ended with status 0"),
-        ("test_crashes_in_setup", "error", "the interpreter ended with status 3"),
-        ("test_crashes_in_teardown", "error", "the interpreter ended with status 4"),
-        ("test_segmentation_fault", "failure", "SIGSEGV"),
-        ("test_segmentation_fault", "failure", "in test_segmentation_fault"),
-        ("test_hangs", "failure", "did not end within 15 s"),
-        ("test_hangs", "failure", "in test_hangs"),
-        ("test_takes_all_memory", "failure", "ran out of memory"),
-        ("test_panics", "error", "kernel panic: sysrq triggered crash"),
-        ("test_switches_off", "error", "is switched off"),
-        ("test_takes_the_network_down", "error", "does not answer any more"),
-        ("test_last_kills_its_keeper", "error", "is gone"),
+        ("test_first_is_killed", "FAILED", "the interpreter was ended by SIGKILL"),
+        ("test_leaves", "FAILED", "the interpreter ended with status 0"),
+        ("test_crashes_in_setup", "ERROR", "the interpreter ended with status 3"),
+        ("test_crashes_in_teardown", "ERROR", "the interpreter ended with status 4"),
+        ("test_segmentation_fault", "FAILED", "SIGSEGV"),
+        ("test_segmentation_fault", "FAILED", "in test_segmentation_fault"),
+        ("test_hangs", "FAILED", "did not end within 15 s"),
+        ("test_hangs", "FAILED", "in test_hangs"),
+        ("test_takes_all_memory", "FAILED", "ran out of memory"),
+        ("test_panics", "ERROR", "kernel panic: sysrq triggered crash"),
+        ("test_switches_off", "ERROR", "is switched off"),
+        ("test_takes_the_network_down", "ERROR", "does not answer any more"),
+        ("test_last_kills_its_keeper", "ERROR", "is gone"),
     ],
 )
 def test_the_cause_is_named(crashes, name, outcome, text):
-    assert outcome in crashes.outcome(name), crashes.output
+    assert f"\n{outcome} test_crashes.py::{name}[" in crashes.output
     assert text in crashes.text(name), crashes.output
 
 
