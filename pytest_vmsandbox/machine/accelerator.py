@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -104,9 +103,9 @@ def choose(
         say(f"proving that {candidate} runs guests here, once, at most about {PROOF_SECONDS:.0f} s")
         verdict = _prove(candidate, qemu, kernel, initrd, append, hypervisor())
         with paths.usable(cache, paths.CACHE):
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-                json.dump(asdict(verdict), file)
-            Path(file.name).replace(path)
+            part = folder / ".part"  # one name, under the lock: what a kill leaves is overwritten
+            part.write_text(json.dumps(asdict(verdict)))
+            part.replace(path)
         return verdict
 
 

@@ -42,7 +42,9 @@ class Suite:
     def start(self, *args):
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
         return subprocess.Popen(
-            [*(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"),
+            # Whatever started us in the background may have made us deaf to SIGINT.
+            ["env", "--default-signal=INT",
+             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"),
              *("-p", "vmsandbox_local", "-p", "vmsandbox_host_plugin", *args)],
             cwd=self.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**kept, "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",

@@ -69,6 +69,8 @@ def main() -> int:
     parser.add_argument("--longest", type=float, default=25.0, help="seconds before a kill")
     args = parser.parse_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # A shell starts what ends in `&` with SIGINT ignored, and pytest would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=reap, daemon=True).start()
     rng = random.Random(args.seed)
     rounds = [
