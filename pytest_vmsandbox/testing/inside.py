@@ -346,7 +346,7 @@ class Inside:
         """The guest for a test, with a session that has collected."""
         key = _key(item)
         if key in self._failures:
-            raise self._failures[key]
+            raise self._failures[key].with_traceback(None)  # or it grows with each test
         lease = self._leases.get(key)
         if lease is not None and not lease.guest.alive:
             self._end(key)
@@ -359,7 +359,7 @@ class Inside:
                     self._failures[key] = error
                 raise
         if lease.failure is not None:
-            raise lease.failure
+            raise lease.failure.with_traceback(None)
         if lease.session is None:
             try:
                 self._start(lease)
