@@ -75,7 +75,7 @@ class Inside:
         try:
             self._run(item, nextitem)
         except KeyboardInterrupt:
-            if lease := self._leases.get(_key(item)):
+            if lease := self._leases.get(collection.place_of(item)):
                 self._interrupt(lease)
             raise
 
@@ -309,14 +309,18 @@ class Inside:
     def _next(self, item: pytest.Item, nextitem: pytest.Item | None) -> tuple[str | None, bool]:
         """The next test of the same session, and whether there may be any."""
         if self._is_worker:  # of xdist: more may come, nobody knows
-            if nextitem is not None and _is_inside(nextitem) and _key(nextitem) == _key(item):
+            if (
+                nextitem is not None
+                and collection.is_inside(nextitem)
+                and collection.place_of(nextitem) == collection.place_of(item)
+            ):
                 return collection.plain_nodeid(nextitem), True
-            return None, _key(item)[2] == "session" and nextitem is not None
+            return None, collection.place_of(item)[2] == "session" and nextitem is not None
         if not self._following:
             last: dict[Key, pytest.Item] = {}
             for it in reversed(item.session.items):
                 if collection.runs_inside(it):
-                    key = _key(it)
+                    key = collection.place_of(it)
                     if key in last:
                         self._following[it] = last[key]
                     last[key] = it
@@ -344,7 +348,7 @@ class Inside:
 
     def _lease(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected."""
-        key = _key(item)
+        key = collection.place_of(item)
         if key in self._failures:
             raise self._failures[key].with_traceback(None)  # or it grows with each test
         lease = self._leases.get(key)
@@ -431,11 +435,11 @@ class Inside:
 
         config, tree = self._config, installed.tree
         translate = forwarding.translator(config.rootpath, tree)
-        key = _key(item)
+        key = collection.place_of(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None
             for it in item.session.items
-            if _is_inside(it) and _key(it) == key
+            if collection.is_inside(it) and collection.place_of(it) == key
         }
         wanted = options.guest_plugins(config)
         where = translate(str(config.invocation_params.dir))
@@ -476,7 +480,7 @@ class Inside:
 
         config = self._config
         root = config.rootpath
-        files = [it.path for it in session.items if _is_inside(it) and it.path.is_file()]
+        files = [it.path for it in session.items if collection.is_inside(it) and it.path.is_file()]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(
@@ -519,9 +523,13 @@ class Inside:
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         with ExitStack() as stack:
-            key = _key(item)
+            key = collection.place_of(item)
             if key in self._leases and key[2] != "session":
-                keep = nextitem is not None and _is_inside(nextitem) and _key(nextitem) == key
+                keep = (
+                    nextitem is not None
+                    and collection.is_inside(nextitem)
+                    and collection.place_of(nextitem) == key
+                )
                 if not keep:
                     stack.callback(self._end, key)
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
@@ -556,14 +564,6 @@ class Inside:
 
 
 _RAISED: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
-
-
-def _is_inside(item: pytest.Item) -> bool:
-    return collection.is_inside(item)
-
-
-def _key(item: pytest.Item) -> Key:
-    return collection.place_of(item)
 
 
 def _marks(item: pytest.Item) -> list[tuple[str, str]]:

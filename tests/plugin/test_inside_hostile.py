@@ -11,7 +11,7 @@ import pytest
 
 from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.testing import inside
+from pytest_vmsandbox.testing import collection, inside
 from pytest_vmsandbox.testing.remote_reports import Reader
 from support.reports import check_text
 
@@ -71,7 +71,7 @@ def told(suite, monkeypatch):
 
     def told(*said, args=(), items=(ONE, TWO), failed=()):
         def get(self, item):
-            key = inside._key(item)
+            key = collection.place_of(item)
             lease = self._leases.setdefault(key, SimpleNamespace(session=None, stack=ExitStack()))
             if lease.session is None:
                 script: Any = Script(said)
