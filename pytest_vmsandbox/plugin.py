@@ -102,6 +102,10 @@ def pytest_collection_modifyitems(
     return result
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[SESSION].coming = collection.guests_to_come(session.items)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
-from pytest_vmsandbox.core.errors import ConfigError, ImageError, LaunchError, VMSandboxError
+from pytest_vmsandbox.core.errors import (
+    ConfigError,
+    GuestLost,
+    ImageError,
+    LaunchError,
+    MonitorError,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.guests import ssh
+from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
+from pytest_vmsandbox.guests.pool import Pool
+from pytest_vmsandbox.guests.sealing import CannotSealError, Sealer, grow
+from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.machine import Machine
-from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+from pytest_vmsandbox.machine.ledger import Ledger
+from pytest_vmsandbox.machine.qemu import find_qemu
 
-KEY, KNOWN_HOSTS = "key", "known_hosts"  # in the run's folder, for `Guest.ssh_command`
-_SSH_PORT = 22
-_CONNECT_SECONDS = 20.0
-_UNANNOUNCED_SECONDS = 0.5
-_RESIZE_SECONDS = 60.0
+_FILLERS = 2
 
 
 def _raise(error: VMSandboxError) -> NoReturn:
@@ -42,9 +51,12 @@ class Surroundings:
     """What the caller adds to guests and to their errors.
 
     Attributes:
-        logs: the folder for a guest's logs, by the guest's name; None for no logs.
+        logs: the folder for a guest's logs, by the guest's name; None for no logs. Called from any
+            thread, and for guests that nobody may ever get.
+        begun: called with the name of a guest that is going to be somebody's.
         hints: lines for an error of a guest: where the artifacts are, how to reproduce it.
         say: told of long waits, for people.
+        tell: told, once, of what does not go as it should, for people.
         missing: called when QEMU or an image is missing; raises what is to be raised.
         qemu_args: further arguments for QEMU.
         ready: called when a guest answers.
@@ -52,8 +64,10 @@ class Surroundings:
     """
 
     logs: Callable[[str], Path | None] = lambda _: None
+    begun: Callable[[str], None] = lambda _: None
     hints: Callable[[], Sequence[str]] = lambda: ()
     say: Callable[[str], None] = lambda _: None
+    tell: Callable[[str], None] = lambda _: None
     missing: Callable[[VMSandboxError], NoReturn] = _raise
     qemu_args: Callable[[MachineSpec], Sequence[str]] = lambda _: ()
     ready: Callable[[Guest], None] = lambda _: None
@@ -76,6 +90,10 @@ class GuestFactory:
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}
+        self._naming = threading.Lock()  # fillers of the pool name guests, too
+        self._blueprints: dict[tuple[str, Hardware], Blueprint] = {}
+        self._without_clones: set[str] = set()
+        self._expected: dict[tuple[str, Hardware], int] = {}  # guests that are to come
 
     @classmethod
     @contextmanager
@@ -89,6 +107,9 @@ class GuestFactory:
     @contextmanager
     def boot(self, image: str, **hardware: object) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
+
+        It is a clone of a guest that was booted once, on this machine, and sealed; where there can
+        be none, it is booted.
 
         Args:
             image: a name of the catalogue.
@@ -106,54 +127,145 @@ class GuestFactory:
             with vm_factory.boot("debian-13", memory="1GiB") as guest:
                 guest.run(["true"])
         """
-        spec = self._settings.hardware.changed(hardware)
-        definition = self._catalogue.get(image)
-        _check_hardware(definition, spec)
+        blueprint = self._blueprint(image, hardware)
+        with ExitStack() as stack:
+            guest = self._cloned(blueprint, stack) or self._booted(blueprint, stack)
+            stack.enter_context(guest)
+            if guest.origin == "booted":
+                grow(guest, blueprint)
+            self._surroundings.ready(guest)
+            try:
+                yield guest
+            except Exception:
+                self._surroundings.stopping(guest, True)
+                raise
+            else:  # an interrupted run is in a hurry, and nobody asks how its guest was
+                self._surroundings.stopping(guest, False)
+
+    def expect(self, image: str, hardware: Mapping[str, object], count: int = 1) -> None:
+        """Be told that so many guests of a kind are going to be asked for.
+
+        Raises:
+            ConfigError: there is no such hardware.
+        """
+        kind = image, self._settings.hardware.changed(hardware)
+        self._expected[kind] = self._expected.get(kind, 0) + count
+
+    def _cloned(self, blueprint: Blueprint, stack: ExitStack) -> Guest | None:
+        """A guest that is a clone; None where there can be none."""
+        if self._settings.clones == "never" or blueprint.image in self._without_clones:
+            return None
         try:
-            qemu = find_qemu(definition.architecture)
-            built = self.built(image)
-        except (LaunchError, ImageError) as error:
-            self._surroundings.missing(error)
-        hypervisor = self._running()
-        verdict = self.accelerator(image)
-        name = self._name(image)
-        with Disks.open(
-            base=built.disk,
-            root_size=spec.disk,
-            blank=spec.disks,
-            folder=hypervisor.cache,
-        ) as disks:
-            platform = _Platform(
-                hypervisor=hypervisor,
+            while True:
+                sealed = self._sealer.obtain(blueprint)
+                if count := self._expected.pop((blueprint.image, blueprint.hardware), 0):
+                    self._pool.expect(sealed, blueprint, count)
+                own = stack.enter_context(ExitStack())
+                clone, was_armed = own.enter_context(self._pool.lease(sealed, blueprint))
+                if not sealed.damage.result():
+                    break
+                own.close()
+                self._pool.forget(sealed)
+                self._sealer.drop_damaged(sealed)
+        except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
+            self._without_clones.add(blueprint.image)
+            self._surroundings.tell(
+                f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
+            )
+            return None
+        self._surroundings.begun(clone.name)
+        platform = GuestPlatform(
+            blueprint,
+            self._running(),
+            name=sealed.template.name,
+            key=sealed.key,
+            disks=clone.disks,
+            logs=clone.logs,
+            awake=clone.awake,
+        )
+        return self._guest(platform, clone.name, "armed" if was_armed else "cloned")
+
+    def _booted(self, blueprint: Blueprint, stack: ExitStack) -> Guest:
+        """A guest that is booted."""
+        name = self._name(blueprint.image)
+        disks = stack.enter_context(
+            Disks.open(
+                base=blueprint.built.disk,
+                root_size=blueprint.hardware.disk,
+                blank=blueprint.hardware.disks,
+                folder=self._running().cache,
+            )
+        )
+        self._surroundings.begun(name)
+        platform = GuestPlatform(
+            blueprint,
+            self._running(),
+            name=name,
+            key=self._key,
+            disks=disks,
+            logs=self._surroundings.logs(name),
+        )
+        return self._guest(platform, name, "booted")
+
+    def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
+        blueprint = platform.blueprint
+        scale = blueprint.verdict.time_scale
+        return Guest(
+            platform,
+            name=name,
+            image=blueprint.image,
+            spec=blueprint.hardware,
+            boot_timeout=self._settings.boot_timeout * scale,
+            command_timeout=self._settings.command_timeout * scale,
+            hints=self._surroundings.hints,
+            origin=origin,
+        )
+
+    def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
+        spec = self._settings.hardware.changed(hardware)
+        kind = (image, spec)
+        if kind not in self._blueprints:
+            definition = self._catalogue.get(image)
+            _check_hardware(definition, spec)
+            try:
+                qemu = find_qemu(definition.architecture)
+                built = self.built(image)
+            except (LaunchError, ImageError) as error:
+                self._surroundings.missing(error)
+            self._blueprints[kind] = Blueprint(
                 built=built,
                 qemu=qemu,
-                verdict=verdict,
-                name=name,
+                verdict=self.accelerator(image),
                 hardware=spec,
-                disks=disks,
-                key=self._key,
-                logs=self._surroundings.logs(name),
                 qemu_args=self._surroundings.qemu_args,
             )
-            guest = Guest(
-                platform,
-                name=name,
-                image=image,
-                spec=spec,
-                boot_timeout=self._settings.boot_timeout * verdict.time_scale,
-                command_timeout=self._settings.command_timeout * verdict.time_scale,
-                hints=self._surroundings.hints,
+        return self._blueprints[kind]
+
+    @cached_property
+    def _sealer(self) -> Sealer:
+        """Made once, and ended after the pool."""
+        return self._stack.enter_context(
+            Sealer.open(
+                TemplateStore(self._cache),
+                self._running(),
+                guest=self._guest,
+                say=self._surroundings.say,
+                tell=self._surroundings.tell,
             )
-            with guest:
-                _grow(guest, definition)
-                self._surroundings.ready(guest)
-                try:
-                    yield guest
-                except Exception:
-                    self._surroundings.stopping(guest, True)
-                    raise
-                else:  # an interrupted run is in a hurry, and nobody asks how its guest was
-                    self._surroundings.stopping(guest, False)
+        )
+
+    @cached_property
+    def _pool(self) -> Pool:
+        hypervisor = self._running()
+        return self._stack.enter_context(
+            Pool.running(
+                hypervisor,
+                Ledger(hypervisor.folder),
+                fillers=_FILLERS if self._settings.clones == "armed" else 0,
+                name=self._name,
+                logs=self._surroundings.logs,
+            )
+        )
 
     def built(self, image: str) -> BuiltImage:
         """The built image, kept from removal until this factory is closed.
@@ -209,13 +321,13 @@ class GuestFactory:
             self._hypervisor = self._stack.enter_context(
                 Hypervisor.running(runtime=self._settings.runtime, cache=self._cache)
             )
-            self._key.save(self._hypervisor.folder / KEY)
             (self._hypervisor.folder / KNOWN_HOSTS).touch()
         return self._hypervisor
 
     def _name(self, image: str) -> str:
-        self._count[image] = self._count.get(image, 0) + 1
-        return f"{image}.{self._count[image]}"
+        with self._naming:
+            self._count[image] = self._count.get(image, 0) + 1
+            return f"{image}.{self._count[image]}"
 
 
 def _check_hardware(definition: ImageDefinition, spec: Hardware) -> None:
@@ -233,97 +345,4 @@ def _check_hardware(definition: ImageDefinition, spec: Hardware) -> None:
         raise ConfigError(
             f"a disk of {format_size(spec.disk)} is smaller than the image's",
             remedy=f"{definition.name} has {format_size(definition.disk_size or 0)}",
-        )
-
-
-def _grow(guest: Guest, definition: ImageDefinition) -> None:
-    """Let the root file system use all of a disk that is larger than the image's."""
-    if guest.spec.disk is not None and guest.spec.disk != definition.disk_size:
-        guest.run(["resize2fs", "/dev/vda"], user="root", timeout=_RESIZE_SECONDS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Platform:
-    """What one guest is made of; see `Platform`."""
-
-    hypervisor: Hypervisor
-    built: BuiltImage
-    qemu: Qemu
-    verdict: Verdict
-    name: str
-    hardware: Hardware
-    disks: Disks
-    key: ssh.KeyPair
-    logs: Path | None
-    qemu_args: Callable[[MachineSpec], Sequence[str]]
-
-    def machine(self) -> Any:
-        spec = MachineSpec(
-            name=self.name,
-            qemu=str(self.qemu.path),
-            version=self.qemu.version,
-            accelerator=self.verdict.accelerator,
-            processor=self.verdict.processor,
-            hardware=self.hardware,
-            append=" ".join(
-                [
-                    self.built.definition.append,
-                    f"vmsandbox.key={self.key.public.split()[1]}",
-                    f"vmsandbox.name={self.name.replace('_', '-')}",
-                ]
-            ),
-        )
-        return Machine.running(
-            self.hypervisor.launcher,
-            self.hypervisor.loop,
-            spec,
-            kernel=self.built.kernel,
-            initrd=self.built.initrd,
-            disks=self.disks,
-            logs=self.logs,
-            more_args=self.qemu_args(spec),
-        )
-
-    def transport(self, machine: Machine, user: str) -> ssh.SSHTransport:
-        return ssh.SSHTransport(
-            lambda: ssh.Endpoint(
-                address=machine.forward(_SSH_PORT),
-                user=user,
-                key=self.key,
-                host_key=self.built.host_key,
-            ),
-            check=machine.check,
-            connect_timeout=_CONNECT_SECONDS * self.verdict.time_scale,
-            time_scale=self.verdict.time_scale,
-        )
-
-    def answers(self, machine: Machine, timeout: float) -> bool:
-        # A connection made before the guest's network is up waits for a retransmission, so the
-        # console is asked first. An image that does not announce its server is just tried.
-        announced = machine.wait_for_ssh(timeout)
-        try:
-            address = machine.forward(_SSH_PORT)
-        except VMSandboxError:
-            return False  # the caller looks at why
-        return ssh.greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
-
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        host, port = machine.forward(_SSH_PORT)
-        known = self.hypervisor.folder / KNOWN_HOSTS
-        with known.open("a") as file:
-            file.write(f"{self.name} {self.built.host_key}\n")
-        options = {
-            "HostKeyAlias": self.name,
-            "UserKnownHostsFile": str(known),
-            "GlobalKnownHostsFile": "/dev/null",
-            "IdentitiesOnly": "yes",
-            "LogLevel": "ERROR",
-        }
-        return shlex.join(
-            [
-                "ssh",
-                *("-F", "none", "-i", str(self.hypervisor.folder / KEY), "-p", str(port)),
-                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
-                f"{user}@{host}",
-            ]
         )

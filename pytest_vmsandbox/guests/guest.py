@@ -27,6 +27,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
 
@@ -48,6 +49,23 @@ class Platform(Protocol):
     def answers(self, machine: Machine, timeout: float) -> bool:
         """Whether the guest can be talked to; waits at most `timeout` seconds."""
 
+    def save(self, machine: Machine) -> Any:
+        """The state of the guest now, its memory and its disks; it goes on afterwards.
+
+        Raises:
+            MonitorError: QEMU cannot.
+            ConfigError: there is no helper in the guest.
+        """
+
+    def roll_back(self, saved: Any) -> None:
+        """Let the machine go on from a saved state when it is switched on next."""
+
+    def close(self) -> None:
+        """The guest is over."""
+
+    def going_down(self) -> None:
+        """The guest restarts, or is switched off: what was known of its programs is void."""
+
     def ssh_command(self, machine: Machine, user: str) -> str:
         """The line that a person types to get in."""
 
@@ -61,6 +79,8 @@ class Guest:
         name: unique among the guests of this process.
         image: the name of its image.
         spec: its hardware.
+        origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
+            ``booted``.
     """
 
     def __init__(
@@ -73,10 +93,12 @@ class Guest:
         boot_timeout: float,
         command_timeout: float,
         hints: Callable[[], Sequence[str]],
+        origin: str = "booted",
     ) -> None:
         self.name = name
         self.image = image
         self.spec = spec
+        self.origin = origin
         self._platform = platform
         self._boot_timeout = boot_timeout
         self._command_timeout = command_timeout
@@ -436,6 +458,27 @@ class Guest:
         with self._explained():
             self._switch_on()
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Roll memory and disks back at the end of the context to what they are now.
+
+        What runs in the guest then is what runs now, with the right time and random numbers of its
+        own. Connections are made anew: a process of `popen` goes on in the guest, but is no longer
+        heard of, and a port that was forwarded has to be forwarded again.
+
+        Raises:
+            MonitorError: the state of the guest cannot be saved.
+        """
+        with self._explained():
+            saved = self._platform.save(self._on())
+        try:
+            yield
+        finally:
+            with self._explained():
+                self._switch_off()
+                self._platform.roll_back(saved)
+                self._switch_on()
+
     # -- from outside ---------------------------------------------------------------------------
 
     def forward(self, port: int) -> tuple[str, int]:
@@ -489,6 +532,24 @@ class Guest:
 
     # -- for those who made it ------------------------------------------------------------------
 
+    @property
+    def processor_seconds(self) -> float:
+        """Processor time that it has taken of this host since it was switched on."""
+        return host.processor_seconds(self._on().process.pid)
+
+    def seal(self, state: IO[bytes]) -> None:
+        """Write the state of its devices to an open file, and end it; its memory is a file.
+
+        Nobody is connected to it then.
+
+        Raises:
+            MonitorError: QEMU cannot.
+        """
+        machine = self._on()
+        self._hang_up()
+        machine.save(state, with_memory=False)
+        machine.end(0)
+
     def __enter__(self) -> Self:
         with self._explained():
             self._switch_on()
@@ -500,7 +561,10 @@ class Guest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._switch_off()
+        try:
+            self._switch_off()
+        finally:
+            self._platform.close()
 
     def _switch_on(self) -> None:
         deadline = Deadline(self._boot_timeout)
@@ -542,6 +606,7 @@ class Guest:
         self._processes.clear()
         while self._transports:
             self._transports.popitem()[1].close()
+        self._platform.going_down()
 
     def _on(self) -> Machine:
         if self._machine is None:

@@ -1,111 +1,115 @@
-"""A program in a guest, on an SSH channel of its own."""
+"""A program in a guest, on a channel of its own, whatever way it is reached."""
 
 from __future__ import annotations
 
 import io
 import math
-import select
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import script
-
-if TYPE_CHECKING:
-    from pytest_vmsandbox.guests.ssh import SSHTransport
 
 _CHUNK = 1 << 18
+_ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
 _CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
 _KILL_SECONDS = 15.0
-_LINGER_SECONDS = 5.0
 _ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
 _CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
-_MAX_GROUP = 20  # digits of a process number
-_MAX_NOISE = 1 << 16  # bytes that a login shell may write before the program starts
 UNKNOWN_SIGNAL = 127  # the server did not tell which; OpenSSH names only some of them
 
 
-class SSHProcess:
-    """A program in a guest, on a channel of its own; see `RemoteProcess`."""
+class Channel(Protocol):
+    """The streams of a program, and how it ended; the names are paramiko's.
+
+    Attributes:
+        eof_received: no more output will come.
+        closed: nothing will go either way.
+        status_event: set when it is known how the program ended, or that nobody will know.
+        exit_status: how it ended; -1 where that is unknown.
+        ended_by: the number of the signal that ended it, or None.
+    """
+
+    eof_received: bool
+    closed: bool
+    status_event: threading.Event
+    exit_status: int
+    ended_by: int | None
+
+    def recv(self, size: int) -> bytes:
+        """At least a byte of its output; nothing at the end; `TimeoutError` when none comes."""
+
+    def recv_stderr(self, size: int) -> bytes:
+        """Likewise of its standard error."""
+
+    def recv_ready(self) -> bool:
+        """Whether `recv` has something now."""
+
+    def recv_stderr_ready(self) -> bool:
+        """Whether `recv_stderr` has something now."""
+
+    def send(self, data: bytes) -> int:
+        """Send a part of `data`, and tell how much; `TimeoutError` when nothing can be sent."""
+
+    def shutdown_write(self) -> None:
+        """Let it find the end of its input."""
+
+
+class Carrier(Protocol):
+    """What a process needs of the transport that its channel is of.
+
+    Attributes:
+        quiet_seconds: after which a stream that something else holds open is done.
+    """
+
+    quiet_seconds: float
+
+    def wait(self, channel: Any, seconds: float) -> None:
+        """Wait until something has come on a channel, or it has ended, at most `seconds`."""
+
+    def hang_up(self, channel: Any) -> None:
+        """Close a channel."""
+
+    def send_signal(self, group: int, name: str) -> None:
+        """Send a signal to a process group of the guest; it may be gone already."""
+
+    def is_current(self, channel: Any) -> bool:
+        """Whether a channel is one of the connection that is in use now."""
+
+    def has_left(self, channel: Any) -> bool:
+        """Whether a channel is one of a connection that was closed here."""
+
+
+class ChannelProcess:
+    """A program in a guest, on a channel of its own; see `RemoteProcess`.
+
+    Args:
+        check: called often while something is awaited; raises `GuestLost`.
+        group: its process group.
+        early: what of its output has come already.
+    """
 
     def __init__(
         self,
-        transport: SSHTransport,
-        channel: Any,
+        carrier: Carrier,
+        channel: Any,  # a Channel; paramiko's own has no types
         command: Command,
-        token: str,
+        *,
         check: Callable[[], None],
-        start_timeout: float,
+        group: int,
+        early: bytes = b"",
     ) -> None:
-        self._transport = transport
+        self._carrier = carrier
         self._channel = channel
         self._command = command
         self._check = check
-        self._started = self._moved = monotonic()
-        try:
-            self._early, self.group = self._await_start(
-                f"{script.STARTED} {token} ".encode(), Deadline(start_timeout)
-            )
-        except BaseException:
-            transport.hang_up(channel)
-            raise
-
-    def _await_start(self, mark: bytes, deadline: Deadline) -> tuple[bytes, int]:
-        """Read up to the line that says that the program starts; return what came after it."""
-        seen = b""
-        self._channel.settimeout(_CHECK_SECONDS)
-        while True:
-            before, _, rest = seen.partition(mark)
-            group, ended, early = rest.partition(b"\n")
-            if ended and group.isdigit():
-                return early, int(group)
-            if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
-                raise GuestLost(
-                    "the guest's login shell does not stop talking",
-                    stage="ssh",
-                    details=seen[:500].decode(errors="replace"),
-                )
-            try:
-                data = self._channel.recv(_CHUNK)
-            except TimeoutError:
-                self._check()
-                if deadline.expired:
-                    raise GuestLost(
-                        f"the guest did not start a program in {deadline.seconds:g} s", stage="ssh"
-                    ) from None
-                continue
-            if not data:
-                raise self._not_started(seen)
-            seen += data
-
-    def _not_started(self, noise: bytes) -> CommandError | GuestLost:
-        self._channel.status_event.wait(_LINGER_SECONDS)
-        if not self._channel.status_event.is_set() or self._channel.exit_status == -1:
-            self._check()
-            return GuestLost("the connection broke while a program was started", stage="ssh")
-        stderr = b""
-        while data := self._channel.recv_stderr(_CHUNK):
-            stderr += data
-        result = CommandResult(
-            argv=self._command.argv,
-            returncode=self._channel.exit_status,
-            stdout=noise.decode(errors="replace"),
-            stderr=stderr.decode(errors="replace"),
-            duration=monotonic() - self._started,
-        )
-        what = f"{self._command.argv[0]} could not be started"
-        if self._command.user is not None:
-            what += f" as {self._command.user}"
-        if self._command.cwd is not None:
-            what += f" in {self._command.cwd}"
-        return CommandError(
-            what, result=result, remedy="check that the folder and the user exist in the guest"
-        )
+        self._moved = monotonic()
+        self._early = early
+        self.group = group
 
     # -- all at once ----------------------------------------------------------------------------
 
@@ -140,9 +144,7 @@ class SSHProcess:
         idle: float,
     ) -> int:
         channel = self._channel
-        poller = select.poll()
-        poller.register(channel.fileno(), select.POLLIN)
-        quiet = self._transport.quiet_seconds
+        quiet = self._carrier.quiet_seconds
         checked = self._moved = monotonic()
         ended: float | None = None
         while True:
@@ -170,10 +172,9 @@ class SSHProcess:
                 checked = now
             if got:
                 continue
-            if channel.eof_received or channel.closed:  # then the poller does not wait
-                channel.status_event.wait(deadline.remaining(_CHECK_SECONDS))
-            else:
-                poller.poll(deadline.remaining(0.02 if ended else _CHECK_SECONDS) * 1000)
+            self._carrier.wait(
+                channel, deadline.remaining(_ENDING_SECONDS if ended else _CHECK_SECONDS)
+            )
 
     def _kill(self, why: str, seconds: float) -> NoReturn:
         self._try_to_kill()
@@ -214,7 +215,7 @@ class SSHProcess:
         try:
             yield errors
         finally:
-            self._transport.hang_up(self._channel)  # also ends a send that waits for a reader
+            self._carrier.hang_up(self._channel)  # also ends a send that waits for a reader
             thread.join()
 
     def send(self, data: bytes) -> None:
@@ -280,7 +281,7 @@ class SSHProcess:
     def signal(self, name: str) -> None:
         """See `RemoteProcess.signal`."""
         if not self._has_ended():
-            self._transport.send_signal(self.group, name)
+            self._carrier.send_signal(self.group, name)
 
     @property
     def stdin(self) -> io.BufferedIOBase:
@@ -300,7 +301,7 @@ class SSHProcess:
 
     def close(self) -> None:
         """See `RemoteProcess.close`."""
-        self._transport.hang_up(self._channel)
+        self._carrier.hang_up(self._channel)
 
     def _has_ended(self) -> bool:
         return bool(self._channel.status_event.is_set())
@@ -312,9 +313,9 @@ class SSHProcess:
             deadline = Deadline(_CAUSE_SECONDS)
             while not deadline.expired:  # a guest that goes down closes its connections first
                 self._check()
-                if self._transport.has_left(self._channel):
+                if self._carrier.has_left(self._channel):
                     break
-                if self._transport.is_current(self._channel) and deadline.elapsed > _ALIVE_SECONDS:
+                if self._carrier.is_current(self._channel) and deadline.elapsed > _ALIVE_SECONDS:
                     return -UNKNOWN_SIGNAL  # the connection is well: it was the program
                 deadline.pause(_CHECK_SECONDS)
             raise GuestLost(
@@ -325,10 +326,31 @@ class SSHProcess:
         return int(self._channel.exit_status)
 
 
+def could_not_start(
+    command: Command, status: int, stdout: bytes, stderr: bytes, started: float
+) -> CommandError:
+    """A command whose folder or user does not exist."""
+    result = CommandResult(
+        argv=command.argv,
+        returncode=status,
+        stdout=stdout.decode(errors="replace"),
+        stderr=stderr.decode(errors="replace"),
+        duration=monotonic() - started,
+    )
+    what = f"{command.argv[0]} could not be started"
+    if command.user is not None:
+        what += f" as {command.user}"
+    if command.cwd is not None:
+        what += f" in {command.cwd}"
+    return CommandError(
+        what, result=result, remedy="check that the folder and the user exist in the guest"
+    )
+
+
 class _Reader(io.RawIOBase):
     """An output stream of a program."""
 
-    def __init__(self, process: SSHProcess, recv: Callable[[int], bytes], early: bytes) -> None:
+    def __init__(self, process: ChannelProcess, recv: Callable[[int], bytes], early: bytes) -> None:
         self._process = process
         self._recv = recv
         self._early = early
@@ -348,7 +370,7 @@ class _Reader(io.RawIOBase):
 class _Writer(io.RawIOBase):
     """The input stream of a program."""
 
-    def __init__(self, process: SSHProcess) -> None:
+    def __init__(self, process: ChannelProcess) -> None:
         self._process = process
 
     def writable(self) -> bool:

@@ -12,6 +12,20 @@ STARTED = "vmsandbox-started"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def check(command: Command) -> None:
+    """Check that a command can be started at all.
+
+    Raises:
+        ValueError: a NUL in a word, or an impossible name of a variable.
+    """
+    words = (*command.argv, command.cwd or "", *command.env.values())
+    if any("\0" in word for word in words):
+        raise ValueError("a NUL character cannot be part of a command")
+    for name in command.env:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of an environment variable")
+
+
 def command_line(command: Command, token: str) -> str:
     """The line for the login shell that runs `command`.
 
@@ -20,17 +34,13 @@ def command_line(command: Command, token: str) -> str:
     noise, what comes after is the program's, and PID is the process group to end.
 
     Raises:
-        ValueError: a NUL in a word, or an impossible name of a variable.
+        ValueError: see `check`.
     """
-    words = (*command.argv, command.cwd or "", *command.env.values())
-    if any("\0" in word for word in words):
-        raise ValueError("a NUL character cannot be part of a command")
+    check(command)
     lines = []
     if command.cwd is not None:
         lines.append(f"cd {shlex.quote(command.cwd)} || exit 126")
     for name, value in command.env.items():
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of an environment variable")
         lines.append(f"export {name}={shlex.quote(value)}")
     lines.append(f'echo "{STARTED} {token} $$"')
     lines.append(f"exec {shlex.join(command.argv)}")

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import secrets
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -17,16 +18,20 @@ import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pytest_vmsandbox.core.deadline import within
-from pytest_vmsandbox.core.errors import ConfigError, GuestLost
+from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
+from pytest_vmsandbox.core.errors import CommandError, ConfigError, GuestLost
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
-from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, SSHProcess
+from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, ChannelProcess, could_not_start
 
 _QUIET_SECONDS = 0.5  # a stream that something else holds open is done when it was quiet so long
 _KILL_SECONDS = 15.0
 _KEEPALIVE_SECONDS = 15
 _LINGER_SECONDS = 5.0
+_LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
+_CHUNK = 1 << 18
+_MAX_GROUP = 20  # digits of a process number
+_MAX_NOISE = 1 << 16  # bytes that a login shell may write before the program starts
 _SIGNALS = {
     "HUP": 1, "INT": 2, "QUIT": 3, "ILL": 4, "TRAP": 5, "ABRT": 6, "BUS": 7, "FPE": 8, "KILL": 9,
     "USR1": 10, "SEGV": 11, "USR2": 12, "PIPE": 13, "ALRM": 14, "TERM": 15, "XCPU": 24, "SYS": 31,
@@ -52,16 +57,25 @@ class KeyPair:
     @classmethod
     def generate(cls) -> KeyPair:
         """A new key."""
-        key = Ed25519PrivateKey.generate()
-        private = key.private_bytes(
+        private = Ed25519PrivateKey.generate().private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.OpenSSH,
             serialization.NoEncryption(),
         )
+        return cls.of(private.decode())
+
+    @classmethod
+    def of(cls, private: str) -> KeyPair:
+        """The key of which that is the private part.
+
+        Raises:
+            ValueError: it is none.
+        """
+        key = serialization.load_ssh_private_key(private.encode(), None)
         public = key.public_key().public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
-        return cls(private=private.decode(), public=public.decode())
+        return cls(private=private, public=public.decode())
 
     def save(self, path: Path) -> None:
         """Write the private part to a file that only this user can read."""
@@ -140,13 +154,26 @@ class SSHTransport:
         self._session: _Session | None = None
         self._lock = threading.Lock()
 
-    def start(self, command: Command) -> SSHProcess:
+    def start(self, command: Command) -> ChannelProcess:
         """Start a program; see `Transport.start`."""
         token = secrets.token_hex(8)
-        line = script.command_line(command, token)
-        return SSHProcess(
-            self, self._channel(line), command, token, self._check, self._connect_timeout
-        )
+        started = monotonic()
+        channel = self._channel(script.command_line(command, token))
+        try:
+            early, group = self._await_start(channel, command, token, started)
+        except BaseException:
+            self.hang_up(channel)
+            raise
+        return ChannelProcess(self, channel, command, check=self._check, group=group, early=early)
+
+    def wait(self, channel: Any, seconds: float) -> None:
+        """See `Carrier.wait`."""
+        if channel.eof_received or channel.closed:  # then a poller does not wait
+            channel.status_event.wait(seconds)
+        else:
+            poller = select.poll()
+            poller.register(channel.fileno(), select.POLLIN)
+            poller.poll(seconds * 1000)
 
     def send_signal(self, group: int, name: str) -> None:
         """Send a signal to a process group of the guest; it may be gone already."""
@@ -176,6 +203,53 @@ class SSHTransport:
         """Close a channel; if the guest does not even take that, its connection."""
         if not within(_LINGER_SECONDS, channel.close):
             _close(channel.get_transport())
+
+    def _await_start(
+        self, channel: Any, command: Command, token: str, started: float
+    ) -> tuple[bytes, int]:
+        """Read up to the line that says that the program starts.
+
+        Returns:
+            What came after it, and the process group.
+        """
+        mark, seen = f"{script.STARTED} {token} ".encode(), b""
+        deadline = Deadline(self._connect_timeout)
+        channel.settimeout(_LOOK_SECONDS)
+        while True:
+            before, _, rest = seen.partition(mark)
+            group, ended, early = rest.partition(b"\n")
+            if ended and group.isdigit():
+                return early, int(group)
+            if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
+                raise GuestLost(
+                    "the guest's login shell does not stop talking",
+                    stage="ssh",
+                    details=seen[:500].decode(errors="replace"),
+                )
+            try:
+                data = channel.recv(_CHUNK)
+            except TimeoutError:
+                self._check()
+                if deadline.expired:
+                    raise GuestLost(
+                        f"the guest did not start a program in {deadline.seconds:g} s", stage="ssh"
+                    ) from None
+                continue
+            if not data:
+                raise self._not_started(channel, command, seen, started)
+            seen += data
+
+    def _not_started(
+        self, channel: Any, command: Command, noise: bytes, started: float
+    ) -> CommandError | GuestLost:
+        channel.status_event.wait(_LINGER_SECONDS)
+        if not channel.status_event.is_set() or channel.exit_status == -1:
+            self._check()
+            return GuestLost("the connection broke while a program was started", stage="ssh")
+        stderr = b""
+        while data := channel.recv_stderr(_CHUNK):
+            stderr += data
+        return could_not_start(command, channel.exit_status, noise, stderr, started)
 
     def _channel(self, line: str) -> Any:
         ahead = b""

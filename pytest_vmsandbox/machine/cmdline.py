@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 
 from pytest_vmsandbox.core.spec import MIB, Hardware
 
 NETDEV = "n0"
 ROOT_DISK = "root"
+HELPER_PORT = "vmsandbox.helper"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +23,42 @@ class Descriptors:
     """The numbers under which QEMU finds its descriptors.
 
     Attributes:
-        monitor, console: sockets.
+        monitor, console, helper: sockets.
         kernel, initrd: files, or None for a guest that is only firmware.
+        memory: a file that is the guest's memory; None for memory of its own.
         base: the image's disk, only read; None without one.
-        overlays: a qcow2 file for the root disk, if there is a base, and for each further disk.
+        overlays: for the root disk, if there is a base, and for each further disk its qcow2 files,
+            each on the one before it. Only the last one is written.
     """
 
     monitor: int = 3
     console: int = 4
+    helper: int = 5
     kernel: int | None = None
     initrd: int | None = None
+    memory: int | None = None
     base: int | None = None
-    overlays: tuple[int, ...] = ()
+    overlays: tuple[tuple[int, ...], ...] = ()
+
+
+class Start(Enum):
+    """How a machine starts.
+
+    It is switched on, with memory of its own; or so that it can be sealed, writing its memory to a
+    file; or it goes on where another one was saved, with all of its memory read from there, with a
+    memory file that it goes on writing, or with one that it sees and never changes.
+    """
+
+    POWER_ON = "power on"
+    TO_BE_SEALED = "to be sealed"
+    RESTORED = "restored"
+    CONTINUED = "continued"
+    CLONED = "cloned"
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a saved state is loaded before it runs."""
+        return self in {Start.RESTORED, Start.CONTINUED, Start.CLONED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +73,7 @@ class MachineSpec:
         processor: model, one of `processor_models`.
         hardware: of the guest.
         append: the kernel's command line.
+        start: how it starts; see `Start`.
     """
 
     name: str
@@ -56,6 +83,7 @@ class MachineSpec:
     processor: str
     hardware: Hardware
     append: str = ""
+    start: Start = Start.POWER_ON
 
 
 def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -66,9 +94,10 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *("-nodefaults", "-no-user-config"),
         *machine(spec),
         *processors(spec),
-        *("-m", f"{spec.hardware.memory // MIB}M"),
+        *memory(spec, fds),
         *monitor(fds),
         *console(fds),
+        *helper(fds),
         *display(),
         *kernel(spec, fds),
         *disks(spec, fds),
@@ -76,13 +105,15 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *entropy(),
         *panic(),
         *confinement(),
+        *loading(spec),
     ]
 
 
 def machine(spec: MachineSpec) -> list[str]:
     """The board, a versioned one, and its accelerator."""
     major, minor = spec.version[:2]
-    return ["-machine", f"pc-q35-{major}.{minor},accel={spec.accelerator},graphics=off"]
+    board = f"pc-q35-{major}.{minor},accel={spec.accelerator},graphics=off,memory-backend=ram"
+    return ["-machine", board]
 
 
 def processor_models(accelerator: str, version: tuple[int, ...]) -> tuple[str, ...]:
@@ -102,6 +133,31 @@ def processors(spec: MachineSpec) -> list[str]:
     return ["-cpu", spec.processor, "-smp", str(spec.hardware.cpus)]
 
 
+def memory(spec: MachineSpec, fds: Descriptors) -> list[str]:
+    """The guest's memory: its own, or a file.
+
+    A clone maps the file privately: what it writes is seen by nobody else. QEMU before 8.2 opens
+    the file for writing all the same.
+    """
+    size = f"{spec.hardware.memory // MIB}M"
+    if fds.memory is None:
+        backend = f"memory-backend-ram,id=ram,size={size}"
+    else:
+        backend = f"memory-backend-file,id=ram,size={size},mem-path=/proc/self/fd/{fds.memory}"
+        if spec.start is not Start.CLONED:
+            backend += ",share=on"
+        elif can_map_read_only(spec.version):
+            backend += ",share=off,readonly=on,rom=off"
+        else:
+            backend += ",share=off"
+    return ["-m", size, "-object", backend]
+
+
+def can_map_read_only(version: tuple[int, ...]) -> bool:
+    """Whether this QEMU maps a clone's memory from a file that it can only read."""
+    return version >= (8, 2)
+
+
 def monitor(fds: Descriptors) -> list[str]:
     """The machine protocol on a socket that we hold the other end of."""
     return ["-chardev", f"socket,id=qmp,fd={fds.monitor}", "-mon", "chardev=qmp,mode=control"]
@@ -110,6 +166,15 @@ def monitor(fds: Descriptors) -> list[str]:
 def console(fds: Descriptors) -> list[str]:
     """The serial console, likewise."""
     return ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
+
+
+def helper(fds: Descriptors) -> list[str]:
+    """A port through which the helper in the guest is talked to, without the network."""
+    return [
+        *("-device", "virtio-serial-pci"),
+        *("-chardev", f"socket,id=helper,fd={fds.helper}"),
+        *("-device", f"virtserialport,chardev=helper,name={HELPER_PORT}"),
+    ]
 
 
 def display() -> list[str]:
@@ -128,7 +193,7 @@ def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
 def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The root disk, an overlay on the image's, and the further, blank disks."""
     args: list[str] = []
-    names = [f"disk{number}" for number in range(len(spec.hardware.disks))]
+    names = disk_names(spec, has_base=fds.base is not None)
     if fds.base is not None:
         args += _descriptor_set(fds.base)
         base = {
@@ -138,26 +203,37 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             "file": {"driver": "file", "filename": f"/dev/fdset/{fds.base}", "read-only": True},
         }
         args += ["-blockdev", json.dumps(base)]
-        names.insert(0, ROOT_DISK)
-    for name, number in zip(names, fds.overlays, strict=True):
-        args += _descriptor_set(number)
-        node: dict[str, object] = {
-            "node-name": name,
-            "driver": "qcow2",
-            "discard": "unmap",
-            "cache": {"no-flush": True},  # the host's own crash loses the guest anyway
-            "file": {
-                "driver": "file",
-                "filename": f"/dev/fdset/{number}",
-                "discard": "unmap",
-                "cache": {"no-flush": True},
-            },
-        }
-        if name == ROOT_DISK:
-            node["backing"] = "base"
-        args += ["-blockdev", json.dumps(node)]
+    for name, layers in zip(names, fds.overlays, strict=True):
+        below = "base" if name == ROOT_DISK else None
+        for depth, number in enumerate(layers):
+            is_top = depth == len(layers) - 1
+            node = name if is_top else f"{name}.{depth}"
+            args += _descriptor_set(number)
+            args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
+            below = node
         args += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
     return args
+
+
+def disk_names(spec: MachineSpec, *, has_base: bool) -> list[str]:
+    """What the disks are called, the root disk first if there is one."""
+    blank = [f"disk{number}" for number in range(len(spec.hardware.disks))]
+    return [ROOT_DISK, *blank] if has_base else blank
+
+
+def overlay(
+    node: str, number: int, below: str | None, *, read_only: bool = False
+) -> dict[str, object]:
+    """A block device: a qcow2 file in a set of descriptors, on top of another device."""
+    options: dict[str, object] = {"discard": "unmap", "cache": {"no-flush": True}}
+    options["read-only"] = read_only  # no flush: the host's own crash loses the guest anyway
+    device = {
+        "node-name": node,
+        "driver": "qcow2",
+        **options,
+        "file": {"driver": "file", "filename": f"/dev/fdset/{number}", **options},
+    }
+    return device if below is None else {**device, "backing": below}
 
 
 def _descriptor_set(number: int) -> list[str]:
@@ -192,3 +268,8 @@ def confinement() -> list[str]:
     """QEMU may not start programs nor change its user; most unusual system calls kill it."""
     deny = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
     return ["-sandbox", ",".join(["on", *(f"{what}=deny" for what in deny)])]
+
+
+def loading(spec: MachineSpec) -> list[str]:
+    """A machine that is not switched on waits for its state, and then to be let go."""
+    return ["-incoming", "defer", "-S"] if spec.start.is_loaded else []

@@ -23,16 +23,25 @@ class Disks:
 
     Attributes:
         base: the image's disk, or None.
-        overlays: one qcow2 for the root disk, if there is a base, then one for each further disk.
+        overlays: for the root disk, if there is a base, then for each further disk, its qcow2 files
+            from the lowest to the one that takes what the guest writes.
+        sizes: bytes of each disk, as the guest sees it.
     """
 
     base: IO[bytes] | None
-    overlays: tuple[IO[bytes], ...]
+    overlays: tuple[tuple[IO[bytes], ...], ...]
+    sizes: tuple[int, ...] = ()
 
     @classmethod
     @contextmanager
     def open(
-        cls, *, base: Path | None, root_size: int | None, blank: Sequence[int], folder: Path
+        cls,
+        *,
+        base: Path | None,
+        root_size: int | None,
+        blank: Sequence[int],
+        folder: Path,
+        frozen: Sequence[Sequence[Path]] = (),
     ) -> Iterator[Disks]:
         """Fresh disks; what the guest has written is gone at the end.
 
@@ -41,6 +50,7 @@ class Disks:
             root_size: bytes of the root disk; None for the size of `base`.
             blank: bytes of each further disk.
             folder: on a file system that has room for what the guest writes.
+            frozen: what was written to each disk before, lowest first; only read.
 
         Raises:
             ImageError: `base` cannot be read.
@@ -59,12 +69,36 @@ class Disks:
                     ) from error
                 sizes.insert(0, root_size or base.stat().st_size)
             overlays = []
-            for size in sizes:
-                overlay = stack.enter_context(tempfile.TemporaryFile(dir=folder))
-                overlay.write(_empty_qcow2(size))
-                overlay.flush()
-                overlays.append(overlay)
-            yield cls(base=base_file, overlays=tuple(overlays))
+            for size, below in zip(sizes, frozen or [()] * len(sizes), strict=True):
+                layers: list[IO[bytes]] = [stack.enter_context(it.open("rb")) for it in below]
+                overlays.append((*layers, stack.enter_context(empty_overlay(size, folder))))
+            yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes))
+
+    def on_top(self, frozen: Sequence[Sequence[IO[bytes]]], fresh: Sequence[IO[bytes]]) -> Disks:
+        """The same disks: what they held once, and an empty file on top of each."""
+        layers = tuple((*below, top) for below, top in zip(frozen, fresh, strict=True))
+        return Disks(base=self.base, overlays=layers, sizes=self.sizes)
+
+    @property
+    def frozen(self) -> tuple[tuple[IO[bytes], ...], ...]:
+        """All files of each disk, opened anew to be only read; the caller closes them."""
+        return tuple(
+            tuple(Path(f"/proc/self/fd/{file.fileno()}").open("rb") for file in files)
+            for files in self.overlays
+        )
+
+
+def empty_overlay(size: int, folder: Path) -> IO[bytes]:
+    """An empty qcow2 file of `size` bytes, without a name.
+
+    Raises:
+        LaunchError: it cannot be made.
+    """
+    content = _empty_qcow2(size)
+    overlay = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # the caller's
+    overlay.write(content)
+    overlay.flush()
+    return overlay
 
 
 @cache

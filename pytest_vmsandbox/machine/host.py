@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pytest_vmsandbox.machine.process import Identity
 
 KVM = Path("/dev/kvm")
 QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, beside the guest's memory
+CLONE_GROWTH = 64 * MIB  # that a clone writes of memory that it shares at first
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
 _SETGID, _SETUID = 6, 7  # bits of a capability set
 _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a service runs
@@ -33,6 +35,15 @@ def available_memory() -> int | None:
     except OSError:
         pass
     return min(sizes, default=None)
+
+
+def total_memory() -> int:
+    """Bytes of memory that this host, or the container we are in, has at all."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int((_CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return total
 
 
 def _page_cache() -> int:
@@ -113,3 +124,23 @@ def _may_change_user() -> bool:
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
     needed = 1 << _SETUID | 1 << _SETGID
     return effective & needed == needed
+
+
+def processor() -> str:
+    """The model of this host's processors and what they can do; a state saved here needs the same."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("vendor_id", "model", "model name", "stepping", "microcode", "flags", "Features")
+    found = dict(line.split("\t", 1) for line in lines if line.startswith(names))
+    return "\n".join(f"{name}{value}" for name, value in found.items())
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has taken, in seconds; 0 where the host does not tell."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -84,7 +84,7 @@ def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
     with (root / _LOCK).open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         for entry in root.iterdir():
-            if _is_run_folder(entry) and not _alive(entry):
+            if _is_run_folder(entry) and not is_alive(entry):
                 shutil.rmtree(entry, ignore_errors=True)
         folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o700)
@@ -98,7 +98,7 @@ def _is_run_folder(entry: Path) -> bool:
     return named_so and entry.is_dir() and not entry.is_symlink()
 
 
-def _alive(folder: Path) -> bool:
+def is_alive(folder: Path) -> bool:
     """Whether the run that made this folder still holds its lock."""
     try:
         with (folder / _LOCK).open("r+") as lock:

@@ -19,12 +19,16 @@ from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.qmp import Monitor
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
-_LAST_FIXED_FD = 4
+_LAST_FIXED_FD = 5
+_LOOK_SECONDS = 1.0
+_STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
+_BANDWIDTH = 1 << 40  # bytes a second at which a state is written: as fast as it goes
 
 # What the console shows once a stage is reached. `kernel` is what a kernel prints first, also
 # when it is told to be quiet; `init` and `ssh` are printed by our images.
@@ -43,12 +47,21 @@ class Machine:
     """A QEMU process that we drive. Made by `running`, which ends it."""
 
     def __init__(
-        self, spec: MachineSpec, process: OwnedProcess, monitor: Monitor, console: Console
+        self,
+        spec: MachineSpec,
+        process: OwnedProcess,
+        monitor: Monitor,
+        console: Console,
+        helper: Port,
+        *,
+        has_base: bool,
     ) -> None:
         self.spec = spec
         self.process = process
         self.monitor = monitor
         self.console = console
+        self.helper = helper
+        self._tops = cmdline.disk_names(spec, has_base=has_base)  # what each disk writes into
 
     @classmethod
     @contextmanager
@@ -63,6 +76,8 @@ class Machine:
         disks: Disks,
         logs: Path | None,
         more_args: Sequence[str] = (),
+        memory: IO[bytes] | None = None,
+        state: IO[bytes] | None = None,
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end the process is killed and reaped.
 
@@ -70,24 +85,35 @@ class Machine:
             kernel, initrd: to boot directly; None for a guest that is only firmware.
             logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
             more_args: added to QEMU's command line.
+            memory: the file that is the guest's memory, where `spec.start` says so.
+            state: what is loaded, likewise; such a machine is paused.
 
         Raises:
-            LaunchError: the host has no room, or QEMU ended before it greeted us.
+            LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load
+                the state.
         """
-        host.require_memory(spec.hardware.memory)
+        is_clone = spec.start is cmdline.Start.CLONED
+        host.require_memory(host.CLONE_GROWTH if is_clone else spec.hardware.memory)
         with ExitStack() as stack:
             log = _Logs(stack, logs)
             console = Console(log.console)
-            fds, given = _descriptors(stack, kernel, initrd, disks)
+            fds, given = _descriptors(stack, kernel, initrd, memory, disks)
             our_monitor, their_monitor = socket.socketpair()
             our_console, their_console = socket.socketpair()
+            our_helper, their_helper = socket.socketpair()
             stack.enter_context(our_console)
+            stack.enter_context(our_helper)
             stack.callback(our_monitor.close)
-            given |= {fds.monitor: their_monitor.fileno(), fds.console: their_console.fileno()}
+            given |= {
+                fds.monitor: their_monitor.fileno(),
+                fds.console: their_console.fileno(),
+                fds.helper: their_helper.fileno(),
+            }
             argv = [*cmdline.argv(spec, fds), *more_args]
             log.argv(argv)
             stack.enter_context(loop.reading(our_console, console.feed))
-            with their_monitor, their_console:
+            helper = stack.enter_context(Port.open(loop, our_helper))
+            with their_monitor, their_console, their_helper:
                 process = stack.enter_context(
                     launcher.spawn(
                         argv,
@@ -105,7 +131,10 @@ class Machine:
             # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
             stack.callback(process.wait, _TERM_SECONDS)
             stack.callback(process.signal, signal.SIGKILL)
-            yield cls(spec, process, monitor, console)
+            machine = cls(spec, process, monitor, console, helper, has_base=disks.base is not None)
+            if state is not None:
+                machine._load(state, has_memory=memory is None)
+            yield machine
 
     # -- how it is doing ------------------------------------------------------------------------
 
@@ -246,6 +275,84 @@ class Machine:
                 return words[2], int(words[3])
         return None
 
+    # -- its state --------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop its processors."""
+        self.execute("stop")
+
+    def resume(self) -> None:
+        """Let its processors go on."""
+        self.execute("cont")
+
+    def put_on_top(self, overlays: Sequence[IO[bytes]]) -> None:
+        """Let each disk write into a new, empty qcow2 file from now on; what it has stays as it is.
+
+        Raises:
+            MonitorError: QEMU cannot.
+        """
+        for number, file in enumerate(overlays):
+            below = self._tops[number]
+            top = f"{below}+"
+            added: Any = self.execute("add-fd", fd=file.fileno())
+            device = cmdline.overlay(top, added["fdset-id"], None)
+            self.execute("blockdev-add", {**device, "backing": None})
+            self.execute("blockdev-snapshot", {"node": below, "overlay": top})
+            self._tops[number] = top
+
+    def save(self, state: IO[bytes], *, with_memory: bool) -> None:
+        """Pause it and write its state to an open file.
+
+        Args:
+            with_memory: its memory, too; else that is a file, which is complete now.
+
+        Raises:
+            MonitorError: QEMU cannot; for instance with a device whose state cannot be saved.
+        """
+        self.pause()
+        self._transfer("migrate", state, has_memory=with_memory)
+
+    def _load(self, state: IO[bytes], *, has_memory: bool) -> None:
+        try:
+            self._transfer("migrate-incoming", state, has_memory=has_memory)
+        except (MonitorError, GuestLost) as error:
+            self.process.wait(_TERM_SECONDS)
+            raise LaunchError(
+                "QEMU cannot load a saved state",
+                details="\n".join(filter(None, [error.brief, self.process.stderr_tail])),
+            ) from error
+
+    def _transfer(self, command: str, state: IO[bytes], *, has_memory: bool) -> None:
+        capabilities = {"events": True, "x-ignore-shared": not has_memory}
+        self.execute(
+            "migrate-set-capabilities",
+            {
+                "capabilities": [
+                    {"capability": name, "state": value} for name, value in capabilities.items()
+                ]
+            },
+        )
+        if command == "migrate":
+            self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+        since = len(self.monitor.events())
+        self.execute("getfd", {"fdname": "state"}, fd=state.fileno())
+        self.execute(command, {"uri": "fd:state"})
+        deadline = Deadline(_STATE_SECONDS)
+        while not deadline.expired:
+            event = self.monitor.wait_event(
+                "MIGRATION",
+                since=since,
+                timeout=deadline.remaining(_LOOK_SECONDS),
+                among=lambda event: event["data"]["status"] in {"completed", "failed"},
+            )
+            if event is not None and event["data"]["status"] == "completed":
+                return
+            if event is not None:
+                why = str(self.execute("query-migrate").get("error-desc", ""))
+                raise MonitorError("QEMU did not transfer the guest's state", details=why)
+            self.check()
+        raise MonitorError(f"QEMU did not transfer the guest's state in {_STATE_SECONDS:g} s")
+
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.
 
@@ -345,7 +452,11 @@ class _Logs:
 
 
 def _descriptors(
-    stack: ExitStack, kernel: Path | None, initrd: Path | None, disks: Disks
+    stack: ExitStack,
+    kernel: Path | None,
+    initrd: Path | None,
+    memory: IO[bytes] | None,
+    disks: Disks,
 ) -> tuple[Descriptors, dict[int, int]]:
     """The numbers for QEMU, and which of our descriptors is behind each."""
     given: dict[int, int] = {}
@@ -360,9 +471,11 @@ def _descriptors(
         fds = replace(fds, kernel=give(stack.enter_context(kernel.open("rb")).fileno()))
     if initrd is not None:
         fds = replace(fds, initrd=give(stack.enter_context(initrd.open("rb")).fileno()))
+    if memory is not None:
+        fds = replace(fds, memory=give(memory.fileno()))
     if disks.base is not None:
         fds = replace(fds, base=give(disks.base.fileno()))
-    overlays = tuple(give(overlay.fileno()) for overlay in disks.overlays)
+    overlays = tuple(tuple(give(layer.fileno()) for layer in layers) for layers in disks.overlays)
     return replace(fds, overlays=overlays), given
 
 

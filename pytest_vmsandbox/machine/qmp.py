@@ -100,13 +100,24 @@ class Monitor:
         with self._arrived:
             return list(self._events)
 
-    def wait_event(self, name: str, *, since: int, timeout: float) -> Event | None:
-        """The first event called `name` from number `since` on; None after `timeout` seconds."""
+    def wait_event(
+        self,
+        name: str,
+        *,
+        since: int,
+        timeout: float,
+        among: Callable[[Event], bool] = lambda _: True,
+    ) -> Event | None:
+        """The first event called `name` from number `since` on; None after `timeout` seconds.
+
+        Args:
+            among: which of them count.
+        """
         deadline = Deadline(timeout)
         with self._arrived:
             while True:
                 for event in self._events[since:]:
-                    if event["event"] == name:
+                    if event["event"] == name and among(event):
                         return event
                 if not self._arrived.wait(deadline.remaining()) and deadline.expired:
                     return None

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
@@ -28,6 +28,8 @@ class Artifacts:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._making = threading.Lock()
+        self._logs: Path | None = None
 
     def of_test(self, nodeid: str) -> Path:
         """The folder of a test; it exists."""
@@ -59,13 +61,16 @@ class Artifacts:
 
     def close(self) -> None:
         """Remove what guests have logged, but for what is kept with tests."""
-        if "_guests" in self.__dict__:
-            shutil.rmtree(self._guests, ignore_errors=True)
+        if self._logs is not None:
+            shutil.rmtree(self._logs, ignore_errors=True)
 
-    @cached_property
+    @property
     def _guests(self) -> Path:
-        self._root.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="guests-", dir=self._root))
+        with self._making:  # guests are made ahead of demand, by other threads
+            if self._logs is None:
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._logs = Path(tempfile.mkdtemp(prefix="guests-", dir=self._root))
+            return self._logs
 
     def discard(self, nodeid: str) -> None:
         """Remove the folder of a test that passed."""

@@ -10,7 +10,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.testing import config as options, selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_vmsandbox.testing.session import VMSession
 
@@ -190,6 +190,22 @@ def images_needed(items: Iterable[pytest.Item]) -> list[str]:
             if (image := image_of(item)) and item.get_closest_marker("skip") is None
         )
     )
+
+
+def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Mapping[str, object]]]:
+    """Image and hardware of the fresh guest of each test that has one.
+
+    A worker of xdist runs its share of all tests; which, nobody knows yet.
+    """
+    guests = []
+    for item in items:
+        image = image_of(item)
+        if image and "vm" in getattr(item, "fixturenames", ()) and not is_inside(item):
+            wishes = selection.read_marks(item.iter_markers("vm"))
+            if wishes.isolation in (None, "test") and item.get_closest_marker("skip") is None:
+                guests.append((image, wishes.hardware))
+    workers = getattr(items[0].config, "workerinput", {}).get("workercount", 1) if items else 1
+    return guests[: -(-len(guests) // workers)]
 
 
 def _check_marks(session: VMSession, item: pytest.Item) -> None:

@@ -97,7 +97,10 @@ def settings(config: pytest.Config) -> Settings:
     except ConfigError as error:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
     given = {name: value for name, value in values.items() if value is not None}
-    return Settings(hardware=hardware, **given)
+    try:
+        return Settings(hardware=hardware, **given)
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def check(config: pytest.Config) -> None:

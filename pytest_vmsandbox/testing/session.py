@@ -18,7 +18,7 @@ from pytest_vmsandbox.testing.artifacts import Artifacts
 from pytest_vmsandbox.testing.reporting import FAILED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.guests.factory import GuestFactory
@@ -35,6 +35,7 @@ class VMSession:
         told: lines for the end of the run; those of xdist's workers are among them.
         unimportable: files of tests that this side could not collect, relative to the rootdir.
         item: the test that runs now.
+        coming: image and hardware of the fresh guest of each test that has one.
         temporary: makes a folder that pytest removes some runs later.
     """
 
@@ -44,6 +45,7 @@ class VMSession:
         self.told: dict[str, None] = {}
         self.unimportable: set[str] = set()
         self.item: pytest.Item | None = None
+        self.coming: list[tuple[str, Mapping[str, object]]] = []
         self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
         self._guests: dict[str, bool] = {}  # those this test may have used, and whether they run
         self._stack = ExitStack()
@@ -148,15 +150,21 @@ class VMSession:
 
         surroundings = Surroundings(
             logs=self._logs,
+            begun=self._begun,
             hints=self.hints,
             say=self.say,
+            tell=self.tell,
             missing=self._missing,
             qemu_args=self._qemu_args,
             ready=self._ready,
             stopping=self._stopping,
         )
-        factory = GuestFactory.open(options.settings(self.config), surroundings)
-        return self._stack.enter_context(factory)
+        factory = self._stack.enter_context(
+            GuestFactory.open(options.settings(self.config), surroundings)
+        )
+        for image, hardware in self.coming:
+            factory.expect(image, hardware)
+        return factory
 
     @cached_property
     def artifacts(self) -> Artifacts:
@@ -201,10 +209,11 @@ class VMSession:
         return list(lines)
 
     def _logs(self, guest: str) -> Path | None:
-        if self.item is None:
-            return None
-        self._guests[guest] = False
         return self.artifacts.of_logs(guest)
+
+    def _begun(self, guest: str) -> None:
+        if self.item is not None:
+            self._guests[guest] = False
 
     def hints(self) -> list[str]:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""

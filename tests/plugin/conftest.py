@@ -57,6 +57,7 @@ class FakeFactory:
         self.count += 1
         guest = FakeGuest(f"{image}.{self.count}", image)
         self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
+        self.session._begun(guest.name)
         logs = self.session._logs(guest.name)
         (logs / "console.log").write_text(f"{guest.name} boots")
         if image == "beta" and hardware.get("cpus") == 13:

@@ -54,6 +54,7 @@ class LocalFactory:
         Hardware().changed(hardware)
         self.count += 1
         guest = Local(f"{image}.{self.count}", image)
+        self.session._begun(guest.name)
         self.session._logs(guest.name)
         self.session._ready(guest)
         try:

@@ -7,7 +7,7 @@ import pytest
 
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.machine import cmdline
-from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 
 SPEC = MachineSpec(
     name="debian-13.1",
@@ -27,12 +27,12 @@ def with_hardware(**values):
 @pytest.mark.parametrize(
     ("changes", "argv"),
     [
-        ({}, ["-machine", "pc-q35-7.2,accel=tcg,graphics=off"]),
+        ({}, ["-machine", "pc-q35-7.2,accel=tcg,graphics=off,memory-backend=ram"]),
         (
             {"version": (10, 0, 2), "accelerator": "kvm"},
-            ["-machine", "pc-q35-10.0,accel=kvm,graphics=off"],
+            ["-machine", "pc-q35-10.0,accel=kvm,graphics=off,memory-backend=ram"],
         ),
-        ({"version": (9, 1)}, ["-machine", "pc-q35-9.1,accel=tcg,graphics=off"]),
+        ({"version": (9, 1)}, ["-machine", "pc-q35-9.1,accel=tcg,graphics=off,memory-backend=ram"]),
     ],
 )
 def test_machine(changes, argv):
@@ -58,7 +58,7 @@ def test_processors():
 
 
 def test_sockets():
-    fds = Descriptors(monitor=8, console=9)
+    fds = Descriptors(monitor=8, console=9, helper=10)
     assert cmdline.monitor(fds) == [
         *("-chardev", "socket,id=qmp,fd=8"),
         *("-mon", "chardev=qmp,mode=control"),
@@ -67,6 +67,41 @@ def test_sockets():
         *("-chardev", "socket,id=console,fd=9"),
         *("-serial", "chardev:console"),
     ]
+    assert cmdline.helper(fds) == [
+        *("-device", "virtio-serial-pci"),
+        *("-chardev", "socket,id=helper,fd=10"),
+        *("-device", "virtserialport,chardev=helper,name=vmsandbox.helper"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "version", "backend"),
+    [
+        (Start.TO_BE_SEALED, (7, 2), ",share=on"),
+        (Start.CONTINUED, (10, 0), ",share=on"),
+        (Start.CLONED, (7, 2), ",share=off"),
+        (Start.CLONED, (8, 2), ",share=off,readonly=on,rom=off"),
+        (Start.CLONED, (10, 0), ",share=off,readonly=on,rom=off"),
+    ],
+)
+def test_memory_in_a_file(start, version, backend):
+    spec = replace(with_hardware(memory=256 * MIB), start=start, version=version)
+    file = "memory-backend-file,id=ram,size=256M,mem-path=/proc/self/fd/7"
+    argv = ["-m", "256M", "-object", file + backend]
+    assert cmdline.memory(spec, Descriptors(memory=7)) == argv
+
+
+def test_memory_of_its_own():
+    argv = ["-m", "512M", "-object", "memory-backend-ram,id=ram,size=512M"]
+    assert cmdline.memory(SPEC, Descriptors()) == argv
+
+
+@pytest.mark.parametrize("start", Start)
+def test_loading(start):
+    loaded = start in {Start.RESTORED, Start.CONTINUED, Start.CLONED}
+    assert start.is_loaded is loaded
+    argv = ["-incoming", "defer", "-S"] if loaded else []
+    assert cmdline.loading(replace(SPEC, start=start)) == argv
 
 
 @pytest.mark.parametrize(
@@ -128,7 +163,7 @@ class TestDisks:
         assert cmdline.disks(SPEC, Descriptors()) == []
 
     def test_an_image_and_its_overlay(self):
-        nodes, others = self.nodes(Hardware(), Descriptors(base=7, overlays=(8,)))
+        nodes, others = self.nodes(Hardware(), Descriptors(base=7, overlays=((8,),)))
         base, root = nodes
         assert base["driver"] == "raw"
         assert base["read-only"] is base["file"]["read-only"] is True
@@ -143,22 +178,33 @@ class TestDisks:
         ]
 
     def test_blank_ones_stand_on_nothing(self):
-        nodes, others = self.nodes(Hardware(disks=(GIB, MIB)), Descriptors(overlays=(5, 6)))
+        nodes, others = self.nodes(Hardware(disks=(GIB, MIB)), Descriptors(overlays=((5,), (6,))))
         assert [node["node-name"] for node in nodes] == ["disk0", "disk1"]
         assert not any("backing" in node for node in nodes)
         assert ("-device", "virtio-blk-pci,drive=disk1,serial=disk1") in others
 
     def test_the_root_disk_comes_first(self):
-        nodes, _ = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=(6, 7)))
+        nodes, _ = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=((6,), (7,))))
         assert [node["node-name"] for node in nodes] == ["base", "root", "disk0"]
+
+    def test_only_the_last_layer_is_written(self):
+        nodes, others = self.nodes(Hardware(), Descriptors(base=5, overlays=((6, 7, 8),)))
+        assert [(node["node-name"], node.get("backing")) for node in nodes] == [
+            ("base", None),
+            ("root.0", "base"),
+            ("root.1", "root.0"),
+            ("root", "root.1"),
+        ]
+        assert [node["read-only"] for node in nodes] == [True, True, True, False]
+        assert others[-1] == ("-device", "virtio-blk-pci,drive=root,serial=root")
 
     def test_an_overlay_too_few_is_a_mistake(self):
         with pytest.raises(ValueError, match="zip"):
-            self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=(6,)))
+            self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=((6,),)))
 
 
 class TestWhole:
-    FDS = Descriptors(kernel=5, initrd=6, base=7, overlays=(8, 9))
+    FDS = Descriptors(kernel=5, initrd=6, base=7, overlays=((8,), (9,)))
 
     def argv(self, **hardware):
         spec = with_hardware(**{"disks": (MIB,), **hardware})
@@ -174,7 +220,8 @@ class TestWhole:
         devices = [argv[i + 1].split(",")[0] for i, word in enumerate(argv) if word == "-device"]
         assert sorted(devices) == [
             *("VGA", "pvpanic-pci", "virtio-blk-pci", "virtio-blk-pci"),
-            *("virtio-net-pci", "virtio-rng-pci", "vmgenid"),
+            *("virtio-net-pci", "virtio-rng-pci", "virtio-serial-pci"),
+            *("virtserialport", "vmgenid"),
         ]
 
     @pytest.mark.parametrize("memory", [128 * MIB, GIB, 3 * GIB])

@@ -164,6 +164,7 @@ class FakePlatform:
         self.off = 0
         self.answer = True
         self.fault = None
+        self.events = []
 
     @contextmanager
     def machine(self):
@@ -185,6 +186,19 @@ class FakePlatform:
 
     def ssh_command(self, machine, user):
         return f"ssh {user}@guest"
+
+    def going_down(self):
+        self.events.append("going down")
+
+    def save(self, machine):
+        self.events.append("save")
+        return "saved"
+
+    def roll_back(self, saved):
+        self.events.append(f"roll back {saved}")
+
+    def close(self):
+        self.events.append("close")
 
 
 @pytest.fixture
@@ -495,6 +509,40 @@ class TestPower:
         with pytest.raises(GuestLost) as caught:
             vm.shell("true")
         assert caught.value.__notes__ == ["artifacts: over there"]
+
+
+class TestSnapshot:
+    def test_the_machine_is_another_one_afterwards(self, platform, vm):
+        with vm.snapshot():
+            assert platform.events == ["save"]
+            assert len(platform.machines) == 1
+            vm.run(["true"])
+        assert platform.events == ["save", "going down", "roll back saved"]
+        assert len(platform.machines) == 2
+        vm.run(["true"])
+        assert [it.closed for it in platform.transports] == [True, False]
+
+    def test_also_when_the_test_fails_in_it(self, platform, vm):
+        with pytest.raises(KeyError), vm.snapshot():
+            raise KeyError
+        assert len(platform.machines) == 2
+        vm.run(["true"])
+
+    def test_also_when_the_guest_is_lost_in_it(self, platform, vm):
+        with pytest.raises(GuestLost), vm.snapshot():
+            platform.machines[-1].fault = "kernel panic"
+            vm.run(["true"])
+        vm.run(["true"])
+
+    def test_they_can_be_nested(self, platform, vm):
+        with vm.snapshot(), vm.snapshot():
+            pass
+        assert len(platform.machines) == 3
+
+    def test_not_of_a_guest_that_is_off(self, vm):
+        vm.power_cut()
+        with pytest.raises(GuestLost, match="switched off"), vm.snapshot():
+            pass
 
 
 class TestFromOutside:

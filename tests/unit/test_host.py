@@ -221,13 +221,15 @@ class TestDisks:
         folder.mkdir()
         blank = [MIB, 3 * GIB]
         with Disks.open(base=base, root_size=root_size, blank=blank, folder=folder) as disks:
-            infos = [self.info(file) for file in disks.overlays]
+            assert disks.sizes == (size, MIB, 3 * GIB)
+            tops = [file for (file,) in disks.overlays]
+            infos = [self.info(file) for file in tops]
             assert [info["virtual-size"] for info in infos] == [size, MIB, 3 * GIB]
             assert not any("backing-filename" in info for info in infos)
             assert disks.base is not None
             assert disks.base.mode == "rb"
             assert list(folder.iterdir()) == []
-            files = [disks.base, *disks.overlays]
+            files = [disks.base, *tops]
         assert all(file.closed for file in files)
 
     def test_none(self, tmp_path):
@@ -236,11 +238,30 @@ class TestDisks:
 
     def test_two_of_a_size_are_two(self, tmp_path):
         with Disks.open(base=None, root_size=None, blank=[MIB, MIB], folder=tmp_path) as disks:
-            first, second = disks.overlays
+            (first,), (second,) = disks.overlays
             first.seek(0)
             first.write(b"gone")
             second.seek(0)
             assert second.read(4) == b"QFI\xfb"
+
+    def test_what_was_written_before_lies_below(self, tmp_path):
+        before = tmp_path / "before"
+        before.write_bytes(b"before")
+        with Disks.open(
+            base=None, root_size=None, blank=[MIB, MIB], folder=tmp_path, frozen=[[before], []]
+        ) as disks:
+            (below, _), (_,) = disks.overlays
+            assert (below.mode, below.read()) == ("rb", b"before")
+        assert below.closed
+
+    def test_on_top_of_what_is_frozen(self, tmp_path):
+        with Disks.open(base=None, root_size=None, blank=[MIB], folder=tmp_path) as disks:
+            frozen = disks.frozen
+            with disk_module.empty_overlay(MIB, tmp_path) as fresh, frozen[0][0] as below:
+                assert below.mode == "rb"
+                later = disks.on_top(frozen, [fresh])
+                assert later.overlays == ((below, fresh),)
+                assert later.sizes == disks.sizes
 
     def test_an_image_that_is_gone(self, tmp_path):
         with (

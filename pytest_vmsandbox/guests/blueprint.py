@@ -1,0 +1,105 @@
+"""What a guest is made of, and the digest of all that a saved state of it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from pytest_vmsandbox.catalogue.store import BuiltImage
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.machine import cmdline, host
+from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
+from pytest_vmsandbox.machine.qemu import Qemu
+
+FORMAT = 1  # of templates; raise it when what is done to a guest before it is sealed changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What guests that could stand in for each other have in common.
+
+    Attributes:
+        built: their image.
+        qemu: the program that runs them.
+        verdict: the accelerator, and the processor's model.
+        hardware: theirs.
+        qemu_args: further arguments for QEMU, by what it is started with.
+    """
+
+    built: BuiltImage
+    qemu: Qemu
+    verdict: Verdict
+    hardware: Hardware
+    qemu_args: Callable[[MachineSpec], Sequence[str]]
+
+    @property
+    def image(self) -> str:
+        """The name of the image."""
+        return self.built.definition.name
+
+    def machine(self, name: str, public_key: str, start: Start = Start.POWER_ON) -> MachineSpec:
+        """The machine of one guest.
+
+        Args:
+            public_key: of the key that opens it, as in ``authorized_keys``.
+        """
+        return MachineSpec(
+            name=name,
+            qemu=str(self.qemu.path),
+            version=self.qemu.version,
+            accelerator=self.verdict.accelerator,
+            processor=self.verdict.processor,
+            hardware=self.hardware,
+            append=" ".join(
+                [
+                    self.built.definition.append,
+                    f"vmsandbox.key={public_key.split()[1]}",
+                    f"vmsandbox.name={name.replace('_', '-')}",
+                ]
+            ),
+            start=start,
+        )
+
+    def with_network(self, network: str) -> Blueprint:
+        """The same, on another network."""
+        return replace(self, hardware=replace(self.hardware, network=network))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that a saved state depends on: image, machine, QEMU, processor.
+
+        The network is no part of it, since its isolation is a matter of this side alone.
+        """
+        count = len(self.hardware.disks) + (self.built.disk is not None)
+        spec = replace(
+            self.machine(self.image, "- -", Start.CLONED),
+            hardware=replace(self.hardware, network="isolated"),
+        )
+        fds = Descriptors(
+            kernel=0,
+            initrd=0,
+            memory=0,
+            base=None if self.built.disk is None else 0,
+            overlays=((0,),) * count,
+        )
+        parts = {
+            "format": FORMAT,
+            "image": self.built.digest,
+            "built": _identity(self.built.folder),
+            "argv": [*cmdline.argv(spec, fds), *self.qemu_args(spec)],
+            "disks": [self.hardware.disk, *self.hardware.disks],
+            "qemu": self.qemu.build,
+            "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _identity(folder: Path) -> list[int]:
+    """What differs between two builds of the same definition."""
+    status = (folder / "image.json").stat()
+    return [status.st_ino, status.st_mtime_ns]

@@ -1,0 +1,537 @@
+"""The resident helper in a guest, seen from here: programs are started without the network.
+
+The helper waits on a serial port of the guest (``images/helper/helper.c``, which also tells the
+protocol). So nothing has to be connected before the first program runs, and a guest that was
+cloned is talked to at once. The guest is not trusted: what comes is bounded, and checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import signal
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
+from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests import script
+from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, ChannelProcess, could_not_start
+from pytest_vmsandbox.machine.port import Port
+
+VERSION = 1
+_HEAD = struct.Struct("<IBI")  # length of what follows it, kind, channel
+_MAX_PAYLOAD = 65_536
+_WINDOW = 1 << 20  # bytes of an output stream that may be on their way
+_TELL = 1 << 18  # bytes of it, taken, after which the helper is told so
+_INPUT_WINDOW = 65_536
+_MAX_SKIPPED = 4 << 20
+_LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
+_SEND_SECONDS = 30.0
+_NO_USER, _NO_FOLDER, _NO_PROGRAM = 1, 2, 3  # stages of a start that failed
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
+_ENOENT = 2
+
+
+class Helper:
+    """The helper of one machine.
+
+    Args:
+        port: the guest's port that it listens on.
+        check: called often while something is awaited; raises `GuestLost` when the guest is gone.
+        patience: seconds for an answer.
+        quiet_seconds: see `Carrier`.
+    """
+
+    def __init__(
+        self, port: Port, *, check: Callable[[], None], patience: float, quiet_seconds: float
+    ) -> None:
+        self.quiet_seconds = quiet_seconds
+        self.check = check
+        self.patience = patience
+        self._port = port
+        self._changed = threading.Condition()
+        self._numbers = itertools.count(1)
+        self._rest = bytearray()
+        self._generation = 0  # grows with each start of the helper in the guest
+        self._channels: dict[int, HelperChannel] = {}
+        self._replies: dict[int, tuple[int, bytes] | None] = {}
+        self._broken: str = ""
+        self._awaited = b""  # after which what comes is for us
+        port.listen(self._feed)
+
+    # -- what it can do ---------------------------------------------------------------------------
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has said hello, or was known to be there."""
+        return self._generation > 0
+
+    def assume(self) -> None:
+        """Take it for there: it has said hello before the guest was saved.
+
+        What it was about to say to somebody else then is skipped.
+        """
+        with self._changed:
+            self._generation = 1
+            self._numbers = itertools.count(1 + secrets.randbits(30))  # it may know low ones
+            self._awaited = secrets.token_bytes(16)
+        self.post(b"p", 0, self._awaited)
+
+    def ping(self, timeout: float | None = None) -> None:
+        """Wait until it answers.
+
+        Raises:
+            GuestLost: it does not, within `timeout` seconds.
+        """
+        self._ask(b"p", b"vmsandbox", timeout)
+
+    def set_clock(self) -> float:
+        """Set the guest's clock to this host's.
+
+        Returns:
+            By how many seconds the guest's clock may be wrong at most, as seen from here.
+
+        Raises:
+            GuestLost: it could not.
+        """
+        started, number = wall(), self.send_clock()
+        return self.clock_error(number, started)
+
+    def send_clock(self) -> int:
+        """Ask to set the clock, without waiting; the answer is read by `clock_error`."""
+        now = wall()
+        return self._send_request(b"c", struct.pack("<qq", int(now), int(now % 1 * 1e9)))
+
+    def clock_error(self, number: int, started: float) -> float:
+        """How wrong the guest's clock is, in seconds, after `send_clock` at the time `started`."""
+        kind, payload = self._await(number, None)
+        now = wall()
+        status, seconds, nanoseconds = self._unpack("<iqq", payload)
+        self._succeeded("set the clock", kind, status)
+        theirs = float(seconds + nanoseconds / 1e9)
+        # It was read between `started` and `now`: that is all that is known of the right time.
+        return max(0.0, now - theirs) if theirs < now else max(0.0, theirs - started)
+
+    def seed(self, data: bytes) -> None:
+        """Stir bytes into the kernel's random numbers, and let it start anew with them.
+
+        Raises:
+            GuestLost: it could not.
+        """
+        kind, payload = self._ask(b"s", data)
+        self._succeeded("reseed the random numbers", kind, *self._unpack("<i", payload))
+
+    def set_hostname(self, name: str) -> None:
+        """Name the running system, until its next boot.
+
+        Raises:
+            GuestLost: it could not.
+        """
+        kind, payload = self._ask(b"h", name.encode())
+        self._succeeded("set its name", kind, *self._unpack("<i", payload))
+
+    def start(self, command: Command) -> ChannelProcess:
+        """Start a program; see `Transport.start`."""
+        script.check(command)
+        strings = [command.user or "", command.cwd or ""]
+        env = [f"{name}={value}" for name, value in command.env.items()]
+        payload = b"".join(os.fsencode(it) + b"\0" for it in strings)
+        for words in (command.argv, env):
+            payload += struct.pack("<H", len(words))
+            payload += b"".join(os.fsencode(it) + b"\0" for it in words)
+        return self._open(b"x", payload, command)
+
+    def connect(self, path: str) -> ChannelProcess:
+        """A connection to a Unix socket in the guest, as the streams of a program.
+
+        Raises:
+            CommandError: nothing listens there.
+            GuestLost: the guest is gone.
+        """
+        return self._open(b"u", os.fsencode(path), Command(argv=(path,)))
+
+    # -- as a carrier of processes -----------------------------------------------------------------
+
+    def wait(self, channel: HelperChannel, seconds: float) -> None:
+        """See `Carrier.wait`."""
+        with self._changed:
+            channel.wait(seconds)
+
+    def hang_up(self, channel: HelperChannel) -> None:
+        """See `Carrier.hang_up`."""
+        with self._changed:
+            known = self._channels.pop(channel.number, None) is not None
+            channel.hung_up()
+        if known:
+            try:
+                self.post(b"d", channel.number)
+            except VMSandboxError:
+                pass  # the guest is gone, and its helper with it
+
+    def send_signal(self, group: int, name: str) -> None:
+        """See `Carrier.send_signal`."""
+        for number, channel in list(self._channels.items()):
+            if channel.group == group:
+                self.post(b"k", number, struct.pack("<i", signal.Signals[f"SIG{name}"]))
+
+    def is_current(self, channel: HelperChannel) -> bool:
+        """See `Carrier.is_current`."""
+        return channel.generation == self._generation and not self._broken
+
+    def has_left(self, channel: HelperChannel) -> bool:
+        """See `Carrier.has_left`."""
+        return channel.left
+
+    def let_go(self) -> None:
+        """Let go of every program: whoever talks to the helper next knows none of them."""
+        for channel in list(self._channels.values()):
+            self.hang_up(channel)
+
+    def close(self) -> None:
+        """Forget every program: the guest is about to restart, or to go."""
+        with self._changed:
+            for channel in self._channels.values():
+                channel.left = True
+            self._lose_channels()
+            self._generation = 0
+
+    # -- frames ------------------------------------------------------------------------------------
+
+    def post(self, kind: bytes, channel: int, payload: bytes = b"") -> None:
+        """Send a frame.
+
+        Raises:
+            GuestLost: the guest does not take it, or is gone.
+        """
+        head = _HEAD.pack(len(payload) + _HEAD.size - 4, kind[0], channel)
+        self._port.send(head + payload, _SEND_SECONDS)
+
+    def _send_request(self, kind: bytes, payload: bytes) -> int:
+        number = next(self._numbers)
+        self._replies[number] = None
+        self.post(kind, number, payload)
+        return number
+
+    def _ask(self, kind: bytes, payload: bytes, timeout: float | None = None) -> tuple[int, bytes]:
+        return self._await(self._send_request(kind, payload), timeout)
+
+    def _await(self, number: int, timeout: float | None) -> tuple[int, bytes]:
+        deadline = Deadline(self.patience if timeout is None else timeout)
+        try:
+            while True:
+                with self._changed:
+                    if (reply := self._replies[number]) is not None:
+                        return reply
+                    self._changed.wait(deadline.remaining(_LOOK_SECONDS))
+                if self._replies[number] is None:
+                    self._look(deadline)
+        finally:
+            del self._replies[number]
+
+    def _look(self, deadline: Deadline) -> None:
+        self.check()
+        if self._broken:
+            raise GuestLost(f"the helper in the guest: {self._broken}", stage="command")
+        if deadline.expired:
+            raise GuestLost(
+                f"the helper in the guest did not answer in {deadline.seconds:g} s", stage="command"
+            )
+
+    def _unpack(self, form: str, payload: bytes) -> tuple[Any, ...]:
+        try:
+            return struct.unpack(form, payload)
+        except struct.error as error:
+            raise GuestLost("the helper in the guest answers nonsense", stage="command") from error
+
+    def _succeeded(self, what: str, kind: int, status: int) -> None:
+        if kind != ord("R") or status:
+            raise GuestLost(
+                f"the helper in the guest could not {what}: {os.strerror(status)}", stage="command"
+            )
+
+    def _open(self, kind: bytes, payload: bytes, command: Command) -> ChannelProcess:
+        started = monotonic()
+        number = next(self._numbers)
+        channel = HelperChannel(self, number, self._generation, self._changed)
+        self._channels[number] = channel
+        try:
+            while len(payload) > _MAX_PAYLOAD:
+                self.post(kind.upper(), number, payload[:_MAX_PAYLOAD])
+                payload = payload[_MAX_PAYLOAD:]
+            self.post(kind, number, payload)
+            deadline = Deadline(self.patience)
+            while not channel.is_open:
+                self.wait(channel, _LOOK_SECONDS)
+                if channel.failure is not None:
+                    self._failed(channel, command, started)
+                elif channel.closed:
+                    raise GuestLost("the helper restarted while a program was started")
+                elif not channel.is_open:
+                    self._look(deadline)
+        except BaseException:
+            self._channels.pop(number, None)
+            raise
+        return ChannelProcess(self, channel, command, check=self.check, group=channel.group)
+
+    def _failed(self, channel: HelperChannel, command: Command, started: float) -> None:
+        """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
+        assert channel.failure is not None
+        stage, number = channel.failure
+        self._channels.pop(channel.number, None)
+        why = os.strerror(number)
+        if stage == _NO_PROGRAM:
+            status = _NOT_FOUND if number == _ENOENT else _NOT_EXECUTABLE
+            why = "not found" if number == _ENOENT else why
+            channel.end_at_once(status, f"{command.argv[0]}: {why}\n".encode())
+        elif stage in (_NO_USER, _NO_FOLDER):
+            text = "no such user" if stage == _NO_USER else why
+            raise could_not_start(command, _NOT_EXECUTABLE, b"", text.encode(), started)
+        else:
+            raise GuestLost(f"the guest can start no further program: {why}", stage="command")
+
+    def _feed(self, data: bytes) -> None:
+        """Take what has come; on the thread that reads."""
+        if self._broken:
+            return
+        with self._changed:
+            self._rest += data
+            if self._awaited:
+                self._skip()
+            try:
+                while not self._awaited and len(self._rest) >= _HEAD.size:
+                    length, kind, number = _HEAD.unpack_from(self._rest)
+                    if not _HEAD.size - 4 <= length <= _MAX_PAYLOAD + _HEAD.size - 4:
+                        raise ValueError("a frame of an impossible length")
+                    if len(self._rest) < length + 4:
+                        break
+                    payload = bytes(self._rest[_HEAD.size : length + 4])
+                    del self._rest[: length + 4]
+                    self._take(chr(kind), number, payload)
+            except (ValueError, struct.error) as error:
+                self._broken = f"it answers nonsense ({error})"
+                self._lose_channels()
+            self._changed.notify_all()
+
+    def _skip(self) -> None:
+        """Skip what comes before the answer that tells that we are heard."""
+        before, found, after = self._rest.partition(self._awaited)
+        if found:
+            self._rest, self._awaited = after, b""
+        elif len(before) > _MAX_SKIPPED:
+            self._broken = "it does not stop talking to somebody else"
+
+    def _take(self, kind: str, number: int, payload: bytes) -> None:
+        if kind == "H":
+            (version,) = struct.unpack("<I", payload)
+            if version != VERSION:
+                raise ValueError(f"version {version}")
+            self._lose_channels()
+            self._generation += 1
+        elif kind in "PR":
+            if number in self._replies:
+                self._replies[number] = ord(kind), payload
+        elif channel := self._channels.get(number):
+            channel.take(kind, payload)
+            if channel.is_done:
+                del self._channels[number]
+
+    def _lose_channels(self) -> None:
+        for channel in self._channels.values():
+            channel.lose()
+        self._channels.clear()
+        self._changed.notify_all()
+
+
+class HelperChannel:
+    """The streams of a program that the helper has started; see `Channel`.
+
+    Attributes:
+        number: of the channel.
+        generation: of the helper that has it.
+        group: the process group; 0 for a connection to a socket.
+        failure: stage and number of an error that kept it from being started.
+        left: whether it was closed from here because the guest goes down.
+    """
+
+    def __init__(
+        self, helper: Helper, number: int, generation: int, changed: threading.Condition
+    ) -> None:
+        self.number = number
+        self.generation = generation
+        self.group = 0
+        self.is_open = False
+        self.failure: tuple[int, int] | None = None
+        self.left = False
+        self.closed = False
+        self.status_event = threading.Event()
+        self.exit_status = -1
+        self.ended_by: int | None = None
+        self._helper = helper
+        self._changed = changed
+        self._streams = {1: bytearray(), 2: bytearray()}
+        self._open_streams = {1, 2}
+        self._allowed = {1: _WINDOW, 2: _WINDOW}  # bytes that may still come
+        self._taken = {1: 0, 2: 0}  # bytes that the helper has not been told of
+        self._room = _INPUT_WINDOW
+        self._broken = False
+        self._is_socket = False
+        self._moved = False
+
+    # -- what programs' readers and writers use ----------------------------------------------------
+
+    @property
+    def eof_received(self) -> bool:
+        """Whether no more output will come."""
+        return not self._open_streams
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will come at all."""
+        return self.eof_received and self.status_event.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has changed; the condition is held."""
+        if not self._moved:
+            self._changed.wait_for(lambda: self._moved, seconds)
+        self._moved = False
+
+    def recv_ready(self) -> bool:
+        """Whether there is output."""
+        return bool(self._streams[1])
+
+    def recv_stderr_ready(self) -> bool:
+        """Whether there is output on the standard error."""
+        return bool(self._streams[2])
+
+    def recv(self, size: int) -> bytes:
+        """See `Channel.recv`."""
+        return self._read(1, size)
+
+    def recv_stderr(self, size: int) -> bytes:
+        """See `Channel.recv_stderr`."""
+        return self._read(2, size)
+
+    def _read(self, stream: int, size: int) -> bytes:
+        buffer = self._streams[stream]
+        with self._changed:
+            if not buffer and stream in self._open_streams and not self.closed:
+                self._changed.wait_for(
+                    lambda: buffer or stream not in self._open_streams or self.closed, _LOOK_SECONDS
+                )
+                if not buffer and stream in self._open_streams and not self.closed:
+                    raise TimeoutError
+            data = bytes(buffer[:size])
+            del buffer[:size]
+            self._taken[stream] += len(data)
+            tell = self._taken[stream]
+            if tell < _TELL or stream not in self._open_streams or self.closed:
+                return data
+            self._taken[stream] = 0
+            self._allowed[stream] += tell
+        self._helper.post(b"w", self.number, struct.pack("<BI", stream, tell))
+        return data
+
+    def send(self, data: bytes) -> int:
+        """See `Channel.send`."""
+        with self._changed:
+            if not self._changed.wait_for(
+                lambda: self._room > 0 or self._broken or self.closed, _LOOK_SECONDS
+            ):
+                raise TimeoutError
+            if self._broken or self.closed:
+                raise BrokenPipeError("the program takes no more input")
+            piece = bytes(data[: self._room])
+            self._room -= len(piece)
+        self._helper.post(b"i", self.number, piece)
+        return len(piece)
+
+    def shutdown_write(self) -> None:
+        """See `Channel.shutdown_write`."""
+        if not self.is_done and not self.closed:
+            self._helper.post(b"e", self.number)
+
+    # -- what comes from the helper; the condition is held -----------------------------------------
+
+    def take(self, kind: str, payload: bytes) -> None:
+        """Take a frame.
+
+        Raises:
+            ValueError: it is none that may come now.
+            struct.error: likewise.
+        """
+        if kind == "S":
+            (self.group,) = struct.unpack("<I", payload)
+            self.is_open = True
+            if not self.group:
+                self._is_socket = True
+                self._open_streams.discard(2)
+        elif kind == "F":
+            stage, number = struct.unpack("<Bi", payload)
+            self.failure = stage, number
+        elif kind == "o":
+            stream, data = payload[0], payload[1:]
+            if stream not in self._open_streams or len(data) > self._allowed[stream]:
+                raise ValueError("output that was not asked for")
+            self._allowed[stream] -= len(data)
+            self._streams[stream] += data
+        elif kind == "q":
+            self._open_streams.discard(payload[0])
+            if self._is_socket:
+                self._end(0)
+        elif kind == "a":
+            (size,) = struct.unpack("<I", payload)
+            self._room = min(self._room + size, _INPUT_WINDOW)
+        elif kind == "b":
+            self._broken = True
+        elif kind == "z":
+            (status,) = struct.unpack("<i", payload)
+            self._end(status)
+        else:
+            raise ValueError(f"a frame of kind {kind!r}")
+        self._moved = True
+
+    def _end(self, status: int) -> None:
+        if status < 0:
+            self.ended_by = -status if -status <= signal.NSIG else UNKNOWN_SIGNAL
+        self.exit_status = status
+        self.status_event.set()
+
+    def lose(self) -> None:
+        """The helper is gone, and with it all that was known of the program."""
+        self.closed = self._moved = True
+        self._open_streams.clear()
+        self.status_event.set()
+
+    def hung_up(self) -> None:
+        """It was let go of here."""
+        self.closed = self._moved = True
+        self._changed.notify_all()
+
+    def end_at_once(self, status: int, stderr: bytes) -> None:
+        """Be the channel of a program that has ended."""
+        self.is_open = True
+        self._streams[2] += stderr
+        self._open_streams.clear()
+        self._end(status)
+
+
+class HelperTransport:
+    """Runs programs in a guest as one user, through its helper."""
+
+    def __init__(self, helper: Helper, user: str) -> None:
+        self._helper = helper
+        self._user = user
+
+    def start(self, command: Command) -> ChannelProcess:
+        """Start a program; see `Transport.start`."""
+        if command.user is None and self._user != "root":
+            command = Command(argv=command.argv, cwd=command.cwd, env=command.env, user=self._user)
+        return self._helper.start(command)
+
+    def close(self) -> None:
+        """See `Transport.close`; the helper itself is the machine's."""

@@ -1,0 +1,226 @@
+"""What one guest stands on: its machine, switched on or woken up, and the ways into it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.transport import Transport
+from pytest_vmsandbox.guests import ssh, waking
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.machine.cmdline import Start
+from pytest_vmsandbox.machine.disk import Disks, empty_overlay
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
+
+KNOWN_HOSTS = "known_hosts"  # in the run's folder, for `Guest.ssh_command`
+_SSH_PORT = 22
+_CONNECT_SECONDS = 20.0
+_ANSWER_SECONDS = 20.0
+_QUIET_SECONDS = 0.5
+_UNANNOUNCED_SECONDS = 0.5
+_LOOK_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The state of a guest, memory included, and its disks at that moment.
+
+    Attributes:
+        state: a file.
+        frozen: what each disk had by then, lowest file first.
+    """
+
+    state: IO[bytes]
+    frozen: tuple[tuple[IO[bytes], ...], ...]
+
+
+class GuestPlatform:
+    """What one guest stands on; see `Platform`.
+
+    Args:
+        key: opens it.
+        disks: its own.
+        logs: the folder for its logs, or None.
+        memory: the file that is its memory, if it is to be sealed.
+        state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
+            there, else in this file, too.
+        awake: a machine that runs already, for the first time that it is switched on.
+    """
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        hypervisor: Hypervisor,
+        *,
+        name: str,
+        key: ssh.KeyPair,
+        disks: Disks,
+        logs: Path | None,
+        memory: IO[bytes] | None = None,
+        state: IO[bytes] | None = None,
+        awake: waking.Awake | None = None,
+    ) -> None:
+        self.blueprint = blueprint
+        self._hypervisor = hypervisor
+        self._name = name
+        self._key = key
+        self._disks = disks
+        self._logs = logs
+        self._memory = memory
+        self._state = state
+        self._awake = awake
+        self._helper: Helper | None = None
+        self._own = ExitStack()  # what snapshots have added to the disks
+
+    @contextmanager
+    def machine(self) -> Iterator[Machine]:
+        """See `Platform.machine`."""
+        awake, self._awake = self._awake, None
+        if awake is not None:
+            self._helper = awake.helper
+            with awake:
+                yield awake.machine
+            return
+        state, self._state = self._state, None
+        if state is not None:
+            start = Start.RESTORED if self._memory is None else Start.CONTINUED
+        else:
+            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SEALED
+        spec = self.blueprint.machine(self._name, self._key.public, start)
+        with Machine.running(
+            self._hypervisor.launcher,
+            self._hypervisor.loop,
+            spec,
+            kernel=self.blueprint.built.kernel,
+            initrd=self.blueprint.built.initrd,
+            disks=self._disks,
+            logs=self._logs,
+            more_args=self.blueprint.qemu_args(spec),
+            memory=self._memory,
+            state=state,
+        ) as machine:
+            self._helper = helper_of(machine, self.blueprint)
+            if state is not None:
+                waking.wake(machine, self._helper)
+            yield machine
+
+    def transport(self, machine: Machine, user: str) -> Transport:
+        """See `Platform.transport`."""
+        if self._helper is not None and self._helper.is_there:
+            return HelperTransport(self._helper, user)
+        scale = self.blueprint.verdict.time_scale
+        return ssh.SSHTransport(
+            lambda: ssh.Endpoint(
+                address=machine.forward(_SSH_PORT),
+                user=user,
+                key=self._key,
+                host_key=self.blueprint.built.host_key,
+            ),
+            check=machine.check,
+            connect_timeout=_CONNECT_SECONDS * scale,
+            time_scale=scale,
+        )
+
+    def answers(self, machine: Machine, timeout: float) -> bool:
+        """See `Platform.answers`."""
+        if machine.spec.start.is_loaded and self._helper is not None and self._helper.is_there:
+            return True
+        # A connection made before the guest's network is up waits for a retransmission, so the
+        # console is asked first. An image that does not announce its server is just tried.
+        announced = machine.wait_for_ssh(timeout)
+        if announced and self._helper is not None and self._helper.is_there:
+            return True
+        try:
+            address = machine.forward(_SSH_PORT)
+        except VMSandboxError:
+            return False  # the caller looks at why
+        return ssh.greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
+
+    def save(self, machine: Machine) -> Saved:
+        """See `Platform.save`."""
+        if self._helper is None or not self._helper.is_there:
+            raise ConfigError(
+                f"{self._name} has no helper, so its clock could not be set right after a rollback",
+                remedy="use an image that has one, such as debian-13",
+            )
+        self._helper.ping()  # it has taken all that was said so far
+        machine.pause()
+        try:
+            frozen = self._disks.frozen
+            for file in (it for files in frozen for it in files):
+                self._own.callback(file.close)
+            fresh = self._fresh_overlays()
+            machine.put_on_top(fresh)
+            self._disks = self._disks.on_top(frozen, fresh)
+            state = self._own.enter_context(
+                tempfile.TemporaryFile(dir=self._hypervisor.cache, buffering=0)  # noqa: SIM115
+            )
+            machine.save(state, with_memory=True)
+        finally:
+            machine.resume()
+        return Saved(state=state, frozen=frozen)
+
+    def roll_back(self, saved: Saved) -> None:
+        """See `Platform.roll_back`."""
+        os.lseek(saved.state.fileno(), 0, os.SEEK_SET)
+        self._state = saved.state
+        self._disks = self._disks.on_top(saved.frozen, self._fresh_overlays())
+
+    def _fresh_overlays(self) -> list[IO[bytes]]:
+        folder = self._hypervisor.cache
+        return [self._own.enter_context(empty_overlay(size, folder)) for size in self._disks.sizes]
+
+    def close(self) -> None:
+        """See `Platform.close`."""
+        self._own.close()
+
+    def going_down(self) -> None:
+        """See `Platform.going_down`."""
+        if self._helper is not None:
+            with suppress(VMSandboxError):  # it may be down already
+                self._helper.let_go()
+            self._helper.close()
+
+    def ssh_command(self, machine: Machine, user: str) -> str:
+        """See `Platform.ssh_command`."""
+        host, port = machine.forward(_SSH_PORT)
+        folder = self._hypervisor.folder
+        known, key = folder / KNOWN_HOSTS, folder / f"key.{self._name}"
+        self._key.save(key)
+        with known.open("a") as file:
+            file.write(f"{self._name} {self.blueprint.built.host_key}\n")
+        options = {
+            "HostKeyAlias": self._name,
+            "UserKnownHostsFile": str(known),
+            "GlobalKnownHostsFile": "/dev/null",
+            "IdentitiesOnly": "yes",
+            "LogLevel": "ERROR",
+        }
+        return shlex.join(
+            [
+                "ssh",
+                *("-F", "none", "-i", str(key), "-p", str(port)),
+                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
+                f"{user}@{host}",
+            ]
+        )
+
+
+def helper_of(machine: Machine, blueprint: Blueprint) -> Helper:
+    """The helper of a machine; whether it is there, it has to say itself."""
+    scale = blueprint.verdict.time_scale
+    return Helper(
+        machine.helper,
+        check=machine.check,
+        patience=_ANSWER_SECONDS * scale,
+        quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
+    )

@@ -1,0 +1,323 @@
+"""Clones of sealed guests, armed ahead of demand: what a test waits for is a few milliseconds.
+
+A clone maps its template's memory and shares it until it writes. It is woken once, its helper
+exercised, and paused again: under emulation, the first program in a clone takes ten times as long
+as the next ones, since all code is translated anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests import waking
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.platform import helper_of
+from pytest_vmsandbox.guests.sealing import Sealed
+from pytest_vmsandbox.guests.waking import Awake
+from pytest_vmsandbox.machine.cmdline import Start
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.ledger import Ledger
+from pytest_vmsandbox.machine.machine import Machine
+
+CLAIM = 128 * MIB  # of the host's memory, for a clone
+_DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
+_IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
+_EXERCISES = 2
+_EXERCISE_SECONDS = 60.0
+_STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clone:
+    """A guest that was cloned, and nobody has used.
+
+    Attributes:
+        name: the guest's.
+        awake: its machine.
+        disks: its own.
+        logs: the folder for its logs, or None.
+        stack: ends all of it.
+    """
+
+    name: str
+    awake: Awake
+    disks: Disks
+    logs: Path | None
+    stack: ExitStack
+
+
+@dataclass(kw_only=True)
+class _Shelf:
+    """The armed clones of one template.
+
+    Attributes:
+        expected: how many more are going to be asked for, as far as is known.
+        leased: how many were.
+        arming: how many are under way.
+        failure: why none can be armed.
+        last: when the last one was taken.
+    """
+
+    sealed: Sealed
+    blueprint: Blueprint
+    armed: deque[Clone] = field(default_factory=deque)
+    expected: int = 0
+    leased: int = 0
+    arming: int = 0
+    failure: VMSandboxError | None = None
+    last: Deadline = field(default_factory=lambda: Deadline(_IDLE_SECONDS))
+
+
+class Pool:
+    """Arms clones ahead of demand.
+
+    Args:
+        fillers: threads that do so; 0 to arm each when it is asked for.
+        name: gives a name for a guest of an image.
+        logs: gives the folder for its logs, or None.
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        ledger: Ledger,
+        *,
+        fillers: int,
+        name: Callable[[str], str],
+        logs: Callable[[str], Path | None],
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._ledger = ledger
+        self._name = name
+        self._logs = logs
+        self._shelves: dict[tuple[str, str], _Shelf] = {}  # by template and network
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._fill, name="vmsandbox-filler", daemon=True)
+            for _ in range(fillers)
+        ]
+
+    @classmethod
+    @contextmanager
+    def running(
+        cls,
+        hypervisor: Hypervisor,
+        ledger: Ledger,
+        *,
+        fillers: int,
+        name: Callable[[str], str],
+        logs: Callable[[str], Path | None],
+    ) -> Iterator[Pool]:
+        """A pool that fills itself; at the end all clones that nobody took are gone."""
+        pool = cls(hypervisor, ledger, fillers=fillers, name=name, logs=logs)
+        for thread in pool._threads:
+            thread.start()
+        try:
+            yield pool
+        finally:
+            pool._stop()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(_STOP_SECONDS)
+        for shelf in self._shelves.values():
+            self._empty(shelf)
+
+    def expect(self, sealed: Sealed, blueprint: Blueprint, count: int) -> None:
+        """Be told that so many more clones of a template are going to be asked for."""
+        with self._changed:
+            self._shelf(sealed, blueprint).expected += count
+            self._changed.notify_all()
+
+    @contextmanager
+    def lease(self, sealed: Sealed, blueprint: Blueprint) -> Iterator[tuple[Clone, bool]]:
+        """A clone of a template, running; it is gone at the end.
+
+        Args:
+            blueprint: of the clone. It differs from the template's at most in what only this side
+                knows of, such as the network.
+
+        Yields:
+            The clone, and whether it had been armed before it was asked for.
+
+        Raises:
+            VMSandboxError: none can be made.
+        """
+        clone, was_armed = self._take(sealed, blueprint)
+        try:
+            with clone.stack:
+                waking.resume(clone.awake.machine, clone.awake.helper)
+                yield clone, was_armed
+        finally:
+            self._ledger.release(CLAIM)
+
+    def forget(self, sealed: Sealed) -> None:
+        """Give up what was cloned from a template."""
+        with self._changed:
+            for kind in [kind for kind in self._shelves if kind[0] == sealed.template.key]:
+                self._empty(self._shelves.pop(kind))
+
+    def _take(self, sealed: Sealed, blueprint: Blueprint) -> tuple[Clone, bool]:
+        with self._changed:
+            shelf = self._shelf(sealed, blueprint)
+            shelf.leased += 1
+            shelf.expected = max(0, shelf.expected - 1)
+            shelf.last = Deadline(_IDLE_SECONDS)
+            if shelf.armed:
+                clone = shelf.armed.popleft()
+                self._changed.notify_all()
+                return clone, True
+            while shelf.arming and not shelf.armed and shelf.failure is None:
+                self._changed.wait()
+            if shelf.armed:
+                clone = shelf.armed.popleft()
+                self._changed.notify_all()
+                return clone, False
+            shelf.failure = None
+        self._ledger.claim(CLAIM, spare=False)
+        try:
+            return self._arm(sealed, blueprint), False
+        except BaseException:
+            self._ledger.release(CLAIM)
+            raise
+
+    def _shelf(self, sealed: Sealed, blueprint: Blueprint) -> _Shelf:
+        kind = sealed.template.key, blueprint.hardware.network
+        if kind not in self._shelves:
+            self._shelves[kind] = _Shelf(sealed=sealed, blueprint=blueprint)
+        return self._shelves[kind]
+
+    # -- filling ------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """What a filler does."""
+        while True:
+            with self._changed:
+                while not self._stopped and (shelf := self._wanting()) is None:
+                    self._changed.wait(_IDLE_SECONDS / 4)
+                    self._shrink()
+                if self._stopped:
+                    return
+                assert shelf is not None
+                shelf.arming += 1
+            clone: Clone | None = None
+            failure: VMSandboxError | None = None
+            claimed = False
+            try:
+                claimed = self._ledger.claim(CLAIM, spare=True)
+                if claimed:
+                    with self._ledger.processor():
+                        clone = self._arm(shelf.sealed, shelf.blueprint)
+                else:
+                    failure = LaunchError("there is no room for a further clone")
+            except VMSandboxError as error:
+                failure = error
+            except Exception as error:  # noqa: BLE001  # else a filler would die without a word
+                failure = LaunchError(f"a clone could not be armed: {error!r}")
+            with self._changed:
+                shelf.arming -= 1
+                shelf.failure = failure
+                if clone is not None:
+                    shelf.armed.append(clone)
+                elif claimed:
+                    self._ledger.release(CLAIM)
+                self._changed.notify_all()
+
+    def _wanting(self) -> _Shelf | None:
+        """The shelf that wants a clone most, or None; the condition is held."""
+        best, need = None, 0
+        for shelf in self._shelves.values():
+            ahead = min(_DEPTH, shelf.expected) or (1 if shelf.leased > 1 else 0)
+            missing = ahead - len(shelf.armed) - shelf.arming
+            if missing > need and shelf.failure is None and not shelf.last.expired:
+                best, need = shelf, missing
+        return best
+
+    def _shrink(self) -> None:
+        """Give up clones that nobody takes; the condition is held."""
+        for shelf in self._shelves.values():
+            if shelf.last.expired:
+                self._empty(shelf)
+
+    def _empty(self, shelf: _Shelf) -> None:
+        while shelf.armed:
+            shelf.armed.popleft().stack.close()
+            self._ledger.release(CLAIM)
+
+    def _arm(self, sealed: Sealed, blueprint: Blueprint) -> Clone:
+        """A clone that has been exercised, and is paused.
+
+        Raises:
+            VMSandboxError: it cannot be made, or something in it cannot be put right.
+        """
+        template = sealed.template
+        name = self._name(blueprint.image)
+        spec = blueprint.machine(template.name, sealed.key.public, Start.CLONED)
+        logs = self._logs(name)
+        with ExitStack() as stack:
+            try:
+                state = template.state()
+                stack.callback(state.close)
+                disks = stack.enter_context(
+                    Disks.open(
+                        base=blueprint.built.disk,
+                        root_size=blueprint.hardware.disk,
+                        blank=blueprint.hardware.disks,
+                        folder=self._hypervisor.cache,
+                        frozen=template.layers,
+                    )
+                )
+            except OSError as error:
+                raise LaunchError(
+                    f"the template of {blueprint.image} cannot be read: {error}"
+                ) from error
+            own = ExitStack()
+            machine = own.enter_context(
+                Machine.running(
+                    self._hypervisor.launcher,
+                    self._hypervisor.loop,
+                    spec,
+                    kernel=blueprint.built.kernel,
+                    initrd=blueprint.built.initrd,
+                    disks=disks,
+                    logs=logs,
+                    more_args=blueprint.qemu_args(spec),
+                    memory=sealed.memory,
+                    state=state,
+                )
+            )
+            stack.push(own)
+            state.close()  # it is loaded
+            helper = helper_of(machine, blueprint)
+            waking.wake(machine, helper)
+            helper.set_hostname(name)
+            for _ in range(_EXERCISES):
+                process = helper.start(Command(argv=("true",)))
+                process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
+                process.close()
+            machine.pause()
+            return Clone(
+                name=name,
+                awake=Awake(machine=machine, helper=helper, stack=own),
+                disks=disks,
+                logs=logs,
+                stack=stack.pop_all(),
+            )
+
+
+def _ignore(_: bytes) -> None:
+    """Output that nobody wants."""

@@ -1,0 +1,311 @@
+"""Guests are booted once, prepared, and sealed when they are quiet: templates are made here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import (
+    CommandTimeout,
+    ImageError,
+    LaunchError,
+    MonitorError,
+    VMSandboxError,
+)
+from pytest_vmsandbox.guests import ssh
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.templates import (
+    KEY,
+    MEMORY,
+    STATE,
+    Template,
+    TemplateStore,
+    layer_name,
+)
+from pytest_vmsandbox.machine import host, memory
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+
+_QUIET_SECONDS = 0.5  # how long a guest is watched
+_QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
+_SETTLE_SECONDS = 120.0  # after which a guest that is never quiet is sealed all the same
+_SYSTEMD_SECONDS = 300.0
+
+
+class CannotSealError(LaunchError):
+    """Guests of this kind cannot be sealed here; they can be booted all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Something that is done to guests before they are sealed.
+
+    Attributes:
+        digest: of all that its result depends on.
+        run: does it.
+        about: what it is, for people.
+        network: that it needs; None for the guest's own.
+    """
+
+    digest: str
+    run: Callable[[Guest], object]
+    about: str
+    network: str | None = None
+
+
+def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
+    """What the template of guests to which these steps were done is called."""
+    parts = [blueprint.digest, *(step.digest for step in steps)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """A template that is open in this process, for clones.
+
+    Attributes:
+        template: the template.
+        blueprint: what its guests are made of.
+        key: the key that opens them.
+        memory: their memory, which they cannot change.
+        damage: what of the template is damaged, once that is known; see `Template.damage`.
+        stack: lets go of it.
+    """
+
+    template: Template
+    blueprint: Blueprint
+    key: ssh.KeyPair
+    memory: IO[bytes]
+    damage: Future[str]
+    stack: ExitStack
+
+
+class Sealer:
+    """Makes templates, and opens those that are there.
+
+    Args:
+        store: where they lie.
+        hypervisor: runs guests.
+        guest: makes a guest on a platform.
+        say: told of long waits.
+        tell: told of what went wrong.
+    """
+
+    def __init__(
+        self,
+        store: TemplateStore,
+        hypervisor: Hypervisor,
+        *,
+        guest: Callable[[GuestPlatform, str], Guest],
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._hypervisor = hypervisor
+        self._guest = guest
+        self._say = say
+        self._tell = tell
+        self._open: dict[str, Sealed] = {}
+        self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
+
+    @classmethod
+    @contextmanager
+    def open(cls, *args: Any, **kwargs: Any) -> Iterator[Sealer]:
+        """A sealer; at the end every template is let go of."""
+        sealer = cls(*args, **kwargs)
+        try:
+            yield sealer
+        finally:
+            for sealed in sealer._open.values():
+                sealed.stack.close()
+            sealer._digests.shutdown(wait=False, cancel_futures=True)
+
+    def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> Sealed:
+        """The open template of guests to which `steps` were done; it is made if there is none.
+
+        Raises:
+            CannotSealError: there can be none.
+            VMSandboxError: the guest does not boot, or a step failed.
+        """
+        key = template_key(blueprint, steps)
+        if key not in self._open:
+            self._open[key] = self._opened(key, blueprint, steps)
+        return self._open[key]
+
+    def drop_damaged(self, sealed: Sealed) -> None:
+        """Remove a template that is damaged; it is made anew when it is asked for."""
+        self._tell(
+            f"the template of {sealed.blueprint.image} was damaged "
+            f"({sealed.damage.result()}); it is made anew"
+        )
+        self._open.pop(sealed.template.key, None)
+        sealed.stack.close()
+        self._store.remove(sealed.template.folder)
+
+    def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
+        for _ in range(2):
+            template = self._store.find(key) or self._made(key, blueprint, steps)
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(self._store.hold(template))
+                    file = memory.for_clones(template.memory, blueprint.qemu.version)
+                    stack.callback(file.close)
+                    return Sealed(
+                        template=template,
+                        blueprint=blueprint,
+                        key=ssh.KeyPair.of(template.private_key),
+                        memory=file,
+                        damage=self._digests.submit(template.damage),
+                        stack=stack.pop_all(),
+                    )
+                except FileNotFoundError:  # removed in this moment, or damaged
+                    self._store.remove(template.folder)
+                except (OSError, ValueError) as error:
+                    raise CannotSealError(
+                        f"the template of {blueprint.image} cannot be opened: {error}"
+                    ) from error
+        raise CannotSealError(f"the template of {blueprint.image} disappears again and again")
+
+    def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
+        # The one below is needed first, and has a lock of its own.
+        below = self.obtain(blueprint, steps[:-1]).template if steps else None
+        about = steps[-1].about if steps else ""
+        waits = f"another run is sealing {about or blueprint.image}; waiting for it"
+        try:
+            with self._store.lock(key, lambda: self._say(waits)):
+                if (found := self._store.find(key)) is not None:
+                    return found
+                self._say(
+                    f"preparing {about or blueprint.image}: once, until something of it changes"
+                )
+                with self._store.incoming(key) as folder:
+                    return self._seal(folder, key, blueprint, steps, below)
+        except (OSError, ImageError, MonitorError) as error:
+            brief = error.brief if isinstance(error, VMSandboxError) else str(error)
+            raise CannotSealError(
+                f"{blueprint.image} could not be sealed: {brief}",
+                details=getattr(error, "details", ""),
+            ) from error
+
+    def _seal(
+        self,
+        folder: Path,
+        key: str,
+        blueprint: Blueprint,
+        steps: Sequence[Step],
+        below: Template | None,
+    ) -> Template:
+        hardware = blueprint.hardware
+        name = below.name if below is not None else blueprint.image
+        pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
+        identity = host.guest_identity(blueprint.verdict.accelerator)
+        with ExitStack() as stack:
+            ram = stack.enter_context(memory.create(folder / MEMORY, hardware.memory))
+            if below is not None:
+                with below.memory.open("rb", buffering=0) as source:
+                    memory.copy(source, ram)
+            if identity is not None:  # QEMU opens it by itself
+                os.fchown(ram.fileno(), identity.uid, identity.gid)
+            disks = stack.enter_context(
+                Disks.open(
+                    base=blueprint.built.disk,
+                    root_size=hardware.disk,
+                    blank=hardware.disks,
+                    folder=self._hypervisor.cache,
+                    frozen=below.layers if below is not None else (),
+                )
+            )
+            network = steps[-1].network if steps else None
+            platform = GuestPlatform(
+                blueprint if network is None else blueprint.with_network(network),
+                self._hypervisor,
+                name=name,
+                key=pair,
+                disks=disks,
+                logs=None,
+                memory=ram,
+                state=None if below is None else stack.enter_context(below.state()),
+            )
+            with self._guest(platform, name) as guest:
+                if steps:
+                    steps[-1].run(guest)
+                else:
+                    grow(guest, blueprint)
+                settle(guest, blueprint)
+                with (folder / STATE).open("x+b", buffering=0) as state:
+                    guest.seal(state)
+            os.fchown(ram.fileno(), os.geteuid(), os.getegid())
+            layers = _keep_layers(folder, disks, below)
+        (folder / KEY).touch(mode=0o600)
+        (folder / KEY).write_text(pair.private)
+        for file in folder.iterdir():
+            if file.name != KEY:
+                file.chmod(0o644)  # a QEMU of another user opens them
+        return self._store.adopt(
+            folder, key, image=blueprint.image, name=name, layers=layers, facts={}
+        )
+
+
+def settle(guest: Guest, blueprint: Blueprint) -> None:
+    """Wait until a guest is quiet, so that its clones are.
+
+    What every test needs is run once before, so that it lies in the guest's memory.
+    """
+    if blueprint.built.definition.init == "systemd":
+        with suppress(CommandTimeout):
+            guest.run(
+                ["systemctl", "is-system-running", "--wait"],
+                check=False,
+                timeout=_SYSTEMD_SECONDS,
+                user="root",
+            )
+    for _ in range(2):
+        guest.run(["true"])
+        guest.shell(":")
+    guest.run(["sync"], user="root")
+    deadline = Deadline(_SETTLE_SECONDS)
+    calm = 0
+    while calm < 2 and not deadline.expired:
+        before = guest.processor_seconds
+        deadline.pause(_QUIET_SECONDS)
+        taken = guest.processor_seconds - before
+        calm = calm + 1 if taken < _QUIET_SHARE * _QUIET_SECONDS else 0
+
+
+def grow(guest: Guest, blueprint: Blueprint) -> None:
+    """Let the root file system use all of a disk that is larger than the image's."""
+    size = blueprint.hardware.disk
+    if size is not None and size != blueprint.built.definition.disk_size:
+        guest.run(["resize2fs", "/dev/vda"], user="root", timeout=_SETTLE_SECONDS)
+
+
+def _keep_layers(folder: Path, disks: Disks, below: Template | None) -> list[list[str]]:
+    """Put what was written to each disk into the folder: what is below it, and what is new."""
+    layers = []
+    for disk, files in enumerate(disks.overlays):
+        names = [layer_name(disk, depth) for depth in range(len(files))]
+        for depth, name in enumerate(names[:-1]):
+            assert below is not None
+            _link(below.layers[disk][depth], folder / name)
+        with (folder / names[-1]).open("x+b", buffering=0) as copy:
+            memory.copy(files[-1], copy)
+        layers.append(names)
+    return layers
+
+
+def _link(source: Path, dest: Path) -> None:
+    try:
+        os.link(source, dest)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, dest)

@@ -1,0 +1,270 @@
+"""Templates: guests that were sealed while they were quiet, in the user's cache.
+
+A template is a folder: the guest's memory, the state of its devices, what it had written to each
+disk, and the key that opens it. Nobody writes to it. It is named by the digest of all that it
+depends on, so it is never stale, only unused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.catalogue.files import (
+    locked,
+    private_folder,
+    remove_tree,
+    size_on_disk,
+    sync_tree,
+)
+from pytest_vmsandbox.core.errors import TeardownError
+from pytest_vmsandbox.core.spec import GIB
+from pytest_vmsandbox.machine import memory
+
+MEMORY, STATE, KEY = "memory", "state", "key"
+METADATA, IN_USE = "template.json", "in-use.lock"
+SCHEMA = 1
+LIMIT = 12 * GIB  # bytes that templates may take on the disk
+_INCOMING = ".incoming-"
+_GONE = ".gone-"
+
+
+def layer_name(disk: int, depth: int) -> str:
+    """The file with what was written to a disk."""
+    return f"disk{disk}.{depth}.qcow2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A sealed guest.
+
+    Attributes:
+        key: what it is called: the digest of all that it depends on.
+        folder: where its files lie.
+        image: the name of its image.
+        name: what the guest was called when it booted.
+        layers: for each disk the files with what was written to it, lowest first.
+        digests: of each file.
+        facts: what whoever sealed it wants to know of it.
+    """
+
+    key: str
+    folder: Path
+    image: str
+    name: str
+    layers: tuple[tuple[Path, ...], ...]
+    digests: dict[str, str]
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Path:
+        """The guest's memory."""
+        return self.folder / MEMORY
+
+    @property
+    def private_key(self) -> str:
+        """The key that opens it, in OpenSSH's format."""
+        return (self.folder / KEY).read_text()
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that it takes on the disk, holes not counted."""
+        return size_on_disk(self.folder)
+
+    def state(self) -> IO[bytes]:
+        """The state of its devices, to be read once."""
+        return (self.folder / STATE).open("rb", buffering=0)
+
+    def damage(self) -> str:
+        """Which file is not as it was when the guest was sealed; empty if all are."""
+        for name, digest in self.digests.items():
+            try:
+                found = file_digest(self.folder / name)
+            except OSError as error:
+                return f"{name}: {error.strerror or error}"
+            if found != digest:
+                return f"{name} has changed on the disk"
+        return ""
+
+
+class TemplateStore:
+    """The templates of one cache folder: ``<cache>/templates/<key[:32]>/``.
+
+    Args:
+        cache: the folder.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.root = cache / "templates"
+
+    def find(self, key: str) -> Template | None:
+        """The template of that key, if there is one that can be read."""
+        return self._read(self.root / key[:32])
+
+    def all(self) -> list[Template]:
+        """All templates, the least recently used first."""
+        folders = sorted(self.root.glob(f"[!.]*/{METADATA}"), key=_last_use)
+        return [found for file in folders if (found := self._read(file.parent)) is not None]
+
+    @contextmanager
+    def hold(self, template: Template) -> Iterator[None]:
+        """Keep a template from being removed.
+
+        Raises:
+            FileNotFoundError: it was removed before it could be held.
+        """
+        with locked(template.folder / IN_USE, shared=True, on_busy=lambda: None):
+            with suppress(OSError):
+                os.utime(template.folder / METADATA)
+            yield
+
+    @contextmanager
+    def lock(self, key: str, on_busy: Callable[[], object]) -> Iterator[None]:
+        """Be the only one who makes the template of a key.
+
+        Args:
+            on_busy: called before waiting for somebody else.
+
+        Raises:
+            ImageError: the cache folder cannot be made, or is somebody else's.
+        """
+        with locked(private_folder(self.root) / f"{key[:32]}.lock", on_busy=on_busy):
+            yield
+
+    @contextmanager
+    def incoming(self, key: str) -> Iterator[Path]:
+        """An empty folder for the files of a template; the lock of the key is held.
+
+        It is gone afterwards, unless `adopt` has made it the template. What a killed process left
+        is removed first.
+        """
+        self._sweep()
+        folder = self.root / f"{_INCOMING}{key[:32]}"
+        remove_tree(folder)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+
+    def adopt(
+        self,
+        folder: Path,
+        key: str,
+        *,
+        image: str,
+        name: str,
+        layers: list[list[str]],
+        facts: dict[str, object],
+    ) -> Template:
+        """Make the files in a folder of `incoming` the template, and make room for it.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        files = sorted(it.name for it in folder.iterdir())
+        content: dict[str, object] = {
+            "schema": SCHEMA,
+            "key": key,
+            "image": image,
+            "name": name,
+            "layers": layers,
+            "facts": facts,
+            "digests": {file: file_digest(folder / file) for file in files},
+        }
+        (folder / IN_USE).touch(mode=0o600)
+        (folder / METADATA).write_text(
+            json.dumps({**content, "seal": _seal(content)}, indent=1) + "\n"
+        )
+        sync_tree(folder)
+        place = self.root / key[:32]
+        if place.exists():  # a damaged one
+            self.remove(place)
+        folder.rename(place)
+        self.shrink(keep=place)
+        template = self._read(place)
+        assert template is not None
+        return template
+
+    def shrink(self, *, keep: Path | None = None, limit: int = LIMIT) -> None:
+        """Remove the least recently used templates until they take no more than `limit` bytes."""
+        templates = self.all()
+        total = sum(it.size_on_disk for it in templates)
+        for template in templates:
+            if total <= limit:
+                return
+            if template.folder != keep and (freed := self.remove(template.folder)):
+                total -= freed
+
+    def remove(self, folder: Path) -> int:
+        """Remove a template that nobody uses.
+
+        Returns:
+            Bytes that are free now; 0 if it is in use, or gone.
+        """
+        try:
+            with locked(folder / IN_USE):
+                size = size_on_disk(folder)
+                gone = folder.with_name(f"{_GONE}{folder.name}")
+                remove_tree(gone)
+                folder.rename(gone)
+            remove_tree(gone)
+        except (FileNotFoundError, BlockingIOError):
+            return 0
+        return size
+
+    def _read(self, folder: Path) -> Template | None:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            content = json.loads((folder / METADATA).read_text())
+            if content.pop("seal") == _seal(content) and content["schema"] == SCHEMA:
+                return Template(
+                    key=content["key"],
+                    folder=folder,
+                    image=content["image"],
+                    name=content["name"],
+                    layers=tuple(
+                        tuple(folder / name for name in names) for names in content["layers"]
+                    ),
+                    digests=content["digests"],
+                    facts=content["facts"],
+                )
+        return None
+
+    def _sweep(self) -> None:
+        """Remove what others left who were killed."""
+        for entry in [*self.root.glob(f"{_INCOMING}*"), *self.root.glob(f"{_GONE}*")]:
+            key = entry.name.removeprefix(_INCOMING).removeprefix(_GONE)
+            with (
+                suppress(BlockingIOError, FileNotFoundError, TeardownError),
+                locked(self.root / f"{key}.lock"),
+            ):
+                remove_tree(entry)
+
+
+def _seal(content: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _last_use(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256, in hex, of all of a file but what is zero, and of its size."""
+    total = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        total.update(b"%d\n" % os.fstat(file.fileno()).st_size)
+        for start, data in memory.chunks(file):
+            total.update(b"%d\n" % start)
+            total.update(data)
+    return total.hexdigest()

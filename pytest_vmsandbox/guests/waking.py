@@ -1,0 +1,89 @@
+"""A guest that was saved wakes up: what is wrong in it then is put right, and checked.
+
+Its clock stands at the moment in which it was saved, and its random numbers are those of every
+other guest that was woken from there.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.guests.helper import Helper
+from pytest_vmsandbox.machine.machine import Machine
+
+CLOCK_SECONDS = 0.05  # by which a guest's clock may be wrong when a test gets it
+_CLOCK_TRIES = 20
+_SEED_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Awake:
+    """A machine that runs; at the end of the context it is ended.
+
+    Attributes:
+        machine: the machine.
+        helper: its helper.
+        stack: ends it.
+    """
+
+    machine: Machine
+    helper: Helper
+    stack: ExitStack
+
+    def __enter__(self) -> None:
+        """Nothing: it runs already."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stack.close()
+
+
+def wake(machine: Machine, helper: Helper) -> None:
+    """Let a machine go on whose state was loaded.
+
+    Raises:
+        GuestLost: it does not answer, or something in it cannot be put right.
+    """
+    helper.assume()
+    machine.resume()
+    helper.seed(os.urandom(_SEED_BYTES))
+    set_clock(helper)
+
+
+def resume(machine: Machine, helper: Helper) -> None:
+    """Let a machine go on that was woken before and has been paused since.
+
+    Raises:
+        GuestLost: it does not answer, or its clock cannot be set.
+    """
+    started, number = wall(), helper.send_clock()  # it waits there when the processors go on
+    machine.resume()
+    if helper.clock_error(number, started) > CLOCK_SECONDS:
+        set_clock(helper)
+
+
+def set_clock(helper: Helper) -> None:
+    """Set a guest's clock, and see that it is right.
+
+    Raises:
+        GuestLost: it cannot be set.
+    """
+    errors = []
+    for _ in range(_CLOCK_TRIES):
+        errors.append(helper.set_clock())
+        if errors[-1] <= CLOCK_SECONDS:
+            return
+    raise GuestLost(
+        f"the clock of the guest is wrong by {min(errors):.3f} s, and cannot be set right",
+        stage="command",
+        remedy="the host may have too much to do",
+    )

@@ -1,0 +1,73 @@
+"""Our end of a serial port of the guest: bytes in both directions, no more."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.machine.loop import LoopThread
+
+
+class Port:
+    """A port of the guest. What arrives before anybody listens is kept.
+
+    Args:
+        sock: our end of a socket pair; it stays the caller's.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._feed: Callable[[bytes], object] | None = None
+        self._early = b""
+        self._receiving = threading.Lock()
+        self._sending = threading.Lock()
+
+    @classmethod
+    @contextmanager
+    def open(cls, loop: LoopThread, sock: socket.socket) -> Iterator[Port]:
+        """A port whose bytes are read on the loop's thread."""
+        port = cls(sock)
+        with loop.reading(sock, port._arrived):
+            yield port
+
+    def listen(self, feed: Callable[[bytes], object]) -> None:
+        """Hand what arrives from now on, and what has arrived before, to `feed`."""
+        with self._receiving:
+            self._feed = feed
+            early, self._early = self._early, b""
+            if early:
+                feed(early)
+
+    def _arrived(self, data: bytes) -> None:
+        with self._receiving:
+            if self._feed is None:
+                self._early += data
+            else:
+                self._feed(data)
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """Send all of `data`.
+
+        Raises:
+            GuestLost: the guest did not take it within `timeout` seconds, or is gone.
+        """
+        deadline = Deadline(timeout)
+        view = memoryview(data)
+        with self._sending:
+            while view:
+                try:
+                    view = view[self._sock.send(view) :]
+                except BlockingIOError:
+                    poller = select.poll()
+                    poller.register(self._sock, select.POLLOUT)
+                    if not poller.poll(deadline.remaining() * 1000):
+                        raise GuestLost(
+                            f"the guest took nothing for {timeout:g} s", stage="command"
+                        ) from None
+                except OSError as error:
+                    raise GuestLost("the guest's machine is gone", stage="launch") from error
