@@ -91,8 +91,7 @@ class GuestFactory:
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}
         self._naming = threading.Lock()  # fillers of the pool name guests, too
-        self._blueprints: dict[tuple[str, Hardware], Blueprint] = {}
-        self._without_clones: set[str] = set()
+        self._without_clones: set[str] = set()  # digests of blueprints
         self._expected: dict[tuple[str, Hardware], int] = {}  # guests that are to come
 
     @classmethod
@@ -153,22 +152,26 @@ class GuestFactory:
 
     def _cloned(self, blueprint: Blueprint, stack: ExitStack) -> Guest | None:
         """A guest that is a clone; None where there can be none."""
-        if self._settings.clones == "never" or blueprint.image in self._without_clones:
+        if self._settings.clones == "never" or blueprint.digest in self._without_clones:
             return None
         try:
             while True:
                 sealed = self._sealer.obtain(blueprint)
-                if count := self._expected.pop((blueprint.image, blueprint.hardware), 0):
+                ahead = self._settings.clones == "armed"
+                count = self._expected.pop((blueprint.image, blueprint.hardware), 0)
+                if ahead and count:
                     self._pool.expect(sealed, blueprint, count)
                 own = stack.enter_context(ExitStack())
-                clone, was_armed = own.enter_context(self._pool.lease(sealed, blueprint))
+                clone, was_armed = own.enter_context(
+                    self._pool.lease(sealed, blueprint, more=ahead)
+                )
                 if not sealed.damage.result():
                     break
                 own.close()
                 self._pool.forget(sealed)
                 self._sealer.drop_damaged(sealed)
         except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
-            self._without_clones.add(blueprint.image)
+            self._without_clones.add(blueprint.digest)
             self._surroundings.tell(
                 f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
             )
@@ -223,23 +226,20 @@ class GuestFactory:
 
     def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
         spec = self._settings.hardware.changed(hardware)
-        kind = (image, spec)
-        if kind not in self._blueprints:
-            definition = self._catalogue.get(image)
-            _check_hardware(definition, spec)
-            try:
-                qemu = find_qemu(definition.architecture)
-                built = self.built(image)
-            except (LaunchError, ImageError) as error:
-                self._surroundings.missing(error)
-            self._blueprints[kind] = Blueprint(
-                built=built,
-                qemu=qemu,
-                verdict=self.accelerator(image),
-                hardware=spec,
-                qemu_args=self._surroundings.qemu_args,
-            )
-        return self._blueprints[kind]
+        definition = self._catalogue.get(image)
+        _check_hardware(definition, spec)
+        try:
+            qemu = find_qemu(definition.architecture)
+            built = self.built(image)
+        except (LaunchError, ImageError) as error:
+            self._surroundings.missing(error)
+        return Blueprint(
+            built=built,
+            qemu=qemu,
+            verdict=self.accelerator(image),
+            hardware=spec,
+            qemu_args=self._surroundings.qemu_args,
+        )
 
     @cached_property
     def _sealer(self) -> Sealer:
@@ -261,7 +261,7 @@ class GuestFactory:
             Pool.running(
                 hypervisor,
                 Ledger(hypervisor.folder),
-                fillers=_FILLERS if self._settings.clones == "armed" else 0,
+                fillers=_FILLERS,
                 name=self._name,
                 logs=self._surroundings.logs,
             )

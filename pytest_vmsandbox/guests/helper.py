@@ -14,13 +14,19 @@ import signal
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
 from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
-from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, ChannelProcess, could_not_start
+from pytest_vmsandbox.guests.process import (
+    UNKNOWN_SIGNAL,
+    ChannelProcess,
+    cannot_log_in,
+    could_not_start,
+)
 from pytest_vmsandbox.machine.port import Port
 
 VERSION = 1
@@ -135,16 +141,23 @@ class Helper:
         kind, payload = self._ask(b"h", name.encode())
         self._succeeded("set its name", kind, *self._unpack("<i", payload))
 
-    def start(self, command: Command) -> ChannelProcess:
-        """Start a program; see `Transport.start`."""
+    def start(self, command: Command, login: str = "root") -> ChannelProcess:
+        """Start a program; see `Transport.start`.
+
+        Args:
+            login: who runs it, if the command does not say so.
+
+        Raises:
+            ConfigError: `login` does not exist in the guest.
+        """
         script.check(command)
-        strings = [command.user or "", command.cwd or ""]
+        strings = [command.user or login, command.cwd or ""]
         env = [f"{name}={value}" for name, value in command.env.items()]
         payload = b"".join(os.fsencode(it) + b"\0" for it in strings)
         for words in (command.argv, env):
             payload += struct.pack("<H", len(words))
             payload += b"".join(os.fsencode(it) + b"\0" for it in words)
-        return self._open(b"x", payload, command)
+        return self._open(b"x", payload, command, login)
 
     def connect(self, path: str) -> ChannelProcess:
         """A connection to a Unix socket in the guest, as the streams of a program.
@@ -153,7 +166,7 @@ class Helper:
             CommandError: nothing listens there.
             GuestLost: the guest is gone.
         """
-        return self._open(b"u", os.fsencode(path), Command(argv=(path,)))
+        return self._open(b"u", os.fsencode(path), Command(argv=(path,)), "root")
 
     # -- as a carrier of processes -----------------------------------------------------------------
 
@@ -187,18 +200,17 @@ class Helper:
         """See `Carrier.has_left`."""
         return channel.left
 
-    def let_go(self) -> None:
-        """Let go of every program: whoever talks to the helper next knows none of them."""
-        for channel in list(self._channels.values()):
-            self.hang_up(channel)
-
     def close(self) -> None:
-        """Forget every program: the guest is about to restart, or to go."""
+        """Forget every program, and let the helper forget it: the guest restarts, or is sealed."""
         with self._changed:
+            numbers = list(self._channels)
             for channel in self._channels.values():
                 channel.left = True
             self._lose_channels()
             self._generation = 0
+        with suppress(VMSandboxError):  # it may be down already
+            for number in numbers:
+                self.post(b"d", number)
 
     # -- frames ------------------------------------------------------------------------------------
 
@@ -254,7 +266,7 @@ class Helper:
                 f"the helper in the guest could not {what}: {os.strerror(status)}", stage="command"
             )
 
-    def _open(self, kind: bytes, payload: bytes, command: Command) -> ChannelProcess:
+    def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> ChannelProcess:
         started = monotonic()
         number = next(self._numbers)
         channel = HelperChannel(self, number, self._generation, self._changed)
@@ -268,7 +280,7 @@ class Helper:
             while not channel.is_open:
                 self.wait(channel, _LOOK_SECONDS)
                 if channel.failure is not None:
-                    self._failed(channel, command, started)
+                    self._failed(channel, command, login, started)
                 elif channel.closed:
                     raise GuestLost("the helper restarted while a program was started")
                 elif not channel.is_open:
@@ -278,12 +290,14 @@ class Helper:
             raise
         return ChannelProcess(self, channel, command, check=self.check, group=channel.group)
 
-    def _failed(self, channel: HelperChannel, command: Command, started: float) -> None:
+    def _failed(self, channel: HelperChannel, command: Command, login: str, started: float) -> None:
         """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
         self._channels.pop(channel.number, None)
         why = os.strerror(number)
+        if stage == _NO_USER and command.user is None:
+            raise cannot_log_in(login)
         if stage == _NO_PROGRAM:
             status = _NOT_FOUND if number == _ENOENT else _NOT_EXECUTABLE
             why = "not found" if number == _ENOENT else why
@@ -529,9 +543,7 @@ class HelperTransport:
 
     def start(self, command: Command) -> ChannelProcess:
         """Start a program; see `Transport.start`."""
-        if command.user is None and self._user != "root":
-            command = Command(argv=command.argv, cwd=command.cwd, env=command.env, user=self._user)
-        return self._helper.start(command)
+        return self._helper.start(command, self._user)
 
     def close(self) -> None:
         """See `Transport.close`; the helper itself is the machine's."""

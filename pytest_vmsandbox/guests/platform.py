@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -186,8 +186,6 @@ class GuestPlatform:
     def going_down(self) -> None:
         """See `Platform.going_down`."""
         if self._helper is not None:
-            with suppress(VMSandboxError):  # it may be down already
-                self._helper.let_go()
             self._helper.close()
 
     def ssh_command(self, machine: Machine, user: str) -> str:

@@ -82,7 +82,7 @@ class Pool:
     """Arms clones ahead of demand.
 
     Args:
-        fillers: threads that do so; 0 to arm each when it is asked for.
+        fillers: threads that do so.
         name: gives a name for a guest of an image.
         logs: gives the folder for its logs, or None.
     """
@@ -121,8 +121,6 @@ class Pool:
     ) -> Iterator[Pool]:
         """A pool that fills itself; at the end all clones that nobody took are gone."""
         pool = cls(hypervisor, ledger, fillers=fillers, name=name, logs=logs)
-        for thread in pool._threads:
-            thread.start()
         try:
             yield pool
         finally:
@@ -133,7 +131,8 @@ class Pool:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(_STOP_SECONDS)
+            if thread.ident is not None:
+                thread.join(_STOP_SECONDS)
         for shelf in self._shelves.values():
             self._empty(shelf)
 
@@ -141,13 +140,16 @@ class Pool:
         """Be told that so many more clones of a template are going to be asked for."""
         with self._changed:
             self._shelf(sealed, blueprint).expected += count
-            self._changed.notify_all()
+            self._start()
 
     @contextmanager
-    def lease(self, sealed: Sealed, blueprint: Blueprint) -> Iterator[tuple[Clone, bool]]:
+    def lease(
+        self, sealed: Sealed, blueprint: Blueprint, *, more: bool
+    ) -> Iterator[tuple[Clone, bool]]:
         """A clone of a template, running; it is gone at the end.
 
         Args:
+            more: whether it may be taken for a sign that more will be asked for.
             blueprint: of the clone. It differs from the template's at most in what only this side
                 knows of, such as the network.
 
@@ -157,7 +159,7 @@ class Pool:
         Raises:
             VMSandboxError: none can be made.
         """
-        clone, was_armed = self._take(sealed, blueprint)
+        clone, was_armed = self._take(sealed, blueprint, more=more)
         try:
             with clone.stack:
                 waking.resume(clone.awake.machine, clone.awake.helper)
@@ -171,10 +173,19 @@ class Pool:
             for kind in [kind for kind in self._shelves if kind[0] == sealed.template.key]:
                 self._empty(self._shelves.pop(kind))
 
-    def _take(self, sealed: Sealed, blueprint: Blueprint) -> tuple[Clone, bool]:
+    def _start(self) -> None:
+        """Let the fillers look for something to do; the condition is held."""
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+        self._changed.notify_all()
+
+    def _take(self, sealed: Sealed, blueprint: Blueprint, *, more: bool) -> tuple[Clone, bool]:
         with self._changed:
             shelf = self._shelf(sealed, blueprint)
-            shelf.leased += 1
+            if more:
+                shelf.leased += 1
+                self._start()
             shelf.expected = max(0, shelf.expected - 1)
             shelf.last = Deadline(_IDLE_SECONDS)
             if shelf.armed:

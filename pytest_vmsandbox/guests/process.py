@@ -10,7 +10,13 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
-from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, GuestLost, VMSandboxError
+from pytest_vmsandbox.core.errors import (
+    CommandError,
+    CommandTimeout,
+    ConfigError,
+    GuestLost,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.transport import Command, CommandResult
 
 _CHUNK = 1 << 18
@@ -324,6 +330,13 @@ class ChannelProcess:
                 remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
             )
         return int(self._channel.exit_status)
+
+
+def cannot_log_in(user: str) -> ConfigError:
+    """A user of guests who does not exist in one."""
+    return ConfigError(
+        f"{user} cannot log in to the guest", remedy="name a user that exists in the guest"
+    )
 
 
 def could_not_start(

@@ -19,10 +19,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
-from pytest_vmsandbox.core.errors import CommandError, ConfigError, GuestLost
+from pytest_vmsandbox.core.errors import CommandError, GuestLost
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
-from pytest_vmsandbox.guests.process import UNKNOWN_SIGNAL, ChannelProcess, could_not_start
+from pytest_vmsandbox.guests.process import (
+    UNKNOWN_SIGNAL,
+    ChannelProcess,
+    cannot_log_in,
+    could_not_start,
+)
 
 _QUIET_SECONDS = 0.5  # a stream that something else holds open is done when it was quiet so long
 _KILL_SECONDS = 15.0
@@ -296,10 +301,7 @@ class SSHTransport:
             try:
                 self._session = _connect(endpoint, self._connect_timeout)
             except paramiko.AuthenticationException as error:
-                raise ConfigError(
-                    f"{endpoint.user} cannot log in to the guest",
-                    remedy="name a user that exists in the guest",
-                ) from error
+                raise cannot_log_in(endpoint.user) from error
             except (paramiko.SSHException, OSError, EOFError) as error:
                 self._check()
                 raise _lost("no SSH connection", error) from error

@@ -6,6 +6,7 @@ import os
 import platform
 import pwd
 import sys
+from functools import cache
 from pathlib import Path
 
 from pytest_vmsandbox.core.errors import LaunchError
@@ -126,6 +127,7 @@ def _may_change_user() -> bool:
     return effective & needed == needed
 
 
+@cache
 def processor() -> str:
     """The model of this host's processors and what they can do; a state saved here needs the same."""
     try:

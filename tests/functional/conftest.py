@@ -1,20 +1,54 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from support import leaks
+
+ORIGINS = {"cloned": "demand", "booted": "never"}  # how a guest comes to be, and what asks for it
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of guests run twice: in clones, and in guests that were booted."""
+    if "vm_factory" in metafunc.fixturenames:
+        metafunc.fixturenames.append("origin")
+        marks = metafunc.definition.iter_markers("vm")
+        shared = any(mark.kwargs.get("isolation", "test") != "test" for mark in marks)
+        metafunc.parametrize("origin", ["cloned"] if shared else list(ORIGINS), indirect=True)
+
+
+@pytest.fixture
+def origin(request, monkeypatch):
+    """How the guests of this test come to be; that they did is checked."""
+    factory = request.getfixturevalue("vm_factory")
+    settings = dataclasses.replace(factory._settings, clones=ORIGINS[request.param])
+    monkeypatch.setattr(factory, "_settings", settings)
+    found = set()
+    ready = factory._surroundings.ready
+
+    def note(guest):
+        found.add(guest.origin)
+        ready(guest)
+
+    surroundings = dataclasses.replace(factory._surroundings, ready=note)
+    monkeypatch.setattr(factory, "_surroundings", surroundings)
+    yield request.param
+    assert found <= {request.param}
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(request):
     """After each test nothing of ours is left: process, file, thread, descriptor, port.
 
-    What belongs to the whole run (the launcher, its folder, the loop) is there before.
+    What belongs to the whole run (the launcher, its folder, the loop, templates that are open) is
+    there before.
     """
     if "vm_factory" in request.fixturenames:
         factory = request.getfixturevalue("vm_factory")
         factory._running()
         factory.accelerator("tiny")
+        _ = factory._sealer, factory._pool
     before = leaks.inventory()
     yield
     shared = any(
