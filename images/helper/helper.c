@@ -35,7 +35,7 @@
  * A program's channel is free after z and the q of both streams, a connection's after q and the end of the input.
  * Frames for a channel that is not in use mean nothing: they have crossed its end on the way.
  *
- * One thread, and nothing blocks.  Frames to the host collect in `out`; as long as there is no room in it (the host
+ * One thread without signal handlers, and nothing blocks.  Frames to the host collect in `out`; as long as there is no room in it (the host
  * does not read), nothing is read from anybody.  So all memory is static, but for a SPAWN that comes in parts.
  */
 #define _GNU_SOURCE
@@ -62,8 +62,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-#define PORT "vmsandbox.helper"
 
 enum {
     VERSION = 1,
@@ -97,7 +95,7 @@ static int used;           /* all channels from here on are free */
 static uint32_t overflow;  /* the channel of a SPAWN in parts for which there was none, or 0 */
 static int port, null, signals;
 static bool inherited;     /* the port is not a virtio port */
-static bool adjusted;      /* children have to reset oom_score_adj */
+static bool adjusted;      /* our oom_score_adj is not that of our children */
 static bool hung;          /* no host is connected */
 static bool stalled;       /* something was left undone for want of room */
 static bool reaping;
@@ -149,7 +147,7 @@ static void flush(void)
             sent += n;
         else if (errno == EAGAIN)
             break;
-        else if (errno != EINTR)
+        else
             exit(1);
     }
     memmove(out, out + sent, out_have -= sent);
@@ -226,7 +224,7 @@ static void feed(struct channel *c)
             c->acked += n;
         } else if (errno == EAGAIN) {
             return;
-        } else if (errno != EINTR) {
+        } else {
             shut(c, 0);
             header('b', c->number, 0);
         }
@@ -253,7 +251,7 @@ static void drain(struct channel *c, int stream, bool ended)
         if (n > 0) {
             *header('o', c->number, 1 + n) = (char)stream;
             c->credit[stream] -= n;
-        } else if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+        } else if (n < 0 && errno == EAGAIN) {
             return;
         } else {
             shut(c, stream);
@@ -333,10 +331,8 @@ static bool start(struct channel *c, struct job *job, char *path)
     pid_t pid = -1;
 
     for (int s = 0; s < 3; s++) {
-        if (pipe2(pipes[s], O_CLOEXEC)) {
-            job->error = errno;
+        if (pipe2(pipes[s], O_CLOEXEC))
             goto done;
-        }
         c->fd[s] = pipes[s][s == 0];
         job->fd[s] = pipes[s][s != 0];
         fcntl(c->fd[s], F_SETFL, O_NONBLOCK);
@@ -345,12 +341,12 @@ static bool start(struct channel *c, struct job *job, char *path)
     pid = vfork();
     if (pid == 0)
         become(job);
-    if (pid < 0)
-        job->error = errno;
-    unsetenv("PATH");
     if (pid > 0 && job->error)
         waitpid(pid, NULL, 0);
 done:
+    if (pid < 0)
+        job->error = errno;
+    unsetenv("PATH");
     for (int s = 0; s < 3; s++)
         if (pipes[s][0] >= 0)
             close(job->fd[s]);
@@ -641,41 +637,33 @@ static void fill(void)
 {
     while (in_have < sizeof in) {
         ssize_t n = read(port, in + in_have, sizeof in - in_have);
-        if (n > 0)
-            in_have += n;
-        else if (n == 0 && inherited)
-            exit(0);
-        else if (n == 0)
-            hung = true;
-        else if (errno != EAGAIN && errno != EINTR)
-            exit(1);
-        if (n == 0 || (n < 0 && errno == EAGAIN))
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0 || (n == 0 && inherited))
+            exit(n < 0);
+        in_have += n;
+        if ((hung = n == 0))
             return;
     }
 }
 
 /* ---- The port ---- */
 
-static bool matches(const char *file, const char *text)
-{
-    char line[64] = "";
-    int fd = open(file, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? 0 : read(fd, line, sizeof line - 1);
-    if (fd >= 0)
-        close(fd);
-    line[strcspn(line, "\n")] = 0;
-    return n > 0 && !strcmp(line, text);
-}
-
-/* The path of the first file of a pattern whose line is `text`; good until the next call. */
+/* The path of the first file of a pattern that holds `text`; good until the next call. */
 static const char *look(const char *pattern, const char *text)
 {
     static glob_t found;
     globfree(&found);
-    if (!glob(pattern, 0, NULL, &found))
-        for (size_t i = 0; i < found.gl_pathc; i++)
-            if (matches(found.gl_pathv[i], text))
-                return found.gl_pathv[i];
+    if (glob(pattern, 0, NULL, &found))
+        return NULL;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char content[64] = "";
+        int fd = open(found.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+        (void)!read(fd, content, sizeof content - 1);
+        close(fd);
+        if (!strcmp(content, text))
+            return found.gl_pathv[i];
+    }
     return NULL;
 }
 
@@ -700,14 +688,14 @@ static int open_port(void)
 {
     char device[64];
     for (int i = 0; i < 120; i++) {
-        const char *file = look("/sys/class/virtio-ports/*/name", PORT);
+        const char *file = look("/sys/class/virtio-ports/*/name", "vmsandbox.helper\n");
         int fd = -1;
         if (file && sscanf(file, "/sys/class/virtio-ports/%32[^/]", device + sprintf(device, "/dev/")) == 1)
             fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
         if (fd >= 0)
             return fd;
         /* A port comes a moment after its controller.  Nobody is kept waiting for long. */
-        if (!file && !look("/sys/bus/virtio/devices/*/device", "0x0003"))
+        if (!file && !look("/sys/bus/virtio/devices/*/device", "0x0003\n"))
             break;
         if (i == 25)
             ready();
@@ -718,16 +706,6 @@ static int open_port(void)
 }
 
 /* ---- */
-
-static void adjust(void)
-{
-    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
-    if (fd < 0)
-        return;
-    (void)!write(fd, "-1000", 5);
-    close(fd);
-    adjusted = !matches("/proc/self/oom_score_adj", "0");
-}
 
 static void turn(void)
 {
@@ -759,11 +737,11 @@ static void turn(void)
             continue;
         if (s) {
             drain(c, s, what & POLLHUP);
-        } else if (what & (POLLERR | POLLHUP) && c->state == CONNECTION) {
-            shut(c, 0);    /* the other side has closed it altogether */
-            header('b', c->number, 0);
-            feed(c);
         } else {
+            if (what & (POLLERR | POLLHUP) && c->state == CONNECTION) {
+                shut(c, 0);    /* the other side has closed it altogether */
+                header('b', c->number, 0);
+            }
             feed(c);
         }
     }
@@ -805,9 +783,9 @@ int main(int argc, char **argv)
     sigprocmask(SIG_SETMASK, &chld, NULL);
     signals = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
     umask(022);
-    if (chdir("/"))
-        return 1;
-    adjust();
+    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+    adjusted = write(fd, "-1000", 5) > 0;
+    close(fd);
 
     inherited = argc > 1;
     port = inherited ? atoi(argv[1]) : open_port();
