@@ -443,9 +443,10 @@ static void gather(uint32_t number, char *data, size_t size, bool last)
 {
     struct channel *c = find(number);
     if (!c && !(c = claim(number))) {
-        overflow = last ? 0 : number;
         if (last)
             fail(number, 4, EMFILE);
+        else
+            overflow = number;
         return;
     }
     if (last && !c->parts && !c->refused) {
