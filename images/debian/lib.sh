@@ -51,6 +51,19 @@ inside() {
     export TMPDIR=/var/tmp
 }
 
+# compile SUITE SOURCE PROGRAM: a C program for the image, in a tree of its own: no compiler is ever in the image's.
+compile() {
+    image=$ROOT ROOT=/var/tmp/compiler
+    bootstrap "$1" extract tcc,libc6-dev
+    [ -e "$ROOT/lib" ] || { ln -s usr/lib "$ROOT/lib"; ln -s usr/lib64 "$ROOT/lib64"; }
+    cp "$2" "$ROOT/source.c"
+    chroot "$ROOT" tcc -o /program /source.c || fail "${2##*/} cannot be compiled"
+    mkdir -p "${3%/*}"
+    cp "$ROOT/program" "$3"
+    rm -rf "$ROOT"
+    ROOT=$image
+}
+
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT.
 bootstrap() {
     suite=$1 variant=$2 packages=$3

@@ -27,6 +27,9 @@ recipe() {
     done
     configure
 
+    stage "compiling the helper"
+    compile "$1" ../helper/helper.c "$ROOT/usr/lib/vmsandbox/helper"
+
     stage "making the initial RAM file system"
     initramfs
 
@@ -80,13 +83,38 @@ LogLevel ERROR
 EOF
     systemd=$ROOT/etc/systemd
     mkdir -p "$systemd/system" "$systemd/system.conf.d" "$systemd/journald.conf.d" "$systemd/system-generators" "$systemd/system/systemd-udev-trigger.service.d"
-    # As early as can be: the network, the key and the root file system are there before systemd.
+    # As early as can be: the network, the key, the helper's port and the root file system are there before systemd.
+    # Nothing stops the helper at shutdown: what it has started can tell its end as long as anything runs.
+    cat >"$systemd/system/vmsandbox-helper.service" <<'EOF'
+[Unit]
+Description=The tests' host starts programs with it
+DefaultDependencies=no
+Before=sysinit.target
+Before=systemd-udevd.service systemd-udev-trigger.service systemd-tmpfiles-setup.service systemd-tmpfiles-setup-dev.service
+Before=systemd-tmpfiles-setup-dev-early.service systemd-modules-load.service systemd-sysctl.service
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=/usr/lib/vmsandbox/helper
+Type=notify
+KillMode=process
+Restart=always
+RestartSec=100ms
+# There is no port.
+RestartPreventExitStatus=0
+# A program that is killed for want of memory is no end of the service.
+OOMPolicy=continue
+
+[Install]
+WantedBy=sysinit.target
+EOF
     cat >"$systemd/system/ssh.service" <<'EOF'
 [Unit]
 Description=OpenBSD Secure Shell server
 Documentation=man:sshd(8) man:sshd_config(5)
 DefaultDependencies=no
 Before=sysinit.target shutdown.target
+After=vmsandbox-helper.service
 # Nothing else competes for the processor until it listens.
 Before=systemd-udevd.service systemd-udev-trigger.service systemd-tmpfiles-setup.service systemd-tmpfiles-setup-dev.service
 Before=systemd-tmpfiles-setup-dev-early.service systemd-modules-load.service systemd-sysctl.service
@@ -147,7 +175,7 @@ EOF
     rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
     rm -f "$systemd/system/multi-user.target.wants/ssh.service" "$systemd/system/sshd.service"
     mkdir -p "$systemd/system/sysinit.target.wants"
-    ln -s ../ssh.service "$systemd/system/sysinit.target.wants/ssh.service"
+    ln -s ../ssh.service ../vmsandbox-helper.service "$systemd/system/sysinit.target.wants/"
     ln -s ssh.service "$systemd/system/sshd.service"
     rm -f "$ROOT/etc/systemd/system/multi-user.target.wants/e2scrub_reap.service"
     # What was left out to keep the image small is not left out of what a test installs.

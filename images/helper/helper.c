@@ -1,0 +1,800 @@
+/* The resident helper: runs inside a guest, and starts programs there for the host.
+ *
+ * It talks over the virtio-serial port "vmsandbox.helper" (or, `helper FD`, over a descriptor it has inherited).
+ * In both directions frames follow one another; numbers are little endian:
+ *
+ *     u32 size of what follows (at most 5 + 65536), u8 kind, u32 channel, payload
+ *
+ * A channel is a program or a connection; the host chooses its number, and uses no number twice.
+ *
+ * Host to guest:
+ *   p PING     at most 64 bytes, which P brings back
+ *   c CLOCK    i64 seconds, i64 nanoseconds: set the clock; empty: only read it.  R: i32 errno, i64 s, i64 ns
+ *   s SEED     at most 512 random bytes for the kernel's generator.  R: i32 errno
+ *   h HOSTNAME a name.  R: i32 errno
+ *   x SPAWN    user \0 cwd \0 u16 argc, argc times ARG \0, u16 envc, envc times NAME=VALUE \0.  S or F
+ *              ("" are: as the helper itself; the user's home)
+ *   X SPAWN    what comes before the payload of the following X or x of this channel; 2 MiB in all
+ *   u CONNECT  the path of a Unix stream socket, whose bytes are then input and stream 1.  S (pid 0) or F
+ *   i INPUT    bytes for the program; at most 65536 that A has not acknowledged
+ *   e END      of the input, after what is buffered
+ *   w WINDOW   u8 stream (1 stdout, 2 stderr), u32 bytes consumed; each stream begins with a credit of 1 MiB
+ *   k SIGNAL   i32 for the program's process group
+ *   d DROP     close our ends and forget the channel; the program goes on
+ * Guest to host:
+ *   H HELLO    (channel 0) u32 version
+ *   S STARTED  u32 pid
+ *   F FAILED   u8 stage (1 user, 2 cwd, 3 exec or connect, 4 resources), i32 errno; the channel is free
+ *   o OUTPUT   u8 stream, at most 32768 bytes
+ *   q          u8 stream that has ended
+ *   a ACK      u32 bytes of input written, or thrown away because nobody reads them
+ *   b BROKEN   nobody reads the input any more
+ *   z EXIT     i32 status, or minus the signal
+ *   P, R       replies; R with EINVAL also to what is unknown or malformed
+ *
+ * A program's channel is free after z and the q of both streams, a connection's after q and the end of the input.
+ * Frames for a channel that is not in use mean nothing: they have crossed its end on the way.
+ *
+ * One thread without signal handlers, and nothing blocks.  Frames to the host collect in `out`; as long as there is no room in it (the host
+ * does not read), nothing is read from anybody.  So all memory is static, but for a SPAWN that comes in parts.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <grp.h>
+#include <linux/random.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    VERSION = 1,
+    CHANNELS = 256,
+    HEADER = 9,
+    PAYLOAD = 65536,       /* of a frame, at most */
+    CHUNK = 32768,         /* of output */
+    INPUT = 65536,         /* what the host may have outstanding */
+    CREDIT = 1 << 20,
+    SPAWN = 2 << 20,
+    ROOM = 4096,           /* more than any frame but OUTPUT needs, which takes what there is */
+};
+
+struct channel {
+    uint32_t number;
+    enum { FREE, GATHERING, PROGRAM, CONNECTION } state;
+    pid_t pid;             /* also the process group */
+    bool exited, end;      /* reaped; the host has sent END */
+    int fd[3];             /* our ends, or -1; those of a connection are 0 and 1 */
+    uint64_t credit[3];
+    size_t start, have;    /* what is in `input` */
+    uint32_t acked;        /* not yet told */
+    char *parts;           /* of a SPAWN */
+    size_t gathered;
+    int refused;           /* the errno of a SPAWN of which parts are still to come */
+    char input[INPUT];
+};
+
+static struct channel channels[CHANNELS];
+static int used;           /* all channels from here on are free */
+static uint32_t overflow;  /* the channel of a SPAWN in parts for which there was none, or 0 */
+static int port, null, signals;
+static bool inherited;     /* the port is not a virtio port */
+static bool adjusted;      /* our oom_score_adj is not that of our children */
+static bool hung;          /* no host is connected */
+static bool stalled;       /* something was left undone for want of room */
+static bool reaping;
+static char in[2 * (HEADER + PAYLOAD)], out[8 * CHUNK];
+static size_t in_have, out_have;
+
+/* ---- Frames to the host: what calls these has looked whether there is room() ---- */
+
+static uint64_t get(const char *at, int size)
+{
+    uint64_t value = 0;
+    while (size--)
+        value = value << 8 | (unsigned char)at[size];
+    return value;
+}
+
+static void put(char *at, uint64_t value, int size)
+{
+    for (; size--; value >>= 8)
+        *at++ = (char)value;
+}
+
+static bool room(void)
+{
+    return sizeof out - out_have >= ROOM;
+}
+
+static char *header(int kind, uint32_t number, size_t size)
+{
+    char *at = out + out_have;
+    put(at, size + 5, 4);
+    at[4] = (char)kind;
+    put(at + 5, number, 4);
+    out_have += HEADER + size;
+    return at + HEADER;
+}
+
+static void frame32(int kind, uint32_t number, uint32_t value)
+{
+    put(header(kind, number, 4), value, 4);
+}
+
+static void flush(void)
+{
+    size_t sent = 0;
+    while (sent < out_have) {
+        ssize_t n = write(port, out + sent, out_have - sent);
+        if (n > 0)
+            sent += n;
+        else if (errno == EAGAIN)
+            break;
+        else
+            exit(1);
+    }
+    memmove(out, out + sent, out_have -= sent);
+}
+
+/* ---- Channels ---- */
+
+static struct channel *find(uint32_t number)
+{
+    for (struct channel *c = channels; c < channels + used; c++)
+        if (c->state != FREE && c->number == number)
+            return c;
+    return NULL;
+}
+
+static struct channel *claim(uint32_t number)
+{
+    struct channel *c = channels;
+    while (c < channels + CHANNELS && c->state != FREE)
+        c++;
+    if (c == channels + CHANNELS)
+        return NULL;
+    memset(c, 0, offsetof(struct channel, input));
+    c->number = number;
+    c->state = GATHERING;
+    c->fd[0] = c->fd[1] = c->fd[2] = -1;
+    if (used <= c - channels)
+        used = c - channels + 1;
+    return c;
+}
+
+static void shut(struct channel *c, int stream)
+{
+    if (c->fd[stream] < 0)
+        return;
+    if (c->state == CONNECTION && stream == 0)
+        shutdown(c->fd[0], SHUT_WR);
+    close(c->fd[stream]);
+    c->fd[stream] = -1;
+}
+
+static void release(struct channel *c)
+{
+    for (int s = 0; s < 3; s++)
+        shut(c, s);
+    free(c->parts);
+    c->state = FREE;
+    while (used && channels[used - 1].state == FREE)
+        used--;
+}
+
+/* Free the channel if it has come to its end. */
+static void settle(struct channel *c)
+{
+    if (c->fd[1] < 0 && c->fd[2] < 0 && (c->state == PROGRAM ? c->exited : c->state == CONNECTION && c->fd[0] < 0))
+        release(c);
+}
+
+static void fail(uint32_t number, int stage, int error)
+{
+    char *at = header('F', number, 5);
+    put(at, stage, 1);
+    put(at + 1, error, 4);
+}
+
+/* Hand the program what is buffered for it, as far as it takes it. */
+static void feed(struct channel *c)
+{
+    while (c->have && c->fd[0] >= 0) {
+        ssize_t n = write(c->fd[0], c->input + c->start, c->have);
+        if (n >= 0) {
+            c->start += n;
+            c->have -= n;
+            c->acked += n;
+        } else if (errno == EAGAIN) {
+            return;
+        } else {
+            shut(c, 0);
+            header('b', c->number, 0);
+        }
+    }
+    c->acked += c->have;
+    c->start = c->have = 0;
+    if (c->end)
+        shut(c, 0);
+    settle(c);
+}
+
+/* Read from the program: once, or, if it has ended, to the end. */
+static void drain(struct channel *c, int stream, bool ended)
+{
+    do {
+        size_t size = sizeof out - out_have - ROOM / 2;    /* q, too, has to fit */
+        if (!room() || !c->credit[stream])
+            return;
+        if (size > CHUNK)
+            size = CHUNK;
+        if (size > c->credit[stream])
+            size = c->credit[stream];
+        ssize_t n = read(c->fd[stream], out + out_have + HEADER + 1, size);
+        if (n > 0) {
+            *header('o', c->number, 1 + n) = (char)stream;
+            c->credit[stream] -= n;
+        } else if (n < 0 && errno == EAGAIN) {
+            return;
+        } else {
+            shut(c, stream);
+            *header('q', c->number, 1) = (char)stream;
+            settle(c);
+            return;
+        }
+    } while (ended);
+}
+
+static void reap(void)
+{
+    int status;
+    pid_t pid;
+    while (reaping && room() && (reaping = (pid = waitpid(-1, &status, WNOHANG)) > 0))
+        for (struct channel *c = channels; c < channels + used; c++)
+            if (c->state == PROGRAM && !c->exited && c->pid == pid) {
+                c->exited = true;
+                frame32('z', c->number, WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status));
+                settle(c);
+                break;
+            }
+    stalled |= reaping;
+}
+
+/* ---- Starting programs ---- */
+
+struct job {
+    struct passwd *user;
+    bool become;           /* another user, or root in full */
+    gid_t *groups;
+    int ngroups;
+    const char *home, *cwd;
+    char **argv, **envp;
+    int fd[3];
+    volatile int stage, error;
+};
+
+/* In the child of vfork(), which shares our memory: nothing but system calls. */
+static __attribute__((noinline)) void become(struct job *job)
+{
+    const struct passwd *user = job->user;
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigset_t none;
+    int fd;
+
+    sigemptyset(&none);
+    sigaction(SIGPIPE, &action, NULL);    /* no other is ignored or handled, see main() */
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    setsid();
+    for (int s = 0; s < 3; s++)
+        dup2(job->fd[s], s);
+    if (adjusted && (fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC)) >= 0)
+        (void)!write(fd, "0", 1);
+    job->stage = 1;
+    if (job->become) {
+        for (int s = 0; s < 3; s++)    /* so that it can open /dev/stdout */
+            (void)!fchown(s, user->pw_uid, user->pw_gid);
+        if (setgroups(job->ngroups, job->groups) || setresgid(user->pw_gid, user->pw_gid, user->pw_gid) ||
+            setresuid(user->pw_uid, user->pw_uid, user->pw_uid))
+            goto failed;
+    }
+    job->stage = 2;
+    if ((chdir(job->home) && chdir("/")) || (*job->cwd && chdir(job->cwd)))
+        goto failed;
+    job->stage = 3;
+    execvpe(job->argv[0], job->argv, job->envp);    /* looks for it along our own PATH, see start() */
+failed:
+    job->error = errno;
+    _exit(127);
+}
+
+/* Start the job on the channel.  Returns whether it runs; else job->stage and job->error say why not. */
+static bool start(struct channel *c, struct job *job, char *path)
+{
+    int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
+    pid_t pid = -1;
+
+    for (int s = 0; s < 3; s++) {
+        if (pipe2(pipes[s], O_CLOEXEC))
+            goto done;
+        c->fd[s] = pipes[s][s == 0];
+        job->fd[s] = pipes[s][s != 0];
+        fcntl(c->fd[s], F_SETFL, O_NONBLOCK);
+    }
+    putenv(path);
+    pid = vfork();
+    if (pid == 0)
+        become(job);
+    if (pid > 0 && job->error)
+        waitpid(pid, NULL, 0);
+done:
+    if (pid < 0)
+        job->error = errno;
+    unsetenv("PATH");
+    for (int s = 0; s < 3; s++)
+        if (pipes[s][0] >= 0)
+            close(job->fd[s]);
+    c->pid = pid;
+    c->state = PROGRAM;
+    return !job->error;
+}
+
+/* Take a string, or a number of 16 bits, from a payload; what is missing makes it too short for good. */
+static char *string(char **at, char *end)
+{
+    char *it = *at, *nul = it > end ? NULL : memchr(it, 0, end - it);
+    *at = nul ? nul + 1 : end + 1;
+    return nul ? it : NULL;
+}
+
+static unsigned count(char **at, char *end)
+{
+    char *it = *at;
+    *at = it > end - 2 ? end + 1 : it + 2;
+    return *at > end ? 0 : get(it, 2);
+}
+
+static void spawn(struct channel *c, char *at, size_t size)
+{
+    static gid_t groups[65536];
+    static char defaults[5][4096 + 16];
+    const char *names[5] = {"HOME=", "USER=", "LOGNAME=", "SHELL=", "PATH="};
+    struct job job = {.groups = groups, .ngroups = 65536, .stage = 4, .error = EINVAL};
+    char *end = at + size, *name = string(&at, end), *path = NULL, **list = NULL;
+    unsigned argc, envc = 0, n = 0;
+
+    job.cwd = string(&at, end);
+    argc = count(&at, end);
+    job.argv = list = malloc((size + 16) * sizeof *list);    /* no string without a byte */
+    if (!list) {
+        job.error = ENOMEM;
+        goto failed;
+    }
+    for (unsigned i = 0; i < argc && at <= end; i++)
+        list[i] = string(&at, end);
+    envc = count(&at, end);
+    if (at > end || !argc)
+        goto failed;
+    list[argc] = NULL;
+    job.envp = list + argc + 1;
+    while (n < envc && at <= end)
+        job.envp[n++] = string(&at, end);
+    if (at != end)
+        goto failed;
+
+    job.stage = 1;
+    errno = 0;
+    job.user = *name ? getpwnam(name) : getpwuid(geteuid());
+    job.error = errno ? errno : ENOENT;
+    if (!job.user)
+        goto failed;
+    job.become = !geteuid() || job.user->pw_uid != geteuid();
+    if (job.become && getgrouplist(job.user->pw_name, job.user->pw_gid, groups, &job.ngroups) < 0)
+        goto failed;
+    job.home = *job.user->pw_dir ? job.user->pw_dir : "/";
+
+    const char *values[5] = {
+        job.home, job.user->pw_name, job.user->pw_name, *job.user->pw_shell ? job.user->pw_shell : "/bin/sh",
+        job.user->pw_uid ? "/usr/local/bin:/usr/bin:/bin:/usr/games"
+                         : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
+    for (int d = 0; d < 5; d++) {
+        unsigned i = 0;
+        while (i < envc && strncmp(job.envp[i], names[d], strlen(names[d])))
+            i++;
+        if (i == envc) {
+            snprintf(defaults[d], sizeof defaults[d], "%s%s", names[d], values[d]);
+            job.envp[i = n++] = defaults[d];
+        }
+        path = job.envp[i];
+    }
+    job.envp[n] = NULL;
+    job.stage = 4;
+    job.error = 0;
+    if (start(c, &job, path)) {
+        c->credit[1] = c->credit[2] = CREDIT;
+        frame32('S', c->number, c->pid);
+        free(list);
+        return;
+    }
+failed:
+    free(list);
+    fail(c->number, job.stage, job.error);
+    release(c);
+}
+
+/* A SPAWN, or a part of one. */
+static void gather(uint32_t number, char *data, size_t size, bool last)
+{
+    struct channel *c = find(number);
+    if (!c && !(c = claim(number))) {
+        if (last)
+            fail(number, 4, EMFILE);
+        else
+            overflow = number;
+        return;
+    }
+    if (last && !c->parts && !c->refused) {
+        spawn(c, data, size);
+        return;
+    }
+    char *parts = NULL;
+    if (c->gathered + size > SPAWN)
+        c->refused = E2BIG;
+    else if (!c->refused && !(parts = realloc(c->parts, c->gathered + size + 1)))
+        c->refused = ENOMEM;
+    if (parts) {
+        memcpy(parts + c->gathered, data, size);
+        c->parts = parts;
+        c->gathered += size;
+    }
+    if (last && !c->refused) {
+        c->parts = NULL;    /* the channel may be free before we are done with them */
+        spawn(c, parts, c->gathered);
+        free(parts);
+    } else if (last) {
+        fail(number, 4, c->refused);
+        release(c);
+    }
+}
+
+static void connect_to(uint32_t number, const char *path, size_t size)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct channel *c;
+    int fd, copy;
+
+    if (!size || memchr(path, 0, size)) {
+        fail(number, 4, EINVAL);
+    } else if (size >= sizeof address.sun_path) {
+        fail(number, 3, ENAMETOOLONG);
+    } else if (!(c = claim(number))) {
+        fail(number, 4, EMFILE);
+    } else {
+        memcpy(address.sun_path, path, size);
+        fd = c->fd[1] = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        copy = c->fd[0] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+        if (copy < 0 || connect(fd, (struct sockaddr *)&address, sizeof address)) {
+            fail(number, copy < 0 ? 4 : 3, errno);
+            release(c);
+            return;
+        }
+        c->state = CONNECTION;
+        c->credit[1] = CREDIT;
+        frame32('S', number, 0);
+    }
+}
+
+/* ---- Frames from the host ---- */
+
+static int seed(char *data, size_t size)
+{
+    struct { struct rand_pool_info info; char bytes[512]; } pool;
+    int fd, error = 0;
+    if (size > sizeof pool.bytes)
+        return EINVAL;
+    pool.info.entropy_count = size * 8;
+    pool.info.buf_size = size;
+    memcpy(pool.info.buf, data, size);
+    if ((fd = open("/dev/random", O_RDWR | O_CLOEXEC)) < 0 || ioctl(fd, RNDADDENTROPY, &pool) || ioctl(fd, RNDRESEEDCRNG))
+        error = errno;
+    if (fd >= 0)
+        close(fd);
+    explicit_bzero(&pool, sizeof pool);
+    explicit_bzero(data, size);
+    return error;
+}
+
+static void handle(int kind, uint32_t number, char *data, size_t size)
+{
+    struct channel *c = find(number);
+    struct timespec now;
+    int error = EINVAL, stream;
+    char *at;
+
+    switch (kind) {
+    case 'p':
+        if (size > 64)
+            break;
+        memcpy(header('P', number, size), data, size);
+        return;
+    case 'c':
+        if (size != 0 && size != 16)
+            break;
+        now.tv_sec = size ? get(data, 8) : 0;
+        now.tv_nsec = size ? get(data + 8, 8) : 0;
+        error = size && clock_settime(CLOCK_REALTIME, &now) ? errno : 0;
+        clock_gettime(CLOCK_REALTIME, &now);
+        at = header('R', number, 20);
+        put(at, error, 4);
+        put(at + 4, now.tv_sec, 8);
+        put(at + 12, now.tv_nsec, 8);
+        return;
+    case 's':
+        error = seed(data, size);
+        break;
+    case 'h':
+        error = !size ? EINVAL : sethostname(data, size) ? errno : 0;
+        break;
+    case 'X':
+    case 'x':
+        if (c && c->state != GATHERING)
+            break;
+        if (kind == 'x' && overflow && overflow == number) {
+            overflow = 0;
+            fail(number, 4, EMFILE);
+        } else if (!overflow || overflow != number) {
+            gather(number, data, size, kind == 'x');
+        }
+        return;
+    case 'u':
+        if (c)
+            break;
+        connect_to(number, data, size);
+        return;
+    case 'i':
+        if (c && c->have + size > INPUT)
+            break;
+        if (!c)
+            return;
+        if (c->start + c->have + size > INPUT) {
+            memmove(c->input, c->input + c->start, c->have);
+            c->start = 0;
+        }
+        memcpy(c->input + c->start + c->have, data, size);
+        c->have += size;
+        feed(c);
+        return;
+    case 'e':
+        if (c) {
+            c->end = true;
+            feed(c);
+        }
+        return;
+    case 'w':
+        stream = size == 5 ? *data : 0;
+        if (stream != 1 && stream != 2)
+            break;
+        if (c)
+            c->credit[stream] += get(data + 1, 4);
+        return;
+    case 'k':
+        if (size != 4)
+            break;
+        if (c && c->state == PROGRAM)
+            kill(-c->pid, (int)get(data, 4));
+        return;
+    case 'd':
+        if (c)
+            release(c);
+        return;
+    }
+    frame32('R', number, error);
+}
+
+/* Handle the frames that are complete, as long as there is room for what they bring about. */
+static void frames(void)
+{
+    size_t at = 0, had = in_have;
+    while (in_have - at >= 4) {
+        uint32_t size = get(in + at, 4);
+        if (size > 5 + PAYLOAD)
+            exit(1);
+        if (in_have - at < 4 + size)
+            break;
+        if (!room()) {
+            stalled = true;
+            break;
+        }
+        if (size < 5)
+            frame32('R', 0, EINVAL);
+        else
+            handle(in[at + 4], get(in + at + 5, 4), in + at + HEADER, size - 5);
+        at += 4 + size;
+    }
+    if (at) {
+        memmove(in, in + at, in_have -= at);
+        if (in_have > 4 && in[4] == 's')    /* no copy of a part of a SEED stays */
+            explicit_bzero(in + in_have, had - in_have);
+    }
+}
+
+static void fill(void)
+{
+    while (in_have < sizeof in) {
+        ssize_t n = read(port, in + in_have, sizeof in - in_have);
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0 || (n == 0 && inherited))
+            exit(n < 0);
+        in_have += n;
+        if ((hung = n == 0))
+            return;
+    }
+}
+
+/* ---- The port ---- */
+
+/* The path of the first file of a pattern that holds `text`; good until the next call. */
+static const char *look(const char *pattern, const char *text)
+{
+    static glob_t found;
+    globfree(&found);
+    if (glob(pattern, 0, NULL, &found))
+        return NULL;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char content[64] = "";
+        int fd = open(found.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+        (void)!read(fd, content, sizeof content - 1);
+        close(fd);
+        if (!strcmp(content, text))
+            return found.gl_pathv[i];
+    }
+    return NULL;
+}
+
+/* Tell who waits: systemd, and whoever reads our standard output to its end. */
+static void ready(void)
+{
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (path && strlen(path) < sizeof address.sun_path) {
+        int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        strcpy(address.sun_path, path);
+        if (*path == '@')
+            *address.sun_path = 0;
+        sendto(fd, "READY=1", 7, MSG_NOSIGNAL, (struct sockaddr *)&address, offsetof(struct sockaddr_un, sun_path) + strlen(path));
+        close(fd);
+    }
+    dup2(null, 1);
+    clearenv();
+}
+
+static int open_port(void)
+{
+    char device[64];
+    for (int i = 0; i < 120; i++) {
+        const char *file = look("/sys/class/virtio-ports/*/name", "vmsandbox.helper\n");
+        int fd = -1;
+        if (file && sscanf(file, "/sys/class/virtio-ports/%32[^/]", device + sprintf(device, "/dev/")) == 1)
+            fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+        if (fd >= 0)
+            return fd;
+        /* A port comes a moment after its controller.  Nobody is kept waiting for long. */
+        if (!file && !look("/sys/bus/virtio/devices/*/device", "0x0003\n"))
+            break;
+        if (i == 25)
+            ready();
+        usleep(i < 25 ? 20000 : 100000);
+    }
+    ready();
+    exit(0);
+}
+
+/* ---- */
+
+static void turn(void)
+{
+    static struct pollfd fds[2 + 3 * CHANNELS];
+    static unsigned first;    /* who is served first, lest the last never are */
+    int n = 2;
+
+    fds[0] = (struct pollfd){.fd = hung ? -1 : port, .events = (room() ? POLLIN : 0) | (out_have ? POLLOUT : 0)};
+    fds[1] = (struct pollfd){.fd = signals, .events = POLLIN};
+    for (struct channel *c = channels; c < channels + used; c++)
+        for (int s = 0; s < 3; s++, n++) {
+            bool watch = s ? c->credit[s] > 0 : c->have || c->state == CONNECTION;
+            fds[n].fd = c->state != FREE && watch ? c->fd[s] : -1;
+            fds[n].events = s ? POLLIN : c->have ? POLLOUT : 0;
+        }
+    if (poll(fds, room() ? n : 1, stalled && room() ? 0 : hung ? 100 : -1) < 0)
+        return;
+    if (!room())
+        n = 1;
+    hung = fds[0].revents & POLLHUP && !(fds[0].revents & (POLLIN | POLLOUT));
+    stalled = false;
+    if (fds[0].revents & POLLIN)
+        fill();
+    first++;
+    for (int k = 0; k < n - 2; k++) {
+        int i = (first + k) % (n - 2), s = i % 3, what = fds[2 + i].revents;
+        struct channel *c = &channels[i / 3];
+        if (!what || c->fd[s] < 0 || !room())
+            continue;
+        if (s) {
+            drain(c, s, what & POLLHUP);
+        } else {
+            if (what & (POLLERR | POLLHUP) && c->state == CONNECTION) {
+                shut(c, 0);    /* the other side has closed it altogether */
+                header('b', c->number, 0);
+            }
+            feed(c);
+        }
+    }
+    if (n > 1 && fds[1].revents) {
+        struct signalfd_siginfo info;
+        reaping = read(signals, &info, sizeof info) > 0;
+    }
+    if (reaping)
+        reap();
+    frames();
+    for (struct channel *c = channels; c < channels + used; c++)
+        if (c->acked && c->state != FREE) {
+            if (!room()) {
+                stalled = true;
+                break;
+            }
+            frame32('a', c->number, c->acked);
+            c->acked = 0;
+        }
+    flush();
+}
+
+int main(int argc, char **argv)
+{
+    sigset_t chld;
+    struct sigaction action = {.sa_handler = SIG_DFL};
+
+    while ((null = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && null < 3)
+        ;
+#ifdef SYS_close_range
+    syscall(SYS_close_range, 3, ~0U, 4 /* CLOSE_RANGE_CLOEXEC */);
+#endif
+    for (int number = 1; number < NSIG; number++)
+        sigaction(number, &action, NULL);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, NULL);
+    sigemptyset(&chld);
+    sigaddset(&chld, SIGCHLD);
+    sigprocmask(SIG_SETMASK, &chld, NULL);
+    signals = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
+    umask(022);
+    int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+    adjusted = write(fd, "-1000", 5) > 0;
+    close(fd);
+
+    inherited = argc > 1;
+    port = inherited ? atoi(argv[1]) : open_port();
+    if (fcntl(port, F_SETFD, FD_CLOEXEC) || fcntl(port, F_SETFL, O_RDWR | O_NONBLOCK))
+        return 1;
+    frame32('H', 0, VERSION);
+    flush();
+    ready();
+    for (;;)
+        turn();
+}
