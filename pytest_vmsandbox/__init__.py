@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest, Process
+    from pytest_vmsandbox.guests.provision import PreparedImage, Provision
 
 _HOME_OF = {
     "BootError": "core.errors",
@@ -43,7 +44,9 @@ _HOME_OF = {
     "InterpreterLost": "core.errors",
     "LaunchError": "core.errors",
     "MonitorError": "core.errors",
+    "PreparedImage": "guests.provision",
     "Process": "guests.guest",
+    "Provision": "guests.provision",
     "TeardownError": "core.errors",
     "TransferError": "core.errors",
     "VMSandboxError": "core.errors",
@@ -63,7 +66,9 @@ __all__ = [
     "InterpreterLost",
     "LaunchError",
     "MonitorError",
+    "PreparedImage",
     "Process",
+    "Provision",
     "TeardownError",
     "TransferError",
     "VMSandboxError",

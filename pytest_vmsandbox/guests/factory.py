@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +30,8 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
 from pytest_vmsandbox.guests.pool import Pool
-from pytest_vmsandbox.guests.sealing import CannotSealError, Sealer, grow
+from pytest_vmsandbox.guests.provision import PreparedImage, Provision, Step
+from pytest_vmsandbox.guests.sealing import CannotSealError, Sealer, grow, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -59,6 +61,7 @@ class Surroundings:
         tell: told, once, of what does not go as it should, for people.
         missing: called when QEMU or an image is missing; raises what is to be raised.
         qemu_args: further arguments for QEMU.
+        provisions: what is done to all guests of an image before they are sealed.
         ready: called when a guest answers.
         stopping: called before a guest is ended, with whether an error passes through its use.
     """
@@ -70,6 +73,7 @@ class Surroundings:
     tell: Callable[[str], None] = lambda _: None
     missing: Callable[[VMSandboxError], NoReturn] = _raise
     qemu_args: Callable[[MachineSpec], Sequence[str]] = lambda _: ()
+    provisions: Callable[[str], Sequence[Provision]] = lambda _: ()
     ready: Callable[[Guest], None] = lambda _: None
     stopping: Callable[[Guest, bool], None] = lambda _guest, _failed: None
 
@@ -91,7 +95,7 @@ class GuestFactory:
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}
         self._naming = threading.Lock()  # fillers of the pool name guests, too
-        self._without_clones: set[str] = set()  # digests of blueprints
+        self._without_clones: set[str] = set()  # keys of templates that cannot be
         self._expected: dict[tuple[str, Hardware], int] = {}  # guests that are to come
 
     @classmethod
@@ -104,14 +108,14 @@ class GuestFactory:
             yield cls(settings, stack, surroundings or Surroundings())
 
     @contextmanager
-    def boot(self, image: str, **hardware: object) -> Iterator[Guest]:
+    def boot(self, image: str | PreparedImage, **hardware: object) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
         It is a clone of a guest that was booted once, on this machine, and sealed; where there can
         be none, it is booted.
 
         Args:
-            image: a name of the catalogue.
+            image: a name of the catalogue, or what `prepare` returned.
             hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``; sizes are
                 strings with a unit. What is not given is the run's default.
 
@@ -126,12 +130,12 @@ class GuestFactory:
             with vm_factory.boot("debian-13", memory="1GiB") as guest:
                 guest.run(["true"])
         """
-        blueprint = self._blueprint(image, hardware)
+        prepared = self._prepared(image)
+        blueprint = self._blueprint(prepared.image, hardware)
         with ExitStack() as stack:
-            guest = self._cloned(blueprint, stack) or self._booted(blueprint, stack)
-            stack.enter_context(guest)
-            if guest.origin == "booted":
-                grow(guest, blueprint)
+            guest = self._cloned(blueprint, prepared.steps, stack)
+            if guest is None:
+                guest = self._booted(blueprint, prepared.steps, stack)
             self._surroundings.ready(guest)
             try:
                 yield guest
@@ -140,6 +144,75 @@ class GuestFactory:
                 raise
             else:  # an interrupted run is in a hurry, and nobody asks how its guest was
                 self._surroundings.stopping(guest, False)
+
+    def prepare(
+        self,
+        image: str | PreparedImage,
+        run: Callable[[Guest], object],
+        *,
+        depends_on: Sequence[str | os.PathLike[str]],
+        network: str | None = None,
+    ) -> PreparedImage:
+        """An image with more in it, which `boot` takes.
+
+        It is prepared once until something of what it depends on changes, and then again for other
+        hardware than the run's default.
+
+        Args:
+            image: a name of the catalogue, or what was prepared before.
+            run: called with a guest, prepares it.
+            depends_on: texts (names, versions), and paths, whose content counts.
+            network: that the preparation needs: ``isolated`` or ``nat``; None for the run's default.
+
+        Raises:
+            ConfigError: there is no such image or network, or it cannot depend on that.
+            VMSandboxError: a guest does not come up. What `run` raises comes through.
+
+        Example::
+
+            vm_factory.prepare(
+                "debian-13",
+                lambda vm: vm.shell("apt-get install -y postgresql"),
+                depends_on=["postgresql"],
+                network="nat",
+            )
+        """
+        below = self._prepared(image)
+        about = f"{below.image} ({getattr(run, '__qualname__', 'prepared')})"
+        provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
+        prepared = self._with_step(below, provision.step())
+        blueprint = self._blueprint(prepared.image, {})
+        if self._may_clone(blueprint, prepared.steps):
+            try:
+                self._sealer.obtain(blueprint, prepared.steps)
+            except CannotSealError as error:
+                self._no_clones(blueprint, prepared.steps, error)
+        return prepared
+
+    def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
+        """Likewise, prepared when the first guest of it is asked for."""
+        return self._with_step(self._prepared(image), step)
+
+    def facts(self, image: PreparedImage, hardware: Mapping[str, object]) -> Mapping[str, object]:
+        """What the last step of a prepared image has told; see `Step`.
+
+        Raises:
+            CannotSealError: it cannot be prepared.
+        """
+        blueprint = self._blueprint(image.image, hardware)
+        if not self._may_clone(blueprint, image.steps):
+            raise CannotSealError(f"guests of {image.image} are not cloned")
+        return self._sealer.obtain(blueprint, image.steps).template.facts
+
+    def _with_step(self, below: PreparedImage, step: Step) -> PreparedImage:
+        return PreparedImage(image=below.image, steps=(*below.steps, step))
+
+    def _prepared(self, image: str | PreparedImage) -> PreparedImage:
+        """The image with what is done to all guests of it."""
+        if isinstance(image, PreparedImage):
+            return image
+        provisions = self._surroundings.provisions(image)
+        return PreparedImage(image=image, steps=tuple(it.step() for it in provisions))
 
     def expect(self, image: str, hardware: Mapping[str, object], count: int = 1) -> None:
         """Be told that so many guests of a kind are going to be asked for.
@@ -150,13 +223,15 @@ class GuestFactory:
         kind = image, self._settings.hardware.changed(hardware)
         self._expected[kind] = self._expected.get(kind, 0) + count
 
-    def _cloned(self, blueprint: Blueprint, stack: ExitStack) -> Guest | None:
-        """A guest that is a clone; None where there can be none."""
-        if self._settings.clones == "never" or blueprint.digest in self._without_clones:
+    def _cloned(
+        self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack
+    ) -> Guest | None:
+        """A guest that is a clone, running; None where there can be none."""
+        if not self._may_clone(blueprint, steps):
             return None
         try:
             while True:
-                sealed = self._sealer.obtain(blueprint)
+                sealed = self._sealer.obtain(blueprint, steps)
                 ahead = self._settings.clones == "armed"
                 count = self._expected.pop((blueprint.image, blueprint.hardware), 0)
                 if ahead and count:
@@ -171,10 +246,7 @@ class GuestFactory:
                 self._pool.forget(sealed)
                 self._sealer.drop_damaged(sealed)
         except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
-            self._without_clones.add(blueprint.digest)
-            self._surroundings.tell(
-                f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
-            )
+            self._no_clones(blueprint, steps, error)
             return None
         self._surroundings.begun(clone.name)
         platform = GuestPlatform(
@@ -186,11 +258,33 @@ class GuestFactory:
             logs=clone.logs,
             awake=clone.awake,
         )
-        return self._guest(platform, clone.name, "armed" if was_armed else "cloned")
+        guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
+        return stack.enter_context(guest)
 
-    def _booted(self, blueprint: Blueprint, stack: ExitStack) -> Guest:
-        """A guest that is booted."""
+    def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
+        kind = template_key(blueprint, steps)
+        return self._settings.clones != "never" and kind not in self._without_clones
+
+    def _no_clones(
+        self, blueprint: Blueprint, steps: Sequence[Step], error: VMSandboxError
+    ) -> None:
+        """Fall to the lowest rung of the ladder, and say so once."""
+        self._without_clones.add(template_key(blueprint, steps))
+        self._surroundings.tell(
+            f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
+        )
+
+    def _booted(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Guest:
+        """A guest that is booted, and then prepared."""
         name = self._name(blueprint.image)
+        network = blueprint.hardware.network
+        for step in steps:
+            if step.network not in (None, network):
+                raise LaunchError(
+                    f"{step.about} needs network={step.network!r} and is to have {network!r} "
+                    "afterwards, which only a clone can",
+                    remedy=f"boot it with network={step.network!r}",
+                )
         disks = stack.enter_context(
             Disks.open(
                 base=blueprint.built.disk,
@@ -208,7 +302,11 @@ class GuestFactory:
             disks=disks,
             logs=self._surroundings.logs(name),
         )
-        return self._guest(platform, name, "booted")
+        guest = stack.enter_context(self._guest(platform, name, "booted"))
+        grow(guest, blueprint)
+        for step in steps:
+            step.run(guest)
+        return guest
 
     def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
         blueprint = platform.blueprint

@@ -46,6 +46,13 @@ class Platform(Protocol):
     def transport(self, machine: Machine, user: str) -> Transport:
         """A way to run programs in it as a user."""
 
+    def connect(self, path: str) -> RemoteProcess | None:
+        """A connection to a Unix socket in the guest; None where there is no way to make one.
+
+        Raises:
+            CommandError: nothing listens there.
+        """
+
     def answers(self, machine: Machine, timeout: float) -> bool:
         """Whether the guest can be talked to; waits at most `timeout` seconds."""
 
@@ -289,6 +296,18 @@ class Guest:
                 self._transports[login] = self._platform.transport(machine, login)
             transport = self._transports[login]
         return transport.start(command)
+
+    def connect(self, path: str) -> RemoteProcess | None:
+        """A connection to a Unix socket in the guest, as the streams of a program.
+
+        Returns:
+            None where there is no way but a program that relays them.
+
+        Raises:
+            CommandError: nothing listens there.
+        """
+        self._on().check()
+        return self._platform.connect(path)
 
     def wait_until(self, argv: Sequence[str | os.PathLike[str]], *, timeout: float) -> None:
         """Run a program again and again until it returns 0.

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.core.transport import Transport
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import RemoteProcess, Transport
 from pytest_vmsandbox.guests import ssh, waking
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
@@ -27,7 +28,7 @@ _CONNECT_SECONDS = 20.0
 _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
-_LOOK_SECONDS = 0.25
+_LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,17 @@ class GuestPlatform:
                 waking.wake(machine, self._helper)
             yield machine
 
+    @property
+    def has_helper(self) -> bool:
+        """Whether the guest has a helper that is there now."""
+        return self._helper is not None and self._helper.is_there
+
+    def connect(self, path: str) -> RemoteProcess | None:
+        """See `Platform.connect`."""
+        if self._helper is None or not self._helper.is_there:
+            return None
+        return self._helper.connect(path)
+
     def transport(self, machine: Machine, user: str) -> Transport:
         """See `Platform.transport`."""
         if self._helper is not None and self._helper.is_there:
@@ -132,12 +144,12 @@ class GuestPlatform:
 
     def answers(self, machine: Machine, timeout: float) -> bool:
         """See `Platform.answers`."""
-        if machine.spec.start.is_loaded and self._helper is not None and self._helper.is_there:
+        if machine.spec.start.is_loaded and self.has_helper:
             return True
         # A connection made before the guest's network is up waits for a retransmission, so the
         # console is asked first. An image that does not announce its server is just tried.
         announced = machine.wait_for_ssh(timeout)
-        if announced and self._helper is not None and self._helper.is_there:
+        if announced and self.has_helper:
             return True
         try:
             address = machine.forward(_SSH_PORT)
@@ -191,6 +203,12 @@ class GuestPlatform:
     def ssh_command(self, machine: Machine, user: str) -> str:
         """See `Platform.ssh_command`."""
         host, port = machine.forward(_SSH_PORT)
+        deadline = Deadline(_CONNECT_SECONDS * self.blueprint.verdict.time_scale)
+        while not ssh.greeting((host, port), deadline.remaining(_LOOK_SECONDS)):
+            machine.check()
+            if deadline.expired:
+                raise GuestLost(f"{self._name} does not answer on SSH", stage="ssh")
+            deadline.pause(_LOOK_SECONDS)
         folder = self._hypervisor.folder
         known, key = folder / KNOWN_HOSTS, folder / f"key.{self._name}"
         self._key.save(key)

@@ -25,6 +25,7 @@ from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     KEY,
     MEMORY,
@@ -47,21 +48,12 @@ class CannotSealError(LaunchError):
     """Guests of this kind cannot be sealed here; they can be booted all the same."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Something that is done to guests before they are sealed.
+class _StepError(Exception):
+    """A step has raised something: no affair of the sealer's."""
 
-    Attributes:
-        digest: of all that its result depends on.
-        run: does it.
-        about: what it is, for people.
-        network: that it needs; None for the guest's own.
-    """
-
-    digest: str
-    run: Callable[[Guest], object]
-    about: str
-    network: str | None = None
+    def __init__(self, raised: Exception) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
 
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
@@ -191,6 +183,8 @@ class Sealer:
                 )
                 with self._store.incoming(key) as folder:
                     return self._seal(folder, key, blueprint, steps, below)
+        except _StepError as failed:
+            raise failed.raised from None
         except (OSError, ImageError, MonitorError) as error:
             brief = error.brief if isinstance(error, VMSandboxError) else str(error)
             raise CannotSealError(
@@ -237,9 +231,12 @@ class Sealer:
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
             )
+            facts: Facts = None
             with self._guest(platform, name) as guest:
+                if not platform.has_helper:
+                    raise CannotSealError(f"{blueprint.image} has no helper in its guests")
                 if steps:
-                    steps[-1].run(guest)
+                    facts = _done(steps[-1], guest)
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
@@ -253,8 +250,15 @@ class Sealer:
             if file.name != KEY:
                 file.chmod(0o644)  # a QEMU of another user opens them
         return self._store.adopt(
-            folder, key, image=blueprint.image, name=name, layers=layers, facts={}
+            folder, key, image=blueprint.image, name=name, layers=layers, facts=dict(facts or {})
         )
+
+
+def _done(step: Step, guest: Guest) -> Facts:
+    try:
+        return step.run(guest)
+    except Exception as error:
+        raise _StepError(error) from error
 
 
 def settle(guest: Guest, blueprint: Blueprint) -> None:

@@ -10,12 +10,21 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
 
 
 @pytest.hookspec
 def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: ignore[empty-body]
     """Return folders with further image definitions, as the ini key `vm_image_path` names them."""
+
+
+@pytest.hookspec
+def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:
+    """Return what is done to each guest of an image before it is sealed, or None.
+
+    The layers of several plugins lie one on the other, in the order in which they registered.
+    """
 
 
 @pytest.hookspec

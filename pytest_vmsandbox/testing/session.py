@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
     from pytest_vmsandbox.testing.inside import Inside
 
@@ -156,6 +157,7 @@ class VMSession:
             tell=self.tell,
             missing=self._missing,
             qemu_args=self._qemu_args,
+            provisions=self._provisions,
             ready=self._ready,
             stopping=self._stopping,
         )
@@ -239,6 +241,10 @@ class VMSession:
     def _qemu_args(self, spec: MachineSpec) -> list[str]:
         hook = self.config.hook.pytest_vmsandbox_qemu_args
         return [arg for more in hook(config=self.config, spec=spec) for arg in more]
+
+    def _provisions(self, image: str) -> list[Provision]:
+        hook = self.config.hook.pytest_vmsandbox_provision
+        return [it for it in reversed(hook(config=self.config, image=image)) if it is not None]
 
     def _ready(self, guest: Guest) -> None:
         if self.item is not None:

@@ -1,0 +1,153 @@
+"""What is done to guests once, before they are sealed, and what its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import NETWORKS
+from pytest_vmsandbox.guests.guest import Guest
+
+Facts = Mapping[str, object] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provision:
+    """A layer on top of an image: something that is done to a guest before it is sealed.
+
+    It is done anew when something of what it depends on has changed, and not once per run.
+
+    Attributes:
+        name: what it is, for people.
+        depends_on: texts (names, versions), and paths of files and folders, whose content counts.
+            The code of `run` counts, too.
+        run: called with the guest.
+        network: that it needs: ``isolated`` or ``nat``; None for that of the guest.
+
+    Example::
+
+        Provision(
+            name="postgresql",
+            depends_on=["postgresql"],
+            network="nat",
+            run=lambda vm: vm.shell("apt-get install -y postgresql"),
+        )
+    """
+
+    name: str
+    depends_on: Sequence[str | os.PathLike[str]]
+    run: Callable[[Guest], object]
+    network: str | None = None
+
+    def step(self) -> Step:
+        """The same with a digest of what it depends on.
+
+        Raises:
+            ConfigError: that is not what it can depend on, or a path does not exist.
+        """
+        if self.network not in (None, *NETWORKS):
+            raise ConfigError(
+                f"network={self.network!r} is unknown", remedy=f"use {' or '.join(NETWORKS)}"
+            )
+        if not callable(self.run):
+            raise ConfigError(f"{self.name}: {self.run!r} cannot be called with a guest")
+        parts = [self.name, self.network, *_code(self.run), *_contents(self.name, self.depends_on)]
+        return Step(
+            digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            run=lambda guest: _no_facts(self.run(guest)),
+            about=self.name,
+            network=self.network,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A layer whose digest is known.
+
+    Attributes:
+        digest: of all that its result depends on.
+        run: does it, and returns what is to be remembered of it: values that JSON keeps.
+        about: what it is, for people.
+        network: see `Provision`.
+    """
+
+    digest: str
+    run: Callable[[Guest], Facts]
+    about: str
+    network: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """An image with more in it; made by `GuestFactory.prepare`.
+
+    Attributes:
+        image: the name of the image below.
+        steps: what is done to its guests, in order.
+    """
+
+    image: str
+    steps: tuple[Step, ...]
+
+
+def _no_facts(_: object) -> None:
+    """What users' functions return is of no interest."""
+
+
+def _contents(name: str, entries: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
+    """What each entry is at the moment."""
+    if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
+        raise ConfigError(
+            f"{name}: depends_on={entries!r} is not a list",
+            remedy="write a list of texts and paths, such as ['postgresql', Path('setup.sh')]",
+        )
+    for entry in entries:
+        if isinstance(entry, str):
+            yield f"text {entry}"
+        elif isinstance(entry, os.PathLike):
+            yield f"path {os.fspath(entry)}"
+            yield from _files(name, Path(entry))
+        else:
+            raise ConfigError(
+                f"{name}: depends_on has {entry!r}, which is neither a text nor a path"
+            )
+
+
+def _files(name: str, path: Path) -> Iterator[str]:
+    """The digests of a file, or of all files of a folder."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(it for it in path.rglob("*") if it.is_file())
+    for file in files:
+        try:
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(
+                f"{name} depends on {file}, which cannot be read: {error.strerror}"
+            ) from error
+        yield f"{file.relative_to(path)} {content}"
+
+
+def _code(run: Callable[..., Any]) -> Iterator[str]:
+    """What a function does, as far as its own code tells."""
+    code = getattr(run, "__code__", None)
+    yield f"{getattr(run, '__module__', '')}.{getattr(run, '__qualname__', type(run).__name__)}"
+    if isinstance(code, CodeType):
+        yield from _instructions(code)
+
+
+def _instructions(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _instructions(constant)
+        else:
+            yield repr(constant)
