@@ -258,11 +258,11 @@ class Inside:
         return broken(why)
 
     def _limit(self, item: pytest.Item, lease: Lease) -> float:
-        if collection.LIMIT in item.stash:
-            return item.stash[collection.LIMIT]
         wishes = selection.read_marks(item.iter_markers("vm"))
-        if wishes.test_timeout is not None:
-            return wishes.test_timeout
+        given = (item.stash.get(collection.LIMIT, None), wishes.test_timeout)
+        of_test = [seconds for seconds in given if seconds is not None]
+        if of_test:
+            return min(of_test)
         return options.test_timeout(self._config) * lease.patience
 
     # -- which item that is in the guest --------------------------------------------------------
