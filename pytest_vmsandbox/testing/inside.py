@@ -95,7 +95,7 @@ class Inside:
         if call.excinfo is None or last.failed:
             self._log(item, last)
         if call.excinfo is not None:
-            self._log(item, item.ihook.pytest_runtest_makereport(item=item, call=call))
+            self._log(item, self._made(item, call))
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
@@ -110,7 +110,7 @@ class Inside:
         phases = ["setup", "call", "teardown"]
         call = pytest.CallInfo.from_call(lambda: self._lease(item), when="setup", reraise=_RAISED)
         if call.excinfo is not None:
-            yield item.ihook.pytest_runtest_makereport(item=item, call=call)
+            yield self._made(item, call)
             yield self._passed(item, "teardown")
             return
         assert call.result is not None
@@ -236,9 +236,7 @@ class Inside:
         )
 
     def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
-        call = pytest.CallInfo.from_call(lambda: None, when=phase)
-        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        return report
+        return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
 
     def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
         if not getattr(error, "__notes__", None):
@@ -248,7 +246,12 @@ class Inside:
         def fail() -> NoReturn:
             raise error
 
-        call = pytest.CallInfo.from_call(fail, when=phase)
+        return self._made(item, pytest.CallInfo.from_call(fail, when=phase))
+
+    def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
+        """A report that plugins of this side make; they count on that of the setup before others."""
+        if call.when != "setup":
+            self._passed(item, "setup")
         report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
         return report
 
