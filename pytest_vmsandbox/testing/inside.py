@@ -67,6 +67,7 @@ class Inside:
         self._prepared: Payload | None = None
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
+        self._ids: set[str] = set()
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -287,6 +288,8 @@ class Inside:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == indices and other.partition("[")[0] == base:
+                    if other in self._ids_here(item.session):  # it is another test: the sets differ
+                        break
                     self._session.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
                         "differ between the two Pythons"
@@ -297,6 +300,12 @@ class Inside:
             remedy="it is there on this machine, so something decides otherwise in the guest: "
             "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
         )
+
+    def _ids_here(self, session: pytest.Session) -> set[str]:
+        """What the tests of this side are called where they have no parameter for an image."""
+        if not self._ids:
+            self._ids.update(map(collection.plain_nodeid, session.items))
+        return self._ids
 
     def _not_collected(self, item: pytest.Item, longrepr: Any) -> pytest.TestReport:
         skipped = isinstance(longrepr, tuple)
