@@ -139,6 +139,15 @@ def pytest_terminal_summary(
 # -- running ------------------------------------------------------------------------------------------
 
 
+@pytest.hookimpl(wrapper=True, trylast=True)  # pytest-cov combines after it
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        if session.config.pluginmanager.has_plugin("_cov"):
+            session.config.stash[SESSION].finish_inside()  # guests tell what they have measured
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     session = item.config.stash[SESSION]

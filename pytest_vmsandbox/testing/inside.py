@@ -24,6 +24,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
@@ -68,6 +69,7 @@ class Inside:
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
+        self._measuring = Measuring.of(session.config)
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -474,6 +476,8 @@ class Inside:
                 **options.guest_environment(config, os.environ),
             },
             "details": [file for file in files if file in self._session.unimportable],
+            "measure": self._measuring and self._measuring.settings(translate),
+            "tree": tree,
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture") == "no",
         }
@@ -505,6 +509,8 @@ class Inside:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=self._session.say)
+        if self._measuring is not None:
+            requirements = requirements.with_one("coverage")
         return Payload(
             tree=Tree.of(
                 root, more=[*options.push(config), *project.modules, *dict.fromkeys(wanted)]
@@ -518,6 +524,11 @@ class Inside:
 
     def _lose(self, lease: Lease, error: VMSandboxError) -> None:
         """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        if self._measuring is not None and lease.session is not None:
+            self._session.tell(
+                f"coverage of tests inside {lease.guest.name} is not complete: they took their "
+                "interpreter along, or their guest"
+            )
         if isinstance(error, InterpreterLost):
             lease.session = None
         elif isinstance(error, INFRASTRUCTURE):
@@ -544,11 +555,30 @@ class Inside:
                 )
                 if not keep:
                     stack.callback(self._end, key)
+                    if self._measuring is not None:
+                        self._finish(self._leases[key])
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
 
     def _end(self, key: Key) -> None:
         lease = self._leases.pop(key)
         lease.stack.close()
+
+    def _finish(self, lease: Lease) -> list[str]:
+        """Let a session tear down what is left, and end.
+
+        Returns:
+            What went wrong, for people.
+        """
+        if lease.session is None or not lease.guest.alive:
+            return []
+        said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
+        if self._measuring is not None and self._prepared is not None:
+            self._measuring.keep(said, self._prepared.tree, lease.guest.name)
+        return [
+            f"{lease.guest.name}: {printable(str(message.get('tail')))}"
+            for message in said
+            if message.get("exit", 0) not in range(6)
+        ]
 
     def close(self) -> list[str]:
         """Let every session tear down what is left, and end the guests.
@@ -559,13 +589,7 @@ class Inside:
         problems = []
         for key, lease in list(self._leases.items()):
             try:
-                if lease.session is not None and lease.guest.alive:
-                    said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
-                    problems += [
-                        f"{lease.guest.name}: {printable(str(message.get('tail')))}"
-                        for message in said
-                        if message.get("exit", 0) not in range(6)
-                    ]
+                problems += self._finish(lease)
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
             try:
