@@ -97,6 +97,7 @@ def pytest_collection_modifyitems(
             raise pytest.UsageError(*errors)
         config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
     collection.deselect(config, items)
+    collection.remember_nodeids(items)
     result = yield
     collection.group(items)
     return result

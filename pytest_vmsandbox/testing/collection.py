@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _NO_IMAGE = "no-image"
 _IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize
 _INSIDE = pytest.StashKey[bool]()
-_PLAIN = pytest.StashKey[str]()
+_PLAIN = pytest.StashKey[str]()  # of a test that only the guest could collect
+_CALLED = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
 LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
 # Plugins that take over a test's protocol: their options, or an ini key; and their marker.
@@ -93,6 +94,19 @@ def plain_nodeid(item: pytest.Item) -> str:
     """What a test is called where it has no parameter for its image."""
     if _PLAIN in item.stash:
         return item.stash[_PLAIN]
+    if _CALLED not in item.stash:
+        item.stash[_CALLED] = _plain_nodeid(item)
+    return item.stash[_CALLED]
+
+
+def remember_nodeids(items: Iterable[pytest.Item]) -> None:
+    """Keep what tests of guests are called: pytest-xdist adds their group, which no guest knows."""
+    for item in items:
+        if is_inside(item):
+            plain_nodeid(item)
+
+
+def _plain_nodeid(item: pytest.Item) -> str:
     if not _has_parameter(item):
         return item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]

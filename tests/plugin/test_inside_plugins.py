@@ -136,3 +136,46 @@ def test_next(): pass
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "INTERNALERROR" not in output
     assert "1 failed, 2 passed, 1 error" in output
+
+
+# -- pytest-xdist -----------------------------------------------------------------------------------
+
+GROUPED = """
+import unittest
+
+import pytest
+
+@pytest.mark.xdist_group("{0}")
+@pytest.mark.parametrize("value", ["a", "b"])
+def test_it(value): pass
+
+@pytest.mark.xdist_group("{0}")
+class TestIt(unittest.TestCase):
+    def test_it(self): pass
+"""
+
+
+def test_groups(suite):
+    """On this side a test's group is a part of its name, and no guest knows it.
+
+    With pytest 9.2, which lets nobody change a name, xdist 3.8 knows no groups.
+    """
+    for name in ("one", "two"):
+        suite.write(f"test_{name}.py", GROUPED.format("together"))
+    status, output = suite.run("--in-vm", "-v", "-n2", "--dist=loadgroup")
+    assert status == 0, output
+    assert "6 passed" in output
+    assert "the ids of its parameters differ" not in output
+    if "@together" in output:
+        assert suite.guests == ["debian-13.1"]
+
+
+@pytest.mark.parametrize(("isolation", "guests"), [("session", 2), ("module", 2), ("test", 4)])
+def test_files_on_workers(suite, isolation, guests):
+    """Each worker has guests of its own; with `loadfile`, one for a file."""
+    for name in ("one", "two"):
+        suite.write(f"test_{name}.py", "def test_a(): pass\n\ndef test_b(): pass\n")
+    status, output = suite.run("--in-vm", "-n2", "--dist=loadfile", f"--vm-isolation={isolation}")
+    assert status == 0, output
+    assert "4 passed" in output
+    assert len(suite.guests) == guests
