@@ -97,6 +97,7 @@ def pytest_collection_modifyitems(
             raise pytest.UsageError(*errors)
         config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
     collection.deselect(config, items)
+    collection.remember_nodeids(items)
     result = yield
     collection.group(items)
     return result
@@ -141,6 +142,15 @@ def pytest_terminal_summary(
 
 
 # -- running ------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # pytest-cov combines after it
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        if session.config.pluginmanager.has_plugin("_cov"):
+            session.config.stash[SESSION].finish_inside()  # guests tell what they have measured
 
 
 @pytest.hookimpl(wrapper=True)

@@ -252,6 +252,17 @@ class Requirements:
             contents=tuple(contents),
         )
 
+    def with_one(self, name: str) -> Requirements:
+        """These, and one more distribution, in the version of this environment if it can be had."""
+        if name in self.dropped:
+            return self
+        here = installed().get(name)
+        return dataclasses.replace(
+            self,
+            lines=(*self.lines, name),
+            preferred=(*self.preferred, *([f"{name}=={here.version}"] if here else [])),
+        )
+
     def digest(self, python: GuestPython) -> str:
         """SHA-256, in hex, of all that decides what is installed, but for the package index."""
         fields = {**dataclasses.asdict(self), "root": None, "python": dataclasses.asdict(python)}

@@ -429,6 +429,7 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [*config["path"], *(entry for entry in sys.path if entry != here)]
     sys.argv[:] = ["pytest", *config["args"]]
+    measuring = Measuring(config["measure"]) if config.get("measure") else None
 
     import pytest
 
@@ -440,7 +441,10 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
     session.wire.say({"pytest": pytest.__version__})
-    return int(pytest.main(args, plugins=[session, fixtures_of(config["fixtures"])]))
+    status = int(pytest.main(args, plugins=[session, fixtures_of(config["fixtures"])]))
+    if measuring is not None:
+        measuring.tell(session.wire, os.path.realpath(config["tree"]))
+    return status
 
 
 def installed_plugins(names: list[str]) -> list[str]:
@@ -454,6 +458,50 @@ def installed_plugins(names: list[str]) -> list[str]:
         if point.group == "pytest11"
     }
     return [name for name in names if name in there]
+
+
+class Measuring:
+    """Coverage of a session and of the processes that it starts: what lies in files of its own.
+
+    Args:
+        options: coverage's: name → text, or list of texts.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        import tempfile
+
+        import coverage
+
+        self.folder = tempfile.mkdtemp(prefix="vmsandbox-coverage-")
+        settings = os.path.join(self.folder, "settings")
+        self.data = os.path.join(self.folder, "data")
+        # A file, since processes that tests start read it, too.
+        with open(settings, "w") as file:
+            file.write("[run]\nparallel = true\ndata_file = %s\n" % self.data)
+            for name, value in options.items():
+                text = "\n    ".join(["", *value]) if isinstance(value, list) else value
+                file.write("%s = %s\n" % (name, text.replace("$", "$$")))
+        self.coverage = coverage.Coverage(config_file=settings)
+        self.coverage.start()
+
+    def tell(self, wire: Wire, tree: str) -> None:
+        """Stop, and tell what was measured of the files of a tree."""
+        import shutil
+
+        import coverage
+
+        self.coverage.stop()
+        self.coverage.save()
+        whole = coverage.Coverage(data_file=self.data, config_file=False)
+        whole.combine()
+        data = whole.get_data()
+        for name in data.measured_files():
+            if name.startswith(tree + "/"):
+                kind = "arcs" if data.has_arcs() else "lines"
+                message = {"covered": name[len(tree) + 1 :], kind: getattr(data, kind)(name)}
+                wire.say(clean(message))
+        data.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Wire:
@@ -496,7 +544,8 @@ class Session:
 
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
-    ``fixtures`` (name → value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
+    ``measure`` (coverage's options, if it is measured) and ``tree`` (of what), ``fixtures`` (name →
+    value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,

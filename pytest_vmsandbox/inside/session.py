@@ -469,7 +469,8 @@ class GuestSession:
         return InterpreterLost(
             f"it did not {what} within {seconds:g} s, and its interpreter was killed",
             details=_stacks(self.kill()),
-            remedy="give it more time: vm_test_timeout, or test_timeout= of the marker vm",
+            remedy="give it more time: vm_test_timeout, test_timeout= of the marker vm, or what "
+            "pytest-timeout is told",
         )
 
     def _ended(self, message: Message) -> InterpreterLost:

@@ -293,7 +293,7 @@ class Machine:
         """
         for number, file in enumerate(overlays):
             below = self._tops[number]
-            top = f"{below}+"
+            top = f"{below}-above"
             added: Any = self.execute("add-fd", fd=file.fileno())
             device = cmdline.overlay(top, added["fdset-id"], None)
             self.execute("blockdev-add", {**device, "backing": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,17 +11,22 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.testing import config as options, selection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from pytest_vmsandbox.testing.session import VMSession
 
 _NO_IMAGE = "no-image"
 _IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize
 _INSIDE = pytest.StashKey[bool]()
-_PLAIN = pytest.StashKey[str]()
+_PLAIN = pytest.StashKey[str]()  # of a test that only the guest could collect
+_CALLED = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
 LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
-_TAKE_OVER = {"reruns": "pytest-rerunfailures", "forked": "pytest-forked"}  # the protocol
+# Plugins that take over a test's protocol: their options, or an ini key; and their marker.
+_TAKE_OVER = {
+    "pytest-rerunfailures": (("reruns", "force_reruns"), "flaky"),
+    "pytest-forked": (("forked",), "forked"),
+}
 _DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
 
 
@@ -88,6 +94,19 @@ def plain_nodeid(item: pytest.Item) -> str:
     """What a test is called where it has no parameter for its image."""
     if _PLAIN in item.stash:
         return item.stash[_PLAIN]
+    if _CALLED not in item.stash:
+        item.stash[_CALLED] = _plain_nodeid(item)
+    return item.stash[_CALLED]
+
+
+def remember_nodeids(items: Iterable[pytest.Item]) -> None:
+    """Keep what tests of guests are called: pytest-xdist adds their group, which no guest knows."""
+    for item in items:
+        if is_inside(item):
+            plain_nodeid(item)
+
+
+def _plain_nodeid(item: pytest.Item) -> str:
     if not _has_parameter(item):
         return item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]
@@ -139,7 +158,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
             and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
-    if any(is_inside(item) for item in items):
+    if inside := [item for item in items if is_inside(item)]:
         for option in ("usepdb", "trace"):
             if session.config.getoption(option):
                 session.usage_errors.append(
@@ -147,9 +166,8 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
                     "\nRemedy: leave them out with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way "
                     "to look around in a guest"
                 )
-        for option, plugin in _TAKE_OVER.items():
-            if getattr(session.config.option, option, None):
-                session.tell(f"{plugin} does nothing for tests that run inside a guest")
+        for plugin in _take_over(session.config, inside):
+            session.tell(f"{plugin} does nothing for tests that run inside a guest")
     if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
         try:
             options.check(session.config)
@@ -206,6 +224,18 @@ def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Mapping[str,
                 guests.append((image, wishes.hardware))
     workers = getattr(items[0].config, "workerinput", {}).get("workercount", 1) if items else 1
     return guests[: -(-len(guests) // workers)]
+
+
+def _take_over(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
+    """The plugins that are asked to take over the protocol of some of the tests."""
+    for plugin, (names, marker) in _TAKE_OVER.items():
+        if not hasattr(config.option, names[0]):
+            continue  # it is not there
+        values = [getattr(config.option, name, None) for name in names]
+        with suppress(ValueError):  # older ones have no such key
+            values.append(config.getini(names[0]))
+        if any(values) or any(item.get_closest_marker(marker) for item in items):
+            yield plugin
 
 
 def _check_marks(session: VMSession, item: pytest.Item) -> None:

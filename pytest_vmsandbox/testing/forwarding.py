@@ -60,6 +60,8 @@ def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[st
     args += ["--noconftest"] if option.noconftest else []
     for value in option.pythonwarnings or ():
         args += ["-W", value]
+    # Keys of plugins that stay here; after the others, so that it counts more than `-W error`.
+    args += ["-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
     for name, text in sorted(ini(config, translate).items()):
         args += ["-o", f"{name}={text}"]
     for name in option.plugins or ():

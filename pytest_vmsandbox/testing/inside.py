@@ -24,6 +24,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
@@ -67,6 +68,8 @@ class Inside:
         self._prepared: Payload | None = None
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
+        self._ids: set[str] = set()
+        self._measuring = Measuring.of(session.config)
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class Inside:
         if call.excinfo is None or last.failed:
             self._log(item, last)
         if call.excinfo is not None:
-            self._log(item, item.ihook.pytest_runtest_makereport(item=item, call=call))
+            self._log(item, self._made(item, call))
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
@@ -110,7 +113,7 @@ class Inside:
         phases = ["setup", "call", "teardown"]
         call = pytest.CallInfo.from_call(lambda: self._lease(item), when="setup", reraise=_RAISED)
         if call.excinfo is not None:
-            yield item.ihook.pytest_runtest_makereport(item=item, call=call)
+            yield self._made(item, call)
             yield self._passed(item, "teardown")
             return
         assert call.result is not None
@@ -236,9 +239,7 @@ class Inside:
         )
 
     def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
-        call = pytest.CallInfo.from_call(lambda: None, when=phase)
-        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        return report
+        return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
 
     def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
         if not getattr(error, "__notes__", None):
@@ -248,7 +249,12 @@ class Inside:
         def fail() -> NoReturn:
             raise error
 
-        call = pytest.CallInfo.from_call(fail, when=phase)
+        return self._made(item, pytest.CallInfo.from_call(fail, when=phase))
+
+    def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
+        """A report that plugins of this side make; they count on that of the setup before others."""
+        if call.when != "setup":
+            self._passed(item, "setup")
         report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
         return report
 
@@ -258,11 +264,11 @@ class Inside:
         return broken(why)
 
     def _limit(self, item: pytest.Item, lease: Lease) -> float:
-        if collection.LIMIT in item.stash:
-            return item.stash[collection.LIMIT]
         wishes = selection.read_marks(item.iter_markers("vm"))
-        if wishes.test_timeout is not None:
-            return wishes.test_timeout
+        given = (item.stash.get(collection.LIMIT, None), wishes.test_timeout)
+        of_test = [seconds for seconds in given if seconds is not None]
+        if of_test:
+            return min(of_test)
         return options.test_timeout(self._config) * lease.patience
 
     # -- which item that is in the guest --------------------------------------------------------
@@ -284,6 +290,8 @@ class Inside:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == indices and other.partition("[")[0] == base:
+                    if other in self._ids_here(item.session):  # it is another test: the sets differ
+                        break
                     self._session.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
                         "differ between the two Pythons"
@@ -294,6 +302,12 @@ class Inside:
             remedy="it is there on this machine, so something decides otherwise in the guest: "
             "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
         )
+
+    def _ids_here(self, session: pytest.Session) -> set[str]:
+        """What the tests of this side are called where they have no parameter for an image."""
+        if not self._ids:
+            self._ids.update(map(collection.plain_nodeid, session.items))
+        return self._ids
 
     def _not_collected(self, item: pytest.Item, longrepr: Any) -> pytest.TestReport:
         skipped = isinstance(longrepr, tuple)
@@ -462,6 +476,8 @@ class Inside:
                 **options.guest_environment(config, os.environ),
             },
             "details": [file for file in files if file in self._session.unimportable],
+            "measure": self._measuring and self._measuring.settings(translate),
+            "tree": tree,
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture") == "no",
         }
@@ -493,6 +509,8 @@ class Inside:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=self._session.say)
+        if self._measuring is not None:
+            requirements = requirements.with_one("coverage")
         return Payload(
             tree=Tree.of(
                 root, more=[*options.push(config), *project.modules, *dict.fromkeys(wanted)]
@@ -506,6 +524,11 @@ class Inside:
 
     def _lose(self, lease: Lease, error: VMSandboxError) -> None:
         """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        if self._measuring is not None and lease.session is not None:
+            self._session.tell(
+                f"coverage of tests inside {lease.guest.name} is not complete: they took their "
+                "interpreter along, or their guest"
+            )
         if isinstance(error, InterpreterLost):
             lease.session = None
         elif isinstance(error, INFRASTRUCTURE):
@@ -532,11 +555,30 @@ class Inside:
                 )
                 if not keep:
                     stack.callback(self._end, key)
+                    if self._measuring is not None:
+                        self._finish(self._leases[key])
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
 
     def _end(self, key: Key) -> None:
         lease = self._leases.pop(key)
         lease.stack.close()
+
+    def _finish(self, lease: Lease) -> list[str]:
+        """Let a session tear down what is left, and end.
+
+        Returns:
+            What went wrong, for people.
+        """
+        if lease.session is None or not lease.guest.alive:
+            return []
+        said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
+        if self._measuring is not None and self._prepared is not None:
+            self._measuring.keep(said, self._prepared.tree, lease.guest.name)
+        return [
+            f"{lease.guest.name}: {printable(str(message.get('tail')))}"
+            for message in said
+            if message.get("exit", 0) not in range(6)
+        ]
 
     def close(self) -> list[str]:
         """Let every session tear down what is left, and end the guests.
@@ -547,13 +589,7 @@ class Inside:
         problems = []
         for key, lease in list(self._leases.items()):
             try:
-                if lease.session is not None and lease.guest.alive:
-                    said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
-                    problems += [
-                        f"{lease.guest.name}: {printable(str(message.get('tail')))}"
-                        for message in said
-                        if message.get("exit", 0) not in range(6)
-                    ]
+                problems += self._finish(lease)
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
             try:

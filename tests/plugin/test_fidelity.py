@@ -16,6 +16,9 @@ from support.fidelity import Line
 
 IMAGE = "debian-13"
 SUPPORT = Path(fidelity.__file__).parent
+# Plugins that stay on the host have no frames in a guest's tracebacks.
+HOST_ONLY = ("vmsandbox", "pytest_cov", "pytest_forked", "rerunfailures", "timeout")
+PLAIN = tuple(word for name in HOST_ONLY for word in ("-p", f"no:{name}"))
 # Each group is run in order, on caches of its own.
 GROUPS = {
     "all of it": ["--durations=5 --durations-min=100"],
@@ -57,7 +60,7 @@ class Sides:
     def differences(self, line):
         inside = self.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
         xdist = () if "-n" in line.args else ("-p", "no:xdist")
-        plain = self.run("plain", line, "-p", "no:vmsandbox", *xdist)
+        plain = self.run("plain", line, *PLAIN, *xdist)
         runs = [self.reader.read(it, ordered=line.ordered) for it in (inside, plain)]
         assert len(runs[1].cases) > 1, plain.screen
         return fidelity.differences(*runs)
@@ -115,7 +118,7 @@ def test_files_that_are_skipped_as_a_whole(sides):
     """The guest is asked about them: each is a test that is skipped, for the same reason."""
     line = Line.of("apart/test_importorskip.py apart/test_skips_module.py")
     inside = sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
-    plain = sides.run("plain", line, "-p", "no:vmsandbox")
+    plain = sides.run("plain", line, *PLAIN)
     told = [
         sorted(it for it in sides.reader.read(said).screen if it.startswith("SKIPPED"))
         for said in (inside, plain)
@@ -129,7 +132,7 @@ def test_a_file_that_cannot_be_imported(sides):
     line = Line.of("--continue-on-collection-errors test_broken.py test_text.txt")
     inside, plain = (
         sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm"),
-        sides.run("plain", line, "-p", "no:vmsandbox"),
+        sides.run("plain", line, *PLAIN),
     )
     assert inside.status == plain.status == 1
     for said in (inside, plain):

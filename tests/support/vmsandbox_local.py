@@ -6,6 +6,7 @@ Named so that it is not handed on to the guest's pytest.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class Local(LocalGuest):
 
 
 def _is_ours(name):
-    return name.startswith(("PYTEST_", "PYTHON", "COV_"))
+    return name.startswith(("PYTEST_", "PYTHON", "COV"))
 
 
 class LocalFactory:
@@ -69,6 +70,9 @@ class LocalFactory:
         (base / "session.ini").write_text("[pytest]\n")
         install.BASE = str(base)
         root = payload.project.root
+        if "LOCAL_COPY" in os.environ:  # else the tree is where it is
+            root = base / "src" / root.name
+            shutil.copytree(payload.project.root, root)
         return install.Installed(
             place=Place(
                 python=sys.executable, runner=str(install._RUNNER), folder=str(base / "run")

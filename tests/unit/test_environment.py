@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 import pytest
@@ -175,6 +175,16 @@ def test_what_extras_need_is_needed(host):
     host.add("tomli")
     host.add("other")
     assert host.mirror().lines == ("pytest>=8.4,<=9.2.0", "other", "pytest")
+
+
+def test_one_more(tmp_path):
+    """In the version that is here; the project itself never."""
+    given = Requirements(root=tmp_path, lines=("pytest",), dropped=("hypothesis",))
+    assert given.with_one("hypothesis") == given
+    more = given.with_one("coverage")
+    assert more.lines == ("pytest", "coverage")
+    assert more.preferred == (f"coverage=={version('coverage')}",)
+    assert given.with_one("nothing-like-that").preferred == ()
 
 
 def test_a_ring_has_a_root(host):

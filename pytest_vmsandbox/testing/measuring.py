@@ -1,0 +1,99 @@
+"""Coverage of what runs inside guests: measured there, and told to this side's pytest-cov.
+
+Guests send numbers of lines, not a file of coverage's, which would be a database to be opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.inside.tree import Tree
+    from pytest_vmsandbox.inside.wire import Message
+
+# What decides which lines are measured. Coverage's plugins are not among them: guests may lack them.
+_OPTIONS = ("branch", "concurrency", "cover_pylib", "include", "omit", "patch", "source",
+            "source_dirs", "source_pkgs")  # fmt: skip
+_MAX_LINE = 10_000_000  # the number of one
+
+
+class Measuring:
+    """What pytest-cov measures on this side.
+
+    Args:
+        controller: pytest-cov's.
+    """
+
+    def __init__(self, controller: Any) -> None:
+        self._cov = controller.cov
+        self._folder = Path(controller.topdir)
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Measuring | None:
+        """That of this run; None for one without coverage."""
+        controller = getattr(config.pluginmanager.get_plugin("_cov"), "cov_controller", None)
+        return None if controller is None or controller.cov is None else cls(controller)
+
+    def settings(self, translate: Callable[[str], str]) -> dict[str, object]:
+        """How a guest has to measure: coverage's options, name → value.
+
+        Args:
+            translate: from a path of this machine to the guest's, where it is one of the project.
+        """
+        found: dict[str, object] = {}
+        for option in _OPTIONS:
+            value = None
+            with suppress(Exception):  # coverage's own, from a version without that option
+                value = self._cov.get_option(f"run:{option}")
+            if isinstance(value, list | tuple):
+                found[option] = [translate(str(it)) for it in value]
+            elif value is not None:
+                found[option] = str(value)
+        return found
+
+    def keep(self, said: Iterable[Message], tree: Tree, guest: str) -> None:
+        """Write what a guest has measured into a file that pytest-cov combines with its own.
+
+        Args:
+            said: messages of a session that has ended.
+            tree: what went to the guest; coverage of all else is left out.
+            guest: its name.
+        """
+        from coverage import CoverageData
+
+        branch = bool(self._cov.get_option("run:branch"))
+        found: dict[str, Any] = {}
+        for message in said:
+            name, numbers = message.get("covered"), message.get("arcs" if branch else "lines")
+            if not isinstance(name, str) or not isinstance(numbers, list):
+                continue
+            if (entry := tree.entries.get(name)) and entry.kind == "file":
+                found[str(tree.root / name)] = (
+                    [tuple(it) for it in numbers if _is_arc(it)]
+                    if branch
+                    else [it for it in numbers if _is_line(it)]
+                )
+        if found:
+            base = self._folder / str(self._cov.get_option("run:data_file"))
+            data = CoverageData(basename=str(base), suffix=f"vm-{guest}.{os.getpid()}")
+            data.add_arcs(found) if branch else data.add_lines(found)
+            data.close()
+
+
+def _is_line(number: object) -> bool:
+    return type(number) is int and 0 < number < _MAX_LINE
+
+
+def _is_arc(pair: object) -> bool:
+    """Whether it is a jump from line to line; the ends of functions have negative numbers."""
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(it) is int and _is_line(abs(it)) for it in pair)
+    )
