@@ -193,17 +193,6 @@ class GuestFactory:
         """Likewise, prepared when the first guest of it is asked for."""
         return self._with_step(self._prepared(image), step)
 
-    def facts(self, image: PreparedImage, hardware: Mapping[str, object]) -> Mapping[str, object]:
-        """What the last step of a prepared image has told; see `Step`.
-
-        Raises:
-            CannotSealError: it cannot be prepared.
-        """
-        blueprint = self._blueprint(image.image, hardware)
-        if not self._may_clone(blueprint, image.steps):
-            raise CannotSealError(f"guests of {image.image} are not cloned")
-        return self._sealer.obtain(blueprint, image.steps).template.facts
-
     def _with_step(self, below: PreparedImage, step: Step) -> PreparedImage:
         return PreparedImage(image=below.image, steps=(*below.steps, step))
 
@@ -252,13 +241,14 @@ class GuestFactory:
         platform = GuestPlatform(
             blueprint,
             self._running(),
-            name=sealed.template.name,
+            name=clone.name,
             key=sealed.key,
             disks=clone.disks,
             logs=clone.logs,
             awake=clone.awake,
         )
         guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
+        guest.facts = sealed.template.facts
         return stack.enter_context(guest)
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
@@ -305,7 +295,7 @@ class GuestFactory:
         guest = stack.enter_context(self._guest(platform, name, "booted"))
         grow(guest, blueprint)
         for step in steps:
-            step.run(guest)
+            guest.facts = step.run(guest) or {}
         return guest
 
     def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:

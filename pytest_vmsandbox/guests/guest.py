@@ -88,6 +88,7 @@ class Guest:
         spec: its hardware.
         origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
             ``booted``.
+        facts: what the last step of its preparation has told; see `Step`.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Guest:
         self.image = image
         self.spec = spec
         self.origin = origin
+        self.facts: Mapping[str, object] = {}
         self._platform = platform
         self._boot_timeout = boot_timeout
         self._command_timeout = command_timeout

@@ -277,7 +277,7 @@ class Pool:
         """
         template = sealed.template
         name = self._name(blueprint.image)
-        spec = blueprint.machine(template.name, sealed.key.public, Start.CLONED)
+        spec = blueprint.machine(name, sealed.key.public, Start.CLONED)
         logs = self._logs(name)
         with ExitStack() as stack:
             try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import tree as trees
 from pytest_vmsandbox.inside.environment import (
     ENV,
@@ -23,6 +28,7 @@ from pytest_vmsandbox.inside.session import Place, parse_probe
 from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
+_FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
 OLDEST_PYTHON = (3, 9)
 _RUNNER = Path(__file__).with_name("runner.py")
 
@@ -69,6 +75,51 @@ def install(guest: Guest, payload: Payload) -> Installed:
     """Put into a guest what tests need.
 
     Raises:
+        VMSandboxError: see `install_environment` and `install_project`.
+    """
+    install_environment(guest, payload)
+    install_project(guest, payload)
+    return layout(guest, payload)
+
+
+def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
+    """Where in a guest things lie, once both steps were taken; the same in every guest."""
+    there = f"{BASE}/src/{payload.project.root.name}"
+    return Installed(
+        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
+        tree=there,
+        path=tuple(f"{there}/{root}".rstrip("/") for root in payload.project.import_roots),
+        programs=f"{ENV}/bin",
+    )
+
+
+def environment_step(payload: Payload) -> Step:
+    """The Python environment in a guest, without the project: it seldom changes."""
+    fields = {**dataclasses.asdict(payload.requirements), "root": None}
+    parts = [_FORMAT, fields, _RUNNER.read_text()]
+    return Step(
+        digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        run=lambda guest: install_environment(guest, payload),
+        about="the Python environment of the tests",
+    )
+
+
+def project_digest(payload: Payload) -> str:
+    """SHA-256, in hex, of what `install_project` puts there: names, sizes, times and modes of files."""
+    project = payload.project
+    entries = {path: dataclasses.astuple(it) for path, it in payload.tree.entries.items()}
+    total = hashlib.sha256(json.dumps([str(project.root), entries]).encode())
+    total.update(json.dumps(project.import_roots).encode())
+    for files in (project.metadata, project.scripts):
+        for name, data in sorted(files.items()):
+            total.update(b"%s\n%d\n" % (name.encode(), len(data)) + data)
+    return total.hexdigest()
+
+
+def install_environment(guest: Guest, payload: Payload) -> None:
+    """Put the Python environment of the tests into a guest, and the runner.
+
+    Raises:
         TransferError: the guest has no usable Python, or something cannot be had for it.
         ConfigError: the requirements cannot be meant.
         GuestLost: the guest is gone.
@@ -78,26 +129,41 @@ def install(guest: Guest, payload: Payload) -> Installed:
         payload.requirements, python, cache=payload.cache, offline=payload.offline, say=payload.say
     )
     packages = "lib/python{}.{}/site-packages".format(*python.version)
-    there = f"{BASE}/src/{payload.project.root.name}"
-    path = tuple(f"{there}/{root}".rstrip("/") for root in payload.project.import_roots)
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
-    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
-        base = Path(folder)
-        base.chmod(0o755)
+    with _folder() as base:
         shutil.copyfile(_RUNNER, base / "runner.py")
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n")
-        _make_environment(base / "env", packages, executable, environment, payload.project, path)
+        _make_environment(base / "env", packages, executable, environment)
         guest.push(base, BASE)
     guest.push(environment.site_packages, f"{ENV}/{packages}")
-    trees.sync(guest, payload.tree, there)
-    return Installed(
-        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
-        tree=there,
-        path=path,
-        programs=f"{ENV}/bin",
-    )
+
+
+def install_project(guest: Guest, payload: Payload) -> None:
+    """Put the project into a guest that has the environment, as a difference to what is there.
+
+    Raises:
+        TransferError: the guest cannot take it.
+        GuestLost: the guest is gone.
+    """
+    project, there = payload.project, layout(guest, payload)
+    with _folder() as base:
+        files = {f"project/{name}": data for name, data in project.metadata.items()}
+        files["project/vmsandbox.pth"] = "".join(f"{it}\n" for it in there.path).encode()
+        files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
+        _write(base, files)
+        guest.push(base, BASE)
+    trees.sync(guest, payload.tree, there.tree)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """An empty folder, whose mode is right for a guest."""
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
+        base = Path(folder)
+        base.chmod(0o755)
+        yield base
 
 
 def _probe(guest: Guest) -> tuple[GuestPython, str]:
@@ -128,12 +194,7 @@ def _probe(guest: Guest) -> tuple[GuestPython, str]:
 
 
 def _make_environment(
-    folder: Path,
-    packages: str,
-    executable: str,
-    environment: Environment,
-    project: Project,
-    path: Sequence[str],
+    folder: Path, packages: str, executable: str, environment: Environment
 ) -> None:
     """A virtual environment, but for its packages; none of the guest's own tools is needed."""
     shutil.copytree(environment.scripts, folder / "bin")
@@ -142,11 +203,14 @@ def _make_environment(
         (folder / "bin" / name).symlink_to(executable)
     home = PurePosixPath(executable).parent
     (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = true\n")
-    files = {f"{packages}/{name}": data for name, data in project.metadata.items()}
-    files[f"{packages}/vmsandbox-project.pth"] = "".join(f"{it}\n" for it in path).encode()
-    files |= {f"bin/{name}": data for name, data in project.scripts.items()}
+    # The project's own files lie beside it, whatever Python this is.
+    line = f"import site; site.addsitedir({f'{BASE}/project'!r})\n"
+    _write(folder, {f"{packages}/vmsandbox.pth": line.encode()})
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-        file.chmod(0o755 if name.startswith("bin/") else 0o644)
+        file.chmod(0o755 if "/bin/" in f"/{name}" else 0o644)

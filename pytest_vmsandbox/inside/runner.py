@@ -19,6 +19,8 @@ Messages are JSON objects, one a line. To the keeper::
     {"do": "signal", "name": "INT"}    to the session's process group (DUMP: show all stacks)
     {"do": "ping", "n": N}             is answered {"pong": N}
     {"do": "run", …}, {"do": "finish"} for the session, passed on
+    {"do": "wake", "seed": HEX, "environment": {…}} likewise, in a guest that was cloned; is
+                                       answered {"awake": N}
 
 From it: what the session says, ``{"output": TEXT, "of": 1|2}`` where output is live, and
 ``{"exit": STATUS, "tail": TEXT}`` when the session has ended (−N: by signal N).
@@ -33,6 +35,7 @@ import json
 import linecache
 import os
 import platform
+import random
 import select
 import signal
 import socket
@@ -611,8 +614,22 @@ class Session:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
                 return True
+            if message["do"] == "wake":
+                self.wake(message)
+                continue
             if self.run(session, message):
                 return True
+
+    def wake(self, message: dict[str, Any]) -> None:
+        """The guest was cloned while the session waited: be another one than the other clones."""
+        seed = bytes.fromhex(message["seed"])
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(list(seed))
+        if "ssl" in sys.modules:
+            sys.modules["ssl"].RAND_add(seed, len(seed))
+        os.environ.update(message["environment"])
+        self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]

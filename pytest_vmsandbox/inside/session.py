@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import signal
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,6 +54,9 @@ class Host(Protocol):
     def start(self, command: Command) -> RemoteProcess:
         """Start a program, on streams that its starter reads and closes."""
 
+    def connect(self, path: str) -> RemoteProcess | None:
+        """A connection to a Unix socket; None where only a program can relay it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -86,6 +90,10 @@ class Collected:
     failed: dict[str, Any] = field(default_factory=dict)
     pytest: str = ""
 
+    def facts(self) -> dict[str, object]:
+        """The same as values that JSON keeps."""
+        return dict(vars(self))
+
 
 class Keeper:
     """A connection to the keeper of a guest.
@@ -104,8 +112,13 @@ class Keeper:
 
     @classmethod
     @contextmanager
-    def attached(cls, guest: Host, place: Place, *, patience: float = 1.0) -> Iterator[Keeper]:
+    def attached(
+        cls, guest: Host, place: Place, *, patience: float = 1.0, serve: bool = True
+    ) -> Iterator[Keeper]:
         """Start a keeper in the guest unless there is one, and attach to it.
+
+        Args:
+            serve: start one; else there is one.
 
         At the end it is let go of; it goes on, and can be attached to again.
 
@@ -113,9 +126,12 @@ class Keeper:
             GuestLost: the guest is gone.
             CommandError: the keeper cannot be started.
         """
-        guest.run(["sh", "-c", _SERVE, place.python, place.runner, place.folder])
-        attach = (place.python, "-I", "-S", place.runner, "attach", place.folder)
-        process = guest.start(Command(argv=attach))
+        if serve:
+            guest.run(["sh", "-c", _SERVE, place.python, place.runner, place.folder])
+        process = guest.connect(f"{place.folder}/socket")
+        if process is None:
+            attach = (place.python, "-I", "-S", place.runner, "attach", place.folder)
+            process = guest.start(Command(argv=attach))
         try:
             keeper = cls(guest, process, patience=patience)
             keeper._greeting(_ATTACH_SECONDS * patience)
@@ -278,6 +294,34 @@ class GuestSession:
             if "ready" in message:
                 return session, said
             session._take(message, said)
+
+    @classmethod
+    def woken(
+        cls,
+        keeper: Keeper,
+        collected: Mapping[str, Any],
+        *,
+        environment: Mapping[str, str],
+        timeout: float,
+    ) -> GuestSession:
+        """The session that waits in a guest that was cloned.
+
+        Args:
+            collected: what it has found, as `Collected.facts` told before.
+            environment: variables that differ in each clone.
+            timeout: seconds that it has to answer.
+
+        Raises:
+            InterpreterLost: it does not answer.
+            GuestLost: the guest is gone.
+        """
+        session = cls(keeper)
+        session.collected = Collected(**collected)
+        keeper.ask({"do": "wake", "seed": secrets.token_hex(32), "environment": dict(environment)})
+        message = session._hear(Deadline(timeout), "wake up")
+        if "awake" not in message:
+            raise broken("no answer of a session that wakes up", message)
+        return session
 
     def _take(self, message: Message, said: list[Message]) -> None:
         found = self.collected

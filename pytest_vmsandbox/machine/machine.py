@@ -27,6 +27,7 @@ GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
 _LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
+_SOON_SECONDS = 0.002
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _BANDWIDTH = 1 << 40  # bytes a second at which a state is written: as fast as it goes
 
@@ -311,6 +312,9 @@ class Machine:
         """
         self.pause()
         self._transfer("migrate", state, has_memory=with_memory)
+        deadline = Deadline(_TERM_SECONDS)  # QEMU says so a moment before it is done
+        while self.execute("query-status")["status"] != "postmigrate" and not deadline.expired:
+            deadline.pause(_SOON_SECONDS)
 
     def _load(self, state: IO[bytes], *, has_memory: bool) -> None:
         try:

@@ -76,12 +76,18 @@ def needs_parameter(metafunc: pytest.Metafunc) -> bool:
     return False
 
 
+def isolation_of(item: pytest.Item) -> str:
+    """What shares the guest that a test runs inside: ``test``, ``module`` or ``session``."""
+    wishes = selection.read_marks(item.iter_markers("vm"))
+    return wishes.isolation or options.isolation(item.config)
+
+
 def place_of(item: pytest.Item) -> tuple[str, str, str]:
     """What decides which guest a test runs inside: image, hardware, and what shares the guest."""
     if _PLACE not in item.stash:
         wishes = selection.read_marks(item.iter_markers("vm"))
         shared = {"session": "session", "module": item.nodeid.partition("::")[0]}
-        isolation = wishes.isolation or options.isolation(item.config)
+        isolation = isolation_of(item)
         item.stash[_PLACE] = (
             image_of(item) or "",
             repr(sorted(wishes.hardware.items())),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
@@ -28,6 +30,7 @@ from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import Step
     from pytest_vmsandbox.inside.install import Installed, Payload
     from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
@@ -69,6 +72,7 @@ class Inside:
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
+        self._heard: set[str] = set()  # images whose waiting sessions were heard out
         self._measuring = Measuring.of(session.config)
 
     # -- the protocol of one test ------------------------------------------------------------
@@ -362,9 +366,9 @@ class Inside:
 
     def _lease(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected."""
-        key = collection.place_of(item)
-        if key in self._failures:
-            raise self._failures[key].with_traceback(None)  # or it grows with each test
+        key, kind = collection.place_of(item), self._kind(item)
+        if kind in self._failures:
+            raise self._failures[kind].with_traceback(None)  # or it grows with each test
         lease = self._leases.get(key)
         if lease is not None and not lease.guest.alive:
             self._end(key)
@@ -373,8 +377,7 @@ class Inside:
             try:
                 lease = self._leases[key] = self._open(item)
             except VMSandboxError as error:
-                if key[2] != item.nodeid:  # the next one would fail as this one
-                    self._failures[key] = error
+                self._failures[kind] = error  # the next one would fail as this one
                 raise
         if lease.failure is not None:
             raise lease.failure.with_traceback(None)
@@ -385,33 +388,97 @@ class Inside:
                 self._lose(lease, lost)
                 if lease.has_collected:  # it was well once: a fresh one will be
                     return self._lease(item)
-                self._failures[key] = lost  # what it collects does that, and would do it again
+                self._failures[kind] = lost  # what it collects does that, and would do it again
                 raise
         return lease
 
+    def _kind(self, item: pytest.Item) -> Key:
+        """The key of a test's guest, or what is the same for all tests that have one each."""
+        image, hardware, shared = collection.place_of(item)
+        return (image, hardware, "" if shared == item.nodeid else shared)
+
     def _open(self, item: pytest.Item) -> Lease:
-        from pytest_vmsandbox.inside.install import install
+        """A guest for a test, with what its tests need; that is there only once for all its clones."""
+        from pytest_vmsandbox.inside import install
         from pytest_vmsandbox.inside.session import Keeper
         from pytest_vmsandbox.testing.remote_reports import Reader
 
         image = collection.image_of(item)
         assert image is not None
         self._check_python(image)
-        wishes = selection.read_marks(item.iter_markers("vm"))
+        factory, payload = self._session.factory, self._payload(item.session)
+        hardware = selection.read_marks(item.iter_markers("vm")).hardware
+        patience = factory.accelerator(image).time_scale
+        alone = collection.isolation_of(item) == "test"
+        prepared = factory.with_step(image, install.environment_step(payload))
+        if alone:
+            prepared = factory.with_step(prepared, self._session_step(item, payload, patience))
         with ExitStack() as stack:
-            guest = stack.enter_context(self._session.factory.boot(image, **wishes.hardware))
-            patience = self._session.factory.accelerator(image).time_scale
-            installed = install(guest, self._payload(item.session))
-            keeper = stack.enter_context(Keeper.attached(guest, installed.place, patience=patience))
-            return Lease(
+            guest = stack.enter_context(factory.boot(prepared, **hardware))
+            if not alone:
+                install.install_project(guest, payload)
+            installed = install.layout(guest, payload)
+            keeper = stack.enter_context(
+                Keeper.attached(guest, installed.place, patience=patience, serve=not alone)
+            )
+            own = {"VMSANDBOX_GUEST": guest.name}
+            lease = Lease(
                 guest=guest,
                 installed=installed,
                 keeper=keeper,
                 reader=Reader(installed.tree, self._config.rootpath),
-                config=self._session_config(item, guest, installed),
+                config=self._session_config(item, installed, own),
                 patience=patience,
                 stack=stack.pop_all(),
             )
+        if alone:
+            self._wake(lease, own)
+        return lease
+
+    def _session_step(self, item: pytest.Item, payload: Payload, patience: float) -> Step:
+        """A session that has collected, and waits in the guest until that is sealed."""
+        from pytest_vmsandbox.guests.provision import Step
+        from pytest_vmsandbox.inside import install
+        from pytest_vmsandbox.inside.session import GuestSession, Keeper
+
+        def run(guest: Guest) -> dict[str, object]:
+            install.install_project(guest, payload)
+            installed = install.layout(guest, payload)
+            config = self._session_config(item, installed, {})
+            with Keeper.attached(guest, installed.place, patience=patience) as keeper:
+                session, said = GuestSession.started(
+                    keeper, config, timeout=_COLLECT_SECONDS * patience
+                )
+            return {"collected": session.collected.facts(), "said": said}
+
+        known = self._session_config(item, install.layout(None, payload), {})
+        parts = [install.project_digest(payload), known]
+        return Step(
+            digest=hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest(),
+            run=run,
+            about="a test session that has collected",
+        )
+
+    def _wake(self, lease: Lease, own: Mapping[str, str]) -> None:
+        """Take over the session that waits in a guest."""
+        from pytest_vmsandbox.inside.session import GuestSession
+
+        facts: Any = lease.guest.facts
+        try:
+            lease.session = GuestSession.woken(
+                lease.keeper,
+                facts["collected"],
+                environment=own,
+                timeout=_COLLECT_SECONDS * lease.patience,
+            )
+        except BaseException:
+            lease.stack.close()
+            raise
+        lease.has_collected = True
+        if lease.guest.image not in self._heard:  # all of them have said the same
+            self._heard.add(lease.guest.image)
+            for message in facts["said"]:
+                self._tell(lease, message, "")
 
     def _check_python(self, image: str) -> None:
         catalogue = self._session.catalogue
@@ -442,18 +509,18 @@ class Inside:
             self._tell(lease, message, "")
 
     def _session_config(
-        self, item: pytest.Item, guest: Guest, installed: Installed
+        self, item: pytest.Item, installed: Installed, own: Mapping[str, str]
     ) -> dict[str, object]:
         from pytest_vmsandbox.inside.install import BASE
         from pytest_vmsandbox.testing import forwarding
 
         config, tree = self._config, installed.tree
         translate = forwarding.translator(config.rootpath, tree)
-        key = collection.place_of(item)
+        kind = self._kind(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None
             for it in item.session.items
-            if collection.is_inside(it) and collection.place_of(it) == key
+            if collection.is_inside(it) and self._kind(it) == kind
         }
         wanted = options.guest_plugins(config)
         where = translate(str(config.invocation_params.dir))
@@ -471,10 +538,7 @@ class Inside:
             "path": list(installed.path),
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
-            "environment": {
-                "VMSANDBOX_GUEST": guest.name,
-                **options.guest_environment(config, os.environ),
-            },
+            "environment": {**own, **options.guest_environment(config, os.environ)},
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION
@@ -50,13 +51,21 @@ class LocalFactory:
     def accelerator(self, image):
         return SimpleNamespace(time_scale=1.0)
 
+    def with_step(self, image, step):
+        if isinstance(image, str):
+            image = PreparedImage(image=image, steps=())
+        return PreparedImage(image=image.image, steps=(*image.steps, step))
+
     @contextmanager
-    def boot(self, image, **hardware):
+    def boot(self, prepared, **hardware):
+        image = prepared.image
         Hardware().changed(hardware)
         self.count += 1
         guest = Local(f"{image}.{self.count}", image)
         self.session._begun(guest.name)
         self.session._logs(guest.name)
+        for step in prepared.steps:
+            guest.facts = step.run(guest)
         self.session._ready(guest)
         try:
             yield guest
@@ -64,15 +73,22 @@ class LocalFactory:
             self.session._stopping(guest, False)
             end_all(f"{self.folder / guest.name}/")
 
-    def install(self, guest, payload):
+    def install_environment(self, guest, payload):
         base = self.folder / guest.name
         base.mkdir()
         (base / "session.ini").write_text("[pytest]\n")
-        install.BASE = str(base)
-        root = payload.project.root
+
+    def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
+            root = payload.project.root
+            shutil.copytree(root, self.folder / guest.name / "src" / root.name)
+
+    def layout(self, guest, payload):
+        base = self.folder / (guest.name if guest else "nobody")
+        root = payload.project.root
+        install.BASE = str(base)
+        if "LOCAL_COPY" in os.environ:
             root = base / "src" / root.name
-            shutil.copytree(payload.project.root, root)
         return install.Installed(
             place=Place(
                 python=sys.executable, runner=str(install._RUNNER), folder=str(base / "run")
@@ -100,4 +116,5 @@ def pytest_configure(config):
     session = config.stash[SESSION]
     folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
     session.factory = LocalFactory(session, folder)
-    install.install = session.factory.install
+    for name in ("install_environment", "install_project", "layout"):
+        setattr(install, name, getattr(session.factory, name))
