@@ -19,7 +19,7 @@ Messages are JSON objects, one a line. To the keeper::
     {"do": "signal", "name": "INT"}    to the session's process group (DUMP: show all stacks)
     {"do": "ping", "n": N}             is answered {"pong": N}
     {"do": "run", …}, {"do": "finish"} for the session, passed on
-    {"do": "wake", "seed": HEX, "environment": {…}} likewise, in a guest that was cloned; is
+    {"do": "wake", "seed": HEX, "environment": {…}, "fixtures": {…}} likewise, in a guest that was cloned; is
                                        answered {"awake": N}
 
 From it: what the session says, ``{"output": TEXT, "of": 1|2}`` where output is live, and
@@ -629,6 +629,7 @@ class Session:
         if "ssl" in sys.modules:
             sys.modules["ssl"].RAND_add(seed, len(seed))
         os.environ.update(message["environment"])
+        self.settings["fixtures"].update(message["fixtures"])
         self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
@@ -722,12 +723,12 @@ def fixtures_of(values: dict[str, object]) -> types.ModuleType:
     """A plugin: fixtures for the whole session that are values of the host's."""
     import pytest
 
-    def fixture_of(name: str, value: object) -> object:
-        return pytest.fixture(scope="session", name=name)(lambda: value)
+    def fixture_of(name: str) -> object:
+        return pytest.fixture(scope="session", name=name)(lambda: values[name])
 
     module = types.ModuleType("vmsandbox_fixtures")
-    for name, value in values.items():
-        setattr(module, name, fixture_of(name, value))
+    for name in values:
+        setattr(module, name, fixture_of(name))
     return module
 
 

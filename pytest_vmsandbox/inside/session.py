@@ -302,6 +302,7 @@ class GuestSession:
         collected: Mapping[str, Any],
         *,
         environment: Mapping[str, str],
+        fixtures: Mapping[str, str],
         timeout: float,
     ) -> GuestSession:
         """The session that waits in a guest that was cloned.
@@ -309,6 +310,7 @@ class GuestSession:
         Args:
             collected: what it has found, as `Collected.facts` told before.
             environment: variables that differ in each clone.
+            fixtures: values of those that are this side's.
             timeout: seconds that it has to answer.
 
         Raises:
@@ -317,7 +319,14 @@ class GuestSession:
         """
         session = cls(keeper)
         session.collected = Collected(**collected)
-        keeper.ask({"do": "wake", "seed": secrets.token_hex(32), "environment": dict(environment)})
+        keeper.ask(
+            {
+                "do": "wake",
+                "seed": secrets.token_hex(32),
+                "environment": dict(environment),
+                "fixtures": dict(fixtures),
+            }
+        )
         message = session._hear(Deadline(timeout), "wake up")
         if "awake" not in message:
             raise broken("no answer of a session that wakes up", message)

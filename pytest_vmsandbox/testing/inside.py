@@ -440,6 +440,7 @@ class Inside:
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
         from pytest_vmsandbox.inside.session import GuestSession, Keeper
+        from pytest_vmsandbox.testing import forwarding
 
         def run(guest: Guest) -> dict[str, object]:
             install.install_project(guest, payload)
@@ -452,6 +453,7 @@ class Inside:
             return {"collected": session.collected.facts(), "said": said}
 
         known = self._session_config(item, install.layout(None, payload), {})
+        known["fixtures"] = sorted(forwarding.fixtures(self._config))  # their values come later
         parts = [install.project_digest(payload), known]
         return Step(
             digest=hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest(),
@@ -462,6 +464,7 @@ class Inside:
     def _wake(self, lease: Lease, own: Mapping[str, str]) -> None:
         """Take over the session that waits in a guest."""
         from pytest_vmsandbox.inside.session import GuestSession
+        from pytest_vmsandbox.testing import forwarding
 
         facts: Any = lease.guest.facts
         try:
@@ -469,6 +472,7 @@ class Inside:
                 lease.keeper,
                 facts["collected"],
                 environment=own,
+                fixtures=forwarding.fixtures(self._config),
                 timeout=_COLLECT_SECONDS * lease.patience,
             )
         except BaseException:
