@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,8 @@ from pytest_vmsandbox.machine.ledger import Ledger
 from pytest_vmsandbox.machine.qemu import find_qemu
 
 _FILLERS = 2
+_RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
+_IDLE_SECONDS = 0.5  # before a guest may be paused
 
 
 def _raise(error: VMSandboxError) -> NoReturn:
@@ -96,7 +98,9 @@ class GuestFactory:
         self._count: dict[str, int] = {}
         self._naming = threading.Lock()  # fillers of the pool name guests, too
         self._without_clones: set[str] = set()  # keys of templates that cannot be
-        self._expected: dict[tuple[str, Hardware], int] = {}  # guests that are to come
+        self._provisioned: dict[str, PreparedImage] = {}
+        self._guests: list[Guest] = []  # those that somebody has
+        self._expected: dict[tuple[PreparedImage, Hardware], int] = {}  # guests that are to come
 
     @classmethod
     @contextmanager
@@ -133,9 +137,12 @@ class GuestFactory:
         prepared = self._prepared(image)
         blueprint = self._blueprint(prepared.image, hardware)
         with ExitStack() as stack:
-            guest = self._cloned(blueprint, prepared.steps, stack)
+            guest = self._cloned(blueprint, prepared, stack)
             if guest is None:
                 guest = self._booted(blueprint, prepared.steps, stack)
+            self._guests.append(guest)
+            stack.callback(self._guests.remove, guest)
+            self._let_rest()
             self._surroundings.ready(guest)
             try:
                 yield guest
@@ -144,6 +151,22 @@ class GuestFactory:
                 raise
             else:  # an interrupted run is in a hurry, and nobody asks how its guest was
                 self._surroundings.stopping(guest, False)
+
+    def _let_rest(self) -> None:
+        """Pause guests that nobody has talked to for longest, if more run than processors can bear.
+
+        They go on when somebody asks them for something. A guest is never paused in which something
+        was started that goes on, or of which a port is open.
+        """
+        guests = list(self._guests)
+        running = len(guests) - sum(guest.resting for guest in guests)
+        most = _RUNNING_PER_PROCESSOR * (os.cpu_count() or 1)
+        for guest in sorted(guests, key=lambda it: it.idle_seconds, reverse=True):
+            if running <= most or guest.idle_seconds < _IDLE_SECONDS:
+                return
+            with suppress(VMSandboxError):  # whoever asks it for something next is told
+                guest.rest()
+                running -= 1
 
     def prepare(
         self,
@@ -200,29 +223,34 @@ class GuestFactory:
         """The image with what is done to all guests of it."""
         if isinstance(image, PreparedImage):
             return image
-        provisions = self._surroundings.provisions(image)
-        return PreparedImage(image=image, steps=tuple(it.step() for it in provisions))
+        if image not in self._provisioned:
+            steps = tuple(it.step() for it in self._surroundings.provisions(image))
+            self._provisioned[image] = PreparedImage(image=image, steps=steps)
+        return self._provisioned[image]
 
-    def expect(self, image: str, hardware: Mapping[str, object], count: int = 1) -> None:
+    def expect(
+        self, image: str | PreparedImage, hardware: Mapping[str, object], count: int = 1
+    ) -> None:
         """Be told that so many guests of a kind are going to be asked for.
 
         Raises:
             ConfigError: there is no such hardware.
         """
-        kind = image, self._settings.hardware.changed(hardware)
+        kind = self._prepared(image), self._settings.hardware.changed(hardware)
         self._expected[kind] = self._expected.get(kind, 0) + count
 
     def _cloned(
-        self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
     ) -> Guest | None:
         """A guest that is a clone, running; None where there can be none."""
+        steps = prepared.steps
         if not self._may_clone(blueprint, steps):
             return None
         try:
             while True:
                 sealed = self._sealer.obtain(blueprint, steps)
                 ahead = self._settings.clones == "armed"
-                count = self._expected.pop((blueprint.image, blueprint.hardware), 0)
+                count = self._expected.pop((prepared, blueprint.hardware), 0)
                 if ahead and count:
                     self._pool.expect(sealed, blueprint, count)
                 own = stack.enter_context(ExitStack())
@@ -310,6 +338,7 @@ class GuestFactory:
             command_timeout=self._settings.command_timeout * scale,
             hints=self._surroundings.hints,
             origin=origin,
+            on_wake=self._let_rest,
         )
 
     def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:

@@ -70,6 +70,9 @@ class Platform(Protocol):
     def close(self) -> None:
         """The guest is over."""
 
+    def resume(self, machine: Machine) -> None:
+        """Let a paused machine go on, with the right time."""
+
     def going_down(self) -> None:
         """The guest restarts, or is switched off: what was known of its programs is void."""
 
@@ -102,12 +105,19 @@ class Guest:
         command_timeout: float,
         hints: Callable[[], Sequence[str]],
         origin: str = "booted",
+        on_wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.image = image
         self.spec = spec
         self.origin = origin
         self.facts: Mapping[str, object] = {}
+        self._on_wake = on_wake
+        self._resting = False
+        self._attended = False  # somebody counts on it that it goes on by itself
+        self._busy = 0  # calls that wait for something in it
+        self._last_call = monotonic()
+        self._rest_lock = threading.RLock()
         self._platform = platform
         self._boot_timeout = boot_timeout
         self._command_timeout = command_timeout
@@ -268,17 +278,18 @@ class Guest:
         idle: float = math.inf,
     ) -> int:
         """Run a program with its streams passed on as they come; its exit status is returned."""
-        process = self.start(command)
-        try:
-            return process.communicate(
-                stdin,  # type: ignore[arg-type]
-                stdout,
-                stderr,
-                self._command_timeout if timeout is None else _seconds(timeout),
-                idle,
-            )
-        finally:
-            process.close()
+        with self._in_use():
+            process = self._start(command)
+            try:
+                return process.communicate(
+                    stdin,  # type: ignore[arg-type]
+                    stdout,
+                    stderr,
+                    self._command_timeout if timeout is None else _seconds(timeout),
+                    idle,
+                )
+            finally:
+                process.close()
 
     def start(self, command: Command) -> RemoteProcess:
         """Start a program, on streams that its starter reads and closes.
@@ -288,6 +299,10 @@ class Guest:
         Raises:
             CommandError: the folder or the user does not exist.
         """
+        self._attended = True
+        return self._start(command)
+
+    def _start(self, command: Command) -> RemoteProcess:
         machine = self._on()
         machine.check()
         login = self.spec.user
@@ -308,6 +323,7 @@ class Guest:
         Raises:
             CommandError: nothing listens there.
         """
+        self._attended = True
         self._on().check()
         return self._platform.connect(path)
 
@@ -510,6 +526,7 @@ class Guest:
         """
         if not _is_number(port, int) or not 1 <= port <= 65535:
             raise ConfigError(f"{port!r} is not a TCP port", remedy="use 1 to 65535")
+        self._attended = True
         with self._explained():
             return self._on().forward(port)
 
@@ -549,9 +566,44 @@ class Guest:
     @property
     def ssh_command(self) -> str:
         """The line that a person types to get in."""
+        self._attended = True
         return self._platform.ssh_command(self._on(), self.spec.user)
 
     # -- for those who made it ------------------------------------------------------------------
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long nobody has asked it for anything; 0 where it must not be paused.
+
+        That is so while a call waits, and once something was started in it that goes on, or a port
+        of it is open.
+        """
+        if self._machine is None or self._resting or self._attended or self._busy:
+            return 0.0
+        return monotonic() - self._last_call
+
+    def rest(self) -> None:
+        """Pause it until somebody asks it for something, if nobody minds; see `idle_seconds`."""
+        with self._rest_lock:
+            if self.idle_seconds and self._machine is not None:
+                self._machine.pause()
+                self._resting = True
+
+    @property
+    def resting(self) -> bool:
+        """Whether it is paused until somebody asks it for something."""
+        return self._resting
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._rest_lock:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._rest_lock:
+                self._busy -= 1
+                self._last_call = monotonic()
 
     @property
     def processor_seconds(self) -> float:
@@ -602,6 +654,7 @@ class Guest:
 
     def _switch_off(self) -> None:
         self._machine = None
+        self._resting = self._attended = False
         power, self._power = self._power, ExitStack()
         power.close()
 
@@ -632,6 +685,13 @@ class Guest:
     def _on(self) -> Machine:
         if self._machine is None:
             raise GuestLost(f"{self.name} is switched off", remedy="vm.power_on() switches it on")
+        self._last_call = monotonic()
+        if self._resting:
+            with self._rest_lock:
+                if self._resting:
+                    self._platform.resume(self._machine)
+                    self._resting = False
+            self._on_wake()
         return self._machine
 
     def _check(self) -> None:

@@ -191,6 +191,13 @@ class GuestPlatform:
         folder = self._hypervisor.cache
         return [self._own.enter_context(empty_overlay(size, folder)) for size in self._disks.sizes]
 
+    def resume(self, machine: Machine) -> None:
+        """See `Platform.resume`."""
+        if self._helper is not None and self._helper.is_there:
+            waking.resume(machine, self._helper)
+        else:
+            machine.resume()
+
     def close(self) -> None:
         """See `Platform.close`."""
         self._own.close()

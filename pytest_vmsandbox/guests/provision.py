@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -69,7 +69,7 @@ class Provision:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A layer whose digest is known.
+    """A layer whose digest is known; those of the same digest are equal.
 
     Attributes:
         digest: of all that its result depends on.
@@ -79,9 +79,9 @@ class Step:
     """
 
     digest: str
-    run: Callable[[Guest], Facts]
-    about: str
-    network: str | None = None
+    run: Callable[[Guest], Facts] = field(compare=False)
+    about: str = field(compare=False)
+    network: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,8 +228,13 @@ def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Mapping[str,
             wishes = selection.read_marks(item.iter_markers("vm"))
             if wishes.isolation in (None, "test") and item.get_closest_marker("skip") is None:
                 guests.append((image, wishes.hardware))
-    workers = getattr(items[0].config, "workerinput", {}).get("workercount", 1) if items else 1
-    return guests[: -(-len(guests) // workers)]
+    return guests[: -(-len(guests) // workers(items[0].config))] if items else []
+
+
+def workers(config: pytest.Config) -> int:
+    """How many workers of xdist share the tests; 1 without it."""
+    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    return count
 
 
 def _take_over(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:

@@ -72,6 +72,7 @@ class Inside:
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
+        self._told_of: set[Key] = set()  # kinds of guests that are expected
         self._heard: set[str] = set()  # images whose waiting sessions were heard out
         self._measuring = Measuring.of(session.config)
 
@@ -413,6 +414,12 @@ class Inside:
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:
             prepared = factory.with_step(prepared, self._session_step(item, payload, patience))
+            if (kind := self._kind(item)) not in self._told_of:
+                self._told_of.add(kind)
+                alike = [it for it in item.session.items if collection.runs_inside(it)]
+                count = sum(self._kind(it) == kind for it in alike)
+                workers = collection.workers(self._config)
+                factory.expect(prepared, hardware, -(-count // workers))
         with ExitStack() as stack:
             guest = stack.enter_context(factory.boot(prepared, **hardware))
             if not alone:

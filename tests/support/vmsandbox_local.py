@@ -51,6 +51,9 @@ class LocalFactory:
     def accelerator(self, image):
         return SimpleNamespace(time_scale=1.0)
 
+    def expect(self, image, hardware, count=1):
+        pass
+
     def with_step(self, image, step):
         if isinstance(image, str):
             image = PreparedImage(image=image, steps=())

@@ -110,6 +110,7 @@ class FakeMachine:
         self.stage = "kernel"
         self.names = []
         self.obeys = True
+        self.paused = False
 
     def ask(self, what):
         if self.obeys:
@@ -145,6 +146,9 @@ class FakeMachine:
 
     def kill(self):
         self.status = -9
+
+    def pause(self):
+        self.paused = True
 
     def forward(self, port):
         return "127.0.0.1", 40_000 + port
@@ -187,6 +191,9 @@ class FakePlatform:
     def ssh_command(self, machine, user):
         return f"ssh {user}@guest"
 
+    def resume(self, machine):
+        machine.paused = False
+
     def going_down(self):
         self.events.append("going down")
 
@@ -196,6 +203,9 @@ class FakePlatform:
 
     def roll_back(self, saved):
         self.events.append(f"roll back {saved}")
+
+    def connect(self, path):
+        return None
 
     def close(self):
         self.events.append("close")
@@ -209,7 +219,7 @@ def platform(tmp_path, monkeypatch):
     return FakePlatform(home)
 
 
-def make(platform, *, user="root", boot_timeout=5.0):
+def make(platform, *, user="root", boot_timeout=5.0, **more):
     return Guest(
         platform,
         name="tiny.1",
@@ -218,6 +228,7 @@ def make(platform, *, user="root", boot_timeout=5.0):
         boot_timeout=boot_timeout,
         command_timeout=5.0,
         hints=lambda: ["artifacts: over there"],
+        **more,
     )
 
 
@@ -509,6 +520,53 @@ class TestPower:
         with pytest.raises(GuestLost) as caught:
             vm.shell("true")
         assert caught.value.__notes__ == ["artifacts: over there"]
+
+
+class TestRest:
+    def test_until_it_is_asked_for_something(self, platform, vm):
+        vm.run(["true"])
+        assert vm.idle_seconds > 0
+        vm.rest()
+        assert (vm.resting, platform.machines[0].paused) == (True, True)
+        assert vm.idle_seconds == 0
+        vm.run(["true"])
+        assert (vm.resting, platform.machines[0].paused) == (False, False)
+
+    def test_whoever_has_made_it_is_told_that_it_wakes(self, platform):
+        woken = []
+        with make(platform, on_wake=lambda: woken.append(1)) as vm:
+            vm.rest()
+            vm.run(["true"])
+            vm.run(["true"])
+        assert woken == [1]
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda vm: vm.popen(["true"]).__exit__(),
+            lambda vm: vm.forward(80),
+            lambda vm: vm.ssh_command,
+            lambda vm: vm.connect("/socket"),
+            lambda vm: vm.power_cut(),
+        ],
+        ids=["popen", "forward", "ssh_command", "connect", "off"],
+    )
+    def test_not_if_somebody_counts_on_it(self, platform, vm, use):
+        use(vm)
+        vm.rest()
+        assert not vm.resting
+        assert not platform.machines[0].paused
+
+    def test_not_while_a_program_runs(self, platform, vm):
+        asked = []
+
+        def listen(data):
+            vm.rest()
+            asked.append(vm.resting)
+
+        vm.stream(Command(argv=("echo", "x")), stdout=listen, stderr=listen)
+        assert asked
+        assert not any(asked)
 
 
 class TestSnapshot:
