@@ -361,6 +361,7 @@ class GuestFactory:
     @cached_property
     def _sealer(self) -> Sealer:
         """Made once, and ended after the pool."""
+        self.clean()
         return self._stack.enter_context(
             Sealer.open(
                 TemplateStore(self._cache),
@@ -412,6 +413,11 @@ class GuestFactory:
                 say=self._surroundings.say,
             )
         return self._verdicts[image]
+
+    def clean(self) -> None:
+        """Remove what killed runs have left; the first guest that is asked for does so, too."""
+        self._running()
+        TemplateStore(self._cache).sweep()
 
     @property
     def images_used(self) -> list[str]:

@@ -32,7 +32,7 @@ from pytest_vmsandbox.machine.machine import Machine
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
-_EXERCISES = 2
+_EXERCISES = 1
 _EXERCISE_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 

@@ -142,10 +142,8 @@ class TemplateStore:
     def incoming(self, key: str) -> Iterator[Path]:
         """An empty folder for the files of a template; the lock of the key is held.
 
-        It is gone afterwards, unless `adopt` has made it the template. What a killed process left
-        is removed first.
+        It is gone afterwards, unless `adopt` has made it the template.
         """
-        self._sweep()
         folder = self.root / f"{_INCOMING}{key[:32]}"
         remove_tree(folder)
         folder.mkdir(mode=0o700)
@@ -237,7 +235,7 @@ class TemplateStore:
                 )
         return None
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Remove what others left who were killed."""
         for entry in [*self.root.glob(f"{_INCOMING}*"), *self.root.glob(f"{_GONE}*")]:
             key = entry.name.removeprefix(_INCOMING).removeprefix(_GONE)

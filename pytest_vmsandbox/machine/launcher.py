@@ -9,8 +9,8 @@ so the signal cannot come early).
 
 The control socket carries one JSON message per packet, host to launcher only:
 
-* ``{"spawn": ID, "argv": […], "fds": [N, …], "uid": N|null, "gid": N|null, "groups": […]}`` with
-  the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
+* ``{"spawn": ID, "argv": […], "fds": [N, …], "uid": N|null, "gid": N|null, "groups": […],
+  "small_pages": BOOL}`` with the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
   pipe gets a line ``{"pid": N}`` or ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
 * ``{"signal": NUMBER, "id": ID}`` sends a signal to a guest that has not been reaped yet, so a
   process that merely got the same pid is never hit.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Guests = dict[int, dict[str, int]]
 
 PR_SET_PDEATHSIG = 1
+PR_SET_THP_DISABLE = 41
 MAX_MESSAGE = 1 << 20
 FIRST_FREE_FD = 200
 
@@ -173,7 +174,10 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
         os.setresgid(request["gid"], request["gid"], request["gid"])
         os.setresuid(request["uid"], request["uid"], request["uid"])
     if sys.platform == "linux":  # after the change of user, which clears the death signal
-        if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        library = ctypes.CDLL(None, use_errno=True)
+        if request["small_pages"]:
+            library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, more memory is used
+        if library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
         if os.getppid() != launcher_pid:
             os._exit(127)

@@ -121,6 +121,8 @@ class Machine:
                         fds=given,
                         env={"PATH": os.defpath, "LC_ALL": "C"},
                         identity=host.guest_identity(spec.accelerator),
+                        # There may be many clones; under emulation, huge pages gain nothing.
+                        small_pages=is_clone and spec.accelerator == "tcg",
                     )
                 )
             try:

@@ -171,6 +171,7 @@ class Launcher:
         fds: Mapping[int, int],
         env: Mapping[str, str],
         identity: Identity | None = None,
+        small_pages: bool = False,
     ) -> Iterator[OwnedProcess]:
         """A process of ours; at the end it is killed, if it still runs, and reaped.
 
@@ -179,6 +180,7 @@ class Launcher:
             fds: descriptors for it: its number → ours.
             env: its whole environment.
             identity: who it runs as; None for the user of this process.
+            small_pages: let it have no huge pages, which take more memory than is used of them.
 
         Raises:
             LaunchError: it could not be started.
@@ -201,6 +203,7 @@ class Launcher:
                         "uid": identity.uid if identity else None,
                         "gid": identity.gid if identity else None,
                         "groups": list(identity.groups) if identity else [],
+                        "small_pages": small_pages,
                     },
                     [status_write, *given.values()],
                 )

@@ -3,9 +3,10 @@
     python tests/torture/kill.py --seed 1 --kills 100 --jobs 2
 
 Each round starts pytest on guests of the image `tiny`, kills it with SIGKILL, SIGTERM or SIGINT at a
-random moment of boot, test or teardown, and checks: two seconds later no process that came from it is
-alive (we are the reaper of all its orphans, so none escapes), and after the next start no file of it is in
-the folders of runs, of the cache, or of shared memory. The same seed kills at the same moments.
+random moment of booting, sealing, arming, test or teardown, and checks: two seconds later no process that
+came from it is alive (we are the reaper of all its orphans, so none escapes), and after the next start no
+file of it is in the folders of runs, of the cache, or of shared memory, but for templates that are complete:
+each of their files is as it was when it was sealed. The same seed kills at the same moments.
 
 After SIGINT pytest ends in an orderly way, in its own time: the two seconds begin when it has ended, and
 the longest that it took is told.
@@ -35,18 +36,31 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE = 2.0
 INTERRUPT_GRACE = 15.0
 INTERRUPTED: list[float] = []  # seconds that pytest took to end after SIGINT
+TEMPLATES: list[str] = []  # that were complete when pytest was killed
 SUITE = """
 import pytest
 
 pytestmark = pytest.mark.vm("tiny", memory="160MiB")
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_run(vm, number):
     vm.popen(["sleep", "1000"])
     for _ in range(3):
         assert vm.run(["echo", "x"]).stdout == "x\\n"
     vm.write_text("/tmp/x", "y" * 100_000)
+
+
+def test_prepared(vm_factory):
+    image = vm_factory.prepare("tiny", lambda vm: vm.write_text("/here", "x"), depends_on=[])
+    for _ in range(3):
+        with vm_factory.boot(image, memory="512MiB") as vm:
+            assert vm.read_text("/here") == "x"
+
+
+def test_reboot(vm):
+    with vm.snapshot():
+        vm.run(["true"])
     vm.reboot()
 """
 
@@ -85,6 +99,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         bad = sum(pool.map(play, rounds))
     print(f"longest end after SIGINT: {max(INTERRUPTED, default=0):.1f} s")
+    print(f"complete templates that were left: {len(TEMPLATES)}")
     print(f"{args.kills - bad} passed, {bad} failed")
     return 1 if bad else 0
 
@@ -141,7 +156,7 @@ def play(one: Round) -> bool:
             print(f"  left: {pid} {cmdline(pid)}", flush=True)
             os.kill(pid, signal.SIGKILL)
         start_again(env)
-        left = sorted(files(folder) - before)
+        left = sorted(files(folder) - before - complete_templates(cache))
         for name in left:
             print(f"  left: {name}", flush=True)
         state = f"{len(guests)} guests" if ended is None else "over"
@@ -168,8 +183,9 @@ def make_cache(cache: Path) -> None:
 def start_again(env: dict[str, str]) -> None:
     """The next start removes what a dead run could not."""
     code = (
-        "from pytest_vmsandbox.machine.hypervisor import Hypervisor\n"
-        "with Hypervisor.running(): pass\n"
+        "from pytest_vmsandbox.core.settings import Settings\n"
+        "from pytest_vmsandbox.guests.factory import GuestFactory\n"
+        "with GuestFactory.open(Settings()) as factory: factory.clean()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL)
     OURS.add(process.pid)
@@ -177,9 +193,24 @@ def start_again(env: dict[str, str]) -> None:
         raise RuntimeError("the next start failed")
 
 
+def complete_templates(cache: Path) -> set[str]:
+    """The files of templates that are whole, and of their locks, relative to the round's folder."""
+    from pytest_vmsandbox.guests.templates import TemplateStore
+
+    store = TemplateStore(cache)
+    found = {store.root, *store.root.glob("*.lock")}
+    for template in store.all():
+        if not template.damage():
+            found |= {template.folder, *template.folder.iterdir()}
+            TEMPLATES.append(template.key)
+    return {str(path.relative_to(cache.parent)) for path in found}
+
+
 def files(folder: Path) -> set[str]:
     """The files that runs could leave: theirs, the cache's, shared memory's, temporary ones."""
     ours = {"runtime", "runtime/.lock", "test_suite.py", "output", "__pycache__"}
+    ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.ledger")}
+    ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.arming.*")}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")} - ours
     found = {name for name in found if not name.startswith(("base", "__pycache__"))}
     return found | {str(path) for path in Path("/dev/shm").glob("*")}
