@@ -1,0 +1,353 @@
+"""Clones of sealed guests: what was wrong in them is right, they share nothing, and the ladder holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox import CommandError, Provision
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.templates import TemplateStore
+from pytest_vmsandbox.machine.qemu import find_qemu
+
+TINY = {"memory": "160MiB"}
+
+
+class Told(list):
+    """What a factory has said and told."""
+
+    def about(self, word):
+        return [line for line in self if word in line]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache without templates; images and verdicts are those of the user."""
+    from pytest_vmsandbox.core.paths import cache_dir
+
+    folder = tmp_path / "cache"
+    folder.mkdir(mode=0o700)
+    for name in ("images", "accelerator"):
+        (folder / name).symlink_to(cache_dir() / name)
+    return folder
+
+
+@pytest.fixture
+def factory(cache):
+    """Opens factories on that cache, each as a run of its own."""
+    with ExitStack() as stack:
+
+        def open_one(clones="demand", **more):
+            told = Told()
+            surroundings = Surroundings(say=told.append, tell=told.append, **more)
+            settings = Settings(cache=cache, clones=clones)
+            one = stack.enter_context(GuestFactory.open(settings, surroundings))
+            one.told = told
+            return one
+
+        yield open_one
+
+
+def offset(vm) -> float:
+    """By how many seconds the guest's clock is ahead of ours, as far as a file's time tells."""
+    before = time.time()
+    text = vm.shell("touch /tmp/now; stat -c %y /tmp/now; date +%z").stdout.splitlines()[0]
+    after = time.time()
+    whole, _, fraction = text.partition(".")
+    import calendar
+
+    theirs = calendar.timegm(time.strptime(whole, "%Y-%m-%d %H:%M:%S"))
+    theirs += float(f"0.{fraction.split()[0]}")
+    if theirs < before:
+        return theirs - before
+    return max(0.0, theirs - after)
+
+
+class TestWhatIsPutRight:
+    def test_the_clock_also_of_one_that_has_waited(self, factory):
+        one = factory("armed")
+        one.expect("tiny", TINY, 3)
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin in {"cloned", "armed"}
+            assert abs(offset(vm)) < 0.05
+        time.sleep(30)
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "armed"
+            assert abs(offset(vm)) < 0.05
+
+    def test_random_numbers_differ(self, factory):
+        one, found = factory(), set()
+        for _ in range(4):
+            with one.boot("tiny", **TINY) as vm:
+                found.add(vm.run(["head", "-c", "16", "/dev/urandom"], text=False).stdout)
+                found.add(vm.read_text("/proc/sys/kernel/random/uuid"))
+        assert len(found) == 8
+
+    def test_the_network_and_its_isolation(self, factory):
+        one = factory()
+        with one.boot("tiny", **TINY) as vm:
+            vm.popen(["sh", "-c", "while :; do echo hello | nc -l -p 8080; done"])
+            vm.wait_until(["sh", "-c", "netstat -ltn | grep -q :8080"], timeout=60)
+            import socket
+
+            with socket.create_connection(vm.forward(8080), 30) as sock:
+                assert sock.recv(100) == b"hello\n"
+
+    def test_each_has_its_own_name(self, factory):
+        one = factory()
+        with one.boot("tiny", **TINY) as a, one.boot("tiny", **TINY) as b:
+            names = [vm.run(["hostname"]).stdout.strip() for vm in (a, b)]
+            assert names == [a.name, b.name]
+            b.reboot()
+            assert b.run(["hostname"]).stdout.strip() == b.name
+
+    def test_no_timer_wakes_it(self, factory):
+        """A clone that has waited is as quiet as when it was sealed."""
+        one = factory()
+        with one.boot("debian-13") as vm:
+            assert vm.origin == "cloned"
+            before = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
+            time.sleep(5)
+            after = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
+            kernel = ("kworker", "ksoftirqd", "migration")
+            assert {it for it in after if not it.startswith(kernel)} <= {*before, "ps"}
+            timers = vm.run(["systemctl", "list-timers", "--no-legend"]).stdout
+            assert timers.strip() == ""
+
+
+class TestSharingNothing:
+    def test_neither_memory_nor_disk(self, factory):
+        one = factory()
+        hardware = {**TINY, "disks": ["16MiB"]}
+        with one.boot("tiny", **hardware) as a, one.boot("tiny", **hardware) as b:
+            a.write_text("/root/mine", "a")
+            a.shell("echo a | dd of=/dev/vda conv=notrunc 2>/dev/null; sync")
+            assert b.run(["ls", "/root"]).stdout == ""
+            assert b.run(["head", "-c", "1", "/dev/vda"], text=False).stdout == b"\0"
+        with one.boot("tiny", **hardware) as vm:
+            assert vm.run(["ls", "/root"]).stdout == ""
+            assert vm.run(["head", "-c", "1", "/dev/vda"], text=False).stdout == b"\0"
+
+    def test_a_used_clone_is_never_handed_out_again(self, factory):
+        one = factory("armed")
+        one.expect("tiny", TINY, 8)
+        seen = set()
+        for _ in range(8):
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.run(["ls", "/root"]).stdout == ""
+                vm.write_text("/root/used", "x")
+                seen.add(vm._machine.process.pid)
+        assert len(seen) == 8
+
+    def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
+        one = factory()
+        with one.boot("tiny", **TINY) as vm:
+            (sealed,) = one._sealer._open.values()
+            pid = vm._machine.process.pid
+            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            mapped = [line for line in maps if "memory" in line and "vmsandbox" in line]
+            assert mapped
+            assert all(line.split()[1].endswith("p") for line in mapped)  # private
+            with pytest.raises(OSError, match=r"not permitted|Bad file"):
+                os.pwrite(sealed.memory.fileno(), b"x", 0)
+
+
+class TestTemplates:
+    def test_a_second_run_boots_nothing(self, factory):
+        with factory().boot("tiny", **TINY) as vm:
+            assert vm.origin == "cloned"
+        again = factory()
+        started = time.monotonic()
+        with again.boot("tiny", **TINY) as vm:
+            assert vm.origin == "cloned"
+            assert "Linux version" not in vm.console.text
+        assert time.monotonic() - started < 20  # a boot takes that, emulated, on a busy host
+        assert again.told == []
+
+    @pytest.mark.parametrize("file", ["memory", "state", "disk0.0.qcow2"])
+    def test_a_flipped_byte_is_found_and_the_template_made_anew(self, factory, cache, file):
+        hardware = {**TINY, "disks": ["16MiB"]}
+        with factory().boot("tiny", **hardware):
+            pass
+        (template,) = TemplateStore(cache).all()
+        damaged = template.folder / file
+        position = damaged.stat().st_size // 3
+        with damaged.open("r+b") as stream:
+            stream.seek(position)
+            byte = stream.read(1)[0]
+            stream.seek(position)
+            stream.write(bytes([byte ^ 0x10]))
+        again = factory()
+        with again.boot("tiny", **hardware) as vm:
+            assert vm.origin == "cloned"
+            vm.run(["true"])
+        (line,) = again.told.about("damaged")
+        assert f"{file} has changed" in line
+        assert again.told.about("preparing tiny")
+        assert TemplateStore(cache).all()[0].damage() == ""
+
+    def test_two_runs_at_once_make_it_once(self, factory):
+        import threading
+
+        said = []
+
+        def use():
+            one = factory()
+            with one.boot("tiny", **TINY) as vm:
+                vm.run(["true"])
+            said.extend(one.told)
+
+        threads = [threading.Thread(target=use) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len([line for line in said if line.startswith("preparing")]) == 1
+
+    def test_prepared_once_per_change(self, factory):
+        done = []
+
+        def prepare(vm):
+            done.append(1)
+            vm.write_text("/opt/made", "here")
+            vm.popen(["sleep", "100000"])
+
+        def use(one, depends_on):
+            image = one.prepare("tiny", prepare, depends_on=depends_on, network="nat")
+            with one.boot(image) as vm:
+                assert vm.origin == "cloned"
+                assert vm.spec.network == "isolated"
+                assert vm.read_text("/opt/made") == "here"
+                assert vm.run(["pidof", "sleep"]).stdout.strip()
+
+        use(factory(), ["1"])
+        use(factory(), ["1"])
+        assert len(done) == 1
+        use(factory(), ["2"])
+        assert len(done) == 2
+
+    def test_a_preparation_that_fails_is_told_as_it_is(self, factory):
+        one = factory()
+        with pytest.raises(CommandError, match="false returned 1"):
+            one.prepare("tiny", lambda vm: vm.run(["false"]), depends_on=[])
+        assert one.told.about("booted one by one") == []
+
+    def test_the_hook_gives_every_guest_a_layer(self, factory):
+        layer = Provision(
+            name="a file", depends_on=["1"], run=lambda vm: vm.write_text("/opt/layer", "x")
+        )
+        for clones in ("demand", "never"):
+            one = factory(clones, provisions=lambda image: [layer] if image == "tiny" else [])
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.read_text("/opt/layer") == "x"
+
+
+class TestSnapshot:
+    @pytest.mark.parametrize("clones", ["demand", "never"])
+    def test_memory_and_disk_are_rolled_back(self, factory, clones):
+        with factory(clones).boot("tiny", **TINY, disks=["16MiB"]) as vm:
+            vm.shell("mkfs.ext4 -q /dev/vda && mkdir -p /mnt/d && mount /dev/vda /mnt/d")
+            vm.write_text("/mnt/d/file", "before")
+            vm.write_text("/root/file", "before")
+            process = vm.run(["sh", "-c", "sleep 100000 >/dev/null 2>&1 & echo $!"]).stdout.strip()
+            randoms = set()
+            for _ in range(2):
+                with vm.snapshot():
+                    vm.write_text("/mnt/d/file", "after")
+                    vm.write_text("/root/file", "after")
+                    vm.run(["kill", process])
+                    vm.run(["sync"])
+                    assert vm.read_text("/mnt/d/file") == "after"
+                assert vm.read_text("/mnt/d/file") == "before"
+                assert vm.read_text("/root/file") == "before"
+                vm.run(["kill", "-0", process])
+                assert abs(offset(vm)) < 0.05
+                randoms.add(vm.read_text("/proc/sys/kernel/random/uuid"))
+            assert len(randoms) == 2
+            vm.shell("umount /mnt/d && e2fsck -fn /dev/vda")
+
+    def test_also_of_a_guest_that_was_lost_or_cut_off_in_it(self, factory):
+        with factory().boot("tiny", **TINY) as vm:
+            vm.write_text("/root/file", "before")
+            with vm.snapshot(), vm.snapshot():
+                vm.power_cut()
+            assert vm.read_text("/root/file") == "before"
+
+
+class TestLadder:
+    def test_a_qemu_that_does_not_ignore_shared_memory(self, factory, monkeypatch):
+        """It is asked for in vain: guests are booted, and that is said once."""
+        from pytest_vmsandbox.core.errors import MonitorError
+        from pytest_vmsandbox.machine.qmp import Monitor
+
+        execute = Monitor.execute
+
+        def refuse(self, command, arguments=None, **more):
+            if command == "migrate-set-capabilities":
+                raise MonitorError("QEMU refused it: x-ignore-shared is unknown")
+            return execute(self, command, arguments, **more)
+
+        monkeypatch.setattr(Monitor, "execute", refuse)
+        one = factory()
+        for _ in range(2):
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.origin == "booted"
+                vm.run(["true"])
+        (line,) = one.told.about("booted one by one")
+        assert "x-ignore-shared" in line
+
+    def test_a_cache_without_room(self, factory, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("pytest_vmsandbox.guests.sealing.memory.create", full)
+        one = factory()
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "booted"
+        (line,) = one.told.about("booted one by one")
+        assert "No space left" in line
+
+    def test_a_template_that_no_clone_can_be_made_of(self, factory, cache):
+        """A state that QEMU does not take, though it is what was sealed."""
+        with factory().boot("tiny", **TINY):
+            pass
+        one = factory()
+        sealed = one._sealer.obtain(one._blueprint("tiny", TINY))
+        sealed.damage.result()
+        (sealed.template.folder / "state").write_bytes(b"nonsense")
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "booted"
+        assert one.told.about("booted one by one")
+
+    def test_without_clones(self, factory, cache):
+        one = factory("never")
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "booted"
+        assert not (cache / "templates").exists()
+
+
+def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
+    monkeypatch.setattr("pytest_vmsandbox.guests.factory._RUNNING_PER_PROCESSOR", 1)
+    one = factory()
+    with ExitStack() as stack:
+        guests = [stack.enter_context(one.boot("tiny", **TINY)) for _ in range(6)]
+        time.sleep(0.6)
+        one._let_rest()
+        assert sum(vm.resting for vm in guests) == 6 - (os.cpu_count() or 1)
+        for vm in guests:
+            assert abs(offset(vm)) < 0.5  # it is asked after it has waken
+            assert not vm.resting
+
+
+def test_another_qemu_has_templates_of_its_own(factory, cache):
+    """The digest is of all that a state depends on; here, of the build of QEMU."""
+    one = factory()
+    blueprint = one._blueprint("tiny", TINY)
+    other = dataclasses.replace(blueprint, qemu=dataclasses.replace(find_qemu(), build="other"))
+    assert blueprint.digest != other.digest
