@@ -10,7 +10,6 @@ import hashlib
 import os
 import pwd
 import resource
-import shutil
 import signal
 import socket
 import struct
@@ -25,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "images/helper/helper.c"
-COMPILERS = ("cc", "gcc", "tcc")
+from support.resident import compiled
+
 CREDIT = 1 << 20  # of each stream, at its beginning
 SECONDS = 20  # more than anything here takes
 
@@ -39,12 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the helper is f
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        pytest.skip(f"there is no C compiler here: none of {', '.join(COMPILERS)}")
-    program = tmp_path_factory.mktemp("helper") / "helper"
-    subprocess.run([compiler, "-Wall", "-o", program, SOURCE], check=True)
-    return program
+    return compiled(tmp_path_factory.mktemp("helper"))
 
 
 @dataclass
