@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -63,6 +64,7 @@ class Machine:
         self.console = console
         self.helper = helper
         self._tops = cmdline.disk_names(spec, has_base=has_base)  # what each disk writes into
+        self._nodes = itertools.count(1)
 
     @classmethod
     @contextmanager
@@ -296,7 +298,7 @@ class Machine:
         """
         for number, file in enumerate(overlays):
             below = self._tops[number]
-            top = f"{below}-above"
+            top = f"top-{next(self._nodes)}"  # a name may have 31 characters
             added: Any = self.execute("add-fd", fd=file.fileno())
             device = cmdline.overlay(top, added["fdset-id"], None)
             self.execute("blockdev-add", {**device, "backing": None})
