@@ -11,7 +11,7 @@ import pytest
 
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
-from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
+from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_models
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
@@ -35,7 +35,18 @@ class Stand:
     logs: Path
 
     @contextmanager
-    def machine(self, *, fault=None, disks=None, memory=64, name="it", kernel=None):
+    def machine(
+        self,
+        *,
+        fault=None,
+        disks=None,
+        memory=64,
+        name="it",
+        kernel=None,
+        start=Start.POWER_ON,
+        ram=None,
+        state=None,
+    ):
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -43,6 +54,7 @@ class Stand:
             accelerator="tcg",
             processor=processor_models("tcg", self.qemu.version)[0],
             hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
+            start=start,
         )
         with Machine.running(
             self.hypervisor.launcher,
@@ -53,6 +65,8 @@ class Stand:
             disks=disks or Disks(base=None, overlays=()),
             logs=self.logs,
             more_args=["-fake", fault] if fault else [],
+            memory=ram,
+            state=state,
         ) as machine:
             yield machine
 

@@ -7,6 +7,7 @@ It takes our command line, speaks QMP on the descriptor it is given, and writes 
 import array
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -14,6 +15,8 @@ import sys
 
 VERSION = {"major": 7, "minor": 2, "micro": 22}
 PNG = b"\x89PNG\r\n\x1a\n and so on"
+QCOW2 = b"QFI\xfb"
+STATE = b"a state of the fake\n"
 
 
 def descriptor(options, chardev):
@@ -46,16 +49,25 @@ class FakeQemu:
         self.fault = self.options.get("-fake", [""])[0]
         self.monitor = socket.socket(fileno=descriptor(self.options, "qmp"))
         self.console = socket.socket(fileno=descriptor(self.options, "console"))
-        self.status = "running"
+        self.status = "inmigrate" if "-incoming" in self.options else "running"
+        self.capabilities = {}
+        self.why = None  # a transfer failed
+        self.names = {}  # descriptors that came along and have a name
         self.passed = []  # descriptors that came along
         self.sets = {int(it.split("set=")[1]): [] for it in self.options.get("-add-fd", [])}
         self.forwards = []
         self.queue = []
         self.files = []
+        self.covered = []  # those that others are on top of
         for value in self.options.get("-blockdev", []):
             node = json.loads(value)
             os.fstat(int(node["file"]["filename"].rpartition("/")[2]))  # it has to be there
             self.files.append(node)
+        for value in self.options.get("-object", []):
+            for part in value.split(","):
+                if part.startswith("mem-path="):
+                    how = os.O_RDONLY if "readonly=on" in value else os.O_RDWR
+                    os.close(os.open(part.removeprefix("mem-path="), how))
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -79,6 +91,78 @@ class FakeQemu:
     def do_cont(self):
         self.status = "running"
         self.event("RESUME")
+        return {}
+
+    def do_getfd(self, fdname):
+        if not self.passed:
+            raise Refused("No file descriptor supplied via SCM_RIGHTS")
+        self.names[fdname] = self.passed.pop()
+        return {}
+
+    def do_migrate_set_capabilities(self, capabilities):
+        self.capabilities |= {it["capability"]: it["state"] for it in capabilities}
+        return {}
+
+    def do_migrate_set_parameters(self, max_bandwidth):
+        return {}
+
+    def do_query_migrate(self):
+        return {"status": "failed", "error-desc": self.why} if self.why else {}
+
+    def do_migrate(self, uri):
+        if self.status == "inmigrate":
+            raise Refused("Guest is waiting for an incoming migration")
+        with os.fdopen(self.names.pop(uri.removeprefix("fd:")), "wb", buffering=0) as file:
+            try:
+                file.write(STATE + json.dumps(self.fits()).encode())
+            except OSError as error:
+                self.why = f"Unable to write to socket: {error.strerror}"
+                self.transferred("failed")
+                return {}
+        if self.fault == "never-saves":
+            return {}
+        self.transferred("completed")
+        self.status = "postmigrate"
+        return {}
+
+    def do_migrate_incoming(self, uri):
+        if self.status != "inmigrate":
+            raise Refused("'-incoming' was not specified on the command line")
+        with os.fdopen(self.names.pop(uri.removeprefix("fd:")), "rb") as file:
+            state = file.read()
+        if state != STATE + json.dumps(self.fits()).encode():
+            print("fake: load of migration failed: Invalid argument", file=sys.stderr, flush=True)
+            self.transferred("failed")
+            self.queue.append(None)
+            return {}
+        self.transferred("completed")
+        self.status = "paused" if "-S" in self.options else "running"
+        return {}
+
+    def fits(self):
+        """What a state has in common with the machine that it is loaded into."""
+        devices = [value.split(",")[0] for value in self.options["-device"]]
+        return [self.options["-m"], devices, self.capabilities.get("x-ignore-shared", False)]
+
+    def transferred(self, status):
+        if self.capabilities.get("events"):
+            self.event("MIGRATION", status="active")
+            self.event("MIGRATION", status=status)
+
+    def do_blockdev_add(self, node_name, driver, file, **more):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,30}", node_name):
+            raise Refused(f"Invalid node-name: '{node_name}'")
+        number = int(file["filename"].removeprefix("/dev/fdset/"))
+        if os.pread(self.sets[number][0], 4, 0) != QCOW2:
+            raise Refused("Image is not in qcow2 format")
+        self.files.append({"node-name": node_name, "driver": driver})
+        return {}
+
+    def do_blockdev_snapshot(self, node, overlay):
+        names = [it["node-name"] for it in self.files]
+        if not {node, overlay} <= set(names) or node in self.covered:
+            raise Refused(f"Cannot put {overlay} on top of {node}")
+        self.covered.append(node)
         return {}
 
     def do_system_powerdown(self):

@@ -4,14 +4,17 @@ import os
 import signal
 import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.machine import host, machine as machine_module
-from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.guests.templates import file_digest
+from pytest_vmsandbox.machine import host, machine as machine_module, memory
+from pytest_vmsandbox.machine.cmdline import Start
+from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 
 FORBIDS_PNG = (7, 1)
 
@@ -375,3 +378,201 @@ class TestUserSpace:
             with pytest.raises(BootError, match="'internal-error'") as caught:
                 machine.wait_for_user_space(60)
             assert caught.value.stage == "launch"
+
+
+def status(machine):
+    return machine.monitor.execute("query-status")["status"]
+
+
+@pytest.fixture
+def ram(tmp_path):
+    """A file for the memory of a guest."""
+    with memory.create(tmp_path / "memory", 64 * MIB) as file:
+        (tmp_path / "memory").chmod(0o666)  # QEMU may be somebody else
+        yield file
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A file for the state of a guest."""
+    with (tmp_path / "state").open("x+b", buffering=0) as file:
+        yield file
+
+
+@pytest.fixture
+def rewound(state):
+    """The same file, to be read from its beginning."""
+
+    def rewind():
+        os.lseek(state.fileno(), 0, os.SEEK_SET)
+        return state
+
+    return rewind
+
+
+class TestState:
+    def test_pause_and_resume(self, machine):
+        machine.pause()
+        assert status(machine) == "paused"
+        machine.pause()
+        machine.resume()
+        assert status(machine) == "running"
+
+    def test_one_that_was_saved_goes_on(self, machine, state):
+        machine.save(state, with_memory=True)
+        assert status(machine) != "running"
+        assert os.fstat(state.fileno()).st_size > 0
+        machine.resume()
+        assert status(machine) == "running"
+
+    def test_is_saved_again_and_again(self, machine, tmp_path):
+        for name in ("one", "two"):
+            with (tmp_path / name).open("xb") as file:
+                machine.save(file, with_memory=True)
+            assert (tmp_path / name).stat().st_size > 0
+            machine.resume()
+
+    def test_with_its_memory(self, stand, state, rewound):
+        with stand.machine() as machine:
+            machine.save(state, with_memory=True)
+        for _ in range(2):
+            with stand.machine(start=Start.RESTORED, state=rewound()) as machine:
+                assert status(machine) == "paused"
+                machine.resume()
+                assert status(machine) == "running"
+
+    def test_clones(self, stand, ram, state, rewound):
+        """Two at a time; they change nothing in the file that they begin with."""
+        with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
+            machine.console.wait_for("SeaBIOS", timeout=20)
+            machine.save(state, with_memory=False)
+            assert machine.end(0) is False
+        assert os.fstat(state.fileno()).st_size < 4 * MIB  # no memory is in it
+        before = file_digest(Path(ram.name))
+        with (
+            memory.for_clones(Path(ram.name), stand.qemu.version) as shared,
+            stand.machine(start=Start.CLONED, ram=shared, state=rewound(), name="a") as a,
+            stand.machine(start=Start.CLONED, ram=shared, state=rewound(), name="b") as b,
+        ):
+            for clone in (a, b):
+                assert status(clone) == "paused"
+                clone.resume()
+                clone.execute("system_reset")
+                assert status(clone) == "running"
+        assert file_digest(Path(ram.name)) == before
+
+    def test_one_that_goes_on_writing_its_memory(self, stand, ram, state, rewound):
+        with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
+            machine.save(state, with_memory=False)
+        with stand.machine(start=Start.CONTINUED, ram=ram, state=rewound()) as machine:
+            machine.resume()
+            assert status(machine) == "running"
+
+    @pytest.mark.parametrize("content", [b"", b"no state at all\n" * 1000])
+    def test_nothing_that_could_be_loaded(self, stand, state, rewound, content):
+        state.write(content)
+        with (
+            pytest.raises(LaunchError, match="cannot load a saved state") as caught,
+            stand.machine(start=Start.RESTORED, state=rewound()),
+        ):
+            pass
+        assert "load of migration failed" in caught.value.details
+
+    def test_a_state_of_another_machine(self, stand, state, rewound):
+        with stand.machine() as machine:
+            machine.save(state, with_memory=True)
+        before = descriptors()
+        with (
+            pytest.raises(LaunchError, match="cannot load a saved state"),
+            stand.machine(start=Start.RESTORED, state=rewound(), memory=96),
+        ):
+            pass
+        assert descriptors() == before
+
+    def test_a_disk_that_is_full(self, machine):
+        with (
+            Path("/dev/full").open("wb") as full,
+            pytest.raises(MonitorError, match="did not transfer the guest's state") as caught,
+        ):
+            machine.save(full, with_memory=True)
+        assert caught.value.details
+        machine.resume()
+        assert status(machine) == "running"
+
+    def test_one_that_was_not_meant_to_be_loaded(self, machine, state, monkeypatch):
+        monkeypatch.setattr(machine_module, "_TERM_SECONDS", 0.1)
+        with pytest.raises(LaunchError, match="cannot load a saved state") as caught:
+            machine._load(state, has_memory=True)
+        assert "refused 'migrate-incoming'" in caught.value.details
+
+    def test_one_that_is_never_saved(self, fake, state, monkeypatch):
+        monkeypatch.setattr(machine_module, "_STATE_SECONDS", 0.1)
+        with (
+            fake.machine(fault="never-saves") as machine,
+            pytest.raises(MonitorError, match=r"state in 0\.1 s"),
+        ):
+            machine.save(state, with_memory=True)
+
+    def test_one_that_ends_meanwhile(self, fake, state, monkeypatch):
+        monkeypatch.setattr(machine_module, "_LOOK_SECONDS", 0.05)
+        with fake.machine(fault="never-saves") as machine:
+            timer = threading.Timer(0.1, machine.kill)
+            timer.start()
+            with pytest.raises(GuestLost, match="signal SIGKILL"):
+                machine.save(state, with_memory=True)
+            timer.join()
+
+
+class TestOnTop:
+    @pytest.fixture
+    def disks(self, stand, tmp_path):
+        (tmp_path / "base.raw").write_bytes(bytes(MIB))
+        with Disks.open(
+            base=tmp_path / "base.raw", root_size=2 * MIB, blank=[MIB], folder=tmp_path
+        ) as disks:
+            yield disks
+
+    @pytest.fixture
+    def fresh(self, disks, tmp_path):
+        """Makes empty files, one for each disk."""
+        with ExitStack() as stack:
+            yield lambda: [
+                stack.enter_context(empty_overlay(size, tmp_path)) for size in disks.sizes
+            ]
+
+    def test_again_and_again(self, stand, disks, fresh):
+        with stand.machine(disks=disks) as machine:
+            before = machine.monitor.execute("query-named-block-nodes", {"flat": True})
+            machine.pause()
+            for _ in range(20):
+                machine.put_on_top(fresh())
+            machine.resume()
+            after = machine.monitor.execute("query-named-block-nodes", {"flat": True})
+            drivers = [{it["node-name"]: it["drv"] for it in nodes} for nodes in (before, after)]
+            more = drivers[1].keys() - drivers[0].keys()
+            assert [drivers[1][name] for name in more].count("qcow2") == 40
+            assert status(machine) == "running"
+
+    def test_what_is_no_disk(self, stand, disks, fresh, tmp_path):
+        (tmp_path / "text").write_bytes(b"no qcow2 " * 1000)
+        with stand.machine(disks=disks) as machine, (tmp_path / "text").open("r+b") as file:
+            with pytest.raises(MonitorError, match="not in qcow2 format"):
+                machine.put_on_top([file])
+            machine.put_on_top(fresh())
+
+    def test_a_guest_is_saved_with_them(self, stand, disks, fresh, state, rewound):
+        """And goes on with other files on top of what they had by then, twice."""
+        with stand.machine(disks=disks) as machine, ExitStack() as stack:
+            machine.pause()
+            frozen = disks.frozen
+            for file in (it for files in frozen for it in files):
+                stack.enter_context(file)
+            machine.put_on_top(fresh())
+            machine.save(state, with_memory=True)
+            machine.resume()
+            for _ in range(2):
+                with stand.machine(
+                    disks=disks.on_top(frozen, fresh()), start=Start.RESTORED, state=rewound()
+                ) as other:
+                    other.resume()
+                    assert status(other) == "running"
