@@ -30,6 +30,7 @@ _LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
 _SOON_SECONDS = 0.002
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
+_FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
 _BANDWIDTH = 1 << 40  # bytes a second at which a state is written: as fast as it goes
 
 # What the console shows once a stage is reached. `kernel` is what a kernel prints first, also
@@ -353,6 +354,8 @@ class Machine:
                 timeout=deadline.remaining(_LOOK_SECONDS),
                 among=lambda event: event["data"]["status"] in {"completed", "failed"},
             )
+            if event is not None and command == "migrate":
+                self._finish(deadline)
             if event is not None and event["data"]["status"] == "completed":
                 return
             if event is not None:
@@ -360,6 +363,11 @@ class Machine:
                 raise MonitorError("QEMU did not transfer the guest's state", details=why)
             self.check()
         raise MonitorError(f"QEMU did not transfer the guest's state in {_STATE_SECONDS:g} s")
+
+    def _finish(self, deadline: Deadline) -> None:
+        """QEMU tells of the end of a transfer before it lets the processors go on again."""
+        while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
+            deadline.pause(_FINISH_SECONDS)
 
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.
