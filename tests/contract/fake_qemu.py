@@ -75,6 +75,10 @@ class FakeQemu:
         return {}
 
     def do_query_status(self):
+        if self.status == "finish-migrate":
+            self.finishing -= 1
+            if self.finishing < 0:
+                self.status = "postmigrate"
         return {"status": self.status, "running": self.status == "running"}
 
     def do_query_version(self):
@@ -89,6 +93,8 @@ class FakeQemu:
         return {}
 
     def do_cont(self):
+        if self.status == "finish-migrate":
+            raise Refused("Migration is not finalized yet")
         self.status = "running"
         self.event("RESUME")
         return {}
@@ -118,12 +124,17 @@ class FakeQemu:
             except OSError as error:
                 self.why = f"Unable to write to socket: {error.strerror}"
                 self.transferred("failed")
+                self.finish()
                 return {}
         if self.fault == "never-saves":
             return {}
         self.transferred("completed")
-        self.status = "postmigrate"
+        self.finish()
         return {}
+
+    def finish(self):
+        """Take no orders until the status was asked for a few times."""
+        self.status, self.finishing = "finish-migrate", 3
 
     def do_migrate_incoming(self, uri):
         if self.status != "inmigrate":
