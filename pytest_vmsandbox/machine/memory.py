@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -61,7 +62,9 @@ def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:
     while True:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:  # nothing but a hole is left
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # that is: nothing but a hole is left
+                raise
             return
         end = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, end
