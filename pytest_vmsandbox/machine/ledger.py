@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pytest_vmsandbox.machine import host
@@ -55,11 +55,13 @@ class Ledger:
     def processor(self) -> Iterator[None]:
         """Wait for one of the host's processors, for what nobody waits for."""
         count = os.cpu_count() or 1
-        for number in range(count):
-            with suppress(BlockingIOError), self._locked(f"{_SLOT}.{number}", wait=False):
-                yield
-                return
-        with self._locked(f"{_SLOT}.{os.getpid() % count}"):
+        with ExitStack() as stack:
+            for number in range(count):
+                with suppress(BlockingIOError):
+                    stack.enter_context(self._locked(f"{_SLOT}.{number}", wait=False))
+                    break
+            else:
+                stack.enter_context(self._locked(f"{_SLOT}.{os.getpid() % count}"))
             yield
 
     def _all(self) -> int:
