@@ -219,7 +219,7 @@ class TemplateStore:
         return size
 
     def _read(self, folder: Path) -> Template | None:
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             content = json.loads((folder / METADATA).read_text())
             if content.pop("seal") == _seal(content) and content["schema"] == SCHEMA:
                 return Template(
