@@ -1,0 +1,169 @@
+"""What guests have in common, and which of it a saved state depends on."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.store import BuiltImage
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
+from pytest_vmsandbox.guests import blueprint as blueprint_module
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.machine.cmdline import Start
+from pytest_vmsandbox.machine.qemu import Qemu
+
+DEFINITION = ImageDefinition(
+    name="some_image",
+    folder=Path("/nowhere"),
+    description="An image",
+    architecture="x86_64",
+    recipe="build",
+    uses=(),
+    requires=(),
+    append="root=/dev/vda rw",
+    memory_min=64 * MIB,
+    disk_size=GIB,
+    python=True,
+    init="systemd",
+    user="root",
+)
+QEMU = Qemu(path=Path("/usr/bin/qemu-system-x86_64"), version=(7, 2, 22), build="one build")
+TCG = Verdict(accelerator="tcg", processor="Nehalem", reason="asked for")
+KVM = Verdict(accelerator="kvm", processor="host", reason="asked for")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a built image."""
+    (tmp_path / "image.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def blueprint(folder):
+    return Blueprint(
+        built=BuiltImage(definition=DEFINITION, digest="0" * 64, folder=folder),
+        qemu=QEMU,
+        verdict=TCG,
+        hardware=Hardware(disks=(MIB,)),
+        qemu_args=lambda _: (),
+    )
+
+
+def with_hardware(blueprint, **changes):
+    return replace(blueprint, hardware=replace(blueprint.hardware, **changes))
+
+
+def with_image(blueprint, **changes):
+    definition = replace(blueprint.built.definition, **changes)
+    return replace(blueprint, built=replace(blueprint.built, definition=definition))
+
+
+Change = Callable[[Blueprint], Blueprint]
+
+MATTERS: dict[str, Change] = {
+    "the image": lambda it: replace(it, built=replace(it.built, digest="1" * 64)),
+    "the image's name": lambda it: with_image(it, name="other"),
+    "the kernel's command line": lambda it: with_image(it, append="root=/dev/vda ro"),
+    "an image without a disk": lambda it: with_image(it, disk_size=None),
+    "memory": lambda it: with_hardware(it, memory=256 * MIB),
+    "processors": lambda it: with_hardware(it, cpus=2),
+    "the size of the root disk": lambda it: with_hardware(it, disk=2 * GIB),
+    "the size of a disk": lambda it: with_hardware(it, disks=(2 * MIB,)),
+    "one more disk": lambda it: with_hardware(it, disks=(MIB, MIB)),
+    "no disk": lambda it: with_hardware(it, disks=()),
+    "another order of disks": lambda it: with_hardware(it, disks=(MIB, 2 * MIB)),
+    "that order the other way round": lambda it: with_hardware(it, disks=(2 * MIB, MIB)),
+    "QEMU's build": lambda it: replace(it, qemu=replace(QEMU, build="another build")),
+    "QEMU's version": lambda it: replace(it, qemu=replace(QEMU, version=(8, 2, 0))),
+    "another QEMU": lambda it: replace(it, qemu=replace(QEMU, path=Path("/opt/qemu"))),
+    "the accelerator": lambda it: replace(it, verdict=KVM),
+    "the processor's model": lambda it: replace(it, verdict=replace(TCG, processor="max")),
+    "further arguments": lambda it: replace(it, qemu_args=lambda _: ["-device", "usb-host"]),
+}
+DOES_NOT_MATTER: dict[str, Change] = {
+    "the network": lambda it: it.with_network("nat"),
+    "the user": lambda it: with_hardware(it, user="somebody"),
+    "why that accelerator": lambda it: replace(it, verdict=replace(TCG, reason="no KVM here")),
+    "what the proof took": lambda it: replace(it, verdict=replace(TCG, seconds=3.0)),
+    "other objects": replace,
+}
+
+
+class TestDigest:
+    @pytest.mark.parametrize("what", MATTERS)
+    def test_changes_with(self, blueprint, what):
+        changed = MATTERS[what](blueprint)
+        assert re.fullmatch("[0-9a-f]{64}", changed.digest)
+        assert changed.digest != blueprint.digest
+
+    def test_is_another_one_for_each(self, blueprint):
+        digests = {change(blueprint).digest for change in MATTERS.values()}
+        assert len(digests) == len(MATTERS)
+
+    @pytest.mark.parametrize("what", DOES_NOT_MATTER)
+    def test_does_not_change_with(self, blueprint, what):
+        assert DOES_NOT_MATTER[what](blueprint).digest == blueprint.digest
+
+    def test_changes_when_the_same_image_is_built_again(self, blueprint, folder):
+        """A recipe may not give the same twice."""
+        before = blueprint.digest
+        status = (folder / "image.json").stat()
+        os.utime(folder / "image.json", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        assert replace(blueprint).digest != before
+        os.utime(folder / "image.json", ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert replace(blueprint).digest == before
+        (folder / "new").write_text("{}")
+        os.utime(folder / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+        (folder / "new").rename(folder / "image.json")
+        assert replace(blueprint).digest != before
+
+    def test_changes_with_what_is_done_before_a_guest_is_sealed(self, blueprint, monkeypatch):
+        before = blueprint.digest
+        monkeypatch.setattr(blueprint_module, "FORMAT", blueprint_module.FORMAT + 1)
+        assert replace(blueprint).digest != before
+
+    def test_depends_on_the_hosts_processor_only_where_it_runs_the_guest(
+        self, blueprint, monkeypatch
+    ):
+        monkeypatch.setattr(host, "processor", lambda: "one")
+        emulated, real = blueprint.digest, replace(blueprint, verdict=KVM).digest
+        monkeypatch.setattr(host, "processor", lambda: "another")
+        assert replace(blueprint).digest == emulated
+        assert replace(blueprint, verdict=KVM).digest != real
+
+    def test_asks_for_arguments_of_a_clone(self, blueprint):
+        """The hook may look at how a machine starts, and at what it is called."""
+        specs = []
+
+        def qemu_args(spec):
+            specs.append(spec)
+            return ()
+
+        assert replace(blueprint, qemu_args=qemu_args).digest == blueprint.digest
+        assert [(spec.start, spec.name) for spec in specs] == [(Start.CLONED, "some_image")]
+
+
+class TestMachine:
+    def test_is_told_its_key_and_its_name(self, blueprint):
+        spec = blueprint.machine("some_image.7", "ssh-ed25519 AAAAkey somebody", Start.CLONED)
+        assert spec.append.split() == [
+            *("root=/dev/vda", "rw"),
+            *("vmsandbox.key=AAAAkey", "vmsandbox.name=some-image.7"),
+        ]
+        assert (spec.name, spec.start, spec.processor) == ("some_image.7", Start.CLONED, "Nehalem")
+        assert spec.hardware == blueprint.hardware
+
+    def test_is_switched_on_where_nothing_else_is_said(self, blueprint):
+        assert blueprint.machine("it", "ssh-ed25519 AAAA").start is Start.POWER_ON
+
+    def test_on_another_network(self, blueprint):
+        other = blueprint.with_network("nat")
+        assert other.machine("it", "- -").hardware.network == "nat"
+        assert blueprint.machine("it", "- -").hardware.network == "isolated"
