@@ -1,0 +1,377 @@
+"""The store of sealed guests: what is found, held, damaged, and made room for."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from pytest_vmsandbox.catalogue.files import locked
+from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.spec import KIB, MIB
+from pytest_vmsandbox.guests import templates as templates_module
+from pytest_vmsandbox.guests.templates import TemplateStore, layer_name
+from pytest_vmsandbox.machine import memory
+
+SECONDS = 20  # more than anything here takes
+CONTENT = {
+    "memory": b"\0" * 300 * KIB + b"memory" + b"\0" * 300 * KIB,
+    "state": os.urandom(5000),
+    "key": b"-----BEGIN OPENSSH PRIVATE KEY-----\n",
+    "disk0.0.qcow2": b"QFI\xfb" + bytes(70000),
+    "disk0.1.qcow2": b"QFI\xfb" + bytes(100) + b"second",
+    "disk1.0.qcow2": b"QFI\xfb third",
+}
+LAYERS = [["disk0.0.qcow2", "disk0.1.qcow2"], ["disk1.0.qcow2"]]
+
+
+def key_of(number):
+    return hashlib.sha256(b"%d" % number).hexdigest()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return TemplateStore(tmp_path)
+
+
+def fill(folder, size=0):
+    """Put the files of a template into a folder."""
+    for name, data in CONTENT.items():
+        with memory.create(folder / name, len(data)) as file:
+            for start in range(0, len(data), 4 * KIB):
+                if any(piece := data[start : start + 4 * KIB]):
+                    os.pwrite(file.fileno(), piece, start)
+    if size:
+        with (folder / "state").open("ab") as state:
+            state.write(os.urandom(size))
+
+
+def make(store, number=1, size=0, **more):
+    key = key_of(number)
+    with store.lock(key, lambda: None), store.incoming(key) as folder:
+        fill(folder, size)
+        values = {"image": "debian-13", "name": "debian-13", "layers": LAYERS, "facts": {"a": 1}}
+        return store.adopt(folder, key, **{**values, **more})
+
+
+def limit(monkeypatch, size):
+    """Let templates take so many bytes in all."""
+    defaults = {"keep": None, "limit": size}
+    monkeypatch.setattr(TemplateStore.shrink, "__kwdefaults__", defaults)
+
+
+def names(store):
+    return sorted(it.name for it in store.root.iterdir() if not it.name.endswith(".lock"))
+
+
+class TestAdopt:
+    def test_is_found_afterwards(self, store):
+        template = make(store)
+        assert TemplateStore(store.root.parent).find(key_of(1)) == template
+        assert store.all() == [template]
+        assert names(store) == [key_of(1)[:32]]
+        assert template.key == key_of(1)
+        assert (template.image, template.name) == ("debian-13", "debian-13")
+        assert template.facts == {"a": 1}
+        assert template.layers == tuple(
+            tuple(template.folder / name for name in files) for files in LAYERS
+        )
+        assert template.damage() == ""
+
+    def test_has_its_files(self, store):
+        template = make(store)
+        assert template.memory.read_bytes() == CONTENT["memory"]
+        assert template.private_key == CONTENT["key"].decode()
+        with template.state() as state:
+            assert state.read() == CONTENT["state"]
+        assert template.digests.keys() == CONTENT.keys()
+
+    def test_keeps_holes(self, store):
+        template = make(store)
+        assert template.memory.stat().st_blocks * 512 <= 16 * KIB
+        assert template.size_on_disk < 200 * KIB
+
+    def test_takes_the_place_of_a_damaged_one(self, store):
+        template = make(store)
+        (template.folder / "template.json").write_text("{")
+        assert store.find(key_of(1)) is None
+        assert make(store).damage() == ""
+        assert names(store) == [key_of(1)[:32]]
+
+    def test_the_folder_is_nobody_elses_business(self, store):
+        assert make(store).folder.stat().st_mode & 0o077 == 0
+        assert store.root.stat().st_mode & 0o077 == 0
+
+    def test_makes_room(self, store, monkeypatch):
+        limit(monkeypatch, 5 * MIB)
+        for number in range(4):
+            os.utime(make(store, number, size=2 * MIB).folder / "template.json", (number, number))
+        assert [it.key for it in store.all()] == [key_of(2), key_of(3)]
+
+    def test_one_that_is_too_large_for_the_limit_is_kept_all_the_same(self, store, monkeypatch):
+        limit(monkeypatch, 0)
+        make(store, 1)
+        make(store, 2)
+        assert [it.key for it in store.all()] == [key_of(2)]
+
+
+class TestFind:
+    def test_none(self, store):
+        assert store.find(key_of(1)) is None
+        assert store.all() == []
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *(b"", b"{", b"{}", b"[]", b"null", b"7", b'"seal"', b"\xff"),
+            *(b'{"seal": 1}', b'{"schema": 1, "seal": "x"}'),
+        ],
+    )
+    def test_metadata_that_is_none(self, store, content):
+        file = make(store).folder / "template.json"
+        file.write_bytes(content)
+        assert store.find(key_of(1)) is None
+        assert store.all() == []
+
+    def test_one_of_another_schema(self, store):
+        file = make(store).folder / "template.json"
+        content = json.loads(file.read_text())
+        del content["seal"]
+        content["schema"] += 1
+        file.write_text(json.dumps({**content, "seal": templates_module._seal(content)}))
+        assert store.find(key_of(1)) is None
+
+    def test_metadata_is_gone(self, store):
+        (make(store).folder / "template.json").unlink()
+        assert store.find(key_of(1)) is None
+        assert make(store).damage() == ""
+
+    @given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+    def test_any_changed_byte_of_the_metadata(self, store, place, bits):
+        """It is not found then; unless it still says the same, with other white space."""
+        template = store.find(key_of(1)) or make(store)
+        file = template.folder / "template.json"
+        before = file.read_bytes()
+        after = bytearray(before)
+        at = int(place * len(before))
+        after[at] ^= bits
+        file.write_bytes(after)
+        try:
+            expected = (None, template) if before[at] in b" \n" else (None,)
+            assert store.find(key_of(1)) in expected
+        finally:
+            file.write_bytes(before)
+
+
+class TestDamage:
+    @given(
+        name=st.sampled_from(sorted(CONTENT)),
+        place=st.floats(0, 1, exclude_max=True),
+        bits=st.integers(1, 255),
+    )
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+    def test_any_changed_byte(self, store, name, place, bits):
+        template = store.find(key_of(1)) or make(store)
+        at = int(place * len(CONTENT[name]))
+        with (template.folder / name).open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), bytes([CONTENT[name][at] ^ bits]), at)
+            assert template.damage() == f"{name} has changed on the disk"
+            os.pwrite(file.fileno(), CONTENT[name][at : at + 1], at)
+            assert template.damage() == ""
+
+    @pytest.mark.parametrize("name", sorted(CONTENT))
+    def test_a_file_that_is_cut_short(self, store, name):
+        template = make(store)
+        os.truncate(template.folder / name, len(CONTENT[name]) - 1)
+        assert name in template.damage()
+
+    @pytest.mark.parametrize("name", sorted(CONTENT))
+    def test_a_file_that_is_gone(self, store, name):
+        template = make(store)
+        (template.folder / name).unlink()
+        assert template.damage() == f"{name}: No such file or directory"
+
+    def test_zeros_instead_of_a_hole_are_none(self, store):
+        template = make(store)
+        template.memory.write_bytes(CONTENT["memory"])
+        assert template.damage() == ""
+
+
+class TestHold:
+    def test_keeps_it(self, store):
+        template = make(store)
+        with store.hold(template), store.hold(template):
+            assert store.remove(template.folder) == 0
+            store.shrink(limit=0)
+            assert store.find(key_of(1)) == template
+        assert store.remove(template.folder) > 0
+        assert store.find(key_of(1)) is None
+
+    def test_another_process_keeps_it(self, store):
+        template = make(store)
+        script = (
+            "import pathlib, sys, signal\n"
+            "from pytest_vmsandbox.guests.templates import TemplateStore\n"
+            "store = TemplateStore(pathlib.Path(sys.argv[1]))\n"
+            "with store.hold(store.all()[0]):\n"
+            "    print('held', flush=True)\n"
+            "    signal.pause()\n"
+        )
+        argv = [sys.executable, "-c", script, str(store.root.parent)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout.readline() == b"held\n"
+                assert store.remove(template.folder) == 0
+            finally:
+                process.send_signal(signal.SIGKILL)
+        assert store.remove(template.folder) > 0
+
+    def test_counts_as_use(self, store):
+        for number in (1, 2):
+            os.utime(make(store, number).folder / "template.json", (number, number))
+        assert [it.key for it in store.all()] == [key_of(1), key_of(2)]
+        with store.hold(store.find(key_of(1))):
+            pass
+        assert [it.key for it in store.all()] == [key_of(2), key_of(1)]
+
+    def test_one_that_is_gone(self, store):
+        template = make(store)
+        store.remove(template.folder)
+        with pytest.raises(FileNotFoundError), store.hold(template):
+            pass
+
+
+class TestRemove:
+    def test_leaves_nothing(self, store):
+        template = make(store)
+        size = template.size_on_disk
+        assert store.remove(template.folder) == size > 0
+        assert names(store) == []
+        assert store.remove(template.folder) == 0
+
+    def test_one_of_which_a_removal_was_interrupted_before(self, store):
+        template = make(store)
+        gone = template.folder.with_name(f".gone-{template.folder.name}")
+        gone.mkdir()
+        (gone / "state").write_text("old")
+        assert store.remove(template.folder) > 0
+        assert names(store) == []
+
+    def test_shrink_begins_with_what_was_used_least_recently(self, store):
+        times = {1: 30, 2: 10, 3: 20}
+        for number, at in times.items():
+            os.utime(make(store, number, size=MIB).folder / "template.json", (at, at))
+        total = sum(it.size_on_disk for it in store.all())
+        store.shrink(limit=total)
+        assert len(store.all()) == 3
+        store.shrink(limit=total - 1)
+        assert [it.key for it in store.all()] == [key_of(3), key_of(1)]
+        store.shrink(limit=0, keep=store.find(key_of(3)).folder)
+        assert [it.key for it in store.all()] == [key_of(3)]
+
+    def test_shrink_goes_on_after_one_that_is_in_use(self, store):
+        first, second = make(store, 1), make(store, 2)
+        os.utime(first.folder / "template.json", (1, 1))
+        with store.hold(first):
+            os.utime(first.folder / "template.json", (1, 1))
+            store.shrink(limit=0)
+            assert store.all() == [first]
+        assert not second.folder.exists()
+
+
+class TestIncoming:
+    def test_is_empty_and_gone_afterwards(self, store):
+        key = key_of(1)
+        with store.lock(key, lambda: None), store.incoming(key) as folder:
+            assert list(folder.iterdir()) == []
+            assert folder.stat().st_mode & 0o777 == 0o700
+            fill(folder)
+        assert names(store) == []
+
+    def test_is_gone_after_an_error(self, store):
+        def fail():
+            with store.lock(key_of(1), lambda: None), store.incoming(key_of(1)) as folder:
+                fill(folder)
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert names(store) == []
+
+    def test_what_killed_makers_left_is_removed(self, store):
+        """Of this template and of others; not what somebody is making right now."""
+        kill_a_maker(store, 1)
+        kill_a_maker(store, 2)
+        (store.root / f".gone-{key_of(3)[:32]}").mkdir()
+        (store.root / f".gone-{key_of(3)[:32]}" / "memory").write_text("old")
+        other = store.root / f".incoming-{key_of(4)[:32]}"
+        other.mkdir()
+        with locked(store.root / f"{key_of(4)[:32]}.lock"):
+            assert len(names(store)) == 3  # the second maker has swept after the first
+            make(store, 1)
+            assert names(store) == [other.name, key_of(1)[:32]]
+
+    def test_after_a_maker_of_the_same_was_killed(self, store):
+        kill_a_maker(store, 1)
+        assert make(store, 1).damage() == ""
+        assert names(store) == [key_of(1)[:32]]
+
+
+def kill_a_maker(store, number):
+    """What is left of a process that was killed while it sealed a guest."""
+    script = (
+        "import pathlib, sys, signal\n"
+        "from pytest_vmsandbox.guests.templates import TemplateStore\n"
+        "store, key = TemplateStore(pathlib.Path(sys.argv[1])), sys.argv[2]\n"
+        "with store.lock(key, lambda: None), store.incoming(key) as folder:\n"
+        "    (folder / 'memory').write_text('half')\n"
+        "    print('made', flush=True)\n"
+        "    signal.pause()\n"
+    )
+    argv = [sys.executable, "-c", script, str(store.root.parent), key_of(number)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"made\n"
+        finally:
+            process.kill()
+    assert (store.root / f".incoming-{key_of(number)[:32]}" / "memory").exists()
+
+
+class TestLock:
+    def test_one_maker_at_a_time(self, store):
+        told, order = threading.Event(), []
+
+        def other():
+            with store.lock(key_of(1), told.set):
+                order.append("other")
+
+        thread = threading.Thread(target=other)
+        with store.lock(key_of(1), lambda: None):
+            thread.start()
+            assert told.wait(SECONDS)
+            order.append("we")
+        thread.join(SECONDS)
+        assert order == ["we", "other"]
+
+    def test_others_are_made_meanwhile(self, store):
+        said = []
+        with store.lock(key_of(1), lambda: None), store.lock(key_of(2), lambda: said.append(1)):
+            assert said == []
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with (
+            pytest.raises(ImageError),
+            TemplateStore(tmp_path / "file").lock(key_of(1), lambda: None),
+        ):
+            pass
+
+
+def test_names_of_layers_differ():
+    assert len({layer_name(disk, depth) for disk in range(12) for depth in range(12)}) == 144
