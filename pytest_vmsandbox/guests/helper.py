@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
-from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.core.errors import CommandError, GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import script
 from pytest_vmsandbox.guests.process import (
     UNKNOWN_SIGNAL,
@@ -280,7 +280,7 @@ class Helper:
             while not channel.is_open:
                 self.wait(channel, _LOOK_SECONDS)
                 if channel.failure is not None:
-                    self._failed(channel, command, login, started)
+                    self._failed(kind, channel, command, login, started)
                 elif channel.closed:
                     raise GuestLost("the helper restarted while a program was started")
                 elif not channel.is_open:
@@ -290,7 +290,9 @@ class Helper:
             raise
         return ChannelProcess(self, channel, command, check=self.check, group=channel.group)
 
-    def _failed(self, channel: HelperChannel, command: Command, login: str, started: float) -> None:
+    def _failed(
+        self, kind: bytes, channel: HelperChannel, command: Command, login: str, started: float
+    ) -> None:
         """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
@@ -298,6 +300,8 @@ class Helper:
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None:
             raise cannot_log_in(login)
+        if stage == _NO_PROGRAM and kind == b"u":
+            raise _could_not_connect(command, why, started)
         if stage == _NO_PROGRAM:
             status = _NOT_FOUND if number == _ENOENT else _NOT_EXECUTABLE
             why = "not found" if number == _ENOENT else why
@@ -359,6 +363,17 @@ class Helper:
             channel.lose()
         self._channels.clear()
         self._changed.notify_all()
+
+
+def _could_not_connect(command: Command, why: str, started: float) -> CommandError:
+    result = CommandResult(
+        argv=command.argv,
+        returncode=_NOT_FOUND,
+        stdout="",
+        stderr=why,
+        duration=monotonic() - started,
+    )
+    return CommandError(f"nothing listens at {command.argv[0]} in the guest", result=result)
 
 
 class HelperChannel:
