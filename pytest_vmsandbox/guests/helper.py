@@ -282,6 +282,7 @@ class Helper:
                 if channel.failure is not None:
                     self._failed(kind, channel, command, login, started)
                 elif channel.closed:
+                    self._look(deadline)
                     raise GuestLost("the helper restarted while a program was started")
                 elif not channel.is_open:
                     self._look(deadline)
@@ -330,7 +331,7 @@ class Helper:
                     payload = bytes(self._rest[_HEAD.size : length + 4])
                     del self._rest[: length + 4]
                     self._take(chr(kind), number, payload)
-            except (ValueError, struct.error) as error:
+            except (ValueError, IndexError, struct.error) as error:
                 self._broken = f"it answers nonsense ({error})"
                 self._lose_channels()
             self._changed.notify_all()
@@ -491,6 +492,7 @@ class HelperChannel:
 
         Raises:
             ValueError: it is none that may come now.
+            IndexError: likewise.
             struct.error: likewise.
         """
         if kind == "S":
