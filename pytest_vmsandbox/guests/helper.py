@@ -188,9 +188,10 @@ class Helper:
 
     def send_signal(self, group: int, name: str) -> None:
         """See `Carrier.send_signal`."""
-        for number, channel in list(self._channels.items()):
-            if channel.group == group:
-                self.post(b"k", number, struct.pack("<i", signal.Signals[f"SIG{name}"]))
+        with self._changed:
+            numbers = [it.number for it in self._channels.values() if it.group == group]
+        for number in numbers:
+            self.post(b"k", number, struct.pack("<i", signal.Signals[f"SIG{name}"]))
 
     def is_current(self, channel: HelperChannel) -> bool:
         """See `Carrier.is_current`."""
@@ -269,8 +270,9 @@ class Helper:
     def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> ChannelProcess:
         started = monotonic()
         number = next(self._numbers)
-        channel = HelperChannel(self, number, self._generation, self._changed)
-        self._channels[number] = channel
+        with self._changed:
+            channel = HelperChannel(self, number, self._generation, self._changed)
+            self._channels[number] = channel
         try:
             while len(payload) > _MAX_PAYLOAD:
                 self.post(kind.upper(), number, payload[:_MAX_PAYLOAD])
@@ -287,9 +289,13 @@ class Helper:
                 elif not channel.is_open:
                     self._look(deadline)
         except BaseException:
-            self._channels.pop(number, None)
+            self._forget(number)
             raise
         return ChannelProcess(self, channel, command, check=self.check, group=channel.group)
+
+    def _forget(self, number: int) -> None:
+        with self._changed:
+            self._channels.pop(number, None)
 
     def _failed(
         self, kind: bytes, channel: HelperChannel, command: Command, login: str, started: float
@@ -297,7 +303,7 @@ class Helper:
         """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
-        self._channels.pop(channel.number, None)
+        self._forget(channel.number)
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None:
             raise cannot_log_in(login)
