@@ -66,6 +66,7 @@ class _Shelf:
         arming: how many are under way.
         failure: why none can be armed.
         last: when the last one was taken.
+        is_forgotten: the template is not to be used any more.
     """
 
     sealed: Sealed
@@ -76,6 +77,7 @@ class _Shelf:
     arming: int = 0
     failure: VMSandboxError | None = None
     last: Deadline = field(default_factory=lambda: Deadline(_IDLE_SECONDS))
+    is_forgotten: bool = False
 
 
 class Pool:
@@ -171,7 +173,9 @@ class Pool:
         """Give up what was cloned from a template."""
         with self._changed:
             for kind in [kind for kind in self._shelves if kind[0] == sealed.template.key]:
-                self._empty(self._shelves.pop(kind))
+                shelf = self._shelves.pop(kind)
+                shelf.is_forgotten = True
+                self._empty(shelf)
 
     def _start(self) -> None:
         """Let the fillers look for something to do; the condition is held."""
@@ -246,6 +250,8 @@ class Pool:
                     shelf.armed.append(clone)
                 elif claimed:
                     self._ledger.release(CLAIM)
+                if shelf.is_forgotten:  # meanwhile
+                    self._empty(shelf)
                 self._changed.notify_all()
 
     def _wanting(self) -> _Shelf | None:
