@@ -1,0 +1,159 @@
+"""How guests that were saved are put right when they wake."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.guests import waking
+from pytest_vmsandbox.guests.waking import Awake
+
+
+class Fakes:
+    """A machine and its helper; what was done to them is in `done`.
+
+    Attributes:
+        errors: of the guest's clock, each time that it is set; the last one stays.
+    """
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.done = []
+        self.seeds = []
+        self.fault = None
+
+    def _do(self, what):
+        self.done.append(what)
+        if self.fault == what:
+            raise GuestLost(f"no {what}", stage="command")
+
+    # -- of a machine
+
+    def resume(self):
+        self._do("resume")
+
+    # -- of a helper
+
+    def assume(self):
+        self._do("assume")
+
+    def seed(self, data):
+        self._do("seed")
+        self.seeds.append(data)
+
+    def _error(self):
+        return self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
+
+    def set_clock(self):
+        self._do("clock")
+        return self._error()
+
+    def send_clock(self):
+        self._do("send")
+        return 7
+
+    def clock_error(self, number, started):
+        assert number == 7
+        assert abs(started - wall()) < 10
+        self._do("answer")
+        return self._error()
+
+
+def wake(fakes):
+    waking.wake(fakes, fakes)
+
+
+def resume(fakes):
+    waking.resume(fakes, fakes)
+
+
+class TestWake:
+    def test_in_this_order(self):
+        """The numbers are stirred before anything of the guest's can use them."""
+        fakes = Fakes(0.001)
+        wake(fakes)
+        assert fakes.done == ["assume", "resume", "seed", "clock"]
+
+    def test_with_other_numbers_each_time(self):
+        fakes = Fakes(0.0)
+        for _ in range(3):
+            wake(fakes)
+        assert len(set(fakes.seeds)) == 3
+        assert {len(seed) for seed in fakes.seeds} == {64}
+
+    def test_a_clock_that_is_set_late_is_set_again(self):
+        fakes = Fakes(3.0, 0.2, waking.CLOCK_SECONDS)
+        wake(fakes)
+        assert fakes.done.count("clock") == 3
+
+    def test_a_clock_that_is_never_right(self):
+        fakes = Fakes(3.0, 0.25, 2.0)
+        with pytest.raises(
+            GuestLost, match=r"the clock of the guest is wrong by 0\.250 s"
+        ) as caught:
+            wake(fakes)
+        assert 5 < fakes.done.count("clock") < 100
+        assert "too much to do" in caught.value.remedy
+
+    @pytest.mark.parametrize("what", ["assume", "resume", "seed", "clock"])
+    def test_what_goes_wrong_is_told(self, what):
+        fakes = Fakes(0.0)
+        fakes.fault = what
+        with pytest.raises(GuestLost, match=f"no {what}"):
+            wake(fakes)
+        assert fakes.done[-1] == what
+
+
+class TestResume:
+    def test_the_clock_waits_there_when_the_processors_go_on(self):
+        fakes = Fakes(0.004)
+        resume(fakes)
+        assert fakes.done == ["send", "resume", "answer"]
+
+    def test_a_clock_that_is_set_late_is_set_again(self):
+        fakes = Fakes(0.3, 0.1, 0.01)
+        resume(fakes)
+        assert fakes.done == ["send", "resume", "answer", "clock", "clock"]
+
+    def test_a_clock_that_is_never_right(self):
+        with pytest.raises(GuestLost, match=r"wrong by 1\.500 s"):
+            resume(Fakes(1.5))
+
+    @pytest.mark.parametrize("what", ["send", "resume", "answer"])
+    def test_what_goes_wrong_is_told(self, what):
+        fakes = Fakes(0.0)
+        fakes.fault = what
+        with pytest.raises(GuestLost, match=f"no {what}"):
+            resume(fakes)
+
+
+class TestAwake:
+    def awake(self, done):
+        stack = ExitStack()
+        stack.callback(done.append, "ended")
+        return Awake(machine=fake(), helper=fake(), stack=stack)
+
+    def test_ends_with_its_context(self):
+        done = []
+        with self.awake(done):
+            assert done == []
+        assert done == ["ended"]
+
+    def test_ends_once(self):
+        """Also if whoever made it ends it as well."""
+        done = []
+        awake = self.awake(done)
+        with awake:
+            awake.stack.close()
+        assert done == ["ended"]
+
+    def test_an_error_passes_through(self):
+        done = []
+        with pytest.raises(KeyError), self.awake(done):
+            raise KeyError
+        assert done == ["ended"]
+
+
+def fake():
+    return Fakes(0.0)
