@@ -313,9 +313,11 @@ class TestIncoming:
         other = store.root / f".incoming-{key_of(4)[:32]}"
         other.mkdir()
         with locked(store.root / f"{key_of(4)[:32]}.lock"):
-            assert len(names(store)) == 3  # the second maker has swept after the first
-            make(store, 1)
-            assert names(store) == [other.name, key_of(1)[:32]]
+            assert len(names(store)) == 4
+            store.sweep()
+            assert names(store) == [other.name]
+        store.sweep()
+        assert names(store) == []
 
     def test_after_a_maker_of_the_same_was_killed(self, store):
         kill_a_maker(store, 1)
