@@ -21,6 +21,7 @@ _COMMANDS = {  # module and function of the same name; what it does
     "run": "Run one command in a fresh guest.",
     "shell": "Open an interactive shell in a fresh guest.",
     "clean": "End and delete what is ours and ownerless.",
+    "bench": "Measure on this machine what guests cost.",
 }
 
 

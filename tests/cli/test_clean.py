@@ -149,12 +149,13 @@ class TestLaunchers:
         """A process that looks like the launcher of a run."""
         program = tmp_path.joinpath(*leftovers._LAUNCHER.parts)
         program.parent.mkdir(parents=True)
-        program.write_text("import sys\nsys.stdin.read()\n")
+        program.write_text("import sys\nprint(flush=True)\nsys.stdin.read()\n")
         folder = tmp_path / "1-0123abcd"
         folder.mkdir()
         (folder / ".lock").touch()
         argv = [sys.executable, "-I", "-S", str(program), "3", "1", str(folder)]
-        with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"\n"  # before, it is not yet that program
             yield process, folder
             process.kill()
 
