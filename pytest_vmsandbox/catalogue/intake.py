@@ -14,7 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.files import locked, private_folder, remove_tree, sync_tree
+from pytest_vmsandbox.catalogue.files import (
+    locked,
+    private_folder,
+    remove_tree,
+    size_on_disk,
+    sync_tree,
+)
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -162,6 +168,24 @@ class Intake:
         sync_tree(folder.parent)
         store.discard([it for it in store.folders(self._name) if it != folder])
         return store.require(definition)
+
+
+def sweep(store: ImageStore) -> int:
+    """Remove what builds left that were killed, of all images; bytes that are free now.
+
+    Raises:
+        TeardownError: something of it cannot be removed.
+    """
+    freed = 0
+    for entry in store.root.glob("*/.*"):
+        with (
+            suppress(BlockingIOError, FileNotFoundError),
+            locked(store.root / f"{entry.parent.name}.lock"),
+        ):
+            size = size_on_disk(entry)
+            _clear(entry)
+            freed += size
+    return freed
 
 
 def _clear(entry: Path) -> None:

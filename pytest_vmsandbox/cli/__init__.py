@@ -20,6 +20,8 @@ _COMMANDS = {  # module and function of the same name; what it does
     "images": "List, build and remove images.",
     "run": "Run one command in a fresh guest.",
     "shell": "Open an interactive shell in a fresh guest.",
+    "clean": "End and delete what is ours and ownerless.",
+    "bench": "Measure on this machine what guests cost.",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import pwd
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check
+from pytest_vmsandbox.cli.figures.machine import system_name
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
@@ -57,7 +57,7 @@ class Machine:
     def checks(self) -> Iterator[Check]:
         """Everything that can be checked, most basic first."""
         building = sys.platform == "linux"  # there are no recipes for other systems
-        yield checks.operating_system(sys.platform, _system_name())
+        yield checks.operating_system(sys.platform, system_name())
         yield checks.python(tuple(sys.version_info[:3]), sys.executable)
         yield (qemu := self._qemu())
         yield checks.qemu_img(shutil.which("qemu-img"))
@@ -154,13 +154,6 @@ class Machine:
 
 def _uses_debian(definition: ImageDefinition) -> bool:
     return "mmdebstrap" in definition.requires
-
-
-def _system_name() -> str:
-    try:
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
-    except (OSError, KeyError):
-        return platform.platform(terse=True)
 
 
 def _user_name() -> str:

@@ -16,6 +16,7 @@ from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.guests.templates import TemplateStore
 
 _STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim"}
 
@@ -36,8 +37,14 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
     stale     its definition has changed since it was built
     missing   not built
     other     built here, but its definition is not in the catalogue
+
+    Below are the sealed templates: guests that were booted once, of which clones are made. How many
+    there are of an image, and their size on the disk.
     """  # noqa: D301  # a mark for click
     found = listing.entries(Catalogue(image_path), ImageStore(cache_dir()))
+    sealed: dict[str, list[int]] = {}
+    for template in TemplateStore(cache_dir()).all():
+        sealed.setdefault(template.image, []).append(template.size_on_disk)
     if as_json:
         write_json(
             {
@@ -50,7 +57,11 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
                         "description": image.description,
                     }
                     for image in found
-                ]
+                ],
+                "templates": [
+                    {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}
+                    for name, sizes in sorted(sealed.items())
+                ],
             }
         )
         return
@@ -61,6 +72,14 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
             (f"  {state}", _STYLES[image.state]),
             (f"  {size}", ""),
             (f"  {description}", ""),
+        )
+    width = max((len(image.name) for image in found), default=0)
+    for name, sizes in sorted(sealed.items()):
+        screen.parts(
+            (f"{name:{width}}", "bold"),
+            ("  sealed ", "cyan"),
+            (f"  {format_size(sum(sizes)):>9}", ""),
+            (f"  {len(sizes)} template{'' if len(sizes) == 1 else 's'}, for clones", ""),
         )
 
 
@@ -108,9 +127,20 @@ def build_one(
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @image_path_option
 def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
-    """Remove what is built of images, unless guests use it. A NAME may be a glob."""
+    """Remove what is built of images, and their sealed templates, unless guests use it.
+
+    A NAME may be a glob.
+    """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
-    built = list(dict.fromkeys(image.definition.name for image in store.all()))
+    templates = TemplateStore(cache_dir())
+    built = list(
+        dict.fromkeys(
+            [
+                *(image.definition.name for image in store.all()),
+                *(template.image for template in templates.all()),
+            ]
+        )
+    )
     chosen: dict[str, None] = {}
     for pattern in names:
         matching = [name for name in built if fnmatchcase(name, pattern)]
@@ -118,13 +148,20 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     screen = Screen()
     errors: list[Exception] = []
     for name in chosen:
+        removed, freed_too, _ = templates.discard(templates.folders(name))
+        with_templates = f", with {removed} of its sealed templates" if removed else ""
         try:
-            freed = store.remove(name)
+            freed = store.remove(name) + freed_too
         except VMSandboxError as error:
             errors.append(error)
+            if removed:
+                screen.say(
+                    f"{removed} sealed templates of {name} are removed: "
+                    f"{format_size(freed_too)} are free again"
+                )
         else:
             screen.say(
-                f"{name} is removed: {format_size(freed)} are free again"
+                f"{name} is removed{with_templates}: {format_size(freed)} are free again"
                 if freed
                 else f"{name} was not built"
             )

@@ -7,16 +7,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
 
-import pytest_vmsandbox
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageStore
-from pytest_vmsandbox.cli import checks, foreground, packages
+from pytest_vmsandbox.cli import checks, foreground, packages, pytest_runs
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import show
 from pytest_vmsandbox.cli.examine import Machine
@@ -27,7 +25,6 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 
 _SUITE = Path(__file__).with_name("quickstart_suite")
-_PLUGIN = "vmsandbox"  # the name of our entry point
 _NEXT = """\
 A test that asks for the fixture 'vm' gets a guest:   def test_it(vm): vm.run(["uname", "-a"])
 Which guests it runs on, and all options:             pytest --vm='debian-*', pytest --help
@@ -171,7 +168,8 @@ def _run_suite(screen: Screen, image: str) -> None:
     try:
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
-        environment, plugin = _environment()
+        environment, plugin = pytest_runs.environment()
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         argv = [
             *(sys.executable, "-m", "pytest", "-p", plugin, "-v", f"--vm={image}"),
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
@@ -193,21 +191,3 @@ def _run_suite(screen: Screen, image: str) -> None:
         f"{monotonic() - began:.0f} s; nothing of them is left.",
         "bold green",
     )
-
-
-def _environment() -> tuple[dict[str, str], str]:
-    """Variables that keep other plugins and options out, and the name of our plugin."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
-    }
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    if entry_points(group="pytest11", name=_PLUGIN):
-        return environment, _PLUGIN
-    # A checkout that is not installed.
-    root = str(Path(pytest_vmsandbox.__file__).resolve().parent.parent)
-    path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    return environment, f"{pytest_vmsandbox.__name__}.plugin"

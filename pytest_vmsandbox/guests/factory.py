@@ -239,6 +239,10 @@ class GuestFactory:
         kind = self._prepared(image), self._settings.hardware.changed(hardware)
         self._expected[kind] = self._expected.get(kind, 0) + count
 
+    def await_armed(self, timeout: float) -> bool:
+        """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+        return self._pool.await_armed(timeout)
+
     def _cloned(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
     ) -> Guest | None:

@@ -67,6 +67,13 @@ class Platform(Protocol):
     def roll_back(self, saved: Any) -> None:
         """Let the machine go on from a saved state when it is switched on next."""
 
+    def ping(self) -> None:
+        """Have the guest's helper answer.
+
+        Raises:
+            ConfigError: there is no helper in the guest.
+        """
+
     def close(self) -> None:
         """The guest is over."""
 
@@ -608,7 +615,22 @@ class Guest:
     @property
     def processor_seconds(self) -> float:
         """Processor time that it has taken of this host since it was switched on."""
-        return host.processor_seconds(self._on().process.pid)
+        return host.processor_seconds(self.pid)
+
+    @property
+    def pid(self) -> int:
+        """The process number of its QEMU; it may go on resting."""
+        return (self._machine or self._on()).process.pid
+
+    def ping(self) -> None:
+        """Have its helper answer, which does nothing else.
+
+        Raises:
+            ConfigError: there is no helper in the guest.
+        """
+        with self._explained(), self._in_use():
+            self._on().check()
+            self._platform.ping()
 
     def seal(self, state: IO[bytes]) -> None:
         """Write the state of its devices to an open file, and end it; its memory is a file.

@@ -198,6 +198,12 @@ class GuestPlatform:
         else:
             machine.resume()
 
+    def ping(self) -> None:
+        """See `Platform.ping`."""
+        if self._helper is None or not self._helper.is_there:
+            raise ConfigError(f"{self._name} has no helper")
+        self._helper.ping()
+
     def close(self) -> None:
         """See `Platform.close`."""
         self._own.close()

@@ -169,6 +169,16 @@ class Pool:
         finally:
             self._ledger.release(CLAIM)
 
+    def await_armed(self, timeout: float) -> bool:
+        """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: (
+                    self._wanting() is None and not any(it.arming for it in self._shelves.values())
+                ),
+                timeout,
+            )
+
     def forget(self, sealed: Sealed) -> None:
         """Give up what was cloned from a template."""
         with self._changed:

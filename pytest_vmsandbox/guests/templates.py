@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +113,12 @@ class TemplateStore:
         folders = sorted(self.root.glob(f"[!.]*/{METADATA}"), key=_last_use)
         return [found for file in folders if (found := self._read(file.parent)) is not None]
 
+    def folders(self, image: str | None = None) -> list[Path]:
+        """Where the templates lie: those of an image, or all, also those that cannot be read."""
+        if image is not None:
+            return [it.folder for it in self.all() if it.image == image]
+        return sorted(it for it in self.root.glob("[!.]*") if it.is_dir())
+
     @contextmanager
     def hold(self, template: Template) -> Iterator[None]:
         """Keep a template from being removed.
@@ -201,6 +207,14 @@ class TemplateStore:
             if template.folder != keep and (freed := self.remove(template.folder)):
                 total -= freed
 
+    def discard(self, folders: Sequence[Path]) -> tuple[int, int, int]:
+        """Remove those that nobody uses: how many those are, their bytes, and how many stay."""
+        removed = freed = 0
+        for folder in folders:
+            if size := self.remove(folder):
+                removed, freed = removed + 1, freed + size
+        return removed, freed, sum(folder.exists() for folder in folders)
+
     def remove(self, folder: Path) -> int:
         """Remove a template that nobody uses.
 
@@ -235,15 +249,26 @@ class TemplateStore:
                 )
         return None
 
-    def sweep(self) -> None:
-        """Remove what others left who were killed."""
+    def sweep(self) -> int:
+        """Remove what others left who were killed; bytes that are free now."""
+        freed = 0
         for entry in [*self.root.glob(f"{_INCOMING}*"), *self.root.glob(f"{_GONE}*")]:
             key = entry.name.removeprefix(_INCOMING).removeprefix(_GONE)
             with (
                 suppress(BlockingIOError, FileNotFoundError, TeardownError),
                 locked(self.root / f"{key}.lock"),
             ):
+                size = size_on_disk(entry)
                 remove_tree(entry)
+                freed += size
+        return freed
+
+    def remove_locks(self) -> None:
+        """Remove the locks of templates that are not there."""
+        for lock in self.root.glob("*.lock"):
+            with suppress(BlockingIOError, FileNotFoundError), locked(lock):
+                if not (self.root / lock.stem).exists():
+                    lock.unlink()  # who waits for it sees that, and makes a new one
 
 
 def _seal(content: dict[str, object]) -> str:

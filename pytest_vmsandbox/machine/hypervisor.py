@@ -74,6 +74,30 @@ def _run_folder(root: Path) -> Iterator[Path]:
 def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
     """A new folder for a run, and its lock, held."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _guarded(root):
+        _sweep(root)
+        folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
+        folder.mkdir(mode=0o700)
+        lock = (folder / _LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def remove_dead_runs(root: Path) -> list[Path]:
+    """Remove the folders of runs that are gone; those that were removed.
+
+    Raises:
+        ConfigError: `root` is not private to this user.
+    """
+    if not root.exists():
+        return []
+    with paths.usable(root, paths.RUNTIME), _guarded(root):
+        return _sweep(root)
+
+
+@contextmanager
+def _guarded(root: Path) -> Iterator[None]:
+    """Be the only one who makes or removes folders of runs."""
     status = root.lstat()  # a link that somebody else has put there is none of ours
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
@@ -83,14 +107,14 @@ def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
         )
     with (root / _LOCK).open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        for entry in root.iterdir():
-            if _is_run_folder(entry) and not is_alive(entry):
-                shutil.rmtree(entry, ignore_errors=True)
-        folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir(mode=0o700)
-        lock = (folder / _LOCK).open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
+        yield
+
+
+def _sweep(root: Path) -> list[Path]:
+    dead = [it for it in root.iterdir() if _is_run_folder(it) and not is_alive(it)]
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [it for it in dead if not it.exists()]
 
 
 def _is_run_folder(entry: Path) -> bool:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+
+from pytest_vmsandbox.cli.figures.suites import idle_pairs
 
 
 def main() -> None:
@@ -26,10 +24,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "test_nothing.py").write_text("def test_nothing():\n    pass\n")
-        run(folder)  # byte code is compiled, caches are warm
-        run(folder, "-p", "no:vmsandbox")
-        pairs = [(run(folder), run(folder, "-p", "no:vmsandbox")) for _ in range(args.runs)]
+        pairs = [(a * 1000, b * 1000) for a, b in idle_pairs(Path(folder), args.runs)]
     figures = {
         "schema": 1,
         "runs": args.runs,
@@ -45,15 +40,6 @@ def main() -> None:
             f"{figures['with_ms']} ms with, {figures['without_ms']} ms without: "
             f"{figures['idle_cost_ms']} ms, ratio {figures['ratio']} ({args.runs} pairs, medians)"
         )
-
-
-def run(folder: str, *more: str) -> float:
-    """Milliseconds of one run of pytest."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *more]
-    started = time.perf_counter()
-    subprocess.run(argv, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
-    return (time.perf_counter() - started) * 1000
 
 
 if __name__ == "__main__":

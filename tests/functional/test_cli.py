@@ -254,3 +254,14 @@ def test_quickstart_where_everything_is_there(tmp_path):
     assert b"nothing of them is left" in done.stdout
     assert b"\x1b" not in done.stdout + done.stderr
     assert list(tmp_path.glob("vmsandbox-quickstart-*")) == []
+
+
+def test_bench():
+    done = vmsandbox("bench", "tiny", "--only", "armed_run_ms", "--count", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert (content["schema"], content["image"]) == (1, "tiny")
+    assert content["samples"] == {"cold_boot_s": 1, "armed_run_ms": 5}
+    assert content["ratios"]["armed_run_ms"]["p50"] > 1
+    assert content["armed_run_ms"]["p99"] is None  # of so few
+    assert "armed_run_ms" in content["reasons"]

@@ -197,6 +197,9 @@ class FakePlatform:
     def going_down(self):
         self.events.append("going down")
 
+    def ping(self):
+        self.events.append("ping")
+
     def save(self, machine):
         self.events.append("save")
         return "saved"
@@ -647,3 +650,14 @@ def test_streams_are_passed_on_as_they_come(vm):
     command = Command(argv=("cat",))
     status = vm.stream(command, stdin=io.BytesIO(b"x"), stdout=got.append, stderr=got.append)
     assert (status, b"".join(got)) == (0, b"x")
+
+
+class TestPing:
+    def test_the_helper_is_asked(self, platform, vm):
+        vm.ping()
+        assert platform.events == ["ping"]
+
+    def test_a_guest_that_is_gone(self, platform, vm):
+        vm.power_cut()
+        with pytest.raises(GuestLost):
+            vm.ping()

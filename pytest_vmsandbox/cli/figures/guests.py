@@ -1,0 +1,319 @@
+"""The figures that are measured with guests."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from pytest_vmsandbox.cli.figures.values import (
+    COLD,
+    CannotMeasureError,
+    Figure,
+    median,
+    percentiles,
+)
+from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.guest import Guest
+
+ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
+_ARM_SECONDS = 300.0  # for the pool, to arm what it wants
+_SERVICES_SECONDS = 600.0
+_PUSH_BYTES = 16 * MIB
+_BUSY = ["sh", "-c", "while :; do sleep 0.1; done"]
+_TOGETHER = 8  # clones that share a template's memory while it is looked at how much each takes
+_UNCOUNTED = 4  # guests at the start that the pool has made ahead
+
+
+@dataclass(kw_only=True)
+class Site:
+    """What is measured, and how thoroughly.
+
+    Attributes:
+        image: of the guests.
+        settings: of the factories that make them.
+        hardware: of the guests, as `GuestFactory.boot` takes it.
+        count: samples, instead of those that each figure takes by itself.
+        most: guests at once.
+        folder: an empty one, for files that are needed meanwhile.
+        python: whether the guests have a Python.
+        systemd: whether it is what starts their services.
+        wanted: the keys that were asked for.
+        say: told of long waits.
+        told: what did not go as it should, last.
+    """
+
+    image: str
+    settings: Settings
+    hardware: Mapping[str, object]
+    folder: Path
+    count: int | None = None
+    most: int = 60
+    python: bool = True
+    systemd: bool = False
+    wanted: Sequence[str] = ()
+    say: Callable[[str], None] = lambda _: None
+    told: str = field(default="", init=False)
+
+    def at_most(self, number: int) -> int:
+        """How many samples a figure that takes so many by itself is to take."""
+        return number if self.count is None else min(number, self.count)
+
+    @contextmanager
+    def factory(self, clones: str) -> Iterator[GuestFactory]:
+        """A factory that makes guests in this way; see `Settings.clones`."""
+        settings = replace(self.settings, clones=clones)
+        surroundings = Surroundings(say=self.say, tell=self._note)
+        with GuestFactory.open(settings, surroundings) as factory:
+            yield factory
+
+    def _note(self, text: str) -> None:
+        self.told = text
+        self.say(text)
+
+    @contextmanager
+    def guest(self, factory: GuestFactory, *origins: str) -> Iterator[Guest]:
+        """A guest that has come to be in one of these ways.
+
+        Raises:
+            CannotMeasureError: it has come to be in another one.
+        """
+        with factory.boot(self.image, **self.hardware) as guest:
+            if guest.origin not in origins:
+                told = f": {self.told}" if self.told else ""
+                raise CannotMeasureError(
+                    f"guests are {guest.origin} here, not {' or '.join(origins)}{told}"
+                )
+            yield guest
+
+    @cached_property
+    def throughput(self) -> _Throughput:
+        """Two figures come from one measurement."""
+        return _measure_throughput(self)
+
+
+def first_command(guest: Guest) -> None:
+    """What most figures end with."""
+    guest.run(["true"])
+
+
+# -- one guest -------------------------------------------------------------------------------------
+
+
+def cold_boot(site: Site) -> Figure:
+    """A boot, to the end of the first command.
+
+    A guest may answer long before it has started all of its services. A clone has started them, so
+    how long that takes is told, too.
+    """
+    asked = COLD in site.wanted
+    number = site.at_most(3) if asked else 1  # only for the ratios
+    details = {}
+    with site.factory("never") as factory:
+        samples = [_timed(site, factory, "booted", first_command) for _ in range(number)]
+        if asked and site.systemd:
+            settled = _timed(site, factory, "booted", _await_services)
+            details["services_started_s"] = round(settled, 2)
+    return replace(median(samples, digits=2), details=details)
+
+
+def _await_services(guest: Guest) -> None:
+    waiting = ["systemctl", "is-system-running", "--wait"]
+    guest.run(waiting, check=False, timeout=_SERVICES_SECONDS, user="root")
+
+
+def clone_on_demand(site: Site) -> Figure:
+    """A clone that nobody has armed, to the end of the first command."""
+    with site.factory("demand") as factory:
+        _timed(site, factory, "cloned", first_command)  # the template is opened, and read once
+        samples = [
+            _timed(site, factory, "cloned", first_command) * 1000 for _ in range(site.at_most(20))
+        ]
+    return median(samples)
+
+
+def armed_noop(site: Site) -> Figure:
+    """A lease, to the answer of the helper."""
+    return _armed(site, lambda guest: guest.ping())
+
+
+def armed_run(site: Site) -> Figure:
+    """A lease, to the end of the first command."""
+    return _armed(site, first_command)
+
+
+def _armed(site: Site, act: Callable[[Guest], object]) -> Figure:
+    number = site.count or 200
+    samples: list[float] = []
+    missed = 0
+    with site.factory("armed") as factory:
+        factory.expect(site.image, site.hardware, number + 1)
+        with site.guest(factory, "armed", "cloned") as guest:  # the pool begins to fill itself
+            act(guest)
+        while len(samples) < number:
+            if not factory.await_armed(_ARM_SECONDS):
+                raise CannotMeasureError(f"the pool was not full after {_ARM_SECONDS:g} s")
+            try:
+                samples.append(_timed(site, factory, "armed", act) * 1000)
+            except CannotMeasureError:
+                missed += 1
+                if missed > max(3, number // 20):
+                    raise
+    figure = percentiles(samples)
+    return replace(figure, details={**figure.details, "not_armed": missed})
+
+
+def _timed(site: Site, factory: GuestFactory, origin: str, act: Callable[[Guest], object]) -> float:
+    """Seconds from the wish for a guest until it has done something."""
+    began = time.perf_counter()
+    with site.guest(factory, origin) as guest:
+        act(guest)
+        return time.perf_counter() - began
+
+
+def push(site: Site) -> Figure:
+    """Files go into a guest."""
+    source = site.folder / "random"
+    source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
+    samples = []
+    with (
+        site.factory("demand") as factory,
+        factory.boot(site.image, **site.hardware) as guest,
+    ):
+        for _ in range(site.at_most(5)):
+            began = time.perf_counter()
+            guest.push(source, "/tmp/random")  # noqa: S108  # in the guest
+            samples.append(_PUSH_BYTES / MIB / (time.perf_counter() - began))
+            guest.run(["rm", "/tmp/random"])  # noqa: S108  # likewise
+    return median(samples)
+
+
+# -- one after the other ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Throughput:
+    guests: int
+    seconds: float
+    processor_seconds: float
+
+
+def _measure_throughput(site: Site) -> _Throughput:
+    number = site.count or 50
+    processor_seconds = 0.0
+    began = ours = 0.0
+    with site.factory("armed") as factory:
+        factory.expect(site.image, site.hardware, number + _UNCOUNTED)
+        for counted in range(-_UNCOUNTED, number):
+            if counted == 0:
+                began, ours = time.perf_counter(), time.process_time()
+            with site.guest(factory, "armed", "cloned") as guest:
+                first_command(guest)
+                if counted >= 0:
+                    processor_seconds += guest.processor_seconds
+        seconds = time.perf_counter() - began
+        processor_seconds += time.process_time() - ours
+    return _Throughput(guests=number, seconds=seconds, processor_seconds=processor_seconds)
+
+
+def guests_per_s(site: Site) -> Figure:
+    """Fresh guests, one after the other."""
+    found = site.throughput
+    return Figure(value=round(found.guests / found.seconds, 2), samples=found.guests)
+
+
+def cpu_per_guest(site: Site) -> Figure:
+    """Their processor time, and ours for them."""
+    found = site.throughput
+    milliseconds = found.processor_seconds / found.guests * 1000
+    return Figure(value=round(milliseconds, 1), samples=found.guests)
+
+
+# -- many at once ----------------------------------------------------------------------------------
+
+
+def pss_per_clone(site: Site) -> Figure:
+    """Memory of clones that were armed, and have done nothing since."""
+    number = site.at_most(_TOGETHER)
+    with site.factory("armed") as factory, ExitStack() as stack:
+        factory.expect(site.image, site.hardware, number + 1)
+        with site.guest(factory, "armed", "cloned"):
+            pass
+        guests = []
+        for _ in range(number):
+            factory.await_armed(_ARM_SECONDS)
+            guests.append(stack.enter_context(site.guest(factory, "armed")))
+        sizes = [memory_of(guest.pid) for guest in guests]
+    own = statistics.median(it["Private_Clean"] + it["Private_Dirty"] for it in sizes) / MIB
+    figure = median([it["Pss"] / MIB for it in sizes])
+    return replace(figure, details={"own_mib": round(own, 1)})
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes of memory of a process, by what the system calls them.
+
+    Raises:
+        CannotMeasureError: this system does not tell.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    except (OSError, ValueError, IndexError) as error:
+        raise CannotMeasureError(f"this system does not tell Pss: {error}") from error
+
+
+def leased_at_once(site: Site) -> Figure:
+    """Guests that are there and wait."""
+    return _at_once(site, busy=False)
+
+
+def running_at_once(site: Site) -> Figure:
+    """Guests that have something to do."""
+    return _at_once(site, busy=True)
+
+
+def _at_once(site: Site, *, busy: bool) -> Figure:
+    """Take guests until there is no room, or as many as are allowed; then ask each in turn."""
+    limit = f"no more than {site.most} were tried"
+    with site.factory("demand") as factory, ExitStack() as stack:
+        guests: list[Guest] = []
+        while len(guests) < site.most:
+            try:
+                guests.append(stack.enter_context(site.guest(factory, "cloned")))
+            except (VMSandboxError, CannotMeasureError) as error:
+                if not guests:
+                    raise
+                limit = error.brief if isinstance(error, VMSandboxError) else str(error)
+                break
+        if busy:  # only now: to clone guests beside those that run would take minutes
+            for number, guest in enumerate(guests, 1):
+                guest.popen(_BUSY)
+                if (took := _answer(guest)) > ANSWER_SECONDS:
+                    limit = f"the last one took {took:.1f} s to answer"
+                    guests = guests[:number]
+                    break
+        answers = [_answer(guest) for guest in guests]
+    in_time = sum(took <= ANSWER_SECONDS for took in answers)
+    return Figure(
+        value=in_time,
+        samples=len(answers),
+        details={
+            "answer_ms": round(statistics.median(answers) * 1000, 1),
+            "slowest_answer_ms": round(max(answers) * 1000, 1),
+            "limit": limit,
+        },
+    )
+
+
+def _answer(guest: Guest) -> float:
+    began = time.perf_counter()
+    first_command(guest)
+    return time.perf_counter() - began
