@@ -29,9 +29,9 @@ from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
-from pytest_vmsandbox.guests.pool import Pool
+from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Provision, Step
-from pytest_vmsandbox.guests.sealing import CannotSealError, Sealer, grow, template_key
+from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -251,21 +251,7 @@ class GuestFactory:
         if not self._may_clone(blueprint, steps):
             return None
         try:
-            while True:
-                sealed = self._sealer.obtain(blueprint, steps)
-                ahead = self._settings.clones == "armed"
-                count = self._expected.pop((prepared, blueprint.hardware), 0)
-                if ahead and count:
-                    self._pool.expect(sealed, blueprint, count)
-                own = stack.enter_context(ExitStack())
-                clone, was_armed = own.enter_context(
-                    self._pool.lease(sealed, blueprint, more=ahead)
-                )
-                if not sealed.damage.result():
-                    break
-                own.close()
-                self._pool.forget(sealed)
-                self._sealer.drop_damaged(sealed)
+            sealed, clone, was_armed = self._lease(blueprint, prepared, stack)
         except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
             self._no_clones(blueprint, steps, error)
             return None
@@ -282,6 +268,33 @@ class GuestFactory:
         guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
         guest.facts = sealed.template.facts
         return stack.enter_context(guest)
+
+    def _lease(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+    ) -> tuple[Sealed, Clone, bool]:
+        """A clone of a template that is what it was when it was sealed."""
+        ahead = self._settings.clones == "armed"
+        while True:
+            sealed = self._sealer.obtain(blueprint, prepared.steps)
+            count = self._expected.pop((prepared, blueprint.hardware), 0)
+            if ahead and count:
+                self._pool.expect(sealed, blueprint, count)
+            own = stack.enter_context(ExitStack())
+            try:
+                clone, was_armed = own.enter_context(
+                    self._pool.lease(sealed, blueprint, more=ahead)
+                )
+            except LaunchError:
+                if sealed.template.folder.exists():
+                    raise
+                drop = self._sealer.drop  # another run found it damaged
+            else:
+                if not sealed.damage.result():
+                    return sealed, clone, was_armed
+                drop = self._sealer.drop_damaged
+            own.close()
+            self._pool.forget(sealed)
+            drop(sealed)
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
         kind = template_key(blueprint, steps)

@@ -141,9 +141,13 @@ class Sealer:
             f"the template of {sealed.blueprint.image} was damaged "
             f"({sealed.damage.result()}); it is made anew"
         )
+        self.drop(sealed)
+        self._store.throw_away(sealed.template.folder)
+
+    def drop(self, sealed: Sealed) -> None:
+        """Let go of a template: what comes next is another one."""
         self._open.pop(sealed.template.key, None)
         sealed.stack.close()
-        self._store.remove(sealed.template.folder)
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
         for _ in range(2):
@@ -162,7 +166,7 @@ class Sealer:
                         stack=stack.pop_all(),
                     )
                 except FileNotFoundError:  # removed in this moment, or damaged
-                    self._store.remove(template.folder)
+                    self._store.throw_away(template.folder)
                 except (OSError, ValueError) as error:
                     raise CannotSealError(
                         f"the template of {blueprint.image} cannot be opened: {error}"

@@ -189,8 +189,7 @@ class TemplateStore:
         )
         sync_tree(folder)
         place = self.root / key[:32]
-        if place.exists():  # a damaged one
-            self.remove(place)
+        self.throw_away(place)  # a damaged one
         folder.rename(place)
         self.shrink(keep=place)
         template = self._read(place)
@@ -231,6 +230,17 @@ class TemplateStore:
         except (FileNotFoundError, BlockingIOError):
             return 0
         return size
+
+    def throw_away(self, folder: Path) -> None:
+        """Remove a template that is damaged, also from under those who use it.
+
+        They go on with what they have open, and find it gone when they want more.
+        """
+        gone = folder.with_name(f"{_GONE}{folder.name}")
+        with suppress(FileNotFoundError):
+            remove_tree(gone)
+            folder.rename(gone)
+        remove_tree(gone)
 
     def _read(self, folder: Path) -> Template | None:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import calendar
 import dataclasses
 import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +49,7 @@ def factory(cache):
             told = Told()
             surroundings = Surroundings(say=told.append, tell=told.append, **more)
             settings = Settings(cache=cache, clones=clones)
-            one = stack.enter_context(GuestFactory.open(settings, surroundings))
+            one: Any = stack.enter_context(GuestFactory.open(settings, surroundings))
             one.told = told
             return one
 
@@ -60,9 +62,7 @@ def offset(vm) -> float:
     text = vm.shell("touch /tmp/now; stat -c %y /tmp/now; date +%z").stdout.splitlines()[0]
     after = time.time()
     whole, _, fraction = text.partition(".")
-    import calendar
-
-    theirs = calendar.timegm(time.strptime(whole, "%Y-%m-%d %H:%M:%S"))
+    theirs = float(calendar.timegm(time.strptime(whole, "%Y-%m-%d %H:%M:%S")))
     theirs += float(f"0.{fraction.split()[0]}")
     if theirs < before:
         return theirs - before

@@ -28,6 +28,7 @@ class Local(LocalGuest):
     """Sees nothing of how pytest was called here, as a real guest would not."""
 
     spec = SimpleNamespace(user="root")
+    facts = None
 
     def run(self, argv, **how):
         if argv[:2] == ["sh", "-c"] and "serve" in argv[2]:
