@@ -42,6 +42,7 @@ from pytest_vmsandbox.machine.ledger import Ledger
 from pytest_vmsandbox.machine.qemu import find_qemu
 
 _FILLERS = 2
+_MOST_LOST = 3  # clones in a row that do not wake up, before guests are booted
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
 _IDLE_SECONDS = 0.5  # before a guest may be paused
 
@@ -274,6 +275,7 @@ class GuestFactory:
     ) -> tuple[Sealed, Clone, bool]:
         """A clone of a template that is what it was when it was sealed."""
         ahead = self._settings.clones == "armed"
+        lost = 0
         while True:
             sealed = self._sealer.obtain(blueprint, prepared.steps)
             count = self._expected.pop((prepared, blueprint.hardware), 0)
@@ -284,6 +286,11 @@ class GuestFactory:
                 clone, was_armed = own.enter_context(
                     self._pool.lease(sealed, blueprint, more=ahead)
                 )
+            except GuestLost:  # a host with too much to do may lose one
+                lost += 1
+                if lost == _MOST_LOST:
+                    raise
+                continue
             except LaunchError:
                 if sealed.template.folder.exists():
                     raise

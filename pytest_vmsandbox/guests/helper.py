@@ -547,6 +547,7 @@ class HelperChannel:
     def hung_up(self) -> None:
         """It was let go of here."""
         self.closed = self._moved = True
+        self.status_event.set()
         self._changed.notify_all()
 
     def end_at_once(self, status: int, stderr: bytes) -> None:

@@ -141,7 +141,9 @@ class Pool:
     def expect(self, sealed: Sealed, blueprint: Blueprint, count: int) -> None:
         """Be told that so many more clones of a template are going to be asked for."""
         with self._changed:
-            self._shelf(sealed, blueprint).expected += count
+            shelf = self._shelf(sealed, blueprint)
+            shelf.expected += count
+            shelf.last = Deadline(_IDLE_SECONDS)
             self._start()
 
     @contextmanager
@@ -213,6 +215,7 @@ class Pool:
                 self._changed.notify_all()
                 return clone, False
             shelf.failure = None
+            self._changed.notify_all()
         self._ledger.claim(CLAIM, spare=False)
         try:
             return self._arm(sealed, blueprint), False

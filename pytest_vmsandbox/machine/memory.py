@@ -53,7 +53,9 @@ def copy(source: IO[bytes], dest: IO[bytes]) -> None:
         os.lseek(dest.fileno(), start, os.SEEK_SET)
         at = start
         while at < end:
-            at += os.sendfile(dest.fileno(), source.fileno(), at, end - at)
+            if not (sent := os.sendfile(dest.fileno(), source.fileno(), at, end - at)):
+                raise OSError(errno.EIO, "the file has become shorter")
+            at += sent
 
 
 def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,8 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.machine.loop import LoopThread
 
+_MAX_EARLY = 1 << 20  # bytes that are kept before anybody listens
+
 
 class Port:
     """A port of the guest. What arrives before anybody listens is kept.
@@ -46,7 +48,7 @@ class Port:
     def _arrived(self, data: bytes) -> None:
         with self._receiving:
             if self._feed is None:
-                self._early += data
+                self._early += data[: _MAX_EARLY - len(self._early)]
             else:
                 self._feed(data)
 
