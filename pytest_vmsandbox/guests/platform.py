@@ -216,12 +216,7 @@ class GuestPlatform:
     def ssh_command(self, machine: Machine, user: str) -> str:
         """See `Platform.ssh_command`."""
         host, port = machine.forward(_SSH_PORT)
-        deadline = Deadline(_CONNECT_SECONDS * self.blueprint.verdict.time_scale)
-        while not ssh.greeting((host, port), deadline.remaining(_LOOK_SECONDS)):
-            machine.check()
-            if deadline.expired:
-                raise GuestLost(f"{self._name} does not answer on SSH", stage="ssh")
-            deadline.pause(_LOOK_SECONDS)
+        check_network(machine, self.blueprint)
         folder = self._hypervisor.folder
         known, key = folder / KNOWN_HOSTS, folder / f"key.{self._name}"
         self._key.save(key)
@@ -253,3 +248,22 @@ def helper_of(machine: Machine, blueprint: Blueprint) -> Helper:
         patience=_ANSWER_SECONDS * scale,
         quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
     )
+
+
+def check_network(machine: Machine, blueprint: Blueprint) -> None:
+    """See that the guest is reached through its network.
+
+    Raises:
+        GuestLost: its SSH server does not greet.
+    """
+    address = machine.forward(_SSH_PORT)
+    deadline = Deadline(_CONNECT_SECONDS * blueprint.verdict.time_scale)
+    while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
+        machine.check()
+        if deadline.expired:
+            raise GuestLost(
+                f"{machine.spec.name} is not reached through its network: its SSH server does not "
+                f"greet within {deadline.seconds:g} s",
+                stage="ssh",
+            )
+        deadline.pause(_LOOK_SECONDS / 10)

@@ -20,7 +20,7 @@ from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import waking
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.platform import helper_of
+from pytest_vmsandbox.guests.platform import check_network, helper_of
 from pytest_vmsandbox.guests.sealing import Sealed
 from pytest_vmsandbox.guests.waking import Awake
 from pytest_vmsandbox.machine.cmdline import Start
@@ -334,6 +334,9 @@ class Pool:
             state.close()  # it is loaded
             helper = helper_of(machine, blueprint)
             waking.wake(machine, helper)
+            if sealed.is_new and not sealed.checked.is_set():
+                check_network(machine, blueprint)
+                sealed.checked.set()
             helper.set_hostname(name)
             for _ in range(_EXERCISES):
                 process = helper.start(Command(argv=("true",)))

@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,6 +73,8 @@ class Sealed:
         key: the key that opens them.
         memory: their memory, which they cannot change.
         damage: what of the template is damaged, once that is known; see `Template.damage`.
+        is_new: whether it was made in this process: then its first clone is looked at more closely.
+        checked: set when that was done.
         stack: lets go of it.
     """
 
@@ -80,7 +83,9 @@ class Sealed:
     key: ssh.KeyPair
     memory: IO[bytes]
     damage: Future[str]
+    is_new: bool
     stack: ExitStack
+    checked: threading.Event = field(default_factory=threading.Event)
 
 
 class Sealer:
@@ -151,7 +156,8 @@ class Sealer:
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
         for _ in range(2):
-            template = self._store.find(key) or self._made(key, blueprint, steps)
+            found = self._store.find(key)
+            template = found or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
                     stack.enter_context(self._store.hold(template))
@@ -163,6 +169,7 @@ class Sealer:
                         key=ssh.KeyPair.of(template.private_key),
                         memory=file,
                         damage=self._digests.submit(template.damage),
+                        is_new=found is None,
                         stack=stack.pop_all(),
                     )
                 except FileNotFoundError:  # removed in this moment, or damaged

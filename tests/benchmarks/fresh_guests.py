@@ -38,7 +38,9 @@ def main() -> int:
         factory.expect(args.image, {}, args.count + 1)
         with factory.boot(args.image) as guest:
             guest.run(["true"])
-        print("  guests  ms each (median, mean)  our memory MiB  descriptors  files  host's memory MiB")
+        print(
+            "  guests  ms each (median, mean)  our memory MiB  descriptors  files  host's memory MiB"
+        )
         taken: list[float] = []
         for number in range(1, args.count + 1):
             started = time.perf_counter()
