@@ -18,7 +18,7 @@ CACHE, RUNTIME = "VMSANDBOX_CACHE", "VMSANDBOX_RUNTIME"
 
 
 def cache_dir() -> Path:
-    """The user's cache: built images and verdicts. ``VMSANDBOX_CACHE`` overrides it.
+    """The user's cache: images, templates and so on. ``VMSANDBOX_CACHE`` overrides it.
 
     Raises:
         ConfigError: this user has no home.

@@ -82,9 +82,10 @@ class Surroundings:
 
 
 class GuestFactory:
-    """Boots guests; pytest's fixture `vm_factory` is one.
+    """Gives out guests; pytest's fixture `vm_factory` is one.
 
-    Nothing is started before the first guest is asked for.
+    They are clones of sealed templates, which it makes where there are none, or are booted where there
+    can be none. Nothing is started before the first guest is asked for.
     """
 
     def __init__(self, settings: Settings, stack: ExitStack, surroundings: Surroundings) -> None:
@@ -116,8 +117,9 @@ class GuestFactory:
     def boot(self, image: str | PreparedImage, **hardware: object) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
-        It is a clone of a guest that was booted once, on this machine, and sealed; where there can
-        be none, it is booted.
+        It is a clone of a guest that was booted once, on this machine, and sealed: that takes
+        milliseconds, but the first time a boot and some seconds, which people are told. Where there
+        can be none it is booted, and prepared, each time.
 
         Args:
             image: a name of the catalogue, or what `prepare` returned.
@@ -127,8 +129,9 @@ class GuestFactory:
         Raises:
             ConfigError: there is no such image or hardware.
             ImageError: the image is not built.
-            LaunchError: QEMU cannot be started.
+            LaunchError: QEMU cannot be started, or this host has no room.
             BootError: the guest does not come up.
+            VMSandboxError: it cannot be prepared. Whatever a preparation raises comes through.
 
         Example::
 
@@ -179,18 +182,25 @@ class GuestFactory:
     ) -> PreparedImage:
         """An image with more in it, which `boot` takes.
 
-        It is prepared once until something of what it depends on changes, and then again for other
-        hardware than the run's default.
+        It is prepared now, for the run's default hardware, unless it was since something of what it
+        depends on has changed, in this run or another. For other hardware that is done when the
+        first such guest is asked for.
 
         Args:
             image: a name of the catalogue, or what was prepared before.
-            run: called with a guest, prepares it.
-            depends_on: texts (names, versions), and paths, whose content counts.
+            run: called with a guest, prepares it. What runs in the guest then goes on in each clone.
+            depends_on: texts (names, versions), and paths, whose names and content count. The code of
+                `run` counts, too; what it calls, or takes from around it, does not.
             network: that the preparation needs: ``isolated`` or ``nat``; None for the run's default.
+                Guests have the one that `boot` is told.
+
+        Returns:
+            What `boot`, or `prepare` once more, takes as an image.
 
         Raises:
             ConfigError: there is no such image or network, or it cannot depend on that.
-            VMSandboxError: a guest does not come up. What `run` raises comes through.
+            VMSandboxError: a guest does not come up. What `run` raises comes through, and nothing is
+                kept.
 
         Example::
 

@@ -90,15 +90,18 @@ class Platform(Protocol):
 class Guest:
     """A running virtual machine. Made by `GuestFactory.boot`, which ends it.
 
-    Every method that talks to the guest raises `GuestLost` when it is gone.
+    Every method that talks to the guest raises `GuestLost` when it is gone. A guest that nobody talks
+    to may be paused where many run (see `rest`); whatever is asked of it lets it go on, with the
+    right time.
 
     Attributes:
-        name: unique among the guests of this process.
+        name: unique among the guests of this process; also the guest's hostname.
         image: the name of its image.
-        spec: its hardware.
+        spec: its hardware; sizes in bytes.
         origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
             ``booted``.
-        facts: what the last step of its preparation has told; see `Step`.
+        facts: what the last layer of its preparation has told, as values that JSON keeps; empty for
+            layers that users have made.
     """
 
     def __init__(
@@ -476,7 +479,11 @@ class Guest:
             self._await_answer(machine, deadline)
 
     def power_off(self) -> None:
-        """Switch off in an orderly way. A guest that does not obey in time is switched off."""
+        """Switch off in an orderly way. A guest that is not off after the boot time-out is ended.
+
+        Raises:
+            CommandError: it refuses to go down.
+        """
         with self._explained():
             machine = self._on()
             self._ask("poweroff")
@@ -506,12 +513,21 @@ class Guest:
     def snapshot(self) -> Iterator[None]:
         """Roll memory and disks back at the end of the context to what they are now.
 
-        What runs in the guest then is what runs now, with the right time and random numbers of its
-        own. Connections are made anew: a process of `popen` goes on in the guest, but is no longer
-        heard of, and a port that was forwarded has to be forwarded again.
+        That is done however the context ends, also for a guest that was lost or switched off in it.
+        Contexts may lie in each other. What runs in the guest then is what runs now, with the right
+        time and random numbers of its own. Connections are made anew: a process of `popen` goes on in
+        the guest, but is no longer heard of, and a port that was forwarded has to be forwarded again.
 
         Raises:
+            ConfigError: there is no helper in the guest, so its time could not be set right.
             MonitorError: the state of the guest cannot be saved.
+            LaunchError: at the end; this host has no room for all of the guest's memory.
+
+        Example::
+
+            with vm.snapshot():
+                vm.run(["rm", "-rf", "/etc"])
+            vm.run(["ls", "/etc"])
         """
         with self._explained():
             saved = self._platform.save(self._on())
@@ -529,7 +545,15 @@ class Guest:
         """A loopback address of this host that reaches a TCP port of the guest.
 
         It works for an isolated guest too. The guest's service has to listen on its network
-        address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power.
+        address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power, and with a
+        snapshot that is rolled back.
+
+        Returns:
+            Address and port, as `socket.create_connection` takes them; the same ones if asked again.
+
+        Raises:
+            ConfigError: `port` is none.
+            MonitorError: QEMU cannot.
         """
         if not _is_number(port, int) or not 1 <= port <= 65535:
             raise ConfigError(f"{port!r} is not a TCP port", remedy="use 1 to 65535")
@@ -552,7 +576,12 @@ class Guest:
         return self._on().console
 
     def screenshot(self, path: str | os.PathLike[str]) -> None:
-        """Save the display to a file, as PNG."""
+        """Save the display to a file, as PNG.
+
+        Raises:
+            MonitorError: QEMU cannot (before 7.1, or built without PNG).
+            OSError: `path` cannot be written.
+        """
         with self._explained(), Path(path).open("wb") as file:
             self._on().screenshot(file)
 
@@ -572,7 +601,11 @@ class Guest:
 
     @property
     def ssh_command(self) -> str:
-        """The line that a person types to get in."""
+        """The line that a person types to get in, as long as the guest runs.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+        """
         self._attended = True
         return self._platform.ssh_command(self._on(), self.spec.user)
 
@@ -614,7 +647,7 @@ class Guest:
 
     @property
     def processor_seconds(self) -> float:
-        """Processor time that it has taken of this host since it was switched on."""
+        """Processor time, in seconds, that it has taken of this host since it was switched on."""
         return host.processor_seconds(self.pid)
 
     @property

@@ -26,10 +26,13 @@ class Provision:
 
     Attributes:
         name: what it is, for people.
-        depends_on: texts (names, versions), and paths of files and folders, whose content counts.
-            The code of `run` counts, too.
-        run: called with the guest.
-        network: that it needs: ``isolated`` or ``nat``; None for that of the guest.
+        depends_on: texts (names, versions), and paths (`pathlib.Path`) of files and folders, whose
+            names and content count. The code of `run` counts, too; what it calls, or takes from
+            around it, does not.
+        run: called with the guest, which is nobody's yet; what it returns is of no interest. What it
+            raises is an error of each test that would have had such a guest.
+        network: that it needs: ``isolated`` or ``nat``; None for that of the guest. A guest that is
+            booted, not cloned, has to have the same.
 
     Example::
 

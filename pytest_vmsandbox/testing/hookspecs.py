@@ -21,9 +21,10 @@ def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: i
 
 @pytest.hookspec
 def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:
-    """Return what is done to each guest of an image before it is sealed, or None.
+    """Return what is done to guests of an image before they are sealed, or None; once for each image.
 
-    The layers of several plugins lie one on the other, in the order in which they registered.
+    The layers of several plugins lie one on the other, in the order in which they registered, and
+    below those of `vm_factory.prepare` and of tests that run inside.
     """
 
 
@@ -36,7 +37,10 @@ def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
 
 @pytest.hookspec
 def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
-    """Called when a guest answers, before a test gets it."""
+    """Called when a guest answers, clone or not, before a test gets it.
+
+    Guests that are only sealed, and clones that nobody has asked for yet, are not told of.
+    """
 
 
 @pytest.hookspec
