@@ -21,8 +21,8 @@ def fresh_guest(image: str, wish: GuestWish) -> Iterator[Guest]:
     screen = Screen(stderr=True)
     with ExitStack() as stack:
         factory = stack.enter_context(
-            GuestFactory.open(wish.settings, Surroundings(say=screen.say))
+            GuestFactory.open(wish.settings, Surroundings(say=screen.say, tell=screen.say))
         )
-        with screen.waiting(f"booting {image}"):
+        with screen.waiting(f"starting {image}"):
             guest = stack.enter_context(factory.boot(image, **wish.hardware))
         yield guest

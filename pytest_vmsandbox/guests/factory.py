@@ -331,11 +331,11 @@ class GuestFactory:
         name = self._name(blueprint.image)
         network = blueprint.hardware.network
         for step in steps:
-            if step.network not in (None, network):
+            if step.network == "nat" != network:
                 raise LaunchError(
-                    f"{step.about} needs network={step.network!r} and is to have {network!r} "
-                    "afterwards, which only a clone can",
-                    remedy=f"boot it with network={step.network!r}",
+                    f"{step.about} needs network='nat', and {network!r} afterwards, which only a "
+                    "clone can have",
+                    remedy="boot it with network='nat'",
                 )
         disks = stack.enter_context(
             Disks.open(

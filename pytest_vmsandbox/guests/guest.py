@@ -531,6 +531,7 @@ class Guest:
         """
         with self._explained():
             saved = self._platform.save(self._on())
+        attended = self._attended
         try:
             yield
         finally:
@@ -538,6 +539,7 @@ class Guest:
                 self._switch_off()
                 self._platform.roll_back(saved)
                 self._switch_on()
+                self._attended = attended  # what was started before goes on
 
     # -- from outside ---------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ class GuestPlatform:
             )
             machine.save(state, with_memory=True)
         finally:
-            machine.resume()
+            self.resume(machine)
         return Saved(state=state, frozen=frozen)
 
     def roll_back(self, saved: Saved) -> None:

@@ -32,7 +32,6 @@ from pytest_vmsandbox.machine.machine import Machine
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
-_EXERCISES = 1
 _EXERCISE_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 
@@ -337,11 +336,10 @@ class Pool:
             if sealed.is_new and not sealed.checked.is_set():
                 check_network(machine, blueprint)
                 sealed.checked.set()
-            helper.set_hostname(name)
-            for _ in range(_EXERCISES):
-                process = helper.start(Command(argv=("true",)))
-                process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
-                process.close()
+            helper.set_hostname(_hostname(name))
+            process = helper.start(_exercise(blueprint, _hostname(name)))
+            process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
+            process.close()
             machine.pause()
             return Clone(
                 name=name,
@@ -350,6 +348,25 @@ class Pool:
                 logs=logs,
                 stack=stack.pop_all(),
             )
+
+
+def _hostname(name: str) -> str:
+    """The name of a guest as one of a host, which has no underscores."""
+    return name.replace("_", "-")
+
+
+def _exercise(blueprint: Blueprint, hostname: str) -> Command:
+    """The first program of a clone, after which others are started quickly.
+
+    Where a boot gives the system its name in files, too, it does the same.
+    """
+    if blueprint.built.definition.init != "systemd":
+        return Command(argv=("true",))
+    hosts = (
+        f"127.0.0.1 localhost\\n127.0.1.1 {hostname}\\n::1 localhost ip6-localhost ip6-loopback\\n"
+    )
+    script = f"echo {hostname} >/etc/hostname; printf '{hosts}' >/etc/hosts"
+    return Command(argv=("/bin/sh", "-c", script))
 
 
 def _ignore(_: bytes) -> None:

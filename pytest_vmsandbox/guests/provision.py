@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -139,9 +140,15 @@ def _files(name: str, path: Path) -> Iterator[str]:
 
 
 def _code(run: Callable[..., Any]) -> Iterator[str]:
-    """What a function does, as far as its own code tells."""
-    code = getattr(run, "__code__", None)
-    yield f"{getattr(run, '__module__', '')}.{getattr(run, '__qualname__', type(run).__name__)}"
+    """What a function does, as far as its own code tells; of an object, what calling it does."""
+    if isinstance(run, functools.partial):
+        yield _stable((run.args, sorted(run.keywords.items())))
+        yield from _code(run.func)
+        return
+    if (code := getattr(run, "__code__", None)) is None:
+        run = type(run).__call__
+        code = getattr(run, "__code__", None)
+    yield f"{getattr(run, '__module__', '')}.{getattr(run, '__qualname__', '')}"
     if isinstance(code, CodeType):
         yield from _instructions(code)
 
@@ -153,4 +160,13 @@ def _instructions(code: CodeType) -> Iterator[str]:
         if isinstance(constant, CodeType):
             yield from _instructions(constant)
         else:
-            yield repr(constant)
+            yield _stable(constant)
+
+
+def _stable(value: object) -> str:
+    """A value as text that is the same in each process: the order of a set is not."""
+    if isinstance(value, set | frozenset):
+        return f"set {sorted(map(_stable, value))}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} {[_stable(it) for it in value]}"
+    return repr(value)

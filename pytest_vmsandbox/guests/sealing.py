@@ -59,7 +59,8 @@ class _StepError(Exception):
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     """What the template of guests to which these steps were done is called."""
-    parts = [blueprint.digest, *(step.digest for step in steps)]
+    network = blueprint.hardware.network
+    parts = [blueprint.digest, *([step.digest, step.network or network] for step in steps)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -142,10 +143,7 @@ class Sealer:
 
     def drop_damaged(self, sealed: Sealed) -> None:
         """Remove a template that is damaged; it is made anew when it is asked for."""
-        self._tell(
-            f"the template of {sealed.blueprint.image} was damaged "
-            f"({sealed.damage.result()}); it is made anew"
-        )
+        self._tell_of_damage(sealed.blueprint, sealed.damage.result())
         self.drop(sealed)
         self._store.throw_away(sealed.template.folder)
 
@@ -181,8 +179,6 @@ class Sealer:
         raise CannotSealError(f"the template of {blueprint.image} disappears again and again")
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
-        # The one below is needed first, and has a lock of its own.
-        below = self.obtain(blueprint, steps[:-1]).template if steps else None
         about = steps[-1].about if steps else ""
         waits = f"another run is sealing {about or blueprint.image}; waiting for it"
         try:
@@ -192,7 +188,8 @@ class Sealer:
                 self._say(
                     f"preparing {about or blueprint.image}: once, until something of it changes"
                 )
-                with self._store.incoming(key) as folder:
+                with self._store.incoming(key) as folder, ExitStack() as stack:
+                    below = self._below(blueprint, steps[:-1], stack) if steps else None
                     return self._seal(folder, key, blueprint, steps, below)
         except _StepError as failed:
             raise failed.raised from None
@@ -202,6 +199,22 @@ class Sealer:
                 f"{blueprint.image} could not be sealed: {brief}",
                 details=getattr(error, "details", ""),
             ) from error
+
+    def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
+        """The template that another one is made from: held, and as it was when it was sealed."""
+        key = template_key(blueprint, steps)
+        for _ in range(2):
+            template = self._store.find(key) or self._made(key, blueprint, steps)
+            with suppress(FileNotFoundError):  # removed in this moment
+                stack.enter_context(self._store.hold(template))
+                if not (damage := template.damage()):
+                    return template
+                self._tell_of_damage(blueprint, damage)
+                self._store.throw_away(template.folder)
+        raise CannotSealError(f"the template of {blueprint.image} is damaged again and again")
+
+    def _tell_of_damage(self, blueprint: Blueprint, damage: str) -> None:
+        self._tell(f"the template of {blueprint.image} was damaged ({damage}); it is made anew")
 
     def _seal(
         self,

@@ -101,6 +101,7 @@ def environment_step(payload: Payload) -> Step:
         digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
+        network="isolated",
     )
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.testing.session import VMSession
 
 _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
+_MOST_LOST = 3  # waiting sessions in a row that do not wake up
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
 
@@ -376,7 +377,7 @@ class Inside:
             lease = None
         if lease is None:
             try:
-                lease = self._leases[key] = self._open(item)
+                lease = self._leases[key] = self._opened(item)
             except VMSandboxError as error:
                 self._failures[kind] = error  # the next one would fail as this one
                 raise
@@ -397,6 +398,22 @@ class Inside:
         """The key of a test's guest, or what is the same for all tests that have one each."""
         image, hardware, shared = collection.place_of(item)
         return (image, hardware, "" if shared == item.nodeid else shared)
+
+    def _opened(self, item: pytest.Item) -> Lease:
+        """A guest for a test, running, and its session if that has been waiting there."""
+        for tries in range(1, _MOST_LOST + 1):
+            lease = self._open(item)
+            if collection.isolation_of(item) != "test":
+                return lease
+            try:
+                self._wake(lease)
+            except BaseException as error:
+                lease.stack.close()
+                if not isinstance(error, InterpreterLost) or tries == _MOST_LOST:
+                    raise
+            else:
+                return lease
+        raise AssertionError
 
     def _open(self, item: pytest.Item) -> Lease:
         """A guest for a test, with what its tests need; that is there only once for all its clones."""
@@ -428,19 +445,15 @@ class Inside:
             keeper = stack.enter_context(
                 Keeper.attached(guest, installed.place, patience=patience, serve=not alone)
             )
-            own = {"VMSANDBOX_GUEST": guest.name}
-            lease = Lease(
+            return Lease(
                 guest=guest,
                 installed=installed,
                 keeper=keeper,
                 reader=Reader(installed.tree, self._config.rootpath),
-                config=self._session_config(item, installed, own),
+                config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
             )
-        if alone:
-            self._wake(lease, own)
-        return lease
 
     def _session_step(self, item: pytest.Item, payload: Payload, patience: float) -> Step:
         """A session that has collected, and waits in the guest until that is sealed."""
@@ -466,25 +479,22 @@ class Inside:
             digest=hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest(),
             run=run,
             about="a test session that has collected",
+            network="isolated",
         )
 
-    def _wake(self, lease: Lease, own: Mapping[str, str]) -> None:
+    def _wake(self, lease: Lease) -> None:
         """Take over the session that waits in a guest."""
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.testing import forwarding
 
         facts: Any = lease.guest.facts
-        try:
-            lease.session = GuestSession.woken(
-                lease.keeper,
-                facts["collected"],
-                environment=own,
-                fixtures=forwarding.fixtures(self._config),
-                timeout=_COLLECT_SECONDS * lease.patience,
-            )
-        except BaseException:
-            lease.stack.close()
-            raise
+        lease.session = GuestSession.woken(
+            lease.keeper,
+            facts["collected"],
+            environment=_own(lease.guest),
+            fixtures=forwarding.fixtures(self._config),
+            timeout=_COLLECT_SECONDS * lease.patience,
+        )
         lease.has_collected = True
         if lease.guest.image not in self._heard:  # all of them have said the same
             self._heard.add(lease.guest.image)
@@ -675,6 +685,11 @@ class Inside:
 
 
 _RAISED: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
+
+
+def _own(guest: Guest) -> dict[str, str]:
+    """Variables of the environment that differ in each guest."""
+    return {"VMSANDBOX_GUEST": guest.name}
 
 
 def _marks(item: pytest.Item) -> list[tuple[str, str]]:

@@ -119,6 +119,9 @@ class TestWhatIsPutRight:
             assert {it for it in after if not it.startswith(kernel)} <= {*before, "ps"}
             timers = vm.run(["systemctl", "list-timers", "--no-legend"]).stdout
             assert timers.strip() == ""
+            name = vm.run(["hostname"]).stdout.strip()
+            assert name == vm.name
+            assert "127.0.1.1" in vm.run(["getent", "hosts", name]).stdout
 
 
 class TestSharingNothing:
