@@ -305,7 +305,7 @@ class Helper:
         stage, number = channel.failure
         self._forget(channel.number)
         why = os.strerror(number)
-        if stage == _NO_USER and command.user is None:
+        if stage == _NO_USER and command.user is None and login != "root":
             raise cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
             raise _could_not_connect(command, why, started)

@@ -218,7 +218,7 @@ class GuestPlatform:
         host, port = machine.forward(_SSH_PORT)
         check_network(machine, self.blueprint)
         folder = self._hypervisor.folder
-        known, key = folder / KNOWN_HOSTS, folder / f"key.{self._name}"
+        known, key = folder / KNOWN_HOSTS, folder / f"key.{self._key.name}"
         self._key.save(key)
         with known.open("a") as file:
             file.write(f"{self._name} {self.blueprint.built.host_key}\n")

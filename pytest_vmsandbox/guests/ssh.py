@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -81,6 +82,11 @@ class KeyPair:
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
         return cls(private=private, public=public.decode())
+
+    @property
+    def name(self) -> str:
+        """What tells it from other keys, short enough for the name of a file."""
+        return hashlib.sha256(self.public.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write the private part to a file that only this user can read."""

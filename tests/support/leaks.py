@@ -29,7 +29,8 @@ def inventory() -> dict[str, set[str]]:
             str(path)
             for folder in _folders()
             for path in folder.rglob("*")
-            if path.suffix != ".json"  # a verdict: it stays, and may be another process's
+            # A verdict stays, and may be another process's; the run's claims and keys are its own.
+            if path.suffix != ".json" and not path.name.startswith(("memory", "key."))
         },
     }
 
