@@ -28,7 +28,8 @@ def told(*chunks):
         (b"\x1b[?25l\x1b[2J\x1b[1;1Hx", "x"),
         (b"\x1b]0;title\x07x", "x"),
         (b"\x1b]8;;http://x\x1b\\x", "x"),
-        (b"\x1bMx\x1b7", "x7"),
+        (b"\x1bMx\x1b7", "x"),
+        (b"\x1bcx\x1b(B\x1b#8y", "xy"),  # what firmware and tput begin and end with
         (b"a\x00\x07\x08b\x7f", "ab"),
         ("\x9b31m é €".encode(), "31m é €"),
         (b"\xff\xfe", "\ufffd\ufffd"),
