@@ -9,10 +9,18 @@ from support import leaks
 ORIGINS = {"cloned": "demand", "booted": "never"}  # how a guest comes to be, and what asks for it
 
 
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "origins(*ways): cloned or booted; only these are of interest"
+    )
+
+
 def pytest_generate_tests(metafunc):
     """Tests of guests run twice: in clones, and in guests that were booted."""
     if "vm_factory" in metafunc.fixturenames:
         ways = ["cloned"] if shared(metafunc.definition) else list(ORIGINS)
+        for mark in metafunc.definition.iter_markers("origins"):
+            ways = mark.args
         metafunc.parametrize("origin", ways, indirect=True)
 
 

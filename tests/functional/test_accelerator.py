@@ -45,12 +45,14 @@ def firmware(vm_factory):
         yield start
 
 
+@pytest.mark.origins("booted")
 def test_the_verdict_is_remembered(vm_factory):
     verdict = vm_factory.accelerator("tiny")
     vm_factory._verdicts.clear()
     assert vm_factory.accelerator("tiny") == verdict
 
 
+@pytest.mark.origins("booted")
 def test_auto_is_right(vm_factory):
     """Where KVM runs kernels `auto` takes it; where it only looks as if, it does not."""
     verdict = vm_factory.accelerator("tiny")

@@ -75,6 +75,7 @@ def test_a_tree_goes_there_and_back(vm, tree, tmp_path):
     assert vm.run(["stat", "-c", "%U %a", "/tmp/copy/script"]).stdout == "root 750\n"
 
 
+@pytest.mark.origins("cloned")
 def test_a_large_file_is_not_held_in_memory(vm_factory, tmp_path):
     """Over 1 GiB, mostly holes here so that it is quick; both ways."""
     size = (1 << 30) + 12_345

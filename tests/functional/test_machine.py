@@ -156,16 +156,19 @@ def test_qemu_killed(vm):
         vm.run(["sleep", "100"])
 
 
+@pytest.mark.origins("booted")
 def test_too_much_memory(vm_factory):
     with pytest.raises(LaunchError, match="does not fit"), vm_factory.boot("tiny", memory="4TiB"):
         pass
 
 
+@pytest.mark.origins("booted")
 def test_too_little_memory_for_the_image(vm_factory):
     with pytest.raises(ConfigError, match="too little"), vm_factory.boot("tiny", memory="16MiB"):
         pass
 
 
+@pytest.mark.origins("booted")
 def test_no_answer_names_the_stage(vm_factory, monkeypatch):
     """A kernel that finds nothing to start panics, and that is what is told."""
     monkeypatch.setattr(vm_factory, "_surroundings", _with_broken_init(vm_factory._surroundings))
@@ -183,6 +186,7 @@ def _with_broken_init(surroundings):
     )
 
 
+@pytest.mark.origins("booted")
 def test_ssh_never_answers(vm_factory, monkeypatch):
     """The last stage that was reached is named, with the end of the console."""
     import dataclasses
@@ -208,6 +212,7 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
     assert "--- last lines of the console\n[" in str(caught.value)
 
 
+@pytest.mark.origins("booted")
 def test_qemu_that_refuses_its_command_line(vm_factory, monkeypatch):
     import dataclasses
 
