@@ -46,6 +46,7 @@ import types
 TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
 if TYPE_CHECKING:
     import warnings
+    from collections.abc import Iterator
     from typing import Any, NoReturn
 
     import pytest
@@ -440,6 +441,8 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
         pytest.hookimpl(tryfirst=True)(getattr(Session, name))
     for name in LAST:
         pytest.hookimpl(trylast=True)(getattr(Session, name))
+    for name in OUTERMOST:
+        pytest.hookimpl(tryfirst=True, hookwrapper=True)(getattr(Session, name))
     session = Session(config, Wire(wire))
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
@@ -543,7 +546,8 @@ class Wire:
 class Session:
     """The plugin that makes a pytest session run what it is told to.
 
-    Its hooks are put in order by `FIRST` and `LAST`: pytest cannot be imported before the path is set.
+    Its hooks are put in order by `OUTERMOST`, `FIRST` and `LAST`: pytest cannot be imported before
+    the path is set.
 
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
@@ -561,6 +565,7 @@ class Session:
         self.wire = wire
         self.items: dict[str, pytest.Item] = {}
         self.failed: list[pytest.CollectReport] = []
+        self.found: int | None = None  # how many items
         self.pause: pytest.Item | None = None
 
     # -- setting up ---------------------------------------------------------------------------
@@ -587,6 +592,12 @@ class Session:
         if not report.passed:
             self.failed.append(report)
 
+    def pytest_collection(self, session: pytest.Session) -> Iterator[None]:
+        self.config = session.config
+        yield
+        if self.found is not None:  # and pytest has told the warnings, too
+            self.wire.say({"ready": self.found})
+
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         rows = []
         detailed = set(self.settings["details"])
@@ -605,7 +616,7 @@ class Session:
                 config=session.config, report=report
             )
             self.wire.say({"failed": [report.nodeid, clean(data)]})
-        self.wire.say({"ready": len(rows)})
+        self.found = len(rows)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -671,9 +682,6 @@ class Session:
             if isinstance(data["longrepr"], str) and not isinstance(report.longrepr, str):
                 data["longrepr"] = {"text": data["longrepr"]}
             self.wire.say(bounded({"report": clean(data)}))
-
-    def pytest_collection(self, session: pytest.Session) -> None:
-        self.config = session.config
 
     def pytest_warning_recorded(
         self,
@@ -753,7 +761,8 @@ class JUnit:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-FIRST = ("pytest_configure", "pytest_collection", "pytest_runtestloop")
+OUTERMOST = ("pytest_collection",)
+FIRST = ("pytest_configure", "pytest_runtestloop")
 LAST = (
     "pytest_sessionstart",
     "pytest_collection_finish",

@@ -304,7 +304,7 @@ class GuestSession:
         environment: Mapping[str, str],
         fixtures: Mapping[str, str],
         timeout: float,
-    ) -> GuestSession:
+    ) -> tuple[GuestSession, list[Message]]:
         """The session that waits in a guest that was cloned.
 
         Args:
@@ -312,6 +312,9 @@ class GuestSession:
             environment: variables that differ in each clone.
             fixtures: values of those that are this side's.
             timeout: seconds that it has to answer.
+
+        Returns:
+            The session, and what it said besides: what had not left the guest when that was sealed.
 
         Raises:
             InterpreterLost: it does not answer.
@@ -327,10 +330,15 @@ class GuestSession:
                 "fixtures": dict(fixtures),
             }
         )
-        message = session._hear(Deadline(timeout), "wake up")
-        if "awake" not in message:
-            raise broken("no answer of a session that wakes up", message)
-        return session
+        said: list[Message] = []
+        deadline = Deadline(timeout)
+        while True:
+            message = session._hear(deadline, "wake up")
+            if "awake" in message:
+                return session, said
+            if "output" not in message and "warning" not in message:
+                raise broken("no answer of a session that wakes up", message)
+            session._note(message, said)
 
     def _take(self, message: Message, said: list[Message]) -> None:
         found = self.collected

@@ -37,6 +37,7 @@ _CACHES = frozenset(
         *(".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
     }
 )
+_WRITTEN_BY_RUNS = frozenset({".coverage"})  # files; with each run they would be others
 # A git hook sets these for the repository that it serves; ours is the one around the root.
 _OF_ANOTHER_REPOSITORY = frozenset(
     {
@@ -352,6 +353,8 @@ class _Gatherer:
 
     def _is_skipped(self, path: str) -> bool:
         place = self._root / path
+        if place.name in _WRITTEN_BY_RUNS:
+            return place.is_file()
         is_one = place.name in _CACHES or os.path.lexists(place / "pyvenv.cfg")
         return is_one and place.is_dir() and not place.is_symlink()
 

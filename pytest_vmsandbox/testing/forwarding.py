@@ -30,6 +30,7 @@ _OURS_OPTIONS = _EARLY | {
     "show_fixtures_per_test", "showfixtures", "stepwise", "stepwise_reset", "stepwise_skip",
     "strict_config", "strict_markers", "strict", "trace", "traceconfig", "usepdb", "usepdb_cls",
     "version", "xmlpath",
+    "loadgroup",  # of xdist's workers alone
 }  # fmt: skip
 _OURS_INI = {
     "addopts", "cache_dir", "minversion", "required_plugins", "strict", "strict_config",

@@ -74,7 +74,7 @@ class Inside:
         self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
         self._told_of: set[Key] = set()  # kinds of guests that are expected
-        self._heard: set[str] = set()  # images whose waiting sessions were heard out
+        self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
         self._measuring = Measuring.of(session.config)
 
     # -- the protocol of one test ------------------------------------------------------------
@@ -206,9 +206,12 @@ class Inside:
         """Pass on what a session says besides."""
         from pytest_vmsandbox.testing.remote_reports import harmless, recorded_warning
 
-        if "warning" in message and message.get("when") == "runtest":
+        if "warning" in message:
             arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
-            self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+            file = arguments["warning_message"].filename
+            # This side has collected, too, but for some files, and has told what it saw.
+            if arguments["when"] == "runtest" or file in self._collected_there():
+                self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
         elif "junit" in message:
             self._record(message, nodeid)
         elif "output" in message:
@@ -217,6 +220,10 @@ class Inside:
             text = harmless(message["output"]).encode(encoding, "backslashreplace")
             stream.write(text.decode(encoding))
             stream.flush()
+
+    def _collected_there(self) -> set[str]:
+        """The paths of files that only guests collect."""
+        return {str(self._config.rootpath / it) for it in self._session.unimportable}
 
     def _record(self, message: Message, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
@@ -406,7 +413,7 @@ class Inside:
             if collection.isolation_of(item) != "test":
                 return lease
             try:
-                self._wake(lease)
+                self._wake(lease, self._kind(item))
             except BaseException as error:
                 lease.stack.close()
                 if not isinstance(error, InterpreterLost) or tries == _MOST_LOST:
@@ -482,13 +489,13 @@ class Inside:
             network="isolated",
         )
 
-    def _wake(self, lease: Lease) -> None:
+    def _wake(self, lease: Lease, kind: Key) -> None:
         """Take over the session that waits in a guest."""
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.testing import forwarding
 
         facts: Any = lease.guest.facts
-        lease.session = GuestSession.woken(
+        lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],
             environment=_own(lease.guest),
@@ -496,10 +503,11 @@ class Inside:
             timeout=_COLLECT_SECONDS * lease.patience,
         )
         lease.has_collected = True
-        if lease.guest.image not in self._heard:  # all of them have said the same
-            self._heard.add(lease.guest.image)
-            for message in facts["said"]:
-                self._tell(lease, message, "")
+        if kind not in self._heard:  # all of them have said the same
+            self._heard.add(kind)
+            said = [*facts["said"], *said]
+        for message in said:
+            self._tell(lease, message, "")
 
     def _check_python(self, image: str) -> None:
         catalogue = self._session.catalogue

@@ -49,6 +49,20 @@ def test_the_marker_is_closer_than_the_option(suite):
     assert len(suite.guests) == 2
 
 
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_warnings_of_the_collection(suite, isolation):
+    """They are told once, whoever has collected; pytest tells them when it has."""
+    warn = "import warnings\n\nwarnings.warn('{}')\n\ndef test_a(): pass\n\ndef test_b(): pass\n"
+    suite.write("test_one.py", warn.format("of both sides"))
+    only_there = "import os\n\nif 'PYTHONPATH' in os.environ: raise ImportError\n\n"
+    suite.write("test_two.py", only_there + warn.format("of the guest"))
+    status, output = suite.run("--in-vm", f"--vm-isolation={isolation}", "-s")
+    assert status == 0, output
+    assert "4 passed, 2 warnings" in output
+    assert output.count("UserWarning: of both sides") == 1
+    assert output.count("UserWarning: of the guest") == 1
+
+
 def test_fixtures_of_both_sides(suite):
     """What is shared here stays for whom it is shared, and its end is told where it belongs."""
     suite.write(

@@ -285,6 +285,26 @@ def test_what_is_collected():
     assert said == [{"output": "x"}]
 
 
+def woken(*steps):
+    script: Any = Script(*steps)
+    keeper = Keeper(script, script, patience=1.0)
+    facts = {"items": {ID: None}, "details": {}, "failed": {}, "pytest": "9.0"}
+    return GuestSession.woken(keeper, facts, environment={}, fixtures={}, timeout=0.5)
+
+
+def test_what_had_not_left_the_guest_when_that_was_sealed():
+    late = [{"output": "x", "of": 1}, {"warning": "late", "when": "collect"}]
+    talk, said = woken(*late, {"awake": 32})
+    assert said == late
+    assert talk.collected.items == {ID: None}
+
+
+@pytest.mark.parametrize("message", [{}, {"done": ID}, {"items": []}, {"ready": 1}])
+def test_a_session_that_wakes_up_as_another_one(message):
+    with pytest.raises(GuestLost, match="no answer of a session that wakes up"):
+        woken(message, {"awake": 32})
+
+
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\rb", "\u202ea", "\ud800", "a\x07"])
 def test_a_name_that_plays_tricks_is_none(name):
     talk, _ = started({"items": [[f"{ID}[{name}]", None], [ID, None]]}, {"ready": 2})

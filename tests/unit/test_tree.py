@@ -248,6 +248,11 @@ class TestGit:
         git(root, "add", "node_modules")
         assert files(Tree.of(root)) == ["__pycache__x", "link", "node_modules/kept", "odd/.tox"]
 
+    def test_what_runs_write_that_nobody_ignores(self, root):
+        write(root, ".coverage", ".coveragerc", "sub/.coverage", "tracked/.coverage")
+        git(root, "add", "tracked")
+        assert files(Tree.of(root)) == [".coveragerc", "tracked/.coverage"]
+
     def test_what_is_tracked_behind_a_link(self, root, tmp_path):
         write(root, "folder/file")
         git(root, "add", ".")
@@ -296,7 +301,7 @@ class TestGit:
 
 class TestWalk:
     def test_all_but_caches(self, root):
-        write(root, "file", "sub/file", "sub/.git", "x.egg-info/PKG-INFO", "build/it")
+        write(root, "file", "sub/file", "sub/.git", "x.egg-info/PKG-INFO", "build/it", ".coverage")
         write(root, ".git/HEAD", ".hg/x", "a/__pycache__/x", "env/pyvenv.cfg", "env/x", ".tox/x")
         (root / "empty").mkdir()
         (root / "link").symlink_to("env")
