@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
+from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 1  # of templates; raise it when what is done to a guest before it is sealed changes
@@ -63,6 +68,42 @@ class Blueprint:
                 ]
             ),
             start=start,
+        )
+
+    def disks(
+        self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
+    ) -> AbstractContextManager[Disks]:
+        """Fresh disks for one guest; see `Disks.open`."""
+        return Disks.open(
+            base=self.built.disk,
+            root_size=self.hardware.disk,
+            blank=self.hardware.disks,
+            folder=folder,
+            frozen=frozen,
+        )
+
+    def running(
+        self,
+        hypervisor: Hypervisor,
+        spec: MachineSpec,
+        *,
+        disks: Disks,
+        logs: Path | None,
+        memory: IO[bytes] | None,
+        state: IO[bytes] | None,
+    ) -> AbstractContextManager[Machine]:
+        """A running machine, one of `machine`; see `Machine.running`."""
+        return Machine.running(
+            hypervisor.launcher,
+            hypervisor.loop,
+            spec,
+            kernel=self.built.kernel,
+            initrd=self.built.initrd,
+            disks=disks,
+            logs=logs,
+            more_args=self.qemu_args(spec),
+            memory=memory,
+            state=state,
         )
 
     def with_network(self, network: str) -> Blueprint:

@@ -36,7 +36,6 @@ from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
-from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.ledger import Ledger
 from pytest_vmsandbox.machine.qemu import find_qemu
@@ -214,7 +213,7 @@ class GuestFactory:
         below = self._prepared(image)
         about = f"{below.image} ({getattr(run, '__qualname__', 'prepared')})"
         provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
-        prepared = self._with_step(below, provision.step())
+        prepared = self.with_step(below, provision.step())
         blueprint = self._blueprint(prepared.image, {})
         if self._may_clone(blueprint, prepared.steps):
             try:
@@ -225,9 +224,7 @@ class GuestFactory:
 
     def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
         """Likewise, prepared when the first guest of it is asked for."""
-        return self._with_step(self._prepared(image), step)
-
-    def _with_step(self, below: PreparedImage, step: Step) -> PreparedImage:
+        below = self._prepared(image)
         return PreparedImage(image=below.image, steps=(*below.steps, step))
 
     def _prepared(self, image: str | PreparedImage) -> PreparedImage:
@@ -337,14 +334,7 @@ class GuestFactory:
                     "clone can have",
                     remedy="boot it with network='nat'",
                 )
-        disks = stack.enter_context(
-            Disks.open(
-                base=blueprint.built.disk,
-                root_size=blueprint.hardware.disk,
-                blank=blueprint.hardware.disks,
-                folder=self._running().cache,
-            )
-        )
+        disks = stack.enter_context(blueprint.disks(self._running().cache))
         self._surroundings.begun(name)
         platform = GuestPlatform(
             blueprint,

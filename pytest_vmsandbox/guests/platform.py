@@ -97,15 +97,11 @@ class GuestPlatform:
         else:
             start = Start.POWER_ON if self._memory is None else Start.TO_BE_SEALED
         spec = self.blueprint.machine(self._name, self._key.public, start)
-        with Machine.running(
-            self._hypervisor.launcher,
-            self._hypervisor.loop,
+        with self.blueprint.running(
+            self._hypervisor,
             spec,
-            kernel=self.blueprint.built.kernel,
-            initrd=self.blueprint.built.initrd,
             disks=self._disks,
             logs=self._logs,
-            more_args=self.blueprint.qemu_args(spec),
             memory=self._memory,
             state=state,
         ) as machine:
@@ -117,18 +113,21 @@ class GuestPlatform:
     @property
     def has_helper(self) -> bool:
         """Whether the guest has a helper that is there now."""
-        return self._helper is not None and self._helper.is_there
+        return self._present is not None
+
+    @property
+    def _present(self) -> Helper | None:
+        """The helper, if it is there now."""
+        return self._helper if self._helper is not None and self._helper.is_there else None
 
     def connect(self, path: str) -> RemoteProcess | None:
         """See `Platform.connect`."""
-        if self._helper is None or not self._helper.is_there:
-            return None
-        return self._helper.connect(path)
+        return None if (helper := self._present) is None else helper.connect(path)
 
     def transport(self, machine: Machine, user: str) -> Transport:
         """See `Platform.transport`."""
-        if self._helper is not None and self._helper.is_there:
-            return HelperTransport(self._helper, user)
+        if (helper := self._present) is not None:
+            return HelperTransport(helper, user)
         scale = self.blueprint.verdict.time_scale
         return ssh.SSHTransport(
             lambda: ssh.Endpoint(
@@ -159,12 +158,12 @@ class GuestPlatform:
 
     def save(self, machine: Machine) -> Saved:
         """See `Platform.save`."""
-        if self._helper is None or not self._helper.is_there:
+        if (helper := self._present) is None:
             raise ConfigError(
                 f"{self._name} has no helper, so its clock could not be set right after a rollback",
                 remedy="use an image that has one, such as debian-13",
             )
-        self._helper.ping()  # it has taken all that was said so far
+        helper.ping()  # it has taken all that was said so far
         machine.pause()
         try:
             frozen = self._disks.frozen
@@ -193,16 +192,16 @@ class GuestPlatform:
 
     def resume(self, machine: Machine) -> None:
         """See `Platform.resume`."""
-        if self._helper is not None and self._helper.is_there:
-            waking.resume(machine, self._helper)
+        if (helper := self._present) is not None:
+            waking.resume(machine, helper)
         else:
             machine.resume()
 
     def ping(self) -> None:
         """See `Platform.ping`."""
-        if self._helper is None or not self._helper.is_there:
+        if (helper := self._present) is None:
             raise ConfigError(f"{self._name} has no helper")
-        self._helper.ping()
+        helper.ping()
 
     def close(self) -> None:
         """See `Platform.close`."""

@@ -27,7 +27,6 @@ from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.ledger import Ledger
-from pytest_vmsandbox.machine.machine import Machine
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
@@ -203,16 +202,13 @@ class Pool:
                 self._start()
             shelf.expected = max(0, shelf.expected - 1)
             shelf.last = Deadline(_IDLE_SECONDS)
-            if shelf.armed:
-                clone = shelf.armed.popleft()
-                self._changed.notify_all()
-                return clone, True
+            was_armed = bool(shelf.armed)
             while shelf.arming and not shelf.armed and shelf.failure is None:
                 self._changed.wait()
             if shelf.armed:
                 clone = shelf.armed.popleft()
                 self._changed.notify_all()
-                return clone, False
+                return clone, was_armed
             shelf.failure = None
             self._changed.notify_all()
         self._ledger.claim(CLAIM, spare=False)
@@ -302,13 +298,7 @@ class Pool:
                 state = template.state()
                 stack.callback(state.close)
                 disks = stack.enter_context(
-                    Disks.open(
-                        base=blueprint.built.disk,
-                        root_size=blueprint.hardware.disk,
-                        blank=blueprint.hardware.disks,
-                        folder=self._hypervisor.cache,
-                        frozen=template.layers,
-                    )
+                    blueprint.disks(self._hypervisor.cache, template.layers)
                 )
             except OSError as error:
                 raise LaunchError(
@@ -316,15 +306,11 @@ class Pool:
                 ) from error
             own = ExitStack()
             machine = own.enter_context(
-                Machine.running(
-                    self._hypervisor.launcher,
-                    self._hypervisor.loop,
+                blueprint.running(
+                    self._hypervisor,
                     spec,
-                    kernel=blueprint.built.kernel,
-                    initrd=blueprint.built.initrd,
                     disks=disks,
                     logs=logs,
-                    more_args=blueprint.qemu_args(spec),
                     memory=sealed.memory,
                     state=state,
                 )

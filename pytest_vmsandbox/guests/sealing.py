@@ -236,13 +236,7 @@ class Sealer:
             if identity is not None:  # QEMU opens it by itself
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
-                Disks.open(
-                    base=blueprint.built.disk,
-                    root_size=hardware.disk,
-                    blank=hardware.disks,
-                    folder=self._hypervisor.cache,
-                    frozen=below.layers if below is not None else (),
-                )
+                blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
             )
             network = steps[-1].network if steps else None
             platform = GuestPlatform(

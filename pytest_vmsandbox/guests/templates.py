@@ -223,10 +223,7 @@ class TemplateStore:
         try:
             with locked(folder / IN_USE):
                 size = size_on_disk(folder)
-                gone = folder.with_name(f"{_GONE}{folder.name}")
-                remove_tree(gone)
-                folder.rename(gone)
-            remove_tree(gone)
+                self.throw_away(folder)
         except (FileNotFoundError, BlockingIOError):
             return 0
         return size

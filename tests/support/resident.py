@@ -1,14 +1,17 @@
-"""The helper that runs in guests, compiled for this machine."""
+"""The helper that runs in guests, compiled for this machine, and what its tests wait for."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "images/helper/helper.c"
+SECONDS = 20.0  # more than anything here takes
 COMPILERS = ("cc", "gcc", "tcc")
 
 
@@ -20,3 +23,19 @@ def compiled(folder: Path) -> Path:
     program = folder / "helper"
     subprocess.run([compiler, "-Wall", "-o", program, SOURCE], check=True)
     return program
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds; it has to within `SECONDS`."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -33,9 +32,8 @@ from pytest_vmsandbox.guests import helper as helper_module, process as process_
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
-from support.resident import compiled
+from support.resident import SECONDS, alive, compiled, wait_for
 
-SECONDS = 20.0  # more than anything here takes
 QUIET = 0.1
 USER = pwd.getpwuid(os.geteuid()).pw_name
 MIB = 1 << 20
@@ -56,20 +54,6 @@ def loop():
 
 def fine():
     """Nothing is wrong with the guest."""
-
-
-def wait_for(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class Real:

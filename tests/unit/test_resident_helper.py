@@ -24,10 +24,9 @@ from pathlib import Path
 
 import pytest
 
-from support.resident import compiled
+from support.resident import SECONDS, alive, compiled, wait_for
 
 CREDIT = 1 << 20  # of each stream, at its beginning
-SECONDS = 20  # more than anything here takes
 
 STDOUT, STDERR = 1, 2
 USER, CWD, EXEC, RESOURCES = 1, 2, 3, 4  # the stages at which starting a program fails
@@ -207,20 +206,6 @@ def host(program):
 
 def sh(script):
     return ("sh", "-c", script)
-
-
-def wait_for(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 class TestReplies:
