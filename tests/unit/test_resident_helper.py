@@ -447,7 +447,10 @@ class TestPrograms:
         assert output[:4] == ["0", "1", "2", "5"]  # 5 is our own
         assert output[4:6] == ["0022", str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])]
         signals = dict(line.split(":\t") for line in output[7:10])
-        assert {int(signals[name], 16) for name in ("SigBlk", "SigIgn")} == {0}
+        # 32 and 33 are the C library's own: it lets no program set them, so ours leaves them as they
+        # came. Under xdist Python 3.13 has been seen to come with 32 ignored.
+        its_own = 1 << 31 | 1 << 32
+        assert {int(signals[name], 16) & ~its_own for name in ("SigBlk", "SigIgn")} == {0}
         _, parent, group, session, terminal = map(int, output[10].split())
         assert (parent, group, session, terminal) == (host.process.pid, pid, pid, 0)
         if os.geteuid() == 0:
