@@ -103,6 +103,7 @@ def pytest_collection_modifyitems(
     return result
 
 
+@pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SESSION].coming = collection.guests_to_come(session.items)
 

@@ -292,6 +292,8 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
                 timeout=_SYSTEMD_SECONDS,
                 user="root",
             )
+        guest.run(["udevadm", "settle"], check=False, user="root")
+        guest.run(["pkill", "-x", r"\(udev-worker\)"], check=False, user="root")
     for _ in range(2):
         guest.run(["true"])
         guest.shell(":")

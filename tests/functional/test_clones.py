@@ -5,6 +5,9 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -115,6 +118,7 @@ class TestWhatIsPutRight:
             before = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
             time.sleep(5)
             after = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
+            assert "(udev-worker)" not in before
             kernel = ("kworker", "ksoftirqd", "migration")
             assert {it for it in after if not it.startswith(kernel)} <= {*before, "ps"}
             timers = vm.run(["systemctl", "list-timers", "--no-legend"]).stdout
@@ -122,6 +126,27 @@ class TestWhatIsPutRight:
             name = vm.run(["hostname"]).stdout.strip()
             assert name == vm.name
             assert "127.0.1.1" in vm.run(["getent", "hosts", name]).stdout
+
+
+class TestKeepingAhead:
+    def test_a_run_does_for_its_tests(self, tmp_path):
+        suite = """
+            import pytest
+
+            def test_first(vm, vm_factory):
+                assert vm_factory.await_armed(60)
+
+            @pytest.mark.parametrize("number", range(3))
+            def test_next(vm, number):
+                assert vm.origin == "armed"
+        """
+        (tmp_path / "test_it.py").write_text(textwrap.dedent(suite))
+        argv = [sys.executable, "-m", "pytest", "--vm=tiny", "-p", "no:cacheprovider", "-v"]
+        environment = {**os.environ, "VMSANDBOX_CLONES": "armed"}
+        done = subprocess.run(
+            argv, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert "4 passed" in done.stdout, done.stdout
 
 
 class TestSharingNothing:
