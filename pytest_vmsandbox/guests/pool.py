@@ -30,6 +30,7 @@ from pytest_vmsandbox.machine.ledger import Ledger
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
+_HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more are armed
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
 _EXERCISE_SECONDS = 60.0
 _STOP_SECONDS = 30.0
@@ -64,6 +65,7 @@ class _Shelf:
         arming: how many are under way.
         failure: why none can be armed.
         last: when the last one was taken.
+        head_start: of who has taken it.
         is_forgotten: the template is not to be used any more.
     """
 
@@ -75,7 +77,13 @@ class _Shelf:
     arming: int = 0
     failure: VMSandboxError | None = None
     last: Deadline = field(default_factory=lambda: Deadline(_IDLE_SECONDS))
+    head_start: Deadline = field(default_factory=lambda: Deadline(0))
     is_forgotten: bool = False
+
+    @property
+    def pause(self) -> float:
+        """Seconds until a further clone should be armed."""
+        return self.head_start.remaining() if self.armed else 0.0
 
 
 class Pool:
@@ -202,6 +210,7 @@ class Pool:
                 self._start()
             shelf.expected = max(0, shelf.expected - 1)
             shelf.last = Deadline(_IDLE_SECONDS)
+            shelf.head_start = Deadline(_HEAD_START_SECONDS)
             was_armed = bool(shelf.armed)
             while shelf.arming and not shelf.armed and shelf.failure is None:
                 self._changed.wait()
@@ -230,9 +239,11 @@ class Pool:
         """What a filler does."""
         while True:
             with self._changed:
-                while not self._stopped and (shelf := self._wanting()) is None:
-                    self._changed.wait(_IDLE_SECONDS / 4)
+                shelf = self._wanting()
+                while not self._stopped and (shelf is None or shelf.pause):
+                    self._changed.wait(_IDLE_SECONDS / 4 if shelf is None else shelf.pause)
                     self._shrink()
+                    shelf = self._wanting()
                 if self._stopped:
                     return
                 assert shelf is not None

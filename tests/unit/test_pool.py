@@ -201,6 +201,17 @@ class TestAhead:
             settled()
         assert len(pool.made) == 3
 
+    def test_who_has_taken_one_has_a_head_start_as_long_as_there_are_more(self, pool, monkeypatch):
+        monkeypatch.setattr("pytest_vmsandbox.guests.pool._HEAD_START_SECONDS", 2 * SECONDS)
+        pool.expect(SEALED, BLUEPRINT, 10)
+        pool.armed(SEALED, DEPTH)
+        for _ in range(DEPTH - 1):
+            with lease(pool):
+                settled()
+        assert len(pool.made) == DEPTH
+        with lease(pool):
+            wait_for(lambda: len(pool.made) > DEPTH)
+
     def test_a_paused_clone_goes_on_only_when_it_is_leased(self, pool):
         pool.expect(SEALED, BLUEPRINT, 2)
         pool.armed(SEALED, 2)
