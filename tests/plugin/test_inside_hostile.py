@@ -11,7 +11,7 @@ import pytest
 
 from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.testing import collection, inside
+from pytest_vmsandbox.testing import collection, inside, leases
 from pytest_vmsandbox.testing.remote_reports import Reader
 from support.reports import check_text
 
@@ -84,7 +84,7 @@ def told(suite, monkeypatch):
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
             return lease
 
-        monkeypatch.setattr(inside.Inside, "_lease", get)
+        monkeypatch.setattr(leases.Leases, "lease", get)
         suite.write(SUITE)
         result = suite.run("-rA", "--junitxml=junit.xml", *args)
         check_text("\n".join(result.outlines + result.errlines))
