@@ -7,12 +7,13 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import tree as trees
@@ -52,6 +53,44 @@ class Payload:
     cache: Path
     offline: bool
     say: Callable[[str], None]
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        *,
+        entries: Sequence[str] = (),
+        more: Sequence[str] = (),
+        offline: bool = False,
+        say: Callable[[str], None],
+    ) -> Payload:
+        """What the tests of the project in `root` need.
+
+        Args:
+            root: pytest's rootdir.
+            entries: what is installed, see `Requirements.of_entries`; without any, what is
+                installed here.
+            more: see `Tree.of`; the project's modules go in any case.
+            offline: never touch the network.
+            say: told of long waits.
+
+        Raises:
+            ConfigError: an entry, or the tree, cannot be meant.
+            TransferError: a module that is installed here is not in the tree.
+        """
+        project = Project.of(root)
+        if entries:
+            requirements = Requirements.of_entries(root, entries, project.names)
+        else:
+            requirements = Requirements.of_host(root, project.names, say=say)
+        return cls(
+            tree=Tree.of(root, more=[*more, *project.modules]),
+            project=project,
+            requirements=requirements,
+            cache=cache_dir(),
+            offline=offline,
+            say=say,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

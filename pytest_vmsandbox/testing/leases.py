@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -286,11 +286,7 @@ class Leases:
         return self._prepared
 
     def _prepare(self, session: pytest.Session) -> Payload:
-        from pytest_vmsandbox.core.paths import cache_dir
-        from pytest_vmsandbox.inside.environment import Requirements
         from pytest_vmsandbox.inside.install import Payload
-        from pytest_vmsandbox.inside.project import Project
-        from pytest_vmsandbox.inside.tree import Tree
 
         config = self._config
         root = config.rootpath
@@ -302,23 +298,16 @@ class Leases:
                 remedy="name a folder above all tests: --rootdir",
             )
         wanted = [str(file.relative_to(root)) for file in files]
-        project = Project.of(root)
-        if entries := options.requirements(config):
-            requirements = Requirements.of_entries(root, entries, project.names)
-        else:
-            requirements = Requirements.of_host(root, project.names, say=self._session.say)
-        if self._measuring is not None:
-            requirements = requirements.with_one("coverage")
-        return Payload(
-            tree=Tree.of(
-                root, more=[*options.push(config), *project.modules, *dict.fromkeys(wanted)]
-            ),
-            project=project,
-            requirements=requirements,
-            cache=cache_dir(),
+        payload = Payload.of(
+            root,
+            entries=options.requirements(config),
+            more=[*options.push(config), *dict.fromkeys(wanted)],
             offline=options.offline(config),
             say=self._session.say,
         )
+        if self._measuring is not None:
+            payload = replace(payload, requirements=payload.requirements.with_one("coverage"))
+        return payload
 
     # -- the end of one -----------------------------------------------------------------------
 

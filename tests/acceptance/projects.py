@@ -397,23 +397,11 @@ def plain_pytest(
     tree: Path, junit: Path, arguments: Sequence[str], *, image: str, memory: str
 ) -> None:
     """Run plain pytest in a guest that is made as for a run inside, and fetch what it reports."""
-    from pytest_vmsandbox.core.paths import cache_dir
     from pytest_vmsandbox.core.settings import Settings
     from pytest_vmsandbox.guests.factory import GuestFactory
-    from pytest_vmsandbox.inside.environment import Requirements
     from pytest_vmsandbox.inside.install import Payload, install
-    from pytest_vmsandbox.inside.project import Project as Source
-    from pytest_vmsandbox.inside.tree import Tree
 
-    source = Source.of(tree)
-    payload = Payload(
-        tree=Tree.of(tree, more=source.modules),
-        project=source,
-        requirements=Requirements.of_host(tree, source.names, say=say),
-        cache=cache_dir(),
-        offline=False,
-        say=say,
-    )
+    payload = Payload.of(tree, say=say)
     with GuestFactory.open(Settings()) as factory, factory.boot(image, memory=memory) as guest:
         there = install(guest, payload)
         done = guest.run(

@@ -12,13 +12,9 @@ from pathlib import Path
 from pytest_vmsandbox.cli import pytest_runs
 from pytest_vmsandbox.cli.figures.guests import Site
 from pytest_vmsandbox.cli.figures.values import CannotMeasureError, Figure, median
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import CLONES_VARIABLE
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.inside.environment import Requirements
 from pytest_vmsandbox.inside.install import Payload, install
-from pytest_vmsandbox.inside.project import Project
-from pytest_vmsandbox.inside.tree import Tree
 
 TOOK = "VMSANDBOX_BENCH_TOOK"  # the file that a suite writes its time to
 _RUN_SECONDS = 3600.0
@@ -153,23 +149,11 @@ def write_empty_tests(site: Site, folder: Path, number: int) -> None:
 
 def seconds_plain(folder: Path, guest: Guest) -> float:
     """Seconds that plain pytest in a guest takes for the tests of a suite."""
-    installed = install(guest, payload(folder))
+    installed = install(guest, Payload.of(folder, say=lambda _: None))
     argv = [installed.place.python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     took = "/tmp/took"  # noqa: S108  # in the guest
     guest.run(argv, cwd=installed.tree, env={TOOK: took}, timeout=_RUN_SECONDS)
     return float(guest.read_text(took))
-
-
-def payload(folder: Path) -> Payload:
-    """What the tests of a suite need in a guest."""
-    return Payload(
-        tree=Tree.of(folder),
-        project=Project.of(folder),
-        requirements=Requirements.of_host(folder, say=lambda _: None),
-        cache=cache_dir(),
-        offline=False,
-        say=lambda _: None,
-    )
 
 
 def _seconds_inside(site: Site, folder: Path, *more: str) -> float:
