@@ -446,7 +446,6 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     session = Session(config, Wire(wire))
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
-    session.wire.say({"pytest": pytest.__version__})
     status = int(pytest.main(args, plugins=[session, fixtures_of(config["fixtures"])]))
     if measuring is not None:
         measuring.tell(session.wire, os.path.realpath(config["tree"]))
@@ -557,7 +556,7 @@ class Session:
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
     report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
-    is told to run, ``{"begin": ID}``, reports, ``{"done": ID, "stop": reason or null}``.
+    is told to run, reports, ``{"done": ID, "stop": reason or null}``.
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
@@ -645,7 +644,6 @@ class Session:
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]
-        self.wire.say({"begin": message["id"]})
         for name, reason in message.get("marks", ()):
             import pytest
 

@@ -82,13 +82,11 @@ class Collected:
         details: node id → location, keywords and marks, for files of which they were asked for.
         failed: node id of a file or folder → the serialized report of why it could not be
             collected, or was skipped as a whole.
-        pytest: the version of the guest's pytest.
     """
 
     items: dict[str, Mapping[str, int] | None] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, Any] = field(default_factory=dict)
-    pytest: str = ""
 
     def facts(self) -> dict[str, object]:
         """The same as values that JSON keeps."""
@@ -357,13 +355,6 @@ class GuestSession:
                 if not report or not isinstance(report, dict):
                     raise TypeError
                 found.failed[str(nodeid)] = report
-            elif "pytest" in message:
-                self.collected = Collected(
-                    items=found.items,
-                    details=found.details,
-                    failed=found.failed,
-                    pytest=str(message["pytest"]),
-                )
             else:
                 self._note(message, said)
         except (TypeError, ValueError) as error:
@@ -421,8 +412,6 @@ class GuestSession:
         deadline = Deadline(limit)
         while self._running:
             message = self._hear(deadline, "end")
-            if "begin" in message:
-                continue
             if "done" in message:
                 if message["done"] != nodeid:
                     raise broken("the end of a test that was not asked for", message["done"])

@@ -46,7 +46,6 @@ class Lease:
     """A guest that runs tests inside, as long as those of its key may come."""
 
     guest: Guest
-    installed: Installed
     keeper: Keeper
     reader: Reader
     config: Mapping[str, object]
@@ -157,7 +156,6 @@ class Leases:
             )
             return Lease(
                 guest=guest,
-                installed=installed,
                 keeper=keeper,
                 reader=Reader(installed.tree, self._config.rootpath),
                 config=self._session_config(item, installed, _own(guest)),

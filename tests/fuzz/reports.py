@@ -47,10 +47,9 @@ EVENTS = st.sampled_from(
             "of",
             "items",
             "failed",
-            "pytest",
             "internal",
         ),
-        *("begin", "ready", "pong", "attached", "warning", "interrupted", "stop", "finished"),
+        *("ready", "pong", "attached", "warning", "interrupted", "stop", "finished"),
     ]
 )
 MESSAGES = st.dictionaries(EVENTS | KEYS, JSON, max_size=4)

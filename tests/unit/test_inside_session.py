@@ -100,7 +100,7 @@ def report(nodeid=ID):
 
 
 def test_a_run_that_is_well_behaved():
-    said = run({"begin": ID}, report(), {"output": "x"}, {"done": ID, "stop": None})
+    said = run(report(), {"output": "x"}, {"done": ID, "stop": None})
     assert [next(iter(it)) for it in said] == ["report", "output", "done"]
 
 
@@ -226,7 +226,7 @@ def test_live_output_is_no_flood(monkeypatch):
     assert len(run(*many, {"done": ID})) == 101
 
 
-@pytest.mark.parametrize("message", [report(), {}, {"begin": ID}, {"interrupted": ""}])
+@pytest.mark.parametrize("message", [report(), {}, {"interrupted": ""}])
 def test_a_flood_of_messages(monkeypatch, message):
     monkeypatch.setattr(session, "_MAX_MESSAGES", 1_000)
     with pytest.raises(GuestLost, match="more messages"):
@@ -272,7 +272,6 @@ def started(*steps):
 
 def test_what_is_collected():
     talk, said = started(
-        {"pytest": "9.0"},
         {"items": [[ID, None], ["b", {"x": 0}], ["c", None, [["c", 1, "c"], [], []]]]},
         {"failed": ["d.py", {"nodeid": "d.py"}]},
         {"output": "x"},
@@ -281,14 +280,13 @@ def test_what_is_collected():
     assert talk.collected.items == {ID: None, "b": {"x": 0}, "c": None}
     assert list(talk.collected.details) == ["c"]
     assert talk.collected.failed == {"d.py": {"nodeid": "d.py"}}
-    assert talk.collected.pytest == "9.0"
     assert said == [{"output": "x"}]
 
 
 def woken(*steps):
     script: Any = Script(*steps)
     keeper = Keeper(script, script, patience=1.0)
-    facts = {"items": {ID: None}, "details": {}, "failed": {}, "pytest": "9.0"}
+    facts = {"items": {ID: None}, "details": {}, "failed": {}}
     return GuestSession.woken(keeper, facts, environment={}, fixtures={}, timeout=0.5)
 
 
@@ -358,7 +356,7 @@ def test_a_keeper_that_does_not_greet():
 
 
 EVENTS = st.sampled_from(
-    ["report", "done", "exit", "tail", "output", "items", "failed", "pytest", "internal", "ready"]
+    ["report", "done", "exit", "tail", "output", "items", "failed", "internal", "ready"]
 )
 ANYTHING = st.lists(
     st.binary(max_size=30)
