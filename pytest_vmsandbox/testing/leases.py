@@ -234,9 +234,9 @@ class Leases:
                 details=lost.details,
             )
             raise lease.failure from lost
-        lease.has_collected = True
         for message in said:
             self._tell(lease, message)
+        lease.has_collected = True
 
     # -- what goes there ----------------------------------------------------------------------
 

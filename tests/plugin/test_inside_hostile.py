@@ -199,3 +199,31 @@ def test_live_output_that_the_terminal_cannot_show(told, monkeypatch):
 def test_what_a_test_records_for_junit(told, kind, name):
     said = {"junit": kind, "name": name, "value": EVIL + "\ud800<&>\"'"}
     told(SETUP, said, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)
+
+
+def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, monkeypatch):
+    """Each guest would say it: the tests that share it are errors, and the run ends."""
+    opened = []
+
+    def opened_one(self, item):
+        script: Any = Script([])
+        opened.append(item.nodeid)
+        return leases.Lease(
+            guest=script,
+            keeper=Keeper(script, script, patience=1.0),
+            reader=Reader("/there", suite.path),
+            config={},
+            patience=1.0,
+            stack=ExitStack(),
+        )
+
+    def started(keeper, config, *, timeout):
+        return GuestSession(keeper), [{"warning": 3, "when": "collect"}]
+
+    monkeypatch.setattr(leases.Leases, "_opened", opened_one)
+    monkeypatch.setattr(GuestSession, "started", started)
+    suite.write(SUITE)
+    result = suite.run("-rA")
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*GuestLost*protocol*"])
+    assert len(opened) == 1
