@@ -369,14 +369,10 @@ class GuestFactory:
         spec = self._settings.hardware.changed(hardware)
         definition = self._catalogue.get(image)
         _check_hardware(definition, spec)
-        try:
-            qemu = find_qemu(definition.architecture)
-            built = self.built(image)
-        except (LaunchError, ImageError) as error:
-            self._surroundings.missing(error)
+        self.require(image)
         return Blueprint(
-            built=built,
-            qemu=qemu,
+            built=self.built(image),
+            qemu=find_qemu(definition.architecture),
             verdict=self.accelerator(image),
             hardware=spec,
             qemu_args=self._surroundings.qemu_args,
@@ -408,6 +404,18 @@ class GuestFactory:
                 logs=self._surroundings.logs,
             )
         )
+
+    def require(self, image: str) -> None:
+        """Let what a missing QEMU or image does be done now, before anything is made ready.
+
+        Raises:
+            ConfigError: there is no such image.
+        """
+        try:
+            find_qemu(self._catalogue.get(image).architecture)
+            self.built(image)
+        except (LaunchError, ImageError) as error:
+            self._surroundings.missing(error)
 
     def built(self, image: str) -> BuiltImage:
         """The built image, kept from removal until this factory is closed.

@@ -133,7 +133,9 @@ class Leases:
         image = collection.image_of(item)
         assert image is not None
         self._check_python(image)
-        factory, payload = self._session.factory, self._payload(item.session)
+        factory = self._session.factory
+        factory.require(image)
+        payload = self._payload(item.session)
         hardware = selection.read_marks(item.iter_markers("vm")).hardware
         patience = factory.accelerator(image).time_scale
         alone = collection.isolation_of(item) == "test"

@@ -81,7 +81,7 @@ def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
         return
     try:
         found = session.inside.collected(item)
-    except VMSandboxError:
+    except (VMSandboxError, pytest.skip.Exception):  # by --vm-missing=skip
         yield item  # it tells so when it is run
         return
     file, image = collection.plain_nodeid(item), collection.image_of(item)

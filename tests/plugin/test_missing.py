@@ -76,6 +76,17 @@ class TestInert:
             assert word in text
 
 
+INSIDE = "import pytest\n\n@pytest.mark.in_vm\ndef test_x(): pass"
+ONLY_THERE = "import nothing_of_that_name"
+
+
+@pytest.fixture
+def inside(bare):
+    """The image has a Python, so tests could run inside it."""
+    definition = bare.path / "images" / "alpha-1" / "image.toml"
+    definition.write_text(definition.read_text().replace("python = false", "python = true"))
+
+
 class TestNoQemu:
     def test_is_an_error_with_a_remedy(self, no_qemu):
         no_qemu.write(USES)
@@ -97,6 +108,22 @@ class TestNoQemu:
         assert result.ret == pytest.ExitCode.OK
         result.stdout.fnmatch_lines(["SKIPPED*there is no qemu-system-*"])
 
+    @pytest.mark.usefixtures("inside")
+    @pytest.mark.parametrize(
+        ("source", "args"),
+        [(INSIDE, ()), (ONLY_THERE, ("--in-vm",))],
+        ids=["marked", "not importable here"],
+    )
+    def test_and_tests_inside_guests(self, no_qemu, source, args):
+        no_qemu.write(source)
+        text = "there is no qemu-system-"
+        result = no_qemu.run_apart(*args)
+        result.assert_outcomes(errors=1)
+        assert text in result.stdout.str()
+        result = no_qemu.run_apart("-rs", "--vm-missing=skip", *args)
+        result.assert_outcomes(skipped=1)
+        result.stdout.fnmatch_lines([f"SKIPPED*{text}*"])
+
 
 class TestNoImage:
     def test_is_an_error_with_a_remedy(self, some_qemu):
@@ -110,6 +137,13 @@ class TestNoImage:
 
     def test_skips_where_that_is_asked_for(self, some_qemu):
         some_qemu.write(USES)
+        result = some_qemu.run_apart("-rs", "--vm-missing=skip")
+        result.assert_outcomes(skipped=1)
+        result.stdout.fnmatch_lines(["SKIPPED*the image 'alpha-1' is not built*"])
+
+    @pytest.mark.usefixtures("inside")
+    def test_skips_tests_inside_guests(self, some_qemu):
+        some_qemu.write(INSIDE)
         result = some_qemu.run_apart("-rs", "--vm-missing=skip")
         result.assert_outcomes(skipped=1)
         result.stdout.fnmatch_lines(["SKIPPED*the image 'alpha-1' is not built*"])

@@ -49,6 +49,9 @@ class LocalFactory:
     def describe(self, image):
         return f"vmsandbox: this machine plays {image}"
 
+    def require(self, image):
+        pass
+
     def accelerator(self, image):
         return SimpleNamespace(time_scale=1.0)
 
