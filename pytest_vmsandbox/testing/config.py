@@ -131,6 +131,16 @@ def selected_patterns(config: pytest.Config) -> tuple[list[str], bool]:
     return list(_ini(config, "vm_images") or [DEFAULT_IMAGE]), False
 
 
+def which_guest(config: pytest.Config) -> list[str]:
+    """The options of the command line that decide where a test runs, as they are written."""
+    isolation = config.getoption("--vm-isolation")
+    return [
+        *(f"--vm={pattern}" for pattern in config.getoption("--vm") or ()),
+        *(["--in-vm"] if config.getoption("--in-vm") else []),
+        *([f"--vm-isolation={isolation}"] if isolation else []),
+    ]
+
+
 def skip_missing(config: pytest.Config) -> bool:
     """Whether a missing QEMU or image skips a test instead of being an error."""
     return _choice(config, "--vm-missing", "vm_missing", MISSING) == "skip"

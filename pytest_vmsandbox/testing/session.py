@@ -221,10 +221,10 @@ class VMSession:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        again = [f"--vm={pattern}" for pattern in self.config.getoption("--vm") or ()]
+        again = [self.item.nodeid, *options.which_guest(self.config)]
         return [
             f"artifacts: {self.artifacts_of(self.item)}",
-            f"reproduce: pytest {' '.join(map(shlex.quote, [self.item.nodeid, *again]))}",
+            f"reproduce: pytest {shlex.join(again)}",
         ]
 
     def say(self, text: str) -> None:

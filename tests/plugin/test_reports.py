@@ -1,5 +1,7 @@
 """A test that fails is FAILED; a guest that fails is an ERROR; both say what a reader needs."""
 
+import shlex
+
 import pytest
 
 RAISES = """
@@ -89,6 +91,28 @@ def test_a_guest_that_does_not_come_up_is_an_error_of_the_setup(suite):
     result.stdout.fnmatch_lines(
         ["*ERROR at setup of test_x*", "*[[]kernel[]] beta does not come up"]
     )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("--vm=alpha-*", "--vm=!alpha-2"),
+        ("--in-vm", "--vm-isolation=module"),
+    ],
+    ids=["", "images", "inside"],
+)
+def test_an_error_tells_how_to_see_it_again(suite, args):
+    """The ini file is there again; what was given besides decides where the test runs."""
+    suite.write("""
+        from pytest_vmsandbox.plugin import SESSION
+
+        def test_x(vm, pytestconfig):
+            print(*pytestconfig.stash[SESSION].hints(), sep="\\n")
+    """)
+    again = shlex.join(["test_suite.py::test_x[alpha-1]", *args])
+    lines = suite.run("-s", *args).outlines
+    assert f"reproduce: pytest {again}" in lines
 
 
 class TestTraceback:
