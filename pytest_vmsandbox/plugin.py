@@ -90,17 +90,24 @@ def pytest_make_collect_report(
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
-    unimportable.replace(config.stash[SESSION], items)
-    if errors := collection.check(config.stash[SESSION], items):
+    session = config.stash[SESSION]
+    unimportable.replace(session, items)
+    _refuse(config, items, collection.check(session, items))
+    collection.deselect(config, items)
+    collection.remember_nodeids(items)
+    result = yield
+    _refuse(config, items, collection.check_run(session, items))
+    collection.group(items)
+    return result
+
+
+def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) -> None:
+    """Let a run end before its first test if there is anything in it that cannot be meant."""
+    if errors:
         items.clear()
         if not hasattr(config, "workeroutput"):
             raise pytest.UsageError(*errors)
         config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
-    collection.deselect(config, items)
-    collection.remember_nodeids(items)
-    result = yield
-    collection.group(items)
-    return result
 
 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know

@@ -27,6 +27,12 @@ _TAKE_OVER = {
     "pytest-rerunfailures": (("reruns", "force_reruns"), "flaky"),
     "pytest-forked": (("forked",), "forked"),
 }
+_REFUSED = {
+    "usepdb": "--pdb",
+    "trace": "--trace",
+    "setupplan": "--setup-plan",
+    "setuponly": "--setup-only",
+}
 _DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
 
 
@@ -164,22 +170,34 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
             and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
-    if inside := [item for item in items if is_inside(item)]:
-        for option in ("usepdb", "trace"):
-            if session.config.getoption(option):
-                session.usage_errors.append(
-                    f"--{option.removeprefix('use')} cannot reach tests that run inside a guest"
-                    "\nRemedy: leave them out with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way "
-                    "to look around in a guest"
-                )
-        for plugin in _take_over(session.config, inside):
-            session.tell(f"{plugin} does nothing for tests that run inside a guest")
     if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
         try:
             options.check(session.config)
         except pytest.UsageError as error:
             session.usage_errors.extend(error.args)
     return session.usage_errors
+
+
+def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
+    """What cannot be meant of the way in which the tests that are left are to be run."""
+    if inside := [item for item in items if is_inside(item)]:
+        if option := refused(session.config):
+            session.usage_errors.append(
+                f"{option} cannot reach tests that run inside a guest\nRemedy: leave out --in-vm, and "
+                "tests that are marked, with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way to "
+                "look around in a guest"
+            )
+        if session.config.getoption("setupshow", default=False):
+            session.tell("--setup-show shows nothing of tests that run inside a guest")
+        for plugin in _take_over(session.config, inside):
+            session.tell(f"{plugin} does nothing for tests that run inside a guest")
+    return session.usage_errors
+
+
+def refused(config: pytest.Config) -> str | None:
+    """An option that was given, and has no meaning for tests inside guests; None without any."""
+    given = (option for name, option in _REFUSED.items() if config.getoption(name, default=False))
+    return next(given, None)
 
 
 def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,7 +71,7 @@ def stand_in(
 
 def replace(session: VMSession, items: list[pytest.Item]) -> None:
     """Put the tests that guests have collected into the places of the files."""
-    if session.unimportable:
+    if session.unimportable and collection.refused(session.config) is None:
         items[:] = [it for item in items for it in _collected(session, item)]
 
 

@@ -78,6 +78,9 @@ def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
         ("@pytest.mark.in_vm('tiny')\ndef test_it(): pass", (), "takes no argument, or False"),
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("--pdb",), "--pdb cannot reach tests"),
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("--trace",), "--trace cannot reach tests"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-plan",), "--setup-plan cannot reach"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-only",), "--setup-only cannot reach"),
+        ("import nothing_of_that_name", ("--in-vm", "--setup-plan"), "--setup-plan cannot reach"),
         (
             "@pytest.mark.in_vm\n@pytest.mark.vm(test_timeout=0)\ndef test_it(): pass", (),
             "test_timeout=0 is not a positive number",
@@ -101,6 +104,20 @@ def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
 def test_usage_errors(suite, source, args, text):
     suite.write(f"import pytest\n\n{source}\n")
     assert text in suite.usage_error(*args)
+
+
+@pytest.mark.parametrize("option", ["--pdb", "--trace", "--setup-plan", "--setup-only"])
+def test_what_cannot_reach_a_guest_is_no_error_where_no_test_is_left(suite, option):
+    suite.write("import pytest\n\n@pytest.mark.in_vm\ndef test_it(): pass")
+    result = suite.run(option, "-m", "not in_vm")
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_setup_show_shows_nothing_of_a_guest(suite):
+    suite.write("import pytest\n\n@pytest.mark.in_vm\ndef test_it(): pass\n\ndef test_here(): pass")
+    text = "vmsandbox: --setup-show shows nothing of tests that run inside a guest"
+    assert text in suite.run("--setup-show").outlines
+    assert text not in suite.run("--setup-show", "-k", "here").outlines
 
 
 def test_an_image_without_python(suite):
