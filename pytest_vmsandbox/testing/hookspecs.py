@@ -45,4 +45,4 @@ def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
 
 @pytest.hookspec
 def pytest_vmsandbox_guest_stopping(config: pytest.Config, guest: Guest, failed: bool) -> None:
-    """Called before a guest is ended; `failed` tells whether its test has failed by then."""
+    """Called before a guest is ended; `failed` tells whether a test that used it has failed."""

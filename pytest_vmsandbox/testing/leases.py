@@ -95,6 +95,7 @@ class Leases:
             except VMSandboxError as error:
                 self._failures[kind] = error  # the next one would fail as this one
                 raise
+        self._session.note_use(lease.guest)
         if lease.failure is not None:
             raise lease.failure.with_traceback(None)
         if lease.session is None:
@@ -323,8 +324,8 @@ class Leases:
         elif isinstance(error, INFRASTRUCTURE):
             for key, other in list(self._leases.items()):
                 if other is lease:
-                    with suppress(VMSandboxError):
-                        self._end(key)
+                    with suppress(VMSandboxError), self._leases.pop(key).stack:
+                        raise error  # through its use
 
     def interrupt(self, item: pytest.Item) -> None:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""

@@ -48,7 +48,10 @@ class VMSession:
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
-        self._guests: dict[str, bool] = {}  # those this test may have used, and whether they run
+        self._guests: dict[str, Guest | None] = {}  # by name; None for one that does not run
+        self._used: set[str] = set()  # guests that this test has used
+        self._noted: set[str] = set()  # guests of which each use is noted
+        self._failed: set[str] = set()  # guests that a test has used that failed
         self._stack = ExitStack()
 
     @cached_property
@@ -88,6 +91,12 @@ class VMSession:
         """Remember that a test has failed: its artifacts are kept."""
         if report.failed:
             item.stash[FAILED] = True
+
+    def note_use(self, guest: Guest) -> None:
+        """Note that the test that runs now uses a guest which others may use, too."""
+        self._noted.add(guest.name)
+        if self.item is not None:
+            self._used.add(guest.name)
 
     # -- which images ---------------------------------------------------------------------------
 
@@ -175,25 +184,37 @@ class VMSession:
 
     def artifacts_of(self, item: pytest.Item) -> Path:
         """The folder of a test; it has the logs of the guests that the test may have used."""
-        # A guest that was there before is of this test only if something of it asks for guests.
-        asks = "vm_factory" in getattr(item, "fixturenames", ())
-        for guest, runs in self._guests.items():
-            if asks or not runs:
-                self.artifacts.keep_logs(item.nodeid, guest)
+        for guest in self._used_by(item):
+            self.artifacts.keep_logs(item.nodeid, guest)
         return self.artifacts.of_test(item.nodeid)
+
+    def _used_by(self, item: pytest.Item) -> list[str]:
+        """The guests that a test may have used: of users' own fixtures, nobody knows which do."""
+        asks = "vm_factory" in getattr(item, "fixturenames", ())
+        return [
+            name
+            for name, guest in self._guests.items()
+            if name in self._used or guest is None or (asks and name not in self._noted)
+        ]
 
     def finish(self, item: pytest.Item) -> None:
         """Forget a test; its artifacts stay only if it failed."""
         self.item = None
+        used = self._used_by(item)
+        self._used.clear()
         if "artifacts" not in self.__dict__:
             return
         if not item.stash.get(FAILED, False):
             self.artifacts.discard(item.nodeid)
-        elif self._guests:
-            self.artifacts_of(item)
-        for guest in [name for name, runs in self._guests.items() if not runs]:
-            self.artifacts.discard_logs(guest)
-            del self._guests[guest]
+            used = []
+        for name in used:
+            self._failed.add(name)
+            self.artifacts.keep_logs(item.nodeid, name)
+            if (guest := self._guests[name]) is not None:
+                self._keep_picture(item, guest)
+        for name in [name for name, guest in self._guests.items() if guest is None]:
+            self.artifacts.discard_logs(name)
+            del self._guests[name]
 
     @property
     def images_used(self) -> list[str]:
@@ -215,7 +236,8 @@ class VMSession:
 
     def _begun(self, guest: str) -> None:
         if self.item is not None:
-            self._guests[guest] = False
+            self._guests[guest] = None
+            self._used.add(guest)
 
     def hints(self) -> list[str]:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
@@ -250,25 +272,30 @@ class VMSession:
         if self.item is not None:
             self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
-        self._guests[guest.name] = True
+        self._guests[guest.name] = guest
 
     def _stopping(self, guest: Guest, failed: bool) -> None:
-        self._guests[guest.name] = False
-        failed = failed or (self.item is not None and self.item.stash.get(FAILED, False))
-        if failed and self.item is not None:
-            folder = self.artifacts.of_guest(self.item.nodeid, guest.name)
-            with suppress(VMSandboxError, OSError):  # it may be gone, and that is the failure
-                guest.screenshot(folder / "screenshot.png")
+        item = self.item
+        if item is not None and guest.name in self._used_by(item):
+            failed = failed or item.stash.get(FAILED, False)
+        if failed and item is not None:
+            self._keep_picture(item, guest)
+        self._guests[guest.name] = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
-            config=self.config, guest=guest, failed=failed
+            config=self.config, guest=guest, failed=failed or guest.name in self._failed
         )
+
+    def _keep_picture(self, item: pytest.Item, guest: Guest) -> None:
+        folder = self.artifacts.of_guest(item.nodeid, guest.name)
+        with suppress(VMSandboxError, OSError):  # it may be gone, and that is the failure
+            guest.screenshot(folder / "screenshot.png")
 
 
 class SharedGuests:
     """Guests that live as long as a module or a session, by image and hardware."""
 
-    def __init__(self, factory: GuestFactory, stack: ExitStack) -> None:
-        self._factory = factory
+    def __init__(self, session: VMSession, stack: ExitStack) -> None:
+        self._session = session
         self._stack = stack
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
 
@@ -277,17 +304,17 @@ class SharedGuests:
     def open(cls, session: VMSession) -> Iterator[SharedGuests]:
         """No guests yet; at the end all are gone."""
         with ExitStack() as stack:
-            yield cls(session.factory, stack)
+            yield cls(session, stack)
 
     def get(self, image: str, wishes: selection.Wishes) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
         key = (image, repr(sorted(wishes.hardware.items())))
-        if key in self._guests:
-            guest, own = self._guests[key]
-            if guest.alive:
-                return guest
-            own.close()
-        own = self._stack.enter_context(ExitStack())
-        guest = own.enter_context(self._factory.boot(image, **wishes.hardware))
-        self._guests[key] = guest, own
+        if key in self._guests and not self._guests[key][0].alive:
+            self._guests.pop(key)[1].close()
+        if key not in self._guests:
+            own = self._stack.enter_context(ExitStack())
+            boot = self._session.factory.boot(image, **wishes.hardware)
+            self._guests[key] = own.enter_context(boot), own
+        guest, _ = self._guests[key]
+        self._session.note_use(guest)
         return guest

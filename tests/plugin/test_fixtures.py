@@ -240,8 +240,9 @@ class TestLogsOfGuestsThatTestsShare:
             name.format(it) for it in ("b", "d", "own")
         ]
         for test in "bd":
-            log = kept / name.format(test) / "alpha-1.1" / "console.log"
-            assert log.read_text() == "alpha-1.1 boots"
+            (folder,) = (kept / name.format(test)).iterdir()
+            assert (folder / "console.log").read_text() == "alpha-1.1 boots"
+            assert (folder / "screenshot.png").read_bytes() == b"a picture"
         assert (kept / name.format("own") / "alpha-1.2" / "console.log").exists()
 
     def test_of_a_fixture_of_the_users(self, suite):
@@ -280,9 +281,7 @@ class TestLogsOfGuestsThatTestsShare:
         assert logs == ["beta.1", "beta.2"]
 
 
-def test_hooks_see_each_guest_and_whether_its_test_failed(suite):
-    with (suite.path / "conftest.py").open("a") as file:
-        file.write("""
+SEES_HOOKS = """
 seen = []
 
 def pytest_vmsandbox_images(config):
@@ -299,13 +298,36 @@ def pytest_vmsandbox_guest_stopping(config, guest, failed):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"seen: {seen}")
-""")
+"""
+
+
+def test_hooks_see_each_guest_and_whether_its_test_failed(suite):
+    with (suite.path / "conftest.py").open("a") as file:
+        file.write(SEES_HOOKS)
     suite.write("def test_a(vm): pass\ndef test_b(vm): assert False")
     result = suite.run()
     result.assert_outcomes(passed=1, failed=1)
     seen = ["ready alpha-1.1", "stopping alpha-1.1 False"]
     seen += ["ready alpha-1.2", "stopping alpha-1.2 True"]
     assert f"seen: {seen}" in result.outlines
+
+
+@pytest.mark.parametrize("isolation", ["module", "session"])
+@pytest.mark.parametrize(
+    ("tests", "failed"),
+    [
+        ("def test_a(vm): assert False\ndef test_b(vm): pass", True),
+        ("def test_a(vm): pass\ndef test_b(): assert False", False),
+        ("def test_a(vm): pass\n@pytest.mark.vm(cpus=2)\ndef test_b(vm): assert False", False),
+    ],
+    ids=["of it", "of none", "of another"],
+)
+def test_hooks_see_whether_any_test_of_a_guest_failed(suite, isolation, tests, failed):
+    with (suite.path / "conftest.py").open("a") as file:
+        file.write(SEES_HOOKS)
+    suite.write(f"import pytest\npytestmark = pytest.mark.vm(isolation={isolation!r})\n{tests}")
+    (line,) = (line for line in suite.run().outlines if line.startswith("seen: "))
+    assert f"'stopping alpha-1.1 {failed}'" in line
 
 
 class TestUnittest:

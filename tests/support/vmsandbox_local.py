@@ -30,6 +30,9 @@ class Local(LocalGuest):
     spec = SimpleNamespace(user="root")
     facts = None
 
+    def screenshot(self, path):
+        path.write_bytes(b"a picture")
+
     def run(self, argv, **how):
         if argv[:2] == ["sh", "-c"] and "serve" in argv[2]:
             kept = {name: value for name, value in os.environ.items() if not _is_ours(name)}
@@ -70,14 +73,16 @@ class LocalFactory:
         self.count += 1
         guest = Local(f"{image}.{self.count}", image)
         self.session._begun(guest.name)
-        self.session._logs(guest.name)
+        (self.session._logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
         for step in prepared.steps:
             guest.facts = step.run(guest)
         self.session._ready(guest)
+        failed = True
         try:
             yield guest
+            failed = False
         finally:
-            self.session._stopping(guest, False)
+            self.session._stopping(guest, failed)
             end_all(f"{self.folder / guest.name}/")
 
     def install_environment(self, guest, payload):

@@ -1,0 +1,85 @@
+"""What is left of guests in which tests have failed, and what is told of them.
+
+The guest is this machine, as in `test_fidelity`.
+"""
+
+import pytest
+
+from support.inside import Suite
+
+
+@pytest.fixture
+def suite(tmp_path_factory):
+    suite = Suite(tmp_path_factory.mktemp("s"))
+    with (suite.folder / "host_plugin.py").open("a") as file:
+        file.write(
+            "def pytest_vmsandbox_guest_stopping(config, guest, failed):\n"
+            f"    with open({str(suite.folder / 'stopped')!r}, 'a') as file:\n"
+            "        print(guest.name, failed, file=file)\n"
+        )
+    return suite
+
+
+def run(suite, *args):
+    return suite.run("--in-vm", f"--vm-artifacts={suite.folder / 'kept'}", *args)
+
+
+def kept(suite):
+    """The artifacts, relative to their folder."""
+    folder = suite.folder / "kept"
+    return sorted(str(it.relative_to(folder)) for it in folder.rglob("*") if it.is_file())
+
+
+def stopped(suite):
+    return (suite.folder / "stopped").read_text().splitlines()
+
+
+TESTS = """
+def test_good(): pass
+
+def test_bad(): assert False
+
+def test_worse(): assert False
+"""
+
+
+@pytest.mark.parametrize("isolation", ["session", "module"])
+def test_each_test_that_fails_has_what_its_guest_has_said(suite, isolation):
+    suite.write("test_one.py", TESTS)
+    suite.write("test_two.py", "def test_good(): pass\n")
+    status, output = run(suite, f"--vm-isolation={isolation}")
+    assert status == 1, output
+    assert kept(suite) == [
+        f"test_one.py-test_{test}-debian-13/debian-13.1/{file}"
+        for test in ("bad", "worse")
+        for file in ("console.log", "screenshot.png")
+    ]
+    log = suite.folder / "kept/test_one.py-test_worse-debian-13/debian-13.1/console.log"
+    assert log.read_text() == "debian-13.1 boots"
+    clean = ["debian-13.2 False"] if isolation == "module" else []
+    assert stopped(suite) == ["debian-13.1 True", *clean]
+
+
+def test_a_guest_of_its_own(suite):
+    suite.write("test_one.py", TESTS)
+    status, output = run(suite, "--vm-isolation=test")
+    assert status == 1, output
+    assert kept(suite) == [
+        f"test_one.py-test_{test}-debian-13/debian-13.{number}/{file}"
+        for number, test in enumerate(("bad", "worse"), 2)
+        for file in ("console.log", "screenshot.png")
+    ]
+    assert stopped(suite) == ["debian-13.1 False", "debian-13.2 True", "debian-13.3 True"]
+
+
+def test_a_guest_that_is_lost_has_failed(suite):
+    suite.write(
+        "test_one.py",
+        "import os\nimport signal\n\n"
+        "def test_lost():\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n",
+    )
+    status, output = run(suite)
+    assert status == 1, output
+    assert {line.split()[1] for line in stopped(suite)} == {"True"}
