@@ -83,3 +83,32 @@ def test_a_guest_that_is_lost_has_failed(suite):
     status, output = run(suite)
     assert status == 1, output
     assert {line.split()[1] for line in stopped(suite)} == {"True"}
+
+
+ENDS_WHERE_IT_IS_COLLECTED = """
+import os
+import signal
+
+if "VMSANDBOX_GUEST" in os.environ:
+    {}
+
+def test_lost(): pass
+
+def test_next(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["os.kill(os.getppid(), signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)"],
+    ids=["guest", "interpreter"],
+)
+def test_an_error_while_it_collects_says_how_to_see_it_again(suite, how):
+    suite.write("test_one.py", ENDS_WHERE_IT_IS_COLLECTED.format(how))
+    status, output = run(suite)
+    assert status == 1, output
+    assert "2 errors" in output
+    folder = suite.folder / "kept/test_one.py-test_lost-debian-13"
+    assert f"artifacts: {folder}\n" in output
+    assert "reproduce: pytest 'test_one.py::test_lost[debian-13]' --in-vm\n" in output
+    assert (folder / "debian-13.1/console.log").exists()
