@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
 
 SESSION = pytest.StashKey[VMSession]()
-_USAGE_ERRORS, _TOLD = "vmsandbox_usage_errors", "vmsandbox_told"  # by an xdist worker
+# What an xdist worker tells.
+_USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -120,6 +121,7 @@ def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""
     session, output = node.config.stash[SESSION], getattr(node, "workeroutput", {})
     session.usage_errors = output.get(_USAGE_ERRORS, session.usage_errors)
+    session.failed |= output.get(_FAILED, False)
     session.told.update(dict.fromkeys(output.get(_TOLD, ())))
 
 
@@ -127,7 +129,10 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ours = session.config.stash[SESSION]
     ours.finish_inside()
+    if ours.failed and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput[_FAILED] = ours.failed
         session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*ours.usage_errors)

@@ -33,6 +33,7 @@ class VMSession:
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
+        failed: whether something has gone wrong that is no test's failure or error.
         told: lines for the end of the run; those of xdist's workers are among them.
         unimportable: files of tests that this side could not collect, relative to the rootdir.
         item: the test that runs now.
@@ -43,6 +44,7 @@ class VMSession:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.usage_errors: list[str] = []
+        self.failed = False
         self.told: dict[str, None] = {}
         self.unimportable: set[str] = set()
         self.item: pytest.Item | None = None
@@ -67,6 +69,7 @@ class VMSession:
         """Let what runs inside guests tear down what is left."""
         if "inside" in self.__dict__:
             for problem in self.inside.close():
+                self.failed = True
                 self.tell(f"at the end of the tests inside: {problem}")
 
     def close(self) -> None:

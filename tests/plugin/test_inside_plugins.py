@@ -170,6 +170,31 @@ def test_groups(suite):
         assert suite.guests == ["debian-13.1"]
 
 
+def test_a_late_teardown_of_a_guest_that_others_follow(suite):
+    """A worker does not know whether more tests of a guest come: then no test is left to tell it."""
+    suite.write(
+        "test_it.py",
+        """
+import os
+
+import pytest
+
+@pytest.fixture(scope="session", autouse=True)
+def all_of_them():
+    yield
+    if os.environ["VMSANDBOX_GUEST"].startswith("debian-12"):
+        raise RuntimeError("late")
+
+def test_a(): pass
+""",
+    )
+    status, output = suite.run("--in-vm", "--vm=debian-13", "--vm=debian-12", "-n1")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "2 passed in" in output
+    assert "vmsandbox: at the end of the tests inside: debian-12.1: " in output
+    assert "RuntimeError: late" in output
+
+
 @pytest.mark.parametrize(("isolation", "guests"), [("session", 2), ("module", 2), ("test", 4)])
 def test_files_on_workers(suite, isolation, guests):
     """Each worker has guests of its own; with `loadfile`, one for a file."""
