@@ -111,6 +111,13 @@ def plain_nodeid(item: pytest.Item) -> str:
     return item.stash[_CALLED]
 
 
+def argument_of(item: pytest.Item) -> str:
+    """What has pytest run a test again; its file where only the guest could collect it."""
+    if _PLAIN in item.stash:
+        return item.stash[_PLAIN].partition("::")[0]
+    return item.nodeid
+
+
 def remember_nodeids(items: Iterable[pytest.Item]) -> None:
     """Keep what tests of guests are called: pytest-xdist adds their group, which no guest knows."""
     for item in items:

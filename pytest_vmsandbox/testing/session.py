@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import config as options, selection
+from pytest_vmsandbox.testing import collection, config as options, selection
 from pytest_vmsandbox.testing.artifacts import Artifacts
 from pytest_vmsandbox.testing.reporting import FAILED
 
@@ -246,7 +246,7 @@ class VMSession:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        again = [self.item.nodeid, *options.which_guest(self.config)]
+        again = [collection.argument_of(self.item), *options.which_guest(self.config)]
         return [
             f"artifacts: {self.artifacts_of(self.item)}",
             f"reproduce: pytest {shlex.join(again)}",

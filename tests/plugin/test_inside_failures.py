@@ -85,6 +85,15 @@ def test_a_guest_that_is_lost_has_failed(suite):
     assert {line.split()[1] for line in stopped(suite)} == {"True"}
 
 
+def test_a_test_that_only_guests_know_is_reproduced_by_its_file(suite):
+    """Its own name is no argument for pytest here."""
+    only_there = "import os\nif 'PYTHONPATH' in os.environ: raise ImportError\n"
+    suite.write("test_one.py", f"{only_there}def test_lost(): os._exit(3)\n")
+    status, output = run(suite)
+    assert status == 1, output
+    assert "reproduce: pytest test_one.py --in-vm\n" in output
+
+
 ENDS_WHERE_IT_IS_COLLECTED = """
 import os
 import signal
