@@ -368,8 +368,10 @@ class TestFaults:
             machine.execute("system_powerdown")
             assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
             assert machine.end(5) is True
-            with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)"):
+            with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)") as caught:
                 machine.check()
+            assert caught.value.stage == "command"
+            assert machine.boot_error(caught.value, 3).stage == "firmware"
 
 
 class TestUserSpace:
