@@ -149,7 +149,7 @@ class TestSizes:
 class TestHardware:
     def test_defaults(self):
         assert Hardware() == Hardware(
-            cpus=1, memory=512 * MIB, disk=None, disks=(), network="isolated", user="root"
+            cpus=1, memory=512 * MIB, disk=None, disks=(), network="isolated", user=""
         )
 
     @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ class TestHardware:
             ("disks", ["1MiB"] * 8, (MIB,) * 8),
             ("network", "nat", "nat"),
             ("user", "a_b-c.d", "a_b-c.d"),
-            ("user", None, "root"),
+            ("user", None, ""),
         ],
     )
     def test_takes(self, name, wish, value):
