@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,9 +238,8 @@ class Sealer:
             disks = stack.enter_context(
                 blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
             )
-            network = steps[-1].network if steps else None
             platform = GuestPlatform(
-                blueprint if network is None else blueprint.with_network(network),
+                _to_be_sealed(blueprint, steps),
                 self._hypervisor,
                 name=name,
                 key=pair,
@@ -270,6 +269,15 @@ class Sealer:
         return self._store.adopt(
             folder, key, image=blueprint.image, name=name, layers=layers, facts=dict(facts or {})
         )
+
+
+def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
+    """The guest that becomes a template: the last step's network, or no user but the image's."""
+    if not steps:
+        user = blueprint.built.definition.user
+        return replace(blueprint, hardware=replace(blueprint.hardware, user=user))
+    network = steps[-1].network
+    return blueprint if network is None else blueprint.with_network(network)
 
 
 def _done(step: Step, guest: Guest) -> Facts:
