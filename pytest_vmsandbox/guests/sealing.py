@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from pytest_vmsandbox.catalogue.store import build_command
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     CommandTimeout,
@@ -33,6 +34,7 @@ from pytest_vmsandbox.guests.templates import (
     STATE,
     Template,
     TemplateStore,
+    file_digest,
     layer_name,
 )
 from pytest_vmsandbox.machine import host, memory
@@ -73,7 +75,8 @@ class Sealed:
         blueprint: what its guests are made of.
         key: the key that opens them.
         memory: their memory, which they cannot change.
-        damage: what of the template is damaged, once that is known; see `Template.damage`.
+        damage: what of the template is damaged, once that is known; see `Template.damage`. It raises
+            `ImageError` if the image below it is.
         is_new: whether it was made in this process: then its first clone is looked at more closely.
         checked: set when that was done.
         stack: lets go of it.
@@ -115,6 +118,7 @@ class Sealer:
         self._say = say
         self._tell = tell
         self._open: dict[str, Sealed] = {}
+        self._disks: dict[Path, str] = {}  # digests of images' disks; for the thread that reads
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
@@ -166,7 +170,7 @@ class Sealer:
                         blueprint=blueprint,
                         key=ssh.KeyPair.of(template.private_key),
                         memory=file,
-                        damage=self._digests.submit(template.damage),
+                        damage=self._digests.submit(self._damage, template, blueprint),
                         is_new=found is None,
                         stack=stack.pop_all(),
                     )
@@ -177,6 +181,22 @@ class Sealer:
                         f"the template of {blueprint.image} cannot be opened: {error}"
                     ) from error
         raise CannotSealError(f"the template of {blueprint.image} disappears again and again")
+
+    def _damage(self, template: Template, blueprint: Blueprint) -> str:
+        if template.disk and template.disk != self._disk(blueprint):
+            raise _damaged(blueprint, "has changed since it was built")
+        return template.damage()
+
+    def _disk(self, blueprint: Blueprint) -> str:
+        """The digest of the image's disk, which is read once; empty where there is none."""
+        if (disk := blueprint.built.disk) is None:
+            return ""
+        if disk not in self._disks:
+            try:
+                self._disks[disk] = file_digest(disk)
+            except OSError as error:
+                raise _damaged(blueprint, f"cannot be read: {error.strerror}") from error
+        return self._disks[disk]
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
         about = steps[-1].about if steps else ""
@@ -227,6 +247,7 @@ class Sealer:
         hardware = blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
+        disk = self._digests.submit(self._disk, blueprint)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.create(folder / MEMORY, hardware.memory))
@@ -267,8 +288,21 @@ class Sealer:
             if file.name != KEY:
                 file.chmod(0o644)  # a QEMU of another user opens them
         return self._store.adopt(
-            folder, key, image=blueprint.image, name=name, layers=layers, facts=dict(facts or {})
+            folder,
+            key,
+            image=blueprint.image,
+            name=name,
+            layers=layers,
+            disk=below.disk if below is not None else disk.result(),
+            facts=dict(facts or {}),
         )
+
+
+def _damaged(blueprint: Blueprint, how: str) -> ImageError:
+    return ImageError(
+        f"the image {blueprint.image!r} is damaged: {blueprint.built.disk} {how}",
+        remedy=f"{build_command(blueprint.image)} --force",
+    )
 
 
 def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
