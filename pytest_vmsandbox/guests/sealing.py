@@ -77,8 +77,7 @@ class Sealed:
         memory: their memory, which they cannot change.
         damage: what of the template is damaged, once that is known; see `Template.damage`. It raises
             `ImageError` if the image below it is.
-        is_new: whether it was made in this process: then its first clone is looked at more closely.
-        checked: set when that was done.
+        checked: set when its first clone was seen to be reached through its network.
         stack: lets go of it.
     """
 
@@ -87,7 +86,6 @@ class Sealed:
     key: ssh.KeyPair
     memory: IO[bytes]
     damage: Future[str]
-    is_new: bool
     stack: ExitStack
     checked: threading.Event = field(default_factory=threading.Event)
 
@@ -158,8 +156,7 @@ class Sealer:
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
         for _ in range(2):
-            found = self._store.find(key)
-            template = found or self._made(key, blueprint, steps)
+            template = self._store.find(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
                     stack.enter_context(self._store.hold(template))
@@ -171,7 +168,6 @@ class Sealer:
                         key=ssh.KeyPair.of(template.private_key),
                         memory=file,
                         damage=self._digests.submit(self._damage, template, blueprint),
-                        is_new=found is None,
                         stack=stack.pop_all(),
                     )
                 except FileNotFoundError:  # removed in this moment, or damaged
