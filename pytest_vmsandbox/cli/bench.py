@@ -72,7 +72,10 @@ class _Help(click.Command):
     help="Guests at once, for the figures that are about many.",
 )
 @guest_options
+@click.pass_context
 def bench(
+    ctx: click.Context,
+    /,
     *,
     image: str,
     as_json: bool,
@@ -85,8 +88,8 @@ def bench(
 
     Figures are medians, in the unit that their name ends with. Each time comes with how many times
     it goes into the cold boot of the same run: that compares with other machines, the time does not.
-    What cannot be measured here is left out, and why is said. All figures together take minutes under KVM, and
-    much longer where there is only emulation.
+    What cannot be measured here is left out, and why is said; with --only the exit status is 1 then.
+    All figures together take minutes under KVM, and much longer where there is only emulation.
     """
     wish = GuestWish.read(**options)  # type: ignore[arg-type]  # click has read them
     hardware = wish.settings.hardware.changed(wish.hardware)
@@ -117,6 +120,7 @@ def bench(
         write_json({**about, **_content(figures, wanted)})
     else:
         _show(Screen(), about, figures, wanted)
+    ctx.exit(1 if any(figures[key].value is None for key in only) else 0)
 
 
 def measure(site: Site, wanted: Iterable[str], screen: Screen) -> dict[str, Figure]:

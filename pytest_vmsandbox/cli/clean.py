@@ -10,6 +10,7 @@ from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests.templates import TemplateStore
+from pytest_vmsandbox.inside import environment
 from pytest_vmsandbox.machine import leftovers
 from pytest_vmsandbox.machine.hypervisor import remove_dead_runs
 
@@ -28,13 +29,14 @@ def clean(*, all_templates: bool) -> None:
     clones are made of: the next run that needs one boots and seals it again.
     """
     screen = Screen()
-    templates = TemplateStore(paths.cache_dir())
+    cache = paths.cache_dir()
+    templates = TemplateStore(cache)
     said = []
     if ended := leftovers.end_ownerless():
         said.append(f"ended: {_number(len(ended), 'launcher')} whose run is gone, with its guests")
     if folders := remove_dead_runs(paths.runtime_dir()):
         said.append(f"removed: {_number(len(folders), 'folder')} of runs that are gone")
-    if freed := intake.sweep(ImageStore(paths.cache_dir())) + templates.sweep():
+    if freed := intake.sweep(ImageStore(cache)) + templates.sweep() + environment.sweep(cache):
         said.append(
             f"removed: what was left in the cache half made or half removed; "
             f"{format_size(freed)} are free again"

@@ -32,7 +32,7 @@ _GUEST_OPTIONS = (
         metavar="|".join(NETWORKS),
         help="Whether the guest reaches the world (default: isolated).",
     ),
-    click.option("--user", metavar="NAME", help="Who it is in the guest (default: root)."),
+    click.option("--user", metavar="NAME", help="Who it is in the guest (default: the image's)."),
     click.option(
         "--accel",
         type=click.Choice(ACCELERATORS),

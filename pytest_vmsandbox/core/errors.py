@@ -96,6 +96,8 @@ class BootError(VMSandboxError):
 class GuestLost(VMSandboxError):
     """A guest that had been up is gone: kernel panic, power-off from inside, QEMU exit."""
 
+    default_stage = "command"
+
 
 class CommandError(VMSandboxError):
     """A program in the guest returned non-zero, or could not be started at all.
@@ -158,6 +160,8 @@ class MonitorError(VMSandboxError):
         error_class: QMP's class of the error, such as ``CommandNotFound``; empty when the
             monitor is gone.
     """
+
+    default_stage = "command"
 
     def __init__(self, brief: str, *, error_class: str = "", details: str = "") -> None:
         super().__init__(brief, details=details)

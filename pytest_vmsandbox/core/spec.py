@@ -62,7 +62,8 @@ class Hardware:
         disk: bytes of the root disk; None for the size that the image has.
         disks: bytes of each further, blank disk, in order.
         network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
-        user: who runs commands in the guest where a call names nobody.
+        user: who runs commands in the guest where a call names nobody; empty for the one that
+            the image names.
     """
 
     cpus: int = 1
@@ -70,7 +71,7 @@ class Hardware:
     disk: int | None = None
     disks: tuple[int, ...] = ()
     network: str = "isolated"
-    user: str = "root"
+    user: str = ""
 
     def changed(self, wishes: Mapping[str, object]) -> Hardware:
         """This hardware with `wishes`, as a user writes them (sizes are strings with a unit).

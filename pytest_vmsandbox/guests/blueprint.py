@@ -21,7 +21,7 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 1  # of templates; raise it when what is done to a guest before it is sealed changes
+FORMAT = 2  # of templates; raise it when what is done to a guest before it is sealed changes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -242,9 +242,10 @@ class GuestFactory:
         """Be told that so many guests of a kind are going to be asked for.
 
         Raises:
-            ConfigError: there is no such hardware.
+            ConfigError: there is no such image or hardware.
         """
-        kind = self._prepared(image), self._settings.hardware.changed(hardware)
+        prepared = self._prepared(image)
+        kind = prepared, self._hardware(prepared.image, hardware)
         self._expected[kind] = self._expected.get(kind, 0) + count
 
     def await_armed(self, timeout: float) -> bool:
@@ -366,7 +367,7 @@ class GuestFactory:
         )
 
     def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
-        spec = self._settings.hardware.changed(hardware)
+        spec = self._hardware(image, hardware)
         definition = self._catalogue.get(image)
         _check_hardware(definition, spec)
         self.require(image)
@@ -377,6 +378,11 @@ class GuestFactory:
             hardware=spec,
             qemu_args=self._surroundings.qemu_args,
         )
+
+    def _hardware(self, image: str, wishes: Mapping[str, object]) -> Hardware:
+        """What guests of an image are made of; its user is who nobody else has named."""
+        hardware = self._settings.hardware.changed(wishes)
+        return replace(hardware, user=hardware.user or self._catalogue.get(image).user)
 
     @cached_property
     def _sealer(self) -> Sealer:

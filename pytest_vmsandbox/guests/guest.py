@@ -32,6 +32,11 @@ from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
 
 Streams = bytes | str | None
+_INSTEAD = {  # of what `popen` lacks
+    "check": "compare what .wait(timeout) or .poll() returns",
+    "timeout": "call .wait(timeout)",
+    "input": "write it to .stdin, and close that",
+}
 _NOT_FOUND = 127
 _POLL_SECONDS = 0.25
 _SSH_TRY_SECONDS = 2.0
@@ -258,6 +263,9 @@ class Guest:
         self,
         argv: Sequence[str | os.PathLike[str]],
         *,
+        check: None = None,
+        timeout: None = None,
+        input: None = None,  # noqa: A002  # subprocess.run's name
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
         user: str | None = None,
@@ -268,9 +276,19 @@ class Guest:
         It ends with the guest at the latest. Whoever starts a program that writes much has to
         read its streams, or it stops when two MiB wait to be read.
 
+        Args:
+            check, timeout, input: only `run`, which waits for the program's end, has these.
+
         Raises:
             CommandError: the folder or the user does not exist.
+            ConfigError: it was given one of those.
         """
+        for name, value in (("check", check), ("timeout", timeout), ("input", input)):
+            if value is not None:
+                raise ConfigError(
+                    f"popen does not wait for the program's end, so it has no {name}=",
+                    remedy=_INSTEAD[name],
+                )
         with self._explained():
             command = self._command(argv, cwd=cwd, env=env, user=user)
             process = Process(self.start(command), command.argv, text=text)

@@ -330,7 +330,7 @@ class Pool:
             state.close()  # it is loaded
             helper = helper_of(machine, blueprint)
             waking.wake(machine, helper)
-            if sealed.is_new and not sealed.checked.is_set():
+            if not sealed.checked.is_set():
                 check_network(machine, blueprint)
                 sealed.checked.set()
             helper.set_hostname(_hostname(name))

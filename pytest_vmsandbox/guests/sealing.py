@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from pytest_vmsandbox.catalogue.store import build_command
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     CommandTimeout,
@@ -33,6 +34,7 @@ from pytest_vmsandbox.guests.templates import (
     STATE,
     Template,
     TemplateStore,
+    file_digest,
     layer_name,
 )
 from pytest_vmsandbox.machine import host, memory
@@ -73,9 +75,9 @@ class Sealed:
         blueprint: what its guests are made of.
         key: the key that opens them.
         memory: their memory, which they cannot change.
-        damage: what of the template is damaged, once that is known; see `Template.damage`.
-        is_new: whether it was made in this process: then its first clone is looked at more closely.
-        checked: set when that was done.
+        damage: what of the template is damaged, once that is known; see `Template.damage`. It raises
+            `ImageError` if the image below it is.
+        checked: set when its first clone was seen to be reached through its network.
         stack: lets go of it.
     """
 
@@ -84,7 +86,6 @@ class Sealed:
     key: ssh.KeyPair
     memory: IO[bytes]
     damage: Future[str]
-    is_new: bool
     stack: ExitStack
     checked: threading.Event = field(default_factory=threading.Event)
 
@@ -115,6 +116,7 @@ class Sealer:
         self._say = say
         self._tell = tell
         self._open: dict[str, Sealed] = {}
+        self._disks: dict[Path, str] = {}  # digests of images' disks; for the thread that reads
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
@@ -154,8 +156,7 @@ class Sealer:
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
         for _ in range(2):
-            found = self._store.find(key)
-            template = found or self._made(key, blueprint, steps)
+            template = self._store.find(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
                     stack.enter_context(self._store.hold(template))
@@ -166,8 +167,7 @@ class Sealer:
                         blueprint=blueprint,
                         key=ssh.KeyPair.of(template.private_key),
                         memory=file,
-                        damage=self._digests.submit(template.damage),
-                        is_new=found is None,
+                        damage=self._digests.submit(self._damage, template, blueprint),
                         stack=stack.pop_all(),
                     )
                 except FileNotFoundError:  # removed in this moment, or damaged
@@ -177,6 +177,22 @@ class Sealer:
                         f"the template of {blueprint.image} cannot be opened: {error}"
                     ) from error
         raise CannotSealError(f"the template of {blueprint.image} disappears again and again")
+
+    def _damage(self, template: Template, blueprint: Blueprint) -> str:
+        if template.disk and template.disk != self._disk(blueprint):
+            raise _damaged(blueprint, "has changed since it was built")
+        return template.damage()
+
+    def _disk(self, blueprint: Blueprint) -> str:
+        """The digest of the image's disk, which is read once; empty where there is none."""
+        if (disk := blueprint.built.disk) is None:
+            return ""
+        if disk not in self._disks:
+            try:
+                self._disks[disk] = file_digest(disk)
+            except OSError as error:
+                raise _damaged(blueprint, f"cannot be read: {error.strerror}") from error
+        return self._disks[disk]
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
         about = steps[-1].about if steps else ""
@@ -227,6 +243,7 @@ class Sealer:
         hardware = blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
+        disk = self._digests.submit(self._disk, blueprint)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.create(folder / MEMORY, hardware.memory))
@@ -238,9 +255,8 @@ class Sealer:
             disks = stack.enter_context(
                 blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
             )
-            network = steps[-1].network if steps else None
             platform = GuestPlatform(
-                blueprint if network is None else blueprint.with_network(network),
+                _to_be_sealed(blueprint, steps),
                 self._hypervisor,
                 name=name,
                 key=pair,
@@ -268,8 +284,30 @@ class Sealer:
             if file.name != KEY:
                 file.chmod(0o644)  # a QEMU of another user opens them
         return self._store.adopt(
-            folder, key, image=blueprint.image, name=name, layers=layers, facts=dict(facts or {})
+            folder,
+            key,
+            image=blueprint.image,
+            name=name,
+            layers=layers,
+            disk=below.disk if below is not None else disk.result(),
+            facts=dict(facts or {}),
         )
+
+
+def _damaged(blueprint: Blueprint, how: str) -> ImageError:
+    return ImageError(
+        f"the image {blueprint.image!r} is damaged: {blueprint.built.disk} {how}",
+        remedy=f"{build_command(blueprint.image)} --force",
+    )
+
+
+def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
+    """The guest that becomes a template: the last step's network, or no user but the image's."""
+    if not steps:
+        user = blueprint.built.definition.user
+        return replace(blueprint, hardware=replace(blueprint.hardware, user=user))
+    network = steps[-1].network
+    return blueprint if network is None else blueprint.with_network(network)
 
 
 def _done(step: Step, guest: Guest) -> Facts:

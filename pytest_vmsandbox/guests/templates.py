@@ -52,6 +52,7 @@ class Template:
         name: what the guest was called when it booted.
         layers: for each disk the files with what was written to it, lowest first.
         digests: of each file.
+        disk: the digest of the image's disk below them; empty where there is none.
         facts: what whoever sealed it wants to know of it.
     """
 
@@ -61,6 +62,7 @@ class Template:
     name: str
     layers: tuple[tuple[Path, ...], ...]
     digests: dict[str, str]
+    disk: str
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -166,6 +168,7 @@ class TemplateStore:
         image: str,
         name: str,
         layers: list[list[str]],
+        disk: str,
         facts: dict[str, object],
     ) -> Template:
         """Make the files in a folder of `incoming` the template, and make room for it.
@@ -180,6 +183,7 @@ class TemplateStore:
             "image": image,
             "name": name,
             "layers": layers,
+            "disk": disk,
             "facts": facts,
             "digests": {file: file_digest(folder / file) for file in files},
         }
@@ -252,6 +256,7 @@ class TemplateStore:
                         tuple(folder / name for name in names) for names in content["layers"]
                     ),
                     digests=content["digests"],
+                    disk=content.get("disk", ""),  # format 1 of blueprints had none
                     facts=content["facts"],
                 )
         return None

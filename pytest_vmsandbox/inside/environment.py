@@ -22,7 +22,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -32,7 +32,13 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from pytest_vmsandbox.catalogue.files import locked, private_folder, remove_tree, sync_tree
+from pytest_vmsandbox.catalogue.files import (
+    locked,
+    private_folder,
+    remove_tree,
+    size_on_disk,
+    sync_tree,
+)
 from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, TransferError
 from pytest_vmsandbox.core.text import printable
@@ -605,6 +611,23 @@ def _use(folder: Path) -> bool:
     except OSError:
         return (folder / _COMPLETE).is_file()  # then the cache is one that is only read
     return True
+
+
+def sweep(cache: Path) -> int:
+    """Remove what others left in the cache who were killed; bytes that are free now.
+
+    Raises:
+        TeardownError: something of it cannot be removed.
+    """
+    freed = 0
+    parent = cache / "environments"
+    with suppress(BlockingIOError, FileNotFoundError), locked(parent / "lock"):
+        for entry in parent.iterdir():
+            if entry.is_dir() and not (entry / _COMPLETE).exists():
+                size = size_on_disk(entry)
+                remove_tree(entry)
+                freed += size
+    return freed
 
 
 def _sweep(parent: Path) -> None:

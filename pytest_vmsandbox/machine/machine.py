@@ -41,6 +41,17 @@ _STAGES = (
     ("kernel", re.compile(r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]", re.MULTILINE)),
 )
 SSH_ANNOUNCED, INIT_REACHED = _STAGES[0][1].pattern, _STAGES[1][1].pattern
+# Why QEMU stops a guest by itself, and what helps, by its status.
+_STOPPED = {
+    "io-error": (
+        "the host's disk is full",
+        "make room where the cache of vmsandbox lies, for what guests write to their disks",
+    ),
+    "internal-error": (
+        "the accelerator gave up",
+        "do without the accelerator: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
+    ),
+}
 _PANIC_LINES = 30
 _PANIC_END = "---[ end Kernel panic - not syncing"
 _PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
@@ -161,7 +172,8 @@ class Machine:
         """Look whether the guest is still there; quick enough to be called often.
 
         Raises:
-            GuestLost: QEMU is gone, the guest's kernel panicked, or the accelerator gave up.
+            GuestLost: QEMU is gone, the guest's kernel panicked, the accelerator gave up, or the
+                host's disk is full.
         """
         events = self.monitor.events()
         names = [event["event"] for event in events]
@@ -169,6 +181,8 @@ class Machine:
             raise self._panic()
         status = self.ended()
         if status is None:
+            if [name for name in names if name in {"STOP", "RESUME"}][-1:] == ["STOP"]:
+                self._check_stopped()
             return
         if "SHUTDOWN" in names:
             reason = events[names.index("SHUTDOWN")].get("data", {}).get("reason", "")
@@ -183,32 +197,37 @@ class Machine:
             stage="launch",
         )
 
+    def _check_stopped(self) -> None:
+        """Look who has stopped the processors: we, or QEMU by itself."""
+        try:
+            status = self.monitor.execute("query-status")["status"]
+        except MonitorError:
+            return  # QEMU is ending; what ended it is seen in a moment
+        if status in _STOPPED:
+            cause, remedy = _STOPPED[status]
+            raise GuestLost(
+                f"{self.spec.name}: QEMU stopped the guest with status {status!r} "
+                f"({self.spec.accelerator}): {cause}",
+                details=self._console_lines(),
+                remedy=remedy,
+                stage="launch",
+            )
+
     def check_booting(self) -> None:
-        """Look closer while a guest boots; asks QEMU, so not for a tight loop.
+        """Look closer while a guest boots.
 
         A kernel that panics before it has the driver which tells QEMU says so on the console.
         Later that text is no proof: any program of the guest can write it.
 
         Raises:
-            GuestLost: the kernel panicked, or QEMU has stopped it after an error of its own.
+            GuestLost: the kernel panicked.
         """
         if _PANIC_END in self.console.this_boot:
             raise self._panic()
-        status = self.execute("query-status")["status"]
-        if status in {"internal-error", "io-error"}:
-            raise GuestLost(
-                f"{self.spec.name}: QEMU stopped the guest with status {status!r} "
-                f"({self.spec.accelerator})",
-                details=self._console_lines(),
-                remedy="do without the accelerator: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)"
-                if status == "internal-error"
-                else "the host's disk may be full",
-                stage="launch",
-            )
 
     def boot_error(self, error: GuestLost, seconds: float) -> BootError:
         """The same loss, as one of a guest that has not come up yet."""
-        stage = error.stage or self.stage
+        stage = self.stage if error.stage == GuestLost.default_stage else error.stage
         return BootError(
             f"{error.brief} while booting, {seconds:.0f} s after power-on",
             stage=stage,

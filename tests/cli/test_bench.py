@@ -120,6 +120,18 @@ def test_only_some_and_the_cold_boot_that_a_time_is_compared_with(invoke):
     assert set(values.KEYS) & set(content) == {"push_mib_s"}
 
 
+@pytest.mark.parametrize(
+    ("only", "status"),
+    [(["push_mib_s"], 0), (["leased_at_once"], 1), (["push_mib_s", "idle_cost_ms"], 1)],
+)
+def test_one_that_was_asked_for_and_cannot_be_measured(invoke, only, status):
+    arguments = [word for key in only for word in ("--only", key)]
+    result = invoke("--json", *arguments)
+    assert result.exit_code == status
+    assert set(only) <= set(json.loads(result.stdout))
+    assert invoke(*arguments).exit_code == status
+
+
 def test_for_people(invoke):
     result = invoke("tiny")
     lines = {line.split()[0]: line.split(None, 1)[1] for line in result.stdout.splitlines()}

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
+from pytest_vmsandbox.catalogue.files import locked
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import leftovers
 from support import sealed
@@ -115,6 +116,18 @@ class TestClean:
         left = {it.name for it in (cache / "templates").iterdir()}
         assert left == {kept.folder.name, f"{kept.folder.name}.lock"}
         assert list((cache / "images" / "tiny").iterdir()) == []
+        assert invoke("clean").stdout == NOTHING
+
+    def test_half_made_environments_of_tests_in_guests(self, invoke, cache):
+        environments = cache / "environments"
+        for name in (".new-1", "half-removed", "whole"):
+            (environments / name).mkdir(parents=True)
+            (environments / name / "part").write_bytes(b"x" * 8192)
+        (environments / "whole" / "requirements.txt").touch()
+        with locked(environments / "lock"):
+            assert invoke("clean").stdout == NOTHING
+        assert "half made or half removed; 16KiB are free" in invoke("clean").stdout
+        assert [it.name for it in environments.iterdir() if it.is_dir()] == ["whole"]
         assert invoke("clean").stdout == NOTHING
 
     def test_what_is_being_made_stays(self, invoke, cache):

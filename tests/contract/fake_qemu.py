@@ -286,6 +286,11 @@ class FakeQemu:
         elif self.fault in {"internal-error", "io-error"}:
             self.status = self.fault
             self.event("STOP")
+        elif self.fault == "stops-and-falls-silent":
+            self.event("STOP")
+            self.flush()
+            self.monitor.shutdown(socket.SHUT_RDWR)
+            signal.pause()
         elif self.fault == "greets-and-ends":
             print("fake: changed its mind", file=sys.stderr, flush=True)
             os._exit(3)

@@ -321,14 +321,32 @@ class TestFaults:
             machine.check()
 
     @pytest.mark.parametrize(
-        ("fault", "remedy"), [("internal-error", "--vm-accel=tcg"), ("io-error", "disk")]
+        ("fault", "cause", "remedy"),
+        [
+            ("internal-error", r"\(tcg\)", "--vm-accel=tcg"),
+            ("io-error", "disk is full", "make room"),
+        ],
     )
-    def test_stops_by_itself(self, fake, fault, remedy):
+    def test_stops_by_itself(self, fake, fault, cause, remedy):
         with fake.machine(fault=fault) as machine:
-            machine.check()
-            with pytest.raises(GuestLost, match=f"status '{fault}'") as caught:
-                machine.check_booting()
+            assert machine.monitor.wait_event("STOP", since=0, timeout=5)
+            with pytest.raises(GuestLost, match=f"status '{fault}'.*{cause}") as caught:
+                machine.check()
+            assert caught.value.stage == "launch"
             assert remedy in caught.value.remedy
+
+    def test_goes_on_after_it_has_stopped_by_itself(self, fake):
+        with fake.machine(fault="io-error") as machine:
+            machine.resume()
+            machine.check()
+
+    def test_does_not_tell_why_it_stopped(self, fake):
+        with fake.machine(fault="stops-and-falls-silent") as machine:
+            assert machine.monitor.wait_event("STOP", since=0, timeout=5)
+            machine.check()
+            machine.kill()
+            with pytest.raises(GuestLost, match="signal SIGKILL"):
+                machine.check()
 
     @pytest.mark.parametrize("_", range(3))
     def test_ends_as_soon_as_it_has_greeted(self, fake, _):
@@ -350,8 +368,10 @@ class TestFaults:
             machine.execute("system_powerdown")
             assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
             assert machine.end(5) is True
-            with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)"):
+            with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)") as caught:
                 machine.check()
+            assert caught.value.stage == "command"
+            assert machine.boot_error(caught.value, 3).stage == "firmware"
 
 
 class TestUserSpace:
@@ -415,12 +435,14 @@ class TestState:
         machine.pause()
         assert status(machine) == "paused"
         machine.pause()
+        machine.check()
         machine.resume()
         assert status(machine) == "running"
 
     def test_one_that_was_saved_goes_on(self, machine, state):
         machine.save(state, with_memory=True)
         assert status(machine) != "running"
+        machine.check()
         assert os.fstat(state.fileno()).st_size > 0
         machine.resume()
         assert status(machine) == "running"

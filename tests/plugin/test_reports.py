@@ -52,7 +52,7 @@ def test_a_lost_guest_is_no_expected_failure(suite):
     """)
     result = suite.run()
     result.assert_outcomes(errors=1, xfailed=1)
-    result.stdout.fnmatch_lines(["*pytest_vmsandbox.GuestLost: it is gone*"])
+    result.stdout.fnmatch_lines(["*pytest_vmsandbox.GuestLost: [[]command[]] it is gone*"])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ class TestTraceback:
         text = suite.run().stdout.str()
         assert "ValueError:" not in text
         assert "failed first" in text
-        assert "GuestLost: it is gone" in text
+        assert "GuestLost: [command] it is gone" in text
 
     def test_of_a_failed_setup_is_only_the_text(self, bare):
         bare.write("def test_x(vm): pass")

@@ -13,4 +13,4 @@ def add(cache, image, number=1, size=8192):
         (folder / "memory").write_bytes(b"m" * size)
         (folder / "state").write_bytes(b"s")
         (folder / "key").write_text("k")
-        return store.adopt(folder, key, image=image, name=image, layers=[], facts={})
+        return store.adopt(folder, key, image=image, name=image, layers=[], disk="", facts={})

@@ -44,7 +44,7 @@ class TestErrors:
             (errors.LaunchError("brief"), "[launch] brief"),
             (errors.LaunchError("brief", stage="firmware"), "[firmware] brief"),
             (BootError("brief", stage="kernel", seconds=3), "[kernel] brief"),
-            (GuestLost("brief"), "brief"),
+            (GuestLost("brief"), "[command] brief"),
             (errors.TransferError("brief"), "[transfer] brief"),
             (errors.TeardownError("brief"), "[teardown] brief"),
             (CommandError("brief", result=result()), "[command] brief"),
@@ -56,7 +56,7 @@ class TestErrors:
                 CommandTimeout("brief", seconds=3, stdout=b"\xff\n"),
                 "[command] brief\n--- stdout\n\ufffd",
             ),
-            (MonitorError("brief", details="why"), "brief\nwhy"),
+            (MonitorError("brief", details="why"), "[command] brief\nwhy"),
         ],
     )
     def test_text_is_brief_then_details_then_remedy(self, error, text):
@@ -149,7 +149,7 @@ class TestSizes:
 class TestHardware:
     def test_defaults(self):
         assert Hardware() == Hardware(
-            cpus=1, memory=512 * MIB, disk=None, disks=(), network="isolated", user="root"
+            cpus=1, memory=512 * MIB, disk=None, disks=(), network="isolated", user=""
         )
 
     @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ class TestHardware:
             ("disks", ["1MiB"] * 8, (MIB,) * 8),
             ("network", "nat", "nat"),
             ("user", "a_b-c.d", "a_b-c.d"),
-            ("user", None, "root"),
+            ("user", None, ""),
         ],
     )
     def test_takes(self, name, wish, value):

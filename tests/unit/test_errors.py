@@ -1,6 +1,11 @@
 """The text of errors."""
 
-from pytest_vmsandbox.core.errors import CommandError, CommandTimeout
+from pytest_vmsandbox.core.errors import (
+    INFRASTRUCTURE,
+    BootError,
+    CommandError,
+    CommandTimeout,
+)
 from pytest_vmsandbox.core.transport import CommandResult
 
 
@@ -11,3 +16,7 @@ def test_what_a_program_said_plays_no_tricks_on_the_terminal():
     error = CommandTimeout("x", seconds=1, stderr=said.encode())
     assert error.details == "--- stderr\nred\tü\nnext"
     assert error.stderr == said.encode()
+
+
+def test_what_is_not_the_fault_of_the_test_names_its_stage():
+    assert all(kind.default_stage for kind in INFRASTRUCTURE if kind is not BootError)

@@ -358,6 +358,20 @@ class TestUser:
 
 
 class TestPopen:
+    @pytest.mark.parametrize(
+        ("same", "remedy"),
+        [
+            ({"check": True}, "returns"),
+            ({"timeout": 3}, ".wait(timeout)"),
+            ({"input": "x"}, ".stdin"),
+        ],
+    )
+    def test_popen_says_what_stands_for_what_it_lacks_of_run(self, vm, same, remedy):
+        (name,) = same
+        with pytest.raises(ConfigError, match=f"popen.* no {name}=") as caught:
+            vm.popen(["true"], **same)
+        assert remedy in caught.value.remedy
+
     def test_talks(self, vm):
         with vm.popen(["cat"]) as process:
             process.stdin.write("one\n")

@@ -6,12 +6,13 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.core.spec import GIB, Hardware
-from pytest_vmsandbox.guests import pool as pool_module
+from pytest_vmsandbox.guests import pool as pool_module, waking
 from pytest_vmsandbox.guests.pool import CLAIM, Clone, Pool
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.ledger import Ledger
@@ -472,3 +473,20 @@ def test_many_at_once(pool, ledger, expected):
     shelf = pool.shelf(SEALED)
     assert len(shelf.armed) <= DEPTH
     assert ledger._claimed == len(shelf.armed) * CLAIM
+
+
+class TestArm:
+    def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, ledger, monkeypatch):
+        """In each run, also where another one has made the template."""
+        looked = []
+        monkeypatch.setattr(pool_module, "check_network", lambda machine, _: looked.append(machine))
+        monkeypatch.setattr(pool_module, "helper_of", MagicMock())
+        monkeypatch.setattr(waking, "wake", MagicMock())
+        names = iter(["it.1", "it.2"])
+        with Pool.running(
+            MagicMock(), ledger, fillers=0, name=lambda _: next(names), logs=lambda _: None
+        ) as pool:
+            sealed, blueprint = MagicMock(checked=threading.Event()), MagicMock()
+            for _ in range(2):
+                pool._arm(sealed, blueprint).stack.close()
+        assert len(looked) == 1

@@ -56,6 +56,7 @@ def make(store, number=1, size=0, **more):
     with store.lock(key, lambda: None), store.incoming(key) as folder:
         fill(folder, size)
         values = {"image": "debian-13", "name": "debian-13", "layers": LAYERS, "facts": {"a": 1}}
+        values["disk"] = "c0ffee"
         return store.adopt(folder, key, **{**values, **more})
 
 
@@ -78,6 +79,7 @@ class TestAdopt:
         assert template.key == key_of(1)
         assert (template.image, template.name) == ("debian-13", "debian-13")
         assert template.facts == {"a": 1}
+        assert template.disk == "c0ffee"
         assert template.layers == tuple(
             tuple(template.folder / name for name in files) for files in LAYERS
         )
