@@ -1,4 +1,4 @@
-"""Options and ini keys: the only reader of `pytest.Config`."""
+"""Our options and ini keys, and how they are read."""
 
 from __future__ import annotations
 

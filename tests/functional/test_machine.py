@@ -108,6 +108,23 @@ def test_isolation(vm_factory, network):
     assert reached is (network == "nat")
 
 
+def test_isolation_from_datagrams(vm_factory):
+    """Likewise for UDP: with nat a question is answered, otherwise it does not even arrive."""
+    with socket.socket(type=socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(60)
+        # busybox's nc knows no UDP; this asks again and again until something comes.
+        ask = "timeout 5 tftp -g -l - -r {} 10.0.2.2 " + str(server.getsockname()[1])
+        with vm_factory.boot("tiny", network="isolated") as vm:
+            assert vm.shell(ask.format("isolated"), check=False).stdout == ""
+        with vm_factory.boot("tiny", network="nat") as vm:
+            asking = vm.popen(["sh", "-c", ask.format("nat")])
+            question, guest = server.recvfrom(1000)  # the first one that has come at all
+            server.sendto(b"\0\3\0\1answer\n", guest)
+            assert question.split(b"\0")[1] == b"\1nat"
+            assert asking.stdout.read() == "answer\n"
+
+
 def test_ssh_command_gets_in(vm):
     done = subprocess.run(
         ["sh", "-c", f"{vm.ssh_command} uname"],

@@ -101,13 +101,12 @@ class LocalFactory:
         install.BASE = str(base)
         if "LOCAL_COPY" in os.environ:
             root = base / "src" / root.name
+        python = os.environ.get("LOCAL_PYTHON", sys.executable)
         return install.Installed(
-            place=Place(
-                python=sys.executable, runner=str(install._RUNNER), folder=str(base / "run")
-            ),
+            place=Place(python=python, runner=str(install._RUNNER), folder=str(base / "run")),
             tree=str(root),
             path=tuple(f"{root}/{it}".rstrip("/.") for it in payload.project.import_roots),
-            programs=str(Path(sys.executable).parent),
+            programs=str(Path(python).parent),
         )
 
 

@@ -151,6 +151,7 @@ def test_addresses_are_not_randomized_where_that_is_slow(accelerator, version, m
 def test_network(network, restrict):
     netdev, device = cmdline.network(with_hardware(network=network))[1::2]
     assert f"restrict={restrict}" in netdev.split(",")
+    assert "ipv6=off" in netdev.split(",")
     assert "hostfwd" not in netdev
     assert device.startswith("virtio-net-pci,netdev=n0")
 
