@@ -34,7 +34,7 @@ DEFAULTS = {
     "hardware.memory": 512 * MIB,
     "hardware.disk": None,
     "hardware.network": "isolated",
-    "hardware.user": "root",
+    "hardware.user": "",  # the image's
     "accelerator": "auto",
     "boot_timeout": 60.0,
     "command_timeout": 60.0,
@@ -79,6 +79,7 @@ def payload(bare, monkeypatch):
             asked.append(how)
             raise ConfigError("this is all")
 
+        monkeypatch.setattr(factory.GuestFactory, "require", lambda *_: None)  # there is no QEMU
         monkeypatch.setattr(Payload, "of", of)
         definition = bare.path / "images" / "alpha-1" / "image.toml"
         definition.write_text(definition.read_text().replace("python = false", "python = true"))
