@@ -39,6 +39,7 @@ class Settings:
         boot_timeout: seconds for a boot under KVM; scaled where there is only emulation.
         command_timeout: seconds for a command in a guest that names no time-out of its own.
         hardware: of a guest that names nothing of its own.
+        offline: no guest may reach the network.
         clones: where fresh guests come from, one of `CLONES`: clones that are armed ahead of demand,
             clones that are made when they are asked for, or a boot for each. ``VMSANDBOX_CLONES``
             says so.
@@ -51,6 +52,7 @@ class Settings:
     boot_timeout: float = 60.0
     command_timeout: float = 60.0
     hardware: Hardware = field(default_factory=Hardware)
+    offline: bool = False
     clones: str = field(default_factory=clones_wanted)
     cache: Path | None = None
     runtime: Path | None = None

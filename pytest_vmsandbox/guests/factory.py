@@ -351,8 +351,18 @@ class GuestFactory:
             guest.facts = step.run(guest) or {}
         return guest
 
+    def _check_network(self, hardware: Hardware) -> None:
+        """See that no guest reaches the network of a run that must not."""
+        if self._settings.offline and hardware.network == "nat":
+            raise ConfigError(
+                "a guest with network='nat' reaches the network, and this run is offline",
+                remedy="isolate it, or leave out --vm-offline; what was prepared before, and is the "
+                "same, needs no network",
+            )
+
     def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
         blueprint = platform.blueprint
+        self._check_network(blueprint.hardware)
         scale = blueprint.verdict.time_scale
         return Guest(
             platform,
@@ -370,6 +380,7 @@ class GuestFactory:
         spec = self._hardware(image, hardware)
         definition = self._catalogue.get(image)
         _check_hardware(definition, spec)
+        self._check_network(spec)
         self.require(image)
         return Blueprint(
             built=self.built(image),

@@ -8,9 +8,11 @@ import re
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+_LOGS = "guests-"  # what folders for logs are called, and something more
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
 # Node ids of which no two become the same name: nothing in them but separators is changed.
 _PLAIN = re.compile(r"(?:\w[\w.]*/)*\w[\w.]*(?:::\w+)*(?:\[\w+(?:[.-]\w+)*\])?", re.ASCII)
@@ -30,6 +32,7 @@ class Artifacts:
         self._root = root
         self._making = threading.Lock()
         self._logs: Path | None = None
+        self._stack = ExitStack()
 
     def of_test(self, nodeid: str) -> Path:
         """The folder of a test; it exists."""
@@ -63,18 +66,40 @@ class Artifacts:
         """Remove what guests have logged, but for what is kept with tests."""
         if self._logs is not None:
             shutil.rmtree(self._logs, ignore_errors=True)
+        self._stack.close()
 
     @property
     def _guests(self) -> Path:
         with self._making:  # guests are made ahead of demand, by other threads
             if self._logs is None:
                 self._root.mkdir(parents=True, exist_ok=True)
-                self._logs = Path(tempfile.mkdtemp(prefix="guests-", dir=self._root))
+                with _locked(self._root):
+                    self._sweep()
+                    self._logs = Path(tempfile.mkdtemp(prefix=_LOGS, dir=self._root))
+                    self._stack.enter_context(_locked(self._logs))
             return self._logs
+
+    def _sweep(self) -> None:
+        """Remove what runs have left that were killed: nobody holds their folders."""
+        for folder in self._root.glob(f"{_LOGS}*"):
+            with suppress(OSError), _locked(folder, wait=False):
+                shutil.rmtree(folder)
 
     def discard(self, nodeid: str) -> None:
         """Remove the folder of a test that passed."""
         shutil.rmtree(self._root / folder_name(nodeid), ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    import fcntl  # Windows has none, and this module can be imported there
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _link(source: str, dest: str) -> None:

@@ -98,7 +98,7 @@ def settings(config: pytest.Config) -> Settings:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
     given = {name: value for name, value in values.items() if value is not None}
     try:
-        return Settings(hardware=hardware, **given)
+        return Settings(hardware=hardware, offline=offline(config), **given)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
 

@@ -28,6 +28,8 @@ SETTINGS = [
     ("", "--vm-boot-timeout=13", "boot_timeout", 13.0),
     ("vm_boot_timeout = 12.5", "--vm-boot-timeout=13", "boot_timeout", 13.0),
     ("vm_command_timeout = 7", "", "command_timeout", 7.0),
+    ("vm_offline = true", "", "offline", True),
+    ("", "--vm-offline", "offline", True),
 ]
 DEFAULTS = {
     "hardware.cpus": 1,
@@ -38,6 +40,7 @@ DEFAULTS = {
     "accelerator": "auto",
     "boot_timeout": 60.0,
     "command_timeout": 60.0,
+    "offline": False,
 }
 
 

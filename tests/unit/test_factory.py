@@ -1,7 +1,10 @@
 """What guests are asked for, and with what."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.factory import GuestFactory
@@ -46,3 +49,23 @@ class TestUser:
         settings = Settings(image_path=image_path, hardware=default)
         with GuestFactory.open(settings) as factory:
             assert factory._hardware("own", wish).user == user
+
+
+class TestOffline:
+    @pytest.fixture
+    def factory(self, image_path):
+        with GuestFactory.open(Settings(image_path=image_path, offline=True)) as factory:
+            yield factory
+
+    def test_no_guest_has_the_network(self, factory):
+        with pytest.raises(ConfigError, match="--vm-offline"), factory.boot("own", network="nat"):
+            pass
+
+    def test_nor_one_that_is_prepared(self, factory):
+        blueprint = SimpleNamespace(hardware=Hardware(network="nat"))
+        with pytest.raises(ConfigError, match="--vm-offline"):
+            factory._guest(SimpleNamespace(blueprint=blueprint), "own.1")
+
+    def test_an_isolated_one_is_none_of_its_business(self, factory):
+        with pytest.raises(VMSandboxError, match="is not built"), factory.boot("own"):
+            pass
