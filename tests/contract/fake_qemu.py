@@ -256,6 +256,9 @@ class FakeQemu:
         if self.fault == "dies-in-the-middle" and name == "query-version":
             print("fake: assertion failed: version >= 0", file=sys.stderr, flush=True)
             os.abort()
+        if self.fault == "stops-and-falls-silent" and name == "query-status":
+            self.monitor.shutdown(socket.SHUT_RDWR)
+            signal.pause()
         if self.fault == "hangs" and name == "query-version":
             return
         method = getattr(self, "do_" + name.replace("-", "_"), None)
@@ -288,9 +291,6 @@ class FakeQemu:
             self.event("STOP")
         elif self.fault == "stops-and-falls-silent":
             self.event("STOP")
-            self.flush()
-            self.monitor.shutdown(socket.SHUT_RDWR)
-            signal.pause()
         elif self.fault == "greets-and-ends":
             print("fake: changed its mind", file=sys.stderr, flush=True)
             os._exit(3)

@@ -186,7 +186,15 @@ class TestAhead:
         settled()
         assert len(pool.made) == 10
         assert set(pool.makers) == {"vmsandbox-filler"}
-        assert pool.closed == [clone.name for clone in pool.made]  # the oldest first
+
+    def test_the_oldest_comes_first(self, ledger):
+        with running(ledger, fillers=1) as pool:
+            pool.expect(SEALED, BLUEPRINT, DEPTH)
+            pool.armed(SEALED, DEPTH)
+            for _ in range(DEPTH):
+                with lease(pool):
+                    pass
+            assert pool.closed == [clone.name for clone in pool.made]
 
     def test_expectations_add_up(self, pool):
         for _ in range(2):
