@@ -709,8 +709,8 @@ class TestDrop:
         host.until(lambda: len(host.channels[number].output[STDOUT]) > 100000)
         pid = host.channels[number].pid
         host.send("d", number)
+        host.ask("p")  # reads what is on its way, without which nothing is heard
         wait_for(lambda: not alive(pid))  # by SIGPIPE
-        host.ask("p")
         host.nothing_for(number)
 
     def test_frames_for_it_mean_nothing(self, host):
