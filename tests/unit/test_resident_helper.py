@@ -10,6 +10,7 @@ import hashlib
 import os
 import pwd
 import resource
+import select
 import signal
 import socket
 import struct
@@ -70,15 +71,27 @@ class Host:
         return self._last
 
     def send(self, kind, channel, payload=b""):
-        self.sock.sendall(frame(kind, channel, payload))
+        """Send a frame; as long as that waits, read: the helper hears nothing while it cannot write."""
+        rest = frame(kind, channel, payload)
+        while rest:
+            readable, writable, _ = select.select([self.sock], [self.sock], [], SECONDS)
+            if writable:
+                rest = rest[self.sock.send(rest) :]
+            elif readable:
+                self._read()
+            else:
+                raise TimeoutError
+
+    def _read(self):
+        received = self.sock.recv(1 << 20)
+        if not received:
+            raise EOFError
+        self._buffer += received
 
     def receive(self):
         """The next frame; it goes into its channel."""
         while len(self._buffer) < 4 or len(self._buffer) < 4 + self._size():
-            received = self.sock.recv(1 << 20)
-            if not received:
-                raise EOFError
-            self._buffer += received
+            self._read()
         size = self._size()
         kind, number = struct.unpack_from("<cI", self._buffer, 4)
         payload = bytes(self._buffer[9 : 4 + size])
