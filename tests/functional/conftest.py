@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from pytest_vmsandbox.plugin import SESSION
 from support import leaks
 
 ORIGINS = {"cloned": "demand", "booted": "never"}  # how a guest comes to be, and what asks for it
@@ -59,14 +60,15 @@ def origin(request, monkeypatch):
 def nothing_left(request):
     """After each test nothing of ours is left: process, file, thread, descriptor, port.
 
-    What belongs to the whole run (the launcher, its folder, the loop, templates that are open) is
-    there before.
+    What belongs to the whole run (the launcher, its folder, the loop, templates that are open, the
+    folder for logs) is there before.
     """
     if "vm_factory" in request.fixturenames:
         factory = request.getfixturevalue("vm_factory")
         factory._running()
         factory.accelerator("tiny")
         _ = factory._sealer, factory._pool
+        _ = request.config.stash[SESSION].artifacts._guests  # locked as long as the run lives
     before = leaks.inventory()
     yield
     if not shared(request.node):
