@@ -38,7 +38,7 @@ def private_folder(folder: Path) -> Path:
 def locked(
     file: Path, *, shared: bool = False, on_busy: Callable[[], object] | None = None
 ) -> Iterator[int]:
-    """Hold a lock on `file` (flock) and hand out its descriptor.
+    """Hold a lock on `file`, or a folder (flock), and hand out its descriptor.
 
     A process that inherits the descriptor keeps the lock as long as it lives.
 
@@ -53,7 +53,7 @@ def locked(
     """
     import fcntl  # Windows has none, and this module can be imported there
 
-    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+    flags = os.O_RDONLY if shared or file.is_dir() else os.O_RDWR | os.O_CREAT
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
         descriptor = os.open(file, flags | os.O_CLOEXEC, 0o600)

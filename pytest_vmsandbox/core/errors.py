@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING
 from pytest_vmsandbox.core.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from pytest_vmsandbox.core.transport import CommandResult
 
 
@@ -59,6 +61,13 @@ class VMSandboxError(Exception):
         if self.remedy:
             lines.append(f"Remedy: {self.remedy}")
         return "\n".join(lines)
+
+
+def add_hints(error: VMSandboxError, hints: Callable[[], Iterable[str]]) -> None:
+    """Add notes for whoever reads an error, unless it has some."""
+    if not getattr(error, "__notes__", None):
+        for hint in hints():
+            error.add_note(hint)
 
 
 class ConfigError(VMSandboxError):

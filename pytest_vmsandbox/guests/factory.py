@@ -38,7 +38,7 @@ from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.ledger import Ledger
-from pytest_vmsandbox.machine.qemu import find_qemu
+from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 _FILLERS = 2
 _MOST_LOST = 3  # clones in a row that do not wake up, before guests are booted
@@ -381,10 +381,10 @@ class GuestFactory:
         definition = self._catalogue.get(image)
         _check_hardware(definition, spec)
         self._check_network(spec)
-        self.require(image)
+        built, qemu = self.require(image)
         return Blueprint(
-            built=self.built(image),
-            qemu=find_qemu(definition.architecture),
+            built=built,
+            qemu=qemu,
             verdict=self.accelerator(image),
             hardware=spec,
             qemu_args=self._surroundings.qemu_args,
@@ -422,15 +422,15 @@ class GuestFactory:
             )
         )
 
-    def require(self, image: str) -> None:
-        """Let what a missing QEMU or image does be done now, before anything is made ready.
+    def require(self, image: str) -> tuple[BuiltImage, Qemu]:
+        """The built image and its QEMU; what a missing one does is done, before anything is made ready.
 
         Raises:
             ConfigError: there is no such image.
         """
         try:
-            find_qemu(self._catalogue.get(image).architecture)
-            self.built(image)
+            qemu = find_qemu(self._catalogue.get(image).architecture)
+            return self.built(image), qemu
         except (LaunchError, ImageError) as error:
             self._surroundings.missing(error)
 

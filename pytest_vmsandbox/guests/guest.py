@@ -23,6 +23,7 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     TransferError,
     VMSandboxError,
+    add_hints,
 )
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
@@ -844,9 +845,8 @@ class Guest:
         try:
             yield
         except VMSandboxError as error:
-            if not getattr(error, "__notes__", None) and not isinstance(error, CommandError):
-                for hint in self._hints():
-                    error.add_note(hint)
+            if not isinstance(error, CommandError):
+                add_hints(error, self._hints)
             raise
 
 

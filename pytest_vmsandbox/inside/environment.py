@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -329,7 +330,7 @@ def prepare(
     with _lock(parent, say) as lock:
         if _use(environment.folder):
             return environment
-        _sweep(parent)
+        _sweep(parent, used_since=deadline.wall() - _KEEP_SECONDS)
         say(f"preparing the packages for the guest's Python {'.'.join(map(str, python.version))}")
         work = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
         try:
@@ -619,26 +620,23 @@ def sweep(cache: Path) -> int:
     Raises:
         TeardownError: something of it cannot be removed.
     """
-    freed = 0
     parent = cache / "environments"
     with suppress(BlockingIOError, FileNotFoundError), locked(parent / "lock"):
-        for entry in parent.iterdir():
-            if entry.is_dir() and not (entry / _COMPLETE).exists():
-                size = size_on_disk(entry)
-                remove_tree(entry)
-                freed += size
-    return freed
+        return _sweep(parent, used_since=-math.inf)
+    return 0
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what others left who were killed, and what has not been used for long."""
+def _sweep(parent: Path, *, used_since: float) -> int:
+    """Remove what others left who were killed, and what was not used since; bytes that are free."""
+    freed = 0
     for entry in parent.iterdir():
         mark = entry / _COMPLETE
-        if entry.is_dir() and not (
-            mark.exists() and mark.stat().st_mtime > deadline.wall() - _KEEP_SECONDS
-        ):
+        if entry.is_dir() and not (mark.exists() and mark.stat().st_mtime > used_since):
+            size = size_on_disk(entry)
             mark.unlink(missing_ok=True)
             remove_tree(entry)
+            freed += size
+    return freed
 
 
 def _make_scripts(site_packages: Path, scripts: Path) -> None:

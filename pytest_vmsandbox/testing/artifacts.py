@@ -8,8 +8,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 _LOGS = "guests-"  # what folders for logs are called, and something more
@@ -70,36 +69,28 @@ class Artifacts:
 
     @property
     def _guests(self) -> Path:
+        from pytest_vmsandbox.catalogue.files import locked
+
         with self._making:  # guests are made ahead of demand, by other threads
             if self._logs is None:
                 self._root.mkdir(parents=True, exist_ok=True)
-                with _locked(self._root):
+                with locked(self._root, on_busy=lambda: None):
                     self._sweep()
                     self._logs = Path(tempfile.mkdtemp(prefix=_LOGS, dir=self._root))
-                    self._stack.enter_context(_locked(self._logs))
+                    self._stack.enter_context(locked(self._logs))
             return self._logs
 
     def _sweep(self) -> None:
         """Remove what runs have left that were killed: nobody holds their folders."""
+        from pytest_vmsandbox.catalogue.files import locked
+
         for folder in self._root.glob(f"{_LOGS}*"):
-            with suppress(OSError), _locked(folder, wait=False):
+            with suppress(OSError), locked(folder):
                 shutil.rmtree(folder)
 
     def discard(self, nodeid: str) -> None:
         """Remove the folder of a test that passed."""
         shutil.rmtree(self._root / folder_name(nodeid), ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    import fcntl  # Windows has none, and this module can be imported there
-
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _link(source: str, dest: str) -> None:

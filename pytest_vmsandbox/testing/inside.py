@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 from _pytest.junitxml import xml_key
 
-from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost, TransferError, VMSandboxError
+from pytest_vmsandbox.core.errors import (
+    GuestLost,
+    InterpreterLost,
+    TransferError,
+    VMSandboxError,
+    add_hints,
+)
 from pytest_vmsandbox.testing import collection, config as options, selection
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
 
@@ -78,7 +84,7 @@ class Inside:
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
-                self._add_hints(call.excinfo.value)
+                add_hints(call.excinfo.value, self._session.hints)
             yield self._made(item, call)
             yield self._passed(item, "teardown")
             return
@@ -219,17 +225,12 @@ class Inside:
         return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
 
     def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
-        self._add_hints(error)
+        add_hints(error, self._session.hints)
 
         def fail() -> NoReturn:
             raise error
 
         return self._made(item, pytest.CallInfo.from_call(fail, when=phase))
-
-    def _add_hints(self, error: VMSandboxError) -> None:
-        if not getattr(error, "__notes__", None):
-            for hint in self._session.hints():
-                error.add_note(hint)
 
     def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
         """A report that plugins of this side make; they count on that of the setup before others."""

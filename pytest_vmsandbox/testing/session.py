@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -26,6 +28,23 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.provision import Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
     from pytest_vmsandbox.testing.inside import Inside
+
+
+@dataclass
+class _Known:
+    """What is known of a guest.
+
+    Attributes:
+        guest: itself, while it runs.
+        is_noted: whether each use of it is noted; no use by fixtures of users is.
+        is_used: whether the test that runs now has used it.
+        has_failed: whether a test has failed that had used it.
+    """
+
+    guest: Guest | None = None
+    is_noted: bool = False
+    is_used: bool = False
+    has_failed: bool = False
 
 
 class VMSession:
@@ -50,10 +69,7 @@ class VMSession:
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
-        self._guests: dict[str, Guest | None] = {}  # by name; None for one that does not run
-        self._used: set[str] = set()  # guests that this test has used
-        self._noted: set[str] = set()  # guests of which each use is noted
-        self._failed: set[str] = set()  # guests that a test has used that failed
+        self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
 
     @cached_property
@@ -97,9 +113,9 @@ class VMSession:
 
     def note_use(self, guest: Guest) -> None:
         """Note that the test that runs now uses a guest which others may use, too."""
-        self._noted.add(guest.name)
-        if self.item is not None:
-            self._used.add(guest.name)
+        known = self._guests[guest.name]
+        known.is_noted = True
+        known.is_used |= self.item is not None
 
     # -- which images ---------------------------------------------------------------------------
 
@@ -196,26 +212,28 @@ class VMSession:
         asks = "vm_factory" in getattr(item, "fixturenames", ())
         return [
             name
-            for name, guest in self._guests.items()
-            if name in self._used or guest is None or (asks and name not in self._noted)
+            for name, known in self._guests.items()
+            if known.is_used or known.guest is None or (asks and not known.is_noted)
         ]
 
     def finish(self, item: pytest.Item) -> None:
         """Forget a test; its artifacts stay only if it failed."""
         self.item = None
         used = self._used_by(item)
-        self._used.clear()
+        for known in self._guests.values():
+            known.is_used = False
         if "artifacts" not in self.__dict__:
             return
         if not item.stash.get(FAILED, False):
             self.artifacts.discard(item.nodeid)
             used = []
         for name in used:
-            self._failed.add(name)
+            known = self._guests[name]
+            known.has_failed = True
             self.artifacts.keep_logs(item.nodeid, name)
-            if (guest := self._guests[name]) is not None:
-                self._keep_picture(item, guest)
-        for name in [name for name, guest in self._guests.items() if guest is None]:
+            if known.guest is not None:
+                self._keep_picture(item, known.guest)
+        for name in [name for name, known in self._guests.items() if known.guest is None]:
             self.artifacts.discard_logs(name)
             del self._guests[name]
 
@@ -239,8 +257,7 @@ class VMSession:
 
     def _begun(self, guest: str) -> None:
         if self.item is not None:
-            self._guests[guest] = None
-            self._used.add(guest)
+            self._guests[guest].is_used = True
 
     def hints(self) -> list[str]:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
@@ -275,7 +292,7 @@ class VMSession:
         if self.item is not None:
             self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
-        self._guests[guest.name] = guest
+        self._guests[guest.name].guest = guest
 
     def _stopping(self, guest: Guest, failed: bool) -> None:
         item = self.item
@@ -283,9 +300,10 @@ class VMSession:
             failed = failed or item.stash.get(FAILED, False)
         if failed and item is not None:
             self._keep_picture(item, guest)
-        self._guests[guest.name] = None
+        known = self._guests[guest.name]
+        known.guest = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
-            config=self.config, guest=guest, failed=failed or guest.name in self._failed
+            config=self.config, guest=guest, failed=failed or known.has_failed
         )
 
     def _keep_picture(self, item: pytest.Item, guest: Guest) -> None:

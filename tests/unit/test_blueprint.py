@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
@@ -17,22 +16,8 @@ from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.qemu import Qemu
+from support.images import DEFINITION
 
-DEFINITION = ImageDefinition(
-    name="some_image",
-    folder=Path("/nowhere"),
-    description="An image",
-    architecture="x86_64",
-    recipe="build",
-    uses=(),
-    requires=(),
-    append="root=/dev/vda rw",
-    memory_min=64 * MIB,
-    disk_size=GIB,
-    python=True,
-    init="systemd",
-    user="root",
-)
 QEMU = Qemu(path=Path("/usr/bin/qemu-system-x86_64"), version=(7, 2, 22), build="one build")
 TCG = Verdict(accelerator="tcg", processor="Nehalem", reason="asked for")
 KVM = Verdict(accelerator="kvm", processor="host", reason="asked for")

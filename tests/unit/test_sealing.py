@@ -1,44 +1,32 @@
 """What is looked at before guests are cloned of a template; the functional tests make some."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.sealing import Sealer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore, file_digest
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu
+from support.images import DEFINITION
 
 
 @pytest.fixture
 def blueprint(tmp_path):
-    definition = ImageDefinition(
-        name="mine",
-        folder=Path("/nowhere"),
-        description="An image",
-        architecture="x86_64",
-        recipe="build",
-        uses=(),
-        requires=(),
-        append="",
-        memory_min=64 * MIB,
-        disk_size=MIB,
-        python=False,
-        init="busybox",
-        user="root",
-    )
     folder = tmp_path / "image"
     folder.mkdir()
     (folder / "image.json").write_text("{}")
     (folder / "disk.raw").write_bytes(b"disk" * 50_000)
     return Blueprint(
-        built=BuiltImage(definition=definition, digest="0" * 64, folder=folder),
+        built=BuiltImage(
+            definition=replace(DEFINITION, name="mine"), digest="0" * 64, folder=folder
+        ),
         qemu=Qemu(path=Path("/usr/bin/qemu"), version=(9, 0, 0), build="one build"),
         verdict=Verdict(accelerator="tcg", processor="Nehalem", reason="asked for"),
         hardware=Hardware(),
