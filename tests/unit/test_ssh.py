@@ -17,6 +17,7 @@ from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import process as remote, ssh
 from pytest_vmsandbox.guests.ssh import Endpoint, KeyPair, SSHTransport, greeting
 
+GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone
 OURS, THEIRS, OTHER = KeyPair.generate(), KeyPair.generate(), KeyPair.generate()
 
 
@@ -79,10 +80,11 @@ class Server(paramiko.ServerInterface):
                 channel.transport._send_user_message(message)
             else:
                 channel.send_exit_status(status)
-        except (OSError, EOFError, paramiko.SSHException):
-            pass  # the other side has gone
-        channel.close()
-        feeder.join()
+            channel.close()
+        except GONE:
+            pass
+        finally:
+            feeder.join()
 
     @staticmethod
     def pump(source, send):
@@ -90,7 +92,7 @@ class Server(paramiko.ServerInterface):
             while data := source.read1(32_768):
                 try:
                     send(data)
-                except OSError:
+                except GONE:
                     break
 
     @staticmethod
@@ -133,7 +135,7 @@ class Host:
             self.sessions.append(session)
             try:
                 session.start_server(server=Server(self))
-            except (paramiko.SSHException, EOFError, OSError):
+            except GONE:
                 session.close()
 
     def hang_up(self):
