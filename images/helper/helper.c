@@ -12,6 +12,7 @@
  *   c CLOCK    i64 seconds, i64 nanoseconds: set the clock; empty: only read it.  R: i32 errno, i64 s, i64 ns
  *   s SEED     at most 512 random bytes for the kernel's generator.  R: i32 errno
  *   h HOSTNAME a name.  R: i32 errno
+ *   f FILE     path \0 and what it is to hold.  R: i32 errno
  *   x SPAWN    user \0 cwd \0 u16 argc, argc times ARG \0, u16 envc, envc times NAME=VALUE \0.  S or F
  *              ("" are: as the helper itself; the user's home)
  *   X SPAWN    what comes before the payload of the following X or x of this channel; 2 MiB in all
@@ -520,6 +521,27 @@ static int seed(char *data, size_t size)
     return error;
 }
 
+/* Blocks as long as the disk does: that is for small files, which stay in memory at first. */
+static int write_file(const char *path, size_t size)
+{
+    const char *end = memchr(path, 0, size), *data = end + 1;
+    int fd, error = 0;
+
+    if (!end || end == path)
+        return EINVAL;
+    size -= data - path;
+    if ((fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) < 0)
+        return errno;
+    while (size && !error) {
+        ssize_t done = write(fd, data, size);
+        if (done < 0)
+            error = errno;
+        else
+            data += done, size -= done;
+    }
+    return close(fd) && !error ? errno : error;
+}
+
 static void handle(int kind, uint32_t number, char *data, size_t size)
 {
     struct channel *c = find(number);
@@ -550,6 +572,9 @@ static void handle(int kind, uint32_t number, char *data, size_t size)
         break;
     case 'h':
         error = !size ? EINVAL : sethostname(data, size) ? errno : 0;
+        break;
+    case 'f':
+        error = write_file(data, size);
         break;
     case 'X':
     case 'x':

@@ -141,6 +141,15 @@ class Helper:
         kind, payload = self._ask(b"h", name.encode())
         self._succeeded("set its name", kind, *self._unpack("<i", payload))
 
+    def write_file(self, path: str, data: bytes) -> None:
+        """Have a file hold this; one that was not there can be read by all.
+
+        Raises:
+            GuestLost: it could not.
+        """
+        kind, payload = self._ask(b"f", os.fsencode(path) + b"\0" + data)
+        self._succeeded(f"write {path}", kind, *self._unpack("<i", payload))
+
     def start(self, command: Command, login: str = "root") -> ChannelProcess:
         """Start a program; see `Transport.start`.
 

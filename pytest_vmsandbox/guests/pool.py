@@ -1,8 +1,8 @@
 """Clones of sealed guests, armed ahead of demand: what a test waits for is a few milliseconds.
 
-A clone maps its template's memory and shares it until it writes. It is woken once, its helper
-exercised, and paused again: under emulation, the first program in a clone takes ten times as long
-as the next ones, since all code is translated anew.
+A clone maps its template's memory and shares it until it writes. To arm it is to wake it, to run a
+program in it, and to pause it again: under emulation, the first program in a clone takes ten times
+as long as the next ones, since all code is translated anew.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
 _HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more are armed
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
+_EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 
@@ -41,6 +42,7 @@ class Clone:
     """A guest that was cloned, and nobody has used.
 
     Attributes:
+        is_armed: whether a program has run in it, and it is paused; else it runs.
         name: the guest's.
         awake: its machine.
         disks: its own.
@@ -48,6 +50,7 @@ class Clone:
         stack: ends all of it.
     """
 
+    is_armed: bool
     name: str
     awake: Awake
     disks: Disks
@@ -172,7 +175,8 @@ class Pool:
         clone, was_armed = self._take(sealed, blueprint, more=more)
         try:
             with clone.stack:
-                waking.resume(clone.awake.machine, clone.awake.helper)
+                if clone.is_armed:
+                    waking.resume(clone.awake.machine, clone.awake.helper)
                 yield clone, was_armed
         finally:
             self._ledger.release(CLAIM)
@@ -222,7 +226,7 @@ class Pool:
             self._changed.notify_all()
         self._ledger.claim(CLAIM, spare=False)
         try:
-            return self._arm(sealed, blueprint), False
+            return self._clone(sealed, blueprint, arm=False), False
         except BaseException:
             self._ledger.release(CLAIM)
             raise
@@ -255,7 +259,7 @@ class Pool:
                 claimed = self._ledger.claim(CLAIM, spare=True)
                 if claimed:
                     with self._ledger.processor():
-                        clone = self._arm(shelf.sealed, shelf.blueprint)
+                        clone = self._clone(shelf.sealed, shelf.blueprint, arm=True)
                 else:
                     failure = LaunchError("there is no room for a further clone")
             except VMSandboxError as error:
@@ -294,8 +298,11 @@ class Pool:
             shelf.armed.popleft().stack.close()
             self._ledger.release(CLAIM)
 
-    def _arm(self, sealed: Sealed, blueprint: Blueprint) -> Clone:
-        """A clone that has been exercised, and is paused.
+    def _clone(self, sealed: Sealed, blueprint: Blueprint, *, arm: bool) -> Clone:
+        """A clone of a template.
+
+        Args:
+            arm: whether it is armed; else it runs.
 
         Raises:
             VMSandboxError: it cannot be made, or something in it cannot be put right.
@@ -333,37 +340,21 @@ class Pool:
             if not sealed.checked.is_set():
                 check_network(machine, blueprint)
                 sealed.checked.set()
-            helper.set_hostname(_hostname(name))
-            process = helper.start(_exercise(blueprint, _hostname(name)))
-            process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
-            process.close()
-            machine.pause()
+            is_systemd = blueprint.built.definition.init == "systemd"
+            waking.name(helper, name.replace("_", "-"), in_files=is_systemd)
+            if arm:
+                process = helper.start(_EXERCISE)
+                process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
+                process.close()
+                machine.pause()
             return Clone(
+                is_armed=arm,
                 name=name,
                 awake=Awake(machine=machine, helper=helper, stack=own),
                 disks=disks,
                 logs=logs,
                 stack=stack.pop_all(),
             )
-
-
-def _hostname(name: str) -> str:
-    """The name of a guest as one of a host, which has no underscores."""
-    return name.replace("_", "-")
-
-
-def _exercise(blueprint: Blueprint, hostname: str) -> Command:
-    """The first program of a clone, after which others are started quickly.
-
-    Where a boot gives the system its name in files, too, it does the same.
-    """
-    if blueprint.built.definition.init != "systemd":
-        return Command(argv=("true",))
-    hosts = (
-        f"127.0.0.1 localhost\\n127.0.1.1 {hostname}\\n::1 localhost ip6-localhost ip6-loopback\\n"
-    )
-    script = f"echo {hostname} >/etc/hostname; printf '{hosts}' >/etc/hosts"
-    return Command(argv=("/bin/sh", "-c", script))
 
 
 def _ignore(_: bytes) -> None:

@@ -19,6 +19,7 @@ from pytest_vmsandbox.machine.machine import Machine
 CLOCK_SECONDS = 0.05  # by which a guest's clock may be wrong when a test gets it
 _CLOCK_TRIES = 20
 _SEED_BYTES = 64
+_HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,21 @@ def wake(machine: Machine, helper: Helper) -> None:
     machine.resume()
     helper.seed(os.urandom(_SEED_BYTES))
     set_clock(helper)
+
+
+def name(helper: Helper, hostname: str, *, in_files: bool) -> None:
+    """Give a guest a name other than that of the guest that was saved.
+
+    Args:
+        in_files: whether a boot gives the system its name in files, too.
+
+    Raises:
+        GuestLost: it could not be given.
+    """
+    helper.set_hostname(hostname)
+    if in_files:
+        helper.write_file("/etc/hostname", f"{hostname}\n".encode())
+        helper.write_file("/etc/hosts", _HOSTS.format(hostname).encode())
 
 
 def resume(machine: Machine, helper: Helper) -> None:

@@ -126,6 +126,9 @@ class TestWhatIsPutRight:
             name = vm.run(["hostname"]).stdout.strip()
             assert name == vm.name
             assert "127.0.1.1" in vm.run(["getent", "hosts", name]).stdout
+            files = vm.run(["cat", "/etc/hostname", "/etc/hosts"]).stdout
+            vm.reboot()
+            assert vm.run(["cat", "/etc/hostname", "/etc/hosts"]).stdout == files
 
 
 class TestKeepingAhead:

@@ -734,6 +734,12 @@ class TestRequests:
         assert fake.during(lambda: fake.helper.set_hostname("debian-13.7"), play) is None
         assert (got[0][0], got[0][2]) == ("h", b"debian-13.7")
 
+    def test_file(self, real, tmp_path):
+        real.helper.write_file(str(tmp_path / "it"), b"\0held\n")
+        assert (tmp_path / "it").read_bytes() == b"\0held\n"
+        with pytest.raises(GuestLost, match=r"could not write .*/no/it: No such file"):
+            real.helper.write_file(str(tmp_path / "no/it"), b"")
+
     @pytest.mark.parametrize(
         ("ask", "what"),
         [

@@ -73,7 +73,7 @@ class FakePool(Pool):
         self.tries = 0
         self.resume_fault = None
 
-    def _arm(self, sealed, blueprint):
+    def _clone(self, sealed, blueprint, *, arm):
         self.tries += 1
         assert self.gate.wait(SECONDS)
         if self.fault is not None:
@@ -81,9 +81,10 @@ class FakePool(Pool):
         name = self._name(blueprint.image)
         machine = FakeMachine()
         machine.fault = self.resume_fault
+        machine.running = not arm
         stack = ExitStack()
         stack.callback(self.closed.append, name)
-        clone = clone_of(name, machine, stack)
+        clone = clone_of(name, machine, stack, is_armed=arm)
         self.made.append(clone)
         self.makers.append(threading.current_thread().name)
         return clone
@@ -96,10 +97,16 @@ class FakePool(Pool):
         wait_for(lambda: len(self.shelf(sealed, network).armed) == count)
 
 
-def clone_of(name, machine, stack):
+def clone_of(name, machine, stack, *, is_armed):
     awake = SimpleNamespace(machine=machine, helper=machine)
-    disks = SimpleNamespace()
-    return Clone(name=name, awake=anything(awake), disks=anything(disks), logs=None, stack=stack)
+    return Clone(
+        is_armed=is_armed,
+        name=name,
+        awake=anything(awake),
+        disks=anything(SimpleNamespace()),
+        logs=None,
+        stack=stack,
+    )
 
 
 def anything(value):
@@ -254,7 +261,7 @@ class TestAhead:
 
 
 class TestWithoutOne:
-    def test_who_asks_arms_it(self, pool):
+    def test_who_asks_makes_one_and_it_runs(self, pool):
         with lease(pool) as (clone, was_armed):
             assert not was_armed
             assert clone.awake.machine.running
@@ -496,5 +503,5 @@ class TestArm:
         ) as pool:
             sealed, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
-                pool._arm(sealed, blueprint).stack.close()
+                pool._clone(sealed, blueprint, arm=True).stack.close()
         assert len(looked) == 1

@@ -247,6 +247,24 @@ class TestReplies:
         assert host.errno("h") == errno.EINVAL
         assert socket.gethostname() == name
 
+    def test_a_file(self, host, tmp_path):
+        path = tmp_path / "name"
+        for data in (b"a longer one\n", b"one\0two", b"", bytes(60_000)):
+            assert host.errno("f", os.fsencode(path) + b"\0" + data) == 0
+            assert path.read_bytes() == data
+        assert path.stat().st_mode & 0o7777 == 0o644
+        path.chmod(0o600)
+        assert host.errno("f", os.fsencode(path) + b"\0more") == 0
+        assert path.stat().st_mode & 0o7777 == 0o600
+
+    def test_a_file_that_cannot_be_written(self, host, tmp_path):
+        for path, error in ((tmp_path, errno.EISDIR), (tmp_path / "none/it", errno.ENOENT)):
+            assert host.errno("f", os.fsencode(path) + b"\0data") == error
+        assert host.errno("f", b"/dev/full\0data") == errno.ENOSPC
+        assert host.errno("f", os.fsencode(tmp_path / "unended")) == errno.EINVAL
+        assert host.errno("f", b"\0data") == host.errno("f") == errno.EINVAL
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_seed_that_is_too_long(self, host):
         assert host.errno("s", bytes(513)) == errno.EINVAL
 

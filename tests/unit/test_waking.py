@@ -21,6 +21,7 @@ class Fakes:
         self.errors = list(errors)
         self.done = []
         self.seeds = []
+        self.files = {}
         self.fault = None
 
     def _do(self, what):
@@ -42,6 +43,13 @@ class Fakes:
         self._do("seed")
         self.seeds.append(data)
 
+    def set_hostname(self, hostname):
+        self._do(f"name {hostname}")
+
+    def write_file(self, path, data):
+        self._do(f"write {path}")
+        self.files[path] = data.decode()
+
     def _error(self):
         return self.errors.pop(0) if len(self.errors) > 1 else self.errors[0]
 
@@ -62,6 +70,10 @@ class Fakes:
 
 def wake(fakes):
     waking.wake(fakes, fakes)
+
+
+def name(fakes, hostname, *, in_files):
+    waking.name(fakes, hostname, in_files=in_files)
 
 
 def resume(fakes):
@@ -103,6 +115,30 @@ class TestWake:
         with pytest.raises(GuestLost, match=f"no {what}"):
             wake(fakes)
         assert fakes.done[-1] == what
+
+
+class TestName:
+    def test_where_a_boot_names_the_kernel_only(self):
+        fakes = Fakes(0.0)
+        name(fakes, "tiny.3", in_files=False)
+        assert fakes.done == ["name tiny.3"]
+
+    def test_where_a_boot_writes_files_too(self):
+        fakes = Fakes(0.0)
+        name(fakes, "debian-13.3", in_files=True)
+        assert fakes.done[0] == "name debian-13.3"
+        assert fakes.files["/etc/hostname"] == "debian-13.3\n"
+        assert fakes.files["/etc/hosts"].splitlines() == [
+            "127.0.0.1 localhost",
+            "127.0.1.1 debian-13.3",
+            "::1 localhost ip6-localhost ip6-loopback",
+        ]
+
+    def test_what_goes_wrong_is_told(self):
+        fakes = Fakes(0.0)
+        fakes.fault = "write /etc/hosts"
+        with pytest.raises(GuestLost, match="no write /etc/hosts"):
+            name(fakes, "it", in_files=True)
 
 
 class TestResume:
