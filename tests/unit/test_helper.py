@@ -34,7 +34,7 @@ from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
 from support.resident import SECONDS, alive, compiled, wait_for
 
-QUIET = 0.1
+QUIET = 0.5
 USER = pwd.getpwuid(os.geteuid()).pw_name
 MIB = 1 << 20
 
@@ -436,10 +436,10 @@ class TestTimeouts:
         process.close()
 
     def test_one_that_gives_all_the_time_is_not_idle(self, helper):
-        script = "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.05; done"
+        script = "for i in 1 2 3 4 5 6 7 8; do echo $i; sleep 0.1; done"
         out = bytearray()
         process = sh(helper, script)
-        assert process.communicate(None, out.extend, fine_bytes, SECONDS, idle=0.3) == 0
+        assert process.communicate(None, out.extend, fine_bytes, SECONDS, idle=0.7) == 0
         assert out == b"1\n2\n3\n4\n5\n6\n7\n8\n"
         process.close()
 
@@ -460,8 +460,8 @@ class TestTimeouts:
         os.kill(int((tmp_path / "pid").read_text()), 9)
 
     def test_a_child_that_goes_on_writing_for_a_while(self, helper):
-        script = "(for i in 1 2 3 4; do sleep 0.03; echo $i; done) & exit 0"
-        assert run(sh(helper, script)) == (0, b"1\n2\n3\n4\n", b"")
+        script = "(for i in 1 2 3 4 5 6; do sleep 0.1; echo $i; done) & exit 0"
+        assert run(sh(helper, script)) == (0, b"1\n2\n3\n4\n5\n6\n", b"")
 
     def test_a_child_that_never_stops_writing(self, helper, monkeypatch, tmp_path):
         monkeypatch.setattr(process_module, "_DRAIN_SECONDS", 0.2)
