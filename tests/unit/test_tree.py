@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,13 +41,12 @@ class FakeGuest:
             stderr=subprocess.PIPE,
         )
         with process:
-            try:
+            with suppress(BrokenPipeError):
                 while stdin is not None and (data := stdin.read(1 << 16)):
                     process.stdin.write(data)
                     process.stdin.flush()
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-            except BrokenPipeError:
-                pass
             while data := process.stdout.read1(1 << 16):
                 if stdout is not None:
                     stdout(data)
