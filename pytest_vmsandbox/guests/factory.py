@@ -404,10 +404,17 @@ class GuestFactory:
                 TemplateStore(self._cache),
                 self._running(),
                 guest=self._guest,
+                logs=self._logs_of_prepared,
                 say=self._surroundings.say,
                 tell=self._surroundings.tell,
             )
         )
+
+    def _logs_of_prepared(self, image: str) -> Path | None:
+        """The folder for the logs of a guest that becomes a template: of who waits for that."""
+        name = self._name(f"{image}.prepared")
+        self._surroundings.begun(name)
+        return self._surroundings.logs(name)
 
     @cached_property
     def _pool(self) -> Pool:

@@ -97,6 +97,7 @@ class Sealer:
         store: where they lie.
         hypervisor: runs guests.
         guest: makes a guest on a platform.
+        logs: the folder for the logs of a guest of an image that is to be sealed, or None.
         say: told of long waits.
         tell: told of what went wrong.
     """
@@ -107,12 +108,14 @@ class Sealer:
         hypervisor: Hypervisor,
         *,
         guest: Callable[[GuestPlatform, str], Guest],
+        logs: Callable[[str], Path | None],
         say: Callable[[str], None],
         tell: Callable[[str], None],
     ) -> None:
         self._store = store
         self._hypervisor = hypervisor
         self._guest = guest
+        self._logs = logs
         self._say = say
         self._tell = tell
         self._open: dict[str, Sealed] = {}
@@ -261,7 +264,7 @@ class Sealer:
                 name=name,
                 key=pair,
                 disks=disks,
-                logs=None,
+                logs=self._logs(blueprint.image),
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
             )

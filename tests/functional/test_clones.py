@@ -270,6 +270,25 @@ class TestTemplates:
             one.prepare("tiny", lambda vm: vm.run(["false"]), depends_on=[])
         assert one.told.about("booted one by one") == []
 
+    def test_a_guest_that_is_prepared_logs_for_who_waits_for_it(self, factory, tmp_path):
+        begun = []
+
+        def logs(guest):
+            folder = tmp_path / guest
+            folder.mkdir()
+            return folder
+
+        def prepare(vm):
+            vm.shell("echo so it went >/dev/console")
+            vm.run(["false"])
+
+        one = factory(logs=logs, begun=begun.append)
+        with pytest.raises(CommandError):
+            one.prepare("tiny", prepare, depends_on=[])
+        assert begun == ["tiny.prepared.1", "tiny.prepared.2"]  # the image itself, and the layer
+        assert "vmsandbox: init" in (tmp_path / begun[0] / "console.log").read_text()
+        assert "so it went" in (tmp_path / begun[1] / "console.log").read_text()
+
     def test_the_hook_gives_every_guest_a_layer(self, factory):
         layer = Provision(
             name="a file", depends_on=["1"], run=lambda vm: vm.write_text("/opt/layer", "x")

@@ -20,6 +20,9 @@ SPEC = MachineSpec(
 )
 
 
+BOARD = "graphics=off,sata=off,memory-backend=ram"
+
+
 def with_hardware(**values):
     return replace(SPEC, hardware=replace(SPEC.hardware, **values))
 
@@ -27,19 +30,33 @@ def with_hardware(**values):
 @pytest.mark.parametrize(
     ("changes", "argv"),
     [
-        ({}, ["-machine", "pc-q35-7.2,accel=tcg,graphics=off,sata=off,memory-backend=ram"]),
+        ({}, ["-machine", f"pc-q35-7.2,{BOARD}", "-accel", "tcg"]),
         (
             {"version": (10, 0, 2), "accelerator": "kvm"},
-            ["-machine", "pc-q35-10.0,accel=kvm,graphics=off,sata=off,memory-backend=ram"],
+            ["-machine", f"pc-q35-10.0,{BOARD}", "-accel", "kvm"],
         ),
-        (
-            {"version": (9, 1)},
-            ["-machine", "pc-q35-9.1,accel=tcg,graphics=off,sata=off,memory-backend=ram"],
-        ),
+        ({"version": (9, 1)}, ["-machine", f"pc-q35-9.1,{BOARD}", "-accel", "tcg"]),
     ],
 )
 def test_machine(changes, argv):
     assert cmdline.machine(replace(SPEC, **changes)) == argv
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version", "cpus", "expected"),
+    [
+        ("tcg", (7, 2, 22), 1, "tcg"),
+        ("tcg", (7, 2, 22), 2, "tcg,thread=single"),
+        ("tcg", (8, 0, 5), 4, "tcg,thread=single"),
+        ("tcg", (8, 1, 0), 4, "tcg"),
+        ("kvm", (7, 2, 22), 2, "kvm"),
+        ("hvf", (7, 2, 22), 2, "hvf"),
+    ],
+)
+def test_threads(accelerator, version, cpus, expected):
+    """An old QEMU emulates several processors in one thread."""
+    spec = replace(with_hardware(cpus=cpus), accelerator=accelerator, version=version)
+    assert cmdline.machine(spec)[-2:] == ["-accel", expected]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def sealer(store):
-    with Sealer.open(store, None, guest=None, say=print, tell=print) as sealer:
+    with Sealer.open(store, None, guest=None, logs=lambda _: None, say=print, tell=print) as sealer:
         yield sealer
 
 
