@@ -524,12 +524,12 @@ static int seed(char *data, size_t size)
 /* Blocks as long as the disk does: that is for small files, which stay in memory at first. */
 static int write_file(const char *path, size_t size)
 {
-    const char *end = memchr(path, 0, size), *data = end + 1;
+    const char *data = memchr(path, 0, size);
     int fd, error = 0;
 
-    if (!end || end == path)
+    if (!data || data == path)
         return EINVAL;
-    size -= data - path;
+    size -= ++data - path;
     if ((fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)) < 0)
         return errno;
     while (size && !error) {

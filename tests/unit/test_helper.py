@@ -609,9 +609,8 @@ class TestEnd:
     def test_the_helper_is_gone(self, real):
         process = start(real.helper, "cat")
         process.send(b"x")
-        assert (
-            process.receive(SECONDS) == b"x"
-        )  # it holds none of the helper's descriptors any more
+        # Once it answers, it holds none of the helper's descriptors any more.
+        assert process.receive(SECONDS) == b"x"
         real.process.kill()
         real.process.wait()
         for use in (
