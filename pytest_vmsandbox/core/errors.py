@@ -43,15 +43,26 @@ class VMSandboxError(Exception):
         remedy: what the reader can do about it.
         stage: where it happened: image, launch, firmware, kernel, init, ssh, command, transfer,
             teardown.
+        transient: the evidence says that the host or chance was at fault, and nothing in the guest:
+            a fresh guest may do.
     """
 
     default_stage = ""
 
-    def __init__(self, brief: str, *, details: str = "", remedy: str = "", stage: str = "") -> None:
+    def __init__(
+        self,
+        brief: str,
+        *,
+        details: str = "",
+        remedy: str = "",
+        stage: str = "",
+        transient: bool = False,
+    ) -> None:
         self.brief = brief
         self.details = details
         self.remedy = remedy
         self.stage = stage or self.default_stage
+        self.transient = transient
         super().__init__(brief)
 
     def __str__(self) -> str:
@@ -68,6 +79,18 @@ def add_hints(error: VMSandboxError, hints: Callable[[], Iterable[str]]) -> None
     if not getattr(error, "__notes__", None):
         for hint in hints():
             error.add_note(hint)
+
+
+def in_brief(error: VMSandboxError, where: str) -> VMSandboxError:
+    """The same error in one line, for who meets it again.
+
+    Args:
+        where: it is told in full.
+    """
+    brief: VMSandboxError = type(error).__new__(type(error), error.brief)
+    brief.__dict__ |= error.__dict__ | {"details": "", "remedy": "", "__notes__": []}
+    brief.add_note(f"The same happened to {where}: see there.")
+    return brief.with_traceback(error.__traceback__)
 
 
 class ConfigError(VMSandboxError):
@@ -96,9 +119,16 @@ class BootError(VMSandboxError):
     """
 
     def __init__(
-        self, brief: str, *, stage: str, seconds: float, details: str = "", remedy: str = ""
+        self,
+        brief: str,
+        *,
+        stage: str,
+        seconds: float,
+        details: str = "",
+        remedy: str = "",
+        transient: bool = False,
     ) -> None:
-        super().__init__(brief, details=details, remedy=remedy, stage=stage)
+        super().__init__(brief, details=details, remedy=remedy, stage=stage, transient=transient)
         self.seconds = seconds
 
 
@@ -172,8 +202,10 @@ class MonitorError(VMSandboxError):
 
     default_stage = "command"
 
-    def __init__(self, brief: str, *, error_class: str = "", details: str = "") -> None:
-        super().__init__(brief, details=details)
+    def __init__(
+        self, brief: str, *, error_class: str = "", details: str = "", transient: bool = False
+    ) -> None:
+        super().__init__(brief, details=details, transient=transient)
         self.error_class = error_class
 
 

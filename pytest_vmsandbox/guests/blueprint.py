@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -19,6 +19,7 @@ from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 2  # of templates; raise it when what is done to a guest before it is sealed changes
@@ -34,6 +35,7 @@ class Blueprint:
         verdict: the accelerator, and the processor's model.
         hardware: theirs.
         qemu_args: further arguments for QEMU, by what it is started with.
+        pace: what is known of this host's speed.
     """
 
     built: BuiltImage
@@ -41,11 +43,20 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
+    pace: Pace = field(default_factory=Pace, compare=False)
 
     @property
     def image(self) -> str:
         """The name of the image."""
         return self.built.definition.name
+
+    def stretch(self, seconds: float) -> float:
+        """A limit on what a guest does, in seconds, for this host and accelerator.
+
+        Args:
+            seconds: the limit on a usual host, natively.
+        """
+        return self.pace.stretch(seconds, self.verdict.time_scale)
 
     def machine(self, name: str, public_key: str, start: Start = Start.POWER_ON) -> MachineSpec:
         """The machine of one guest.
@@ -104,6 +115,7 @@ class Blueprint:
             more_args=self.qemu_args(spec),
             memory=memory,
             state=state,
+            pace=self.pace,
         )
 
     def with_network(self, network: str) -> Blueprint:

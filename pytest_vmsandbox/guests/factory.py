@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -38,12 +38,14 @@ from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.ledger import Ledger
+from pytest_vmsandbox.machine.pace import USUAL_PROOF, Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 _FILLERS = 2
-_MOST_LOST = 3  # clones in a row that do not wake up, before guests are booted
+_MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
 _IDLE_SECONDS = 0.5  # before a guest may be paused
+T = TypeVar("T")
 
 
 def _raise(error: VMSandboxError) -> NoReturn:
@@ -61,6 +63,7 @@ class Surroundings:
         hints: lines for an error of a guest: where the artifacts are, how to reproduce it.
         say: told of long waits, for people.
         tell: told, once, of what does not go as it should, for people.
+        retried: told of an error after which a fresh guest is tried.
         missing: called when QEMU or an image is missing; raises what is to be raised.
         qemu_args: further arguments for QEMU.
         provisions: what is done to all guests of an image before they are sealed.
@@ -73,6 +76,7 @@ class Surroundings:
     hints: Callable[[], Sequence[str]] = lambda: ()
     say: Callable[[str], None] = lambda _: None
     tell: Callable[[str], None] = lambda _: None
+    retried: Callable[[VMSandboxError], None] = lambda _: None
     missing: Callable[[VMSandboxError], NoReturn] = _raise
     qemu_args: Callable[[MachineSpec], Sequence[str]] = lambda _: ()
     provisions: Callable[[str], Sequence[Provision]] = lambda _: ()
@@ -102,6 +106,7 @@ class GuestFactory:
         self._provisioned: dict[str, PreparedImage] = {}
         self._guests: list[Guest] = []  # those that somebody has
         self._expected: dict[tuple[PreparedImage, Hardware], int] = {}  # guests that are to come
+        self._pace = Pace()
 
     @classmethod
     @contextmanager
@@ -118,7 +123,8 @@ class GuestFactory:
 
         It is a clone of a guest that was booted once, on this machine, and sealed: that takes
         milliseconds, but the first time a boot and some seconds, which people are told. Where there
-        can be none it is booted, and prepared, each time.
+        can be none it is booted, and prepared, each time. If the host or chance takes the guest away
+        before anybody has it, a second one is tried.
 
         Args:
             image: a name of the catalogue, or what `prepare` returned.
@@ -140,9 +146,7 @@ class GuestFactory:
         prepared = self._prepared(image)
         blueprint = self._blueprint(prepared.image, hardware)
         with ExitStack() as stack:
-            guest = self._cloned(blueprint, prepared, stack)
-            if guest is None:
-                guest = self._booted(blueprint, prepared.steps, stack)
+            guest = self._retrying(lambda: self._started(blueprint, prepared, stack))
             self._guests.append(guest)
             stack.callback(self._guests.remove, guest)
             self._let_rest()
@@ -154,6 +158,25 @@ class GuestFactory:
                 raise
             else:  # an interrupted run is in a hurry, and nobody asks how its guest was
                 self._surroundings.stopping(guest, False)
+
+    def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
+        """A guest, running and answering; `stack` ends it."""
+        with ExitStack() as own:
+            guest = self._cloned(blueprint, prepared, own)
+            if guest is None:
+                guest = self._booted(blueprint, prepared.steps, own)
+            stack.push(own.pop_all())
+            return guest
+
+    def _retrying(self, work: Callable[[], T]) -> T:
+        """Do what needs a guest, and once more if the host or chance took the guest away."""
+        try:
+            return work()
+        except VMSandboxError as error:
+            if not error.transient:
+                raise
+            self._surroundings.retried(error)
+        return work()
 
     def _let_rest(self) -> None:
         """Pause guests that nobody has talked to for longest, if more run than processors can bear.
@@ -217,7 +240,7 @@ class GuestFactory:
         blueprint = self._blueprint(prepared.image, {})
         if self._may_clone(blueprint, prepared.steps):
             try:
-                self._sealer.obtain(blueprint, prepared.steps)
+                self._retrying(lambda: self._sealer.obtain(blueprint, prepared.steps))
             except CannotSealError as error:
                 self._no_clones(blueprint, prepared.steps, error)
         return prepared
@@ -262,6 +285,8 @@ class GuestFactory:
         try:
             sealed, clone, was_armed = self._lease(blueprint, prepared, stack)
         except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
+            if error.transient:
+                raise
             self._no_clones(blueprint, steps, error)
             return None
         self._surroundings.begun(clone.name)
@@ -294,14 +319,11 @@ class GuestFactory:
                 clone, was_armed = own.enter_context(
                     self._pool.lease(sealed, blueprint, more=ahead)
                 )
-            except GuestLost:  # a host with too much to do may lose one
-                lost += 1
-                if lost == _MOST_LOST:
-                    raise
-                continue
-            except LaunchError:
+            except (GuestLost, LaunchError, MonitorError) as error:
                 if sealed.template.folder.exists():
-                    raise
+                    lost += 1
+                    self._check_lost(error, lost)
+                    continue
                 drop = self._sealer.drop  # another run found it damaged
             else:
                 if not sealed.damage.result():
@@ -310,6 +332,17 @@ class GuestFactory:
             own.close()
             self._pool.forget(sealed)
             drop(sealed)
+
+    def _check_lost(self, error: VMSandboxError, count: int) -> None:
+        """Look whether a further clone may do: a host with too much to do may lose one."""
+        if not (error.transient or isinstance(error, GuestLost)):
+            raise error
+        if count == _MOST_LOST:
+            raise LaunchError(
+                f"{count} clones in a row were lost, the last one so: {error.brief}",
+                details=error.details,
+                remedy=error.remedy,
+            ) from error
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
         kind = template_key(blueprint, steps)
@@ -363,17 +396,17 @@ class GuestFactory:
     def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
         blueprint = platform.blueprint
         self._check_network(blueprint.hardware)
-        scale = blueprint.verdict.time_scale
         return Guest(
             platform,
             name=name,
             image=blueprint.image,
             spec=blueprint.hardware,
-            boot_timeout=self._settings.boot_timeout * scale,
-            command_timeout=self._settings.command_timeout * scale,
+            boot_timeout=self._settings.boot_timeout,
+            command_timeout=self._settings.command_timeout,
             hints=self._surroundings.hints,
             origin=origin,
             on_wake=self._let_rest,
+            stretch=blueprint.stretch,
         )
 
     def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
@@ -388,6 +421,7 @@ class GuestFactory:
             verdict=self.accelerator(image),
             hardware=spec,
             qemu_args=self._surroundings.qemu_args,
+            pace=self._pace,
         )
 
     def _hardware(self, image: str, wishes: Mapping[str, object]) -> Hardware:
@@ -468,7 +502,13 @@ class GuestFactory:
                 hypervisor=self._running,
                 say=self._surroundings.say,
             )
+            if (verdict := self._verdicts[image]).accelerator != "tcg":  # that one was proven
+                self._pace.took(verdict.seconds, usual=USUAL_PROOF)
         return self._verdicts[image]
+
+    def patience(self, image: str) -> float:
+        """By how much limits on guests of this image are longer than natively on a usual host."""
+        return self._pace.stretch(1.0, self.accelerator(image).time_scale)
 
     def clean(self) -> None:
         """Remove what killed runs have left; the first guest that is asked for does so, too."""

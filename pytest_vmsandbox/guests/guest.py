@@ -122,6 +122,7 @@ class Guest:
         hints: Callable[[], Sequence[str]],
         origin: str = "booted",
         on_wake: Callable[[], None] = lambda: None,
+        stretch: Callable[[float], float] = float,
     ) -> None:
         self.name = name
         self.image = image
@@ -137,6 +138,7 @@ class Guest:
         self._platform = platform
         self._boot_timeout = boot_timeout
         self._command_timeout = command_timeout
+        self._stretch = stretch
         self._hints = hints
         self._machine: Machine | None = None
         self._power = ExitStack()  # what exists while the guest is switched on
@@ -314,7 +316,7 @@ class Guest:
                     stdin,  # type: ignore[arg-type]
                     stdout,
                     stderr,
-                    self._command_timeout if timeout is None else _seconds(timeout),
+                    self._command_seconds if timeout is None else _seconds(timeout),
                     idle,
                 )
             finally:
@@ -479,7 +481,7 @@ class Guest:
         Raises:
             BootError: it did not come back.
         """
-        deadline = Deadline(2 * self._boot_timeout if timeout is None else _seconds(timeout))
+        deadline = Deadline(2 * self._boot_seconds if timeout is None else _seconds(timeout))
         with self._explained():
             machine = self._on()
             since = len(machine.monitor.events())
@@ -506,7 +508,7 @@ class Guest:
         with self._explained():
             machine = self._on()
             self._ask("poweroff")
-            machine.end(self._boot_timeout)
+            machine.end(self._boot_seconds)
             self._switch_off()
 
     def power_cut(self) -> None:
@@ -699,6 +701,16 @@ class Guest:
         machine.save(state, with_memory=False)
         machine.end(0)
 
+    @property
+    def _boot_seconds(self) -> float:
+        """The limit on a boot, as far as it is known how slow this host is."""
+        return self._stretch(self._boot_timeout)
+
+    @property
+    def _command_seconds(self) -> float:
+        """The limit on a command that names none, likewise."""
+        return self._stretch(self._command_timeout)
+
     def __enter__(self) -> Self:
         with self._explained():
             self._switch_on()
@@ -716,9 +728,9 @@ class Guest:
             self._platform.close()
 
     def _switch_on(self) -> None:
-        deadline = Deadline(self._boot_timeout)
         with ExitStack() as stack:
             machine = stack.enter_context(self._platform.machine())
+            deadline = Deadline(self._boot_seconds)  # QEMU's start has shown how slow this host is
             stack.callback(self._hang_up)
             self._machine = machine
             try:
@@ -809,7 +821,7 @@ class Guest:
             stdout=stdout or written.extend,
             stderr=stderr.extend,
             timeout=math.inf,  # as long as something moves
-            idle=self._command_timeout,
+            idle=self._command_seconds,
         )
         if status != 0:
             raise _command_error(
@@ -832,7 +844,7 @@ class Guest:
             CommandError: the guest cannot go down.
         """
         try:
-            result = self.run([program], check=False, user="root", timeout=self._command_timeout)
+            result = self.run([program], check=False, user="root", timeout=self._command_seconds)
         except GuestLost as lost:
             return lost
         if result.returncode > 0:  # ended by a signal, it is one of the first to go

@@ -128,7 +128,6 @@ class GuestPlatform:
         """See `Platform.transport`."""
         if (helper := self._present) is not None:
             return HelperTransport(helper, user)
-        scale = self.blueprint.verdict.time_scale
         return ssh.SSHTransport(
             lambda: ssh.Endpoint(
                 address=machine.forward(_SSH_PORT),
@@ -137,8 +136,8 @@ class GuestPlatform:
                 host_key=self.blueprint.built.host_key,
             ),
             check=machine.check,
-            connect_timeout=_CONNECT_SECONDS * scale,
-            time_scale=scale,
+            connect_timeout=self.blueprint.stretch(_CONNECT_SECONDS),
+            time_scale=self.blueprint.verdict.time_scale,
         )
 
     def answers(self, machine: Machine, timeout: float) -> bool:
@@ -244,7 +243,7 @@ def helper_of(machine: Machine, blueprint: Blueprint) -> Helper:
     return Helper(
         machine.helper,
         check=machine.check,
-        patience=_ANSWER_SECONDS * scale,
+        patience=blueprint.stretch(_ANSWER_SECONDS),
         quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
     )
 
@@ -256,7 +255,7 @@ def check_network(machine: Machine, blueprint: Blueprint) -> None:
         GuestLost: its SSH server does not greet.
     """
     address = machine.forward(_SSH_PORT)
-    deadline = Deadline(_CONNECT_SECONDS * blueprint.verdict.time_scale)
+    deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
     while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
         machine.check()
         if deadline.expired:

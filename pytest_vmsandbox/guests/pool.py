@@ -218,8 +218,7 @@ class Pool:
             was_armed = bool(shelf.armed)
             while shelf.arming and not shelf.armed and shelf.failure is None:
                 self._changed.wait()
-            if shelf.armed:
-                clone = shelf.armed.popleft()
+            if (clone := self._pick(shelf)) is not None:
                 self._changed.notify_all()
                 return clone, was_armed
             shelf.failure = None
@@ -230,6 +229,15 @@ class Pool:
         except BaseException:
             self._ledger.release(CLAIM)
             raise
+
+    def _pick(self, shelf: _Shelf) -> Clone | None:
+        """An armed clone that is still there; the condition is held."""
+        while shelf.armed:
+            clone = shelf.armed.popleft()
+            if clone.awake.machine.ended() is None:
+                return clone
+            self._give_up(clone)  # something has killed its QEMU
+        return None
 
     def _shelf(self, sealed: Sealed, blueprint: Blueprint) -> _Shelf:
         kind = sealed.template.key, blueprint.hardware.network
@@ -295,8 +303,11 @@ class Pool:
 
     def _empty(self, shelf: _Shelf) -> None:
         while shelf.armed:
-            shelf.armed.popleft().stack.close()
-            self._ledger.release(CLAIM)
+            self._give_up(shelf.armed.popleft())
+
+    def _give_up(self, clone: Clone) -> None:
+        clone.stack.close()
+        self._ledger.release(CLAIM)
 
     def _clone(self, sealed: Sealed, blueprint: Blueprint, *, arm: bool) -> Clone:
         """A clone of a template.
@@ -344,7 +355,8 @@ class Pool:
             waking.name(helper, name.replace("_", "-"), in_files=is_systemd)
             if arm:
                 process = helper.start(_EXERCISE)
-                process.communicate(None, _ignore, _ignore, _EXERCISE_SECONDS)
+                limit = blueprint.stretch(_EXERCISE_SECONDS)
+                process.communicate(None, _ignore, _ignore, limit)
                 process.close()
                 machine.pause()
             return Clone(

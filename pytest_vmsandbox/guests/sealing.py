@@ -213,6 +213,8 @@ class Sealer:
         except _StepError as failed:
             raise failed.raised from None
         except (OSError, ImageError, MonitorError) as error:
+            if isinstance(error, VMSandboxError) and error.transient:
+                raise
             brief = error.brief if isinstance(error, VMSandboxError) else str(error)
             raise CannotSealError(
                 f"{blueprint.image} could not be sealed: {brief}",
@@ -330,7 +332,7 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
             guest.run(
                 ["systemctl", "is-system-running", "--wait"],
                 check=False,
-                timeout=_SYSTEMD_SECONDS,
+                timeout=blueprint.stretch(_SYSTEMD_SECONDS),
                 user="root",
             )
         guest.run(["udevadm", "settle"], check=False, user="root")

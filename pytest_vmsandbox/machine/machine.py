@@ -13,13 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.qmp import Monitor
@@ -52,6 +53,7 @@ _STOPPED = {
         "do without the accelerator: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
     ),
 }
+_HOST_REASONS = {"host-signal", "host-error"}  # why QEMU ends that are no affair of the guest's
 _PANIC_LINES = 30
 _PANIC_END = "---[ end Kernel panic - not syncing"
 _PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
@@ -69,8 +71,10 @@ class Machine:
         helper: Port,
         *,
         has_base: bool,
+        pace: Pace,
     ) -> None:
         self.spec = spec
+        self._pace = pace
         self.process = process
         self.monitor = monitor
         self.console = console
@@ -93,6 +97,7 @@ class Machine:
         more_args: Sequence[str] = (),
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
+        pace: Pace | None = None,
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end the process is killed and reaped.
 
@@ -102,6 +107,7 @@ class Machine:
             more_args: added to QEMU's command line.
             memory: the file that is the guest's memory, where `spec.start` says so.
             state: what is loaded, likewise; such a machine is paused.
+            pace: what is known of this host's speed; limits on QEMU follow it.
 
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load
@@ -109,6 +115,7 @@ class Machine:
         """
         is_clone = spec.start is cmdline.Start.CLONED
         host.require_memory(host.CLONE_GROWTH if is_clone else spec.hardware.memory)
+        pace = pace or Pace()
         with ExitStack() as stack:
             log = _Logs(stack, logs)
             console = Console(log.console)
@@ -139,16 +146,28 @@ class Machine:
                         small_pages=is_clone and spec.accelerator == "tcg",
                     )
                 )
+            started = monotonic()
             try:
                 monitor = stack.enter_context(
-                    Monitor.connected(loop, our_monitor, log=log.monitor, timeout=GREETING_SECONDS)
+                    Monitor.connected(
+                        loop, our_monitor, log=log.monitor, timeout=GREETING_SECONDS, pace=pace
+                    )
                 )
             except MonitorError as error:
                 raise _did_not_start(process) from error
+            pace.took(monotonic() - started, usual=USUAL_GREETING)
             # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
             stack.callback(process.wait, _TERM_SECONDS)
             stack.callback(process.signal, signal.SIGKILL)
-            machine = cls(spec, process, monitor, console, helper, has_base=disks.base is not None)
+            machine = cls(
+                spec,
+                process,
+                monitor,
+                console,
+                helper,
+                has_base=disks.base is not None,
+                pace=pace,
+            )
             if state is not None:
                 machine._load(state, has_memory=memory is None)
             yield machine
@@ -190,11 +209,13 @@ class Machine:
                 f"{self.spec.name} is switched off ({reason})",
                 details=self._console_lines(),
                 remedy="in a test, vm.power_on() switches it on again",
+                transient=reason in _HOST_REASONS,
             )
         raise GuestLost(
             f"{self.spec.name}: QEMU ended with {_status_text(status)}",
             details="\n".join(filter(None, [self.process.stderr_tail, self._console_lines()])),
             stage="launch",
+            transient=_was_killed(status),
         )
 
     def _check_stopped(self) -> None:
@@ -234,6 +255,7 @@ class Machine:
             seconds=seconds,
             details=error.details,
             remedy=error.remedy,
+            transient=error.transient,
         )
 
     def _panic(self) -> GuestLost:
@@ -348,6 +370,7 @@ class Machine:
             raise LaunchError(
                 "QEMU cannot load a saved state",
                 details="\n".join(filter(None, [error.brief, self.process.stderr_tail])),
+                transient=error.transient,
             ) from error
 
     def _transfer(self, command: str, state: IO[bytes], *, has_memory: bool) -> None:
@@ -365,7 +388,7 @@ class Machine:
         since = len(self.monitor.events())
         self.execute("getfd", {"fdname": "state"}, fd=state.fileno())
         self.execute(command, {"uri": "fd:state"})
-        deadline = Deadline(_STATE_SECONDS)
+        deadline = Deadline(self._pace.stretch(_STATE_SECONDS))
         while not deadline.expired:
             event = self.monitor.wait_event(
                 "MIGRATION",
@@ -381,7 +404,10 @@ class Machine:
                 why = str(self.execute("query-migrate").get("error-desc", ""))
                 raise MonitorError("QEMU did not transfer the guest's state", details=why)
             self.check()
-        raise MonitorError(f"QEMU did not transfer the guest's state in {_STATE_SECONDS:g} s")
+        self._pace.was_late()
+        raise MonitorError(
+            f"QEMU did not transfer the guest's state in {deadline.seconds:g} s", transient=True
+        )
 
     def _finish(self, deadline: Deadline) -> None:
         """QEMU tells of the end of a transfer before it lets the processors go on again."""
@@ -521,7 +547,13 @@ def _did_not_start(process: OwnedProcess) -> LaunchError:
         f"QEMU {how}",
         details=process.stderr_tail + "--- its command line\n" + " ".join(process.argv),
         remedy="'vmsandbox doctor' checks this machine",
+        transient=status is None or _was_killed(status),
     )
+
+
+def _was_killed(status: int) -> bool:
+    """Whether QEMU was ended by a signal, which nothing in a guest sends; not by its own sandbox."""
+    return status < 0 and -status != signal.SIGSYS
 
 
 def _status_text(status: int) -> str:

@@ -64,7 +64,10 @@ class OwnedProcess:
             reason = "the launcher did not answer"
             if message is not None:
                 reason = str(message.get("error", "the launcher is gone"))
-            raise LauncherError(f"{self.argv[0]} could not be started: {reason}")
+            raise LauncherError(
+                f"{self.argv[0]} could not be started: {reason}",
+                transient="error" not in (message or {}),
+            )
         self.pid = int(message["pid"])
 
     def wait(self, timeout: float) -> int | None:
@@ -120,48 +123,61 @@ class OwnedProcess:
 class Launcher:
     """This process's end of the launcher. One for each process that runs guests.
 
+    A launcher that something has killed took its guests with it. The next guest gets a new one.
+
     Args:
         folder: of the run; the launcher removes it when this process is gone.
     """
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._lock = threading.Lock()
         self._count = 0
+        self._control, self._process = self._start()
 
     @classmethod
     @contextmanager
     def running(cls, folder: Path) -> Iterator[Launcher]:
         """A running launcher; at the end it and all that it still owns is killed."""
+        launcher = cls(folder)
+        try:
+            yield launcher
+        finally:
+            launcher._end()
+
+    def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:
-            with theirs:
-                program = Path(__file__).with_name("launcher.py")
+        program = Path(__file__).with_name("launcher.py")
+        arguments = [str(theirs.fileno()), str(os.getpid()), str(self._folder)]
+        with theirs:
+            try:
                 process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        str(program),
-                        str(theirs.fileno()),
-                        str(os.getpid()),
-                        str(folder),
-                    ],
+                    [sys.executable, "-I", "-S", str(program), *arguments],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C in our terminal is not for it
                     cwd="/",
                 )
-            try:
-                yield cls(ours)
-            finally:
-                ours.shutdown(socket.SHUT_RDWR)
-                try:
-                    process.wait(_REAP_SECONDS)
-                except subprocess.TimeoutExpired as error:
-                    process.kill()
-                    process.wait()
-                    raise TeardownError("the launcher did not end and was killed") from error
+            except BaseException:
+                ours.close()
+                raise
+        return ours, process
+
+    def _end(self) -> None:
+        with self._control:
+            self._control.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(_REAP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            self._process.kill()
+            self._process.wait()
+            raise TeardownError("the launcher did not end and was killed") from error
+
+    def _replace_if_gone(self) -> None:
+        """Start a new launcher if the former one was killed; the lock is held."""
+        if self._process.poll() is not None:
+            self._control.close()
+            self._control, self._process = self._start()
 
     @contextmanager
     def spawn(
@@ -190,6 +206,7 @@ class Launcher:
         with tempfile.TemporaryFile() as stderr, os.fdopen(status_read, "rb", buffering=0):
             given = {1: stderr.fileno(), 2: stderr.fileno(), **fds}
             with self._lock:
+                self._replace_if_gone()
                 self._count += 1
                 number = self._count
             process = OwnedProcess(self, number, tuple(argv), status_read, stderr)
@@ -244,4 +261,5 @@ class Launcher:
                     "the launcher is gone, and every guest with it",
                     details=str(error),
                     remedy="something killed the launcher process; look for an out-of-memory kill",
+                    transient=True,
                 ) from error

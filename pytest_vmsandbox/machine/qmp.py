@@ -22,8 +22,10 @@ from qemu.qmp import (
 from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.pace import Pace
 
 Event = Mapping[str, Any]
+_ANSWER_SECONDS = 30.0
 _CLOSE_SECONDS = 5.0
 
 
@@ -32,11 +34,13 @@ class Monitor:
 
     Args:
         log: called with each line of the protocol's log.
+        pace: what is known of this host's speed.
     """
 
-    def __init__(self, loop: LoopThread, log: Callable[[str], None]) -> None:
+    def __init__(self, loop: LoopThread, log: Callable[[str], None], pace: Pace) -> None:
         self._loop = loop
         self._log = log
+        self._pace = pace
         self._client = QMPClient("vmsandbox")
         self._client.logger.disabled = True  # raises what it logs
         self._listener = EventListener()
@@ -47,14 +51,25 @@ class Monitor:
     @classmethod
     @contextmanager
     def connected(
-        cls, loop: LoopThread, sock: socket.socket, *, log: Callable[[str], None], timeout: float
+        cls,
+        loop: LoopThread,
+        sock: socket.socket,
+        *,
+        log: Callable[[str], None],
+        timeout: float,
+        pace: Pace | None = None,
     ) -> Iterator[Monitor]:
         """A monitor on our end of a socket pair; it takes the socket over.
 
+        Args:
+            log: called with each line of the protocol's log.
+            timeout: seconds for QEMU to greet us, on a usual machine.
+            pace: what is known of this host's speed.
+
         Raises:
-            MonitorError: QEMU did not greet us within `timeout` seconds.
+            MonitorError: QEMU did not greet us in time.
         """
-        monitor = cls(loop, log)
+        monitor = cls(loop, log, pace or Pace())
         try:
             monitor._await(monitor._client.connect(sock), timeout, "greeting")
             pump = loop.submit(monitor._pump())
@@ -74,12 +89,15 @@ class Monitor:
         arguments: Mapping[str, object] | None = None,
         *,
         fd: int | None = None,
-        timeout: float = 30.0,
+        timeout: float = _ANSWER_SECONDS,
     ) -> Any:
         """Execute a command, with a descriptor passed along, and return its answer.
 
+        Args:
+            timeout: seconds for the answer, on a usual machine.
+
         Raises:
-            MonitorError: QEMU refused it, did not answer in `timeout` seconds, or is gone.
+            MonitorError: QEMU refused it, did not answer in time, or is gone.
         """
         self._record("->", {"execute": command, "arguments": dict(arguments or {})})
         try:
@@ -140,12 +158,16 @@ class Monitor:
         self._log(f"{wall():.3f} {direction} {json.dumps(message, default=str)}\n")
 
     def _await(self, work: Any, timeout: float, what: str) -> Any:
+        timeout = self._pace.stretch(timeout)
         future = self._loop.submit(work)
         try:
             return future.result(timeout)
         except FutureTimeoutError as error:
             future.cancel()
-            raise MonitorError(f"QEMU's monitor: no answer to {what!r} in {timeout:g} s") from error
+            self._pace.was_late()
+            raise MonitorError(
+                f"QEMU's monitor: no answer to {what!r} in {timeout:g} s", transient=True
+            ) from error
         except ExecuteError as error:
             raise MonitorError(
                 f"QEMU refused {what!r}: {error}", error_class=error.error_class

@@ -5,21 +5,27 @@ from __future__ import annotations
 import calendar
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_vmsandbox import CommandError, Provision
+from pytest_vmsandbox import CommandError, GuestLost, Provision
+from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests import sealing, waking
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.templates import TemplateStore
+from pytest_vmsandbox.machine import machine as machine_module
 from pytest_vmsandbox.machine.qemu import find_qemu
+from pytest_vmsandbox.machine.qmp import Monitor
 
 TINY = {"memory": "160MiB"}
 
@@ -334,9 +340,6 @@ class TestSnapshot:
 class TestLadder:
     def test_a_qemu_that_does_not_ignore_shared_memory(self, factory, monkeypatch):
         """It is asked for in vain: guests are booted, and that is said once."""
-        from pytest_vmsandbox.core.errors import MonitorError
-        from pytest_vmsandbox.machine.qmp import Monitor
-
         execute = Monitor.execute
 
         def refuse(self, command, arguments=None, **more):
@@ -381,6 +384,136 @@ class TestLadder:
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert not (cache / "templates").exists()
+
+
+class TestChance:
+    """What the host or chance does to one guest is no reason for the next ones to be slow or errors."""
+
+    @pytest.fixture
+    def first(self, monkeypatch):
+        """Does something before the first call of a function of a module."""
+
+        def arrange(module, name, action):
+            original, calls = getattr(module, name), []
+
+            def wrapped(*args, **kwargs):
+                calls.append(args)
+                if len(calls) == 1:
+                    action(*args)
+                return original(*args, **kwargs)
+
+            monkeypatch.setattr(module, name, wrapped)
+            return calls
+
+        return arrange
+
+    @staticmethod
+    def kill(process):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+    def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
+        retried = []
+        first(sealing, "settle", lambda guest, _: self.kill(guest._machine.process))
+        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.origin == "cloned"
+        (error,) = retried
+        assert "SIGKILL" in error.brief
+
+    def test_one_that_is_killed_while_it_boots(self, factory, first):
+        retried = []
+        first(GuestPlatform, "answers", lambda _, machine, *more: self.kill(machine.process))
+        with factory("never", retried=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.origin == "booted"
+        (error,) = retried
+        assert "SIGKILL" in error.brief
+        assert "while booting" in error.brief
+
+    def test_one_that_panics_while_it_boots_is_no_chance(self, factory, first):
+        retried = []
+
+        def panic(vm, _):
+            vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
+
+        first(sealing, "settle", panic)
+        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.origin == "booted"
+        assert retried == []
+
+    def test_a_clone_that_is_killed(self, factory, first):
+        first(waking, "wake", lambda machine, _: self.kill(machine.process))
+        one = factory()
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "cloned"
+        assert one.told.about("booted one by one") == []
+
+    @pytest.mark.parametrize("command", ["migrate-incoming", "cont"])
+    def test_one_late_answer_of_qemu(self, factory, monkeypatch, command):
+        execute, late = Monitor.execute, []
+
+        def slow(self, name, *args, **more):
+            if name == command and not late:
+                late.append(name)
+                raise MonitorError("no answer", transient=True)
+            return execute(self, name, *args, **more)
+
+        one = factory()
+        with one.boot("tiny", **TINY):
+            pass
+        monkeypatch.setattr(Monitor, "execute", slow)
+        for _ in range(2):
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.origin == "cloned"
+        assert late == [command]
+        assert one.told.about("booted one by one") == []
+
+    def test_a_qemu_that_is_stopped_for_a_while(self, factory, first, monkeypatch):
+        """It does not greet in time. The next one is given longer, and is cloned, too."""
+        monkeypatch.setattr(machine_module, "GREETING_SECONDS", 2.0)
+        one = factory()
+        with one.boot("tiny", **TINY):
+            pass
+        spawned = first(
+            Monitor, "_await", lambda *_: os.kill(children_of_the_launcher()[-1], signal.SIGSTOP)
+        )
+        with one.boot("tiny", **TINY) as vm:
+            assert vm.origin == "cloned"
+        assert spawned
+        assert one._pace.slowness >= 2
+        assert one.told.about("booted one by one") == []
+
+    def test_the_launcher_is_killed(self, factory):
+        """All guests of the run are gone, also those that were armed; the next ones come up."""
+        one = factory("armed")
+        one.expect("tiny", TINY, 6)
+        with one.boot("tiny", **TINY) as vm:
+            assert one.await_armed(120)
+            launcher = one._running().launcher._process
+            self.kill(launcher)
+            with pytest.raises(GuestLost):
+                vm.run(["true"])
+        for _ in range(2):
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.origin != "booted"
+                vm.run(["true"])
+        assert one.told.about("booted one by one") == []
+
+
+def children_of_the_launcher():
+    """The process numbers of this process's guests, the newest last."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if b"qemu" in (stat.parent / "cmdline").read_bytes().split(b"\0")[0]:
+                found.append((int(stat.read_text().rpartition(")")[2].split()[19]), stat.parent))
+    ours = [path for _, path in sorted(found) if launcher_of(path) == os.getpid()]
+    return [int(path.name) for path in ours]
+
+
+def launcher_of(path):
+    """The parent of the parent of a process."""
+    parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
+    return int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):

@@ -39,6 +39,10 @@ class FakeMachine:
     def __init__(self):
         self.running = False
         self.fault = None
+        self.status = None
+
+    def ended(self):
+        return self.status
 
     def send_clock(self):
         return 1
@@ -233,6 +237,17 @@ class TestAhead:
         pool.armed(SEALED, 2)
         with lease(pool):
             assert [clone.awake.machine.running for clone in pool.made] == [True, False]
+
+    def test_one_whose_qemu_something_has_killed_is_not_given_out(self, pool):
+        pool.expect(SEALED, BLUEPRINT, DEPTH)
+        pool.armed(SEALED, DEPTH)
+        dead = pool.made[:2]
+        for clone in dead:
+            clone.awake.machine.status = -9
+        with lease(pool) as (clone, was_armed):
+            assert clone is pool.made[2]
+            assert was_armed
+            assert pool.closed == [clone.name for clone in dead]
 
     def test_kinds_do_not_mix(self, pool):
         """Other templates, and other networks of the same."""

@@ -306,13 +306,25 @@ class TestLauncher:
                 os.kill(launcher_pid(os.getpid()), signal.SIGKILL)
                 assert ends(*fds)
             assert process.wait(10) == -9
-            with (
-                pytest.raises(LaunchError, match="the launcher is gone") as caught,
-                launcher.spawn(PAUSE, fds={}, env=ENV),
-            ):
-                pass
+            with pytest.raises(LaunchError, match="the launcher is gone") as caught:
+                launcher.check()
             assert "out-of-memory" in caught.value.remedy
+            assert caught.value.transient
             process.signal(signal.SIGTERM)  # nothing happens
+
+    def test_one_that_was_killed_is_replaced(self, launcher):
+        """The next program has a launcher of its own, and what the former one had is over."""
+        with launcher.spawn(PAUSE, fds={}, env=ENV) as lost:
+            former = launcher_pid(os.getpid())
+            os.kill(former, signal.SIGKILL)
+            assert lost.wait(10) == -9
+            with launcher.spawn(PAUSE, fds={}, env=ENV) as process:
+                assert launcher_pid(os.getpid()) != former
+                assert process.wait(0) is None
+                lost.signal(signal.SIGKILL)  # it is nobody's number now
+                assert process.wait(0.1) is None
+                process.signal(signal.SIGTERM)
+                assert process.wait(10) == -15
 
     def test_killed_before_it_obeys(self, launcher):
         pid = launcher_pid(os.getpid())
