@@ -19,7 +19,9 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing.hooks import ENDING, Hooks
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
+from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
@@ -35,8 +37,10 @@ class Inside:
     def __init__(self, session: VMSession) -> None:
         self._session = session
         self._config = session.config
+        self._hooks = Hooks(session)
         self._leases = Leases(session, tell=self._tell)
         self._alone: set[str] = set()  # tests that run while no other is announced
+        self._retried: set[str] = set()  # tests whose guest something else took away
         self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
 
@@ -51,7 +55,8 @@ class Inside:
             raise
 
     def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
+        self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
         last: pytest.TestReport | None = None
         for report in self._reports(item, nextitem):
             if report.when == "teardown":
@@ -60,19 +65,22 @@ class Inside:
                 self._log(item, report)
         # This side's own fixtures, of tests that ran here, may be over; and the guest.
         call = pytest.CallInfo.from_call(
-            lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=_RAISED
+            lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=ENDING
         )
         assert last is not None
         if call.excinfo is None or last.failed:
             self._log(item, last)
         if call.excinfo is not None:
             self._log(item, self._made(item, call))
-        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", collection.image_of(item)))
+        for name, value in item.user_properties:  # what this side has noted
+            if name == RETRIED and (name, value) not in report.user_properties:
+                report.user_properties.append((name, value))
         self._session.note_report(item, report)
-        item.ihook.pytest_runtest_logreport(report=report)
+        self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
 
     def _reports(
         self, item: pytest.Item, nextitem: pytest.Item | None
@@ -80,7 +88,7 @@ class Inside:
         """The reports of a test, whatever happens: setup, call if that was reached, teardown."""
         phases = ["setup", "call", "teardown"]
         call = pytest.CallInfo.from_call(
-            lambda: self._leases.lease(item), when="setup", reraise=_RAISED
+            lambda: self._leases.lease(item), when="setup", reraise=ENDING
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
@@ -106,15 +114,24 @@ class Inside:
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
             self._leases.lose(lease, error)
-            if isinstance(error, GuestLost) and ahead:
-                # Any of them may have done it, while reports were on their way: one by one, then.
-                self._alone.update([collection.plain_nodeid(item), *ahead])
+            if isinstance(error, GuestLost) and self._runs_again(item, error, ahead):
                 yield from self._reports(item, nextitem)
                 return
             reports.append(self._failed(item, error, phases[0] if phases else "teardown"))
             if phases and phases[0] != "teardown":
                 reports.append(self._passed(item, "teardown"))
         yield from reports
+
+    def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
+        """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
+        nodeid = collection.plain_nodeid(item)
+        if error.transient and item.nodeid not in self._retried:
+            self._retried.add(item.nodeid)
+            self._session.note_retry(error, item)
+            return True
+        if ahead:  # any of them may have done it, while reports were on their way: one by one, then
+            self._alone.update([nodeid, *ahead])
+        return bool(ahead)
 
     def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
         if not phases or report.when != phases[0]:
@@ -177,7 +194,7 @@ class Inside:
             file = arguments["warning_message"].filename
             # This side has collected, too, but for some files, and has told what it saw.
             if arguments["when"] == "runtest" or file in self._collected_there():
-                self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+                self._hooks.notify(self._config.hook.pytest_warning_recorded, **arguments)
         elif "junit" in message:
             self._record(message, nodeid)
         elif "output" in message:
@@ -236,8 +253,7 @@ class Inside:
         """A report that plugins of this side make; they count on that of the setup before others."""
         if call.when != "setup":
             self._passed(item, "setup")
-        report: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        return report
+        return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
 
     def _broken(self, why: str) -> GuestLost:
         from pytest_vmsandbox.inside.wire import broken
@@ -346,9 +362,6 @@ class Inside:
             What went wrong, for people.
         """
         return self._leases.close()
-
-
-_RAISED: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
 
 
 def _marks(item: pytest.Item) -> list[tuple[str, str]]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
 _MOST_LOST = 3  # waiting sessions in a row that do not wake up
+_MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
 
 Key = tuple[str, str, str]  # image, hardware, and what shares the guest
@@ -53,7 +54,6 @@ class Lease:
     stack: ExitStack
     session: GuestSession | None = None
     has_collected: bool = False
-    failure: VMSandboxError | None = None  # why no session can be had here
 
 
 class Leases:
@@ -69,6 +69,7 @@ class Leases:
         self._tell = tell
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
+        self._unlucky: dict[Key, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
         self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
@@ -79,34 +80,51 @@ class Leases:
     def lease(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected.
 
+        If the host or chance takes the guest away meanwhile, a fresh one is tried, once.
+
         Raises:
             VMSandboxError: there can be none.
         """
-        key, kind = collection.place_of(item), _kind(item)
+        kind = _kind(item)
         if kind in self._failures:
             raise self._failures[kind].with_traceback(None)  # or it grows with each test
+        try:
+            lease = self._ready_or_retried(item)
+        except VMSandboxError as error:
+            self._unlucky[kind] = self._unlucky.get(kind, 0) + 1
+            if not error.transient or self._unlucky[kind] == _MOST_UNLUCKY:
+                self._failures[kind] = error  # the next one would fail as this one
+            raise
+        self._unlucky.pop(kind, None)
+        return lease
+
+    def _ready_or_retried(self, item: pytest.Item) -> Lease:
+        try:
+            return self._ready(item)
+        except VMSandboxError as error:
+            if not error.transient:
+                raise
+            self._session.note_retry(error, item)
+        return self._ready(item)
+
+    def _ready(self, item: pytest.Item) -> Lease:
+        """The guest for a test, with a session that has collected; it is there, or is opened."""
+        key = collection.place_of(item)
         lease = self._leases.get(key)
         if lease is not None and not lease.guest.alive:
             self._end(key)
             lease = None
         if lease is None:
-            try:
-                lease = self._leases[key] = self._opened(item)
-            except VMSandboxError as error:
-                self._failures[kind] = error  # the next one would fail as this one
-                raise
+            lease = self._leases[key] = self._opened(item)
         self._session.note_use(lease.guest)
-        if lease.failure is not None:
-            raise lease.failure.with_traceback(None)
         if lease.session is None:
             try:
                 self._start(lease)
-            except GuestLost as lost:
-                self.lose(lease, lost)
-                if lease.has_collected:  # it was well once: a fresh one will be
-                    return self.lease(item)
-                self._failures[kind] = lost  # what it collects does that, and would do it again
-                raise
+            except (GuestLost, InterpreterLost) as error:
+                self._abandon(lease, error)
+                if not lease.has_collected:  # what it collects does that, and would do it again
+                    raise
+                return self._ready(item)  # it was well once: a fresh one will be
         return lease
 
     def _opened(self, item: pytest.Item) -> Lease:
@@ -138,7 +156,7 @@ class Leases:
         factory.require(image)
         payload = self._payload(item.session)
         hardware = selection.read_marks(item.iter_markers("vm")).hardware
-        patience = factory.accelerator(image).time_scale
+        patience = factory.patience(image)
         alone = collection.isolation_of(item) == "test"
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:
@@ -232,11 +250,10 @@ class Leases:
                 lease.keeper, lease.config, timeout=_COLLECT_SECONDS * lease.patience
             )
         except InterpreterLost as lost:
-            lease.failure = InterpreterLost(
+            raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
                 details=lost.details,
-            )
-            raise lease.failure from lost
+            ) from lost
         for message in said:
             self._tell(lease, message)
         lease.has_collected = True
@@ -322,10 +339,18 @@ class Leases:
         if isinstance(error, InterpreterLost):
             lease.session = None
         elif isinstance(error, INFRASTRUCTURE):
-            for key, other in list(self._leases.items()):
-                if other is lease:
-                    with suppress(VMSandboxError), self._leases.pop(key).stack:
-                        raise error  # through its use
+            self._abandon(lease, error)
+
+    def _abandon(self, lease: Lease, error: VMSandboxError) -> None:
+        """End a guest because of an error."""
+        self._leases = {key: other for key, other in self._leases.items() if other is not lease}
+        try:
+            with lease.stack:
+                raise error  # through its use
+        except Exception as raised:  # noqa: BLE001  # a user's hook may raise anything
+            if raised is not error:
+                self._session.failed = True
+                self._session.tell(f"while {lease.guest.name} was ended: {raised!r}")
 
     def interrupt(self, item: pytest.Item) -> None:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
@@ -388,8 +413,8 @@ class Leases:
                 problems.append(str(error))
             try:
                 self._end(key)
-            except VMSandboxError as error:
-                problems.append(str(error))
+            except Exception as error:  # noqa: BLE001  # a user's hook may raise anything
+                problems.append(str(error) if isinstance(error, VMSandboxError) else repr(error))
         return problems
 
 

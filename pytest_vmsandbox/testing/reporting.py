@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import _pytest
 import pluggy
 import pytest
 
-from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError
+from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError, in_brief
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 FAILED = pytest.StashKey[bool]()
+_TOLD = pytest.StashKey[dict[str, str]]()  # the text of an error → the first test that met it
+RETRIED = "vm_retried"  # the property of a test, in junit, that a fresh guest was tried for
 
 # Frames that say nothing to a reader: ours, and those of the context managers between ours.
-_HIDDEN = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
+_HIDDEN: tuple[str, ...] = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
 _STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
 _PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are installed
 _PYTESTS = tuple(it.__path__[0] for it in (_pytest, pluggy))
@@ -44,9 +47,54 @@ def make_report(
                 report.longrepr = item.repr_failure(call.excinfo)
             report.vm_infrastructure = True  # type: ignore[attr-defined]  # travels with it
         if report.failed and only_text:
-            report.longrepr = call.excinfo.getrepr(style="no")
+            report.longrepr = _told_once(item, call).getrepr(style="no")
     if report.failed:
         item.stash[FAILED] = True
+    return report
+
+
+def _told_once(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> pytest.ExceptionInfo[BaseException]:
+    """An error of ours as it is told: in full the first time, if it keeps many tests from a guest."""
+    assert call.excinfo is not None
+    error = call.excinfo.value
+    if call.when != "setup" or not isinstance(error, VMSandboxError):
+        return call.excinfo
+    first = item.config.stash.setdefault(_TOLD, {}).setdefault(str(error), item.nodeid)
+    if first == item.nodeid:
+        return call.excinfo
+    return pytest.ExceptionInfo.from_exception(in_brief(error, first))
+
+
+def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
+    """The report of a phase, made by nobody but pytest and us."""
+    making = make_report(item, call)
+    next(making)
+    try:
+        making.send(_plain_report(item, call))
+    except StopIteration as done:
+        report: pytest.TestReport = done.value
+        return report
+    raise AssertionError
+
+
+def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
+    report: pytest.TestReport | None = None
+    with suppress(
+        Exception
+    ):  # of the item's class, which may be a plugin's and not know this error
+        report = pytest.TestReport.from_item_and_call(item, call)
+    if report is None or (report.failed and report.longrepr is None):
+        assert call.excinfo is not None
+        return pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords=dict.fromkeys(item.keywords, 1),
+            outcome="failed",
+            longrepr=call.excinfo.getrepr(style="no"),
+            when=call.when,  # type: ignore[arg-type]
+        )
     return report
 
 

@@ -17,7 +17,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.testing import collection, config as options, selection
 from pytest_vmsandbox.testing.artifacts import Artifacts
-from pytest_vmsandbox.testing.reporting import FAILED
+from pytest_vmsandbox.testing.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +106,13 @@ class VMSession:
         """Tell people something at the end of the run, once. No warning: it fails no test."""
         self.told[f"vmsandbox: {text}"] = None
 
+    def note_retry(self, error: VMSandboxError, item: pytest.Item | None = None) -> None:
+        """Tell that a fresh guest is tried after an error; the test's reports, and junit, say so, too."""
+        if (item := item or self.item) is not None:
+            item.user_properties.append((RETRIED, error.brief))
+        where = f" ({item.nodeid})" if item is not None else ""
+        self.tell(f"retried in a fresh guest{where}: {error.brief}")
+
     def note_report(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Remember that a test has failed: its artifacts are kept."""
         if report.failed:
@@ -183,6 +190,7 @@ class VMSession:
             hints=self.hints,
             say=self.say,
             tell=self.tell,
+            retried=self.note_retry,
             missing=self._missing,
             qemu_args=self._qemu_args,
             provisions=self._provisions,

@@ -21,7 +21,7 @@ class Run:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider",
              f"--junitxml={junit}", f"--vm={IMAGE}", *args],
-            env={**os.environ, "SECRET_OF_THE_HOST": "1"},
+            env={**os.environ, "SECRET_OF_THE_HOST": "1", "PYTHONPATH": str(folder)},
             cwd=folder, capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
         self.status, self.output = done.returncode, done.stdout + done.stderr
@@ -197,3 +197,60 @@ def test_a_guest_without_python(tmp_path):
     assert "tiny has no Python, so no test can run inside it" in done.stdout
     assert "run it inside debian-12 or debian-13; tests that drive a guest" in done.stdout
     assert "1 error" in done.stdout
+
+
+KILLS = """
+import os
+import signal
+import threading
+
+count = 0
+
+def pytest_vmsandbox_guest_ready(config, guest):
+    global count
+    count += 1
+    guest.write_text("/root/number", str(count))
+
+    def kill():
+        guest.console.wait_for("kill me now", 900)
+        os.kill(guest.pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+"""
+KILLED = """
+import os
+import time
+
+def killed_here():
+    with open("/dev/console", "w") as console:
+        console.write("kill me now\\n")
+    time.sleep(900)
+
+def number():
+    with open("/root/number") as file:
+        return int(file.read())
+
+if os.path.exists("/root/number") and number() == 1:
+    killed_here()
+
+def test_first(): pass
+
+def test_second():
+    if number() == 2:
+        killed_here()
+
+def test_third():
+    assert number() == 3
+"""
+
+
+def test_something_kills_qemu(tmp_path):
+    """Once while a session collects, once while a test runs: a fresh guest is tried, and told of."""
+    (tmp_path / "test_it.py").write_text(KILLED)
+    (tmp_path / "vmsandbox_kills.py").write_text(KILLS)  # a name that stays on this side
+    run = Run(tmp_path, "--in-vm", "-p", "vmsandbox_kills")
+    assert run.status == 0, run.output
+    assert "3 passed" in run.output
+    retried = re.findall(r"^vmsandbox: retried in a fresh guest .*", run.output, re.MULTILINE)
+    assert len(retried) == 2
+    assert all("QEMU ended with signal SIGKILL" in line for line in retried)

@@ -59,6 +59,7 @@ class LocalGuest:
     def __init__(self, name="local.1", image="local"):
         self.name, self.image = name, image
         self.lost = None
+        self.transient = False  # whether something else than the guest was at fault
 
     @property
     def alive(self):
@@ -66,7 +67,7 @@ class LocalGuest:
 
     def check(self):
         if self.lost is not None:
-            raise GuestLost(self.lost, stage="kernel")
+            raise GuestLost(self.lost, stage="kernel", transient=self.transient)
 
     def run(self, argv, *, check=True, user=None, timeout=60, input=None):  # noqa: A002
         self.check()

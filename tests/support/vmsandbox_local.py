@@ -21,6 +21,7 @@ from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION
+from pytest_vmsandbox.testing import reporting
 from support.local import LocalGuest
 
 
@@ -55,8 +56,8 @@ class LocalFactory:
     def require(self, image):
         pass
 
-    def accelerator(self, image):
-        return SimpleNamespace(time_scale=1.0)
+    def patience(self, image):
+        return 1.0
 
     def expect(self, image, hardware, count=1):
         pass
@@ -124,6 +125,7 @@ def end_all(word):
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    reporting._HIDDEN += (f"{Path(__file__).parent}{os.sep}",)  # it stands in for ours
     session = config.stash[SESSION]
     folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
     session.factory = LocalFactory(session, folder)

@@ -1,0 +1,138 @@
+"""Other plugins' hooks, called for tests that run inside guests: what one raises ends nothing.
+
+Such a hook may rely on what another hook of its plugin did before, which was called in the guest and
+not here. In plain pytest a hook that raises ends the run; here the test goes on, all other plugins
+are told of it, and what was raised is told once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pluggy import HookImpl
+
+    from pytest_vmsandbox.testing.session import VMSession
+
+ENDING: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
+
+
+class Hooks:
+    """Calls hooks of all plugins.
+
+    Args:
+        session: is told what a hook raises.
+    """
+
+    def __init__(self, session: VMSession) -> None:
+        self._session = session
+        self._manager = session.config.pluginmanager
+        self._reached = _Reached()
+        self._manager.register(self._reached, "vmsandbox-reached")
+
+    def notify(self, hook: Any, **arguments: Any) -> None:
+        """Call a hook whose results nobody needs; plugins after one that raises are called, too.
+
+        Args:
+            hook: one of ``item.ihook`` or ``config.hook``.
+        """
+        self._reached.called = False
+        try:
+            if hook.is_historic():
+                hook.call_historic(kwargs=arguments)
+            else:
+                hook(**arguments)
+        except ENDING:
+            raise
+        except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
+            self._session.failed = True  # something may have been lost
+            self.tell(hook.name, error)
+            if left := self._not_reached(hook.get_hookimpls(), error):
+                keep = {id(impl.plugin) for impl in left} | {id(self._reached)}
+                others = [
+                    plugin for plugin in self._manager.get_plugins() if id(plugin) not in keep
+                ]
+                self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
+
+    def make_report(
+        self, item: pytest.Item, call: pytest.CallInfo[Any], make: Callable[[], pytest.TestReport]
+    ) -> pytest.TestReport:
+        """The report that plugins make of a phase which ran here.
+
+        Args:
+            make: makes one without them.
+        """
+        try:
+            report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        except ENDING:
+            raise
+        except BaseException as error:  # noqa: BLE001  # likewise
+            self.tell("pytest_runtest_makereport", error)
+            return make()
+        return report if isinstance(report, pytest.TestReport) else make()
+
+    def tell(self, name: str, error: BaseException) -> None:
+        """Tell people, once, what a hook has raised."""
+        where = ""
+        if (trace := error.__traceback__) is not None:
+            while trace.tb_next is not None:
+                trace = trace.tb_next
+            where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        self._session.tell(
+            f"a plugin's {name} failed for a test inside a guest, and the run goes on: "
+            f"{type(error).__name__}: {error}{where}"
+        )
+
+    def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:
+        """The implementations that a hook's call had not come to when one raised."""
+        order = [impl for impl in reversed(impls) if not _is_wrapper(impl)]
+        raised = _last_of(error.__traceback__, [_code(impl) for impl in order])
+        if raised is not None:
+            return order[raised + 1 :]
+        # A wrapper has raised: before all of them, or after its yield, when all had been called.
+        is_before = not self._reached.called and len(order) < len(impls)
+        return order if is_before else []
+
+
+def _is_wrapper(impl: HookImpl) -> bool:
+    return impl.wrapper or impl.hookwrapper
+
+
+def _code(impl: HookImpl) -> CodeType | None:
+    return getattr(impl.function, "__code__", None)
+
+
+def _last_of(trace: TracebackType | None, codes: list[CodeType | None]) -> int | None:
+    """The place in `codes` of the innermost frame that runs one of them; None if none does."""
+    found = None
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            found = codes.index(trace.tb_frame.f_code)
+        trace = trace.tb_next
+    return found
+
+
+class _Reached:
+    """Sees that the call of a hook has come to its ordinary implementations."""
+
+    called = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self) -> None:
+        self.called = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self) -> None:
+        self.called = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logfinish(self) -> None:
+        self.called = True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_warning_recorded(self) -> None:
+        self.called = True
