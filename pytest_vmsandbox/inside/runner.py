@@ -24,13 +24,19 @@ Messages are JSON objects, one a line. To the keeper::
 
 From it: what the session says, ``{"output": TEXT, "of": 1|2}`` where output is live, and
 ``{"exit": STATUS, "tail": TEXT}`` when the session has ended (−N: by signal N).
+
+A session shares its interpreter with tests, and a test may patch any name of any module. So the
+session uses names of its own: `keep_apart` says how.
 """
 
 from __future__ import annotations
 
+import builtins
 import codecs
 import errno
 import faulthandler
+import fcntl
+import io
 import json
 import linecache
 import os
@@ -42,6 +48,9 @@ import socket
 import sys
 import traceback
 import types
+
+# All functions below look up `len` and its like here, and not where tests patch them.
+globals()["__builtins__"] = dict(vars(builtins))
 
 TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
 if TYPE_CHECKING:
@@ -57,6 +66,7 @@ MAX_QUEUED = 8 << 20  # bytes for the host that wait; more is not read from the 
 MAX_TAIL = 16_384  # bytes of what a session wrote last
 MAX_TEXT = 4 << 20  # characters of one string in a message
 MAX_MESSAGE = 24 << 20  # bytes
+ASIDE = 900  # from here on, descriptors are out of the way of tests
 NICE = 5  # of what stands between tests and host: several messages then go in one
 PIECE = 500  # collected items in one message
 DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
@@ -416,8 +426,9 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     os.close(null)
     for number, fd in outputs.items():
         os.dup2(fd, number)
+        os.close(fd)
     # A descriptor of its own: while a test runs, 2 is pytest's.
-    private = os.dup(2)
+    private = aside(os.dup(2))
     sys.stdin = open(0, closefd=False)
     sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
@@ -434,9 +445,11 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     sys.path[:] = [*config["path"], *(entry for entry in sys.path if entry != here)]
     sys.argv[:] = ["pytest", *config["args"]]
     measuring = Measuring(config["measure"]) if config.get("measure") else None
+    wire = socket.socket(fileno=aside(wire.detach()))
 
     import pytest
 
+    keep_apart()
     for name in FIRST:
         pytest.hookimpl(tryfirst=True)(getattr(Session, name))
     for name in LAST:
@@ -450,6 +463,50 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     if measuring is not None:
         measuring.tell(session.wire, os.path.realpath(config["tree"]))
     return status
+
+
+def keep_apart() -> None:
+    """Let this program use modules of its own from now on: tests may patch all others.
+
+    Each module that is imported above is replaced by a copy. A function in a copy still looks up names
+    in the module that it comes from. So while tests run, this program calls only functions that are
+    written in C, and those of `json`, whose code is executed once more.
+
+    Some tools patch all that is in `sys.modules`. So this program leaves it: ``__main__`` becomes what
+    it is for ``python -m pytest``.
+    """
+    import importlib.util
+
+    names = globals()
+    for name, value in list(names.items()):
+        if isinstance(value, types.ModuleType):
+            names[name] = types.ModuleType(value.__name__)
+            vars(names[name]).update(vars(value))
+    vars(json).update(
+        dumps=executed_again(json.encoder).JSONEncoder().encode,
+        loads=executed_again(json.decoder).JSONDecoder().decode,
+    )
+    spec = importlib.util.find_spec("pytest.__main__")
+    assert spec is not None
+    main = importlib.util.module_from_spec(spec)
+    main.__name__ = "__main__"
+    sys.modules["__main__"] = main
+
+
+def executed_again(module: Any) -> Any:
+    """A module with the same code, in which nobody else can patch a name."""
+    again = types.ModuleType(module.__name__)
+    vars(again)["__builtins__"] = globals()["__builtins__"]
+    exec(module.__spec__.loader.get_code(module.__name__), vars(again))  # noqa: S102
+    return again
+
+
+def aside(fd: int) -> int:
+    """Move a file to a descriptor that is out of the way of tests, which may close low ones."""
+    lowest = min(ASIDE, os.sysconf("SC_OPEN_MAX") // 2)
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+    os.close(fd)
+    return moved
 
 
 def installed_plugins(names: list[str]) -> list[str]:
@@ -473,10 +530,12 @@ class Measuring:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
+        import shutil
         import tempfile
 
         import coverage
 
+        self.another, self.remove = coverage.Coverage, shutil.rmtree
         self.folder = tempfile.mkdtemp(prefix="vmsandbox-coverage-")
         settings = os.path.join(self.folder, "settings")
         self.data = os.path.join(self.folder, "data")
@@ -491,13 +550,9 @@ class Measuring:
 
     def tell(self, wire: Wire, tree: str) -> None:
         """Stop, and tell what was measured of the files of a tree."""
-        import shutil
-
-        import coverage
-
         self.coverage.stop()
         self.coverage.save()
-        whole = coverage.Coverage(data_file=self.data, config_file=False)
+        whole = self.another(data_file=self.data, config_file=False)
         whole.combine()
         data = whole.get_data()
         for name in data.measured_files():
@@ -506,17 +561,17 @@ class Measuring:
                 message = {"covered": name[len(tree) + 1 :], kind: getattr(data, kind)(name)}
                 wire.say(clean(message))
         data.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.remove(self.folder, ignore_errors=True)
 
 
 class Wire:
     """The session's end of its connection to the keeper."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        # Bound now: a test may patch the methods of sockets.
+        self.send, self.receive = sock.sendall, sock.recv
         self.lines = Lines()
         self.waiting: list[bytes] = []
-        os.set_inheritable(sock.fileno(), False)
         self.owner = os.getpid()
 
     def say(self, message: dict[str, Any]) -> None:
@@ -524,7 +579,7 @@ class Wire:
             return
         data = json.dumps(message).encode() + b"\n"
         try:
-            self.sock.sendall(data)
+            self.send(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
@@ -534,11 +589,11 @@ class Wire:
         if os.getpid() != self.owner:  # the child of a test came back: what comes is not for it
             os._exit(0)
         while not self.waiting:
-            data = self.sock.recv(CHUNK)
+            data = self.receive(CHUNK)
             if not data:
                 return None
             self.waiting += self.lines.feed(data)
-        message: dict[str, Any] = json.loads(self.waiting.pop(0))
+        message: dict[str, Any] = json.loads(self.waiting.pop(0).decode())
         return message
 
 
@@ -560,12 +615,17 @@ class Session:
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
+        import pytest
+        from _pytest._io import TerminalWriter
+
+        self.mark, self.exit, self.item = pytest.mark, pytest.exit.Exception, pytest.Item
+        self.shown = io.StringIO()
+        self.screen = TerminalWriter(self.shown)
         self.settings = config
         self.wire = wire
         self.items: dict[str, pytest.Item] = {}
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
-        self.pause: pytest.Item | None = None
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -583,9 +643,8 @@ class Session:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
-            from _pytest._io import TerminalWriter
-
-            reporter._tw = TerminalWriter(open(os.devnull, "w"))  # noqa: SLF001
+            nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w")
+            reporter._tw = type(self.screen)(nowhere)  # noqa: SLF001
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:
@@ -611,15 +670,17 @@ class Session:
         for start in range(0, len(rows), PIECE):
             self.wire.say({"items": clean(rows[start : start + PIECE])})
         for report in self.failed:
-            data = session.config.hook.pytest_report_to_serializable(
-                config=session.config, report=report
-            )
-            self.wire.say({"failed": [report.nodeid, clean(data)]})
+            self.wire.say({"failed": clean([report.nodeid, self.serialized(report)])})
         self.found = len(rows)
 
     # -- running ------------------------------------------------------------------------------
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        class Pause(self.item):  # type: ignore[name-defined,misc]
+            def runtest(self) -> None:
+                raise NotImplementedError
+
+        self.pause = Pause.from_parent(session, name="vmsandbox-pause")
         while True:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
@@ -634,10 +695,14 @@ class Session:
         """The guest was cloned while the session waited: be another one than the other clones."""
         seed = bytes.fromhex(message["seed"])
         random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(list(seed))
-        if "ssl" in sys.modules:
-            sys.modules["ssl"].RAND_add(seed, len(seed))
+        modules: dict[str, Any] = sys.modules
+        try:
+            if "numpy" in modules:
+                modules["numpy"].random.seed(list(seed))
+            if "ssl" in modules:
+                modules["ssl"].RAND_add(seed, len(seed))
+        except Exception:  # noqa: S110  # tests may have put something else there
+            pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
         self.wire.say({"awake": len(seed)})
@@ -645,41 +710,66 @@ class Session:
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]
         for name, reason in message.get("marks", ()):
-            import pytest
-
-            item.add_marker(getattr(pytest.mark, name)(reason=reason))
-        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(session, message))
+            item.add_marker(getattr(self.mark, name)(reason=reason))
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         stop = session.shouldfail or session.shouldstop
         self.wire.say({"done": message["id"], "stop": str(stop) if stop else None})
         return bool(stop)
 
-    def next(self, session: pytest.Session, message: dict[str, Any]) -> pytest.Item | None:
+    def next(self, message: dict[str, Any]) -> pytest.Item | None:
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
         if message["next"] in self.items:
             return self.items[message["next"]]
-        if not message["more"]:
-            return None
-        if self.pause is None:
-            import pytest
-
-            class Pause(pytest.Item):
-                def runtest(self) -> None:
-                    raise NotImplementedError
-
-            self.pause = Pause.from_parent(session, name="vmsandbox-pause")
-        return self.pause
+        return self.pause if message["more"] else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        if data is not None:
-            for name in ("keywords", "location"):  # the host has its own
-                data.pop(name, None)
-            data["user_properties"] = [
-                [str(name), portable(value)] for name, value in report.user_properties
-            ]
-            if isinstance(data["longrepr"], str) and not isinstance(report.longrepr, str):
-                data["longrepr"] = {"text": data["longrepr"]}
-            self.wire.say(bounded({"report": clean(data)}))
+        data = self.serialized(report)
+        for name in ("keywords", "location"):  # the host has its own
+            data.pop(name, None)
+        data["user_properties"] = [
+            [str(name), portable(value)] for name, value in report.user_properties
+        ]
+        self.wire.say(bounded({"report": clean(data)}))
+
+    def serialized(self, report: pytest.TestReport | pytest.CollectReport) -> dict[str, Any]:
+        """What a report consists of.
+
+        pytest can tell it, too, but uses modules that tests patch, and plain pytest does not do it.
+        """
+        data: dict[str, Any] = dict(vars(report))
+        data["nodeid"] = str(data.pop("_id", None) or data["nodeid"])  # `_id` since pytest 9.2
+        data["longrepr"] = self.longrepr(report.longrepr)
+        if type(report).__name__.lower() == "subtestreport":  # pytest's, or pytest-subtests'
+            context = data.pop("context")
+            data["_report_type"] = "SubTestReport"
+            data["_subtest.context"] = {"msg": context.msg, "kwargs": context.kwargs}
+        return data
+
+    def longrepr(self, value: Any) -> Any:
+        """What went wrong, in the shape that pytest gives it when it serializes a report."""
+        if not hasattr(value, "toterminal"):
+            return value
+        if not hasattr(value, "reprtraceback") or not hasattr(value, "reprcrash"):
+            return {"text": self.text(value)}
+        chain = getattr(value, "chain", None)
+        return {
+            "reprcrash": fields(value.reprcrash, *PLACE),
+            "reprtraceback": trace(value.reprtraceback),
+            "sections": value.sections,
+            "chain": None
+            if chain is None
+            else [(trace(of), fields(crash, *PLACE), text) for of, crash, text in chain],
+        }
+
+    def text(self, value: Any) -> str:
+        """What pytest would show of a representation of its own."""
+        self.shown.seek(0)
+        self.shown.truncate()
+        try:
+            value.toterminal(self.screen)
+        except Exception as error:
+            return "<%s that cannot be shown: %s>" % (type(value).__name__, type(error).__name__)
+        return self.shown.getvalue().strip()
 
     def pytest_warning_recorded(
         self,
@@ -689,6 +779,10 @@ class Session:
         location: tuple[str, int, str] | None,
     ) -> None:
         category = warning_message.category
+        try:
+            source = linecache.getline(warning_message.filename, warning_message.lineno)
+        except Exception:  # Python's own way to show warnings does without it, too
+            source = ""
         self.wire.say(
             clean(
                 {
@@ -699,15 +793,13 @@ class Session:
                     "when": when,
                     "node": nodeid,
                     "location": location,
-                    "source": linecache.getline(warning_message.filename, warning_message.lineno),
+                    "source": source,
                 }
             )
         )
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        import pytest
-
-        left = isinstance(excinfo.value, pytest.exit.Exception)
+        left = isinstance(excinfo.value, self.exit)
         self.wire.say(
             clean(
                 {
@@ -719,7 +811,7 @@ class Session:
         )
 
     def pytest_internalerror(self, excrepr: object) -> None:
-        self.wire.say({"internal": clean(str(excrepr))})
+        self.wire.say({"internal": clean(self.text(excrepr))})
 
     def pytest_unconfigure(self) -> None:
         self.wire.say({"finished": True})
@@ -769,6 +861,34 @@ LAST = (
 )
 
 
+PLACE = ("path", "lineno", "message")
+
+
+def fields(value: Any, *names: str) -> dict[str, Any] | None:
+    """Attributes of an object that may be missing."""
+    return None if value is None else {name: getattr(value, name) for name in names}
+
+
+def trace(value: Any) -> dict[str, Any]:
+    """A traceback of pytest's."""
+    return {
+        "reprentries": [entry(each) for each in value.reprentries],
+        "extraline": value.extraline,
+        "style": value.style,
+    }
+
+
+def entry(value: Any) -> dict[str, Any]:
+    """An entry of a traceback of pytest's."""
+    data: dict[str, Any] = {"lines": value.lines, "style": value.style}
+    if not hasattr(value, "reprfileloc"):
+        return {"type": "ReprEntryNative", "data": data}
+    data["reprfuncargs"] = fields(value.reprfuncargs, "args")
+    data["reprlocals"] = fields(value.reprlocals, "lines")
+    data["reprfileloc"] = fields(value.reprfileloc, *PLACE)
+    return {"type": "ReprEntry", "data": data}
+
+
 def portable(value: Any) -> Any:
     """A value that JSON keeps as it is; of another, the text that junit's file has of it."""
     try:
@@ -795,16 +915,16 @@ def clean(value: Any, depth: int = 0) -> Any:
             gone = len(value) - MAX_TEXT
             half = MAX_TEXT // 2
             value = "%s\n[%d characters left out]\n%s" % (value[:half], gone, value[-half:])
-        return value.encode("utf-8", "backslashreplace").decode()
+        return str.encode(value, "utf-8", "backslashreplace").decode()
     if depth > 40:
         return "…"
     if isinstance(value, dict):
         return {clean(str(key)): clean(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [clean(item, depth + 1) for item in value]
-    if hasattr(value, "__fspath__"):
-        return clean(os.fspath(value), depth)
     try:
+        if hasattr(value, "__fspath__"):
+            return clean(os.fspath(value), depth)
         return clean(repr(value), depth)
     except Exception as error:
         return "<%s whose repr() fails: %s>" % (type(value).__name__, type(error).__name__)
