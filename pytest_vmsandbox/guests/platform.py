@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -181,7 +180,6 @@ class GuestPlatform:
 
     def roll_back(self, saved: Saved) -> None:
         """See `Platform.roll_back`."""
-        os.lseek(saved.state.fileno(), 0, os.SEEK_SET)
         self._state = saved.state
         self._disks = self._disks.on_top(saved.frozen, self._fresh_overlays())
 

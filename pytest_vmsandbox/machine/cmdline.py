@@ -95,7 +95,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *machine(spec),
         *processors(spec),
         *memory(spec, fds),
-        *monitor(fds),
+        *monitor(spec, fds),
         *console(fds),
         *helper(fds),
         *display(),
@@ -168,9 +168,25 @@ def can_map_read_only(version: tuple[int, ...]) -> bool:
     return version >= (8, 2)
 
 
-def monitor(fds: Descriptors) -> list[str]:
-    """The machine protocol on a socket that we hold the other end of."""
-    return ["-chardev", f"socket,id=qmp,fd={fds.monitor}", "-mon", "chardev=qmp,mode=control"]
+def saves_to_file_addresses(version: tuple[int, ...]) -> bool:
+    """Whether this QEMU saves and loads a state by an address ``file:``.
+
+    QEMU 11 takes no other one for a regular file. The address exists since 8.2, and since 9.1 it
+    works with a descriptor that is passed to QEMU.
+    """
+    return version >= (9, 1)
+
+
+def monitor(spec: MachineSpec, fds: Descriptors) -> list[str]:
+    """The machine protocol on a socket that we hold the other end of.
+
+    Since 11.1, QEMU warns of ``-mon``.
+    """
+    if spec.version >= (11, 1):
+        protocol = ["-object", "monitor-qmp,id=monitor,chardev=qmp"]
+    else:
+        protocol = ["-mon", "chardev=qmp,mode=control"]
+    return ["-chardev", f"socket,id=qmp,fd={fds.monitor}", *protocol]
 
 
 def console(fds: Descriptors) -> list[str]:

@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -106,7 +106,7 @@ class Machine:
             logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
             more_args: added to QEMU's command line.
             memory: the file that is the guest's memory, where `spec.start` says so.
-            state: what is loaded, likewise; such a machine is paused.
+            state: what is loaded, likewise, from its beginning; such a machine is paused.
             pace: what is known of this host's speed; limits on QEMU follow it.
 
         Raises:
@@ -348,7 +348,7 @@ class Machine:
             self._tops[number] = top
 
     def save(self, state: IO[bytes], *, with_memory: bool) -> None:
-        """Pause it and write its state to an open file.
+        """Pause it and write its state to an open file, from the file's beginning.
 
         Args:
             with_memory: its memory, too; else that is a file, which is complete now.
@@ -386,8 +386,13 @@ class Machine:
         if command == "migrate":
             self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         since = len(self.monitor.events())
-        self.execute("getfd", {"fdname": "state"}, fd=state.fileno())
-        self.execute(command, {"uri": "fd:state"})
+        # QEMU wants a descriptor that is open for exactly what it is about to do.
+        mode = "wb" if command == "migrate" else "rb"
+        with (
+            Path(f"/proc/self/fd/{state.fileno()}").open(mode, buffering=0) as own,
+            self._state_address(own) as uri,
+        ):
+            self.execute(command, {"uri": uri})
         deadline = Deadline(self._pace.stretch(_STATE_SECONDS))
         while not deadline.expired:
             event = self.monitor.wait_event(
@@ -409,6 +414,27 @@ class Machine:
             f"QEMU did not transfer the guest's state in {deadline.seconds:g} s", transient=True
         )
 
+    @contextmanager
+    def _state_address(self, file: IO[bytes]) -> Iterator[str]:
+        """The address by which QEMU finds an open file for a state, until it has opened that."""
+        if not cmdline.saves_to_file_addresses(self.spec.version):
+            self.execute("getfd", {"fdname": "state"}, fd=file.fileno())
+            yield "fd:state"
+            return
+        with self._lent(file) as name:
+            yield f"file:{name}"
+
+    @contextmanager
+    def _lent(self, file: IO[bytes]) -> Iterator[str]:
+        """A name by which QEMU can open a file that we have open, as long as this lasts."""
+        added: Any = self.execute("add-fd", fd=file.fileno())
+        number = added["fdset-id"]
+        try:
+            yield f"/dev/fdset/{number}"
+        finally:
+            with suppress(MonitorError):  # QEMU is gone, as the next command will tell
+                self.monitor.execute("remove-fd", {"fdset-id": number})
+
     def _finish(self, deadline: Deadline) -> None:
         """QEMU tells of the end of a transfer before it lets the processors go on again."""
         while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
@@ -420,12 +446,8 @@ class Machine:
         Raises:
             MonitorError: QEMU cannot (before 7.1, or built without PNG).
         """
-        added: Any = self.execute("add-fd", fd=file.fileno())
-        number = added["fdset-id"]
-        try:
-            self.execute("screendump", {"filename": f"/dev/fdset/{number}", "format": "png"})
-        finally:
-            self.execute("remove-fd", {"fdset-id": number})
+        with self._lent(file) as name:
+            self.execute("screendump", {"filename": name, "format": "png"})
 
     def end(self, timeout: float) -> bool:
         """Wait for an orderly end of QEMU, then insist: quit, SIGTERM, SIGKILL.

@@ -31,7 +31,7 @@ def debian(monkeypatch):
         (lambda: checks.python((3, 11, 2), "/p"), OK, "3.11.2, /p", ""),
         (lambda: checks.python((3, 10, 0), "/p"), FAILED, "3.10.0", "3.11 or newer"),
         (lambda: checks.qemu(Path("/q"), (7, 2, 22)), OK, "7.2.22, /q", ""),
-        (lambda: checks.qemu(Path("/q"), (6, 2)), WARNING, "6.2", "7.1 or newer"),
+        (lambda: checks.qemu(Path("/q"), (7, 1)), WARNING, "7.1", "7.2 or newer"),
         (lambda: checks.no_qemu("there is no q", "r", QEMU, missing=True), FAILED,
          "there is no q", "sudo apt-get install qemu-system-x86"),
         (lambda: checks.no_qemu("broken", "install anew", QEMU, missing=False), FAILED, "broken",

@@ -1,4 +1,7 @@
-"""Machines for the contract tests: of a fake QEMU, and of the real one with firmware only."""
+"""Machines for the contract tests: of a fake QEMU, an old and a new one, and of the real one.
+
+The real one's guests are firmware only.
+"""
 
 import os
 import shutil
@@ -18,6 +21,7 @@ from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 FAKE = Path(__file__).with_name("fake_qemu.py")
+OLD, NEW = "7.2.22", "11.1.3"
 
 
 @dataclass
@@ -80,17 +84,29 @@ def hypervisor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fake_qemu(tmp_path_factory):
-    program = tmp_path_factory.mktemp("fake") / "qemu-system-fake"
-    program.write_text(f"#!{sys.executable} -IS\n{FAKE.read_text()}")
-    program.chmod(0o755)
-    return Qemu(path=program, version=(7, 2, 22), build="fake")
+    """Makes a fake QEMU that plays a version."""
+    folder = tmp_path_factory.mktemp("fake")
+
+    def make(release):
+        program = folder / f"qemu-system-fake-{release}"
+        program.write_text(f"#!{sys.executable} -IS\n{FAKE.read_text()}")
+        program.chmod(0o755)
+        version = tuple(map(int, release.split(".")))
+        return Qemu(path=program, version=version, build=f"fake {release}")
+
+    return make
 
 
 @pytest.fixture
-def fake(fake_qemu, hypervisor, tmp_path, monkeypatch):
-    """The fake runs as us: another user may not be allowed to execute our Python."""
+def fake_of(fake_qemu, hypervisor, tmp_path, monkeypatch):
+    """Fakes run as us: another user may not be allowed to execute our Python."""
     monkeypatch.setattr(host, "guest_identity", lambda accelerator: None)
-    return Stand("fake", fake_qemu, hypervisor, tmp_path)
+    return lambda release: Stand("fake", fake_qemu(release), hypervisor, tmp_path)
+
+
+@pytest.fixture
+def fake(fake_of):
+    return fake_of(OLD)
 
 
 @pytest.fixture
@@ -100,9 +116,12 @@ def real(hypervisor, tmp_path):
     return Stand("real", find_qemu("x86_64"), hypervisor, tmp_path)
 
 
-@pytest.fixture(params=["fake", "real"])
+@pytest.fixture(params=[f"fake {OLD}", f"fake {NEW}", "real"])
 def stand(request):
-    return request.getfixturevalue(request.param)
+    kind, _, release = request.param.partition(" ")
+    if kind == "real":
+        return request.getfixturevalue("real")
+    return request.getfixturevalue("fake_of")(release)
 
 
 @pytest.fixture

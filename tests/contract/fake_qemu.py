@@ -1,19 +1,24 @@
 """A program that behaves like QEMU as far as `machine.Machine` is concerned.
 
 It takes our command line, speaks QMP on the descriptor it is given, and writes to its console.
+Which version it plays is the end of its own name, such as ``qemu-system-fake-11.1.3``.
 ``-fake FAULT`` (the test adds it) lets it go wrong in one way. Standard library only.
 """
 
 import array
+import fcntl
 import json
 import os
 import re
 import select
 import signal
 import socket
+import stat
 import sys
 
-VERSION = {"major": 7, "minor": 2, "micro": 22}
+RELEASE = sys.argv[0].rpartition("-")[2]
+VERSION = dict(zip(("major", "minor", "micro"), map(int, RELEASE.split(".")), strict=True))
+MAJOR, MINOR = VERSION["major"], VERSION["minor"]
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 QCOW2 = b"QFI\xfb"
 STATE = b"a state of the fake\n"
@@ -47,6 +52,7 @@ class FakeQemu:
     def __init__(self, argv):
         self.options = parse(argv)
         self.fault = self.options.get("-fake", [""])[0]
+        self.has_monitor_of_its_time()
         self.monitor = socket.socket(fileno=descriptor(self.options, "qmp"))
         self.console = socket.socket(fileno=descriptor(self.options, "console"))
         self.status = "inmigrate" if "-incoming" in self.options else "running"
@@ -68,6 +74,16 @@ class FakeQemu:
                 if part.startswith("mem-path="):
                     how = os.O_RDONLY if "readonly=on" in value else os.O_RDWR
                     os.close(os.open(part.removeprefix("mem-path="), how))
+
+    def has_monitor_of_its_time(self):
+        """An old one knows no other way, and a new one warns of the old way."""
+        is_object = any(it.startswith("monitor-qmp,") for it in self.options.get("-object", []))
+        if is_object and (MAJOR, MINOR) < (11, 1):
+            raise SystemExit("fake: -object: invalid object type: monitor-qmp")
+        if not is_object and "-mon" not in self.options:
+            raise SystemExit("fake: there is no monitor")
+        if not is_object and (MAJOR, MINOR) >= (11, 1):
+            print("fake: warning: '-mon' is deprecated", file=sys.stderr, flush=True)
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -118,7 +134,7 @@ class FakeQemu:
     def do_migrate(self, uri):
         if self.status == "inmigrate":
             raise Refused("Guest is waiting for an incoming migration")
-        with os.fdopen(self.names.pop(uri.removeprefix("fd:")), "wb", buffering=0) as file:
+        with self.opened(uri, os.O_WRONLY) as file:
             try:
                 file.write(STATE + json.dumps(self.fits()).encode())
             except OSError as error:
@@ -139,7 +155,7 @@ class FakeQemu:
     def do_migrate_incoming(self, uri):
         if self.status != "inmigrate":
             raise Refused("'-incoming' was not specified on the command line")
-        with os.fdopen(self.names.pop(uri.removeprefix("fd:")), "rb") as file:
+        with self.opened(uri, os.O_RDONLY) as file:
             state = file.read()
         if state != STATE + json.dumps(self.fits()).encode():
             print("fake: load of migration failed: Invalid argument", file=sys.stderr, flush=True)
@@ -149,6 +165,29 @@ class FakeQemu:
         self.transferred("completed")
         self.status = "paused" if "-S" in self.options else "running"
         return {}
+
+    def opened(self, uri, access):
+        """The open file that a state goes to, or comes from."""
+        kind, _, name = uri.partition(":")
+        if kind == "fd":
+            fd = self.names.pop(name)
+            if stat.S_ISREG(os.fstat(fd).st_mode) and MAJOR >= 11:
+                os.close(fd)
+                raise Refused("fd: migration to a file is not supported. Use file: instead.")
+        elif kind == "file" and (MAJOR, MINOR) >= (8, 2):
+            fd = os.dup(self.of_set(name, access))
+            if access == os.O_WRONLY:
+                os.truncate(fd, 0)
+        else:
+            raise Refused(f"unknown migration protocol: {uri}")
+        return os.fdopen(fd, "wb" if access == os.O_WRONLY else "rb", buffering=0)
+
+    def of_set(self, filename, access):
+        """The descriptor of a set that is open in just this way."""
+        for fd in self.sets[int(filename.removeprefix("/dev/fdset/"))]:
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == access:
+                return fd
+        raise Refused(f"Failed to open file '{filename}': Permission denied")
 
     def fits(self):
         """What a state has in common with the machine that it is loaded into."""
@@ -227,7 +266,10 @@ class FakeQemu:
             os.close(fd)
         return {}
 
-    def do_screendump(self, filename, format="ppm"):  # noqa: A002  # the protocol's name  # noqa: A002  # QMP's name
+    def do_query_fdsets(self):
+        return [{"fdset-id": number, "fds": []} for number in self.sets]
+
+    def do_screendump(self, filename, format="ppm"):  # noqa: A002  # QMP's name
         number = int(filename.removeprefix("/dev/fdset/"))
         os.write(self.sets[number][0], PNG)
         return {}

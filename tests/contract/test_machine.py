@@ -1,5 +1,6 @@
 """What `Machine` and `Monitor` promise, on a fake QEMU and on the real one."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -237,6 +238,13 @@ class TestStart:
         with real.machine() as machine:
             assert Path(f"/proc/{machine.process.pid}").stat().st_uid >= 61184
 
+    def test_warns_of_nothing(self, stand, disks, ram, state):
+        """A version that is newer than those we know may be about to drop something."""
+        with stand.machine(start=Start.TO_BE_SEALED, ram=ram, disks=disks) as machine:
+            machine.save(state, with_memory=False)
+            assert machine.end(0) is False
+            assert machine.process.stderr_tail == ""
+
     def test_sees_nothing_of_our_environment(self, machine):
         environ = Path(f"/proc/{machine.process.pid}/environ").read_bytes()
         names = {entry.partition(b"=")[0] for entry in environ.split(b"\0")}
@@ -420,14 +428,12 @@ def state(tmp_path):
 
 
 @pytest.fixture
-def rewound(state):
-    """The same file, to be read from its beginning."""
-
-    def rewind():
-        os.lseek(state.fileno(), 0, os.SEEK_SET)
-        return state
-
-    return rewind
+def disks(tmp_path):
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    with Disks.open(
+        base=tmp_path / "base.raw", root_size=2 * MIB, blank=[MIB], folder=tmp_path
+    ) as disks:
+        yield disks
 
 
 class TestState:
@@ -454,16 +460,37 @@ class TestState:
             assert (tmp_path / name).stat().st_size > 0
             machine.resume()
 
-    def test_with_its_memory(self, stand, state, rewound):
+    def test_its_file_is_written_and_read_from_the_beginning(self, stand, state):
+        state.write(b"old " * MIB)
+        with stand.machine() as machine:
+            machine.save(state, with_memory=True)
+        state.seek(0)
+        assert state.read(4) != b"old "
+        with stand.machine(start=Start.RESTORED, state=state) as machine:
+            assert status(machine) == "paused"
+
+    def test_qemu_keeps_no_descriptor_of_its_file(self, stand, state):
+        def kept(machine):
+            folder = Path(f"/proc/{machine.process.pid}/fd")
+            open_files = [os.readlink(it) for it in folder.iterdir()]
+            return open_files.count(state.name), machine.execute("query-fdsets")
+
+        with stand.machine() as machine:
+            machine.save(state, with_memory=True)
+            assert kept(machine) == (0, [])
+        with stand.machine(start=Start.RESTORED, state=state) as machine:
+            assert kept(machine) == (0, [])
+
+    def test_with_its_memory(self, stand, state):
         with stand.machine() as machine:
             machine.save(state, with_memory=True)
         for _ in range(2):
-            with stand.machine(start=Start.RESTORED, state=rewound()) as machine:
+            with stand.machine(start=Start.RESTORED, state=state) as machine:
                 assert status(machine) == "paused"
                 machine.resume()
                 assert status(machine) == "running"
 
-    def test_clones(self, stand, ram, state, rewound):
+    def test_clones(self, stand, ram, state):
         """Two at a time; they change nothing in the file that they begin with."""
         with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
             machine.console.wait_for("SeaBIOS", timeout=20)
@@ -473,8 +500,8 @@ class TestState:
         before = file_digest(Path(ram.name))
         with (
             memory.for_clones(Path(ram.name), stand.qemu.version) as shared,
-            stand.machine(start=Start.CLONED, ram=shared, state=rewound(), name="a") as a,
-            stand.machine(start=Start.CLONED, ram=shared, state=rewound(), name="b") as b,
+            stand.machine(start=Start.CLONED, ram=shared, state=state, name="a") as a,
+            stand.machine(start=Start.CLONED, ram=shared, state=state, name="b") as b,
         ):
             for clone in (a, b):
                 assert status(clone) == "paused"
@@ -483,37 +510,40 @@ class TestState:
                 assert status(clone) == "running"
         assert file_digest(Path(ram.name)) == before
 
-    def test_one_that_goes_on_writing_its_memory(self, stand, ram, state, rewound):
+    def test_one_that_goes_on_writing_its_memory(self, stand, ram, state):
         with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
             machine.save(state, with_memory=False)
-        with stand.machine(start=Start.CONTINUED, ram=ram, state=rewound()) as machine:
+        with stand.machine(start=Start.CONTINUED, ram=ram, state=state) as machine:
             machine.resume()
             assert status(machine) == "running"
 
     @pytest.mark.parametrize("content", [b"", b"no state at all\n" * 1000])
-    def test_nothing_that_could_be_loaded(self, stand, state, rewound, content):
+    def test_nothing_that_could_be_loaded(self, stand, state, content):
         state.write(content)
         with (
             pytest.raises(LaunchError, match="cannot load a saved state") as caught,
-            stand.machine(start=Start.RESTORED, state=rewound()),
+            stand.machine(start=Start.RESTORED, state=state),
         ):
             pass
         assert "load of migration failed" in caught.value.details
 
-    def test_a_state_of_another_machine(self, stand, state, rewound):
+    def test_a_state_of_another_machine(self, stand, state):
         with stand.machine() as machine:
             machine.save(state, with_memory=True)
         before = descriptors()
         with (
             pytest.raises(LaunchError, match="cannot load a saved state"),
-            stand.machine(start=Start.RESTORED, state=rewound(), memory=96),
+            stand.machine(start=Start.RESTORED, state=state, memory=96),
         ):
             pass
         assert descriptors() == before
 
     def test_a_disk_that_is_full(self, machine):
+        """Here, a file that may not grow."""
+        number = os.memfd_create("full", os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         with (
-            Path("/dev/full").open("wb") as full,
+            os.fdopen(number, "r+b", buffering=0) as full,
             pytest.raises(MonitorError, match="did not transfer the guest's state") as caught,
         ):
             machine.save(full, with_memory=True)
@@ -547,14 +577,6 @@ class TestState:
 
 class TestOnTop:
     @pytest.fixture
-    def disks(self, stand, tmp_path):
-        (tmp_path / "base.raw").write_bytes(bytes(MIB))
-        with Disks.open(
-            base=tmp_path / "base.raw", root_size=2 * MIB, blank=[MIB], folder=tmp_path
-        ) as disks:
-            yield disks
-
-    @pytest.fixture
     def fresh(self, disks, tmp_path):
         """Makes empty files, one for each disk."""
         with ExitStack() as stack:
@@ -582,7 +604,7 @@ class TestOnTop:
                 machine.put_on_top([file])
             machine.put_on_top(fresh())
 
-    def test_a_guest_is_saved_with_them(self, stand, disks, fresh, state, rewound):
+    def test_a_guest_is_saved_with_them(self, stand, disks, fresh, state):
         """And goes on with other files on top of what they had by then, twice."""
         with stand.machine(disks=disks) as machine, ExitStack() as stack:
             machine.pause()
@@ -594,7 +616,7 @@ class TestOnTop:
             machine.resume()
             for _ in range(2):
                 with stand.machine(
-                    disks=disks.on_top(frozen, fresh()), start=Start.RESTORED, state=rewound()
+                    disks=disks.on_top(frozen, fresh()), start=Start.RESTORED, state=state
                 ) as other:
                     other.resume()
                     assert status(other) == "running"

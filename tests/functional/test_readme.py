@@ -17,9 +17,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_tests(number, tmp_path):
-    text = blocks("python")[number]
+def first_test(text: str) -> str:
+    return re.findall(r"^def (test_\w+)", text, re.MULTILINE)[0]
+
+
+@pytest.mark.parametrize("text", blocks("python"), ids=first_test)
+def test_tests(text, tmp_path):
     (tmp_path / "test_readme.py").write_text(text)
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider", "test_readme.py"],

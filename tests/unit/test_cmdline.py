@@ -79,7 +79,7 @@ def test_processors():
 
 def test_sockets():
     fds = Descriptors(monitor=8, console=9, helper=10)
-    assert cmdline.monitor(fds) == [
+    assert cmdline.monitor(SPEC, fds) == [
         *("-chardev", "socket,id=qmp,fd=8"),
         *("-mon", "chardev=qmp,mode=control"),
     ]
@@ -92,6 +92,35 @@ def test_sockets():
         *("-chardev", "socket,id=helper,fd=10"),
         *("-device", "virtserialport,chardev=helper,name=vmsandbox.helper"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("version", "protocol"),
+    [
+        ((7, 2), ["-mon", "chardev=qmp,mode=control"]),
+        ((11, 0, 2), ["-mon", "chardev=qmp,mode=control"]),
+        ((11, 1), ["-object", "monitor-qmp,id=monitor,chardev=qmp"]),
+        ((12, 0), ["-object", "monitor-qmp,id=monitor,chardev=qmp"]),
+    ],
+)
+def test_monitor(version, protocol):
+    """A new QEMU warns of the old way."""
+    assert cmdline.monitor(replace(SPEC, version=version), Descriptors())[2:] == protocol
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ((7, 2, 22), False),
+        ((8, 2), False),  # there are such addresses, but not for what is passed as a descriptor
+        ((9, 0, 4), False),
+        ((9, 1), True),
+        ((10, 0, 13), True),
+        ((11, 0), True),
+    ],
+)
+def test_by_which_address_a_state_is_saved(version, expected):
+    assert cmdline.saves_to_file_addresses(version) is expected
 
 
 @pytest.mark.parametrize(
