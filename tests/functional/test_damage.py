@@ -134,7 +134,7 @@ def test_a_template_without_any_memory(run, cache):
     run("armed").use_armed()
 
 
-@pytest.mark.parametrize("name", ["state", "key", "disk0.0.qcow2"])
+@pytest.mark.parametrize("name", ["state", "disk0.0.qcow2"])
 def test_fillers_find_it_first(run, cache, name):
     (template,) = TemplateStore(cache).all()
     damage.KINDS["truncated"](template.folder / name)
@@ -151,7 +151,7 @@ def test_in_the_middle_of_a_run(run, cache):
     assert len(one.about("damaged")) == 1
 
 
-@pytest.mark.parametrize("name", ["memory", "state", "key", "template.json", "in-use.lock"])
+@pytest.mark.parametrize("name", ["state", "template.json", "in-use.lock"])
 def test_a_template_below_another_one(run, cache, name):
     first = run()
     first.use(first.layer(), {})
