@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import json
 import os
 import stat
 import tempfile
@@ -32,9 +31,10 @@ from pytest_vmsandbox.catalogue.store import (
     BuiltImage,
     ImageStore,
     build_command,
+    files_of,
     in_use,
 )
-from pytest_vmsandbox.core import deadline
+from pytest_vmsandbox.core import deadline, integrity
 from pytest_vmsandbox.core.errors import ImageError, TeardownError
 
 _LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
@@ -158,8 +158,9 @@ class Intake:
             "digest": definition.digest,
             "built": deadline.wall(),
             "definition": dataclasses.asdict(definition),
+            "digests": {name: integrity.file_digest(out / name) for name in files_of(definition)},
         }
-        (out / METADATA).write_text(json.dumps(metadata, indent=2, default=os.fspath) + "\n")
+        integrity.write_record(out / METADATA, metadata)
         sync_tree(out)
         folder = store.folder(definition)
         if folder.exists():
@@ -206,8 +207,7 @@ def _check(out: Path, definition: ImageDefinition) -> None:
         ImageError: one is missing, empty, unreadable or more than was asked for.
     """
     wrong = []
-    wanted = [KERNEL, INITRD, HOST_KEY, *([DISK] if definition.disk_size is not None else [])]
-    for name in wanted:
+    for name in files_of(definition):
         file = out / name
         if file.is_symlink() or not file.is_file():
             wrong.append(f"{name} is missing or not a regular file")

@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.files import locked, remove_tree, size_on_disk
+from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
 METADATA, LOG = "image.json", "build.log"
-SCHEMA = 1
+SCHEMA = 2  # since then, with digests of the files
+_WITHOUT_DIGESTS = 1
 IN_USE = "in-use.lock"  # guests hold a shared flock on it
 
 
@@ -74,6 +78,35 @@ class BuiltImage:
         """Bytes that it takes on the disk, holes not counted."""
         return size_on_disk(self.folder)
 
+    def verified(self) -> dict[str, str]:
+        """The digests of the files that guests need; all of them are read, once per object.
+
+        An image that was built before digests were kept may have changed unnoticed.
+
+        Raises:
+            ImageError: one of them cannot be read, or is not as it was when the image was built.
+        """
+        digests, damage = self._found
+        if damage:
+            raise damaged(self.definition.name, f"{self.folder / damage}")
+        return digests
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, str], str]:
+        """The digests of the files, and which of them is damaged, if one is."""
+        digests: dict[str, str] = {}
+        for name in files_of(self.definition):
+            try:
+                digests[name] = integrity.file_digest(self.folder / name)
+            except OSError as error:
+                return digests, f"{name} cannot be read: {error.strerror}"
+        try:
+            built = _metadata(self.folder).get("digests", {})
+        except (OSError, ValueError):
+            return digests, f"{METADATA} cannot be read"
+        changed = [name for name in built if digests.get(name) != built[name]]
+        return digests, f"{changed[0]} has changed since it was built" if changed else ""
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Keep the image from being removed.
@@ -81,9 +114,13 @@ class BuiltImage:
         Raises:
             ImageError: it was removed before it could be held.
         """
+        lock = self.folder / IN_USE
+        if not lock.exists():
+            with suppress(OSError):  # there is nothing in it that could have been lost
+                lock.touch(mode=0o600)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self.folder / IN_USE, shared=True, on_busy=lambda: None))
+                stack.enter_context(locked(lock, shared=True, on_busy=lambda: None))
             except FileNotFoundError as error:
                 raise self._gone() from error
             yield
@@ -141,12 +178,15 @@ class ImageStore:
             ConfigError: a file of the definition cannot be read.
         """
         name = definition.name
-        match self.state(definition):
+        state, folder = self.state(definition), self.folder(definition)
+        if state is not ImageState.BUILT and folder.exists():
+            raise damaged(name, f"{folder / METADATA} is missing")
+        match state:
             case ImageState.BUILT:
                 return BuiltImage(
                     definition=definition,
                     digest=definition.digest,
-                    folder=self.folder(definition),
+                    folder=folder,
                 )
             case ImageState.STALE:
                 raise ImageError(
@@ -193,7 +233,7 @@ class ImageStore:
         for folder in self.folders(name):
             # Removed meanwhile, or written by another version of this package: not for us.
             with suppress(OSError, ValueError, TypeError, KeyError):
-                metadata = json.loads((folder / METADATA).read_text())
+                metadata = _metadata(folder)
                 values = metadata["definition"]
                 for key, kind in (("folder", Path), ("uses", tuple), ("requires", tuple)):
                     values[key] = kind(values[key])
@@ -217,6 +257,34 @@ class ImageStore:
             except BlockingIOError:
                 used.append(folder)
         return freed, used
+
+
+def files_of(definition: ImageDefinition) -> list[str]:
+    """The names of the files that guests of an image need."""
+    return [KERNEL, INITRD, HOST_KEY, *([DISK] if definition.disk_size is not None else [])]
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What stands in the metadata of a built image.
+
+    Raises:
+        OSError: they cannot be read.
+        ValueError: they are damaged.
+    """
+    content: Any = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    if (
+        isinstance(content, dict)
+        and content.get("schema") == _WITHOUT_DIGESTS
+        and "digests" not in content
+    ):
+        return content
+    return integrity.read_record(folder / METADATA)
+
+
+def damaged(name: str, what: str) -> ImageError:
+    return ImageError(
+        f"the image {name!r} is damaged: {what}", remedy=f"{build_command(name)} --force"
+    )
 
 
 def build_command(name: str) -> str:

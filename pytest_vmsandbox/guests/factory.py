@@ -133,7 +133,7 @@ class GuestFactory:
 
         Raises:
             ConfigError: there is no such image or hardware.
-            ImageError: the image is not built.
+            ImageError: the image is not built, or damaged.
             LaunchError: QEMU cannot be started, or this host has no room.
             BootError: the guest does not come up.
             VMSandboxError: it cannot be prepared. Whatever a preparation raises comes through.
@@ -308,41 +308,36 @@ class GuestFactory:
     ) -> tuple[Sealed, Clone, bool]:
         """A clone of a template that is what it was when it was sealed."""
         ahead = self._settings.clones == "armed"
+        kind = prepared, blueprint.hardware
         lost = 0
         while True:
             sealed = self._sealer.obtain(blueprint, prepared.steps)
-            count = self._expected.pop((prepared, blueprint.hardware), 0)
+            count = self._expected.pop(kind, 0)
             if ahead and count:
                 self._pool.expect(sealed, blueprint, count)
             own = stack.enter_context(ExitStack())
             try:
-                clone, was_armed = own.enter_context(
-                    self._pool.lease(sealed, blueprint, more=ahead)
-                )
-            except (GuestLost, LaunchError, MonitorError) as error:
-                if sealed.template.folder.exists():
-                    lost += 1
-                    self._check_lost(error, lost)
-                    continue
-                drop = self._sealer.drop  # another run found it damaged
+                leased = own.enter_context(self._pool.lease(sealed, blueprint, more=ahead))
+            except VMSandboxError as error:
+                failure, fault = error, sealed.fault(anew=True)
+                # A host with too much to do may lose one.
+                if not (fault or failure.transient or isinstance(failure, GuestLost)):
+                    raise
             else:
-                if not sealed.damage.result():
-                    return sealed, clone, was_armed
-                drop = self._sealer.drop_damaged
-            own.close()
-            self._pool.forget(sealed)
-            drop(sealed)
-
-    def _check_lost(self, error: VMSandboxError, count: int) -> None:
-        """Look whether a further clone may do: a host with too much to do may lose one."""
-        if not (error.transient or isinstance(error, GuestLost)):
-            raise error
-        if count == _MOST_LOST:
-            raise LaunchError(
-                f"{count} clones in a row were lost, the last one so: {error.brief}",
-                details=error.details,
-                remedy=error.remedy,
-            ) from error
+                if not (fault := sealed.fault(anew=False)):
+                    return sealed, *leased
+                failure = LaunchError("its template was damaged", details=fault)
+            lost += 1
+            if fault:
+                own.close()
+                self._expected[kind] = self._pool.forget(sealed) + 1  # this one
+                self._sealer.drop(sealed, fault)
+            if lost == _MOST_LOST:
+                raise LaunchError(
+                    f"{lost} clones in a row were lost, the last one so: {failure.brief}",
+                    details=failure.details,
+                    remedy=failure.remedy,
+                ) from failure
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
         kind = template_key(blueprint, steps)
@@ -368,6 +363,7 @@ class GuestFactory:
                     "clone can have",
                     remedy="boot it with network='nat'",
                 )
+        blueprint.built.verified()
         disks = stack.enter_context(blueprint.disks(self._running().cache))
         self._surroundings.begun(name)
         platform = GuestPlatform(
@@ -492,16 +488,21 @@ class GuestFactory:
         """The accelerator for guests of this image; the first time, it may have to be proven."""
         if image not in self._verdicts:
             built = self.built(image)
-            self._verdicts[image] = accelerator.choose(
-                self._settings.accelerator,
-                find_qemu(built.definition.architecture),
-                kernel=built.kernel,
-                initrd=built.initrd,
-                append=built.definition.append,
-                cache=self._cache,
-                hypervisor=self._running,
-                say=self._surroundings.say,
-            )
+            try:
+                self._verdicts[image] = accelerator.choose(
+                    self._settings.accelerator,
+                    find_qemu(built.definition.architecture),
+                    kernel=built.kernel,
+                    initrd=built.initrd,
+                    append=built.definition.append,
+                    cache=self._cache,
+                    hypervisor=lambda: self._to_prove(built),
+                    say=self._surroundings.say,
+                    tell=self._surroundings.tell,
+                )
+            except ImageError:
+                built.verified()  # it knows the remedy
+                raise
             if (verdict := self._verdicts[image]).accelerator != "tcg":  # that one was proven
                 self._pace.took(verdict.seconds, usual=USUAL_PROOF)
         return self._verdicts[image]
@@ -509,6 +510,11 @@ class GuestFactory:
     def patience(self, image: str) -> float:
         """By how much limits on guests of this image are longer than natively on a usual host."""
         return self._pace.stretch(1.0, self.accelerator(image).time_scale)
+
+    def _to_prove(self, built: BuiltImage) -> Hypervisor:
+        """What a proof runs on; a damaged image would prove nothing, and be remembered."""
+        built.verified()
+        return self._running()
 
     def clean(self) -> None:
         """Remove what killed runs have left; the first guest that is asked for does so, too."""

@@ -8,7 +8,7 @@ import os
 import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
@@ -530,8 +531,7 @@ class Guest:
         with self._explained():
             self._switch_on()
 
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> AbstractContextManager[None]:
         """Roll memory and disks back at the end of the context to what they are now.
 
         That is done however the context ends, also for a guest that was lost or switched off in it.
@@ -550,17 +550,18 @@ class Guest:
                 vm.run(["rm", "-rf", "/etc"])
             vm.run(["ls", "/etc"])
         """
+        return _Snapshot(self._save, self._roll_back)
+
+    def _save(self) -> tuple[Any, bool]:
         with self._explained():
-            saved = self._platform.save(self._on())
-        attended = self._attended
-        try:
-            yield
-        finally:
-            with self._explained():
-                self._switch_off()
-                self._platform.roll_back(saved)
-                self._switch_on()
-                self._attended = attended  # what was started before goes on
+            return self._platform.save(self._on()), self._attended
+
+    def _roll_back(self, saved: tuple[Any, bool]) -> None:
+        with self._explained():
+            self._switch_off()
+            self._platform.roll_back(saved[0])
+            self._switch_on()
+            self._attended = saved[1]  # what was started before goes on
 
     # -- from outside ---------------------------------------------------------------------------
 
@@ -862,6 +863,21 @@ class Guest:
             raise
 
 
+class _Snapshot:
+    """What `Guest.snapshot` returns: no generator, which would roll back when it is dropped."""
+
+    def __init__(self, save: Callable[[], Any], roll_back: Callable[[Any], None]) -> None:
+        self._save = save
+        self._roll_back = roll_back
+        self._saved: Any = None
+
+    def __enter__(self) -> None:
+        self._saved = self._save()
+
+    def __exit__(self, *_: object) -> None:
+        self._roll_back(self._saved)
+
+
 class Process:
     """A program that was started and left running; made by `Guest.popen`.
 
@@ -877,7 +893,7 @@ class Process:
         self.stdout = cast("IO[Any]", remote.stdout)
         self.stderr = cast("IO[Any]", remote.stderr)
         if text:
-            self.stdin = io.TextIOWrapper(self.stdin, encoding="utf-8", write_through=True)
+            self.stdin = TextWriter(self.stdin, encoding="utf-8", write_through=True)
             self.stdout = io.TextIOWrapper(self.stdout, encoding="utf-8", errors="replace")
             self.stderr = io.TextIOWrapper(self.stderr, encoding="utf-8", errors="replace")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,19 +235,30 @@ class GuestPlatform:
         )
 
 
-def helper_of(machine: Machine, blueprint: Blueprint) -> Helper:
-    """The helper of a machine; whether it is there, it has to say itself."""
+def helper_of(
+    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
+) -> Helper:
+    """The helper of a machine; whether it is there, it has to say itself.
+
+    Args:
+        check: see `Helper`; default: the machine's own.
+    """
     scale = blueprint.verdict.time_scale
     return Helper(
         machine.helper,
-        check=machine.check,
+        check=check or machine.check,
         patience=blueprint.stretch(_ANSWER_SECONDS),
         quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
     )
 
 
-def check_network(machine: Machine, blueprint: Blueprint) -> None:
+def check_network(
+    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
+) -> None:
     """See that the guest is reached through its network.
+
+    Args:
+        check: called often; raises what ends the wait. Default: the machine's own.
 
     Raises:
         GuestLost: its SSH server does not greet.
@@ -255,7 +266,7 @@ def check_network(machine: Machine, blueprint: Blueprint) -> None:
     address = machine.forward(_SSH_PORT)
     deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
     while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
-        machine.check()
+        (check or machine.check)()
         if deadline.expired:
             raise GuestLost(
                 f"{machine.spec.name} is not reached through its network: its SSH server does not "

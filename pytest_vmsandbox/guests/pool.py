@@ -191,13 +191,20 @@ class Pool:
                 timeout,
             )
 
-    def forget(self, sealed: Sealed) -> None:
-        """Give up what was cloned from a template."""
+    def forget(self, sealed: Sealed) -> int:
+        """Give up what was cloned from a template.
+
+        Returns:
+            How many more clones were expected.
+        """
+        expected = 0
         with self._changed:
             for kind in [kind for kind in self._shelves if kind[0] == sealed.template.key]:
                 shelf = self._shelves.pop(kind)
                 shelf.is_forgotten = True
+                expected += shelf.expected
                 self._empty(shelf)
+        return expected
 
     def _start(self) -> None:
         """Let the fillers look for something to do; the condition is held."""
@@ -333,6 +340,7 @@ class Pool:
                 raise LaunchError(
                     f"the template of {blueprint.image} cannot be read: {error}"
                 ) from error
+            sealed.check_current()
             own = ExitStack()
             machine = own.enter_context(
                 blueprint.running(
@@ -346,10 +354,15 @@ class Pool:
             )
             stack.push(own)
             state.close()  # it is loaded
-            helper = helper_of(machine, blueprint)
+
+            def check() -> None:
+                machine.check()
+                sealed.check()  # a clone of a damaged template may not answer for minutes
+
+            helper = helper_of(machine, blueprint, check)
             waking.wake(machine, helper)
             if not sealed.checked.is_set():
-                check_network(machine, blueprint)
+                check_network(machine, blueprint, check)
                 sealed.checked.set()
             is_systemd = blueprint.built.definition.init == "systemd"
             waking.name(helper, name.replace("_", "-"), in_files=is_systemd)

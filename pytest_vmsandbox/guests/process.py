@@ -262,7 +262,8 @@ class ChannelProcess:
     def end_input(self) -> None:
         """Let it find the end of its standard input; nothing happens if it is gone."""
         if not self._channel.closed:
-            self._channel.shutdown_write()
+            with suppress(VMSandboxError, OSError, EOFError):
+                self._channel.shutdown_write()
 
     # -- step by step ---------------------------------------------------------------------------
 
@@ -292,7 +293,7 @@ class ChannelProcess:
     @property
     def stdin(self) -> io.BufferedIOBase:
         """See `RemoteProcess.stdin`."""
-        return io.BufferedWriter(_Writer(self), _CHUNK)
+        return _BufferedWriter(_Writer(self), _CHUNK)
 
     @property
     def stdout(self) -> io.BufferedIOBase:
@@ -380,7 +381,26 @@ class _Reader(io.RawIOBase):
         return len(data)
 
 
-class _Writer(io.RawIOBase):
+class _Droppable(io.IOBase):
+    """A stream that does nothing when it is dropped without having been closed.
+
+    A file would write what it has buffered, and close itself. But the guest may be gone by then, and
+    a finalizer must not fail; nor must it wait for a guest, on whichever thread it happens to run.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
+class TextWriter(_Droppable, io.TextIOWrapper):
+    """The input stream of a program, as text."""
+
+
+class _BufferedWriter(_Droppable, io.BufferedWriter):
+    pass
+
+
+class _Writer(_Droppable, io.RawIOBase):
     """The input stream of a program."""
 
     def __init__(self, process: ChannelProcess) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_vmsandbox.catalogue.store import build_command
+from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     CommandTimeout,
@@ -29,12 +29,13 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
+    IN_USE,
     KEY,
     MEMORY,
+    METADATA,
     STATE,
     Template,
     TemplateStore,
-    file_digest,
     layer_name,
 )
 from pytest_vmsandbox.machine import host, memory
@@ -45,6 +46,7 @@ _QUIET_SECONDS = 0.5  # how long a guest is watched
 _QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
 _SETTLE_SECONDS = 120.0  # after which a guest that is never quiet is sealed all the same
 _SYSTEMD_SECONDS = 300.0
+_TRIES = 3  # to have a template that is not damaged, and that nobody else throws away
 
 
 class CannotSealError(LaunchError):
@@ -72,9 +74,10 @@ class Sealed:
 
     Attributes:
         template: the template.
-        blueprint: what its guests are made of.
+        about: what it is of, for people.
         key: the key that opens them.
         memory: their memory, which they cannot change.
+        lock: the descriptor of its lock.
         damage: what of the template is damaged, once that is known; see `Template.damage`. It raises
             `ImageError` if the image below it is.
         checked: set when its first clone was seen to be reached through its network.
@@ -82,12 +85,46 @@ class Sealed:
     """
 
     template: Template
-    blueprint: Blueprint
+    about: str
     key: ssh.KeyPair
     memory: IO[bytes]
+    lock: int
     damage: Future[str]
     stack: ExitStack
     checked: threading.Event = field(default_factory=threading.Event)
+
+    def fault(self, *, anew: bool) -> str:
+        """What is wrong with the template, once all of it was read; empty if nothing is.
+
+        Args:
+            anew: read it once more, since a clone could not be had.
+
+        Raises:
+            ImageError: the image below it is damaged.
+        """
+        if error := self.damage.exception():
+            raise error.with_traceback(None)  # or it would grow with each test
+        return self.damage.result() or (self.template.damage() if anew else "")
+
+    def check(self) -> None:
+        """Look whether it is worth going on with a clone; quick enough to be called often.
+
+        Raises:
+            LaunchError: the template is known to be damaged, or the image below it.
+        """
+        if self.damage.done() and (self.damage.exception() or self.damage.result()):
+            raise LaunchError(f"the template of {self.about} is damaged")
+
+    def check_current(self) -> None:
+        """Look whether what was opened by name since belongs to this template.
+
+        Raises:
+            LaunchError: another run has thrown it away, and may have made it anew.
+        """
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self.lock), (self.template.folder / IN_USE).stat()):
+                return
+        raise LaunchError(f"another run has thrown away the template of {self.about}")
 
 
 class Sealer:
@@ -119,7 +156,6 @@ class Sealer:
         self._say = say
         self._tell = tell
         self._open: dict[str, Sealed] = {}
-        self._disks: dict[Path, str] = {}  # digests of images' disks; for the thread that reads
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
@@ -139,6 +175,7 @@ class Sealer:
 
         Raises:
             CannotSealError: there can be none.
+            ImageError: the image is damaged.
             VMSandboxError: the guest does not boot, or a step failed.
         """
         key = template_key(blueprint, steps)
@@ -146,67 +183,65 @@ class Sealer:
             self._open[key] = self._opened(key, blueprint, steps)
         return self._open[key]
 
-    def drop_damaged(self, sealed: Sealed) -> None:
-        """Remove a template that is damaged; it is made anew when it is asked for."""
-        self._tell_of_damage(sealed.blueprint, sealed.damage.result())
-        self.drop(sealed)
-        self._store.throw_away(sealed.template.folder)
-
-    def drop(self, sealed: Sealed) -> None:
-        """Let go of a template: what comes next is another one."""
+    def drop(self, sealed: Sealed, fault: str) -> None:
+        """Let go of a template with a fault; it is made anew when it is asked for."""
         self._open.pop(sealed.template.key, None)
         sealed.stack.close()
+        self._throw_away(sealed.template, sealed.about, fault)
+
+    def _throw_away(self, template: Template, about: str, fault: str) -> None:
+        if self._store.throw_away_damaged(template):
+            self._tell_of_damage(about, fault)
+
+    def _tell_of_damage(self, about: str, fault: str) -> None:
+        self._tell(f"the template of {about} was damaged ({fault}); it is made anew")
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
-        for _ in range(2):
+        about = _about(blueprint, steps)
+        for _ in range(_TRIES):
             template = self._store.find(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(self._store.hold(template))
+                    lock = stack.enter_context(self._store.hold(template))
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
                     return Sealed(
                         template=template,
-                        blueprint=blueprint,
+                        about=about,
                         key=ssh.KeyPair.of(template.private_key),
                         memory=file,
+                        lock=lock,
                         damage=self._digests.submit(self._damage, template, blueprint),
                         stack=stack.pop_all(),
                     )
-                except FileNotFoundError:  # removed in this moment, or damaged
-                    self._store.throw_away(template.folder)
                 except (OSError, ValueError) as error:
-                    raise CannotSealError(
-                        f"the template of {blueprint.image} cannot be opened: {error}"
-                    ) from error
-        raise CannotSealError(f"the template of {blueprint.image} disappears again and again")
+                    if not (fault := template.damage()):
+                        raise CannotSealError(
+                            f"the template of {about} cannot be opened: {error}"
+                        ) from error
+                    self._throw_away(template, about, fault)
+        raise CannotSealError(f"the template of {about} is damaged again and again")
 
     def _damage(self, template: Template, blueprint: Blueprint) -> str:
-        if template.disk and template.disk != self._disk(blueprint):
-            raise _damaged(blueprint, "has changed since it was built")
-        return template.damage()
-
-    def _disk(self, blueprint: Blueprint) -> str:
-        """The digest of the image's disk, which is read once; empty where there is none."""
-        if (disk := blueprint.built.disk) is None:
-            return ""
-        if disk not in self._disks:
-            try:
-                self._disks[disk] = file_digest(disk)
-            except OSError as error:
-                raise _damaged(blueprint, f"cannot be read: {error.strerror}") from error
-        return self._disks[disk]
+        if damage := template.damage():
+            return damage
+        disk = blueprint.built.verified().get(DISK, "")
+        if template.disk not in ("", disk):
+            name = blueprint.built.folder / DISK
+            raise damaged(blueprint.image, f"{name} has changed since a guest of it was sealed")
+        return ""
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
-        about = steps[-1].about if steps else ""
-        waits = f"another run is sealing {about or blueprint.image}; waiting for it"
+        blueprint.built.verified()
+        about = _about(blueprint, steps)
+        waits = f"another run is sealing {about}; waiting for it"
         try:
             with self._store.lock(key, lambda: self._say(waits)):
                 if (found := self._store.find(key)) is not None:
                     return found
-                self._say(
-                    f"preparing {about or blueprint.image}: once, until something of it changes"
-                )
+                if self._store.is_unreadable(key):
+                    self._tell_of_damage(about, f"{METADATA} cannot be read")
+                self._say(f"preparing {about}: once, until something of it changes")
                 with self._store.incoming(key) as folder, ExitStack() as stack:
                     below = self._below(blueprint, steps[:-1], stack) if steps else None
                     return self._seal(folder, key, blueprint, steps, below)
@@ -223,19 +258,17 @@ class Sealer:
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was sealed."""
-        key = template_key(blueprint, steps)
-        for _ in range(2):
+        key, about = template_key(blueprint, steps), _about(blueprint, steps)
+        for _ in range(_TRIES):
             template = self._store.find(key) or self._made(key, blueprint, steps)
-            with suppress(FileNotFoundError):  # removed in this moment
-                stack.enter_context(self._store.hold(template))
-                if not (damage := template.damage()):
+            with ExitStack() as own:
+                with suppress(FileNotFoundError):  # then it is gone, or its lock
+                    own.enter_context(self._store.hold(template))
+                if not (fault := template.damage()):
+                    stack.push(own.pop_all())
                     return template
-                self._tell_of_damage(blueprint, damage)
-                self._store.throw_away(template.folder)
-        raise CannotSealError(f"the template of {blueprint.image} is damaged again and again")
-
-    def _tell_of_damage(self, blueprint: Blueprint, damage: str) -> None:
-        self._tell(f"the template of {blueprint.image} was damaged ({damage}); it is made anew")
+            self._throw_away(template, about, fault)
+        raise CannotSealError(f"the template of {about} is damaged again and again")
 
     def _seal(
         self,
@@ -248,7 +281,6 @@ class Sealer:
         hardware = blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
-        disk = self._digests.submit(self._disk, blueprint)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.create(folder / MEMORY, hardware.memory))
@@ -294,16 +326,14 @@ class Sealer:
             image=blueprint.image,
             name=name,
             layers=layers,
-            disk=below.disk if below is not None else disk.result(),
+            disk=below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
             facts=dict(facts or {}),
         )
 
 
-def _damaged(blueprint: Blueprint, how: str) -> ImageError:
-    return ImageError(
-        f"the image {blueprint.image!r} is damaged: {blueprint.built.disk} {how}",
-        remedy=f"{build_command(blueprint.image)} --force",
-    )
+def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
+    """What a template is of, for people."""
+    return steps[-1].about if steps else blueprint.image
 
 
 def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import paramiko
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -77,7 +78,10 @@ class KeyPair:
         Raises:
             ValueError: it is none.
         """
-        key = serialization.load_ssh_private_key(private.encode(), None)
+        try:
+            key = serialization.load_ssh_private_key(private.encode(), None)
+        except (TypeError, UnsupportedAlgorithm) as error:  # of damaged ones
+            raise ValueError(str(error)) from error
         public = key.public_key().public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )

@@ -7,15 +7,13 @@ depends on, so it is never stale, only unused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pytest_vmsandbox.catalogue.files import (
     locked,
@@ -24,9 +22,9 @@ from pytest_vmsandbox.catalogue.files import (
     size_on_disk,
     sync_tree,
 )
+from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import TeardownError
 from pytest_vmsandbox.core.spec import GIB
-from pytest_vmsandbox.machine import memory
 
 MEMORY, STATE, KEY = "memory", "state", "key"
 METADATA, IN_USE = "template.json", "in-use.lock"
@@ -86,14 +84,9 @@ class Template:
 
     def damage(self) -> str:
         """Which file is not as it was when the guest was sealed; empty if all are."""
-        for name, digest in self.digests.items():
-            try:
-                found = file_digest(self.folder / name)
-            except OSError as error:
-                return f"{name}: {error.strerror or error}"
-            if found != digest:
-                return f"{name} has changed on the disk"
-        return ""
+        if not (self.folder / IN_USE).exists():
+            return f"{IN_USE} is missing"
+        return integrity.damage(self.folder, self.digests)
 
 
 class TemplateStore:
@@ -122,16 +115,19 @@ class TemplateStore:
         return sorted(it for it in self.root.glob("[!.]*") if it.is_dir())
 
     @contextmanager
-    def hold(self, template: Template) -> Iterator[None]:
+    def hold(self, template: Template) -> Iterator[int]:
         """Keep a template from being removed.
+
+        Yields:
+            The descriptor of its lock.
 
         Raises:
             FileNotFoundError: it was removed before it could be held.
         """
-        with locked(template.folder / IN_USE, shared=True, on_busy=lambda: None):
+        with locked(template.folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
             with suppress(OSError):
                 os.utime(template.folder / METADATA)
-            yield
+            yield descriptor
 
     @contextmanager
     def lock(self, key: str, on_busy: Callable[[], object]) -> Iterator[None]:
@@ -185,20 +181,16 @@ class TemplateStore:
             "layers": layers,
             "disk": disk,
             "facts": facts,
-            "digests": {file: file_digest(folder / file) for file in files},
+            "digests": {file: integrity.file_digest(folder / file) for file in files},
         }
         (folder / IN_USE).touch(mode=0o600)
-        (folder / METADATA).write_text(
-            json.dumps({**content, "seal": _seal(content)}, indent=1) + "\n"
-        )
+        kept = integrity.write_record(folder / METADATA, content)
         sync_tree(folder)
         place = self.root / key[:32]
         self.throw_away(place)  # a damaged one
         folder.rename(place)
         self.shrink(keep=place)
-        template = self._read(place)
-        assert template is not None
-        return template
+        return _template(place, kept)
 
     def shrink(self, *, keep: Path | None = None, limit: int = LIMIT) -> None:
         """Remove the least recently used templates until they take no more than `limit` bytes."""
@@ -232,34 +224,37 @@ class TemplateStore:
             return 0
         return size
 
-    def throw_away(self, folder: Path) -> None:
+    def throw_away(self, folder: Path) -> bool:
         """Remove a template that is damaged, also from under those who use it.
 
         They go on with what they have open, and find it gone when they want more.
+
+        Returns:
+            Whether it was there.
         """
         gone = folder.with_name(f"{_GONE}{folder.name}")
-        with suppress(FileNotFoundError):
-            remove_tree(gone)
-            folder.rename(gone)
         remove_tree(gone)
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            return False
+        remove_tree(gone)
+        return True
+
+    def throw_away_damaged(self, template: Template) -> bool:
+        """Likewise, unless another run has done so, and perhaps made it anew."""
+        return self._read(template.folder) == template and self.throw_away(template.folder)
+
+    def is_unreadable(self, key: str) -> bool:
+        """Whether there is a folder of that key that does not say what is in it."""
+        folder = self.root / key[:32]
+        return folder.exists() and _content(folder) is None
 
     def _read(self, folder: Path) -> Template | None:
-        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            content = json.loads((folder / METADATA).read_text())
-            if content.pop("seal") == _seal(content) and content["schema"] == SCHEMA:
-                return Template(
-                    key=content["key"],
-                    folder=folder,
-                    image=content["image"],
-                    name=content["name"],
-                    layers=tuple(
-                        tuple(folder / name for name in names) for names in content["layers"]
-                    ),
-                    digests=content["digests"],
-                    disk=content.get("disk", ""),  # format 1 of blueprints had none
-                    facts=content["facts"],
-                )
-        return None
+        content = _content(folder)
+        if content is None or content.get("schema") != SCHEMA:
+            return None
+        return _template(folder, content)
 
     def sweep(self) -> int:
         """Remove what others left who were killed; bytes that are free now."""
@@ -283,8 +278,25 @@ class TemplateStore:
                     lock.unlink()  # who waits for it sees that, and makes a new one
 
 
-def _seal(content: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _content(folder: Path) -> dict[str, Any] | None:
+    """What stands in the metadata of a template, if that is what was written there."""
+    try:
+        return integrity.read_record(folder / METADATA)
+    except (OSError, ValueError):
+        return None
+
+
+def _template(folder: Path, content: Mapping[str, Any]) -> Template:
+    return Template(
+        key=content["key"],
+        folder=folder,
+        image=content["image"],
+        name=content["name"],
+        layers=tuple(tuple(folder / name for name in names) for names in content["layers"]),
+        digests=content["digests"],
+        disk=content.get("disk", ""),  # format 1 of blueprints had none
+        facts=content["facts"],
+    )
 
 
 def _last_use(file: Path) -> float:
@@ -292,14 +304,3 @@ def _last_use(file: Path) -> float:
         return file.stat().st_mtime
     except OSError:
         return time.time()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256, in hex, of all of a file but what is zero, and of its size."""
-    total = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        total.update(b"%d\n" % os.fstat(file.fileno()).st_size)
-        for start, data in memory.chunks(file):
-            total.update(b"%d\n" % start)
-            total.update(data)
-    return total.hexdigest()

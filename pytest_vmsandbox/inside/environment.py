@@ -40,7 +40,7 @@ from pytest_vmsandbox.catalogue.files import (
     size_on_disk,
     sync_tree,
 )
-from pytest_vmsandbox.core import deadline
+from pytest_vmsandbox.core import deadline, integrity
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, TransferError
 from pytest_vmsandbox.core.text import printable
 
@@ -76,11 +76,12 @@ LEFT_OUT = frozenset(
     }
 )
 
-_FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
+_FORMAT = 2  # goes into each digest: raise it when what is made of the same input changes
 _OLDEST_PYTHON, _OLDEST_PYTEST = (3, 9), "8.4"  # the latter needs the former
 _GLIBC = (17, 28, *range(31, 41))  # minor versions that uv has a platform of
 _MACHINES = ("x86_64", "aarch64")
 _COMPLETE = "requirements.txt"  # what was resolved; written last, and touched at each use
+_DIGESTS = "digests.json"  # of all files, as they were made
 _NEW = ".new-"
 _KEEP_SECONDS = 30 * 86_400.0
 _DETAILS_LIMIT = 8_000  # characters of uv's own text in an error
@@ -307,6 +308,7 @@ def prepare(
     cache: Path,
     offline: bool,
     say: Callable[[str], object],
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Environment:
     """Have a guest's environment in the cache. If it is there, uv is not needed.
 
@@ -316,6 +318,7 @@ def prepare(
         cache: the user's cache.
         offline: use only what uv has in its own cache.
         say: is told what takes long.
+        tell: is told that it was damaged, and is made anew.
 
     Raises:
         TransferError: it cannot be made: uv is missing, a distribution has no wheel for the guest,
@@ -325,11 +328,14 @@ def prepare(
     digest = requirements.digest(python)
     parent = cache / "environments"
     environment = Environment(folder=parent / digest, digest=digest)
-    if _use(environment.folder):
+    if not _fault(environment.folder):
         return environment
     with _lock(parent, say) as lock:
-        if _use(environment.folder):
+        if not (fault := _fault(environment.folder)):
             return environment
+        if environment.folder.exists():
+            tell(f"the packages for the guest were damaged ({fault}); they are made anew")
+            (environment.folder / _COMPLETE).unlink(missing_ok=True)
         _sweep(parent, used_since=deadline.wall() - _KEEP_SECONDS)
         say(f"preparing the packages for the guest's Python {'.'.join(map(str, python.version))}")
         work = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
@@ -341,6 +347,9 @@ def prepare(
             uv.install(resolved, out / "site-packages")
             _make_scripts(out / "site-packages", out / "bin")
             shutil.copyfile(resolved, out / _COMPLETE)
+            files = [it for it in out.rglob("*") if it.is_file()]
+            digests = {str(it.relative_to(out)): integrity.file_digest(it) for it in files}
+            integrity.write_record(out / _DIGESTS, {"files": digests})
             sync_tree(out)
             out.rename(environment.folder)
             sync_tree(parent)
@@ -605,13 +614,18 @@ def _lock(parent: Path, say: Callable[[str], object]) -> Iterator[int]:
         yield descriptor
 
 
-def _use(folder: Path) -> bool:
-    """Whether an environment is complete; if so, note that it was used."""
+def _fault(folder: Path) -> str:
+    """Why an environment cannot be used; empty if it can, and then its use is noted."""
     try:
+        digests = integrity.read_record(folder / _DIGESTS)["files"]
+    except OSError as error:
+        return f"{_DIGESTS}: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+    fault = integrity.damage(folder, digests)
+    with suppress(OSError):  # the cache may be one that is only read
         os.utime(folder / _COMPLETE)
-    except OSError:
-        return (folder / _COMPLETE).is_file()  # then the cache is one that is only read
-    return True
+    return fault
 
 
 def sweep(cache: Path) -> int:

@@ -45,6 +45,7 @@ class Payload:
         cache: the user's cache folder; prepared environments are kept there.
         offline: never touch the network.
         say: told of long waits.
+        tell: told of what does not go as it should.
     """
 
     tree: Tree
@@ -53,6 +54,7 @@ class Payload:
     cache: Path
     offline: bool
     say: Callable[[str], None]
+    tell: Callable[[str], None]
 
     @classmethod
     def of(
@@ -63,6 +65,7 @@ class Payload:
         more: Sequence[str] = (),
         offline: bool = False,
         say: Callable[[str], None],
+        tell: Callable[[str], None] | None = None,
     ) -> Payload:
         """What the tests of the project in `root` need.
 
@@ -73,6 +76,7 @@ class Payload:
             more: see `Tree.of`; the project's modules go in any case.
             offline: never touch the network.
             say: told of long waits.
+            tell: told of what does not go as it should; default: `say`.
 
         Raises:
             ConfigError: an entry, or the tree, cannot be meant.
@@ -90,6 +94,7 @@ class Payload:
             cache=cache_dir(),
             offline=offline,
             say=say,
+            tell=tell or say,
         )
 
 
@@ -166,7 +171,12 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     """
     python, executable = _probe(guest)
     environment = prepare(
-        payload.requirements, python, cache=payload.cache, offline=payload.offline, say=payload.say
+        payload.requirements,
+        python,
+        cache=payload.cache,
+        offline=payload.offline,
+        say=payload.say,
+        tell=payload.tell,
     )
     packages = "lib/python{}.{}/site-packages".format(*python.version)
     if guest.spec.user != "root":

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core import integrity, paths
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
-from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.process import LauncherError
@@ -30,6 +29,7 @@ from pytest_vmsandbox.machine.qemu import Qemu
 
 PROOF_SECONDS = 20.0  # a kernel that runs natively needs about one
 EMULATION_SCALE = 10.0
+_FORMAT = "2"  # of what is kept; raise it when that changes
 _PROOF_MEMORY = 512 * MIB
 _COPES = "let it be found out: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
 
@@ -66,6 +66,7 @@ def choose(
     cache: Path,
     hypervisor: Callable[[], Hypervisor],
     say: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Verdict:
     """The accelerator for guests with this kernel.
 
@@ -75,8 +76,10 @@ def choose(
         cache: the user's cache folder; verdicts are kept there.
         hypervisor: called when there is something to prove.
         say: told when a proof begins, which takes up to about 20 s.
+        tell: told that the verdict was damaged, which is made anew then.
 
     Raises:
+        ImageError: the kernel cannot be read.
         LaunchError: the wanted one cannot be used by this user on this machine, or nothing can be
             proven now.
         ConfigError: the cache folder cannot be used.
@@ -100,11 +103,13 @@ def choose(
         path = folder / f"{_key(candidate, qemu, kernel)}.json"
         if verdict := recall(path):
             return verdict
+        if path.exists():
+            tell(f"the verdict on {candidate} was damaged; it is made anew")
         say(f"proving that {candidate} runs guests here, once, at most about {PROOF_SECONDS:.0f} s")
         verdict = _prove(candidate, qemu, kernel, initrd, append, hypervisor())
         with paths.usable(cache, paths.CACHE):
             part = folder / ".part"  # one name, under the lock: what a kill leaves is overwritten
-            part.write_text(json.dumps(asdict(verdict)))
+            integrity.write_record(part, asdict(verdict))
             part.replace(path)
         return verdict
 
@@ -112,7 +117,7 @@ def choose(
 def recall(path: Path) -> Verdict | None:
     """A remembered verdict; None where there is none that can be read."""
     try:
-        return Verdict(**json.loads(path.read_text()))
+        return Verdict(**integrity.read_record(path))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -172,9 +177,9 @@ def _prove(
 
 
 def _key(candidate: str, qemu: Qemu, kernel: Path) -> str:
-    with kernel.open("rb") as file:
+    with image_file(kernel) as file:
         kernel_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (candidate, _host_boot(), qemu.build, kernel_digest)
+    parts = (_FORMAT, candidate, _host_boot(), qemu.build, kernel_digest)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

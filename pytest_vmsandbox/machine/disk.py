@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -60,13 +63,7 @@ class Disks:
             sizes = list(blank)
             base_file: IO[bytes] | None = None
             if base is not None:
-                try:
-                    base_file = stack.enter_context(base.open("rb"))
-                except OSError as error:
-                    raise ImageError(
-                        f"the image's disk cannot be read: {error}",
-                        remedy="build the image again: vmsandbox images build NAME --force",
-                    ) from error
+                base_file = stack.enter_context(image_file(base))
                 sizes.insert(0, root_size or base.stat().st_size)
             overlays = []
             for size, below in zip(sizes, frozen or [()] * len(sizes), strict=True):
@@ -82,10 +79,31 @@ class Disks:
     @property
     def frozen(self) -> tuple[tuple[IO[bytes], ...], ...]:
         """All files of each disk, opened anew to be only read; the caller closes them."""
-        return tuple(
-            tuple(Path(f"/proc/self/fd/{file.fileno()}").open("rb") for file in files)
-            for files in self.overlays
-        )
+        with ExitStack() as stack:
+            frozen = tuple(
+                tuple(
+                    stack.enter_context(Path(f"/proc/self/fd/{file.fileno()}").open("rb"))
+                    for file in files
+                )
+                for files in self.overlays
+            )
+            stack.pop_all()
+            return frozen
+
+
+def image_file(path: Path) -> BufferedReader:
+    """A file of an image, open to be read.
+
+    Raises:
+        ImageError: it cannot be opened.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ImageError(
+            f"the image is damaged: {path} cannot be read: {error.strerror}",
+            remedy="build the image again: vmsandbox images build NAME --force",
+        ) from error
 
 
 def empty_overlay(size: int, folder: Path) -> IO[bytes]:
@@ -95,10 +113,16 @@ def empty_overlay(size: int, folder: Path) -> IO[bytes]:
         LaunchError: it cannot be made.
     """
     content = _empty_qcow2(size)
-    overlay = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # the caller's
-    overlay.write(content)
-    overlay.flush()
-    return overlay
+    with ExitStack() as stack:
+        try:
+            # Unbuffered: else closing it would fail once more where the disk is full.
+            overlay = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            if overlay.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise LaunchError(f"no disk could be made in {folder}: {error.strerror}") from error
+        stack.pop_all()
+        return overlay
 
 
 @cache

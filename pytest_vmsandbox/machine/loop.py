@@ -37,8 +37,16 @@ class LoopThread:
             loop.close()
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
-        """Start a coroutine on the loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Start a coroutine on the loop.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()  # else Python would warn that nobody has awaited it
+            raise
 
     @contextmanager
     def reading(self, sock: socket.socket, feed: Callable[[bytes], None]) -> Iterator[None]:

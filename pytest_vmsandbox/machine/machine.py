@@ -18,7 +18,7 @@ from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, Moni
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.port import Port
@@ -112,6 +112,7 @@ class Machine:
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load
                 the state.
+            ImageError: the kernel or the initial RAM disk cannot be read.
         """
         is_clone = spec.start is cmdline.Start.CLONED
         host.require_memory(host.CLONE_GROWTH if is_clone else spec.hardware.memory)
@@ -551,9 +552,9 @@ def _descriptors(
 
     fds = Descriptors()
     if kernel is not None:
-        fds = replace(fds, kernel=give(stack.enter_context(kernel.open("rb")).fileno()))
+        fds = replace(fds, kernel=give(stack.enter_context(image_file(kernel)).fileno()))
     if initrd is not None:
-        fds = replace(fds, initrd=give(stack.enter_context(initrd.open("rb")).fileno()))
+        fds = replace(fds, initrd=give(stack.enter_context(image_file(initrd)).fileno()))
     if memory is not None:
         fds = replace(fds, memory=give(memory.fileno()))
     if disks.base is not None:

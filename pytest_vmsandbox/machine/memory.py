@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.core.integrity import extents
 from pytest_vmsandbox.machine.cmdline import can_map_read_only
 
 _SEALS = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
-_CHUNK = 1 << 20
 
 
 def create(path: Path, size: int) -> IO[bytes]:
     """A new file for a guest's memory; what the guest never touches takes no room."""
     file = path.open("x+b", buffering=0)
-    os.ftruncate(file.fileno(), size)
+    try:
+        os.ftruncate(file.fileno(), size)
+    except BaseException:
+        file.close()
+        raise
     return file
 
 
@@ -56,34 +59,3 @@ def copy(source: IO[bytes], dest: IO[bytes]) -> None:
             if not (sent := os.sendfile(dest.fileno(), source.fileno(), at, end - at)):
                 raise OSError(errno.EIO, "the file has become shorter")
             at += sent
-
-
-def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are there: where each begins and ends, in bytes."""
-    fd, end = file.fileno(), 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # that is: nothing but a hole is left
-                raise
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
-
-
-def chunks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """All of a file but what is zero: where each piece, of at most a MiB, begins, and its bytes.
-
-    The pieces are the same however the file's holes lie.
-    """
-    zero = bytes(_CHUNK)
-    done = 0
-    for begin, end in extents(file):
-        start = max(done, begin - begin % _CHUNK)
-        while start < end:
-            data = os.pread(file.fileno(), _CHUNK, start)
-            if data != zero[: len(data)]:
-                yield start, data
-            start += _CHUNK
-        done = start

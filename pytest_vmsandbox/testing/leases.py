@@ -322,6 +322,7 @@ class Leases:
             more=[*options.push(config), *dict.fromkeys(wanted)],
             offline=options.offline(config),
             say=self._session.say,
+            tell=self._session.tell,
         )
         if self._measuring is not None:
             payload = replace(payload, requirements=payload.requirements.with_one("coverage"))

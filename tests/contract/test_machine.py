@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
+from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests.templates import file_digest
 from pytest_vmsandbox.machine import host, machine as machine_module, memory
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay

@@ -20,6 +20,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
+from support import damage
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 DELIVER = f"""
@@ -171,7 +172,7 @@ class TestBuild:
         assert lines == ["one", "three"]
         assert (image.folder / "build.log").read_text() == "== one\ntwo\n== three\n"
         metadata = json.loads((image.folder / "image.json").read_text())
-        assert metadata["schema"] == 1
+        assert metadata["schema"] == 2
         assert metadata["name"] == "mine"
         assert metadata["digest"] == definition.digest
         assert metadata["built"] > 1e9
@@ -558,6 +559,39 @@ class TestStore:
         image = make(define(tmp_path / "mine"))
         with pytest.raises(FileNotFoundError, match="mine too"), image.hold():
             raise FileNotFoundError("mine too")
+
+    @pytest.mark.parametrize("harm", damage.KINDS)
+    @pytest.mark.parametrize(
+        "name", ["vmlinuz", "initrd.img", "host_key.pub", "disk.raw", "image.json"]
+    )
+    def test_damage_is_an_error_that_names_the_remedy(self, tmp_path, store, make, name, harm):
+        script = f"{DELIVER}\necho disk >$VMSANDBOX_OUT/disk.raw"
+        definition = define(tmp_path / "mine", script, disk=True)
+        image = make(definition)
+        assert image.verified().keys() == {"vmlinuz", "initrd.img", "host_key.pub", "disk.raw"}
+        damage.KINDS[harm](image.folder / name)
+        with pytest.raises(ImageError, match=rf"'mine' is damaged: .*{name}") as caught:
+            store.require(definition).verified()
+        assert caught.value.remedy == "vmsandbox images build mine --force"
+        make(definition, force=True)
+        store.require(definition).verified()
+
+    def test_one_without_digests_is_taken_as_it_is(self, tmp_path, store, make):
+        """It was built before they were kept."""
+        definition = define(tmp_path / "mine")
+        image = make(definition)
+        content = json.loads((image.folder / "image.json").read_text())
+        del content["digests"], content["seal"]
+        (image.folder / "image.json").write_text(json.dumps({**content, "schema": 1}))
+        damage.KINDS["flipped"](image.kernel)
+        assert store.require(definition).verified()
+        assert store.all() == [image]
+
+    def test_a_lock_that_was_lost(self, tmp_path, store, make):
+        image = make(define(tmp_path / "mine"))
+        (image.folder / "in-use.lock").unlink()
+        with image.hold(), pytest.raises(ImageError, match="in use"):
+            store.remove("mine")
 
     @pytest.mark.parametrize("content", ["", "{}", "[]", '{"definition": {}}'])
     def test_what_others_wrote_is_passed_over(self, tmp_path, store, make, content):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
 from pytest_vmsandbox.inside import environment
 from pytest_vmsandbox.inside.environment import (
@@ -20,6 +21,7 @@ from pytest_vmsandbox.inside.environment import (
     installed,
     prepare,
 )
+from support import damage
 
 PYTHON = GuestPython(version=(3, 13, 5), machine="x86_64", libc=(2, 41))
 # It "installs" what the file `wheel` in its folder holds, and notes how it was called.
@@ -113,6 +115,7 @@ class Maker:
     def __init__(self, folder):
         self.folder = folder
         self.said = []
+        self.told = []
 
     def __call__(self, requirements=None, python=PYTHON, *, offline=False):
         requirements = requirements or Requirements(root=self.folder, lines=("pytest>=8.4",))
@@ -122,6 +125,7 @@ class Maker:
             cache=self.folder / "cache",
             offline=offline,
             say=self.said.append,
+            tell=self.told.append,
         )
 
 
@@ -497,6 +501,32 @@ def test_a_cache_that_can_only_be_read(make, uv, monkeypatch):
     assert make() == made
 
 
+@pytest.mark.parametrize("harm", damage.KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("requirements.txt", "digests.json", "bin/tool"),
+        *("site-packages/tool.py", "site-packages/tool-1.dist-info/entry_points.txt"),
+    ],
+)
+def test_damage_is_found_told_once_and_mended(make, uv, name, harm):
+    info = uv.folder / "wheel" / "tool-1.dist-info"
+    info.mkdir()
+    (info.parent / "tool.py").write_text("def main():\n    return 0\n")
+    (info / "METADATA").write_text("Name: tool\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\ntool = tool:main\n")
+    made = make(Requirements(root=uv.folder, lines=("pytest", "tool"), preferred=("tool==1",)))
+    content = damage.files(made.folder)
+    damage.KINDS[harm](made.folder / name)
+    for _ in range(2):
+        again = make(Requirements(root=uv.folder, lines=("pytest", "tool"), preferred=("tool==1",)))
+        assert damage.files(again.folder) == content
+    (line,) = make.told
+    assert "damaged" in line
+    assert Path(name).name in line
+    assert len(uv.calls()) == 4
+
+
 def test_another_process_makes_it(make, uv, tmp_path):
     """We wait for its lock, and take what it has made."""
     parent = tmp_path / "cache" / "environments"
@@ -510,7 +540,7 @@ def test_another_process_makes_it(make, uv, tmp_path):
         while not make.said:
             thread.join(0.001)
         (parent / digest).mkdir()
-        (parent / digest / "requirements.txt").touch()
+        integrity.write_record(parent / digest / "digests.json", {"files": {}})
     thread.join()
     assert made[0].digest == digest
     assert uv.calls() == []

@@ -1,5 +1,6 @@
 """What a `Guest` does, on a machine that is a fake and programs that really run here."""
 
+import gc
 import io
 import math
 import os
@@ -614,6 +615,13 @@ class TestSnapshot:
         with vm.snapshot(), vm.snapshot():
             pass
         assert len(platform.machines) == 3
+
+    def test_one_that_is_dropped_rolls_nothing_back(self, platform, vm):
+        snapshot = vm.snapshot()
+        snapshot.__enter__()
+        del snapshot
+        gc.collect()
+        assert platform.events == ["save"]
 
     def test_not_of_a_guest_that_is_off(self, vm):
         vm.power_cut()

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
+from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, ImageError, LaunchError
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict, choose, recall
 from pytest_vmsandbox.machine.hypervisor import Hypervisor, _run_folder
 from pytest_vmsandbox.machine.process import LauncherError
 from pytest_vmsandbox.machine.qemu import Qemu
+from support import damage
 
 VERDICT = Verdict(accelerator="kvm", processor="host", reason="proven", seconds=1.5)
 
@@ -123,7 +125,7 @@ def test_a_hypervisor_leaves_its_cache_and_nothing_else(tmp_path):
 class TestRecall:
     def test_what_was_kept(self, tmp_path):
         file = tmp_path / "verdict"
-        file.write_text(json.dumps(VERDICT.__dict__))
+        integrity.write_record(file, VERDICT.__dict__)
         assert recall(file) == VERDICT
 
     @pytest.mark.parametrize(
@@ -234,6 +236,26 @@ class TestChoose:
         assert decide() == VERDICT
         assert len(proofs) == 2
         assert recall(file) == VERDICT
+
+    @pytest.mark.parametrize("harm", damage.KINDS)
+    def test_damage_is_told_once(self, decide, proofs, tmp_path, harm):
+        told = []
+        decide()
+        (file,) = (tmp_path / "accelerator").glob("*.json")
+        damage.KINDS[harm](file)
+        for _ in range(2):
+            assert decide(tell=told.append) == VERDICT
+        assert len(proofs) == 2
+        assert told == (
+            []  # nobody can know that there was one
+            if harm == "removed"
+            else ["the verdict on kvm was damaged; it is made anew"]
+        )
+
+    def test_a_kernel_that_is_gone(self, decide, proofs, kernel):
+        kernel.unlink()
+        with pytest.raises(ImageError, match="vmlinuz cannot be read"):
+            decide()
 
     def test_another_kernel_is_proven(self, decide, proofs, kernel):
         decide()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import KIB, MIB
-from pytest_vmsandbox.guests.templates import file_digest
 from pytest_vmsandbox.machine import memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no memfds but on Linux")
@@ -75,7 +76,7 @@ class TestExtents:
         with opened(tmp_path / "file") as file:
             if os.fstatvfs(file.fileno()).f_bsize != PAGE:
                 pytest.skip("this file system has blocks of another size")
-            assert list(memory.extents(file)) == expected
+            assert list(integrity.extents(file)) == expected
 
     def test_an_error_of_the_disk_is_no_hole(self, tmp_path, monkeypatch):
         def lseek(fd, start, how):
@@ -84,7 +85,7 @@ class TestExtents:
         sparse(tmp_path / "file", MIB, [(0, b"x")])
         monkeypatch.setattr(os, "lseek", lseek)
         with opened(tmp_path / "file") as file, pytest.raises(OSError, match="broken"):
-            list(memory.extents(file))
+            list(integrity.extents(file))
 
 
 class TestCopy:
@@ -179,9 +180,9 @@ class TestChunks:
             for start, data in holes:  # zeros that were written are no holes
                 if not any(content[start : start + len(data)]):
                     os.pwrite(file.fileno(), bytes(len(data)), start)
-            pieces = list(memory.chunks(file))
+            pieces = list(integrity.chunks(file))
         with opened(tmp_path / "b") as file:
-            assert list(memory.chunks(file)) == pieces
+            assert list(integrity.chunks(file)) == pieces
         again = bytearray(size)
         for start, data in pieces:
             assert start % MIB == 0

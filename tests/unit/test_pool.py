@@ -509,7 +509,9 @@ class TestArm:
     def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, ledger, monkeypatch):
         """In each run, also where another one has made the template."""
         looked = []
-        monkeypatch.setattr(pool_module, "check_network", lambda machine, _: looked.append(machine))
+        monkeypatch.setattr(
+            pool_module, "check_network", lambda machine, *_: looked.append(machine)
+        )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(waking, "wake", MagicMock())
         names = iter(["it.1", "it.2"])

@@ -1,5 +1,6 @@
 """Processes that the launcher spawns and owns: real ones, and really killed."""
 
+import gc
 import json
 import os
 import resource
@@ -440,3 +441,14 @@ class TestLoop:
         with LoopThread.running():
             assert any(thread.name == "vmsandbox-loop" for thread in threading.enumerate())
         assert not any(thread.name == "vmsandbox-loop" for thread in threading.enumerate())
+
+    @pytest.mark.filterwarnings("error")
+    def test_what_comes_after_its_end_is_no_warning(self):
+        async def work():
+            pass
+
+        with LoopThread.running() as loop:
+            pass
+        with pytest.raises(RuntimeError, match="closed"):
+            loop.submit(work())
+        gc.collect()

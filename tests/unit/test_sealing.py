@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.core.errors import ImageError, LaunchError
+from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.sealing import Sealer, template_key
-from pytest_vmsandbox.guests.templates import TemplateStore, file_digest
+from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu
+from support import damage
 from support.images import DEFINITION
 
 
@@ -21,7 +24,9 @@ from support.images import DEFINITION
 def blueprint(tmp_path):
     folder = tmp_path / "image"
     folder.mkdir()
-    (folder / "image.json").write_text("{}")
+    (folder / "image.json").write_text('{"schema": 1}')
+    for name in ("vmlinuz", "initrd.img", "host_key.pub"):
+        (folder / name).write_text(name)
     (folder / "disk.raw").write_bytes(b"disk" * 50_000)
     return Blueprint(
         built=BuiltImage(
@@ -40,8 +45,15 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def sealer(store):
-    with Sealer.open(store, None, guest=None, logs=lambda _: None, say=print, tell=print) as sealer:
+def said():
+    return []
+
+
+@pytest.fixture
+def sealer(store, said):
+    with Sealer.open(
+        store, None, guest=None, logs=lambda _: None, say=said.append, tell=said.append
+    ) as sealer:
         yield sealer
 
 
@@ -84,3 +96,65 @@ class TestTheDiskOfTheImage:
     def test_was_not_looked_at_when_the_template_was_made(self, sealer, blueprint, keep):
         keep("")
         assert sealer.obtain(blueprint).damage.result() == ""
+
+
+class TestTheImage:
+    @pytest.mark.parametrize("name", ["vmlinuz", "initrd.img", "host_key.pub"])
+    def test_is_checked_before_a_guest_is_handed_out(self, sealer, blueprint, keep, name):
+        folder = blueprint.built.folder
+        names = ["vmlinuz", "initrd.img", "host_key.pub", "disk.raw"]
+        digests = {it: file_digest(folder / it) for it in names}
+        integrity.write_record(folder / "image.json", {"schema": 2, "digests": digests})
+        keep(digests["disk.raw"])
+        damage.KINDS["flipped"](folder / name)
+        with pytest.raises(ImageError, match=f"{name} has changed since it was built") as caught:
+            sealer.obtain(blueprint).fault(anew=False)
+        assert caught.value.remedy == "vmsandbox images build mine --force"
+
+
+class TestFault:
+    @pytest.fixture
+    def sealed(self, sealer, blueprint, keep):
+        keep("")
+        return sealer.obtain(blueprint)
+
+    def test_none(self, sealed):
+        assert sealed.fault(anew=False) == sealed.fault(anew=True) == ""
+        sealed.check()
+        sealed.check_current()
+
+    def test_of_before(self, sealer, blueprint, keep, store):
+        keep("")
+        damage.KINDS["flipped"](store.all()[0].folder / "state")
+        sealed = sealer.obtain(blueprint)
+        assert sealed.fault(anew=False) == "state has changed on the disk"
+        with pytest.raises(LaunchError, match="the template of mine is damaged"):
+            sealed.check()
+
+    def test_of_now(self, sealed):
+        assert sealed.fault(anew=False) == ""
+        damage.KINDS["removed"](sealed.template.folder / "state")
+        assert sealed.fault(anew=False) == ""
+        assert "state" in sealed.fault(anew=True)
+
+    def test_another_run_has_made_it_anew(self, sealed, sealer, store, keep, said):
+        """Its files are not those of the memory that is open here; they are left alone."""
+        store.throw_away(sealed.template.folder)
+        with pytest.raises(LaunchError, match="another run has thrown away"):
+            sealed.check_current()
+        keep("")
+        with pytest.raises(LaunchError, match="another run has thrown away"):
+            sealed.check_current()
+        fault = sealed.fault(anew=True)
+        assert fault
+        sealer.drop(sealed, fault)
+        (template,) = store.all()
+        assert template.damage() == ""
+        assert said == []
+
+    def test_is_told_by_who_throws_it_away(self, sealed, sealer, store, said):
+        sealer.drop(sealed, "state has changed on the disk")
+        assert store.all() == []
+        assert said == [
+            "the template of mine was damaged (state has changed on the disk); it is made anew"
+        ]

@@ -1,7 +1,6 @@
 """The store of sealed guests: what is found, held, damaged, and made room for."""
 
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.catalogue.files import locked
+from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import KIB, MIB
-from pytest_vmsandbox.guests import templates as templates_module
 from pytest_vmsandbox.guests.templates import TemplateStore, layer_name
 from pytest_vmsandbox.machine import memory
 
@@ -142,10 +141,8 @@ class TestFind:
 
     def test_one_of_another_schema(self, store):
         file = make(store).folder / "template.json"
-        content = json.loads(file.read_text())
-        del content["seal"]
-        content["schema"] += 1
-        file.write_text(json.dumps({**content, "seal": templates_module._seal(content)}))
+        content = integrity.read_record(file)
+        integrity.write_record(file, {**content, "schema": content["schema"] + 1})
         assert store.find(key_of(1)) is None
 
     def test_metadata_is_gone(self, store):

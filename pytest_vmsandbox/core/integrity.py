@@ -1,0 +1,99 @@
+"""Whether what lies in the cache is what was put there: digests of files, and records with a seal."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+_CHUNK = 1 << 20
+_SEAL = "seal"
+
+
+def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
+    """Write values to a file as JSON, with a digest of them.
+
+    Returns:
+        The values as `read_record` will find them.
+    """
+    kept: dict[str, Any] = json.loads(json.dumps(content, default=os.fspath))
+    path.write_text(json.dumps({**kept, _SEAL: _digest(kept)}, indent=1) + "\n")
+    return kept
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` has written.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has changed since.
+    """
+    content: Any = None
+    with suppress(ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.pop(_SEAL, None) != _digest(content):
+        raise ValueError(f"{path.name} has changed on the disk")
+    return content
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def damage(folder: Path, digests: Mapping[str, str]) -> str:
+    """Which file of a folder does not have the digest that it should; empty if all have it."""
+    for name, digest in digests.items():
+        try:
+            found = file_digest(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        if found != digest:
+            return f"{name} has changed on the disk"
+    return ""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256, in hex, of all of a file but what is zero, and of its size."""
+    total = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        total.update(b"%d\n" % os.fstat(file.fileno()).st_size)
+        for start, data in chunks(file):
+            total.update(b"%d\n" % start)
+            total.update(data)
+    return total.hexdigest()
+
+
+def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are there: where each begins and ends, in bytes."""
+    fd, end = file.fileno(), 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # that is: nothing but a hole is left
+                raise
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def chunks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """All of a file but what is zero: where each piece, of at most a MiB, begins, and its bytes.
+
+    The pieces are the same however the file's holes lie.
+    """
+    zero = bytes(_CHUNK)
+    done = 0
+    for begin, end in extents(file):
+        start = max(done, begin - begin % _CHUNK)
+        while start < end:
+            data = os.pread(file.fileno(), _CHUNK, start)
+            if data != zero[: len(data)]:
+                yield start, data
+            start += _CHUNK
+        done = start
