@@ -224,19 +224,15 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 @pytest.fixture(scope="session")
-def vm_factory(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> GuestFactory:
+def vm_factory(pytestconfig: pytest.Config) -> GuestFactory:
     """Boots guests: ``with vm_factory.boot("debian-13", memory="1GiB") as guest: …``."""
-    session = pytestconfig.stash[SESSION]
-    session.temporary = lambda: tmp_path_factory.mktemp("vm-artifacts")
-    return session.factory
+    return pytestconfig.stash[SESSION].factory
 
 
 @pytest.fixture
 def vm_artifacts(
     request: pytest.FixtureRequest,
-    vm_factory: GuestFactory,  # noqa: ARG001  # it says where folders are made
+    vm_factory: GuestFactory,  # noqa: ARG001  # a test with artifacts is one that has guests
 ) -> Path:
     """The folder of this test's artifacts; it is kept if the test fails."""
     return request.config.stash[SESSION].artifacts_of(request.node)

@@ -603,7 +603,8 @@ class Session:
     Its hooks are put in order by `OUTERMOST`, `FIRST` and `LAST`: pytest cannot be imported before
     the path is set.
 
-    The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set,
+    The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set, ``ini`` (a list of
+    ``[names of a key, value]``),
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
     ``measure`` (coverage's options, if it is measured) and ``tree`` (of what), ``fixtures`` (name →
     value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
@@ -629,14 +630,16 @@ class Session:
 
     # -- setting up ---------------------------------------------------------------------------
 
-    def pytest_plugin_registered(self, manager: pytest.PytestPluginManager) -> None:
-        """Take hooks that nobody here calls: their plugin stays with the host, which has looked at them."""
-        vars(manager)["check_pending"] = lambda: None
+    def pytest_addhooks(self, pluginmanager: pytest.PytestPluginManager) -> None:
+        """The first hook, which comes before pytest reads its first ini key."""
+        let_ini_keys_be(pluginmanager.get_plugin("pytestconfig"), self.settings["ini"])
+        # Hooks of plugins that stay on the host are unknown here; the host has looked at them.
+        vars(pluginmanager)["check_pending"] = lambda: None
 
     def pytest_configure(self, config: pytest.Config) -> None:
         for name, value in self.settings["options"].items():
             if hasattr(config.option, name):
-                setattr(config.option, name, value)
+                setattr(config.option, name, unpacked(value))
         if self.settings.get("junit"):
             from _pytest.junitxml import xml_key
 
@@ -713,6 +716,7 @@ class Session:
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]
+        item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
@@ -819,6 +823,40 @@ class Session:
 
     def pytest_unconfigure(self) -> None:
         self.wire.say({"finished": True})
+
+
+def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:
+    """Let ini keys have the host's values, as far as this side has such keys.
+
+    Args:
+        rows: the names of a key, and its value.
+    """
+    values: dict[str, Any] = {}
+    for names, packed in rows:
+        # One object for all names: `addinivalue_line` adds to it.
+        values.update(dict.fromkeys(names, unpacked(packed)))
+    read = config.getini
+
+    def getini(name: str) -> Any:
+        own = read(name)  # or it is unknown here
+        return values.get(name, own)
+
+    config.getini = getini
+
+
+def unpacked(value: Any) -> Any:
+    """A value of an option or an ini key; JSON has paths as objects with one member."""
+    if isinstance(value, list):
+        return [unpacked(member) for member in value]
+    if isinstance(value, dict):
+        if "py.path" in value:
+            import py  # type: ignore[import-untyped]
+
+            return py.path.local(value["py.path"])
+        import pathlib
+
+        return pathlib.Path(value["path"])
+    return value
 
 
 def fixtures_of(values: dict[str, object]) -> types.ModuleType:

@@ -6,10 +6,13 @@ skip in silence. What is about selecting, ordering, reporting or ending tests st
 
 from __future__ import annotations
 
-import shlex
+import os
 import uuid
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import entry_points
+from itertools import pairwise
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pytest
@@ -17,27 +20,34 @@ import pytest
 from pytest_vmsandbox.inside.environment import LEFT_OUT
 
 # Told by arguments of pytest's command line, since pytest reads them before it configures itself.
-_EARLY = {"assertmode", "capture", "importmode", "noconftest", "pythonwarnings"}
+# Each with its argument, and the plugin without which pytest does not know it.
+_EARLY = {
+    "assertmode": ("--assert", "assertion"),
+    "capture": ("--capture", "capture"),
+    "importmode": ("--import-mode", "main"),
+}
 
 # pytest's own that are this side's affair. What host-only plugins have is not known in the guest.
-_OURS_OPTIONS = _EARLY | {
+_OURS_OPTIONS = {
+    *_EARLY, "noconftest", "pythonwarnings",
     "basetemp", "cacheclear", "cacheshow", "code_highlight", "collectonly", "color", "confcutdir",
     "continue_on_collection_errors", "debug", "deselect", "disable_plugin_autoload", "durations",
     "durations_min", "failedfirst", "file_or_dir", "help", "ignore", "ignore_glob", "inifilename",
     "junitprefix", "keepduplicates", "keyword", "last_failed_no_failures", "lf", "log_file",
-    "log_file_mode", "markexpr", "maxfail", "newfirst", "no_header", "no_summary", "override_ini",
-    "pastebin", "plugins", "pyargs", "reportchars", "rootdir", "setuponly", "setupplan", "setupshow",
-    "show_fixtures_per_test", "showfixtures", "stepwise", "stepwise_reset", "stepwise_skip",
-    "strict_config", "strict_markers", "strict", "trace", "traceconfig", "usepdb", "usepdb_cls",
-    "version", "xmlpath",
+    "log_file_mode", "markexpr", "max_warnings", "maxfail", "newfirst", "no_header", "no_summary",
+    "override_ini", "pastebin", "plugins", "pyargs", "reportchars", "rootdir", "setuponly",
+    "setupplan", "setupshow", "show_fixtures_per_test", "showfixtures", "stepwise",
+    "stepwise_reset", "stepwise_skip", "strict_config", "trace", "traceconfig", "usepdb",
+    "usepdb_cls", "version", "xmlpath",
     "loadgroup",  # of xdist's workers alone
 }  # fmt: skip
 _OURS_INI = {
-    "addopts", "cache_dir", "minversion", "required_plugins", "strict", "strict_config",
-    "strict_markers", "strict_parametrization_ids", "testpaths",
+    "addopts", "cache_dir", "console_output_style", "log_file", "log_file_mode", "max_warnings",
+    "minversion", "required_plugins", "strict_config", "testpaths",
 }  # fmt: skip
-_OURS_INI_FAMILIES = ("junit_", "log_file", "vm_")
-_OURS_PLUGINS = ("vmsandbox", "pytest_vmsandbox", "xdist", "terminal")  # as `-p` names them
+_OURS_INI_FAMILIES = ("junit_", "vm_")
+# Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
+_OURS_PLUGINS = {"reports", "terminalprogress"}
 
 
 def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, object]:
@@ -48,45 +58,52 @@ def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str,
     """
     found = {}
     for name, value in vars(config.option).items():
-        if name not in _OURS_OPTIONS and not name.startswith("vm_") and _is_plain(value):
-            found[name] = _translated(value, translate)
+        if name not in _OURS_OPTIONS and not name.startswith("vm_"):
+            with suppress(TypeError):
+                found[name] = _packed(value, translate)
     return found
 
 
 def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[str]:
-    """Arguments for pytest in the guest: ini keys, and the options that are read early."""
-    option = config.option
-    args = [f"--capture={option.capture}", f"--import-mode={option.importmode}"]
-    args += [f"--assert={option.assertmode}"]
-    args += ["--noconftest"] if option.noconftest else []
-    for value in option.pythonwarnings or ():
+    """Arguments for pytest in the guest: the options that are read early, and the plugins."""
+    typed, _ = _named_plugins(config)
+    args = [
+        f"{flag}={getattr(config.option, name)}"
+        for name, (flag, plugin) in _EARLY.items()
+        if hasattr(config.option, name) and f"no:{plugin}" not in typed
+    ]
+    args += [f"--confcutdir={translate(str(_confcutdir(config)))}"]
+    args += ["--noconftest"] if config.option.noconftest else []
+    for value in config.option.pythonwarnings or ():
         args += ["-W", value]
-    # Keys of plugins that stay here; after the others, so that it counts more than `-W error`.
-    args += ["-W", "ignore:Unknown config option:pytest.PytestConfigWarning"]
-    for name, text in sorted(ini(config, translate).items()):
-        args += ["-o", f"{name}={text}"]
-    for name in option.plugins or ():
-        if not _is_ours(name.removeprefix("no:")):
-            args += ["-p", name]
-    return args
+    return [*args, *_loading(typed)]
 
 
-def ini(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, str]:
-    """The ini keys that are set, as texts that mean the same in the guest."""
-    set_here = getattr(config, "_inicfg", None)  # `inicfg` until pytest 9.0
-    if set_here is None:
-        set_here = config.inicfg  # type: ignore[deprecated]
-    overridden = [it.partition("=")[0] for it in config.getoption("override_ini") or ()]
-    known = config._parser._inidict  # noqa: SLF001  # pytest has no list
-    texts = {}
-    for name in {*set_here, *overridden, "markers"}:
-        if name not in known or name in _OURS_INI or name.startswith(_OURS_INI_FAMILIES):
+def ini(config: pytest.Config, translate: Callable[[str], str]) -> list[tuple[list[str], object]]:
+    """The ini keys that are set: their names (aliases are names, too), and their values.
+
+    The guest has the value that `pytest.Config.getini` gives here, whatever it comes from. A key
+    that is not set keeps the guest's own default, which may be about that machine.
+    """
+    parser = config._parser  # noqa: SLF001  # pytest has no list
+    names = {key: [key] for key in parser._inidict}  # noqa: SLF001
+    for alias, key in getattr(parser, "_ini_aliases", {}).items():  # since pytest 9.0
+        names[key].append(alias)
+    written = _written(config)
+    rows: list[tuple[list[str], object]] = [
+        (["strict_config"], False),  # what this side's pytest has accepted, no guest is to refuse
+        (["addopts"], _loading(_named_plugins(config)[1])),
+    ]
+    for key, called in sorted(names.items()):
+        if key in _OURS_INI or key.startswith(_OURS_INI_FAMILIES):
             continue
-        value = config.getini(name)
-        if value is not None:
-            lines = "linelist" in repr(known[name][1])  # a type, or several
-            texts[name] = _text(value, translate, lines=lines)
-    return texts
+        value, (_, _, default) = _value(config, key), parser._inidict[key]  # noqa: SLF001
+        # Lines that plugins add do not make a key set. A guest lacks some of those plugins, and
+        # would warn of their markers.
+        if value is not default or not written.isdisjoint(called) or key == "markers":
+            with suppress(TypeError):  # no file holds such a value: it is a default
+                rows.append((called, _packed(value, translate)))
+    return rows
 
 
 def plugins(config: pytest.Config) -> list[str]:
@@ -131,33 +148,78 @@ def translator(root: Path, there: str) -> Callable[[str], str]:
     return translate
 
 
-def _is_ours(plugin: str) -> bool:
-    return f"pytest-{_canonical(plugin)}" in LEFT_OUT or plugin.startswith(_OURS_PLUGINS)
+def _confcutdir(config: pytest.Config) -> Path:
+    """The folder above which no conftest.py counts, or the project's where that is above it."""
+    given = Path(config.invocation_params.dir, config.known_args_namespace.confcutdir)
+    folder = Path(os.path.normpath(given))
+    return folder if folder.is_relative_to(config.rootpath) else config.rootpath
+
+
+def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
+    """The plugins that this run was told to load, or (``no:NAME``) to leave out.
+
+    Returns:
+        Those of the command line, and all others. pytest leaves out the former so early that their
+        options do not exist, but not the latter.
+    """
+    host_only = {
+        name
+        for point in entry_points(group="pytest11")
+        if point.dist is not None and _canonical(point.dist.name) in LEFT_OUT
+        for name in (point.name, point.module)
+    }
+    stay = host_only | _OURS_PLUGINS
+    if hasattr(config, "workerinput"):
+        stay.add("terminal")  # no worker of xdist has one
+    of_environment = filter(None, os.environ.get("PYTEST_PLUGINS", "").split(","))
+    words = config.invocation_params.args
+    typed = {word[2:] for word in map(str, words) if word.startswith("-p")}
+    typed.update(str(name) for word, name in pairwise(words) if word == "-p")
+    found: tuple[list[str], list[str]] = ([], [])
+    for name in (*config.option.plugins, *of_environment):
+        bare = name.removeprefix("no:")
+        if bare not in stay and not bare.startswith("vmsandbox"):
+            found[name not in typed].append(name)
+    return found
+
+
+def _loading(plugins: Iterable[str]) -> list[str]:
+    return [word for name in plugins for word in ("-p", name)]
+
+
+def _written(config: pytest.Config) -> set[str]:
+    """The names of ini keys, or their aliases, in the ini file and on the command line."""
+    in_file = getattr(config, "_inicfg", None)  # `inicfg` until pytest 9.0
+    if in_file is None:
+        in_file = config.inicfg  # type: ignore[deprecated]
+    return {*in_file, *(text.partition("=")[0] for text in config.option.override_ini or ())}
+
+
+def _value(config: pytest.Config, key: str) -> Any:
+    """What counts for an ini key. Those of strictness follow from ``strict`` if they are not set."""
+    value = config.getini(key)
+    if value is None and key.startswith("strict_"):
+        return config.getini("strict") or None
+    return value
 
 
 def _canonical(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | bool)
+def _packed(value: Any, translate: Callable[[str], str]) -> Any:
+    """A value as JSON has it; the runner's `unpacked` is the way back.
 
-
-def _translated(value: Any, translate: Callable[[str], str]) -> Any:
+    Raises:
+        TypeError: JSON has no such value.
+    """
     if isinstance(value, str):
         return translate(value)
+    if value is None or isinstance(value, int | float):
+        return value
     if isinstance(value, list | tuple):
-        return [_translated(it, translate) for it in value]
-    return value
-
-
-def _text(value: Any, translate: Callable[[str], str], *, lines: bool) -> str:
-    """An ini value, which pytest has read, as it would be written."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        words = [translate(str(it)) for it in value]
-        return "\n".join(words) if lines else shlex.join(words)
-    return str(value)
+        return [_packed(member, translate) for member in value]
+    if isinstance(value, os.PathLike):
+        kind = "path" if isinstance(value, PurePath) else "py.path"
+        return {kind: translate(os.fspath(value))}
+    raise TypeError

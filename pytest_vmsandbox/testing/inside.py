@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import sys
 from collections.abc import Iterator
@@ -48,11 +49,18 @@ class Inside:
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Carry out a test's protocol in its guest."""
+        self._leave_limit_to_guest()
         try:
             self._run(item, nextitem)
         except KeyboardInterrupt:
             self._leases.interrupt(item)
             raise
+
+    def _leave_limit_to_guest(self) -> None:
+        """Stop pytest's ``faulthandler_timeout`` here: the guest has it, and booting is no part of it."""
+        known = self._config.pluginmanager.has_plugin("faulthandler")
+        if known and self._config.getini("faulthandler_timeout"):
+            faulthandler.cancel_dump_traceback_later()
 
     def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
@@ -175,12 +183,12 @@ class Inside:
         session = lease.session
         assert session is not None
         ahead: pytest.Item | None = item
-        for _ in range(1 + _AHEAD):
+        for place in range(1 + _AHEAD):
             if ahead is None or (nodeid := collection.plain_nodeid(ahead)) in self._alone:
                 return
             if nodeid not in session.collected.items:
                 return
-            if nodeid not in session.announced:
+            if place >= len(session.announced):  # not by name: a test may be there twice
                 following, more = self._next(ahead, None)
                 session.announce(nodeid, following=following, more=more, marks=_marks(ahead))
             ahead = self._following.get(ahead)

@@ -278,14 +278,15 @@ class Leases:
         where = translate(str(config.invocation_params.dir))
         return {
             "args": [
-                *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini", f"--confcutdir={tree}"),
-                *("--disable-plugin-autoload", "-o", f"cache_dir={BASE}/cache"),
+                *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini"),
+                "--disable-plugin-autoload",
                 *(word for name in wanted for word in ("-p", name)),
                 *forwarding.arguments(config, translate),
                 *(f"{tree}/{file}" for file in files),
             ],
             "plugins": [] if wanted else forwarding.plugins(config),
             "options": forwarding.options(config, translate),
+            "ini": [(["cache_dir"], f"{BASE}/cache"), *forwarding.ini(config, translate)],
             "fixtures": forwarding.fixtures(config),
             "path": list(installed.path),
             "programs": installed.programs,
@@ -295,7 +296,7 @@ class Leases:
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
-            "live": config.getoption("capture") == "no",
+            "live": config.getoption("capture", default="no") == "no",
         }
 
     def _payload(self, session: pytest.Session) -> Payload:

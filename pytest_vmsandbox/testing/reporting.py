@@ -37,7 +37,7 @@ def make_report(
         report = yield
     else:
         only_text = False
-        if not item.config.getoption("fulltrace"):
+        if not item.config.getoption("fulltrace", default=False):
             only_text = not hide_ours(call.excinfo)
         report = yield
         if isinstance(call.excinfo.value, INFRASTRUCTURE):

@@ -20,7 +20,7 @@ from pytest_vmsandbox.testing.artifacts import Artifacts
 from pytest_vmsandbox.testing.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.guests.factory import GuestFactory
@@ -57,7 +57,6 @@ class VMSession:
         unimportable: files of tests that this side could not collect, relative to the rootdir.
         item: the test that runs now.
         coming: image and hardware of the fresh guest of each test that has one.
-        temporary: makes a folder that pytest removes some runs later.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -68,7 +67,6 @@ class VMSession:
         self.unimportable: set[str] = set()
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
-        self.temporary: Callable[[], Path] = lambda: Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
 
@@ -77,8 +75,6 @@ class VMSession:
         """The tests that run inside guests."""
         from pytest_vmsandbox.testing.inside import Inside
 
-        if factory := getattr(self.config, "_tmp_path_factory", None):
-            self.temporary = lambda: factory.mktemp("vm-artifacts")
         return Inside(self)
 
     def finish_inside(self) -> None:
@@ -207,7 +203,14 @@ class VMSession:
     @cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
-        return Artifacts(options.artifacts_dir(self.config) or self.temporary())
+        return Artifacts(options.artifacts_dir(self.config) or self._temporary())
+
+    def _temporary(self) -> Path:
+        """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
+        factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
+        if factory is None:
+            return Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
+        return factory.mktemp("vm-artifacts")
 
     def artifacts_of(self, item: pytest.Item) -> Path:
         """The folder of a test; it has the logs of the guests that the test may have used."""

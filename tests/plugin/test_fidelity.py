@@ -3,22 +3,11 @@
 The guest is this machine: the same programs, the same files, nothing in between but the wire.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from support import fidelity
 from support.fidelity import Line
+from support.sides import INSIDE, PLAIN, Sides
 
-IMAGE = "debian-13"
-SUPPORT = Path(fidelity.__file__).parent
-# Plugins that stay on the host have no frames in a guest's tracebacks.
-HOST_ONLY = ("vmsandbox", "pytest_cov", "pytest_forked", "rerunfailures", "timeout")
-PLAIN = tuple(word for name in HOST_ONLY for word in ("-p", f"no:{name}"))
 # Each group is run in order, on caches of its own.
 GROUPS = {
     "all of it": ["--durations=5 --durations-min=100"],
@@ -49,52 +38,9 @@ LOOSE = {
 }
 
 
-class Sides:
-    """Both ways to run a copy of the project with every kind of outcome."""
-
-    def __init__(self, folder):
-        self.folder, self.suite = folder, folder / "suite"
-        shutil.copytree(fidelity.OUTCOMES, self.suite, ignore=shutil.ignore_patterns("__pycache__"))
-        self.reader = fidelity.Reader(IMAGE, {str(self.suite): "<suite>", str(folder): ""})
-
-    def differences(self, line):
-        inside = self.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
-        xdist = () if "-n" in line.args else ("-p", "no:xdist")
-        plain = self.run("plain", line, *PLAIN, *xdist)
-        runs = [self.reader.read(it, ordered=line.ordered) for it in (inside, plain)]
-        assert len(runs[1].cases) > 1, plain.screen
-        return fidelity.differences(*runs)
-
-    def run(self, side, line, *args):
-        junit = self.folder / f"{side}.xml"
-        junit.unlink(missing_ok=True)
-        kept = {
-            k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "PYTHON", "COV"))
-        }
-        environment = {
-            **kept, "LC_ALL": "C.UTF-8", "COLUMNS": "300", "TMPDIR": str(self.folder), "CI": "", **line.environment,
-            "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}", "VMSANDBOX_CACHE": str(self.folder / "c"),
-            "VMSANDBOX_RUNTIME": str(self.folder / "r"),
-        }  # fmt: skip
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", *args, f"--junitxml={junit}"),
-                *("-o", f"cache_dir={self.folder / side}-cache", "--ignore=apart"),
-                *line.arguments(IMAGE if side == "inside" else None),
-            ],
-            cwd=self.suite, env=environment, timeout=100, check=False, stderr=subprocess.STDOUT,
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        return fidelity.Said(
-            status=done.returncode,
-            screen=done.stdout.decode(errors="backslashreplace"),
-            junit=junit.read_bytes() if junit.exists() else b"",
-        )
-
-
 @pytest.fixture
 def sides(tmp_path_factory):
-    return Sides(tmp_path_factory.mktemp("f"))
+    return Sides.with_every_outcome(tmp_path_factory.mktemp("f"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -117,7 +63,7 @@ def test_options_of_the_environment(sides):
 def test_files_that_are_skipped_as_a_whole(sides):
     """The guest is asked about them: each is a test that is skipped, for the same reason."""
     line = Line.of("apart/test_importorskip.py apart/test_skips_module.py")
-    inside = sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm")
+    inside = sides.run("inside", line, *INSIDE)
     plain = sides.run("plain", line, *PLAIN)
     told = [
         sorted(it for it in sides.reader.read(said).screen if it.startswith("SKIPPED"))
@@ -131,7 +77,7 @@ def test_a_file_that_cannot_be_imported(sides):
     (sides.suite / "test_broken.py").write_text("import no_such_module_anywhere\n")
     line = Line.of("--continue-on-collection-errors test_broken.py test_text.txt")
     inside, plain = (
-        sides.run("inside", line, "-p", "vmsandbox_local", "--in-vm"),
+        sides.run("inside", line, *INSIDE),
         sides.run("plain", line, *PLAIN),
     )
     assert inside.status == plain.status == 1

@@ -1,6 +1,7 @@
 """What `vm`, `vm_factory` and `vm_artifacts` do, told by a fake that boots guests."""
 
 import pytest
+from _pytest.config import default_plugins, essential_plugins
 
 
 def test_each_test_gets_a_guest_of_its_own(suite):
@@ -384,3 +385,25 @@ class TestUnittest:
     def test_a_bad_marker_is_a_usage_error(self, suite):
         suite.write(self.USE.format(marked="@pytest.mark.vm(cpus=0)", passes=True))
         assert "test_suite.py::TestOld::test_a: cpus=0" in suite.usage_error()
+
+
+@pytest.mark.parametrize("plugin", [it for it in default_plugins if it not in essential_plugins])
+def test_a_plugin_of_pytests_is_off(suite, plugin):
+    """Tests that drive a guest need none of them."""
+    suite.write("""
+import pytest
+
+def test_passes(vm, vm_artifacts):
+    assert vm.alive
+    assert vm_artifacts.exists()
+
+@pytest.mark.vm("beta", cpus=13)
+def test_has_no_guest(vm): pass
+""")
+    result = suite.run("-p", f"no:{plugin}")
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    if plugin == "python":
+        assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    else:
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        assert suite.guests == ["boot alpha-1.1", "end alpha-1.1", "boot beta.2 cpus=13"]

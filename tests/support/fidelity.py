@@ -16,7 +16,7 @@ OUTCOMES = Path(__file__).with_name("outcomes")
 # What a run has to be told so that more of it can be compared.
 ARGS = ("-o", "junit_logging=all")
 _HEADER = re.compile(
-    r"^(platform |cachedir: |rootdir: |configfile: |plugins: |testpaths: |vmsandbox: |using "
+    r"^(platform |cachedir: |rootdir: |configfile: |plugins: |metadata: |testpaths: |vmsandbox: |using "
     r"|--- generated xml file|\d+ workers|bringing up nodes|created: |initialized: |ready: |scheduling tests|\[gw\d+\] )"
 )
 

@@ -430,6 +430,7 @@ class Folder:
             ],
             "plugins": [],
             "options": {},
+            "ini": [],
             "path": [],
             "programs": os.defpath,
             "cwd": str(self.folder),
