@@ -1,6 +1,6 @@
 """Coverage of what runs inside guests, in the reports of pytest-cov on this side.
 
-The guest is this machine, as in `test_fidelity`, with a copy of the project.
+The guest is this machine, as in `tests/differential`, with a copy of the project.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What is left of guests in which tests have failed, and what is told of them.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `tests/differential`.
 """
 
 import pytest

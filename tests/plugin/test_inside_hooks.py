@@ -1,6 +1,6 @@
 """Hooks of other plugins that fail for tests inside guests: they end nothing, and are told once.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `tests/differential`.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Which test of the guest is meant by one of this side, where parameters differ between the two.
 
-The guest is this machine, as in `test_fidelity`; what differs is made to, by the variable that
+The guest is this machine, as in `tests/differential`; what differs is made to, by the variable that
 only a guest has.
 """
 

@@ -1,6 +1,6 @@
 """Tests inside guests beside other plugins, which have to do with how a test is run.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `tests/differential`.
 """
 
 import pytest

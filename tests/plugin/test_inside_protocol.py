@@ -1,6 +1,6 @@
 """Tests inside guests among others: which guest they share, what is torn down when, Ctrl-C.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `tests/differential`.
 """
 
 import signal

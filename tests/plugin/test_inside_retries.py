@@ -1,6 +1,6 @@
 """A guest that the host or chance takes away: a fresh one is tried, once, and that is told.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `tests/differential`.
 """
 
 import xml.etree.ElementTree as ET

@@ -125,7 +125,7 @@ def test_push(payload, ini, pushed):
 
 @pytest.fixture
 def inside(tmp_path_factory):
-    """A suite whose guests are this machine, as in `test_fidelity`."""
+    """A suite whose guests are this machine, as in `tests/differential`."""
     return Suite(tmp_path_factory.mktemp("s"))
 
 

@@ -1,6 +1,6 @@
 """Tests that patch or damage what they share with pytest, and with what tells of them.
 
-They end as in plain pytest. The guest is this machine, as in `test_fidelity`.
+They end as in plain pytest. The guest is this machine, as in `tests/differential`.
 """
 
 import pkgutil

@@ -1,6 +1,6 @@
 """Each of pytest's own settings means inside a guest what it means to plain pytest.
 
-The guest is this machine, as in `test_fidelity`.
+The guest is this machine, as in `test_outcomes`.
 """
 
 import json
@@ -255,9 +255,9 @@ WITHOUT_ROW = {
         "cacheshow collectonly help show_fixtures_per_test showfixtures version",
     "it is refused, or told that it shows nothing: test_usage has it":
         "setuponly setupplan setupshow trace usepdb usepdb_cls",
-    "what is chosen and ordered here: test_fidelity has those, with two runs each":
+    "what is chosen and ordered here: test_outcomes has those, with two runs each":
         "cacheclear failedfirst last_failed_no_failures lf newfirst stepwise_reset",
-    "a file that this side cannot collect is one test here, and the guest's: below, and in test_fidelity": """
+    "a file that this side cannot collect is one test here, and the guest's: below, and in test_outcomes": """
         continue_on_collection_errors doctest_ignore_import_errors strict_parametrization_ids""",
     "where files of pytest's are, or what is left of them after the run":
         "basetemp cache_dir inifilename rootdir tmp_path_retention_count",
@@ -313,10 +313,16 @@ def there():
 # -- one setting, or several in one run -----------------------------------------------------------------
 
 
-def runs_of(tmp_path, rows, *, ordered=True):
+@pytest.fixture
+def folder(tmp_path_factory):
+    """One with a short name: the path of a Unix socket has at most 107 characters."""
+    return tmp_path_factory.mktemp("f")
+
+
+def runs_of(folder, rows, *, ordered=True):
     """Runs the tests of some rows: either way, with the settings of such rows as are chosen."""
     files = {path: text for it in rows for path, text in it.files.items()}
-    sides = Sides.of(tmp_path, {"conftest.py": CONFTEST, **files})
+    sides = Sides.of(folder, {"conftest.py": CONFTEST, **files})
 
     @cache
     def run(way, *chosen):
@@ -337,9 +343,9 @@ def of_files(run, files):
 
 
 @pytest.mark.parametrize("group", there())
-def test_it_means_the_same_inside(tmp_path, group):
+def test_it_means_the_same_inside(folder, group):
     rows = there()[group]
-    run = runs_of(tmp_path, rows, ordered=group not in LOOSE)
+    run = runs_of(folder, rows, ordered=group not in LOOSE)
     expected = run(Sides.plain, *rows)
     bare = run(Sides.plain)
     for one in rows:
@@ -368,8 +374,8 @@ def test_each_setting_has_a_row_or_a_reason():
     "strict_parametrization_ids" not in known()[0], reason="pytest 9.0 has brought strict ids"
 )
 @pytest.mark.parametrize("how", ["strict_parametrization_ids = true", "strict = true"])
-def test_ids_are_strict_in_files_that_only_the_guest_can_import(tmp_path, how):
-    sides = Sides.of(tmp_path, {"test_it.py": ONLY_THERE})
+def test_ids_are_strict_in_files_that_only_the_guest_can_import(folder, how):
+    sides = Sides.of(folder, {"test_it.py": ONLY_THERE})
     for ini, status, text in (("", 0, "2 passed"), (how, 1, "Duplicate parametrization IDs")):
         (sides.suite / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
         run = sides.inside(Line.of(""))
@@ -388,13 +394,13 @@ def test_a(a): pass
 """
 
 
-def test_the_run_ends_with_the_limit_of_faulthandler(tmp_path):
+def test_the_run_ends_with_the_limit_of_faulthandler(folder):
     """Plain pytest is gone then; inside, the test is an error, and the next one runs."""
     if "faulthandler_exit_on_timeout" not in known()[0]:
         pytest.skip("pytest 9.0 has brought it")
     test = "import time\n\ndef test_hangs(): time.sleep(90)\n\ndef test_next(): pass\n"
     ini = "[pytest]\nfaulthandler_timeout = 0.5\nfaulthandler_exit_on_timeout = true\n"
-    sides = Sides.of(tmp_path, {"pytest.ini": ini, "test_it.py": test})
+    sides = Sides.of(folder, {"pytest.ini": ini, "test_it.py": test})
     assert sides.plain(Line.of("")).status == 1
     run = sides.inside(Line.of(""))
     assert run.status == 1
@@ -496,13 +502,11 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_guest_reads_the_same_values(tmp_path, way):
+def test_a_guest_reads_the_same_values(folder, way):
     if way == "toml" and "strict" not in known()[0]:
         pytest.skip("pytest 9.0 has brought types in TOML")
     test = "def test_values(values): raise ValueError(values)\n"
-    sides = Sides.of(
-        tmp_path, {"conftest.py": VALUES_CONFTEST, "test_values.py": test, **WAYS[way]}
-    )
+    sides = Sides.of(folder, {"conftest.py": VALUES_CONFTEST, "test_values.py": test, **WAYS[way]})
     args = ["--place=a place", "--level=1.5", "--level=2"]
     if way == "command line":
         args += [word for key, value in INI.items() for word in ("-o", f"{key}={value}")]
@@ -567,14 +571,14 @@ OPTIONS = ["assertmode", "capture", "doctestmodules", "log_level", "lf", "runxfa
            "tbstyle", "usepdb", "verbose", "xmlpath", "pastebin", "setupshow"]  # fmt: skip
 
 
-def with_every_plugin(tmp_path, **files):
+def with_every_plugin(folder, **files):
     test = OFF["test_it.py"] % ([it for it in PLUGINS if it not in STAYS], OPTIONS)
-    return Sides.of(tmp_path, {**OFF, "pytest.ini": "[pytest]\n", "test_it.py": test, **files})
+    return Sides.of(folder, {**OFF, "pytest.ini": "[pytest]\n", "test_it.py": test, **files})
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_a_plugin_of_pytests_is_off(tmp_path, plugin):
-    sides = with_every_plugin(tmp_path)
+def test_a_plugin_of_pytests_is_off(folder, plugin):
+    sides = with_every_plugin(folder)
     line = Line.of(f"-p no:{plugin}", ordered=plugin != "capture")
     expected = sides.plain(line)
     assert expected.cases or plugin == "junitxml"
@@ -595,9 +599,9 @@ BLOCKED = "-p no:assertion -p no:skipping -p no:legacypath -p no:logging"
     ],
     ids=["ini", "environment", "no others", "others"],
 )
-def test_plugins_are_off_by_other_ways(tmp_path, ini, environment):
+def test_plugins_are_off_by_other_ways(folder, ini, environment):
     extra = "import pytest\n\n@pytest.fixture(autouse=True)\ndef extra(): print('of a plugin')\n"
-    sides = with_every_plugin(tmp_path, **{"pytest.ini": f"[pytest]\n{ini}\n", "extra.py": extra})
+    sides = with_every_plugin(folder, **{"pytest.ini": f"[pytest]\n{ini}\n", "extra.py": extra})
     # What stays on this side has its names there, too, if it is to be loaded by name.
     more = ("pytest_vmsandbox.plugin", "xdist.plugin", "pytest_timeout", "pytest_cov")
     alone = "PYTEST_DISABLE_PLUGIN_AUTOLOAD" in environment
