@@ -23,23 +23,22 @@ FOLDER = pathlib.Path({folder!r})
 
 class Loses:
     def pytest_vmsandbox_guest_ready(self, config, guest):
-        keepers = f"{{config.stash[SESSION].factory.folder / guest.name}}/"
+        place = config.stash[SESSION].factory.folder / guest.name
         if (FOLDER / "lose-at-once").exists():
-            self.lose(guest, keepers)
+            self.lose(guest, place)
         else:
-            threading.Thread(target=self.watch, args=(guest, keepers), daemon=True).start()
+            threading.Thread(target=self.watch, args=(guest, place), daemon=True).start()
 
-    def watch(self, guest, keepers):
+    def watch(self, guest, place):
         while guest.alive:
-            if (FOLDER / "lose").exists():
-                (FOLDER / "lose").unlink()
-                self.lose(guest, keepers)
+            if (place / "lose").exists():
+                self.lose(guest, place)
             time.sleep(0.02)
 
-    def lose(self, guest, keepers):
+    def lose(self, guest, place):
         guest.transient = {transient}
         guest.lost = f"{{guest.name}}: QEMU ended with signal SIGKILL"
-        end_all(keepers)
+        end_all(f"{{place}}/")
 
 
 def pytest_configure(config):
@@ -54,12 +53,18 @@ import time
 FOLDER = pathlib.Path({folder!r})
 
 
+def own_guest():
+    # Its keeper was started with a folder in it.
+    words = pathlib.Path(f"/proc/{{os.getppid()}}/cmdline").read_text().split(chr(0))
+    return pathlib.Path(words[words.index("serve") + 1]).parent
+
+
 def lost_here(most=1):
     times = FOLDER / "times"
     count = len(times.read_text()) if times.exists() else 0
     if count < most:
         times.write_text("x" * (count + 1))
-        (FOLDER / "lose").touch()
+        (own_guest() / "lose").touch()
         time.sleep(60)
 
 
