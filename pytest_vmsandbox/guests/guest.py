@@ -588,11 +588,16 @@ class Guest:
     @property
     def alive(self) -> bool:
         """Whether it is switched on and has neither ended nor panicked."""
+        return self.loss is None
+
+    @property
+    def loss(self) -> GuestLost | None:
+        """Why it is gone; None if it is alive."""
         try:
             self._check()
-        except GuestLost:
-            return False
-        return True
+        except GuestLost as lost:
+            return lost
+        return None
 
     @property
     def console(self) -> Console:

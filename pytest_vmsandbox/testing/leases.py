@@ -111,9 +111,11 @@ class Leases:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
         key = collection.place_of(item)
         lease = self._leases.get(key)
-        if lease is not None and not lease.guest.alive:
+        if lease is not None and (loss := lease.guest.loss) is not None:
             self._end(key)
             lease = None
+            if loss.transient:  # the test may have run in it, ahead of its reports
+                self._session.note_retry(loss, item)
         if lease is None:
             lease = self._leases[key] = self._opened(item)
         self._session.note_use(lease.guest)

@@ -63,11 +63,17 @@ class LocalGuest:
 
     @property
     def alive(self):
-        return self.lost is None
+        return self.loss is None
+
+    @property
+    def loss(self):
+        if self.lost is None:
+            return None
+        return GuestLost(self.lost, stage="kernel", transient=self.transient)
 
     def check(self):
-        if self.lost is not None:
-            raise GuestLost(self.lost, stage="kernel", transient=self.transient)
+        if self.loss is not None:
+            raise self.loss
 
     def run(self, argv, *, check=True, user=None, timeout=60, input=None):  # noqa: A002
         self.check()
