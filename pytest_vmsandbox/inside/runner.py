@@ -636,10 +636,20 @@ class Session:
         # Hooks of plugins that stay on the host are unknown here; the host has looked at them.
         vars(pluginmanager)["check_pending"] = lambda: None
 
-    def pytest_configure(self, config: pytest.Config) -> None:
+    def pytest_load_initial_conftests(self, early_config: pytest.Config) -> None:
+        self.set_options(early_config.known_args_namespace)
+
+    def pytest_cmdline_parse(self) -> Iterator[None]:
+        """Set the options as soon as pytest has read its own: before any other hook looks at them."""
+        outcome: Any = yield
+        self.set_options(outcome.get_result().option)
+
+    def set_options(self, option: Any) -> None:
         for name, value in self.settings["options"].items():
-            if hasattr(config.option, name):
-                setattr(config.option, name, unpacked(value))
+            if hasattr(option, name):
+                setattr(option, name, unpacked(value))
+
+    def pytest_configure(self, config: pytest.Config) -> None:
         if self.settings.get("junit"):
             from _pytest.junitxml import xml_key
 
@@ -721,7 +731,13 @@ class Session:
             item.add_marker(getattr(self.mark, name)(reason=reason))
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         stop = session.shouldfail or session.shouldstop
-        self.wire.say({"done": message["id"], "stop": str(stop) if stop else None})
+        self.wire.say(
+            {
+                "done": message["id"],
+                "stop": str(stop) if stop else None,
+                "fail": bool(session.shouldfail),
+            }
+        )
         return bool(stop)
 
     def next(self, message: dict[str, Any]) -> pytest.Item | None:
@@ -893,8 +909,8 @@ class JUnit:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-OUTERMOST = ("pytest_collection",)
-FIRST = ("pytest_configure", "pytest_runtestloop")
+OUTERMOST = ("pytest_cmdline_parse", "pytest_collection")
+FIRST = ("pytest_configure", "pytest_load_initial_conftests", "pytest_runtestloop")
 LAST = (
     "pytest_sessionstart",
     "pytest_collection_finish",

@@ -61,6 +61,20 @@ def runs_inside(item: pytest.Item) -> bool:
     return selection.reason(wishes.skip, image_of(item) or "") is None
 
 
+def refuse_here(item: pytest.Item) -> None:
+    """Let no test run on this machine that is meant for a guest.
+
+    Raises:
+        ConfigError: another plugin is about to do that.
+    """
+    if runs_inside(item):
+        raise ConfigError(
+            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
+            "machine",
+            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
+        )
+
+
 def _runs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
     try:
         marked = selection.in_guest(node.iter_markers("in_vm"))

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, packages_distributions
 from itertools import pairwise
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -178,9 +178,33 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
     found: tuple[list[str], list[str]] = ([], [])
     for name in (*config.option.plugins, *of_environment):
         bare = name.removeprefix("no:")
-        if bare not in stay and not bare.startswith("vmsandbox"):
+        if (
+            bare not in stay
+            and not bare.startswith("vmsandbox")
+            and not _is_only_here(config, name)
+        ):
             found[name not in typed].append(name)
     return found
+
+
+def only_here(config: pytest.Config) -> list[str]:
+    """The plugins, named for this run, that no guest can have; those of ours do not count."""
+    of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
+    return [
+        name
+        for name in dict.fromkeys((*config.option.plugins, *of_environment))
+        if not name.startswith("vmsandbox") and _is_only_here(config, name)
+    ]
+
+
+def _is_only_here(config: pytest.Config, name: str) -> bool:
+    """Whether a plugin is neither in the project, nor installed, nor pytest's: an editor's, for instance."""
+    plugin = config.pluginmanager.get_plugin(name)
+    file = getattr(plugin, "__file__", None)
+    if plugin is None or file is None or Path(file).is_relative_to(config.rootpath):
+        return False
+    top: str = plugin.__name__.partition(".")[0]
+    return top not in {"_pytest", "pytest", *packages_distributions()}
 
 
 def _loading(plugins: Iterable[str]) -> list[str]:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.testing.session import VMSession
 
-ENDING: tuple[type[BaseException], ...] = (pytest.exit.Exception, KeyboardInterrupt)
+ENDING: tuple[type[BaseException], ...] = (
+    pytest.exit.Exception,
+    KeyboardInterrupt,
+    pytest.Session.Failed,
+    pytest.Session.Interrupted,
+)
 
 
 class Hooks:
@@ -32,6 +37,7 @@ class Hooks:
         self._session = session
         self._manager = session.config.pluginmanager
         self._reached = _Reached()
+        self._told: set[tuple[str, type[BaseException], str]] = set()
         self._manager.register(self._reached, "vmsandbox-reached")
 
     def notify(self, hook: Any, **arguments: Any) -> None:
@@ -82,6 +88,9 @@ class Hooks:
             while trace.tb_next is not None:
                 trace = trace.tb_next
             where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        if (name, type(error), where) in self._told:
+            return
+        self._told.add((name, type(error), where))
         self._session.tell(
             f"a plugin's {name} failed for a test inside a guest, and the run goes on: "
             f"{type(error).__name__}: {error}{where}"

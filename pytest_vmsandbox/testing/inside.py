@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.testing.session import VMSession
 
+_Record = tuple[str, str, str]  # for junit's file: what it is, name and value
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
 
 
@@ -107,28 +108,51 @@ class Inside:
         assert call.result is not None
         lease = call.result
         reports: list[pytest.TestReport] = []
+        records: list[_Record] = []
         try:
             found = self._guest_id(lease, item)
             if not isinstance(found, str):
+                lease.has_failed |= found.failed
                 yield found
                 yield self._passed(item, "teardown")
                 return
-            for report in self._session_reports(lease, item, found, nextitem):
-                if type(report) is pytest.TestReport:  # a subtest's is one more
+            for report, is_subtest in self._session_reports(lease, item, found, nextitem, records):
+                if not is_subtest:  # which is one more
                     self._check_order(phases, report)
                 reports.append(report)
             if phases:
                 raise self._broken(f"a test is done without {phases[0]}")
+        except ENDING:  # what the test has told before counts
+            self._keep(lease, item, reports, records)
+            yield from reports
+            raise
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
             self._leases.lose(lease, error)
-            if isinstance(error, GuestLost) and self._runs_again(item, error, ahead):
-                yield from self._reports(item, nextitem)
-                return
+            has_failed = any(report.failed for report in reports)
+            if isinstance(error, GuestLost) and not has_failed:
+                if self._runs_again(item, error, ahead):
+                    yield from self._reports(item, nextitem)
+                    return
+            elif ahead:
+                self._alone.update(ahead)
             reports.append(self._failed(item, error, phases[0] if phases else "teardown"))
             if phases and phases[0] != "teardown":
                 reports.append(self._passed(item, "teardown"))
+        self._keep(lease, item, reports, records)
         yield from reports
+
+    def _keep(
+        self,
+        lease: Lease,
+        item: pytest.Item,
+        reports: list[pytest.TestReport],
+        records: list[_Record],
+    ) -> None:
+        """Note what a test has left, which counts from now on: it does not run again."""
+        lease.has_failed |= any(report.failed for report in reports)
+        for record in records:
+            self._record(*record, item.nodeid)
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
@@ -139,6 +163,11 @@ class Inside:
             return True
         if ahead:  # any of them may have done it, while reports were on their way: one by one, then
             self._alone.update([nodeid, *ahead])
+            self._session.failed = True  # it may not happen again, and it has happened
+            self._session.tell(
+                f"{error.brief}\n  One of these tests has done it. They run again, one by one: "
+                f"{', '.join([nodeid, *ahead])}"
+            )
         return bool(ahead)
 
     def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
@@ -149,9 +178,15 @@ class Inside:
             phases.remove("call")
 
     def _session_reports(
-        self, lease: Lease, item: pytest.Item, nodeid: str, nextitem: pytest.Item | None
-    ) -> Iterator[pytest.TestReport]:
-        from pytest_vmsandbox.testing.remote_reports import colourless
+        self,
+        lease: Lease,
+        item: pytest.Item,
+        nodeid: str,
+        nextitem: pytest.Item | None,
+        records: list[_Record],
+    ) -> Iterator[tuple[pytest.TestReport, bool]]:
+        """The reports that come, and whether each is a subtest's; what is for junit goes to `records`."""
+        from pytest_vmsandbox.testing.remote_reports import colourless, harmless
 
         assert lease.session is not None
         following, more = self._next(item, nextitem)
@@ -164,9 +199,14 @@ class Inside:
             limit=self._limit(item, lease),
         ):
             if "report" in message:
-                yield lease.reader.test_report(item, nodeid, message["report"])
+                report = lease.reader.test_report(item, nodeid, message["report"])
+                yield report, lease.reader.is_subtest(message["report"])
             elif message.get("stop"):
-                item.session.shouldstop = colourless(str(message["stop"]))
+                how = "shouldfail" if message.get("fail") else "shouldstop"
+                setattr(item.session, how, colourless(str(message["stop"])))
+            elif "junit" in message:
+                kind, name, value = (message.get(key) for key in ("junit", "name", "value"))
+                records.append((str(kind), harmless(name), harmless(value)))
             elif "interrupted" in message:
                 self._stop(item, message)
             else:
@@ -203,8 +243,6 @@ class Inside:
             # This side has collected, too, but for some files, and has told what it saw.
             if arguments["when"] == "runtest" or file in self._collected_there():
                 self._hooks.notify(self._config.hook.pytest_warning_recorded, **arguments)
-        elif "junit" in message:
-            self._record(message, nodeid)
         elif "output" in message:
             stream = sys.stderr if message.get("of") == 2 else sys.stdout
             encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -216,15 +254,12 @@ class Inside:
         """The paths of files that only guests collect."""
         return {str(self._config.rootpath / it) for it in self._session.unimportable}
 
-    def _record(self, message: Message, nodeid: str) -> None:
+    def _record(self, kind: str, name: str, value: str, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
-        from pytest_vmsandbox.testing.remote_reports import harmless
-
         xml = self._config.stash.get(xml_key, None)
-        name, value = harmless(message.get("name")), harmless(message.get("value"))
         if xml is None:
             return
-        if message["junit"] == "property":
+        if kind == "property":
             xml.add_global_property(name, value)
         elif re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             xml.node_reporter(nodeid).add_attribute(name, value)

@@ -54,6 +54,7 @@ class Lease:
     stack: ExitStack
     session: GuestSession | None = None
     has_collected: bool = False
+    has_failed: bool = False  # a test in it
 
 
 class Leases:
@@ -116,6 +117,8 @@ class Leases:
             lease = None
             if loss.transient:  # the test may have run in it, ahead of its reports
                 self._session.note_retry(loss, item)
+            else:
+                self._tell_problems([f"between two tests: {loss.brief}"])
         if lease is None:
             lease = self._leases[key] = self._opened(item)
         self._session.note_use(lease.guest)
@@ -277,6 +280,10 @@ class Leases:
             if collection.is_inside(it) and _kind(it) == kind
         }
         wanted = options.guest_plugins(config)
+        for name in forwarding.only_here(config):
+            self._session.tell(
+                f"the plugin {name} stays on this side: it is neither in the project nor installed"
+            )
         where = translate(str(config.invocation_params.dir))
         return {
             "args": [
@@ -378,9 +385,15 @@ class Leases:
                 )
                 if not keep:
                     stack.callback(self._end, key)
-                    if self._measuring is not None:
-                        self._finish(self._leases[key])
+                    if self._measuring is not None or collection.isolation_of(item) == "module":
+                        self._tell_problems(self._finish(self._leases[key]))
             yield
+
+    def _tell_problems(self, problems: list[str]) -> None:
+        """Tell what went wrong that is no test's error: the run is not green."""
+        for problem in problems:
+            self._session.failed = True
+            self._session.tell(problem)
 
     def _end(self, key: Key) -> None:
         lease = self._leases.pop(key)
@@ -392,15 +405,19 @@ class Leases:
         Returns:
             What went wrong, for people.
         """
-        if lease.session is None or not lease.guest.alive:
+        if lease.session is None:
             return []
+        if (loss := lease.guest.loss) is not None:
+            return [f"after the last test in it: {loss.brief}"]
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         if self._measuring is not None and self._prepared is not None:
             self._measuring.keep(said, self._prepared.tree, lease.guest.name)
+        allowed = {0, 1} if lease.has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
-            f"{lease.guest.name}: {printable(str(message.get('tail')))}"
+            f"{lease.guest.name}: {printable(str(message.get('tail', '')))}\n  its pytest ended with status "
+            f"{message['exit']}, which no test there has caused: a conftest.py or a plugin has"
             for message in said
-            if message.get("exit", 0) not in range(6)
+            if "exit" in message and message["exit"] not in allowed
         ]
 
     def close(self) -> list[str]:

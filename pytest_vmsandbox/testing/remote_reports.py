@@ -103,6 +103,10 @@ class Reader:
         report: pytest.TestReport = _made(make, clean)
         return report
 
+    def is_subtest(self, data: object) -> bool:
+        """Whether a report is that of a part of a test, beside those of its phases."""
+        return _object(data).get("_report_type") == _SUBTEST
+
     def _subtest(
         self, item: pytest.Item, clean: dict[str, Any], context: dict[str, Any]
     ) -> pytest.TestReport:

@@ -34,7 +34,10 @@ LOOSE = {
     # Without fixtures that are shared: it is chance which worker has them.
     "parallel": ["-n 2 test_marks.py test_subtests.py test_params.py::TestAClass"],
     # Plain pytest captures the letters that it shows for them.
-    "subtests of unittest": ["-rfE -o junit_logging=no apart/test_unittest_subtests.py"],
+    "subtests of unittest": [
+        "-rfE -o junit_logging=no apart/test_unittest_subtests.py",
+        "-rfE -o junit_logging=no -p no:subtests apart/test_unittest_subtests.py",
+    ],
 }
 
 

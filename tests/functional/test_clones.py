@@ -18,6 +18,7 @@ import pytest
 
 from pytest_vmsandbox import CommandError, GuestLost, Provision
 from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import sealing, waking
@@ -455,7 +456,7 @@ class TestChance:
         with one.boot("tiny", **TINY):
             pass
         spawned = first(
-            Monitor, "_await", lambda *_: os.kill(children_of_the_launcher()[-1], signal.SIGSTOP)
+            Monitor, "_await", lambda *_: os.kill(started_by_the_launcher(), signal.SIGSTOP)
         )
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
@@ -480,15 +481,23 @@ class TestChance:
         assert one.told.about("booted one by one") == []
 
 
+def started_by_the_launcher():
+    """The process number of this process's only guest, as soon as it has become QEMU."""
+    deadline = Deadline(20)
+    while not (found := children_of_the_launcher()) and not deadline.expired:
+        deadline.pause(0.001)
+    (number,) = found
+    return number
+
+
 def children_of_the_launcher():
-    """The process numbers of this process's guests, the newest last."""
+    """The process numbers of this process's guests."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             if b"qemu" in (stat.parent / "cmdline").read_bytes().split(b"\0")[0]:
-                found.append((int(stat.read_text().rpartition(")")[2].split()[19]), stat.parent))
-    ours = [path for _, path in sorted(found) if launcher_of(path) == os.getpid()]
-    return [int(path.name) for path in ours]
+                found.append(stat.parent)
+    return [int(path.name) for path in found if launcher_of(path) == os.getpid()]
 
 
 def launcher_of(path):

@@ -41,7 +41,7 @@ class Script:
 
     def __init__(self, said):
         self.said, self.waiting = said, []
-        self.name, self.image, self.alive = "alpha-1.1", "alpha-1", True
+        self.name, self.image, self.alive, self.loss = "alpha-1.1", "alpha-1", True, None
 
     def send(self, data):
         message = json.loads(data)
@@ -72,7 +72,9 @@ def told(suite, monkeypatch):
     def told(*said, args=(), items=(ONE, TWO), failed=()):
         def get(self, item):
             key = collection.place_of(item)
-            lease = self._leases.setdefault(key, SimpleNamespace(session=None, stack=ExitStack()))
+            lease = self._leases.setdefault(
+                key, SimpleNamespace(session=None, stack=ExitStack(), has_failed=False)
+            )
             if lease.session is None:
                 script: Any = Script(said)
                 lease.guest, lease.reader, lease.patience = (

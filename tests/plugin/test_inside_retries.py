@@ -237,3 +237,48 @@ def test_a_session_that_cannot_start_is_told_once_in_full(suite):
     assert output.count("could not collect the tests") == 3
     assert output.count("reproduce: pytest") == 1
     assert output.count("see there") == 2
+
+
+def test_a_loss_that_does_not_come_again_is_no_green_run(suite):
+    """Whichever test did it, it did not do it when it ran alone."""
+    suite.loses(transient=False)
+    suite.test(
+        "def test_first(): pass\n\ndef test_lost(): lost_here()\n\n"
+        "def test_last(): pass\n\ndef test_really_last(): pass\n"
+    )
+    status, output = run(suite)
+    assert status == 1, output
+    assert "4 passed" in output
+    assert "QEMU ended with signal SIGKILL" in output
+    assert "retried" not in output
+
+
+def test_a_test_that_has_failed_does_not_run_again(suite):
+    suite.loses()
+    suite.test(
+        "import pytest\n\n@pytest.fixture\ndef late():\n    yield\n    lost_here()\n\n"
+        "def test_fails(late, record_testsuite_property):\n"
+        "    record_testsuite_property('once', 1)\n"
+        "    assert not FOLDER\n\n"
+        "def test_next(): pass\n"
+    )
+    status, output = run(suite, "--maxfail=5")
+    assert status == 1, output
+    assert "1 failed, 1 passed, 1 error" in output
+    assert (suite.folder / "junit.xml").read_text().count('name="once"') == 1
+
+
+@pytest.mark.parametrize("next_test", ["def test_next(): pass\n", ""], ids=["between", "last"])
+def test_a_guest_that_dies_while_no_test_runs_in_it(suite, next_test):
+    suite.loses(transient=False)
+    suite.test(
+        "import pytest, threading\n\n"
+        "def test_first():\n"
+        "    threading.Timer(0.5, (own_guest() / 'lose').touch).start()\n\n"
+        "@pytest.mark.in_vm(False)\n"
+        "def test_here(): time.sleep(3)\n\n" + next_test
+    )
+    status, output = run(suite, "--maxfail=5")
+    assert status == 1, output
+    assert f"{2 + bool(next_test)} passed" in output
+    assert output.count("QEMU ended with signal SIGKILL") == 1

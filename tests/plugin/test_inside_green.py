@@ -1,0 +1,107 @@
+"""What is red in plain pytest is red inside, where it is no report that says so.
+
+The guest is this machine, as in `tests/differential`.
+"""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from support.inside import Suite
+
+
+@pytest.fixture
+def suite(tmp_path_factory):
+    return Suite(tmp_path_factory.mktemp("s"))
+
+
+PROTOCOL = """
+import pytest
+from _pytest.runner import runtestprotocol
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    runtestprotocol(item, nextitem=nextitem, log=True)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+"""
+
+
+def test_no_other_plugin_runs_it_here(suite):
+    (suite.path / "sub").mkdir()
+    suite.write("sub/conftest.py", PROTOCOL)
+    suite.write("sub/test_it.py", f"def test_it(): open({str(suite.folder / 'ran')!r}, 'w')\n")
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    assert "1 error" in output
+    assert "is about to run it on this machine" in output
+    assert not (suite.folder / "ran").exists()
+
+
+@pytest.mark.parametrize("isolation", ["session", "module"])
+def test_a_session_that_a_hook_has_failed(suite, isolation):
+    suite.write(
+        "conftest.py",
+        "import os\n\ndef pytest_sessionfinish(session):\n"
+        "    if 'VMSANDBOX_GUEST' in os.environ: session.exitstatus = 1\n",
+    )
+    suite.write("test_it.py", "def test_ok(): pass\n")
+    status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
+    assert status == 1, output
+    assert "1 passed" in output
+    assert "its pytest ended with status 1, which no test there has caused" in output
+
+
+ENDS = """
+import pytest
+
+@pytest.fixture
+def ends():
+    yield
+    {}
+
+def test_first(): pass
+
+def test_fails(ends): assert 0, "the reason"
+
+def test_last(): pass
+"""
+
+
+@pytest.mark.parametrize("how", ["pytest.exit('enough', 1)", "raise KeyboardInterrupt"])
+def test_what_a_test_told_before_it_ended_the_run(suite, how):
+    suite.write("test_it.py", ENDS.format(how))
+    junit = suite.folder / "junit.xml"
+    _, output = suite.run("--in-vm", f"--junitxml={junit}")
+    assert "1 failed, 1 passed" in output
+    assert "the reason" in output
+    names = [case.get("name") for case in ET.parse(junit).iter("testcase")]
+    assert names == ["test_first[debian-13]", "test_fails[debian-13]"]
+
+
+def test_a_fixture_that_lets_the_session_fail(suite):
+    suite.write("test_it.py", "def test_a(request): request.session.shouldfail = 'enough'\n")
+    status, output = suite.run("--in-vm")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "@pytest.hookimpl(tryfirst=True)\ndef pytest_configure(config):\n    SEEN.append(config.option.lvl)",
+        "def pytest_cmdline_main(config):\n    SEEN.append(config.option.lvl)",
+    ],
+    ids=["configure", "main"],
+)
+def test_early_hooks_see_the_options(suite, hook):
+    suite.write(
+        "conftest.py",
+        "import pytest\n\nSEEN = []\n\n"
+        "def pytest_addoption(parser): parser.addoption('--lvl', default='1')\n\n"
+        f"{hook}\n\n"
+        "@pytest.fixture\ndef seen(): return SEEN\n",
+    )
+    suite.write("test_it.py", "def test_it(seen): assert seen == ['7']\n")
+    status, output = suite.run("--in-vm", "--lvl=7")
+    assert status == 0, output
