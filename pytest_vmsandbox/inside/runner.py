@@ -861,10 +861,12 @@ def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:
 
 
 def unpacked(value: Any) -> Any:
-    """A value of an option or an ini key; JSON has paths as objects with one member."""
+    """A value of an option or an ini key; JSON has paths and tuples as objects with one member."""
     if isinstance(value, list):
         return [unpacked(member) for member in value]
     if isinstance(value, dict):
+        if "tuple" in value:
+            return tuple(unpacked(value["tuple"]))
         if "py.path" in value:
             import py  # type: ignore[import-untyped]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import entry_points, packages_distributions
 from itertools import pairwise
@@ -57,11 +57,29 @@ def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str,
         translate: from a path of this machine to the guest's, where it is one of the project.
     """
     found = {}
+    for name, value in _options(config):
+        with suppress(TypeError):
+            found[name] = _packed(value, translate)
+    return found
+
+
+def lost_options(config: pytest.Config) -> list[str]:
+    """What was set, and has a value that cannot be told: the guest has its own default there."""
+    parser = getattr(config._parser, "optparser", None)  # noqa: SLF001  # pytest has no list
+    lost = []
+    for name, value in _options(config):
+        try:
+            _packed(value, str)
+        except TypeError:
+            if parser is not None and value is not parser.get_default(name):
+                lost.append(f"{name}={value!r}")
+    return lost
+
+
+def _options(config: pytest.Config) -> Iterator[tuple[str, object]]:
     for name, value in vars(config.option).items():
         if name not in _OURS_OPTIONS and not name.startswith("vm_"):
-            with suppress(TypeError):
-                found[name] = _packed(value, translate)
-    return found
+            yield name, value
 
 
 def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[str]:
@@ -237,12 +255,16 @@ def _packed(value: Any, translate: Callable[[str], str]) -> Any:
     Raises:
         TypeError: JSON has no such value.
     """
-    if isinstance(value, str):
+    if (
+        type(value) is str
+    ):  # and no enumeration that is one, too: its members are compared by identity
         return translate(value)
-    if value is None or isinstance(value, int | float):
+    if value is None or type(value) in {bool, int, float}:
         return value
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_packed(member, translate) for member in value]
+    if type(value) is tuple:
+        return {"tuple": [_packed(member, translate) for member in value]}
     if isinstance(value, os.PathLike):
         kind = "path" if isinstance(value, PurePath) else "py.path"
         return {kind: translate(os.fspath(value))}

@@ -284,6 +284,12 @@ class Leases:
             self._session.tell(
                 f"the plugin {name} stays on this side: it is neither in the project nor installed"
             )
+        if lost := forwarding.lost_options(config):
+            self._tell_problems(
+                [
+                    f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
+                ]
+            )
         where = translate(str(config.invocation_params.dir))
         return {
             "args": [

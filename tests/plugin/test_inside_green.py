@@ -105,3 +105,34 @@ def test_early_hooks_see_the_options(suite, hook):
     suite.write("test_it.py", "def test_it(seen): assert seen == ['7']\n")
     status, output = suite.run("--in-vm", "--lvl=7")
     assert status == 0, output
+
+
+LEVELS = """
+import enum
+
+import pytest
+
+class Level(enum.Enum):
+    FAST = "fast"
+    SLOW = "slow"
+
+def pytest_addoption(parser):
+    parser.addoption("--level", type=Level, default=Level.FAST)
+    parser.addoption("--pair", default=(1, 2))
+
+def pytest_collection_modifyitems(config, items):
+    assert config.option.pair == (1, 2)
+    if config.option.level is not Level.SLOW:
+        for item in items: item.add_marker(pytest.mark.skip(reason="slow"))
+"""
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_an_option_that_cannot_be_told(suite, is_given):
+    """The guest has the default then: where another value was given, the run is not green."""
+    suite.write("conftest.py", LEVELS)
+    suite.write("test_it.py", "def test_it(): assert 0\n")
+    status, output = suite.run("--in-vm", *(["--level=slow"] if is_given else []))
+    assert status == (1 if is_given else 0), output
+    assert "1 skipped" in output
+    assert ("options that no guest can be told" in output) == is_given
