@@ -92,8 +92,9 @@ class Hooks:
             return
         self._told.add((name, type(error), where))
         self._session.tell(
-            f"a plugin's {name} failed for a test inside a guest, and the run goes on: "
-            f"{type(error).__name__}: {error}{where}"
+            f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest, and the run "
+            f"goes on: {type(error).__name__}: {error}{where}\n  Such a test was not set up on this side: "
+            "hooks that need what others made there have to do without"
         )
 
     def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:

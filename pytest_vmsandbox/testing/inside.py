@@ -157,7 +157,9 @@ class Inside:
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
         nodeid = collection.plain_nodeid(item)
-        if error.transient and item.nodeid not in self._retried:
+        if error.transient:  # none of these tests is at fault
+            if item.nodeid in self._retried:
+                return False
             self._retried.add(item.nodeid)
             self._session.note_retry(error, item)
             return True

@@ -54,7 +54,8 @@ class VMSession:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
         failed: whether something has gone wrong that is no test's failure or error.
         told: lines for the end of the run; those of xdist's workers are among them.
-        unimportable: files of tests that this side could not collect, relative to the rootdir.
+        unimportable: files of tests that this side could not collect, relative to the rootdir, and who
+            tried first: with ``--doctest-modules``, two collectors do.
         item: the test that runs now.
         coming: image and hardware of the fresh guest of each test that has one.
     """
@@ -64,7 +65,7 @@ class VMSession:
         self.usage_errors: list[str] = []
         self.failed = False
         self.told: dict[str, None] = {}
-        self.unimportable: set[str] = set()
+        self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name

@@ -62,7 +62,9 @@ def stand_in(
         images = session.images(Wishes())
     except ConfigError:
         return report  # told by what uses it
-    session.unimportable.add(collector.nodeid)
+    first = session.unimportable.setdefault(collector.nodeid, type(collector))
+    if first is not type(collector):
+        images = []  # the guest tells of tests and doctests in one
     items: list[pytest.Item | pytest.Collector] = [
         RemoteItem.of(collector, image=image, plain=collector.nodeid) for image in images
     ]

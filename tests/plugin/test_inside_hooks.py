@@ -167,7 +167,7 @@ def check(suite, name, source, *, isolation):
     assert output.count("UserWarning: mind this") == 1
     assert outcomes(junit) == [[], ["failure"], ["failure"], []]
     assert "FAILED test_it.py::test_dies[debian-13]" in output
-    told = re.findall(r"^vmsandbox: a plugin's (\w+) failed", output, re.MULTILINE)
+    told = re.findall(r"^vmsandbox: the hook (\w+) of a plugin", output, re.MULTILINE)
     assert set(told) == {name}
     assert len(told) <= 2
 

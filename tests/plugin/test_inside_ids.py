@@ -75,3 +75,18 @@ def test_the_index_counts_within_one_function_only(suite):
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert ran(output) == ["x ", "y "]
     assert "has not collected test_a.py::test_it[a]" in output
+
+
+def test_a_file_that_two_collectors_fail_on_is_collected_once(suite):
+    """With --doctest-modules, pytest collects a file as tests and as doctests."""
+    suite.write(
+        "test_it.py",
+        "import os\n\nimport pytest\n\n"
+        "if 'VMSANDBOX_GUEST' not in os.environ:\n"
+        "    pytest.skip('not here', allow_module_level=True)\n\n"
+        'def one():\n    """\n    >>> one()\n    1\n    """\n    return 1\n\n'
+        "def test_it(): pass\n",
+    )
+    status, output = suite.run("--in-vm", "--doctest-modules", "-v")
+    assert status == 0, output
+    assert "2 passed" in output

@@ -178,6 +178,7 @@ def test_each_time_while_a_test_runs(suite):
     assert status == 1, output
     assert "1 passed, 1 error" in output
     assert output.count("retried in a fresh guest") == 1
+    assert len(suite.guests) == 3  # two that it has lost, and that of the next one
 
 
 def test_xdists_workers_tell_it_too(suite):
