@@ -83,8 +83,10 @@ class LocalFactory:
             yield guest
             failed = False
         finally:
-            self.session._stopping(guest, failed)
-            end_all(f"{self.folder / guest.name}/")
+            try:
+                self.session._stopping(guest, failed)  # which users' hooks may fail
+            finally:
+                end_all(f"{self.folder / guest.name}/")
 
     def install_environment(self, guest, payload):
         base = self.folder / guest.name
