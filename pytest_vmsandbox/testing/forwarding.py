@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import entry_points, packages_distributions
 from itertools import pairwise
 from pathlib import Path, PurePath, PurePosixPath
@@ -180,13 +181,7 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
         Those of the command line, and all others. pytest leaves out the former so early that their
         options do not exist, but not the latter.
     """
-    host_only = {
-        name
-        for point in entry_points(group="pytest11")
-        if point.dist is not None and _canonical(point.dist.name) in LEFT_OUT
-        for name in (point.name, point.module)
-    }
-    stay = host_only | _OURS_PLUGINS
+    stay = {*_host_only(), *_OURS_PLUGINS}
     if hasattr(config, "workerinput"):
         stay.add("terminal")  # no worker of xdist has one
     of_environment = filter(None, os.environ.get("PYTEST_PLUGINS", "").split(","))
@@ -222,7 +217,24 @@ def _is_only_here(config: pytest.Config, name: str) -> bool:
     if plugin is None or file is None or Path(file).is_relative_to(config.rootpath):
         return False
     top: str = plugin.__name__.partition(".")[0]
-    return top not in {"_pytest", "pytest", *packages_distributions()}
+    return top not in _installed()
+
+
+@cache  # reading what is installed takes long, and each guest asks
+def _host_only() -> frozenset[str]:
+    """What plugins that stay on the host are called, by their entry points and their modules."""
+    return frozenset(
+        name
+        for point in entry_points(group="pytest11")
+        if point.dist is not None and _canonical(point.dist.name) in LEFT_OUT
+        for name in (point.name, point.module)
+    )
+
+
+@cache  # likewise
+def _installed() -> frozenset[str]:
+    """The names of installed top-level modules and packages."""
+    return frozenset({"_pytest", "pytest", *packages_distributions()})
 
 
 def _loading(plugins: Iterable[str]) -> list[str]:

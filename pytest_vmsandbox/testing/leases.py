@@ -366,8 +366,7 @@ class Leases:
                 raise error  # through its use
         except Exception as raised:  # noqa: BLE001  # a user's hook may raise anything
             if raised is not error:
-                self._session.failed = True
-                self._session.tell(f"while {lease.guest.name} was ended: {raised!r}")
+                self._tell_problems([f"while {lease.guest.name} was ended: {raised!r}"])
 
     def interrupt(self, item: pytest.Item) -> None:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
