@@ -75,7 +75,7 @@ class Blueprint:
                 [
                     self.built.definition.append,
                     f"vmsandbox.key={public_key.split()[1]}",
-                    f"vmsandbox.name={name.replace('_', '-')}",
+                    f"vmsandbox.name={name}",
                 ]
             ),
             start=start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -44,6 +45,7 @@ from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 _FILLERS = 2
 _MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
+_LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for the number
 _IDLE_SECONDS = 0.5  # before a guest may be paused
 T = TypeVar("T")
 
@@ -442,7 +444,7 @@ class GuestFactory:
 
     def _logs_of_prepared(self, image: str) -> Path | None:
         """The folder for the logs of a guest that becomes a template: of who waits for that."""
-        name = self._name(f"{image}.prepared")
+        name = self._name(f"{image}-prepared")
         self._surroundings.begun(name)
         return self._surroundings.logs(name)
 
@@ -550,9 +552,11 @@ class GuestFactory:
         return self._hypervisor
 
     def _name(self, image: str) -> str:
+        """A name for a guest that is its hostname, too: in full and short, so it has no dots."""
+        label = re.sub(r"[^a-z0-9-]", "-", image)[:_LONGEST_LABEL]
         with self._naming:
-            self._count[image] = self._count.get(image, 0) + 1
-            return f"{image}.{self._count[image]}"
+            self._count[label] = self._count.get(label, 0) + 1
+            return f"{label}-{self._count[label]}"
 
 
 def _check_hardware(definition: ImageDefinition, spec: Hardware) -> None:

@@ -365,7 +365,7 @@ class Pool:
                 check_network(machine, blueprint, check)
                 sealed.checked.set()
             is_systemd = blueprint.built.definition.init == "systemd"
-            waking.name(helper, name.replace("_", "-"), in_files=is_systemd)
+            waking.name(helper, name, in_files=is_systemd)
             if arm:
                 process = helper.start(_EXERCISE)
                 limit = blueprint.stretch(_EXERCISE_SECONDS)

@@ -210,7 +210,7 @@ def test_doctor_knows_the_accelerator():
 
 def test_shell_without_a_terminal():
     done = vmsandbox("shell", "tiny", input=b"hostname; exit 7\n")
-    assert (done.returncode, done.stdout) == (7, b"tiny.1\n")
+    assert (done.returncode, done.stdout) == (7, b"tiny-1\n")
 
 
 def test_shell_on_a_terminal():

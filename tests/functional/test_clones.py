@@ -116,7 +116,7 @@ class TestWhatIsPutRight:
             names = [vm.run(["hostname"]).stdout.strip() for vm in (a, b)]
             assert names == [a.name, b.name]
             b.reboot()
-            assert b.run(["hostname"]).stdout.strip() == b.name
+            assert b.run(["hostname", "-s"]).stdout.strip() == b.name
 
     def test_no_timer_wakes_it(self, factory):
         """A clone that has waited is as quiet as when it was sealed."""
@@ -271,7 +271,7 @@ class TestTemplates:
         one = factory(logs=logs, begun=begun.append)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
-        assert begun == ["tiny.prepared.1", "tiny.prepared.2"]  # the image itself, and the layer
+        assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
         assert "vmsandbox: init" in (tmp_path / begun[0] / "console.log").read_text()
         assert "so it went" in (tmp_path / begun[1] / "console.log").read_text()
 

@@ -120,6 +120,6 @@ def test_runner(python, version, tmp_path_factory, monkeypatch):
     assert "SKIPPED [1] test_it.py:27: no reason" in output
     assert "the interpreter was ended by SIGKILL" in output
     assert f'<property name="version" value="{version}"' in (suite.path / "junit").read_text()
-    assert suite.guests == ["debian-13.1", "debian-13.2"]
+    assert suite.guests == ["debian-13-1", "debian-13-2"]
     covered = json.loads((suite.path / "coverage.json").read_text())["files"]["test_it.py"]
     assert 1 + TESTS.splitlines().index(ONLY_THERE) in covered["executed_lines"]

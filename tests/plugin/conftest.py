@@ -55,7 +55,7 @@ class FakeFactory:
     @contextmanager
     def boot(self, image, **hardware):
         self.count += 1
-        guest = FakeGuest(f"{image}.{self.count}", image)
+        guest = FakeGuest(f"{image}-{self.count}", image)
         self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
         self.session._begun(guest.name)
         logs = self.session._logs(guest.name)

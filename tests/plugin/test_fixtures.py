@@ -7,10 +7,10 @@ from _pytest.config import default_plugins, essential_plugins
 def test_each_test_gets_a_guest_of_its_own(suite):
     suite.write("""
         def test_a(vm): assert vm.alive and vm.image == "alpha-1"
-        def test_b(vm): assert vm.name == "alpha-1.2"
+        def test_b(vm): assert vm.name == "alpha-1-2"
     """)
     suite.run().assert_outcomes(passed=2)
-    assert suite.guests == ["boot alpha-1.1", "end alpha-1.1", "boot alpha-1.2", "end alpha-1.2"]
+    assert suite.guests == ["boot alpha-1-1", "end alpha-1-1", "boot alpha-1-2", "end alpha-1-2"]
 
 
 def test_a_suite_without_guests_starts_none(suite):
@@ -39,7 +39,7 @@ class TestHardware:
         suite.run("--vm=all").assert_outcomes(passed=5)
         boots = [line.split() for line in suite.guests if line.startswith("boot")]
         # The order of the tests, and so the number in a guest's name, is pytest's.
-        assert {" ".join([name.rpartition(".")[0], *rest]) for _, name, *rest in boots} == {
+        assert {" ".join([name.rpartition("-")[0], *rest]) for _, name, *rest in boots} == {
             "alpha-1 cpus=4 memory=2GiB network=nat",
             "alpha-1 cpus=2 memory=1GiB",
             "alpha-2 cpus=4 memory=2GiB network=nat",
@@ -56,7 +56,7 @@ class TestHardware:
             def test_a(vm): pass
         """)
         suite.run().assert_outcomes(passed=1)
-        assert suite.guests[0] == "boot alpha-1.1 cpus=2"
+        assert suite.guests[0] == "boot alpha-1-1 cpus=2"
 
 
 class TestSkipAndXfail:
@@ -75,7 +75,7 @@ class TestSkipAndXfail:
         assert "no nftables" in text
         assert "too old" in text
         assert "test_a[beta] - known" in text
-        assert [line for line in suite.guests if line.startswith("boot")] == ["boot beta.1"]
+        assert [line for line in suite.guests if line.startswith("boot")] == ["boot beta-1"]
 
     def test_the_closest_reason_is_told(self, suite):
         suite.write("""
@@ -117,27 +117,27 @@ class TestIsolation:
         suite.write(source, name)
 
     def test_a_guest_of_a_module(self, suite):
-        self.write(suite, "module", ["alpha-1.1", "alpha-1.1", "alpha-1.2"], "alpha-1.1")
+        self.write(suite, "module", ["alpha-1-1", "alpha-1-1", "alpha-1-2"], "alpha-1-1")
         self.write(
-            suite, "module", ["alpha-1.3", "alpha-1.3", "alpha-1.4"], "alpha-1.3", name="test_two"
+            suite, "module", ["alpha-1-3", "alpha-1-3", "alpha-1-4"], "alpha-1-3", name="test_two"
         )
         suite.run().assert_outcomes(passed=10)
         assert len(suite.guests) == 8
-        assert suite.guests.index("end alpha-1.1") < suite.guests.index("boot alpha-1.3")
+        assert suite.guests.index("end alpha-1-1") < suite.guests.index("boot alpha-1-3")
 
     def test_a_guest_of_a_session(self, suite):
-        names = ["alpha-1.1", "alpha-1.1", "alpha-1.2"]
-        self.write(suite, "session", names, "alpha-1.1")
-        self.write(suite, "session", names, "alpha-1.1", name="test_two")
+        names = ["alpha-1-1", "alpha-1-1", "alpha-1-2"]
+        self.write(suite, "session", names, "alpha-1-1")
+        self.write(suite, "session", names, "alpha-1-1", name="test_two")
         suite.run().assert_outcomes(passed=10)
         assert len(suite.guests) == 4
 
     def test_a_lost_guest_is_replaced(self, suite):
         self.write(
-            suite, "module", ["alpha-1.1", "alpha-1.1", "alpha-1.2"], "alpha-1.3", alive=False
+            suite, "module", ["alpha-1-1", "alpha-1-1", "alpha-1-2"], "alpha-1-3", alive=False
         )
         suite.run().assert_outcomes(passed=5)
-        assert suite.guests.index("end alpha-1.1") < suite.guests.index("boot alpha-1.3 ".strip())
+        assert suite.guests.index("end alpha-1-1") < suite.guests.index("boot alpha-1-3 ".strip())
 
     def test_a_guest_for_each_image(self, suite):
         suite.write("""
@@ -164,7 +164,7 @@ def test_a_factory_boots_guests_for_fixtures_of_any_scope(suite):
         def test_x(two): assert [it.image for it in two] == ["alpha-1", "beta"]
     """)
     suite.run().assert_outcomes(passed=1)
-    assert suite.guests == ["boot alpha-1.1", "boot beta.2 cpus=2", "end beta.2", "end alpha-1.1"]
+    assert suite.guests == ["boot alpha-1-1", "boot beta-2 cpus=2", "end beta-2", "end alpha-1-1"]
 
 
 class TestArtifacts:
@@ -190,7 +190,7 @@ class TestArtifacts:
         (folder,) = (suite.path / "kept").iterdir()
         assert folder.name == "test_suite.py-test_bad-alpha-1"
         assert (folder / "note").read_text() == "bad"
-        assert (folder / "alpha-1.2" / "screenshot.png").read_bytes() == b"a picture"
+        assert (folder / "alpha-1-2" / "screenshot.png").read_bytes() == b"a picture"
 
     def test_without_a_folder_they_lie_with_pytests_own(self, suite):
         suite.write(self.SOURCE)
@@ -225,7 +225,7 @@ class TestLogsOfGuestsThatTestsShare:
             def test_a(vm): pass
 
             def test_b(vm, vm_artifacts):
-                assert (vm_artifacts / vm.name / "console.log").read_text() == "alpha-1.1 boots"
+                assert (vm_artifacts / vm.name / "console.log").read_text() == "alpha-1-1 boots"
                 assert False
 
             def test_c(vm): pass
@@ -242,9 +242,9 @@ class TestLogsOfGuestsThatTestsShare:
         ]
         for test in "bd":
             (folder,) = (kept / name.format(test)).iterdir()
-            assert (folder / "console.log").read_text() == "alpha-1.1 boots"
+            assert (folder / "console.log").read_text() == "alpha-1-1 boots"
             assert (folder / "screenshot.png").read_bytes() == b"a picture"
-        assert (kept / name.format("own") / "alpha-1.2" / "console.log").exists()
+        assert (kept / name.format("own") / "alpha-1-2" / "console.log").exists()
 
     def test_of_a_fixture_of_the_users(self, suite):
         suite.write("""
@@ -262,12 +262,12 @@ class TestLogsOfGuestsThatTestsShare:
 
             def test_d(mine, pytestconfig):
                 note = pytestconfig.stash[SESSION].hints()[0].removeprefix("artifacts: ")
-                with open(note + "/alpha-1.1/console.log") as file:
-                    assert file.read() == "alpha-1.1 boots"
+                with open(note + "/alpha-1-1/console.log") as file:
+                    assert file.read() == "alpha-1-1 boots"
         """)
         suite.run("--vm-artifacts=kept").assert_outcomes(passed=2, failed=2)
         logs = [path.relative_to(suite.path) for path in suite.path.glob("kept/**/console.log")]
-        assert [str(it) for it in logs] == ["kept/test_suite.py-test_c/alpha-1.1/console.log"]
+        assert [str(it) for it in logs] == ["kept/test_suite.py-test_c/alpha-1-1/console.log"]
 
     def test_of_a_boot_that_fails(self, suite):
         suite.write("""
@@ -279,7 +279,7 @@ class TestLogsOfGuestsThatTestsShare:
         """)
         suite.run("--vm=beta", "--vm-artifacts=kept").assert_outcomes(errors=1, failed=1)
         logs = sorted(path.parent.name for path in suite.path.glob("kept/**/console.log"))
-        assert logs == ["beta.1", "beta.2"]
+        assert logs == ["beta-1", "beta-2"]
 
 
 SEES_HOOKS = """
@@ -308,8 +308,8 @@ def test_hooks_see_each_guest_and_whether_its_test_failed(suite):
     suite.write("def test_a(vm): pass\ndef test_b(vm): assert False")
     result = suite.run()
     result.assert_outcomes(passed=1, failed=1)
-    seen = ["ready alpha-1.1", "stopping alpha-1.1 False"]
-    seen += ["ready alpha-1.2", "stopping alpha-1.2 True"]
+    seen = ["ready alpha-1-1", "stopping alpha-1-1 False"]
+    seen += ["ready alpha-1-2", "stopping alpha-1-2 True"]
     assert f"seen: {seen}" in result.outlines
 
 
@@ -328,7 +328,7 @@ def test_hooks_see_whether_any_test_of_a_guest_failed(suite, isolation, tests, f
         file.write(SEES_HOOKS)
     suite.write(f"import pytest\npytestmark = pytest.mark.vm(isolation={isolation!r})\n{tests}")
     (line,) = (line for line in suite.run().outlines if line.startswith("seen: "))
-    assert f"'stopping alpha-1.1 {failed}'" in line
+    assert f"'stopping alpha-1-1 {failed}'" in line
 
 
 class TestUnittest:
@@ -347,7 +347,7 @@ class TestUnittest:
     def test_by_usefixtures(self, suite):
         suite.write(self.USE.format(marked="@pytest.mark.vm(cpus=2)", passes=True))
         suite.run("--vm=alpha-*").assert_outcomes(passed=1)
-        assert suite.guests == ["boot alpha-1.1 cpus=2", "end alpha-1.1"]
+        assert suite.guests == ["boot alpha-1-1 cpus=2", "end alpha-1-1"]
 
     def test_by_an_autouse_fixture(self, suite):
         suite.write("""
@@ -359,8 +359,8 @@ class TestUnittest:
                 def _guest(self, vm):
                     self.vm = vm
 
-                def test_a(self): self.assertEqual(self.vm.name, "alpha-1.1")
-                def test_b(self): self.assertEqual(self.vm.name, "alpha-1.2")
+                def test_a(self): self.assertEqual(self.vm.name, "alpha-1-1")
+                def test_b(self): self.assertEqual(self.vm.name, "alpha-1-2")
         """)
         suite.run().assert_outcomes(passed=2)
 
@@ -406,4 +406,4 @@ def test_has_no_guest(vm): pass
         assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
     else:
         assert result.ret == pytest.ExitCode.TESTS_FAILED
-        assert suite.guests == ["boot alpha-1.1", "end alpha-1.1", "boot beta.2 cpus=13"]
+        assert suite.guests == ["boot alpha-1-1", "end alpha-1-1", "boot beta-2 cpus=13"]

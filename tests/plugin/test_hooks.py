@@ -78,7 +78,7 @@ def test_arguments_for_qemu(bare):
             for name in ("built", "accelerator"):
                 monkeypatch.setattr(vm_factory, name, lambda image: None)
             spec = MachineSpec(
-                name="alpha-1.1", qemu="qemu", version=(7, 2), accelerator="tcg",
+                name="alpha-1-1", qemu="qemu", version=(7, 2), accelerator="tcg",
                 processor="Nehalem", hardware=Hardware(cpus=3),
             )
             argv = vm_factory._blueprint("alpha-1", {}).qemu_args(spec)

@@ -92,7 +92,7 @@ def test_a_test_is_called_by_its_id(suite):
     suite.write(PLAIN)
     result = suite.run("test_suite.py::test_x[beta]", "--vm=all")
     result.assert_outcomes(passed=1)
-    assert suite.guests[0] == "boot beta.1"
+    assert suite.guests[0] == "boot beta-1"
 
 
 def test_tests_of_an_image_run_one_after_the_other(suite):

@@ -141,5 +141,5 @@ def test_what_is_lost_is_told(suite):
     )
     assert suite.lines("test_more.py", "test_it.py", status=1) == {GUEST, HOST, LATE}
     assert (
-        suite.output.count("vmsandbox: coverage of tests inside debian-13.1 is not complete") == 1
+        suite.output.count("vmsandbox: coverage of tests inside debian-13-1 is not complete") == 1
     )

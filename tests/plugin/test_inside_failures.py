@@ -50,14 +50,14 @@ def test_each_test_that_fails_has_what_its_guest_has_said(suite, isolation):
     status, output = run(suite, f"--vm-isolation={isolation}")
     assert status == 1, output
     assert kept(suite) == [
-        f"test_one.py-test_{test}-debian-13/debian-13.1/{file}"
+        f"test_one.py-test_{test}-debian-13/debian-13-1/{file}"
         for test in ("bad", "worse")
         for file in ("console.log", "screenshot.png")
     ]
-    log = suite.folder / "kept/test_one.py-test_worse-debian-13/debian-13.1/console.log"
-    assert log.read_text() == "debian-13.1 boots"
-    clean = ["debian-13.2 False"] if isolation == "module" else []
-    assert stopped(suite) == ["debian-13.1 True", *clean]
+    log = suite.folder / "kept/test_one.py-test_worse-debian-13/debian-13-1/console.log"
+    assert log.read_text() == "debian-13-1 boots"
+    clean = ["debian-13-2 False"] if isolation == "module" else []
+    assert stopped(suite) == ["debian-13-1 True", *clean]
 
 
 def test_a_guest_of_its_own(suite):
@@ -65,11 +65,11 @@ def test_a_guest_of_its_own(suite):
     status, output = run(suite, "--vm-isolation=test")
     assert status == 1, output
     assert kept(suite) == [
-        f"test_one.py-test_{test}-debian-13/debian-13.{number}/{file}"
+        f"test_one.py-test_{test}-debian-13/debian-13-{number}/{file}"
         for number, test in enumerate(("bad", "worse"), 2)
         for file in ("console.log", "screenshot.png")
     ]
-    assert stopped(suite) == ["debian-13.1 False", "debian-13.2 True", "debian-13.3 True"]
+    assert stopped(suite) == ["debian-13-1 False", "debian-13-2 True", "debian-13-3 True"]
 
 
 def test_a_guest_that_is_lost_has_failed(suite):
@@ -120,4 +120,4 @@ def test_an_error_while_it_collects_says_how_to_see_it_again(suite, how):
     folder = suite.folder / "kept/test_one.py-test_lost-debian-13"
     assert f"artifacts: {folder}\n" in output
     assert "reproduce: pytest 'test_one.py::test_lost[debian-13]' --in-vm\n" in output
-    assert (folder / "debian-13.1/console.log").exists()
+    assert (folder / "debian-13-1/console.log").exists()

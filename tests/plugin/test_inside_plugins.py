@@ -55,7 +55,7 @@ def test_a_limit_of_pytest_timeout(suite, mark, args, ini):
     assert "1 failed, 2 passed" in output
     assert "it did not end within 1 s, and its interpreter was killed" in output
     assert 'test_it.py", line 7 in hang\n' in output
-    assert suite.guests == ["debian-13.1"]
+    assert suite.guests == ["debian-13-1"]
 
 
 # -- hooks of plugins that stay here ----------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_hooks_that_are_unknown_in_the_guest(suite, place):
     status, output = suite.run("--in-vm", "-s", *(["-p", "mine"] if place == "mine.py" else []))
     assert status == 0, output
     assert "1 passed" in output
-    assert output.count("it is debian-13.1") == 1
+    assert output.count("it is debian-13-1") == 1
 
 
 # -- plugins that take over the protocol of a test ------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_plugin_that_takes_over(suite, plugin, mark, args, ini):
     suite.write("test_it.py", FAILS.format(mark=mark))
     status, output = suite.run("--in-vm", *args)
     assert status == pytest.ExitCode.TESTS_FAILED, output
-    assert output.count("it runs in debian-13.1, child of") == 1
+    assert output.count("it runs in debian-13-1, child of") == 1
     assert "1 failed, 1 passed in" in output
     assert output.count(DOES_NOTHING.format(plugin)) == 1
 
@@ -185,7 +185,7 @@ def test_groups(suite):
     assert "6 passed" in output
     assert "the ids of its parameters differ" not in output
     if "@together" in output:
-        assert suite.guests == ["debian-13.1"]
+        assert suite.guests == ["debian-13-1"]
 
 
 def test_a_late_teardown_of_a_guest_that_others_follow(suite):
@@ -209,7 +209,7 @@ def test_a(): pass
     status, output = suite.run("--in-vm", "--vm=debian-13", "--vm=debian-12", "-n1")
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "2 passed in" in output
-    assert "vmsandbox: at the end of the tests inside: debian-12.1: " in output
+    assert "vmsandbox: at the end of the tests inside: debian-12-1: " in output
     assert "RuntimeError: late" in output
 
 

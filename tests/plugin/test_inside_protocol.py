@@ -39,7 +39,7 @@ def test_isolation(suite, isolation, guests):
     status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
     assert status == 0, output
     assert "4 passed" in output
-    assert suite.guests == [f"debian-13.{number + 1}" for number in range(guests)]
+    assert suite.guests == [f"debian-13-{number + 1}" for number in range(guests)]
 
 
 def test_the_marker_is_closer_than_the_option(suite):
@@ -168,7 +168,7 @@ def pytest_addoption(parser):
 import os
 
 def test_it(pytestconfig):
-    assert os.environ["VMSANDBOX_GUEST"] == "debian-13.1"
+    assert os.environ["VMSANDBOX_GUEST"] == "debian-13-1"
     assert pytestconfig.getoption("--flavour") == "mint"
     assert pytestconfig.getini("places") == ["a b", "c"]
     assert os.environ["GIVEN"] == "1"
@@ -211,7 +211,7 @@ def test_last(): pass
     assert status == 1, output
     assert "2 passed, 1 error" in output
     # The second is for those of which each may have done it, one by one; the third for the rest.
-    assert suite.guests == ["debian-13.1", "debian-13.2", "debian-13.3"]
+    assert suite.guests == ["debian-13-1", "debian-13-2", "debian-13-3"]
 
 
 def test_a_file_that_kills_the_session_that_collects_it(suite):
@@ -222,4 +222,4 @@ def test_a_file_that_kills_the_session_that_collects_it(suite):
     assert status == 1, output
     assert output.count("could not collect the tests: the interpreter ended with status 9") >= 2
     assert "2 errors" in output
-    assert suite.guests == ["debian-13.1"]
+    assert suite.guests == ["debian-13-1"]

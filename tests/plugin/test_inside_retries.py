@@ -120,12 +120,12 @@ def test_while_it_collects(suite):
     status, output = run(suite)
     assert status == 0, output
     assert "5 passed" in output
-    assert suite.guests == ["debian-13.1", "debian-13.2"]
+    assert suite.guests == ["debian-13-1", "debian-13-2"]
     told = (
-        "retried in a fresh guest (test_it.py::test_one[debian-13]): debian-13.1: QEMU ended with"
+        "retried in a fresh guest (test_it.py::test_one[debian-13]): debian-13-1: QEMU ended with"
     )
     assert output.count(told) == 1
-    assert suite.properties("test_one") == ["debian-13.1: QEMU ended with signal SIGKILL"]
+    assert suite.properties("test_one") == ["debian-13-1: QEMU ended with signal SIGKILL"]
     assert suite.properties("test_two") == []
 
 
@@ -136,7 +136,7 @@ def test_each_time_while_it_collects(suite):
     status, output = run(suite)
     assert status == 1, output
     assert "5 errors" in output
-    assert suite.guests == [f"debian-13.{number}" for number in range(1, 7)]
+    assert suite.guests == [f"debian-13-{number}" for number in range(1, 7)]
     again = "The same happened to test_it.py::test_three[debian-13]: see there."
     assert output.count(again) == 2, output
     assert output.count("reproduce: pytest") == 3
@@ -150,7 +150,7 @@ def test_before_anything_was_done_in_it(suite):
     assert status == 1, output
     assert "1 error" in output
     assert output.count("retried in a fresh guest") == 1
-    assert suite.guests == ["debian-13.1", "debian-13.2"]
+    assert suite.guests == ["debian-13-1", "debian-13-2"]
 
 
 @pytest.mark.parametrize("isolation", ["test", "session"])
@@ -224,7 +224,7 @@ def test_a_session_that_cannot_start_again_in_its_guest_gets_a_fresh_one(suite):
     status, output = run(suite)
     assert status == 1, output
     assert "1 failed, 2 passed" in output
-    assert suite.guests == ["debian-13.1", "debian-13.2"]
+    assert suite.guests == ["debian-13-1", "debian-13-2"]
 
 
 def test_a_session_that_cannot_start_is_told_once_in_full(suite):

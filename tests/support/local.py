@@ -56,7 +56,7 @@ class LocalProcess:
 class LocalGuest:
     """What a test session needs of a guest, without one."""
 
-    def __init__(self, name="local.1", image="local"):
+    def __init__(self, name="local-1", image="local"):
         self.name, self.image = name, image
         self.lost = None
         self.transient = False  # whether something else than the guest was at fault

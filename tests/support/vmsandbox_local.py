@@ -72,7 +72,7 @@ class LocalFactory:
         image = prepared.image
         Hardware().changed(hardware)
         self.count += 1
-        guest = Local(f"{image}.{self.count}", image)
+        guest = Local(f"{image}-{self.count}", image)
         self.session._begun(guest.name)
         (self.session._logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
         for step in prepared.steps:

@@ -137,12 +137,12 @@ class TestDigest:
 
 class TestMachine:
     def test_is_told_its_key_and_its_name(self, blueprint):
-        spec = blueprint.machine("some_image.7", "ssh-ed25519 AAAAkey somebody", Start.CLONED)
+        spec = blueprint.machine("some-image-7", "ssh-ed25519 AAAAkey somebody", Start.CLONED)
         assert spec.append.split() == [
             *("root=/dev/vda", "rw"),
-            *("vmsandbox.key=AAAAkey", "vmsandbox.name=some-image.7"),
+            *("vmsandbox.key=AAAAkey", "vmsandbox.name=some-image-7"),
         ]
-        assert (spec.name, spec.start, spec.processor) == ("some_image.7", Start.CLONED, "Nehalem")
+        assert (spec.name, spec.start, spec.processor) == ("some-image-7", Start.CLONED, "Nehalem")
         assert spec.hardware == blueprint.hardware
 
     def test_is_switched_on_where_nothing_else_is_said(self, blueprint):

@@ -10,7 +10,7 @@ from pytest_vmsandbox.machine import cmdline
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 
 SPEC = MachineSpec(
-    name="debian-13.1",
+    name="debian-13-1",
     qemu="/usr/bin/qemu-system-x86_64",
     version=(7, 2, 22),
     accelerator="tcg",
@@ -276,7 +276,7 @@ class TestWhole:
 
     def test_begins_with_the_program_and_what_keeps_it_from_reading_files(self):
         argv = self.argv()
-        assert argv[:3] == ["/usr/bin/qemu-system-x86_64", "-name", "debian-13.1"]
+        assert argv[:3] == ["/usr/bin/qemu-system-x86_64", "-name", "debian-13-1"]
         assert {"-nodefaults", "-no-user-config"} <= set(argv)
 
     def test_has_every_device(self):

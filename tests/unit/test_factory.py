@@ -1,5 +1,6 @@
 """What guests are asked for, and with what."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
 
 TOML = """
 schema = 1
@@ -33,6 +34,16 @@ def image_path(tmp_path):
     (folder / "image.toml").write_text(TOML)
     (folder / "build").touch(mode=0o755)
     return (tmp_path / "images",)
+
+
+class TestNames:
+    def test_are_hostnames_without_dots(self, tmp_path):
+        factory = GuestFactory(Settings(cache=tmp_path), ExitStack(), Surroundings())
+        images = ["debian-13", "ubuntu-24.04", "debian-13_arm64", "ubuntu-24-04", "x" * 80]
+        names = [factory._name(image) for image in images]
+        assert names[:3] == ["debian-13-1", "ubuntu-24-04-1", "debian-13-arm64-1"]
+        assert names[3] == "ubuntu-24-04-2"
+        assert len(names[4]) <= 63
 
 
 class TestUser:
@@ -64,7 +75,7 @@ class TestOffline:
     def test_nor_one_that_is_prepared(self, factory):
         blueprint = SimpleNamespace(hardware=Hardware(network="nat"))
         with pytest.raises(ConfigError, match="--vm-offline"):
-            factory._guest(SimpleNamespace(blueprint=blueprint), "own.1")
+            factory._guest(SimpleNamespace(blueprint=blueprint), "own-1")
 
     def test_an_isolated_one_is_none_of_its_business(self, factory):
         with pytest.raises(VMSandboxError, match="is not built"), factory.boot("own"):

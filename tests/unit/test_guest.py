@@ -226,7 +226,7 @@ def platform(tmp_path, monkeypatch):
 def make(platform, *, user="root", boot_timeout=5.0, **more):
     return Guest(
         platform,
-        name="tiny.1",
+        name="tiny-1",
         image="tiny",
         spec=Hardware(user=user),
         boot_timeout=boot_timeout,
@@ -469,9 +469,9 @@ class TestPower:
         vm = make(platform)
         with vm:
             assert vm.alive
-            assert repr(vm) == "<Guest tiny.1 image=tiny on>"
+            assert repr(vm) == "<Guest tiny-1 image=tiny on>"
         assert platform.off == 1
-        assert repr(vm) == "<Guest tiny.1 image=tiny off>"
+        assert repr(vm) == "<Guest tiny-1 image=tiny off>"
         assert not vm.alive
 
     def test_a_cut(self, vm, platform):
@@ -480,7 +480,7 @@ class TestPower:
         assert platform.machines[0].status == -9
         assert platform.transports[0].closed
         assert not vm.alive
-        with pytest.raises(GuestLost, match="tiny.1 is switched off") as caught:
+        with pytest.raises(GuestLost, match="tiny-1 is switched off") as caught:
             vm.run(["true"])
         assert "vm.power_on()" in caught.value.remedy
         vm.power_on()
@@ -495,7 +495,7 @@ class TestPower:
         assert not vm.alive
 
     def test_on_while_it_is_on(self, vm):
-        with pytest.raises(ConfigError, match="tiny.1 is on"):
+        with pytest.raises(ConfigError, match="tiny-1 is on"):
             vm.power_on()
 
     def test_on_after_it_ended_by_itself(self, vm, platform):

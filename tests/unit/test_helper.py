@@ -734,8 +734,8 @@ class TestRequests:
 
     def test_hostname(self, fake):
         got, play = reply(fake, "R", struct.pack("<i", 0))
-        assert fake.during(lambda: fake.helper.set_hostname("debian-13.7"), play) is None
-        assert (got[0][0], got[0][2]) == ("h", b"debian-13.7")
+        assert fake.during(lambda: fake.helper.set_hostname("debian-13-7"), play) is None
+        assert (got[0][0], got[0][2]) == ("h", b"debian-13-7")
 
     def test_file(self, real, tmp_path):
         real.helper.write_file(str(tmp_path / "it"), b"\0held\n")

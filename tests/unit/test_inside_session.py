@@ -42,7 +42,7 @@ class Script:
 
     def __init__(self, *steps, alive=True, repeat=False):
         self.steps, self.alive, self.repeat = list(steps), alive, repeat
-        self.name, self.image = "hostile.1", "hostile"
+        self.name, self.image = "hostile-1", "hostile"
         self.heard = []
         self.closed = False
 
@@ -65,7 +65,7 @@ class Script:
 
     def run(self, argv, **how):
         if not self.alive:
-            raise GuestLost("hostile.1 has panicked", stage="kernel")
+            raise GuestLost("hostile-1 has panicked", stage="kernel")
         return SimpleNamespace(stdout="")
 
     def close(self):

@@ -21,9 +21,9 @@ def keep(tmp_path):
             "link.py": Entry(kind="link"),
         }
         measuring = Measuring(SimpleNamespace(cov=cov, topdir=str(tmp_path)))
-        measuring.keep(said, Tree(tmp_path, entries), "tiny.1")
+        measuring.keep(said, Tree(tmp_path, entries), "tiny-1")
         found = {}
-        for file in tmp_path.glob("data.vm-tiny.1.*"):
+        for file in tmp_path.glob("data.vm-tiny-1.*"):
             data = CoverageData(str(file))
             data.read()
             for name in data.measured_files():

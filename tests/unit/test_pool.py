@@ -514,7 +514,7 @@ class TestArm:
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(waking, "wake", MagicMock())
-        names = iter(["it.1", "it.2"])
+        names = iter(["it-1", "it-2"])
         with Pool.running(
             MagicMock(), ledger, fillers=0, name=lambda _: next(names), logs=lambda _: None
         ) as pool:

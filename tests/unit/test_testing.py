@@ -189,12 +189,12 @@ class TestArtifacts:
         assert folder_name(one) != folder_name(other)
 
     def test_logs_of_runs_that_were_killed_go_and_no_others(self, tmp_path):
-        dead = tmp_path / "guests-dead" / "debian-13.1"
+        dead = tmp_path / "guests-dead" / "debian-13-1"
         dead.mkdir(parents=True)
         (dead / "console.log").touch()
         (tmp_path / "mine").mkdir()
         one, two = Artifacts(tmp_path), Artifacts(tmp_path)
-        logs = [it.of_logs("debian-13.1") for it in (one, two)]
+        logs = [it.of_logs("debian-13-1") for it in (one, two)]
         assert all(it.exists() for it in logs)
         assert {it.name for it in tmp_path.iterdir()} == {"mine", *(it.parent.name for it in logs)}
         for it in (one, two):

@@ -120,17 +120,17 @@ class TestWake:
 class TestName:
     def test_where_a_boot_names_the_kernel_only(self):
         fakes = Fakes(0.0)
-        name(fakes, "tiny.3", in_files=False)
-        assert fakes.done == ["name tiny.3"]
+        name(fakes, "tiny-3", in_files=False)
+        assert fakes.done == ["name tiny-3"]
 
     def test_where_a_boot_writes_files_too(self):
         fakes = Fakes(0.0)
-        name(fakes, "debian-13.3", in_files=True)
-        assert fakes.done[0] == "name debian-13.3"
-        assert fakes.files["/etc/hostname"] == "debian-13.3\n"
+        name(fakes, "debian-13-3", in_files=True)
+        assert fakes.done[0] == "name debian-13-3"
+        assert fakes.files["/etc/hostname"] == "debian-13-3\n"
         assert fakes.files["/etc/hosts"].splitlines() == [
             "127.0.0.1 localhost",
-            "127.0.1.1 debian-13.3",
+            "127.0.1.1 debian-13-3",
             "::1 localhost ip6-localhost ip6-loopback",
         ]
 
