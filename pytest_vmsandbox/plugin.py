@@ -208,7 +208,9 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
     if not collection.is_inside(item):
         return None
     if settings.timeout:
-        item.stash[collection.LIMIT] = float(settings.timeout)
+        of_call = getattr(settings, "func_only", False)
+        key = collection.CALL_LIMIT if of_call else collection.LIMIT
+        item.stash[key] = float(settings.timeout)
     return True
 
 

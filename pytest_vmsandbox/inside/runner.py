@@ -612,7 +612,8 @@ class Session:
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
     report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
-    is told to run, reports, ``{"done": ID, "stop": reason or null}``.
+    is told to run, reports, ``{"done": ID, "stop": reason or null}``; and if it is ``timed``,
+    ``{"call": true}`` and ``{"call": false}`` around its function.
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
@@ -627,6 +628,7 @@ class Session:
         self.items: dict[str, pytest.Item] = {}
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
+        self.timed = False  # whether the function of the test that runs has a limit of its own
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -729,6 +731,7 @@ class Session:
         item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
+        self.timed = message.get("timed", False)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         stop = session.shouldfail or session.shouldstop
         self.wire.say(
@@ -739,6 +742,16 @@ class Session:
             }
         )
         return bool(stop)
+
+    def pytest_runtest_call(self) -> None:
+        """Tell that a test's function begins, if it has a limit of its own."""
+        if self.timed:
+            self.wire.say({"call": True})
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        """Tell that it has ended."""
+        if self.timed and call.when == "call":
+            self.wire.say({"call": False})
 
     def next(self, message: dict[str, Any]) -> pytest.Item | None:
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
@@ -912,7 +925,13 @@ class JUnit:
 
 
 OUTERMOST = ("pytest_cmdline_parse", "pytest_collection")
-FIRST = ("pytest_configure", "pytest_load_initial_conftests", "pytest_runtestloop")
+FIRST = (
+    "pytest_configure",
+    "pytest_load_initial_conftests",
+    "pytest_runtest_call",
+    "pytest_runtest_makereport",
+    "pytest_runtestloop",
+)
 LAST = (
     "pytest_sessionstart",
     "pytest_collection_finish",

@@ -366,15 +366,31 @@ class GuestSession:
         return self._announced
 
     def announce(
-        self, nodeid: str, *, following: str | None, more: bool, marks: Sequence[tuple[str, str]]
+        self,
+        nodeid: str,
+        *,
+        following: str | None,
+        more: bool,
+        marks: Sequence[tuple[str, str]],
+        timed: bool = False,
     ) -> None:
         """Let it run an item as soon as it is done with those before; `run` has to follow.
+
+        Args:
+            timed: whether its function has a limit of its own.
 
         Raises:
             GuestLost: the guest is gone.
         """
         self._keeper.say(
-            {"do": "run", "id": nodeid, "next": following, "more": more, "marks": list(marks)}
+            {
+                "do": "run",
+                "id": nodeid,
+                "next": following,
+                "more": more,
+                "marks": list(marks),
+                "timed": timed,
+            }
         )
         self._announced.append(nodeid)
 
@@ -386,6 +402,7 @@ class GuestSession:
         more: bool,
         marks: Sequence[tuple[str, str]],
         limit: float,
+        call_limit: float | None = None,
     ) -> Iterator[Message]:
         """Run one item; what the session says until it is done, ``done`` included.
 
@@ -395,13 +412,15 @@ class GuestSession:
             more: whether any may come.
             marks: name and reason of marks to add.
             limit: seconds that it has.
+            call_limit: seconds that its function has.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
         if not self._announced:
-            self.announce(nodeid, following=following, more=more, marks=marks)
+            timed = call_limit is not None
+            self.announce(nodeid, following=following, more=more, marks=marks, timed=timed)
         if self._announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
@@ -409,9 +428,14 @@ class GuestSession:
             )
         self._keeper.expect()
         self._running = True
-        deadline = Deadline(limit)
+        deadline = whole = Deadline(limit)
         while self._running:
             message = self._hear(deadline, "end")
+            if "call" in message:
+                deadline = whole
+                if message["call"] and call_limit is not None and call_limit < whole.remaining():
+                    deadline = Deadline(call_limit)
+                continue
             if "done" in message:
                 if message["done"] != nodeid:
                     raise broken("the end of a test that was not asked for", message["done"])

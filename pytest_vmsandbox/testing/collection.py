@@ -21,7 +21,8 @@ _INSIDE = pytest.StashKey[bool]()
 _PLAIN = pytest.StashKey[str]()  # of a test that only the guest could collect
 _CALLED = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
-LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
+# Seconds that a plugin for time-outs gives a test, and its function alone.
+LIMIT, CALL_LIMIT = pytest.StashKey[float](), pytest.StashKey[float]()
 # Plugins that take over a test's protocol: their options, or an ini key; and their marker.
 _TAKE_OVER = {
     "pytest-rerunfailures": (("reruns", "force_reruns"), "flaky"),

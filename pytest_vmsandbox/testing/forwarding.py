@@ -49,6 +49,10 @@ _OURS_INI = {
 _OURS_INI_FAMILIES = ("junit_", "vm_")
 # Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
 _OURS_PLUGINS = {"reports", "terminalprogress"}
+_XDIST_VARIABLES = tuple(
+    f"PYTEST_XDIST_{name}" for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID")
+)
+_RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
 
 
 def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, object]:
@@ -139,14 +143,22 @@ def plugins(config: pytest.Config) -> list[str]:
 
 
 def fixtures(config: pytest.Config) -> dict[str, str]:
-    """Values of fixtures that a host-only plugin has: those of pytest-xdist."""
+    """Values of fixtures that a host-only plugin has: those of pytest-xdist.
+
+    They are the same in all guests of a run.
+    """
     if not config.pluginmanager.has_plugin("xdist"):
         return {}
     worker = getattr(config, "workerinput", {})
     return {
         "worker_id": worker.get("workerid", "master"),
-        "testrun_uid": worker.get("testrunuid", uuid.uuid4().hex),
+        "testrun_uid": worker.get("testrunuid", config.stash.setdefault(_RUN, uuid.uuid4().hex)),
     }
+
+
+def environment() -> dict[str, str]:
+    """Variables that pytest-xdist has set for this process: which worker it is."""
+    return {name: os.environ[name] for name in _XDIST_VARIABLES if name in os.environ}
 
 
 def translator(root: Path, there: str) -> Callable[[str], str]:

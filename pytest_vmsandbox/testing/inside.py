@@ -199,6 +199,7 @@ class Inside:
             more=more,
             marks=_marks(item),
             limit=self._limit(item, lease),
+            call_limit=self._call_limit(item),
         ):
             if "report" in message:
                 report = lease.reader.test_report(item, nodeid, message["report"])
@@ -232,7 +233,10 @@ class Inside:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
                 following, more = self._next(ahead, None)
-                session.announce(nodeid, following=following, more=more, marks=_marks(ahead))
+                timed = self._call_limit(ahead) is not None
+                session.announce(
+                    nodeid, following=following, more=more, marks=_marks(ahead), timed=timed
+                )
             ahead = self._following.get(ahead)
 
     def _tell(self, lease: Lease, message: Message, nodeid: str = "") -> None:
@@ -312,6 +316,14 @@ class Inside:
         if of_test:
             return min(of_test)
         return options.test_timeout(self._config) * lease.patience
+
+    def _call_limit(self, item: pytest.Item) -> float | None:
+        """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
+        manager = self._config.pluginmanager
+        if (timeout := manager.get_plugin("timeout")) is not None:
+            others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
+            manager.subset_hook_caller("pytest_runtest_call", others)(item=item)
+        return item.stash.get(collection.CALL_LIMIT, None)
 
     # -- which item that is in the guest --------------------------------------------------------
 

@@ -451,5 +451,7 @@ def _kind(item: pytest.Item) -> Key:
 
 
 def _own(guest: Guest) -> dict[str, str]:
-    """Variables of the environment that differ in each guest."""
-    return {"VMSANDBOX_GUEST": guest.name}
+    """Variables of the environment that differ between guests, or between workers."""
+    from pytest_vmsandbox.testing import forwarding
+
+    return {**forwarding.environment(), "VMSANDBOX_GUEST": guest.name}
