@@ -70,7 +70,6 @@ LEFT_OUT = frozenset(
         "pytest-html",
         "pytest-metadata",
         "pytest-reportlog",
-        "pytest-rerunfailures",
         "pytest-timeout",
         "pytest-xdist",
     }

@@ -597,6 +597,10 @@ class Wire:
         return message
 
 
+class InAnotherGuest(BaseException):
+    """The next attempt at a test has a guest of its own: pytest-rerunfailures is to begin none here."""
+
+
 class Session:
     """The plugin that makes a pytest session run what it is told to.
 
@@ -606,14 +610,16 @@ class Session:
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set, ``ini`` (a list of
     ``[names of a key, value]``),
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
+    ``alone`` (whether each attempt at a test has a guest of its own),
     ``measure`` (coverage's options, if it is measured) and ``tree`` (of what), ``fixtures`` (name →
     value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
     report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
-    is told to run, reports, ``{"done": ID, "stop": reason or null}``; and if it is ``timed``,
-    ``{"call": true}`` and ``{"call": false}`` around its function.
+    is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
+    ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
+    attempt at it.
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
@@ -629,6 +635,7 @@ class Session:
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
         self.timed = False  # whether the function of the test that runs has a limit of its own
+        self.reruns = False  # whether this attempt at it is followed by another
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -732,7 +739,14 @@ class Session:
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
         self.timed = message.get("timed", False)
-        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        self.reruns = False
+        if attempt := message.get("attempt", 0):  # those before were in other guests
+            database: Any = session.config.failures_db  # type: ignore[attr-defined]
+            database.get_test_failures = lambda _: attempt
+        try:
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        except InAnotherGuest:
+            pass
         stop = session.shouldfail or session.shouldstop
         self.wire.say(
             {
@@ -743,9 +757,10 @@ class Session:
         )
         return bool(stop)
 
-    def pytest_runtest_call(self) -> None:
-        """Tell that a test's function begins, if it has a limit of its own."""
-        if self.timed:
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Tell that a test's function begins, if the host would not know it in time."""
+        # pytest-rerunfailures holds back reports until an attempt is over.
+        if self.timed or hasattr(item, "execution_count"):
             self.wire.say({"call": True})
 
     def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
@@ -759,7 +774,17 @@ class Session:
             return self.items[message["next"]]
         return self.pause if message["more"] else None
 
+    def pytest_runtest_logstart(self) -> None:
+        if self.reruns:
+            self.reruns = False
+            self.wire.say({"again": True})
+
+    def pytest_runtest_logfinish(self) -> None:
+        if self.reruns and self.settings["alone"]:
+            raise InAnotherGuest
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reruns |= report.outcome == "rerun"  # type: ignore[comparison-overlap]
         data = self.serialized(report)
         for name in ("keywords", "location"):  # the host has its own
             data.pop(name, None)
@@ -935,6 +960,7 @@ FIRST = (
 LAST = (
     "pytest_sessionstart",
     "pytest_collection_finish",
+    "pytest_runtest_logfinish",
     "pytest_runtest_logreport",
     "pytest_unconfigure",
 )

@@ -373,11 +373,13 @@ class GuestSession:
         more: bool,
         marks: Sequence[tuple[str, str]],
         timed: bool = False,
+        attempt: int = 0,
     ) -> None:
         """Let it run an item as soon as it is done with those before; `run` has to follow.
 
         Args:
             timed: whether its function has a limit of its own.
+            attempt: how many attempts at it there were in other guests.
 
         Raises:
             GuestLost: the guest is gone.
@@ -390,6 +392,7 @@ class GuestSession:
                 "more": more,
                 "marks": list(marks),
                 "timed": timed,
+                "attempt": attempt,
             }
         )
         self._announced.append(nodeid)
@@ -403,6 +406,7 @@ class GuestSession:
         marks: Sequence[tuple[str, str]],
         limit: float,
         call_limit: float | None = None,
+        attempt: int = 0,
     ) -> Iterator[Message]:
         """Run one item; what the session says until it is done, ``done`` included.
 
@@ -413,14 +417,21 @@ class GuestSession:
             marks: name and reason of marks to add.
             limit: seconds that it has.
             call_limit: seconds that its function has.
+            attempt: how many attempts at it there were in other guests.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
         if not self._announced:
-            timed = call_limit is not None
-            self.announce(nodeid, following=following, more=more, marks=marks, timed=timed)
+            self.announce(
+                nodeid,
+                following=following,
+                more=more,
+                marks=marks,
+                timed=call_limit is not None,
+                attempt=attempt,
+            )
         if self._announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
@@ -435,7 +446,6 @@ class GuestSession:
                 deadline = whole
                 if message["call"] and call_limit is not None and call_limit < whole.remaining():
                     deadline = Deadline(call_limit)
-                continue
             if "done" in message:
                 if message["done"] != nodeid:
                     raise broken("the end of a test that was not asked for", message["done"])

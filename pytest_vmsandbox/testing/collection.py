@@ -23,11 +23,9 @@ _CALLED = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
 # Seconds that a plugin for time-outs gives a test, and its function alone.
 LIMIT, CALL_LIMIT = pytest.StashKey[float](), pytest.StashKey[float]()
-# Plugins that take over a test's protocol: their options, or an ini key; and their marker.
-_TAKE_OVER = {
-    "pytest-rerunfailures": (("reruns", "force_reruns"), "flaky"),
-    "pytest-forked": (("forked",), "forked"),
-}
+# What asks a plugin to take over tests' protocol: its options, or an ini key; and its marker.
+_RERUNS = (("reruns", "force_reruns"), "flaky")
+_FORKED = (("forked",), "forked")
 _REFUSED = {
     "usepdb": "--pdb",
     "trace": "--trace",
@@ -211,7 +209,7 @@ def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
             )
         if session.config.getoption("setupshow", default=False):
             session.tell("--setup-show shows nothing of tests that run inside a guest")
-        for plugin in _take_over(session.config, inside):
+        for plugin in _does_nothing(session.config, inside):
             session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors
 
@@ -277,16 +275,33 @@ def workers(config: pytest.Config) -> int:
     return count
 
 
-def _take_over(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
-    """The plugins that are asked to take over the protocol of some of the tests."""
-    for plugin, (names, marker) in _TAKE_OVER.items():
-        if not hasattr(config.option, names[0]):
-            continue  # it is not there
-        values = [getattr(config.option, name, None) for name in names]
-        with suppress(ValueError):  # older ones have no such key
-            values.append(config.getini(names[0]))
-        if any(values) or any(item.get_closest_marker(marker) for item in items):
-            yield plugin
+def wants_reruns(config: pytest.Config, items: Sequence[pytest.Item]) -> bool:
+    """Whether pytest-rerunfailures is asked to run some of the tests again if they fail."""
+    return _is_asked(config, items, *_RERUNS)
+
+
+def _does_nothing(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
+    """The plugins that are asked to take over the protocol of some of the tests, and cannot."""
+    there = options.guest_plugins(config)
+    if (
+        there
+        and not {"rerunfailures", "pytest_rerunfailures"} & {*there}
+        and wants_reruns(config, items)
+    ):
+        yield "pytest-rerunfailures"
+    if _is_asked(config, items, *_FORKED):
+        yield "pytest-forked"
+
+
+def _is_asked(
+    config: pytest.Config, items: Sequence[pytest.Item], names: tuple[str, ...], marker: str
+) -> bool:
+    if not hasattr(config.option, names[0]):
+        return False  # it is not there
+    values = [getattr(config.option, name, None) for name in names]
+    with suppress(ValueError):  # older ones have no such key
+        values.append(config.getini(names[0]))
+    return any(values) or any(item.get_closest_marker(marker) for item in items)
 
 
 def _check_marks(session: VMSession, item: pytest.Item) -> None:

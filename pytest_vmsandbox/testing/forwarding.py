@@ -40,6 +40,7 @@ _OURS_OPTIONS = {
     "setupplan", "setupshow", "show_fixtures_per_test", "showfixtures", "stepwise",
     "stepwise_reset", "stepwise_skip", "strict_config", "trace", "traceconfig", "usepdb",
     "usepdb_cls", "version", "xmlpath",
+    "fail_on_flaky",  # of pytest-rerunfailures: how the run ends
     "loadgroup",  # of xdist's workers alone
 }  # fmt: skip
 _OURS_INI = {

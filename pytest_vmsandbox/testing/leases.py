@@ -183,7 +183,11 @@ class Leases:
             return Lease(
                 guest=guest,
                 keeper=keeper,
-                reader=Reader(installed.tree, self._config.rootpath),
+                reader=Reader(
+                    installed.tree,
+                    self._config.rootpath,
+                    reruns=self._config.pluginmanager.has_plugin("rerunfailures"),
+                ),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
@@ -307,6 +311,7 @@ class Leases:
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
+            "alone": collection.isolation_of(item) == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
@@ -340,8 +345,11 @@ class Leases:
             say=self._session.say,
             tell=self._session.tell,
         )
-        if self._measuring is not None:
-            payload = replace(payload, requirements=payload.requirements.with_one("coverage"))
+        more = [] if self._measuring is None else ["coverage"]
+        if options.requirements(config) and collection.wants_reruns(config, session.items):
+            more.append("pytest-rerunfailures")
+        for name in more:
+            payload = replace(payload, requirements=payload.requirements.with_one(name))
         return payload
 
     # -- the end of one -----------------------------------------------------------------------
@@ -393,6 +401,13 @@ class Leases:
                     if self._measuring is not None or collection.isolation_of(item) == "module":
                         self._tell_problems(self._finish(self._leases[key]))
             yield
+
+    def end(self, item: pytest.Item) -> None:
+        """End the guest of a test: the next attempt at it has a fresh one."""
+        key = collection.place_of(item)
+        if self._measuring is not None:
+            self._tell_problems(self._finish(self._leases[key]))
+        self._end(key)
 
     def _tell_problems(self, problems: list[str]) -> None:
         """Tell what went wrong that is no test's error: the run is not green."""

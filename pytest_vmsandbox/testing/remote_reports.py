@@ -23,6 +23,7 @@ from pytest_vmsandbox.inside.wire import Message, broken
 
 PHASES = ("setup", "call", "teardown")
 OUTCOMES = ("passed", "failed", "skipped")
+RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
 _SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
 _MAX_SOURCE = 200_000  # characters in a report that pytest highlights: that can take seconds
@@ -61,9 +62,11 @@ class Reader:
 
     Args:
         there, here: the project's folder in the guest, and on this machine.
+        reruns: whether pytest-rerunfailures is here: no one else understands its reports.
     """
 
-    def __init__(self, there: str, here: Path) -> None:
+    def __init__(self, there: str, here: Path, *, reruns: bool = False) -> None:
+        self._reruns = reruns
         self._there = there.rstrip("/") + "/"
         self._here = f"{here}/"
 
@@ -80,7 +83,9 @@ class Reader:
             "nodeid": item.nodeid,
             "location": item.location,
             "keywords": dict.fromkeys(item.keywords, 1),
-            "outcome": _one_of(fields.get("outcome"), OUTCOMES),
+            "outcome": _one_of(
+                fields.get("outcome"), (*OUTCOMES, RERUN) if self._reruns else OUTCOMES
+            ),
             "when": _one_of(fields.get("when"), PHASES),
             "longrepr": self._longrepr(fields.get("longrepr")),
             "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
@@ -101,6 +106,8 @@ class Reader:
             return self._subtest(item, clean, _context(fields.get(_CONTEXT)))
         make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
         report: pytest.TestReport = _made(make, clean)
+        if self._reruns and RERUN in fields:
+            vars(report)[RERUN] = _integer(fields[RERUN])
         return report
 
     def is_subtest(self, data: object) -> bool:

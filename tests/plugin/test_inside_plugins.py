@@ -135,11 +135,12 @@ def test_fails():
 def test_next(): pass
 """
 DOES_NOTHING = "vmsandbox: {} does nothing for tests that run inside a guest"
+NO_RERUNS = "vm_guest_plugins = pytest_cov"
 ASKED = {
-    "reruns": ("pytest-rerunfailures", "", ("--reruns=2",), ""),
-    "forced": ("pytest-rerunfailures", "", ("--force-reruns=2",), ""),
-    "flaky": ("pytest-rerunfailures", "@pytest.mark.flaky(reruns=2)", (), ""),
-    "ini": ("pytest-rerunfailures", "", (), "reruns = 2"),
+    "reruns": ("pytest-rerunfailures", "", ("--reruns=2",), NO_RERUNS),
+    "forced": ("pytest-rerunfailures", "", ("--force-reruns=2",), NO_RERUNS),
+    "flaky": ("pytest-rerunfailures", "@pytest.mark.flaky(reruns=2)", (), NO_RERUNS),
+    "ini": ("pytest-rerunfailures", "", (), f"reruns = 2\n{NO_RERUNS}"),
     "forked": ("pytest-forked", "", ("--forked",), ""),
     "marked forked": ("pytest-forked", "@pytest.mark.forked", (), ""),
 }
@@ -166,9 +167,9 @@ def test_nothing_is_said_where_no_test_is_of_a_guest(suite):
 
 def test_it_is_told_of_xdists_workers_too(suite):
     suite.write("test_it.py", "def test_there(): pass\n")
-    status, output = suite.run("--in-vm", "--reruns=1", "-n", "2")
+    status, output = suite.run("--in-vm", "--forked", "-n", "2")
     assert status == 0, output
-    assert output.count(DOES_NOTHING.format("pytest-rerunfailures")) == 1
+    assert output.count(DOES_NOTHING.format("pytest-forked")) == 1
 
 
 def test_both_sides_report_beside_reruns(suite):
