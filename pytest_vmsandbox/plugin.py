@@ -230,6 +230,12 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """What benchmarks ran on: the guest, where they ran in one."""
+    return config.stash[SESSION].benchmarks_machine
+
+
 # -- fixtures -----------------------------------------------------------------------------------------
 
 

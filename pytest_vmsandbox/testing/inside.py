@@ -5,7 +5,8 @@ from __future__ import annotations
 import faulthandler
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,7 +20,7 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
     add_hints,
 )
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, selection
 from pytest_vmsandbox.testing.hooks import ENDING, Hooks
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
 from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.testing.session import VMSession
 
-_Record = tuple[str, str, str]  # for junit's file: what it is, name and value
+_Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
 
 
@@ -41,6 +42,8 @@ class Inside:
         self._config = session.config
         self._hooks = Hooks(session)
         self._leases = Leases(session, tell=self._tell)
+        self._logs = beside.Logs(session.config)
+        self.benchmarks = beside.Benchmarks(session.config)
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._following: dict[pytest.Item, pytest.Item] = {}
@@ -123,7 +126,7 @@ class Inside:
             if phases:
                 raise self._broken(f"a test is done without {phases[0]}")
         except ENDING:  # what the test has told before counts
-            self._keep(lease, item, reports, records)
+            self._keep(lease, reports, records)
             yield from reports
             raise
         except VMSandboxError as error:
@@ -139,20 +142,19 @@ class Inside:
             reports.append(self._failed(item, error, phases[0] if phases else "teardown"))
             if phases and phases[0] != "teardown":
                 reports.append(self._passed(item, "teardown"))
-        self._keep(lease, item, reports, records)
+        self._keep(lease, reports, records)
         yield from reports
 
     def _keep(
         self,
         lease: Lease,
-        item: pytest.Item,
         reports: list[pytest.TestReport],
         records: list[_Record],
     ) -> None:
         """Note what a test has left, which counts from now on: it does not run again."""
         lease.has_failed |= any(report.failed for report in reports)
         for record in records:
-            self._record(*record, item.nodeid)
+            record()
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
@@ -187,8 +189,8 @@ class Inside:
         nextitem: pytest.Item | None,
         records: list[_Record],
     ) -> Iterator[tuple[pytest.TestReport, bool]]:
-        """The reports that come, and whether each is a subtest's; what is for junit goes to `records`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless, harmless
+        """The reports that come, and whether each is a subtest's; what is for others goes to `records`."""
+        from pytest_vmsandbox.testing.remote_reports import colourless
 
         assert lease.session is not None
         following, more = self._next(item, nextitem)
@@ -201,18 +203,35 @@ class Inside:
             limit=self._limit(item, lease),
         ):
             if "report" in message:
-                report = lease.reader.test_report(item, nodeid, message["report"])
-                yield report, lease.reader.is_subtest(message["report"])
+                data = message["report"]
+                report = lease.reader.test_report(item, nodeid, data)
+                beside.keep_scenario(report, data.get("scenario"), lease.reader)
+                yield report, lease.reader.is_subtest(data)
             elif message.get("stop"):
                 how = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, how, colourless(str(message["stop"])))
-            elif "junit" in message:
-                kind, name, value = (message.get(key) for key in ("junit", "name", "value"))
-                records.append((str(kind), harmless(name), harmless(value)))
+            elif (record := self._record_of(lease, item, message)) is not None:
+                records.append(record)
             elif "interrupted" in message:
                 self._stop(item, message)
             else:
                 self._tell(lease, message, item.nodeid)
+
+    def _record_of(self, lease: Lease, item: pytest.Item, message: Message) -> _Record | None:
+        """How to tell a plugin what a message has for it; None for another message.
+
+        Raises:
+            GuestLost: it is not well-formed.
+        """
+        from pytest_vmsandbox.testing.remote_reports import harmless
+
+        if "junit" in message:
+            name, value = harmless(message.get("name")), harmless(message.get("value"))
+            return partial(self._to_junit, str(message["junit"]), name, value, item.nodeid)
+        if "benchmark" in message:
+            image = lease.guest.image
+            return self.benchmarks.read(item, image, message, lease.reader)
+        return None
 
     def _announce(self, lease: Lease, item: pytest.Item) -> None:
         """Let the guest go on with what comes next, while the reports are on their way here.
@@ -251,12 +270,18 @@ class Inside:
             text = harmless(message["output"]).encode(encoding, "backslashreplace")
             stream.write(text.decode(encoding))
             stream.flush()
+        elif "logged" in message:
+            self._logs.show(message, lease.reader)
+        elif "note" in message:
+            about, is_problem = beside.note(message, nodeid)
+            self._session.failed |= is_problem
+            self._session.tell(about)
 
     def _collected_there(self) -> set[str]:
         """The paths of files that only guests collect."""
         return {str(self._config.rootpath / it) for it in self._session.unimportable}
 
-    def _record(self, kind: str, name: str, value: str, nodeid: str) -> None:
+    def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
         xml = self._config.stash.get(xml_key, None)
         if xml is None:

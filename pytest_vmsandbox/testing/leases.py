@@ -22,7 +22,7 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, selection
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
@@ -310,6 +310,8 @@ class Leases:
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
+            "logs": beside.Logs(config).are_wanted,
+            "machine": beside.machine_is_wanted(config),
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture", default="no") == "no",
         }

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -84,6 +84,11 @@ class VMSession:
             for problem in self.inside.close():
                 self.failed = True
                 self.tell(f"at the end of the tests inside: {problem}")
+
+    @property
+    def benchmarks_machine(self) -> dict[str, Any] | None:
+        """The machine that pytest-benchmark's measurements are of; None where it is this one."""
+        return self.inside.benchmarks.machine() if "inside" in self.__dict__ else None
 
     def close(self) -> None:
         """End every guest that is left."""
