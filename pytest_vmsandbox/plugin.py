@@ -191,6 +191,21 @@ class InsideProtocol:
         item.config.stash[SESSION].inside.run(item, nextitem)
         return True
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport, config: pytest.Config
+    ) -> Generator[None, object, object]:
+        """Let no test be lost from the count because a plugin cannot tell its status."""
+        try:
+            return (yield)
+        except Exception as error:
+            if not getattr(report, "vm_inside", False):
+                raise
+            from pytest_vmsandbox.testing import hooks
+
+            hook, session = config.hook.pytest_report_teststatus, config.stash[SESSION]
+            return hooks.result_of_others(session, hook, error, self, report=report, config=config)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -32,6 +32,7 @@ session uses names of its own: `keep_apart` says how.
 from __future__ import annotations
 
 import _thread
+import binascii
 import builtins
 import codecs
 import errno
@@ -71,6 +72,7 @@ ASIDE = 900  # from here on, descriptors are out of the way of tests
 NICE = 5  # of what stands between tests and host: several messages then go in one
 PIECE = 500  # collected items in one message
 MAX_PROPERTIES = 10_000  # of a report: user_properties
+MAX_RESULT = 12 << 20  # bytes of a file of allure's
 MAX_BENCHMARK = 500_000  # rounds of a benchmark
 MAX_ATTRIBUTES = 100  # of a report, that plugins and conftest files have given it
 MAX_ATTRIBUTE_BYTES = 6 << 20  # of all of them together, as JSON
@@ -770,6 +772,7 @@ class Session:
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         for said in benchmarks_of(session.config, self.settings.get("machine", False)):
             self.wire.say(said)
+        self.tell_results()
         stop = session.shouldfail or session.shouldstop
         self.wire.say(
             {
@@ -905,7 +908,23 @@ class Session:
         self.wire.say({"internal": clean(self.text(excrepr))})
 
     def pytest_unconfigure(self) -> None:
+        self.tell_results()
         self.wire.say({"finished": True})
+
+    def tell_results(self) -> None:
+        """Send the files that allure has written since, and remove them."""
+        folder = self.settings.get("allure")
+        if not folder or not os.path.isdir(folder):
+            return
+        for name in sorted(os.listdir(folder)):
+            path = os.path.join(folder, name)
+            if os.path.getsize(path) > MAX_RESULT:
+                self.wire.say({"note": "result", "name": clean(name)})
+            else:
+                with open(path, "rb") as file:
+                    data = binascii.b2a_base64(file.read(), newline=False).decode()
+                self.wire.say({"allure": clean(name), "data": data})
+            os.unlink(path)
 
 
 def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +52,13 @@ _NOTES = {
         "{nodeid}: it has {name} user properties. 10,000 of them, or 4 MiB together with its "
         "output, come from a guest; the rest is lost"
     ),
+    "result": "{nodeid}: allure's file {name} stays in the guest: it has more than 12 MiB",
     "rounds": (
         "{nodeid}: its benchmark is left out, since it has {name} rounds. 500,000 come from a "
         "guest: lower --benchmark-max-time, or raise --benchmark-min-time"
     ),
 }
-_PROBLEMS = {"twice", "properties", "rounds"}  # something is lost that counts
+_PROBLEMS = {"twice", "properties", "rounds", "result"}  # something is lost that counts
 
 
 def note(message: Message, nodeid: str) -> tuple[str, bool]:
@@ -147,6 +154,86 @@ class Benchmarks:
             return None
         return next(iter(self._machines.values()))
 
+
+# -- allure ---------------------------------------------------------------------------------------
+
+
+class AllureResults:
+    """Files that allure writes in guests, for its folder on this side.
+
+    A guest is not trusted: a file is a new one of that folder, called as allure calls its files, and
+    names no file outside of it.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._listener = config.pluginmanager.get_plugin("allure_listener")
+        self._folder = Path(config.getoption("allure_report_dir", default=None) or "").absolute()
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether this run has a folder for them."""
+        return self._listener is not None
+
+    def keep(self, message: Message, image: str, nodeid: str) -> None:
+        """Write one. The result of a test replaces the one that allure would write here.
+
+        Raises:
+            GuestLost: it is none.
+        """
+        from pytest_vmsandbox.inside.wire import broken
+
+        name = message.get("allure")
+        if self._listener is None or not isinstance(name, str) or not _is_result(name):
+            raise broken("a file of allure's with another name", name)
+        try:
+            data = base64.b64decode(message.get("data", ""), validate=True)
+            if name.endswith(".json"):
+                data = json.dumps(_of_image(json.loads(data), image)).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise broken("a file of allure's that is none") from error
+        with suppress(FileExistsError), (self._folder / name).open("xb") as file:
+            file.write(data)
+        if name.endswith("-result.json"):
+            with suppress(Exception):  # another version keeps it elsewhere
+                if uuid := self._listener._cache.pop(nodeid):  # noqa: SLF001  # there is no other way
+                    self._listener.allure_logger.drop_test(uuid)
+
+
+def _is_result(name: str) -> bool:
+    return _RESULT.fullmatch(name) is not None
+
+
+def _of_image(value: Any, image: str) -> Any:
+    """A result that says where it comes from, or allure takes two images' for one test's retries."""
+    value = _without_foreign_files(value)
+    if isinstance(value, dict) and "historyId" in value:
+        value["historyId"] = hashlib.md5(  # allure's own kind of id
+            f"{value['historyId']}{image}".encode(), usedforsecurity=False
+        ).hexdigest()
+        parameters = value.get("parameters")
+        value["parameters"] = [
+            *(parameters if isinstance(parameters, list) else ()),
+            {"name": "vm", "value": image},
+        ]
+    return value
+
+
+def _without_foreign_files(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_foreign_files(it) for it in value]
+    if not isinstance(value, dict):
+        return value
+    source = value.get("source")
+    return {
+        name: _without_foreign_files(it)
+        for name, it in value.items()
+        if name != "source" or (isinstance(source, str) and _is_result(source))
+    }
+
+
+_RESULT = re.compile(
+    r"[0-9a-f-]{36}-(?:(?:result|container|globals)\.json|attachment(?:\.[\w+-]{1,16})?)", re.ASCII
+)
 
 # -- pytest's live log, and its log file ----------------------------------------------------------
 

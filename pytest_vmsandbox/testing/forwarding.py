@@ -43,7 +43,8 @@ _OURS_OPTIONS = {
     "usepdb_cls", "version", "xmlpath",
     "loadgroup",  # of xdist's workers alone
     # Of other plugins, those by which tests are selected, and reports written and compared.
-    "allure_epics", "allure_features", "allure_ids", "allure_labels", "allure_severities",
+    "allure_epics", "allure_features", "allure_ids", "allure_labels", "allure_report_dir",
+    "allure_severities",
     "allure_stories", "clean_alluredir",
     "benchmark_autosave", "benchmark_compare", "benchmark_compare_fail", "benchmark_cprofile",
     "benchmark_cprofile_dump", "benchmark_histogram", "benchmark_json", "benchmark_save",

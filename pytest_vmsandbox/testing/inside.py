@@ -43,6 +43,7 @@ class Inside:
         self._hooks = Hooks(session)
         self._leases = Leases(session, tell=self._tell)
         self._logs = beside.Logs(session.config)
+        self._allure = beside.AllureResults(session.config)
         self.benchmarks = beside.Benchmarks(session.config)
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._retried: set[str] = set()  # tests whose guest something else took away
@@ -91,6 +92,7 @@ class Inside:
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
+        report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         self._session.note_report(item, report)
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
 
@@ -272,6 +274,8 @@ class Inside:
             stream.flush()
         elif "logged" in message:
             self._logs.show(message, lease.reader)
+        elif "allure" in message:
+            self._allure.keep(message, lease.guest.image, nodeid)
         elif "note" in message:
             about, is_problem = beside.note(message, nodeid)
             self._session.failed |= is_problem

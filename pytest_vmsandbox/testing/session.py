@@ -56,6 +56,7 @@ class VMSession:
         told: lines for the end of the run; those of xdist's workers are among them.
         unimportable: files of tests that this side could not collect, relative to the rootdir, and who
             tried first: with ``--doctest-modules``, two collectors do.
+        failed_hooks: hooks of others that have failed for tests inside, and were told.
         item: the test that runs now.
         coming: image and hardware of the fresh guest of each test that has one.
     """
@@ -66,6 +67,7 @@ class VMSession:
         self.failed = False
         self.told: dict[str, None] = {}
         self.unimportable: dict[str, type[pytest.Collector]] = {}
+        self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
