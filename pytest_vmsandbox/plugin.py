@@ -191,6 +191,21 @@ class InsideProtocol:
         item.config.stash[SESSION].inside.run(item, nextitem)
         return True
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport, config: pytest.Config
+    ) -> Generator[None, object, object]:
+        """Let no test be lost from the count because a plugin cannot tell its status."""
+        try:
+            return (yield)
+        except Exception as error:
+            if not getattr(report, "vm_inside", False):
+                raise
+            from pytest_vmsandbox.testing import hooks
+
+            hook, session = config.hook.pytest_report_teststatus, config.stash[SESSION]
+            return hooks.result_of_others(session, hook, error, self, report=report, config=config)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -230,6 +245,12 @@ def pytest_runtest_makereport(
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs."""
     return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """What benchmarks ran on: the guest, where they ran in one."""
+    return config.stash[SESSION].benchmarks_machine
 
 
 # -- fixtures -----------------------------------------------------------------------------------------

@@ -62,13 +62,19 @@ LEFT_OUT = frozenset(
         "pre-commit",
         "ruff",
         "tox",
-        # Plugins that do their work where the run is: here.
-        "coverage",
-        "execnet",
+        # Plugins that select tests, which is done here.
+        "pytest-picked",
+        "pytest-shard",
+        "pytest-split",
+        "pytest-testmon",
+    }
+)
+# Plugins that do their work where the run is: here. They are installed in the guest, for conftest
+# files that import them, and not loaded there.
+HOST_ONLY = frozenset(
+    {
         "pytest-cov",
         "pytest-forked",
-        "pytest-html",
-        "pytest-metadata",
         "pytest-reportlog",
         "pytest-timeout",
         "pytest-xdist",

@@ -300,7 +300,7 @@ class GuestSession:
         collected: Mapping[str, Any],
         *,
         environment: Mapping[str, str],
-        fixtures: Mapping[str, str],
+        fixtures: Mapping[str, str | None],
         timeout: float,
     ) -> tuple[GuestSession, list[Message]]:
         """The session that waits in a guest that was cloned.

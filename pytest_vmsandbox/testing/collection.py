@@ -209,6 +209,13 @@ def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
             )
         if session.config.getoption("setupshow", default=False):
             session.tell("--setup-show shows nothing of tests that run inside a guest")
+        if session.config.pluginmanager.has_plugin("TestmonCollect"):
+            session.usage_errors.append(
+                "testmon cannot see what tests that run inside a guest depend on, and would leave them "
+                "out when it changes\nRemedy: --testmon-nocollect, or no --testmon"
+            )
+        if session.config.getoption("benchmark_cprofile", default=None):
+            session.tell("--benchmark-cprofile shows nothing of tests that run inside a guest")
         for plugin in _does_nothing(session.config, inside):
             session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors

@@ -21,7 +21,7 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.inside.wire import broken
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, selection
 from pytest_vmsandbox.testing.hooks import ENDING, Hooks
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
 from pytest_vmsandbox.testing.remote_reports import RERUN
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.testing.session import VMSession
 
-_Record = tuple[str, str, str]  # for junit's file: what it is, name and value
+_Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
 
@@ -112,6 +112,9 @@ class Inside:
         self._config = session.config
         self._hooks = Hooks(session)
         self._leases = Leases(session, tell=self._tell)
+        self._logs = beside.Logs(session.config)
+        self._allure = beside.AllureResults(session.config)
+        self.benchmarks = beside.Benchmarks(session.config)
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._following: dict[pytest.Item, pytest.Item] = {}
@@ -166,6 +169,7 @@ class Inside:
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
+        report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         self._session.note_report(item, report)
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
@@ -200,7 +204,7 @@ class Inside:
             self._hear(lease, item, found, nextitem, attempt, attempts, records)
             self._check_end(item, attempt, attempts[-1])
         except ENDING:  # what the test has told before counts
-            self._keep(lease, item, attempts, records)
+            self._keep(lease, attempts, records)
             yield from (each.reports for each in attempts)
             raise
         except VMSandboxError as error:
@@ -213,7 +217,7 @@ class Inside:
             elif ahead:
                 self._alone.update(ahead)
             attempts[-1].fail(partial(self._failed, item, error), partial(self._passed, item))
-        self._keep(lease, item, attempts, records)
+        self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
             self._leases.end(item)
@@ -230,14 +234,13 @@ class Inside:
     def _keep(
         self,
         lease: Lease,
-        item: pytest.Item,
         attempts: list[_Attempt],
         records: list[_Record],
     ) -> None:
         """Note what a test has left, which counts from now on: it is not lost with its guest."""
         lease.has_failed |= any(each.has_failed for each in attempts)
         for record in records:
-            self._record(*record, item.nodeid)
+            record()
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
@@ -267,8 +270,8 @@ class Inside:
         attempts: list[_Attempt],
         records: list[_Record],
     ) -> None:
-        """Let a test run: its reports go to `attempts`, what is for junit to `records`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless, harmless
+        """Let a test run: its reports go to `attempts`, what is for others to `records`."""
+        from pytest_vmsandbox.testing.remote_reports import colourless
 
         assert lease.session is not None
         following, more = self._next(item, nextitem)
@@ -284,8 +287,10 @@ class Inside:
             attempt=attempt,
         ):
             if "report" in message:
-                report = lease.reader.test_report(item, nodeid, message["report"])
-                attempts[-1].add(report, is_subtest=lease.reader.is_subtest(message["report"]))
+                data = message["report"]
+                report = lease.reader.test_report(item, nodeid, data)
+                beside.keep_scenario(report, data.get("scenario"), lease.reader)
+                attempts[-1].add(report, is_subtest=lease.reader.is_subtest(data))
             elif "call" in message:
                 attempts[-1].has_called = True
             elif "again" in message:
@@ -295,13 +300,28 @@ class Inside:
             elif message.get("stop"):
                 how = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, how, colourless(str(message["stop"])))
-            elif "junit" in message:
-                kind, name, value = (message.get(key) for key in ("junit", "name", "value"))
-                records.append((str(kind), harmless(name), harmless(value)))
+            elif (record := self._record_of(lease, item, message)) is not None:
+                records.append(record)
             elif "interrupted" in message:
                 self._stop(item, message)
             else:
                 self._tell(lease, message, item.nodeid)
+
+    def _record_of(self, lease: Lease, item: pytest.Item, message: Message) -> _Record | None:
+        """How to tell a plugin what a message has for it; None for another message.
+
+        Raises:
+            GuestLost: it is not well-formed.
+        """
+        from pytest_vmsandbox.testing.remote_reports import harmless
+
+        if "junit" in message:
+            name, value = harmless(message.get("name")), harmless(message.get("value"))
+            return partial(self._to_junit, str(message["junit"]), name, value, item.nodeid)
+        if "benchmark" in message:
+            image = lease.guest.image
+            return self.benchmarks.read(item, image, message, lease.reader)
+        return None
 
     def _announce(self, lease: Lease, item: pytest.Item) -> None:
         """Let the guest go on with what comes next, while the reports are on their way here.
@@ -343,12 +363,20 @@ class Inside:
             text = harmless(message["output"]).encode(encoding, "backslashreplace")
             stream.write(text.decode(encoding))
             stream.flush()
+        elif "logged" in message:
+            self._logs.show(message, lease.reader)
+        elif "allure" in message:
+            self._allure.keep(message, lease.guest.image, nodeid)
+        elif "note" in message:
+            about, is_problem = beside.note(message, nodeid)
+            self._session.failed |= is_problem
+            self._session.tell(about)
 
     def _collected_there(self) -> set[str]:
         """The paths of files that only guests collect."""
         return {str(self._config.rootpath / it) for it in self._session.unimportable}
 
-    def _record(self, kind: str, name: str, value: str, nodeid: str) -> None:
+    def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
         xml = self._config.stash.get(xml_key, None)
         if xml is None:

@@ -22,7 +22,7 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, selection
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
@@ -295,6 +295,7 @@ class Leases:
                 ]
             )
         where = translate(str(config.invocation_params.dir))
+        results = f"{BASE}/allure" if beside.AllureResults(config).are_wanted else None
         return {
             "args": [
                 *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini"),
@@ -304,17 +305,21 @@ class Leases:
                 *(f"{tree}/{file}" for file in files),
             ],
             "plugins": [] if wanted else forwarding.plugins(config),
-            "options": forwarding.options(config, translate),
+            "options": {**forwarding.options(config, translate), "allure_report_dir": results},
             "ini": [(["cache_dir"], f"{BASE}/cache"), *forwarding.ini(config, translate)],
             "fixtures": forwarding.fixtures(config),
             "path": list(installed.path),
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
+            "reruns": config.pluginmanager.has_plugin("rerunfailures"),
             "alone": collection.isolation_of(item) == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
+            "logs": beside.Logs(config).are_wanted,
+            "allure": results,
+            "machine": beside.machine_is_wanted(config),
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture", default="no") == "no",
         }
@@ -432,6 +437,9 @@ class Leases:
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         if self._measuring is not None and self._prepared is not None:
             self._measuring.keep(said, self._prepared.tree, lease.guest.name)
+        for message in said:
+            if "allure" in message:  # of fixtures that the session's end has torn down
+                self._tell(lease, message)
         allowed = {0, 1} if lease.has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
             f"{lease.guest.name}: {printable(str(message.get('tail', '')))}\n  its pytest ended with status "

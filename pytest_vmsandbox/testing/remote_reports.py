@@ -7,6 +7,7 @@ things by name; texts lose what could play tricks on a terminal, but keep their 
 from __future__ import annotations
 
 import builtins
+import logging
 import math
 import re
 import warnings
@@ -26,6 +27,7 @@ OUTCOMES = ("passed", "failed", "skipped")
 RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
 _SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
+_MAX_ATTRIBUTES = 100
 _MAX_SOURCE = 200_000  # characters in a report that pytest highlights: that can take seconds
 # Control characters and sequences, but for colours, tabs and line ends; characters that let a
 # terminal show a line in another order; half characters, which cannot be written.
@@ -103,12 +105,36 @@ class Reader:
         if fields.get("_report_type") == _SUBTEST:
             if clean["when"] != "call":
                 raise broken("a subtest that is no part of a test's call", clean["when"])
-            return self._subtest(item, clean, _context(fields.get(_CONTEXT)))
-        make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
-        report: pytest.TestReport = _made(make, clean)
-        if self._reruns and RERUN in fields:
-            vars(report)[RERUN] = _integer(fields[RERUN])
+            report = self._subtest(item, clean, _context(fields.get(_CONTEXT)))
+        else:
+            make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
+            report = _made(make, clean)
+        self._hang(report, _object(fields.get("attributes", {})))
         return report
+
+    def _hang(self, report: pytest.TestReport, attributes: dict[str, Any]) -> None:
+        """Give a report the attributes that plugins gave it in the guest.
+
+        None of them replaces anything that a report has, or that pytest looks for on one.
+        """
+        if len(attributes) > _MAX_ATTRIBUTES:
+            raise broken(f"a report with more than {_MAX_ATTRIBUTES} attributes")
+        for name, value in attributes.items():
+            if _is_free(report, name):
+                check = _CHECKS.get(name, _anything)
+                setattr(report, name, check(self.value(value)))
+
+    def value(self, value: object) -> Any:
+        """A JSON value without tricks in its texts; paths of the project are those of here."""
+        if isinstance(value, dict):
+            return {harmless(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.value(item) for item in value]
+        if isinstance(value, str):
+            return self._path(harmless(value))
+        if isinstance(value, int) and not -(2**31) <= value < 2**63:  # xdist sends no others
+            return str(value)
+        return value
 
     def is_subtest(self, data: object) -> bool:
         """Whether a report is that of a part of a test, beside those of its phases."""
@@ -145,7 +171,9 @@ class Reader:
 
     def path(self, path: object) -> str:
         """A path as it is called on this machine, where it is one of the project."""
-        text = colourless(path)
+        return self._path(colourless(path))
+
+    def _path(self, text: str) -> str:
         if text.startswith(self._there):
             return self._here + text.removeprefix(self._there)
         return text
@@ -293,6 +321,30 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     }
 
 
+def log_record(value: object, reader: Reader) -> logging.LogRecord:
+    """A record of `logging` from a guest; its message is complete.
+
+    Raises:
+        GuestLost: it is none.
+    """
+    fields = _object(value)
+    texts = {name: harmless(fields.get(name)) for name in ("name", "levelname", "msg")}
+    optional = {
+        name: None if fields.get(name) is None else harmless(fields[name])
+        for name in ("funcName", "processName", "threadName", "taskName", "exc_text", "stack_info")
+    }
+    numbers = {name: _integer(fields.get(name)) for name in ("levelno", "lineno")}
+    times = {name: _number(fields.get(name)) for name in ("created", "msecs")}
+    path = Path(reader.path(fields.get("pathname")))
+    return logging.makeLogRecord(
+        {
+            **texts, **optional, **numbers, **times, "args": None, "exc_info": None,
+            "pathname": str(path), "filename": path.name, "module": path.stem,
+            **{name: int(_number(fields.get(name) or 0, 1e20)) for name in ("process", "thread")},
+        }
+    )  # fmt: skip
+
+
 def _category(module: str, name: str) -> type[Warning]:
     """A class of that name; none is imported because a guest says so."""
     known = getattr({"builtins": builtins, "pytest": pytest}.get(module), name, None)
@@ -301,6 +353,63 @@ def _category(module: str, name: str) -> type[Warning]:
     name = name if name.isidentifier() else "Warning"
     return type(name, (Warning,), {"__module__": module[:200]})
 
+
+# What attributes of a report may not be called, beside all that the class of a report has: pytest
+# keeps it in a report or passes it by name, xdist and plugins of reruns add it.
+_TAKEN = frozenset(
+    {
+        *dir(pytest.TestReport), *dir(pytest.CollectReport),
+        "nodeid", "id", "_id", "location", "keywords", "outcome", "longrepr", "when", "sections",
+        "user_properties", "duration", "start", "stop", "wasxfail", "context", "result",
+        "self", "cls", "_report_type",
+        "node", "item_index", "worker_id", "testrun_uid", "rerun",
+    }
+)  # fmt: skip
+
+
+def _is_free(report: pytest.TestReport, name: str) -> bool:
+    """Whether an attribute can be called so: it hides nothing. Names with ``vm_`` are ours."""
+    return (
+        name.isidentifier()
+        and not name.startswith(("__", "vm_"))
+        and name not in _TAKEN
+        and not hasattr(report, name)
+    )
+
+
+def _anything(value: Any) -> Any:
+    return value
+
+
+def _extras(value: object) -> list[dict[str, Any]]:
+    """What pytest-html shows beside a test. It writes files, and the extension ends their names."""
+    return [it for it in value if _is_extra(it)] if isinstance(value, list) else []
+
+
+def _is_extra(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= _EXTRA:
+        return False
+    kind, content, extension = (value[it] for it in ("format_type", "content", "extension"))
+    if kind not in _EXTRAS or not (isinstance(content, str) or kind == "json"):
+        return False
+    return extension is None or (
+        isinstance(extension, str) and _EXTENSION.fullmatch(extension) is not None
+    )
+
+
+_EXTRA = {"name", "format_type", "content", "mime_type", "extension"}
+_EXTRAS = ("html", "image", "json", "text", "url", "video")
+_EXTENSION = re.compile(r"[\w.+-]{0,20}", re.ASCII)
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
+        raise broken("something else where a line's number should be", value)
+    return value
+
+
+# Attributes of which a plugin on this side makes more than text.
+_CHECKS: dict[str, Callable[[Any], Any]] = {"extras": _extras, "extra": _extras, RERUN: _integer}
 
 _CONTEXT = "_subtest.context"
 
@@ -343,14 +452,8 @@ def _list(value: object, most: int, *, exactly: bool = False) -> list[Any]:
     return value
 
 
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
-        raise broken("something else where a line's number should be", value)
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e12:
+def _number(value: object, limit: float = 1e12) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < limit:
         raise broken("something else where a number should be", value)
     return float(value) if math.isfinite(value) else 0.0
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -56,6 +56,7 @@ class VMSession:
         told: lines for the end of the run; those of xdist's workers are among them.
         unimportable: files of tests that this side could not collect, relative to the rootdir, and who
             tried first: with ``--doctest-modules``, two collectors do.
+        failed_hooks: hooks of others that have failed for tests inside, and were told.
         item: the test that runs now.
         coming: image and hardware of the fresh guest of each test that has one.
     """
@@ -66,6 +67,7 @@ class VMSession:
         self.failed = False
         self.told: dict[str, None] = {}
         self.unimportable: dict[str, type[pytest.Collector]] = {}
+        self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
@@ -84,6 +86,11 @@ class VMSession:
             for problem in self.inside.close():
                 self.failed = True
                 self.tell(f"at the end of the tests inside: {problem}")
+
+    @property
+    def benchmarks_machine(self) -> dict[str, Any] | None:
+        """The machine that pytest-benchmark's measurements are of; None where it is this one."""
+        return self.inside.benchmarks.machine() if "inside" in self.__dict__ else None
 
     def close(self) -> None:
         """End every guest that is left."""

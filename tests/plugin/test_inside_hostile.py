@@ -157,7 +157,7 @@ def test_an_error_after_the_call(told, said, passed):
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_one*", "PASSED *test_two*"])
 
 
-RERUN = report("call", "rerun", longrepr="why", rerun=0)
+RERUN = report("call", "rerun", longrepr="why", attributes={"rerun": 0})
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ RERUN = report("call", "rerun", longrepr="why", rerun=0)
         [SETUP, RERUN, TEARDOWN, {"again": True}, DONE],
         [SETUP, RERUN, TEARDOWN, {"again": True}, CALL],
         [SETUP, RERUN, TEARDOWN, {"again": True}, {"again": True}],
-        [SETUP, report("call", "rerun", longrepr="why", rerun="x")],
+        [SETUP, report("call", "rerun", longrepr="why", attributes={"rerun": "x"})],
     ],
 )
 def test_another_attempt_that_is_none(told, said):

@@ -155,7 +155,7 @@ def test_the_mirror_asks_for_roots_and_prefers_all(host):
 
 
 def test_what_only_the_left_out_need_goes_with_them(host):
-    host.add("pytest-xdist", "execnet", "pytest")
+    host.add("tox", "execnet", "pytest")
     host.add("execnet")
     host.add("pytest-vmsandbox", "paramiko", "Rich")
     host.add("paramiko", "shared")
@@ -167,6 +167,13 @@ def test_what_only_the_left_out_need_goes_with_them(host):
     assert found.preferred == ("pluggy==1.6.0", "pytest==9.2.0", "requests==1.0", "shared==1.0")
 
 
+def test_plugins_that_are_of_this_side_alone_can_be_imported_there(host):
+    host.add("pytest-xdist", "execnet", "pytest")
+    host.add("execnet")
+    assert "pytest-xdist" in host.mirror().lines
+    assert "execnet==1.0" in host.mirror().preferred
+
+
 def test_a_left_out_one_stays_when_it_is_needed(host):
     host.add("pytest-mypy-plugins", "mypy")
     host.add("mypy")
@@ -174,7 +181,7 @@ def test_a_left_out_one_stays_when_it_is_needed(host):
 
 
 def test_what_extras_need_is_needed(host):
-    host.add("pytest-cov", "coverage[toml]")
+    host.add("tox", "coverage[toml]")
     host.add("coverage", "tomli; extra == 'toml'", "other; extra == 'x'")
     host.add("tomli")
     host.add("other")
