@@ -66,6 +66,7 @@ class Reader:
     def __init__(self, there: str, here: Path) -> None:
         self._there = there.rstrip("/") + "/"
         self._here = f"{here}/"
+        self._mention = re.compile(re.escape(there.rstrip("/")) + r"(?![\w-]|\.\w)")
 
     def test_report(self, item: pytest.Item, nodeid: str, data: object) -> pytest.TestReport:
         """The report of a phase of `item`, which is called `nodeid` in the guest.
@@ -143,6 +144,10 @@ class Reader:
             return self._here + text.removeprefix(self._there)
         return text
 
+    def text(self, text: str) -> str:
+        """A text with paths of the project as they are on this machine."""
+        return self._mention.sub(lambda _: self._here.rstrip("/"), text)
+
     def _section(self, value: object) -> tuple[str, str]:
         name, text = _list(value, 2, exactly=True)
         return harmless(name), harmless(text)
@@ -151,13 +156,13 @@ class Reader:
         if value is None:
             return None
         if isinstance(value, str):
-            return harmless(value)
+            return self.text(harmless(value))
         if isinstance(value, list):
             path, line, reason = _list(value, 3, exactly=True)
-            return self.path(path), _integer(line), colourless(reason)
+            return self.path(path), _integer(line), self.text(colourless(reason))
         fields = _object(value)
         if "text" in fields:
-            return _Text(harmless(fields["text"]))
+            return _Text(self.text(harmless(fields["text"])))
         chain = fields.get("chain")
         clean: dict[str, Any] = {
             "reprcrash": self._crash(fields.get("reprcrash")),
@@ -196,7 +201,7 @@ class Reader:
         return {
             "path": self.path(fields.get("path")),
             "lineno": _integer(fields.get("lineno")),
-            "message": colourless(fields.get("message")),
+            "message": self.text(colourless(fields.get("message"))),
         }
 
     def _traceback(self, value: object) -> dict[str, Any]:
@@ -213,7 +218,7 @@ class Reader:
     def _entry(self, value: object) -> dict[str, Any]:
         fields = _object(value)
         data = _object(fields.get("data"))
-        lines = [harmless(it) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        lines = [self.text(harmless(it)) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
         style = harmless(data.get("style", "long"))
         if fields.get("type") == "ReprEntryNative":
             return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
@@ -274,7 +279,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
         location = reader.path(path), _integer(line), harmless(function)
     return {
         "warning_message": warnings.WarningMessage(
-            message=category(harmless(message.get("warning"))),
+            message=category(reader.text(harmless(message.get("warning")))),
             category=category,
             filename=reader.path(message.get("file")),
             lineno=_integer(message.get("line")),
