@@ -15,6 +15,7 @@ from pytest_vmsandbox.testing import (
     collection,
     config as options,
     hookspecs,
+    pulling,
     reporting,
     selection,
     unimportable,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SESSION = pytest.StashKey[VMSession]()
 # What an xdist worker tells.
 _USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
+_PULLED = "vmsandbox_pulled"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -123,6 +125,8 @@ def pytest_testnodedown(node: Any) -> None:
     session.usage_errors = output.get(_USAGE_ERRORS, session.usage_errors)
     session.failed |= output.get(_FAILED, False)
     session.told.update(dict.fromkeys(output.get(_TOLD, ())))
+    for kind, names in output.get(_PULLED, {}).items():
+        pulling.note(session.pulled, kind, names)
 
 
 @pytest.hookimpl(trylast=True)
@@ -134,6 +138,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_FAILED] = ours.failed
         session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
+        session.config.workeroutput[_PULLED] = {it: [*names] for it, names in ours.pulled.items()}
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*ours.usage_errors)
 
@@ -150,7 +155,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Tell what xdist's workers ran guests with; they have no terminal of their own."""
-    for line in config.stash[SESSION].told:
+    for line in config.stash[SESSION].lines():
         terminalreporter.write_line(line)
 
 

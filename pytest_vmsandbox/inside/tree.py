@@ -149,6 +149,54 @@ class Pushed:
     removed: int = 0
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What has changed in a guest's copy of a tree since it went there.
+
+    Attributes:
+        written: files that are new or have other content, by path.
+        removed: paths of files that are gone.
+    """
+
+    written: Mapping[str, Entry]
+    removed: tuple[str, ...]
+
+
+def changes(guest: Scripted, tree: Tree, dest: str) -> Changes:
+    """What differs in the guest's folder `dest` from the tree that `sync` has put there.
+
+    Costs one command in the guest. A file whose size and time are right is taken for the same.
+
+    Raises:
+        TransferError: the guest does not tell what it has.
+    """
+    there = _listing(guest, dest)
+    written = {
+        path: entry
+        for path, entry in there.items()
+        if entry.kind == "file" and not _same_content(entry, tree.entries.get(path))
+    }
+    removed = [
+        path for path, entry in tree.entries.items() if entry.kind == "file" and path not in there
+    ]
+    return Changes(written, tuple(removed))
+
+
+def is_cache(path: str) -> bool:
+    """Whether a path of a tree is in a cache, is git's own, or is what each run writes anew."""
+    *_, name = parts = path.split("/")
+    return ".git" in parts or not _CACHES.isdisjoint(parts) or name in _WRITTEN_BY_RUNS
+
+
+def _same_content(entry: Entry, other: Entry | None) -> bool:
+    return other is not None and _version(entry) == _version(other)
+
+
+def _version(entry: Entry) -> object:
+    """What two entries of the same content have in common."""
+    return entry.kind, entry.size, entry.mtime_ns // 1000
+
+
 def sync(guest: Scripted, tree: Tree, dest: str, *, before: Collection[str] = ()) -> Pushed:
     """Make the folder `dest` of the guest hold the tree; what else is in there stays.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.testing import config as options, selection
+from pytest_vmsandbox.testing import config as options, pulling, selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -216,6 +216,11 @@ def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
             )
         if session.config.getoption("benchmark_cprofile", default=None):
             session.tell("--benchmark-cprofile shows nothing of tests that run inside a guest")
+        try:
+            pulling.patterns(session.config)
+        except ConfigError as error:
+            session.usage_errors.append(str(error))
+        pulling.spare_unused(session, inside)
         for plugin in _does_nothing(session.config, inside):
             session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors

@@ -71,6 +71,7 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("vm_offline", "like --vm-offline", type="bool", default=None)
     parser.addini("vm_test_timeout", "seconds for a test inside a guest (600)", default=None)
     parser.addini("vm_push", "what goes to a guest although git ignores it", type="args")
+    parser.addini("vm_pull", "files of the project that tests in a guest write: globs", type="args")
     parser.addini("vm_requirements", "what is installed in a guest for tests", type="linelist")
     parser.addini("vm_guest_plugins", "pytest plugins that a guest loads", type="args")
     parser.addini("vm_env", "variables for tests in a guest: NAME or NAME=VALUE", type="linelist")
@@ -169,6 +170,11 @@ def test_timeout(config: pytest.Config) -> float:
 def push(config: pytest.Config) -> list[str]:
     """Paths relative to the rootdir that go to guests although git ignores them."""
     return list(_ini(config, "vm_push") or ())
+
+
+def pull(config: pytest.Config) -> list[str]:
+    """Globs of files that come back from guests; ``!`` in front of one excludes."""
+    return list(_ini(config, "vm_pull") or ())
 
 
 def requirements(config: pytest.Config) -> list[str]:

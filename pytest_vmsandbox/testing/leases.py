@@ -22,7 +22,7 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import beside, collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, pulling, selection
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
@@ -44,9 +44,14 @@ Key = tuple[str, str, str]  # image, hardware, and what shares the guest
 
 @dataclass(kw_only=True)
 class Lease:
-    """A guest that runs tests inside, as long as those of its key may come."""
+    """A guest that runs tests inside, as long as those of its key may come.
+
+    Attributes:
+        tree: the project's folder in the guest.
+    """
 
     guest: Guest
+    tree: str
     keeper: Keeper
     reader: Reader
     config: Mapping[str, object]
@@ -113,6 +118,7 @@ class Leases:
         key = collection.place_of(item)
         lease = self._leases.get(key)
         if lease is not None and (loss := lease.guest.loss) is not None:
+            self._note_loss(lease)
             self._end(key)
             lease = None
             if loss.transient:  # the test may have run in it, ahead of its reports
@@ -182,6 +188,7 @@ class Leases:
             )
             return Lease(
                 guest=guest,
+                tree=installed.tree,
                 keeper=keeper,
                 reader=Reader(
                     installed.tree,
@@ -261,7 +268,7 @@ class Leases:
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
-                details=lost.details,
+                details=lease.reader.text(lost.details),
             ) from lost
         for message in said:
             self._tell(lease, message)
@@ -361,6 +368,7 @@ class Leases:
 
     def lose(self, lease: Lease, error: VMSandboxError) -> None:
         """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        error.details = lease.reader.text(error.details)
         if self._measuring is not None and lease.session is not None:
             self._session.tell(
                 f"coverage of tests inside {lease.guest.name} is not complete: they took their "
@@ -374,6 +382,7 @@ class Leases:
     def _abandon(self, lease: Lease, error: VMSandboxError) -> None:
         """End a guest because of an error."""
         self._leases = {key: other for key, other in self._leases.items() if other is not lease}
+        self._note_loss(lease)
         try:
             with lease.stack:
                 raise error  # through its use
@@ -403,16 +412,19 @@ class Leases:
                 )
                 if not keep:
                     stack.callback(self._end, key)
-                    if self._measuring is not None or collection.isolation_of(item) == "module":
-                        self._tell_problems(self._finish(self._leases[key]))
+                    self._wind_up(self._leases[key])
             yield
 
     def end(self, item: pytest.Item) -> None:
         """End the guest of a test: the next attempt at it has a fresh one."""
         key = collection.place_of(item)
-        if self._measuring is not None:
-            self._tell_problems(self._finish(self._leases[key]))
+        self._wind_up(self._leases[key])
         self._end(key)
+
+    def _wind_up(self, lease: Lease) -> None:
+        """Let a session end, and take what it has left."""
+        self._tell_problems(self._finish(lease))
+        self._tell_problems(self._bring_back(lease))
 
     def _tell_problems(self, problems: list[str]) -> None:
         """Tell what went wrong that is no test's error: the run is not green."""
@@ -440,13 +452,40 @@ class Leases:
         for message in said:
             if "allure" in message:  # of fixtures that the session's end has torn down
                 self._tell(lease, message)
+
+        def tail(message: Message) -> str:
+            return lease.reader.text(printable(str(message.get("tail", ""))))
+
         allowed = {0, 1} if lease.has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
-            f"{lease.guest.name}: {printable(str(message.get('tail', '')))}\n  its pytest ended with status "
+            f"{lease.guest.name}: {tail(message)}\n  its pytest ended with status "
             f"{message['exit']}, which no test there has caused: a conftest.py or a plugin has"
             for message in said
             if "exit" in message and message["exit"] not in allowed
         ]
+
+    def _bring_back(self, lease: Lease) -> list[str]:
+        """Bring back what tests have written into the project in a guest whose session is over.
+
+        Returns:
+            What went wrong, for people.
+        """
+        if self._prepared is None or not lease.has_collected:
+            return []
+        if lease.guest.loss is not None:
+            self._note_loss(lease)
+            return []
+        try:
+            found = pulling.bring_back(self._session, lease, self._prepared.tree)
+        except VMSandboxError as error:
+            return [str(error)]
+        for outcome, paths in found.items():
+            pulling.note(self._session.pulled, outcome.value, paths)
+        return []
+
+    def _note_loss(self, lease: Lease) -> None:
+        if self._prepared is not None and lease.has_collected:
+            pulling.note(self._session.pulled, pulling.LOST, [lease.guest.name])
 
     def close(self) -> list[str]:
         """Let every session tear down what is left, and end the guests.
@@ -460,6 +499,7 @@ class Leases:
                 problems += self._finish(lease)
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
+            problems += self._bring_back(lease)
             try:
                 self._end(key)
             except Exception as error:  # noqa: BLE001  # a user's hook may raise anything

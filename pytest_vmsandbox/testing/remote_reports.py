@@ -71,6 +71,7 @@ class Reader:
         self._reruns = reruns
         self._there = there.rstrip("/") + "/"
         self._here = f"{here}/"
+        self._mention = re.compile(re.escape(there.rstrip("/")) + r"(?![\w-]|\.\w)")
 
     def test_report(self, item: pytest.Item, nodeid: str, data: object) -> pytest.TestReport:
         """The report of a phase of `item`, which is called `nodeid` in the guest.
@@ -109,7 +110,10 @@ class Reader:
         else:
             make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
             report = _made(make, clean)
-        self._hang(report, _object(fields.get("attributes", {})))
+        attributes = _object(fields.get("attributes", {}))
+        self._hang(report, attributes)
+        if self._reruns and RERUN in attributes:  # how many attempts there were before
+            vars(report)[RERUN] = _integer(attributes[RERUN])
         return report
 
     def _hang(self, report: pytest.TestReport, attributes: dict[str, Any]) -> None:
@@ -178,6 +182,10 @@ class Reader:
             return self._here + text.removeprefix(self._there)
         return text
 
+    def text(self, text: str) -> str:
+        """A text with paths of the project as they are on this machine."""
+        return self._mention.sub(lambda _: self._here.rstrip("/"), text)
+
     def _section(self, value: object) -> tuple[str, str]:
         name, text = _list(value, 2, exactly=True)
         return harmless(name), harmless(text)
@@ -186,13 +194,13 @@ class Reader:
         if value is None:
             return None
         if isinstance(value, str):
-            return harmless(value)
+            return self.text(harmless(value))
         if isinstance(value, list):
             path, line, reason = _list(value, 3, exactly=True)
-            return self.path(path), _integer(line), colourless(reason)
+            return self.path(path), _integer(line), self.text(colourless(reason))
         fields = _object(value)
         if "text" in fields:
-            return _Text(harmless(fields["text"]))
+            return _Text(self.text(harmless(fields["text"])))
         chain = fields.get("chain")
         clean: dict[str, Any] = {
             "reprcrash": self._crash(fields.get("reprcrash")),
@@ -231,7 +239,7 @@ class Reader:
         return {
             "path": self.path(fields.get("path")),
             "lineno": _integer(fields.get("lineno")),
-            "message": colourless(fields.get("message")),
+            "message": self.text(colourless(fields.get("message"))),
         }
 
     def _traceback(self, value: object) -> dict[str, Any]:
@@ -248,7 +256,7 @@ class Reader:
     def _entry(self, value: object) -> dict[str, Any]:
         fields = _object(value)
         data = _object(fields.get("data"))
-        lines = [harmless(it) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        lines = [self.text(harmless(it)) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
         style = harmless(data.get("style", "long"))
         if fields.get("type") == "ReprEntryNative":
             return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
@@ -309,7 +317,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
         location = reader.path(path), _integer(line), harmless(function)
     return {
         "warning_message": warnings.WarningMessage(
-            message=category(harmless(message.get("warning"))),
+            message=category(reader.text(harmless(message.get("warning")))),
             category=category,
             filename=reader.path(message.get("file")),
             lineno=_integer(message.get("line")),
@@ -400,16 +408,8 @@ def _is_extra(value: object) -> bool:
 _EXTRA = {"name", "format_type", "content", "mime_type", "extension"}
 _EXTRAS = ("html", "image", "json", "text", "url", "video")
 _EXTENSION = re.compile(r"[\w.+-]{0,20}", re.ASCII)
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
-        raise broken("something else where a line's number should be", value)
-    return value
-
-
 # Attributes of which a plugin on this side makes more than text.
-_CHECKS: dict[str, Callable[[Any], Any]] = {"extras": _extras, "extra": _extras, RERUN: _integer}
+_CHECKS: dict[str, Callable[[Any], Any]] = {"extras": _extras, "extra": _extras}
 
 _CONTEXT = "_subtest.context"
 
@@ -449,6 +449,12 @@ def _object(value: object) -> dict[str, Any]:
 def _list(value: object, most: int, *, exactly: bool = False) -> list[Any]:
     if not isinstance(value, list) or len(value) > most or (exactly and len(value) != most):
         raise broken("something else where a list should be, or one of the wrong length", value)
+    return value
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
+        raise broken("something else where a line's number should be", value)
     return value
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import collection, config as options, pulling, selection
 from pytest_vmsandbox.testing.artifacts import Artifacts
 from pytest_vmsandbox.testing.reporting import FAILED, RETRIED
 
@@ -52,8 +53,10 @@ class VMSession:
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
+        begun: when the run did, seconds since the epoch.
         failed: whether something has gone wrong that is no test's failure or error.
         told: lines for the end of the run; those of xdist's workers are among them.
+        pulled: what became of files that tests inside guests have written; likewise.
         unimportable: files of tests that this side could not collect, relative to the rootdir, and who
             tried first: with ``--doctest-modules``, two collectors do.
         failed_hooks: hooks of others that have failed for tests inside, and were told.
@@ -64,8 +67,10 @@ class VMSession:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.usage_errors: list[str] = []
+        self.begun = wall()
         self.failed = False
         self.told: dict[str, None] = {}
+        self.pulled: pulling.Found = defaultdict(dict)
         self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
@@ -109,6 +114,10 @@ class VMSession:
     def tell(self, text: str) -> None:
         """Tell people something at the end of the run, once. No warning: it fails no test."""
         self.told[f"vmsandbox: {text}"] = None
+
+    def lines(self) -> list[str]:
+        """All that people are told at the end of the run."""
+        return [*self.told, *(f"vmsandbox: {line}" for line in pulling.lines(self.pulled))]
 
     def note_retry(self, error: VMSandboxError, item: pytest.Item | None = None) -> None:
         """Tell that a fresh guest is tried after an error; the test's reports, and junit, say so, too."""

@@ -237,6 +237,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
         opened.append(item.nodeid)
         return leases.Lease(
             guest=script,
+            tree="/there",
             keeper=Keeper(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
             config={},

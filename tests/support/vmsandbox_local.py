@@ -21,7 +21,7 @@ from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION
-from pytest_vmsandbox.testing import reporting
+from pytest_vmsandbox.testing import pulling, reporting
 from support.local import LocalGuest
 
 
@@ -133,3 +133,5 @@ def pytest_configure(config):
     session.factory = LocalFactory(session, folder)
     for name in ("install_environment", "install_project", "layout"):
         setattr(install, name, getattr(session.factory, name))
+    if "LOCAL_COPY" not in os.environ:  # the guest's copy of the project is the project
+        pulling.bring_back = lambda *_: {}
