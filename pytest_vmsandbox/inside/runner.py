@@ -1117,6 +1117,8 @@ class Plain:
         elif not isinstance(value, JSON):
             self.texts = self.texts or not hasattr(value, "__fspath__")
             value = str(value)
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise OverflowError
         return clean(value)
 
 
