@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scale
 _MOST_LOST = 3  # waiting sessions in a row that do not wake up
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
+
+_NO_MODULE = re.compile(r"No module named '(\w+)")
 
 Key = tuple[str, str, str]  # image, hardware, and what shares the guest
 
@@ -190,7 +193,7 @@ class Leases:
                 guest=guest,
                 tree=installed.tree,
                 keeper=keeper,
-                reader=Reader(installed.tree, self._config.rootpath),
+                reader=Reader(installed.tree, self._config.rootpath, installed.outside),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
@@ -265,10 +268,25 @@ class Leases:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
                 details=lease.reader.text(lost.details),
+                remedy=self.hint(lost.details),
             ) from lost
         for message in said:
             self._tell(lease, message)
         lease.has_collected = True
+
+    def hint(self, text: str) -> str:
+        """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
+        from pytest_vmsandbox.inside import project
+
+        for name in _NO_MODULE.findall(text):
+            folders = project.foreign_folders(self._config.rootpath)
+            if (folder := project.provider(name, folders)) is not None:
+                path = os.path.relpath(folder, self._config.rootpath)
+                return (
+                    f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
+                    f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+                )
+        return ""
 
     # -- what goes there ----------------------------------------------------------------------
 
@@ -279,7 +297,7 @@ class Leases:
         from pytest_vmsandbox.testing import forwarding
 
         config, tree = self._config, installed.tree
-        translate = forwarding.translator(config.rootpath, tree)
+        translate = forwarding.translator({str(config.rootpath): tree, **installed.outside})
         kind = _kind(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None
