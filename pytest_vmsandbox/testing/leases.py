@@ -28,7 +28,7 @@ from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import Step
+    from pytest_vmsandbox.guests.provision import PreparedImage, Step
     from pytest_vmsandbox.inside.install import Installed, Payload
     from pytest_vmsandbox.inside.session import GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
@@ -78,6 +78,7 @@ class Leases:
         self._tell = tell
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
+        self._unfit: dict[tuple[str, str], TransferError] = {}  # by image and hardware
         self._unlucky: dict[Key, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
@@ -182,7 +183,7 @@ class Leases:
                 workers = collection.workers(self._config)
                 factory.expect(prepared, hardware, -(-count // workers))
         with ExitStack() as stack:
-            guest = stack.enter_context(factory.boot(prepared, **hardware))
+            guest = stack.enter_context(self._booted(item, prepared, hardware))
             if not alone:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
@@ -198,6 +199,27 @@ class Leases:
                 patience=patience,
                 stack=stack.pop_all(),
             )
+
+    @contextmanager
+    def _booted(
+        self, item: pytest.Item, prepared: PreparedImage, hardware: Mapping[str, Any]
+    ) -> Iterator[Guest]:
+        """A guest with the layers of tests inside; one that could not have them is not tried again.
+
+        Raises:
+            VMSandboxError: there is none.
+        """
+        kind = _kind(item)[:2]
+        if kind in self._unfit:
+            raise self._unfit[kind].with_traceback(None)
+        with ExitStack() as stack:
+            try:
+                guest = stack.enter_context(self._session.factory.boot(prepared, **hardware))
+            except TransferError as error:
+                self._unfit[kind] = error
+                raise
+            with stack:
+                yield guest
 
     def _session_step(self, item: pytest.Item, payload: Payload, patience: float) -> Step:
         """A session that has collected, and waits in the guest until that is sealed."""
@@ -276,7 +298,7 @@ class Leases:
 
     def hint(self, text: str) -> str:
         """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
-        from pytest_vmsandbox.inside import project
+        from pytest_vmsandbox.inside import environment, project
 
         for name in _NO_MODULE.findall(text):
             folders = project.foreign_folders(self._config.rootpath)
@@ -285,6 +307,11 @@ class Leases:
                 return (
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
                     f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+                )
+            if distributions := environment.providers(name):
+                return (
+                    f"{name} is installed here, by {' and '.join(distributions)}, but not in the guest: "
+                    f"it was left out, or {environment.SETTING} does not name it"
                 )
         return ""
 

@@ -72,3 +72,12 @@ def test_what_is_refused(suite, entry, why):
     assert status == pytest.ExitCode.USAGE_ERROR
     assert not suite.guests
     assert f"vm_push: '{entry}' {why}" in output
+
+
+def test_a_module_that_is_only_installed_here(suite):
+    suite.write(
+        "test_late.py", "def test_late(): raise ImportError(\"No module named 'pluggy.x'\")\n"
+    )
+    status, output = suite.run("--in-vm", "test_late.py")
+    assert status == 1
+    assert "pluggy is installed here, by pluggy, but not in the guest" in output

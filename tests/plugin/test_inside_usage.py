@@ -40,3 +40,25 @@ def test_a_list_of_tests_needs_no_project(suite):
     status, output = suite.run("--in-vm")
     assert status == pytest.ExitCode.USAGE_ERROR
     assert "vm_push: there is no 'nothere'" in output
+
+
+def test_packages_that_cannot_be_had_are_told_once(suite):
+    """Not once for each guest that would have needed them."""
+    suite.write("test_other.py", "def test_three(): pass\n")
+    (suite.folder / "host_plugin.py").write_text(
+        "import itertools\n"
+        "from pytest_vmsandbox.core.errors import TransferError\n"
+        "from pytest_vmsandbox.inside import install\n"
+        "from pytest_vmsandbox.testing import reporting\n"
+        "reporting._HIDDEN += (__file__,)  # it stands in for ours\n"
+        "count = itertools.count(1)\n"
+        "def fail(guest, payload):\n"
+        "    raise TransferError('no wheel', details=f'try {next(count)}')\n"
+        "def pytest_collection_finish(session):\n"
+        "    install.install_environment = fail\n"
+    )
+    status, output = suite.run("--in-vm", "--vm-isolation=module")
+    assert status == 1
+    assert "3 errors" in output
+    assert output.count("try 1") == 1
+    assert "try 2" not in output
