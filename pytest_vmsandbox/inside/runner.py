@@ -645,7 +645,7 @@ class Session:
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set, ``ini`` (a list of
     ``[names of a key, value]``),
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
-    ``reruns`` (whether the host knows pytest-rerunfailures), ``alone`` (whether each attempt at a test has a guest of its own),
+    ``outcomes`` (that plugins of the host know besides pytest's), ``alone`` (whether each attempt at a test has a guest of its own),
     ``measure`` (coverage's options, if it is measured) and ``tree`` (of what), ``fixtures`` (name →
     value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
@@ -669,7 +669,7 @@ class Session:
         self.items: dict[str, pytest.Item] = {}
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
-        self.outcomes = (*OUTCOMES, RERUN) if config.get("reruns") else OUTCOMES
+        self.outcomes = (*OUTCOMES, *config.get("outcomes", ()))
         self.timed = False  # whether the function of the test that runs has a limit of its own
         self.reruns = False  # whether this attempt at it is followed by another
         self.running = ""  # the item that runs
@@ -818,21 +818,21 @@ class Session:
             return self.items[message["next"]]
         return self.pause if message["more"] else None
 
-    def pytest_runtest_logstart(self) -> None:
-        if self.reruns:
-            self.reruns, self.reported = False, []
-            self.wire.say({"again": True})
-
     def pytest_runtest_logfinish(self) -> None:
         if self.reruns and self.settings["alone"]:
             raise InAnotherGuest
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.serialized(report)
+        if data["when"] == "setup" and "teardown" in self.reported:
+            self.reruns, self.reported = False, []
+            self.wire.say({"again": True})
         for note in self.put_right(data):
             self.wire.say(note)
-        if "_report_type" not in data:
-            if data["when"] in self.reported or data["outcome"] not in self.outcomes:
+        if data["outcome"] not in self.outcomes:
+            return
+        if self.is_of_phase(data):
+            if data["when"] in self.reported:
                 return
             self.reported.append(data["when"])
             self.reruns |= data["outcome"] == RERUN
@@ -847,6 +847,10 @@ class Session:
             self.wire.say(note)
         self.wire.say(message)
 
+    def is_of_phase(self, data: dict[str, Any]) -> bool:
+        """Whether a report ends a phase of its test; others are one more: subtests', and pytest-retry's."""
+        return "_report_type" not in data and data["outcome"] != RETRIED
+
     def put_right(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Let a report be one that the host expects; messages about what a hook has made of it."""
         data["user_properties"] = [
@@ -855,11 +859,9 @@ class Session:
         if data["nodeid"] != self.running:
             yield {"note": "renamed", "name": clean(data["nodeid"])}
             data["nodeid"] = self.running
-        if "_report_type" in data:  # a subtest's
-            return
         if data["outcome"] not in self.outcomes:
             yield {"note": "outcome", "name": clean(str(data["outcome"]))}
-        elif data["when"] in self.reported:
+        elif self.is_of_phase(data) and data["when"] in self.reported:
             yield {"note": "twice", "name": clean(str(data["when"]))}
 
     def serialized(self, report: pytest.TestReport | pytest.CollectReport) -> dict[str, Any]:
@@ -1055,7 +1057,8 @@ LAST = (
 
 PLACE = ("path", "lineno", "message")
 OUTCOMES = ("passed", "failed", "skipped")
-RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
+# The outcomes of what pytest-rerunfailures and pytest-retry try again.
+RERUN, RETRIED = "rerun", "retried"
 # What pytest's own reports consist of. All else on one is from a plugin or a conftest file.
 FIELDS = {
     "_id", "nodeid", "location", "keywords", "outcome", "longrepr", "when", "sections", "duration",

@@ -20,6 +20,7 @@ import pytest
 
 from pytest_vmsandbox.inside.environment import HOST_ONLY, LEFT_OUT
 from pytest_vmsandbox.testing import beside
+from pytest_vmsandbox.testing.remote_reports import RERUN, RETRIED
 
 # Told by arguments of pytest's command line, since pytest reads them before it configures itself.
 # Each with its argument, and the plugin without which pytest does not know it.
@@ -63,6 +64,7 @@ _OURS_PLUGINS = {"reports", "terminalprogress"}
 _XDIST_VARIABLES = tuple(
     f"PYTEST_XDIST_{name}" for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID")
 )
+_OUTCOMES = {"rerunfailures": RERUN, "pytest-retry": RETRIED}
 _RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
 _ONLY_HERE = HOST_ONLY | LEFT_OUT
 
@@ -171,6 +173,12 @@ def fixtures(config: pytest.Config) -> dict[str, str | None]:
         found["worker_id"] = worker.get("workerid", "master")
         found["testrun_uid"] = worker.get("testrunuid", run)
     return found
+
+
+def outcomes(config: pytest.Config) -> list[str]:
+    """The outcomes of tests that plugins of this side know, besides those of pytest."""
+    manager = config.pluginmanager
+    return [outcome for plugin, outcome in _OUTCOMES.items() if manager.has_plugin(plugin)]
 
 
 def environment() -> dict[str, str]:

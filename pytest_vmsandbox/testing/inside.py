@@ -24,7 +24,7 @@ from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.testing import beside, collection, config as options, selection
 from pytest_vmsandbox.testing.hooks import ENDING, Hooks
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
-from pytest_vmsandbox.testing.remote_reports import RERUN
+from pytest_vmsandbox.testing.remote_reports import PHASES, RERUN
 from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
 
 if TYPE_CHECKING:
@@ -38,16 +38,18 @@ _AHEAD = 8  # tests that a guest may run before the reports of one are here
 
 
 class _Attempt:
-    """One attempt at a test; pytest-rerunfailures may want another.
+    """One attempt at a test; pytest-rerunfailures, flaky and their like may make others.
 
     Attributes:
         due: the phases of which no report is here yet.
+        missing: those that were left out.
         has_called: whether the test's function has begun.
     """
 
     def __init__(self) -> None:
         self.has_called = False
-        self.due = ["setup", "call", "teardown"]
+        self.due = list(PHASES)
+        self.missing: list[str] = []
         self._reports: list[tuple[pytest.TestReport, bool]] = []
         self._is_lost = False
 
@@ -74,14 +76,12 @@ class _Attempt:
             GuestLost: it is of a phase that is not due.
         """
         if not is_subtest:
-            # pytest-rerunfailures may leave out what failed before the phase for which it tries again.
-            while report.outcome == RERUN and self.due and self.due[0] != report.when:
-                del self.due[0]
-            if not self.due or report.when != self.due[0]:
+            if report.when not in self.due:
                 raise broken(f"a report of {report.when} where none was due")
-            del self.due[0]
+            while (phase := self.due.pop(0)) != report.when:  # right if another attempt follows
+                self.missing.append(phase)
             if report.when == "setup" and not report.passed:
-                self.due.remove("call")
+                self.due = ["teardown"]
         self._reports.append((report, is_subtest))
 
     def fail(
@@ -89,18 +89,21 @@ class _Attempt:
         failed: Callable[[str], pytest.TestReport],
         passed: Callable[[str], pytest.TestReport],
     ) -> None:
-        """End with an error in the phase that is due.
+        """End with an error in the phase that is due, or is missing.
 
         Args:
             failed, passed: make the reports of a phase.
         """
         if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
             self.add(passed("setup"))
-        phase = self.due[0] if self.due else "teardown"
+        phase = [*self.missing, *self.due, "teardown"][0]
+        if self.missing:
+            before = PHASES[: PHASES.index(phase)]
+            self._reports = [(report, it) for report, it in self._reports if report.when in before]
         self._reports.append((failed(phase), False))
         if phase != "teardown":
             self._reports.append((passed("teardown"), False))
-        self.due = []
+        self.due, self.missing = [], []
         self._is_lost = True
 
 
@@ -228,8 +231,8 @@ class Inside:
     def _check_end(self, item: pytest.Item, attempt: int, last: _Attempt) -> None:
         """Look whether a test may be done after an attempt."""
         if not last.is_rerun:
-            if last.due:
-                raise broken(f"a test is done without {last.due[0]}")
+            if lacking := [*last.missing, *last.due]:
+                raise broken(f"a test is done without {lacking[0]}")
         elif collection.isolation_of(item) != "test" or attempt == _MOST_ATTEMPTS:
             raise broken("a test is done that was to run again")
 
@@ -296,8 +299,6 @@ class Inside:
             elif "call" in message:
                 attempts[-1].has_called = True
             elif "again" in message:
-                if not attempts[-1].is_rerun:
-                    raise broken("another attempt at a test where none was due")
                 attempts.append(_Attempt())
             elif message.get("stop"):
                 how = "shouldfail" if message.get("fail") else "shouldstop"

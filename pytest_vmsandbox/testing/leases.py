@@ -162,6 +162,7 @@ class Leases:
         """A guest for a test, with what its tests need; that is there only once for all its clones."""
         from pytest_vmsandbox.inside import install
         from pytest_vmsandbox.inside.session import Keeper
+        from pytest_vmsandbox.testing import forwarding
         from pytest_vmsandbox.testing.remote_reports import Reader
 
         image = collection.image_of(item)
@@ -198,7 +199,7 @@ class Leases:
                     installed.tree,
                     self._config.rootpath,
                     installed.outside,
-                    reruns=self._config.pluginmanager.has_plugin("rerunfailures"),
+                    outcomes=forwarding.outcomes(self._config),
                 ),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
@@ -365,7 +366,7 @@ class Leases:
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
-            "reruns": config.pluginmanager.has_plugin("rerunfailures"),
+            "outcomes": forwarding.outcomes(config),
             "alone": collection.isolation_of(item) == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),

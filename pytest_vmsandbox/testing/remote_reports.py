@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from pytest_vmsandbox.inside.wire import Message, broken
 
 PHASES = ("setup", "call", "teardown")
 OUTCOMES = ("passed", "failed", "skipped")
-RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
+# The outcomes of what pytest-rerunfailures and pytest-retry try again.
+RERUN, RETRIED = "rerun", "retried"
 _SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
 _MAX_ATTRIBUTES = 100
@@ -65,7 +66,7 @@ class Reader:
     Args:
         there, here: the project's folder in the guest, and on this machine.
         outside: folders outside of it: from what each is called here to what it is there.
-        reruns: whether pytest-rerunfailures is here: no one else understands its reports.
+        outcomes: those of tests that plugins of this side know, besides pytest's.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class Reader:
         here: Path,
         outside: Mapping[str, str] | None = None,
         *,
-        reruns: bool = False,
+        outcomes: Collection[str] = (),
     ) -> None:
-        self._reruns = reruns
+        self._outcomes = (*OUTCOMES, *outcomes)
         self._here = {there.rstrip("/"): str(here)}
         self._here |= {theirs: ours for ours, theirs in (outside or {}).items()}
         names = "|".join(map(re.escape, self._here))
@@ -95,9 +96,7 @@ class Reader:
             "nodeid": item.nodeid,
             "location": item.location,
             "keywords": dict.fromkeys(item.keywords, 1),
-            "outcome": _one_of(
-                fields.get("outcome"), (*OUTCOMES, RERUN) if self._reruns else OUTCOMES
-            ),
+            "outcome": _one_of(fields.get("outcome"), self._outcomes),
             "when": _one_of(fields.get("when"), PHASES),
             "longrepr": self._longrepr(fields.get("longrepr")),
             "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
@@ -121,7 +120,7 @@ class Reader:
             report = _made(make, clean)
         attributes = _object(fields.get("attributes", {}))
         self._hang(report, attributes)
-        if self._reruns and RERUN in attributes:  # how many attempts there were before
+        if RERUN in self._outcomes and RERUN in attributes:  # how many attempts there were before
             vars(report)[RERUN] = _integer(attributes[RERUN])
         return report
 
@@ -150,8 +149,9 @@ class Reader:
         return value
 
     def is_subtest(self, data: object) -> bool:
-        """Whether a report is that of a part of a test, beside those of its phases."""
-        return _object(data).get("_report_type") == _SUBTEST
+        """Whether a report is one beside those of a test's phases: of a subtest, or a call that is retried."""
+        fields = _object(data)
+        return fields.get("_report_type") == _SUBTEST or fields.get("outcome") == RETRIED
 
     def _subtest(
         self, item: pytest.Item, clean: dict[str, Any], context: dict[str, Any]

@@ -199,6 +199,11 @@ def _sugar(folder: Path) -> object:
     ]
 
 
+def _retried(folder: Path) -> object:
+    """How many attempts the summary counts."""
+    return re.findall(r"\d+ retried", _screen(folder)[-1])
+
+
 def _order(folder: Path) -> object:
     root = ET.parse(folder / "junit.xml")
     return [case.get("name") for case in root.iter("testcase")]
@@ -226,6 +231,8 @@ PROJECTS = {
     "picked": Project(is_repository=True),
     "testmon": Project(),
     "django": Project(packages=("django",)),
+    "flaky": Project(),
+    "retry": Project(),
 }
 
 ROWS = [
@@ -237,6 +244,13 @@ ROWS = [
         output=_allure,
     ),
     Row("anyio", "together", "test_anyio.py"),
+    Row(
+        "flaky",
+        "flaky",
+        "test_flaky.py",
+        verdict=DIFFERS,
+        remark="its report of the attempts that failed stays in the guest",
+    ),
     Row("hypothesis", "together", "test_hypothesis.py", output=_examples),
     Row("pytest-asyncio", "together", "test_asyncio.py"),
     Row(
@@ -346,6 +360,14 @@ ROWS = [
         verdict=DIFFERS,
         remark="junit's file leaves out the subtests of attempts that failed. A test that crashes its "
         "interpreter, or is killed by a limit, does not run again",
+    ),
+    Row(
+        "pytest-retry",
+        "retry",
+        "test_retry.py",
+        verdict=DIFFERS,
+        remark="its report of the attempts that failed stays in the guest",
+        output=_retried,
     ),
     Row(
         "pytest-snapshot",
