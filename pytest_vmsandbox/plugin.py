@@ -15,6 +15,7 @@ from pytest_vmsandbox.testing import (
     collection,
     config as options,
     hookspecs,
+    naming,
     reporting,
     selection,
     unimportable,
@@ -84,7 +85,11 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    return unimportable.stand_in(collector.config.stash[SESSION], collector, report)
+    session = collector.config.stash[SESSION]
+    report = unimportable.stand_in(session, collector, report)
+    naming.give_both_names(report.result or ())
+    naming.know_again(session, [node.nodeid for node in report.result or ()])
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -96,7 +101,11 @@ def pytest_collection_modifyitems(
     _refuse(config, items, collection.check(session, items))
     collection.deselect(config, items)
     collection.remember_nodeids(items)
+    everything = items[:]
+    naming.give_both_names(everything)
+    naming.deselect_by_plain_ids(config, items)
     result = yield
+    naming.give_full_names(everything)
     _refuse(config, items, collection.check_run(session, items))
     collection.group(items)
     return result
@@ -114,6 +123,12 @@ def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SESSION].coming = collection.guests_to_come(session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Let xdist's controller, which collects nothing, remember which tests failed."""
+    naming.know_again(node.config.stash[SESSION], ids)
 
 
 @pytest.hookimpl(optionalhook=True)
