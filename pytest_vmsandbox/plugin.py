@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
 
 SESSION = pytest.StashKey[VMSession]()
 # What an xdist worker tells.
@@ -263,21 +264,30 @@ def vm_artifacts(
     return request.config.stash[SESSION].artifacts_of(request.node)
 
 
+@pytest.fixture(scope="session")
+def vm_prepared() -> PreparedImage | PreparedLayer | None:
+    """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
+    return None
+
+
 @pytest.fixture
 def vm(
-    request: pytest.FixtureRequest, vm_factory: GuestFactory, _vm_image: str | None
+    request: pytest.FixtureRequest,
+    vm_factory: GuestFactory,
+    vm_prepared: PreparedImage | PreparedLayer | None,
+    _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     session = request.config.stash[SESSION]
     wishes = selection.read_marks(request.node.iter_markers("vm"))
-    image = _vm_image or next(iter(session.images(wishes)), None)
-    if image is None:
+    base = session.base(vm_prepared)
+    if base is None:
         pytest.skip("no selected image applies to this test")
     if wishes.isolation in (None, "test"):
-        with vm_factory.boot(image, **wishes.hardware) as guest:
+        with vm_factory.boot(base, **wishes.hardware) as guest:
             yield guest
     else:
-        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(image, wishes)
+        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(base, wishes)
 
 
 @pytest.fixture(scope="session")

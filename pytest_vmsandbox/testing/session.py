@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import Provision
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
     from pytest_vmsandbox.testing.inside import Inside
 
@@ -161,6 +161,41 @@ class VMSession:
             select=self.catalogue.select,
         )
 
+    def image(self) -> str | None:
+        """The image of the test that runs now; None where there is none.
+
+        For a test that does not run once for each of its images, it is the first of them.
+
+        Raises:
+            ConfigError: its markers are wrong.
+        """
+        if self.item is None:
+            return None
+        if (image := collection.image_of(self.item)) is not None:
+            return image
+        return next(iter(self.images(selection.read_marks(self.item.iter_markers("vm")))), None)
+
+    def base(
+        self, prepared: PreparedImage | PreparedLayer | None
+    ) -> str | PreparedImage | PreparedLayer | None:
+        """What the guest of the test that runs now is made of; None where no image applies to it.
+
+        Args:
+            prepared: the value of the fixture `vm_prepared`; None for nothing but the image.
+
+        Raises:
+            ConfigError: it is for another image.
+        """
+        image = self.image()
+        if image is None or prepared is None:
+            return image
+        if (other := getattr(prepared, "image", image)) != image:
+            raise ConfigError(
+                f"this test runs on {image}, and the fixture vm_prepared has something for {other} alone",
+                remedy="let it return vm_factory.prepare(None, …), which fits each image",
+            )
+        return prepared
+
     @cached_property
     def _selection_error(self) -> ConfigError | None:
         try:
@@ -184,6 +219,7 @@ class VMSession:
         surroundings = Surroundings(
             logs=self._logs,
             begun=self._begun,
+            image=self.image,
             hints=self.hints,
             say=self.say,
             tell=self.tell,
@@ -339,9 +375,10 @@ class SharedGuests:
         with ExitStack() as stack:
             yield cls(session, stack)
 
-    def get(self, image: str, wishes: selection.Wishes) -> Guest:
+    def get(self, image: str | PreparedImage | PreparedLayer, wishes: selection.Wishes) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        key = (image, repr(sorted(wishes.hardware.items())))
+        hardware = repr(sorted(wishes.hardware.items()))
+        key = (image, self._session.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
