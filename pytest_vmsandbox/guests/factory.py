@@ -34,7 +34,7 @@ from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.machine import accelerator
+from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -540,6 +540,7 @@ class GuestFactory:
         """The accelerator for guests of this image; the first time, it may have to be proven."""
         if image not in self._verdicts:
             built = self.built(image)
+            host.require_loopback()  # or a guest would wait in vain to be reached
             try:
                 self._verdicts[image] = accelerator.choose(
                     self._settings.accelerator,

@@ -58,6 +58,7 @@ def vm_prepared(layer):
 
 @pytest.fixture
 def run(bare):
+    """Runs a suite."""
     bare.pytester.makeconftest(CONFTEST)
 
     def run(source, *args, **outcomes):
@@ -66,21 +67,20 @@ def run(bare):
         result.assert_outcomes(**outcomes)
         return result
 
-    run.suite = bare
     return run
 
 
-def test_vm_is_booted_from_what_vm_prepared_returns(run):
+def test_vm_is_booted_from_what_vm_prepared_returns(run, bare):
     source = f"{OVERRIDDEN}\n@pytest.mark.vm(cpus=2)\ndef test_a(vm): pass\ndef test_b(vm): pass"
     run(source, "--vm=alpha-*", passed=4)
-    assert run.suite.guests == [
+    assert bare.guests == [
         "prepare alpha-1 below old",  # for the test that asked first
         *("boot alpha-1 below old cpus", "boot alpha-1 below old"),
         *("boot alpha-2 below old cpus", "boot alpha-2 below old"),
     ]
 
 
-def test_it_is_overridden_where_it_is_wanted(run):
+def test_it_is_overridden_where_it_is_wanted(run, bare):
     """As any fixture: for a folder, a file, or a class; and it can have parameters."""
     run("""
         import pytest
@@ -95,26 +95,26 @@ def test_it_is_overridden_where_it_is_wanted(run):
 
             def test_it(self, vm): pass
     """, passed=3)  # fmt: skip
-    assert [line for line in run.suite.guests if line.startswith("boot")] == [
+    assert [line for line in bare.guests if line.startswith("boot")] == [
         "boot alpha-1 below",
         "boot alpha-1 below old",
         "boot alpha-1 below older",
     ]
-    assert run.suite.ids()[1:] == [f"TestUpgrade::test_it[alpha-1-{it}]" for it in ("old", "older")]
+    assert bare.ids()[1:] == [f"TestUpgrade::test_it[alpha-1-{it}]" for it in ("old", "older")]
 
 
-def test_a_shared_guest_is_booted_from_it_once(run):
+def test_a_shared_guest_is_booted_from_it_once(run, bare):
     source = f"{OVERRIDDEN}\npytestmark = pytest.mark.vm(isolation='module')\n" + "".join(
         f"def test_{number}(vm): pass\n" for number in range(2)
     )
     run(source, "--vm=alpha-*", passed=4)
-    assert [line for line in run.suite.guests if line.startswith("boot")] == [
+    assert [line for line in bare.guests if line.startswith("boot")] == [
         "boot alpha-1 below old",
         "boot alpha-2 below old",
     ]
 
 
-def test_boot_takes_the_image_of_the_test_that_asks(run):
+def test_boot_takes_the_image_of_the_test_that_asks(run, bare):
     """Without the fixture vm, a test runs once: on the first image that applies to it."""
     run("""
         import pytest
@@ -129,7 +129,7 @@ def test_boot_takes_the_image_of_the_test_that_asks(run):
         def test_c(vm, vm_factory, layer):
             with vm_factory.boot(layer): pass
     """, "--vm=alpha-*", "--vm=beta", passed=5)  # fmt: skip
-    boots = [line.partition(" ")[2] for line in run.suite.guests if line.startswith("boot")]
+    boots = [line.partition(" ")[2] for line in bare.guests if line.startswith("boot")]
     assert boots[:2] == ["alpha-1 below old", "alpha-1 below old cpus"]
     assert "beta below old" in boots
     for image in ("alpha-1", "alpha-2", "beta"):
@@ -137,20 +137,20 @@ def test_boot_takes_the_image_of_the_test_that_asks(run):
         assert boots[own + 1] == f"{image} below old"
 
 
-def test_it_can_be_prepared_further(run):
+def test_it_can_be_prepared_further(run, bare):
     run("""
         from conftest import older
 
         def test_a(vm_factory, layer):
             with vm_factory.boot(vm_factory.prepare(layer, older, depends_on=[])): pass
     """, passed=1)  # fmt: skip
-    assert run.suite.guests[1:] == [
+    assert bare.guests[1:] == [
         "prepare alpha-1 below old older",
         "boot alpha-1 below old older",
     ]
 
 
-def test_what_is_for_another_image_is_refused(run):
+def test_what_is_for_another_image_is_refused(run, bare):
     run("""
         import pytest
         from conftest import old
@@ -164,12 +164,10 @@ def test_what_is_for_another_image_is_refused(run):
         ["*this test runs on alpha-2, and the fixture vm_prepared has something for alpha-1 alone*",
          "*Remedy: let it return vm_factory.prepare(None, …)*"]
     )  # fmt: skip
-    assert [line for line in run.suite.guests if line.startswith("boot")] == [
-        "boot alpha-1 below old"
-    ]
+    assert [line for line in bare.guests if line.startswith("boot")] == ["boot alpha-1 below old"]
 
 
-def test_a_test_to_which_no_image_applies(run):
+def test_a_test_to_which_no_image_applies(run, bare):
     run("""
         import pytest
 

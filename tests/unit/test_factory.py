@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests import factory as factory_module
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.machine import host
 
 TOML = """
 schema = 1
@@ -60,6 +62,22 @@ class TestUser:
         settings = Settings(image_path=image_path, hardware=default)
         with GuestFactory.open(settings) as factory:
             assert factory._hardware("own", wish).user == user
+
+
+class TestLoopback:
+    def test_is_looked_at_before_anything_is_started(self, image_path, monkeypatch):
+        monkeypatch.setattr(host, "loopback_problem", lambda: "Network is unreachable")
+        monkeypatch.setattr(GuestFactory, "built", lambda *_: None)
+        monkeypatch.setattr(factory_module, "find_qemu", lambda *_: None)
+        monkeypatch.setattr(GuestFactory, "require", lambda *_: (None, None))
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            for ask in (
+                lambda: factory.describe("own"),
+                lambda: factory.prepare("own", print, depends_on=[]),
+            ):
+                with pytest.raises(LaunchError, match="127.0.0.1 cannot be reached"):
+                    ask()
+            assert factory._hypervisor is None
 
 
 class TestOffline:
