@@ -580,15 +580,18 @@ class GuestFactory:
         return list(self._verdicts)
 
     def describe(self, image: str) -> str:
-        """One line on what runs guests of this image.
+        """One short line on what runs guests of this image; ``vmsandbox doctor`` has the details.
 
         Raises:
             VMSandboxError: nothing does; its text tells why.
         """
         qemu = find_qemu(self._catalogue.get(image).architecture)
         verdict = self.accelerator(image)
-        scale = f"; time-outs ×{verdict.time_scale:g}" if verdict.time_scale != 1 else ""
-        return f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.reason}){scale}"
+        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.brief})"
+        if verdict.time_scale != 1:
+            line += f"; time-outs ×{verdict.time_scale:g}"
+            line += "; see 'vmsandbox doctor'" if verdict.brief != verdict.reason else ""
+        return line
 
     @property
     def _cache(self) -> Path:

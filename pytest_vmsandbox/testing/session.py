@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -318,10 +319,14 @@ class VMSession:
         ]
 
     def say(self, text: str) -> None:
-        """Tell of a long wait, for people."""
-        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.write_line(f"vmsandbox: {text}")
+        """Tell of a long wait, for people: on the terminal, also while pytest captures output."""
+        plugin = self.config.pluginmanager.get_plugin
+        capture, reporter = plugin("capturemanager"), plugin("terminalreporter")
+        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            if hasattr(self.config, "workerinput"):  # nobody sees what a worker of xdist reports
+                print(f"vmsandbox: {text}", file=sys.stderr, flush=True)  # noqa: T201
+            elif reporter is not None:
+                reporter.write_line(f"vmsandbox: {text}")
 
     def _missing(self, error: VMSandboxError) -> NoReturn:
         if options.skip_missing(self.config):
