@@ -187,7 +187,7 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
 
 
 def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
-    """What cannot be meant in the tests and in the settings that they need."""
+    """What cannot be meant in the tests, in any value, and in the places that they need."""
     for item in items:
         _check_marks(session, item)
         if (
@@ -196,11 +196,15 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
             and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
-    if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
-        try:
-            options.check(session.config)
-        except pytest.UsageError as error:
-            session.usage_errors.extend(error.args)
+    config = session.config
+    try:
+        options.check_values(config)
+        if any(is_inside(it) or "vm_factory" in getattr(it, "fixturenames", ()) for it in items):
+            options.check_places(config)
+    except pytest.UsageError as error:
+        session.usage_errors.extend(error.args)
+    if config.getoption("--vm") and (wrong := session.selection_error) is not None:
+        session.note_usage_error("", wrong)
     return session.usage_errors
 
 

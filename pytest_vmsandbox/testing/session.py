@@ -96,7 +96,7 @@ class VMSession:
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
         """Note what a test asks for and cannot be meant; a wrong `--vm` is told once, not by each."""
-        text = f"{nodeid}: {error}" if self._selection_error is not error else str(error)
+        text = f"{nodeid}: {error}" if self.selection_error is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
@@ -149,8 +149,8 @@ class VMSession:
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
         """
-        if self._selection_error is not None:
-            raise self._selection_error
+        if self.selection_error is not None:
+            raise self.selection_error
         selected, from_command_line = self._selected
         for globs in (wishes.skip, wishes.xfail):
             for glob in globs:
@@ -198,7 +198,8 @@ class VMSession:
         return prepared
 
     @cached_property
-    def _selection_error(self) -> ConfigError | None:
+    def selection_error(self) -> ConfigError | None:
+        """What is wrong with the images that the run was asked for."""
         try:
             _ = self._selected
         except ConfigError as error:
