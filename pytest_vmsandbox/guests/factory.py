@@ -574,6 +574,10 @@ class GuestFactory:
         self._running()
         TemplateStore(self._cache).sweep()
 
+    def own(self, folder: Path) -> None:
+        """Have a folder for logs removed if this process is killed; else its maker removes it."""
+        self._running().own(folder)
+
     @property
     def images_used(self) -> list[str]:
         """The images for which there is an accelerator, since guests of them were asked for."""

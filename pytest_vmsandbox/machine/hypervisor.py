@@ -39,6 +39,13 @@ class Hypervisor:
     launcher: Launcher
     loop: LoopThread
 
+    def own(self, folder: Path) -> None:
+        """Have a folder that lies elsewhere removed when this process is killed.
+
+        Whoever has made it removes it otherwise.
+        """
+        (self.folder / f"owned-{secrets.token_hex(4)}").symlink_to(folder.absolute())
+
     @classmethod
     @contextmanager
     def running(
@@ -113,6 +120,8 @@ def _guarded(root: Path) -> Iterator[None]:
 def _sweep(root: Path) -> list[Path]:
     dead = [it for it in root.iterdir() if _is_run_folder(it) and not is_alive(it)]
     for folder in dead:
+        for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
+            shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     return [it for it in dead if not it.exists()]
 

@@ -242,7 +242,10 @@ class VMSession:
     @cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
-        return Artifacts(options.artifacts_dir(self.config) or self._temporary())
+        return Artifacts(
+            options.artifacts_dir(self.config) or self._temporary(),
+            own=self.factory.own,
+        )
 
     def _temporary(self) -> Path:
         """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
