@@ -620,6 +620,7 @@ class Session:
         from _pytest._io import TerminalWriter
 
         self.mark, self.exit, self.item = pytest.mark, pytest.exit.Exception, pytest.Item
+        self.run_failed, self.run_stopped = pytest.Session.Failed, pytest.Session.Interrupted
         self.shown = io.StringIO()
         self.screen = TerminalWriter(self.shown)
         self.settings = config
@@ -657,7 +658,9 @@ class Session:
             config.stash[xml_key] = junit
             config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
+    def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w")
@@ -669,8 +672,9 @@ class Session:
 
     def pytest_collection(self, session: pytest.Session) -> Iterator[None]:
         self.config = session.config
-        yield
-        if self.found is not None:  # and pytest has told the warnings, too
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
+        if self.found is not None and outcome.exception is None:  # pytest has told warnings, too
             self.wire.say({"ready": self.found})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -729,7 +733,11 @@ class Session:
         item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
-        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        try:
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        except self.run_failed as error:
+            self.tell_failed(error)
+            raise
         stop = session.shouldfail or session.shouldstop
         self.wire.say(
             {
@@ -822,17 +830,19 @@ class Session:
             )
         )
 
+    def tell_failed(self, error: BaseException | None) -> None:
+        """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
+        if isinstance(error, self.run_failed):
+            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        left = isinstance(excinfo.value, self.exit)
-        self.wire.say(
-            clean(
-                {
-                    "interrupted": str(excinfo.value),
-                    "left": left,
-                    "status": getattr(excinfo.value, "returncode", None) if left else None,
-                }
-            )
-        )
+        how = "key"
+        if isinstance(excinfo.value, self.exit):
+            how = "left"
+        elif isinstance(excinfo.value, self.run_stopped):
+            how = "stopped"
+        status = getattr(excinfo.value, "returncode", None) if how == "left" else None
+        self.wire.say(clean({"interrupted": str(excinfo.value), "how": how, "status": status}))
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self.wire.say({"internal": clean(self.text(excrepr))})
@@ -911,10 +921,9 @@ class JUnit:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-OUTERMOST = ("pytest_cmdline_parse", "pytest_collection")
+OUTERMOST = ("pytest_cmdline_parse", "pytest_sessionstart", "pytest_collection")
 FIRST = ("pytest_configure", "pytest_load_initial_conftests", "pytest_runtestloop")
 LAST = (
-    "pytest_sessionstart",
     "pytest_collection_finish",
     "pytest_runtest_logreport",
     "pytest_unconfigure",

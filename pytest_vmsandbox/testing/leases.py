@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +25,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing.hooks import end_run
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ class Leases:
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
         self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
+        self._finished_badly: set[Key] = set()  # kinds of guests, of which one session ended so
         self._measuring = Measuring.of(session.config)
 
     # -- having one ---------------------------------------------------------------------------
@@ -193,7 +197,7 @@ class Leases:
         """A session that has collected, and waits in the guest until that is sealed."""
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
-        from pytest_vmsandbox.inside.session import GuestSession, Keeper
+        from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
         from pytest_vmsandbox.testing import forwarding
 
         def run(guest: Guest) -> dict[str, object]:
@@ -201,9 +205,12 @@ class Leases:
             installed = install.layout(guest, payload)
             config = self._session_config(item, installed, {})
             with Keeper.attached(guest, installed.place, patience=patience) as keeper:
-                session, said = GuestSession.started(
-                    keeper, config, timeout=_COLLECT_SECONDS * patience
-                )
+                try:
+                    session, said = GuestSession.started(
+                        keeper, config, timeout=_COLLECT_SECONDS * patience
+                    )
+                except RunEnded as end:
+                    end_run(end.message)
             return {"collected": session.collected.facts(), "said": said}
 
         known = self._session_config(item, install.layout(None, payload), {})
@@ -248,12 +255,14 @@ class Leases:
         )
 
     def _start(self, lease: Lease) -> None:
-        from pytest_vmsandbox.inside.session import GuestSession
+        from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 
         try:
             lease.session, said = GuestSession.started(
                 lease.keeper, lease.config, timeout=_COLLECT_SECONDS * lease.patience
             )
+        except RunEnded as end:
+            end_run(end.message)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
@@ -390,9 +399,32 @@ class Leases:
                 )
                 if not keep:
                     stack.callback(self._end, key)
-                    if self._measuring is not None or collection.isolation_of(item) == "module":
-                        self._tell_problems(self._finish(self._leases[key]))
+                    self._tell_problems(self._finished(item, self._leases[key]))
             yield
+
+    def _finished(self, item: pytest.Item, lease: Lease) -> list[str]:
+        """Let a session end before its guest does, where anybody could see a difference.
+
+        Returns:
+            What went wrong, for people; of guests that have one test each, only the first is told.
+        """
+        if collection.isolation_of(item) == "module":
+            return self._finish(lease)
+        if self._measuring is None and not self._has_finish_hooks:
+            return []  # a guest for each test is ended as it is: that is quicker
+        problems = self._finish(lease)
+        kind = _kind(item)
+        if not problems or kind in self._finished_badly:
+            return []
+        self._finished_badly.add(kind)
+        return problems
+
+    @cached_property
+    def _has_finish_hooks(self) -> bool:
+        """Whether the project itself has hooks that look at the end of a session."""
+        impls = self._config.hook.pytest_sessionfinish.get_hookimpls()
+        files = [getattr(impl.plugin, "__file__", None) for impl in impls]
+        return any(file and Path(file).is_relative_to(self._config.rootpath) for file in files)
 
     def _tell_problems(self, problems: list[str]) -> None:
         """Tell what went wrong that is no test's error: the run is not green."""
