@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest, Process
-    from pytest_vmsandbox.guests.provision import PreparedImage, Provision
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
 _HOME_OF = {
     "BootError": "core.errors",
@@ -45,6 +45,7 @@ _HOME_OF = {
     "LaunchError": "core.errors",
     "MonitorError": "core.errors",
     "PreparedImage": "guests.provision",
+    "PreparedLayer": "guests.provision",
     "Process": "guests.guest",
     "Provision": "guests.provision",
     "TeardownError": "core.errors",
@@ -67,6 +68,7 @@ __all__ = [
     "LaunchError",
     "MonitorError",
     "PreparedImage",
+    "PreparedLayer",
     "Process",
     "Provision",
     "TeardownError",
@@ -79,3 +81,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -333,7 +333,7 @@ class Sealer:
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     """What a template is of, for people."""
-    return steps[-1].about if steps else blueprint.image
+    return f"{blueprint.image} ({steps[-1].about})" if steps else blueprint.image
 
 
 def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:

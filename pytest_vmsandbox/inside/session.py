@@ -239,7 +239,7 @@ class Keeper:
         except VMSandboxError:
             pass
         return GuestLost(
-            f"the keeper of the test session in {self.guest.name} is gone",
+            f"the process in {self.guest.name} that runs the tests is gone",
             stage="command",
             remedy="did the test kill all processes, or delete what it did not make?",
         )
@@ -247,6 +247,18 @@ class Keeper:
 
 # A keeper that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
 _SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
+
+
+class RunEnded(Exception):
+    """A session has said that its run is to end before it had collected.
+
+    Attributes:
+        message: what it has said.
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        self.message = message
 
 
 class GuestSession:
@@ -281,6 +293,7 @@ class GuestSession:
 
         Raises:
             InterpreterLost: it ended before it had collected, as it does after a usage error.
+            RunEnded: something there has ended the run.
             GuestLost: the guest is gone.
         """
         session = cls(keeper)
@@ -291,6 +304,8 @@ class GuestSession:
             message = session._hear(deadline, "collect the tests")
             if "ready" in message:
                 return session, said
+            if "interrupted" in message:
+                raise RunEnded(message)
             session._take(message, said)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import socket
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,11 @@ from pytest_vmsandbox.machine.process import Identity
 KVM = Path("/dev/kvm")
 QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, beside the guest's memory
 CLONE_GROWTH = 64 * MIB  # that a clone writes of memory that it shares at first
+LOOPBACK_REMEDY = (
+    "switch the loopback interface on: ip link set lo up. A network namespace (unshare -n, a "
+    "container without a network) begins without it"
+)
+_LOOPBACK_SECONDS = 5.0
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
 _SETGID, _SETUID = 6, 7  # bits of a capability set
 _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a service runs
@@ -65,6 +71,29 @@ def require_memory(size: int) -> None:
             f"a guest with {format_size(size)} of memory does not fit: this host has "
             f"{format_size(max(0, available))} left, QEMU itself takes {format_size(QEMU_OVERHEAD)}",
             remedy="give it less: memory= (in a test), --memory (vmsandbox); or end what else runs here",
+        )
+
+
+def loopback_problem() -> str:
+    """Why a connection from this machine to itself fails; empty where it works."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def require_loopback() -> None:
+    """Check that a port of a guest can be reached from here.
+
+    Raises:
+        LaunchError: it cannot.
+    """
+    if problem := loopback_problem():
+        raise LaunchError(
+            f"127.0.0.1 cannot be reached: {problem}. Guests are reached through this address",
+            remedy=LOOPBACK_REMEDY,
         )
 
 

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -38,6 +38,13 @@ class Hypervisor:
     cache: Path
     launcher: Launcher
     loop: LoopThread
+
+    def own(self, folder: Path) -> None:
+        """Have a folder that lies elsewhere removed when this process is killed.
+
+        Whoever has made it removes it otherwise.
+        """
+        (self.folder / f"owned-{secrets.token_hex(4)}").symlink_to(folder.absolute())
 
     @classmethod
     @contextmanager
@@ -113,6 +120,9 @@ def _guarded(root: Path) -> Iterator[None]:
 def _sweep(root: Path) -> list[Path]:
     dead = [it for it in root.iterdir() if _is_run_folder(it) and not is_alive(it)]
     for folder in dead:
+        with suppress(OSError):  # its launcher may be removing it, too
+            for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
+                shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     return [it for it in dead if not it.exists()]
 

@@ -209,7 +209,8 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
                 details=self._console_lines(),
-                remedy="in a test, vm.power_on() switches it on again",
+                remedy="vm.power_on() switches it on again, in a test that drives the guest from outside "
+                "by the fixture vm",
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(

@@ -236,16 +236,17 @@ class TestTemplates:
             vm.write_text("/opt/made", "here")
             vm.popen(["sleep", "100000"])
 
-        def use(one, depends_on):
-            image = one.prepare("tiny", prepare, depends_on=depends_on, network="nat")
+        def use(one, depends_on, base="tiny"):
+            image = one.prepare(base, prepare, depends_on=depends_on, network="nat")
             with one.boot(image) as vm:
+                assert vm.image == "tiny"
                 assert vm.origin == "cloned"
                 assert vm.spec.network == "isolated"
                 assert vm.read_text("/opt/made") == "here"
                 assert vm.run(["pidof", "sleep"]).stdout.strip()
 
         use(factory(), ["1"])
-        use(factory(), ["1"])
+        use(factory(image=lambda: "tiny"), ["1"], base=None)
         assert len(done) == 1
         use(factory(), ["2"])
         assert len(done) == 2

@@ -48,6 +48,9 @@ class FakeFactory:
     def describe(self, image):
         return f"vmsandbox: a fake runs {image}"
 
+    def own(self, folder):
+        pass
+
     def note(self, *words):
         with (self.session.config.rootpath / "guests").open("a") as file:
             print(*words, file=file)

@@ -56,6 +56,9 @@ class LocalFactory:
     def require(self, image):
         pass
 
+    def own(self, folder):
+        pass
+
     def patience(self, image):
         return 1.0
 

@@ -1,9 +1,11 @@
 """The QEMU of this machine, its memory, its users; disks made with the real qemu-img."""
 
+import errno
 import json
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +288,24 @@ class TestDisks:
             Disks.open(base=None, root_size=None, blank=[5 * KIB], folder=tmp_path),
         ):
             pass
+
+
+class TestLoopback:
+    """A network namespace begins without it: addresses can be bound, and not reached."""
+
+    @pytest.fixture
+    def unreachable(self, monkeypatch):
+        def connect(address, timeout):
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+        monkeypatch.setattr(socket, "create_connection", connect)
+
+    def test_it_works_here(self):
+        host.require_loopback()
+        assert host.loopback_problem() == ""
+
+    def test_it_is_off(self, unreachable):
+        assert host.loopback_problem() == "Network is unreachable"
+        with pytest.raises(LaunchError, match="127.0.0.1 cannot be reached") as raised:
+            host.require_loopback()
+        assert "ip link set lo up" in str(raised.value)
