@@ -39,7 +39,17 @@ def main() -> None:
         started = time.monotonic()
         with (RESULTS / f"{name}.log").open("wb", buffering=0) as log:
             status = subprocess.run(
-                ["python3", "-P", "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments],
+                [
+                    "python3",
+                    "-P",
+                    "-m",
+                    "pytest",
+                    "-v",
+                    "-rP",
+                    "-p",
+                    "no:cacheprovider",
+                    *arguments,
+                ],
                 cwd=CHECKOUT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
