@@ -533,7 +533,7 @@ class Machine:
         Where the host's kernel tells how long it has run the guest's own code, that alone counts: KVM
         that emulates instructions one by one lets firmware write to the console, and runs no kernel.
         """
-        time = guest_time(self.process.pid)
+        time = guest_time(self.process.pid) if self.spec.accelerator == "kvm" else None
         return (self.console.size, self._human("info registers")) if time is None else time
 
 

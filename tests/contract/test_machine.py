@@ -413,14 +413,17 @@ class TestUserSpace:
             assert caught.value.seconds >= 0.1
 
     def test_a_standstill(self, fake, ticks):
-        with fake.machine() as machine:
+        with fake.machine(accelerator="kvm") as machine:
             with pytest.raises(BootError, match="made no progress for") as caught:
                 machine.wait_for_user_space(standstill=0.1, at_most=60)
             assert 0.1 <= caught.value.seconds < 60
 
     def test_progress_of_the_processor_prolongs(self, fake, ticks):
         ticks += range(1, 10)
-        with fake.machine() as machine, pytest.raises(BootError, match="made no progress"):
+        with (
+            fake.machine(accelerator="kvm") as machine,
+            pytest.raises(BootError, match="made no progress"),
+        ):
             machine.wait_for_user_space(standstill=1e-9, at_most=60)
         assert ticks == [9]
 
@@ -428,13 +431,16 @@ class TestUserSpace:
         """QEMU waits for one all the time: nothing can be said of the guest."""
         began = time.monotonic()
         monkeypatch.setattr(machine_module, "time_waited", lambda _: time.monotonic() - began)
-        with fake.machine() as machine, pytest.raises(BootError, match="no program ran"):
+        with (
+            fake.machine(accelerator="kvm") as machine,
+            pytest.raises(BootError, match="no program ran"),
+        ):
             machine.wait_for_user_space(standstill=0.05, at_most=0.2)
 
     def test_text_alone_is_no_progress(self, fake, ticks, monkeypatch):
         """KVM that emulates firmware one instruction after the other writes, too."""
         texts = [b"one", b"two", b"three"]
-        with fake.machine() as machine:
+        with fake.machine(accelerator="kvm") as machine:
             monkeypatch.setattr(
                 machine_module, "time_waited", lambda _: machine.console.feed(texts.pop()) or 0.0
             )
@@ -442,8 +448,7 @@ class TestUserSpace:
                 machine.wait_for_user_space(standstill=1e-9, at_most=60)
         assert len(texts) == 1  # two looks
 
-    def test_where_the_guests_time_is_unknown_text_is_progress(self, real, monkeypatch):
-        monkeypatch.setattr(machine_module, "guest_time", lambda _: None)
+    def test_emulated_text_is_progress(self, real):
         with real.machine() as machine:
             machine.console.wait_for("SeaBIOS", 20)
             machine.pause()  # its registers stay
@@ -452,13 +457,18 @@ class TestUserSpace:
             machine.console.feed(b"more")
             assert machine._signs_of_progress() != before
 
-    def test_where_it_is_unknown_registers_are_progress(self, real, monkeypatch):
+    def test_emulated_registers_are_progress(self, real):
         """Firmware changes one all the time."""
-        monkeypatch.setattr(machine_module, "guest_time", lambda _: None)
         with real.machine() as machine:
             before, deadline = machine._signs_of_progress()[1], Deadline(20)
             while machine._signs_of_progress()[1] == before:
                 assert not deadline.expired
+
+    def test_where_the_kernel_does_not_tell_the_guests_time(self, fake, monkeypatch):
+        monkeypatch.setattr(machine_module, "guest_time", lambda _: None)
+        with fake.machine(accelerator="kvm") as machine:
+            size, _ = machine._signs_of_progress()
+            assert size == machine.console.size
 
     def test_a_guest_that_ends_is_noticed_early(self, fake):
         with fake.machine() as machine:
