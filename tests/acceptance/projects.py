@@ -206,8 +206,8 @@ PROJECTS = (
         needs=("freezegun>=1.5",),
         git=False,
         file="src/itsdangerous/encoding.py",
-        line='return base64.urlsafe_b64encode(string).rstrip(b"=")',
-        broken="return base64.urlsafe_b64encode(string)",
+        line='raise BadData("Invalid base64-encoded data") from e',
+        broken='return b""',
         part="tests/test_itsdangerous/test_encoding.py",
     ),
 )
