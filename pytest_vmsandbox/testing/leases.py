@@ -417,7 +417,7 @@ class Leases:
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         if self._measuring is not None and self._prepared is not None:
             self._measuring.keep(said, self._prepared.tree, lease.guest.name)
-        has_failed = lease.has_failed or lease.session.collected.failed
+        has_failed = lease.has_failed or lease.session.collected.has_errors
         allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
             f"{lease.guest.name}: {printable(str(message.get('tail', '')))}\n  its pytest ended with status "
