@@ -88,6 +88,11 @@ class Collected:
     details: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_errors(self) -> bool:
+        """Whether there was an error, for which pytest ends with status 1."""
+        return any(report.get("outcome") == "failed" for report in self.failed.values())
+
     def facts(self) -> dict[str, object]:
         """The same as values that JSON keeps."""
         return dict(vars(self))

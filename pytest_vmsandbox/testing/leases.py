@@ -470,7 +470,8 @@ class Leases:
         def tail(message: Message) -> str:
             return lease.reader.text(printable(str(message.get("tail", ""))))
 
-        allowed = {0, 1} if lease.has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
+        has_failed = lease.has_failed or lease.session.collected.has_errors
+        allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
             f"{lease.guest.name}: {tail(message)}\n  its pytest ended with status "
             f"{message['exit']}, which no test there has caused: a conftest.py or a plugin has"

@@ -53,6 +53,19 @@ def test_a_session_that_a_hook_has_failed(suite, isolation):
     assert output.count("its pytest ended with status 1, which no test there has caused") == 1
 
 
+def test_a_file_of_other_tests_that_cannot_be_collected_there(suite):
+    """One worker tells it; in the guest of the other, pytest ends with status 1 for it, too."""
+    suite.write("test_fine.py", "def test_ok(): pass\n")
+    suite.write(
+        "test_here.py",
+        "import os\n\nassert 'VMSANDBOX_GUEST' not in os.environ\n\ndef test_it(): pass\n",
+    )
+    status, output = suite.run("--in-vm", "-n2")
+    assert status == 1, output
+    assert "1 passed, 1 error" in output
+    assert "no test there has caused" not in output
+
+
 ENDS = """
 import pytest
 

@@ -301,6 +301,7 @@ class TestProof:
     def outcomes(self, monkeypatch):
         """What becomes of the machines: an error, or none for one that runs."""
         outcomes = []
+        clock = [0.0]
 
         @contextmanager
         def running(*_, **__):
@@ -308,14 +309,18 @@ class TestProof:
             if isinstance(error, LaunchError):
                 raise error
 
-            def wait(timeout):
-                assert timeout == accelerator.PROOF_SECONDS  # each model has all of it
+            def wait(*, standstill, at_most):
+                clock[0] += 1.5
+                # Each model has all of it.
+                assert standstill == accelerator.STANDSTILL_SECONDS
+                assert at_most == accelerator.PROOF_SECONDS
                 if error:
                     raise error
 
             yield SimpleNamespace(wait_for_user_space=wait)
 
         monkeypatch.setattr(accelerator, "Machine", SimpleNamespace(running=running))
+        monkeypatch.setattr(accelerator, "monotonic", lambda: clock[0])
         monkeypatch.setattr(accelerator, "processor_models", lambda *_: ("host", "max"))
         monkeypatch.setattr(host, "available_memory", lambda: None)
         return outcomes
@@ -334,11 +339,12 @@ class TestProof:
         outcomes += [GuestLost("kernel panic"), None]
         verdict = prove()
         assert (verdict.accelerator, verdict.processor) == ("kvm", "max")
+        assert verdict.seconds == 1.5  # the pace of this host: what did not run tells nothing of it
 
     def test_the_reason_is_what_the_last_that_ran_did(self, prove, outcomes):
         outcomes += [GuestLost("kernel panic"), LaunchError("QEMU ended")]
         verdict = prove()
-        assert verdict.accelerator == "tcg"
+        assert (verdict.accelerator, verdict.seconds) == ("tcg", 0.0)
         assert verdict.reason.endswith("does not run guests: kernel panic")
 
     def test_none_ran(self, prove, outcomes):

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
 from pytest_vmsandbox.inside import session
-from pytest_vmsandbox.inside.session import GuestSession, Keeper, Place, parse_probe
+from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper, Place, parse_probe
 from pytest_vmsandbox.inside.wire import encode
 from support.local import LocalGuest
 from support.reports import EVIL_TEXT, JSON, KEYS, check_text
@@ -817,3 +817,18 @@ def test_nobody_is_left_to_talk_to(inside):
         talk, _ = GuestSession.started(keeper, config, timeout=20)
         with pytest.raises(GuestLost, match="the process in .* that runs the tests is gone"):
             list(talk.run(ids(talk)[0], **HOW))
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        ([], False),
+        ([{"outcome": "skipped"}], False),
+        ([{"outcome": "skipped"}, {"outcome": "failed"}], True),
+        ([{"more": 1}, {"outcome": ["failed"]}], False),
+    ],
+)
+def test_a_file_that_is_skipped_is_no_error(reports, expected):
+    """So it is no reason for the status with which the guest's pytest ends."""
+    failed = {f"test_{number}.py": report for number, report in enumerate(reports)}
+    assert Collected(failed=failed).has_errors is expected
