@@ -84,8 +84,15 @@ class Platform(Protocol):
     def close(self) -> None:
         """The guest is over."""
 
+    def pause(self, machine: Machine) -> None:
+        """Pause a machine for a while.
+
+        Raises:
+            GuestLost: it does not answer.
+        """
+
     def resume(self, machine: Machine) -> None:
-        """Let a paused machine go on, with the right time."""
+        """Let a paused machine go on, with the right time, or the one that was set there."""
 
     def going_down(self) -> None:
         """The guest restarts, or is switched off: what was known of its programs is void."""
@@ -536,7 +543,8 @@ class Guest:
 
         That is done however the context ends, also for a guest that was lost or switched off in it.
         Contexts may lie in each other. What runs in the guest then is what runs now, with the right
-        time and random numbers of its own. Connections are made anew: a process of `popen` goes on in
+        time and random numbers of its own. A clock that was set to another time, by two seconds or more,
+        stays as far from this host's. Connections are made anew: a process of `popen` goes on in
         the guest, but is no longer heard of, and a port that was forwarded has to be forwarded again.
 
         Raises:
@@ -655,7 +663,7 @@ class Guest:
         """Pause it until somebody asks it for something, if nobody minds; see `idle_seconds`."""
         with self._rest_lock:
             if self.idle_seconds and self._machine is not None:
-                self._machine.pause()
+                self._platform.pause(self._machine)
                 self._resting = True
 
     @property

@@ -28,6 +28,7 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
+_PAUSE_SECONDS = 1.0  # after which a guest that does not answer is not paused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,12 @@ class Saved:
     Attributes:
         state: a file.
         frozen: what each disk had by then, lowest file first.
+        lead: by how many seconds its clock was set ahead of this host's.
     """
 
     state: IO[bytes]
     frozen: tuple[tuple[IO[bytes], ...], ...]
+    lead: float
 
 
 class GuestPlatform:
@@ -77,6 +80,7 @@ class GuestPlatform:
         self._logs = logs
         self._memory = memory
         self._state = state
+        self._lead = 0.0  # of the clock in that state
         self._awake = awake
         self._helper: Helper | None = None
         self._own = ExitStack()  # what snapshots have added to the disks
@@ -106,6 +110,7 @@ class GuestPlatform:
         ) as machine:
             self._helper = helper_of(machine, self.blueprint)
             if state is not None:
+                self._helper.lead = self._lead
                 waking.wake(machine, self._helper)
             yield machine
 
@@ -161,8 +166,7 @@ class GuestPlatform:
                 f"{self._name} has no helper, so its clock could not be set right after a rollback",
                 remedy="use an image that has one, such as debian-13",
             )
-        helper.ping()  # it has taken all that was said so far
-        machine.pause()
+        waking.pause(machine, helper)  # it has taken all that was said so far
         try:
             frozen = self._disks.frozen
             for file in (it for files in frozen for it in files):
@@ -176,16 +180,23 @@ class GuestPlatform:
             machine.save(state, with_memory=True)
         finally:
             self.resume(machine)
-        return Saved(state=state, frozen=frozen)
+        return Saved(state=state, frozen=frozen, lead=helper.lead)
 
     def roll_back(self, saved: Saved) -> None:
         """See `Platform.roll_back`."""
-        self._state = saved.state
+        self._state, self._lead = saved.state, saved.lead
         self._disks = self._disks.on_top(saved.frozen, self._fresh_overlays())
 
     def _fresh_overlays(self) -> list[IO[bytes]]:
         folder = self._hypervisor.cache
         return [self._own.enter_context(empty_overlay(size, folder)) for size in self._disks.sizes]
+
+    def pause(self, machine: Machine) -> None:
+        """See `Platform.pause`."""
+        if (helper := self._present) is not None:
+            waking.pause(machine, helper, _PAUSE_SECONDS)
+        else:
+            machine.pause()
 
     def resume(self, machine: Machine) -> None:
         """See `Platform.resume`."""

@@ -309,6 +309,24 @@ class TestSnapshot:
                 randoms.add(vm.read_text("/proc/sys/kernel/random/uuid"))
             assert len(randoms) == 2
             vm.shell("umount /mnt/d && e2fsck -fn /dev/vda")
+            self.check_that_a_clock_is_kept(vm)
+
+    def check_that_a_clock_is_kept(self, vm):
+        """What a test has done to it, relative to the host's; measured to some seconds."""
+        vm.run(["date", "-s", "2030-01-01 00:00:00"])
+        ahead = offset(vm)
+        assert ahead > 86_400
+        with vm.snapshot():
+            assert offset(vm) == pytest.approx(ahead, abs=5)
+            vm.run(["date", "-s", "2031-01-01 00:00:00"])
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        with vm.snapshot():
+            vm.power_cut()
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        vm.rest()
+        assert vm.resting
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        assert not vm.resting
 
     def test_also_of_a_guest_that_was_lost_or_cut_off_in_it(self, factory):
         with factory().boot("tiny", **TINY) as vm:

@@ -192,6 +192,9 @@ class FakePlatform:
     def ssh_command(self, machine, user):
         return f"ssh {user}@guest"
 
+    def pause(self, machine):
+        machine.paused = True
+
     def resume(self, machine):
         machine.paused = False
 
