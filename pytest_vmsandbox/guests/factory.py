@@ -29,7 +29,7 @@ from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
+from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Provision, Step
 from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
@@ -548,7 +548,6 @@ class GuestFactory:
             self._hypervisor = self._stack.enter_context(
                 Hypervisor.running(runtime=self._settings.runtime, cache=self._cache)
             )
-            (self._hypervisor.folder / KNOWN_HOSTS).touch()
         return self._hypervisor
 
     def _name(self, image: str) -> str:

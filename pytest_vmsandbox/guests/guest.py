@@ -28,6 +28,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
@@ -97,8 +98,12 @@ class Platform(Protocol):
     def going_down(self) -> None:
         """The guest restarts, or is switched off: what was known of its programs is void."""
 
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        """The line that a person types to get in."""
+    def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
+        """What an SSH client needs to get in as a user.
+
+        Raises:
+            GuestLost: the guest does not answer on SSH.
+        """
 
 
 class Guest:
@@ -637,14 +642,40 @@ class Guest:
             return self._on().execute(command, arguments)
 
     @property
-    def ssh_command(self) -> str:
-        """The line that a person types to get in, as long as the guest runs.
+    def ssh(self) -> SSHAccess:
+        """What other tools need to get in: address, port, user, and the files with the keys.
+
+        It is true as long as the guest is switched on, and until a snapshot is rolled back.
 
         Raises:
             GuestLost: it does not answer on SSH.
         """
         self._attended = True
-        return self._platform.ssh_command(self._on(), self.spec.user)
+        with self._explained():
+            return self._platform.ssh_access(self._on(), self.spec.user)
+
+    @property
+    def ssh_command(self) -> str:
+        """The line that a person types to get in, likewise.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+        """
+        return self.ssh.command
+
+    def ssh_config(self, path: str | os.PathLike[str]) -> None:
+        """Write a configuration of OpenSSH for other tools, in which the guest is called by its name.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+            OSError: `path` cannot be written.
+
+        Example::
+
+            vm.ssh_config("ssh_config")
+            subprocess.run(["scp", "-F", "ssh_config", f"{vm.name}:/etc/hostname", "."], check=True)
+        """
+        Path(path).write_text(self.ssh.config(self.name), encoding="utf-8")
 
     # -- for those who made it ------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import RemoteProcess, Transport
 from pytest_vmsandbox.guests import ssh, waking
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
 from pytest_vmsandbox.machine.cmdline import Start
@@ -21,7 +21,6 @@ from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 
-KNOWN_HOSTS = "known_hosts"  # in the run's folder, for `Guest.ssh_command`
 _SSH_PORT = 22
 _CONNECT_SECONDS = 20.0
 _ANSWER_SECONDS = 20.0
@@ -83,7 +82,7 @@ class GuestPlatform:
         self._lead = 0.0  # of the clock in that state
         self._awake = awake
         self._helper: Helper | None = None
-        self._own = ExitStack()  # what snapshots have added to the disks
+        self._own = ExitStack()  # what snapshots have added to the disks, and files
 
     @contextmanager
     def machine(self) -> Iterator[Machine]:
@@ -220,30 +219,16 @@ class GuestPlatform:
         if self._helper is not None:
             self._helper.close()
 
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        """See `Platform.ssh_command`."""
+    def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
+        """See `Platform.ssh_access`."""
         host, port = machine.forward(_SSH_PORT)
         check_network(machine, self.blueprint)
         folder = self._hypervisor.folder
-        known, key = folder / KNOWN_HOSTS, folder / f"key.{self._key.name}"
+        known, key = folder / f"known_hosts.{self._name}", folder / f"key.{self._key.name}"
         self._key.save(key)
-        with known.open("a") as file:
-            file.write(f"{self._name} {self.blueprint.built.host_key}\n")
-        options = {
-            "HostKeyAlias": self._name,
-            "UserKnownHostsFile": str(known),
-            "GlobalKnownHostsFile": "/dev/null",
-            "IdentitiesOnly": "yes",
-            "LogLevel": "ERROR",
-        }
-        return shlex.join(
-            [
-                "ssh",
-                *("-F", "none", "-i", str(key), "-p", str(port)),
-                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
-                f"{user}@{host}",
-            ]
-        )
+        self._own.callback(known.unlink, missing_ok=True)
+        known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n")
+        return SSHAccess(host=host, port=port, user=user, key_file=key, known_hosts_file=known)
 
 
 def helper_of(
