@@ -34,7 +34,7 @@ from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Provision, Step
 from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.machine import accelerator
+from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -172,6 +172,8 @@ class GuestFactory:
 
     def _retrying(self, work: Callable[[], T]) -> T:
         """Do what needs a guest, and once more if the host or chance took the guest away."""
+        self._running()  # with as many descriptors as it may have
+        host.require_descriptors()
         try:
             return work()
         except VMSandboxError as error:
