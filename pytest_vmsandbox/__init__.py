@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.core.transport import CommandResult
+    from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest, Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
@@ -48,6 +49,7 @@ _HOME_OF = {
     "PreparedLayer": "guests.provision",
     "Process": "guests.guest",
     "Provision": "guests.provision",
+    "SSHAccess": "guests.access",
     "TeardownError": "core.errors",
     "TransferError": "core.errors",
     "VMSandboxError": "core.errors",
@@ -71,6 +73,7 @@ __all__ = [
     "PreparedLayer",
     "Process",
     "Provision",
+    "SSHAccess",
     "TeardownError",
     "TransferError",
     "VMSandboxError",

@@ -29,7 +29,7 @@ from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
+from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
@@ -178,6 +178,8 @@ class GuestFactory:
 
     def _retrying(self, work: Callable[[], T]) -> T:
         """Do what needs a guest, and once more if the host or chance took the guest away."""
+        self._running()  # with as many descriptors as it may have
+        host.require_descriptors()
         try:
             return work()
         except VMSandboxError as error:
@@ -606,7 +608,6 @@ class GuestFactory:
             self._hypervisor = self._stack.enter_context(
                 Hypervisor.running(runtime=self._settings.runtime, cache=self._cache)
             )
-            (self._hypervisor.folder / KNOWN_HOSTS).touch()
         return self._hypervisor
 
     def _name(self, image: str) -> str:

@@ -28,6 +28,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
@@ -84,14 +85,25 @@ class Platform(Protocol):
     def close(self) -> None:
         """The guest is over."""
 
+    def pause(self, machine: Machine) -> None:
+        """Pause a machine for a while.
+
+        Raises:
+            GuestLost: it does not answer.
+        """
+
     def resume(self, machine: Machine) -> None:
-        """Let a paused machine go on, with the right time."""
+        """Let a paused machine go on, with the right time, or the one that was set there."""
 
     def going_down(self) -> None:
         """The guest restarts, or is switched off: what was known of its programs is void."""
 
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        """The line that a person types to get in."""
+    def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
+        """What an SSH client needs to get in as a user.
+
+        Raises:
+            GuestLost: the guest does not answer on SSH.
+        """
 
 
 class Guest:
@@ -536,7 +548,8 @@ class Guest:
 
         That is done however the context ends, also for a guest that was lost or switched off in it.
         Contexts may lie in each other. What runs in the guest then is what runs now, with the right
-        time and random numbers of its own. Connections are made anew: a process of `popen` goes on in
+        time and random numbers of its own. A clock that was set to another time, by two seconds or more,
+        stays as far from this host's. Connections are made anew: a process of `popen` goes on in
         the guest, but is no longer heard of, and a port that was forwarded has to be forwarded again.
 
         Raises:
@@ -629,14 +642,40 @@ class Guest:
             return self._on().execute(command, arguments)
 
     @property
-    def ssh_command(self) -> str:
-        """The line that a person types to get in, as long as the guest runs.
+    def ssh(self) -> SSHAccess:
+        """What other tools need to get in: address, port, user, and the files with the keys.
+
+        It is true as long as the guest is switched on, and until a snapshot is rolled back.
 
         Raises:
             GuestLost: it does not answer on SSH.
         """
         self._attended = True
-        return self._platform.ssh_command(self._on(), self.spec.user)
+        with self._explained():
+            return self._platform.ssh_access(self._on(), self.spec.user)
+
+    @property
+    def ssh_command(self) -> str:
+        """The line that a person types to get in, likewise.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+        """
+        return self.ssh.command
+
+    def ssh_config(self, path: str | os.PathLike[str]) -> None:
+        """Write a configuration of OpenSSH for other tools, in which the guest is called by its name.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+            OSError: `path` cannot be written.
+
+        Example::
+
+            vm.ssh_config("ssh_config")
+            subprocess.run(["scp", "-F", "ssh_config", f"{vm.name}:/etc/hostname", "."], check=True)
+        """
+        Path(path).write_text(self.ssh.config(self.name), encoding="utf-8")
 
     # -- for those who made it ------------------------------------------------------------------
 
@@ -655,7 +694,7 @@ class Guest:
         """Pause it until somebody asks it for something, if nobody minds; see `idle_seconds`."""
         with self._rest_lock:
             if self.idle_seconds and self._machine is not None:
-                self._machine.pause()
+                self._platform.pause(self._machine)
                 self._resting = True
 
     @property

@@ -41,6 +41,7 @@ _SEND_SECONDS = 30.0
 _NO_USER, _NO_FOLDER, _NO_PROGRAM = 1, 2, 3  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
 _ENOENT = 2
+_LATEST = 1 << 34  # seconds since 1970; no clock of Linux goes so far
 
 
 class Helper:
@@ -51,6 +52,9 @@ class Helper:
         check: called often while something is awaited; raises `GuestLost` when the guest is gone.
         patience: seconds for an answer.
         quiet_seconds: see `Carrier`.
+
+    Attributes:
+        lead: by how many seconds the guest's clock is to be ahead of this host's.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Helper:
         self.quiet_seconds = quiet_seconds
         self.check = check
         self.patience = patience
+        self.lead = 0.0
         self._port = port
         self._changed = threading.Condition()
         self._numbers = itertools.count(1)
@@ -97,7 +102,7 @@ class Helper:
         self._ask(b"p", b"vmsandbox", timeout)
 
     def set_clock(self) -> float:
-        """Set the guest's clock to this host's.
+        """Set the guest's clock to this host's and its lead.
 
         Returns:
             By how many seconds the guest's clock may be wrong at most, as seen from here.
@@ -110,18 +115,35 @@ class Helper:
 
     def send_clock(self) -> int:
         """Ask to set the clock, without waiting; the answer is read by `clock_error`."""
-        now = wall()
+        now = wall() + self.lead
         return self._send_request(b"c", struct.pack("<qq", int(now), int(now % 1 * 1e9)))
 
     def clock_error(self, number: int, started: float) -> float:
         """How wrong the guest's clock is, in seconds, after `send_clock` at the time `started`."""
-        kind, payload = self._await(number, None)
+        least, most = self._await_lead(number, started, None)
+        return max(0.0, self.lead - least) if least < self.lead else max(0.0, most - self.lead)
+
+    def read_lead(self, timeout: float | None = None) -> tuple[float, float]:
+        """By how many seconds the guest's clock is ahead of this host's: at least, and at most.
+
+        Raises:
+            GuestLost: it does not answer within `timeout` seconds.
+        """
+        started, number = wall(), self._send_request(b"c", b"")
+        return self._await_lead(number, started, timeout)
+
+    def _await_lead(
+        self, number: int, started: float, timeout: float | None
+    ) -> tuple[float, float]:
+        kind, payload = self._await(number, timeout)
         now = wall()
         status, seconds, nanoseconds = self._unpack("<iqq", payload)
         self._succeeded("set the clock", kind, status)
+        if not 0 <= seconds < _LATEST:
+            raise GuestLost("the helper in the guest answers nonsense", stage="command")
         theirs = float(seconds + nanoseconds / 1e9)
         # It was read between `started` and `now`: that is all that is known of the right time.
-        return max(0.0, now - theirs) if theirs < now else max(0.0, theirs - started)
+        return theirs - now, theirs - started
 
     def seed(self, data: bytes) -> None:
         """Stir bytes into the kernel's random numbers, and let it start anew with them.

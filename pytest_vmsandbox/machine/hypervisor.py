@@ -16,6 +16,7 @@ from typing import IO
 
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.process import Launcher
 
@@ -59,6 +60,7 @@ class Hypervisor:
         cache = cache or paths.cache_dir()
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        host.raise_descriptor_limit()
         with ExitStack() as stack:
             folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
             launcher = stack.enter_context(Launcher.running(folder))

@@ -23,8 +23,20 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import guest as guest_module
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.machine.console import Console
+
+
+def access(user):
+    """The way into a guest."""
+    return SSHAccess(
+        host="127.0.0.1",
+        port=22022,
+        user=user,
+        key_file=Path("/run/key"),
+        known_hosts_file=Path("/run/known_hosts"),
+    )
 
 
 class LocalProcess:
@@ -189,8 +201,11 @@ class FakePlatform:
     def answers(self, machine, timeout):
         return self.answer
 
-    def ssh_command(self, machine, user):
-        return f"ssh {user}@guest"
+    def ssh_access(self, machine, user):
+        return access(user=user)
+
+    def pause(self, machine):
+        machine.paused = True
 
     def resume(self, machine):
         machine.paused = False
@@ -563,11 +578,11 @@ class TestRest:
         [
             lambda vm: vm.popen(["true"]).__exit__(),
             lambda vm: vm.forward(80),
-            lambda vm: vm.ssh_command,
+            lambda vm: vm.ssh,
             lambda vm: vm.connect("/socket"),
             lambda vm: vm.power_cut(),
         ],
-        ids=["popen", "forward", "ssh_command", "connect", "off"],
+        ids=["popen", "forward", "ssh", "connect", "off"],
     )
     def test_not_if_somebody_counts_on_it(self, platform, vm, use):
         use(vm)
@@ -648,15 +663,20 @@ class TestFromOutside:
     def test_monitor(self, vm):
         assert vm.qmp("query-status", a=1) == {"command": "query-status", "a": 1}
 
-    def test_way_in(self, platform):
+    def test_ways_in(self, platform, tmp_path):
         with make(platform, user="me") as vm:
-            assert vm.ssh_command == "ssh me@guest"
+            assert vm.ssh == access(user="me")
+            assert vm.ssh_command == access(user="me").command
+            vm.ssh_config(tmp_path / "ssh_config")
+            assert (tmp_path / "ssh_config").read_text() == access(user="me").config(vm.name)
 
     def test_nothing_of_a_guest_that_is_off(self, vm, tmp_path):
         vm.power_cut()
         for use in (
             lambda: vm.console,
+            lambda: vm.ssh,
             lambda: vm.ssh_command,
+            lambda: vm.ssh_config(tmp_path / "ssh_config"),
             lambda: vm.forward(80),
             lambda: vm.qmp("stop"),
             lambda: vm.screenshot(tmp_path / "it.png"),

@@ -788,6 +788,34 @@ class TestRequests:
         assert before - 1e-3 <= seconds + nanoseconds / 1e9 <= after
         assert abs(behind) - 1e-3 <= error <= abs(behind) + after - before + 1e-3
 
+    @pytest.mark.parametrize("lead", [1e9, -3600.0])
+    def test_clock_that_is_ahead(self, fake, lead):
+        got = []
+
+        def play():
+            got.append(fake.peer.receive())
+            now = time.time() + lead
+            payload = struct.pack("<iqq", 0, int(now), int(now % 1 * 1e9))
+            fake.peer.send("R", got[-1][1], payload)
+
+        before = time.time()
+        least, most = fake.during(fake.helper.read_lead, play)
+        assert got[0][2] == b""  # it is only read
+        assert least - 1e-3 <= lead <= most + 1e-3
+        fake.helper.lead = lead
+        error = fake.during(fake.helper.set_clock, play)
+        after = time.time()
+        seconds, nanoseconds = struct.unpack("<qq", got[1][2])
+        assert before - 1e-3 <= seconds + nanoseconds / 1e9 - lead <= after + 1e-3
+        assert error <= after - before + 1e-3
+
+    @pytest.mark.parametrize("seconds", [-1, 1 << 40, (1 << 63) - 1])
+    def test_clock_of_no_time(self, fake, seconds):
+        _, play = reply(fake, "R", struct.pack("<iqq", 0, seconds, 0))
+        error = fake.during(fake.helper.read_lead, play)
+        assert isinstance(error, GuestLost)
+        assert "answers nonsense" in error.brief
+
     def test_clock_is_refused(self, fake):
         _, play = reply(fake, "R", struct.pack("<iqq", errno.EPERM, 0, 0))
         error = fake.during(fake.helper.set_clock, play)
