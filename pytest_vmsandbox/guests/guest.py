@@ -7,10 +7,11 @@ import math
 import os
 import shlex
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol, Self, cast, overload
 
@@ -34,6 +35,7 @@ from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
 
 Streams = bytes | str | None
+GuestPath = str | PurePosixPath
 _INSTEAD = {  # of what `popen` lacks
     "check": "compare what .wait(timeout) or .poll() returns",
     "timeout": "call .wait(timeout)",
@@ -397,30 +399,45 @@ class Guest:
 
     # -- files ----------------------------------------------------------------------------------
 
-    def push(self, source: str | os.PathLike[str], dest: str) -> None:
+    def push(self, source: str | os.PathLike[str], dest: GuestPath) -> None:
         """Copy a file or a tree into the guest.
 
         `dest` names the copy. A file goes into `dest` if that is a folder; a tree is merged into
         `dest` if that is there. A `dest` that ends in ``/`` is a folder to put the copy into.
-        Missing folders are made. Modes, times and symbolic links stay; the owner is the guest's
-        user. A file takes its place at once, whole.
+        Missing folders are made. If `source` is a link, what it points to is copied.
+
+        Modes (with setuid bits), times, holes, and the links in a tree stay; the owner is the
+        guest's user. A file takes its place at once, whole. It is written in place where no file
+        can be made beside it (`/proc`, `/sys`, a read-only folder), and to a device; then only the
+        content is copied. If `dest` is a link, the file that it points to is written.
+
+        A tree may change meanwhile: it is copied as it was read. Pipes, sockets and devices in it
+        are left out, with one warning.
 
         Raises:
             TransferError: `source` does not exist, or the guest cannot take it.
         """
         with self._explained():
-            transfer.push(self._stream_script, Path(source), dest)
+            left_out = transfer.push(self._stream_script, Path(source), transfer.guest_path(dest))
+        _warn_of("pushed", source, left_out)
 
-    def pull(self, source: str, dest: str | os.PathLike[str]) -> None:
+    def pull(self, source: GuestPath, dest: str | os.PathLike[str]) -> None:
         """Copy a file or a tree out of the guest; `dest` is understood as in `push`.
 
-        Symbolic links are copied as links, never followed.
+        Symbolic links are copied as links, never followed. Modes and times stay, and long runs of
+        zeros become holes. A setuid bit stays if no other user of this machine can enter the folder
+        of `dest`.
+
+        A file is read to its end, also one that grows, or one of `/proc`. A tree may change
+        meanwhile: it is copied as it was read. Pipes, sockets and devices in it, and setuid bits
+        that do not stay, are left out, with one warning.
 
         Raises:
             TransferError: `source` does not exist, or `dest` cannot be written.
         """
         with self._explained():
-            transfer.pull(self._stream_script, source, dest)
+            left_out = transfer.pull(self._stream_script, transfer.guest_path(source), dest)
+        _warn_of("pulled", source, left_out)
 
     def stream_script(
         self,
@@ -440,36 +457,40 @@ class Guest:
         with self._explained():
             self._stream_script(script, stdin=stdin, stdout=stdout)
 
-    def read_text(self, path: str) -> str:
+    def read_text(self, path: GuestPath) -> str:
         """The content of a file in the guest, as UTF-8.
 
         Raises:
             TransferError: it cannot be read.
         """
-        try:
-            return self.run(
-                ["cat", path if path.startswith("/") else f"./{path}"], text=False
-            ).stdout.decode()
-        except CommandError as error:
-            raise TransferError(f"{path} cannot be read", details=error.details) from error
-        except UnicodeDecodeError as error:
-            raise TransferError(
-                f"{path} is not UTF-8: {error}", remedy="vm.pull() copies any file"
-            ) from error
+        with self._explained():
+            name = transfer.guest_path(path)
+            try:
+                return self.run(["cat", transfer.anchored(name)], text=False).stdout.decode()
+            except CommandError as error:
+                raise transfer.refused(f"{name} cannot be read", error) from error
+            except UnicodeDecodeError as error:
+                raise TransferError(
+                    f"{name} is not UTF-8: {error}", remedy="vm.pull() copies any file"
+                ) from error
 
-    def write_text(self, path: str, text: str) -> None:
-        """Write a file in the guest, as UTF-8, mode 0644; missing folders are made.
+    def write_text(self, path: GuestPath, text: str) -> None:
+        """Write a file in the guest, as UTF-8; missing folders are made.
+
+        A file that is there keeps its mode and its owner; a new one has mode 0644. A file takes its
+        place at once, whole. It is written in place where no file can be made beside it (`/proc`,
+        `/sys`, a read-only folder), and to a device. If `path` is a link, the file that it points
+        to is written.
 
         Raises:
             TransferError: it cannot be written.
         """
-        try:
-            with self._explained():
-                transfer.push_stream(
-                    self._stream_script, io.BytesIO(text.encode()), path, name=None, mode=0o644
-                )
-        except CommandError as error:
-            raise TransferError(f"{path} cannot be written", details=error.details) from error
+        with self._explained():
+            name = transfer.guest_path(path)
+            try:
+                transfer.push_text(self._stream_script, text, name)
+            except CommandError as error:
+                raise transfer.refused(f"{name} cannot be written", error) from error
 
     # -- power ----------------------------------------------------------------------------------
 
@@ -817,7 +838,7 @@ class Guest:
         *,
         stdin: IO[bytes] | None = None,
         stdout: Callable[[bytes], object] | None = None,
-    ) -> None:
+    ) -> str:
         written, stderr = bytearray(), bytearray()
         argv = ("/bin/sh", "-c", script)
         started = monotonic()
@@ -829,16 +850,18 @@ class Guest:
             timeout=math.inf,  # as long as something moves
             idle=self._command_seconds,
         )
+        said = stderr.decode(errors="replace")
         if status != 0:
             raise _command_error(
                 CommandResult(
                     argv=argv,
                     returncode=status,
                     stdout=written.decode(errors="replace"),
-                    stderr=stderr.decode(errors="replace"),
+                    stderr=said,
                     duration=monotonic() - started,
                 )
             )
+        return said
 
     def _ask(self, program: str) -> GuestLost | None:
         """Ask the guest to go down; the connection may break before it answers.
@@ -929,6 +952,13 @@ class Process:
         if self.poll() is None:
             self.kill()
         self._remote.close()
+
+
+def _warn_of(what: str, source: str | os.PathLike[str], left_out: Sequence[str]) -> None:
+    """Warn whoever called the method that calls this, if something was left out."""
+    if left_out:
+        text = f"{os.fspath(source)} was {what} without {transfer.in_words(left_out)}"
+        warnings.warn(text, stacklevel=3)
 
 
 def _is_number(value: object, *kinds: type) -> bool:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -665,6 +665,38 @@ class TestFromOutside:
         ):
             with pytest.raises(GuestLost, match="is switched off"):
                 use()
+
+
+class TestPathsInTheGuest:
+    def test_may_be_path_objects(self, vm, tmp_path):
+        place = PurePosixPath(tmp_path, "file")
+        vm.write_text(place, "x")
+        vm.pull(place, tmp_path / "pulled")
+        vm.push(tmp_path / "pulled", place.with_name("pushed"))
+        assert vm.read_text(place.with_name("pushed")) == "x"
+
+    @pytest.mark.parametrize("path", [b"/tmp/x", 1, None])
+    def test_nothing_else(self, vm, tmp_path, path):
+        for use in (
+            lambda: vm.write_text(path, "x"),
+            lambda: vm.read_text(path),
+            lambda: vm.pull(path, tmp_path),
+            lambda: vm.push(tmp_path, path),
+        ):
+            with pytest.raises(TypeError, match="a path in the guest is a str or a PurePosixPath"):
+                use()
+
+    def test_what_is_left_out_is_one_warning(self, vm, tmp_path):
+        (tmp_path / "tree").mkdir()
+        for number in range(7):
+            os.mkfifo(tmp_path / f"tree/pipe{number}")
+        for name, copy in (("pushed", vm.push), ("pulled", vm.pull)):
+            with pytest.warns(
+                UserWarning, match=rf"tree was {name} without \./.* and 2 more"
+            ) as warned:
+                copy(str(tmp_path / "tree"), str(tmp_path / name))
+            (warning,) = warned
+            assert warning.filename == __file__
 
 
 def test_streams_are_passed_on_as_they_come(vm):
