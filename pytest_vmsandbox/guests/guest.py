@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Protocol, Self, cast, overload
 
@@ -28,14 +28,14 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests import script, transfer
 from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
 
 Streams = bytes | str | None
-GuestPath = str | PurePosixPath
+GuestPath = str | os.PathLike[str]  # a PurePosixPath, for instance
 _INSTEAD = {  # of what `popen` lacks
     "check": "compare what .wait(timeout) or .poll() returns",
     "timeout": "call .wait(timeout)",
@@ -157,14 +157,14 @@ class Guest:
 
     @overload
     def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
-            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
+            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
             text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
     def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
-            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
+            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
             text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def run(
@@ -174,8 +174,8 @@ class Guest:
         check: bool = True,
         timeout: float | None = None,
         input: Streams = None,  # noqa: A002  # subprocess.run's name
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, GuestPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> CommandResult[str] | CommandResult[bytes]:
@@ -194,6 +194,9 @@ class Guest:
         Raises:
             CommandError: it returned non-zero, or the folder or user does not exist.
             CommandTimeout: it was not over in time; its process group was killed.
+            OSError: a word has 128 KiB or more, there are more than 65,535 words, or all together
+                take about 2 MiB («Argument list too long», as of `subprocess`).
+            TypeError: a word, the folder or a variable is neither a `str` nor a path.
 
         A program that leaves something in the background which holds its streams open is over
         when it is itself over, and nothing more has come for half a second.
@@ -244,13 +247,13 @@ class Guest:
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
               user: str | None = ..., text: Literal[True] = ...,
               ) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
               user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def shell(self, script: str, **same: Any) -> CommandResult[str] | CommandResult[bytes]:
@@ -272,8 +275,8 @@ class Guest:
         check: None = None,
         timeout: None = None,
         input: None = None,  # noqa: A002  # subprocess.run's name
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, GuestPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> Process:
@@ -816,20 +819,25 @@ class Guest:
         self,
         argv: Sequence[str | os.PathLike[str]],
         *,
-        cwd: str | None,
-        env: Mapping[str, str] | None,
+        cwd: GuestPath | None,
+        env: Mapping[str, GuestPath] | None,
         user: str | None,
     ) -> Command:
         if isinstance(argv, str | bytes):
             raise TypeError("argv is a list of words; vm.shell() takes a script")
-        words = tuple(os.fspath(word) for word in argv)
+        words = tuple(script.word(word, "a word of argv") for word in argv)
         if not words:
             raise ValueError("argv is empty")
-        for word in words:
-            if not isinstance(word, str):
-                raise TypeError(f"a word of argv is a str, not {type(word).__name__}")
+        if user is not None and not isinstance(user, str):
+            raise TypeError(f"user is the name of one, a str, not {type(user).__name__}")
         return Command(
-            argv=words, cwd=cwd, env=dict(env or {}), user=None if user == self.spec.user else user
+            argv=words,
+            cwd=None if cwd is None else script.word(cwd, "cwd"),
+            env={
+                script.word(name, "the name of a variable"): script.word(value, f"env[{name!r}]")
+                for name, value in (env or {}).items()
+            },
+            user=None if user == self.spec.user else user,
         )
 
     def _stream_script(

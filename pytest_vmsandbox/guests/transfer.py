@@ -30,6 +30,7 @@ from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests import archive
 from pytest_vmsandbox.guests.archive import extract
+from pytest_vmsandbox.guests.script import word
 
 __all__ = ["extract"]
 
@@ -374,10 +375,9 @@ def _read_script(folder: str, name: str, *, copied: bool) -> str:
         name: what it is called there; it does not look like an option.
         copied: archive a copy, which does not change.
     """
-    word = shlex.quote(name)
     kinds = "*" if copied else "|".join(_UNSIZED.values())
     return (
-        f"LC_ALL=C; export LC_ALL; cd {quoted(folder)} && n={word} || exit; "
+        f"LC_ALL=C; export LC_ALL; cd {quoted(folder)} && n={shlex.quote(name)} || exit; "
         'if [ -f "$n" ] && [ ! -L "$n" ]; then stat -c "file %a %Y" "$n" && exec cat "$n"; '
         'elif [ -L "$n" ] || [ -d "$n" ]; then echo tree; '
         f'case $([ -L "$n" ] || stat -f -c %t "$n") in {kinds}) '
@@ -528,18 +528,14 @@ def anchored(path: str) -> str:
     return path if path.startswith("/") else f"./{path}"
 
 
-def guest_path(path: str | PurePosixPath) -> str:
+def guest_path(path: str | os.PathLike[str]) -> str:
     """A path in the guest as text.
 
     Raises:
         TypeError: it is none.
         TransferError: it names nothing.
     """
-    if not isinstance(path, str | PurePosixPath):
-        raise TypeError(
-            f"a path in the guest is a str or a PurePosixPath, not {type(path).__name__}"
-        )
-    text = os.fspath(path)
+    text = word(path, "a path in the guest")
     check_guest_path(text)
     return text
 

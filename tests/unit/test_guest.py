@@ -264,6 +264,28 @@ class TestRun:
     def test_a_path_is_a_word(self, vm, tmp_path):
         assert vm.run(["echo", tmp_path]).stdout == f"{tmp_path}\n"
 
+    def test_paths_are_words(self, vm, tmp_path):
+        result = vm.run(["sh", "-c", "echo $A; pwd"], env={"A": tmp_path}, cwd=tmp_path)
+        assert result.stdout == f"{tmp_path}\n{tmp_path}\n"
+        assert vm.run(["pwd"], cwd=PurePosixPath("/")).stdout == "/\n"
+        with vm.popen(["pwd"], cwd=PurePosixPath("/")) as process:
+            assert process.stdout.read() == "/\n"
+
+    @pytest.mark.parametrize(
+        ("how", "text"),
+        [
+            ({"env": {"A": 1}}, r"env\['A'\] is a str or a path, not int"),
+            ({"env": {"A": None}}, r"env\['A'\] is a str or a path, not NoneType"),
+            ({"env": {1: "A"}}, "the name of a variable is a str or a path, not int"),
+            ({"cwd": 1}, "cwd is a str or a path, not int"),
+            ({"cwd": b"/"}, "cwd is a str or a path, not bytes"),
+            ({"user": 0}, "user is the name of one, a str, not int"),
+        ],
+    )
+    def test_what_is_no_text(self, vm, how, text):
+        with pytest.raises(TypeError, match=text):
+            vm.run(["true"], **how)
+
     def test_a_status_that_is_not_zero(self, vm):
         with pytest.raises(CommandError, match="returned 3") as caught:
             vm.run(["sh", "-c", "echo out; echo err >&2; exit 3"])
@@ -683,7 +705,7 @@ class TestPathsInTheGuest:
             lambda: vm.pull(path, tmp_path),
             lambda: vm.push(tmp_path, path),
         ):
-            with pytest.raises(TypeError, match="a path in the guest is a str or a PurePosixPath"):
+            with pytest.raises(TypeError, match="a path in the guest is a str or a path"):
                 use()
 
     def test_what_is_left_out_is_one_warning(self, vm, tmp_path):
