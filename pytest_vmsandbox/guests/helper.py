@@ -7,6 +7,7 @@ cloned is talked to at once. The guest is not trusted: what comes is bounded, an
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import secrets
@@ -38,9 +39,8 @@ _INPUT_WINDOW = 65_536
 _MAX_SKIPPED = 4 << 20
 _LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _SEND_SECONDS = 30.0
-_NO_USER, _NO_FOLDER, _NO_PROGRAM = 1, 2, 3  # stages of a start that failed
+_NO_USER, _NO_FOLDER, _NO_PROGRAM, _NO_ROOM = 1, 2, 3, 4  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
-_ENOENT = 2
 _LATEST = 1 << 34  # seconds since 1970; no clock of Linux goes so far
 
 
@@ -180,6 +180,7 @@ class Helper:
 
         Raises:
             ConfigError: `login` does not exist in the guest.
+            OSError: the command is too long (E2BIG).
         """
         script.check(command)
         strings = [command.user or login, command.cwd or ""]
@@ -335,14 +336,16 @@ class Helper:
         assert channel.failure is not None
         stage, number = channel.failure
         self._forget(channel.number)
+        if number == errno.E2BIG and stage in (_NO_PROGRAM, _NO_ROOM):
+            raise script.too_long(command)
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None and login != "root":
             raise cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
             raise _could_not_connect(command, why, started)
         if stage == _NO_PROGRAM:
-            status = _NOT_FOUND if number == _ENOENT else _NOT_EXECUTABLE
-            why = "not found" if number == _ENOENT else why
+            status = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
+            why = "not found" if number == errno.ENOENT else why
             channel.end_at_once(status, f"{command.argv[0]}: {why}\n".encode())
         elif stage in (_NO_USER, _NO_FOLDER):
             text = "no such user" if stage == _NO_USER else why
