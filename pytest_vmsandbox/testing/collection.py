@@ -227,12 +227,25 @@ def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
             session.tell("--benchmark-cprofile shows nothing of tests that run inside a guest")
         try:
             pulling.patterns(session.config)
+            if not session.config.getoption("collectonly"):
+                _check_tree(session.config)
         except ConfigError as error:
             session.usage_errors.append(str(error))
         pulling.spare_unused(session, inside)
         for plugin in _does_nothing(session.config, inside):
             session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors
+
+
+def _check_tree(config: pytest.Config) -> None:
+    """Look whether the project can go to a guest, before one is started.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from pytest_vmsandbox.inside import tree
+
+    tree.check(config.rootpath, options.push(config))
 
 
 def refused(config: pytest.Config) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import entry_points, packages_distributions
@@ -178,19 +178,19 @@ def environment() -> dict[str, str]:
     return {name: os.environ[name] for name in _XDIST_VARIABLES if name in os.environ}
 
 
-def translator(root: Path, there: str) -> Callable[[str], str]:
+def translator(places: Mapping[str, str]) -> Callable[[str], str]:
     """From a path of this machine to the guest's, where it is one of the project.
 
     Args:
-        root: the project's folder here.
-        there: the project's folder in the guest.
+        places: folders that went to the guest: from what each is called here to what it is there.
     """
 
     def translate(text: str) -> str:
-        if text == str(root):
-            return there
-        if text.startswith(f"{root}/"):
-            return str(PurePosixPath(there, text.removeprefix(f"{root}/")))
+        for here, there in places.items():
+            if text == here:
+                return there
+            if text.startswith(f"{here}/"):
+                return str(PurePosixPath(there, text.removeprefix(f"{here}/")))
         return text
 
     return translate

@@ -166,6 +166,8 @@ class Inside:
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", collection.image_of(item)))
+        if report.failed and (hint := self._leases.hint(report.longreprtext)):
+            report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import Step
+    from pytest_vmsandbox.guests.provision import PreparedImage, Step
     from pytest_vmsandbox.inside.install import Installed, Payload
     from pytest_vmsandbox.inside.session import GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
@@ -39,6 +40,8 @@ _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scale
 _MOST_LOST = 3  # waiting sessions in a row that do not wake up
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
+
+_NO_MODULE = re.compile(r"No module named '(\w+)")
 
 Key = tuple[str, str, str]  # image, hardware, and what shares the guest
 
@@ -76,6 +79,7 @@ class Leases:
         self._tell = tell
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
+        self._unfit: dict[tuple[str, str], TransferError] = {}  # by image and hardware
         self._unlucky: dict[Key, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
@@ -181,7 +185,7 @@ class Leases:
                 workers = collection.workers(self._config)
                 factory.expect(prepared, hardware, -(-count // workers))
         with ExitStack() as stack:
-            guest = stack.enter_context(factory.boot(prepared, **hardware))
+            guest = stack.enter_context(self._booted(item, prepared, hardware))
             if not alone:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
@@ -195,12 +199,34 @@ class Leases:
                 reader=Reader(
                     installed.tree,
                     self._config.rootpath,
+                    installed.outside,
                     reruns=self._config.pluginmanager.has_plugin("rerunfailures"),
                 ),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
             )
+
+    @contextmanager
+    def _booted(
+        self, item: pytest.Item, prepared: PreparedImage, hardware: Mapping[str, Any]
+    ) -> Iterator[Guest]:
+        """A guest with the layers of tests inside; one that could not have them is not tried again.
+
+        Raises:
+            VMSandboxError: there is none.
+        """
+        kind = _kind(item)[:2]
+        if kind in self._unfit:
+            raise self._unfit[kind].with_traceback(None)
+        with ExitStack() as stack:
+            try:
+                guest = stack.enter_context(self._session.factory.boot(prepared, **hardware))
+            except TransferError as error:
+                self._unfit[kind] = error
+                raise
+            with stack:
+                yield guest
 
     def _session_step(self, item: pytest.Item, payload: Payload, patience: float) -> Step:
         """A session that has collected, and waits in the guest until that is sealed."""
@@ -276,10 +302,30 @@ class Leases:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
                 details=lease.reader.text(lost.details),
+                remedy=self.hint(lost.details),
             ) from lost
         for message in said:
             self._tell(lease, message)
         lease.has_collected = True
+
+    def hint(self, text: str) -> str:
+        """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
+        from pytest_vmsandbox.inside import environment, project
+
+        for name in _NO_MODULE.findall(text):
+            folders = project.foreign_folders(self._config.rootpath)
+            if (folder := project.provider(name, folders)) is not None:
+                path = os.path.relpath(folder, self._config.rootpath)
+                return (
+                    f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
+                    f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+                )
+            if distributions := environment.providers(name):
+                return (
+                    f"{name} is installed here, by {' and '.join(distributions)}, but not in the guest: "
+                    f"it was left out, or {environment.SETTING} does not name it"
+                )
+        return ""
 
     # -- what goes there ----------------------------------------------------------------------
 
@@ -290,7 +336,7 @@ class Leases:
         from pytest_vmsandbox.testing import forwarding
 
         config, tree = self._config, installed.tree
-        translate = forwarding.translator(config.rootpath, tree)
+        translate = forwarding.translator({str(config.rootpath): tree, **installed.outside})
         kind = _kind(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None

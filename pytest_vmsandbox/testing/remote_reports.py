@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,23 @@ class Reader:
 
     Args:
         there, here: the project's folder in the guest, and on this machine.
+        outside: folders outside of it: from what each is called here to what it is there.
         reruns: whether pytest-rerunfailures is here: no one else understands its reports.
     """
 
-    def __init__(self, there: str, here: Path, *, reruns: bool = False) -> None:
+    def __init__(
+        self,
+        there: str,
+        here: Path,
+        outside: Mapping[str, str] | None = None,
+        *,
+        reruns: bool = False,
+    ) -> None:
         self._reruns = reruns
-        self._there = there.rstrip("/") + "/"
-        self._here = f"{here}/"
-        self._mention = re.compile(re.escape(there.rstrip("/")) + r"(?![\w-]|\.\w)")
+        self._here = {there.rstrip("/"): str(here)}
+        self._here |= {theirs: ours for ours, theirs in (outside or {}).items()}
+        names = "|".join(map(re.escape, self._here))
+        self._mention = re.compile(rf"({names})(?![\w-]|\.\w)")
 
     def test_report(self, item: pytest.Item, nodeid: str, data: object) -> pytest.TestReport:
         """The report of a phase of `item`, which is called `nodeid` in the guest.
@@ -135,7 +144,7 @@ class Reader:
         if isinstance(value, list):
             return [self.value(item) for item in value]
         if isinstance(value, str):
-            return self._path(harmless(value))
+            return self.text(harmless(value))
         if isinstance(value, int) and not -(2**31) <= value < 2**63:  # xdist sends no others
             return str(value)
         return value
@@ -175,16 +184,11 @@ class Reader:
 
     def path(self, path: object) -> str:
         """A path as it is called on this machine, where it is one of the project."""
-        return self._path(colourless(path))
-
-    def _path(self, text: str) -> str:
-        if text.startswith(self._there):
-            return self._here + text.removeprefix(self._there)
-        return text
+        return self.text(colourless(path))
 
     def text(self, text: str) -> str:
         """A text with paths of the project as they are on this machine."""
-        return self._mention.sub(lambda _: self._here.rstrip("/"), text)
+        return self._mention.sub(lambda found: self._here[found[1]], text)
 
     def _section(self, value: object) -> tuple[str, str]:
         name, text = _list(value, 2, exactly=True)
