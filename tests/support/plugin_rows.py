@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -38,14 +38,12 @@ class Project:
 
     Attributes:
         packages: what is installed for it besides those plugins.
-        args: of pytest, for both runs.
-        environment: variables, likewise.
+        environment: variables for both runs.
         is_repository: whether it is one of git, in which ``test_old.py`` is committed.
         is_ordered: whether the order of its tests is no chance.
     """
 
     packages: tuple[str, ...] = ()
-    args: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     is_repository: bool = False
     is_ordered: bool = True
@@ -59,6 +57,7 @@ class Row:
         plugin: the distribution.
         project: whose tests show it.
         tests: the file of tests.
+        args: what pytest is told for it.
         verdict: what the documentation says: `WORKS`, `DIFFERS` or `REFUSED`.
         remark: what it says besides.
         output: what the plugin has written into a project's folder, as values that JSON has.
@@ -69,6 +68,7 @@ class Row:
     plugin: str
     project: str
     tests: str
+    args: tuple[str, ...] = ()
     verdict: str = WORKS
     remark: str = ""
     output: Callable[[Path], object] | None = None
@@ -217,35 +217,50 @@ def _without(value: object, name: str) -> object:
 # -- the table ------------------------------------------------------------------------------------
 
 PROJECTS = {
-    "together": Project(
-        args=(
-            *("--cov=calc", "--cov-report=json:out/cov.json"),
-            *("--html=out/report.html", "--self-contained-html", "--metadata", "given", "there"),
-            *("--json-report", "--json-report-file=out/report.json"),
-            *("--cucumberjson=out/cucumber.json", "--report-log=out/log.jsonl"),
-            *("--benchmark-json=out/benchmark.json", "--benchmark-max-time=0.01"),
-            *("--alluredir=out/allure", "--snapshot-update", "--regen-all", "--record-mode=once"),
-        )
-    ),
-    "others": Project(args=("--snapshot-update",), environment={"GITHUB_ACTIONS": "true"}),
-    "xdist": Project(args=("-n2",), is_ordered=False),
-    "randomly": Project(args=("--randomly-seed=3",), is_ordered=False),
-    "random_order": Project(args=("--random-order", "--random-order-seed=4")),
-    "terminal": Project(args=("--instafail", "--force-sugar")),
-    "picked": Project(args=("--picked",), is_repository=True),
-    "testmon": Project(args=("--testmon",)),
+    "together": Project(),
+    "others": Project(environment={"GITHUB_ACTIONS": "true"}),
+    "xdist": Project(is_ordered=False),
+    "randomly": Project(is_ordered=False),
+    "random_order": Project(),
+    "terminal": Project(),
+    "picked": Project(is_repository=True),
+    "testmon": Project(),
     "django": Project(packages=("django",)),
 }
 
 ROWS = [
-    Row("allure-pytest", "together", "test_allure.py", output=_allure),
+    Row(
+        "allure-pytest",
+        "together",
+        "test_allure.py",
+        args=("--alluredir=out/allure",),
+        output=_allure,
+    ),
     Row("anyio", "together", "test_anyio.py"),
     Row("hypothesis", "together", "test_hypothesis.py", output=_examples),
     Row("pytest-asyncio", "together", "test_asyncio.py"),
-    Row("pytest-bdd", "together", "test_bdd.py", output=_cucumber),
-    Row("pytest-benchmark", "together", "test_benchmark.py", output=_benchmarks),
+    Row(
+        "pytest-bdd",
+        "together",
+        "test_bdd.py",
+        args=("--cucumberjson=out/cucumber.json",),
+        output=_cucumber,
+    ),
+    Row(
+        "pytest-benchmark",
+        "together",
+        "test_benchmark.py",
+        args=("--benchmark-json=out/benchmark.json", "--benchmark-max-time=0.01"),
+        output=_benchmarks,
+    ),
     Row("pytest-check", "together", "test_check.py"),
-    Row("pytest-cov", "together", "test_cov.py", output=_coverage),
+    Row(
+        "pytest-cov",
+        "together",
+        "test_cov.py",
+        args=("--cov=calc", "--cov-report=json:out/cov.json"),
+        output=_coverage,
+    ),
     Row("pytest-dependency", "together", "test_dependency.py"),
     Row("pytest-django", "django", "test_django.py"),
     Row("pytest-dotenv", "others", "test_dotenv.py"),
@@ -257,68 +272,121 @@ ROWS = [
         "test_annotate_failures.py",
         output=_annotations,
     ),
-    Row("pytest-html", "together", "test_html.py", output=_html),
+    Row(
+        "pytest-html",
+        "together",
+        "test_html.py",
+        args=("--html=out/report.html", "--self-contained-html"),
+        output=_html,
+    ),
     Row("pytest-httpserver", "together", "test_httpserver.py"),
-    Row("pytest-instafail", "terminal", "test_instafail.py", output=_at_once),
-    Row("pytest-json-report", "together", "test_json_report.py", output=_json_report),
+    Row(
+        "pytest-instafail", "terminal", "test_instafail.py", args=("--instafail",), output=_at_once
+    ),
+    Row(
+        "pytest-json-report",
+        "together",
+        "test_json_report.py",
+        args=("--json-report", "--json-report-file=out/report.json"),
+        output=_json_report,
+    ),
     Row("pytest-lazy-fixtures", "together", "test_lazy_fixtures.py"),
-    Row("pytest-metadata", "together", "test_metadata.py", output=_metadata),
+    Row(
+        "pytest-metadata",
+        "together",
+        "test_metadata.py",
+        args=("--metadata", "given", "there"),
+        output=_metadata,
+    ),
     Row("pytest-mock", "together", "test_mock.py"),
     Row("pytest-order", "together", "test_order.py", output=_order),
-    Row("pytest-picked", "picked", "test_picked.py", output=_order),
-    Row("pytest-random-order", "random_order", "test_random_order.py", output=_order),
+    Row("pytest-picked", "picked", "test_picked.py", args=("--picked",), output=_order),
+    Row(
+        "pytest-random-order",
+        "random_order",
+        "test_random_order.py",
+        args=("--random-order", "--random-order-seed=4"),
+        output=_order,
+    ),
     Row(
         "pytest-randomly",
         "randomly",
         "test_randomly.py",
-        DIFFERS,
-        "a seed gives another order than without guests, since ids of tests carry the image. What it makes "
+        args=("--randomly-seed=3",),
+        verdict=DIFFERS,
+        remark="a seed gives another order than without guests, since ids of tests carry the image. What it makes "
         "random in tests is the same",
     ),
-    Row("pytest-recording", "together", "test_recording.py", output=_cassettes),
+    Row(
+        "pytest-recording",
+        "together",
+        "test_recording.py",
+        args=("--record-mode=once",),
+        output=_cassettes,
+    ),
     Row(
         "pytest-regressions",
         "together",
         "test_regressions.py",
+        args=("--regen-all",),
         output=_files("test_regressions/*"),
     ),
     Row("pytest-repeat", "together", "test_repeat.py"),
-    Row("pytest-reportlog", "together", "test_reportlog.py", output=_log),
+    Row(
+        "pytest-reportlog",
+        "together",
+        "test_reportlog.py",
+        args=("--report-log=out/log.jsonl",),
+        output=_log,
+    ),
     Row(
         "pytest-rerunfailures",
         "together",
         "test_rerunfailures.py",
-        DIFFERS,
-        "junit's file leaves out the subtests of attempts that failed. A test that crashes its "
+        verdict=DIFFERS,
+        remark="junit's file leaves out the subtests of attempts that failed. A test that crashes its "
         "interpreter, or is killed by a limit, does not run again",
     ),
     Row(
         "pytest-snapshot",
         "others",
         "test_snapshot.py",
+        args=("--snapshot-update",),
         output=_files("snapshots/**/*", "kept/**/*"),
     ),
     Row("pytest-socket", "together", "test_socket.py"),
-    Row("pytest-sugar", "terminal", "test_sugar.py", output=_sugar),
+    Row("pytest-sugar", "terminal", "test_sugar.py", args=("--force-sugar",), output=_sugar),
     Row(
         "pytest-testmon",
         "testmon",
         "test_testmon.py",
-        REFUSED,
-        "it cannot see what tests inside depend on. Use `--testmon-nocollect`, or leave out `--testmon`",
+        args=("--testmon",),
+        verdict=REFUSED,
+        remark="it cannot see what tests inside depend on. Use `--testmon-nocollect`, or leave out `--testmon`",
         refusal="testmon cannot see what tests that run inside a guest depend on",
     ),
     Row(
         "pytest-timeout",
         "others",
         "test_timeout.py",
-        DIFFERS,
-        "a test that takes too long fails with our message, and its interpreter ends: fixtures of "
+        verdict=DIFFERS,
+        remark="a test that takes too long fails with our message, and its interpreter ends: fixtures of "
         "modules and of the session are set up again",
         compared="outcome",
     ),
-    Row("pytest-xdist", "xdist", "test_xdist.py"),
-    Row("syrupy", "together", "test_syrupy.py", output=_files("__snapshots__/*")),
+    Row(
+        "pytest-xdist",
+        "xdist",
+        "test_xdist.py",
+        args=("-n2",),
+    ),
+    Row(
+        "syrupy",
+        "together",
+        "test_syrupy.py",
+        args=("--snapshot-update",),
+        output=_files("__snapshots__/*"),
+    ),
 ]
 
 
@@ -341,10 +409,11 @@ class Lab:
 
     Args:
         folder: for all of it; a path that is not long.
+        rows: only their plugins are installed, and only their tests run.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, rows: Sequence[Row] = ROWS) -> None:
+        self.folder, self.rows = folder, rows
 
     def run(self, name: str, side: str, *args: str, **environment: str) -> Path:
         """Run a project's tests; once, whoever asks.
@@ -352,21 +421,20 @@ class Lab:
         Args:
             name: of the project.
             side: what the run is called.
-            args: of pytest, besides those of the project.
+            args: of pytest, besides those of the rows.
 
         Returns:
             The project's folder, with ``screen``, ``status`` and ``junit.xml`` in it.
         """
-        return self._once(
-            self.folder / name / side / "suite",
-            lambda place: self._run(name, place, args, environment),
-        )
+        place = self.folder / name / side / "suite"
+        return self._once(place, lambda: self._run(name, place, args, environment))
 
     def _run(
         self, name: str, place: Path, args: tuple[str, ...], environment: dict[str, str]
     ) -> None:
         project, python = PROJECTS[name], self.environment(name) / "bin/python"
-        shutil.copytree(SUITES / name, place, ignore=shutil.ignore_patterns("__pycache__"))
+        others = {row.tests for row in ROWS} - {row.tests for row in self._rows(name)}
+        shutil.copytree(SUITES / name, place, ignore=shutil.ignore_patterns("__pycache__", *others))
         if project.is_repository:
             _commit(place, "pytest.ini", "test_old.py")
         kept = {
@@ -377,7 +445,7 @@ class Lab:
         }
         done = subprocess.run(
             [python, "-m", "pytest", "-o", "junit_logging=all", "--junitxml=junit.xml", *args,
-             *project.args],
+             *(arg for row in self._rows(name) for arg in row.args)],
             cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=500, check=False,
             env={**kept, "LC_ALL": "C.UTF-8", "COLUMNS": "300", **project.environment, **environment},
         )  # fmt: skip
@@ -386,13 +454,13 @@ class Lab:
 
     def environment(self, name: str) -> Path:
         """The environment of a project: its plugins, and this plugin as it is here."""
-        return self._once(self.folder / name / "env", lambda place: self._install(name, place))
+        place = self.folder / name / "env"
+        return self._once(place, lambda: self._install(name, place))
 
     def _install(self, name: str, place: Path) -> None:
         ours = metadata.distribution("pytest-vmsandbox")
-        wanted = [row.plugin for row in ROWS if row.project == name]
-        wanted += [*PROJECTS[name].packages, *(ours.requires or ())]
-        wanted.append(f"pytest=={metadata.version('pytest')}")
+        wanted = [*(row.plugin for row in self._rows(name)), *PROJECTS[name].packages]
+        wanted += [*(ours.requires or ()), f"pytest=={metadata.version('pytest')}"]
         program = uv.find_uv_bin()
         subprocess.run([program, "venv", "-q", "-p", sys.executable, place], check=True)
         subprocess.run(
@@ -401,17 +469,20 @@ class Lab:
         (site,) = place.glob("lib/python*/site-packages")
         for source in (
             Path(pytest_vmsandbox.__file__).parent,
-            Path(str(ours.locate_file(""))) / _info(ours),
+            Path(str(ours.locate_file(_info(ours)))),
         ):
             (site / source.name).symlink_to(source)
 
-    def _once(self, place: Path, make: Callable[[Path], None]) -> Path:
+    def _rows(self, name: str) -> list[Row]:
+        return [row for row in self.rows if row.project == name]
+
+    def _once(self, place: Path, make: Callable[[], None]) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         done = place.with_name(f"{place.name}.done")
         with place.with_name(f"{place.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
-                make(place)
+                make()
                 done.touch()
         return place
 
