@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(
     session = config.stash[SESSION]
     unimportable.replace(session, items)
     _refuse(config, items, collection.check(session, items))
-    collection.deselect(config, items)
+    collection.deselect(session, items)
     collection.remember_nodeids(items)
     everything = items[:]
     naming.give_both_names(everything)

@@ -254,12 +254,15 @@ def refused(config: pytest.Config) -> str | None:
     return next(given, None)
 
 
-def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:
+def deselect(session: VMSession, items: list[pytest.Item]) -> None:
     """Take out the tests to which no selected image applies."""
     without = {item for item in items if _needs_image(item) and image_of(item) is None}
     if without:
-        config.hook.pytest_deselected(items=[item for item in items if item in without])
+        gone = [item for item in items if item in without]
+        session.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
+        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
+            session.tell(f"deselected, since no selected image applies: {len(gone)}")
 
 
 def group(items: list[pytest.Item]) -> None:

@@ -42,6 +42,8 @@ class FakeGuest:
 
 
 class FakeFactory:
+    images_used = ()
+
     def __init__(self, session):
         self.session, self.count = session, 0
 
