@@ -962,11 +962,13 @@ class Session:
     def tell_results(self) -> None:
         """Send the files that allure has written since, and remove them."""
         folder = self.settings.get("allure")
-        if not folder or not os.path.isdir(folder):
+        try:
+            names = sorted(os.listdir(folder)) if folder else []
+        except FileNotFoundError:  # allure is not here
             return
-        for name in sorted(os.listdir(folder)):
-            path = os.path.join(folder, name)
-            if os.path.getsize(path) > MAX_RESULT:
+        for name in names:
+            path = "%s/%s" % (folder, name)
+            if os.stat(path).st_size > MAX_RESULT:
                 self.wire.say({"note": "result", "name": clean(name)})
             else:
                 with open(path, "rb") as file:
