@@ -15,6 +15,7 @@ from pytest_vmsandbox.testing import (
     collection,
     config as options,
     hookspecs,
+    naming,
     pulling,
     reporting,
     selection,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
 
 SESSION = pytest.StashKey[VMSession]()
 # What an xdist worker tells.
@@ -86,7 +88,11 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    return unimportable.stand_in(collector.config.stash[SESSION], collector, report)
+    session = collector.config.stash[SESSION]
+    report = unimportable.stand_in(session, collector, report)
+    naming.give_both_names(report.result or ())
+    naming.know_again(session, [node.nodeid for node in report.result or ()])
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -96,9 +102,13 @@ def pytest_collection_modifyitems(
     session = config.stash[SESSION]
     unimportable.replace(session, items)
     _refuse(config, items, collection.check(session, items))
-    collection.deselect(config, items)
+    collection.deselect(session, items)
     collection.remember_nodeids(items)
+    everything = items[:]
+    naming.give_both_names(everything)
+    naming.deselect_by_plain_ids(config, items)
     result = yield
+    naming.give_full_names(everything)
     _refuse(config, items, collection.check_run(session, items))
     collection.group(items)
     return result
@@ -116,6 +126,12 @@ def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[SESSION].coming = collection.guests_to_come(session.items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Let xdist's controller, which collects nothing, remember which tests failed."""
+    naming.know_again(node.config.stash[SESSION], ids)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -276,21 +292,30 @@ def vm_artifacts(
     return request.config.stash[SESSION].artifacts_of(request.node)
 
 
+@pytest.fixture(scope="session")
+def vm_prepared() -> PreparedImage | PreparedLayer | None:
+    """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
+    return None
+
+
 @pytest.fixture
 def vm(
-    request: pytest.FixtureRequest, vm_factory: GuestFactory, _vm_image: str | None
+    request: pytest.FixtureRequest,
+    vm_factory: GuestFactory,
+    vm_prepared: PreparedImage | PreparedLayer | None,
+    _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     session = request.config.stash[SESSION]
     wishes = selection.read_marks(request.node.iter_markers("vm"))
-    image = _vm_image or next(iter(session.images(wishes)), None)
-    if image is None:
+    base = session.base(vm_prepared)
+    if base is None:
         pytest.skip("no selected image applies to this test")
     if wishes.isolation in (None, "test"):
-        with vm_factory.boot(image, **wishes.hardware) as guest:
+        with vm_factory.boot(base, **wishes.hardware) as guest:
             yield guest
     else:
-        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(image, wishes)
+        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(base, wishes)
 
 
 @pytest.fixture(scope="session")

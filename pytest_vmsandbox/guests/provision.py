@@ -104,6 +104,17 @@ class PreparedImage:
     steps: tuple[Step, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedLayer:
+    """A preparation for whatever image a test runs on; made by ``GuestFactory.prepare(None, …)``.
+
+    Attributes:
+        steps: what is done to guests of that image, in order.
+    """
+
+    steps: tuple[Step, ...]
+
+
 def _no_facts(_: object) -> None:
     """What users' functions return is of no interest."""
 

@@ -662,6 +662,7 @@ class Session:
         from _pytest._io import TerminalWriter
 
         self.mark, self.exit, self.item = pytest.mark, pytest.exit.Exception, pytest.Item
+        self.run_failed, self.run_stopped = pytest.Session.Failed, pytest.Session.Interrupted
         self.shown = io.StringIO()
         self.screen = TerminalWriter(self.shown)
         self.settings = config
@@ -704,7 +705,9 @@ class Session:
             config.stash[xml_key] = junit
             config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
+    def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w")
@@ -716,8 +719,9 @@ class Session:
 
     def pytest_collection(self, session: pytest.Session) -> Iterator[None]:
         self.config = session.config
-        yield
-        if self.found is not None:  # and pytest has told the warnings, too
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
+        if self.found is not None and outcome.exception is None:  # pytest has told warnings, too
             self.wire.say({"ready": self.found})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -788,6 +792,9 @@ class Session:
             session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         except InAnotherGuest:
             pass
+        except self.run_failed as error:
+            self.tell_failed(error)
+            raise
         for said in benchmarks_of(session.config, self.settings.get("machine", False)):
             self.wire.say(said)
         self.tell_results()
@@ -933,17 +940,19 @@ class Session:
             )
         )
 
+    def tell_failed(self, error: BaseException | None) -> None:
+        """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
+        if isinstance(error, self.run_failed):
+            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        left = isinstance(excinfo.value, self.exit)
-        self.wire.say(
-            clean(
-                {
-                    "interrupted": str(excinfo.value),
-                    "left": left,
-                    "status": getattr(excinfo.value, "returncode", None) if left else None,
-                }
-            )
-        )
+        how = "key"
+        if isinstance(excinfo.value, self.exit):
+            how = "left"
+        elif isinstance(excinfo.value, self.run_stopped):
+            how = "stopped"
+        status = getattr(excinfo.value, "returncode", None) if how == "left" else None
+        self.wire.say(clean({"interrupted": str(excinfo.value), "how": how, "status": status}))
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self.wire.say({"internal": clean(self.text(excrepr))})
@@ -1040,7 +1049,7 @@ class JUnit:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-OUTERMOST = ("pytest_cmdline_parse", "pytest_collection")
+OUTERMOST = ("pytest_cmdline_parse", "pytest_sessionstart", "pytest_collection")
 FIRST = (
     "pytest_configure",
     "pytest_load_initial_conftests",
@@ -1049,7 +1058,6 @@ FIRST = (
     "pytest_runtestloop",
 )
 LAST = (
-    "pytest_sessionstart",
     "pytest_collection_finish",
     "pytest_runtest_logfinish",
     "pytest_runtest_logreport",

@@ -88,6 +88,11 @@ class Collected:
     details: dict[str, Any] = field(default_factory=dict)
     failed: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_errors(self) -> bool:
+        """Whether there was an error, for which pytest ends with status 1."""
+        return any(report.get("outcome") == "failed" for report in self.failed.values())
+
     def facts(self) -> dict[str, object]:
         """The same as values that JSON keeps."""
         return dict(vars(self))
@@ -239,7 +244,7 @@ class Keeper:
         except VMSandboxError:
             pass
         return GuestLost(
-            f"the keeper of the test session in {self.guest.name} is gone",
+            f"the process in {self.guest.name} that runs the tests is gone",
             stage="command",
             remedy="did the test kill all processes, or delete what it did not make?",
         )
@@ -247,6 +252,18 @@ class Keeper:
 
 # A keeper that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
 _SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
+
+
+class RunEnded(Exception):
+    """A session has said that its run is to end before it had collected.
+
+    Attributes:
+        message: what it has said.
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        self.message = message
 
 
 class GuestSession:
@@ -281,6 +298,7 @@ class GuestSession:
 
         Raises:
             InterpreterLost: it ended before it had collected, as it does after a usage error.
+            RunEnded: something there has ended the run.
             GuestLost: the guest is gone.
         """
         session = cls(keeper)
@@ -291,6 +309,8 @@ class GuestSession:
             message = session._hear(deadline, "collect the tests")
             if "ready" in message:
                 return session, said
+            if "interrupted" in message:
+                raise RunEnded(message)
             session._take(message, said)
 
     @classmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,9 +28,10 @@ from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.process import LauncherError
 from pytest_vmsandbox.machine.qemu import Qemu
 
-PROOF_SECONDS = 20.0  # a kernel that runs natively needs about one
+STANDSTILL_SECONDS = 3.0  # without progress; a kernel that runs natively needs about one for all
+PROOF_SECONDS = 180.0  # however much progress there is; KVM in an emulated host needs about 20
 EMULATION_SCALE = 10.0
-_FORMAT = "2"  # of what is kept; raise it when that changes
+_FORMAT = "3"  # of what is kept; raise it when that changes
 _PROOF_MEMORY = 512 * MIB
 _COPES = "let it be found out: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
 
@@ -42,13 +44,18 @@ class Verdict:
         accelerator: ``kvm``, ``hvf`` or ``tcg`` (emulation).
         processor: the processor model that runs with it.
         reason: why it is that one, for people.
-        seconds: what the proof took; 0 where there was nothing to prove.
+        seconds: what the guest that proved it took; 0 where none did.
     """
 
     accelerator: str
     processor: str
     reason: str
     seconds: float = 0.0
+
+    @property
+    def brief(self) -> str:
+        """The reason without its details, for a line that is told in each run."""
+        return re.split("[:;] ", self.reason)[0]
 
     @property
     def time_scale(self) -> float:
@@ -75,7 +82,7 @@ def choose(
         append: the kernel's command line.
         cache: the user's cache folder; verdicts are kept there.
         hypervisor: called when there is something to prove.
-        say: told when a proof begins, which takes up to about 20 s.
+        say: told when a proof begins. It takes seconds, and at most three minutes for each model.
         tell: told that the verdict was damaged, which is made anew then.
 
     Raises:
@@ -105,7 +112,7 @@ def choose(
             return verdict
         if path.exists():
             tell(f"the verdict on {candidate} was damaged; it is made anew")
-        say(f"proving that {candidate} runs guests here, once, at most about {PROOF_SECONDS:.0f} s")
+        say(f"trying whether {candidate} runs guests here; this is done once, and takes seconds")
         verdict = _prove(candidate, qemu, kernel, initrd, append, hypervisor())
         with paths.usable(cache, paths.CACHE):
             part = folder / ".part"  # one name, under the lock: what a kill leaves is overwritten
@@ -122,9 +129,9 @@ def recall(path: Path) -> Verdict | None:
         return None
 
 
-def _unproven(accelerator: str, qemu: Qemu, reason: str, seconds: float = 0.0) -> Verdict:
+def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
     model = processor_models(accelerator, qemu.version)[0]
-    return Verdict(accelerator=accelerator, processor=model, reason=reason, seconds=seconds)
+    return Verdict(accelerator=accelerator, processor=model, reason=reason)
 
 
 def _prove(
@@ -136,7 +143,6 @@ def _prove(
         LaunchError: there is no room for a guest now, or the launcher failed.
     """
     host.require_memory(_PROOF_MEMORY)
-    start = monotonic()
     ran: list[str] = []
     refused: list[str] = []
     for model in processor_models(candidate, qemu.version):
@@ -149,6 +155,7 @@ def _prove(
             hardware=Hardware(memory=_PROOF_MEMORY),
             append=append,
         )
+        start = monotonic()
         try:
             with Machine.running(
                 hypervisor.launcher,
@@ -159,7 +166,7 @@ def _prove(
                 disks=Disks(base=None, overlays=()),
                 logs=None,
             ) as machine:
-                machine.wait_for_user_space(PROOF_SECONDS)
+                machine.wait_for_user_space(standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS)
         except LauncherError:
             raise
         except VMSandboxError as error:
@@ -173,7 +180,7 @@ def _prove(
                 seconds=monotonic() - start,
             )
     reason = f"{candidate} is here but does not run guests: {(ran or refused)[-1]}"
-    return _unproven("tcg", qemu, reason, monotonic() - start)
+    return _unproven("tcg", qemu, reason)
 
 
 def _key(candidate: str, qemu: Qemu, kernel: Path) -> str:

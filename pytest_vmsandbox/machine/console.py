@@ -109,7 +109,7 @@ class Console:
         compiled = re.compile(pattern, re.MULTILINE)
         while True:
             with self._grew:
-                size = self._size
+                size = self.size
             if match := compiled.search(self.this_boot if this_boot else self.text):
                 return match
             if deadline.expired:
@@ -118,9 +118,10 @@ class Console:
                     f"its last lines:\n{self.tail()}"
                 )
             with self._grew:
-                if self._size == size:
+                if self.size == size:
                     self._grew.wait(deadline.remaining())
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """How many characters the guest has written so far."""
         return self._dropped + self._head.size + self._tail.size

@@ -23,12 +23,14 @@ from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
+from pytest_vmsandbox.machine.progress import Standstill, guest_time, time_waited
 from pytest_vmsandbox.machine.qmp import Monitor
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
 _LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
+_PROGRESS_SECONDS = 0.5
 _SOON_SECONDS = 0.002
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
@@ -115,7 +117,7 @@ class Machine:
             ImageError: the kernel or the initial RAM disk cannot be read.
         """
         is_clone = spec.start is cmdline.Start.CLONED
-        host.require_memory(host.CLONE_GROWTH if is_clone else spec.hardware.memory)
+        host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         pace = pace or Pace()
         with ExitStack() as stack:
             log = _Logs(stack, logs)
@@ -209,7 +211,8 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
                 details=self._console_lines(),
-                remedy="in a test, vm.power_on() switches it on again",
+                remedy="vm.power_on() switches it on again, in a test that drives the guest from outside "
+                "by the fixture vm",
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(
@@ -485,32 +488,54 @@ class Machine:
             return False
         return True
 
-    def wait_for_user_space(self, timeout: float) -> None:
+    def wait_for_user_space(self, *, standstill: float, at_most: float) -> None:
         """Wait until the guest's kernel has started its first program.
 
+        Args:
+            standstill: seconds without any progress after which the guest hangs.
+            at_most: seconds for all of it, however much progress there is.
+
         Raises:
-            BootError: it did not in `timeout` seconds, or the guest is gone.
+            BootError: the guest hangs, is gone, or is not there in time.
         """
-        deadline = Deadline(timeout)
+        deadline = Deadline(at_most)
+        still = Standstill()
         while True:
             try:
-                self.console.wait_for(INIT_REACHED, deadline.remaining(0.5))
-            except TimeoutError as error:
+                self.console.wait_for(INIT_REACHED, deadline.remaining(_PROGRESS_SECONDS))
+            except TimeoutError:
                 try:
                     self.check()
                     self.check_booting()
                 except GuestLost as lost:
                     raise self.boot_error(lost, deadline.elapsed) from lost
-                if deadline.expired:
-                    raise BootError(
-                        f"no program ran in {self.spec.name} within {timeout:g} s "
-                        f"({self.spec.accelerator})",
-                        stage=self.stage,
-                        seconds=timeout,
-                        details=self._console_lines(),
-                    ) from error
             else:
                 return
+            if deadline.expired:
+                raise self._never_ran(f"no program ran in {at_most:g} s", deadline.elapsed)
+            # While QEMU waits for a processor of the host, nobody can expect progress.
+            clock = deadline.elapsed - time_waited(self.process.pid)
+            still.look(self._signs_of_progress(), clock)
+            if still.seconds >= standstill:
+                why = f"the guest made no progress for {standstill:g} s"
+                raise self._never_ran(why, deadline.elapsed)
+
+    def _never_ran(self, why: str, seconds: float) -> BootError:
+        return BootError(
+            f"{self.spec.name}: {why} ({self.spec.accelerator})",
+            stage=self.stage,
+            seconds=seconds,
+            details=self._console_lines(),
+        )
+
+    def _signs_of_progress(self) -> object:
+        """What differs as long as the guest gets on.
+
+        Where the host's kernel tells how long it has run the guest's own code, that alone counts: KVM
+        that emulates instructions one by one lets firmware write to the console, and runs no kernel.
+        """
+        time = guest_time(self.process.pid) if self.spec.accelerator == "kvm" else None
+        return (self.console.size, self._human("info registers")) if time is None else time
 
 
 class _Logs:

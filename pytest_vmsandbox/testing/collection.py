@@ -32,7 +32,12 @@ _REFUSED = {
     "setupplan": "--setup-plan",
     "setuponly": "--setup-only",
 }
-_DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
+_DRIVES = {
+    "vm",
+    "vm_factory",
+    "vm_artifacts",
+    "vm_prepared",
+}  # fixtures of tests that drive guests from here
 
 
 def is_inside(item: pytest.Item) -> bool:
@@ -181,7 +186,7 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
 
 
 def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
-    """What cannot be meant in the tests and in the settings that they need."""
+    """What cannot be meant in the tests, in any value, and in the places that they need."""
     for item in items:
         _check_marks(session, item)
         if (
@@ -190,11 +195,15 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
             and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
-    if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
-        try:
-            options.check(session.config)
-        except pytest.UsageError as error:
-            session.usage_errors.extend(error.args)
+    config = session.config
+    try:
+        options.check_values(config)
+        if any(is_inside(it) or "vm_factory" in getattr(it, "fixturenames", ()) for it in items):
+            options.check_places(config)
+    except pytest.UsageError as error:
+        session.usage_errors.extend(error.args)
+    if config.getoption("--vm") and (wrong := session.selection_error) is not None:
+        session.note_usage_error("", wrong)
     return session.usage_errors
 
 
@@ -245,12 +254,15 @@ def refused(config: pytest.Config) -> str | None:
     return next(given, None)
 
 
-def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:
+def deselect(session: VMSession, items: list[pytest.Item]) -> None:
     """Take out the tests to which no selected image applies."""
     without = {item for item in items if _needs_image(item) and image_of(item) is None}
     if without:
-        config.hook.pytest_deselected(items=[item for item in items if item in without])
+        gone = [item for item in items if item in without]
+        session.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
+        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
+            session.tell(f"deselected, since no selected image applies: {len(gone)}")
 
 
 def group(items: list[pytest.Item]) -> None:

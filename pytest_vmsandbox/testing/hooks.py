@@ -7,9 +7,9 @@ are told of it, and what was raised is told once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -24,6 +24,21 @@ ENDING: tuple[type[BaseException], ...] = (
     pytest.Session.Failed,
     pytest.Session.Interrupted,
 )
+
+
+def end_run(message: Mapping[str, Any]) -> NoReturn:
+    """End the run as a test or a hook in a guest has ended it there."""
+    from pytest_vmsandbox.testing.remote_reports import colourless
+
+    how, why = message.get("how"), colourless(str(message.get("interrupted")))
+    if how == "left":
+        status = message.get("status")
+        pytest.exit(why, status if isinstance(status, int) and 0 <= status < 256 else None)
+    if how == "failed":
+        raise pytest.Session.Failed(why)
+    if how == "stopped":
+        raise pytest.Session.Interrupted(why)
+    raise KeyboardInterrupt
 
 
 class Hooks:

@@ -22,7 +22,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.testing import beside, collection, config as options, selection
-from pytest_vmsandbox.testing.hooks import ENDING, Hooks
+from pytest_vmsandbox.testing.hooks import ENDING, Hooks, end_run
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
 from pytest_vmsandbox.testing.remote_reports import PHASES, RERUN
 from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
@@ -390,17 +390,9 @@ class Inside:
             xml.node_reporter(nodeid).add_attribute(name, value)
 
     def _stop(self, item: pytest.Item, message: Message) -> NoReturn:
-        """A test has raised KeyboardInterrupt, or called `pytest.exit`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless
-
+        """Something in the guest has ended the run: a test, or a hook."""
         self._leases.interrupt(item)
-        if not message.get("left"):
-            raise KeyboardInterrupt
-        status = message.get("status")
-        pytest.exit(
-            colourless(str(message["interrupted"])),
-            status if isinstance(status, int) and 0 <= status < 256 else None,
-        )
+        end_run(message)
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         with self._leases.ending(item, nextitem):

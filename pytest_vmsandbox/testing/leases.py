@@ -24,6 +24,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.testing import beside, collection, config as options, pulling, selection
+from pytest_vmsandbox.testing.hooks import end_run
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Leases:
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
         self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
+        self._finished_badly: set[Key] = set()  # kinds of guests, of which one session ended so
         self._measuring = Measuring.of(session.config)
 
     # -- having one ---------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class Leases:
         """A session that has collected, and waits in the guest until that is sealed."""
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
-        from pytest_vmsandbox.inside.session import GuestSession, Keeper
+        from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
         from pytest_vmsandbox.testing import forwarding
 
         def run(guest: Guest) -> dict[str, object]:
@@ -239,9 +241,12 @@ class Leases:
             installed = install.layout(guest, payload)
             config = self._session_config(item, installed, {})
             with Keeper.attached(guest, installed.place, patience=patience) as keeper:
-                session, said = GuestSession.started(
-                    keeper, config, timeout=_COLLECT_SECONDS * patience
-                )
+                try:
+                    session, said = GuestSession.started(
+                        keeper, config, timeout=_COLLECT_SECONDS * patience
+                    )
+                except RunEnded as end:
+                    end_run(end.message)
             return {"collected": session.collected.facts(), "said": said}
 
         known = self._session_config(item, install.layout(None, payload), {})
@@ -286,12 +291,14 @@ class Leases:
         )
 
     def _start(self, lease: Lease) -> None:
-        from pytest_vmsandbox.inside.session import GuestSession
+        from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 
         try:
             lease.session, said = GuestSession.started(
                 lease.keeper, lease.config, timeout=_COLLECT_SECONDS * lease.patience
             )
+        except RunEnded as end:
+            end_run(end.message)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
@@ -459,18 +466,25 @@ class Leases:
                 )
                 if not keep:
                     stack.callback(self._end, key)
-                    self._wind_up(self._leases[key])
+                    self._wind_up(item, self._leases[key])
             yield
 
     def end(self, item: pytest.Item) -> None:
         """End the guest of a test: the next attempt at it has a fresh one."""
         key = collection.place_of(item)
-        self._wind_up(self._leases[key])
+        self._wind_up(item, self._leases[key])
         self._end(key)
 
-    def _wind_up(self, lease: Lease) -> None:
-        """Let a session end, and take what it has left."""
-        self._tell_problems(self._finish(lease))
+    def _wind_up(self, item: pytest.Item, lease: Lease) -> None:
+        """Let a session end, and take what it has left.
+
+        Of guests that have one test each, only the first is told whose session ended badly.
+        """
+        problems = self._finish(lease)
+        kind = _kind(item)
+        if problems and kind not in self._finished_badly:
+            self._finished_badly.add(kind)
+            self._tell_problems(problems)
         self._tell_problems(self._bring_back(lease))
 
     def _tell_problems(self, problems: list[str]) -> None:
@@ -503,7 +517,8 @@ class Leases:
         def tail(message: Message) -> str:
             return lease.reader.text(printable(str(message.get("tail", ""))))
 
-        allowed = {0, 1} if lease.has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
+        has_failed = lease.has_failed or lease.session.collected.has_errors
+        allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
             f"{lease.guest.name}: {tail(message)}\n  its pytest ended with status "
             f"{message['exit']}, which no test there has caused: a conftest.py or a plugin has"

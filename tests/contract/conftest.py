@@ -43,6 +43,7 @@ class Stand:
         self,
         *,
         fault=None,
+        accelerator="tcg",
         disks=None,
         memory=64,
         name="it",
@@ -55,8 +56,8 @@ class Stand:
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
-            accelerator="tcg",
-            processor=processor_models("tcg", self.qemu.version)[0],
+            accelerator=accelerator,
+            processor=processor_models(accelerator, self.qemu.version)[0],
             hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
             start=start,
         )

@@ -42,11 +42,16 @@ class FakeGuest:
 
 
 class FakeFactory:
+    images_used = ()
+
     def __init__(self, session):
         self.session, self.count = session, 0
 
     def describe(self, image):
         return f"vmsandbox: a fake runs {image}"
+
+    def own(self, folder):
+        pass
 
     def note(self, *words):
         with (self.session.config.rootpath / "guests").open("a") as file:

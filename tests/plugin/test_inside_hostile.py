@@ -206,9 +206,25 @@ def test_a_stop_with_tricks(told, args):
 
 @pytest.mark.parametrize("status", [None, 7, -1, 10**300, "x", True])
 def test_an_exit_with_tricks(told, status):
-    result = told(SETUP, {"interrupted": EVIL, "left": True, "status": status})
+    result = told(SETUP, {"interrupted": EVIL, "how": "left", "status": status})
     assert result.ret == (7 if status == 7 else 1 if status is True else 2)
     result.stdout.fnmatch_lines(["*Exit: over*"])
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "text"),
+    [("failed", 1, "no tests ran"), ("stopped", 2, "Interrupted: over")],
+)
+def test_another_end_with_tricks(told, how, status, text):
+    result = told(SETUP, {"interrupted": EVIL, "how": how})
+    assert result.ret == status
+    result.stdout.fnmatch_lines([f"*{text}*"])
+
+
+@pytest.mark.parametrize("how", ["key", [EVIL], None])
+def test_an_interruption_with_tricks(told, how):
+    with pytest.raises(KeyboardInterrupt):  # which pytester passes on
+        told(SETUP, {"interrupted": EVIL, "how": how})
 
 
 @pytest.mark.parametrize("failed", [{"longrepr": None}, {"longrepr": EVIL}, {"outcome": 3}])

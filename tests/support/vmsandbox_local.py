@@ -58,6 +58,9 @@ class LocalFactory:
     def require(self, image):
         pass
 
+    def own(self, folder):
+        pass
+
     def patience(self, image):
         return 1.0
 

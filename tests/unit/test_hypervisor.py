@@ -48,6 +48,20 @@ class TestRunFolder:
             assert not dead.exists()
             assert not bare.exists()
 
+    def test_what_dead_runs_had_elsewhere_goes_along(self, root, tmp_path):
+        """Where the launcher has been killed, too."""
+        for name in ("logs/guests-1", "logs/guests-2", "logs/of-a-test"):
+            (tmp_path / name).mkdir(parents=True)
+        dead = root / "1-0123abcd"
+        dead.mkdir()
+        own: Any = Hypervisor.own
+        own(SimpleNamespace(folder=dead), tmp_path / "logs" / "guests-1")
+        with _run_folder(root) as live:
+            own(SimpleNamespace(folder=live), tmp_path / "logs" / "guests-2")
+            with _run_folder(root):
+                left = {it.name for it in (tmp_path / "logs").iterdir()}
+                assert left == {"guests-2", "of-a-test"}
+
     def test_those_of_live_runs_stay(self, root):
         with _run_folder(root) as live, _run_folder(root) as other:
             assert live.is_dir()
@@ -287,6 +301,7 @@ class TestProof:
     def outcomes(self, monkeypatch):
         """What becomes of the machines: an error, or none for one that runs."""
         outcomes = []
+        clock = [0.0]
 
         @contextmanager
         def running(*_, **__):
@@ -294,14 +309,18 @@ class TestProof:
             if isinstance(error, LaunchError):
                 raise error
 
-            def wait(timeout):
-                assert timeout == accelerator.PROOF_SECONDS  # each model has all of it
+            def wait(*, standstill, at_most):
+                clock[0] += 1.5
+                # Each model has all of it.
+                assert standstill == accelerator.STANDSTILL_SECONDS
+                assert at_most == accelerator.PROOF_SECONDS
                 if error:
                     raise error
 
             yield SimpleNamespace(wait_for_user_space=wait)
 
         monkeypatch.setattr(accelerator, "Machine", SimpleNamespace(running=running))
+        monkeypatch.setattr(accelerator, "monotonic", lambda: clock[0])
         monkeypatch.setattr(accelerator, "processor_models", lambda *_: ("host", "max"))
         monkeypatch.setattr(host, "available_memory", lambda: None)
         return outcomes
@@ -320,11 +339,12 @@ class TestProof:
         outcomes += [GuestLost("kernel panic"), None]
         verdict = prove()
         assert (verdict.accelerator, verdict.processor) == ("kvm", "max")
+        assert verdict.seconds == 1.5  # the pace of this host: what did not run tells nothing of it
 
     def test_the_reason_is_what_the_last_that_ran_did(self, prove, outcomes):
         outcomes += [GuestLost("kernel panic"), LaunchError("QEMU ended")]
         verdict = prove()
-        assert verdict.accelerator == "tcg"
+        assert (verdict.accelerator, verdict.seconds) == ("tcg", 0.0)
         assert verdict.reason.endswith("does not run guests: kernel panic")
 
     def test_none_ran(self, prove, outcomes):
