@@ -461,6 +461,8 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     keep_apart()
     for name in FIRST:
         pytest.hookimpl(tryfirst=True)(getattr(Session, name))
+    for name in ("pytest_runtest_call", "pytest_runtest_makereport"):
+        pytest.hookimpl(tryfirst=True)(getattr(Calls, name))
     for name in LAST:
         pytest.hookimpl(trylast=True)(getattr(Session, name))
     for name in OUTERMOST:
@@ -636,6 +638,23 @@ class InAnotherGuest(BaseException):
     """The next attempt at a test has a guest of its own: pytest-rerunfailures is to begin none here."""
 
 
+class Calls:
+    """Tells when a test's function begins and ends, which the host may not see in time by reports.
+
+    It is a plugin for the tests that need it: others might show it, in a traceback's arguments.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    def pytest_runtest_call(self) -> None:
+        self.wire.say({"call": True})
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        if call.when == "call":
+            self.wire.say({"call": False})
+
+
 class Session:
     """The plugin that makes a pytest session run what it is told to.
 
@@ -671,7 +690,6 @@ class Session:
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
         self.outcomes = (*OUTCOMES, *config.get("outcomes", ()))
-        self.timed = False  # whether the function of the test that runs has a limit of its own
         self.reruns = False  # whether this attempt at it is followed by another
         self.running = ""  # the item that runs
         self.reported: list[str] = []  # its phases, so far
@@ -783,11 +801,13 @@ class Session:
         self.running, self.reported = message["id"], []
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
-        self.timed = message.get("timed", False)
         self.reruns = False
         if attempt := message.get("attempt", 0):  # those before were in other guests
             database: Any = session.config.failures_db  # type: ignore[attr-defined]
             database.get_test_failures = lambda _: attempt
+        manager, calls = session.config.pluginmanager, Calls(self.wire)
+        if message.get("timed"):
+            manager.register(calls)
         try:
             session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         except InAnotherGuest:
@@ -795,6 +815,9 @@ class Session:
         except self.run_failed as error:
             self.tell_failed(error)
             raise
+        finally:
+            if message.get("timed"):
+                manager.unregister(calls)
         for said in benchmarks_of(session.config, self.settings.get("machine", False)):
             self.wire.say(said)
         self.tell_results()
@@ -807,17 +830,6 @@ class Session:
             }
         )
         return bool(stop)
-
-    def pytest_runtest_call(self, item: pytest.Item) -> None:
-        """Tell that a test's function begins, if the host would not know it in time."""
-        # pytest-rerunfailures holds back reports until an attempt is over.
-        if self.timed or hasattr(item, "execution_count"):
-            self.wire.say({"call": True})
-
-    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
-        """Tell that it has ended."""
-        if self.timed and call.when == "call":
-            self.wire.say({"call": False})
 
     def next(self, message: dict[str, Any]) -> pytest.Item | None:
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
@@ -1053,8 +1065,6 @@ OUTERMOST = ("pytest_cmdline_parse", "pytest_sessionstart", "pytest_collection")
 FIRST = (
     "pytest_configure",
     "pytest_load_initial_conftests",
-    "pytest_runtest_call",
-    "pytest_runtest_makereport",
     "pytest_runtestloop",
 )
 LAST = (

@@ -398,7 +398,7 @@ class GuestSession:
         """Let it run an item as soon as it is done with those before; `run` has to follow.
 
         Args:
-            timed: whether its function has a limit of its own.
+            timed: whether it is to tell when its function begins and ends.
             attempt: how many attempts at it there were in other guests.
 
         Raises:
@@ -425,6 +425,7 @@ class GuestSession:
         more: bool,
         marks: Sequence[tuple[str, str]],
         limit: float,
+        timed: bool = False,
         call_limit: float | None = None,
         attempt: int = 0,
     ) -> Iterator[Message]:
@@ -436,7 +437,8 @@ class GuestSession:
             more: whether any may come.
             marks: name and reason of marks to add.
             limit: seconds that it has.
-            call_limit: seconds that its function has.
+            timed: whether it is to tell when its function begins and ends.
+            call_limit: seconds that its function has, if it tells that.
             attempt: how many attempts at it there were in other guests.
 
         Raises:
@@ -449,7 +451,7 @@ class GuestSession:
                 following=following,
                 more=more,
                 marks=marks,
-                timed=call_limit is not None,
+                timed=timed,
                 attempt=attempt,
             )
         if self._announced.popleft() != nodeid:

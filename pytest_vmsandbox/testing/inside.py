@@ -288,6 +288,7 @@ class Inside:
             more=more,
             marks=_marks(item),
             limit=self._limit(item, lease),
+            timed=self._is_timed(item),
             call_limit=self._call_limit(item),
             attempt=attempt,
         ):
@@ -344,7 +345,7 @@ class Inside:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
                 following, more = self._next(ahead, None)
-                timed = self._call_limit(ahead) is not None
+                timed = self._is_timed(ahead)
                 session.announce(
                     nodeid, following=following, more=more, marks=_marks(ahead), timed=timed
                 )
@@ -422,6 +423,14 @@ class Inside:
         if of_test:
             return min(of_test)
         return options.test_timeout(self._config) * lease.patience
+
+    def _is_timed(self, item: pytest.Item) -> bool:
+        """Whether a guest is to tell when a test's function begins and ends.
+
+        pytest-rerunfailures holds back reports until an attempt is over.
+        """
+        is_tried_again = collection.wants_reruns(self._config, [item])
+        return is_tried_again or self._call_limit(item) is not None
 
     def _call_limit(self, item: pytest.Item) -> float | None:
         """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
