@@ -160,6 +160,8 @@ def bare(pytester, monkeypatch):
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(pytester.path / "runtime"))
     for name, architecture in IMAGES.items():
         define_image(pytester.path / "images" / name, architecture)
+    # pytester makes the project's folder the home folder, too; such a one goes to no guest.
+    monkeypatch.setenv("HOME", str(pytester.path.parent / "home"))
     suite = Suite(pytester)
     suite.ini(INI)
     return suite
