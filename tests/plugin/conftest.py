@@ -155,7 +155,6 @@ def bare(pytester, monkeypatch):
     for name in list(os.environ):
         if name.startswith(("VMSANDBOX_", "PYTEST_")) or name == "CI":
             monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(pytester.path.parent))  # pytester makes it the suite itself
     monkeypatch.setenv("VMSANDBOX_CACHE", str(pytester.path / "cache"))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(pytester.path / "runtime"))
     for name, architecture in IMAGES.items():
