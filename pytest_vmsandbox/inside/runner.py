@@ -793,6 +793,8 @@ class Session:
             pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
+        # Nobody reads it, and what plugins import for it takes longer than a test does.
+        vars(self.config.hook)["pytest_terminal_summary"] = lambda **_: []
         self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:

@@ -188,3 +188,20 @@ def test_paths_are_those_of_this_machine(suite, args):
     assert f"in {suite.path}/test_it.py" in output
     assert f'File "{suite.path}/test_it.py", line 24 in test_dies' in output
     assert f"'/no/such{suite.path}/test_it.py'" in output
+
+
+def test_a_clone_makes_no_summary(suite):
+    """Which nobody would read; what plugins import for it took ten seconds for each test."""
+    suite.write("test_it.py", "def test_it(): pass\n")
+    suite.write(
+        "conftest.py",
+        "import os\n"
+        "from pathlib import Path\n"
+        "def pytest_terminal_summary():\n"
+        "    if 'VMSANDBOX_GUEST' in os.environ:\n"
+        "        Path(__file__).with_name('summary.snap').write_text('')\n",
+    )
+    (suite.path / "pytest.ini").write_text("[pytest]\nvm_pull = *.snap\n")
+    status, output = suite.run("--in-vm", "--vm-isolation=test")
+    assert status == 0, output
+    assert not (suite.path / "summary.snap").exists()

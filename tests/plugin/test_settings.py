@@ -116,7 +116,9 @@ def test_offline(payload, ini, options, offline):
     [("", []), ("vm_push = build/lib 'a name'", ["build/lib", "a name"])],
     ids=["nothing", "two"],
 )
-def test_push(payload, ini, pushed):
+def test_push(payload, bare, ini, pushed):
+    for name in pushed:
+        (bare.path / name).mkdir(parents=True)
     assert payload(ini)["more"] == [*pushed, "test_suite.py"]  # the tests go in any case
 
 
