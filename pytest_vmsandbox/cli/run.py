@@ -35,7 +35,25 @@ def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -
     return words
 
 
-@click.command
+class _Run(click.Command):
+    """Tells where the command begins, if an option of it was taken for one of ours."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command`."""
+        ours = list(args)  # it is used up
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if "--" in ours[:-1]:
+                raise
+            raise click.UsageError(
+                f"{error.format_message()} Put -- before the command: {ctx.command_path} IMAGE -- "
+                "COMMAND...",
+                ctx,
+            ) from error
+
+
+@click.command(cls=_Run)
 @click.argument("image")
 @click.argument(
     "command",

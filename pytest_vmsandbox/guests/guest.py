@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import math
 import os
 import shlex
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +25,14 @@ from pytest_vmsandbox.core.errors import (
     CommandTimeout,
     ConfigError,
     GuestLost,
+    MonitorError,
     TransferError,
     VMSandboxError,
     add_hints,
 )
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import script, transfer
+from pytest_vmsandbox.guests import listening, script, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
@@ -42,9 +46,11 @@ _INSTEAD = {  # of what `popen` lacks
     "timeout": "call .wait(timeout)",
     "input": "write it to .stdin, and close that",
 }
+_LOG = logging.getLogger("pytest_vmsandbox")
 _NOT_FOUND = 127
 _POLL_SECONDS = 0.25
 _SSH_TRY_SECONDS = 2.0
+_LISTENERS_SECONDS = 5.0
 
 
 class Platform(Protocol):
@@ -602,25 +608,74 @@ class Guest:
 
     # -- from outside ---------------------------------------------------------------------------
 
-    def forward(self, port: int) -> tuple[str, int]:
-        """A loopback address of this host that reaches a TCP port of the guest.
+    def forward(
+        self,
+        port: int,
+        *,
+        protocol: listening.Protocol = "tcp",
+        timeout: float | None = None,
+    ) -> tuple[str, int]:
+        """A loopback address of this host that reaches a port of the guest.
 
-        It works for an isolated guest too. The guest's service has to listen on its network
-        address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power, and with a
+        It works for an isolated guest too, but for UDP. The guest's service has to listen on its
+        network address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power, and with a
         snapshot that is rolled back.
+
+        QEMU takes every connection at once, also for a port where nothing listens. Such a
+        connection ends without a byte, so it is better not made: see `timeout`. Without it, such a
+        port is told in the log (a failed test shows it), and may be used later.
+
+        Args:
+            port: of the guest.
+            protocol: ``tcp`` or ``udp``.
+            timeout: seconds to wait until a service of the guest listens; 0 to look once.
 
         Returns:
             Address and port, as `socket.create_connection` takes them; the same ones if asked again.
 
         Raises:
-            ConfigError: `port` is none.
+            ConnectionRefusedError: nothing listens there within `timeout` seconds.
+            ConfigError: `port` or `protocol` is none, or UDP is wanted of an isolated guest.
             MonitorError: QEMU cannot.
         """
+        if protocol not in ("tcp", "udp"):
+            raise ConfigError(f"protocol={protocol!r} is unknown", remedy="use 'tcp' or 'udp'")
         if not _is_number(port, int) or not 1 <= port <= 65535:
-            raise ConfigError(f"{port!r} is not a TCP port", remedy="use 1 to 65535")
+            raise ConfigError(f"{port!r} is not a {protocol.upper()} port", remedy="use 1 to 65535")
+        if protocol == "udp" and self.spec.network == "isolated":
+            raise ConfigError(
+                f"UDP does not reach {self.name}: QEMU drops what an isolated guest answers",
+                remedy="give it network='nat', or use TCP",
+            )
+        deadline = Deadline(0 if timeout is None else _seconds(timeout))
         self._attended = True
         with self._explained():
-            return self._on().forward(port)
+            here = self._on().forward(port, protocol)
+            while refusal := self._refusal(port, protocol):
+                if timeout is None:
+                    _LOG.warning("%s: a connection to %s:%d ends at once", refusal, *here)
+                    break
+                if deadline.expired:
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, refusal)
+                deadline.pause(_POLL_SECONDS)
+            return here
+
+    def _refusal(self, port: int, protocol: listening.Protocol) -> str:
+        """Why a connection to a port would be refused; empty if it would not, or who knows."""
+        try:
+            seconds = self._stretch(_LISTENERS_SECONDS)
+            table = self.run(
+                ["cat", *listening.files(protocol)], check=False, timeout=seconds
+            ).stdout
+        except (CommandError, CommandTimeout):
+            return ""
+        found = listening.addresses(table, port, protocol)
+        if not table or any(map(listening.is_reached, found)):
+            return ""
+        text = f"nothing listens on {protocol.upper()} port {port} of {self.name}"
+        if found:
+            text += f" but on {found[0]}, which no network reaches; have it listen on 0.0.0.0"
+        return text
 
     @property
     def alive(self) -> bool:
@@ -645,11 +700,17 @@ class Guest:
         """Save the display to a file, as PNG.
 
         Raises:
-            MonitorError: QEMU cannot (before 7.1, or built without PNG).
+            MonitorError: QEMU cannot (before 7.1, or built without PNG). Nothing is written then.
             OSError: `path` cannot be written.
         """
-        with self._explained(), Path(path).open("wb") as file:
-            self._on().screenshot(file)
+        with self._explained(), tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
+            picture = Path(folder, "picture")
+            with picture.open("wb") as file:
+                self._on().screenshot(file)
+            data = picture.read_bytes()
+            if not data:
+                raise MonitorError("QEMU has written no picture")
+        Path(path).write_bytes(data)
 
     def qmp(self, command: str, **arguments: object) -> Any:
         """Execute a command of the QEMU machine protocol, and return its answer.
@@ -933,8 +994,7 @@ class Guest:
         try:
             yield
         except VMSandboxError as error:
-            if not isinstance(error, CommandError):
-                add_hints(error, self._hints)
+            add_hints(error, self._hints)
             raise
 
 

@@ -12,6 +12,8 @@ The control socket carries one JSON message per packet, host to launcher only:
 * ``{"spawn": ID, "argv": […], "fds": [N, …], "uid": N|null, "gid": N|null, "groups": […],
   "small_pages": BOOL}`` with the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
   pipe gets a line ``{"pid": N}`` or ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
+* ``{"more": true}`` carries the first descriptors of the ``spawn`` that follows: Linux takes 253 with
+  a message.
 * ``{"signal": NUMBER, "id": ID}`` sends a signal to a guest that has not been reaped yet, so a
   process that merely got the same pid is never hit.
 """
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 PR_SET_THP_DISABLE = 41
 MAX_MESSAGE = 1 << 20
+MAX_DESCRIPTORS = 253  # of one message
 FIRST_FREE_FD = 200
 
 
@@ -64,6 +67,7 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
         else:
             poller.register(owner, select.POLLIN)
     guests: Guests = {}
+    early: list[int] = []
     try:
         while True:
             ready = {fd for fd, _ in poller.poll()}
@@ -72,7 +76,7 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
                 reap(guests)
             if owner is not None and owner in ready:
                 break
-            if control.fileno() in ready and not obey(control, guests):
+            if control.fileno() in ready and not obey(control, guests, early):
                 break
     finally:
         end_all(guests)
@@ -87,10 +91,13 @@ def drain(fd: int) -> None:
         pass
 
 
-def obey(control: socket.socket, guests: Guests) -> bool:
-    """Carry out one message; False at the end of the control socket."""
+def obey(control: socket.socket, guests: Guests, early: list[int]) -> bool:
+    """Carry out one message; False at the end of the control socket.
+
+    `early` are the descriptors that came before the message that they belong to.
+    """
     try:
-        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, 64)
+        message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, MAX_DESCRIPTORS)
     except (BlockingIOError, InterruptedError):
         return True
     except OSError:
@@ -98,8 +105,12 @@ def obey(control: socket.socket, guests: Guests) -> bool:
     if not message:
         return False
     request = json.loads(message)
+    early += fds
+    if "more" in request:
+        return True
     if "spawn" in request:
-        spawn(request, fds, guests)
+        spawn(request, early[:], guests)
+        early.clear()
     else:
         guest = guests.get(request["id"])
         if guest is not None:
@@ -110,9 +121,10 @@ def obey(control: socket.socket, guests: Guests) -> bool:
 def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
     """Start a guest. When the host has no room for it, its status pipe is told."""
     moved: list[int] = []
+    first = max(FIRST_FREE_FD, *(number + 1 for number in request["fds"]))  # above all its numbers
     try:
         for fd in fds:
-            moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD))  # noqa: PERF401  # those before an error are closed
+            moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first))  # noqa: PERF401  # those before an error are closed
         if len(moved) != 1 + len(request["fds"]):  # there were no numbers left to receive them
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     except OSError as error:

@@ -303,26 +303,30 @@ class Machine:
     def _human(self, line: str) -> str:
         return str(self.execute("human-monitor-command", {"command-line": line}))
 
-    def forward(self, port: int) -> tuple[str, int]:
-        """A loopback address of this host that reaches a TCP port of the guest.
+    def forward(self, port: int, protocol: str = "tcp") -> tuple[str, int]:
+        """A loopback address of this host that reaches a port of the guest.
 
         The kernel picks the port on this side. Asked again for the same port, it gives the same.
+
+        Args:
+            port: of the guest.
+            protocol: ``tcp`` or ``udp``.
 
         Raises:
             MonitorError: QEMU refuses it.
         """
-        if not (here := self._forwarded(port)):
-            answer = self._human(f"hostfwd_add {cmdline.NETDEV} tcp:127.0.0.1:0-:{port}")
-            here = self._forwarded(port)
+        if not (here := self._forwarded(port, protocol)):
+            answer = self._human(f"hostfwd_add {cmdline.NETDEV} {protocol}:127.0.0.1:0-:{port}")
+            here = self._forwarded(port, protocol)
             if not here:
                 raise MonitorError(f"QEMU did not forward port {port}", details=answer)
         return here
 
-    def _forwarded(self, port: int) -> tuple[str, int] | None:
+    def _forwarded(self, port: int, protocol: str) -> tuple[str, int] | None:
         # TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0
         for line in self._human("info usernet").splitlines():
             words = line.split()
-            if words[:1] == ["TCP[HOST_FORWARD]"] and words[5] == str(port):
+            if words[:1] == [f"{protocol.upper()}[HOST_FORWARD]"] and words[5] == str(port):
                 return words[2], int(words[3])
         return None
 

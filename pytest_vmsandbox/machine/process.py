@@ -20,6 +20,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import LaunchError, TeardownError
 
 _STDERR_TAIL = 8_192  # bytes
+_MAX_DESCRIPTORS = 253  # of one message
 _REAP_SECONDS = 10.0  # a killed process that is not gone by then is stuck in the kernel
 
 
@@ -255,6 +256,9 @@ class Launcher:
     def _send(self, message: object, fds: Sequence[int]) -> None:
         with self._lock:
             try:
+                while len(fds) > _MAX_DESCRIPTORS:
+                    socket.send_fds(self._control, [b'{"more": true}'], fds[:_MAX_DESCRIPTORS])
+                    fds = fds[_MAX_DESCRIPTORS:]
                 socket.send_fds(self._control, [json.dumps(message).encode()], fds)
             except OSError as error:
                 raise LauncherError(

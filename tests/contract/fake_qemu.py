@@ -236,19 +236,24 @@ class FakeQemu:
         words = command_line.split()
         if words == ["info", "usernet"]:
             lines = ["Hub -1 (n0):", "  Protocol[State]    FD  Source Address  Port   Dest."]
-            for number, (sock, port) in enumerate(self.forwards):
+            for number, (protocol, sock, port) in enumerate(self.forwards):
                 host, here = sock.getsockname()
                 lines.append(
-                    f"  TCP[HOST_FORWARD]  {number:3}  {host:>14} {here:5}  "
+                    f"  {protocol.upper()}[HOST_FORWARD]  {number:3}  {host:>14} {here:5}  "
                     f"     10.0.2.15 {port:5}     0     0"
                 )
             return "\r\n".join(lines) + "\r\n"
         if words[0] == "hostfwd_add":
-            _, host, rest = words[2].split(":", 2)
+            protocol, host, rest = words[2].split(":", 2)
             here, there = rest.split("-:")
             if not 0 < int(there) < 65536:
                 return f"invalid host forwarding rule '{words[2]}'\r\n"
-            self.forwards.append((socket.create_server((host, int(here))), int(there)))
+            kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+            sock = socket.socket(type=kind)
+            sock.bind((host, int(here)))
+            if protocol == "tcp":
+                sock.listen()
+            self.forwards.append((protocol, sock, int(there)))
             return ""
         return f"unknown command: '{words[0]}'\r\n"
 

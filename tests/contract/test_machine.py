@@ -127,6 +127,12 @@ class TestForward:
         with stand.machine(name="a") as a, stand.machine(name="b") as b:
             assert a.forward(22) != b.forward(22)
 
+    def test_of_udp(self, machine):
+        tcp, udp = machine.forward(53), machine.forward(53, "udp")
+        assert machine.forward(53, "udp") == udp != tcp
+        with socket.socket(type=socket.SOCK_DGRAM) as sock, pytest.raises(OSError, match="in use"):
+            sock.bind(udp)
+
     def test_is_refused(self, machine):
         with pytest.raises(MonitorError, match="did not forward port 70000") as caught:
             machine.forward(70000)

@@ -66,3 +66,23 @@ def test_power_and_an_ordinary_user(vm):
 def test_a_larger_disk_is_used(vm):
     blocks, size = map(int, vm.run(["stat", "-f", "-c", "%b %S", "/"]).stdout.split())
     assert blocks * size > 8.5 * 2**30
+
+
+ECHO = """
+import socket
+sock = socket.socket(type=socket.SOCK_DGRAM)
+sock.bind(("0.0.0.0", 5353))
+while True:
+    sock.sendto(*sock.recvfrom(100))
+"""
+
+
+@pytest.mark.vm("debian-13", network="nat")
+@pytest.mark.origins("cloned")
+def test_udp_is_forwarded(vm):
+    vm.popen(["python3", "-c", ECHO])
+    address = vm.forward(5353, protocol="udp", timeout=60)
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        sock.settimeout(60)
+        sock.sendto(b"ping", address)
+        assert sock.recvfrom(100) == (b"ping", address)

@@ -18,10 +18,11 @@ from pytest_vmsandbox.core.errors import (
     CommandTimeout,
     ConfigError,
     GuestLost,
+    MonitorError,
     TransferError,
 )
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import guest as guest_module
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.guest import Guest
@@ -163,8 +164,8 @@ class FakeMachine:
     def pause(self):
         self.paused = True
 
-    def forward(self, port):
-        return "127.0.0.1", 40_000 + port
+    def forward(self, port, protocol):
+        return "127.0.0.1", {"tcp": 40_000, "udp": 50_000}[protocol] + port
 
     def execute(self, command, arguments=None):
         return {"command": command, **(arguments or {})}
@@ -238,12 +239,12 @@ def platform(tmp_path, monkeypatch):
     return FakePlatform(home)
 
 
-def make(platform, *, user="root", boot_timeout=5.0, **more):
+def make(platform, *, user="root", network="isolated", boot_timeout=5.0, **more):
     return Guest(
         platform,
         name="tiny-1",
         image="tiny",
-        spec=Hardware(user=user),
+        spec=Hardware(user=user, network=network),
         boot_timeout=boot_timeout,
         command_timeout=5.0,
         hints=lambda: ["artifacts: over there"],
@@ -306,7 +307,7 @@ class TestRun:
             vm.run(["sh", "-c", "echo out; echo err >&2; exit 3"])
         assert "--- stdout\nout\n--- stderr\nerr" in str(caught.value)
         assert caught.value.result.returncode == 3
-        assert not hasattr(caught.value, "__notes__")
+        assert caught.value.__notes__ == ["artifacts: over there"]
 
     def test_a_signal(self, vm):
         assert vm.run(["sh", "-c", "kill -9 $$"], check=False).returncode == -9
@@ -495,6 +496,17 @@ class TestFiles:
         vm.pull("one", str(tmp_path / "one"))
         assert (tmp_path / "back/file").read_text() == (tmp_path / "one").read_text() == "x"
 
+    def test_errors_of_reading_and_writing_have_hints(self, vm, tmp_path):
+        (tmp_path / "binary").write_bytes(b"\xff")
+        for use in (
+            lambda: vm.read_text("/no/such"),
+            lambda: vm.read_text(str(tmp_path / "binary")),
+            lambda: vm.write_text("/dev/null/below", "x"),
+        ):
+            with pytest.raises(TransferError) as caught:
+                use()
+            assert caught.value.__notes__ == ["artifacts: over there"]
+
     def test_errors_have_hints(self, vm, tmp_path):
         with pytest.raises(TransferError) as caught:
             vm.push(tmp_path / "none", "x")
@@ -666,9 +678,69 @@ class TestSnapshot:
             pass
 
 
+HEAD = "  sl  local_address rem_address   st tx_queue rx_queue\n"
+NOBODY = HEAD + "   0: 0100007F:0050 0100007F:A2B6 01 00000000:00000000\n"  # a connection
+ON_LOOPBACK = HEAD + "   0: 0100007F:0050 00000000:0000 0A 00000000:00000000\n"
+LISTENS = HEAD + "   0: 00000000:0050 00000000:0000 0A 00000000:00000000\n"
+
+
 class TestFromOutside:
     def test_forward(self, vm):
         assert vm.forward(80) == ("127.0.0.1", 40_080)
+
+    def test_forward_of_udp(self, vm, platform):
+        with pytest.raises(ConfigError, match="QEMU drops what an isolated guest answers"):
+            vm.forward(80, protocol="udp")
+        with make(platform, network="nat") as other:
+            assert other.forward(80, protocol="udp") == ("127.0.0.1", 50_080)
+
+    def test_forward_of_an_unknown_protocol(self, vm):
+        with pytest.raises(ConfigError, match="protocol='sctp' is unknown"):
+            vm.forward(80, protocol="sctp")
+
+    @pytest.fixture
+    def listeners(self, monkeypatch):
+        """What the guest's kernel tells; a text for each time that it is asked."""
+        texts = []
+
+        def run(vm, argv, **how):
+            assert argv == ["cat", "/proc/net/tcp", "/proc/net/tcp6"]
+            if isinstance(texts[0], Exception):
+                raise texts[0]
+            text = texts.pop(0) if len(texts) > 1 else texts[0]
+            return CommandResult(argv=(), returncode=0, stdout=text, stderr="", duration=0)
+
+        monkeypatch.setattr(Guest, "run", run)
+        return texts
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            (NOBODY, "nothing listens on TCP port 80 of tiny-1"),
+            (ON_LOOPBACK, "nothing listens on TCP port 80 of tiny-1 but on 127.0.0.1"),
+        ],
+    )
+    def test_forward_to_a_port_where_nobody_listens(self, vm, listeners, caplog, text, said):
+        listeners.append(text)
+        assert vm.forward(80) == ("127.0.0.1", 40_080)
+        assert caplog.messages[0].startswith(said)
+        assert caplog.messages[0].endswith("a connection to 127.0.0.1:40080 ends at once")
+        for timeout in (0, 0.01):
+            with pytest.raises(ConnectionRefusedError, match=said):
+                vm.forward(80, timeout=timeout)
+
+    def test_forward_waits_until_somebody_listens(self, vm, listeners, caplog, monkeypatch):
+        monkeypatch.setattr(guest_module, "_POLL_SECONDS", 0.001)
+        listeners += [NOBODY, ON_LOOPBACK, LISTENS]
+        assert vm.forward(80, timeout=60) == ("127.0.0.1", 40_080)
+        assert caplog.messages == []
+
+    @pytest.mark.parametrize("text", [LISTENS, "", CommandTimeout("it is late", seconds=5)])
+    def test_forward_says_nothing_where_it_does_not_know_better(self, vm, listeners, caplog, text):
+        listeners.append(text)
+        vm.forward(80, timeout=0)
+        vm.forward(80)
+        assert caplog.messages == []
 
     @pytest.mark.parametrize("port", [0, -1, 65_536, "80", 80.0, True, None])
     def test_what_is_no_port(self, vm, port):
@@ -681,6 +753,16 @@ class TestFromOutside:
     def test_screenshot(self, vm, tmp_path):
         vm.screenshot(tmp_path / "it.png")
         assert (tmp_path / "it.png").read_bytes() == b"picture"
+
+    def test_a_screenshot_that_is_none_leaves_no_file(self, platform, vm, tmp_path, monkeypatch):
+        def fail(file):
+            raise MonitorError("no PNG")
+
+        for cause in (fail, lambda file: None):
+            monkeypatch.setattr(platform.machines[-1], "screenshot", cause)
+            with pytest.raises(MonitorError):
+                vm.screenshot(tmp_path / "it.png")
+            assert not (tmp_path / "it.png").exists()
 
     def test_monitor(self, vm):
         assert vm.qmp("query-status", a=1) == {"command": "query-status", "a": 1}

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from contextlib import ExitStack, contextmanager
@@ -215,6 +216,26 @@ class TestSpawn:
             assert file.read() == b"PING [0, 1, 2, 7, 12]"
         os.close(theirs)
         os.close(ours)
+
+    @pytest.mark.parametrize("count", [60, 64, 195, 252, 253, 300])
+    def test_has_many_descriptors(self, launcher, count):
+        numbers = range(6, 6 + count)
+        script = f"""
+            import os
+            for number in range(6, {6 + count}):
+                assert os.fstat(number).st_size == number, number
+        """
+        argv = [sys.executable, "-ISc", textwrap.dedent(script)]
+        with ExitStack() as stack:
+            fds = {}
+            for number in numbers:
+                file = stack.enter_context(tempfile.TemporaryFile())
+                file.truncate(number)
+                fds[number] = file.fileno()
+            with launcher.spawn(argv, fds=fds, env=ENV) as process:
+                assert process.wait(10) == 0, process.stderr_tail
+        with sh(launcher, "exit 4") as process:
+            assert process.wait(10) == 4
 
     def test_descriptors_may_swap_their_numbers(self, launcher):
         with ExitStack() as stack:

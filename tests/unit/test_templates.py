@@ -59,6 +59,15 @@ def make(store, number=1, size=0, **more):
         return store.adopt(folder, key, **{**values, **more})
 
 
+def test_one_that_another_run_removes_at_once(store, monkeypatch):
+    """Who wants to hold it finds it gone, and makes it anew."""
+    monkeypatch.setattr(store, "shrink", lambda *, keep: store.throw_away(keep))
+    template = make(store)
+    assert store.find(template.key) is None
+    with pytest.raises(FileNotFoundError), store.hold(template):
+        pass
+
+
 def limit(monkeypatch, size):
     """Let templates take so many bytes in all."""
     defaults = {"keep": None, "limit": size}
