@@ -9,7 +9,7 @@ recipe() {
     # INITRD: the initial RAM file system is ours.
     export INITRD=No DEBIAN_FRONTEND=noninteractive
     bootstrap "$1" minbase "$(echo \
-        linux-image-cloud-amd64 systemd systemd-sysv udev dbus openssh-server openssh-sftp-server python3 busybox-static \
+        linux-image-cloud-amd64 systemd systemd-sysv libpam-systemd udev dbus dbus-user-session openssh-server openssh-sftp-server python3 busybox-static \
         ca-certificates iproute2 iputils-ping procps kmod util-linux mount e2fsprogs fdisk login passwd less netbase |
         tr ' ' ',')" \
         --dpkgopt='force-unsafe-io' \
@@ -151,7 +151,7 @@ Audit=no
 EOF
     for unit in apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service dpkg-db-backup.timer \
         e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer logrotate.timer man-db.timer motd-news.timer \
-        getty@tty1.service serial-getty@ttyS0.service getty-static.service systemd-logind.service dbus-org.freedesktop.login1.service \
+        getty@tty1.service serial-getty@ttyS0.service getty-static.service \
         systemd-random-seed.service systemd-machine-id-commit.service systemd-journal-flush.service systemd-journal-catalog-update.service \
         systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-update-done.service systemd-firstboot.service \
         systemd-sysusers.service ldconfig.service systemd-hwdb-update.service systemd-pstore.service \
@@ -171,8 +171,9 @@ ExecStart=
 ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=net --subsystem-match=virtio --subsystem-match=pci --subsystem-match=usb --subsystem-match=virtio-ports --subsystem-match=input --subsystem-match=scsi --subsystem-match=hwmon --subsystem-match=rtc --subsystem-match=misc
 EOF
     ln -sfn /usr/lib/systemd/system/multi-user.target "$systemd/system/default.target"
-    # Started when somebody connects to its socket.
+    # Started when somebody connects to its socket, or asks for it by D-Bus.
     rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
+    rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/systemd-logind.service"
     rm -f "$systemd/system/multi-user.target.wants/ssh.service" "$systemd/system/sshd.service"
     mkdir -p "$systemd/system/sysinit.target.wants"
     ln -s ../ssh.service ../vmsandbox-helper.service "$systemd/system/sysinit.target.wants/"

@@ -72,7 +72,7 @@ def end_all() -> None:
     """Kill our children, and theirs as they become ours, until there are none."""
     listing = Path(f"/proc/self/task/{os.getpid()}/children")
     while reap({}):
-        children = [int(child) for child in listing.read_text().split()]
+        children = [int(child) for child in listing.read_text(encoding="utf-8").split()]
         if children and not sum(kill(child) for child in children):
             return  # those that are left are another user's, by sudo for instance
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)

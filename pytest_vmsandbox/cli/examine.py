@@ -204,6 +204,7 @@ def _namespace_problem() -> str:
             errors="replace",
             timeout=_NAMESPACE_SECONDS,
             check=False,
+            encoding="utf-8",
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

@@ -22,7 +22,7 @@ def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
         The values as `read_record` will find them.
     """
     kept: dict[str, Any] = json.loads(json.dumps(content, default=os.fspath))
-    path.write_text(json.dumps({**kept, _SEAL: _digest(kept)}, indent=1) + "\n")
+    path.write_text(json.dumps({**kept, _SEAL: _digest(kept)}, indent=1) + "\n", encoding="utf-8")
     return kept
 
 

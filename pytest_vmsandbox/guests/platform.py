@@ -227,7 +227,7 @@ class GuestPlatform:
         known, key = folder / f"known_hosts.{self._name}", folder / f"key.{self._key.name}"
         self._key.save(key)
         self._own.callback(known.unlink, missing_ok=True)
-        known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n")
+        known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n", encoding="utf-8")
         return SSHAccess(host=host, port=port, user=user, key_file=key, known_hosts_file=known)
 
 

@@ -316,7 +316,7 @@ class Sealer:
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
-        (folder / KEY).write_text(pair.private)
+        (folder / KEY).write_text(pair.private, encoding="utf-8")
         for file in folder.iterdir():
             if file.name != KEY:
                 file.chmod(0o644)  # a QEMU of another user opens them

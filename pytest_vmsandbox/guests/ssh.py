@@ -95,7 +95,7 @@ class KeyPair:
     def save(self, path: Path) -> None:
         """Write the private part to a file that only this user can read."""
         path.touch(mode=0o600)
-        path.write_text(self.private)
+        path.write_text(self.private, encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class Template:
     @property
     def private_key(self) -> str:
         """The key that opens it, in OpenSSH's format."""
-        return (self.folder / KEY).read_text()
+        return (self.folder / KEY).read_text(encoding="utf-8")
 
     @property
     def size_on_disk(self) -> int:

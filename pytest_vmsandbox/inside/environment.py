@@ -567,10 +567,12 @@ class _Uv:
     def _resolve(self) -> Path:
         requirements, work = self._requirements, self._work
         asked, resolved, overrides = (work / it for it in ("asked.in", "resolved.txt", "drop.txt"))
-        asked.write_text(_lines(requirements.lines))
+        asked.write_text(_lines(requirements.lines), encoding="utf-8")
         # uv keeps to the versions that its output names already, as far as it can.
-        resolved.write_text(_lines(requirements.preferred))
-        overrides.write_text(_lines(f"{it} ; python_version < '3'" for it in requirements.dropped))
+        resolved.write_text(_lines(requirements.preferred), encoding="utf-8")
+        overrides.write_text(
+            _lines(f"{it} ; python_version < '3'" for it in requirements.dropped), encoding="utf-8"
+        )
         self._run(
             "compile",
             *("--find-links", os.fspath(self._wheels)),

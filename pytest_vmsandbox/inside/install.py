@@ -158,7 +158,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
     fields = {**dataclasses.asdict(payload.requirements), "root": None}
-    parts = [_FORMAT, fields, _RUNNER.read_text()]
+    parts = [_FORMAT, fields, _RUNNER.read_text(encoding="utf-8")]
     return Step(
         digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         run=lambda guest: install_environment(guest, payload),
@@ -204,7 +204,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     with _folder() as base:
         shutil.copyfile(_RUNNER, base / "runner.py")
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
-        (base / "session.ini").write_text("[pytest]\n")
+        (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
         guest.push(base, BASE)
     guest.push(environment.site_packages, f"{ENV}/{packages}")
@@ -241,7 +241,9 @@ def _folder() -> Iterator[Path]:
 def _probe(guest: Guest) -> tuple[GuestPython, str]:
     """The guest's Python, and its path."""
     try:
-        done = guest.run(["python3", "-I", "-S", "-", "probe"], input=_RUNNER.read_text())
+        done = guest.run(
+            ["python3", "-I", "-S", "-", "probe"], input=_RUNNER.read_text(encoding="utf-8")
+        )
     except CommandError as error:
         raise TransferError(
             f"{guest.name} has no Python that works",
@@ -274,7 +276,9 @@ def _make_environment(
         (folder / "bin" / name).unlink(missing_ok=True)
         (folder / "bin" / name).symlink_to(executable)
     home = PurePosixPath(executable).parent
-    (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = true\n")
+    (folder / "pyvenv.cfg").write_text(
+        f"home = {home}\ninclude-system-site-packages = true\n", encoding="utf-8"
+    )
     # The project's own files lie beside it, whatever Python this is.
     line = f"import site; site.addsitedir({f'{BASE}/project'!r})\n"
     _write(folder, {f"{packages}/vmsandbox.pth": line.encode()})

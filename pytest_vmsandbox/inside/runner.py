@@ -380,7 +380,7 @@ def serve(folder: str) -> None:
 def protect(score: str) -> None:
     """Tell the kernel whom to kill when memory runs out."""
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write(score)
     except OSError:
         pass
@@ -438,9 +438,10 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
         os.close(fd)
     # A descriptor of its own: while a test runs, 2 is pytest's.
     private = aside(os.dup(2))
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    # As Python opens them, by the locale.
+    sys.stdin = open(0, closefd=False)  # noqa: PLW1514
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: PLW1514
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: PLW1514
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, f"__{name}__", getattr(sys, name))
     faulthandler.enable(file=private)
@@ -554,7 +555,7 @@ class Measuring:
         settings = os.path.join(self.folder, "settings")
         self.data = os.path.join(self.folder, "data")
         # A file, since processes that tests start read it, too.
-        with open(settings, "w") as file:
+        with open(settings, "w", encoding="utf-8") as file:
             file.write("[run]\nparallel = true\ndata_file = %s\n" % self.data)
             for name, value in options.items():
                 text = "\n    ".join(["", *value]) if isinstance(value, list) else value
@@ -728,7 +729,7 @@ class Session:
         self.tell_failed(outcome.exception)
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
-            nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w")
+            nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
             reporter._tw = type(self.screen)(nowhere)  # noqa: SLF001
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

@@ -105,7 +105,7 @@ def choose(
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
-            lock = stack.enter_context((folder / ".lock").open("w"))
+            lock = stack.enter_context((folder / ".lock").open("w", encoding="utf-8"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # several processes prove once
         path = folder / f"{_key(candidate, qemu, kernel)}.json"
         if verdict := recall(path):
@@ -193,10 +193,15 @@ def _key(candidate: str, qemu: Qemu, kernel: Path) -> str:
 def _host_boot() -> str:
     """What differs after each boot of this host."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         import subprocess
 
         return subprocess.run(
-            ["sysctl", "-n", "kern.boottime"], capture_output=True, text=True, check=False
+            ["sysctl", "-n", "kern.boottime"],
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
         ).stdout.strip()

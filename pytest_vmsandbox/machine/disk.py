@@ -143,6 +143,8 @@ def _empty_qcow2(size: int) -> bytes:
                 text=True,
                 timeout=_CREATE_SECONDS,
                 stdin=subprocess.DEVNULL,
+                encoding="utf-8",
+                errors="replace",
             )
         except FileNotFoundError as error:
             raise LaunchError(

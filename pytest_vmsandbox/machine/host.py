@@ -37,13 +37,13 @@ _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a
 def available_memory() -> int | None:
     """Bytes that a new process can use without swapping; None where the host does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     try:  # a container's limit
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = (_CGROUP / "memory.current").read_text().strip()
+        limit = (_CGROUP / "memory.max").read_text(encoding="utf-8").strip()
+        used = (_CGROUP / "memory.current").read_text(encoding="utf-8").strip()
         if limit != "max":
             sizes.append(int(limit) - int(used) + _page_cache())
     except OSError:
@@ -55,14 +55,16 @@ def total_memory() -> int:
     """Bytes of memory that this host, or the container we are in, has at all."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(total, int((_CGROUP / "memory.max").read_text()))
+        return min(total, int((_CGROUP / "memory.max").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return total
 
 
 def _page_cache() -> int:
     """Bytes of a container's memory that hold files, and are given up when memory is needed."""
-    words = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    words = (
+        line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+    )
     return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
 
 
@@ -177,7 +179,7 @@ def guest_identity(accelerator: str) -> Identity | None:
 def _all_users_mapped() -> bool:
     """Whether `_UIDS` exist in this user namespace (in a container they may not)."""
     try:
-        lines = Path("/proc/self/uid_map").read_text().splitlines()
+        lines = Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     return any(
@@ -189,7 +191,7 @@ def _all_users_mapped() -> bool:
 def _may_change_user() -> bool:
     """Whether we may become another user (in a container root may not)."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
@@ -201,7 +203,7 @@ def _may_change_user() -> bool:
 def processor() -> str:
     """The model of this host's processors and what they can do; a state saved here needs the same."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = ("vendor_id", "model", "model name", "stepping", "microcode", "flags", "Features")
@@ -212,7 +214,7 @@ def processor() -> str:
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has taken, in seconds; 0 where the host does not tell."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0

@@ -87,7 +87,7 @@ def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
         _sweep(root)
         folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o700)
-        lock = (folder / _LOCK).open("w")
+        lock = (folder / _LOCK).open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX)
     return folder, lock
 
@@ -114,7 +114,7 @@ def _guarded(root: Path) -> Iterator[None]:
             f"{root} is not private to this user",
             remedy=f"remove it, or name another folder in {paths.RUNTIME}",
         )
-    with (root / _LOCK).open("w") as guard:
+    with (root / _LOCK).open("w", encoding="utf-8") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 
@@ -137,7 +137,7 @@ def _is_run_folder(entry: Path) -> bool:
 def is_alive(folder: Path) -> bool:
     """Whether the run that made this folder still holds its lock."""
     try:
-        with (folder / _LOCK).open("r+") as lock:
+        with (folder / _LOCK).open("r+", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -177,7 +177,7 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
                 pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     try:
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write("500")  # let the host's OOM killer take a guest before a test run
     except OSError:
         pass

@@ -69,15 +69,15 @@ class Ledger:
         for file in self._root.glob(f"*/{_CLAIM}"):
             if file == self._file or is_alive(file.parent):
                 with suppress(OSError, ValueError):
-                    total += int(file.read_text())
+                    total += int(file.read_text(encoding="utf-8"))
         return total
 
     def _write(self, size: int) -> None:
         self._claimed += size
-        self._file.write_text(str(self._claimed))
+        self._file.write_text(str(self._claimed), encoding="utf-8")
 
     @contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
-        with (self._root / name).open("w") as lock:
+        with (self._root / name).open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield

@@ -553,7 +553,9 @@ class _Logs:
             folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: else closing it would fail once more where the disk is full.
             self.console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
-            self._monitor = stack.enter_context((folder / "qmp.log").open("a", buffering=1))
+            self._monitor = stack.enter_context(
+                (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
+            )
 
     def monitor(self, line: str) -> None:
         if self._monitor is not None and not self._monitor.closed:
@@ -561,7 +563,8 @@ class _Logs:
 
     def argv(self, argv: list[str]) -> None:
         if self._folder is not None:
-            (self._folder / "qemu.argv").write_text("\n".join(argv) + "\n")
+            text = "\n".join(argv) + "\n"  # names of files in it may be no UTF-8
+            (self._folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
 
 
 def _descriptors(

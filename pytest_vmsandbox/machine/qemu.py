@@ -66,6 +66,8 @@ def _inspect(path: str, mtime: int, size: int) -> Qemu:
             timeout=_VERSION_SECONDS,
             check=False,
             stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="replace",
         )
         output = done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:

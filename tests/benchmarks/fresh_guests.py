@@ -68,7 +68,7 @@ def main() -> int:
 
 def inventory() -> tuple[int, int, int]:
     """Bytes of this process, its descriptors, and the files of ours."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     files = sum(len(names) for root in (cache_dir(), runtime_dir()) for *_, names in os.walk(root))
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), files
 

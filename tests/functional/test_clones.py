@@ -190,7 +190,7 @@ class TestSharingNothing:
         with one.boot("tiny", **TINY) as vm:
             (sealed,) = one._sealer._open.values()
             pid = vm._machine.process.pid
-            maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
             mapped = [it for it in maps if "memfd:vmsandbox-memory" in it or it.endswith("/memory")]
             assert mapped
@@ -524,7 +524,9 @@ def children_of_the_launcher():
 def launcher_of(path):
     """The parent of the parent of a process."""
     parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-    return int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(
+        Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+    )
 
 
 def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):

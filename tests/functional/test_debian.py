@@ -46,6 +46,18 @@ def test_users_come_in(vm):
     assert "Permission denied" in vm.run(["cat", "/etc/shadow"], user="tester", check=False).stderr
 
 
+@pytest.mark.vm(isolation="module")
+def test_sessions_start_on_demand(vm):
+    """Neither logind nor D-Bus costs anything before it is asked for."""
+    assert vm.run(["pgrep", "-l", "logind|dbus"], check=False).stdout == ""
+    assert "tester" not in vm.run(["loginctl", "list-sessions"]).stdout
+    vm.run(["shutdown", "+5"])
+    assert "poweroff" in vm.read_text("/run/systemd/shutdown/scheduled")
+    vm.run(["shutdown", "-c"])
+    ask = "systemctl --user is-system-running --wait"
+    assert vm.run(["su", "-", "tester", "-c", ask]).stdout == "running\n"
+
+
 @pytest.mark.vm(user="tester")
 def test_power_and_an_ordinary_user(vm):
     assert vm.run(["id", "-un"]).stdout == "tester\n"

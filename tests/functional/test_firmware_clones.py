@@ -206,7 +206,7 @@ def test_a_clone_can_be_saved_with_its_memory(firmware, tmp_path):
 
 def test_its_memory_is_mapped_privately(firmware):
     with firmware.clone() as clone:
-        maps = Path(f"/proc/{clone.process.pid}/maps").read_text().splitlines()
+        maps = Path(f"/proc/{clone.process.pid}/maps").read_text(encoding="utf-8").splitlines()
         mapped = [it for it in maps if it.endswith(str(firmware.memory)) or "memfd:vmsandbox" in it]
         assert mapped
         assert all(it.split()[1].endswith("p") for it in mapped)

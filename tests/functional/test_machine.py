@@ -280,7 +280,7 @@ def test_qemu_runs_as_nobody_in_particular(vm):
     from pathlib import Path
 
     pid = vm._machine.process.pid
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
     assert "0" not in uids
     assert "Seccomp:\t2" in status

@@ -277,7 +277,7 @@ def samples() -> list[tuple[str, str, dict]]:
         suite = SUITE + (SUBTESTS if pytest.version_tuple >= (9,) else "")
         Path(folder, "test_suite.py").write_text(suite, "utf-8")
         Path(folder, "recorder.py").write_text(RECORDER, "utf-8")
-        Path(folder, "pytest.ini").write_text("[pytest]\n")
+        Path(folder, "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
         subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-p", "recorder", "-p", "no:cacheprovider"),

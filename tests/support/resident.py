@@ -36,6 +36,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 def alive(pid: int) -> bool:
     """Whether a process is there, and has not ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False

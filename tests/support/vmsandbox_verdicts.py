@@ -78,7 +78,7 @@ def run(args, file, skip):
         finally:
             leave(0)
     os.waitpid(pid, 0)
-    with open(record) as lines:
+    with open(record, encoding="utf-8") as lines:
         return lines.read()
 
 

@@ -416,7 +416,7 @@ class TestEnd:
     def test_mounts_vanish(self, tmp_path, make):
         script = f"mount -t tmpfs none $VMSANDBOX_WORK; touch $VMSANDBOX_WORK/x; {DELIVER}"
         make(define(tmp_path / "mine", script))
-        assert str(tmp_path) not in pathlib.Path("/proc/self/mounts").read_text()
+        assert str(tmp_path) not in pathlib.Path("/proc/self/mounts").read_text(encoding="utf-8")
 
     def test_read_only_leftovers_are_removed(self, tmp_path, make):
         script = f"mkdir -p $VMSANDBOX_WORK/a/b; chmod 0 $VMSANDBOX_WORK/a; {DELIVER}"
@@ -445,7 +445,7 @@ class TestEnd:
         children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
 
         def kill(line):
-            os.kill(int(children.read_text()), signal.SIGKILL)
+            os.kill(int(children.read_text(encoding="utf-8")), signal.SIGKILL)
 
         with pytest.raises(ImageError, match="ended with signal 9"):
             build(definition, store, progress=kill)

@@ -171,7 +171,7 @@ class TestIdentity:
         ],
     )
     def test_a_container_may_not_have_them(self, monkeypatch, uid_map, mapped):
-        monkeypatch.setattr(Path, "read_text", lambda _: uid_map)
+        monkeypatch.setattr(Path, "read_text", lambda _, **_encoding: uid_map)
         assert host._all_users_mapped() is mapped
 
     @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ class TestIdentity:
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         monkeypatch.setattr(host, "_all_users_mapped", lambda: True)
         status = f"Name:\tpython\nCapPrm:\t0\nCapEff:\t{capabilities}\n"
-        monkeypatch.setattr(Path, "read_text", lambda _: status)
+        monkeypatch.setattr(Path, "read_text", lambda _, **_encoding: status)
         assert (host.guest_identity("tcg") is not None) is may
 
 
@@ -368,6 +368,6 @@ class TestDescriptors:
         host.require_descriptors()
         with ExitStack() as stack:
             for _ in range(350):
-                stack.enter_context(open(os.devnull))
+                stack.enter_context(open(os.devnull, encoding="utf-8"))
             with pytest.raises(LaunchError, match="no further guest fits"):
                 host.require_descriptors()

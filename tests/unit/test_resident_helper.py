@@ -324,9 +324,12 @@ class TestFrames:
         )
         writer.start()
         time.sleep(0.2)
-        used = Path(f"/proc/{host.process.pid}/stat").read_text().split()[13:15]
+        used = Path(f"/proc/{host.process.pid}/stat").read_text(encoding="utf-8").split()[13:15]
         time.sleep(0.2)
-        assert Path(f"/proc/{host.process.pid}/stat").read_text().split()[13:15] == used
+        assert (
+            Path(f"/proc/{host.process.pid}/stat").read_text(encoding="utf-8").split()[13:15]
+            == used
+        )
         host.windows = False
         host.until(lambda: host.channels[5000 + sent - 1].replies and host.ended(number))
         writer.join()
@@ -461,7 +464,7 @@ class TestPrograms:
         umask = os.umask(0o077)
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(Path("/dev/null").open())
+                file = stack.enter_context(Path("/dev/null").open(encoding="utf-8"))
                 host = stack.enter_context(running(program, [file.fileno()]))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, old)

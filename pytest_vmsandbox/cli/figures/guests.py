@@ -264,7 +264,7 @@ def memory_of(pid: int) -> dict[str, int]:
         CannotMeasureError: this system does not tell.
     """
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
         return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     except (OSError, ValueError, IndexError) as error:
         raise CannotMeasureError(f"this system does not tell Pss: {error}") from error

@@ -62,8 +62,8 @@ def idle_cost(site: Site) -> Figure:
 
 def idle_pairs(folder: Path, number: int) -> list[tuple[float, float]]:
     """Seconds of pytest on an empty suite with the plugin, and without it, in pairs."""
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "test_nothing.py").write_text("def test_nothing():\n    pass\n")
+    (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
+    (folder / "test_nothing.py").write_text("def test_nothing():\n    pass\n", encoding="utf-8")
     without = ("-p", "no:vmsandbox")
     _run_empty(folder)  # byte code is compiled, caches are warm
     _run_empty(folder, *without)
@@ -83,14 +83,14 @@ def second_run(site: Site) -> Figure:
     """From the start of pytest until its first test has its guest, where templates are there."""
     folder = _folder(site, "second")
     _write_ini(site, folder)
-    (folder / "test_first.py").write_text(_FIRST_TEST)
+    (folder / "test_first.py").write_text(_FIRST_TEST, encoding="utf-8")
     samples = []
     for counted in range(site.at_most(5) + 1):
         took = folder.parent / "took"
         began = time.monotonic()
         _run_with_plugin(site, folder, took)
         if counted:  # the first one may have to seal a guest
-            samples.append(float(took.read_text()) - began)
+            samples.append(float(took.read_text(encoding="utf-8")) - began)
     return median(samples, digits=2)
 
 
@@ -142,9 +142,9 @@ def in_guest_isolated(site: Site) -> Figure:
 def write_empty_tests(site: Site, folder: Path, number: int) -> None:
     """A suite that tells how long its tests take."""
     _write_ini(site, folder)
-    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     tests = (f"def test_{index}():\n    pass\n\n\n" for index in range(number))
-    (folder / "test_empty.py").write_text("".join(tests))
+    (folder / "test_empty.py").write_text("".join(tests), encoding="utf-8")
 
 
 def seconds_plain(folder: Path, guest: Guest) -> float:
@@ -159,7 +159,7 @@ def seconds_plain(folder: Path, guest: Guest) -> float:
 def _seconds_inside(site: Site, folder: Path, *more: str) -> float:
     took = folder.parent / "took"
     _run_with_plugin(site, folder, took, "--in-vm", *more)
-    return float(took.read_text())
+    return float(took.read_text(encoding="utf-8"))
 
 
 def _require_python(site: Site) -> None:
@@ -184,7 +184,7 @@ def _write_ini(site: Site, folder: Path) -> None:
     if site.settings.image_path:
         paths = (str(path.absolute()) for path in site.settings.image_path)
         lines += ["vm_image_path =", *(f"    {path}" for path in paths)]
-    (folder / "pytest.ini").write_text("\n".join(lines) + "\n")
+    (folder / "pytest.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _run_with_plugin(site: Site, folder: Path, took: Path, *more: str) -> None:
@@ -217,6 +217,7 @@ def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
             errors="replace",
             timeout=_RUN_SECONDS,
             check=False,
+            encoding="utf-8",
         )
     except subprocess.TimeoutExpired as error:
         raise CannotMeasureError(f"pytest was not done after {_RUN_SECONDS:g} s") from error

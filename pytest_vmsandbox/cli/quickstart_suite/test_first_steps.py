@@ -33,7 +33,7 @@ MARK = "/var/lib/i-was-here"
 def test_it_is_another_machine(vm: Guest) -> None:
     """It has a kernel of its own, that was started for this test, and no way out."""
     boot_id = "/proc/sys/kernel/random/boot_id"
-    assert vm.read_text(boot_id) != Path(boot_id).read_text()
+    assert vm.read_text(boot_id) != Path(boot_id).read_text(encoding="utf-8")
     assert vm.run(["hostname"]).stdout.strip() != socket.gethostname()
     assert vm.run(["uname", "-r"]).stdout.strip() != platform.release()
     # The network is isolated unless a test asks for more: this machine, which a guest could call
