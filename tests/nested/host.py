@@ -46,6 +46,7 @@ def main() -> None:
                     "pytest",
                     "-v",
                     "-rP",
+                    "--durations=9",
                     "-p",
                     "no:cacheprovider",
                     *arguments,
