@@ -17,7 +17,7 @@ SHARE = Path("/mnt/share")
 RESULTS = SHARE / "results"
 CHECKOUT, INSTALLED = Path("/opt/checkout"), Path("/opt/installed")
 CACHE = Path("/root/.cache/vmsandbox")
-PYTEST = "python3 -P -m pytest -v -rP --durations=9 -p no:cacheprovider".split()
+PYTEST = ["python3", "-P", "-m", "pytest", "-v", "-rP", "--durations=9", "-p", "no:cacheprovider"]
 UNPACKED = {"checkout": CHECKOUT, "installed": INSTALLED, "images": CACHE / "images"}
 
 
