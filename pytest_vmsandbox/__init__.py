@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     )
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.core.transport import CommandResult
+    from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest, Process
-    from pytest_vmsandbox.guests.provision import PreparedImage, Provision
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
 _HOME_OF = {
     "BootError": "core.errors",
@@ -45,8 +46,10 @@ _HOME_OF = {
     "LaunchError": "core.errors",
     "MonitorError": "core.errors",
     "PreparedImage": "guests.provision",
+    "PreparedLayer": "guests.provision",
     "Process": "guests.guest",
     "Provision": "guests.provision",
+    "SSHAccess": "guests.access",
     "TeardownError": "core.errors",
     "TransferError": "core.errors",
     "VMSandboxError": "core.errors",
@@ -67,8 +70,10 @@ __all__ = [
     "LaunchError",
     "MonitorError",
     "PreparedImage",
+    "PreparedLayer",
     "Process",
     "Provision",
+    "SSHAccess",
     "TeardownError",
     "TransferError",
     "VMSandboxError",
@@ -79,3 +84,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

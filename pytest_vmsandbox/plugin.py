@@ -15,6 +15,8 @@ from pytest_vmsandbox.testing import (
     collection,
     config as options,
     hookspecs,
+    naming,
+    pulling,
     reporting,
     selection,
     unimportable,
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
 
 SESSION = pytest.StashKey[VMSession]()
 # What an xdist worker tells.
 _USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
+_PULLED = "vmsandbox_pulled"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,7 +88,11 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    return unimportable.stand_in(collector.config.stash[SESSION], collector, report)
+    session = collector.config.stash[SESSION]
+    report = unimportable.stand_in(session, collector, report)
+    naming.give_both_names(report.result or ())
+    naming.know_again(session, [node.nodeid for node in report.result or ()])
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -94,9 +102,13 @@ def pytest_collection_modifyitems(
     session = config.stash[SESSION]
     unimportable.replace(session, items)
     _refuse(config, items, collection.check(session, items))
-    collection.deselect(config, items)
+    collection.deselect(session, items)
     collection.remember_nodeids(items)
+    everything = items[:]
+    naming.give_both_names(everything)
+    naming.deselect_by_plain_ids(config, items)
     result = yield
+    naming.give_full_names(everything)
     _refuse(config, items, collection.check_run(session, items))
     collection.group(items)
     return result
@@ -117,12 +129,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Let xdist's controller, which collects nothing, remember which tests failed."""
+    naming.know_again(node.config.stash[SESSION], ids)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""
     session, output = node.config.stash[SESSION], getattr(node, "workeroutput", {})
     session.usage_errors = output.get(_USAGE_ERRORS, session.usage_errors)
     session.failed |= output.get(_FAILED, False)
     session.told.update(dict.fromkeys(output.get(_TOLD, ())))
+    for kind, names in output.get(_PULLED, {}).items():
+        pulling.note(session.pulled, kind, names)
 
 
 @pytest.hookimpl(trylast=True)
@@ -134,6 +154,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_FAILED] = ours.failed
         session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
+        session.config.workeroutput[_PULLED] = {it: [*names] for it, names in ours.pulled.items()}
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*ours.usage_errors)
 
@@ -150,7 +171,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Tell what xdist's workers ran guests with; they have no terminal of their own."""
-    for line in config.stash[SESSION].told:
+    for line in config.stash[SESSION].lines():
         terminalreporter.write_line(line)
 
 
@@ -191,6 +212,21 @@ class InsideProtocol:
         item.config.stash[SESSION].inside.run(item, nextitem)
         return True
 
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport, config: pytest.Config
+    ) -> Generator[None, object, object]:
+        """Let no test be lost from the count because a plugin cannot tell its status."""
+        try:
+            return (yield)
+        except Exception as error:
+            if not getattr(report, "vm_inside", False):
+                raise
+            from pytest_vmsandbox.testing import hooks
+
+            hook, session = config.hook.pytest_report_teststatus, config.stash[SESSION]
+            return hooks.result_of_others(session, hook, error, self, report=report, config=config)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -208,7 +244,9 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
     if not collection.is_inside(item):
         return None
     if settings.timeout:
-        item.stash[collection.LIMIT] = float(settings.timeout)
+        of_call = getattr(settings, "func_only", False)
+        key = collection.CALL_LIMIT if of_call else collection.LIMIT
+        item.stash[key] = float(settings.timeout)
     return True
 
 
@@ -230,6 +268,12 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
 
 
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """What benchmarks ran on: the guest, where they ran in one."""
+    return config.stash[SESSION].benchmarks_machine
+
+
 # -- fixtures -----------------------------------------------------------------------------------------
 
 
@@ -248,21 +292,30 @@ def vm_artifacts(
     return request.config.stash[SESSION].artifacts_of(request.node)
 
 
+@pytest.fixture(scope="session")
+def vm_prepared() -> PreparedImage | PreparedLayer | None:
+    """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
+    return None
+
+
 @pytest.fixture
 def vm(
-    request: pytest.FixtureRequest, vm_factory: GuestFactory, _vm_image: str | None
+    request: pytest.FixtureRequest,
+    vm_factory: GuestFactory,
+    vm_prepared: PreparedImage | PreparedLayer | None,
+    _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     session = request.config.stash[SESSION]
     wishes = selection.read_marks(request.node.iter_markers("vm"))
-    image = _vm_image or next(iter(session.images(wishes)), None)
-    if image is None:
+    base = session.base(vm_prepared)
+    if base is None:
         pytest.skip("no selected image applies to this test")
     if wishes.isolation in (None, "test"):
-        with vm_factory.boot(image, **wishes.hardware) as guest:
+        with vm_factory.boot(base, **wishes.hardware) as guest:
             yield guest
     else:
-        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(image, wishes)
+        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(base, wishes)
 
 
 @pytest.fixture(scope="session")

@@ -235,10 +235,17 @@ def _programs(value: object) -> tuple[str, ...] | None:
 
 
 def _paths(folder: Path) -> Callable[[object], tuple[str, ...] | None]:
-    def good(path: str) -> bool:
-        return path.isprintable() and not Path(path).is_absolute() and (folder / path).exists()
+    def read(value: object) -> tuple[str, ...] | None:
+        paths = _texts(value, lambda it: it.isprintable() and not Path(it).is_absolute())
+        for path in paths or ():
+            if not (folder / path).exists():
+                raise ConfigError(
+                    f"{folder / DEFINITION_FILE}: uses names {path!r}, which does not exist",
+                    remedy=f"paths in uses are relative to {folder}",
+                )
+        return paths
 
-    return lambda value: _texts(value, good)
+    return read
 
 
 def _executable(folder: Path) -> Callable[[object], str | None]:

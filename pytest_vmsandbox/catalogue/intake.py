@@ -190,7 +190,7 @@ def sweep(store: ImageStore) -> int:
 
 
 def _clear(entry: Path) -> None:
-    """Remove a folder of `Intake.folders`, and its folder for temporary files."""
+    """Remove a folder of `Intake.folders`, its folder for temporary files, and what is empty then."""
     with suppress(OSError):
         work = (entry / "work").readlink()
         status = work.lstat()
@@ -198,6 +198,8 @@ def _clear(entry: Path) -> None:
         if ours and work.name.startswith(_WORK):
             remove_tree(work)
     remove_tree(entry)
+    with suppress(OSError):  # an image is there
+        entry.parent.rmdir()
 
 
 def _check(out: Path, definition: ImageDefinition) -> None:

@@ -169,6 +169,18 @@ def _kvm_remedy(kvm: str) -> str:
     return "switch virtualization on in the firmware, or nested virtualization in the hypervisor"
 
 
+def loopback(problem: str, remedy: str) -> Check:
+    """`problem`: why a connection of this machine to itself fails; empty if it works."""
+    if not problem:
+        return Check(name="loopback", status=Status.OK, found="works")
+    return Check(
+        name="loopback",
+        status=Status.FAILED,
+        found=f"127.0.0.1 cannot be reached: {problem}",
+        remedy=remedy,
+    )
+
+
 def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
     """The programs that building images takes.
 

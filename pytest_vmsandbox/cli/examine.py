@@ -68,6 +68,7 @@ class Machine:
             platform=sys.platform,
         )
         yield self._qemu_user(verdict)
+        yield checks.loopback(host.loopback_problem(), host.LOOPBACK_REMEDY)
         if building:
             yield from self._building()
         yield checks.images(

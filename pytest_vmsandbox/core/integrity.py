@@ -89,7 +89,8 @@ def chunks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """
     zero = bytes(_CHUNK)
     done = 0
-    for begin, end in extents(file):
+    # Listed first: reading ahead may turn what is reserved after a part into a part of its own.
+    for begin, end in list(extents(file)):
         start = max(done, begin - begin % _CHUNK)
         while start < end:
             data = os.pread(file.fileno(), _CHUNK, start)

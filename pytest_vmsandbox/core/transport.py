@@ -116,6 +116,7 @@ class Transport(Protocol):
 
         Raises:
             CommandError: the folder or the user of the command does not exist.
+            OSError: the command is longer than a guest can take (E2BIG, as of `subprocess`).
             GuestLost: the guest is gone.
         """
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, overload
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -29,12 +29,12 @@ from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.platform import KNOWN_HOSTS, GuestPlatform
+from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
-from pytest_vmsandbox.guests.provision import PreparedImage, Provision, Step
+from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.machine import accelerator
+from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -48,6 +48,7 @@ _RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processo
 _LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for the number
 _IDLE_SECONDS = 0.5  # before a guest may be paused
 T = TypeVar("T")
+Base = str | PreparedImage | PreparedLayer | None  # what guests are made of, for users
 
 
 def _raise(error: VMSandboxError) -> NoReturn:
@@ -62,6 +63,7 @@ class Surroundings:
         logs: the folder for a guest's logs, by the guest's name; None for no logs. Called from any
             thread, and for guests that nobody may ever get.
         begun: called with the name of a guest that is going to be somebody's.
+        image: the image of the test that runs now; None where there is none.
         hints: lines for an error of a guest: where the artifacts are, how to reproduce it.
         say: told of long waits, for people.
         tell: told, once, of what does not go as it should, for people.
@@ -75,6 +77,7 @@ class Surroundings:
 
     logs: Callable[[str], Path | None] = lambda _: None
     begun: Callable[[str], None] = lambda _: None
+    image: Callable[[], str | None] = lambda: None
     hints: Callable[[], Sequence[str]] = lambda: ()
     say: Callable[[str], None] = lambda _: None
     tell: Callable[[str], None] = lambda _: None
@@ -120,7 +123,9 @@ class GuestFactory:
             yield cls(settings, stack, surroundings or Surroundings())
 
     @contextmanager
-    def boot(self, image: str | PreparedImage, **hardware: object) -> Iterator[Guest]:
+    def boot(
+        self, image: str | PreparedImage | PreparedLayer, **hardware: object
+    ) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
         It is a clone of a guest that was booted once, on this machine, and sealed: that takes
@@ -129,12 +134,13 @@ class GuestFactory:
         before anybody has it, a second one is tried.
 
         Args:
-            image: a name of the catalogue, or what `prepare` returned.
+            image: a name of the catalogue, or what `prepare` returned. What ``prepare(None, …)``
+                returned is booted on the image of the test that runs now.
             hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``; sizes are
                 strings with a unit. What is not given is the run's default.
 
         Raises:
-            ConfigError: there is no such image or hardware.
+            ConfigError: there is no such image or hardware, or no test that has an image.
             ImageError: the image is not built, or damaged.
             LaunchError: QEMU cannot be started, or this host has no room.
             BootError: the guest does not come up.
@@ -172,6 +178,8 @@ class GuestFactory:
 
     def _retrying(self, work: Callable[[], T]) -> T:
         """Do what needs a guest, and once more if the host or chance took the guest away."""
+        self._running()  # with as many descriptors as it may have
+        host.require_descriptors()
         try:
             return work()
         except VMSandboxError as error:
@@ -196,6 +204,7 @@ class GuestFactory:
                 guest.rest()
                 running -= 1
 
+    @overload
     def prepare(
         self,
         image: str | PreparedImage,
@@ -203,15 +212,33 @@ class GuestFactory:
         *,
         depends_on: Sequence[str | os.PathLike[str]],
         network: str | None = None,
-    ) -> PreparedImage:
+    ) -> PreparedImage: ...
+    @overload
+    def prepare(
+        self,
+        image: PreparedLayer | None,
+        run: Callable[[Guest], object],
+        *,
+        depends_on: Sequence[str | os.PathLike[str]],
+        network: str | None = None,
+    ) -> PreparedLayer: ...
+    def prepare(
+        self,
+        image: Base,
+        run: Callable[[Guest], object],
+        *,
+        depends_on: Sequence[str | os.PathLike[str]],
+        network: str | None = None,
+    ) -> PreparedImage | PreparedLayer:
         """An image with more in it, which `boot` takes.
 
         It is prepared now, for the run's default hardware, unless it was since something of what it
-        depends on has changed, in this run or another. For other hardware that is done when the
-        first such guest is asked for.
+        depends on has changed, in this run or another. For other hardware, and for the images of
+        other tests, that is done when the first such guest is asked for.
 
         Args:
-            image: a name of the catalogue, or what was prepared before.
+            image: a name of the catalogue, or what was prepared before; None for whatever image a
+                test runs on.
             run: called with a guest, prepares it. What runs in the guest then goes on in each clone.
             depends_on: texts (names, versions), and paths, whose names and content count. The code of
                 `run` counts, too; what it calls, or takes from around it, does not.
@@ -235,31 +262,56 @@ class GuestFactory:
                 network="nat",
             )
         """
-        below = self._prepared(image)
-        about = f"{below.image} ({getattr(run, '__qualname__', 'prepared')})"
+        about = getattr(run, "__qualname__", "prepared")
         provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
-        prepared = self.with_step(below, provision.step())
+        prepared = self.with_step(image, provision.step())
+        if isinstance(prepared, PreparedImage) or self._surroundings.image() is not None:
+            self._seal(self._prepared(prepared))
+        return prepared
+
+    def _seal(self, prepared: PreparedImage) -> None:
+        """See that guests of the default hardware can be cloned, where any can."""
         blueprint = self._blueprint(prepared.image, {})
         if self._may_clone(blueprint, prepared.steps):
             try:
                 self._retrying(lambda: self._sealer.obtain(blueprint, prepared.steps))
             except CannotSealError as error:
                 self._no_clones(blueprint, prepared.steps, error)
-        return prepared
 
-    def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
+    @overload
+    def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage: ...
+    @overload
+    def with_step(self, image: PreparedLayer | None, step: Step) -> PreparedLayer: ...
+    @overload
+    def with_step(self, image: Base, step: Step) -> PreparedImage | PreparedLayer: ...
+    def with_step(self, image: Base, step: Step) -> PreparedImage | PreparedLayer:
         """Likewise, prepared when the first guest of it is asked for."""
-        below = self._prepared(image)
-        return PreparedImage(image=below.image, steps=(*below.steps, step))
+        if image is None:
+            return PreparedLayer(steps=(step,))
+        if isinstance(image, str):
+            image = self._prepared(image)
+        return replace(image, steps=(*image.steps, step))
 
-    def _prepared(self, image: str | PreparedImage) -> PreparedImage:
+    def _prepared(self, image: str | PreparedImage | PreparedLayer) -> PreparedImage:
         """The image with what is done to all guests of it."""
         if isinstance(image, PreparedImage):
             return image
+        if isinstance(image, PreparedLayer):
+            below = self._prepared(self._image_of_test())
+            return replace(below, steps=(*below.steps, *image.steps))
         if image not in self._provisioned:
             steps = tuple(it.step() for it in self._surroundings.provisions(image))
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
         return self._provisioned[image]
+
+    def _image_of_test(self) -> str:
+        if (image := self._surroundings.image()) is None:
+            raise ConfigError(
+                "what was prepared for no image in particular can be booted only while a test runs to "
+                "which one of the selected images applies",
+                remedy="name the image: vm_factory.prepare('debian-13', …)",
+            )
+        return image
 
     def expect(
         self, image: str | PreparedImage, hardware: Mapping[str, object], count: int = 1
@@ -490,6 +542,7 @@ class GuestFactory:
         """The accelerator for guests of this image; the first time, it may have to be proven."""
         if image not in self._verdicts:
             built = self.built(image)
+            host.require_loopback()  # or a guest would wait in vain to be reached
             try:
                 self._verdicts[image] = accelerator.choose(
                     self._settings.accelerator,
@@ -523,21 +576,28 @@ class GuestFactory:
         self._running()
         TemplateStore(self._cache).sweep()
 
+    def own(self, folder: Path) -> None:
+        """Have a folder for logs removed if this process is killed; else its maker removes it."""
+        self._running().own(folder)
+
     @property
     def images_used(self) -> list[str]:
         """The images for which there is an accelerator, since guests of them were asked for."""
         return list(self._verdicts)
 
     def describe(self, image: str) -> str:
-        """One line on what runs guests of this image.
+        """One short line on what runs guests of this image; ``vmsandbox doctor`` has the details.
 
         Raises:
             VMSandboxError: nothing does; its text tells why.
         """
         qemu = find_qemu(self._catalogue.get(image).architecture)
         verdict = self.accelerator(image)
-        scale = f"; time-outs ×{verdict.time_scale:g}" if verdict.time_scale != 1 else ""
-        return f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.reason}){scale}"
+        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.brief})"
+        if verdict.time_scale != 1:
+            line += f"; time-outs ×{verdict.time_scale:g}"
+            line += "; see 'vmsandbox doctor'" if verdict.brief != verdict.reason else ""
+        return line
 
     @property
     def _cache(self) -> Path:
@@ -548,7 +608,6 @@ class GuestFactory:
             self._hypervisor = self._stack.enter_context(
                 Hypervisor.running(runtime=self._settings.runtime, cache=self._cache)
             )
-            (self._hypervisor.folder / KNOWN_HOSTS).touch()
         return self._hypervisor
 
     def _name(self, image: str) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -27,13 +28,15 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests import script, transfer
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.process import TextWriter
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.machine import Machine
 
 Streams = bytes | str | None
+GuestPath = str | os.PathLike[str]  # a PurePosixPath, for instance
 _INSTEAD = {  # of what `popen` lacks
     "check": "compare what .wait(timeout) or .poll() returns",
     "timeout": "call .wait(timeout)",
@@ -84,14 +87,25 @@ class Platform(Protocol):
     def close(self) -> None:
         """The guest is over."""
 
+    def pause(self, machine: Machine) -> None:
+        """Pause a machine for a while.
+
+        Raises:
+            GuestLost: it does not answer.
+        """
+
     def resume(self, machine: Machine) -> None:
-        """Let a paused machine go on, with the right time."""
+        """Let a paused machine go on, with the right time, or the one that was set there."""
 
     def going_down(self) -> None:
         """The guest restarts, or is switched off: what was known of its programs is void."""
 
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        """The line that a person types to get in."""
+    def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
+        """What an SSH client needs to get in as a user.
+
+        Raises:
+            GuestLost: the guest does not answer on SSH.
+        """
 
 
 class Guest:
@@ -155,14 +169,14 @@ class Guest:
 
     @overload
     def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
-            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
+            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
             text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
     def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: str | None = ...,
-            env: Mapping[str, str] | None = ..., user: str | None = ...,
+            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
+            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
             text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def run(
@@ -172,8 +186,8 @@ class Guest:
         check: bool = True,
         timeout: float | None = None,
         input: Streams = None,  # noqa: A002  # subprocess.run's name
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, GuestPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> CommandResult[str] | CommandResult[bytes]:
@@ -192,6 +206,9 @@ class Guest:
         Raises:
             CommandError: it returned non-zero, or the folder or user does not exist.
             CommandTimeout: it was not over in time; its process group was killed.
+            OSError: a word has 128 KiB or more, there are more than 65,535 words, or all together
+                take about 2 MiB («Argument list too long», as of `subprocess`).
+            TypeError: a word, the folder or a variable is neither a `str` nor a path.
 
         A program that leaves something in the background which holds its streams open is over
         when it is itself over, and nothing more has come for half a second.
@@ -242,13 +259,13 @@ class Guest:
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
               user: str | None = ..., text: Literal[True] = ...,
               ) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: str | None = ..., env: Mapping[str, str] | None = ...,
+              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
               user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def shell(self, script: str, **same: Any) -> CommandResult[str] | CommandResult[bytes]:
@@ -270,8 +287,8 @@ class Guest:
         check: None = None,
         timeout: None = None,
         input: None = None,  # noqa: A002  # subprocess.run's name
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
+        cwd: GuestPath | None = None,
+        env: Mapping[str, GuestPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> Process:
@@ -397,30 +414,45 @@ class Guest:
 
     # -- files ----------------------------------------------------------------------------------
 
-    def push(self, source: str | os.PathLike[str], dest: str) -> None:
+    def push(self, source: str | os.PathLike[str], dest: GuestPath) -> None:
         """Copy a file or a tree into the guest.
 
         `dest` names the copy. A file goes into `dest` if that is a folder; a tree is merged into
         `dest` if that is there. A `dest` that ends in ``/`` is a folder to put the copy into.
-        Missing folders are made. Modes, times and symbolic links stay; the owner is the guest's
-        user. A file takes its place at once, whole.
+        Missing folders are made. If `source` is a link, what it points to is copied.
+
+        Modes (with setuid bits), times, holes, and the links in a tree stay; the owner is the
+        guest's user. A file takes its place at once, whole. It is written in place where no file
+        can be made beside it (`/proc`, `/sys`, a read-only folder), and to a device; then only the
+        content is copied. If `dest` is a link, the file that it points to is written.
+
+        A tree may change meanwhile: it is copied as it was read. Pipes, sockets and devices in it
+        are left out, with one warning.
 
         Raises:
             TransferError: `source` does not exist, or the guest cannot take it.
         """
         with self._explained():
-            transfer.push(self._stream_script, Path(source), dest)
+            left_out = transfer.push(self._stream_script, Path(source), transfer.guest_path(dest))
+        _warn_of("pushed", source, left_out)
 
-    def pull(self, source: str, dest: str | os.PathLike[str]) -> None:
+    def pull(self, source: GuestPath, dest: str | os.PathLike[str]) -> None:
         """Copy a file or a tree out of the guest; `dest` is understood as in `push`.
 
-        Symbolic links are copied as links, never followed.
+        Symbolic links are copied as links, never followed. Modes and times stay, and long runs of
+        zeros become holes. A setuid bit stays if no other user of this machine can enter the folder
+        of `dest`.
+
+        A file is read to its end, also one that grows, or one of `/proc`. A tree may change
+        meanwhile: it is copied as it was read. Pipes, sockets and devices in it, and setuid bits
+        that do not stay, are left out, with one warning.
 
         Raises:
             TransferError: `source` does not exist, or `dest` cannot be written.
         """
         with self._explained():
-            transfer.pull(self._stream_script, source, dest)
+            left_out = transfer.pull(self._stream_script, transfer.guest_path(source), dest)
+        _warn_of("pulled", source, left_out)
 
     def stream_script(
         self,
@@ -440,36 +472,40 @@ class Guest:
         with self._explained():
             self._stream_script(script, stdin=stdin, stdout=stdout)
 
-    def read_text(self, path: str) -> str:
+    def read_text(self, path: GuestPath) -> str:
         """The content of a file in the guest, as UTF-8.
 
         Raises:
             TransferError: it cannot be read.
         """
-        try:
-            return self.run(
-                ["cat", path if path.startswith("/") else f"./{path}"], text=False
-            ).stdout.decode()
-        except CommandError as error:
-            raise TransferError(f"{path} cannot be read", details=error.details) from error
-        except UnicodeDecodeError as error:
-            raise TransferError(
-                f"{path} is not UTF-8: {error}", remedy="vm.pull() copies any file"
-            ) from error
+        with self._explained():
+            name = transfer.guest_path(path)
+            try:
+                return self.run(["cat", transfer.anchored(name)], text=False).stdout.decode()
+            except CommandError as error:
+                raise transfer.refused(f"{name} cannot be read", error) from error
+            except UnicodeDecodeError as error:
+                raise TransferError(
+                    f"{name} is not UTF-8: {error}", remedy="vm.pull() copies any file"
+                ) from error
 
-    def write_text(self, path: str, text: str) -> None:
-        """Write a file in the guest, as UTF-8, mode 0644; missing folders are made.
+    def write_text(self, path: GuestPath, text: str) -> None:
+        """Write a file in the guest, as UTF-8; missing folders are made.
+
+        A file that is there keeps its mode and its owner; a new one has mode 0644. A file takes its
+        place at once, whole. It is written in place where no file can be made beside it (`/proc`,
+        `/sys`, a read-only folder), and to a device. If `path` is a link, the file that it points
+        to is written.
 
         Raises:
             TransferError: it cannot be written.
         """
-        try:
-            with self._explained():
-                transfer.push_stream(
-                    self._stream_script, io.BytesIO(text.encode()), path, name=None, mode=0o644
-                )
-        except CommandError as error:
-            raise TransferError(f"{path} cannot be written", details=error.details) from error
+        with self._explained():
+            name = transfer.guest_path(path)
+            try:
+                transfer.push_text(self._stream_script, text, name)
+            except CommandError as error:
+                raise transfer.refused(f"{name} cannot be written", error) from error
 
     # -- power ----------------------------------------------------------------------------------
 
@@ -536,7 +572,8 @@ class Guest:
 
         That is done however the context ends, also for a guest that was lost or switched off in it.
         Contexts may lie in each other. What runs in the guest then is what runs now, with the right
-        time and random numbers of its own. Connections are made anew: a process of `popen` goes on in
+        time and random numbers of its own. A clock that was set to another time, by two seconds or more,
+        stays as far from this host's. Connections are made anew: a process of `popen` goes on in
         the guest, but is no longer heard of, and a port that was forwarded has to be forwarded again.
 
         Raises:
@@ -629,14 +666,40 @@ class Guest:
             return self._on().execute(command, arguments)
 
     @property
-    def ssh_command(self) -> str:
-        """The line that a person types to get in, as long as the guest runs.
+    def ssh(self) -> SSHAccess:
+        """What other tools need to get in: address, port, user, and the files with the keys.
+
+        It is true as long as the guest is switched on, and until a snapshot is rolled back.
 
         Raises:
             GuestLost: it does not answer on SSH.
         """
         self._attended = True
-        return self._platform.ssh_command(self._on(), self.spec.user)
+        with self._explained():
+            return self._platform.ssh_access(self._on(), self.spec.user)
+
+    @property
+    def ssh_command(self) -> str:
+        """The line that a person types to get in, likewise.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+        """
+        return self.ssh.command
+
+    def ssh_config(self, path: str | os.PathLike[str]) -> None:
+        """Write a configuration of OpenSSH for other tools, in which the guest is called by its name.
+
+        Raises:
+            GuestLost: it does not answer on SSH.
+            OSError: `path` cannot be written.
+
+        Example::
+
+            vm.ssh_config("ssh_config")
+            subprocess.run(["scp", "-F", "ssh_config", f"{vm.name}:/etc/hostname", "."], check=True)
+        """
+        Path(path).write_text(self.ssh.config(self.name), encoding="utf-8")
 
     # -- for those who made it ------------------------------------------------------------------
 
@@ -655,7 +718,7 @@ class Guest:
         """Pause it until somebody asks it for something, if nobody minds; see `idle_seconds`."""
         with self._rest_lock:
             if self.idle_seconds and self._machine is not None:
-                self._machine.pause()
+                self._platform.pause(self._machine)
                 self._resting = True
 
     @property
@@ -795,20 +858,25 @@ class Guest:
         self,
         argv: Sequence[str | os.PathLike[str]],
         *,
-        cwd: str | None,
-        env: Mapping[str, str] | None,
+        cwd: GuestPath | None,
+        env: Mapping[str, GuestPath] | None,
         user: str | None,
     ) -> Command:
         if isinstance(argv, str | bytes):
             raise TypeError("argv is a list of words; vm.shell() takes a script")
-        words = tuple(os.fspath(word) for word in argv)
+        words = tuple(script.word(word, "a word of argv") for word in argv)
         if not words:
             raise ValueError("argv is empty")
-        for word in words:
-            if not isinstance(word, str):
-                raise TypeError(f"a word of argv is a str, not {type(word).__name__}")
+        if user is not None and not isinstance(user, str):
+            raise TypeError(f"user is the name of one, a str, not {type(user).__name__}")
         return Command(
-            argv=words, cwd=cwd, env=dict(env or {}), user=None if user == self.spec.user else user
+            argv=words,
+            cwd=None if cwd is None else script.word(cwd, "cwd"),
+            env={
+                script.word(name, "the name of a variable"): script.word(value, f"env[{name!r}]")
+                for name, value in (env or {}).items()
+            },
+            user=None if user == self.spec.user else user,
         )
 
     def _stream_script(
@@ -817,7 +885,7 @@ class Guest:
         *,
         stdin: IO[bytes] | None = None,
         stdout: Callable[[bytes], object] | None = None,
-    ) -> None:
+    ) -> str:
         written, stderr = bytearray(), bytearray()
         argv = ("/bin/sh", "-c", script)
         started = monotonic()
@@ -829,16 +897,18 @@ class Guest:
             timeout=math.inf,  # as long as something moves
             idle=self._command_seconds,
         )
+        said = stderr.decode(errors="replace")
         if status != 0:
             raise _command_error(
                 CommandResult(
                     argv=argv,
                     returncode=status,
                     stdout=written.decode(errors="replace"),
-                    stderr=stderr.decode(errors="replace"),
+                    stderr=said,
                     duration=monotonic() - started,
                 )
             )
+        return said
 
     def _ask(self, program: str) -> GuestLost | None:
         """Ask the guest to go down; the connection may break before it answers.
@@ -929,6 +999,13 @@ class Process:
         if self.poll() is None:
             self.kill()
         self._remote.close()
+
+
+def _warn_of(what: str, source: str | os.PathLike[str], left_out: Sequence[str]) -> None:
+    """Warn whoever called the method that calls this, if something was left out."""
+    if left_out:
+        text = f"{os.fspath(source)} was {what} without {transfer.in_words(left_out)}"
+        warnings.warn(text, stacklevel=3)
 
 
 def _is_number(value: object, *kinds: type) -> bool:

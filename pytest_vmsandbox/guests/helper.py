@@ -7,6 +7,7 @@ cloned is talked to at once. The guest is not trusted: what comes is bounded, an
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import secrets
@@ -38,9 +39,9 @@ _INPUT_WINDOW = 65_536
 _MAX_SKIPPED = 4 << 20
 _LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _SEND_SECONDS = 30.0
-_NO_USER, _NO_FOLDER, _NO_PROGRAM = 1, 2, 3  # stages of a start that failed
+_NO_USER, _NO_FOLDER, _NO_PROGRAM, _NO_ROOM = 1, 2, 3, 4  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
-_ENOENT = 2
+_LATEST = 1 << 34  # seconds since 1970; no clock of Linux goes so far
 
 
 class Helper:
@@ -51,6 +52,9 @@ class Helper:
         check: called often while something is awaited; raises `GuestLost` when the guest is gone.
         patience: seconds for an answer.
         quiet_seconds: see `Carrier`.
+
+    Attributes:
+        lead: by how many seconds the guest's clock is to be ahead of this host's.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Helper:
         self.quiet_seconds = quiet_seconds
         self.check = check
         self.patience = patience
+        self.lead = 0.0
         self._port = port
         self._changed = threading.Condition()
         self._numbers = itertools.count(1)
@@ -97,7 +102,7 @@ class Helper:
         self._ask(b"p", b"vmsandbox", timeout)
 
     def set_clock(self) -> float:
-        """Set the guest's clock to this host's.
+        """Set the guest's clock to this host's and its lead.
 
         Returns:
             By how many seconds the guest's clock may be wrong at most, as seen from here.
@@ -110,18 +115,35 @@ class Helper:
 
     def send_clock(self) -> int:
         """Ask to set the clock, without waiting; the answer is read by `clock_error`."""
-        now = wall()
+        now = wall() + self.lead
         return self._send_request(b"c", struct.pack("<qq", int(now), int(now % 1 * 1e9)))
 
     def clock_error(self, number: int, started: float) -> float:
         """How wrong the guest's clock is, in seconds, after `send_clock` at the time `started`."""
-        kind, payload = self._await(number, None)
+        least, most = self._await_lead(number, started, None)
+        return max(0.0, self.lead - least) if least < self.lead else max(0.0, most - self.lead)
+
+    def read_lead(self, timeout: float | None = None) -> tuple[float, float]:
+        """By how many seconds the guest's clock is ahead of this host's: at least, and at most.
+
+        Raises:
+            GuestLost: it does not answer within `timeout` seconds.
+        """
+        started, number = wall(), self._send_request(b"c", b"")
+        return self._await_lead(number, started, timeout)
+
+    def _await_lead(
+        self, number: int, started: float, timeout: float | None
+    ) -> tuple[float, float]:
+        kind, payload = self._await(number, timeout)
         now = wall()
         status, seconds, nanoseconds = self._unpack("<iqq", payload)
         self._succeeded("set the clock", kind, status)
+        if not 0 <= seconds < _LATEST:
+            raise GuestLost("the helper in the guest answers nonsense", stage="command")
         theirs = float(seconds + nanoseconds / 1e9)
         # It was read between `started` and `now`: that is all that is known of the right time.
-        return max(0.0, now - theirs) if theirs < now else max(0.0, theirs - started)
+        return theirs - now, theirs - started
 
     def seed(self, data: bytes) -> None:
         """Stir bytes into the kernel's random numbers, and let it start anew with them.
@@ -158,6 +180,7 @@ class Helper:
 
         Raises:
             ConfigError: `login` does not exist in the guest.
+            OSError: the command is too long (E2BIG).
         """
         script.check(command)
         strings = [command.user or login, command.cwd or ""]
@@ -313,14 +336,16 @@ class Helper:
         assert channel.failure is not None
         stage, number = channel.failure
         self._forget(channel.number)
+        if number == errno.E2BIG and stage in (_NO_PROGRAM, _NO_ROOM):
+            raise script.too_long(command)
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None and login != "root":
             raise cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
             raise _could_not_connect(command, why, started)
         if stage == _NO_PROGRAM:
-            status = _NOT_FOUND if number == _ENOENT else _NOT_EXECUTABLE
-            why = "not found" if number == _ENOENT else why
+            status = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
+            why = "not found" if number == errno.ENOENT else why
             channel.end_at_once(status, f"{command.argv[0]}: {why}\n".encode())
         elif stage in (_NO_USER, _NO_FOLDER):
             text = "no such user" if stage == _NO_USER else why

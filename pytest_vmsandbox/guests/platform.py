@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import RemoteProcess, Transport
 from pytest_vmsandbox.guests import ssh, waking
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
 from pytest_vmsandbox.machine.cmdline import Start
@@ -21,13 +21,13 @@ from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 
-KNOWN_HOSTS = "known_hosts"  # in the run's folder, for `Guest.ssh_command`
 _SSH_PORT = 22
 _CONNECT_SECONDS = 20.0
 _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
+_PAUSE_SECONDS = 1.0  # after which a guest that does not answer is not paused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,12 @@ class Saved:
     Attributes:
         state: a file.
         frozen: what each disk had by then, lowest file first.
+        lead: by how many seconds its clock was set ahead of this host's.
     """
 
     state: IO[bytes]
     frozen: tuple[tuple[IO[bytes], ...], ...]
+    lead: float
 
 
 class GuestPlatform:
@@ -77,9 +79,10 @@ class GuestPlatform:
         self._logs = logs
         self._memory = memory
         self._state = state
+        self._lead = 0.0  # of the clock in that state
         self._awake = awake
         self._helper: Helper | None = None
-        self._own = ExitStack()  # what snapshots have added to the disks
+        self._own = ExitStack()  # what snapshots have added to the disks, and files
 
     @contextmanager
     def machine(self) -> Iterator[Machine]:
@@ -106,6 +109,7 @@ class GuestPlatform:
         ) as machine:
             self._helper = helper_of(machine, self.blueprint)
             if state is not None:
+                self._helper.lead = self._lead
                 waking.wake(machine, self._helper)
             yield machine
 
@@ -161,8 +165,7 @@ class GuestPlatform:
                 f"{self._name} has no helper, so its clock could not be set right after a rollback",
                 remedy="use an image that has one, such as debian-13",
             )
-        helper.ping()  # it has taken all that was said so far
-        machine.pause()
+        waking.pause(machine, helper)  # it has taken all that was said so far
         try:
             frozen = self._disks.frozen
             for file in (it for files in frozen for it in files):
@@ -176,16 +179,23 @@ class GuestPlatform:
             machine.save(state, with_memory=True)
         finally:
             self.resume(machine)
-        return Saved(state=state, frozen=frozen)
+        return Saved(state=state, frozen=frozen, lead=helper.lead)
 
     def roll_back(self, saved: Saved) -> None:
         """See `Platform.roll_back`."""
-        self._state = saved.state
+        self._state, self._lead = saved.state, saved.lead
         self._disks = self._disks.on_top(saved.frozen, self._fresh_overlays())
 
     def _fresh_overlays(self) -> list[IO[bytes]]:
         folder = self._hypervisor.cache
         return [self._own.enter_context(empty_overlay(size, folder)) for size in self._disks.sizes]
+
+    def pause(self, machine: Machine) -> None:
+        """See `Platform.pause`."""
+        if (helper := self._present) is not None:
+            waking.pause(machine, helper, _PAUSE_SECONDS)
+        else:
+            machine.pause()
 
     def resume(self, machine: Machine) -> None:
         """See `Platform.resume`."""
@@ -209,30 +219,16 @@ class GuestPlatform:
         if self._helper is not None:
             self._helper.close()
 
-    def ssh_command(self, machine: Machine, user: str) -> str:
-        """See `Platform.ssh_command`."""
+    def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
+        """See `Platform.ssh_access`."""
         host, port = machine.forward(_SSH_PORT)
         check_network(machine, self.blueprint)
         folder = self._hypervisor.folder
-        known, key = folder / KNOWN_HOSTS, folder / f"key.{self._key.name}"
+        known, key = folder / f"known_hosts.{self._name}", folder / f"key.{self._key.name}"
         self._key.save(key)
-        with known.open("a") as file:
-            file.write(f"{self._name} {self.blueprint.built.host_key}\n")
-        options = {
-            "HostKeyAlias": self._name,
-            "UserKnownHostsFile": str(known),
-            "GlobalKnownHostsFile": "/dev/null",
-            "IdentitiesOnly": "yes",
-            "LogLevel": "ERROR",
-        }
-        return shlex.join(
-            [
-                "ssh",
-                *("-F", "none", "-i", str(key), "-p", str(port)),
-                *(part for name, value in options.items() for part in ("-o", f"{name}={value}")),
-                f"{user}@{host}",
-            ]
-        )
+        self._own.callback(known.unlink, missing_ok=True)
+        known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n")
+        return SSHAccess(host=host, port=port, user=user, key_file=key, known_hosts_file=known)
 
 
 def helper_of(

@@ -6,15 +6,18 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import NETWORKS
 from pytest_vmsandbox.guests.guest import Guest
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in what `repr` says of many objects
 
 Facts = Mapping[str, object] | None
 
@@ -101,6 +104,17 @@ class PreparedImage:
     steps: tuple[Step, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreparedLayer:
+    """A preparation for whatever image a test runs on; made by ``GuestFactory.prepare(None, …)``.
+
+    Attributes:
+        steps: what is done to guests of that image, in order.
+    """
+
+    steps: tuple[Step, ...]
+
+
 def _no_facts(_: object) -> None:
     """What users' functions return is of no interest."""
 
@@ -128,7 +142,8 @@ def _files(name: str, path: Path) -> Iterator[str]:
     """The digests of a file, or of all files of a folder."""
     files = [path]
     if path.is_dir():
-        files = sorted(it for it in path.rglob("*") if it.is_file())
+        found = (it for it in path.rglob("*") if "__pycache__" not in it.relative_to(path).parts)
+        files = sorted(it for it in found if it.is_file())
     for file in files:
         try:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -163,10 +178,25 @@ def _instructions(code: CodeType) -> Iterator[str]:
             yield _stable(constant)
 
 
-def _stable(value: object) -> str:
-    """A value as text that is the same in each process: the order of a set is not."""
+def _stable(value: object, around: tuple[int, ...] = ()) -> str:
+    """A value as text that is the same in each process: the order of a set is not, nor an address.
+
+    Args:
+        around: the identities of what the value is a part of.
+    """
+
+    def inner(part: object) -> str:
+        return "…" if id(part) in around else _stable(part, (*around, id(value)))
+
     if isinstance(value, set | frozenset):
-        return f"set {sorted(map(_stable, value))}"
+        return f"set {sorted(map(inner, value))}"
     if isinstance(value, tuple | list):
-        return f"{type(value).__name__} {[_stable(it) for it in value]}"
-    return repr(value)
+        return f"{type(value).__name__} {[inner(it) for it in value]}"
+    if isinstance(value, dict):
+        return f"dict {sorted((inner(key), inner(item)) for key, item in value.items())}"
+    if isinstance(value, functools.partial | FunctionType | MethodType):
+        return f"code {list(_code(value))}"
+    if type(value).__repr__ is object.__repr__:  # which shows an address
+        kind = type(value)
+        return f"{kind.__module__}.{kind.__qualname__} {inner(object.__getstate__(value))}"
+    return _ADDRESS.sub("", repr(value))

@@ -283,7 +283,7 @@ class Sealer:
         pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
-            ram = stack.enter_context(memory.create(folder / MEMORY, hardware.memory))
+            ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))
             if below is not None:
                 with below.memory.open("rb", buffering=0) as source:
                     memory.copy(source, ram)
@@ -333,7 +333,7 @@ class Sealer:
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     """What a template is of, for people."""
-    return steps[-1].about if steps else blueprint.image
+    return f"{blueprint.image} ({steps[-1].about})" if steps else blueprint.image
 
 
 def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:

@@ -173,7 +173,10 @@ class SSHTransport:
         """Start a program; see `Transport.start`."""
         token = secrets.token_hex(8)
         started = monotonic()
-        channel = self._channel(script.command_line(command, token))
+        line, ahead = script.command_line(command, token), b""
+        if len(os.fsencode(line)) > _MAX_LINE:
+            line, ahead = script.shipped(command, token)
+        channel = self._channel(line, ahead)
         try:
             early, group = self._await_start(channel, command, token, started)
         except BaseException:
@@ -266,10 +269,7 @@ class SSHTransport:
             stderr += data
         return could_not_start(command, channel.exit_status, noise, stderr, started)
 
-    def _channel(self, line: str) -> Any:
-        ahead = b""
-        if len(os.fsencode(line)) > _MAX_LINE:
-            line, ahead = script.shipped(line)
+    def _channel(self, line: str, ahead: bytes = b"") -> Any:
         for attempt in (1, 2):
             session = self._connected()
             try:

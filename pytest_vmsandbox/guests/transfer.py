@@ -1,8 +1,9 @@
 """Files and trees into and out of a guest, as streams through a program there.
 
 A file goes through ``cat``, a tree through ``tar``: every guest has both, and neither side holds
-more than a chunk in memory. The guest is not trusted: what it sends is written beside the
-destination first, below a folder that it cannot get out of.
+more than a chunk in memory. Both may change meanwhile: a file is read to its end, and a tree comes as
+it was read. The guest is not trusted: what it sends is written beside the destination first, below a
+folder that it cannot get out of.
 """
 
 from __future__ import annotations
@@ -10,22 +11,58 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import shlex
-import shutil
 import stat
 import tarfile
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, cast
 
+from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.guests import archive
+from pytest_vmsandbox.guests.archive import extract
+from pytest_vmsandbox.guests.script import word
+
+__all__ = ["extract"]
 
 _CHUNK = 1 << 18
-_MAX_READ = 1 << 18  # bytes; more is read at once only of a header, and none is that long
+_BLOCK = 4096  # bytes; holes begin and end at multiples of it
+_MIN_HOLE = 16  # blocks; shorter ones are sent as zeros
+_MAX_HOLES = 256  # the largest of a file; each costs a program in the guest
+_NOT_REGULAR = 65  # what the script returns where holes cannot be made
+_MAX_HEADER = 100
+_HEADER = re.compile(rb"(?:file (?P<mode>[0-7]{1,5}) (?P<mtime>-?[0-9]{1,11})|tree)\n")
+_NAMED = 5  # of what was left out; the others are counted
+# The file systems whose files do not say their size, as `stat -f` has them.
+_UNSIZED = {
+    "proc": "9fa0",
+    "sysfs": "62656572",
+    "cgroup": "27e0eb",
+    "cgroup2": "63677270",
+    "debugfs": "64626720",
+    "tracefs": "74726163",
+    "securityfs": "73636673",
+    "configfs": "62656570",
+}
+# What tar says of a tree that changes, and what it says besides.
+_CHANGED = re.compile(
+    r"tar: .*(: No such file or directory|: File removed before we read it"
+    r"|: file changed as we read it|: File shrank by .*|exit delayed from previous errors"
+    r"|Exiting with failure status due to previous errors)"
+)
+_LEFT_OUT = re.compile(
+    r"(?:tar: (.*): (?:socket ignored|unknown file type)|(cp: .*)(?<!: No such file or directory))"
+)
+_CUT = "short read"  # busybox's tar ends in the middle when a file becomes shorter
 
 
 class Streamer(Protocol):
@@ -37,16 +74,25 @@ class Streamer(Protocol):
         *,
         stdin: IO[bytes] | None = None,
         stdout: Callable[[bytes], object] | None = None,
-    ) -> None:
+    ) -> str | None:
         """Run the script.
+
+        Returns:
+            What it wrote to its standard error.
 
         Raises:
             CommandError: it returned non-zero.
         """
 
 
-def push(stream: Streamer, source: Path, dest: str) -> None:
+# -- push -------------------------------------------------------------------------------------------
+
+
+def push(stream: Streamer, source: Path, dest: str) -> list[str]:
     """Copy a file or a tree into the guest; see `Guest.push`.
+
+    Returns:
+        What was left out.
 
     Raises:
         TransferError: `source` does not exist, holds something that cannot be copied, or the
@@ -56,47 +102,185 @@ def push(stream: Streamer, source: Path, dest: str) -> None:
     try:
         mode = source.stat().st_mode
         if stat.S_ISDIR(mode):
-            _push_tree(stream, source, dest)
-        elif stat.S_ISREG(mode):
-            with source.open("rb") as file:
-                push_stream(stream, file, dest, name=source.name, mode=stat.S_IMODE(mode))
-        else:
+            return _push_tree(stream, source, dest)
+        if not stat.S_ISREG(mode):
             raise TransferError(f"{source} is neither a file nor a folder")
+        into = (
+            'case "$d" in */) mkdir -p "$d";; esac; '
+            f'[ -d "$d" ] && d="${{d%/}}/"{shlex.quote(source.name)}; '
+        )
+        _push_file(stream, source, dest, into=into)
     except OSError as error:
         raise TransferError(
             f"{source} cannot be read: {error}", remedy="the path is one of this machine"
         ) from error
     except CommandError as error:
         raise refused(f"{source} could not be pushed to {dest}", error) from error
+    return []
 
 
-def push_stream(
-    stream: Streamer, file: IO[bytes], dest: str, *, name: str | None, mode: int
-) -> None:
-    """Copy an open file into the guest, under `name` if `dest` is a folder there.
+def push_text(stream: Streamer, text: str, dest: str) -> None:
+    """Write a file; see `Guest.write_text`.
 
     Raises:
-        CommandError: it cannot be written, or `dest` is a folder and there is no `name`.
+        CommandError: it cannot be written, or `dest` is a folder.
     """
-    if name is None:
-        into = '[ -d "$d" ] && { echo "$d is a folder" >&2; exit 1; }; '
-    else:
-        into = (
-            'case "$d" in */) mkdir -p "$d";; esac; '
-            f'[ -d "$d" ] && d="${{d%/}}/"{shlex.quote(name)}; '
-        )
-    # Written beside its place and then renamed: nobody in the guest sees half a file.
-    script = (
-        f"d={quoted(dest)}; {into}"
-        'p=$(dirname -- "$d"); [ -d "$p" ] || mkdir -p "$p"; '
-        't="$p/.vmsandbox.$$"; '
-        f'cat > "$t" && chmod {mode:o} "$t" && mv -f "$t" "$d" || {{ rm -f "$t"; exit 1; }}'
+    finish = (
+        'if [ -f "$d" ]; then chown "$(stat -c %u:%g "$d")" "$t" && chmod "$(stat -c %a "$d")" "$t"; '
+        'else chmod 644 "$t"; fi'
     )
-    stream(script, stdin=file)
+    into = 'case "$d" in */) echo "$d is a folder" >&2; exit 1;; esac; '
+    stream(
+        _write_script(dest, into=into, receive='cat > "$1"', finish=finish),
+        stdin=io.BytesIO(text.encode()),
+    )
 
 
-def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> None:
+def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> None:
+    with source.open("rb") as file:
+        status = os.fstat(file.fileno())
+        finish = (
+            f'chmod {stat.S_IMODE(status.st_mode):o} "$t" && touch -d @{int(status.st_mtime)} "$t"'
+        )
+        if (parts := _parts(file)) is not None:
+            # Where no holes can be made, as in a device, all is sent.
+            only = f'[ -e "$d" ] && [ ! -f "$d" ] && exit {_NOT_REGULAR}; '
+            script = _write_script(dest, into=into + only, receive=parts.receive, finish=finish)
+            try:
+                with written_by(partial(parts.send, file)) as stdin:
+                    stream(script, stdin=stdin)
+            except CommandError as error:
+                if error.result.returncode != _NOT_REGULAR:
+                    raise
+            else:
+                return
+        stream(_write_script(dest, into=into, receive='cat > "$1"', finish=finish), stdin=file)
+
+
+def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
+    """A script that writes its input to a file.
+
+    A file is written beside its place and then renamed: nobody in the guest sees half of it. Where no
+    file can be made there (`/proc`, a read-only folder), and where something else than a file is
+    (a device, a pipe), it is written in place. Symbolic links are followed.
+
+    Args:
+        dest: the file, ``$d`` in the other arguments.
+        into: makes ``$d`` the path of the file itself.
+        receive: writes the input to the file ``$1``.
+        finish: gives the new file ``$t`` its mode.
+    """
+    return (
+        f"receive() {{ {receive}; }}; d={quoted(dest)}; {into}"
+        '[ -d "$d" ] && { echo "$d is a folder" >&2; exit 1; }; '
+        'if [ -e "$d" ] && [ ! -f "$d" ]; then receive "$d"; exit; fi; '
+        'if [ -L "$d" ]; then r=$(readlink -fn "$d" && echo /) || '
+        '{ echo "$d is a link into a folder that does not exist" >&2; exit 1; }; d=${r%/}; fi; '
+        'p="${d%/*}/"; [ -d "$p" ] || mkdir -p "$p"; t="$p.vmsandbox.$$"; '
+        'if { true > "$t"; } 2>/dev/null; then trap \'rm -f "$t"\' EXIT; '
+        f'receive "$t" || exit 1; {{ {finish}; }} && mv -f "$t" "$d" || '
+        '{ [ -f "$d" ] && cat "$t" > "$d"; }; '
+        'elif [ -e "$d" ]; then receive "$d"; else true > "$t"; fi'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What there is of a file with holes.
+
+    Attributes:
+        size: of the file, in bytes.
+        blocks: the first and the last block of each part, the last one not included.
+    """
+
+    size: int
+    blocks: Sequence[tuple[int, int]]
+
+    @property
+    def receive(self) -> str:
+        """The piece of a script that writes what `send` sends to the file ``$1``.
+
+        Each part goes through a program that reads exactly that from the stream.
+        """
+        words = " ".join(f"{first}:{last - first}" for first, last in self.blocks)
+        return (
+            f'true > "$1" || return 1; for p in {words}; do e=$(dd bs={_BLOCK} seek="${{p%:*}}" count="${{p#*:}}" '
+            'iflag=fullblock conv=notrunc of="$1" 2>&1) || { echo "$e" >&2; return 1; }; done; '
+            f'truncate -s {self.size} "$1"'
+        )
+
+    def send(self, file: IO[bytes], sink: IO[bytes]) -> None:
+        """Write all parts, in whole blocks, also if the file has become shorter."""
+        for first, last in self.blocks:
+            for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
+                size = min(_CHUNK, last * _BLOCK - start)
+                sink.write(os.pread(file.fileno(), size, start).ljust(size, b"\0"))
+
+
+def _parts(file: IO[bytes]) -> _Parts | None:
+    """What there is of a file; None of one without holes that are worth it."""
+    status = os.fstat(file.fileno())
+    if status.st_blocks * 512 + _MIN_HOLE * _BLOCK > status.st_size:
+        return None
+    blocks = -(-status.st_size // _BLOCK)
+    holes, end = [], 0
+    for start, stop in integrity.extents(file):
+        holes.append((end, start // _BLOCK))
+        end = -(-stop // _BLOCK)
+    holes.append((end, blocks))
+    os.lseek(file.fileno(), 0, os.SEEK_SET)  # nothing was read of it yet
+    largest = sorted(holes, key=lambda hole: hole[0] - hole[1])[:_MAX_HOLES]
+    parts, end = [], 0
+    for first, last in sorted(largest):
+        if last - first >= _MIN_HOLE:
+            parts.append((end, first))
+            end = last
+    if not parts:
+        return None
+    parts.append((end, blocks))
+    return _Parts(
+        size=status.st_size, blocks=[(first, last) for first, last in parts if last > first]
+    )
+
+
+def _push_tree(stream: Streamer, source: Path, dest: str) -> list[str]:
+    name, source = source.name, source.resolve()  # it may be a link to a folder
+    if dest.endswith("/"):
+        dest += source.name if name in {"", ".."} else name
+    sparse = {name: path for path, name in archive.paths(source) if _has_holes(path)}
+    for name, path in sparse.items():  # before the archive, which gives the folders their modes
+        _push_file(stream, path, f"{dest}/{name.removeprefix('./')}")
+    left_out: list[str] = []
+
+    def pack(file: IO[bytes]) -> None:
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as packed:
+            left_out.extend(archive.pack(source, cast("IO[bytes]", packed), apart=sparse))
+
+    target = quoted(dest)
+    with written_by(pack) as packed:
+        stream(f"mkdir -p {target} && tar -xpzo -C {target} -f -", stdin=packed)
+    return left_out
+
+
+def _has_holes(path: Path) -> bool:
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_blocks * 512 >= status.st_size:
+            return False
+        with path.open("rb") as file:
+            return _parts(file) is not None
+    except FileNotFoundError:  # it was removed meanwhile
+        return False
+
+
+# -- pull -------------------------------------------------------------------------------------------
+
+
+def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> list[str]:
     """Copy a file or a tree out of the guest; see `Guest.pull`.
+
+    Returns:
+        What was left out.
 
     Raises:
         TransferError: `source` does not exist, or `dest` cannot be written.
@@ -106,11 +290,10 @@ def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> None:
     inside = os.fspath(dest).endswith("/")
     target = Path(dest)
     try:
-        (target if inside else target.parent).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=".vmsandbox-", dir=target if inside else target.parent
-        ) as scratch:
-            got = _pull_into(stream, source, Path(scratch))
+        folder = target if inside else target.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".vmsandbox-", dir=folder) as scratch:
+            got, left_out = _pull_into(stream, source, Path(scratch), special=_is_private(folder))
             is_tree = got.is_dir() and not got.is_symlink()
             if inside or (target.is_dir() and not is_tree):
                 target /= name
@@ -123,6 +306,19 @@ def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> None:
         raise TransferError(f"{source} could not be pulled to {target}: {error}") from error
     except CommandError as error:
         raise refused(f"{source} could not be pulled from the guest", error) from error
+    return left_out
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether other users of this machine are kept from all that is in a folder.
+
+    Only there a program of the guest may keep a setuid bit.
+    """
+    folder = folder.resolve()
+    return any(
+        it.stat().st_uid in (0, os.geteuid()) and not it.stat().st_mode & 0o011
+        for it in (folder, *folder.parents)
+    )
 
 
 def _move(source: Path, target: Path) -> None:
@@ -143,135 +339,107 @@ def _move(source: Path, target: Path) -> None:
         source.replace(target)
 
 
-def _push_tree(stream: Streamer, source: Path, dest: str) -> None:
-    target = quoted(dest)
-    if dest.endswith("/"):
-        target = quoted(dest + source.resolve().name)
-    script = f"mkdir -p {target} && tar -xpzo -C {target} -f -"
-
-    def pack(file: IO[bytes]) -> None:
-        with (
-            gzip.GzipFile(fileobj=file, mode="wb", compresslevel=1) as packed,
-            tarfile.open(fileobj=packed, mode="w|", format=tarfile.GNU_FORMAT) as archive,
-        ):
-            archive.add(source, ".", filter=_anonymous)
-
-    with written_by(pack) as archive:
-        stream(script, stdin=archive)
-
-
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Leave out what has no meaning in the guest: owners, sockets."""
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    return member
-
-
-def _pull_into(stream: Streamer, source: str, scratch: Path) -> Path:
-    """Pull `source` into `scratch`; the path of what came."""
+def _pull_into(
+    stream: Streamer, source: str, scratch: Path, *, special: bool, copied: bool = False
+) -> tuple[Path, list[str]]:
+    """Pull `source` into `scratch`: the path of what came, and what was left out."""
     path = PurePosixPath(source)
-    folder, name = str(path.parent), path.name
+    parent, name = str(path.parent), path.name
     if not name:  # the guest's root folder, or «.»
-        folder, name = source, "."
-    name = name if name == "." else "./" + name  # a name may begin with a dash
-    script = f"cd {quoted(folder)} && tar -czf - {shlex.quote(name)}"
+        parent, name = source, "."
+    folder = scratch / ("copied" if copied else "direct")
+    folder.mkdir()
+    incoming = _Incoming(folder, name, special=special)
+    script = _read_script(parent, name if name == "." else "./" + name, copied=copied)
     failure: list[BaseException] = []
-
-    def unpack(file: IO[bytes]) -> None:
-        # tarfile's own way of reading gzip expands a block of zeros a thousandfold in memory.
-        with gzip.GzipFile(fileobj=file, mode="rb") as packed:
-            extract(cast("IO[bytes]", packed), scratch)
-
-    with _read_by(unpack, failure) as write:
-        stream(script, stdout=write)
+    try:
+        with _read_by(incoming.read, failure) as write:
+            said = stream(script, stdout=write) or ""
+    except CommandError as error:
+        said = str(error.result.stderr)
+        if _CUT in said and not copied:
+            return _pull_into(stream, source, scratch, special=special, copied=True)
+        if not incoming.is_tree or not _has_only_changed(said):
+            raise
     if failure:
         raise failure[0]
-    return scratch / name if name != "." else scratch
+    left_out = [next(filter(None, found.groups())) for found in _LEFT_OUT.finditer(said)]
+    return incoming.place, [*incoming.left_out, *left_out]
 
 
-def extract(file: IO[bytes], folder: Path) -> None:
-    """Unpack an archive that is not trusted.
+def _read_script(folder: str, name: str, *, copied: bool) -> str:
+    """A script that writes a header, and then a file, or the archive of anything else.
 
-    Names that leave `folder` are refused, devices and pipes too. Symbolic links are made last, so
-    nothing is written through one; they keep what they say, wherever it points.
-
-    Raises:
-        tarfile.TarError: something in it is refused.
+    Args:
+        folder: where it is.
+        name: what it is called there; it does not look like an option.
+        copied: archive a copy, which does not change.
     """
-    try:
-        with tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
-            _extract(archive, folder)
-    except (OverflowError, RecursionError, ValueError) as error:  # odd times, names, nesting
-        raise tarfile.TarError(str(error)) from error
+    kinds = "*" if copied else "|".join(_UNSIZED.values())
+    return (
+        f"LC_ALL=C; export LC_ALL; cd {quoted(folder)} && n={shlex.quote(name)} || exit; "
+        'if [ -f "$n" ] && [ ! -L "$n" ]; then stat -c "file %a %Y" "$n" && exec cat "$n"; '
+        'elif [ -L "$n" ] || [ -d "$n" ]; then echo tree; '
+        f'case $([ -L "$n" ] || stat -f -c %t "$n") in {kinds}) '
+        "c=$(mktemp -d) && trap 'rm -rf \"$c\"' EXIT || exit; "
+        'cp -RPp "$n" "$c"; cd "$c";; esac; '
+        'tar -czf - "$n"; '
+        'elif [ -e "$n" ]; then echo "$n is neither a file nor a folder" >&2; exit 1; '
+        'else ls -d "$n"; exit 1; fi'
+    )
 
 
-class _Bounded(io.RawIOBase):
-    """Reads a stream forward; no header of an archive can make one read a long one."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._position = 0
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _MAX_READ:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        data = self._file.read(size)
-        self._position += len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence != os.SEEK_SET or offset < self._position:
-            raise tarfile.ReadError("the archive leads backwards")
-        while self._position < offset and self.read(min(_CHUNK, offset - self._position)):
-            pass
-        return self._position
+def _has_only_changed(said: str) -> bool:
+    """Whether tar complains of nothing but that the tree changes."""
+    lines = said.splitlines()
+    return bool(lines) and all(_CHANGED.fullmatch(it) or _LEFT_OUT.fullmatch(it) for it in lines)
 
 
-def _extract(archive: tarfile.TarFile, folder: Path) -> None:
-    links: list[tarfile.TarInfo] = []
-    modes: list[tuple[Path, int]] = []
-    for member in archive:
-        parts = PurePosixPath(member.name).parts
-        if member.name.startswith("/") or ".." in parts:
-            raise tarfile.TarError(f"{member.name!r} leads out of the folder")
-        if member.issparse():  # a few bytes could stand for any number of them
-            raise tarfile.TarError(f"{member.name!r} is a sparse file")
-        path = folder.joinpath(*parts)
-        if member.isdir():
-            path.mkdir(parents=True, exist_ok=True)
-            modes.append((path, member.mode & 0o777))
-        elif member.issym():
-            links.append(member)
-        elif member.isreg() or member.islnk():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if member.islnk():
-                _hard_link(member, folder, path)
-                continue
-            content = archive.extractfile(member)
-            assert content is not None
-            with path.open("xb") as file:
-                shutil.copyfileobj(content, file, _CHUNK)
-            path.chmod(member.mode & 0o777)
-            os.utime(path, (member.mtime, member.mtime))
-        else:
-            raise tarfile.TarError(f"{member.name!r} is neither a file, a folder nor a link")
-    named = [(folder.joinpath(*PurePosixPath(it.name).parts), it.linkname) for it in links]
-    for path, _ in named:  # all folders before the first link: none is found through a link
-        path.parent.mkdir(parents=True, exist_ok=True)
-    for path, link in named:
-        path.symlink_to(link)
-    for path, mode in reversed(modes):  # the innermost first: a folder may be read-only
-        path.chmod(mode)
+class _Incoming:
+    """What comes of a script of `_read_script`, on its way into a folder.
+
+    Attributes:
+        is_tree: whether it is an archive, not a file.
+        left_out: what of it was left out.
+    """
+
+    def __init__(self, folder: Path, name: str, *, special: bool) -> None:
+        self.is_tree = False
+        self.left_out: list[str] = []
+        self.place = folder if name == "." else folder / name
+        self._folder = folder
+        self._special = special
+
+    def read(self, file: IO[bytes]) -> None:
+        """Take all of it.
+
+        Raises:
+            tarfile.TarError: it is not what was asked for.
+        """
+        header = _HEADER.fullmatch(file.readline(_MAX_HEADER))
+        if header is None:
+            raise tarfile.ReadError("there is no header")
+        if header["mode"] is not None:
+            mode, mtime = int(header["mode"], 8), int(header["mtime"])
+            self.left_out = archive.receive(
+                file, self.place, mode=mode, mtime=mtime, special=self._special
+            )
+            return
+        self.is_tree = True
+        # tarfile's own way of reading gzip expands a block of zeros a thousandfold in memory.
+        with gzip.GzipFile(fileobj=file, mode="rb") as packed:
+            self.left_out = extract(cast("IO[bytes]", packed), self._folder, special=self._special)
 
 
-def _hard_link(member: tarfile.TarInfo, folder: Path, path: Path) -> None:
-    parts = PurePosixPath(member.linkname).parts
-    if member.linkname.startswith("/") or ".." in parts:
-        raise tarfile.TarError(f"{member.name!r} is a link out of the folder")
-    os.link(folder.joinpath(*parts), path, follow_symlinks=False)
+def in_words(left_out: Sequence[str]) -> str:
+    """What was left out, for people; a guest may have named it."""
+    words = [printable(it) for it in left_out[:_NAMED]]
+    if len(left_out) > _NAMED:
+        words.append(f"and {len(left_out) - _NAMED} more")
+    return ", ".join(words)
+
+
+# -- streams ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -352,7 +520,24 @@ def _read_by(
 
 def quoted(path: str) -> str:
     """A path of the guest as a word of a script; it does not look like an option."""
-    return shlex.quote(path if path.startswith("/") else f"./{path}")
+    return shlex.quote(anchored(path))
+
+
+def anchored(path: str) -> str:
+    """The same path, such that no program takes it for an option."""
+    return path if path.startswith("/") else f"./{path}"
+
+
+def guest_path(path: str | os.PathLike[str]) -> str:
+    """A path in the guest as text.
+
+    Raises:
+        TypeError: it is none.
+        TransferError: it names nothing.
+    """
+    text = word(path, "a path in the guest")
+    check_guest_path(text)
+    return text
 
 
 def check_guest_path(path: str) -> None:

@@ -1,7 +1,8 @@
 """A guest that was saved wakes up: what is wrong in it then is put right, and checked.
 
 Its clock stands at the moment in which it was saved, and its random numbers are those of every
-other guest that was woken from there.
+other guest that was woken from there. What a test has done to its clock is kept: that is noted before
+its processors stop.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pytest_vmsandbox.machine.machine import Machine
 
 CLOCK_SECONDS = 0.05  # by which a guest's clock may be wrong when a test gets it
 _CLOCK_TRIES = 20
+_LEAD_TRIES = 3
+_MEANT_SECONDS = 2.0  # by which a clock is wrong because somebody has set it; a boot makes less
 _SEED_BYTES = 64
 _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n"
 
@@ -49,7 +52,7 @@ class Awake:
 
 
 def wake(machine: Machine, helper: Helper) -> None:
-    """Let a machine go on whose state was loaded.
+    """Let a machine go on whose state was loaded; its helper knows the lead of its clock.
 
     Raises:
         GuestLost: it does not answer, or something in it cannot be put right.
@@ -75,6 +78,34 @@ def name(helper: Helper, hostname: str, *, in_files: bool) -> None:
         helper.write_file("/etc/hosts", _HOSTS.format(hostname).encode())
 
 
+def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> None:
+    """Pause a machine that somebody uses; `resume` keeps what was done to its clock.
+
+    Args:
+        timeout: seconds for its helper to answer; None for the helper's patience.
+
+    Raises:
+        GuestLost: it does not answer.
+    """
+    helper.lead = _lead(helper, timeout)
+    machine.pause()
+
+
+def _lead(helper: Helper, timeout: float | None) -> float:
+    """By how many seconds somebody has set a guest's clock ahead of this host's."""
+    least, most = helper.read_lead(timeout)
+    for _ in range(_LEAD_TRIES - 1):
+        if most - least <= CLOCK_SECONDS:
+            break
+        least, most = min((least, most), helper.read_lead(timeout), key=_width)
+    lead = (least + most) / 2
+    return lead if abs(lead) >= _MEANT_SECONDS else 0.0
+
+
+def _width(span: tuple[float, float]) -> float:
+    return span[1] - span[0]
+
+
 def resume(machine: Machine, helper: Helper) -> None:
     """Let a machine go on that was woken before and has been paused since.
 
@@ -88,7 +119,7 @@ def resume(machine: Machine, helper: Helper) -> None:
 
 
 def set_clock(helper: Helper) -> None:
-    """Set a guest's clock, and see that it is right.
+    """Set a guest's clock to this host's, or as far ahead as it was, and see that it is right.
 
     Raises:
         GuestLost: it cannot be set.

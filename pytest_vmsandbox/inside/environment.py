@@ -1,8 +1,9 @@
 """What is installed in a guest for the tests that run there, prepared on this machine.
 
 A guest has Python, but neither pip nor a network. The distributions that tests need are resolved
-here by uv for the guest's Python and platform, from wheels only: nothing of them is run, and this
-process's own environment is not touched. They are kept in the cache and pushed as files.
+here by uv for the guest's Python and platform, from wheels: nothing of them is run, and this
+process's own environment is not touched. They are kept in the cache and pushed as files. Where there
+are sources only, the wheel is made here, of what is installed here or of what uv builds.
 
 A failure is a `TransferError`: files that the guest needs could not be brought there. What cannot
 be meant is a `ConfigError`.
@@ -43,6 +44,7 @@ from pytest_vmsandbox.catalogue.files import (
 from pytest_vmsandbox.core import deadline, integrity
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, TransferError
 from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.inside.wheels import make_wheel
 
 ENV = "/opt/vmsandbox/env"  # the virtual environment in the guest
 OURSELVES = "pytest-vmsandbox"
@@ -62,15 +64,20 @@ LEFT_OUT = frozenset(
         "pre-commit",
         "ruff",
         "tox",
-        # Plugins that do their work where the run is: here.
-        "coverage",
-        "execnet",
+        # Plugins that select tests, which is done here.
+        "pytest-picked",
+        "pytest-shard",
+        "pytest-split",
+        "pytest-testmon",
+    }
+)
+# Plugins that do their work where the run is: here. They are installed in the guest, for conftest
+# files that import them, and not loaded there.
+HOST_ONLY = frozenset(
+    {
         "pytest-cov",
         "pytest-forked",
-        "pytest-html",
-        "pytest-metadata",
         "pytest-reportlog",
-        "pytest-rerunfailures",
         "pytest-timeout",
         "pytest-xdist",
     }
@@ -271,6 +278,14 @@ class Requirements:
             preferred=(*self.preferred, *([f"{name}=={here.version}"] if here else [])),
         )
 
+    def without(self, name: str) -> Requirements:
+        """These, but for one distribution, whoever needs it."""
+        return dataclasses.replace(
+            self,
+            lines=tuple(line for line in self.lines if _name_of(line) != name),
+            dropped=(*self.dropped, name),
+        )
+
     def digest(self, python: GuestPython) -> str:
         """SHA-256, in hex, of all that decides what is installed, but for the package index."""
         fields = {**dataclasses.asdict(self), "root": None, "python": dataclasses.asdict(python)}
@@ -340,10 +355,10 @@ def prepare(
         say(f"preparing the packages for the guest's Python {'.'.join(map(str, python.version))}")
         work = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
         try:
-            uv = _Uv(requirements, python, offline=offline, lock=lock)
+            uv = _Uv(requirements, python, offline=offline, lock=lock, work=work, tell=tell)
             out = work / "out"
             out.mkdir(mode=0o700)
-            resolved = uv.resolve(work)
+            resolved = uv.resolve()
             uv.install(resolved, out / "site-packages")
             _make_scripts(out / "site-packages", out / "bin")
             shutil.copyfile(resolved, out / _COMPLETE)
@@ -472,29 +487,85 @@ class _Uv:
         python: for whom.
         offline: use only uv's cache.
         lock: a descriptor that uv inherits: while it runs, the lock is held.
+        work: an empty folder for files of ours.
+        tell: is told what is left out.
 
     Raises:
         TransferError: uv is missing, or has nothing for that Python.
     """
 
     def __init__(
-        self, requirements: Requirements, python: GuestPython, *, offline: bool, lock: int
+        self,
+        requirements: Requirements,
+        python: GuestPython,
+        *,
+        offline: bool,
+        lock: int,
+        work: Path,
+        tell: Callable[[str], object],
     ) -> None:
         self._requirements = requirements
         self._python = python
         self._offline = offline
         self._lock = lock
+        self._work = work
+        self._tell = tell
+        self._wheels = work / "wheels"  # those that were made here
+        self._wheels.mkdir()
+        self._without_wheel: set[str] = set()  # what uv complained of last
         version = ".".join(map(str, python.version))
         self._target = ["--python-version", version, "--python-platform", python.platform]
         self._program = _find_uv()
 
-    def resolve(self, work: Path) -> Path:
-        """Write the versions of all that is to be installed into a file in `work`.
+    def resolve(self) -> Path:
+        """Write the versions of all that is to be installed into a file.
+
+        Where something has no wheel, one is made here if it is pure Python; else it is left out if
+        nobody has imported it here.
 
         Raises:
             TransferError: the requirements cannot be met.
         """
-        requirements = self._requirements
+        tried: set[str] = set()
+        while True:
+            try:
+                return self._resolve()
+            except TransferError:
+                names = self._without_wheel - tried
+                if not names or not all(map(self._do_without_index, sorted(names))):
+                    raise
+                tried |= names
+
+    def _do_without_index(self, name: str) -> bool:
+        """Make the wheel of a distribution that the index does not have, or leave it out."""
+        here = installed().get(name)
+        wanted = [line for line in self._requirements.lines if _name_of(line) == name]
+        if here is None or not all(_allows(line, here.version) for line in wanted):
+            return not self._offline and self._build(name, wanted or [name])
+        if make_wheel(here, self._wheels) is not None:
+            return True
+        if _is_imported(name):
+            return False
+        self._requirements = self._requirements.without(name)
+        self._tell(
+            f"{name} is not in the guest: it has no wheel for the guest's Python, and no test here "
+            "has imported it yet"
+        )
+        return True
+
+    def _build(self, name: str, wanted: Sequence[str]) -> bool:
+        """Let uv build a distribution here; False if that does not work, or it is not pure Python."""
+        target = self._work / f"built-{name}"
+        arguments = ["--no-deps", "--no-binary", name, "--target", os.fspath(target), *wanted]
+        try:
+            self._run("install", *arguments, only_wheels=False)
+        except TransferError:
+            return False
+        built = installed([os.fspath(target)]).get(name)
+        return built is not None and make_wheel(built, self._wheels) is not None
+
+    def _resolve(self) -> Path:
+        requirements, work = self._requirements, self._work
         asked, resolved, overrides = (work / it for it in ("asked.in", "resolved.txt", "drop.txt"))
         asked.write_text(_lines(requirements.lines))
         # uv keeps to the versions that its output names already, as far as it can.
@@ -502,6 +573,7 @@ class _Uv:
         overrides.write_text(_lines(f"{it} ; python_version < '3'" for it in requirements.dropped))
         self._run(
             "compile",
+            *("--find-links", os.fspath(self._wheels)),
             *("--no-header", "--no-annotate", "--no-universal"),
             *("--overrides", os.fspath(overrides)),
             *("--output-file", os.fspath(resolved)),
@@ -519,6 +591,7 @@ class _Uv:
         """
         self._run(
             "install",
+            *("--find-links", os.fspath(self._wheels)),
             *("--no-deps", "--no-compile-bytecode"),
             *("--link-mode", "copy"),  # uv's cache shares no file with ours
             *("--target", os.fspath(target)),
@@ -526,12 +599,13 @@ class _Uv:
         )
         (target / ".lock").unlink(missing_ok=True)
 
-    def _run(self, command: str, *arguments: str) -> None:
+    def _run(self, command: str, *arguments: str, only_wheels: bool = True) -> None:
+        wheels = ["--only-binary", ":all:", *self._target] if only_wheels else []
+        self._without_wheel = set()
         done = subprocess.run(
             [
                 *(self._program, "pip", command, "--quiet", "--no-progress", "--color", "never"),
-                *("--python", sys.executable, "--no-python-downloads", "--only-binary", ":all:"),
-                *self._target,
+                *("--python", sys.executable, "--no-python-downloads", *wheels),
                 *(["--offline"] if self._offline else []),
                 *arguments,
             ],
@@ -556,6 +630,7 @@ class _Uv:
                 remedy="run these tests once with the network",
             )
         found = {it for match in _NO_WHEEL.findall(text) for it in match if it}
+        self._without_wheel = set(map(canonicalize_name, found))
         if found:
             names = ", ".join(sorted(found))
             version = ".".join(map(str, self._python.version[:2]))
@@ -563,7 +638,7 @@ class _Uv:
                 f"no wheel for the guest (Python {version}, {self._python.machine}) of: {names}",
                 details=details,
                 remedy=f"name in {SETTING} what the tests need in the guest, without it,"
-                " or build a wheel of it and name its folder in UV_FIND_LINKS",
+                " or build a wheel of it for that Python and name its folder in UV_FIND_LINKS",
             )
         return TransferError(
             "the packages for the guest cannot be had",
@@ -571,6 +646,29 @@ class _Uv:
             remedy=f"name other requirements in {SETTING}, or another package index in"
             " UV_DEFAULT_INDEX or uv.toml",
         )
+
+
+def _name_of(requirement: str) -> str:
+    """The canonical name in a requirement."""
+    return canonicalize_name(Requirement(requirement).name)
+
+
+def _allows(requirement: str, version: str) -> bool:
+    return Requirement(requirement).specifier.contains(version, prereleases=True)
+
+
+def _is_imported(name: str) -> bool:
+    """Whether this process has imported anything of a distribution."""
+    found = importlib.metadata.packages_distributions()
+    return any(
+        module in sys.modules and any(canonicalize_name(it) == name for it in distributions)
+        for module, distributions in found.items()
+    )
+
+
+def providers(module: str) -> list[str]:
+    """The names of the distributions that have installed a top-level module here."""
+    return sorted(set(importlib.metadata.packages_distributions().get(module, ())))
 
 
 def _find_uv() -> str:

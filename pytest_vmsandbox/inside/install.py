@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +42,7 @@ class Payload:
 
     Attributes:
         tree: the project's files.
+        outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
         requirements: what is installed besides.
         cache: the user's cache folder; prepared environments are kept there.
@@ -49,6 +52,7 @@ class Payload:
     """
 
     tree: Tree
+    outside: tuple[Tree, ...] = ()
     project: Project
     requirements: Requirements
     cache: Path
@@ -73,7 +77,8 @@ class Payload:
             root: pytest's rootdir.
             entries: what is installed, see `Requirements.of_entries`; without any, what is
                 installed here.
-            more: see `Tree.of`; the project's modules go in any case.
+            more: see `Tree.of`; the project's modules go in any case. Folders outside of `root`
+                may be among them.
             offline: never touch the network.
             say: told of long waits.
             tell: told of what does not go as it should; default: `say`.
@@ -82,13 +87,16 @@ class Payload:
             ConfigError: an entry, or the tree, cannot be meant.
             TransferError: a module that is installed here is not in the tree.
         """
-        project = Project.of(root)
+        outside = trees.outside(root, more)
+        project = Project.of(root, outside=outside)
+        inner = [path for path in more if not trees.is_outside(root, path)]
         if entries:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=say)
         return cls(
-            tree=Tree.of(root, more=[*more, *project.modules]),
+            tree=Tree.of(root, more=[*inner, *project.modules]),
+            outside=tuple(map(Tree.of, outside)),
             project=project,
             requirements=requirements,
             cache=cache_dir(),
@@ -105,12 +113,14 @@ class Installed:
     Attributes:
         place: of the interpreter and the runner.
         tree: the project's folder in the guest.
+        outside: folders outside of the project: from what each is called here to what it is there.
         path: what stands first on `sys.path`.
         programs: the folder of installed programs, the first on ``PATH``.
     """
 
     place: Place
     tree: str
+    outside: Mapping[str, str]
     path: tuple[str, ...]
     programs: str
 
@@ -128,11 +138,19 @@ def install(guest: Guest, payload: Payload) -> Installed:
 
 def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
     """Where in a guest things lie, once both steps were taken; the same in every guest."""
-    there = f"{BASE}/src/{payload.project.root.name}"
+    there, outside = f"{BASE}/src/{payload.project.root.name}", {}
+    if payload.outside:  # all lie there as they lie here, so that relative paths lead to them
+        root = payload.tree.root
+        common = os.path.commonpath([root, *(tree.root for tree in payload.outside)])
+        there = f"{BASE}/src/{root.relative_to(common)}"
+        outside = {
+            str(it.root): f"{BASE}/src/{it.root.relative_to(common)}" for it in payload.outside
+        }
     return Installed(
         place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
         tree=there,
-        path=tuple(f"{there}/{root}".rstrip("/") for root in payload.project.import_roots),
+        outside=outside,
+        path=tuple(posixpath.normpath(f"{there}/{it}") for it in payload.project.import_roots),
         programs=f"{ENV}/bin",
     )
 
@@ -152,8 +170,10 @@ def environment_step(payload: Payload) -> Step:
 def project_digest(payload: Payload) -> str:
     """SHA-256, in hex, of what `install_project` puts there: names, sizes, times and modes of files."""
     project = payload.project
-    entries = {path: dataclasses.astuple(it) for path, it in payload.tree.entries.items()}
-    total = hashlib.sha256(json.dumps([str(project.root), entries]).encode())
+    total = hashlib.sha256(str(project.root).encode())
+    for tree in (payload.tree, *payload.outside):
+        entries = {path: dataclasses.astuple(it) for path, it in tree.entries.items()}
+        total.update(json.dumps([str(tree.root), entries]).encode())
     total.update(json.dumps(project.import_roots).encode())
     for files in (project.metadata, project.scripts):
         for name, data in sorted(files.items()):
@@ -205,6 +225,8 @@ def install_project(guest: Guest, payload: Payload) -> None:
         _write(base, files)
         guest.push(base, BASE)
     trees.sync(guest, payload.tree, there.tree)
+    for tree in payload.outside:
+        trees.sync(guest, tree, there.outside[str(tree.root)])
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Project:
         names: canonical names of the installed distributions whose source is the tree at `root`;
             several in a workspace, none if none of it is installed.
         import_roots: POSIX paths relative to `root` that stand first on ``sys.path`` in the guest;
-            ``""`` is `root` itself.
+            ``""`` is `root` itself, and ``..`` leads to folders outside of it.
         modules: POSIX paths relative to `root` of the distributions' modules, folders and files. All
             that is in them is imported or read here, also what git ignores: a file with the version
             that a build has written, what is compiled, catalogues of translations.
@@ -56,18 +57,21 @@ class Project:
     scripts: Mapping[str, bytes]
 
     @classmethod
-    def of(cls, root: Path, sys_path: Sequence[str] | None = None) -> Project:
+    def of(
+        cls, root: Path, sys_path: Sequence[str] | None = None, *, outside: Sequence[Path] = ()
+    ) -> Project:
         """The project in `root`.
 
         Args:
             root: pytest's rootdir.
             sys_path: what it is imported from here; default: ``sys.path``.
+            outside: folders elsewhere that go to the guest, too, without links.
 
         Raises:
             TransferError: a module that is installed here is not in the tree.
         """
         path = sys.path if sys_path is None else sys_path
-        tree = _Tree(root)
+        tree = _Tree(root, outside)
         found = {name: it for name, it in installed(path).items() if tree.has(name, it)}
         import_roots = list(dict.fromkeys(it for it in map(tree.relative, path) if it is not None))
         modules: dict[str, None] = {}
@@ -103,20 +107,44 @@ class Project:
         )
 
 
-class _Tree:
-    """A project's folder, apart from the virtual environments in it."""
+def foreign_folders(root: Path, sys_path: Sequence[str] | None = None) -> list[Path]:
+    """The folders of ``sys.path`` that are neither the project's nor installed: no guest has them."""
+    tree = _Tree(root)
+    paths = sysconfig.get_paths()
+    own = [Path(os.path.realpath(paths[name])) for name in ("stdlib", "platstdlib", "scripts")]
+    folders = dict.fromkeys(
+        os.path.realpath(path or ".") for path in (sys.path if sys_path is None else sys_path)
+    )
+    return [
+        Path(folder)
+        for folder in folders
+        if Path(folder).is_dir()
+        and _SITES.isdisjoint(Path(folder).parts)
+        and not any(Path(folder).is_relative_to(it) for it in (tree.root, *own))
+    ]
 
-    def __init__(self, root: Path) -> None:
+
+def provider(module: str, folders: Iterable[Path]) -> Path | None:
+    """The folder that a top-level module is imported from; None if none of them has it."""
+    return next((it for it in folders if (it / module).is_dir() or any(_files(it, module))), None)
+
+
+class _Tree:
+    """A project's folder, and others that go along, apart from the virtual environments in them."""
+
+    def __init__(self, root: Path, outside: Sequence[Path] = ()) -> None:
         self.root = Path(os.path.realpath(root))
+        self._outside = outside
         self._name = _declared_name(self.root)
 
     def relative(self, path: str) -> str | None:
         """The POSIX path of a folder of the tree, relative to the root; None for what is none."""
         folder = Path(os.path.realpath(path or "."))
-        if not folder.is_relative_to(self.root) or not folder.is_dir():
+        tops = [top for top in (self.root, *self._outside) if folder.is_relative_to(top)]
+        if not tops or not folder.is_dir():
             return None
-        inner = folder.relative_to(self.root)
-        above = [self.root.joinpath(*inner.parts[:it]) for it in range(1, len(inner.parts) + 1)]
+        inner = folder.relative_to(tops[0])
+        above = [tops[0].joinpath(*inner.parts[:it]) for it in range(1, len(inner.parts) + 1)]
         prefixes = {Path(os.path.realpath(it)) for it in (sys.prefix, sys.base_prefix)}
         if (
             not _SITES.isdisjoint(inner.parts)
@@ -124,7 +152,7 @@ class _Tree:
             or any((it / "pyvenv.cfg").exists() for it in above)
         ):
             return None
-        return "" if inner == Path() else inner.as_posix()
+        return "" if folder == self.root else os.path.relpath(folder, self.root)
 
     def has(self, name: str, distribution: Distribution) -> bool:
         """Whether the tree is the source of an installed distribution."""
@@ -160,7 +188,7 @@ class _Tree:
     def places(self, where: str, module: str) -> list[str]:
         """The POSIX paths of a top-level module, relative to the root; none behind a link."""
         base = self.root / where
-        if Path(os.path.realpath(base)) != base:
+        if Path(os.path.realpath(base)) != base:  # nor of a folder outside, which goes as it is
             return []
         folder = [base / module] if (base / module).is_dir() else []
         return [it.relative_to(self.root).as_posix() for it in (*folder, *_files(base, module))]

@@ -31,6 +31,8 @@ session uses names of its own: `keep_apart` says how.
 
 from __future__ import annotations
 
+import _thread
+import binascii
 import builtins
 import codecs
 import errno
@@ -69,6 +71,13 @@ MAX_MESSAGE = 24 << 20  # bytes
 ASIDE = 900  # from here on, descriptors are out of the way of tests
 NICE = 5  # of what stands between tests and host: several messages then go in one
 PIECE = 500  # collected items in one message
+MAX_PROPERTIES = 10_000  # of a report: user_properties
+MAX_RESULT = 12 << 20  # bytes of a file of allure's
+MAX_BENCHMARK = 500_000  # rounds of a benchmark
+MAX_ATTRIBUTES = 100  # of a report, that plugins and conftest files have given it
+MAX_ATTRIBUTE_BYTES = 6 << 20  # of all of them together, as JSON
+MAX_ATTRIBUTE_VALUES = 100_000  # in one of them
+MAX_ATTRIBUTE_DEPTH = 20  # of lists and objects in each other
 DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
 
 
@@ -459,7 +468,10 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     session = Session(config, Wire(wire))
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
-    status = int(pytest.main(args, plugins=[session, fixtures_of(config["fixtures"])]))
+    ours: list[Any] = [session, fixtures_of(config["fixtures"])]
+    if measuring is not None:
+        ours.append(measuring.plugin())
+    status = int(pytest.main(args, plugins=ours))
     if measuring is not None:
         measuring.tell(session.wire, os.path.realpath(config["tree"]))
     return status
@@ -548,6 +560,27 @@ class Measuring:
         self.coverage = coverage.Coverage(config_file=settings)
         self.coverage.start()
 
+    def plugin(self) -> types.ModuleType:
+        """What tests find of pytest-cov: its fixture that is coverage, and how not to be measured."""
+        import pytest
+
+        def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+            names = getattr(item, "fixturenames", ())
+            if "no_cover" not in names and item.get_closest_marker("no_cover") is None:
+                yield
+                return
+            self.coverage.stop()
+            try:
+                yield
+            finally:
+                self.coverage.start()
+
+        hook = pytest.hookimpl(wrapper=True)(pytest_runtest_call)
+        module = types.ModuleType("vmsandbox_coverage")
+        vars(module)["pytest_runtest_call"] = hook
+        vars(module)["cov"] = pytest.fixture(name="cov")(lambda: self.coverage)
+        return module
+
     def tell(self, wire: Wire, tree: str) -> None:
         """Stop, and tell what was measured of the files of a tree."""
         self.coverage.stop()
@@ -573,13 +606,15 @@ class Wire:
         self.lines = Lines()
         self.waiting: list[bytes] = []
         self.owner = os.getpid()
+        self.lock = _thread.RLock()  # threads of tests log, too
 
     def say(self, message: dict[str, Any]) -> None:
         if os.getpid() != self.owner:  # a test has forked, and its child reports: not to us
             return
         data = json.dumps(message).encode() + b"\n"
         try:
-            self.send(data)
+            with self.lock:
+                self.send(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
@@ -597,6 +632,10 @@ class Wire:
         return message
 
 
+class InAnotherGuest(BaseException):
+    """The next attempt at a test has a guest of its own: pytest-rerunfailures is to begin none here."""
+
+
 class Session:
     """The plugin that makes a pytest session run what it is told to.
 
@@ -606,13 +645,16 @@ class Session:
     The configuration: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set, ``ini`` (a list of
     ``[names of a key, value]``),
     ``path`` for `sys.path`, ``junit`` (the family of the host's junit file, if it writes one),
+    ``reruns`` (whether the host knows pytest-rerunfailures), ``alone`` (whether each attempt at a test has a guest of its own),
     ``measure`` (coverage's options, if it is measured) and ``tree`` (of what), ``fixtures`` (name →
     value), ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is
     told, since the host could not collect them).
 
     It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [[node id,
     report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
-    is told to run, reports, ``{"done": ID, "stop": reason or null}``.
+    is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
+    ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
+    attempt at it.
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
@@ -620,6 +662,7 @@ class Session:
         from _pytest._io import TerminalWriter
 
         self.mark, self.exit, self.item = pytest.mark, pytest.exit.Exception, pytest.Item
+        self.run_failed, self.run_stopped = pytest.Session.Failed, pytest.Session.Interrupted
         self.shown = io.StringIO()
         self.screen = TerminalWriter(self.shown)
         self.settings = config
@@ -627,6 +670,11 @@ class Session:
         self.items: dict[str, pytest.Item] = {}
         self.failed: list[pytest.CollectReport] = []
         self.found: int | None = None  # how many items
+        self.outcomes = (*OUTCOMES, RERUN) if config.get("reruns") else OUTCOMES
+        self.timed = False  # whether the function of the test that runs has a limit of its own
+        self.reruns = False  # whether this attempt at it is followed by another
+        self.running = ""  # the item that runs
+        self.reported: list[str] = []  # its phases, so far
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -657,7 +705,9 @@ class Session:
             config.stash[xml_key] = junit
             config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
+    def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w")
@@ -669,8 +719,9 @@ class Session:
 
     def pytest_collection(self, session: pytest.Session) -> Iterator[None]:
         self.config = session.config
-        yield
-        if self.found is not None:  # and pytest has told the warnings, too
+        outcome: Any = yield
+        self.tell_failed(outcome.exception)
+        if self.found is not None and outcome.exception is None:  # pytest has told warnings, too
             self.wire.say({"ready": self.found})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -689,6 +740,8 @@ class Session:
         for report in self.failed:
             self.wire.say({"failed": clean([report.nodeid, self.serialized(report)])})
         self.found = len(rows)
+        if self.settings.get("logs"):
+            send_logs(session.config, self.wire)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -727,9 +780,24 @@ class Session:
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
         item = self.items[message["id"]]
         item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
+        self.running, self.reported = message["id"], []
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(self.mark, name)(reason=reason))
-        session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        self.timed = message.get("timed", False)
+        self.reruns = False
+        if attempt := message.get("attempt", 0):  # those before were in other guests
+            database: Any = session.config.failures_db  # type: ignore[attr-defined]
+            database.get_test_failures = lambda _: attempt
+        try:
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        except InAnotherGuest:
+            pass
+        except self.run_failed as error:
+            self.tell_failed(error)
+            raise
+        for said in benchmarks_of(session.config, self.settings.get("machine", False)):
+            self.wire.say(said)
+        self.tell_results()
         stop = session.shouldfail or session.shouldstop
         self.wire.say(
             {
@@ -740,27 +808,75 @@ class Session:
         )
         return bool(stop)
 
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        """Tell that a test's function begins, if the host would not know it in time."""
+        # pytest-rerunfailures holds back reports until an attempt is over.
+        if self.timed or hasattr(item, "execution_count"):
+            self.wire.say({"call": True})
+
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        """Tell that it has ended."""
+        if self.timed and call.when == "call":
+            self.wire.say({"call": False})
+
     def next(self, message: dict[str, Any]) -> pytest.Item | None:
         """The item for whose sake fixtures stay; one that needs the session's only, if unknown."""
         if message["next"] in self.items:
             return self.items[message["next"]]
         return self.pause if message["more"] else None
 
+    def pytest_runtest_logstart(self) -> None:
+        if self.reruns:
+            self.reruns, self.reported = False, []
+            self.wire.say({"again": True})
+
+    def pytest_runtest_logfinish(self) -> None:
+        if self.reruns and self.settings["alone"]:
+            raise InAnotherGuest
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.serialized(report)
+        for note in self.put_right(data):
+            self.wire.say(note)
+        if "_report_type" not in data:
+            if data["when"] in self.reported or data["outcome"] not in self.outcomes:
+                return
+            self.reported.append(data["when"])
+            self.reruns |= data["outcome"] == RERUN
         for name in ("keywords", "location"):  # the host has its own
             data.pop(name, None)
+        data["attributes"], notes = attributes_of(report)
+        data["scenario"] = scenario_of(report)
+        message = bounded({"report": clean(data)})
+        if len(message["report"]["user_properties"]) < len(report.user_properties):
+            notes.append({"note": "properties", "name": str(len(report.user_properties))})
+        for note in notes:
+            self.wire.say(note)
+        self.wire.say(message)
+
+    def put_right(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Let a report be one that the host expects; messages about what a hook has made of it."""
         data["user_properties"] = [
-            [str(name), portable(value)] for name, value in report.user_properties
+            [str(name), portable(value)] for name, value in data["user_properties"][:MAX_PROPERTIES]
         ]
-        self.wire.say(bounded({"report": clean(data)}))
+        if data["nodeid"] != self.running:
+            yield {"note": "renamed", "name": clean(data["nodeid"])}
+            data["nodeid"] = self.running
+        if "_report_type" in data:  # a subtest's
+            return
+        if data["outcome"] not in self.outcomes:
+            yield {"note": "outcome", "name": clean(str(data["outcome"]))}
+        elif data["when"] in self.reported:
+            yield {"note": "twice", "name": clean(str(data["when"]))}
 
     def serialized(self, report: pytest.TestReport | pytest.CollectReport) -> dict[str, Any]:
         """What a report consists of.
 
         pytest can tell it, too, but uses modules that tests patch, and plain pytest does not do it.
         """
-        data: dict[str, Any] = dict(vars(report))
+        data: dict[str, Any] = {
+            name: value for name, value in vars(report).items() if name in FIELDS
+        }
         data["nodeid"] = str(data.pop("_id", None) or data["nodeid"])  # `_id` since pytest 9.2
         data["longrepr"] = self.longrepr(report.longrepr)
         if type(report).__name__.lower() == "subtestreport":  # pytest's, or pytest-subtests'
@@ -822,23 +938,43 @@ class Session:
             )
         )
 
+    def tell_failed(self, error: BaseException | None) -> None:
+        """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
+        if isinstance(error, self.run_failed):
+            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        left = isinstance(excinfo.value, self.exit)
-        self.wire.say(
-            clean(
-                {
-                    "interrupted": str(excinfo.value),
-                    "left": left,
-                    "status": getattr(excinfo.value, "returncode", None) if left else None,
-                }
-            )
-        )
+        how = "key"
+        if isinstance(excinfo.value, self.exit):
+            how = "left"
+        elif isinstance(excinfo.value, self.run_stopped):
+            how = "stopped"
+        status = getattr(excinfo.value, "returncode", None) if how == "left" else None
+        self.wire.say(clean({"interrupted": str(excinfo.value), "how": how, "status": status}))
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self.wire.say({"internal": clean(self.text(excrepr))})
 
     def pytest_unconfigure(self) -> None:
+        self.tell_results()
         self.wire.say({"finished": True})
+
+    def tell_results(self) -> None:
+        """Send the files that allure has written since, and remove them."""
+        folder = self.settings.get("allure")
+        try:
+            names = sorted(os.listdir(folder)) if folder else []
+        except FileNotFoundError:  # allure is not here
+            return
+        for name in names:
+            path = "%s/%s" % (folder, name)
+            if os.stat(path).st_size > MAX_RESULT:
+                self.wire.say({"note": "result", "name": clean(name)})
+            else:
+                with open(path, "rb") as file:
+                    data = binascii.b2a_base64(file.read(), newline=False).decode()
+                self.wire.say({"allure": clean(name), "data": data})
+            os.unlink(path)
 
 
 def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:
@@ -911,17 +1047,170 @@ class JUnit:
         self.wire.say(clean({"junit": "attribute", "name": str(name), "value": str(value)}))
 
 
-OUTERMOST = ("pytest_cmdline_parse", "pytest_collection")
-FIRST = ("pytest_configure", "pytest_load_initial_conftests", "pytest_runtestloop")
+OUTERMOST = ("pytest_cmdline_parse", "pytest_sessionstart", "pytest_collection")
+FIRST = (
+    "pytest_configure",
+    "pytest_load_initial_conftests",
+    "pytest_runtest_call",
+    "pytest_runtest_makereport",
+    "pytest_runtestloop",
+)
 LAST = (
-    "pytest_sessionstart",
     "pytest_collection_finish",
+    "pytest_runtest_logfinish",
     "pytest_runtest_logreport",
     "pytest_unconfigure",
 )
 
 
 PLACE = ("path", "lineno", "message")
+OUTCOMES = ("passed", "failed", "skipped")
+RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
+# What pytest's own reports consist of. All else on one is from a plugin or a conftest file.
+FIELDS = {
+    "_id", "nodeid", "location", "keywords", "outcome", "longrepr", "when", "sections", "duration",
+    "user_properties", "start", "stop", "wasxfail", "context", "result",
+}  # fmt: skip
+
+
+def attributes_of(report: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What plugins and conftest files have hung on a report: name → value, as JSON has it.
+
+    Returns:
+        Those, and messages about what is lost.
+    """
+    found: dict[str, Any] = {}
+    notes: list[dict[str, Any]] = []
+    room = MAX_ATTRIBUTE_BYTES
+    for name, value in vars(report).items():
+        if name in FIELDS:
+            continue
+        plain = Plain()
+        try:
+            if not isinstance(value, JSON) and not hasattr(value, "__fspath__"):
+                raise TypeError
+            found[name] = plain.of(value)
+            room -= len(json.dumps(found[name]))
+            if room < 0 or len(found) > MAX_ATTRIBUTES:
+                raise OverflowError
+        except Exception as error:
+            found.pop(name, None)
+            why = "size" if isinstance(error, OverflowError) else "kind"
+            notes.append({"note": "attribute", "name": clean(str(name)), "why": why})
+        else:
+            if plain.texts:
+                notes.append({"note": "attribute", "name": clean(str(name)), "why": "texts"})
+    return found, notes
+
+
+JSON = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+class Plain:
+    """Makes a value one that JSON has; members that it does not have become texts."""
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.texts = False  # whether there was such a member
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        self.values += 1
+        if self.values > MAX_ATTRIBUTE_VALUES or depth > MAX_ATTRIBUTE_DEPTH:
+            raise OverflowError
+        if isinstance(value, dict):
+            self.texts = self.texts or not all(isinstance(key, str) for key in value)
+            return {clean(str(key)): self.of(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.of(item, depth + 1) for item in value]
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "backslashreplace")
+        elif not isinstance(value, JSON):
+            self.texts = self.texts or not hasattr(value, "__fspath__")
+            value = str(value)
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise OverflowError
+        return clean(value)
+
+
+def scenario_of(report: Any) -> Any:
+    """What pytest-bdd 8 and newer note of a report beside it; older ones hang it on the report."""
+    registry = getattr(
+        sys.modules.get("pytest_bdd.reporting"), "test_report_context_registry", None
+    )
+    context = registry.get(report) if registry is not None else None
+    return None if context is None else {"scenario": context.scenario, "name": context.name}
+
+
+def benchmarks_of(config: Any, about_machine: bool) -> Iterator[dict[str, Any]]:
+    """Messages with what pytest-benchmark has measured since they were last asked for.
+
+    Args:
+        about_machine: whether the host will save them, with what they were measured on.
+    """
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    name_of = sys.modules["pytest_benchmark.utils"].funcname
+    measured, session.benchmarks[:] = list(session.benchmarks), []
+    for one in measured:
+        if len(one.stats.data) > MAX_BENCHMARK:
+            yield {"note": "rounds", "name": str(len(one.stats.data))}
+            continue
+        found: dict[str, Any] = {
+            name: Plain().of(getattr(one, name))
+            for name in ("group", "param", "params", "extra_info", "iterations", "has_error")
+        }
+        found["data"] = one.stats.data
+        found["options"] = {
+            name: Plain().of(name_of(value) if callable(value) else value)
+            for name, value in one.options.items()
+        }
+        yield {"benchmark": clean(found), "machine": machine_of(session) if about_machine else None}
+
+
+def machine_of(session: Any) -> Any:
+    """What pytest-benchmark tells of this machine; that takes long, and is found out once."""
+    if not hasattr(session, "vmsandbox_machine"):
+        session.vmsandbox_machine = Plain().of(session.get_machine_info())
+    return session.vmsandbox_machine
+
+
+def send_logs(config: Any, wire: Wire) -> None:
+    """Send the records of tests to the host, where its live log or log file wants them.
+
+    They come by way of pytest's handler for the log file, which no test inside has.
+    """
+    import logging
+
+    plugin = config.pluginmanager.get_plugin("logging-plugin")
+    if plugin is None:
+        return
+    formatter = logging.Formatter()
+
+    class Records(type(plugin.log_file_handler)):  # type: ignore[misc]
+        def setLevel(self, level: object) -> None:  # noqa: N802  # the host looks at levels
+            pass
+
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                text = record.getMessage()
+                trace = record.exc_info and formatter.formatException(record.exc_info)
+            except Exception as error:  # of the test, which pytest lets fail
+                text, trace = "%s (%r)" % (record.msg, error), None
+            found = {name: getattr(record, name, None) for name in RECORD}
+            found.update(msg=text, exc_text=trace or None)
+            when = getattr(plugin.log_cli_handler, "_when", None)
+            wire.say({"logged": clean(found), "when": clean(when)})
+            if self.stream is not None:  # a hook has named a file
+                super().emit(record)
+
+    plugin.log_file_handler = Records(os.devnull, delay=True)
+
+
+RECORD = (
+    "name", "levelno", "levelname", "pathname", "lineno", "funcName", "created", "msecs",
+    "process", "processName", "thread", "threadName", "taskName", "stack_info",
+)  # fmt: skip
 
 
 def fields(value: Any, *names: str) -> dict[str, Any] | None:

@@ -244,7 +244,7 @@ class Keeper:
         except VMSandboxError:
             pass
         return GuestLost(
-            f"the keeper of the test session in {self.guest.name} is gone",
+            f"the process in {self.guest.name} that runs the tests is gone",
             stage="command",
             remedy="did the test kill all processes, or delete what it did not make?",
         )
@@ -252,6 +252,18 @@ class Keeper:
 
 # A keeper that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
 _SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
+
+
+class RunEnded(Exception):
+    """A session has said that its run is to end before it had collected.
+
+    Attributes:
+        message: what it has said.
+    """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__()
+        self.message = message
 
 
 class GuestSession:
@@ -286,6 +298,7 @@ class GuestSession:
 
         Raises:
             InterpreterLost: it ended before it had collected, as it does after a usage error.
+            RunEnded: something there has ended the run.
             GuestLost: the guest is gone.
         """
         session = cls(keeper)
@@ -296,6 +309,8 @@ class GuestSession:
             message = session._hear(deadline, "collect the tests")
             if "ready" in message:
                 return session, said
+            if "interrupted" in message:
+                raise RunEnded(message)
             session._take(message, said)
 
     @classmethod
@@ -305,7 +320,7 @@ class GuestSession:
         collected: Mapping[str, Any],
         *,
         environment: Mapping[str, str],
-        fixtures: Mapping[str, str],
+        fixtures: Mapping[str, str | None],
         timeout: float,
     ) -> tuple[GuestSession, list[Message]]:
         """The session that waits in a guest that was cloned.
@@ -371,15 +386,34 @@ class GuestSession:
         return self._announced
 
     def announce(
-        self, nodeid: str, *, following: str | None, more: bool, marks: Sequence[tuple[str, str]]
+        self,
+        nodeid: str,
+        *,
+        following: str | None,
+        more: bool,
+        marks: Sequence[tuple[str, str]],
+        timed: bool = False,
+        attempt: int = 0,
     ) -> None:
         """Let it run an item as soon as it is done with those before; `run` has to follow.
+
+        Args:
+            timed: whether its function has a limit of its own.
+            attempt: how many attempts at it there were in other guests.
 
         Raises:
             GuestLost: the guest is gone.
         """
         self._keeper.say(
-            {"do": "run", "id": nodeid, "next": following, "more": more, "marks": list(marks)}
+            {
+                "do": "run",
+                "id": nodeid,
+                "next": following,
+                "more": more,
+                "marks": list(marks),
+                "timed": timed,
+                "attempt": attempt,
+            }
         )
         self._announced.append(nodeid)
 
@@ -391,6 +425,8 @@ class GuestSession:
         more: bool,
         marks: Sequence[tuple[str, str]],
         limit: float,
+        call_limit: float | None = None,
+        attempt: int = 0,
     ) -> Iterator[Message]:
         """Run one item; what the session says until it is done, ``done`` included.
 
@@ -400,13 +436,22 @@ class GuestSession:
             more: whether any may come.
             marks: name and reason of marks to add.
             limit: seconds that it has.
+            call_limit: seconds that its function has.
+            attempt: how many attempts at it there were in other guests.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
         if not self._announced:
-            self.announce(nodeid, following=following, more=more, marks=marks)
+            self.announce(
+                nodeid,
+                following=following,
+                more=more,
+                marks=marks,
+                timed=call_limit is not None,
+                attempt=attempt,
+            )
         if self._announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
@@ -414,9 +459,13 @@ class GuestSession:
             )
         self._keeper.expect()
         self._running = True
-        deadline = Deadline(limit)
+        deadline = whole = Deadline(limit)
         while self._running:
             message = self._hear(deadline, "end")
+            if "call" in message:
+                deadline = whole
+                if message["call"] and call_limit is not None and call_limit < whole.remaining():
+                    deadline = Deadline(call_limit)
             if "done" in message:
                 if message["done"] != nodeid:
                     raise broken("the end of a test that was not asked for", message["done"])

@@ -149,6 +149,106 @@ class Pushed:
     removed: int = 0
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What has changed in a guest's copy of a tree since it went there.
+
+    Attributes:
+        written: files that are new or have other content, by path.
+        removed: paths of files that are gone.
+    """
+
+    written: Mapping[str, Entry]
+    removed: tuple[str, ...]
+
+
+def changes(guest: Scripted, tree: Tree, dest: str) -> Changes:
+    """What differs in the guest's folder `dest` from the tree that `sync` has put there.
+
+    Costs one command in the guest. A file whose size and time are right is taken for the same.
+
+    Raises:
+        TransferError: the guest does not tell what it has.
+    """
+    there = _listing(guest, dest)
+    written = {
+        path: entry
+        for path, entry in there.items()
+        if entry.kind == "file" and not _same_content(entry, tree.entries.get(path))
+    }
+    removed = [
+        path for path, entry in tree.entries.items() if entry.kind == "file" and path not in there
+    ]
+    return Changes(written, tuple(removed))
+
+
+def is_cache(path: str) -> bool:
+    """Whether a path of a tree is in a cache, is git's own, or is what each run writes anew."""
+    *_, name = parts = path.split("/")
+    return ".git" in parts or not _CACHES.isdisjoint(parts) or name in _WRITTEN_BY_RUNS
+
+
+def _same_content(entry: Entry, other: Entry | None) -> bool:
+    return other is not None and _version(entry) == _version(other)
+
+
+def _version(entry: Entry) -> object:
+    """What two entries of the same content have in common."""
+    return entry.kind, entry.size, entry.mtime_ns // 1000
+
+
+def check(root: Path, more: Sequence[str]) -> None:
+    """Look for what would keep a tree from going to a guest, as far as that is quickly seen.
+
+    Args:
+        root, more: see `Tree.of`; folders outside of `root` may be among `more`.
+
+    Raises:
+        ConfigError: see `Tree.of` and `outside`.
+    """
+    root = Path(os.path.realpath(root))
+    for folder in (root, *outside(root, more)):
+        _check_root(folder)
+        _is_work_tree(folder)
+    for path in more:
+        if not is_outside(root, path):
+            _relative(root, path)
+
+
+def outside(root: Path, entries: Iterable[str]) -> list[Path]:
+    """The folders among the entries of the setting ``vm_push`` that are not below `root`, without links.
+
+    Raises:
+        ConfigError: one of them is no folder, or holds `root`.
+    """
+    root = Path(os.path.realpath(root))
+    found: dict[Path, None] = {}
+    for entry in entries:
+        if not is_outside(root, entry):
+            continue
+        place = Path(os.path.realpath(root / entry))
+        if not place.is_dir():
+            raise ConfigError(
+                f"vm_push: {entry!r} is no folder of this machine",
+                remedy="outside of the rootdir, vm_push takes folders only",
+            )
+        if root.is_relative_to(place):
+            raise ConfigError(
+                f"vm_push: {entry!r} holds the rootdir, {root}",
+                remedy=f"name that folder with --rootdir={place}",
+            )
+        found[place] = None
+    return list(found)
+
+
+def is_outside(root: Path, entry: str) -> bool:
+    """Whether an entry of ``vm_push`` names, as it is written, something that is not below `root`."""
+    place = os.path.normpath(os.path.join(os.path.realpath(root), entry))  # noqa: PTH118  # `..`
+    return (
+        bool(entry) and "\0" not in entry and not Path(place).is_relative_to(os.path.realpath(root))
+    )
+
+
 def sync(guest: Scripted, tree: Tree, dest: str, *, before: Collection[str] = ()) -> Pushed:
     """Make the folder `dest` of the guest hold the tree; what else is in there stays.
 
@@ -228,7 +328,7 @@ def _relative(root: Path, path: str) -> str:
     Raises:
         ConfigError: it does not exist, leads out of the root or through a link, or is git's.
     """
-    remedy = "vm_push takes files and folders below the rootdir, relative to it"
+    remedy = "vm_push takes files and folders, relative to the rootdir"
     pure = PurePosixPath(path)
     if not path or "\0" in path or pure.is_absolute() or ".." in pure.parts:
         raise ConfigError(f"vm_push: {path!r} leads out of {root}", remedy=remedy)
@@ -265,8 +365,7 @@ class _Gatherer:
             ConfigError: git refuses, or there is too much.
         """
         place = self._root / folder
-        inside = _git(place, "rev-parse", "--is-inside-work-tree", may_fail=True)
-        if inside != b"true\n":
+        if not _is_work_tree(place):
             return False
         tracked = _names(_git(place, "ls-files", "-z", "--cached", "--recurse-submodules"))
         others = _names(_git(place, "ls-files", "-z", "--others", "--exclude-standard"))
@@ -401,6 +500,16 @@ def _entry(place: str) -> Entry | None:
     return None
 
 
+def _is_work_tree(folder: Path) -> bool:
+    """Whether a folder is in a work tree of git.
+
+    Raises:
+        ConfigError: git refuses, for instance since the folder belongs to another user.
+    """
+    inside = _git(folder, "rev-parse", "--is-inside-work-tree", may_fail=True)
+    return inside == b"true\n"
+
+
 def _git(folder: Path, *arguments: str, may_fail: bool = False) -> bytes:
     """What git writes; with `may_fail`, nothing if there is no git or no repository.
 
@@ -431,7 +540,7 @@ def _git(folder: Path, *arguments: str, may_fail: bool = False) -> bytes:
         raise ConfigError(
             f"git does not tell which files of {folder} belong to the project",
             details=said,
-            remedy="do what git says; `git status` there has to work",
+            remedy="do what git says: `git status` has to work there, also for this user",
         )
     return done.stdout
 

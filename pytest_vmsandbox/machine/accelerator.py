@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -50,6 +51,11 @@ class Verdict:
     processor: str
     reason: str
     seconds: float = 0.0
+
+    @property
+    def brief(self) -> str:
+        """The reason without its details, for a line that is told in each run."""
+        return re.split("[:;] ", self.reason)[0]
 
     @property
     def time_scale(self) -> float:

@@ -14,6 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import format_size
 
@@ -120,7 +121,10 @@ def empty_overlay(size: int, folder: Path) -> IO[bytes]:
             if overlay.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise LaunchError(f"no disk could be made in {folder}: {error.strerror}") from error
+            raise LaunchError(
+                f"no disk could be made in {folder}: {error.strerror}",
+                remedy=f"make room there, or name another folder in {paths.CACHE}",
+            ) from error
         stack.pop_all()
         return overlay
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import pwd
+import resource
+import socket
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +19,16 @@ from pytest_vmsandbox.machine.process import Identity
 KVM = Path("/dev/kvm")
 QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, beside the guest's memory
 CLONE_GROWTH = 64 * MIB  # that a clone writes of memory that it shares at first
+LOOPBACK_REMEDY = (
+    "switch the loopback interface on: ip link set lo up. A network namespace (unshare -n, a "
+    "container without a network) begins without it"
+)
+_LOOPBACK_SECONDS = 5.0
+_MANY_DESCRIPTORS = (
+    65_536  # so many are enough; and programs that close all there may be stay quick
+)
+_FEWEST_DESCRIPTORS = 256  # with which the launcher starts a guest
+_SPARE_DESCRIPTORS = 64  # for a guest, and what is made ahead meanwhile; one that runs takes nine
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
 _SETGID, _SETUID = 6, 7  # bits of a capability set
 _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a service runs
@@ -65,6 +78,63 @@ def require_memory(size: int) -> None:
             f"a guest with {format_size(size)} of memory does not fit: this host has "
             f"{format_size(max(0, available))} left, QEMU itself takes {format_size(QEMU_OVERHEAD)}",
             remedy="give it less: memory= (in a test), --memory (vmsandbox); or end what else runs here",
+        )
+
+
+def loopback_problem() -> str:
+    """Why a connection from this machine to itself fails; empty where it works."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def require_loopback() -> None:
+    """Check that a port of a guest can be reached from here.
+
+    Raises:
+        LaunchError: it cannot.
+    """
+    if problem := loopback_problem():
+        raise LaunchError(
+            f"127.0.0.1 cannot be reached: {problem}. Guests are reached through this address",
+            remedy=LOOPBACK_REMEDY,
+        )
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and those that it starts, have as many files open as is allowed, within reason.
+
+    The usual limit of 1,024 protects programs that call ``select``, and ends at some 100 guests. It is
+    not lowered again: guests and the launcher have it from here.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MANY_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # then fewer guests fit, as `require_descriptors` tells
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def require_descriptors() -> None:
+    """Check that this process can open the files of a further guest.
+
+    Raises:
+        LaunchError: it cannot.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    try:
+        count = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # it is done for each guest
+    except OSError:  # the host does not tell, or there is no number left to look
+        count = limit
+    if limit < max(_FEWEST_DESCRIPTORS, count + _SPARE_DESCRIPTORS):
+        raise LaunchError(
+            f"no further guest fits: this process may have {limit} files open, and has {count}",
+            remedy="allow it more: ulimit -n 65536 (a shell), LimitNOFILE=65536 (a service of systemd), "
+            "--ulimit nofile=65536 (a container); or use fewer guests at a time",
         )
 
 

@@ -9,13 +9,14 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.process import Launcher
 
@@ -39,6 +40,13 @@ class Hypervisor:
     launcher: Launcher
     loop: LoopThread
 
+    def own(self, folder: Path) -> None:
+        """Have a folder that lies elsewhere removed when this process is killed.
+
+        Whoever has made it removes it otherwise.
+        """
+        (self.folder / f"owned-{secrets.token_hex(4)}").symlink_to(folder.absolute())
+
     @classmethod
     @contextmanager
     def running(
@@ -52,6 +60,7 @@ class Hypervisor:
         cache = cache or paths.cache_dir()
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        host.raise_descriptor_limit()
         with ExitStack() as stack:
             folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
             launcher = stack.enter_context(Launcher.running(folder))
@@ -113,6 +122,9 @@ def _guarded(root: Path) -> Iterator[None]:
 def _sweep(root: Path) -> list[Path]:
     dead = [it for it in root.iterdir() if _is_run_folder(it) and not is_alive(it)]
     for folder in dead:
+        with suppress(OSError):  # its launcher may be removing it, too
+            for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
+                shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     return [it for it in dead if not it.exists()]
 

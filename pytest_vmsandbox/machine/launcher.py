@@ -3,8 +3,8 @@
 It is a program of its own (``python -I -S launcher.py CONTROL-FD OWNER-PID FOLDER``): the standard
 library only, one thread, imported by nobody. Two things tell it that its owner is gone, however
 that went: the end of the control socket, and a pidfd of the owner (a process that the owner forked
-may still hold the socket). Then it kills every guest, waits for each, removes the run's folder
-and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the launcher has one thread,
+may still hold the socket). Then it kills every guest, waits for each, removes the run's folder, and
+what links in it lead to, and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the launcher has one thread,
 so the signal cannot come early).
 
 The control socket carries one JSON message per packet, host to launcher only:
@@ -76,7 +76,7 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
                 break
     finally:
         end_all(guests)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
 
 
 def drain(fd: int) -> None:
@@ -198,6 +198,17 @@ def end_all(guests: Guests) -> None:
         os.kill(guest["pid"], signal.SIGKILL)
     for guest in guests.values():
         os.waitpid(guest["pid"], 0)
+
+
+def remove(folder: str) -> None:
+    """Remove the run's folder, and the folders elsewhere that are the run's, too: it has links to them."""
+    try:
+        with os.scandir(folder) as entries:
+            owned = [os.readlink(it.path) for it in entries if it.is_symlink()]
+    except OSError:
+        owned = []
+    for path in (*owned, folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def close(fds: list[int]) -> None:

@@ -117,7 +117,7 @@ class Machine:
             ImageError: the kernel or the initial RAM disk cannot be read.
         """
         is_clone = spec.start is cmdline.Start.CLONED
-        host.require_memory(host.CLONE_GROWTH if is_clone else spec.hardware.memory)
+        host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         pace = pace or Pace()
         with ExitStack() as stack:
             log = _Logs(stack, logs)
@@ -211,7 +211,8 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
                 details=self._console_lines(),
-                remedy="in a test, vm.power_on() switches it on again",
+                remedy="vm.power_on() switches it on again, in a test that drives the guest from outside "
+                "by the fixture vm",
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(

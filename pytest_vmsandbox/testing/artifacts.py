@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class Artifacts:
 
     Args:
         root: made when it is first needed.
+        own: called with the folder of the logs, which is to go also if this process is killed.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, own: Callable[[Path], None] = lambda _: None) -> None:
         self._root = root
+        self._own = own
         self._making = threading.Lock()
         self._logs: Path | None = None
         self._stack = ExitStack()
@@ -76,8 +79,11 @@ class Artifacts:
                 self._root.mkdir(parents=True, exist_ok=True)
                 with locked(self._root, on_busy=lambda: None):
                     self._sweep()
-                    self._logs = Path(tempfile.mkdtemp(prefix=_LOGS, dir=self._root))
-                    self._stack.enter_context(locked(self._logs))
+                    logs = self._root / f"{_LOGS}{secrets.token_hex(4)}"
+                    self._own(logs)  # first: we may be killed at any moment
+                    logs.mkdir(mode=0o700)
+                    self._stack.enter_context(locked(logs))
+                    self._logs = logs
             return self._logs
 
     def _sweep(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.testing import config as options, selection
+from pytest_vmsandbox.testing import config as options, pulling, selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,19 +21,23 @@ _INSIDE = pytest.StashKey[bool]()
 _PLAIN = pytest.StashKey[str]()  # of a test that only the guest could collect
 _CALLED = pytest.StashKey[str]()
 _PLACE = pytest.StashKey[tuple[str, str, str]]()
-LIMIT = pytest.StashKey[float]()  # seconds for a test, from a plugin that gives time-outs
-# Plugins that take over a test's protocol: their options, or an ini key; and their marker.
-_TAKE_OVER = {
-    "pytest-rerunfailures": (("reruns", "force_reruns"), "flaky"),
-    "pytest-forked": (("forked",), "forked"),
-}
+# Seconds that a plugin for time-outs gives a test, and its function alone.
+LIMIT, CALL_LIMIT = pytest.StashKey[float](), pytest.StashKey[float]()
+# What asks a plugin to take over tests' protocol: its options, or an ini key; and its marker.
+_RERUNS = (("reruns", "force_reruns"), "flaky")
+_FORKED = (("forked",), "forked")
 _REFUSED = {
     "usepdb": "--pdb",
     "trace": "--trace",
     "setupplan": "--setup-plan",
     "setuponly": "--setup-only",
 }
-_DRIVES = {"vm", "vm_factory", "vm_artifacts"}  # fixtures of tests that drive guests from here
+_DRIVES = {
+    "vm",
+    "vm_factory",
+    "vm_artifacts",
+    "vm_prepared",
+}  # fixtures of tests that drive guests from here
 
 
 def is_inside(item: pytest.Item) -> bool:
@@ -182,7 +186,7 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
 
 
 def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
-    """What cannot be meant in the tests and in the settings that they need."""
+    """What cannot be meant in the tests, in any value, and in the places that they need."""
     for item in items:
         _check_marks(session, item)
         if (
@@ -191,11 +195,15 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
             and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
         ):
             _settle(session, item)
-    if any("vm_factory" in getattr(item, "fixturenames", ()) or is_inside(item) for item in items):
-        try:
-            options.check(session.config)
-        except pytest.UsageError as error:
-            session.usage_errors.extend(error.args)
+    config = session.config
+    try:
+        options.check_values(config)
+        if any(is_inside(it) or "vm_factory" in getattr(it, "fixturenames", ()) for it in items):
+            options.check_places(config)
+    except pytest.UsageError as error:
+        session.usage_errors.extend(error.args)
+    if config.getoption("--vm") and (wrong := session.selection_error) is not None:
+        session.note_usage_error("", wrong)
     return session.usage_errors
 
 
@@ -210,9 +218,34 @@ def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
             )
         if session.config.getoption("setupshow", default=False):
             session.tell("--setup-show shows nothing of tests that run inside a guest")
-        for plugin in _take_over(session.config, inside):
+        if session.config.pluginmanager.has_plugin("TestmonCollect"):
+            session.usage_errors.append(
+                "testmon cannot see what tests that run inside a guest depend on, and would leave them "
+                "out when it changes\nRemedy: --testmon-nocollect, or no --testmon"
+            )
+        if session.config.getoption("benchmark_cprofile", default=None):
+            session.tell("--benchmark-cprofile shows nothing of tests that run inside a guest")
+        try:
+            pulling.patterns(session.config)
+            if not session.config.getoption("collectonly"):
+                _check_tree(session.config)
+        except ConfigError as error:
+            session.usage_errors.append(str(error))
+        pulling.spare_unused(session, inside)
+        for plugin in _does_nothing(session.config, inside):
             session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors
+
+
+def _check_tree(config: pytest.Config) -> None:
+    """Look whether the project can go to a guest, before one is started.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    from pytest_vmsandbox.inside import tree
+
+    tree.check(config.rootpath, options.push(config))
 
 
 def refused(config: pytest.Config) -> str | None:
@@ -221,12 +254,15 @@ def refused(config: pytest.Config) -> str | None:
     return next(given, None)
 
 
-def deselect(config: pytest.Config, items: list[pytest.Item]) -> None:
+def deselect(session: VMSession, items: list[pytest.Item]) -> None:
     """Take out the tests to which no selected image applies."""
     without = {item for item in items if _needs_image(item) and image_of(item) is None}
     if without:
-        config.hook.pytest_deselected(items=[item for item in items if item in without])
+        gone = [item for item in items if item in without]
+        session.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
+        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
+            session.tell(f"deselected, since no selected image applies: {len(gone)}")
 
 
 def group(items: list[pytest.Item]) -> None:
@@ -276,16 +312,33 @@ def workers(config: pytest.Config) -> int:
     return count
 
 
-def _take_over(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
-    """The plugins that are asked to take over the protocol of some of the tests."""
-    for plugin, (names, marker) in _TAKE_OVER.items():
-        if not hasattr(config.option, names[0]):
-            continue  # it is not there
-        values = [getattr(config.option, name, None) for name in names]
-        with suppress(ValueError):  # older ones have no such key
-            values.append(config.getini(names[0]))
-        if any(values) or any(item.get_closest_marker(marker) for item in items):
-            yield plugin
+def wants_reruns(config: pytest.Config, items: Sequence[pytest.Item]) -> bool:
+    """Whether pytest-rerunfailures is asked to run some of the tests again if they fail."""
+    return _is_asked(config, items, *_RERUNS)
+
+
+def _does_nothing(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
+    """The plugins that are asked to take over the protocol of some of the tests, and cannot."""
+    there = options.guest_plugins(config)
+    if (
+        there
+        and not {"rerunfailures", "pytest_rerunfailures"} & {*there}
+        and wants_reruns(config, items)
+    ):
+        yield "pytest-rerunfailures"
+    if _is_asked(config, items, *_FORKED):
+        yield "pytest-forked"
+
+
+def _is_asked(
+    config: pytest.Config, items: Sequence[pytest.Item], names: tuple[str, ...], marker: str
+) -> bool:
+    if not hasattr(config.option, names[0]):
+        return False  # it is not there
+    values = [getattr(config.option, name, None) for name in names]
+    with suppress(ValueError):  # older ones have no such key
+        values.append(config.getini(names[0]))
+    return any(values) or any(item.get_closest_marker(marker) for item in items)
 
 
 def _check_marks(session: VMSession, item: pytest.Item) -> None:

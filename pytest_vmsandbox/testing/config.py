@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ACCELERATORS, DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.testing.selection import ISOLATION
+from pytest_vmsandbox.testing.selection import ISOLATION, seconds
 
 MISSING = ("error", "skip")
 _TEST_SECONDS = 600.0
@@ -71,8 +73,14 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("vm_offline", "like --vm-offline", type="bool", default=None)
     parser.addini("vm_test_timeout", "seconds for a test inside a guest (600)", default=None)
     parser.addini("vm_push", "what goes to a guest although git ignores it", type="args")
+    parser.addini("vm_pull", "files of the project that tests in a guest write: globs", type="args")
     parser.addini("vm_requirements", "what is installed in a guest for tests", type="linelist")
-    parser.addini("vm_guest_plugins", "pytest plugins that a guest loads", type="args")
+    parser.addini(
+        "vm_guest_plugins",
+        "the pytest plugins that a guest loads for tests inside, by module or entry point; "
+        "without it, those that are loaded here and that it has",
+        type="args",
+    )
     parser.addini("vm_env", "variables for tests in a guest: NAME or NAME=VALUE", type="linelist")
     for name in _HARDWARE_KEYS:
         parser.addini(f"vm_{name}", f"default {name} of a guest", default=None)
@@ -84,36 +92,60 @@ def settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: a value cannot be meant; the text names the key and what is allowed.
     """
-    boot_timeout = config.getoption("--vm-boot-timeout") or _ini(config, "vm_boot_timeout")
-    values: dict[str, Any] = {
-        "image_path": image_path(config),
-        "accelerator": _choice(config, "--vm-accel", "vm_accel", ACCELERATORS),
-        "boot_timeout": _seconds(boot_timeout, "vm_boot_timeout"),
-        "command_timeout": _seconds(_ini(config, "vm_command_timeout"), "vm_command_timeout"),
-    }
-    wishes = {name: _ini(config, f"vm_{name}") for name in _HARDWARE_KEYS}
     try:
-        hardware = Hardware().changed(wishes)
-    except ConfigError as error:
-        raise pytest.UsageError(f"in the ini file: vm_{error}") from error
-    given = {name: value for name, value in values.items() if value is not None}
-    try:
-        return Settings(hardware=hardware, offline=offline(config), **given)
+        return Settings(image_path=image_path(config), **_values(config))
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
 
 
-def check(config: pytest.Config) -> None:
-    """Read all that is read later on, so that what cannot be meant is found before the tests.
+def _values(config: pytest.Config) -> dict[str, Any]:
+    """Settings that are plain values. Those that are not set are left out."""
+    boot_timeout = config.getoption("--vm-boot-timeout")
+    values: dict[str, Any] = {
+        "accelerator": _choice(config, "--vm-accel", "vm_accel", ACCELERATORS),
+        "boot_timeout": _seconds(config, "vm_boot_timeout")
+        if boot_timeout is None
+        else _read_seconds(boot_timeout, "--vm-boot-timeout"),
+        "command_timeout": _seconds(config, "vm_command_timeout"),
+        "offline": offline(config),
+    }
+    wishes = {name: _ini(config, f"vm_{name}") for name in _HARDWARE_KEYS}
+    try:
+        values["hardware"] = Hardware().changed(wishes)
+    except ConfigError as error:
+        raise pytest.UsageError(f"in the ini file: vm_{error}") from error
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_values(config: pytest.Config) -> None:
+    """Read all values, so that one which is out of range is an error in each run, whatever it runs.
 
     Raises:
-        pytest.UsageError: a value cannot be meant.
+        pytest.UsageError: a value is out of range.
     """
-    settings(config)
+    _values(config)
     skip_missing(config)
+    inside(config)
     isolation(config)
     test_timeout(config)
     guest_environment(config, {})
+    artifacts_dir(config)
+
+
+def check_places(config: pytest.Config) -> None:
+    """Look at what guests need of this machine, before the first test.
+
+    Raises:
+        pytest.UsageError: a folder cannot be used.
+    """
+    settings(config)
+    if (folder := artifacts_dir(config)) is not None:
+        there = next(it for it in (folder, *folder.parents) if os.path.lexists(it))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise pytest.UsageError(
+                f"{folder} cannot hold artifacts: {there} is no folder that you can write to\n"
+                "Remedy: name another one: --vm-artifacts, vm_artifacts_dir"
+            )
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:
@@ -148,7 +180,7 @@ def skip_missing(config: pytest.Config) -> bool:
 
 def inside(config: pytest.Config) -> bool:
     """Whether tests run inside guests without a marker that says so."""
-    return bool(config.getoption("--in-vm") or _ini(config, "vm_inside"))
+    return bool(_ini(config, "vm_inside") or config.getoption("--in-vm"))
 
 
 def isolation(config: pytest.Config) -> str:
@@ -158,17 +190,22 @@ def isolation(config: pytest.Config) -> str:
 
 def offline(config: pytest.Config) -> bool:
     """Whether the network must not be touched."""
-    return bool(config.getoption("--vm-offline") or _ini(config, "vm_offline"))
+    return bool(_ini(config, "vm_offline") or config.getoption("--vm-offline"))
 
 
 def test_timeout(config: pytest.Config) -> float:
     """Seconds that a test inside a guest has, on real hardware."""
-    return _seconds(_ini(config, "vm_test_timeout"), "vm_test_timeout") or _TEST_SECONDS
+    return _seconds(config, "vm_test_timeout") or _TEST_SECONDS
 
 
 def push(config: pytest.Config) -> list[str]:
     """Paths relative to the rootdir that go to guests although git ignores them."""
     return list(_ini(config, "vm_push") or ())
+
+
+def pull(config: pytest.Config) -> list[str]:
+    """Globs of files that come back from guests; ``!`` in front of one excludes."""
+    return list(_ini(config, "vm_pull") or ())
 
 
 def requirements(config: pytest.Config) -> list[str]:
@@ -203,8 +240,14 @@ def guest_environment(config: pytest.Config, environ: Mapping[str, str]) -> dict
 
 
 def artifacts_dir(config: pytest.Config) -> Path | None:
-    """The folder for artifacts of failed tests, if one was named."""
-    if option := config.getoption("--vm-artifacts"):
+    """The folder for artifacts of failed tests, if one was named.
+
+    Raises:
+        pytest.UsageError: it has no name.
+    """
+    if (option := config.getoption("--vm-artifacts")) is not None:
+        if not option:
+            raise pytest.UsageError("--vm-artifacts='' names no folder")
         return Path(config.invocation_params.dir, option)
     if ini := _ini(config, "vm_artifacts_dir"):
         return Path(config.rootpath, ini)
@@ -212,7 +255,10 @@ def artifacts_dir(config: pytest.Config) -> Path | None:
 
 
 def _ini(config: pytest.Config, key: str) -> Any:
-    return config.getini(key) or None
+    try:
+        return config.getini(key) or None
+    except (ValueError, pytest.UsageError) as error:  # which do not name the key
+        raise pytest.UsageError(f"{key}: {error}") from error
 
 
 def _choice(config: pytest.Config, option: str, key: str, allowed: tuple[str, ...]) -> str | None:
@@ -222,13 +268,16 @@ def _choice(config: pytest.Config, option: str, key: str, allowed: tuple[str, ..
     return value
 
 
-def _seconds(value: str | None, key: str) -> float | None:
-    if value is None:
-        return None
+def _seconds(config: pytest.Config, key: str) -> float | None:
+    """The time-out of an ini key; None where it is not set."""
+    value = _ini(config, key)
+    return None if value is None else _read_seconds(value, key)
+
+
+def _read_seconds(text: str, name: str) -> float:
     try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise pytest.UsageError(f"{key} = {value!r}: use a positive number of seconds")
-    return seconds
+        with suppress(ValueError):
+            return seconds(float(text), name)
+        return seconds(text, name)
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import entry_points, packages_distributions
@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.inside.environment import LEFT_OUT
+from pytest_vmsandbox.inside.environment import HOST_ONLY, LEFT_OUT
+from pytest_vmsandbox.testing import beside
 
 # Told by arguments of pytest's command line, since pytest reads them before it configures itself.
 # Each with its argument, and the plugin without which pytest does not know it.
@@ -40,8 +41,18 @@ _OURS_OPTIONS = {
     "setupplan", "setupshow", "show_fixtures_per_test", "showfixtures", "stepwise",
     "stepwise_reset", "stepwise_skip", "strict_config", "trace", "traceconfig", "usepdb",
     "usepdb_cls", "version", "xmlpath",
+    "fail_on_flaky",  # of pytest-rerunfailures: how the run ends
     "loadgroup",  # of xdist's workers alone
+    # Of other plugins, those by which tests are selected, and reports written and compared.
+    "allure_epics", "allure_features", "allure_ids", "allure_labels", "allure_report_dir",
+    "allure_severities",
+    "allure_stories", "clean_alluredir",
+    "benchmark_autosave", "benchmark_compare", "benchmark_compare_fail", "benchmark_cprofile",
+    "benchmark_cprofile_dump", "benchmark_histogram", "benchmark_json", "benchmark_save",
+    "cucumber_json_path", "gherkin_terminal_reporter", "htmlpath", "json_report_file",
 }  # fmt: skip
+# Options of plugins that would write a report of their own in the guest, by default.
+_SILENCED = {"json_report_file": None}
 _OURS_INI = {
     "addopts", "cache_dir", "console_output_style", "log_file", "log_file_mode", "max_warnings",
     "minversion", "required_plugins", "strict_config", "testpaths",
@@ -49,6 +60,11 @@ _OURS_INI = {
 _OURS_INI_FAMILIES = ("junit_", "vm_")
 # Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
 _OURS_PLUGINS = {"reports", "terminalprogress"}
+_XDIST_VARIABLES = tuple(
+    f"PYTEST_XDIST_{name}" for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID")
+)
+_RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
+_ONLY_HERE = HOST_ONLY | LEFT_OUT
 
 
 def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, object]:
@@ -57,10 +73,12 @@ def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str,
     Args:
         translate: from a path of this machine to the guest's, where it is one of the project.
     """
-    found = {}
+    found: dict[str, object] = dict(_SILENCED)
     for name, value in _options(config):
         with suppress(TypeError):
             found[name] = _packed(value, translate)
+    if beside.benchmarks_are_off(config):  # xdist does that
+        found["benchmark_disable"] = True
     return found
 
 
@@ -130,7 +148,7 @@ def plugins(config: pytest.Config) -> list[str]:
     manager = config.pluginmanager
     names: dict[str, None] = {}
     for _, distribution in manager.list_plugin_distinfo():
-        if _canonical(distribution.metadata["Name"]) in LEFT_OUT:
+        if _canonical(distribution.metadata["Name"]) in _ONLY_HERE:
             continue
         for point in distribution.entry_points:
             if point.group == "pytest11" and manager.has_plugin(point.name):
@@ -138,30 +156,41 @@ def plugins(config: pytest.Config) -> list[str]:
     return list(names)
 
 
-def fixtures(config: pytest.Config) -> dict[str, str]:
-    """Values of fixtures that a host-only plugin has: those of pytest-xdist."""
-    if not config.pluginmanager.has_plugin("xdist"):
-        return {}
-    worker = getattr(config, "workerinput", {})
-    return {
-        "worker_id": worker.get("workerid", "master"),
-        "testrun_uid": worker.get("testrunuid", uuid.uuid4().hex),
-    }
+def fixtures(config: pytest.Config) -> dict[str, str | None]:
+    """Values of fixtures that host-only plugins have: pytest-xdist, and pytest-cov.
+
+    They are the same in all guests of a run. Where a guest measures coverage, it has a fixture `cov`
+    of its own.
+    """
+    found: dict[str, str | None] = {}
+    if config.pluginmanager.has_plugin("pytest_cov"):
+        found.update(cov=None, no_cover=None)
+    if config.pluginmanager.has_plugin("xdist"):
+        worker = getattr(config, "workerinput", {})
+        run = config.stash.setdefault(_RUN, uuid.uuid4().hex)
+        found["worker_id"] = worker.get("workerid", "master")
+        found["testrun_uid"] = worker.get("testrunuid", run)
+    return found
 
 
-def translator(root: Path, there: str) -> Callable[[str], str]:
+def environment() -> dict[str, str]:
+    """Variables that pytest-xdist has set for this process: which worker it is."""
+    return {name: os.environ[name] for name in _XDIST_VARIABLES if name in os.environ}
+
+
+def translator(places: Mapping[str, str]) -> Callable[[str], str]:
     """From a path of this machine to the guest's, where it is one of the project.
 
     Args:
-        root: the project's folder here.
-        there: the project's folder in the guest.
+        places: folders that went to the guest: from what each is called here to what it is there.
     """
 
     def translate(text: str) -> str:
-        if text == str(root):
-            return there
-        if text.startswith(f"{root}/"):
-            return str(PurePosixPath(there, text.removeprefix(f"{root}/")))
+        for here, there in places.items():
+            if text == here:
+                return there
+            if text.startswith(f"{here}/"):
+                return str(PurePosixPath(there, text.removeprefix(f"{here}/")))
         return text
 
     return translate
@@ -226,7 +255,7 @@ def _host_only() -> frozenset[str]:
     return frozenset(
         name
         for point in entry_points(group="pytest11")
-        if point.dist is not None and _canonical(point.dist.name) in LEFT_OUT
+        if point.dist is not None and _canonical(point.dist.name) in _ONLY_HERE
         for name in (point.name, point.module)
     )
 

@@ -7,14 +7,14 @@ are told of it, and what was raised is told once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
 if TYPE_CHECKING:
-    from pluggy import HookImpl
+    from pluggy import HookCaller, HookImpl
 
     from pytest_vmsandbox.testing.session import VMSession
 
@@ -24,6 +24,21 @@ ENDING: tuple[type[BaseException], ...] = (
     pytest.Session.Failed,
     pytest.Session.Interrupted,
 )
+
+
+def end_run(message: Mapping[str, Any]) -> NoReturn:
+    """End the run as a test or a hook in a guest has ended it there."""
+    from pytest_vmsandbox.testing.remote_reports import colourless
+
+    how, why = message.get("how"), colourless(str(message.get("interrupted")))
+    if how == "left":
+        status = message.get("status")
+        pytest.exit(why, status if isinstance(status, int) and 0 <= status < 256 else None)
+    if how == "failed":
+        raise pytest.Session.Failed(why)
+    if how == "stopped":
+        raise pytest.Session.Interrupted(why)
+    raise KeyboardInterrupt
 
 
 class Hooks:
@@ -37,7 +52,6 @@ class Hooks:
         self._session = session
         self._manager = session.config.pluginmanager
         self._reached = _Reached()
-        self._told: set[tuple[str, type[BaseException], str]] = set()
         self._manager.register(self._reached, "vmsandbox-reached")
 
     def notify(self, hook: Any, **arguments: Any) -> None:
@@ -56,7 +70,7 @@ class Hooks:
             raise
         except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
             self._session.failed = True  # something may have been lost
-            self.tell(hook.name, error)
+            tell(self._session, hook.name, error)
             if left := self._not_reached(hook.get_hookimpls(), error):
                 keep = {id(impl.plugin) for impl in left} | {id(self._reached)}
                 others = [
@@ -77,25 +91,9 @@ class Hooks:
         except ENDING:
             raise
         except BaseException as error:  # noqa: BLE001  # likewise
-            self.tell("pytest_runtest_makereport", error)
+            tell(self._session, "pytest_runtest_makereport", error)
             return make()
         return report if isinstance(report, pytest.TestReport) else make()
-
-    def tell(self, name: str, error: BaseException) -> None:
-        """Tell people, once, what a hook has raised."""
-        where = ""
-        if (trace := error.__traceback__) is not None:
-            while trace.tb_next is not None:
-                trace = trace.tb_next
-            where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
-        if (name, type(error), where) in self._told:
-            return
-        self._told.add((name, type(error), where))
-        self._session.tell(
-            f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest, and the run "
-            f"goes on: {type(error).__name__}: {error}{where}\n  Such a test was not set up on this side: "
-            "hooks that need what others made there have to do without"
-        )
 
     def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:
         """The implementations that a hook's call had not come to when one raised."""
@@ -106,6 +104,48 @@ class Hooks:
         # A wrapper has raised: before all of them, or after its yield, when all had been called.
         is_before = not self._reached.called and len(order) < len(impls)
         return order if is_before else []
+
+
+def tell(session: VMSession, name: str, error: BaseException) -> None:
+    """Tell people, once, what a hook has raised."""
+    where = ""
+    if (trace := error.__traceback__) is not None:
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    if (name, type(error), where) in session.failed_hooks:
+        return
+    session.failed_hooks.add((name, type(error), where))
+    session.tell(
+        f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest, and the run "
+        f"goes on: {type(error).__name__}: {error}{where}\n  Such a test was not set up on this side: "
+        "hooks that need what others made there have to do without"
+    )
+
+
+def result_of_others(
+    session: VMSession, hook: HookCaller, error: BaseException, ours: object, **arguments: Any
+) -> Any:
+    """The result of a hook, one for all plugins, from those that do not raise.
+
+    Args:
+        error: what one of them has raised.
+        ours: the plugin that asks, which is not called again.
+    """
+    left_out = [ours]
+    while True:
+        session.failed = True
+        tell(session, hook.name, error)
+        impls = [impl for impl in hook.get_hookimpls() if impl.plugin not in left_out]
+        guilty = _last_of(error.__traceback__, [_code(impl) for impl in impls])
+        if guilty is None:
+            raise error
+        left_out.append(impls[guilty].plugin)
+        others = session.config.pluginmanager.subset_hook_caller(hook.name, left_out)
+        try:
+            return others(**arguments)
+        except Exception as another:  # noqa: BLE001  # a plugin may raise anything
+            error = another
 
 
 def _is_wrapper(impl: HookImpl) -> bool:

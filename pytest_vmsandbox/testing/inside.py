@@ -5,7 +5,8 @@ from __future__ import annotations
 import faulthandler
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,9 +20,11 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
     add_hints,
 )
-from pytest_vmsandbox.testing import collection, config as options, selection
-from pytest_vmsandbox.testing.hooks import ENDING, Hooks
+from pytest_vmsandbox.inside.wire import broken
+from pytest_vmsandbox.testing import beside, collection, config as options, selection
+from pytest_vmsandbox.testing.hooks import ENDING, Hooks, end_run
 from pytest_vmsandbox.testing.leases import Key, Lease, Leases
+from pytest_vmsandbox.testing.remote_reports import RERUN
 from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
 
 if TYPE_CHECKING:
@@ -29,8 +32,76 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.testing.session import VMSession
 
-_Record = tuple[str, str, str]  # for junit's file: what it is, name and value
+_Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
+_MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
+
+
+class _Attempt:
+    """One attempt at a test; pytest-rerunfailures may want another.
+
+    Attributes:
+        due: the phases of which no report is here yet.
+        has_called: whether the test's function has begun.
+    """
+
+    def __init__(self) -> None:
+        self.has_called = False
+        self.due = ["setup", "call", "teardown"]
+        self._reports: list[tuple[pytest.TestReport, bool]] = []
+        self._is_lost = False
+
+    @property
+    def is_rerun(self) -> bool:
+        """Whether another one follows."""
+        return not self._is_lost and any(report.outcome == RERUN for report, _ in self._reports)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the test has failed in it."""
+        return any(report.failed for report in self.reports)
+
+    @property
+    def reports(self) -> list[pytest.TestReport]:
+        """What it has come to; of subtests, those count that the last attempt has."""
+        is_rerun = self.is_rerun
+        return [report for report, is_subtest in self._reports if not (is_subtest and is_rerun)]
+
+    def add(self, report: pytest.TestReport, *, is_subtest: bool = False) -> None:
+        """Take the report of a phase, or of a subtest.
+
+        Raises:
+            GuestLost: it is of a phase that is not due.
+        """
+        if not is_subtest:
+            # pytest-rerunfailures may leave out what failed before the phase for which it tries again.
+            while report.outcome == RERUN and self.due and self.due[0] != report.when:
+                del self.due[0]
+            if not self.due or report.when != self.due[0]:
+                raise broken(f"a report of {report.when} where none was due")
+            del self.due[0]
+            if report.when == "setup" and not report.passed:
+                self.due.remove("call")
+        self._reports.append((report, is_subtest))
+
+    def fail(
+        self,
+        failed: Callable[[str], pytest.TestReport],
+        passed: Callable[[str], pytest.TestReport],
+    ) -> None:
+        """End with an error in the phase that is due.
+
+        Args:
+            failed, passed: make the reports of a phase.
+        """
+        if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
+            self.add(passed("setup"))
+        phase = self.due[0] if self.due else "teardown"
+        self._reports.append((failed(phase), False))
+        if phase != "teardown":
+            self._reports.append((passed("teardown"), False))
+        self.due = []
+        self._is_lost = True
 
 
 class Inside:
@@ -41,6 +112,9 @@ class Inside:
         self._config = session.config
         self._hooks = Hooks(session)
         self._leases = Leases(session, tell=self._tell)
+        self._logs = beside.Logs(session.config)
+        self._allure = beside.AllureResults(session.config)
+        self.benchmarks = beside.Benchmarks(session.config)
         self._alone: set[str] = set()  # tests that run while no other is announced
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._following: dict[pytest.Item, pytest.Item] = {}
@@ -67,11 +141,18 @@ class Inside:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
         self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
         last: pytest.TestReport | None = None
-        for report in self._reports(item, nextitem):
-            if report.when == "teardown":
-                last = report
-            else:
-                self._log(item, report)
+        for number, reports in enumerate(self._attempts(item, nextitem)):
+            if number:
+                if last is not None:
+                    self._log(item, last)
+                self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
+                self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
+            last = None
+            for report in reports:
+                if report.when == "teardown":
+                    last = report
+                else:
+                    self._log(item, report)
         # This side's own fixtures, of tests that ran here, may be over; and the guest.
         call = pytest.CallInfo.from_call(
             lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=ENDING
@@ -85,74 +166,83 @@ class Inside:
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", collection.image_of(item)))
+        if report.failed and (hint := self._leases.hint(report.longreprtext)):
+            report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
+        report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         self._session.note_report(item, report)
+        if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
+            item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
 
-    def _reports(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> Iterator[pytest.TestReport]:
-        """The reports of a test, whatever happens: setup, call if that was reached, teardown."""
-        phases = ["setup", "call", "teardown"]
+    def _attempts(
+        self, item: pytest.Item, nextitem: pytest.Item | None, attempt: int = 0
+    ) -> Iterator[list[pytest.TestReport]]:
+        """The reports of each attempt at a test, whatever happens: setup, call if that was reached, teardown.
+
+        Args:
+            attempt: how many there were, in guests of their own.
+        """
         call = pytest.CallInfo.from_call(
             lambda: self._leases.lease(item), when="setup", reraise=ENDING
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
                 add_hints(call.excinfo.value, self._session.hints)
-            yield self._made(item, call)
-            yield self._passed(item, "teardown")
+            yield [self._made(item, call), self._passed(item, "teardown")]
             return
         assert call.result is not None
         lease = call.result
-        reports: list[pytest.TestReport] = []
+        attempts = [_Attempt()]
         records: list[_Record] = []
         try:
             found = self._guest_id(lease, item)
             if not isinstance(found, str):
                 lease.has_failed |= found.failed
-                yield found
-                yield self._passed(item, "teardown")
+                yield [found, self._passed(item, "teardown")]
                 return
-            for report, is_subtest in self._session_reports(lease, item, found, nextitem, records):
-                if not is_subtest:  # which is one more
-                    self._check_order(phases, report)
-                reports.append(report)
-            if phases:
-                raise self._broken(f"a test is done without {phases[0]}")
+            self._hear(lease, item, found, nextitem, attempt, attempts, records)
+            self._check_end(item, attempt, attempts[-1])
         except ENDING:  # what the test has told before counts
-            self._keep(lease, item, reports, records)
-            yield from reports
+            self._keep(lease, attempts, records)
+            yield from (each.reports for each in attempts)
             raise
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
             self._leases.lose(lease, error)
-            has_failed = any(report.failed for report in reports)
-            if isinstance(error, GuestLost) and not has_failed:
+            if isinstance(error, GuestLost) and not any(each.has_failed for each in attempts):
                 if self._runs_again(item, error, ahead):
-                    yield from self._reports(item, nextitem)
+                    yield from self._attempts(item, nextitem, attempt)
                     return
             elif ahead:
                 self._alone.update(ahead)
-            reports.append(self._failed(item, error, phases[0] if phases else "teardown"))
-            if phases and phases[0] != "teardown":
-                reports.append(self._passed(item, "teardown"))
-        self._keep(lease, item, reports, records)
-        yield from reports
+            attempts[-1].fail(partial(self._failed, item, error), partial(self._passed, item))
+        self._keep(lease, attempts, records)
+        yield from (each.reports for each in attempts)
+        if attempts[-1].is_rerun:
+            self._leases.end(item)
+            yield from self._attempts(item, nextitem, attempt + 1)
+
+    def _check_end(self, item: pytest.Item, attempt: int, last: _Attempt) -> None:
+        """Look whether a test may be done after an attempt."""
+        if not last.is_rerun:
+            if last.due:
+                raise broken(f"a test is done without {last.due[0]}")
+        elif collection.isolation_of(item) != "test" or attempt == _MOST_ATTEMPTS:
+            raise broken("a test is done that was to run again")
 
     def _keep(
         self,
         lease: Lease,
-        item: pytest.Item,
-        reports: list[pytest.TestReport],
+        attempts: list[_Attempt],
         records: list[_Record],
     ) -> None:
-        """Note what a test has left, which counts from now on: it does not run again."""
-        lease.has_failed |= any(report.failed for report in reports)
+        """Note what a test has left, which counts from now on: it is not lost with its guest."""
+        lease.has_failed |= any(each.has_failed for each in attempts)
         for record in records:
-            self._record(*record, item.nodeid)
+            record()
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
@@ -172,47 +262,68 @@ class Inside:
             )
         return bool(ahead)
 
-    def _check_order(self, phases: list[str], report: pytest.TestReport) -> None:
-        if not phases or report.when != phases[0]:
-            raise self._broken(f"a report of {report.when} where none was due")
-        del phases[0]
-        if report.when == "setup" and not report.passed:
-            phases.remove("call")
-
-    def _session_reports(
+    def _hear(
         self,
         lease: Lease,
         item: pytest.Item,
         nodeid: str,
         nextitem: pytest.Item | None,
+        attempt: int,
+        attempts: list[_Attempt],
         records: list[_Record],
-    ) -> Iterator[tuple[pytest.TestReport, bool]]:
-        """The reports that come, and whether each is a subtest's; what is for junit goes to `records`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless, harmless
+    ) -> None:
+        """Let a test run: its reports go to `attempts`, what is for others to `records`."""
+        from pytest_vmsandbox.testing.remote_reports import colourless
 
         assert lease.session is not None
         following, more = self._next(item, nextitem)
-        self._announce(lease, item)
+        if not attempt:
+            self._announce(lease, item)
         for message in lease.session.run(
             nodeid,
             following=following,
             more=more,
             marks=_marks(item),
             limit=self._limit(item, lease),
+            call_limit=self._call_limit(item),
+            attempt=attempt,
         ):
             if "report" in message:
-                report = lease.reader.test_report(item, nodeid, message["report"])
-                yield report, lease.reader.is_subtest(message["report"])
+                data = message["report"]
+                report = lease.reader.test_report(item, nodeid, data)
+                beside.keep_scenario(report, data.get("scenario"), lease.reader)
+                attempts[-1].add(report, is_subtest=lease.reader.is_subtest(data))
+            elif "call" in message:
+                attempts[-1].has_called = True
+            elif "again" in message:
+                if not attempts[-1].is_rerun:
+                    raise broken("another attempt at a test where none was due")
+                attempts.append(_Attempt())
             elif message.get("stop"):
                 how = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, how, colourless(str(message["stop"])))
-            elif "junit" in message:
-                kind, name, value = (message.get(key) for key in ("junit", "name", "value"))
-                records.append((str(kind), harmless(name), harmless(value)))
+            elif (record := self._record_of(lease, item, message)) is not None:
+                records.append(record)
             elif "interrupted" in message:
                 self._stop(item, message)
             else:
                 self._tell(lease, message, item.nodeid)
+
+    def _record_of(self, lease: Lease, item: pytest.Item, message: Message) -> _Record | None:
+        """How to tell a plugin what a message has for it; None for another message.
+
+        Raises:
+            GuestLost: it is not well-formed.
+        """
+        from pytest_vmsandbox.testing.remote_reports import harmless
+
+        if "junit" in message:
+            name, value = harmless(message.get("name")), harmless(message.get("value"))
+            return partial(self._to_junit, str(message["junit"]), name, value, item.nodeid)
+        if "benchmark" in message:
+            image = lease.guest.image
+            return self.benchmarks.read(item, image, message, lease.reader)
+        return None
 
     def _announce(self, lease: Lease, item: pytest.Item) -> None:
         """Let the guest go on with what comes next, while the reports are on their way here.
@@ -232,7 +343,10 @@ class Inside:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
                 following, more = self._next(ahead, None)
-                session.announce(nodeid, following=following, more=more, marks=_marks(ahead))
+                timed = self._call_limit(ahead) is not None
+                session.announce(
+                    nodeid, following=following, more=more, marks=_marks(ahead), timed=timed
+                )
             ahead = self._following.get(ahead)
 
     def _tell(self, lease: Lease, message: Message, nodeid: str = "") -> None:
@@ -251,12 +365,20 @@ class Inside:
             text = harmless(message["output"]).encode(encoding, "backslashreplace")
             stream.write(text.decode(encoding))
             stream.flush()
+        elif "logged" in message:
+            self._logs.show(message, lease.reader)
+        elif "allure" in message:
+            self._allure.keep(message, lease.guest.image, nodeid)
+        elif "note" in message:
+            about, is_problem = beside.note(message, nodeid)
+            self._session.failed |= is_problem
+            self._session.tell(about)
 
     def _collected_there(self) -> set[str]:
         """The paths of files that only guests collect."""
         return {str(self._config.rootpath / it) for it in self._session.unimportable}
 
-    def _record(self, kind: str, name: str, value: str, nodeid: str) -> None:
+    def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
         xml = self._config.stash.get(xml_key, None)
         if xml is None:
@@ -267,17 +389,9 @@ class Inside:
             xml.node_reporter(nodeid).add_attribute(name, value)
 
     def _stop(self, item: pytest.Item, message: Message) -> NoReturn:
-        """A test has raised KeyboardInterrupt, or called `pytest.exit`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless
-
+        """Something in the guest has ended the run: a test, or a hook."""
         self._leases.interrupt(item)
-        if not message.get("left"):
-            raise KeyboardInterrupt
-        status = message.get("status")
-        pytest.exit(
-            colourless(str(message["interrupted"])),
-            status if isinstance(status, int) and 0 <= status < 256 else None,
-        )
+        end_run(message)
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         with self._leases.ending(item, nextitem):
@@ -300,11 +414,6 @@ class Inside:
             self._passed(item, "setup")
         return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
 
-    def _broken(self, why: str) -> GuestLost:
-        from pytest_vmsandbox.inside.wire import broken
-
-        return broken(why)
-
     def _limit(self, item: pytest.Item, lease: Lease) -> float:
         wishes = selection.read_marks(item.iter_markers("vm"))
         given = (item.stash.get(collection.LIMIT, None), wishes.test_timeout)
@@ -312,6 +421,14 @@ class Inside:
         if of_test:
             return min(of_test)
         return options.test_timeout(self._config) * lease.patience
+
+    def _call_limit(self, item: pytest.Item) -> float | None:
+        """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
+        manager = self._config.pluginmanager
+        if (timeout := manager.get_plugin("timeout")) is not None:
+            others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
+            manager.subset_hook_caller("pytest_runtest_call", others)(item=item)
+        return item.stash.get(collection.CALL_LIMIT, None)
 
     # -- which item that is in the guest --------------------------------------------------------
 

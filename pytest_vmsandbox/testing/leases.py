@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,12 +23,13 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import beside, collection, config as options, pulling, selection
+from pytest_vmsandbox.testing.hooks import end_run
 from pytest_vmsandbox.testing.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import Step
+    from pytest_vmsandbox.guests.provision import PreparedImage, Step
     from pytest_vmsandbox.inside.install import Installed, Payload
     from pytest_vmsandbox.inside.session import GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
@@ -39,14 +41,21 @@ _MOST_LOST = 3  # waiting sessions in a row that do not wake up
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
 
+_NO_MODULE = re.compile(r"No module named '(\w+)")
+
 Key = tuple[str, str, str]  # image, hardware, and what shares the guest
 
 
 @dataclass(kw_only=True)
 class Lease:
-    """A guest that runs tests inside, as long as those of its key may come."""
+    """A guest that runs tests inside, as long as those of its key may come.
+
+    Attributes:
+        tree: the project's folder in the guest.
+    """
 
     guest: Guest
+    tree: str
     keeper: Keeper
     reader: Reader
     config: Mapping[str, object]
@@ -70,10 +79,12 @@ class Leases:
         self._tell = tell
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
+        self._unfit: dict[tuple[str, str], TransferError] = {}  # by image and hardware
         self._unlucky: dict[Key, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
         self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
+        self._finished_badly: set[Key] = set()  # kinds of guests, of which one session ended so
         self._measuring = Measuring.of(session.config)
 
     # -- having one ---------------------------------------------------------------------------
@@ -113,6 +124,7 @@ class Leases:
         key = collection.place_of(item)
         lease = self._leases.get(key)
         if lease is not None and (loss := lease.guest.loss) is not None:
+            self._note_loss(lease)
             self._end(key)
             lease = None
             if loss.transient:  # the test may have run in it, ahead of its reports
@@ -173,7 +185,7 @@ class Leases:
                 workers = collection.workers(self._config)
                 factory.expect(prepared, hardware, -(-count // workers))
         with ExitStack() as stack:
-            guest = stack.enter_context(factory.boot(prepared, **hardware))
+            guest = stack.enter_context(self._booted(item, prepared, hardware))
             if not alone:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
@@ -182,18 +194,45 @@ class Leases:
             )
             return Lease(
                 guest=guest,
+                tree=installed.tree,
                 keeper=keeper,
-                reader=Reader(installed.tree, self._config.rootpath),
+                reader=Reader(
+                    installed.tree,
+                    self._config.rootpath,
+                    installed.outside,
+                    reruns=self._config.pluginmanager.has_plugin("rerunfailures"),
+                ),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
             )
 
+    @contextmanager
+    def _booted(
+        self, item: pytest.Item, prepared: PreparedImage, hardware: Mapping[str, Any]
+    ) -> Iterator[Guest]:
+        """A guest with the layers of tests inside; one that could not have them is not tried again.
+
+        Raises:
+            VMSandboxError: there is none.
+        """
+        kind = _kind(item)[:2]
+        if kind in self._unfit:
+            raise self._unfit[kind].with_traceback(None)
+        with ExitStack() as stack:
+            try:
+                guest = stack.enter_context(self._session.factory.boot(prepared, **hardware))
+            except TransferError as error:
+                self._unfit[kind] = error
+                raise
+            with stack:
+                yield guest
+
     def _session_step(self, item: pytest.Item, payload: Payload, patience: float) -> Step:
         """A session that has collected, and waits in the guest until that is sealed."""
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
-        from pytest_vmsandbox.inside.session import GuestSession, Keeper
+        from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
         from pytest_vmsandbox.testing import forwarding
 
         def run(guest: Guest) -> dict[str, object]:
@@ -201,9 +240,12 @@ class Leases:
             installed = install.layout(guest, payload)
             config = self._session_config(item, installed, {})
             with Keeper.attached(guest, installed.place, patience=patience) as keeper:
-                session, said = GuestSession.started(
-                    keeper, config, timeout=_COLLECT_SECONDS * patience
-                )
+                try:
+                    session, said = GuestSession.started(
+                        keeper, config, timeout=_COLLECT_SECONDS * patience
+                    )
+                except RunEnded as end:
+                    end_run(end.message)
             return {"collected": session.collected.facts(), "said": said}
 
         known = self._session_config(item, install.layout(None, payload), {})
@@ -248,20 +290,42 @@ class Leases:
         )
 
     def _start(self, lease: Lease) -> None:
-        from pytest_vmsandbox.inside.session import GuestSession
+        from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 
         try:
             lease.session, said = GuestSession.started(
                 lease.keeper, lease.config, timeout=_COLLECT_SECONDS * lease.patience
             )
+        except RunEnded as end:
+            end_run(end.message)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {lease.guest.name} could not collect the tests: {lost.brief}",
-                details=lost.details,
+                details=lease.reader.text(lost.details),
+                remedy=self.hint(lost.details),
             ) from lost
         for message in said:
             self._tell(lease, message)
         lease.has_collected = True
+
+    def hint(self, text: str) -> str:
+        """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
+        from pytest_vmsandbox.inside import environment, project
+
+        for name in _NO_MODULE.findall(text):
+            folders = project.foreign_folders(self._config.rootpath)
+            if (folder := project.provider(name, folders)) is not None:
+                path = os.path.relpath(folder, self._config.rootpath)
+                return (
+                    f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
+                    f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+                )
+            if distributions := environment.providers(name):
+                return (
+                    f"{name} is installed here, by {' and '.join(distributions)}, but not in the guest: "
+                    f"it was left out, or {environment.SETTING} does not name it"
+                )
+        return ""
 
     # -- what goes there ----------------------------------------------------------------------
 
@@ -272,7 +336,7 @@ class Leases:
         from pytest_vmsandbox.testing import forwarding
 
         config, tree = self._config, installed.tree
-        translate = forwarding.translator(config.rootpath, tree)
+        translate = forwarding.translator({str(config.rootpath): tree, **installed.outside})
         kind = _kind(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None
@@ -291,6 +355,7 @@ class Leases:
                 ]
             )
         where = translate(str(config.invocation_params.dir))
+        results = f"{BASE}/allure" if beside.AllureResults(config).are_wanted else None
         return {
             "args": [
                 *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini"),
@@ -300,16 +365,21 @@ class Leases:
                 *(f"{tree}/{file}" for file in files),
             ],
             "plugins": [] if wanted else forwarding.plugins(config),
-            "options": forwarding.options(config, translate),
+            "options": {**forwarding.options(config, translate), "allure_report_dir": results},
             "ini": [(["cache_dir"], f"{BASE}/cache"), *forwarding.ini(config, translate)],
             "fixtures": forwarding.fixtures(config),
             "path": list(installed.path),
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
+            "reruns": config.pluginmanager.has_plugin("rerunfailures"),
+            "alone": collection.isolation_of(item) == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
+            "logs": beside.Logs(config).are_wanted,
+            "allure": results,
+            "machine": beside.machine_is_wanted(config),
             "junit": xml.family if (xml := config.stash.get(xml_key, None)) else None,
             "live": config.getoption("capture", default="no") == "no",
         }
@@ -340,14 +410,18 @@ class Leases:
             say=self._session.say,
             tell=self._session.tell,
         )
-        if self._measuring is not None:
-            payload = replace(payload, requirements=payload.requirements.with_one("coverage"))
+        more = [] if self._measuring is None else ["coverage"]
+        if options.requirements(config) and collection.wants_reruns(config, session.items):
+            more.append("pytest-rerunfailures")
+        for name in more:
+            payload = replace(payload, requirements=payload.requirements.with_one(name))
         return payload
 
     # -- the end of one -----------------------------------------------------------------------
 
     def lose(self, lease: Lease, error: VMSandboxError) -> None:
         """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        error.details = lease.reader.text(error.details)
         if self._measuring is not None and lease.session is not None:
             self._session.tell(
                 f"coverage of tests inside {lease.guest.name} is not complete: they took their "
@@ -361,6 +435,7 @@ class Leases:
     def _abandon(self, lease: Lease, error: VMSandboxError) -> None:
         """End a guest because of an error."""
         self._leases = {key: other for key, other in self._leases.items() if other is not lease}
+        self._note_loss(lease)
         try:
             with lease.stack:
                 raise error  # through its use
@@ -390,9 +465,26 @@ class Leases:
                 )
                 if not keep:
                     stack.callback(self._end, key)
-                    if self._measuring is not None or collection.isolation_of(item) == "module":
-                        self._tell_problems(self._finish(self._leases[key]))
+                    self._wind_up(item, self._leases[key])
             yield
+
+    def end(self, item: pytest.Item) -> None:
+        """End the guest of a test: the next attempt at it has a fresh one."""
+        key = collection.place_of(item)
+        self._wind_up(item, self._leases[key])
+        self._end(key)
+
+    def _wind_up(self, item: pytest.Item, lease: Lease) -> None:
+        """Let a session end, and take what it has left.
+
+        Of guests that have one test each, only the first is told whose session ended badly.
+        """
+        problems = self._finish(lease)
+        kind = _kind(item)
+        if problems and kind not in self._finished_badly:
+            self._finished_badly.add(kind)
+            self._tell_problems(problems)
+        self._tell_problems(self._bring_back(lease))
 
     def _tell_problems(self, problems: list[str]) -> None:
         """Tell what went wrong that is no test's error: the run is not green."""
@@ -417,14 +509,44 @@ class Leases:
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         if self._measuring is not None and self._prepared is not None:
             self._measuring.keep(said, self._prepared.tree, lease.guest.name)
+        for message in said:
+            if "allure" in message:  # of fixtures that the session's end has torn down
+                self._tell(lease, message)
+
+        def tail(message: Message) -> str:
+            return lease.reader.text(printable(str(message.get("tail", ""))))
+
         has_failed = lease.has_failed or lease.session.collected.has_errors
         allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         return [
-            f"{lease.guest.name}: {printable(str(message.get('tail', '')))}\n  its pytest ended with status "
+            f"{lease.guest.name}: {tail(message)}\n  its pytest ended with status "
             f"{message['exit']}, which no test there has caused: a conftest.py or a plugin has"
             for message in said
             if "exit" in message and message["exit"] not in allowed
         ]
+
+    def _bring_back(self, lease: Lease) -> list[str]:
+        """Bring back what tests have written into the project in a guest whose session is over.
+
+        Returns:
+            What went wrong, for people.
+        """
+        if self._prepared is None or not lease.has_collected:
+            return []
+        if lease.guest.loss is not None:
+            self._note_loss(lease)
+            return []
+        try:
+            found = pulling.bring_back(self._session, lease, self._prepared.tree)
+        except VMSandboxError as error:
+            return [str(error)]
+        for outcome, paths in found.items():
+            pulling.note(self._session.pulled, outcome.value, paths)
+        return []
+
+    def _note_loss(self, lease: Lease) -> None:
+        if self._prepared is not None and lease.has_collected:
+            pulling.note(self._session.pulled, pulling.LOST, [lease.guest.name])
 
     def close(self) -> list[str]:
         """Let every session tear down what is left, and end the guests.
@@ -438,6 +560,7 @@ class Leases:
                 problems += self._finish(lease)
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
+            problems += self._bring_back(lease)
             try:
                 self._end(key)
             except Exception as error:  # noqa: BLE001  # a user's hook may raise anything
@@ -452,5 +575,7 @@ def _kind(item: pytest.Item) -> Key:
 
 
 def _own(guest: Guest) -> dict[str, str]:
-    """Variables of the environment that differ in each guest."""
-    return {"VMSANDBOX_GUEST": guest.name}
+    """Variables of the environment that differ between guests, or between workers."""
+    from pytest_vmsandbox.testing import forwarding
+
+    return {**forwarding.environment(), "VMSANDBOX_GUEST": guest.name}

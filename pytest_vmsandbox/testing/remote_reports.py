@@ -7,10 +7,11 @@ things by name; texts lose what could play tricks on a terminal, but keep their 
 from __future__ import annotations
 
 import builtins
+import logging
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from pytest_vmsandbox.inside.wire import Message, broken
 
 PHASES = ("setup", "call", "teardown")
 OUTCOMES = ("passed", "failed", "skipped")
+RERUN = "rerun"  # the outcome of what pytest-rerunfailures tries again
 _SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
+_MAX_ATTRIBUTES = 100
 _MAX_SOURCE = 200_000  # characters in a report that pytest highlights: that can take seconds
 # Control characters and sequences, but for colours, tabs and line ends; characters that let a
 # terminal show a line in another order; half characters, which cannot be written.
@@ -61,11 +64,23 @@ class Reader:
 
     Args:
         there, here: the project's folder in the guest, and on this machine.
+        outside: folders outside of it: from what each is called here to what it is there.
+        reruns: whether pytest-rerunfailures is here: no one else understands its reports.
     """
 
-    def __init__(self, there: str, here: Path) -> None:
-        self._there = there.rstrip("/") + "/"
-        self._here = f"{here}/"
+    def __init__(
+        self,
+        there: str,
+        here: Path,
+        outside: Mapping[str, str] | None = None,
+        *,
+        reruns: bool = False,
+    ) -> None:
+        self._reruns = reruns
+        self._here = {there.rstrip("/"): str(here)}
+        self._here |= {theirs: ours for ours, theirs in (outside or {}).items()}
+        names = "|".join(map(re.escape, self._here))
+        self._mention = re.compile(rf"({names})(?![\w-]|\.\w)")
 
     def test_report(self, item: pytest.Item, nodeid: str, data: object) -> pytest.TestReport:
         """The report of a phase of `item`, which is called `nodeid` in the guest.
@@ -80,7 +95,9 @@ class Reader:
             "nodeid": item.nodeid,
             "location": item.location,
             "keywords": dict.fromkeys(item.keywords, 1),
-            "outcome": _one_of(fields.get("outcome"), OUTCOMES),
+            "outcome": _one_of(
+                fields.get("outcome"), (*OUTCOMES, RERUN) if self._reruns else OUTCOMES
+            ),
             "when": _one_of(fields.get("when"), PHASES),
             "longrepr": self._longrepr(fields.get("longrepr")),
             "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
@@ -98,10 +115,39 @@ class Reader:
         if fields.get("_report_type") == _SUBTEST:
             if clean["when"] != "call":
                 raise broken("a subtest that is no part of a test's call", clean["when"])
-            return self._subtest(item, clean, _context(fields.get(_CONTEXT)))
-        make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
-        report: pytest.TestReport = _made(make, clean)
+            report = self._subtest(item, clean, _context(fields.get(_CONTEXT)))
+        else:
+            make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
+            report = _made(make, clean)
+        attributes = _object(fields.get("attributes", {}))
+        self._hang(report, attributes)
+        if self._reruns and RERUN in attributes:  # how many attempts there were before
+            vars(report)[RERUN] = _integer(attributes[RERUN])
         return report
+
+    def _hang(self, report: pytest.TestReport, attributes: dict[str, Any]) -> None:
+        """Give a report the attributes that plugins gave it in the guest.
+
+        None of them replaces anything that a report has, or that pytest looks for on one.
+        """
+        if len(attributes) > _MAX_ATTRIBUTES:
+            raise broken(f"a report with more than {_MAX_ATTRIBUTES} attributes")
+        for name, value in attributes.items():
+            if _is_free(report, name):
+                check = _CHECKS.get(name, _anything)
+                setattr(report, name, check(self.value(value)))
+
+    def value(self, value: object) -> Any:
+        """A JSON value without tricks in its texts; paths of the project are those of here."""
+        if isinstance(value, dict):
+            return {harmless(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.value(item) for item in value]
+        if isinstance(value, str):
+            return self.text(harmless(value))
+        if isinstance(value, int) and not -(2**31) <= value < 2**63:  # xdist sends no others
+            return str(value)
+        return value
 
     def is_subtest(self, data: object) -> bool:
         """Whether a report is that of a part of a test, beside those of its phases."""
@@ -138,10 +184,11 @@ class Reader:
 
     def path(self, path: object) -> str:
         """A path as it is called on this machine, where it is one of the project."""
-        text = colourless(path)
-        if text.startswith(self._there):
-            return self._here + text.removeprefix(self._there)
-        return text
+        return self.text(colourless(path))
+
+    def text(self, text: str) -> str:
+        """A text with paths of the project as they are on this machine."""
+        return self._mention.sub(lambda found: self._here[found[1]], text)
 
     def _section(self, value: object) -> tuple[str, str]:
         name, text = _list(value, 2, exactly=True)
@@ -151,13 +198,13 @@ class Reader:
         if value is None:
             return None
         if isinstance(value, str):
-            return harmless(value)
+            return self.text(harmless(value))
         if isinstance(value, list):
             path, line, reason = _list(value, 3, exactly=True)
-            return self.path(path), _integer(line), colourless(reason)
+            return self.path(path), _integer(line), self.text(colourless(reason))
         fields = _object(value)
         if "text" in fields:
-            return _Text(harmless(fields["text"]))
+            return _Text(self.text(harmless(fields["text"])))
         chain = fields.get("chain")
         clean: dict[str, Any] = {
             "reprcrash": self._crash(fields.get("reprcrash")),
@@ -196,7 +243,7 @@ class Reader:
         return {
             "path": self.path(fields.get("path")),
             "lineno": _integer(fields.get("lineno")),
-            "message": colourless(fields.get("message")),
+            "message": self.text(colourless(fields.get("message"))),
         }
 
     def _traceback(self, value: object) -> dict[str, Any]:
@@ -213,7 +260,7 @@ class Reader:
     def _entry(self, value: object) -> dict[str, Any]:
         fields = _object(value)
         data = _object(fields.get("data"))
-        lines = [harmless(it) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        lines = [self.text(harmless(it)) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
         style = harmless(data.get("style", "long"))
         if fields.get("type") == "ReprEntryNative":
             return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
@@ -274,7 +321,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
         location = reader.path(path), _integer(line), harmless(function)
     return {
         "warning_message": warnings.WarningMessage(
-            message=category(harmless(message.get("warning"))),
+            message=category(reader.text(harmless(message.get("warning")))),
             category=category,
             filename=reader.path(message.get("file")),
             lineno=_integer(message.get("line")),
@@ -286,6 +333,30 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     }
 
 
+def log_record(value: object, reader: Reader) -> logging.LogRecord:
+    """A record of `logging` from a guest; its message is complete.
+
+    Raises:
+        GuestLost: it is none.
+    """
+    fields = _object(value)
+    texts = {name: harmless(fields.get(name)) for name in ("name", "levelname", "msg")}
+    optional = {
+        name: None if fields.get(name) is None else harmless(fields[name])
+        for name in ("funcName", "processName", "threadName", "taskName", "exc_text", "stack_info")
+    }
+    numbers = {name: _integer(fields.get(name)) for name in ("levelno", "lineno")}
+    times = {name: _number(fields.get(name)) for name in ("created", "msecs")}
+    path = Path(reader.path(fields.get("pathname")))
+    return logging.makeLogRecord(
+        {
+            **texts, **optional, **numbers, **times, "args": None, "exc_info": None,
+            "pathname": str(path), "filename": path.name, "module": path.stem,
+            **{name: int(_number(fields.get(name) or 0, 1e20)) for name in ("process", "thread")},
+        }
+    )  # fmt: skip
+
+
 def _category(module: str, name: str) -> type[Warning]:
     """A class of that name; none is imported because a guest says so."""
     known = getattr({"builtins": builtins, "pytest": pytest}.get(module), name, None)
@@ -294,6 +365,55 @@ def _category(module: str, name: str) -> type[Warning]:
     name = name if name.isidentifier() else "Warning"
     return type(name, (Warning,), {"__module__": module[:200]})
 
+
+# What attributes of a report may not be called, beside all that the class of a report has: pytest
+# keeps it in a report or passes it by name, xdist and plugins of reruns add it.
+_TAKEN = frozenset(
+    {
+        *dir(pytest.TestReport), *dir(pytest.CollectReport),
+        "nodeid", "id", "_id", "location", "keywords", "outcome", "longrepr", "when", "sections",
+        "user_properties", "duration", "start", "stop", "wasxfail", "context", "result",
+        "self", "cls", "_report_type",
+        "node", "item_index", "worker_id", "testrun_uid", "rerun",
+    }
+)  # fmt: skip
+
+
+def _is_free(report: pytest.TestReport, name: str) -> bool:
+    """Whether an attribute can be called so: it hides nothing. Names with ``vm_`` are ours."""
+    return (
+        name.isidentifier()
+        and not name.startswith(("__", "vm_"))
+        and name not in _TAKEN
+        and not hasattr(report, name)
+    )
+
+
+def _anything(value: Any) -> Any:
+    return value
+
+
+def _extras(value: object) -> list[dict[str, Any]]:
+    """What pytest-html shows beside a test. It writes files, and the extension ends their names."""
+    return [it for it in value if _is_extra(it)] if isinstance(value, list) else []
+
+
+def _is_extra(value: object) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= _EXTRA:
+        return False
+    kind, content, extension = (value[it] for it in ("format_type", "content", "extension"))
+    if kind not in _EXTRAS or not (isinstance(content, str) or kind == "json"):
+        return False
+    return extension is None or (
+        isinstance(extension, str) and _EXTENSION.fullmatch(extension) is not None
+    )
+
+
+_EXTRA = {"name", "format_type", "content", "mime_type", "extension"}
+_EXTRAS = ("html", "image", "json", "text", "url", "video")
+_EXTENSION = re.compile(r"[\w.+-]{0,20}", re.ASCII)
+# Attributes of which a plugin on this side makes more than text.
+_CHECKS: dict[str, Callable[[Any], Any]] = {"extras": _extras, "extra": _extras}
 
 _CONTEXT = "_subtest.context"
 
@@ -342,8 +462,8 @@ def _integer(value: object) -> int:
     return value
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e12:
+def _number(value: object, limit: float = 1e12) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < limit:
         raise broken("something else where a number should be", value)
     return float(value) if math.isfinite(value) else 0.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 
 ISOLATION = ("test", "module", "session")
+_MOST_SECONDS = 86_400
 _GLOB = frozenset("*?[!")
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 
@@ -75,7 +75,9 @@ def read_marks(marks: Iterable[Mark]) -> Wishes:
         if mark.args and not images:
             images = tuple(_image(arg) for arg in mark.args)
     isolation = _isolation(single.pop("isolation")) if "isolation" in single else None
-    test_timeout = _seconds(single.pop("test_timeout")) if "test_timeout" in single else None
+    test_timeout = (
+        seconds(single.pop("test_timeout"), "test_timeout") if "test_timeout" in single else None
+    )
     Hardware().changed(single)  # wrong values are found before anything is booted
     return Wishes(
         images=images, hardware=single, isolation=isolation, test_timeout=test_timeout, **reasons
@@ -139,10 +141,19 @@ def _isolation(value: object) -> str:
     return str(value)
 
 
-def _seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"test_timeout={value!r} is not a positive number of seconds")
-    return float(value)
+def seconds(value: object, name: str) -> float:
+    """A time-out that a user has written.
+
+    Raises:
+        ConfigError: it is no number of seconds, or is out of range.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= _MOST_SECONDS:  # type: ignore[operator]
+        raise ConfigError(
+            f"{name}={value!r} is not a positive number of seconds",
+            remedy=f"use more than 0 and at most {_MOST_SECONDS}, which is a day",
+        )
+    return float(value)  # type: ignore[arg-type]
 
 
 def _image(arg: object) -> str:

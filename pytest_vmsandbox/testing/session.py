@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import collection, config as options, selection
+from pytest_vmsandbox.testing import collection, config as options, pulling, selection
 from pytest_vmsandbox.testing.artifacts import Artifacts
 from pytest_vmsandbox.testing.reporting import FAILED, RETRIED
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import Provision
+    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
     from pytest_vmsandbox.testing.inside import Inside
 
@@ -52,10 +54,13 @@ class VMSession:
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
+        begun: when the run did, seconds since the epoch.
         failed: whether something has gone wrong that is no test's failure or error.
         told: lines for the end of the run; those of xdist's workers are among them.
+        pulled: what became of files that tests inside guests have written; likewise.
         unimportable: files of tests that this side could not collect, relative to the rootdir, and who
             tried first: with ``--doctest-modules``, two collectors do.
+        failed_hooks: hooks of others that have failed for tests inside, and were told.
         item: the test that runs now.
         coming: image and hardware of the fresh guest of each test that has one.
     """
@@ -63,9 +68,12 @@ class VMSession:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.usage_errors: list[str] = []
+        self.begun = wall()
         self.failed = False
         self.told: dict[str, None] = {}
+        self.pulled: pulling.Found = defaultdict(dict)
         self.unimportable: dict[str, type[pytest.Collector]] = {}
+        self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Mapping[str, object]]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
@@ -85,6 +93,11 @@ class VMSession:
                 self.failed = True
                 self.tell(f"at the end of the tests inside: {problem}")
 
+    @property
+    def benchmarks_machine(self) -> dict[str, Any] | None:
+        """The machine that pytest-benchmark's measurements are of; None where it is this one."""
+        return self.inside.benchmarks.machine() if "inside" in self.__dict__ else None
+
     def close(self) -> None:
         """End every guest that is left."""
         try:
@@ -95,13 +108,17 @@ class VMSession:
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
         """Note what a test asks for and cannot be meant; a wrong `--vm` is told once, not by each."""
-        text = f"{nodeid}: {error}" if self._selection_error is not error else str(error)
+        text = f"{nodeid}: {error}" if self.selection_error is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
     def tell(self, text: str) -> None:
         """Tell people something at the end of the run, once. No warning: it fails no test."""
         self.told[f"vmsandbox: {text}"] = None
+
+    def lines(self) -> list[str]:
+        """All that people are told at the end of the run."""
+        return [*self.told, *(f"vmsandbox: {line}" for line in pulling.lines(self.pulled))]
 
     def note_retry(self, error: VMSandboxError, item: pytest.Item | None = None) -> None:
         """Tell that a fresh guest is tried after an error; the test's reports, and junit, say so, too."""
@@ -148,8 +165,8 @@ class VMSession:
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
         """
-        if self._selection_error is not None:
-            raise self._selection_error
+        if self.selection_error is not None:
+            raise self.selection_error
         selected, from_command_line = self._selected
         for globs in (wishes.skip, wishes.xfail):
             for glob in globs:
@@ -161,8 +178,44 @@ class VMSession:
             select=self.catalogue.select,
         )
 
+    def image(self) -> str | None:
+        """The image of the test that runs now; None where there is none.
+
+        For a test that does not run once for each of its images, it is the first of them.
+
+        Raises:
+            ConfigError: its markers are wrong.
+        """
+        if self.item is None:
+            return None
+        if (image := collection.image_of(self.item)) is not None:
+            return image
+        return next(iter(self.images(selection.read_marks(self.item.iter_markers("vm")))), None)
+
+    def base(
+        self, prepared: PreparedImage | PreparedLayer | None
+    ) -> str | PreparedImage | PreparedLayer | None:
+        """What the guest of the test that runs now is made of; None where no image applies to it.
+
+        Args:
+            prepared: the value of the fixture `vm_prepared`; None for nothing but the image.
+
+        Raises:
+            ConfigError: it is for another image.
+        """
+        image = self.image()
+        if image is None or prepared is None:
+            return image
+        if (other := getattr(prepared, "image", image)) != image:
+            raise ConfigError(
+                f"this test runs on {image}, and the fixture vm_prepared has something for {other} alone",
+                remedy="let it return vm_factory.prepare(None, …), which fits each image",
+            )
+        return prepared
+
     @cached_property
-    def _selection_error(self) -> ConfigError | None:
+    def selection_error(self) -> ConfigError | None:
+        """What is wrong with the images that the run was asked for."""
         try:
             _ = self._selected
         except ConfigError as error:
@@ -184,6 +237,7 @@ class VMSession:
         surroundings = Surroundings(
             logs=self._logs,
             begun=self._begun,
+            image=self.image,
             hints=self.hints,
             say=self.say,
             tell=self.tell,
@@ -204,7 +258,10 @@ class VMSession:
     @cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
-        return Artifacts(options.artifacts_dir(self.config) or self._temporary())
+        return Artifacts(
+            options.artifacts_dir(self.config) or self._temporary(),
+            own=self.factory.own,
+        )
 
     def _temporary(self) -> Path:
         """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
@@ -282,10 +339,14 @@ class VMSession:
         ]
 
     def say(self, text: str) -> None:
-        """Tell of a long wait, for people."""
-        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.write_line(f"vmsandbox: {text}")
+        """Tell of a long wait, for people: on the terminal, also while pytest captures output."""
+        plugin = self.config.pluginmanager.get_plugin
+        capture, reporter = plugin("capturemanager"), plugin("terminalreporter")
+        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+            if hasattr(self.config, "workerinput"):  # nobody sees what a worker of xdist reports
+                print(f"vmsandbox: {text}", file=sys.stderr, flush=True)  # noqa: T201
+            elif reporter is not None:
+                reporter.write_line(f"vmsandbox: {text}")
 
     def _missing(self, error: VMSandboxError) -> NoReturn:
         if options.skip_missing(self.config):
@@ -339,9 +400,10 @@ class SharedGuests:
         with ExitStack() as stack:
             yield cls(session, stack)
 
-    def get(self, image: str, wishes: selection.Wishes) -> Guest:
+    def get(self, image: str | PreparedImage | PreparedLayer, wishes: selection.Wishes) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        key = (image, repr(sorted(wishes.hardware.items())))
+        hardware = repr(sorted(wishes.hardware.items()))
+        key = (image, self._session.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import collection, config as options
+from pytest_vmsandbox.testing import collection, config as options, naming
 from pytest_vmsandbox.testing.selection import Wishes
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class RemoteItem(pytest.Item):
     @classmethod
     def of(cls, parent: pytest.Collector, *, image: str, plain: str) -> Self:
         """An item for what the guest calls `plain`."""
-        base, bracket, rest = plain.partition("[")
-        name = f"{base}[{image}-{rest}" if bracket else f"{base}[{image}]"
+        name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
         collection.settle_inside(item, image=image, plain=plain)
         return item

@@ -46,6 +46,8 @@ def debian(monkeypatch):
         (lambda: checks.accelerator("not open; usermod", None), WARNING, "usermod", "log in anew"),
         (lambda: checks.accelerator("", None), OK, "proven with the first", ""),
         (lambda: checks.accelerator("no KVM", None, platform="darwin"), OK, "hvf", ""),
+        (lambda: checks.loopback("", "r"), OK, "works", ""),
+        (lambda: checks.loopback("unreachable", "lo up"), FAILED, "unreachable", "lo up"),
         (lambda: checks.image_tools([], needed=True), OK, "all here", ""),
         (lambda: checks.image_tools(["xz"], needed=True), FAILED, "missing: xz", "install xz-utils"),
         (lambda: checks.image_tools(["xz"], needed=False), WARNING, "missing: xz", "install xz-utils"),

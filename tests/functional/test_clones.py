@@ -28,6 +28,7 @@ from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
 from pytest_vmsandbox.machine.qemu import find_qemu
 from pytest_vmsandbox.machine.qmp import Monitor
+from support.mounts import small_file_system
 
 TINY = {"memory": "160MiB"}
 
@@ -56,7 +57,7 @@ def factory(cache):
     """Opens factories on that cache, each as a run of its own."""
     with ExitStack() as stack:
 
-        def open_one(clones="demand", **more):
+        def open_one(clones="demand", cache=cache, **more):
             told = Told()
             surroundings = Surroundings(say=told.append, tell=told.append, **more)
             settings = Settings(cache=cache, clones=clones)
@@ -234,16 +235,17 @@ class TestTemplates:
             vm.write_text("/opt/made", "here")
             vm.popen(["sleep", "100000"])
 
-        def use(one, depends_on):
-            image = one.prepare("tiny", prepare, depends_on=depends_on, network="nat")
+        def use(one, depends_on, base="tiny"):
+            image = one.prepare(base, prepare, depends_on=depends_on, network="nat")
             with one.boot(image) as vm:
+                assert vm.image == "tiny"
                 assert vm.origin == "cloned"
                 assert vm.spec.network == "isolated"
                 assert vm.read_text("/opt/made") == "here"
                 assert vm.run(["pidof", "sleep"]).stdout.strip()
 
         use(factory(), ["1"])
-        use(factory(), ["1"])
+        use(factory(image=lambda: "tiny"), ["1"], base=None)
         assert len(done) == 1
         use(factory(), ["2"])
         assert len(done) == 2
@@ -306,6 +308,24 @@ class TestSnapshot:
                 randoms.add(vm.read_text("/proc/sys/kernel/random/uuid"))
             assert len(randoms) == 2
             vm.shell("umount /mnt/d && e2fsck -fn /dev/vda")
+            self.check_that_a_clock_is_kept(vm)
+
+    def check_that_a_clock_is_kept(self, vm):
+        """What a test has done to it, relative to the host's; measured to some seconds."""
+        vm.run(["date", "-s", "2030-01-01 00:00:00"])
+        ahead = offset(vm)
+        assert ahead > 86_400
+        with vm.snapshot():
+            assert offset(vm) == pytest.approx(ahead, abs=5)
+            vm.run(["date", "-s", "2031-01-01 00:00:00"])
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        with vm.snapshot():
+            vm.power_cut()
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        vm.rest()
+        assert vm.resting
+        assert offset(vm) == pytest.approx(ahead, abs=5)
+        assert not vm.resting
 
     def test_also_of_a_guest_that_was_lost_or_cut_off_in_it(self, factory):
         with factory().boot("tiny", **TINY) as vm:
@@ -334,16 +354,17 @@ class TestLadder:
         (line,) = one.told.about("booted one by one")
         assert "x-ignore-shared" in line
 
-    def test_a_cache_without_room(self, factory, monkeypatch):
-        def full(*_):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("pytest_vmsandbox.guests.sealing.memory.create", full)
-        one = factory()
-        with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "booted"
-        (line,) = one.told.about("booted one by one")
-        assert "No space left" in line
+    def test_a_cache_without_room(self, factory, cache, tmp_path):
+        """QEMU would be ended by SIGBUS: its guest's memory would lie there."""
+        with small_file_system(tmp_path / "small", "64M") as small:
+            for entry in cache.iterdir():
+                (small / entry.name).symlink_to(entry)
+            one = factory(cache=small)
+            with one.boot("tiny", **TINY) as vm:
+                assert vm.origin == "booted"
+                vm.run(["true"])
+            (line,) = one.told.about("booted one by one")
+            assert "the cache has no room for 160MiB of memory" in line
 
     def test_a_template_that_no_clone_can_be_made_of(self, factory, cache):
         """A state that QEMU does not take, though it is what was sealed."""

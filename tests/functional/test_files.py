@@ -6,11 +6,12 @@ import hashlib
 import os
 import stat
 import tracemalloc
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from pytest_vmsandbox import TransferError
+from pytest_vmsandbox.guests import transfer
 
 pytestmark = pytest.mark.vm("tiny", isolation="module")
 
@@ -76,8 +77,9 @@ def test_a_tree_goes_there_and_back(vm, tree, tmp_path):
 
 
 @pytest.mark.origins("cloned")
-def test_a_large_file_is_not_held_in_memory(vm_factory, tmp_path):
-    """Over 1 GiB, mostly holes here so that it is quick; both ways."""
+def test_a_large_file_is_not_held_in_memory(vm_factory, tmp_path, monkeypatch):
+    """Over 1 GiB, mostly holes here so that it is quick; but they are sent as zeros."""
+    monkeypatch.setattr(transfer, "_parts", lambda file: None)
     size = (1 << 30) + 12_345
     source = tmp_path / "large"
     with source.open("wb") as file:
@@ -164,6 +166,97 @@ def test_what_cannot_be_copied(vm, call, text, tmp_path, monkeypatch):
     with pytest.raises(TransferError, match=text):
         call(vm)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_do_not_say_their_size(vm, tmp_path):
+    vm.pull("/proc/cpuinfo", tmp_path / "cpuinfo")
+    assert "processor" in (tmp_path / "cpuinfo").read_text()
+    vm.pull("/proc/sys/kernel/random", tmp_path / "proc")
+    assert (tmp_path / "proc/boot_id").read_text() == vm.read_text(
+        PurePosixPath("/proc/sys/kernel/random/boot_id")
+    )
+    vm.pull("/sys/devices/virtual/net/lo/queues/rx-0", tmp_path / "sys")
+    assert (tmp_path / "sys/rps_flow_cnt").read_text() == "0\n"
+
+
+def test_a_tree_in_motion(vm, tmp_path):
+    """Files are made, removed, cut and prolonged while it is read."""
+    change = (
+        "i=0; while :; do i=$((i+1)); echo $i > $i; rm -f $((i-5)); : > log; seq 2000 > log; done"
+    )
+    with vm.popen(["sh", "-c", f"mkdir /tmp/motion; cd /tmp/motion; mkfifo pipe; {change}"]):
+        vm.wait_until(["test", "-e", "/tmp/motion/9"], timeout=60)
+        for number in range(6):
+            with pytest.warns(UserWarning, match="/tmp/motion was pulled without") as warned:
+                vm.pull("/tmp/motion", tmp_path / f"{number}")
+            assert "pipe (pipe)" in str(warned[0].message)
+            assert warned[0].filename == __file__
+            assert "log" in os.listdir(tmp_path / f"{number}")
+
+
+def test_what_is_no_file_is_left_out(vm, tmp_path):
+    vm.shell("syslogd; test -S /dev/log")
+    with pytest.warns(UserWarning, match="/dev was pulled without .* more") as warned:
+        vm.pull("/dev", tmp_path / "dev")
+    assert len(warned) == 1
+    assert all(path.is_dir() or path.is_symlink() for path in (tmp_path / "dev").rglob("*"))
+    os.mkfifo(tmp_path / "dev/pipe")
+    with pytest.warns(UserWarning, match=r"dev was pushed without \./pipe \(pipe\)"):
+        vm.push(tmp_path / "dev", "/tmp/dev")
+
+
+def test_a_file_of_the_kernel_is_written(vm, tmp_path):
+    file = PurePosixPath("/proc/sys/kernel/randomize_va_space")
+    for value in ("2", "0"):
+        vm.write_text(file, value)
+        assert vm.read_text(file) == f"{value}\n"
+    (tmp_path / "value").write_text("1")
+    vm.push(tmp_path / "value", file)
+    assert vm.read_text(file) == "1\n"
+    for value in ("1", "0"):
+        vm.write_text("/sys/kernel/rcu_expedited", value)
+        assert vm.read_text("/sys/kernel/rcu_expedited") == f"{value}\n"
+
+
+def test_places_where_no_file_can_be_replaced(vm):
+    vm.shell("mkdir /tmp/place; mount -t tmpfs none /tmp/place; touch /tmp/place/file /tmp/bound")
+    vm.shell("mount -o remount,ro /tmp/place")
+    with pytest.raises(TransferError, match="Read-only file system"):
+        vm.write_text("/tmp/place/file", "new")
+    vm.shell("mount --bind /tmp/bound /tmp/place/file")  # a mount point: `mv` cannot replace it
+    vm.write_text("/tmp/place/file", "new")
+    assert vm.read_text("/tmp/bound") == "new"
+    vm.shell("umount /tmp/place/file; umount /tmp/place")
+
+
+def test_through_a_link(vm):
+    vm.shell("cd /tmp; echo old > real; chmod 755 real; chown 7:8 real; ln -s real link")
+    vm.write_text("/tmp/link", "new")
+    assert vm.shell("cat /tmp/real; readlink /tmp/link; stat -c %a,%u,%g /tmp/real").stdout == (
+        "newlink\n755,7,8\n".replace("link", "real")
+    )
+
+
+def test_special_bits_and_holes(vm, tmp_path):
+    (tmp_path / "tree").mkdir()
+    program, image = tmp_path / "tree/program", tmp_path / "tree/image"
+    program.touch()
+    program.chmod(0o4755)
+    with image.open("wb") as file:
+        file.truncate(20 << 20)
+        for start in (0, 5 << 20, 10 << 20):
+            file.seek(start)
+            file.write(b"data")
+    vm.push(tmp_path / "tree", "/tmp/special")
+    vm.push(image, "/tmp/special/single")
+    seen = vm.shell("cd /tmp/special; stat -c '%a %s' *; du -k image single").stdout
+    assert seen == "644 20971520\n4755 0\n644 20971520\n12\timage\n12\tsingle\n"
+    vm.pull("/tmp/special", tmp_path / "back")
+    vm.pull("/tmp/special/single", tmp_path / "single")
+    for path in (tmp_path / "single", tmp_path / "back/single", tmp_path / "back/image"):
+        assert path.stat().st_blocks * 512 < 1 << 20
+        assert path.read_bytes() == image.read_bytes()
+    assert (tmp_path / "back/program").stat().st_mode & 0o7777 == 0o4755
 
 
 def test_a_full_disk_is_named(vm, tmp_path):

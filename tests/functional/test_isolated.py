@@ -210,7 +210,7 @@ def second(first, run):
 
 
 def test_a_template_is_made_once(first, second):
-    told = "preparing a test session that has collected"
+    told = "(a test session that has collected): once"
     assert first.output.count(told) == 1, first.output
     assert first.new_templates
     assert "preparing" not in second.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -135,6 +136,22 @@ def test_ssh_command_gets_in(vm):
         stdin=subprocess.DEVNULL,
     )
     assert (done.stdout, done.stderr) == ("Linux\n", "")
+
+
+def test_few_descriptors(tmp_path):
+    """A soft limit is raised; a hard one is told, with what helps."""
+    (tmp_path / "test_it.py").write_text("def test_it(vm): vm.run(['true'])\n")
+    pytest_tiny = f"{sys.executable} -m pytest -p no:cacheprovider --vm=tiny"
+
+    def run(limit):
+        line = f"ulimit {limit} && exec {pytest_tiny}"
+        argv = ["sh", "-c", line]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert "1 passed" in run("-S -n 64").stdout
+    refused = run("-n 64").stdout
+    assert "no further guest fits: this process may have 64 files open" in refused
+    assert "1 error" in refused
 
 
 def test_two_at_once(vm_factory):

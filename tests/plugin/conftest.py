@@ -42,11 +42,16 @@ class FakeGuest:
 
 
 class FakeFactory:
+    images_used = ()
+
     def __init__(self, session):
         self.session, self.count = session, 0
 
     def describe(self, image):
         return f"vmsandbox: a fake runs {image}"
+
+    def own(self, folder):
+        pass
 
     def note(self, *words):
         with (self.session.config.rootpath / "guests").open("a") as file:
@@ -154,6 +159,8 @@ def bare(pytester, monkeypatch):
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(pytester.path / "runtime"))
     for name, architecture in IMAGES.items():
         define_image(pytester.path / "images" / name, architecture)
+    # pytester makes the project's folder the home folder, too; such a one goes to no guest.
+    monkeypatch.setenv("HOME", str(pytester.path.parent / "home"))
     suite = Suite(pytester)
     suite.ini(INI)
     return suite

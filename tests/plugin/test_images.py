@@ -123,6 +123,11 @@ def test_a_test_without_an_image_is_deselected_and_counted(suite):
     result = suite.run("--vm=alpha-1")
     result.assert_outcomes(passed=2, deselected=2)
     assert "no-image" not in result.stdout.str()
+    collected = suite.run("--vm=alpha-1", "--co", "-q")
+    collected.stdout.fnmatch_lines(["2/4 tests collected (2 deselected)*"])
+    shared = suite.run_apart("--vm=alpha-1", "-n1")  # xdist itself does not count them
+    told = "vmsandbox: deselected, since no selected image applies: 2"
+    assert shared.outlines.count(told) == 1
 
 
 def test_other_tests_keep_their_ids(suite):

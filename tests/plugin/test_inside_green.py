@@ -39,18 +39,18 @@ def test_no_other_plugin_runs_it_here(suite):
     assert not (suite.folder / "ran").exists()
 
 
-@pytest.mark.parametrize("isolation", ["session", "module"])
+@pytest.mark.parametrize("isolation", ["session", "module", "test"])
 def test_a_session_that_a_hook_has_failed(suite, isolation):
     suite.write(
         "conftest.py",
         "import os\n\ndef pytest_sessionfinish(session):\n"
         "    if 'VMSANDBOX_GUEST' in os.environ: session.exitstatus = 1\n",
     )
-    suite.write("test_it.py", "def test_ok(): pass\n")
+    suite.write("test_it.py", "def test_a(): pass\ndef test_b(): pass\n")
     status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
     assert status == 1, output
-    assert "1 passed" in output
-    assert "its pytest ended with status 1, which no test there has caused" in output
+    assert "2 passed" in output
+    assert output.count("its pytest ended with status 1, which no test there has caused") == 1
 
 
 def test_a_file_of_other_tests_that_cannot_be_collected_there(suite):
@@ -91,6 +91,36 @@ def test_what_a_test_told_before_it_ended_the_run(suite, how):
     assert "the reason" in output
     names = [case.get("name") for case in ET.parse(junit).iter("testcase")]
     assert names == ["test_first[debian-13]", "test_fails[debian-13]"]
+
+
+HOOK = """
+import sys
+
+import pytest
+
+def {}:
+    if "pytest_vmsandbox.plugin" not in sys.modules:  # in the guest
+        raise {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("isolation", "hook", "raised", "status", "last"),
+    [
+        ("session", "pytest_sessionstart()", "pytest.Session.Failed('enough')", 1, "no tests ran"),
+        ("session", "pytest_runtest_logfinish()", "pytest.Session.Failed('enough')", 1, "1 passed"),
+        ("session", "pytest_runtest_protocol()", "pytest.Session.Interrupted('enough')", 2, "Interrupted: enough"),
+        ("test", "pytest_collection_modifyitems()", "pytest.exit.Exception('enough', 7)", 7, "Exit: enough"),
+    ],
+)  # fmt: skip
+def test_a_hook_that_ends_the_run(suite, isolation, hook, raised, status, last):
+    """It ends as it would in plain pytest."""
+    suite.write("conftest.py", HOOK.format(hook, raised))
+    suite.write("test_it.py", "def test_a(): pass\ndef test_b(): pass\n")
+    found, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
+    assert found == status, output
+    assert last in output
+    assert "error" not in output
 
 
 def test_a_fixture_that_lets_the_session_fail(suite):

@@ -79,7 +79,7 @@ def told(suite, monkeypatch):
                 script: Any = Script(said)
                 lease.guest, lease.reader, lease.patience = (
                     script,
-                    Reader("/there", suite.path),
+                    Reader("/there", suite.path, reruns="pytest_rerunfailures" in args),
                     1.0,
                 )
                 lease.session = GuestSession(Keeper(script, script, patience=1.0))
@@ -123,6 +123,8 @@ def test_what_is_right(told):
         [{"warning": 3, "when": "runtest"}],
         [{"junit": "property", "name": 3, "value": "x"}],
         [{"junit": "attribute"}],
+        [{"again": True}],
+        [report("setup", "rerun", longrepr="why")],
     ],
 )
 def test_an_error_before_the_call(told, said):
@@ -143,6 +145,7 @@ def test_an_error_before_the_call(told, said):
         ([SETUP, FAILED, CALL], 1),
         ([SETUP, CALL, TEARDOWN, TEARDOWN, DONE], 2),
         ([SETUP, CALL, TEARDOWN, SETUP], 2),
+        ([SETUP, CALL, TEARDOWN, {"again": True}], 2),
         ([SETUP, CALL, TEARDOWN, report("teardown", _report_type="SubTestReport")], 2),
     ],
 )
@@ -152,6 +155,28 @@ def test_an_error_after_the_call(told, said, passed):
     assert outcomes.pop("errors", 0) + outcomes.pop("error", 0) == 1
     assert outcomes == {"passed": passed} | ({"failed": 1} if passed == 1 else {})
     result.stdout.fnmatch_lines(["*ERROR at teardown of test_one*", "PASSED *test_two*"])
+
+
+RERUN = report("call", "rerun", longrepr="why", attributes={"rerun": 0})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [SETUP, RERUN, TEARDOWN, DONE],  # where is the next attempt?
+        [SETUP, RERUN, TEARDOWN, {"again": True}, DONE],
+        [SETUP, RERUN, TEARDOWN, {"again": True}, CALL],
+        [SETUP, RERUN, TEARDOWN, {"again": True}, {"again": True}],
+        [SETUP, report("call", "rerun", longrepr="why", attributes={"rerun": "x"})],
+    ],
+)
+def test_another_attempt_that_is_none(told, said):
+    result = told(*said, args=["-p", "pytest_rerunfailures"])
+    outcomes = result.parseoutcomes()
+    assert outcomes.pop("passed") == 1
+    assert outcomes.pop("rerun", 1) == 1
+    assert outcomes in ({"errors": 1}, {"failed": 1})
+    result.stdout.fnmatch_lines(["*GuestLost*protocol*", "PASSED *test_two*"])
 
 
 def test_an_interpreter_that_is_lost(told):
@@ -177,9 +202,25 @@ def test_a_stop_with_tricks(told, args):
 
 @pytest.mark.parametrize("status", [None, 7, -1, 10**300, "x", True])
 def test_an_exit_with_tricks(told, status):
-    result = told(SETUP, {"interrupted": EVIL, "left": True, "status": status})
+    result = told(SETUP, {"interrupted": EVIL, "how": "left", "status": status})
     assert result.ret == (7 if status == 7 else 1 if status is True else 2)
     result.stdout.fnmatch_lines(["*Exit: over*"])
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "text"),
+    [("failed", 1, "no tests ran"), ("stopped", 2, "Interrupted: over")],
+)
+def test_another_end_with_tricks(told, how, status, text):
+    result = told(SETUP, {"interrupted": EVIL, "how": how})
+    assert result.ret == status
+    result.stdout.fnmatch_lines([f"*{text}*"])
+
+
+@pytest.mark.parametrize("how", ["key", [EVIL], None])
+def test_an_interruption_with_tricks(told, how):
+    with pytest.raises(KeyboardInterrupt):  # which pytester passes on
+        told(SETUP, {"interrupted": EVIL, "how": how})
 
 
 @pytest.mark.parametrize("failed", [{"longrepr": None}, {"longrepr": EVIL}, {"outcome": 3}])
@@ -212,6 +253,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
         opened.append(item.nodeid)
         return leases.Lease(
             guest=script,
+            tree="/there",
             keeper=Keeper(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
             config={},

@@ -58,6 +58,50 @@ def test_a_limit_of_pytest_timeout(suite, mark, args, ini):
     assert suite.guests == ["debian-13-1"]
 
 
+@pytest.mark.parametrize(
+    ("mark", "ini"),
+    [
+        ("@pytest.mark.timeout(1, func_only=True)", ""),
+        ("@pytest.mark.timeout(80, func_only=True)\n@pytest.mark.vm(test_timeout=1)", ""),
+        ("", "timeout = 1\ntimeout_func_only = true"),
+    ],
+    ids=["marker", "longer than ours", "ini"],
+)
+def test_a_limit_of_the_function_alone(suite, mark, ini):
+    (suite.path / "pytest.ini").write_text(f"[pytest]\n{ini}")
+    suite.write("test_it.py", HANGS.format(mark=mark))
+    status, output = suite.run("--in-vm")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "1 failed, 2 passed" in output
+    assert "it did not end within 1 s, and its interpreter was killed" in output
+
+
+def test_a_limit_of_the_function_alone_leaves_fixtures_their_time(suite):
+    suite.write(
+        "test_it.py",
+        """
+import time
+
+import pytest
+
+@pytest.fixture
+def slow():
+    time.sleep(1.5)
+    yield
+    time.sleep(1.5)
+
+@pytest.mark.timeout(1, func_only=True)
+def test_is_quick(slow): pass
+
+@pytest.mark.timeout(1, func_only=True)
+def test_is_not(slow): time.sleep(90)
+""",
+    )
+    status, output = suite.run("--in-vm")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "1 failed, 1 passed" in output
+
+
 # -- hooks of plugins that stay here ----------------------------------------------------------------
 
 
@@ -91,11 +135,12 @@ def test_fails():
 def test_next(): pass
 """
 DOES_NOTHING = "vmsandbox: {} does nothing for tests that run inside a guest"
+NO_RERUNS = "vm_guest_plugins = pytest_cov"
 ASKED = {
-    "reruns": ("pytest-rerunfailures", "", ("--reruns=2",), ""),
-    "forced": ("pytest-rerunfailures", "", ("--force-reruns=2",), ""),
-    "flaky": ("pytest-rerunfailures", "@pytest.mark.flaky(reruns=2)", (), ""),
-    "ini": ("pytest-rerunfailures", "", (), "reruns = 2"),
+    "reruns": ("pytest-rerunfailures", "", ("--reruns=2",), NO_RERUNS),
+    "forced": ("pytest-rerunfailures", "", ("--force-reruns=2",), NO_RERUNS),
+    "flaky": ("pytest-rerunfailures", "@pytest.mark.flaky(reruns=2)", (), NO_RERUNS),
+    "ini": ("pytest-rerunfailures", "", (), f"reruns = 2\n{NO_RERUNS}"),
     "forked": ("pytest-forked", "", ("--forked",), ""),
     "marked forked": ("pytest-forked", "@pytest.mark.forked", (), ""),
 }
@@ -122,9 +167,9 @@ def test_nothing_is_said_where_no_test_is_of_a_guest(suite):
 
 def test_it_is_told_of_xdists_workers_too(suite):
     suite.write("test_it.py", "def test_there(): pass\n")
-    status, output = suite.run("--in-vm", "--reruns=1", "-n", "2")
+    status, output = suite.run("--in-vm", "--forked", "-n", "2")
     assert status == 0, output
-    assert output.count(DOES_NOTHING.format("pytest-rerunfailures")) == 1
+    assert output.count(DOES_NOTHING.format("pytest-forked")) == 1
 
 
 def test_both_sides_report_beside_reruns(suite):
@@ -211,6 +256,55 @@ def test_a(): pass
     assert "2 passed in" in output
     assert "vmsandbox: at the end of the tests inside: debian-12-1: " in output
     assert "RuntimeError: late" in output
+
+
+NAMES = """
+import os
+
+import pytest
+
+@pytest.mark.in_vm(False)
+def test_here(worker_id, testrun_uid): note("here", worker_id, testrun_uid)
+
+@pytest.mark.parametrize("number", range(4))
+def test_there(worker_id, testrun_uid, number): note("there", worker_id, testrun_uid)
+
+def note(side, worker_id, testrun_uid):
+    names = [os.environ[f"PYTEST_XDIST_{name}"] for name in ("WORKER", "TESTRUNUID", "WORKER_COUNT")]
+    assert names == [worker_id, testrun_uid, "2"]
+    with open(__file__ + ".notes", "a") as file:
+        print(side, worker_id, testrun_uid, file=file)
+"""
+
+
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_which_worker_it_is(suite, isolation):
+    suite.write("test_it.py", NAMES)
+    status, output = suite.run("--in-vm", "-n2", f"--vm-isolation={isolation}")
+    assert status == 0, output
+    assert "5 passed" in output
+    notes = [line.split() for line in (suite.path / "test_it.py.notes").read_text().splitlines()]
+    assert {side for side, _, _ in notes} == {"here", "there"}
+    assert {worker for _, worker, _ in notes} == {"gw0", "gw1"}
+    assert len({run for _, _, run in notes}) == 1
+
+
+def test_a_run_without_workers_has_one_name(suite):
+    """Also where each test has a guest of its own."""
+    suite.write(
+        "test_it.py",
+        "import os\n\nimport pytest\n\n"
+        "@pytest.mark.parametrize('number', range(2))\n"
+        "def test_there(worker_id, testrun_uid, number):\n"
+        "    assert not any(name.startswith('PYTEST_XDIST') for name in os.environ)\n"
+        "    with open(__file__ + '.notes', 'a') as file:\n"
+        "        print(worker_id, testrun_uid, file=file)\n",
+    )
+    status, output = suite.run("--in-vm", "--vm-isolation=test")
+    assert status == 0, output
+    notes = (suite.path / "test_it.py.notes").read_text().splitlines()
+    assert len(notes) == 2
+    assert len(set(notes)) == 1
 
 
 @pytest.mark.parametrize(("isolation", "guests"), [("session", 2), ("module", 2), ("test", 4)])

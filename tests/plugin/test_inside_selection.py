@@ -96,7 +96,7 @@ def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
         ),
         (
             "@pytest.mark.in_vm\ndef test_it(): pass", ("-ovm_test_timeout=soon",),
-            "vm_test_timeout = 'soon': use a positive number of seconds",
+            "vm_test_timeout='soon' is not a positive number of seconds",
         ),
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("--vm=typo",), "there is no image 'typo'"),
     ],

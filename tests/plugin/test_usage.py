@@ -85,6 +85,9 @@ def test_a_typo_hides_no_test_of_other_images(suite):
         ("vm_boot_timeout = -1", ["vm_boot_timeout", "seconds"]),
         ("vm_boot_timeout = nan", ["vm_boot_timeout", "seconds"]),
         ("vm_command_timeout = 0", ["vm_command_timeout", "seconds"]),
+        ("vm_command_timeout = 1e300", ["vm_command_timeout", "at most 86400"]),
+        ("vm_offline = maybe", ["vm_offline", "truth value 'maybe'"]),
+        ("vm_artifacts_dir = pytest.ini/a/b", ["pytest.ini/a/b cannot hold artifacts"]),
     ],
 )
 @pytest.mark.parametrize("quiet", [(), ("-q",)], ids=["", "quiet"])
@@ -98,13 +101,67 @@ def test_an_ini_key(bare, line, texts, quiet):
         assert part in text
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["--vm-accel=fast", "--vm-missing=maybe", "--vm-boot-timeout=soon", "--vm-boot-timeout=0"],
-)
+OPTIONS = [
+    "--vm-accel=fast",
+    "--vm-missing=maybe",
+    "--vm-isolation=none",
+    "--vm-boot-timeout=soon",
+    "--vm-boot-timeout=0",
+    "--vm-boot-timeout=-1",
+    "--vm-boot-timeout=",
+    "--vm-boot-timeout=86401",
+    "--vm-artifacts=",
+    "--vm=gamma",
+    "--vm=",
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_an_option(bare, option):
+    """It is one in a folder without tests, too."""
+    name, _, value = option.partition("=")
+    for _ in range(2):
+        text = bare.usage_error(option)
+        assert value in text
+        assert name in text or "there is no image" in text
+        bare.write("def test_x(vm): pass")
+
+
+def test_a_folder_for_artifacts_that_is_a_file(bare):
     bare.write("def test_x(vm): pass")
-    assert option.partition("=")[2] in bare.usage_error(option)
+    assert "cannot hold artifacts" in bare.usage_error("--vm-artifacts=pytest.ini")
+
+
+VALUES = [
+    "vm_accel = fast",
+    "vm_boot_timeout = -1",
+    "vm_command_timeout = 0",
+    "vm_cpus = 0",
+    "vm_disk = big",
+    "vm_env = a b",
+    "vm_inside = maybe",
+    "vm_isolation = none",
+    "vm_memory = 12",
+    "vm_missing = maybe",
+    "vm_network = lan",
+    "vm_offline = maybe",
+    "vm_test_timeout = soon",
+    "vm_user = a b",
+]
+
+
+def test_a_value_is_wrong_whatever_is_run(bare):
+    bare.write("def test_plain(): pass")
+    for line in VALUES:
+        bare.ini(f"[pytest]\n{line}\n")
+        assert line.partition(" ")[0] in bare.usage_error()
+
+
+def test_help_tells_what_a_guest_loads(bare):
+    text = " ".join(bare.run("--help").stdout.str().split())
+    assert (
+        "the pytest plugins that a guest loads for tests inside, by module or entry point" in text
+    )
 
 
 def test_an_option_counts_more_than_an_ini_key(bare):
@@ -129,10 +186,12 @@ def test_under_xdist_too(suite):
     assert text.count("test_a: pytest.mark.vm has no argument 'colour'") == 1
 
 
-def test_a_suite_without_guests_need_not_be_right_about_them(bare):
-    bare.ini("[pytest]\nvm_image_path = nowhere\nvm_memory = 12\n")
+def test_a_suite_without_guests_needs_neither_folders_nor_images(bare):
+    bare.ini(
+        "[pytest]\nvm_image_path = nowhere\nvm_images = gamma\nvm_artifacts_dir = pytest.ini\n"
+    )
     bare.write("def test_x(): pass")
-    bare.run("--vm=gamma").assert_outcomes(passed=1)
+    bare.run().assert_outcomes(passed=1)
 
 
 def test_a_wrong_vm_option_is_told_once(suite):

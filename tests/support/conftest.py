@@ -1,3 +1,3 @@
 """The projects here are run by tests, and are none of ours."""
 
-collect_ignore = ["outcomes"]
+collect_ignore = ["outcomes", "suites"]

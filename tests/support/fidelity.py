@@ -120,10 +120,11 @@ class Reader:
         for suite in ET.fromstring(junit).iter("testsuite"):
             counts = [f"{it}={suite.get(it)}" for it in ("errors", "failures", "skipped", "tests")]
             cases.append(f"testsuite {' '.join(counts)}")
-            cases += [self._element(it) for it in suite]
+            cases += [self.element(it) for it in suite]
         return cases
 
-    def _element(self, element: ET.Element) -> str:
+    def element(self, element: ET.Element) -> str:
+        """What junit's file has of a test."""
         lines = []
         for it in element.iter():
             if it.tag == "properties" or (it.tag, it.get("name")) == ("property", "vm"):

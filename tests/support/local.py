@@ -88,6 +88,21 @@ class LocalGuest:
             raise CommandError(f"{argv[0]} returned {result.returncode}", result=result)
         return result
 
+    def stream_script(self, script, *, stdin=None, stdout=None):
+        self.check()
+        argv = ("sh", "-c", script)
+        done = subprocess.run(
+            argv, input=stdin.read() if stdin else b"", capture_output=True, check=False
+        )
+        if stdout is not None:
+            stdout(done.stdout)
+        if done.returncode:
+            result = CommandResult(
+                argv=argv, returncode=done.returncode, stdout="", stderr=done.stderr.decode(),
+                duration=0.0,
+            )  # fmt: skip
+            raise CommandError(f"sh returned {done.returncode}", result=result)
+
     def start(self, command):
         self.check()
         return LocalProcess(self, command)

@@ -18,7 +18,7 @@ IMAGE = "debian-13"
 SUPPORT = Path(fidelity.__file__).parent
 # Plugins that stay on the host have no frames, and no fixtures, in a guest's reports.
 HOST_ONLY = (
-    *("vmsandbox", "pytest_cov", "pytest_forked", "rerunfailures", "timeout"),
+    *("vmsandbox", "pytest_cov", "pytest_forked", "timeout"),
     *("html", "html_fixtures", "metadata"),
 )
 PLAIN = tuple(word for name in HOST_ONLY for word in ("-p", f"no:{name}"))

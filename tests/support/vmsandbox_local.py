@@ -6,11 +6,11 @@ Named so that it is not handed on to the guest's pytest.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +18,13 @@ import pytest
 
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
-from pytest_vmsandbox.inside import install
+from pytest_vmsandbox.inside import install, tree as trees
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION
-from pytest_vmsandbox.testing import reporting
+from pytest_vmsandbox.testing import pulling, reporting
 from support.local import LocalGuest
+
+LAYOUT = install.layout
 
 
 class Local(LocalGuest):
@@ -54,6 +56,9 @@ class LocalFactory:
         return f"vmsandbox: this machine plays {image}"
 
     def require(self, image):
+        pass
+
+    def own(self, folder):
         pass
 
     def patience(self, image):
@@ -95,22 +100,25 @@ class LocalFactory:
 
     def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
-            root = payload.project.root
-            shutil.copytree(root, self.folder / guest.name / "src" / root.name)
+            there = self.layout(guest, payload)
+            trees.sync(guest, payload.tree, there.tree)
+            for tree in payload.outside:
+                trees.sync(guest, tree, there.outside[str(tree.root)])
 
     def layout(self, guest, payload):
         base = self.folder / (guest.name if guest else "nobody")
         root = payload.project.root
         install.BASE = str(base)
-        if "LOCAL_COPY" in os.environ:
-            root = base / "src" / root.name
         python = os.environ.get("LOCAL_PYTHON", sys.executable)
-        return install.Installed(
+        installed = replace(
+            LAYOUT(guest, payload),
             place=Place(python=python, runner=str(install._RUNNER), folder=str(base / "run")),
-            tree=str(root),
-            path=tuple(f"{root}/{it}".rstrip("/.") for it in payload.project.import_roots),
             programs=str(Path(python).parent),
         )
+        if "LOCAL_COPY" in os.environ:
+            return installed
+        path = tuple(os.path.normpath(root / it) for it in payload.project.import_roots)
+        return replace(installed, tree=str(root), path=path, outside={})
 
 
 def end_all(word):
@@ -133,3 +141,5 @@ def pytest_configure(config):
     session.factory = LocalFactory(session, folder)
     for name in ("install_environment", "install_project", "layout"):
         setattr(install, name, getattr(session.factory, name))
+    if "LOCAL_COPY" not in os.environ:  # the guest's copy of the project is the project
+        pulling.bring_back = lambda *_: {}

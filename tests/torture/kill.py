@@ -212,7 +212,11 @@ def files(folder: Path) -> set[str]:
     ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.ledger")}
     ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.arming.*")}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")} - ours
-    found = {name for name in found if not name.startswith(("base", "__pycache__"))}
+    found = {
+        name
+        for name in found
+        if not name.startswith(("base", "__pycache__")) or "/guests-" in name  # of artifacts
+    }
     return found | {str(path) for path in Path("/dev/shm").glob("*")}
 
 

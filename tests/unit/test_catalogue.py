@@ -122,7 +122,7 @@ class TestDefinition:
             ("description", ['""', "1", r'"two\nlines"']),
             ("architecture", ['"arm64"', '""', "1", "[]"]),
             ("recipe", ['"gone"', '"image.toml"', '"../mine/build"', '"."', '""', "1"]),
-            ("uses", ['"build"', '["gone"]', "[1]", '["/etc/hostname"]', r'["a\u0000b"]']),
+            ("uses", ['"build"', "[1]", '["/etc/hostname"]', r'["a\u0000b"]']),
             ("requires", ['"sh"', '["/bin/sh"]', '[""]', '["-x"]', "[true]", '["a b"]']),
             ("append", ["1", r'"a\nb"', "[]"]),
             ("memory_min", ['"256"', "256", '"0MiB"', '"1MB"', '"-1MiB"']),
@@ -141,6 +141,14 @@ class TestDefinition:
             assert str(folder / "image.toml") in raised.value.brief
             assert f"{key} = " in raised.value.brief
             assert f"{key} must be " in raised.value.remedy
+
+    def test_a_path_that_does_not_exist(self, folder):
+        (folder / "image.toml").write_text(TOML.replace("uses = []", 'uses = ["build", "../gone"]'))
+        with pytest.raises(ConfigError) as raised:
+            ImageDefinition.read(folder)
+        assert raised.value.brief == (
+            f"{folder / 'image.toml'}: uses names '../gone', which does not exist"
+        )
 
     @pytest.mark.parametrize("table", ["boot", "disk", "system"])
     def test_a_table_is_a_table(self, folder, table):

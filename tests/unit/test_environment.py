@@ -1,19 +1,23 @@
 """What goes into a guest's environment, with distributions and a uv that are fakes."""
 
 import fcntl
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from importlib.metadata import Distribution, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
-from pytest_vmsandbox.inside import environment
+from pytest_vmsandbox.inside import environment, wheels
 from pytest_vmsandbox.inside.environment import (
     GuestPython,
     Requirements,
@@ -33,12 +37,20 @@ for it; do
     case $last in
         --output-file) output=$it ;;
         --target) target=$it ;;
+        --find-links) links=$it ;;
+        --no-binary) build=$it ;;
         --overrides) cp "$it" "$here/overrides" ;;
     esac
     case $it in */asked.in) cp "$it" "$here/asked" ;; esac
     last=$it
 done
-[ -e "$here/refuse" ] && { cat "$here/refuse" >&2; exit 1; }
+if [ -n "$build" ]; then
+    [ -e "$here/sources" ] || exit 1
+    cp -r "$here/sources" "$target"
+    exit 0
+fi
+ls "$links"/*.whl >> "$here/links" 2>/dev/null
+[ -e "$here/refuse" ] && ! [ -s "$here/links" ] && ! [ -s "$here/overrides" ] && { cat "$here/refuse" >&2; exit 1; }
 [ -n "$output" ] && cp "$output" "$here/preferred"
 if [ -n "$target" ]; then
     cp -r "$here/wheel" "$target"
@@ -155,7 +167,7 @@ def test_the_mirror_asks_for_roots_and_prefers_all(host):
 
 
 def test_what_only_the_left_out_need_goes_with_them(host):
-    host.add("pytest-xdist", "execnet", "pytest")
+    host.add("tox", "execnet", "pytest")
     host.add("execnet")
     host.add("pytest-vmsandbox", "paramiko", "Rich")
     host.add("paramiko", "shared")
@@ -167,6 +179,13 @@ def test_what_only_the_left_out_need_goes_with_them(host):
     assert found.preferred == ("pluggy==1.6.0", "pytest==9.2.0", "requests==1.0", "shared==1.0")
 
 
+def test_plugins_that_are_of_this_side_alone_can_be_imported_there(host):
+    host.add("pytest-xdist", "execnet", "pytest")
+    host.add("execnet")
+    assert "pytest-xdist" in host.mirror().lines
+    assert "execnet==1.0" in host.mirror().preferred
+
+
 def test_a_left_out_one_stays_when_it_is_needed(host):
     host.add("pytest-mypy-plugins", "mypy")
     host.add("mypy")
@@ -174,7 +193,7 @@ def test_a_left_out_one_stays_when_it_is_needed(host):
 
 
 def test_what_extras_need_is_needed(host):
-    host.add("pytest-cov", "coverage[toml]")
+    host.add("tox", "coverage[toml]")
     host.add("coverage", "tomli; extra == 'toml'", "other; extra == 'x'")
     host.add("tomli")
     host.add("other")
@@ -592,6 +611,92 @@ def test_no_wheel(make, uv, tmp_path, name):
     assert error.details == NO_WHEEL[name].strip()
     assert "vm_requirements" in error.remedy
     assert left_in(tmp_path / "cache") == []
+
+
+PURE = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\nTag: py3-none-any\n"
+COMPILED = "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp311-cp311-linux_x86_64\n"
+SOURCES_ONLY = "Because all versions of plain have no usable wheels\n"
+
+
+def plain(folder, monkeypatch, wheel=PURE):
+    """A distribution that was built here."""
+    host = Host(folder)
+    record = (
+        "plain/__init__.py,,\nplain/data.txt,,\n../../bin/plain,,\nplain-1.0.dist-info/METADATA,,\n"
+    )
+    host.add("plain", WHEEL=wheel, RECORD=record + "plain-1.0.dist-info/RECORD,,\n")
+    (folder / "plain").mkdir()
+    (folder / "plain/__init__.py").write_text("x = 1\n")
+    (folder / "plain/data.txt").write_text("data")
+    monkeypatch.syspath_prepend(str(folder))
+    return host
+
+
+def test_what_is_pure_and_installed_here_needs_no_wheel_of_the_index(
+    make, uv, tmp_path, monkeypatch
+):
+    plain(tmp_path / "here", monkeypatch)
+    seen: list[Any] = []
+
+    def make_wheel(*args):
+        seen.append(wheels.make_wheel(*args))
+        shutil.copy(seen[0], tmp_path)
+        return seen[0]
+
+    monkeypatch.setattr(environment, "make_wheel", make_wheel)
+    uv.refuse(SOURCES_ONLY)
+    make()
+    assert [it.name for it in seen] == ["plain-1.0-py3-none-any.whl"]
+    assert uv.read("links") == [str(seen[0])] * 2  # for resolving, and for installing
+    assert make.told == []
+    with zipfile.ZipFile(tmp_path / seen[0].name) as packed:
+        assert packed.read("plain/__init__.py") == b"x = 1\n"
+        assert sorted(packed.namelist()) == [
+            *(f"plain-1.0.dist-info/{it}" for it in ("METADATA", "RECORD")),
+            *("plain/__init__.py", "plain/data.txt"),
+        ]
+
+
+def test_what_is_compiled_is_left_out_if_nobody_imports_it(make, uv, tmp_path, monkeypatch):
+    plain(tmp_path / "here", monkeypatch, COMPILED)
+    uv.refuse(SOURCES_ONLY)
+    make(Requirements(root=tmp_path, lines=("pytest>=8.4", "Plain>=1")))
+    assert uv.read("asked") == ["pytest>=8.4"]
+    assert uv.read("overrides") == ["plain ; python_version < '3'"]
+    assert [it.partition(":")[0] for it in make.told] == ["plain is not in the guest"]
+
+
+def test_what_is_compiled_and_imported_is_an_error(make, uv, tmp_path, monkeypatch):
+    plain(tmp_path / "here", monkeypatch, COMPILED)
+    importlib.import_module("plain")
+    try:
+        assert "of: plain" in failing(make, uv, SOURCES_ONLY).brief
+    finally:
+        del sys.modules["plain"]
+    assert len(uv.calls()) == 1
+
+
+@pytest.mark.parametrize("wheel", [PURE, COMPILED], ids=["pure", "compiled"])
+def test_what_is_not_here_is_built(make, uv, tmp_path, wheel):
+    sources = Host(uv.folder / "sources")
+    sources.add("plain", WHEEL=wheel, RECORD="plain-1.0.dist-info/METADATA,,\nplain.py,,\n")
+    (sources.folder / "plain.py").touch()
+    requirements = Requirements(root=tmp_path, lines=("pytest>=8.4", "plain==1.0"))
+    uv.refuse(SOURCES_ONLY)
+    if wheel == PURE:
+        make(requirements)
+        assert uv.read("links")[0].endswith("/plain-1.0-py3-none-any.whl")
+    else:
+        with pytest.raises(TransferError, match="no wheel for the guest"):
+            make(requirements)
+    (call,) = [it for it in uv.calls() if "--no-binary" in it]
+    assert call.endswith(" plain==1.0")
+    assert "--only-binary" not in call
+
+
+def test_nothing_is_built_offline(make, uv):
+    assert "of: plain" in failing(make, uv, SOURCES_ONLY, offline=True).brief
+    assert len(uv.calls()) == 1
 
 
 def test_offline(make, uv):

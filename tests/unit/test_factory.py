@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests import factory as factory_module
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.accelerator import Verdict
 
 TOML = """
 schema = 1
@@ -60,6 +63,55 @@ class TestUser:
         settings = Settings(image_path=image_path, hardware=default)
         with GuestFactory.open(settings) as factory:
             assert factory._hardware("own", wish).user == user
+
+
+class TestDescription:
+    """One short line for each run; two kernels, or two workers, may have two long reasons."""
+
+    @pytest.mark.parametrize(
+        ("accelerator", "reason", "line"),
+        [
+            ("kvm", "proven: a kernel ran its first program", "kvm (proven)"),
+            ("tcg", "as asked for", "tcg (as asked for); time-outs ×10"),
+            (
+                "tcg",
+                "kvm is here but does not run guests: proof: QEMU stopped, 18 s after power-on",
+                "tcg (kvm is here but does not run guests); time-outs ×10; see 'vmsandbox doctor'",
+            ),
+            (
+                "tcg",
+                "/dev/kvm is not open to this user; add them to its group: sudo usermod -aG kvm $USER",
+                "tcg (/dev/kvm is not open to this user); time-outs ×10; see 'vmsandbox doctor'",
+            ),
+            (
+                "tcg",
+                "there is no /dev/kvm: virtualization is switched off, or this is a virtual machine",
+                "tcg (there is no /dev/kvm); time-outs ×10; see 'vmsandbox doctor'",
+            ),
+        ],
+    )
+    def test_a_line(self, image_path, monkeypatch, accelerator, reason, line):
+        verdict = Verdict(accelerator=accelerator, processor="max", reason=reason)
+        monkeypatch.setattr(factory_module, "find_qemu", lambda _: SimpleNamespace(release="10.0"))
+        monkeypatch.setattr(GuestFactory, "accelerator", lambda *_: verdict)
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            assert factory.describe("own") == f"vmsandbox: QEMU 10.0, {line}"
+
+
+class TestLoopback:
+    def test_is_looked_at_before_anything_is_started(self, image_path, monkeypatch):
+        monkeypatch.setattr(host, "loopback_problem", lambda: "Network is unreachable")
+        monkeypatch.setattr(GuestFactory, "built", lambda *_: None)
+        monkeypatch.setattr(factory_module, "find_qemu", lambda *_: None)
+        monkeypatch.setattr(GuestFactory, "require", lambda *_: (None, None))
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            for ask in (
+                lambda: factory.describe("own"),
+                lambda: factory.prepare("own", print, depends_on=[]),
+            ):
+                with pytest.raises(LaunchError, match="127.0.0.1 cannot be reached"):
+                    ask()
+            assert factory._hypervisor is None
 
 
 class TestOffline:

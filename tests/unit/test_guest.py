@@ -8,7 +8,7 @@ import signal
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -23,8 +23,20 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import guest as guest_module
+from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.machine.console import Console
+
+
+def access(user):
+    """The way into a guest."""
+    return SSHAccess(
+        host="127.0.0.1",
+        port=22022,
+        user=user,
+        key_file=Path("/run/key"),
+        known_hosts_file=Path("/run/known_hosts"),
+    )
 
 
 class LocalProcess:
@@ -189,8 +201,11 @@ class FakePlatform:
     def answers(self, machine, timeout):
         return self.answer
 
-    def ssh_command(self, machine, user):
-        return f"ssh {user}@guest"
+    def ssh_access(self, machine, user):
+        return access(user=user)
+
+    def pause(self, machine):
+        machine.paused = True
 
     def resume(self, machine):
         machine.paused = False
@@ -263,6 +278,28 @@ class TestRun:
 
     def test_a_path_is_a_word(self, vm, tmp_path):
         assert vm.run(["echo", tmp_path]).stdout == f"{tmp_path}\n"
+
+    def test_paths_are_words(self, vm, tmp_path):
+        result = vm.run(["sh", "-c", "echo $A; pwd"], env={"A": tmp_path}, cwd=tmp_path)
+        assert result.stdout == f"{tmp_path}\n{tmp_path}\n"
+        assert vm.run(["pwd"], cwd=PurePosixPath("/")).stdout == "/\n"
+        with vm.popen(["pwd"], cwd=PurePosixPath("/")) as process:
+            assert process.stdout.read() == "/\n"
+
+    @pytest.mark.parametrize(
+        ("how", "text"),
+        [
+            ({"env": {"A": 1}}, r"env\['A'\] is a str or a path, not int"),
+            ({"env": {"A": None}}, r"env\['A'\] is a str or a path, not NoneType"),
+            ({"env": {1: "A"}}, "the name of a variable is a str or a path, not int"),
+            ({"cwd": 1}, "cwd is a str or a path, not int"),
+            ({"cwd": b"/"}, "cwd is a str or a path, not bytes"),
+            ({"user": 0}, "user is the name of one, a str, not int"),
+        ],
+    )
+    def test_what_is_no_text(self, vm, how, text):
+        with pytest.raises(TypeError, match=text):
+            vm.run(["true"], **how)
 
     def test_a_status_that_is_not_zero(self, vm):
         with pytest.raises(CommandError, match="returned 3") as caught:
@@ -563,11 +600,11 @@ class TestRest:
         [
             lambda vm: vm.popen(["true"]).__exit__(),
             lambda vm: vm.forward(80),
-            lambda vm: vm.ssh_command,
+            lambda vm: vm.ssh,
             lambda vm: vm.connect("/socket"),
             lambda vm: vm.power_cut(),
         ],
-        ids=["popen", "forward", "ssh_command", "connect", "off"],
+        ids=["popen", "forward", "ssh", "connect", "off"],
     )
     def test_not_if_somebody_counts_on_it(self, platform, vm, use):
         use(vm)
@@ -648,15 +685,20 @@ class TestFromOutside:
     def test_monitor(self, vm):
         assert vm.qmp("query-status", a=1) == {"command": "query-status", "a": 1}
 
-    def test_way_in(self, platform):
+    def test_ways_in(self, platform, tmp_path):
         with make(platform, user="me") as vm:
-            assert vm.ssh_command == "ssh me@guest"
+            assert vm.ssh == access(user="me")
+            assert vm.ssh_command == access(user="me").command
+            vm.ssh_config(tmp_path / "ssh_config")
+            assert (tmp_path / "ssh_config").read_text() == access(user="me").config(vm.name)
 
     def test_nothing_of_a_guest_that_is_off(self, vm, tmp_path):
         vm.power_cut()
         for use in (
             lambda: vm.console,
+            lambda: vm.ssh,
             lambda: vm.ssh_command,
+            lambda: vm.ssh_config(tmp_path / "ssh_config"),
             lambda: vm.forward(80),
             lambda: vm.qmp("stop"),
             lambda: vm.screenshot(tmp_path / "it.png"),
@@ -665,6 +707,38 @@ class TestFromOutside:
         ):
             with pytest.raises(GuestLost, match="is switched off"):
                 use()
+
+
+class TestPathsInTheGuest:
+    def test_may_be_path_objects(self, vm, tmp_path):
+        place = PurePosixPath(tmp_path, "file")
+        vm.write_text(place, "x")
+        vm.pull(place, tmp_path / "pulled")
+        vm.push(tmp_path / "pulled", place.with_name("pushed"))
+        assert vm.read_text(place.with_name("pushed")) == "x"
+
+    @pytest.mark.parametrize("path", [b"/tmp/x", 1, None])
+    def test_nothing_else(self, vm, tmp_path, path):
+        for use in (
+            lambda: vm.write_text(path, "x"),
+            lambda: vm.read_text(path),
+            lambda: vm.pull(path, tmp_path),
+            lambda: vm.push(tmp_path, path),
+        ):
+            with pytest.raises(TypeError, match="a path in the guest is a str or a path"):
+                use()
+
+    def test_what_is_left_out_is_one_warning(self, vm, tmp_path):
+        (tmp_path / "tree").mkdir()
+        for number in range(7):
+            os.mkfifo(tmp_path / f"tree/pipe{number}")
+        for name, copy in (("pushed", vm.push), ("pulled", vm.pull)):
+            with pytest.warns(
+                UserWarning, match=rf"tree was {name} without \./.* and 2 more"
+            ) as warned:
+                copy(str(tmp_path / "tree"), str(tmp_path / name))
+            (warning,) = warned
+            assert warning.filename == __file__
 
 
 def test_streams_are_passed_on_as_they_come(vm):

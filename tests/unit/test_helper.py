@@ -28,10 +28,11 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests import helper as helper_module, process as process_module
+from pytest_vmsandbox.guests import helper as helper_module, process as process_module, script
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
+from support.arguments import FITS, TOO_LONG, output_of
 from support.resident import SECONDS, alive, compiled, wait_for
 
 QUIET = 0.5
@@ -136,14 +137,22 @@ class TestStart:
         words = [str(number) * 50 for number in range(3000)]
         assert run(start(helper, "printf", "%s", *words))[1] == "".join(words).encode()
 
-    def test_a_longer_line_than_the_kernel_takes(self, helper):
-        status, out, err = run(start(helper, "true", "x" * 200_000))
-        assert (status, out) == (126, b"")
-        assert b"Argument list too long" in err
+    @pytest.mark.parametrize("command", FITS.values(), ids=FITS.keys())
+    def test_long_commands(self, helper, command):
+        assert run(helper.start(command, USER)) == (0, output_of(command), b"")
 
-    def test_a_longer_line_than_the_helper_takes(self, helper):
-        with pytest.raises(GuestLost, match="Argument list too long"):
-            start(helper, *["x" * 100_000] * 25)
+    @pytest.mark.parametrize("command", TOO_LONG.values(), ids=TOO_LONG.keys())
+    def test_longer_commands_are_refused_as_by_subprocess(self, helper, command):
+        with pytest.raises(OSError, match="Argument list too long: 'true'") as caught:
+            helper.start(command, USER)
+        assert caught.value.errno == errno.E2BIG
+
+    @pytest.mark.parametrize("words", [["x" * 200_000], ["x" * 100_000] * 25])
+    def test_what_only_the_guest_finds_too_long(self, helper, monkeypatch, words):
+        """Its kernel may take less than usual; so may the helper."""
+        monkeypatch.setattr(script, "_check_length", lambda command: None)
+        with pytest.raises(OSError, match="Argument list too long: 'true'"):
+            start(helper, "true", *words)
 
     @pytest.mark.parametrize(
         ("argv", "status", "err"),
@@ -787,6 +796,34 @@ class TestRequests:
         seconds, nanoseconds = struct.unpack("<qq", got[0][2])
         assert before - 1e-3 <= seconds + nanoseconds / 1e9 <= after
         assert abs(behind) - 1e-3 <= error <= abs(behind) + after - before + 1e-3
+
+    @pytest.mark.parametrize("lead", [1e9, -3600.0])
+    def test_clock_that_is_ahead(self, fake, lead):
+        got = []
+
+        def play():
+            got.append(fake.peer.receive())
+            now = time.time() + lead
+            payload = struct.pack("<iqq", 0, int(now), int(now % 1 * 1e9))
+            fake.peer.send("R", got[-1][1], payload)
+
+        before = time.time()
+        least, most = fake.during(fake.helper.read_lead, play)
+        assert got[0][2] == b""  # it is only read
+        assert least - 1e-3 <= lead <= most + 1e-3
+        fake.helper.lead = lead
+        error = fake.during(fake.helper.set_clock, play)
+        after = time.time()
+        seconds, nanoseconds = struct.unpack("<qq", got[1][2])
+        assert before - 1e-3 <= seconds + nanoseconds / 1e9 - lead <= after + 1e-3
+        assert error <= after - before + 1e-3
+
+    @pytest.mark.parametrize("seconds", [-1, 1 << 40, (1 << 63) - 1])
+    def test_clock_of_no_time(self, fake, seconds):
+        _, play = reply(fake, "R", struct.pack("<iqq", 0, seconds, 0))
+        error = fake.during(fake.helper.read_lead, play)
+        assert isinstance(error, GuestLost)
+        assert "answers nonsense" in error.brief
 
     def test_clock_is_refused(self, fake):
         _, play = reply(fake, "R", struct.pack("<iqq", errno.EPERM, 0, 0))

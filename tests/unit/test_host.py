@@ -1,11 +1,15 @@
 """The QEMU of this machine, its memory, its users; disks made with the real qemu-img."""
 
+import errno
 import json
 import os
 import pwd
+import resource
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,3 +290,84 @@ class TestDisks:
             Disks.open(base=None, root_size=None, blank=[5 * KIB], folder=tmp_path),
         ):
             pass
+
+
+class TestLoopback:
+    """A network namespace begins without it: addresses can be bound, and not reached."""
+
+    @pytest.fixture
+    def unreachable(self, monkeypatch):
+        def connect(address, timeout):
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+        monkeypatch.setattr(socket, "create_connection", connect)
+
+    def test_it_works_here(self):
+        host.require_loopback()
+        assert host.loopback_problem() == ""
+
+    def test_it_is_off(self, unreachable):
+        assert host.loopback_problem() == "Network is unreachable"
+        with pytest.raises(LaunchError, match="127.0.0.1 cannot be reached") as raised:
+            host.require_loopback()
+        assert "ip link set lo up" in str(raised.value)
+
+
+class TestDescriptors:
+    """How many files this process may have open; one of its own shows it."""
+
+    @pytest.fixture
+    def limited(self):
+        """Runs a function of this host in a process with such limits, and tells its limits then."""
+
+        def run(soft, hard, function):
+            script = (
+                "import resource, sys; from pytest_vmsandbox.machine import host\n"
+                f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+                f"host.{function}()\n"
+                "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+            )
+            return subprocess.run(
+                [sys.executable, "-c", script], capture_output=True, text=True, check=False
+            )
+
+        return run
+
+    @pytest.mark.parametrize(("soft", "hard"), [(64, 700), (700, 700), (256, 1024)])
+    def test_as_many_as_are_allowed(self, limited, soft, hard):
+        assert limited(soft, hard, "raise_descriptor_limit").stdout.split() == [f"{hard}"] * 2
+
+    @pytest.mark.parametrize(
+        ("soft", "hard", "wanted"),
+        [
+            (1024, 1 << 30, 65_536),
+            (1024, resource.RLIM_INFINITY, 65_536),
+            (1 << 20, 1 << 30, None),
+            (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+        ],
+    )
+    def test_within_reason(self, monkeypatch, soft, hard, wanted):
+        asked = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+        host.raise_descriptor_limit()
+        assert asked == ([(wanted, hard)] if wanted else [])
+
+    @pytest.mark.parametrize("limit", [64, 255])
+    def test_too_few_for_a_guest(self, limited, limit):
+        done = limited(limit, limit, "require_descriptors")
+        assert f"this process may have {limit} files open, and has" in done.stderr
+        assert "Remedy: allow it more: ulimit -n 65536 (a shell)" in done.stderr
+
+    def test_enough(self, limited):
+        assert limited(300, 300, "require_descriptors").returncode == 0
+
+    def test_most_are_in_use(self, monkeypatch, tmp_path):
+        limit = len(os.listdir("/proc/self/fd")) + 400
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+        host.require_descriptors()
+        with ExitStack() as stack:
+            for _ in range(350):
+                stack.enter_context(open(os.devnull))
+            with pytest.raises(LaunchError, match="no further guest fits"):
+                host.require_descriptors()

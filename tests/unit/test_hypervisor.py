@@ -48,6 +48,20 @@ class TestRunFolder:
             assert not dead.exists()
             assert not bare.exists()
 
+    def test_what_dead_runs_had_elsewhere_goes_along(self, root, tmp_path):
+        """Where the launcher has been killed, too."""
+        for name in ("logs/guests-1", "logs/guests-2", "logs/of-a-test"):
+            (tmp_path / name).mkdir(parents=True)
+        dead = root / "1-0123abcd"
+        dead.mkdir()
+        own: Any = Hypervisor.own
+        own(SimpleNamespace(folder=dead), tmp_path / "logs" / "guests-1")
+        with _run_folder(root) as live:
+            own(SimpleNamespace(folder=live), tmp_path / "logs" / "guests-2")
+            with _run_folder(root):
+                left = {it.name for it in (tmp_path / "logs").iterdir()}
+                assert left == {"guests-2", "of-a-test"}
+
     def test_those_of_live_runs_stay(self, root):
         with _run_folder(root) as live, _run_folder(root) as other:
             assert live.is_dir()

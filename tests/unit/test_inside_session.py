@@ -130,7 +130,7 @@ def test_a_run_that_breaks_the_protocol(steps):
 def test_the_end_of_a_guest_is_told_by_its_cause():
     with pytest.raises(GuestLost, match="panicked"):
         run(b'{"half', alive=False)
-    with pytest.raises(GuestLost, match="keeper .* is gone"):
+    with pytest.raises(GuestLost, match="the process in .* that runs the tests is gone"):
         run(b'{"half')
 
 
@@ -594,10 +594,13 @@ def test_a_test_that_hangs_is_shown_where(inside, live):
 
 
 @pytest.mark.parametrize(
-    ("line", "left", "text"),
-    [("raise KeyboardInterrupt('x')", False, "x"), ("pytest.exit('enough', 7)", True, "enough")],
+    ("line", "how", "text", "status"),
+    [
+        ("raise KeyboardInterrupt('x')", "key", "x", 2),
+        ("pytest.exit('enough', 7)", "left", "enough", 7),
+    ],
 )
-def test_a_test_that_ends_the_run(inside, line, left, text):
+def test_a_test_that_ends_the_run(inside, line, how, text, status):
     place = inside(
         f"""\
         import time
@@ -621,8 +624,8 @@ def test_a_test_that_ends_the_run(inside, line, left, text):
                 break
         else:
             pytest.fail("it does not tell")
-        assert (message["left"], message["interrupted"]) == (left, text)
-        assert talk.interrupt(10)[-1]["exit"] == (7 if left else 2)
+        assert (message["how"], message["interrupted"]) == (how, text)
+        assert talk.interrupt(10)[-1]["exit"] == status
     assert (place.folder / "torn down").exists()
 
 
@@ -812,7 +815,7 @@ def test_nobody_is_left_to_talk_to(inside):
         config = place.config()
         config["environment"]["KEEPER"] = str(*place.pids)
         talk, _ = GuestSession.started(keeper, config, timeout=20)
-        with pytest.raises(GuestLost, match="keeper .* is gone"):
+        with pytest.raises(GuestLost, match="the process in .* that runs the tests is gone"):
             list(talk.run(ids(talk)[0], **HOW))
 
 

@@ -5,14 +5,17 @@ import mmap
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import KIB, MIB
-from pytest_vmsandbox.machine import memory
+from pytest_vmsandbox.machine import host, memory
+from support.mounts import small_file_system
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are no memfds but on Linux")
 
@@ -51,6 +54,70 @@ class TestCreate:
         with pytest.raises(FileExistsError):
             memory.create(tmp_path / "file", MIB)
         assert (tmp_path / "file").read_bytes() == b"mine"
+
+
+class TestReserved:
+    """Room for all of a guest's memory, since a write that finds none would end QEMU."""
+
+    @pytest.fixture
+    def small(self, tmp_path):
+        with small_file_system(tmp_path / "small", "4M") as folder:
+            yield folder
+
+    def test_what_was_not_used_is_given_back(self, tmp_path):
+        with memory.reserved(tmp_path / "file", 8 * MIB) as file:
+            assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * MIB
+            with mmap.mmap(file.fileno(), 8 * MIB) as used:
+                used[MIB : MIB + 5] = b"early"
+                used[5 * MIB : 5 * MIB + 4] = b"late"
+        status = (tmp_path / "file").stat()
+        assert status.st_size == 8 * MIB
+        assert status.st_blocks * 512 < MIB
+        content = (tmp_path / "file").read_bytes()
+        assert content.strip(b"\0").startswith(b"early")
+        assert content[5 * MIB :].startswith(b"late")
+
+    def test_there_is_none(self, small):
+        with (
+            pytest.raises(OSError, match=r"no room for 8MiB of memory, 4MiB are free; make room"),
+            memory.reserved(small / "file", 8 * MIB),
+        ):
+            pass
+
+    def test_it_is_kept_from_others(self, small):
+        with memory.reserved(small / "file", 3 * MIB) as file:
+            with pytest.raises(OSError, match="No space left"):
+                (small / "other").write_bytes(b"x" * 2 * MIB)
+            with mmap.mmap(file.fileno(), 3 * MIB) as used:
+                used[:] = b"x" * 3 * MIB  # else this process were ended by SIGBUS
+
+    def test_somebody_is_faster(self, small, monkeypatch):
+        """It looked as if there were room."""
+        full = mock.Mock(f_bavail=8 * MIB, f_frsize=1, f_blocks=8 * MIB)
+        monkeypatch.setattr(os, "fstatvfs", lambda _: full)
+        with (
+            pytest.raises(OSError, match="no room for 8MiB of memory"),
+            memory.reserved(small / "file", 8 * MIB),
+        ):
+            pass
+
+    def test_a_file_system_that_reserves_nothing(self, tmp_path, monkeypatch):
+        def unknown(*_):
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        monkeypatch.setattr(memory, "_fallocate", unknown)
+        with memory.reserved(tmp_path / "file", MIB) as file:
+            os.pwrite(file.fileno(), b"x", 0)
+        assert (tmp_path / "file").stat().st_size == MIB
+
+    def test_a_host_without_so_much_memory(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(host, "available_memory", lambda: 64 * MIB)
+        with (
+            pytest.raises(LaunchError, match="does not fit"),
+            memory.reserved(tmp_path / "file", 128 * MIB),
+        ):
+            pass
+        assert not (tmp_path / "file").exists()
 
 
 class TestExtents:

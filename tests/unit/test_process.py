@@ -301,6 +301,35 @@ class TestLauncher:
             assert process.wait(10) == -9
             assert not folder.exists()
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_removes_what_a_killed_owner_had_elsewhere(self, tmp_path, number):
+        """Folders that links in the run's folder lead to, and nothing beside them."""
+        for name in ("run", "logs/guests-1/tiny-1", "logs/of-a-test"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "run" / "owned-1").symlink_to(tmp_path / "logs" / "guests-1")
+        (tmp_path / "run" / "owned-2").symlink_to(tmp_path / "gone")
+        source = f"""
+            from pathlib import Path
+            from pytest_vmsandbox.machine.process import Launcher
+            with Launcher.running(Path({str(tmp_path / "run")!r})) as launcher:
+                with launcher.spawn(["/bin/sleep", "0"], fds={{}}, env={{}}) as process:
+                    process.wait(10)
+                print("up", flush=True)
+                input()
+        """
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(source)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as owner:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == b"up\n"
+            with watched(launcher_pid(owner.pid)) as fds:
+                owner.send_signal(number)
+                assert ends(*fds)
+        assert [it.name for it in (tmp_path / "logs").iterdir()] == ["of-a-test"]
+        assert not (tmp_path / "run").exists()
+
     def test_killed_takes_all_with_it(self, launcher):
         with launcher.spawn(PAUSE, fds={}, env=ENV) as process:
             with watched(process.pid) as fds:

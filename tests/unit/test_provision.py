@@ -78,11 +78,77 @@ def test_of_a_folder_all_files_count(tmp_path):
     assert len({first, second, digest(depends_on=[tmp_path])}) == 3
 
 
+def test_bytecode_in_a_folder_does_not_count(tmp_path):
+    (tmp_path / "module.py").write_text("x = 1")
+    first = digest(depends_on=[tmp_path])
+    (tmp_path / "in" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "in" / "__pycache__" / "module.pyc").write_bytes(b"x")
+    assert digest(depends_on=[tmp_path]) == first
+
+
+class Settings:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def changed(self):
+        self.__dict__.clear()
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x):
+        self.x = x
+
+    def changed(self):
+        self.x = None
+
+
+def with_values(*values):
+    return digest(run=functools.partial(noop, *values))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: Settings(port=x),
+        Slotted,
+        lambda x: {"b": {x}, "a": [Settings(inner=Slotted(x))]},
+        lambda x: other if x == 1 else noop,
+        lambda x: functools.partial(other, x),
+        lambda x: Settings(x=x).changed if x == 1 else Slotted(x).changed,
+    ],
+)
+def test_the_arguments_of_a_partial_count_by_what_they_are(make):
+    """Not by where they lie in memory."""
+    kept = [make(1), make(1), make(2)]
+    first, same, changed = map(with_values, kept)
+    assert first == same
+    assert first != changed
+
+
+def test_an_argument_that_holds_itself():
+    def ring():
+        found = Settings()
+        vars(found)["itself"] = [found]
+        return found
+
+    assert with_values(ring()) == with_values(ring())
+
+
 def test_it_is_the_same_in_each_process():
-    """The order of a set is not, from one interpreter to the next."""
+    """The order of a set is not, from one interpreter to the next, nor an address."""
     code = (
+        "import functools\n"
+        "from pathlib import Path\n"
+        "class Settings: pass\n"
+        "def install(guest, *more): pass\n"
+        "waste = [object() for _ in range(len(__import__('os').environ['PYTHONHASHSEED']) * 997)]\n"
+        "more = [Settings(), install, {'b', 'a'}, {Path('x'): Settings()}, Settings, len, object()]\n"
         "from pytest_vmsandbox.guests.provision import Provision\n"
         "run = lambda guest: guest in {'a', 'b', 'c', 'd'} or guest in (frozenset('xyz'),)\n"
+        "print(Provision(name='x', depends_on=[], run=run).step().digest)\n"
+        "run = functools.partial(install, *more)\n"
         "print(Provision(name='x', depends_on=[], run=run).step().digest)"
     )
     found = {
@@ -93,7 +159,7 @@ def test_it_is_the_same_in_each_process():
             text=True,
             check=True,
         ).stdout
-        for seed in "123"
+        for seed in ("1", "23", "456")
     }
     assert len(found) == 1
 

@@ -1,6 +1,7 @@
 """Reports that come from a guest: pytest's own go through, and nothing else does harm."""
 
 import copy
+import logging
 import warnings
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.testing.remote_reports import harmless, recorded_warning
+from pytest_vmsandbox.testing.remote_reports import harmless, log_record, recorded_warning
 from support.reports import (
     COLOUR,
     EVIL,
@@ -177,6 +178,7 @@ class TestBrokenReports:
     @pytest.mark.parametrize("name", SHADOWS)
     @pytest.mark.parametrize("value", ["x", None, 1, {"msg": None, "kwargs": {}}])
     def test_a_key_that_would_shadow(self, host, read, name, value):
+        """Beside a report's own fields, no key of what is sent counts but that for attributes."""
         for data in (plain(), failure()):
             try:
                 report = read({**data, name: value} if name != "nodeid" else data)
@@ -185,6 +187,21 @@ class TestBrokenReports:
             host.check(report)
             taken = {"wasxfail", "longrepr", "context", "_report_type", "_id", "nodeid"}
             assert name not in vars(report) or name in taken
+
+    @pytest.mark.parametrize("value", ["x", None, 1, {"msg": None, "kwargs": {}}])
+    def test_attributes_that_would_shadow(self, host, read, value):
+        """They replace nothing that a report has, or that pytest or xdist look for on one."""
+        names = {*SHADOWS} - {"url", "chain", "reprcrash", "reprtraceback"}
+        names |= {it for it in dir(pytest.TestReport) if it.startswith("__")}
+        for data in (plain(), failure()):
+            known = read(data)
+            taken = dict.fromkeys(names | vars(known).keys(), value)
+            report = read({**data, "attributes": {**taken, "free": 1}})
+            host.check(report)
+            assert vars(report).keys() - vars(known).keys() == {"free"}
+            assert report.longreprtext == known.longreprtext
+            for name in vars(known).keys() - {"longrepr"}:
+                assert vars(report)[name] == vars(known)[name]
 
     @pytest.mark.parametrize(
         "change",
@@ -211,6 +228,9 @@ class TestBrokenReports:
             {"duration": True},
             {"duration": 10**300},
             {"start": None},
+            {"attributes": ["a"]},
+            {"attributes": None},
+            {"attributes": dict.fromkeys(map("a{}".format, range(101)))},
             {"_report_type": "SubTestReport"},
             {"_report_type": "SubTestReport", "_subtest.context": {"msg": 3, "kwargs": {}}},
             {
@@ -267,6 +287,49 @@ class TestBrokenReports:
         ]  # fmt: skip
         host.check(report)
         dumps(report.user_properties)
+
+    @pytest.mark.parametrize("name", ["", "a b", "1a", "a.b", "\x1b[2J", "a\n", "\ud800", "a-b"])
+    def test_an_attribute_has_a_name_that_can_be_written(self, read, name):
+        assert vars(read(plain(attributes={name: 1}))).keys() == vars(read(plain())).keys()
+
+    def test_an_attribute_is_clean_to_its_depth(self, host, read):
+        value = {"\x1b[2Ja": ["\ud800", f"{THERE}/a", {"a": "\x9b2J"}], "n": [10**399, 2**40, 1.5]}
+        report = read(plain(attributes={"mine": value, "_none": None}))
+        assert report.mine == {"a": ["", f"{HERE}/a", {"a": "2J"}], "n": [str(10**399), 2**40, 1.5]}
+        assert report._none is None
+        host.check(report)
+
+    def test_a_subtest_has_attributes_too(self, read):
+        data = next(copy.deepcopy(it) for _, _, it in samples() if "_subtest.context" in it)
+        report = read(
+            {**data, "attributes": {"mine": [1], "context": 1, "_sub_test_description": 1}}
+        )
+        assert report.mine == [1]
+        assert report.head_line == read(data).head_line
+
+    @pytest.mark.parametrize(
+        ("change", "stays"),
+        [
+            ({}, True),
+            ({"extension": None}, True),
+            ({"extension": "/" * 250 + "etc/x"}, False),
+            ({"extension": "x/../../y"}, False),
+            ({"extension": "x" * 30}, False),
+            ({"extension": ["txt"]}, False),
+            ({"format_type": "other"}, False),
+            ({"format_type": []}, False),
+            ({"content": 3}, False),
+            ({"content": [3], "format_type": "json"}, True),
+        ],
+    )
+    def test_pytest_html_writes_no_file_of_a_guests_choice(self, read, change, stays):
+        extra = {
+            "name": "a", "format_type": "text", "content": "b", "mime_type": "text/plain",
+            "extension": "txt", **change,
+        }  # fmt: skip
+        report = read(plain(attributes={"extras": [extra, {}, 3, None], "extra": {"a": "b"}}))
+        assert report.extras == ([extra] if stays else [])
+        assert report.extra == []
 
     def test_a_traceback_of_source_that_is_long(self, host, read):
         """To highlight it would take minutes."""
@@ -335,6 +398,35 @@ class TestHarmless:
     def test_it_has_to_be_a_text(self, value):
         with pytest.raises(GuestLost):
             harmless(value)
+
+
+class TestRecords:
+    RECORD: ClassVar = {
+        "name": "a.b", "levelno": 30, "levelname": "WARNING", "pathname": f"{THERE}/tests/test_x.py",
+        "lineno": 3, "funcName": "test_x", "created": 1e9, "msecs": 5.0, "process": 3,
+        "processName": "MainProcess", "thread": 2**47, "threadName": "MainThread", "taskName": None,
+        "stack_info": None, "msg": "50% \x1b[2Jof it", "exc_text": None,
+    }  # fmt: skip
+
+    def test_one(self, host):
+        record = log_record(self.RECORD, host.reader)
+        shown = "%(levelname)s %(name)s %(filename)s:%(lineno)d %(pathname)s %(thread)d %(message)s"
+        assert logging.Formatter(shown).format(record) == (
+            f"WARNING a.b test_x.py:3 {HERE}/tests/test_x.py {2**47} 50% of it"
+        )
+
+    @slow
+    @given(st.data())
+    def test_anything(self, host, data):
+        record = dict(self.RECORD)
+        for name in data.draw(st.sets(st.sampled_from(sorted(record)), min_size=1)):
+            record[name] = data.draw(JSON)
+        try:
+            found = log_record(record, host.reader)
+        except GuestLost as lost:
+            check_text(str(lost))
+        else:
+            check_text(logging.Formatter("%(asctime)s %(levelname)s %(message)s").format(found))
 
 
 class TestWarnings:

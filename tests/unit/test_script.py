@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests.script import STARTED, command_line, kill_line
+from pytest_vmsandbox.guests.script import STARTED, command_line, kill_line, shipped
 
 SHELLS = [["/bin/sh", "-c"]]
 SHELLS += [[path, "-c"] for name in ("dash", "bash") if (path := shutil.which(name))]
@@ -51,12 +51,17 @@ WORDS = st.text(
 ) | st.sampled_from(ODD)
 
 
-def run(shell, command, token="t0"):
+def run(shell, command, token="t0", ship=False):
     """What the login shell's standard output is, as lines before and after the start."""
-    line = command_line(command, token)
+    line, ahead = shipped(command, token) if ship else (command_line(command, token), b"")
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "HOME": "/"}
     done = subprocess.run(
-        [*shell, line], stdout=subprocess.PIPE, env=env, check=True, start_new_session=True
+        [*shell, line],
+        input=ahead,
+        stdout=subprocess.PIPE,
+        env=env,
+        check=True,
+        start_new_session=True,
     )
     mark, _, rest = done.stdout.decode().partition("\n")
     word, its_token, group = mark.split(" ")
@@ -65,17 +70,18 @@ def run(shell, command, token="t0"):
     return rest
 
 
-def seen(shell, *words, cwd=None, env=None):
+def seen(shell, *words, cwd=None, env=None, ship=False):
     argv = (sys.executable, "-ISc", SEES, *words)
     command = Command(argv=argv, cwd=cwd, env=env or {})
-    return json.loads(run(shell, command))
+    return json.loads(run(shell, command, ship=ship))
 
 
 @pytest.mark.parametrize("shell", SHELLS, ids=NAMES)
 class TestShells:
-    def test_odd_words(self, shell):
+    @pytest.mark.parametrize("ship", [False, True])
+    def test_odd_words(self, shell, ship):
         env = {f"T_{number}": word for number, word in enumerate(ODD)}
-        argv, _, its_env, leads = seen(shell, *ODD, env=env)
+        argv, _, its_env, leads = seen(shell, *ODD, env=env, ship=ship)
         assert argv == ODD
         assert its_env == env
         assert leads
@@ -85,6 +91,27 @@ class TestShells:
             folder = tmp_path / name
             folder.mkdir()
             assert seen(shell, cwd=str(folder))[1] == str(folder)
+
+    def test_a_folder_whose_name_means_something_to_cd(self, shell, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "-").mkdir()
+        assert seen(shell, cwd="-")[1] == str(tmp_path / "-")
+
+    def test_what_is_shipped_leaves_the_rest_of_the_input(self, shell):
+        line, ahead = shipped(Command(argv=("cat",)), "t")
+        done = subprocess.run(
+            [*shell, line], input=ahead + b"rest", capture_output=True, check=True
+        )
+        assert done.stdout.partition(b"\n")[2] == b"rest"
+
+    def test_a_dd_that_does_not_know_full_blocks(self, shell, tmp_path, monkeypatch):
+        dd = shutil.which("dd")
+        (tmp_path / "dd").write_text(
+            f'#!/bin/sh\ncase "$*" in *fullblock*) exit 1;; esac; exec {dd} "$@"'
+        )
+        (tmp_path / "dd").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert seen(shell, "a b", ship=True)[0] == ["a b"]
 
     def test_a_program_that_is_not_there(self, shell):
         line = command_line(Command(argv=("no such program",)), "t")
@@ -141,12 +168,13 @@ def test_an_impossible_name_is_refused(name):
 )
 @pytest.mark.parametrize("shell", SHELLS, ids=NAMES)
 class TestUser:
-    def run(self, shell, *argv, cwd="/", env=None, user="nobody"):
+    def run(self, shell, *argv, cwd="/", env=None, user="nobody", ship=False):
         command = Command(argv=argv, cwd=cwd, env=env or {}, user=user)
-        return run(shell, command)
+        return run(shell, command, ship=ship)
 
-    def test_becomes_somebody_else(self, shell):
-        assert self.run(shell, "id", "-un") == "nobody\n"
+    @pytest.mark.parametrize("ship", [False, True])
+    def test_becomes_somebody_else(self, shell, ship):
+        assert self.run(shell, "id", "-un", ship=ship) == "nobody\n"
 
     def test_words_arrive_as_they_are(self, shell):
         env = {"T_X": "it's $HOME"}

@@ -1,5 +1,6 @@
 """Programs over SSH, on a server of our own that really runs them here."""
 
+import errno
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigErr
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import process as remote, ssh
 from pytest_vmsandbox.guests.ssh import Endpoint, KeyPair, SSHTransport, greeting
+from support.arguments import FITS, TOO_LONG, output_of
 
 GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone
 OURS, THEIRS, OTHER = KeyPair.generate(), KeyPair.generate(), KeyPair.generate()
@@ -326,6 +328,20 @@ class TestCommand:
     def test_large_binary_input_and_output(self, transport):
         data = os.urandom(1 << 20)
         assert run(transport, Command(argv=("cat",)), stdin=data) == (0, data, b"")
+
+    @pytest.mark.parametrize("command", FITS.values(), ids=FITS.keys())
+    def test_long_commands(self, transport, command):
+        assert run(transport, command) == (0, output_of(command), b"")
+
+    @pytest.mark.parametrize("command", TOO_LONG.values(), ids=TOO_LONG.keys())
+    def test_longer_commands_are_refused_as_by_subprocess(self, transport, command):
+        with pytest.raises(OSError, match="Argument list too long: 'true'") as caught:
+            transport.start(command)
+        assert caught.value.errno == errno.E2BIG
+
+    def test_a_long_command_has_its_own_input(self, transport):
+        command = sh(f"cat; : {'x' * 100_000}")
+        assert run(transport, command, stdin=b"in\0put")[1] == b"in\0put"
 
     def test_without_input_it_finds_the_end(self, transport):
         assert run(transport, Command(argv=("cat",))) == (0, b"", b"")

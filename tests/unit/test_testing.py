@@ -201,6 +201,14 @@ class TestArtifacts:
             it.close()
         assert [it.name for it in tmp_path.iterdir()] == ["mine"]
 
+    def test_logs_are_somebody_s_before_they_are_there(self, tmp_path):
+        owned = []
+        artifacts = Artifacts(tmp_path, own=lambda folder: owned.append((folder, folder.exists())))
+        logs = artifacts.of_logs("tiny-1").parent
+        assert artifacts.of_logs("tiny-2").parent == logs
+        assert owned == [(logs, False)]
+        artifacts.close()
+
     def test_folders_are_made_and_discarded(self, tmp_path):
         artifacts = Artifacts(tmp_path / "root")
         assert not (tmp_path / "root").exists()

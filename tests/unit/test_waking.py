@@ -15,10 +15,13 @@ class Fakes:
 
     Attributes:
         errors: of the guest's clock, each time that it is set; the last one stays.
+        spans: by how much it is ahead, at least and at most, each time that it is read; likewise.
     """
 
-    def __init__(self, *errors):
+    def __init__(self, *errors, spans=()):
         self.errors = list(errors)
+        self.spans = list(spans)
+        self.lead = 0.0
         self.done = []
         self.seeds = []
         self.files = {}
@@ -34,7 +37,14 @@ class Fakes:
     def resume(self):
         self._do("resume")
 
+    def pause(self):
+        self._do("pause")
+
     # -- of a helper
+
+    def read_lead(self, timeout):
+        self._do(f"read {timeout}")
+        return self.spans.pop(0) if len(self.spans) > 1 else self.spans[0]
 
     def assume(self):
         self._do("assume")
@@ -74,6 +84,10 @@ def wake(fakes):
 
 def name(fakes, hostname, *, in_files):
     waking.name(fakes, hostname, in_files=in_files)
+
+
+def pause(fakes, timeout=None):
+    waking.pause(fakes, fakes, timeout)
 
 
 def resume(fakes):
@@ -139,6 +153,40 @@ class TestName:
         fakes.fault = "write /etc/hosts"
         with pytest.raises(GuestLost, match="no write /etc/hosts"):
             name(fakes, "it", in_files=True)
+
+
+class TestPause:
+    def pause(self, *spans, timeout=None):
+        fakes = Fakes(spans=spans)
+        pause(fakes, timeout)
+        return fakes
+
+    @pytest.mark.parametrize(
+        ("span", "lead"),
+        [
+            ((1e9, 1e9 + 0.02), 1e9 + 0.01),
+            ((-3600.01, -3599.99), -3600.0),
+            ((2.1, 2.1), 2.1),
+            ((-1.22, -1.2), 0.0),  # that is how a clock is after a boot
+            ((-0.001, 0.001), 0.0),
+        ],
+    )
+    def test_what_was_done_to_the_clock_is_known_then(self, span, lead):
+        fakes = self.pause(span)
+        assert fakes.lead == pytest.approx(lead)
+        assert fakes.done == ["read None", "pause"]
+
+    def test_what_is_known_best_counts(self):
+        fakes = self.pause((-5.0, 5.0), (59.9, 60.1), (50.0, 70.0), (0.0, 0.0), timeout=1.0)
+        assert fakes.lead == pytest.approx(60.0)
+        assert fakes.done == ["read 1.0"] * 3 + ["pause"]
+
+    def test_a_guest_that_does_not_answer_is_not_paused(self):
+        fakes = Fakes(spans=[(0.0, 0.0)])
+        fakes.fault = "read None"
+        with pytest.raises(GuestLost, match="no read"):
+            pause(fakes)
+        assert fakes.done == ["read None"]
 
 
 class TestResume:

@@ -1,0 +1,56 @@
+"""A way into a guest for other tools, as values, as a line to type, and as OpenSSH's configuration."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSHAccess:
+    """What an SSH client needs to get into a guest, as long as the guest is switched on.
+
+    Attributes:
+        host: an address of this host.
+        port: a port there, which is the guest's SSH server.
+        user: who logs in.
+        key_file: the private key, readable by this user only.
+        known_hosts_file: the guest's host key, for that address and port.
+    """
+
+    host: str
+    port: int
+    user: str
+    key_file: Path
+    known_hosts_file: Path
+
+    @property
+    def command(self) -> str:
+        """The line that a person types to get in."""
+        options = [part for option in self._options.items() for part in ("-o", "=".join(option))]
+        return shlex.join(["ssh", "-F", "none", *options, f"{self.user}@{self.host}"])
+
+    def config(self, name: str) -> str:
+        """A section of OpenSSH's configuration, in which the guest is called `name`."""
+        options = {"HostName": self.host, "User": self.user, **self._options}
+        lines = [f"    {option} {value}\n" for option, value in options.items()]
+        return f"Host {name}\n{''.join(lines)}"
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return {
+            "Port": str(self.port),
+            "IdentityFile": _quoted(self.key_file),
+            "IdentitiesOnly": "yes",
+            "UserKnownHostsFile": _quoted(self.known_hosts_file),
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "LogLevel": "ERROR",
+        }
+
+
+def _quoted(path: Path) -> str:
+    """A path as OpenSSH's options take it."""
+    text = str(path).replace("%", "%%")
+    return f'"{text}"' if " " in text else text

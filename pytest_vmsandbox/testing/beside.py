@@ -1,0 +1,272 @@
+"""What tests inside guests leave for other plugins of this side, beside the attributes of reports."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.inside.wire import Message
+    from pytest_vmsandbox.testing.remote_reports import Reader
+
+_MAX_NAME = 200  # characters of a name in a note
+_PHASES = ("start", "setup", "call", "teardown", "finish")  # as pytest's live log calls them
+
+# -- notes: what could not come as it is --------------------------------------------------------
+
+# What a guest may note, for people.
+_NOTES = {
+    "attribute kind": (
+        "the attribute {name} that a hook gives to reports stays in the guest: JSON has no such value"
+    ),
+    "attribute size": (
+        "{nodeid}: the attribute {name} of a report stays in the guest: it is too large "
+        "(6 MiB and 100 attributes for a report; 100,000 values and 20 levels for one)"
+    ),
+    "attribute texts": (
+        "the attribute {name} that a hook gives to reports holds values that JSON does not have: "
+        "they come from the guest as texts"
+    ),
+    "renamed": (
+        "a hook in the guest renames reports, here {nodeid} to {name}: on this side they keep the "
+        "name of their test"
+    ),
+    "outcome": "{nodeid}: a plugin in the guest reports the outcome {name}, which is left out here",
+    "twice": (
+        "{nodeid}: its {name} was reported twice in the guest. Only the first report counts\n"
+        "  A plugin or a conftest.py there calls pytest_runtest_logreport itself"
+    ),
+    "properties": (
+        "{nodeid}: it has {name} user properties. 10,000 of them, or 4 MiB together with its "
+        "output, come from a guest; the rest is lost"
+    ),
+    "result": "{nodeid}: allure's file {name} stays in the guest: it has more than 12 MiB",
+    "rounds": (
+        "{nodeid}: its benchmark is left out, since it has {name} rounds. 500,000 come from a "
+        "guest: lower --benchmark-max-time, or raise --benchmark-min-time"
+    ),
+}
+_PROBLEMS = {"twice", "properties", "rounds", "result"}  # something is lost that counts
+
+
+def note(message: Message, nodeid: str) -> tuple[str, bool]:
+    """What a guest could not tell as it is, for people; and whether it is a problem.
+
+    Raises:
+        GuestLost: there is no such note.
+    """
+    from pytest_vmsandbox.inside.wire import broken
+    from pytest_vmsandbox.testing.remote_reports import colourless
+
+    kind = " ".join(str(message[it]) for it in ("note", "why") if it in message)
+    if kind not in _NOTES:
+        raise broken("a note of an unknown kind", message)
+    name = colourless(message.get("name"))[:_MAX_NAME]
+    return _NOTES[kind].format(nodeid=nodeid, name=name), kind in _PROBLEMS
+
+
+# -- pytest-bdd ---------------------------------------------------------------------------------
+
+
+def keep_scenario(report: pytest.TestReport, data: Any, reader: Reader) -> None:
+    """Note what pytest-bdd looks for when it is told of a report of a scenario."""
+    bdd: Any = sys.modules.get("pytest_bdd.reporting")
+    if isinstance(data, dict) and hasattr(bdd, "test_report_context_registry"):
+        scenario, name = reader.value(data.get("scenario")), reader.value(data.get("name"))
+        bdd.test_report_context_registry[report] = bdd.ReportContext(scenario=scenario, name=name)
+
+
+# -- pytest-benchmark ---------------------------------------------------------------------------
+
+
+def benchmarks_are_off(config: pytest.Config) -> bool:
+    """Whether pytest-benchmark runs what it should measure, and does not measure."""
+    return bool(getattr(getattr(config, "_benchmarksession", None), "disabled", False))
+
+
+def machine_is_wanted(config: pytest.Config) -> bool:
+    """Whether pytest-benchmark saves what it measures, with what it was measured on."""
+    session = getattr(config, "_benchmarksession", None)
+    return any(getattr(session, name, None) for name in ("json", "save", "autosave"))
+
+
+class Benchmarks:
+    """What pytest-benchmark has measured in guests, for its table and its files."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._session = getattr(config, "_benchmarksession", None)
+        self._machines: dict[str, dict[str, Any]] = {}  # by image
+
+    def read(
+        self, item: pytest.Item, image: str, message: Message, reader: Reader
+    ) -> Callable[[], None]:
+        """How to add the one that a message has.
+
+        Raises:
+            GuestLost: it has none.
+        """
+        from pytest_vmsandbox.inside.wire import broken
+
+        if self._session is None:
+            return lambda: None
+        from pytest_benchmark.stats import Metadata  # type: ignore[import-not-found]
+
+        data: Any = reader.value(message["benchmark"])
+        try:
+            of = SimpleNamespace(
+                **{name: data[name] for name in ("group", "param", "params", "has_error")},
+                name=item.name,
+                fullname=item.nodeid,
+                extra_info=dict(data["extra_info"]),
+                cprofile_stats=None,
+            )
+            made = Metadata(of, iterations=int(data["iterations"]), options=dict(data["options"]))
+            for seconds in data["data"]:
+                made.stats.update(float(seconds))
+        except (KeyError, TypeError, ValueError) as error:
+            raise broken("a benchmark that is none") from error
+        return partial(self._add, made, image, reader.value(message.get("machine")))
+
+    def _add(self, made: Any, image: str, machine: Any) -> None:
+        assert self._session is not None
+        self._session.benchmarks.append(made)
+        if isinstance(machine, dict):
+            self._machines[image] = machine
+
+    def machine(self) -> dict[str, Any] | None:
+        """What the benchmarks ran on; None where no guest tells it, or several differ."""
+        here = self._session is not None and any(
+            not isinstance(it.fixture, SimpleNamespace) for it in self._session.benchmarks
+        )
+        if here or len(self._machines) != 1:
+            return None
+        return next(iter(self._machines.values()))
+
+
+# -- allure ---------------------------------------------------------------------------------------
+
+
+class AllureResults:
+    """Files that allure writes in guests, for its folder on this side.
+
+    A guest is not trusted: a file is a new one of that folder, called as allure calls its files, and
+    names no file outside of it.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._listener = config.pluginmanager.get_plugin("allure_listener")
+        self._folder = Path(config.getoption("allure_report_dir", default=None) or "").absolute()
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether this run has a folder for them."""
+        return self._listener is not None
+
+    def keep(self, message: Message, image: str, nodeid: str) -> None:
+        """Write one. The result of a test replaces the one that allure would write here.
+
+        Raises:
+            GuestLost: it is none.
+        """
+        from pytest_vmsandbox.inside.wire import broken
+
+        name = message.get("allure")
+        if self._listener is None or not isinstance(name, str) or not _is_result(name):
+            raise broken("a file of allure's with another name", name)
+        try:
+            data = base64.b64decode(message.get("data", ""), validate=True)
+            if name.endswith(".json"):
+                data = json.dumps(_of_image(json.loads(data), image)).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise broken("a file of allure's that is none") from error
+        with suppress(FileExistsError), (self._folder / name).open("xb") as file:
+            file.write(data)
+        if name.endswith("-result.json"):
+            with suppress(Exception):  # another version keeps it elsewhere
+                if uuid := self._listener._cache.pop(nodeid):  # noqa: SLF001  # there is no other way
+                    self._listener.allure_logger.drop_test(uuid)
+
+
+def _is_result(name: str) -> bool:
+    return _RESULT.fullmatch(name) is not None
+
+
+def _of_image(value: Any, image: str) -> Any:
+    """A result that says where it comes from, or allure takes two images' for one test's retries."""
+    value = _without_foreign_files(value)
+    if isinstance(value, dict) and "historyId" in value:
+        value["historyId"] = hashlib.md5(  # allure's own kind of id
+            f"{value['historyId']}{image}".encode(), usedforsecurity=False
+        ).hexdigest()
+        parameters = value.get("parameters")
+        value["parameters"] = [
+            *(parameters if isinstance(parameters, list) else ()),
+            {"name": "vm", "value": image},
+        ]
+    return value
+
+
+def _without_foreign_files(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_foreign_files(it) for it in value]
+    if not isinstance(value, dict):
+        return value
+    source = value.get("source")
+    return {
+        name: _without_foreign_files(it)
+        for name, it in value.items()
+        if name != "source" or (isinstance(source, str) and _is_result(source))
+    }
+
+
+_RESULT = re.compile(
+    r"[0-9a-f-]{36}-(?:(?:result|container|globals)\.json|attachment(?:\.[\w+-]{1,16})?)", re.ASCII
+)
+
+# -- pytest's live log, and its log file ----------------------------------------------------------
+
+
+class Logs:
+    """Shows what tests inside guests log, where pytest does so for others."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugin: Any = config.pluginmanager.get_plugin("logging-plugin")
+
+    @property
+    def are_wanted(self) -> bool:
+        """Whether this run has a live log, or a log file."""
+        if self._plugin is None:
+            return False
+        stream = getattr(self._plugin.log_file_handler, "stream", None)
+        has_file = getattr(stream, "name", os.devnull) != os.devnull
+        return has_file or hasattr(self._plugin.log_cli_handler, "stream")
+
+    def show(self, message: Message, reader: Reader) -> None:
+        """Show one record.
+
+        Raises:
+            GuestLost: it is none.
+        """
+        from pytest_vmsandbox.testing.remote_reports import log_record
+
+        if self._plugin is None:
+            return
+        record = log_record(message.get("logged"), reader)
+        when, live = message.get("when"), self._plugin.log_cli_handler
+        if when in _PHASES and when != getattr(live, "_when", None):  # or it begins a section again
+            live.set_when(when)
+        for handler in (live, self._plugin.log_file_handler):
+            if record.levelno >= handler.level:
+                handler.handle(record)

@@ -1,0 +1,168 @@
+"""What a test is called: its id carries its image, and its plain id, without it, means it too.
+
+``test_x[2]`` of a plain run is ``test_x[debian-13-2]`` of a run inside guests. Ids that are shown keep
+the image. pytest compares ids and names itself, in five places; here it is told of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.testing import collection
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.testing.session import VMSession
+
+
+class _Name(str):
+    """A test's name while pytest selects: the command line can say it with and without the image."""
+
+    __slots__ = ("image", "plain")
+    image: str
+    plain: str
+
+    @classmethod
+    def of(cls, name: str, *, plain: str, image: str) -> _Name:
+        self = cls(name)
+        self.plain, self.image = plain, image
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or self.plain == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+    def lower(self) -> str:
+        """What ``-k`` looks for its words in."""
+        words = _Words(str.lower(self))
+        words.plain, words.image = self.plain.lower(), self.image.lower()
+        return words
+
+
+class _Words(str):
+    """A test's name for ``-k``: the image counts only for a word that has all of its name."""
+
+    __slots__ = ("image", "plain")
+    image: str
+    plain: str
+
+    def __contains__(self, word: object) -> bool:
+        if not isinstance(word, str):
+            return False
+        if self.image in word and (word == self.image or str.__contains__(self, word)):
+            return True
+        return word in self.plain
+
+
+def give_both_names(items: Iterable[object]) -> None:
+    """Let pytest select tests by their plain names, too, until `give_full_names`."""
+    for item in items:
+        if isinstance(item, pytest.Item) and (image := collection.image_of(item)) is not None:
+            plain = collection.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
+            item.name = _Name.of(item.name, plain=plain, image=image)
+
+
+def give_full_names(items: Iterable[pytest.Item]) -> None:
+    """Let tests have ordinary names again."""
+    for item in items:
+        item.name = str.__str__(item.name)
+
+
+def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
+    """Let ``--deselect`` know tests by the beginnings of their plain ids."""
+    if prefixes := tuple(config.getoption("deselect", default=None) or ()):
+        config.option.deselect += [
+            item.nodeid for item in items if collection.plain_nodeid(item).startswith(prefixes)
+        ]
+
+
+def know_again(session: VMSession, nodeids: Sequence[str]) -> None:
+    """Let ``--lf``, ``--ff``, ``--nf`` and ``--sw`` know tests by what former runs called them.
+
+    A former run may have been a plain one, and this one inside guests, or the other way round.
+
+    Args:
+        nodeids: tests of this run. It may be called several times, with some of them each.
+    """
+    plugins: Any = session.config.pluginmanager
+    last_failed = plugins.get_plugin("lfplugin")
+    if last_failed is not None and last_failed.active:
+        for former, ids in _now_called(session, last_failed.lastfailed, nodeids).items():
+            del last_failed.lastfailed[former]
+            last_failed.lastfailed.update(dict.fromkeys(ids, True))
+    stepwise = plugins.get_plugin("stepwiseplugin")
+    if stepwise is not None and (former := stepwise.cached_info.last_failed):
+        now = _now_called(session, [former], nodeids)
+        stepwise.cached_info.last_failed = now.get(former, [former])[0]
+    new_first = plugins.get_plugin("nfplugin")
+    if new_first is not None and new_first.active:
+        for ids in _now_called(session, new_first.cached_nodeids, nodeids).values():
+            new_first.cached_nodeids.update(ids)
+
+
+def _now_called(
+    session: VMSession, known: Iterable[Any], nodeids: Sequence[str]
+) -> dict[Any, list[Any]]:
+    """The ids of former runs that none of these tests has, but that mean some → their ids now.
+
+    Args:
+        known: as pytest keeps them: texts, or since pytest 9.2 objects that are made of texts.
+    """
+    by_text = {str(nodeid): nodeid for nodeid in known}
+    found: dict[Any, list[Any]] = {}
+    images = _images(session) if by_text else []
+    for nodeid in nodeids:
+        for other in _namesakes(nodeid, images):
+            if (former := by_text.get(other)) is not None:
+                kept = getattr(type(former), "parse", str)(nodeid)
+                found.setdefault(former, []).append(kept)
+    return found
+
+
+def _namesakes(nodeid: str, images: Sequence[str]) -> list[str]:
+    """What a test with this id is called where it has no image, or got one."""
+    others = {with_image(nodeid, image): None for image in images}
+    others.update(dict.fromkeys(_without_image(nodeid, image) for image in images))
+    others.pop(nodeid, None)
+    return list(others)
+
+
+def _images(session: VMSession) -> list[str]:
+    with suppress(ConfigError):  # told where it matters
+        return list(session.catalogue.names())
+    return []
+
+
+def with_image(nodeid: str, image: str) -> str:
+    """The id of a test that has a plain id, on an image.
+
+    Example:
+        >>> with_image("test_x.py::test_x[2]", "tiny"), with_image("test_x.py::test_y", "tiny")
+        ('test_x.py::test_x[tiny-2]', 'test_x.py::test_y[tiny]')
+    """
+    base, rest = _at_bracket(nodeid)
+    return f"{base}[{image}-{rest}" if rest else f"{base}[{image}]"
+
+
+def _without_image(nodeid: str, image: str) -> str:
+    base, rest = _at_bracket(nodeid)
+    if rest == f"{image}]":
+        return base
+    if rest.startswith(f"{image}-"):
+        return f"{base}[{rest.removeprefix(f'{image}-')}"
+    return nodeid
+
+
+def _at_bracket(nodeid: str) -> tuple[str, str]:
+    """A node id before and after the bracket that begins its parameters; a path may have some, too."""
+    path, colons, names = nodeid.partition("::")
+    base, _, rest = names.partition("[")
+    return f"{path}{colons}{base}", rest

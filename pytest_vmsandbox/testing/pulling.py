@@ -1,0 +1,128 @@
+"""Files that tests inside guests write into the project: which come back, and what is told of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.testing import config as options
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_vmsandbox.inside.harvest import Outcome, Patterns
+    from pytest_vmsandbox.inside.tree import Tree
+    from pytest_vmsandbox.testing.leases import Lease
+    from pytest_vmsandbox.testing.session import VMSession
+
+Found = defaultdict[str, dict[str, None]]
+"""What is told at the end: names of files (or guests), in order, by what became of them."""
+
+# What comes back without being asked for.
+_KNOWN = ("**/__snapshots__", "**/cassettes", ".hypothesis/examples")
+# Likewise, where a plugin with that name is loaded: the names of its files are less telling.
+_KNOWN_OF = {
+    "regressions": ("**/test_*/test_*",),
+    "datadir": ("**/test_*/test_*",),  # pytest-regressions' files are of that plugin
+    "snapshot": ("**/snapshots",),
+}
+_MOST_NAMES = 5  # in one line
+_MOST_KEPT = 10_000  # of one kind
+
+LOST = "lost"
+_LINES = {
+    "brought": "brought back {files} that tests inside guests wrote: {names}",
+    "left": "tests inside guests wrote {files} that stayed there: {names}\n"
+    "  `vm_pull = {patterns}` in the ini file brings them back, `!` in front of a name hides it here",
+    "different": "not brought back, since another guest or somebody on this machine wrote other "
+    "content meanwhile: {names}\n  let one guest run all tests that write a file "
+    "(--vm-isolation=session or module, --dist=loadfile)",
+    "code": "not brought back, since a guest may change code only where vm_pull has its exact name: "
+    "{names}",
+    "large": "not brought back, since it is more than a guest may send: {names}",
+    "way": "not brought back, since a link or a folder is in its place here: {names}",
+    "removed": "deleted by tests inside guests, but not here: {names}",
+    LOST: "what tests wrote into the project in a guest that was lost is lost with it: {names}",
+}
+
+
+def patterns(config: pytest.Config) -> Patterns:
+    """Which files come back.
+
+    Raises:
+        ConfigError: a pattern of the ini key is not allowed.
+    """
+    from pytest_vmsandbox.inside.harvest import Patterns
+
+    of_plugins = [
+        glob
+        for plugin, globs in _KNOWN_OF.items()
+        if config.pluginmanager.has_plugin(plugin)
+        for glob in globs
+    ]
+    return Patterns([*_KNOWN, *of_plugins, *options.pull(config)])
+
+
+def spare_unused(session: VMSession, inside: Sequence[pytest.Item]) -> None:
+    """Let syrupy neither remove nor count unused snapshots.
+
+    On this side, it would take all of tests inside for unused. In a guest, those of tests that were
+    not selected here, or run in another guest.
+    """
+    option = session.config.option
+    if not session.config.pluginmanager.has_plugin("syrupy") or not any(
+        "snapshot" in getattr(item, "fixturenames", ()) for item in inside
+    ):
+        return
+    session.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
+    if hasattr(option, "disable_unused_snapshots"):
+        option.disable_unused_snapshots = True
+        return
+    option.warn_unused_snapshots = True  # which fails no run
+    if option.update_snapshots:
+        session.usage_errors.append(
+            "this version of syrupy would remove all snapshots of tests that run inside a guest\n"
+            "Remedy: install one that has --snapshot-disable-unused, or update the snapshots "
+            "without --in-vm"
+        )
+
+
+def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome, Iterable[str]]:
+    """Bring back what tests have written in a guest, as far as it is wanted.
+
+    Raises:
+        VMSandboxError: see `inside.harvest.bring_back`.
+    """
+    from pytest_vmsandbox.inside import harvest
+
+    return harvest.bring_back(
+        lease.guest, tree, lease.tree, patterns=patterns(session.config), since=session.begun
+    )
+
+
+def note(found: Found, kind: str, names: Iterable[str]) -> None:
+    """Remember what is told at the end; of very many, so many and no more."""
+    kept = found[kind]
+    for name in names:
+        if len(kept) < _MOST_KEPT:
+            kept[name] = None
+
+
+def lines(found: Found) -> Iterator[str]:
+    """What is told at the end of the run, a line for each kind."""
+    for kind, text in _LINES.items():
+        if names := [_shown(name) for name in found.get(kind, ())]:
+            some = names[:_MOST_NAMES]
+            more = [f"and {len(names) - len(some):,} more"] if len(names) > len(some) else []
+            yield text.format(
+                files=f"{len(names):,} file{'s' * (len(names) > 1)}",
+                names=", ".join([*some, *more]),
+                patterns=" ".join([*map(shlex.quote, some), *(["…"] if more else [])]),
+            )
+
+
+def _shown(name: str) -> str:
+    return printable(name.encode(errors="replace").decode()).replace("\n", " ").replace("\t", " ")

@@ -1,0 +1,6 @@
+def test_fails():
+    raise OSError("told at once")
+
+
+def test_passes():
+    pass

@@ -1,0 +1,5 @@
+import calc
+
+
+def test_sign():
+    assert calc.sign(3) == 1

@@ -1,0 +1,5 @@
+import os
+
+
+def test_variable():
+    assert os.environ["FROM_PYTEST_ENV"] == "of pytest-env"
