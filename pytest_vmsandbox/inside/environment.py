@@ -575,7 +575,7 @@ class _Uv:
         )
         self._run(
             "compile",
-            *("--find-links", os.fspath(self._wheels)),
+            *self._links(),
             *("--no-header", "--no-annotate", "--no-universal"),
             *("--overrides", os.fspath(overrides)),
             *("--output-file", os.fspath(resolved)),
@@ -585,6 +585,12 @@ class _Uv:
         )
         return resolved
 
+    def _links(self) -> list[str]:
+        """The folders of wheels besides the index; for uv, an argument would replace the variable."""
+        theirs = filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))
+        folders = (*theirs, os.fspath(self._wheels))
+        return [word for folder in folders for word in ("--find-links", folder)]
+
     def install(self, resolved: Path, target: Path) -> None:
         """Unpack the wheels of what `resolve` found into the folder `target`, which is made.
 
@@ -593,7 +599,7 @@ class _Uv:
         """
         self._run(
             "install",
-            *("--find-links", os.fspath(self._wheels)),
+            *self._links(),
             *("--no-deps", "--no-compile-bytecode"),
             *("--link-mode", "copy"),  # uv's cache shares no file with ours
             *("--target", os.fspath(target)),

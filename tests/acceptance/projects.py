@@ -174,6 +174,7 @@ PROJECTS = (
         line="return not iscoroutinefunction(application)",
         broken="return iscoroutinefunction(application)",
         part="tests/test_compatibility.py",
+        racy=("test_inner_shield_sync_middleware",),  # two threads; 1 in 3,000 fails natively
     ),
     Project(  # spawns processes with terminals of their own
         name="ptyprocess",

@@ -204,11 +204,9 @@ class TestTemplates:
         with factory().boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
         again = factory()
-        started = time.monotonic()
         with again.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
             assert "Linux version" not in vm.console.text
-        assert time.monotonic() - started < 20  # a boot takes that, emulated, on a busy host
         assert again.told == []
 
     def test_two_runs_at_once_make_it_once(self, factory):

@@ -17,6 +17,7 @@ SHARE = Path("/mnt/share")
 RESULTS = SHARE / "results"
 CHECKOUT, INSTALLED = Path("/opt/checkout"), Path("/opt/installed")
 CACHE = Path("/root/.cache/vmsandbox")
+PYTEST = ["python3", "-P", "-m", "pytest", "-v", "-rP", "--durations=9", "-p", "no:cacheprovider"]
 UNPACKED = {"checkout": CHECKOUT, "installed": INSTALLED, "images": CACHE / "images"}
 
 
@@ -39,17 +40,7 @@ def main() -> None:
         started = time.monotonic()
         with (RESULTS / f"{name}.log").open("wb", buffering=0) as log:
             status = subprocess.run(
-                [
-                    "python3",
-                    "-P",
-                    "-m",
-                    "pytest",
-                    "-v",
-                    "-rP",
-                    "-p",
-                    "no:cacheprovider",
-                    *arguments,
-                ],
+                [*PYTEST, *arguments],
                 cwd=CHECKOUT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from importlib.metadata import Distribution, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,18 @@ def test_index_settings_reach_uv_and_what_contradicts_does_not(make, uv, monkeyp
     make()
     assert "UV_INDEX_URL=https://mirror.invalid/simple" in uv.calls()
     assert not any(it.startswith("UV_COMPILE_BYTECODE") for it in uv.calls())
+
+
+def test_folders_of_wheels_reach_uv_beside_ours(make, uv, monkeypatch):
+    """Those on its command line alone would replace those that the variable names."""
+    monkeypatch.setenv("UV_FIND_LINKS", "/mine,https://mirror.invalid/wheels")
+    make()
+    for call in uv.calls():
+        words = call.split()
+        links = [value for name, value in pairwise(words) if name == "--find-links"]
+        assert links[:-1] == ["/mine", "https://mirror.invalid/wheels"]
+        assert links[-1].endswith("/wheels")
+    assert len(uv.calls()) == 2
 
 
 def test_programs_are_the_guests(make, uv):
