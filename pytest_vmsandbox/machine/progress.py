@@ -38,7 +38,7 @@ def guest_time(pid: int) -> int | None:
     instructions one by one, it stays zero.
     """
     try:
-        return parse_guest_time(Path(f"/proc/{pid}/stat").read_text())
+        return parse_guest_time(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"))
     except OSError:
         return None
 

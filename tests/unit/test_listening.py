@@ -38,7 +38,7 @@ def test_a_socket_of_this_machine(protocol, family, address, reached):
 
 
 def found(port, protocol):
-    text = "".join(Path(file).read_text() for file in listening.files(protocol))
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in listening.files(protocol))
     return listening.addresses(text, port, protocol)
 
 

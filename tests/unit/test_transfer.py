@@ -398,9 +398,9 @@ class TestInPlace:
             try:
                 file = Path(f"/proc/{process.pid}/oom_score_adj")
                 transfer.push_text(stream, "900", str(file))
-                assert file.read_text() == "900\n"
+                assert file.read_text(encoding="utf-8") == "900\n"
                 transfer.push(stream, here / "file", str(file))
-                assert file.read_text() == "1000\n"
+                assert file.read_text(encoding="utf-8") == "1000\n"
             finally:
                 process.kill()
 
