@@ -1,6 +1,6 @@
 """What plugins and conftest files of a guest hang on reports, and what else they tell.
 
-The guest is this machine, as in `tests/differential`. `tests/plugins` has the plugins of others.
+The guest is this machine, as in `tests/differential`. `tests/compatibility` has the plugins of others.
 """
 
 import json
