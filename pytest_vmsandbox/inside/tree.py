@@ -234,7 +234,7 @@ def outside(root: Path, entries: Iterable[str]) -> list[Path]:
         if root.is_relative_to(place):
             raise ConfigError(
                 f"vm_push: {entry!r} holds the rootdir, {root}",
-                remedy=f"name that folder with --rootdir={place}",
+                remedy="name a folder beside the rootdir",
             )
         found[place] = None
     return list(found)

@@ -134,7 +134,7 @@ def require_descriptors() -> None:
         count = limit
     if limit < max(_FEWEST_DESCRIPTORS, count + _SPARE_DESCRIPTORS):
         raise LaunchError(
-            f"no further guest fits: this process may have {limit} files open, and has {count}",
+            f"this process may have {limit} files open and has {count}, which leaves too few for a guest",
             remedy="allow it more: ulimit -n 65536 (a shell), LimitNOFILE=65536 (a service of systemd), "
             "--ulimit nofile=65536 (a container); or use fewer guests at a time",
         )

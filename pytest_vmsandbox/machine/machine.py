@@ -83,6 +83,7 @@ class Machine:
         self.helper = helper
         self._tops = cmdline.disk_names(spec, has_base=has_base)  # what each disk writes into
         self._nodes = itertools.count(1)
+        self._is_over = False  # whether we have ended it
 
     @classmethod
     @contextmanager
@@ -171,6 +172,7 @@ class Machine:
                 has_base=disks.base is not None,
                 pace=pace,
             )
+            stack.callback(setattr, machine, "_is_over", True)
             if state is not None:
                 machine._load(state, has_memory=memory is None)
             yield machine
@@ -197,6 +199,12 @@ class Machine:
             GuestLost: QEMU is gone, the guest's kernel panicked, the accelerator gave up, or the
                 host's disk is full.
         """
+        if self._is_over:
+            raise GuestLost(
+                f"this belongs to {self.spec.name} as it was before it was switched off, or rolled back "
+                "by snapshot(): it is no longer heard of",
+                remedy="start the program again, or do this before",
+            )
         events = self.monitor.events()
         names = [event["event"] for event in events]
         if "GUEST_PANICKED" in names:

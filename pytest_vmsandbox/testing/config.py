@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -141,11 +142,20 @@ def check_places(config: pytest.Config) -> None:
     settings(config)
     if (folder := artifacts_dir(config)) is not None:
         there = next(it for it in (folder, *folder.parents) if os.path.lexists(it))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        if not there.is_dir() or not _can_hold_files(there):
             raise pytest.UsageError(
                 f"{folder} cannot hold artifacts: {there} is no folder that you can write to\n"
                 "Remedy: name another one: --vm-artifacts, vm_artifacts_dir"
             )
+
+
+def _can_hold_files(folder: Path) -> bool:
+    """Whether a file can be made in a folder; root may write to all, and in `/proc` makes none."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:

@@ -7,10 +7,13 @@ are told of it, and what was raised is told once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import pluggy
 import pytest
 
 if TYPE_CHECKING:
@@ -62,10 +65,11 @@ class Hooks:
         """
         self._reached.called = False
         try:
-            if hook.is_historic():
-                hook.call_historic(kwargs=arguments)
-            else:
-                hook(**arguments)
+            with _told_by_us():
+                if hook.is_historic():
+                    hook.call_historic(kwargs=arguments)
+                else:
+                    hook(**arguments)
         except ENDING:
             raise
         except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
@@ -87,7 +91,8 @@ class Hooks:
             make: makes one without them.
         """
         try:
-            report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+            with _told_by_us():
+                report = item.ihook.pytest_runtest_makereport(item=item, call=call)
         except ENDING:
             raise
         except BaseException as error:  # noqa: BLE001  # likewise
@@ -104,6 +109,14 @@ class Hooks:
         # A wrapper has raised: before all of them, or after its yield, when all had been called.
         is_before = not self._reached.called and len(order) < len(impls)
         return order if is_before else []
+
+
+@contextmanager
+def _told_by_us() -> Iterator[None]:
+    """While pluggy does not warn of a hook that raises: `tell` says so, once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pluggy.PluggyTeardownRaisedWarning)
+        yield
 
 
 def tell(session: VMSession, name: str, error: BaseException) -> None:

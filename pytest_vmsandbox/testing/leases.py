@@ -540,7 +540,7 @@ class Leases:
         try:
             found = pulling.bring_back(self._session, lease, self._prepared.tree)
         except VMSandboxError as error:
-            return [str(error)]
+            return [f"what tests wrote in {lease.guest.name} does not come back: {error}"]
         for outcome, paths in found.items():
             pulling.note(self._session.pulled, outcome.value, paths)
         return []

@@ -22,7 +22,7 @@ Found = defaultdict[str, dict[str, None]]
 """What is told at the end: names of files (or guests), in order, by what became of them."""
 
 # What comes back without being asked for.
-_KNOWN = ("**/__snapshots__", "**/cassettes", ".hypothesis/examples")
+_KNOWN = ("**/__snapshots__", "!**/__snapshots__/*.lock", "**/cassettes", ".hypothesis/examples")
 # Likewise, where a plugin with that name is loaded: the names of its files are less telling.
 _KNOWN_OF = {
     "regressions": ("**/test_*/test_*",),
@@ -36,7 +36,7 @@ LOST = "lost"
 _LINES = {
     "brought": "brought back {files} that tests inside guests wrote: {names}",
     "left": "tests inside guests wrote {files} that stayed there: {names}\n"
-    "  `vm_pull = {patterns}` in the ini file brings them back, `!` in front of a name hides it here",
+    "  to bring that back, add to the ini file: `vm_pull = {patterns}`; `!` in front of a name hides it here",
     "different": "not brought back, since another guest or somebody on this machine wrote other "
     "content meanwhile: {names}\n  let one guest run all tests that write a file "
     "(--vm-isolation=session or module, --dist=loadfile)",

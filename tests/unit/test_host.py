@@ -369,5 +369,5 @@ class TestDescriptors:
         with ExitStack() as stack:
             for _ in range(350):
                 stack.enter_context(open(os.devnull, encoding="utf-8"))
-            with pytest.raises(LaunchError, match="no further guest fits"):
+            with pytest.raises(LaunchError, match="too few for a guest"):
                 host.require_descriptors()
