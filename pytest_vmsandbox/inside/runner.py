@@ -794,8 +794,10 @@ class Session:
             pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
-        # Nobody reads it, and what plugins import for it takes longer than a test does.
-        vars(self.config.hook)["pytest_terminal_summary"] = lambda **_: []
+        # Nobody reads it, and what plugins import for it takes longer than a test does. It stays a hook,
+        # or pluggy could unregister no plugin any more.
+        name, manager = "pytest_terminal_summary", self.config.pluginmanager
+        vars(self.config.hook)[name] = manager.subset_hook_caller(name, manager.get_plugins())
         self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:

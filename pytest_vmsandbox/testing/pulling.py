@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.testing.session import VMSession
 
 Found = defaultdict[str, dict[str, None]]
-"""What is told at the end: names of files (or guests), in order, by what became of them."""
+"""What is told at the end: names of files (or guests) as they are shown, in order, by what became of them."""
 
 # What comes back without being asked for.
 _KNOWN = ("**/__snapshots__", "**/cassettes", ".hypothesis/examples")
@@ -104,17 +104,17 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
 
 
 def note(found: Found, kind: str, names: Iterable[str]) -> None:
-    """Remember what is told at the end; of very many, so many and no more."""
+    """Remember what is told at the end, as it is shown; of very many, so many and no more."""
     kept = found[kind]
     for name in names:
         if len(kept) < _MOST_KEPT:
-            kept[name] = None
+            kept[_shown(name)] = None  # xdist sends no half characters
 
 
 def lines(found: Found) -> Iterator[str]:
     """What is told at the end of the run, a line for each kind."""
     for kind, text in _LINES.items():
-        if names := [_shown(name) for name in found.get(kind, ())]:
+        if names := [*found.get(kind, ())]:
             some = names[:_MOST_NAMES]
             more = [f"and {len(names) - len(some):,} more"] if len(names) > len(some) else []
             yield text.format(
