@@ -249,3 +249,43 @@ def test_plugins_can_come_and_go(suite, isolation):
     assert "1 failed, 1 rerun" in output
     assert "INTERNALERROR" not in output
     assert "its pytest ended with status" not in output
+
+
+def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
+    """Looking costs a command in each; and what changes a file in any way is seen."""
+    (suite.path / "sub").mkdir()
+    (suite.path / "sub/kept.snap").write_text("1234")
+    (suite.path / "pytest.ini").write_text("[pytest]\nvm_pull = *.snap\n")
+    suite.write(
+        "test_it.py",
+        "import os, pytest\n"
+        "from pathlib import Path\n"
+        "FILE = Path(__file__).with_name('sub') / 'kept.snap'\n"
+        "@pytest.fixture(scope='session')\n"
+        "def late():\n"
+        "    yield\n"
+        "    FILE.with_name('late.snap').write_text('late')\n"
+        "def test_nothing(): FILE.read_text()\n"
+        "def test_more(): pass\n"
+        "def test_late(late): pass\n"
+        "def test_same_size_and_time():\n"
+        "    status = FILE.stat()\n"
+        "    FILE.write_text('4321')\n"
+        "    os.utime(FILE, ns=(status.st_atime_ns, status.st_mtime_ns + 5_000_000_000))\n"
+        "def test_gone(): FILE.unlink()\n",
+    )
+    (suite.folder / "host_plugin.py").write_text(
+        "from pytest_vmsandbox.inside import tree as trees\n"
+        "listed, changes = [], trees.changes\n"
+        "def counted(guest, *more):\n"
+        "    listed.append(guest.name)\n"
+        "    return changes(guest, *more)\n"
+        "trees.changes = counted\n"
+        "def pytest_terminal_summary(): print('listed:', *listed)\n"
+    )
+    status, output = suite.run("--in-vm", "--vm-isolation=test")
+    assert status == 0, output
+    assert "listed: debian-13-3 debian-13-4 debian-13-5\n" in output
+    assert (suite.path / "sub/late.snap").read_text() == "late"
+    assert (suite.path / "sub/kept.snap").read_text() == "4321"
+    assert "deleted by tests inside guests, but not here: sub/kept.snap" in output
