@@ -43,6 +43,7 @@ _LINES = {
     "code": "not brought back, since a guest may change code only where vm_pull has its exact name: "
     "{names}",
     "large": "not brought back, since it is more than a guest may send: {names}",
+    "unwritable": "tests inside guests wrote what cannot be written here: {names}",
     "way": "not brought back, since a link or a folder is in its place here: {names}",
     "removed": "deleted by tests inside guests, but not here: {names}",
     LOST: "what tests wrote into the project in a guest that was lost is lost with it: {names}",
@@ -98,9 +99,11 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
     """
     from pytest_vmsandbox.inside import harvest
 
-    return harvest.bring_back(
+    found = harvest.bring_back(
         lease.guest, tree, lease.tree, patterns=patterns(session.config), since=session.begun
     )
+    session.failed |= bool(found[harvest.Outcome.UNWRITABLE])
+    return found
 
 
 def note(found: Found, kind: str, names: Iterable[str]) -> None:

@@ -289,3 +289,15 @@ def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
     assert (suite.path / "sub/late.snap").read_text() == "late"
     assert (suite.path / "sub/kept.snap").read_text() == "4321"
     assert "deleted by tests inside guests, but not here: sub/kept.snap" in output
+
+
+def test_what_cannot_be_written_here_fails_the_run(suite):
+    suite.write("test_it.py", WRITES.replace("one.ambr", "a"))
+    (suite.folder / "host_plugin.py").write_text(
+        "from pytest_vmsandbox.inside import harvest\n"
+        "def fail(*_): raise PermissionError(13, 'Permission denied')\n"
+        "harvest._write = fail\n"
+    )
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    assert "wrote what cannot be written here: __snapshots__/a (Permission denied)" in output
