@@ -54,6 +54,7 @@ class Outcome(enum.Enum):
     DIFFERENT = "different"  # somebody else has written another content here meanwhile
     IS_CODE = "code"
     TOO_LARGE = "large"
+    UNWRITABLE = "unwritable"  # here; the reason follows the path, in parentheses
     IN_THE_WAY = "way"  # here is a link, or something else that is no file
     REMOVED = "removed"
 
@@ -111,8 +112,7 @@ def bring_back(
         The paths of files, by what became of them.
 
     Raises:
-        TransferError: the guest does not tell what it has, or does not hand it out; a file
-            cannot be written here.
+        TransferError: the guest does not tell what it has, or does not hand it out.
     """
     changes = trees.changes(guest, tree, dest)
     found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
@@ -137,8 +137,11 @@ def bring_back(
             _fetch(guest, dest, wanted, Path(scratch))
             with locked(tree.root, on_busy=lambda: None):  # other workers of xdist write here, too
                 for path in wanted:
-                    if outcome := _put(path, Path(scratch), tree, since):
-                        found[outcome].append(path)
+                    try:
+                        if outcome := _put(path, Path(scratch), tree, since):
+                            found[outcome].append(path)
+                    except OSError as error:  # others may be written nevertheless
+                        found[Outcome.UNWRITABLE].append(f"{path} ({error.strerror})")
     return found
 
 
@@ -204,7 +207,7 @@ def _put(path: str, scratch: Path, tree: Tree, since: float) -> Outcome | None:
     """Write one file of `scratch` into the tree; None if it is there already.
 
     Raises:
-        TransferError: it cannot be written.
+        OSError: it cannot be written.
     """
     content = _content(scratch, path, MAX_FILE)
     if content is None:  # gone in the guest since it was listed, or no file any more
@@ -222,11 +225,6 @@ def _put(path: str, scratch: Path, tree: Tree, since: float) -> Outcome | None:
             _write(folder, name, content, here)
     except _InTheWay:
         return Outcome.IN_THE_WAY
-    except OSError as error:
-        raise TransferError(
-            f"{tree.root / path}, which a test in a guest has written, cannot be written here: "
-            f"{error.strerror}"
-        ) from error
     return Outcome.BROUGHT
 
 

@@ -74,6 +74,7 @@ PIECE = 500  # collected items in one message
 MAX_PROPERTIES = 10_000  # of a report: user_properties
 MAX_RESULT = 12 << 20  # bytes of a file of allure's
 MAX_BENCHMARK = 500_000  # rounds of a benchmark
+MAX_SNAPSHOT = 5_000  # files and folders of a tree that a session looks through itself
 MAX_ATTRIBUTES = 100  # of a report, that plugins and conftest files have given it
 MAX_ATTRIBUTE_BYTES = 6 << 20  # of all of them together, as JSON
 MAX_ATTRIBUTE_VALUES = 100_000  # in one of them
@@ -469,6 +470,7 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     for name in OUTERMOST:
         pytest.hookimpl(tryfirst=True, hookwrapper=True)(getattr(Session, name))
     session = Session(config, Wire(wire))
+    before = snapshot(config["tree"]) if config.get("alone") else None
     plugins = installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
     ours: list[Any] = [session, fixtures_of(config["fixtures"])]
@@ -477,7 +479,39 @@ def run_session(config: dict[str, Any], wire: socket.socket, outputs: dict[int, 
     status = int(pytest.main(args, plugins=ours))
     if measuring is not None:
         measuring.tell(session.wire, os.path.realpath(config["tree"]))
+    # One that was not woken may be the second in its guest, and has not seen what the first has written.
+    if session.awake and before is not None and snapshot(config["tree"]) == before:
+        session.wire.say({"untouched": True})
     return status
+
+
+def snapshot(folder: str) -> dict[str, tuple[int, ...]] | None:
+    """What tells whether anything in a folder has changed since; Python's caches are left out.
+
+    None if there is too much, or it cannot be looked at: then somebody else has to look.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    folders = [folder]
+    try:
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    if is_folder:
+                        if entry.name == "__pycache__":
+                            continue
+                        folders.append(entry.path)
+                    status = entry.stat(follow_symlinks=False)
+                    found[entry.path] = (
+                        (status.st_mode,)  # a cache changes the times of the folder that it is in
+                        if is_folder
+                        else (status.st_mode, status.st_ino, status.st_size, status.st_ctime_ns)
+                    )
+                    if len(found) > MAX_SNAPSHOT:
+                        return None
+    except OSError:
+        return None
+    return found
 
 
 def keep_apart() -> None:
@@ -674,7 +708,8 @@ class Session:
     report], …]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
     is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
     ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
-    attempt at it.
+    attempt at it. At the end of a session that was woken, ``{"untouched": true}`` says that nothing in ``tree`` is
+    other than when the session began.
     """
 
     def __init__(self, config: dict[str, Any], wire: Wire) -> None:
@@ -692,6 +727,7 @@ class Session:
         self.found: int | None = None  # how many items
         self.outcomes = (*OUTCOMES, *config.get("outcomes", ()))
         self.reruns = False  # whether this attempt at it is followed by another
+        self.awake = False  # whether the guest was cloned while this session waited in it
         self.running = ""  # the item that runs
         self.reported: list[str] = []  # its phases, so far
 
@@ -782,6 +818,7 @@ class Session:
 
     def wake(self, message: dict[str, Any]) -> None:
         """The guest was cloned while the session waited: be another one than the other clones."""
+        self.awake = True
         seed = bytes.fromhex(message["seed"])
         random.seed(seed)
         modules: dict[str, Any] = sys.modules
@@ -794,8 +831,10 @@ class Session:
             pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
-        # Nobody reads it, and what plugins import for it takes longer than a test does.
-        vars(self.config.hook)["pytest_terminal_summary"] = lambda **_: []
+        # Nobody reads it, and what plugins import for it takes longer than a test does. It stays a hook,
+        # or pluggy could unregister no plugin any more.
+        name, manager = "pytest_terminal_summary", self.config.pluginmanager
+        vars(self.config.hook)[name] = manager.subset_hook_caller(name, manager.get_plugins())
         self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:

@@ -50,7 +50,8 @@ _NOBODY = 65534
 
 _FORMAT = r"%y\0%s\0%T@\0%m\0%P\0%l\0"  # of GNU find; `_RECORD` reads it
 _RECORD = re.compile(
-    rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0([0-7]{1,6})\0([^\0]*)\0([^\0]*)\0"
+    rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0([0-7]{1,6})\0"
+    rb"(?P<path>[^\0]*)\0([^\0]*)\0"
 )
 _KINDS = {b"f": "file", b"l": "link", b"d": "dir"}
 
@@ -610,7 +611,7 @@ def _parsed(listing: bytes, dest: str) -> dict[str, Entry]:
     position = 0
     while position < len(listing):
         record = _RECORD.match(listing, position)
-        if record is None:
+        if record is None or not _is_below(record["path"]):
             break
         letter, size, seconds, fraction, mode, path, target = record.groups()
         position = record.end()
@@ -630,6 +631,11 @@ def _parsed(listing: bytes, dest: str) -> dict[str, Entry]:
             remedy="the guest's `find` has to be GNU's",
         )
     return there
+
+
+def _is_below(path: bytes) -> bool:
+    """Whether a path that a guest tells is the listed folder (empty), or leads to something in it."""
+    return not path or {b"", b".", b".."}.isdisjoint(path.split(b"/"))
 
 
 def _nanoseconds(seconds: bytes, fraction: bytes) -> int:

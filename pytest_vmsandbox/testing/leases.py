@@ -52,6 +52,7 @@ class Lease:
 
     Attributes:
         tree: the project's folder in the guest.
+        is_untouched: whether its session says that nothing was written there.
     """
 
     guest: Guest
@@ -64,6 +65,7 @@ class Lease:
     session: GuestSession | None = None
     has_collected: bool = False
     has_failed: bool = False  # a test in it
+    is_untouched: bool = False
 
 
 class Leases:
@@ -508,6 +510,7 @@ class Leases:
         if (loss := lease.guest.loss) is not None:
             return [f"after the last test in it: {loss.brief}"]
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
+        lease.is_untouched = any("untouched" in message for message in said)
         if self._measuring is not None and self._prepared is not None:
             self._measuring.keep(said, self._prepared.tree, lease.guest.name)
         for message in said:
@@ -532,7 +535,7 @@ class Leases:
         Returns:
             What went wrong, for people.
         """
-        if self._prepared is None or not lease.has_collected:
+        if self._prepared is None or not lease.has_collected or lease.is_untouched:
             return []
         if lease.guest.loss is not None:
             self._note_loss(lease)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.testing.session import VMSession
 
 Found = defaultdict[str, dict[str, None]]
-"""What is told at the end: names of files (or guests), in order, by what became of them."""
+"""What is told at the end: names of files (or guests) as they are shown, in order, by what became of them."""
 
 # What comes back without being asked for.
 _KNOWN = ("**/__snapshots__", "!**/__snapshots__/*.lock", "**/cassettes", ".hypothesis/examples")
@@ -43,6 +43,7 @@ _LINES = {
     "code": "not brought back, since a guest may change code only where vm_pull has its exact name: "
     "{names}",
     "large": "not brought back, since it is more than a guest may send: {names}",
+    "unwritable": "tests inside guests wrote what cannot be written here: {names}",
     "way": "not brought back, since a link or a folder is in its place here: {names}",
     "removed": "deleted by tests inside guests, but not here: {names}",
     LOST: "what tests wrote into the project in a guest that was lost is lost with it: {names}",
@@ -98,23 +99,25 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
     """
     from pytest_vmsandbox.inside import harvest
 
-    return harvest.bring_back(
+    found = harvest.bring_back(
         lease.guest, tree, lease.tree, patterns=patterns(session.config), since=session.begun
     )
+    session.failed |= bool(found[harvest.Outcome.UNWRITABLE])
+    return found
 
 
 def note(found: Found, kind: str, names: Iterable[str]) -> None:
-    """Remember what is told at the end; of very many, so many and no more."""
+    """Remember what is told at the end, as it is shown; of very many, so many and no more."""
     kept = found[kind]
     for name in names:
         if len(kept) < _MOST_KEPT:
-            kept[name] = None
+            kept[_shown(name)] = None  # xdist sends no half characters
 
 
 def lines(found: Found) -> Iterator[str]:
     """What is told at the end of the run, a line for each kind."""
     for kind, text in _LINES.items():
-        if names := [_shown(name) for name in found.get(kind, ())]:
+        if names := [*found.get(kind, ())]:
             some = names[:_MOST_NAMES]
             more = [f"and {len(names) - len(some):,} more"] if len(names) > len(some) else []
             yield text.format(

@@ -114,6 +114,7 @@ class VMSession:
 
     def tell(self, text: str) -> None:
         """Tell people something at the end of the run, once. No warning: it fails no test."""
+        text = text.encode(errors="replace").decode()  # xdist sends no half characters
         self.told[f"vmsandbox: {text}"] = None
 
     def lines(self) -> list[str]:

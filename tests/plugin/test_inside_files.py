@@ -3,6 +3,8 @@
 The guest is this machine, as in `tests/differential`, with a copy of the project.
 """
 
+import os
+
 import pytest
 
 from support.inside import Suite
@@ -79,6 +81,28 @@ def test_workers_tell_one_line_and_no_conflict_is_silent(suite):
     assert status == 0, output
     assert output.count("tests inside guests wrote 1 file that stayed there: a.out") == 1
     assert (suite.path / "__snapshots__/one.ambr").read_text() == "one"
+
+
+def test_workers_tell_of_names_that_are_no_unicode(suite):
+    """With such a name, execnet would send nothing of what a worker has found, a failure included."""
+    suite.write(
+        "test_it.py",
+        WRITES.replace(
+            'write("__snapshots__/one',
+            "write(os.fsdecode(b'cassettes/\\xff'), '1'); write(os.fsdecode(b'\\xfe/\\xff.log'), 'x'); write(\"__snapshots__/one",
+        ),
+    )
+    suite.write(
+        "conftest.py",
+        "import os\ndef pytest_sessionfinish(session):\n"
+        "    if 'VMSANDBOX_GUEST' in os.environ: session.exitstatus = 3\n",
+    )
+    status, output = suite.run("--in-vm", "-n1")
+    assert status == 1, output
+    assert "its pytest ended with status 3" in output
+    assert "brought back 2 files that tests inside guests wrote: __snapshots__/one.ambr, " in output
+    assert "wrote 1 file that stayed there: ?/?.log" in output
+    assert (suite.path / os.fsdecode(b"cassettes/\xff")).exists()
 
 
 def test_a_guest_that_is_lost(suite):
@@ -206,3 +230,75 @@ def test_a_clone_makes_no_summary(suite):
     status, output = suite.run("--in-vm", "--vm-isolation=test")
     assert status == 0, output
     assert not (suite.path / "summary.snap").exists()
+
+
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_plugins_can_come_and_go(suite, isolation):
+    """Many unregister themselves at the end; and so does ours that times a test that may run again."""
+    suite.write(
+        "conftest.py",
+        "class Plugin:\n"
+        "    def pytest_terminal_summary(self): pass\n"
+        "def pytest_configure(config): config.pluginmanager.register(Plugin(), 'own')\n"
+        "def pytest_unconfigure(config): config.pluginmanager.unregister(name='own')\n",
+    )
+    suite.write(
+        "test_it.py", "import pytest\n@pytest.mark.flaky(reruns=1)\ndef test_it(): assert 0\n"
+    )
+    status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
+    assert status == 1, output
+    assert "1 failed, 1 rerun" in output
+    assert "INTERNALERROR" not in output
+    assert "its pytest ended with status" not in output
+
+
+def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
+    """Looking costs a command in each; and what changes a file in any way is seen."""
+    (suite.path / "sub").mkdir()
+    (suite.path / "sub/kept.snap").write_text("1234")
+    (suite.path / "pytest.ini").write_text("[pytest]\nvm_pull = *.snap\n")
+    suite.write(
+        "test_it.py",
+        "import os, pytest\n"
+        "from pathlib import Path\n"
+        "FILE = Path(__file__).with_name('sub') / 'kept.snap'\n"
+        "@pytest.fixture(scope='session')\n"
+        "def late():\n"
+        "    yield\n"
+        "    FILE.with_name('late.snap').write_text('late')\n"
+        "def test_nothing(): FILE.read_text()\n"
+        "def test_more(): pass\n"
+        "def test_late(late): pass\n"
+        "def test_same_size_and_time():\n"
+        "    status = FILE.stat()\n"
+        "    FILE.write_text('4321')\n"
+        "    os.utime(FILE, ns=(status.st_atime_ns, status.st_mtime_ns + 5_000_000_000))\n"
+        "def test_gone(): FILE.unlink()\n",
+    )
+    (suite.folder / "host_plugin.py").write_text(
+        "from pytest_vmsandbox.inside import tree as trees\n"
+        "listed, changes = [], trees.changes\n"
+        "def counted(guest, *more):\n"
+        "    listed.append(guest.name)\n"
+        "    return changes(guest, *more)\n"
+        "trees.changes = counted\n"
+        "def pytest_terminal_summary(): print('listed:', *listed)\n"
+    )
+    status, output = suite.run("--in-vm", "--vm-isolation=test")
+    assert status == 0, output
+    assert "listed: debian-13-3 debian-13-4 debian-13-5\n" in output
+    assert (suite.path / "sub/late.snap").read_text() == "late"
+    assert (suite.path / "sub/kept.snap").read_text() == "4321"
+    assert "deleted by tests inside guests, but not here: sub/kept.snap" in output
+
+
+def test_what_cannot_be_written_here_fails_the_run(suite):
+    suite.write("test_it.py", WRITES.replace("one.ambr", "a"))
+    (suite.folder / "host_plugin.py").write_text(
+        "from pytest_vmsandbox.inside import harvest\n"
+        "def fail(*_): raise PermissionError(13, 'Permission denied')\n"
+        "harvest._write = fail\n"
+    )
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    assert "wrote what cannot be written here: __snapshots__/a (Permission denied)" in output

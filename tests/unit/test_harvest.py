@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import tarfile
+import tempfile
 import time
 
 import pytest
@@ -289,15 +290,43 @@ def test_an_archive_with_other_files_than_those_asked_for(sides, tmp_path):
     assert sides.files == SAME
 
 
-def test_half_a_file_is_never_there(sides, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("name", ["__snapshots__/../../x", "../x", "a/./x", "a//x", "/x"])
+def test_a_listing_that_leads_out_of_the_folder(sides, tmp_path, monkeypatch, name):
+    """Such a name is resolved twice here: where the archive was unpacked, and in the project."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch/x").write_text("of the host")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
 
-    sides.write("old.txt", "changed")
-    monkeypatch.setattr(os, "rename", fail)
-    with pytest.raises(TransferError, match="No space left"):
+    class Listing(Liar):
+        def stream_script(self, script, *, stdin=None, stdout=None):
+            super().stream_script(script, stdin=stdin, stdout=stdout)
+            if "find " in script:
+                stdout(f"f\0001\000{time.time()}\000644\000{name}\0\0".encode())
+
+    sides.guest = Listing(archive(("./__snapshots__/y", tarfile.REGTYPE, b"y")))
+    with pytest.raises(TransferError, match="makes no sense"):
         sides.bring_back()
     assert sides.files == SAME
+    assert not (tmp_path / "x").exists()
+
+
+def test_half_a_file_is_never_there(sides, monkeypatch):
+    """And one that cannot be written keeps no other one away."""
+    rename = os.rename
+
+    def fail(source, target, **how):
+        if target == "old.txt":
+            raise OSError(28, "No space left on device")
+        rename(source, target, **how)
+
+    sides.write("a", "1")
+    sides.write("old.txt", "changed")
+    sides.write("z", "2")
+    monkeypatch.setattr(os, "rename", fail)
+    assert sides.bring_back() == {
+        Outcome.BROUGHT: ["a", "z"], Outcome.UNWRITABLE: ["old.txt (No space left on device)"]
+    }  # fmt: skip
+    assert sides.files == SAME | {"a": "1", "z": "2"}
 
 
 def test_a_socket_here(sides, monkeypatch):
