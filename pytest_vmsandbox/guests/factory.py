@@ -32,7 +32,14 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
+from pytest_vmsandbox.guests.sealing import (
+    CannotSealError,
+    Sealed,
+    Sealer,
+    doer,
+    grow,
+    template_key,
+)
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -431,7 +438,9 @@ class GuestFactory:
         guest = stack.enter_context(self._guest(platform, name, "booted"))
         grow(guest, blueprint)
         for step in steps:
+            guest.spec = blueprint.with_user(doer(blueprint, step)).hardware
             guest.facts = step.run(guest) or {}
+        guest.spec = blueprint.hardware
         return guest
 
     def _check_network(self, hardware: Hardware) -> None:
