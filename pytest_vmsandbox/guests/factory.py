@@ -295,7 +295,7 @@ class GuestFactory:
         """Likewise, prepared when the first guest of it is asked for."""
         if image is None:
             return PreparedLayer(steps=(step,))
-        if isinstance(image, str):
+        if not isinstance(image, PreparedImage | PreparedLayer):
             image = self._prepared(image)
         return replace(image, steps=(*image.steps, step))
 
@@ -306,6 +306,11 @@ class GuestFactory:
         if isinstance(image, PreparedLayer):
             below = self._prepared(self._image_of_test())
             return replace(below, steps=(*below.steps, *image.steps))
+        if not isinstance(image, str):  # what a fixture returned, perhaps
+            raise ConfigError(
+                f"{image!r} is not an image",
+                remedy="use a name of the catalogue, or what vm_factory.prepare() returned",
+            )
         if image not in self._provisioned:
             steps = tuple(it.step() for it in self._surroundings.provisions(image))
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
