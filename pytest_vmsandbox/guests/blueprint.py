@@ -122,6 +122,10 @@ class Blueprint:
         """The same, on another network."""
         return replace(self, hardware=replace(self.hardware, network=network))
 
+    def with_user(self, user: str) -> Blueprint:
+        """The same, for another user."""
+        return replace(self, hardware=replace(self.hardware, user=user))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of all that a saved state depends on: image, machine, QEMU, processor.

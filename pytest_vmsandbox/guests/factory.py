@@ -32,7 +32,14 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.sealing import CannotSealError, Sealed, Sealer, grow, template_key
+from pytest_vmsandbox.guests.sealing import (
+    CannotSealError,
+    Sealed,
+    Sealer,
+    doer,
+    grow,
+    template_key,
+)
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -288,7 +295,7 @@ class GuestFactory:
         """Likewise, prepared when the first guest of it is asked for."""
         if image is None:
             return PreparedLayer(steps=(step,))
-        if isinstance(image, str):
+        if not isinstance(image, PreparedImage | PreparedLayer):
             image = self._prepared(image)
         return replace(image, steps=(*image.steps, step))
 
@@ -299,6 +306,11 @@ class GuestFactory:
         if isinstance(image, PreparedLayer):
             below = self._prepared(self._image_of_test())
             return replace(below, steps=(*below.steps, *image.steps))
+        if not isinstance(image, str):  # what a fixture returned, perhaps
+            raise ConfigError(
+                f"{image!r} is not an image",
+                remedy="use a name of the catalogue, or what vm_factory.prepare() returned",
+            )
         if image not in self._provisioned:
             steps = tuple(it.step() for it in self._surroundings.provisions(image))
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
@@ -431,7 +443,9 @@ class GuestFactory:
         guest = stack.enter_context(self._guest(platform, name, "booted"))
         grow(guest, blueprint)
         for step in steps:
+            guest.spec = blueprint.with_user(doer(blueprint, step)).hardware
             guest.facts = step.run(guest) or {}
+        guest.spec = blueprint.hardware
         return guest
 
     def _check_network(self, hardware: Hardware) -> None:

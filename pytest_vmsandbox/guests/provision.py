@@ -33,7 +33,7 @@ class Provision:
         depends_on: texts (names, versions), and paths (`pathlib.Path`) of files and folders, whose
             names and content count. The code of `run` counts, too; what it calls, or takes from
             around it, does not.
-        run: called with the guest, which is nobody's yet; what it returns is of no interest. What it
+        run: called with the guest, which is nobody's yet; its user is the image's. What it returns is of no interest. What it
             raises is an error of each test that would have had such a guest.
         network: that it needs: ``isolated`` or ``nat``; None for that of the guest. A guest that is
             booted, not cloned, has to have the same.
@@ -83,12 +83,14 @@ class Step:
         run: does it, and returns what is to be remembered of it: values that JSON keeps.
         about: what it is, for people.
         network: see `Provision`.
+        personal: whether it is done as the user whom the guests are for, else as the image's.
     """
 
     digest: str
     run: Callable[[Guest], Facts] = field(compare=False)
     about: str = field(compare=False)
     network: str | None = field(default=None, compare=False)
+    personal: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

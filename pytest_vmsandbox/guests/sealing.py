@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,8 +63,11 @@ class _StepError(Exception):
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     """What the template of guests to which these steps were done is called."""
-    network = blueprint.hardware.network
-    parts = [blueprint.digest, *([step.digest, step.network or network] for step in steps)]
+    hardware, user = blueprint.hardware, blueprint.built.definition.user
+    parts: list[object] = [blueprint.digest]
+    for step in steps:
+        whose = [hardware.user] if step.personal and hardware.user != user else []
+        parts.append([step.digest, step.network or hardware.network, *whose])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -337,12 +340,18 @@ def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
 
 
 def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
-    """The guest that becomes a template: the last step's network, or no user but the image's."""
+    """The guest that becomes a template: with the last step's network, and who does that step."""
     if not steps:
-        user = blueprint.built.definition.user
-        return replace(blueprint, hardware=replace(blueprint.hardware, user=user))
+        return blueprint.with_user(blueprint.built.definition.user)
     network = steps[-1].network
-    return blueprint if network is None else blueprint.with_network(network)
+    if network is not None:
+        blueprint = blueprint.with_network(network)
+    return blueprint.with_user(doer(blueprint, steps[-1]))
+
+
+def doer(blueprint: Blueprint, step: Step) -> str:
+    """The user of the guest who does a step."""
+    return blueprint.hardware.user if step.personal else blueprint.built.definition.user
 
 
 def _done(step: Step, guest: Guest) -> Facts:

@@ -62,6 +62,16 @@ _CHANGED = re.compile(
 _LEFT_OUT = re.compile(
     r"(?:tar: (.*): (?:socket ignored|unknown file type)|(cp: .*)(?<!: No such file or directory))"
 )
+# Goes from a link ``$d`` to what it points to, which need not be there. busybox has a `readlink -f`, but
+# that takes what a link to nothing says from the working folder, not from the link's.
+_FOLLOW = (
+    'l=$d; i=0; while [ -L "$d" ]; do '
+    'i=$((i + 1)); [ $i -le 40 ] || { echo "$l is a link that leads in a circle" >&2; exit 1; }; '
+    'r=$(readlink -n "$d" && echo /) || exit 1; r=${r%/}; '
+    'case "$r" in /*) d=$r;; *) d=${d%/*}/$r;; esac; '
+    '[ -d "${d%/*}/" ] || { echo "$l is a link into a folder that does not exist" >&2; exit 1; }; '
+    "done; "
+)
 _CUT = "short read"  # busybox's tar ends in the middle when a file becomes shorter
 
 
@@ -173,14 +183,12 @@ def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
     return (
         f"receive() {{ {receive}; }}; d={quoted(dest)}; {into}"
         '[ -d "$d" ] && { echo "$d is a folder" >&2; exit 1; }; '
-        'if [ -e "$d" ] && [ ! -f "$d" ]; then receive "$d"; exit; fi; '
-        'if [ -L "$d" ]; then r=$(readlink -fn "$d" && echo /) || '
-        '{ echo "$d is a link into a folder that does not exist" >&2; exit 1; }; d=${r%/}; fi; '
+        f'if [ -e "$d" ] && [ ! -f "$d" ]; then receive "$d"; exit; fi; {_FOLLOW}'
         'p="${d%/*}/"; [ -d "$p" ] || mkdir -p "$p"; t="$p.vmsandbox.$$"; '
         'if { true > "$t"; } 2>/dev/null; then trap \'rm -f "$t"\' EXIT; '
         f'receive "$t" || exit 1; {{ {finish}; }} && mv -f "$t" "$d" || '
         '{ [ -f "$d" ] && cat "$t" > "$d"; }; '
-        'elif [ -e "$d" ]; then receive "$d"; else true > "$t"; fi'
+        'elif [ -e "$d" ]; then receive "$d"; else true > "$d" && receive "$d"; fi'
     )
 
 

@@ -164,6 +164,7 @@ def environment_step(payload: Payload) -> Step:
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
         network="isolated",
+        personal=True,
     )
 
 

@@ -259,6 +259,7 @@ class Leases:
             run=run,
             about="a test session that has collected",
             network="isolated",
+            personal=True,
         )
 
     def _wake(self, lease: Lease, kind: Key) -> None:

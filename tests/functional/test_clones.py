@@ -281,7 +281,8 @@ class TestTemplates:
         )
         for clones in ("demand", "never"):
             one = factory(clones, provisions=lambda image: [layer] if image == "tiny" else [])
-            with one.boot("tiny", **TINY) as vm:
+            with one.boot("tiny", **TINY, user="tester") as vm:  # the image's user makes it
+                assert vm.shell("id -un; stat -c %U /opt/layer").stdout == "tester\nroot\n"
                 assert vm.read_text("/opt/layer") == "x"
 
 

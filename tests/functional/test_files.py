@@ -235,6 +235,9 @@ def test_through_a_link(vm):
     assert vm.shell("cat /tmp/real; readlink /tmp/link; stat -c %a,%u,%g /tmp/real").stdout == (
         "newlink\n755,7,8\n".replace("link", "real")
     )
+    vm.shell("mkdir /tmp/far; ln -s ../fresh /tmp/far/link; ln -s far/link /tmp/chain")
+    vm.write_text("/tmp/chain", "made")
+    assert vm.read_text("/tmp/fresh") == "made"
 
 
 def test_special_bits_and_holes(vm, tmp_path):

@@ -49,6 +49,17 @@ class TestNames:
         assert len(names[4]) <= 63
 
 
+class TestWhatIsNoImage:
+    @pytest.mark.parametrize("value", [42, None, b"tiny", ["tiny"]])
+    def test_is_refused(self, image_path, value):
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            with pytest.raises(ConfigError, match="is not an image"), factory.boot(value):
+                pass
+            if value is not None:
+                with pytest.raises(ConfigError, match="is not an image"):
+                    factory.prepare(value, print, depends_on=[])
+
+
 class TestUser:
     @pytest.mark.parametrize(
         ("default", "wish", "user"),

@@ -474,6 +474,11 @@ class TestFiles:
         vm.write_text("-x", "y")
         assert vm.read_text("-x") == vm.read_text(str(platform.home / "-x")) == "y"
 
+    @pytest.mark.parametrize("text", [b"x", 1, None])
+    def test_what_is_no_text(self, vm, text):
+        with pytest.raises(TypeError, match="a text is a str"):
+            vm.write_text("file", text)
+
     def test_text_that_is_none(self, vm, platform):
         (platform.home / "raw").write_bytes(b"\xff")
         with pytest.raises(TransferError, match="raw is not UTF-8") as caught:

@@ -12,7 +12,8 @@ from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.sealing import Sealer, template_key
+from pytest_vmsandbox.guests.provision import Step
+from pytest_vmsandbox.guests.sealing import Sealer, doer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu
@@ -34,7 +35,7 @@ def blueprint(tmp_path):
         ),
         qemu=Qemu(path=Path("/usr/bin/qemu"), version=(9, 0, 0), build="one build"),
         verdict=Verdict(accelerator="tcg", processor="Nehalem", reason="asked for"),
-        hardware=Hardware(),
+        hardware=Hardware(user=DEFINITION.user),
         qemu_args=lambda _: (),
     )
 
@@ -70,6 +71,24 @@ def keep(store, blueprint):
             store.adopt(folder, key, image="mine", name="mine", disk=disk, layers=[], facts={})
 
     return put
+
+
+class TestWhoDoesAStep:
+    """A template is what a step has made of a guest: by the image's user, or by who is in the key."""
+
+    @pytest.fixture
+    def of_somebody(self, blueprint):
+        return blueprint.with_user("somebody")
+
+    @pytest.mark.parametrize("personal", [False, True])
+    def test_the_key_tells(self, blueprint, of_somebody, personal):
+        steps = [Step(digest="1", run=lambda _: None, about="", personal=personal)]
+        users = {doer(it, steps[0]) for it in (blueprint, of_somebody)}
+        keys = {template_key(it, steps) for it in (blueprint, of_somebody)}
+        assert len(users) == len(keys) == 1 + personal
+
+    def test_the_key_of_the_image_alone_does_not(self, blueprint, of_somebody):
+        assert template_key(blueprint, []) == template_key(of_somebody, [])
 
 
 class TestTheDiskOfTheImage:

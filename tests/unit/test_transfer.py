@@ -458,6 +458,11 @@ class TestThroughALink:
 
 
 class TestPushText:
+    def test_an_error_names_the_file(self, stream):
+        with pytest.raises(CommandError, match="/proc/nothing") as caught:
+            transfer.push_text(stream, "x", "/proc/nothing")
+        assert "vmsandbox" not in str(caught.value.result.stderr)
+
     def write(self, stream, dest):
         transfer.push_text(stream, "x", str(dest))
 
