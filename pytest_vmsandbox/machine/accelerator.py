@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pytest_vmsandbox.core import integrity, paths
@@ -44,7 +44,7 @@ class Verdict:
         accelerator: ``kvm``, ``hvf`` or ``tcg`` (emulation).
         processor: the processor model that runs with it.
         reason: why it is that one, for people.
-        seconds: what the guest that proved it took; 0 where none did.
+        seconds: what the guest that proved it took, now or formerly; 0 where none did.
     """
 
     accelerator: str
@@ -95,12 +95,14 @@ def choose(
         raise LaunchError(f"KVM was asked for: {problem}", remedy=_COPES)
     if wanted == "hvf" and sys.platform != "darwin":
         raise LaunchError("HVF was asked for, and there is none but on macOS", remedy=_COPES)
+    folder = cache / "accelerator"
     if wanted != "auto":
-        return _unproven(wanted, qemu, "as asked for")
+        asked = _unproven(wanted, qemu, "as asked for")
+        known = recall(folder / f"{_key(wanted, qemu, kernel)}.json") if wanted != "tcg" else None
+        return replace(asked, seconds=known.seconds) if known else asked  # limits suit this host
     candidate = "hvf" if sys.platform == "darwin" else "kvm"
     if candidate == "kvm" and (problem := host.kvm_problem()):
         return _unproven("tcg", qemu, problem)
-    folder = cache / "accelerator"
     with ExitStack() as stack:
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -217,6 +217,14 @@ class TestChoose:
         assert decide("kvm").accelerator == "kvm"
         assert proofs == started == []
 
+    def test_what_was_proven_formerly_tells_how_fast_this_host_is(self, decide, proofs):
+        assert decide("kvm").seconds == 0.0
+        decide()
+        asked = decide("kvm")
+        assert (asked.seconds, asked.reason) == (VERDICT.seconds, "as asked for")
+        assert decide("tcg").seconds == 0.0
+        assert len(proofs) == 1
+
     def test_what_cannot_be_is_refused(self, decide, monkeypatch):
         monkeypatch.setattr(host, "kvm_problem", lambda: "it is switched off")
         with pytest.raises(LaunchError, match="KVM was asked for: it is switched off") as caught:
