@@ -508,7 +508,9 @@ class Guest:
             TypeError: `text` is no `str`.
         """
         if not isinstance(text, str):
-            raise TypeError(f"a text is a str, not {type(text).__name__}; vm.push() copies any file")
+            raise TypeError(
+                f"a text is a str, not {type(text).__name__}; vm.push() copies any file"
+            )
         with self._explained():
             name = transfer.guest_path(path)
             try:

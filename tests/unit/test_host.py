@@ -356,7 +356,7 @@ class TestDescriptors:
     @pytest.mark.parametrize("limit", [64, 255])
     def test_too_few_for_a_guest(self, limited, limit):
         done = limited(limit, limit, "require_descriptors")
-        assert f"this process may have {limit} files open, and has" in done.stderr
+        assert f"this process may have {limit} files open and has" in done.stderr
         assert "Remedy: allow it more: ulimit -n 65536 (a shell)" in done.stderr
 
     def test_enough(self, limited):
