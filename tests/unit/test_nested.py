@@ -43,8 +43,11 @@ def test_what_became_of_a_step(host):
     assert host.told("power") == "FAILED (1) after 7 s: 1 failed"
 
 
-@pytest.mark.parametrize(("more", "expected"), [([], ["auto"]), (["--again"], ["auto", "power"])])
+@pytest.mark.parametrize(
+    ("more", "expected"), [([], ["auto", "panic"]), (["--again"], ["auto", "power", "panic"])]
+)
 def test_what_has_passed_does_not_run_again(host, monkeypatch, tmp_path, more, expected):
+    """But for the proof, which is made in each boot of the host."""
     ran = []
 
     def pretend(self, names, *, seconds):
@@ -54,7 +57,7 @@ def test_what_has_passed_does_not_run_again(host, monkeypatch, tmp_path, more, e
 
     monkeypatch.setattr(Host, "make", lambda _: None)
     monkeypatch.setattr(Host, "run", pretend)
-    words = ["--work", str(tmp_path / "work"), "--only", "auto", "--only", "power", *more]
+    words = ["--work", str(tmp_path / "work"), "--only", "power", "--only", "panic", *more]
     monkeypatch.setattr("sys.argv", ["run.py", *words])
     ended(host, "power", 0)
     assert run.main() == 0
