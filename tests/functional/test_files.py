@@ -185,7 +185,7 @@ def test_a_tree_in_motion(vm, tmp_path):
         "i=0; while :; do i=$((i+1)); echo $i > $i; rm -f $((i-5)); : > log; seq 2000 > log; done"
     )
     with vm.popen(["sh", "-c", f"mkdir /tmp/motion; cd /tmp/motion; mkfifo pipe; {change}"]):
-        vm.wait_until(["test", "-e", "/tmp/motion/9"], timeout=60)
+        vm.wait_until(["test", "-e", "/tmp/motion/log"], timeout=60)
         for number in range(6):
             with pytest.warns(UserWarning, match="/tmp/motion was pulled without") as warned:
                 vm.pull("/tmp/motion", tmp_path / f"{number}")

@@ -63,7 +63,7 @@ def test_first_is_killed():
 
 
 def test_after_the_first():
-    assert os.environ["VMSANDBOX_GUEST"].startswith("debian-13.")
+    assert os.environ["VMSANDBOX_GUEST"].startswith("debian-13-")
     assert "SECRET_OF_THE_HOST" not in os.environ
 
 
