@@ -102,9 +102,11 @@ class Reader:
         text = re.sub(r"(/tmp)?/pytest-of-\w+/pytest-\d+\b", "<tmp>", text)
         text = re.sub(r"(long ){20,}.*", "long …", text)
         text = re.sub(r"(\.\./)+(opt/vmsandbox/)?env/", "<env>/", text)  # outside of the project
-        text = re.sub(
-            r", (testrun_uid|worker_id|cov|no_cover)\b", "", text
-        )  # of plugins that stay on the host
+        # Fixtures of plugins that stay on the host; junit cuts a message where their line is too long.
+        text = re.sub(r", (testrun_uid|worker_id|cov|no_cover)\b", "", text)
+        if "more lines; full report in element text]" in text:
+            text = re.sub(r"^> +available fixtures: .*\n", "", text, flags=re.MULTILINE)
+            text = re.sub(r"\[\+\d+ more lines;", "[+… more lines;", text)
         text = re.sub(r"0x[0-9a-f]{6,}", "0x…", text)
         text = re.sub(r"\b\d+\.\d\ds( \(\d:\d\d:\d\d\))?", "N.NNs", text)
         text = re.sub(

@@ -465,7 +465,7 @@ class Lab:
         kept = {
             k: v
             for k, v in os.environ.items()
-            if not k.startswith(("PYTEST_", "PYTHON", "COV", "GIT"))
+            if not k.startswith(("PYTEST_", "PYTHON", "COV", "GIT", "__TOX"))
             and k not in ("CI", "GITHUB_ACTIONS")
         }
         done = subprocess.run(
