@@ -885,7 +885,8 @@ class Session:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = self.serialized(report)
-        if data["when"] == "setup" and "teardown" in self.reported:
+        # Older pytest-rerunfailures tell no teardown of an attempt that is followed by another.
+        if data["when"] == "setup" and (self.reruns or "teardown" in self.reported):
             self.reruns, self.reported = False, []
             self.wire.say({"again": True})
         for note in self.put_right(data):
