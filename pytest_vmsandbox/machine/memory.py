@@ -8,6 +8,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -100,11 +101,17 @@ def _fallocate(file: IO[bytes], mode: int, start: int, length: int) -> None:
     Raises:
         OSError: the file system cannot.
     """
-    call = ctypes.CDLL(None, use_errno=True).fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while call(file.fileno(), mode, start, length):
+    while _libc().fallocate(file.fileno(), mode, start, length):
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library, opened once: a large memory has thousands of holes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return libc
 
 
 def for_clones(path: Path, version: tuple[int, ...]) -> IO[bytes]:

@@ -32,12 +32,8 @@ _REFUSED = {
     "setupplan": "--setup-plan",
     "setuponly": "--setup-only",
 }
-_DRIVES = {
-    "vm",
-    "vm_factory",
-    "vm_artifacts",
-    "vm_prepared",
-}  # fixtures of tests that drive guests from here
+# Fixtures of tests that drive guests from here.
+_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
 
 
 def is_inside(item: pytest.Item) -> bool:
