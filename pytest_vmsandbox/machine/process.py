@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -46,11 +46,18 @@ class OwnedProcess:
     """
 
     def __init__(
-        self, launcher: Launcher, number: int, argv: tuple[str, ...], status: int, stderr: IO[bytes]
+        self,
+        launcher: Launcher,
+        parent: subprocess.Popen[bytes],
+        number: int,
+        argv: tuple[str, ...],
+        status: int,
+        stderr: IO[bytes],
     ) -> None:
         self.argv = argv
         self.pid = 0
         self._launcher = launcher
+        self._parent = parent  # a launcher; the next process may have another one
         self._number = number
         self._status = status
         self._stderr = stderr
@@ -96,6 +103,10 @@ class OwnedProcess:
                 return None
             data = os.read(self._status, 4096)
             if not data:  # the launcher is gone, and its children with it
+                # Its descriptors close a moment before it ends. Who starts the next process must
+                # find it ended, or would talk to it.
+                with suppress(subprocess.TimeoutExpired):
+                    self._parent.wait(_REAP_SECONDS)
                 return {"exit": -9}
             self._lines += data
         line, _, self._lines = self._lines.partition(b"\n")
@@ -209,8 +220,8 @@ class Launcher:
             with self._lock:
                 self._replace_if_gone()
                 self._count += 1
-                number = self._count
-            process = OwnedProcess(self, number, tuple(argv), status_read, stderr)
+                number, parent = self._count, self._process
+            process = OwnedProcess(self, parent, number, tuple(argv), status_read, stderr)
             try:
                 self._send(
                     {
