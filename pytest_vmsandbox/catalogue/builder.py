@@ -19,7 +19,7 @@ from pytest_vmsandbox.core.spec import GIB, format_size
 ROOM_FOR_A_DISK = 3 * GIB
 PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
 
-_WARDEN = os.fspath(Path(__file__).with_name("warden.py"))
+_WARDEN = os.fspath(Path(__file__).with_name("supervisor.py"))
 _TAIL = 20  # lines of the output in an error
 
 
@@ -155,7 +155,7 @@ def _run(
             process.terminate()
             process.wait()
     if status != 0:
-        killed = status - 128 if status > 128 else -status  # the latter is the warden itself
+        killed = status - 128 if status > 128 else -status  # the latter is the supervisor itself
         ended = f"signal {killed}" if killed > 0 else f"status {status}"
         raise ImageError(f"building {name!r} failed: its recipe ended with {ended}")
 

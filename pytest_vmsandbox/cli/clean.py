@@ -11,7 +11,7 @@ from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.inside import environment
-from pytest_vmsandbox.machine import leftovers
+from pytest_vmsandbox.machine import orphans
 from pytest_vmsandbox.machine.hypervisor import remove_dead_runs
 
 
@@ -32,7 +32,7 @@ def clean(*, all_templates: bool) -> None:
     cache = paths.cache_dir()
     templates = TemplateStore(cache)
     said = []
-    if ended := leftovers.end_ownerless():
+    if ended := orphans.end_ownerless():
         said.append(f"ended: {_number(len(ended), 'launcher')} whose run is gone, with its guests")
     if folders := remove_dead_runs(paths.runtime_dir()):
         said.append(f"removed: {_number(len(folders), 'folder')} of runs that are gone")

@@ -45,9 +45,9 @@ from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.ledger import Ledger
 from pytest_vmsandbox.machine.pace import USUAL_PROOF, Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+from pytest_vmsandbox.machine.quota import Quota
 
 _FILLERS = 2
 _MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
@@ -520,7 +520,7 @@ class GuestFactory:
         return self._stack.enter_context(
             Pool.running(
                 hypervisor,
-                Ledger(hypervisor.folder),
+                Quota(hypervisor.folder),
                 fillers=_FILLERS,
                 name=self._name,
                 logs=self._surroundings.logs,

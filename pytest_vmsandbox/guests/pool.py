@@ -26,7 +26,7 @@ from pytest_vmsandbox.guests.waking import Awake
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.ledger import Ledger
+from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
@@ -101,14 +101,14 @@ class Pool:
     def __init__(
         self,
         hypervisor: Hypervisor,
-        ledger: Ledger,
+        quota: Quota,
         *,
         fillers: int,
         name: Callable[[str], str],
         logs: Callable[[str], Path | None],
     ) -> None:
         self._hypervisor = hypervisor
-        self._ledger = ledger
+        self._ledger = quota
         self._name = name
         self._logs = logs
         self._shelves: dict[tuple[str, str], _Shelf] = {}  # by template and network
@@ -124,14 +124,14 @@ class Pool:
     def running(
         cls,
         hypervisor: Hypervisor,
-        ledger: Ledger,
+        quota: Quota,
         *,
         fillers: int,
         name: Callable[[str], str],
         logs: Callable[[str], Path | None],
     ) -> Iterator[Pool]:
         """A pool that fills itself; at the end all clones that nobody took are gone."""
-        pool = cls(hypervisor, ledger, fillers=fillers, name=name, logs=logs)
+        pool = cls(hypervisor, quota, fillers=fillers, name=name, logs=logs)
         try:
             yield pool
         finally:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue.files import locked
 from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.machine import leftovers
+from pytest_vmsandbox.machine import orphans
 from support import sealed
 
 NOTHING = "there is nothing to clean\n"
@@ -39,7 +39,7 @@ def invoke(cache, runtime, monkeypatch):
     """Run the command in this process, with folders of its own."""
     monkeypatch.setenv("VMSANDBOX_CACHE", str(cache))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(runtime))
-    monkeypatch.setattr(leftovers, "end_ownerless", list)
+    monkeypatch.setattr(orphans, "end_ownerless", list)
     told: dict[str, Any] = (
         {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
     )
@@ -160,7 +160,7 @@ class TestLaunchers:
     @pytest.fixture
     def launcher(self, tmp_path):
         """A process that looks like the launcher of a run."""
-        program = tmp_path.joinpath(*leftovers._LAUNCHER.parts)
+        program = tmp_path.joinpath(*orphans._LAUNCHER.parts)
         program.parent.mkdir(parents=True)
         program.write_text("import sys\nprint(flush=True)\nsys.stdin.read()\n")
         folder = tmp_path / "1-0123abcd"
@@ -183,12 +183,12 @@ class TestLaunchers:
 
     def test_one_whose_run_is_gone_is_ended(self, launcher, proc):
         process, _ = launcher
-        assert leftovers.end_ownerless(proc) == [process.pid]
+        assert orphans.end_ownerless(proc) == [process.pid]
         assert process.wait(10) == -9
 
     def test_one_whose_run_lives_is_not(self, launcher, proc):
         process, folder = launcher
         with (Path(folder) / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert leftovers.end_ownerless(proc) == []
+            assert orphans.end_ownerless(proc) == []
         assert process.poll() is None

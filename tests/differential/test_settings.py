@@ -359,7 +359,7 @@ def test_each_setting_has_a_row_or_a_reason():
     keys, options = known()
     rows = {it.name for them in GROUPS.values() for it in them if it.name is not None}
     assert sorted((keys | options) - rows - REASONS) == [], (
-        f"pytest {pytest.__version__} has settings that are new. Does forwarding.py tell a guest what "
+        f"pytest {pytest.__version__} has settings that are new. Does guest_config.py tell a guest what "
         "it has to know of them? Then give each a row in GROUPS, with tests that come out differently "
         "with it, or in WITHOUT_ROW a reason why no outcome can"
     )

@@ -11,8 +11,8 @@ import pytest
 
 from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.testing import collection, inside, leases
-from pytest_vmsandbox.testing.remote_reports import Reader
+from pytest_vmsandbox.plugin import collection, inside, leases
+from pytest_vmsandbox.plugin.remote_reports import Reader
 from support.reports import check_text
 
 ONE, TWO = "test_suite.py::test_one", "test_suite.py::test_two"

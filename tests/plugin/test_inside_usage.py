@@ -49,7 +49,7 @@ def test_packages_that_cannot_be_had_are_told_once(suite):
         "import itertools\n"
         "from pytest_vmsandbox.core.errors import TransferError\n"
         "from pytest_vmsandbox.inside import install\n"
-        "from pytest_vmsandbox.testing import reporting\n"
+        "from pytest_vmsandbox.plugin import reporting\n"
         "reporting._HIDDEN += (__file__,)  # it stands in for ours\n"
         "count = itertools.count(1)\n"
         "def fail(guest, payload):\n"

@@ -22,7 +22,7 @@ from _pytest.terminal import TerminalReporter
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.inside.wire import Decoder
-from pytest_vmsandbox.testing.remote_reports import Reader
+from pytest_vmsandbox.plugin.remote_reports import Reader
 
 SUITE = '''
 import unittest

@@ -20,8 +20,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree as trees
 from pytest_vmsandbox.inside.session import Place
-from pytest_vmsandbox.plugin import SESSION
-from pytest_vmsandbox.testing import pulling, reporting
+from pytest_vmsandbox.plugin import SESSION, pulling, reporting
 from support.local import LocalGuest
 
 LAYOUT = install.layout

@@ -209,7 +209,7 @@ def complete_templates(cache: Path) -> set[str]:
 def files(folder: Path) -> set[str]:
     """The files that runs could leave: theirs, the cache's, shared memory's, temporary ones."""
     ours = {"runtime", "runtime/.lock", "test_suite.py", "output", "__pycache__"}
-    ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.ledger")}
+    ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.quota")}
     ours |= {str(path.relative_to(folder)) for path in folder.glob("runtime/.arming.*")}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*")} - ours
     found = {

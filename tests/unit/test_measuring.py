@@ -6,7 +6,7 @@ import pytest
 from coverage import Coverage, CoverageData
 
 from pytest_vmsandbox.inside.tree import Entry, Tree
-from pytest_vmsandbox.testing.measuring import Measuring
+from pytest_vmsandbox.plugin.measuring import Measuring
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pytest_vmsandbox.core.spec import GIB, Hardware
 from pytest_vmsandbox.guests import pool as pool_module, waking
 from pytest_vmsandbox.guests.pool import CLAIM, Clone, Pool
 from pytest_vmsandbox.machine import host
-from pytest_vmsandbox.machine.ledger import Ledger
+from pytest_vmsandbox.machine.quota import Quota
 
 SECONDS = 20  # more than anything here takes
 DEPTH = 3
@@ -130,21 +130,21 @@ SEALED, BLUEPRINT = anything(template()), anything(blueprint_on())
 
 
 @pytest.fixture
-def ledger(tmp_path, monkeypatch):
+def quota(tmp_path, monkeypatch):
     monkeypatch.setattr(host, "total_memory", lambda: 100 * GIB)
     folder = tmp_path / f"{os.getpid()}-00000000"
     folder.mkdir()
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Ledger(folder)
+        yield Quota(folder)
 
 
 @contextmanager
-def running(ledger, fillers=2):
+def running(quota, fillers=2):
     count = iter(range(1, 10_000))
     with FakePool.running(
         anything(None),
-        ledger,
+        quota,
         fillers=fillers,
         name=lambda image: f"{image}.{next(count)}",
         logs=lambda _: None,
@@ -156,14 +156,14 @@ def running(ledger, fillers=2):
             pool.gate.set()
     names = [clone.name for clone in pool.made]
     assert sorted(pool.closed) == sorted(names)  # each once
-    assert ledger._claimed == 0
+    assert quota._claimed == 0
     assert not [it for it in threading.enumerate() if it.name == "vmsandbox-filler"]
 
 
 @pytest.fixture
-def pool(ledger):
+def pool(quota):
     """At its end all clones must be gone, and all claims, and all threads."""
-    with running(ledger) as pool:
+    with running(quota) as pool:
         yield pool
 
 
@@ -173,12 +173,12 @@ def lease(pool, sealed=SEALED, blueprint=BLUEPRINT, *, more=False):
 
 class TestAhead:
     @pytest.mark.parametrize("count", [1, 2, 3, 4, 50])
-    def test_no_more_than_are_expected_and_no_more_than_it_is_deep(self, pool, ledger, count):
+    def test_no_more_than_are_expected_and_no_more_than_it_is_deep(self, pool, quota, count):
         pool.expect(SEALED, BLUEPRINT, count)
         pool.armed(SEALED, min(count, DEPTH))
         settled()
         assert len(pool.made) == min(count, DEPTH)
-        assert ledger._claimed == len(pool.made) * CLAIM
+        assert quota._claimed == len(pool.made) * CLAIM
 
     def test_nothing_without_being_told(self, pool):
         with lease(pool) as (_, was_armed):
@@ -198,8 +198,8 @@ class TestAhead:
         assert len(pool.made) == 10
         assert set(pool.makers) == {"vmsandbox-filler"}
 
-    def test_the_oldest_comes_first(self, ledger):
-        with running(ledger, fillers=1) as pool:
+    def test_the_oldest_comes_first(self, quota):
+        with running(quota, fillers=1) as pool:
             pool.expect(SEALED, BLUEPRINT, DEPTH)
             pool.armed(SEALED, DEPTH)
             for _ in range(DEPTH):
@@ -262,9 +262,9 @@ class TestAhead:
             assert was_armed
             assert clone is pool.made[0]
 
-    def test_who_wants_most_comes_first(self, ledger):
+    def test_who_wants_most_comes_first(self, quota):
         other = anything(template("another-key"))
-        with running(ledger, fillers=1) as pool:
+        with running(quota, fillers=1) as pool:
             pool.gate.clear()
             pool.expect(other, BLUEPRINT, 1)
             wait_for(lambda: pool.tries == 1)
@@ -323,24 +323,24 @@ class TestWithoutOne:
             thread.join(SECONDS)
         assert len(set(got)) == 4
 
-    def test_there_is_no_room_for_spare_ones(self, pool, ledger, monkeypatch):
+    def test_there_is_no_room_for_spare_ones(self, pool, quota, monkeypatch):
         """Whoever asks gets one all the same."""
         monkeypatch.setattr(host, "total_memory", lambda: 0)
         pool.expect(SEALED, BLUEPRINT, 3)
         wait_for(lambda: pool.shelf(SEALED).failure is not None)
         assert "no room" in pool.shelf(SEALED).failure.brief
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
         with lease(pool) as (_, was_armed):
             assert not was_armed
-            assert ledger._claimed == CLAIM
+            assert quota._claimed == CLAIM
 
 
 class TestFailure:
-    def test_of_who_asks(self, pool, ledger):
+    def test_of_who_asks(self, pool, quota):
         pool.fault = LaunchError("no QEMU today")
         with pytest.raises(LaunchError, match="no QEMU today"), lease(pool):
             pass
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
 
     @pytest.mark.parametrize(
         ("fault", "brief"),
@@ -351,7 +351,7 @@ class TestFailure:
             (OSError("no descriptors"), "could not be armed: OSError('no descriptors')"),
         ],
     )
-    def test_of_a_filler_and_then_it_goes_on(self, pool, ledger, fault, brief):
+    def test_of_a_filler_and_then_it_goes_on(self, pool, quota, fault, brief):
         """It does not try again and again; who asks next tries, and all is well after that."""
         pool.fault = fault
         pool.expect(SEALED, BLUEPRINT, 50)
@@ -359,7 +359,7 @@ class TestFailure:
         settled()
         assert pool.tries <= 2  # there are two fillers
         assert brief in pool.shelf(SEALED).failure.brief
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
         with pytest.raises(type(fault)), lease(pool, more=True):
             pass
         wait_for(lambda: not pool.shelf(SEALED).arming)
@@ -381,30 +381,30 @@ class TestFailure:
         timer.join()
         assert pool.tries == 2
 
-    def test_one_that_does_not_go_on_is_gone(self, pool, ledger):
+    def test_one_that_does_not_go_on_is_gone(self, pool, quota):
         pool.resume_fault = GuestLost("it does not answer")
         pool.expect(SEALED, BLUEPRINT, 1)
         pool.armed(SEALED, 1)
         with pytest.raises(GuestLost, match="does not answer"), lease(pool):
             pass
         assert pool.closed == [pool.made[0].name]
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
 
-    def test_of_its_user(self, pool, ledger):
+    def test_of_its_user(self, pool, quota):
         with pytest.raises(KeyError), lease(pool):
             raise KeyError
         assert pool.closed == [pool.made[0].name]
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
 
 
 class TestEnd:
-    def test_of_those_that_nobody_takes(self, ledger, monkeypatch):
+    def test_of_those_that_nobody_takes(self, quota, monkeypatch):
         monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 0.1)
-        with running(ledger) as pool:
+        with running(quota) as pool:
             pool.expect(SEALED, BLUEPRINT, 3)
             # On a busy machine the time may be over before all three are there.
             wait_for(lambda: pool.made and pool.shelf(SEALED).last.expired)
-            wait_for(lambda: not pool.shelf(SEALED).arming and ledger._claimed == 0)
+            wait_for(lambda: not pool.shelf(SEALED).arming and quota._claimed == 0)
             made = len(pool.made)
             settled()
             assert len(pool.made) == len(pool.closed) == made
@@ -413,25 +413,25 @@ class TestEnd:
                 assert not was_armed
                 wait_for(lambda: pool.shelf(SEALED).armed)
 
-    def test_of_all(self, ledger):
-        with running(ledger) as pool:
+    def test_of_all(self, quota):
+        with running(quota) as pool:
             pool.expect(SEALED, BLUEPRINT, 3)
             pool.armed(SEALED, 3)
             assert pool.closed == []
         assert len(pool.closed) == 3
 
-    def test_while_some_are_being_armed(self, ledger):
-        with running(ledger) as pool:
+    def test_while_some_are_being_armed(self, quota):
+        with running(quota) as pool:
             pool.gate.clear()
             pool.expect(SEALED, BLUEPRINT, 3)
             wait_for(lambda: pool.tries == 2)
         assert len(pool.closed) == 2
 
-    def test_after_an_error(self, ledger):
+    def test_after_an_error(self, quota):
         pools = []
 
         def fail():
-            with running(ledger) as pool:
+            with running(quota) as pool:
                 pools.append(pool)
                 pool.expect(SEALED, BLUEPRINT, 3)
                 pool.armed(SEALED, 3)
@@ -440,13 +440,13 @@ class TestEnd:
         with pytest.raises(KeyError):
             fail()
         assert len(pools[0].closed) == 3
-        assert ledger._claimed == 0
+        assert quota._claimed == 0
 
-    def test_of_one_that_never_began(self, ledger):
-        with running(ledger):
+    def test_of_one_that_never_began(self, quota):
+        with running(quota):
             pass
 
-    def test_of_what_came_from_a_template(self, pool, ledger):
+    def test_of_what_came_from_a_template(self, pool, quota):
         other = anything(template("another-key"))
         pool.expect(SEALED, BLUEPRINT, 2)
         pool.expect(SEALED, anything(blueprint_on("nat")), 1)
@@ -457,25 +457,25 @@ class TestEnd:
         pool.armed(SEALED, 1, "nat")
         pool.forget(SEALED)
         assert len(pool.closed) == 3
-        assert ledger._claimed == CLAIM
+        assert quota._claimed == CLAIM
         settled()
         assert len(pool.made) == 4
 
-    def test_of_what_is_on_its_way_from_a_template(self, pool, ledger):
+    def test_of_what_is_on_its_way_from_a_template(self, pool, quota):
         pool.gate.clear()
         pool.expect(SEALED, BLUEPRINT, 1)
         wait_for(lambda: pool.tries == 1)
         pool.forget(SEALED)
         pool.gate.set()
         wait_for(lambda: pool.closed)
-        wait_for(lambda: ledger._claimed == 0)
+        wait_for(lambda: quota._claimed == 0)
 
     def test_forgetting_what_nobody_knows(self, pool):
         pool.forget(SEALED)
 
 
 @pytest.mark.parametrize("expected", [0, 10, 40])
-def test_many_at_once(pool, ledger, expected):
+def test_many_at_once(pool, quota, expected):
     """Nobody gets one that somebody else has had, and none is left."""
     got, failures = [], []
     pool.expect(SEALED, BLUEPRINT, expected)
@@ -502,11 +502,11 @@ def test_many_at_once(pool, ledger, expected):
     settled()
     shelf = pool.shelf(SEALED)
     assert len(shelf.armed) <= DEPTH
-    assert ledger._claimed == len(shelf.armed) * CLAIM
+    assert quota._claimed == len(shelf.armed) * CLAIM
 
 
 class TestArm:
-    def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, ledger, monkeypatch):
+    def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, quota, monkeypatch):
         """In each run, also where another one has made the template."""
         looked = []
         monkeypatch.setattr(
@@ -516,7 +516,7 @@ class TestArm:
         monkeypatch.setattr(waking, "wake", MagicMock())
         names = iter(["it-1", "it-2"])
         with Pool.running(
-            MagicMock(), ledger, fillers=0, name=lambda _: next(names), logs=lambda _: None
+            MagicMock(), quota, fillers=0, name=lambda _: next(names), logs=lambda _: None
         ) as pool:
             sealed, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):

@@ -8,9 +8,9 @@ from hypothesis import given, strategies as st
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
-from pytest_vmsandbox.testing.artifacts import Artifacts, folder_name
-from pytest_vmsandbox.testing.reporting import hide_ours
-from pytest_vmsandbox.testing.selection import Wishes, applicable, read_marks, reason
+from pytest_vmsandbox.plugin.artifacts import Artifacts, folder_name
+from pytest_vmsandbox.plugin.reporting import hide_ours
+from pytest_vmsandbox.plugin.selection import Wishes, applicable, read_marks, reason
 
 CATALOGUE = ["a-1", "a-2", "b"]
 

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import config as options
+from pytest_vmsandbox.plugin import config as options
 
 if TYPE_CHECKING:
     import pytest
 
     from pytest_vmsandbox.inside.harvest import Outcome, Patterns
     from pytest_vmsandbox.inside.tree import Tree
-    from pytest_vmsandbox.testing.leases import Lease
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.leases import Lease
+    from pytest_vmsandbox.plugin.session import VMSession
 
 Found = defaultdict[str, dict[str, None]]
 """What is told at the end: names of files (or guests) as they are shown, in order, by what became of them."""

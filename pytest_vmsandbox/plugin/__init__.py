@@ -1,4 +1,4 @@
-"""The pytest plugin: hook implementations and fixtures; what they do lies in `testing`.
+"""The pytest plugin: hook implementations and fixtures; what they do lies in the modules beside this one.
 
 It is imported by every pytest run on a machine where it is installed, so nothing that drives
 guests is imported before a guest is asked for.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.testing import (
+from pytest_vmsandbox.plugin import (
     collection,
     config as options,
     hookspecs,
@@ -21,7 +21,7 @@ from pytest_vmsandbox.testing import (
     selection,
     unimportable,
 )
-from pytest_vmsandbox.testing.session import SharedGuests, VMSession
+from pytest_vmsandbox.plugin.session import SharedGuests, VMSession
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -222,7 +222,7 @@ class InsideProtocol:
         except Exception as error:
             if not getattr(report, "vm_inside", False):
                 raise
-            from pytest_vmsandbox.testing import hooks
+            from pytest_vmsandbox.plugin import hooks
 
             hook, session = config.hook.pytest_report_teststatus, config.stash[SESSION]
             return hooks.result_of_others(session, hook, error, self, report=report, config=config)

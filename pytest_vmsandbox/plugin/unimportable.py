@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import collection, config as options, naming
-from pytest_vmsandbox.testing.selection import Wishes
+from pytest_vmsandbox.plugin import collection, config as options, naming
+from pytest_vmsandbox.plugin.selection import Wishes
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.session import VMSession
 
 
 _MAX_LINE = 10_000_000

@@ -16,10 +16,10 @@ from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.hypervisor import is_alive
 
 _SHARE = 0.7  # of the host's memory, up to which guests are kept that nobody has asked for yet
-_CLAIM, _LOCK, _SLOT = "memory", ".ledger", ".arming"
+_CLAIM, _LOCK, _SLOT = "memory", ".quota", ".arming"
 
 
-class Ledger:
+class Quota:
     """This run's claims, beside those of others.
 
     Args:

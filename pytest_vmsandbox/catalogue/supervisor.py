@@ -2,11 +2,11 @@
 
 It is a file that stands alone and is executed, never imported::
 
-    python -I -S warden.py PARENT LOCK PROGRAM ARGUMENT...
+    python -I -S supervisor.py PARENT LOCK PROGRAM ARGUMENT...
 
 It adopts whoever loses a parent among the program's descendants. When the program ends, when the
 process PARENT ends in any way at all, or at SIGTERM, it kills all of them, and ends itself only
-when they are gone. So whoever waits for the warden knows that nothing is left, and the descriptor
+when they are gone. So whoever waits for the supervisor knows that nothing is left, and the descriptor
 LOCK (an inherited flock) stays held until then, also when PARENT is long dead. Its exit status is
 the program's; 128 + N for signal N.
 """

@@ -15,7 +15,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ACCELERATORS, DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.testing.selection import ISOLATION, seconds
+from pytest_vmsandbox.plugin.selection import ISOLATION, seconds
 
 MISSING = ("error", "skip")
 _TEST_SECONDS = 600.0

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.inside.environment import HOST_ONLY, LEFT_OUT
-from pytest_vmsandbox.testing import beside
-from pytest_vmsandbox.testing.remote_reports import RERUN, RETRIED
+from pytest_vmsandbox.plugin import beside
+from pytest_vmsandbox.plugin.remote_reports import RERUN, RETRIED
 
 # Told by arguments of pytest's command line, since pytest reads them before it configures itself.
 # Each with its argument, and the plugin without which pytest does not know it.

@@ -19,7 +19,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.testing.remote_reports import Reader
+    from pytest_vmsandbox.plugin.remote_reports import Reader
 
 _MAX_NAME = 200  # characters of a name in a note
 _PHASES = ("start", "setup", "call", "teardown", "finish")  # as pytest's live log calls them
@@ -68,7 +68,7 @@ def note(message: Message, nodeid: str) -> tuple[str, bool]:
         GuestLost: there is no such note.
     """
     from pytest_vmsandbox.inside.wire import broken
-    from pytest_vmsandbox.testing.remote_reports import colourless
+    from pytest_vmsandbox.plugin.remote_reports import colourless
 
     kind = " ".join(str(message[it]) for it in ("note", "why") if it in message)
     if kind not in _NOTES:
@@ -259,7 +259,7 @@ class Logs:
         Raises:
             GuestLost: it is none.
         """
-        from pytest_vmsandbox.testing.remote_reports import log_record
+        from pytest_vmsandbox.plugin.remote_reports import log_record
 
         if self._plugin is None:
             return

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.testing import collection
+from pytest_vmsandbox.plugin import collection
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.session import VMSession
 
 
 class _Name(str):

@@ -19,7 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from pluggy import HookCaller, HookImpl
 
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.session import VMSession
 
 ENDING: tuple[type[BaseException], ...] = (
     pytest.exit.Exception,
@@ -31,7 +31,7 @@ ENDING: tuple[type[BaseException], ...] = (
 
 def end_run(message: Mapping[str, Any]) -> NoReturn:
     """End the run as a test or a hook in a guest has ended it there."""
-    from pytest_vmsandbox.testing.remote_reports import colourless
+    from pytest_vmsandbox.plugin.remote_reports import colourless
 
     how, why = message.get("how"), colourless(str(message.get("interrupted")))
     if how == "left":

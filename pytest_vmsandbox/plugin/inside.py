@@ -21,16 +21,16 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.inside.wire import broken
-from pytest_vmsandbox.testing import beside, collection, config as options, selection
-from pytest_vmsandbox.testing.hooks import ENDING, Hooks, end_run
-from pytest_vmsandbox.testing.leases import Key, Lease, Leases
-from pytest_vmsandbox.testing.remote_reports import PHASES, RERUN
-from pytest_vmsandbox.testing.reporting import RETRIED, report_without_plugins
+from pytest_vmsandbox.plugin import beside, collection, config as options, selection
+from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
+from pytest_vmsandbox.plugin.leases import Key, Lease, Leases
+from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN
+from pytest_vmsandbox.plugin.reporting import RETRIED, report_without_plugins
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.session import VMSession
 
 _Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
@@ -276,7 +276,7 @@ class Inside:
         records: list[_Record],
     ) -> None:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
-        from pytest_vmsandbox.testing.remote_reports import colourless
+        from pytest_vmsandbox.plugin.remote_reports import colourless
 
         assert lease.session is not None
         following, more = self._next(item, nextitem)
@@ -317,7 +317,7 @@ class Inside:
         Raises:
             GuestLost: it is not well-formed.
         """
-        from pytest_vmsandbox.testing.remote_reports import harmless
+        from pytest_vmsandbox.plugin.remote_reports import harmless
 
         if "junit" in message:
             name, value = harmless(message.get("name")), harmless(message.get("value"))
@@ -353,7 +353,7 @@ class Inside:
 
     def _tell(self, lease: Lease, message: Message, nodeid: str = "") -> None:
         """Pass on what a session says besides."""
-        from pytest_vmsandbox.testing.remote_reports import harmless, recorded_warning
+        from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
 
         if "warning" in message:
             arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}

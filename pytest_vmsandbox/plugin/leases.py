@@ -23,9 +23,9 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.testing import beside, collection, config as options, pulling, selection
-from pytest_vmsandbox.testing.hooks import end_run
-from pytest_vmsandbox.testing.measuring import Measuring
+from pytest_vmsandbox.plugin import beside, collection, config as options, pulling, selection
+from pytest_vmsandbox.plugin.hooks import end_run
+from pytest_vmsandbox.plugin.measuring import Measuring
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.install import Installed, Payload
     from pytest_vmsandbox.inside.session import GuestSession, Keeper
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.testing.remote_reports import Reader
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.remote_reports import Reader
+    from pytest_vmsandbox.plugin.session import VMSession
 
 _COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
 _MOST_LOST = 3  # waiting sessions in a row that do not wake up
@@ -166,8 +166,8 @@ class Leases:
         """A guest for a test, with what its tests need; that is there only once for all its clones."""
         from pytest_vmsandbox.inside import install
         from pytest_vmsandbox.inside.session import Keeper
-        from pytest_vmsandbox.testing import forwarding
-        from pytest_vmsandbox.testing.remote_reports import Reader
+        from pytest_vmsandbox.plugin import guest_config
+        from pytest_vmsandbox.plugin.remote_reports import Reader
 
         image = collection.image_of(item)
         assert image is not None
@@ -203,7 +203,7 @@ class Leases:
                     installed.tree,
                     self._config.rootpath,
                     installed.outside,
-                    outcomes=forwarding.outcomes(self._config),
+                    outcomes=guest_config.outcomes(self._config),
                 ),
                 config=self._session_config(item, installed, _own(guest)),
                 patience=patience,
@@ -236,7 +236,7 @@ class Leases:
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
         from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
-        from pytest_vmsandbox.testing import forwarding
+        from pytest_vmsandbox.plugin import guest_config
 
         def run(guest: Guest) -> dict[str, object]:
             install.install_project(guest, payload)
@@ -252,7 +252,7 @@ class Leases:
             return {"collected": session.collected.facts(), "said": said}
 
         known = self._session_config(item, install.layout(None, payload), {})
-        known["fixtures"] = sorted(forwarding.fixtures(self._config))  # their values come later
+        known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later
         parts = [install.project_digest(payload), known]
         return Step(
             digest=hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest(),
@@ -265,14 +265,14 @@ class Leases:
     def _wake(self, lease: Lease, kind: Key) -> None:
         """Take over the session that waits in a guest."""
         from pytest_vmsandbox.inside.session import GuestSession
-        from pytest_vmsandbox.testing import forwarding
+        from pytest_vmsandbox.plugin import guest_config
 
         facts: Any = lease.guest.facts
         lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],
             environment=_own(lease.guest),
-            fixtures=forwarding.fixtures(self._config),
+            fixtures=guest_config.fixtures(self._config),
             timeout=_COLLECT_SECONDS * lease.patience,
         )
         lease.has_collected = True
@@ -337,10 +337,10 @@ class Leases:
         self, item: pytest.Item, installed: Installed, own: Mapping[str, str]
     ) -> dict[str, object]:
         from pytest_vmsandbox.inside.install import BASE
-        from pytest_vmsandbox.testing import forwarding
+        from pytest_vmsandbox.plugin import guest_config
 
         config, tree = self._config, installed.tree
-        translate = forwarding.translator({str(config.rootpath): tree, **installed.outside})
+        translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
         kind = _kind(item)
         files = {
             collection.plain_nodeid(it).partition("::")[0]: None
@@ -348,11 +348,11 @@ class Leases:
             if collection.is_inside(it) and _kind(it) == kind
         }
         wanted = options.guest_plugins(config)
-        for name in forwarding.only_here(config):
+        for name in guest_config.only_here(config):
             self._session.tell(
                 f"the plugin {name} stays on this side: it is neither in the project nor installed"
             )
-        if lost := forwarding.lost_options(config):
+        if lost := guest_config.lost_options(config):
             self._tell_problems(
                 [
                     f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
@@ -365,18 +365,18 @@ class Leases:
                 *(f"--rootdir={tree}", "-c", f"{BASE}/session.ini"),
                 "--disable-plugin-autoload",
                 *(word for name in wanted for word in ("-p", name)),
-                *forwarding.arguments(config, translate),
+                *guest_config.arguments(config, translate),
                 *(f"{tree}/{file}" for file in files),
             ],
-            "plugins": [] if wanted else forwarding.plugins(config),
-            "options": {**forwarding.options(config, translate), "allure_report_dir": results},
-            "ini": [(["cache_dir"], f"{BASE}/cache"), *forwarding.ini(config, translate)],
-            "fixtures": forwarding.fixtures(config),
+            "plugins": [] if wanted else guest_config.plugins(config),
+            "options": {**guest_config.options(config, translate), "allure_report_dir": results},
+            "ini": [(["cache_dir"], f"{BASE}/cache"), *guest_config.ini(config, translate)],
+            "fixtures": guest_config.fixtures(config),
             "path": list(installed.path),
             "programs": installed.programs,
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
-            "outcomes": forwarding.outcomes(config),
+            "outcomes": guest_config.outcomes(config),
             "alone": collection.isolation_of(item) == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
@@ -581,6 +581,6 @@ def _kind(item: pytest.Item) -> Key:
 
 def _own(guest: Guest) -> dict[str, str]:
     """Variables of the environment that differ between guests, or between workers."""
-    from pytest_vmsandbox.testing import forwarding
+    from pytest_vmsandbox.plugin import guest_config
 
-    return {**forwarding.environment(), "VMSANDBOX_GUEST": guest.name}
+    return {**guest_config.environment(), "VMSANDBOX_GUEST": guest.name}

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.testing import config as options, pulling, selection
+from pytest_vmsandbox.plugin import config as options, pulling, selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from pytest_vmsandbox.testing.session import VMSession
+    from pytest_vmsandbox.plugin.session import VMSession
 
 _NO_IMAGE = "no-image"
 _IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize

@@ -17,9 +17,9 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.testing import collection, config as options, pulling, selection
-from pytest_vmsandbox.testing.artifacts import Artifacts
-from pytest_vmsandbox.testing.reporting import FAILED, RETRIED
+from pytest_vmsandbox.plugin import collection, config as options, pulling, selection
+from pytest_vmsandbox.plugin.artifacts import Artifacts
+from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
-    from pytest_vmsandbox.testing.inside import Inside
+    from pytest_vmsandbox.plugin.inside import Inside
 
 
 @dataclass
@@ -82,7 +82,7 @@ class VMSession:
     @cached_property
     def inside(self) -> Inside:
         """The tests that run inside guests."""
-        from pytest_vmsandbox.testing.inside import Inside
+        from pytest_vmsandbox.plugin.inside import Inside
 
         return Inside(self)
 
