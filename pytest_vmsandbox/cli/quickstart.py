@@ -172,6 +172,7 @@ def _run_suite(screen: Screen, image: str) -> None:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         argv = [
             *(sys.executable, "-m", "pytest", "-p", plugin, "-v", f"--vm={image}"),
+            *("--durations=0", "--durations-min=1"),  # what it spends its time on
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
         ]
