@@ -15,8 +15,8 @@ from pytest_vmsandbox.catalogue.builder import ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli.benchmark.machine import system_name
 from pytest_vmsandbox.cli.checks import Check
-from pytest_vmsandbox.cli.figures.machine import system_name
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
