@@ -75,6 +75,10 @@ class Site:
         with GuestFactory.open(settings, surroundings) as factory:
             yield factory
 
+    def expect(self, factory: GuestFactory, count: int) -> None:
+        """Tell a factory how many guests it is going to be asked for."""
+        factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
+
     def _note(self, text: str) -> None:
         self.told = text
         self.say(text)
@@ -155,7 +159,7 @@ def _armed(site: Site, act: Callable[[Guest], object]) -> Figure:
     samples: list[float] = []
     missed = 0
     with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + 1)
+        site.expect(factory, number + 1)
         with site.guest(factory, "armed", "cloned") as guest:  # the pool begins to fill itself
             act(guest)
         while len(samples) < number:
@@ -211,7 +215,7 @@ def _measure_throughput(site: Site) -> _Throughput:
     processor_seconds = 0.0
     began = ours = 0.0
     with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + _UNCOUNTED)
+        site.expect(factory, number + _UNCOUNTED)
         for counted in range(-_UNCOUNTED, number):
             if counted == 0:
                 began, ours = time.perf_counter(), time.process_time()
@@ -244,7 +248,7 @@ def pss_per_clone(site: Site) -> Figure:
     """Memory of clones that were armed, and have done nothing since."""
     number = site.at_most(_TOGETHER)
     with site.factory("armed") as factory, ExitStack() as stack:
-        factory.expect(site.image, site.hardware, number + 1)
+        site.expect(factory, number + 1)
         with site.guest(factory, "armed", "cloned"):
             pass
         guests = []
