@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -34,16 +32,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from pytest_vmsandbox.catalogue.files import (
-    locked,
-    private_folder,
-    remove_tree,
-    size_on_disk,
-    sync_tree,
-)
-from pytest_vmsandbox.core import deadline, integrity
-from pytest_vmsandbox.core.errors import ConfigError, ImageError, TransferError
+from pytest_vmsandbox.core.errors import ConfigError, TransferError
 from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.inside.environments_store import RESOLVED, EnvironmentsStore
 from pytest_vmsandbox.inside.wheels import make_wheel
 
 ENV = "/opt/vmsandbox/env"  # the virtual environment in the guest
@@ -87,10 +78,6 @@ _FORMAT = 2  # goes into each digest: raise it when what is made of the same inp
 _OLDEST_PYTHON, _OLDEST_PYTEST = (3, 9), "8.4"  # the latter needs the former
 _GLIBC = (17, 28, *range(31, 41))  # minor versions that uv has a platform of
 _MACHINES = ("x86_64", "aarch64")
-_COMPLETE = "requirements.txt"  # what was resolved; written last, and touched at each use
-_DIGESTS = "digests.json"  # of all files, as they were made
-_NEW = ".new-"
-_KEEP_SECONDS = 30 * 86_400.0
 _DETAILS_LIMIT = 8_000  # characters of uv's own text in an error
 # uv's variables that contradict the arguments it is given here.
 _NOT_FOR_UV = ("UV_COMPILE_BYTECODE", "UV_REQUIRE_HASHES", "UV_WORKING_DIR")
@@ -340,42 +327,27 @@ def prepare(
             the package index cannot be reached.
         TeardownError: what was made in vain cannot be removed.
     """
-    digest = requirements.digest(python)
-    parent = cache / "environments"
-    environment = Environment(folder=parent / digest, digest=digest)
-    if not _fault(environment.folder):
-        return environment
-    with _lock(parent, say) as lock:
-        if not (fault := _fault(environment.folder)):
-            return environment
-        if environment.folder.exists():
-            tell(f"the packages for the guest were damaged ({fault}); they are made anew")
-            (environment.folder / _COMPLETE).unlink(missing_ok=True)
-        _sweep(parent, used_since=deadline.wall() - _KEEP_SECONDS)
-        say(f"preparing the packages for the guest's Python {'.'.join(map(str, python.version))}")
-        work = Path(tempfile.mkdtemp(prefix=_NEW, dir=parent))
-        try:
-            uv = _Uv(requirements, python, offline=offline, lock=lock, work=work, tell=tell)
-            out = work / "out"
-            out.mkdir(mode=0o700)
+    version = ".".join(map(str, python.version))
+
+    def make(folder: Path, lock: int) -> None:
+        say(f"preparing the packages for the guest's Python {version}")
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            uv = _Uv(requirements, python, offline=offline, lock=lock, work=Path(work), tell=tell)
             resolved = uv.resolve()
-            uv.install(resolved, out / "site-packages")
-            _make_scripts(out / "site-packages", out / "bin")
-            shutil.copyfile(resolved, out / _COMPLETE)
-            files = [it for it in out.rglob("*") if it.is_file()]
-            digests = {str(it.relative_to(out)): integrity.file_digest(it) for it in files}
-            integrity.write_record(out / _DIGESTS, {"files": digests})
-            sync_tree(out)
-            out.rename(environment.folder)
-            sync_tree(parent)
-        except OSError as error:
-            raise TransferError(
-                f"the packages for the guest could not be prepared: {error}",
-                remedy="room in the cache, or another folder in VMSANDBOX_CACHE",
-            ) from error
-        finally:
-            remove_tree(work)
-    return environment
+            uv.install(resolved, folder / "site-packages")
+            _make_scripts(folder / "site-packages", folder / "bin")
+            shutil.copyfile(resolved, folder / RESOLVED)
+
+    digest = requirements.digest(python)
+    folder = EnvironmentsStore(cache).obtain(
+        digest,
+        make,
+        on_busy=lambda: say("waiting for another run that is preparing packages for a guest"),
+        on_damage=lambda why: tell(
+            f"the packages for the guest were damaged ({why}); they are made anew"
+        ),
+    )
+    return Environment(folder=folder, digest=digest)
 
 
 def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
@@ -695,68 +667,6 @@ def _find_uv() -> str:
             details=str(error),
             remedy=f"{sys.executable} -m pip install uv",
         ) from error
-
-
-@contextmanager
-def _lock(parent: Path, say: Callable[[str], object]) -> Iterator[int]:
-    """Be the only one who prepares environments; yields the descriptor of the lock.
-
-    Raises:
-        TransferError: the cache folder cannot be made, or is somebody else's.
-    """
-
-    def on_busy() -> None:
-        say("waiting for another run that is preparing packages for a guest")
-
-    try:
-        private_folder(parent)
-    except ImageError as error:
-        raise TransferError(
-            "there is no place for the guest's packages",
-            details=str(error.__cause__ or error.brief),
-            remedy=error.remedy,
-        ) from error
-    with locked(parent / "lock", on_busy=on_busy) as descriptor:
-        yield descriptor
-
-
-def _fault(folder: Path) -> str:
-    """Why an environment cannot be used; empty if it can, and then its use is noted."""
-    try:
-        digests = integrity.read_record(folder / _DIGESTS)["files"]
-    except OSError as error:
-        return f"{_DIGESTS}: {error.strerror}"
-    except ValueError as error:
-        return str(error)
-    fault = integrity.damage(folder, digests)
-    with suppress(OSError):  # the cache may be one that is only read
-        os.utime(folder / _COMPLETE)
-    return fault
-
-
-def sweep(cache: Path) -> int:
-    """Remove what others left in the cache who were killed; bytes that are free now.
-
-    Raises:
-        TeardownError: something of it cannot be removed.
-    """
-    parent = cache / "environments"
-    with suppress(BlockingIOError, FileNotFoundError), locked(parent / "lock"):
-        return _sweep(parent, used_since=-math.inf)
-    return 0
-
-
-def _sweep(parent: Path, *, used_since: float) -> int:
-    """Remove what others left who were killed, and what was not used since; bytes that are free."""
-    freed = 0
-    for entry in parent.iterdir():
-        mark = entry / _COMPLETE
-        if entry.is_dir() and not (mark.exists() and mark.stat().st_mtime > used_since):
-            size = size_on_disk(entry)
-            mark.unlink(missing_ok=True)
-            remove_tree(entry)
-            freed += size
-    return freed
 
 
 def _make_scripts(site_packages: Path, scripts: Path) -> None:

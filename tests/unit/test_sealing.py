@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.keys import KeyPair
