@@ -32,10 +32,10 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.sealing import (
-    CannotSealError,
-    Sealed,
-    Sealer,
+from pytest_vmsandbox.guests.template_builder import (
+    NoTemplateError,
+    OpenTemplate,
+    TemplateBuilder,
     doer,
     grow,
     template_key,
@@ -77,7 +77,7 @@ class Surroundings:
         retried: told of an error after which a fresh guest is tried.
         missing: called when QEMU or an image is missing; raises what is to be raised.
         qemu_args: further arguments for QEMU.
-        provisions: what is done to all guests of an image before they are sealed.
+        provisions: what is done to all guests of an image before they become a template.
         ready: called when a guest answers.
         stopping: called before a guest is ended, with whether an error passes through its use.
     """
@@ -99,7 +99,7 @@ class Surroundings:
 class GuestFactory:
     """Gives out guests; pytest's fixture `vm_factory` is one.
 
-    They are clones of sealed templates, which it makes where there are none, or are booted where there
+    They are clones of templates, which it builds where there are none, or are booted where there
     can be none. Nothing is started before the first guest is asked for.
     """
 
@@ -135,7 +135,7 @@ class GuestFactory:
     ) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
-        It is a clone of a guest that was booted once, on this machine, and sealed: that takes
+        It is a clone of a guest that was booted once, on this machine, and saved: that takes
         milliseconds, but the first time a boot and some seconds, which people are told. Where there
         can be none it is booted, and prepared, each time. If the host or chance takes the guest away
         before anybody has it, a second one is tried.
@@ -286,16 +286,16 @@ class GuestFactory:
         provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
         prepared = self.with_step(image, provision.step())
         if isinstance(prepared, PreparedImage) or self._surroundings.image() is not None:
-            self._seal(self._prepared(prepared))
+            self._build_template(self._prepared(prepared))
         return prepared
 
-    def _seal(self, prepared: PreparedImage) -> None:
+    def _build_template(self, prepared: PreparedImage) -> None:
         """See that guests of the default hardware can be cloned, where any can."""
         blueprint = self._blueprint(prepared.image, self.hardware(prepared.image, {}))
         if self._may_clone(blueprint, prepared.steps):
             try:
-                self._retrying(lambda: self._sealer.obtain(blueprint, prepared.steps))
-            except CannotSealError as error:
+                self._retrying(lambda: self._builder.obtain(blueprint, prepared.steps))
+            except NoTemplateError as error:
                 self._no_clones(blueprint, prepared.steps, error)
 
     @overload
@@ -359,8 +359,8 @@ class GuestFactory:
         if not self._may_clone(blueprint, steps):
             return None
         try:
-            sealed, clone, was_armed = self._lease(blueprint, prepared, stack)
-        except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
+            opened, clone, was_armed = self._lease(blueprint, prepared, stack)
+        except (NoTemplateError, LaunchError, GuestLost, MonitorError) as error:
             if error.transient:
                 raise
             self._no_clones(blueprint, steps, error)
@@ -370,44 +370,44 @@ class GuestFactory:
             blueprint,
             self._running(),
             name=clone.name,
-            key=sealed.key,
+            key=opened.key,
             disks=clone.disks,
             logs=clone.logs,
-            awake=clone.awake,
+            running=clone.running,
         )
         guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
-        guest.facts = sealed.template.facts
+        guest.facts = opened.template.facts
         return stack.enter_context(guest)
 
     def _lease(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
-    ) -> tuple[Sealed, Clone, bool]:
-        """A clone of a template that is what it was when it was sealed."""
+    ) -> tuple[OpenTemplate, Clone, bool]:
+        """A clone of a template that is what it was when it was built."""
         ahead = self._settings.clones == "armed"
         kind = prepared, blueprint.hardware
         lost = 0
         while True:
-            sealed = self._sealer.obtain(blueprint, prepared.steps)
+            opened = self._builder.obtain(blueprint, prepared.steps)
             count = self._expected.pop(kind, 0)
             if ahead and count:
-                self._pool.expect(sealed, blueprint, count)
+                self._pool.expect(opened, blueprint, count)
             own = stack.enter_context(ExitStack())
             try:
-                leased = own.enter_context(self._pool.lease(sealed, blueprint, more=ahead))
+                leased = own.enter_context(self._pool.lease(opened, blueprint, more=ahead))
             except VMSandboxError as error:
-                failure, fault = error, sealed.fault(anew=True)
+                failure, fault = error, opened.fault(anew=True)
                 # A host with too much to do may lose one.
                 if not (fault or failure.transient or isinstance(failure, GuestLost)):
                     raise
             else:
-                if not (fault := sealed.fault(anew=False)):
-                    return sealed, *leased
+                if not (fault := opened.fault(anew=False)):
+                    return opened, *leased
                 failure = LaunchError("its template was damaged", details=fault)
             lost += 1
             if fault:
                 own.close()
-                self._expected[kind] = self._pool.forget(sealed) + 1  # this one
-                self._sealer.drop(sealed, fault)
+                self._expected[kind] = self._pool.forget(opened) + 1  # this one
+                self._builder.drop(opened, fault)
             if lost == _MOST_LOST:
                 raise LaunchError(
                     f"{lost} clones in a row were lost, the last one so: {failure.brief}",
@@ -508,11 +508,11 @@ class GuestFactory:
         )
 
     @cached_property
-    def _sealer(self) -> Sealer:
+    def _builder(self) -> TemplateBuilder:
         """Made once, and ended after the pool."""
         self.clean()
         return self._stack.enter_context(
-            Sealer.open(
+            TemplateBuilder.open(
                 TemplateStore(self._cache),
                 self._running(),
                 guest=self._guest,

@@ -67,7 +67,7 @@ def nothing_left(request):
         factory = request.getfixturevalue("vm_factory")
         factory._running()
         factory.accelerator("tiny")
-        _ = factory._sealer, factory._pool
+        _ = factory._builder, factory._pool
         _ = request.config.stash[SESSION].artifacts._guests  # locked as long as the run lives
     before = leaks.inventory()
     yield
