@@ -26,9 +26,9 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network, format_size
-from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
@@ -109,7 +109,7 @@ class GuestFactory:
         self._surroundings = surroundings
         self._catalogue = Catalogue(settings.image_path)
         self._hypervisor: Hypervisor | None = None
-        self._key = ssh.KeyPair.generate()
+        self._key = KeyPair.generate()
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}

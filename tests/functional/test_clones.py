@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import CommandError, GuestLost, Provision
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings

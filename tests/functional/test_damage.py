@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_vmsandbox import ImageError
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings

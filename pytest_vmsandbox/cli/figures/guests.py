@@ -19,7 +19,7 @@ from pytest_vmsandbox.cli.figures.values import (
     percentiles,
 )
 from pytest_vmsandbox.core.errors import VMSandboxError
-from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
 from pytest_vmsandbox.guests.guest import Guest
@@ -68,7 +68,7 @@ class Site:
         return number if self.count is None else min(number, self.count)
 
     @contextmanager
-    def factory(self, clones: str) -> Iterator[GuestFactory]:
+    def factory(self, clones: Clones) -> Iterator[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
         settings = replace(self.settings, clones=clones)
         surroundings = Surroundings(say=self.say, tell=self._note)
