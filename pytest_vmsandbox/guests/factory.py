@@ -7,10 +7,10 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, TypeVar, overload
+from typing import TypeVar, overload
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -27,6 +27,7 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network, format_size
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.platform import GuestPlatform
@@ -43,7 +44,6 @@ from pytest_vmsandbox.guests.template_builder import (
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
-from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.pace import USUAL_PROOF, Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
@@ -58,44 +58,6 @@ T = TypeVar("T")
 Base = str | PreparedImage | PreparedLayer | None  # what guests are made of, for users
 
 
-def _raise(error: VMSandboxError) -> NoReturn:
-    raise error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the caller adds to guests and to their errors.
-
-    Attributes:
-        logs: the folder for a guest's logs, by the guest's name; None for no logs. Called from any
-            thread, and for guests that nobody may ever get.
-        begun: called with the name of a guest that is going to be somebody's.
-        image: the image of the test that runs now; None where there is none.
-        hints: lines for an error of a guest: where the artifacts are, how to reproduce it.
-        say: told of long waits, for people.
-        tell: told, once, of what does not go as it should, for people.
-        retried: told of an error after which a fresh guest is tried.
-        missing: called when QEMU or an image is missing; raises what is to be raised.
-        qemu_args: further arguments for QEMU.
-        provisions: what is done to all guests of an image before they become a template.
-        ready: called when a guest answers.
-        stopping: called before a guest is ended, with whether an error passes through its use.
-    """
-
-    logs: Callable[[str], Path | None] = lambda _: None
-    begun: Callable[[str], None] = lambda _: None
-    image: Callable[[], str | None] = lambda: None
-    hints: Callable[[], Sequence[str]] = lambda: ()
-    say: Callable[[str], None] = lambda _: None
-    tell: Callable[[str], None] = lambda _: None
-    retried: Callable[[VMSandboxError], None] = lambda _: None
-    missing: Callable[[VMSandboxError], NoReturn] = _raise
-    qemu_args: Callable[[MachineSpec], Sequence[str]] = lambda _: ()
-    provisions: Callable[[str], Sequence[Provision]] = lambda _: ()
-    ready: Callable[[Guest], None] = lambda _: None
-    stopping: Callable[[Guest, bool], None] = lambda _guest, _failed: None
-
-
 class GuestFactory:
     """Gives out guests; pytest's fixture `vm_factory` is one.
 
@@ -103,10 +65,10 @@ class GuestFactory:
     can be none. Nothing is started before the first guest is asked for.
     """
 
-    def __init__(self, settings: Settings, stack: ExitStack, surroundings: Surroundings) -> None:
+    def __init__(self, settings: Settings, stack: ExitStack, callbacks: Callbacks) -> None:
         self._settings = settings
         self._stack = stack
-        self._surroundings = surroundings
+        self._callbacks = callbacks
         self._catalogue = Catalogue(settings.image_path)
         self._hypervisor: Hypervisor | None = None
         self._key = KeyPair.generate()
@@ -122,12 +84,10 @@ class GuestFactory:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, settings: Settings, surroundings: Surroundings | None = None
-    ) -> Iterator[GuestFactory]:
+    def open(cls, settings: Settings, callbacks: Callbacks | None = None) -> Iterator[GuestFactory]:
         """A factory; at the end every guest of it is gone."""
         with ExitStack() as stack:
-            yield cls(settings, stack, surroundings or Surroundings())
+            yield cls(settings, stack, callbacks or Callbacks())
 
     @contextmanager
     def boot(
@@ -178,14 +138,14 @@ class GuestFactory:
             self._guests.append(guest)
             stack.callback(self._guests.remove, guest)
             self._let_rest()
-            self._surroundings.ready(guest)
+            self._callbacks.guest_ready(guest)
             try:
                 yield guest
             except Exception:
-                self._surroundings.stopping(guest, True)
+                self._callbacks.guest_stopping(guest, True)
                 raise
             else:  # an interrupted run is in a hurry, and nobody asks how its guest was
-                self._surroundings.stopping(guest, False)
+                self._callbacks.guest_stopping(guest, False)
 
     def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
         """A guest, running and answering; `stack` ends it."""
@@ -205,7 +165,7 @@ class GuestFactory:
         except VMSandboxError as error:
             if not error.transient:
                 raise
-            self._surroundings.retried(error)
+            self._callbacks.note_retry(error)
         return work()
 
     def _let_rest(self) -> None:
@@ -285,7 +245,7 @@ class GuestFactory:
         about = getattr(run, "__qualname__", "prepared")
         provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
         prepared = self.with_step(image, provision.step())
-        if isinstance(prepared, PreparedImage) or self._surroundings.image() is not None:
+        if isinstance(prepared, PreparedImage) or self._callbacks.image() is not None:
             self._build_template(self._prepared(prepared))
         return prepared
 
@@ -325,12 +285,12 @@ class GuestFactory:
                 remedy="use a name of the catalogue, or what vm_factory.prepare() returned",
             )
         if image not in self._provisioned:
-            steps = tuple(it.step() for it in self._surroundings.provisions(image))
+            steps = tuple(it.step() for it in self._callbacks.provisions(image))
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
         return self._provisioned[image]
 
     def _image_of_test(self) -> str:
-        if (image := self._surroundings.image()) is None:
+        if (image := self._callbacks.image()) is None:
             raise ConfigError(
                 "what was prepared for no image in particular can be booted only while a test runs to "
                 "which one of the selected images applies",
@@ -365,7 +325,7 @@ class GuestFactory:
                 raise
             self._no_clones(blueprint, steps, error)
             return None
-        self._surroundings.begun(clone.name)
+        self._callbacks.guest_begun(clone.name)
         platform = GuestPlatform(
             blueprint,
             self._running(),
@@ -424,7 +384,7 @@ class GuestFactory:
     ) -> None:
         """Fall to the lowest rung of the ladder, and say so once."""
         self._without_clones.add(template_key(blueprint, steps))
-        self._surroundings.tell(
+        self._callbacks.tell(
             f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
         )
 
@@ -441,14 +401,14 @@ class GuestFactory:
                 )
         blueprint.built.verified()
         disks = stack.enter_context(blueprint.disks(self._running().cache))
-        self._surroundings.begun(name)
+        self._callbacks.guest_begun(name)
         platform = GuestPlatform(
             blueprint,
             self._running(),
             name=name,
             key=self._key,
             disks=disks,
-            logs=self._surroundings.logs(name),
+            logs=self._callbacks.logs(name),
         )
         guest = stack.enter_context(self._guest(platform, name, "booted"))
         grow(guest, blueprint)
@@ -477,7 +437,7 @@ class GuestFactory:
             spec=blueprint.hardware,
             boot_timeout=self._settings.boot_timeout,
             command_timeout=self._settings.command_timeout,
-            hints=self._surroundings.hints,
+            hints=self._callbacks.hints,
             origin=origin,
             on_wake=self._let_rest,
             stretch=blueprint.stretch,
@@ -503,7 +463,7 @@ class GuestFactory:
             qemu=qemu,
             verdict=self.accelerator(image),
             hardware=hardware,
-            qemu_args=self._surroundings.qemu_args,
+            qemu_args=self._callbacks.qemu_args,
             pace=self._pace,
         )
 
@@ -517,16 +477,16 @@ class GuestFactory:
                 self._running(),
                 guest=self._guest,
                 logs=self._logs_of_prepared,
-                say=self._surroundings.say,
-                tell=self._surroundings.tell,
+                say=self._callbacks.say,
+                tell=self._callbacks.tell,
             )
         )
 
     def _logs_of_prepared(self, image: str) -> Path | None:
         """The folder for the logs of a guest that becomes a template: of who waits for that."""
         name = self._name(f"{image}-prepared")
-        self._surroundings.begun(name)
-        return self._surroundings.logs(name)
+        self._callbacks.guest_begun(name)
+        return self._callbacks.logs(name)
 
     @cached_property
     def _pool(self) -> Pool:
@@ -537,7 +497,7 @@ class GuestFactory:
                 Quota(hypervisor.folder),
                 fillers=_FILLERS,
                 name=self._name,
-                logs=self._surroundings.logs,
+                logs=self._callbacks.logs,
             )
         )
 
@@ -551,7 +511,7 @@ class GuestFactory:
             qemu = find_qemu(self._catalogue.get(image).architecture)
             return self.built(image), qemu
         except (LaunchError, ImageError) as error:
-            self._surroundings.missing(error)
+            self._callbacks.missing(error)
 
     def built(self, image: str) -> BuiltImage:
         """The built image, kept from removal until this factory is closed.
@@ -580,8 +540,8 @@ class GuestFactory:
                     append=built.definition.append,
                     cache=self._cache,
                     hypervisor=lambda: self._to_prove(built),
-                    say=self._surroundings.say,
-                    tell=self._surroundings.tell,
+                    say=self._callbacks.say,
+                    tell=self._callbacks.tell,
                 )
             except ImageError:
                 built.verified()  # it knows the remedy

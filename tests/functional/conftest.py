@@ -41,14 +41,13 @@ def origin(request, monkeypatch):
     settings = dataclasses.replace(factory._settings, clones=ORIGINS[request.param])
     monkeypatch.setattr(factory, "_settings", settings)
     found = set()
-    ready = factory._surroundings.ready
+    ready = factory._callbacks.guest_ready
 
     def note(guest):
         found.add(guest.origin)
         ready(guest)
 
-    surroundings = dataclasses.replace(factory._surroundings, ready=note)
-    monkeypatch.setattr(factory, "_surroundings", surroundings)
+    monkeypatch.setattr(factory._callbacks, "guest_ready", note)
     yield request.param
     if "vm" in request.fixturenames and not shared(request.node):
         assert found == {request.param}

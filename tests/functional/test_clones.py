@@ -22,7 +22,8 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import resume, template_builder
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
@@ -59,9 +60,11 @@ def factory(cache):
 
         def open_one(clones="demand", cache=cache, **more):
             told = Told()
-            surroundings = Surroundings(say=told.append, tell=told.append, **more)
+            callbacks = Announcer(told.append)
+            for name, callback in more.items():
+                setattr(callbacks, name, callback)
             settings = Settings(cache=cache, clones=clones)
-            one: Any = stack.enter_context(GuestFactory.open(settings, surroundings))
+            one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
             one.told = told
             return one
 
@@ -268,7 +271,7 @@ class TestTemplates:
             vm.shell("echo so it went >/dev/console")
             vm.run(["false"])
 
-        one = factory(logs=logs, begun=begun.append)
+        one = factory(logs=logs, guest_begun=begun.append)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
         assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
