@@ -17,7 +17,6 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.plugin import collection, config as options, pulling, selection
 from pytest_vmsandbox.plugin.artifacts import Artifacts
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
@@ -50,8 +49,8 @@ class _Known:
     has_failed: bool = False
 
 
-class VMSession(Callbacks):
-    """The state of one run. It costs nothing until a test asks for a guest.
+class VMSession:
+    """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
