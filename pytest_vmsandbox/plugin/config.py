@@ -13,9 +13,15 @@ from typing import Any, TypeVar
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.settings import ACCELERATORS, DEFAULT_IMAGE, Settings
+from pytest_vmsandbox.core.settings import (
+    ACCELERATORS,
+    DEFAULT_IMAGE,
+    ISOLATIONS,
+    Isolation,
+    Settings,
+)
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin.selection import ISOLATION, Isolation, seconds
+from pytest_vmsandbox.plugin.selection import seconds
 
 MISSING = ("error", "skip")
 Choice = TypeVar("Choice", bound=str)
@@ -51,7 +57,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--vm-isolation",
-        choices=ISOLATION,
+        choices=ISOLATIONS,
         help="what shares a guest, of the tests that run inside (default: session)",
     )
     group.addoption(
@@ -211,7 +217,7 @@ def inside(config: pytest.Config) -> bool:
 
 def isolation(config: pytest.Config) -> Isolation:
     """What shares a guest, of the tests that run inside."""
-    return _choice(config, "--vm-isolation", "vm_isolation", ISOLATION) or "session"
+    return _choice(config, "--vm-isolation", "vm_isolation", ISOLATIONS) or "session"
 
 
 def offline(config: pytest.Config) -> bool:

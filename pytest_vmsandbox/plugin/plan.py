@@ -9,9 +9,10 @@ from typing import NamedTuple
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.settings import Isolation
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.plugin import config as options, selection
-from pytest_vmsandbox.plugin.selection import GuestRequest, Isolation
+from pytest_vmsandbox.plugin.selection import GuestRequest
 
 NO_IMAGE = "no-image"  # the id of a parameter of tests to which no selected image applies
 # Fixtures of tests that drive guests from here.

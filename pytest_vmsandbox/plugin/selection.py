@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 
-Isolation = Literal["test", "module", "session"]
-ISOLATION: tuple[Isolation, ...] = get_args(Isolation)
 _MOST_SECONDS = 86_400
 _GLOB = frozenset("*?[!")
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
@@ -136,11 +135,11 @@ def reason(reasons: Mapping[str, str], image: str) -> str | None:
 
 
 def _isolation(value: object) -> Isolation:
-    for isolation in ISOLATION:
+    for isolation in ISOLATIONS:
         if value == isolation:
             return isolation
     raise ConfigError(
-        f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
+        f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATIONS)}"
     )
 
 

@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pytest_vmsandbox.cli.figures.guests import Site
-from pytest_vmsandbox.cli.figures.suites import inside_pairs, write_empty_tests
+from pytest_vmsandbox.cli.benchmark.guests import Setup
+from pytest_vmsandbox.cli.benchmark.suites import inside_pairs, write_empty_tests
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.inside import tree as trees
 
@@ -32,19 +32,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        site = Site(image=args.image, settings=Settings(), hardware={}, folder=Path(name))
-        pairs = inside_pairs(site, number=args.pairs, tests=args.tests)
-        pushes = push_unchanged(site, args.tests)
+        setup = Setup(image=args.image, settings=Settings(), hardware={}, folder=Path(name))
+        pairs = inside_pairs(setup, number=args.pairs, tests=args.tests)
+        pushes = push_unchanged(setup, args.tests)
     figures = {
         "schema": 1,
         "tests": args.tests,
         "pairs": args.pairs,
-        "inside_ms": round(statistics.median(inside for inside, _ in pairs), 2),
-        "plain_ms": round(statistics.median(plain for _, plain in pairs), 2),
-        "in_guest_overhead_ms": round(
-            statistics.median(inside - plain for inside, plain in pairs), 2
-        ),
-        "ratio": round(statistics.median(inside / plain for inside, plain in pairs), 3),
+        "inside_ms": round(pairs.first, 2),
+        "plain_ms": round(pairs.second, 2),
+        "in_guest_overhead_ms": round(statistics.median(pairs.differences), 2),
+        "ratio": round(pairs.ratio, 3),
         "push_unchanged_s": round(statistics.median(pushes), 3),
     }
     if args.json:
@@ -58,13 +56,13 @@ def main() -> None:
         )
 
 
-def push_unchanged(site: Site, tests: int) -> list[float]:
+def push_unchanged(setup: Setup, tests: int) -> list[float]:
     """Seconds for each of some pushes of a tree that has not changed."""
-    folder = site.folder / "unchanged"
+    folder = setup.folder / "unchanged"
     folder.mkdir()
-    write_empty_tests(site, folder, tests)
+    write_empty_tests(setup, folder, tests)
     seconds = []
-    with site.factory("armed") as factory, factory.boot(site.image) as guest:
+    with setup.factory("armed") as factory, factory.boot(setup.image) as guest:
         for number in range(6):
             began = time.perf_counter()
             pushed = trees.sync(guest, trees.Tree.of(folder), "/opt/vmsandbox/src/again")
