@@ -25,8 +25,9 @@ from pytest_vmsandbox.catalogue.files import locked
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
-from pytest_vmsandbox.inside import tree as trees
-from pytest_vmsandbox.inside.tree import Entry, Scripted, Tree
+from pytest_vmsandbox.inside import tree_copy
+from pytest_vmsandbox.inside.tree import Entry, Tree, is_cache
+from pytest_vmsandbox.inside.tree_copy import Scripted
 
 SETTING = "vm_pull"
 MAX_FILES = 20_000  # of one guest
@@ -90,7 +91,7 @@ class Patterns:
                 if glob.startswith("!") or _is_of_git(path):
                     return None
                 return Outcome.IS_CODE if _is_code(path) and glob != path else Outcome.BROUGHT
-        return None if trees.is_cache(path) else Outcome.LEFT
+        return None if is_cache(path) else Outcome.LEFT
 
 
 def bring_back(
@@ -114,7 +115,7 @@ def bring_back(
     Raises:
         TransferError: the guest does not tell what it has, or does not hand it out.
     """
-    changes = trees.changes(guest, tree, dest)
+    changes = tree_copy.changes(guest, tree, dest)
     found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     wanted: dict[str, Entry] = {}
     total = 0

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.inside import tree as trees
+from pytest_vmsandbox.inside import pushable, tree_copy
 from pytest_vmsandbox.inside.environment import Environment, prepare
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import ENV
@@ -82,9 +82,8 @@ class Payload:
             ConfigError: an entry, or the tree, cannot be meant.
             TransferError: a module that is installed here is not in the tree.
         """
-        outside = trees.outside(root, more)
+        inner, outside = pushable.divide(root, more)
         project = Project.of(root, outside=outside)
-        inner = [path for path in more if not trees.is_outside(root, path)]
         if entries:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
@@ -205,7 +204,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
-    """Put the project into a guest that has the environment, as a difference to what is there.
+    """Put the project into a guest that has the environment.
 
     Raises:
         TransferError: the guest cannot take it.
@@ -218,9 +217,9 @@ def install_project(guest: Guest, payload: Payload) -> None:
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    trees.sync(guest, payload.tree, there.tree)
+    tree_copy.push(guest, payload.tree, there.tree)
     for tree in payload.outside:
-        trees.sync(guest, tree, there.outside[str(tree.root)])
+        tree_copy.push(guest, tree, there.outside[str(tree.root)])
 
 
 @contextmanager
