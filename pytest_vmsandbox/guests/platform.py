@@ -12,10 +12,11 @@ from typing import IO
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import RemoteProcess, Transport
-from pytest_vmsandbox.guests import ssh, waking
-from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests import waking
+from pytest_vmsandbox.guests.access import SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -64,7 +65,7 @@ class GuestPlatform:
         hypervisor: Hypervisor,
         *,
         name: str,
-        key: ssh.KeyPair,
+        key: KeyPair,
         disks: Disks,
         logs: Path | None,
         memory: IO[bytes] | None = None,
@@ -131,6 +132,8 @@ class GuestPlatform:
         """See `Platform.transport`."""
         if (helper := self._present) is not None:
             return HelperTransport(helper, user)
+        from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
+
         return ssh.SSHTransport(
             lambda: ssh.Endpoint(
                 address=machine.forward(_SSH_PORT),
@@ -156,7 +159,7 @@ class GuestPlatform:
             address = machine.forward(_SSH_PORT)
         except VMSandboxError:
             return False  # the caller looks at why
-        return ssh.greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
+        return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
 
     def save(self, machine: Machine) -> Saved:
         """See `Platform.save`."""
@@ -261,7 +264,7 @@ def check_network(
     """
     address = machine.forward(_SSH_PORT)
     deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
-    while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
+    while not greeting(address, deadline.remaining(_LOOK_SECONDS)):
         (check or machine.check)()
         if deadline.expired:
             raise GuestLost(

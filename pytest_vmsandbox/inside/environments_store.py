@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.files import (
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import (
     locked,
     private_folder,
     remove_tree,
     size_on_disk,
     sync_tree,
 )
-from pytest_vmsandbox.core import deadline, integrity
+from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError, TransferError
 
 # Written by whoever makes an environment; its time is that of the last use.

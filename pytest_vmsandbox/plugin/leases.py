@@ -186,7 +186,7 @@ class Leases:
                 alike = [it for it in item.session.items if collection.runs_inside(it)]
                 count = sum(_kind(it) == kind for it in alike)
                 workers = collection.workers(self._config)
-                factory.expect(prepared, hardware, -(-count // workers))
+                factory.expect(prepared, factory.hardware(image, hardware), -(-count // workers))
         with ExitStack() as stack:
             guest = stack.enter_context(self._booted(item, prepared, hardware))
             if not alone:

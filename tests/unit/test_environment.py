@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
 from pytest_vmsandbox.inside import uv as uv_module, wheels
 from pytest_vmsandbox.inside.distributions import installed
