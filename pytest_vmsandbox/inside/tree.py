@@ -169,34 +169,23 @@ class _Gatherer:
         """
         if not path:
             return "dir"
+        if path in self.entries:
+            return self.entries[path].kind
         try:
             entry = _entry(f"{self._root}/{path}")
-            if entry is None or ".git" in path.split("/") or not self._has_folder(_parent(path)):
-                return ""
         except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
             raise _unreadable(self._root / path, error) from error
-        if path in self.entries or (entry.kind == "dir" and not folders):
-            return entry.kind
-        self.entries[path] = entry
+        if entry is None or ".git" in path.split("/"):
+            return ""
+        if self.add(_parent(path), folders=True) != "dir":
+            return ""
         if entry.kind != "dir":
             self._count(path, entry.size)
+        if folders or entry.kind != "dir":
+            self.entries[path] = entry
         return entry.kind
-
-    def _has_folder(self, path: str) -> bool:
-        """Whether it is a true folder in true folders; adds them."""
-        if not path:
-            return True
-        if path in self.entries:
-            return self.entries[path].kind == "dir"
-        if not self._has_folder(_parent(path)):
-            return False
-        entry = _entry(f"{self._root}/{path}")
-        if entry is None or entry.kind != "dir":
-            return False
-        self.entries[path] = entry
-        return True
 
     def _skips(self, path: str) -> bool:
         """Whether a path that git does not track is in a cache or an environment, or is one."""

@@ -8,36 +8,20 @@ import re
 import stat
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Protocol
+from typing import IO
 
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.transfer import Streamer
 from pytest_vmsandbox.inside.tree import Entry, Tree, shown
 
 _MAX_LISTING = 64 * MIB
 _FORMAT = r"%y\0%s\0%T@\0%P\0"  # of GNU find; `_RECORD` reads it
 _RECORD = re.compile(rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0([^\0]*)\0")
-
-
-class Scripted(Protocol):
-    """Runs shell scripts in the guest with streams attached; a `Guest` does."""
-
-    def stream_script(
-        self,
-        script: str,
-        *,
-        stdin: IO[bytes] | None = None,
-        stdout: Callable[[bytes], object] | None = None,
-    ) -> None:
-        """Run the script.
-
-        Raises:
-            CommandError: it returned non-zero.
-        """
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class Changes:
     removed: tuple[str, ...]
 
 
-def push(guest: Scripted, tree: Tree, dest: str) -> None:
+def push(stream: Streamer, tree: Tree, dest: str) -> None:
     """Copy a tree into the folder `dest` of a guest, which is made if need be.
 
     The guest's user owns what goes over. What is in the folder already stays, unless something of
@@ -66,7 +50,7 @@ def push(guest: Scripted, tree: Tree, dest: str) -> None:
     folder = transfer.quoted(dest)
     try:
         with transfer.written_by(partial(_pack, tree)) as archive:
-            guest.stream_script(
+            stream(
                 f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && "
                 "tar -xpzo --warning=no-timestamp --warning=no-unknown-keyword -f -",
                 stdin=archive,
@@ -75,7 +59,7 @@ def push(guest: Scripted, tree: Tree, dest: str) -> None:
         raise transfer.refused(f"{tree.root} could not be pushed to {dest}", error) from error
 
 
-def changes(guest: Scripted, tree: Tree, dest: str) -> Changes:
+def changes(stream: Streamer, tree: Tree, dest: str) -> Changes:
     """What differs in the guest's folder `dest` from the tree that `push` has put there.
 
     Costs one command in the guest. A file whose size and time are right is taken for the same.
@@ -83,7 +67,7 @@ def changes(guest: Scripted, tree: Tree, dest: str) -> Changes:
     Raises:
         TransferError: the guest does not tell what it has.
     """
-    there = _listing(guest, dest)
+    there = _listing(stream, dest)
     written = {
         path: entry
         for path, entry in there.items()
@@ -103,7 +87,7 @@ def _version(entry: Entry | None) -> object:
 # -- what the guest has -------------------------------------------------------------------------
 
 
-def _listing(guest: Scripted, dest: str) -> dict[str, Entry]:
+def _listing(stream: Streamer, dest: str) -> dict[str, Entry]:
     """What is in a folder of the guest, which is made if need be.
 
     Raises:
@@ -124,7 +108,7 @@ def _listing(guest: Scripted, dest: str) -> dict[str, Entry]:
         f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && find . -printf '{_FORMAT}'"
     )
     try:
-        guest.stream_script(script, stdout=collect)
+        stream(script, stdout=collect)
     except CommandError as error:
         # With 1, find says that it could not look everywhere: what it saw is right.
         if error.result.returncode != 1 or not listing:

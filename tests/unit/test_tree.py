@@ -515,20 +515,20 @@ class TestPush:
     def test_all_of_it(self, guest, root, tmp_path):
         self.make(root)
         tree, dest = Tree.of(root), tmp_path / "guest/it's deep"
-        push(guest, tree, str(dest))
+        push(guest.stream_script, tree, str(dest))
         assert picture(dest) == picture(root)
         assert len(guest.scripts) == 1
-        assert changes(guest, Tree.of(root), str(dest)) == NONE
+        assert changes(guest.stream_script, Tree.of(root), str(dest)) == NONE
         assert len(guest.scripts) == 2
 
     def test_a_relative_place(self, guest, root):
         write(root, "file")
         for dest in ("-name/", "sub/folder"):
-            push(guest, Tree.of(root), dest)
+            push(guest.stream_script, Tree.of(root), dest)
             assert picture(guest.home / dest) == picture(root)
 
     def test_an_empty_tree(self, guest, root, tmp_path):
-        push(guest, Tree.of(root), str(tmp_path / "new"))
+        push(guest.stream_script, Tree.of(root), str(tmp_path / "new"))
         assert list((tmp_path / "new").iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -538,15 +538,15 @@ class TestPush:
         write(root, "file")
         os.utime(root / "file", ns=(0, mtime))
         dest = str(tmp_path / "dest")
-        push(guest, Tree.of(root), dest)
+        push(guest.stream_script, Tree.of(root), dest)
         assert (tmp_path / "dest/file").stat().st_mtime_ns == max(0, mtime)
-        assert changes(guest, Tree.of(root), dest) == NONE
+        assert changes(guest.stream_script, Tree.of(root), dest) == NONE
 
     @pytest.mark.parametrize("change", ["content", "time", "mode", "link", "folder mode"])
     def test_one_change(self, guest, root, tmp_path, change):
         self.make(root)
         dest = tmp_path / "dest"
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         if change == "content":
             write(root, "a b", text="new")
         elif change == "time":
@@ -559,31 +559,31 @@ class TestPush:
         else:
             (root / "sub").chmod(0o711)
         expected = ["a b"] if change in {"content", "time"} else []
-        assert list(changes(guest, Tree.of(root), str(dest)).written) == expected
-        push(guest, Tree.of(root), str(dest))
+        assert list(changes(guest.stream_script, Tree.of(root), str(dest)).written) == expected
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest) == picture(root)
 
     def test_what_a_test_changed_in_the_guest(self, guest, root, tmp_path):
         write(root, "file", "folder/file")
         dest = tmp_path / "dest"
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         write(dest, "file", text="y")
         shutil.rmtree(dest / "folder")
         write(dest, "own", "__pycache__/own")
-        found = changes(guest, Tree.of(root), str(dest))
+        found = changes(guest.stream_script, Tree.of(root), str(dest))
         assert sorted(found.written) == ["__pycache__/own", "file", "own"]
         assert found.removed == ("folder/file",)
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest, but=["own", "__pycache__", "__pycache__/own"]) == picture(root)
         assert (dest / "own").exists()
 
     def test_a_folder_of_which_the_mode_changed_keeps_what_is_in_it(self, guest, root, tmp_path):
         write(root, "folder/file")
         dest = tmp_path / "dest"
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         write(dest, "folder/own/file")
         (root / "folder").chmod(0o700)
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest, but=["folder/own", "folder/own/file"]) == picture(root)
         assert (dest / "folder/own/file").exists()
         assert time.time() - (dest / "folder").stat().st_mtime < 60  # importlib looks at it
@@ -597,7 +597,7 @@ class TestPush:
         os.link(outside / "hard", dest / "hard")
         (dest / "soft").symlink_to(outside / "soft")
         (dest / "folder").symlink_to(outside)
-        push(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest) == picture(root)
         assert {it.read_text() for it in outside.iterdir()} == {"old"}
 
@@ -605,10 +605,10 @@ class TestPush:
         write(root, "file")
         write(tmp_path, "in the way")
         with pytest.raises(TransferError, match="could not be pushed") as caught:
-            push(guest, Tree.of(root), str(tmp_path / "in the way"))
+            push(guest.stream_script, Tree.of(root), str(tmp_path / "in the way"))
         assert "exists" in caught.value.details
         with pytest.raises(TransferError, match="not a path"):
-            push(guest, Tree.of(root), "")
+            push(guest.stream_script, Tree.of(root), "")
 
     def test_the_guest_cannot_take_it(self, guest, root, tmp_path, monkeypatch):
         write(root, "file", text="x" * 100_000)
@@ -617,7 +617,7 @@ class TestPush:
         (tmp_path / "bin/tar").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
         with pytest.raises(TransferError, match="could not be pushed") as caught:
-            push(guest, Tree.of(root), str(tmp_path / "dest"))
+            push(guest.stream_script, Tree.of(root), str(tmp_path / "dest"))
         assert "disk=" in caught.value.remedy
 
 
@@ -638,7 +638,7 @@ class TestChanges:
         with pytest.raises(
             TransferError, match="project/odd changed while it was pushed"
         ) as caught:
-            push(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
         assert ".gitignore" in caught.value.remedy
 
     def test_a_link_that_is_gone(self, guest, root, tmp_path):
@@ -646,16 +646,16 @@ class TestChanges:
         tree = Tree.of(root)
         (root / RAW).unlink()
         with pytest.raises(TransferError, match="changed while") as caught:
-            push(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
         str(caught.value).encode()
 
     def test_what_was_written_before_it_is_packed_goes(self, guest, root, tmp_path):
         write(root, "file")
         tree = Tree.of(root)
         write(root, "file", text="longer")
-        push(guest, tree, str(tmp_path / "dest"))
+        push(guest.stream_script, tree, str(tmp_path / "dest"))
         assert picture(tmp_path / "dest") == picture(root)
-        assert changes(guest, Tree.of(root), str(tmp_path / "dest")) == NONE
+        assert changes(guest.stream_script, Tree.of(root), str(tmp_path / "dest")) == NONE
 
     @pytest.mark.parametrize("change", ["shorter", "longer", "same size"])
     def test_written_to_while_it_is_packed(self, guest, root, tmp_path, monkeypatch, change):
@@ -677,7 +677,7 @@ class TestChanges:
 
         monkeypatch.setattr(os, "fstat", fstat)
         with pytest.raises(TransferError, match="project/file changed while"):
-            push(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
 
 
 DOT = b"d\x004096\x001.0\x00\x00"
@@ -695,12 +695,12 @@ class TestListing:
     def test_what_makes_sense(self, root, status):
         special = b"s\x000\x00-5.0000000000\x00socket\x00"
         guest = TalkingGuest(DOT + special + FILE, status)  # 1: it could not look everywhere
-        assert changes(guest, self.tree(root), "x") == NONE
+        assert changes(guest.stream_script, self.tree(root), "x") == NONE
 
     def test_the_guest_fails(self, root):
         for answer, status in ((b"", 1), (b"", 127), (DOT, -9)):
             with pytest.raises(TransferError, match="cannot list") as caught:
-                changes(TalkingGuest(answer, status), self.tree(root), "x")
+                changes(TalkingGuest(answer, status).stream_script, self.tree(root), "x")
             assert "sorry" in caught.value.details
 
     @pytest.mark.parametrize(
@@ -722,13 +722,13 @@ class TestListing:
     )
     def test_what_makes_none(self, root, answer):
         with pytest.raises(TransferError, match="makes no sense") as caught:
-            changes(TalkingGuest(answer), self.tree(root), "x")
+            changes(TalkingGuest(answer).stream_script, self.tree(root), "x")
         assert len(str(caught.value)) < 1000
 
     def test_what_never_ends(self, root, monkeypatch):
         monkeypatch.setattr(tree_copy, "_MAX_LISTING", 1000)
         with pytest.raises(TransferError, match="more than"):
-            changes(TalkingGuest(DOT + FILE * 100), self.tree(root), "x")
+            changes(TalkingGuest(DOT + FILE * 100).stream_script, self.tree(root), "x")
 
     @given(st.binary(max_size=200))
     def test_anything(self, data):
@@ -785,11 +785,11 @@ def test_the_guest_follows(guest, tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("follows")
     root, dest = folder / "root", folder / "dest"
     build(root, first)
-    push(guest, Tree.of(root), str(dest))
+    push(guest.stream_script, Tree.of(root), str(dest))
     assert picture(dest) == picture(root)
-    assert changes(guest, Tree.of(root), str(dest)) == NONE
+    assert changes(guest.stream_script, Tree.of(root), str(dest)) == NONE
     build(root, second)
-    found = changes(guest, Tree.of(root), str(dest))
+    found = changes(guest.stream_script, Tree.of(root), str(dest))
     there, here = versions(dest), versions(root)
     assert set(found.written) == {path for path in there if there[path] != here.get(path)}
     assert set(found.removed) == {path for path in here if not os.path.lexists(dest / path)}
