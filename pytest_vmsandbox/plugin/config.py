@@ -44,8 +44,8 @@ _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_push", "args", "what goes to a guest although git ignores it"),
     ("vm_pull", "args", "files of the project that tests in a guest write: globs"),
     ("vm_requirements", "linelist", "what is installed in a guest for tests"),
-    ("vm_guest_plugins", "args", "the pytest plugins that a guest loads for tests inside, by module "
-     "or entry point; without it, those that are loaded here and that it has"),
+    ("vm_guest_plugins", "args", ("the pytest plugins that a guest loads for tests inside, by "
+     "module or entry point; without it, those that are loaded here and that it has")),
     ("vm_env", "linelist", "variables for tests in a guest: NAME or NAME=VALUE"),
     *((f"vm_{name}", None, f"default {name} of a guest") for name in _HARDWARE_KEYS),
 )  # fmt: skip

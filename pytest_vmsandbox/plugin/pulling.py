@@ -106,7 +106,11 @@ def bring_back(
     from pytest_vmsandbox.inside import harvest
 
     found = harvest.bring_back(
-        guest, tree, folder, patterns=patterns(session.config), since=session.begun
+        guest.stream_script,
+        tree,
+        folder,
+        patterns=patterns(session.config),
+        since=session.begun,
     )
     session.failed |= bool(found[harvest.Outcome.UNWRITABLE])
     return found

@@ -18,7 +18,7 @@ import pytest
 
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
-from pytest_vmsandbox.inside import install, tree as trees
+from pytest_vmsandbox.inside import install, tree_copy
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION, pulling, reporting
 from support.local import LocalGuest
@@ -100,9 +100,9 @@ class LocalFactory:
     def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
             there = self.layout(guest, payload)
-            trees.sync(guest, payload.tree, there.tree)
+            tree_copy.push(guest.stream_script, payload.tree, there.tree)
             for tree in payload.outside:
-                trees.sync(guest, tree, there.outside[str(tree.root)])
+                tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
 
     def layout(self, guest, payload):
         base = self.folder / (guest.name if guest else "nobody")
