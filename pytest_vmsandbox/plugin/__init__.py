@@ -105,9 +105,9 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
     session = config.stash[SESSION]
-    unimportable.replace(session, items, config.stash[_INSIDE].collected)
     without = collection.plan(session, items)
     _refuse(config, items, collection.check(session, items))
+    unimportable.replace(session, items, config.stash[_INSIDE].collected)
     collection.deselect(session, items, without)
     everything = items[:]
     naming.give_both_names(everything)
