@@ -19,6 +19,7 @@ from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.platform import check_network, helper_of
 from pytest_vmsandbox.guests.resume import RunningMachine
@@ -26,6 +27,7 @@ from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
@@ -34,6 +36,8 @@ _HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
 _EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0
+_UNUSED_PORT = 1  # nobody listens there
+_REFUSAL_SECONDS = 2.0
 _STOP_SECONDS = 30.0
 
 
@@ -365,7 +369,7 @@ class Pool:
             helper = helper_of(machine, blueprint, check)
             resume.from_state(machine, helper)
             if not opened.checked.is_set():
-                check_network(machine, blueprint, check)
+                _check_network(machine, blueprint, check)
                 opened.checked.set()
             is_systemd = blueprint.built.definition.init == "systemd"
             resume.rename(helper, name, in_files=is_systemd)
@@ -383,6 +387,19 @@ class Pool:
                 logs=logs,
                 stack=stack.pop_all(),
             )
+
+
+def _check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
+    """See that a clone is reached through its network.
+
+    Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
+    so that is waited for only where nothing is refused, as by a firewall.
+
+    Raises:
+        GuestLost: it is not reached.
+    """
+    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+        check_network(machine, blueprint, check)
 
 
 def _ignore(_: bytes) -> None:

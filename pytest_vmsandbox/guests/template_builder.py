@@ -206,6 +206,7 @@ class TemplateBuilder:
             with ExitStack() as stack:
                 try:
                     lock = stack.enter_context(self._store.hold(template))
+                    damage = self._digests.submit(self._damage, template, blueprint)
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
                     return OpenTemplate(
@@ -214,7 +215,7 @@ class TemplateBuilder:
                         key=KeyPair.of(template.private_key),
                         memory=file,
                         lock=lock,
-                        damage=self._digests.submit(self._damage, template, blueprint),
+                        damage=damage,
                         stack=stack.pop_all(),
                     )
                 except (OSError, ValueError) as error:

@@ -510,7 +510,7 @@ class TestArm:
         """In each run, also where another one has made the template."""
         looked = []
         monkeypatch.setattr(
-            pool_module, "check_network", lambda machine, *_: looked.append(machine)
+            pool_module, "_check_network", lambda machine, *_: looked.append(machine)
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(resume, "from_state", MagicMock())
@@ -522,3 +522,12 @@ class TestArm:
             for _ in range(2):
                 pool._clone(opened, blueprint, arm=True).stack.close()
         assert len(looked) == 1
+
+    @pytest.mark.parametrize("refused", [True, False])
+    def test_a_guest_that_refuses_a_connection_is_reached(self, monkeypatch, refused):
+        """Where none is refused, its SSH server has to greet."""
+        monkeypatch.setattr(pool_module, "refusal", lambda address, _: address and refused)
+        greeted = MagicMock()
+        monkeypatch.setattr(pool_module, "check_network", greeted)
+        pool_module._check_network(MagicMock(), MagicMock(), lambda: None)
+        assert greeted.called is not refused
