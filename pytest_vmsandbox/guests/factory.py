@@ -27,7 +27,7 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network, format_size
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.callbacks import Callbacks
+from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.platform import GuestPlatform
@@ -87,7 +87,7 @@ class GuestFactory:
     def open(cls, settings: Settings, callbacks: Callbacks | None = None) -> Iterator[GuestFactory]:
         """A factory; at the end every guest of it is gone."""
         with ExitStack() as stack:
-            yield cls(settings, stack, callbacks or Callbacks())
+            yield cls(settings, stack, callbacks or Announcer())
 
     @contextmanager
     def boot(

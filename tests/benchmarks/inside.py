@@ -4,8 +4,7 @@
 
 In pairs, one after the other: a suite of empty tests inside a guest by ``pytest --in-vm``, and the
 same suite by plain pytest in such a guest. Told are the medians of the milliseconds for a test, from
-the end of the first (which boots a guest) to the end of the last, and of their differences; and of the
-seconds for a push of a tree that has not changed.
+the end of the first (which boots a guest) to the end of the last, and of their differences.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 from pytest_vmsandbox.cli.benchmark.guests import Setup
-from pytest_vmsandbox.cli.benchmark.suites import inside_pairs, write_empty_tests
+from pytest_vmsandbox.cli.benchmark.suites import inside_pairs
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.inside import tree as trees
 
 
 def main() -> None:
@@ -34,7 +31,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         setup = Setup(image=args.image, settings=Settings(), hardware={}, folder=Path(name))
         pairs = inside_pairs(setup, number=args.pairs, tests=args.tests)
-        pushes = push_unchanged(setup, args.tests)
     figures = {
         "schema": 1,
         "tests": args.tests,
@@ -43,33 +39,15 @@ def main() -> None:
         "plain_ms": round(pairs.second, 2),
         "in_guest_overhead_ms": round(statistics.median(pairs.differences), 2),
         "ratio": round(pairs.ratio, 3),
-        "push_unchanged_s": round(statistics.median(pushes), 3),
     }
     if args.json:
         print(json.dumps(figures))
     else:
         print(
             f"{figures['inside_ms']} ms inside, {figures['plain_ms']} ms plain: "
-            f"{figures['in_guest_overhead_ms']} ms a test, ratio {figures['ratio']}; "
-            f"push of an unchanged tree: {figures['push_unchanged_s']} s "
+            f"{figures['in_guest_overhead_ms']} ms a test, ratio {figures['ratio']} "
             f"({args.pairs} pairs of {args.tests} tests, medians)"
         )
-
-
-def push_unchanged(setup: Setup, tests: int) -> list[float]:
-    """Seconds for each of some pushes of a tree that has not changed."""
-    folder = setup.folder / "unchanged"
-    folder.mkdir()
-    write_empty_tests(setup, folder, tests)
-    seconds = []
-    with setup.factory("armed") as factory, factory.boot(setup.image) as guest:
-        for number in range(6):
-            began = time.perf_counter()
-            pushed = trees.sync(guest, trees.Tree.of(folder), "/opt/vmsandbox/src/again")
-            if number:
-                assert not pushed.files
-                seconds.append(time.perf_counter() - began)
-    return seconds
 
 
 if __name__ == "__main__":
