@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -88,8 +89,8 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
     Raises:
         Stop: it was not installed, or something else is wrong with the machine.
     """
-    wanted = tuple(dict.fromkeys(it for check in found for it in check.install))
-    commands = [packages.as_root(it) for check in found for it in check.commands]
+    wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
+    commands = [packages.as_root(argv) for check in found for argv in check.commands]
     if wanted or commands:
         _install(screen, wanted, commands, yes=yes)
         screen.say("Checking again", "bold")
@@ -163,9 +164,10 @@ def _run_suite(screen: Screen, image: str) -> None:
     Raises:
         Stop: one of them failed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vmsandbox-quickstart-"))
     began = monotonic()
-    try:
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="vmsandbox-quickstart-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
         environment, plugin = pytest_runs.environment()
@@ -177,16 +179,12 @@ def _run_suite(screen: Screen, image: str) -> None:
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
         ]
         status = foreground.run(argv, cwd=suite, env=environment)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    screen.say()
-    if status != 0:
-        screen.say(
-            f"The suite failed, status {status}; it and its artifacts are in {folder}", "bold red"
-        )
-        raise Stop
-    shutil.rmtree(folder, ignore_errors=True)
+        screen.say()
+        if status != 0:
+            stack.pop_all()  # somebody may look at what is there
+            failure = f"The suite failed, status {status}; it and its artifacts are in {folder}"
+            screen.say(failure, "bold red")
+            raise Stop
     screen.say(
         f"Real machines were started, restarted, destroyed and filled up in "
         f"{monotonic() - began:.0f} s; nothing of them is left.",

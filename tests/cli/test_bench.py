@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +88,8 @@ def invoke(tmp_path, monkeypatch):
     made_up["leased_at_once"] = refuse(LaunchError("no room", details="none at all"))
     made_up["idle_cost_ms"] = refuse(CannotMeasureError("not\ninstalled"))
     measurements = {
-        key: (meaning, made_up[key]) for key, (meaning, _) in bench.MEASUREMENTS.items()
+        key: wraps(real)(lambda setup, key=key: made_up[key](setup))
+        for key, real in bench.MEASUREMENTS.items()
     }
     monkeypatch.setattr(bench, "MEASUREMENTS", measurements)
     told: dict[str, Any] = (
