@@ -135,16 +135,12 @@ def _install(
 
 
 def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
-    updated = not packages.apt_knows(wanted)
-    if updated:
-        screen.say("Fetching the lists of packages")
-        _run(screen, packages.apt_update())
-    screen.say(f"Installing {', '.join(wanted)}")
     install = packages.apt_install(wanted)
-    if not updated and foreground.run(install) == 0:
+    screen.say(f"Installing {', '.join(wanted)}")
+    if packages.apt_knows(wanted) and foreground.run(install) == 0:
         return
-    if not updated:  # the lists may be older than what the mirror still has
-        _run(screen, packages.apt_update())
+    screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
+    _run(screen, packages.apt_update())
     _run(screen, install)
 
 

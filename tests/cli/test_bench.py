@@ -65,6 +65,12 @@ class TestResults:
             "in_guest_overhead_ms": None,
         }
 
+    def test_pairs_are_measured_in_turn(self):
+        turns = iter([5.0, 1.0, 4.0, 2.0, 9.0, 3.0])
+        pairs = results.Pairs(3, lambda: next(turns), lambda: next(turns))
+        assert (pairs.first, pairs.second, pairs.ratio) == (5.0, 2.0, 3.0)
+        assert pairs.differences == [4.0, 2.0, 6.0]
+
     def test_there_are_none_without_a_cold_boot(self):
         assert results.ratios({"second_run_s": Result(value=2.0)}, bench.COLD) == {}
         figures = {"cold_boot_s": Result(value=None), "second_run_s": Result(value=2.0)}
