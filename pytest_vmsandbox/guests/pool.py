@@ -20,7 +20,7 @@ from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import waking
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.platform import check_network, helper_of
+from pytest_vmsandbox.guests.engine import check_network, helper_of
 from pytest_vmsandbox.guests.sealing import Sealed
 from pytest_vmsandbox.guests.waking import Awake
 from pytest_vmsandbox.machine.cmdline import Start

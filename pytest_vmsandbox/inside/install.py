@@ -225,9 +225,9 @@ def install_project(guest: Guest, payload: Payload) -> None:
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    trees.sync(guest, payload.tree, there.tree)
+    trees.sync(guest.engine, payload.tree, there.tree)
     for tree in payload.outside:
-        trees.sync(guest, tree, there.outside[str(tree.root)])
+        trees.sync(guest.engine, tree, there.outside[str(tree.root)])
 
 
 @contextmanager

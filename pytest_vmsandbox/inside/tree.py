@@ -57,7 +57,7 @@ _KINDS = {b"f": "file", b"l": "link", b"d": "dir"}
 
 
 class Scripted(Protocol):
-    """Runs shell scripts in the guest with streams attached; a `Guest` does."""
+    """Runs shell scripts in the guest with streams attached; an `Engine` does."""
 
     def stream_script(
         self,
@@ -65,7 +65,7 @@ class Scripted(Protocol):
         *,
         stdin: IO[bytes] | None = None,
         stdout: Callable[[bytes], object] | None = None,
-    ) -> None:
+    ) -> object:
         """Run the script.
 
         Raises:

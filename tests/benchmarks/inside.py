@@ -67,7 +67,7 @@ def push_unchanged(site: Site, tests: int) -> list[float]:
     with site.factory("armed") as factory, factory.boot(site.image) as guest:
         for number in range(6):
             began = time.perf_counter()
-            pushed = trees.sync(guest, trees.Tree.of(folder), "/opt/vmsandbox/src/again")
+            pushed = trees.sync(guest.engine, trees.Tree.of(folder), "/opt/vmsandbox/src/again")
             if number:
                 assert not pushed.files
                 seconds.append(time.perf_counter() - began)

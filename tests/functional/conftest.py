@@ -44,7 +44,7 @@ def origin(request, monkeypatch):
     ready = factory._surroundings.ready
 
     def note(guest):
-        found.add(guest.origin)
+        found.add(guest.engine.origin)
         ready(guest)
 
     surroundings = dataclasses.replace(factory._surroundings, ready=note)

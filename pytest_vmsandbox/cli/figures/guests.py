@@ -87,10 +87,10 @@ class Site:
             CannotMeasureError: it has come to be in another one.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if guest.origin not in origins:
+            if guest.engine.origin not in origins:
                 told = f": {self.told}" if self.told else ""
                 raise CannotMeasureError(
-                    f"guests are {guest.origin} here, not {' or '.join(origins)}{told}"
+                    f"guests are {guest.engine.origin} here, not {' or '.join(origins)}{told}"
                 )
             yield guest
 
@@ -142,7 +142,7 @@ def clone_on_demand(site: Site) -> Figure:
 
 def armed_noop(site: Site) -> Figure:
     """A lease, to the answer of the helper."""
-    return _armed(site, lambda guest: guest.ping())
+    return _armed(site, lambda guest: guest.engine.ping())
 
 
 def armed_run(site: Site) -> Figure:
@@ -218,7 +218,7 @@ def _measure_throughput(site: Site) -> _Throughput:
             with site.guest(factory, "armed", "cloned") as guest:
                 first_command(guest)
                 if counted >= 0:
-                    processor_seconds += guest.processor_seconds
+                    processor_seconds += guest.engine.processor_seconds
         seconds = time.perf_counter() - began
         processor_seconds += time.process_time() - ours
     return _Throughput(guests=number, seconds=seconds, processor_seconds=processor_seconds)
@@ -251,7 +251,7 @@ def pss_per_clone(site: Site) -> Figure:
         for _ in range(number):
             factory.await_armed(_ARM_SECONDS)
             guests.append(stack.enter_context(site.guest(factory, "armed")))
-        sizes = [memory_of(guest.pid) for guest in guests]
+        sizes = [memory_of(guest.engine.pid) for guest in guests]
     own = statistics.median(it["Private_Clean"] + it["Private_Dirty"] for it in sizes) / MIB
     figure = median([it["Pss"] / MIB for it in sizes])
     return replace(figure, details={"own_mib": round(own, 1)})
