@@ -1,1 +1,1 @@
-"""Values, errors and time: what every other layer stands on. No input or output happens here."""
+"""Values, errors, time, paths, and digests of files: what every other layer stands on."""

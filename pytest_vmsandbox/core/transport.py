@@ -63,10 +63,11 @@ class RemoteProcess(Protocol):
             GuestLost: the guest or the connection to it is gone.
         """
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, timeout: float = math.inf) -> None:
         """Write all of `data` to its standard input.
 
         Raises:
+            TimeoutError: it did not take all of it within `timeout` seconds.
             OSError: it ended, or the connection is gone.
             GuestLost: the guest is gone.
         """

@@ -27,10 +27,11 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import commands, ssh, waking
-from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests import commands, waking
+from pytest_vmsandbox.guests.access import SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
@@ -77,7 +78,7 @@ class Running:
     """
 
     def __init__(
-        self, machine: Machine, helper: Helper, blueprint: Blueprint, key: ssh.KeyPair
+        self, machine: Machine, helper: Helper, blueprint: Blueprint, key: KeyPair
     ) -> None:
         self.machine = machine
         self.users = 0
@@ -113,6 +114,8 @@ class Running:
     def _transport(self, login: str) -> Transport:
         if (helper := self.helper) is not None:
             return HelperTransport(helper, login)
+        from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
+
         return ssh.SSHTransport(
             lambda: ssh.Endpoint(
                 address=self.machine.forward(_SSH_PORT),
@@ -138,7 +141,7 @@ class Running:
             address = self.machine.forward(_SSH_PORT)
         except VMSandboxError:
             return False  # the caller looks at why
-        return ssh.greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
+        return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
 
     def pause(self) -> None:
         """Pause the machine until somebody uses it.
@@ -202,7 +205,7 @@ class Engine:
         hypervisor: Hypervisor,
         *,
         name: str,
-        key: ssh.KeyPair,
+        key: KeyPair,
         disks: Disks,
         logs: Path | None,
         settings: Settings,
@@ -768,7 +771,7 @@ def check_network(
     """
     address = machine.forward(_SSH_PORT)
     deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
-    while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
+    while not greeting(address, deadline.remaining(_LOOK_SECONDS)):
         (check or machine.check)()
         if deadline.expired:
             raise GuestLost(

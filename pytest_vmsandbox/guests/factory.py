@@ -25,11 +25,11 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import Hardware, format_size
-from pytest_vmsandbox.guests import ssh
+from pytest_vmsandbox.core.spec import Hardware, Network, format_size
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.sealing import (
@@ -109,7 +109,7 @@ class GuestFactory:
         self._surroundings = surroundings
         self._catalogue = Catalogue(settings.image_path)
         self._hypervisor: Hypervisor | None = None
-        self._key = ssh.KeyPair.generate()
+        self._key = KeyPair.generate()
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}
@@ -157,6 +157,19 @@ class GuestFactory:
 
             with vm_factory.boot("debian-13", memory="1GiB") as guest:
                 guest.run(["true"])
+        """
+        prepared = self._prepared(image)
+        with self.lease(prepared, self.hardware(prepared.image, hardware)) as guest:
+            yield guest
+
+    @contextmanager
+    def lease(
+        self, image: str | PreparedImage | PreparedLayer, hardware: Hardware
+    ) -> Iterator[Guest]:
+        """A fresh guest, as from `boot`.
+
+        Args:
+            hardware: of the guest; `hardware` makes one.
         """
         prepared = self._prepared(image)
         blueprint = self._blueprint(prepared.image, hardware)
@@ -218,7 +231,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedImage: ...
     @overload
     def prepare(
@@ -227,7 +240,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedLayer: ...
     def prepare(
         self,
@@ -235,7 +248,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedImage | PreparedLayer:
         """An image with more in it, which `boot` takes.
 
@@ -278,7 +291,7 @@ class GuestFactory:
 
     def _seal(self, prepared: PreparedImage) -> None:
         """See that guests of the default hardware can be cloned, where any can."""
-        blueprint = self._blueprint(prepared.image, {})
+        blueprint = self._blueprint(prepared.image, self.hardware(prepared.image, {}))
         if self._may_clone(blueprint, prepared.steps):
             try:
                 self._retrying(lambda: self._sealer.obtain(blueprint, prepared.steps))
@@ -325,16 +338,13 @@ class GuestFactory:
             )
         return image
 
-    def expect(
-        self, image: str | PreparedImage, hardware: Mapping[str, object], count: int = 1
-    ) -> None:
+    def expect(self, image: str | PreparedImage, hardware: Hardware, count: int = 1) -> None:
         """Be told that so many guests of a kind are going to be asked for.
 
         Raises:
-            ConfigError: there is no such image or hardware.
+            ConfigError: what is to be done to each guest of the image is invalid.
         """
-        prepared = self._prepared(image)
-        kind = prepared, self._hardware(prepared.image, hardware)
+        kind = self._prepared(image), hardware
         self._expected[kind] = self._expected.get(kind, 0) + count
 
     def await_armed(self, timeout: float) -> bool:
@@ -463,25 +473,29 @@ class GuestFactory:
             **own,
         )
 
-    def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
-        spec = self._hardware(image, hardware)
-        definition = self._catalogue.get(image)
-        _check_hardware(definition, spec)
-        self._check_network(spec)
+    def hardware(self, image: str, arguments: Mapping[str, object]) -> Hardware:
+        """The hardware of a guest of an image.
+
+        Args:
+            arguments: what differs from the run's default, as `boot` takes it.
+
+        Raises:
+            ConfigError: there is no such image or hardware.
+        """
+        return self._catalogue.get(image).hardware(self._settings.hardware, arguments)
+
+    def _blueprint(self, image: str, hardware: Hardware) -> Blueprint:
+        _check_hardware(self._catalogue.get(image), hardware)
+        self._check_network(hardware)
         built, qemu = self.require(image)
         return Blueprint(
             built=built,
             qemu=qemu,
             verdict=self.accelerator(image),
-            hardware=spec,
+            hardware=hardware,
             qemu_args=self._surroundings.qemu_args,
             pace=self._pace,
         )
-
-    def _hardware(self, image: str, wishes: Mapping[str, object]) -> Hardware:
-        """What guests of an image are made of; its user is who nobody else has named."""
-        hardware = self._settings.hardware.changed(wishes)
-        return replace(hardware, user=hardware.user or self._catalogue.get(image).user)
 
     @cached_property
     def _sealer(self) -> Sealer:

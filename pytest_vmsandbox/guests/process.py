@@ -225,8 +225,9 @@ class ChannelProcess:
             self._carrier.hang_up(self._channel)  # also ends a send that waits for a reader
             thread.join()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, timeout: float = math.inf) -> None:
         """See `RemoteProcess.send`."""
+        deadline = Deadline(timeout)
         view = memoryview(data)
         while view:
             try:
@@ -236,6 +237,8 @@ class ChannelProcess:
                 self._check()
                 if self._has_ended():
                     raise BrokenPipeError("the program has ended") from None
+                if deadline.expired:
+                    raise
 
     def receive(self, timeout: float) -> bytes:
         """See `RemoteProcess.receive`."""

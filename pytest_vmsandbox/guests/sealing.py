@@ -23,10 +23,10 @@ from pytest_vmsandbox.core.errors import (
     MonitorError,
     VMSandboxError,
 )
-from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     IN_USE,
@@ -89,7 +89,7 @@ class Sealed:
 
     template: Template
     about: str
-    key: ssh.KeyPair
+    key: KeyPair
     memory: IO[bytes]
     lock: int
     damage: Future[str]
@@ -211,7 +211,7 @@ class Sealer:
                     return Sealed(
                         template=template,
                         about=about,
-                        key=ssh.KeyPair.of(template.private_key),
+                        key=KeyPair.of(template.private_key),
                         memory=file,
                         lock=lock,
                         damage=self._digests.submit(self._damage, template, blueprint),
@@ -283,7 +283,7 @@ class Sealer:
     ) -> Template:
         hardware = blueprint.hardware
         name = below.name if below is not None else blueprint.image
-        pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
+        pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))

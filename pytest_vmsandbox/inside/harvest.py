@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from pytest_vmsandbox.catalogue.files import locked
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer

@@ -14,25 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import tree as trees
-from pytest_vmsandbox.inside.environment import (
-    ENV,
-    Environment,
-    GuestPython,
-    Requirements,
-    prepare,
-)
+from pytest_vmsandbox.inside.environment import Environment, prepare
+from pytest_vmsandbox.inside.guest_python import GuestPython
+from pytest_vmsandbox.inside.programs import ENV
 from pytest_vmsandbox.inside.project import Project
-from pytest_vmsandbox.inside.session import Place, parse_probe
+from pytest_vmsandbox.inside.requirements import Requirements
+from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
-OLDEST_PYTHON = (3, 9)
 _RUNNER = Path(__file__).with_name("runner.py")
 
 
@@ -157,10 +152,8 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
-    fields = {**dataclasses.asdict(payload.requirements), "root": None}
-    parts = [_FORMAT, fields, _RUNNER.read_text(encoding="utf-8")]
     return Step(
-        digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        digest=payload.requirements.digest(_FORMAT, _RUNNER.read_text(encoding="utf-8")),
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
         network="isolated",
@@ -190,7 +183,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         ConfigError: the requirements cannot be meant.
         GuestLost: the guest is gone.
     """
-    python, executable = _probe(guest)
+    python, executable = GuestPython.probe(guest, _RUNNER.read_text(encoding="utf-8"))
     environment = prepare(
         payload.requirements,
         python,
@@ -237,35 +230,6 @@ def _folder() -> Iterator[Path]:
         base = Path(folder)
         base.chmod(0o755)
         yield base
-
-
-def _probe(guest: Guest) -> tuple[GuestPython, str]:
-    """The guest's Python, and its path."""
-    try:
-        done = guest.run(
-            ["python3", "-I", "-S", "-", "probe"], input=_RUNNER.read_text(encoding="utf-8")
-        )
-    except CommandError as error:
-        raise TransferError(
-            f"{guest.name} has no Python that works",
-            details=error.details,
-            remedy="tests run inside guests that have Python 3.9 or newer; others can be driven "
-            "from here, with the fixture vm",
-        ) from error
-    facts = parse_probe(done.stdout)
-    if facts["version"] < OLDEST_PYTHON:
-        raise TransferError(
-            "{} has Python {}.{}, which is too old".format(guest.name, *facts["version"]),
-            remedy="tests run inside guests that have Python {}.{} or newer".format(*OLDEST_PYTHON),
-        )
-    libc = tuple(int(it) for it in facts["libc"].split(".")[:2] if it.isdecimal())
-    if len(libc) != 2:
-        raise TransferError(
-            f"{guest.name} has no GNU C library that tells its version ({facts['libc']!r})",
-            remedy="wheels for such a system are not supported; choose another image",
-        )
-    python = GuestPython(version=facts["version"], machine=facts["machine"], libc=libc)
-    return python, facts["executable"]
 
 
 def _make_environment(

@@ -20,9 +20,9 @@ from urllib.parse import unquote, urlsplit
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.core.errors import TransferError
-from pytest_vmsandbox.inside.environment import console_scripts, home, installed, origin
+from pytest_vmsandbox.inside.distributions import SITES, home, installed, origin
+from pytest_vmsandbox.inside.programs import console_scripts
 
-_SITES = {"site-packages", "dist-packages"}
 _SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
 _METADATA = ("entry_points.txt", "top_level.txt")
 _WHEEL = (
@@ -119,7 +119,7 @@ def foreign_folders(root: Path, sys_path: Sequence[str] | None = None) -> list[P
         Path(folder)
         for folder in folders
         if Path(folder).is_dir()
-        and _SITES.isdisjoint(Path(folder).parts)
+        and SITES.isdisjoint(Path(folder).parts)
         and not any(Path(folder).is_relative_to(it) for it in (tree.root, *own))
     ]
 
@@ -147,7 +147,7 @@ class _Tree:
         above = [tops[0].joinpath(*inner.parts[:it]) for it in range(1, len(inner.parts) + 1)]
         prefixes = {Path(os.path.realpath(it)) for it in (sys.prefix, sys.base_prefix)}
         if (
-            not _SITES.isdisjoint(inner.parts)
+            not SITES.isdisjoint(inner.parts)
             or not prefixes.isdisjoint(above)
             or any((it / "pyvenv.cfg").exists() for it in above)
         ):
@@ -223,7 +223,7 @@ def _declared_name(root: Path) -> str | None:
 
 def _is_editable(distribution: Distribution) -> bool:
     editable = origin(distribution).get("dir_info", {}).get("editable", False)
-    return bool(editable) or home(distribution).name not in _SITES
+    return bool(editable) or home(distribution).name not in SITES
 
 
 def _modules(distribution: Distribution, name: str) -> list[str]:

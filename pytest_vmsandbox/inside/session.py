@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pytest_vmsandbox.core.deadline import Deadline, within
+from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     GuestLost,
     InterpreterLost,
@@ -177,13 +177,12 @@ class Keeper:
         Raises:
             GuestLost: the guest, or the way to it, is gone.
         """
-        data = encode(message)
-        try:  # a guest may never take it
-            sent = within(_ATTACH_SECONDS * self.patience, lambda: self._process.send(data))
+        try:
+            self._process.send(encode(message), _ATTACH_SECONDS * self.patience)
+        except TimeoutError:
+            raise self._silent() from None
         except OSError as error:
             raise self._lost() from error
-        if not sent:
-            raise self._silent()
 
     def hear(self, timeout: float) -> Message:
         """The next message.

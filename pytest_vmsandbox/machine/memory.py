@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.cache.integrity import chunks, extents
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.integrity import chunks, extents
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import can_map_read_only

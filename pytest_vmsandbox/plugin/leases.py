@@ -186,7 +186,7 @@ class Leases:
                 alike = [it for it in item.session.items if collection.runs_inside(it)]
                 count = sum(_kind(it) == kind for it in alike)
                 workers = collection.workers(self._config)
-                factory.expect(prepared, hardware, -(-count // workers))
+                factory.expect(prepared, factory.hardware(image, hardware), -(-count // workers))
         with ExitStack() as stack:
             guest = stack.enter_context(self._booted(item, prepared, hardware))
             if not alone:
@@ -314,7 +314,7 @@ class Leases:
 
     def hint(self, text: str) -> str:
         """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
-        from pytest_vmsandbox.inside import environment, project
+        from pytest_vmsandbox.inside import distributions, project, requirements
 
         for name in _NO_MODULE.findall(text):
             folders = project.foreign_folders(self._config.rootpath)
@@ -324,10 +324,10 @@ class Leases:
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
                     f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
                 )
-            if distributions := environment.providers(name):
+            if names := distributions.providers(name):
                 return (
-                    f"{name} is installed here, by {' and '.join(distributions)}, but not in the guest: "
-                    f"it was left out, or {environment.SETTING} does not name it"
+                    f"{name} is installed here, by {' and '.join(names)}, but not in the guest: "
+                    f"it was left out, or {requirements.SETTING} does not name it"
                 )
         return ""
 

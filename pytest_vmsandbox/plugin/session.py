@@ -253,7 +253,7 @@ class VMSession:
             GuestFactory.open(options.settings(self.config), surroundings)
         )
         for image, hardware in self.coming:
-            factory.expect(image, hardware)
+            factory.expect(image, factory.hardware(image, hardware))
         return factory
 
     @cached_property

@@ -35,7 +35,7 @@ def main() -> int:
     rows: list[tuple[float, int, int, int]] = []
     origins: dict[str, int] = {}
     with GuestFactory.open(Settings(), surroundings) as factory:
-        factory.expect(args.image, {}, args.count + 1)
+        factory.expect(args.image, factory.hardware(args.image, {}), args.count + 1)
         with factory.boot(args.image) as guest:
             guest.run(["true"])
         print(

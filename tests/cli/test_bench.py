@@ -21,6 +21,7 @@ from pytest_vmsandbox.cli.figures.guests import Site
 from pytest_vmsandbox.cli.figures.values import CannotMeasureError, Figure
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import Hardware
 
 
 class TestValues:
@@ -205,6 +206,9 @@ class FakeFactory:
         self.guests = []
         self.expected = 0
         self.waited = 0
+
+    def hardware(self, image, arguments):
+        return Hardware().changed(arguments)
 
     def expect(self, image, hardware, count):
         self.expected += count

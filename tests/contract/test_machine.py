@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.machine import host, machine as machine_module, memory
 from pytest_vmsandbox.machine.cmdline import Start

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import CommandError, GuestLost, Provision
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
@@ -84,7 +84,7 @@ def offset(vm) -> float:
 class TestWhatIsPutRight:
     def test_the_clock_also_of_one_that_has_waited(self, factory):
         one = factory("armed")
-        one.expect("tiny", TINY, 3)
+        one.expect("tiny", one.hardware("tiny", TINY), 3)
         with one.boot("tiny", **TINY) as vm:
             assert vm.engine.origin in {"cloned", "armed"}
             assert abs(offset(vm)) < 0.05
@@ -176,7 +176,7 @@ class TestSharingNothing:
 
     def test_a_used_clone_is_never_handed_out_again(self, factory):
         one = factory("armed")
-        one.expect("tiny", TINY, 8)
+        one.expect("tiny", one.hardware("tiny", TINY), 8)
         seen = set()
         for _ in range(8):
             with one.boot("tiny", **TINY) as vm:
@@ -487,7 +487,7 @@ class TestChance:
     def test_the_launcher_is_killed(self, factory):
         """All guests of the run are gone, also those that were armed; the next ones come up."""
         one = factory("armed")
-        one.expect("tiny", TINY, 6)
+        one.expect("tiny", one.hardware("tiny", TINY), 6)
         with one.boot("tiny", **TINY) as vm:
             assert one.await_armed(120)
             launcher = one._running().launcher._process
@@ -549,6 +549,6 @@ def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
 def test_another_qemu_has_templates_of_its_own(factory, cache):
     """The digest is of all that a state depends on; here, of the build of QEMU."""
     one = factory()
-    blueprint = one._blueprint("tiny", TINY)
+    blueprint = one._blueprint("tiny", one.hardware("tiny", TINY))
     other = dataclasses.replace(blueprint, qemu=dataclasses.replace(find_qemu(), build="other"))
     assert blueprint.digest != other.digest

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_vmsandbox import ImageError
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
@@ -55,7 +55,7 @@ class Run:
 
     def use_armed(self):
         """Clones are armed of a template that was damaged before; that is told once."""
-        self.factory.expect("tiny", HARDWARE, 4)
+        self.factory.expect("tiny", self.factory.hardware("tiny", HARDWARE), 4)
         self.use()
         assert self.factory.await_armed(120)
         assert self.use() == "armed"
@@ -177,7 +177,7 @@ def test_two_runs_at_once(run, cache):
     runs, done = [run("armed"), run("armed")], []
 
     def use(one):
-        one.factory.expect("tiny", HARDWARE, 3)
+        one.factory.expect("tiny", one.factory.hardware("tiny", HARDWARE), 3)
         done.extend(one.use() for _ in range(3))
 
     threads = [threading.Thread(target=use, args=(one,)) for one in runs]

@@ -16,7 +16,7 @@ import pytest
 from uv import find_uv_bin
 
 from pytest_vmsandbox.inside import session
-from pytest_vmsandbox.inside.install import OLDEST_PYTHON
+from pytest_vmsandbox.inside.guest_python import OLDEST_PYTHON
 from support.inside import Suite
 
 RUNNER = Path(session.__file__).with_name("runner.py")

@@ -63,7 +63,7 @@ class Script:
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces, self.name = list(pieces), "guest"
 
-    def send(self, data):
+    def send(self, data, timeout):
         pass
 
     def receive(self, timeout):

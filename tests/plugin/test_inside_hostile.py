@@ -44,7 +44,7 @@ class Script:
         self.name, self.image, self.alive, self.loss = "alpha-1-1", "alpha-1", True, None
         self.engine = self
 
-    def send(self, data):
+    def send(self, data, timeout):
         message = json.loads(data)
         if message["do"] == "run" and message["id"] == ONE:
             self.waiting += self.said

@@ -26,7 +26,7 @@ class LocalProcess:
             stderr=subprocess.DEVNULL,
         )
 
-    def send(self, data):
+    def send(self, data, timeout):
         self.guest.check()
         self.process.stdin.write(data)
         self.process.stdin.flush()

@@ -63,6 +63,9 @@ class LocalFactory:
     def patience(self, image):
         return 1.0
 
+    def hardware(self, image, arguments):
+        return Hardware().changed(arguments)
+
     def expect(self, image, hardware, count=1):
         pass
 

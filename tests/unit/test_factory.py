@@ -73,7 +73,21 @@ class TestUser:
     def test_is_the_image_s_where_nobody_is_named(self, image_path, default, wish, user):
         settings = Settings(image_path=image_path, hardware=default)
         with GuestFactory.open(settings) as factory:
-            assert factory._hardware("own", wish).user == user
+            assert factory.hardware("own", wish).user == user
+
+
+class TestHardware:
+    def test_is_one_however_its_size_is_written(self, image_path):
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            kinds = {factory.hardware("own", {"memory": size}) for size in ("1GiB", "1024MiB")}
+        assert len(kinds) == 1
+
+    def test_has_the_run_s_default_where_nothing_is_named(self, image_path):
+        settings = Settings(image_path=image_path, hardware=Hardware(cpus=2, network="nat"))
+        with GuestFactory.open(settings) as factory:
+            assert factory.hardware("own", {"cpus": 4, "network": None}) == Hardware(
+                cpus=4, network="nat", user="debian"
+            )
 
 
 class TestDescription:

@@ -25,14 +25,15 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import engine as engine_module, forwarding, guest as guest_module, ssh
+from pytest_vmsandbox.guests import engine as engine_module, forwarding, guest as guest_module
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
 
-KEY = ssh.KeyPair.generate()
+KEY = KeyPair.generate()
 
 
 def access(platform, user):
@@ -284,7 +285,7 @@ def platform(tmp_path, monkeypatch):
     platform = FakePlatform(home)
     monkeypatch.setattr(engine_module, "helper_of", lambda *_: FakeHelper(platform.events))
     monkeypatch.setattr(engine_module, "HelperTransport", platform.transport)
-    monkeypatch.setattr(ssh, "greeting", lambda *_: platform.answer)
+    monkeypatch.setattr(engine_module, "greeting", lambda *_: platform.answer)
     return platform
 
 

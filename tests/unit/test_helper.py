@@ -379,6 +379,13 @@ class TestStepByStep:
             process.send(bytes(MIB))
         process.close()
 
+    def test_writing_to_one_that_does_not_read(self, helper):
+        process = start(helper, "sleep", "1000")
+        with pytest.raises(TimeoutError):
+            process.send(bytes(MIB), timeout=0)
+        process.signal("KILL")
+        process.close()
+
     @pytest.mark.parametrize(("name", "number"), [("TERM", 15), ("KILL", 9), ("HUP", 1)])
     def test_signals(self, helper, name, number):
         process = start(helper, "sleep", "1000")

@@ -46,7 +46,7 @@ class Script:
         self.heard = []
         self.closed = False
 
-    def send(self, data):
+    def send(self, data, timeout):
         self.heard.append(json.loads(data))
 
     def receive(self, timeout):
@@ -185,16 +185,25 @@ def test_a_kill_ends_whatever_comes(end):
 
 def test_a_guest_that_takes_nothing():
     class Deaf(Script):
-        def send(self, data):
-            assert taken.wait(10)
+        def send(self, data, timeout):
+            assert timeout < 10
+            raise TimeoutError
 
-    taken = threading.Event()
     script: Any = Deaf()
-    try:
-        with pytest.raises(GuestLost, match="does not answer"):
-            list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
-    finally:
-        taken.set()
+    with pytest.raises(GuestLost, match="does not answer"):
+        list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
+
+
+def test_a_message_needs_no_thread():
+    class Watched(Script):
+        def send(self, data, timeout):
+            super().send(data, timeout)
+            senders.add(threading.current_thread())
+
+    senders = set()
+    script: Any = Watched(report(), {"done": ID})
+    list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
+    assert senders == {threading.current_thread()}
 
 
 def test_silence_is_asked_about(monkeypatch):

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.guests.sealing import Sealer, doer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
@@ -67,7 +67,7 @@ def keep(store, blueprint):
         with store.lock(key, lambda: None), store.incoming(key) as folder:
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
-            (folder / "key").write_text(ssh.KeyPair.generate().private)
+            (folder / "key").write_text(KeyPair.generate().private)
             store.adopt(folder, key, image="mine", name="mine", disk=disk, layers=[], facts={})
 
     return put

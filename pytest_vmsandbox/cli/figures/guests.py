@@ -19,7 +19,7 @@ from pytest_vmsandbox.cli.figures.values import (
     percentiles,
 )
 from pytest_vmsandbox.core.errors import VMSandboxError
-from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
 from pytest_vmsandbox.guests.guest import Guest
@@ -68,12 +68,16 @@ class Site:
         return number if self.count is None else min(number, self.count)
 
     @contextmanager
-    def factory(self, clones: str) -> Iterator[GuestFactory]:
+    def factory(self, clones: Clones) -> Iterator[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
         settings = replace(self.settings, clones=clones)
         surroundings = Surroundings(say=self.say, tell=self._note)
         with GuestFactory.open(settings, surroundings) as factory:
             yield factory
+
+    def expect(self, factory: GuestFactory, count: int) -> None:
+        """Tell a factory how many guests it is going to be asked for."""
+        factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
 
     def _note(self, text: str) -> None:
         self.told = text
@@ -155,7 +159,7 @@ def _armed(site: Site, act: Callable[[Guest], object]) -> Figure:
     samples: list[float] = []
     missed = 0
     with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + 1)
+        site.expect(factory, number + 1)
         with site.guest(factory, "armed", "cloned") as guest:  # the pool begins to fill itself
             act(guest)
         while len(samples) < number:
@@ -211,7 +215,7 @@ def _measure_throughput(site: Site) -> _Throughput:
     processor_seconds = 0.0
     began = ours = 0.0
     with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + _UNCOUNTED)
+        site.expect(factory, number + _UNCOUNTED)
         for counted in range(-_UNCOUNTED, number):
             if counted == 0:
                 began, ours = time.perf_counter(), time.process_time()
@@ -244,7 +248,7 @@ def pss_per_clone(site: Site) -> Figure:
     """Memory of clones that were armed, and have done nothing since."""
     number = site.at_most(_TOGETHER)
     with site.factory("armed") as factory, ExitStack() as stack:
-        factory.expect(site.image, site.hardware, number + 1)
+        site.expect(factory, number + 1)
         with site.guest(factory, "armed", "cloned"):
             pass
         guests = []
