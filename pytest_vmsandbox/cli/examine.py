@@ -21,7 +21,8 @@ from pytest_vmsandbox.cli.figures.machine import system_name
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import find_qemu
@@ -113,7 +114,7 @@ class Machine:
         if not built:
             return None
         try:
-            with GuestFactory.open(self._settings, Surroundings(say=self._say)) as factory:
+            with GuestFactory.open(self._settings, Announcer(self._say)) as factory:
                 return factory.accelerator(built[0].name)
         except (VMSandboxError, OSError):
             return None  # another check tells why: QEMU, the cache or the runtime folder

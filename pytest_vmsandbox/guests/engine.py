@@ -27,7 +27,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import commands, waking
+from pytest_vmsandbox.guests import commands, resume
 from pytest_vmsandbox.guests.access import SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
@@ -150,7 +150,7 @@ class Running:
             GuestLost: it does not answer.
         """
         if (helper := self.helper) is not None:
-            waking.pause(self.machine, helper, _PAUSE_SECONDS)
+            resume.pause(self.machine, helper, _PAUSE_SECONDS)
         else:
             self.machine.pause()
         self.resting = True
@@ -158,7 +158,7 @@ class Running:
     def resume(self) -> None:
         """Let the paused machine go on, with the right time, or the one that was set there."""
         if (helper := self.helper) is not None:
-            waking.resume(self.machine, helper)
+            resume.from_pause(self.machine, helper)
         else:
             self.machine.resume()
         self.resting = False
@@ -189,7 +189,7 @@ class Engine:
         memory: the file that is its memory, if it becomes a template.
         state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
             there, else in this file, too.
-        awake: a machine that runs already, for the first time that it is switched on.
+        running: a machine that runs already, for the first time that it is switched on.
         origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
             ``booted``.
 
@@ -213,7 +213,7 @@ class Engine:
         on_resume: Callable[[], None] = lambda: None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
-        awake: waking.Awake | None = None,
+        running: resume.RunningMachine | None = None,
         origin: str = "booted",
     ) -> None:
         self.name = name
@@ -233,7 +233,7 @@ class Engine:
         self._memory = memory
         self._state = state
         self._lead = 0.0  # of the clock in that state
-        self._awake = awake
+        self._given = running
         self._running: Running | None = None
         self._lock = threading.RLock()  # of what runs, and who uses it
         self._own = ExitStack()  # what snapshots have added to the disks, and files
@@ -564,15 +564,15 @@ class Engine:
 
     def _machine(self, stack: ExitStack) -> tuple[Machine, Helper]:
         """A machine and its helper, freshly switched on; `stack` ends it."""
-        if self._awake is not None:
-            awake, self._awake = self._awake, None
-            stack.enter_context(awake)
-            return awake.machine, awake.helper
+        if self._given is not None:
+            given, self._given = self._given, None
+            stack.enter_context(given)
+            return given.machine, given.helper
         state, self._state = self._state, None
         if state is not None:
             start = Start.RESTORED if self._memory is None else Start.CONTINUED
         else:
-            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SEALED
+            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
         spec = self._blueprint.machine(self.name, self._key.public, start)
         machine = stack.enter_context(
             self._blueprint.running(
@@ -587,7 +587,7 @@ class Engine:
         helper = helper_of(machine, self._blueprint)
         if state is not None:
             helper.lead = self._lead
-            waking.wake(machine, helper)
+            resume.from_state(machine, helper)
         return machine, helper
 
     def _await_answer(self, running: Running, deadline: Deadline) -> None:
@@ -689,7 +689,7 @@ class Engine:
                     f"{self.name} has no helper, so its clock could not be set right after a rollback",
                     remedy="use an image that has one, such as debian-13",
                 )
-            waking.pause(machine, helper)  # it has taken all that was said so far
+            resume.pause(machine, helper)  # it has taken all that was said so far
             try:
                 frozen = self._disks.frozen
                 for file in (file for files in frozen for file in files):
@@ -702,7 +702,7 @@ class Engine:
                 )
                 machine.save(state, with_memory=True)
             finally:
-                waking.resume(machine, helper)
+                resume.from_pause(machine, helper)
             return Saved(state=state, frozen=frozen, lead=helper.lead, held=running.held)
 
     def roll_back(self, saved: Saved) -> None:

@@ -21,7 +21,8 @@ from pytest_vmsandbox.cli.figures.values import (
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
@@ -71,8 +72,7 @@ class Site:
     def factory(self, clones: Clones) -> Iterator[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
         settings = replace(self.settings, clones=clones)
-        surroundings = Surroundings(say=self.say, tell=self._note)
-        with GuestFactory.open(settings, surroundings) as factory:
+        with GuestFactory.open(settings, Announcer(self.say, self._note)) as factory:
             yield factory
 
     def expect(self, factory: GuestFactory, count: int) -> None:
