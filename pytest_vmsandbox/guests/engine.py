@@ -7,12 +7,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
@@ -26,151 +23,14 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess, Transport
-from pytest_vmsandbox.guests import commands, resume
-from pytest_vmsandbox.guests.access import SSHAccess, greeting
-from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.helper import Helper, HelperTransport
-from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.guests import commands
+from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests.machines import Machines, Saved
+from pytest_vmsandbox.guests.running import Running
 from pytest_vmsandbox.machine import host
-from pytest_vmsandbox.machine.cmdline import Start
-from pytest_vmsandbox.machine.disk import Disks, empty_overlay
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.machine import Machine
 
-_SSH_PORT = 22
-_CONNECT_SECONDS = 20.0
-_ANSWER_SECONDS = 20.0
-_QUIET_SECONDS = 0.5
-_UNANNOUNCED_SECONDS = 0.5
-_LOOK_SECONDS = 2.0
-_PAUSE_SECONDS = 1.0  # after which a guest that does not answer is not paused
 _POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """The state of a guest, memory included, and its disks at that moment.
-
-    Attributes:
-        state: a file.
-        frozen: what each disk had by then, lowest file first.
-        lead: by how many seconds its clock was set ahead of this host's.
-        held: whether something went on in it that must not be paused.
-    """
-
-    state: IO[bytes]
-    frozen: tuple[tuple[IO[bytes], ...], ...]
-    lead: float
-    held: bool
-
-
-class Running:
-    """A machine that is switched on, and the ways into it.
-
-    Attributes:
-        machine: the machine.
-        users: calls that are using it.
-        held: whether something goes on in it that nobody waits for, so it must not be paused.
-        resting: whether it is paused until somebody uses it.
-        last_use: when somebody used it last.
-        stack: ends the machine.
-    """
-
-    def __init__(
-        self, machine: Machine, helper: Helper, blueprint: Blueprint, key: KeyPair
-    ) -> None:
-        self.machine = machine
-        self.users = 0
-        self.held = False
-        self.resting = False
-        self.last_use = monotonic()
-        self.stack = ExitStack()
-        self._helper = helper
-        self._blueprint = blueprint
-        self._key = key
-        self._transports: dict[str, Transport] = {}
-        self._left: list[RemoteProcess] = []
-        self._lock = threading.Lock()
-
-    @property
-    def helper(self) -> Helper | None:
-        """The guest's helper, if it is there now."""
-        return self._helper if self._helper.is_there else None
-
-    def start(self, command: Command, login: str) -> RemoteProcess:
-        """Start a program; `login` runs it unless the command names somebody."""
-        self.machine.check()
-        with self._lock:
-            if login not in self._transports:
-                self._transports[login] = self._transport(login)
-            transport = self._transports[login]
-        return transport.start(command)
-
-    def keep(self, process: RemoteProcess) -> None:
-        """Let a program go on also if whoever has started it forgets it."""
-        self._left.append(process)
-
-    def _transport(self, login: str) -> Transport:
-        if (helper := self.helper) is not None:
-            return HelperTransport(helper, login)
-        from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
-
-        return ssh.SSHTransport(
-            lambda: ssh.Endpoint(
-                address=self.machine.forward(_SSH_PORT),
-                user=login,
-                key=self._key,
-                host_key=self._blueprint.built.host_key,
-            ),
-            check=self.machine.check,
-            connect_timeout=self._blueprint.stretch(_CONNECT_SECONDS),
-            time_scale=self._blueprint.verdict.time_scale,
-        )
-
-    def answers(self, timeout: float) -> bool:
-        """Whether the guest can be talked to; waits at most `timeout` seconds."""
-        if self.machine.spec.start.is_loaded and self.helper is not None:
-            return True
-        # A connection made before the guest's network is up waits for a retransmission, so the
-        # console is asked first. An image that does not announce its server is just tried.
-        announced = self.machine.wait_for_ssh(timeout)
-        if announced and self.helper is not None:
-            return True
-        try:
-            address = self.machine.forward(_SSH_PORT)
-        except VMSandboxError:
-            return False  # the caller looks at why
-        return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
-
-    def pause(self) -> None:
-        """Pause the machine until somebody uses it.
-
-        Raises:
-            GuestLost: it does not answer.
-        """
-        if (helper := self.helper) is not None:
-            resume.pause(self.machine, helper, _PAUSE_SECONDS)
-        else:
-            self.machine.pause()
-        self.resting = True
-
-    def resume(self) -> None:
-        """Let the paused machine go on, with the right time, or the one that was set there."""
-        if (helper := self.helper) is not None:
-            resume.from_pause(self.machine, helper)
-        else:
-            self.machine.resume()
-        self.resting = False
-
-    def hang_up(self) -> None:
-        """The guest restarts, or is switched off: what was known of its programs is void."""
-        self._left.clear()
-        with self._lock:
-            transports, self._transports = self._transports, {}
-        for transport in transports.values():
-            transport.close()
-        self._helper.close()
 
 
 class Engine:
@@ -180,63 +40,39 @@ class Engine:
     any thread. What raises `GuestLost` does so when the guest is gone, or switched off.
 
     Args:
-        key: opens the guest.
-        disks: its own.
-        logs: the folder for its logs, or None.
+        machines: starts its machine each time that it is switched on.
         settings: have the limits on a boot and on a command.
         hints: lines for its errors: where the artifacts are, and so on.
         on_resume: called when it goes on after a rest.
-        memory: the file that is its memory, if it becomes a template.
-        state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
-            there, else in this file, too.
-        running: a machine that runs already, for the first time that it is switched on.
-        origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
-            ``booted``.
 
     Attributes:
         spec: the guest's hardware.
+        origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
+            ``booted``.
         facts: what the last layer of its preparation has told, as values that JSON keeps; empty for
             layers that users have made.
     """
 
     def __init__(
         self,
-        blueprint: Blueprint,
-        hypervisor: Hypervisor,
+        machines: Machines,
         *,
-        name: str,
-        key: KeyPair,
-        disks: Disks,
-        logs: Path | None,
         settings: Settings,
         hints: Callable[[], Sequence[str]],
         on_resume: Callable[[], None] = lambda: None,
-        memory: IO[bytes] | None = None,
-        state: IO[bytes] | None = None,
-        running: resume.RunningMachine | None = None,
-        origin: str = "booted",
     ) -> None:
-        self.name = name
-        self.image = blueprint.image
-        self.spec = blueprint.hardware
-        self.origin = origin
+        self.name = machines.name
+        self.image = machines.blueprint.image
+        self.spec = machines.blueprint.hardware
+        self.stretch = machines.blueprint.stretch
+        self.origin = "booted"
         self.facts: Mapping[str, object] = {}
-        self.stretch = blueprint.stretch
-        self._blueprint = blueprint
-        self._hypervisor = hypervisor
-        self._key = key
-        self._disks = disks
-        self._logs = logs
+        self._machines = machines
         self._settings = settings
         self._hints = hints
         self._on_resume = on_resume
-        self._memory = memory
-        self._state = state
-        self._lead = 0.0  # of the clock in that state
-        self._given = running
         self._running: Running | None = None
         self._lock = threading.RLock()  # of what runs, and who uses it
-        self._own = ExitStack()  # what snapshots have added to the disks, and files
 
     def __enter__(self) -> Self:
         with self.explained():
@@ -249,8 +85,10 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._own:
+        try:
             self._switch_off(self._running)
+        finally:
+            self._machines.close()
 
     # -- who uses it ------------------------------------------------------------------------------
 
@@ -371,7 +209,7 @@ class Engine:
             CommandError: the folder or the user does not exist.
         """
         with self.use(hold=True) as running:
-            process = self._start(running, command)
+            process = running.start(command, self.spec.user)
             running.keep(process)
             return process
 
@@ -395,7 +233,7 @@ class Engine:
             Its exit status.
         """
         with self.use() as running:
-            process = self._start(running, command)
+            process = running.start(command, self.spec.user)
             try:
                 return process.communicate(
                     stdin,  # type: ignore[arg-type]
@@ -479,14 +317,6 @@ class Engine:
             commands.check(result)
             return result.stderr
 
-    def _start(self, running: Running, command: Command) -> RemoteProcess:
-        login = self.spec.user
-        if command.user == login:
-            command = replace(command, user=None)
-        elif command.user is not None and login != "root":
-            login, command = command.user, replace(command, user=None)
-        return running.start(command, login)
-
     def connect(self, path: str) -> RemoteProcess | None:
         """A connection to a Unix socket in the guest, as the streams of a program. It holds the guest.
 
@@ -506,7 +336,7 @@ class Engine:
         Raises:
             ConfigError: there is no helper in the guest.
         """
-        with self.explained(), self.use() as running:
+        with self.use() as running:
             running.machine.check()
             if (helper := running.helper) is None:
                 raise ConfigError(f"{self.name} has no helper")
@@ -519,16 +349,7 @@ class Engine:
             GuestLost: the guest does not answer on SSH.
         """
         with self.use(hold=True) as running:
-            address, port = running.machine.forward(_SSH_PORT)
-            check_network(running.machine, self._blueprint)
-        folder = self._hypervisor.folder
-        known, key = folder / f"known_hosts.{self.name}", folder / f"key.{self._key.name}"
-        self._key.save(key)
-        self._own.callback(known.unlink, missing_ok=True)
-        known.write_text(f"[{address}]:{port} {self._blueprint.built.host_key}\n", encoding="utf-8")
-        return SSHAccess(
-            host=address, port=port, user=self.spec.user, key_file=key, known_hosts_file=known
-        )
+            return self._machines.ssh_access(running.machine, self.spec.user)
 
     # -- power ------------------------------------------------------------------------------------
 
@@ -546,68 +367,13 @@ class Engine:
                         f"{self.name} is on", remedy="vm.power_off() or vm.power_cut() first"
                     )
                 self._switch_off(self._running)
-                self._running = self._switched_on()
+                self._running = self._machines.switch_on()
                 running = stack.enter_context(self.use())
             try:  # QEMU's start has shown how slow this host is
-                self._await_answer(running, Deadline(self.boot_seconds))
+                running.await_answer(Deadline(self.boot_seconds))
             except BaseException:
                 self._switch_off(running)
                 raise
-
-    def _switched_on(self) -> Running:
-        with ExitStack() as stack:
-            machine, helper = self._machine(stack)
-            running = Running(machine, helper, self._blueprint, self._key)
-            stack.callback(running.hang_up)
-            running.stack = stack.pop_all()
-            return running
-
-    def _machine(self, stack: ExitStack) -> tuple[Machine, Helper]:
-        """A machine and its helper, freshly switched on; `stack` ends it."""
-        if self._given is not None:
-            given, self._given = self._given, None
-            stack.enter_context(given)
-            return given.machine, given.helper
-        state, self._state = self._state, None
-        if state is not None:
-            start = Start.RESTORED if self._memory is None else Start.CONTINUED
-        else:
-            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
-        spec = self._blueprint.machine(self.name, self._key.public, start)
-        machine = stack.enter_context(
-            self._blueprint.running(
-                self._hypervisor,
-                spec,
-                disks=self._disks,
-                logs=self._logs,
-                memory=self._memory,
-                state=state,
-            )
-        )
-        helper = helper_of(machine, self._blueprint)
-        if state is not None:
-            helper.lead = self._lead
-            resume.from_state(machine, helper)
-        return machine, helper
-
-    def _await_answer(self, running: Running, deadline: Deadline) -> None:
-        machine = running.machine
-        while not running.answers(deadline.remaining(_LOOK_SECONDS)):
-            try:
-                machine.check()
-                machine.check_booting()
-            except GuestLost as lost:
-                raise machine.boot_error(lost, deadline.elapsed) from lost
-            if deadline.expired:
-                raise BootError(
-                    f"{self.name} did not answer on SSH within {deadline.seconds:g} s; "
-                    f"it got as far as: {machine.stage}",
-                    stage=machine.stage,
-                    seconds=deadline.seconds,
-                    details=f"--- last lines of the console\n{machine.console.tail()}",
-                    remedy="allow more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
-                )
-            deadline.pause(0.05)
 
     def reboot(self, deadline: Deadline) -> None:
         """Restart in an orderly way, and wait until the guest answers again.
@@ -630,7 +396,7 @@ class Engine:
                     ) from lost
             machine.console.begin_boot()
             running.hang_up()
-            self._await_answer(running, deadline)
+            running.await_answer(deadline)
 
     def power_off(self) -> None:
         """Switch off in an orderly way. A guest that is not off after the boot time-out is ended.
@@ -683,27 +449,7 @@ class Engine:
             ConfigError: there is no helper in the guest.
         """
         with self.use() as running, self._lock:
-            machine = running.machine
-            if (helper := running.helper) is None:
-                raise ConfigError(
-                    f"{self.name} has no helper, so its clock could not be set right after a rollback",
-                    remedy="use an image that has one, such as debian-13",
-                )
-            resume.pause(machine, helper)  # it has taken all that was said so far
-            try:
-                frozen = self._disks.frozen
-                for file in (file for files in frozen for file in files):
-                    self._own.callback(file.close)
-                fresh = self._fresh_overlays()
-                machine.put_on_top(fresh)
-                self._disks = self._disks.on_top(frozen, fresh)
-                state = self._own.enter_context(
-                    tempfile.TemporaryFile(dir=self._hypervisor.cache, buffering=0)  # noqa: SIM115
-                )
-                machine.save(state, with_memory=True)
-            finally:
-                resume.from_pause(machine, helper)
-            return Saved(state=state, frozen=frozen, lead=helper.lead, held=running.held)
+            return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
         """Go on from a saved state, also if the guest was lost or switched off.
@@ -713,14 +459,9 @@ class Engine:
         """
         with self._lock:
             self._switch_off(self._running)
-            self._state, self._lead = saved.state, saved.lead
-            self._disks = self._disks.on_top(saved.frozen, self._fresh_overlays())
+            self._machines.roll_back(saved)
             self.power_on()
             self._on().held = saved.held
-
-    def _fresh_overlays(self) -> list[IO[bytes]]:
-        folder = self._hypervisor.cache
-        return [self._own.enter_context(empty_overlay(size, folder)) for size in self._disks.sizes]
 
     @property
     def has_helper(self) -> bool:
@@ -739,44 +480,3 @@ class Engine:
             running.hang_up()
             running.machine.save(state, with_memory=False)
             running.machine.end(0)
-
-
-def helper_of(
-    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
-) -> Helper:
-    """The helper of a machine; whether it is there, it has to say itself.
-
-    Args:
-        check: see `Helper`; default: the machine's own.
-    """
-    scale = blueprint.verdict.time_scale
-    return Helper(
-        machine.helper,
-        check=check or machine.check,
-        patience=blueprint.stretch(_ANSWER_SECONDS),
-        quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
-    )
-
-
-def check_network(
-    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
-) -> None:
-    """See that the guest is reached through its network.
-
-    Args:
-        check: called often; raises what ends the wait. Default: the machine's own.
-
-    Raises:
-        GuestLost: its SSH server does not greet.
-    """
-    address = machine.forward(_SSH_PORT)
-    deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
-    while not greeting(address, deadline.remaining(_LOOK_SECONDS)):
-        (check or machine.check)()
-        if deadline.expired:
-            raise GuestLost(
-                f"{machine.spec.name} is not reached through its network: its SSH server does not "
-                f"greet within {deadline.seconds:g} s",
-                stage="ssh",
-            )
-        deadline.pause(_LOOK_SECONDS / 10)

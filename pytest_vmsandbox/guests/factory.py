@@ -31,6 +31,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import (
@@ -333,8 +334,8 @@ class GuestFactory:
             disks=clone.disks,
             logs=clone.logs,
             running=clone.running,
-            origin="armed" if was_armed else "cloned",
         )
+        engine.origin = "armed" if was_armed else "cloned"
         engine.facts = opened.template.facts
         return Guest(stack.enter_context(engine))
 
@@ -422,15 +423,13 @@ class GuestFactory:
             )
 
     def _engine(self, blueprint: Blueprint, **own: Any) -> Engine:
-        """An engine with what is of this factory; `own` are its further arguments."""
+        """An engine; `own` are the arguments of its `Machines` that not all guests share."""
         self._check_network(blueprint.hardware)
         return Engine(
-            blueprint,
-            self._running(),
+            Machines(blueprint, self._running(), **own),
             settings=self._settings,
             hints=self._callbacks.hints,
             on_resume=self._let_rest,
-            **own,
         )
 
     def hardware(self, image: str, arguments: Mapping[str, object]) -> Hardware:

@@ -18,7 +18,8 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import CommandResult
 from pytest_vmsandbox.guests import commands, forwarding, listening, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
-from pytest_vmsandbox.guests.engine import Engine, Saved
+from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.machines import Saved
 from pytest_vmsandbox.guests.process import Process
 from pytest_vmsandbox.machine.console import Console
 

@@ -25,11 +25,18 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import engine as engine_module, forwarding, guest as guest_module
+from pytest_vmsandbox.guests import (
+    engine as engine_module,
+    forwarding,
+    guest as guest_module,
+    machines as machines_module,
+    running,
+)
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
 
@@ -283,22 +290,25 @@ def platform(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     platform = FakePlatform(home)
-    monkeypatch.setattr(engine_module, "helper_of", lambda *_: FakeHelper(platform.events))
-    monkeypatch.setattr(engine_module, "HelperTransport", platform.transport)
-    monkeypatch.setattr(engine_module, "greeting", lambda *_: platform.answer)
+    monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform.events))
+    monkeypatch.setattr(running, "HelperTransport", platform.transport)
+    monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)
     return platform
 
 
 @contextmanager
 def make(platform, *, user="root", network="isolated", boot_timeout=5.0, **more):
     platform.hardware = Hardware(user=user, network=network)
-    with Engine(
+    machines = Machines(
         platform,
         platform.hypervisor,
         name="tiny-1",
         key=KEY,
         disks=Disks(base=None, overlays=()),
         logs=None,
+    )
+    with Engine(
+        machines,
         settings=Settings(boot_timeout=boot_timeout, command_timeout=5.0),
         hints=lambda: ["artifacts: over there"],
         **more,
