@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
-    from pytest_vmsandbox.guests.guest import Guest, Process
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
 _MODULES = (  # where they are, the cheapest to import first
@@ -36,6 +37,7 @@ _MODULES = (  # where they are, the cheapest to import first
     "core.spec",
     "core.transport",
     "guests.access",
+    "guests.process",
     "guests.provision",
     "guests.guest",
     "guests.factory",

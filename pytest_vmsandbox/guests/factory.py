@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -28,9 +28,10 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network, format_size
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
+from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import (
@@ -174,14 +175,14 @@ class GuestFactory:
         They go on when somebody asks them for something. A guest is never paused in which something
         was started that goes on, or of which a port is open.
         """
-        guests = list(self._guests)
-        running = len(guests) - sum(guest.resting for guest in guests)
+        engines = [guest.engine for guest in self._guests]
+        running = len(engines) - sum(engine.resting for engine in engines)
         most = _RUNNING_PER_PROCESSOR * (os.cpu_count() or 1)
-        for guest in sorted(guests, key=lambda it: it.idle_seconds, reverse=True):
-            if running <= most or guest.idle_seconds < _IDLE_SECONDS:
+        for engine in sorted(engines, key=lambda engine: engine.idle_seconds, reverse=True):
+            if running <= most or engine.idle_seconds < _IDLE_SECONDS:
                 return
             with suppress(VMSandboxError):  # whoever asks it for something next is told
-                guest.rest()
+                engine.rest()
                 running -= 1
 
     @overload
@@ -326,18 +327,17 @@ class GuestFactory:
             self._no_clones(blueprint, steps, error)
             return None
         self._callbacks.guest_begun(clone.name)
-        platform = GuestPlatform(
+        engine = self._engine(
             blueprint,
-            self._running(),
             name=clone.name,
             key=opened.key,
             disks=clone.disks,
             logs=clone.logs,
             running=clone.running,
         )
-        guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
-        guest.facts = opened.template.facts
-        return stack.enter_context(guest)
+        engine.origin = "armed" if was_armed else "cloned"
+        engine.facts = opened.template.facts
+        return Guest(stack.enter_context(engine))
 
     def _lease(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
@@ -402,20 +402,15 @@ class GuestFactory:
         blueprint.built.verified()
         disks = stack.enter_context(blueprint.disks(self._running().cache))
         self._callbacks.guest_begun(name)
-        platform = GuestPlatform(
-            blueprint,
-            self._running(),
-            name=name,
-            key=self._key,
-            disks=disks,
-            logs=self._callbacks.logs(name),
+        engine = self._engine(
+            blueprint, name=name, key=self._key, disks=disks, logs=self._callbacks.logs(name)
         )
-        guest = stack.enter_context(self._guest(platform, name, "booted"))
+        guest = Guest(stack.enter_context(engine))
         grow(guest, blueprint)
         for step in steps:
-            guest.spec = blueprint.with_user(doer(blueprint, step)).hardware
-            guest.facts = step.run(guest) or {}
-        guest.spec = blueprint.hardware
+            engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
+            engine.facts = step.run(guest) or {}
+        engine.spec = blueprint.hardware
         return guest
 
     def _check_network(self, hardware: Hardware) -> None:
@@ -427,20 +422,14 @@ class GuestFactory:
                 "same, needs no network",
             )
 
-    def _guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
-        blueprint = platform.blueprint
+    def _engine(self, blueprint: Blueprint, **own: Any) -> Engine:
+        """An engine; `own` are the arguments of its `Machines` that not all guests share."""
         self._check_network(blueprint.hardware)
-        return Guest(
-            platform,
-            name=name,
-            image=blueprint.image,
-            spec=blueprint.hardware,
-            boot_timeout=self._settings.boot_timeout,
-            command_timeout=self._settings.command_timeout,
+        return Engine(
+            Machines(blueprint, self._running(), **own),
+            settings=self._settings,
             hints=self._callbacks.hints,
-            origin=origin,
-            on_wake=self._let_rest,
-            stretch=blueprint.stretch,
+            on_resume=self._let_rest,
         )
 
     def hardware(self, image: str, arguments: Mapping[str, object]) -> Hardware:
@@ -475,7 +464,7 @@ class GuestFactory:
             TemplateBuilder.open(
                 TemplateStore(self._cache),
                 self._running(),
-                guest=self._guest,
+                engine=self._engine,
                 logs=self._logs_of_prepared,
                 say=self._callbacks.say,
                 tell=self._callbacks.tell,

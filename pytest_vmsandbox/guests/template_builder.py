@@ -24,9 +24,9 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     IN_USE,
@@ -136,7 +136,7 @@ class TemplateBuilder:
     Args:
         store: where they lie.
         hypervisor: runs guests.
-        guest: makes a guest on a platform.
+        engine: makes an engine; the arguments are those of `Engine` that only a guest has.
         logs: the folder for the logs of a guest that becomes a template, by its image; or None.
         say: told of long waits.
         tell: told of what went wrong.
@@ -147,14 +147,14 @@ class TemplateBuilder:
         store: TemplateStore,
         hypervisor: Hypervisor,
         *,
-        guest: Callable[[GuestPlatform, str], Guest],
+        engine: Callable[..., Engine],
         logs: Callable[[str], Path | None],
         say: Callable[[str], None],
         tell: Callable[[str], None],
     ) -> None:
         self._store = store
         self._hypervisor = hypervisor
-        self._guest = guest
+        self._engine = engine
         self._logs = logs
         self._say = say
         self._tell = tell
@@ -296,9 +296,8 @@ class TemplateBuilder:
             disks = stack.enter_context(
                 blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
             )
-            platform = GuestPlatform(
+            engine = self._engine(
                 _as_built(blueprint, steps),
-                self._hypervisor,
                 name=name,
                 key=pair,
                 disks=disks,
@@ -307,16 +306,17 @@ class TemplateBuilder:
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
-            with self._guest(platform, name) as guest:
-                if not platform.has_helper:
+            with engine:
+                if not engine.has_helper:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
+                guest = Guest(engine)
                 if steps:
                     facts = _done(steps[-1], guest)
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
                 with (folder / STATE).open("x+b", buffering=0) as state:
-                    guest.seal(state)
+                    engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
@@ -384,9 +384,9 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
     deadline = Deadline(_SETTLE_SECONDS)
     calm = 0
     while calm < 2 and not deadline.expired:
-        before = guest.processor_seconds
+        before = guest.engine.processor_seconds
         deadline.pause(_QUIET_SECONDS)
-        taken = guest.processor_seconds - before
+        taken = guest.engine.processor_seconds - before
         calm = calm + 1 if taken < _QUIET_SHARE * _QUIET_SECONDS else 0
 
 

@@ -53,7 +53,7 @@ def said():
 @pytest.fixture
 def builder(store, said):
     with TemplateBuilder.open(
-        store, None, guest=None, logs=lambda _: None, say=said.append, tell=said.append
+        store, None, engine=None, logs=lambda _: None, say=said.append, tell=said.append
     ) as builder:
         yield builder
 
