@@ -102,8 +102,7 @@ def run(
     with fresh_guest(image, wanted) as guest:
         for source, dest in push:
             guest.push(source, dest)
-        process = guest.popen(command, text=False)
-        status = attach(process, stdin=_input(), timeout=timeout)
+        status = attach(guest, command, stdin=_input(), timeout=timeout)
     ctx.exit(status if status >= 0 else 128 - status)
 
 

@@ -24,6 +24,7 @@ _CHUNK = 1 << 18
 _ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
 _CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
+_SLOW_SECONDS = 0.1  # after which whoever takes the output is slow: that time does not count then
 _KILL_SECONDS = 15.0
 _ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
 _CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
@@ -155,7 +156,7 @@ class ChannelProcess:
         checked = self._moved = monotonic()
         ended: float | None = None
         while True:
-            got = False
+            got, began = False, monotonic()
             if channel.recv_ready():
                 stdout(channel.recv(_CHUNK))
                 got = True
@@ -165,6 +166,8 @@ class ChannelProcess:
             now = monotonic()
             if got:
                 self._moved = now
+            if ended and now - began > _SLOW_SECONDS:
+                ended += now - began
             ended = ended or (now if self._has_ended() else None)
             if ended:
                 over = channel.eof_received or channel.closed or now - self._moved > quiet
