@@ -420,7 +420,7 @@ class TestChance:
     def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
         retried = []
         first(template_builder, "settle", lambda guest, _: self.kill(machine_of(guest).process))
-        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
+        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "cloned"
         (error,) = retried
         assert "SIGKILL" in error.brief
@@ -428,7 +428,7 @@ class TestChance:
     def test_one_that_is_killed_while_it_boots(self, factory, first):
         retried = []
         first(Running, "answers", lambda running, _: self.kill(running.machine.process))
-        with factory("never", retried=retried.append).boot("tiny", **TINY) as vm:
+        with factory("never", note_retry=retried.append).boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "booted"
         (error,) = retried
         assert "SIGKILL" in error.brief
@@ -441,7 +441,7 @@ class TestChance:
             vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
 
         first(template_builder, "settle", panic)
-        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
+        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "booted"
         assert retried == []
 
