@@ -100,7 +100,7 @@ class GuestPlatform:
         else:
             start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
         spec = self.blueprint.machine(self._name, self._key.public, start)
-        with self.blueprint.running(
+        with Machine.running(
             self._hypervisor,
             spec,
             disks=self._disks,
