@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -36,6 +37,7 @@ _NO_WHEEL = re.compile(
 )
 
 
+@dataclass
 class Uv:
     """uv, as a program.
 
@@ -46,32 +48,15 @@ class Uv:
         lock: a descriptor that uv inherits: while it runs, the lock is held.
         work: an empty folder for files of ours.
         tell: is told what is left out.
-
-    Raises:
-        TransferError: uv is missing, or has nothing for that Python.
     """
 
-    def __init__(
-        self,
-        requirements: Requirements,
-        python: GuestPython,
-        *,
-        offline: bool,
-        lock: int,
-        work: Path,
-        tell: Callable[[str], object],
-    ) -> None:
-        self._requirements = requirements
-        self._python = python
-        self._offline = offline
-        self._lock = lock
-        self._work = work
-        self._tell = tell
-        self._wheels = work / "wheels"  # those that were made here
-        self._wheels.mkdir()
-        self._without_wheel: set[str] = set()  # what uv complained of last
-        self._target = ["--python-version", str(python), "--python-platform", python.platform]
-        self._program = _find_uv()
+    requirements: Requirements
+    python: GuestPython
+    offline: bool
+    lock: int
+    work: Path
+    tell: Callable[[str], object]
+    _without_wheel: set[str] = field(default_factory=set, init=False)  # uv complained of them last
 
     def resolve(self) -> Path:
         """Write the versions of all that is to be installed into a file.
@@ -80,8 +65,10 @@ class Uv:
         nobody has imported it here.
 
         Raises:
-            TransferError: the requirements cannot be met.
+            TransferError: the requirements cannot be met, uv is missing, or it has nothing for that
+                Python.
         """
+        self._wheels.mkdir()
         tried: set[str] = set()
         while True:
             try:
@@ -108,18 +95,23 @@ class Uv:
         )
         (target / ".lock").unlink(missing_ok=True)
 
+    @property
+    def _wheels(self) -> Path:
+        """The folder of wheels that were made here."""
+        return self.work / "wheels"
+
     def _do_without_index(self, name: str) -> bool:
         """Make the wheel of a distribution that the index does not have, or leave it out."""
         here = installed().get(name)
-        wanted = self._requirements.lines_of(name)
+        wanted = self.requirements.lines_of(name)
         if here is None or not all(_allows(line, here.version) for line in wanted):
-            return not self._offline and self._build(name, wanted or [name])
+            return not self.offline and self._build(name, wanted or [name])
         if make_wheel(here, self._wheels) is not None:
             return True
         if is_imported(name):
             return False
-        self._requirements = self._requirements.without(name)
-        self._tell(
+        self.requirements = self.requirements.without(name)
+        self.tell(
             f"{name} is not in the guest: it has no wheel for the guest's Python, and no test here "
             "has imported it yet"
         )
@@ -127,7 +119,7 @@ class Uv:
 
     def _build(self, name: str, wanted: Sequence[str]) -> bool:
         """Let uv build a distribution here; False if that does not work, or it is not pure Python."""
-        target = self._work / f"built-{name}"
+        target = self.work / f"built-{name}"
         arguments = ["--no-deps", "--no-binary", name, "--target", os.fspath(target), *wanted]
         try:
             self._run("install", *arguments, only_wheels=False)
@@ -137,7 +129,7 @@ class Uv:
         return built is not None and make_wheel(built, self._wheels) is not None
 
     def _compile(self) -> Path:
-        requirements = self._requirements
+        requirements = self.requirements
         dropped = [f"{name} ; python_version < '3'" for name in requirements.dropped]
         # uv keeps to the versions that its output names already, as far as it can.
         resolved = self._write("resolved.txt", requirements.preferred)
@@ -154,7 +146,7 @@ class Uv:
         return resolved
 
     def _write(self, name: str, lines: Iterable[str]) -> Path:
-        file = self._work / name
+        file = self.work / name
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return file
 
@@ -165,20 +157,22 @@ class Uv:
         return [word for folder in folders for word in ("--find-links", folder)]
 
     def _run(self, command: str, *arguments: str, only_wheels: bool = True) -> None:
-        wheels = ["--only-binary", ":all:", *self._target] if only_wheels else []
+        wheels = ["--only-binary", ":all:", "--python-version", str(self.python)]
+        wheels += ["--python-platform", self.python.platform]
         done = subprocess.run(
             [
-                *(self._program, "pip", command, "--quiet", "--no-progress", "--color", "never"),
-                *("--python", sys.executable, "--no-python-downloads", *wheels),
-                *(["--offline"] if self._offline else []),
+                *(_find_uv(), "pip", command, "--quiet", "--no-progress", "--color", "never"),
+                *("--python", sys.executable, "--no-python-downloads"),
+                *(wheels if only_wheels else []),
+                *(["--offline"] if self.offline else []),
                 *arguments,
             ],
-            cwd=self._requirements.root,
+            cwd=self.requirements.root,
             env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_UV},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            pass_fds=[self._lock],
+            pass_fds=[self.lock],
             check=False,
         )
         if done.returncode:
@@ -186,16 +180,16 @@ class Uv:
             raise self._error(text or f"uv ended with status {done.returncode}")
 
     def _error(self, text: str) -> TransferError:
-        no_network = self._offline and "network was disabled" in text.replace("\n", " ")
+        no_network = self.offline and "network was disabled" in text.replace("\n", " ")
         found = {name for match in _NO_WHEEL.findall(text) for name in match if name}
         self._without_wheel = set() if no_network else {*map(canonicalize_name, found)}
         if no_network:
             brief = "the run is offline, and uv's cache does not hold all packages for the guest"
             remedy = "run these tests once with the network"
         elif found:
-            python = "{}.{}".format(*self._python.version)
+            python = "{}.{}".format(*self.python.version)
             names = ", ".join(sorted(found))
-            brief = f"no wheel for the guest (Python {python}, {self._python.machine}) of: {names}"
+            brief = f"no wheel for the guest (Python {python}, {self.python.machine}) of: {names}"
             remedy = (
                 f"name in {SETTING} what the tests need in the guest, without it, or build a wheel"
                 " of it for that Python and name its folder in UV_FIND_LINKS"

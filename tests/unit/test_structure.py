@@ -21,10 +21,8 @@ TOO_LARGE = {
     "guests/guest.py:Guest.run",
     "guests/helper.py",
     "guests/pool.py:Pool._clone",
-    "inside/environment.py",
     "inside/runner.py",
     "inside/session.py",
-    "inside/tree.py",
     "plugin/config.py:add_options",
     "plugin/leases.py:Leases",
 }
