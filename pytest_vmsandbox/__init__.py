@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
-    from pytest_vmsandbox.guests.guest import Guest, Process
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
 _HOME_OF = {
@@ -47,7 +48,7 @@ _HOME_OF = {
     "MonitorError": "core.errors",
     "PreparedImage": "guests.provision",
     "PreparedLayer": "guests.provision",
-    "Process": "guests.guest",
+    "Process": "guests.process",
     "Provision": "guests.provision",
     "SSHAccess": "guests.access",
     "TeardownError": "core.errors",

@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import CommandTimeout, VMSandboxError
-from pytest_vmsandbox.guests.guest import Process
+from pytest_vmsandbox.guests.process import Process
 
 _STDOUT, _STDERR = 1, 2
 _CHUNK = 1 << 16

@@ -17,9 +17,9 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Callbacks
-from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.idle import IdleGuests
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -175,21 +175,14 @@ class Backend:
             pace=self.hypervisor.pace,
         )
 
-    def guest(self, platform: GuestPlatform, name: str, origin: str = "booted") -> Guest:
-        """A guest on a platform; it is started when its context is entered."""
-        blueprint = platform.blueprint
-        self._check_network(blueprint.hardware)
-        return Guest(
-            platform,
-            name=name,
-            image=blueprint.image,
-            spec=blueprint.hardware,
-            boot_timeout=self.settings.boot_timeout,
-            command_timeout=self.settings.command_timeout,
+    def engine(self, machines: Machines) -> Engine:
+        """An engine over these machines; it is started when its context is entered."""
+        self._check_network(machines.blueprint.hardware)
+        return Engine(
+            machines,
+            settings=self.settings,
             hints=self.callbacks.hints,
-            origin=origin,
-            on_wake=self.idle.pause_some,
-            stretch=blueprint.stretch,
+            on_resume=self.idle.pause_some,
         )
 
     def _check_network(self, hardware: Hardware) -> None:

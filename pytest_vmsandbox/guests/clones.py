@@ -12,7 +12,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.guests.template_builder import (
@@ -72,7 +72,7 @@ class Clones:
             self._fall_back(blueprint, prepared.steps, error)
             return None
         self._backend.callbacks.guest_begun(clone.name)
-        platform = GuestPlatform(
+        machines = Machines(
             blueprint,
             self._backend.hypervisor,
             name=clone.name,
@@ -81,9 +81,10 @@ class Clones:
             logs=clone.logs,
             running=clone.running,
         )
-        guest = self._backend.guest(platform, clone.name, "armed" if was_armed else "cloned")
-        guest.facts = opened.template.facts
-        return stack.enter_context(guest)
+        engine = self._backend.engine(machines)
+        engine.origin = "armed" if was_armed else "cloned"
+        engine.facts = opened.template.facts
+        return Guest(stack.enter_context(engine))
 
     def _lease(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack

@@ -18,7 +18,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 from pytest_vmsandbox.machine import host
@@ -97,7 +97,7 @@ class GuestFactory:
         callbacks = self.backend.callbacks
         with ExitStack() as stack:
             guest = self._retrying(lambda: self._started(blueprint, prepared, stack))
-            stack.enter_context(self.backend.idle.holding(guest))
+            stack.enter_context(self.backend.idle.holding(guest.engine))
             callbacks.guest_ready(guest)
             try:
                 yield guest
@@ -266,7 +266,7 @@ class GuestFactory:
         name = backend.name(blueprint.image)
         disks = stack.enter_context(blueprint.disks(backend.cache))
         backend.callbacks.guest_begun(name)
-        platform = GuestPlatform(
+        machines = Machines(
             blueprint,
             backend.hypervisor,
             name=name,
@@ -274,12 +274,13 @@ class GuestFactory:
             disks=disks,
             logs=backend.callbacks.logs(name),
         )
-        guest = stack.enter_context(backend.guest(platform, name))
+        engine = stack.enter_context(backend.engine(machines))
+        guest = Guest(engine)
         grow(guest, blueprint)
         for step in steps:
-            guest.spec = blueprint.with_user(doer(blueprint, step)).hardware
-            guest.facts = step.run(guest) or {}
-        guest.spec = blueprint.hardware
+            engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
+            engine.facts = step.run(guest) or {}
+        engine.spec = blueprint.hardware
         return guest
 
     @cached_property

@@ -22,8 +22,8 @@ from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.platform import check_network, helper_of
 from pytest_vmsandbox.guests.resume import RunningMachine
+from pytest_vmsandbox.guests.running import check_network, helper_of
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks

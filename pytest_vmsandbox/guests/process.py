@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Protocol
+from typing import IO, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import (
@@ -17,7 +17,8 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.guests import commands
 
 _CHUNK = 1 << 18
 _ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
@@ -420,3 +421,51 @@ class _Writer(_Droppable, io.RawIOBase):
         if not self.closed:
             super().close()
             self._process.end_input()
+
+
+class Process:
+    """A program that was started and left running; made by `Guest.popen`.
+
+    Attributes:
+        argv: the program and its arguments.
+        stdin, stdout, stderr: its streams, text or bytes as `popen` was told.
+    """
+
+    def __init__(self, remote: RemoteProcess, argv: tuple[str, ...], *, text: bool) -> None:
+        self._remote = remote
+        self.argv = argv
+        self.stdin = cast("IO[Any]", remote.stdin)
+        self.stdout = cast("IO[Any]", remote.stdout)
+        self.stderr = cast("IO[Any]", remote.stderr)
+        if text:
+            self.stdin = TextWriter(self.stdin, encoding="utf-8", write_through=True)
+            self.stdout = io.TextIOWrapper(self.stdout, encoding="utf-8", errors="replace")
+            self.stderr = io.TextIOWrapper(self.stderr, encoding="utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit status (−N: signal N), or None while it runs."""
+        return self._remote.poll()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end, at most `timeout` seconds; its exit status.
+
+        Raises:
+            CommandTimeout: it still runs, and is left running.
+        """
+        return self._remote.wait(commands.seconds(timeout))
+
+    def terminate(self) -> None:
+        """Send SIGTERM to its process group."""
+        self._remote.signal("TERM")
+
+    def kill(self) -> None:
+        """Send SIGKILL to its process group."""
+        self._remote.signal("KILL")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            self.kill()
+        self._remote.close()

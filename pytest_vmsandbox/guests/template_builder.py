@@ -27,7 +27,7 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     IN_USE,
@@ -280,7 +280,7 @@ class TemplateBuilder:
             disks = stack.enter_context(
                 blueprint.disks(hypervisor.cache, below.layers if below is not None else ())
             )
-            platform = GuestPlatform(
+            machines = Machines(
                 _as_built(blueprint, steps),
                 hypervisor,
                 name=name,
@@ -291,16 +291,17 @@ class TemplateBuilder:
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
-            with self._backend.guest(platform, name) as guest:
-                if not platform.has_helper:
+            with self._backend.engine(machines) as engine:
+                if not engine.has_helper:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
+                guest = Guest(engine)
                 if steps:
                     facts = _done(steps[-1], guest)
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
                 with (folder / STATE).open("x+b", buffering=0) as state:
-                    guest.seal(state)
+                    engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
@@ -368,9 +369,9 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
     deadline = Deadline(_SETTLE_SECONDS)
     calm = 0
     while calm < 2 and not deadline.expired:
-        before = guest.processor_seconds
+        before = guest.engine.processor_seconds
         deadline.pause(_QUIET_SECONDS)
-        taken = guest.processor_seconds - before
+        taken = guest.engine.processor_seconds - before
         calm = calm + 1 if taken < _QUIET_SHARE * _QUIET_SECONDS else 0
 
 

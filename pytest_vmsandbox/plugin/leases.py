@@ -125,7 +125,7 @@ class Leases:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
         key = plan_of(item).place
         lease = self._leases.get(key)
-        if lease is not None and (loss := lease.guest.loss) is not None:
+        if lease is not None and (loss := lease.guest.engine.loss) is not None:
             self._note_loss(lease)
             self._end(key)
             lease = None
@@ -266,7 +266,7 @@ class Leases:
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.plugin import guest_config
 
-        facts: Any = lease.guest.facts
+        facts: Any = lease.guest.engine.facts
         lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],
@@ -503,7 +503,7 @@ class Leases:
         """
         if lease.session is None:
             return []
-        if (loss := lease.guest.loss) is not None:
+        if (loss := lease.guest.engine.loss) is not None:
             return [f"after the last test in it: {loss.brief}"]
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         lease.is_untouched = any("untouched" in message for message in said)
@@ -533,7 +533,7 @@ class Leases:
         """
         if self._prepared is None or not lease.has_collected or lease.is_untouched:
             return []
-        if lease.guest.loss is not None:
+        if lease.guest.engine.loss is not None:
             self._note_loss(lease)
             return []
         try:

@@ -187,6 +187,10 @@ class FakeGuest:
         self.origin = origin
         self.done = []
 
+    @property
+    def engine(self):
+        return self
+
     def run(self, argv, **options):
         self.done.append(argv)
 
@@ -251,7 +255,9 @@ def test_armed_is_measured_with_armed_guests_only(site):
     assert figure.details["not_armed"] == 1
     assert factory.expected == 6
     assert factory.waited == 6  # it was full before each
-    assert [guest.done for guest in factory.guests if guest.origin == "armed"] == [[["true"]]] * 5
+    assert [guest.done for guest in factory.guests if guest.engine.origin == "armed"] == [
+        [["true"]]
+    ] * 5
 
 
 def test_armed_where_guests_are_booted(site):

@@ -44,7 +44,7 @@ def origin(request, monkeypatch):
     ready = factory.backend.callbacks.guest_ready
 
     def note(guest):
-        found.add(guest.origin)
+        found.add(guest.engine.origin)
         ready(guest)
 
     monkeypatch.setattr(factory.backend.callbacks, "guest_ready", note)

@@ -197,7 +197,7 @@ def test_qemu_killed(vm):
     import os
     import signal
 
-    os.kill(vm._machine.process.pid, signal.SIGKILL)
+    os.kill(vm.engine.pid, signal.SIGKILL)
     with pytest.raises(GuestLost, match="QEMU ended with signal SIGKILL"):
         vm.run(["sleep", "100"])
 
@@ -265,7 +265,7 @@ def test_qemu_runs_as_nobody_in_particular(vm):
     import os
     from pathlib import Path
 
-    pid = vm._machine.process.pid
+    pid = vm.engine.pid
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
     assert "0" not in uids

@@ -101,9 +101,9 @@ class LocalFactory:
     def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
             there = self.layout(guest, payload)
-            tree_copy.push(guest.stream_script, payload.tree, there.tree)
+            tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
             for tree in payload.outside:
-                tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
+                tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
     def layout(self, guest, payload):
         base = self.folder / (guest.name if guest else "nobody")

@@ -154,7 +154,7 @@ class TestOffline:
     def test_nor_one_that_is_prepared(self, factory):
         blueprint = SimpleNamespace(hardware=Hardware(network="nat"))
         with pytest.raises(ConfigError, match="--vm-offline"):
-            factory.backend.guest(SimpleNamespace(blueprint=blueprint), "own-1")
+            factory.backend.engine(SimpleNamespace(blueprint=blueprint))
 
     def test_an_isolated_one_is_none_of_its_business(self, factory):
         with pytest.raises(VMSandboxError, match="is not built"), factory.boot("own"):

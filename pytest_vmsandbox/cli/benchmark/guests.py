@@ -87,10 +87,10 @@ class Setup:
             CannotMeasureError: it has come to be in another one.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if guest.origin not in origins:
+            if guest.engine.origin not in origins:
                 told = f": {self._told}" if self._told else ""
                 raise CannotMeasureError(
-                    f"guests are {guest.origin} here, not {' or '.join(origins)}{told}"
+                    f"guests are {guest.engine.origin} here, not {' or '.join(origins)}{told}"
                 )
             yield guest
 
@@ -144,7 +144,7 @@ def clone_on_demand(setup: Setup) -> Result:
 
 def armed_noop(setup: Setup) -> Result:
     """A lease, to the answer of the helper."""
-    return _armed(setup, lambda guest: guest.ping())
+    return _armed(setup, lambda guest: guest.engine.ping())
 
 
 def armed_run(setup: Setup) -> Result:
@@ -215,7 +215,7 @@ def _measure_throughput(setup: Setup) -> tuple[int, float, float]:
             with setup.guest(factory, "armed", "cloned") as guest:
                 first_command(guest)
                 if counted >= 0:
-                    processor_seconds += guest.processor_seconds
+                    processor_seconds += guest.engine.processor_seconds
         seconds = time.perf_counter() - began
         processor_seconds += time.process_time() - ours
     return number, seconds, processor_seconds
@@ -247,7 +247,7 @@ def pss_per_clone(setup: Setup) -> Result:
         for _ in range(number):
             factory.await_armed(_ARM_SECONDS)
             guests.append(stack.enter_context(setup.guest(factory, "armed")))
-        sizes = [memory_of(guest.pid) for guest in guests]
+        sizes = [memory_of(guest.engine.pid) for guest in guests]
     own = statistics.median(size["Private_Clean"] + size["Private_Dirty"] for size in sizes)
     result = median([size["Pss"] / MIB for size in sizes])
     return replace(result, details={"own_mib": round(own / MIB, 1)})
