@@ -154,7 +154,7 @@ def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
         VMSandboxError: no guest of that image can run here.
     """
     with setup.factory("never") as factory:
-        verdict = factory.accelerator(setup.image)
+        verdict = factory.backend.accelerator(setup.image)
     return {
         "machine": machine.describe(),
         "qemu": find_qemu(architecture).release,

@@ -112,7 +112,7 @@ class Examination:
         image = DEFAULT_IMAGE if DEFAULT_IMAGE in built else min(built)
         try:
             with GuestFactory.open(self._settings, Announcer(self._say)) as factory:
-                return factory.accelerator(image)
+                return factory.backend.accelerator(image)
         except (VMSandboxError, OSError):
             return None  # another check tells why: QEMU, the cache or the runtime folder
 

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
@@ -23,10 +23,11 @@ from pytest_vmsandbox.core.errors import (
     MonitorError,
     VMSandboxError,
 )
+from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     IN_USE,
@@ -40,7 +41,6 @@ from pytest_vmsandbox.guests.templates import (
 )
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _QUIET_SECONDS = 0.5  # how long a guest is watched
 _QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
@@ -131,41 +131,20 @@ class OpenTemplate:
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there.
+    """Builds templates, and opens those that are there."""
 
-    Args:
-        store: where they lie.
-        hypervisor: runs guests.
-        engine: makes an engine; the arguments are those of `Engine` that only a guest has.
-        logs: the folder for the logs of a guest that becomes a template, by its image; or None.
-        say: told of long waits.
-        tell: told of what went wrong.
-    """
-
-    def __init__(
-        self,
-        store: TemplateStore,
-        hypervisor: Hypervisor,
-        *,
-        engine: Callable[..., Engine],
-        logs: Callable[[str], Path | None],
-        say: Callable[[str], None],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._store = store
-        self._hypervisor = hypervisor
-        self._engine = engine
-        self._logs = logs
-        self._say = say
-        self._tell = tell
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._callbacks = backend.callbacks
+        self._store = TemplateStore(backend.cache)
         self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
     @contextmanager
-    def open(cls, *args: Any, **kwargs: Any) -> Iterator[TemplateBuilder]:
+    def open(cls, backend: Backend) -> Iterator[TemplateBuilder]:
         """A builder; at the end every template is let go of."""
-        builder = cls(*args, **kwargs)
+        builder = cls(backend)
         try:
             yield builder
         finally:
@@ -197,7 +176,7 @@ class TemplateBuilder:
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
-        self._tell(f"the template of {about} was damaged ({fault}); it is made anew")
+        self._callbacks.tell(f"the template of {about} was damaged ({fault}); it is made anew")
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
@@ -240,12 +219,12 @@ class TemplateBuilder:
         about = _about(blueprint, steps)
         waits = f"another run is building the template of {about}; waiting for it"
         try:
-            with self._store.lock(key, lambda: self._say(waits)):
+            with self._store.lock(key, lambda: self._callbacks.say(waits)):
                 if (found := self._store.find(key)) is not None:
                     return found
                 if self._store.is_unreadable(key):
                     self._tell_of_damage(about, f"{METADATA} cannot be read")
-                self._say(f"preparing {about}: once, until something of it changes")
+                self._callbacks.say(f"preparing {about}: once, until something of it changes")
                 with self._store.incoming(key) as folder, ExitStack() as stack:
                     below = self._below(blueprint, steps[:-1], stack) if steps else None
                     return self._build(folder, key, blueprint, steps, below)
@@ -259,6 +238,12 @@ class TemplateBuilder:
                 f"the template of {blueprint.image} could not be built: {brief}",
                 details=getattr(error, "details", ""),
             ) from error
+
+    def _logs(self, image: str) -> Path | None:
+        """The folder for the logs of a guest that becomes a template: of who waits for that."""
+        name = self._backend.name(f"{image}-prepared")
+        self._callbacks.guest_begun(name)
+        return self._callbacks.logs(name)
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was built."""
@@ -282,7 +267,7 @@ class TemplateBuilder:
         steps: Sequence[Step],
         below: Template | None,
     ) -> Template:
-        hardware = blueprint.hardware
+        hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
@@ -294,10 +279,11 @@ class TemplateBuilder:
             if identity is not None:  # QEMU opens it by itself
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
-                blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
+                blueprint.disks(hypervisor.cache, below.layers if below is not None else ())
             )
-            engine = self._engine(
+            machines = Machines(
                 _as_built(blueprint, steps),
+                hypervisor,
                 name=name,
                 key=pair,
                 disks=disks,
@@ -306,7 +292,7 @@ class TemplateBuilder:
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
-            with engine:
+            with self._backend.engine(machines) as engine:
                 if not engine.has_helper:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
                 guest = Guest(engine)

@@ -173,9 +173,9 @@ class Leases:
         image = plan.image
         self._check_python(image)
         factory = self._session.factory
-        factory.require(image)
+        factory.backend.require(image)
         payload = self._payload(item.session)
-        patience = factory.patience(image)
+        patience = factory.backend.patience(image)
         alone = plan_of(item).isolation == "test"
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:

@@ -50,6 +50,7 @@ class LocalFactory:
     def __init__(self, session, folder):
         self.session, self.folder, self.count = session, folder, 0
         self.images_used = []
+        self.backend = self
 
     def describe(self, image):
         return f"vmsandbox: this machine plays {image}"

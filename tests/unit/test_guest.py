@@ -290,6 +290,7 @@ def platform(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     platform = FakePlatform(home)
+    monkeypatch.setattr(machines_module, "Machine", platform)
     monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform.events))
     monkeypatch.setattr(running, "HelperTransport", platform.transport)
     monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)

@@ -82,7 +82,7 @@ class FakePool(Pool):
         assert self.gate.wait(SECONDS)
         if self.fault is not None:
             raise self.fault
-        name = self._name(blueprint.image)
+        name = self._backend.name(blueprint.image)
         machine = FakeMachine()
         machine.fault = self.resume_fault
         machine.running = not arm
@@ -142,13 +142,8 @@ def quota(tmp_path, monkeypatch):
 @contextmanager
 def running(quota, fillers=2):
     count = iter(range(1, 10_000))
-    with FakePool.running(
-        anything(None),
-        quota,
-        fillers=fillers,
-        name=lambda image: f"{image}.{next(count)}",
-        logs=lambda _: None,
-    ) as pool:
+    backend = SimpleNamespace(name=lambda image: f"{image}.{next(count)}")
+    with FakePool.running(anything(backend), quota, fillers=fillers) as pool:
         assert isinstance(pool, FakePool)
         try:
             yield pool
@@ -514,10 +509,8 @@ class TestArm:
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(resume, "from_state", MagicMock())
-        names = iter(["it-1", "it-2"])
-        with Pool.running(
-            MagicMock(), quota, fillers=0, name=lambda _: next(names), logs=lambda _: None
-        ) as pool:
+        monkeypatch.setattr(pool_module, "Machine", MagicMock())
+        with Pool.running(MagicMock(), quota, fillers=0) as pool:
             opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
                 pool._clone(opened, blueprint, arm=True).stack.close()
