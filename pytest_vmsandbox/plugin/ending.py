@@ -30,7 +30,7 @@ def finish(run: VMSession, messages: Messages, lease: Lease) -> list[str]:
     """
     if lease.session is None:
         return []
-    if (loss := lease.guest.loss) is not None:
+    if (loss := lease.guest.engine.loss) is not None:
         return [f"after the last test in it: {loss.brief}"]
     said = lease.session.finish(COLLECT_SECONDS * lease.patience)
     lease.is_untouched = any("untouched" in message for message in said)
@@ -56,7 +56,7 @@ def bring_back(run: VMSession, lease: Lease) -> list[str]:
     """
     if not lease.has_collected or lease.is_untouched:
         return []
-    if lease.guest.loss is not None:
+    if lease.guest.engine.loss is not None:
         note_loss(run, lease)
         return []
     try:

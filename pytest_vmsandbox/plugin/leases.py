@@ -106,7 +106,7 @@ class Leases:
     def _drop_lost(self, item: pytest.Item, place: Place) -> None:
         """End the guest of a place if it is lost."""
         lease = self._leases.get(place)
-        if lease is None or (loss := lease.guest.loss) is None:
+        if lease is None or (loss := lease.guest.engine.loss) is None:
             return
         ending.note_loss(self._run, lease)
         self._end(place)

@@ -69,11 +69,11 @@ class Provisioner:
         """A guest with what its tests need, and a keeper to start sessions with."""
         self._check_python(plan.image)
         factory = self._run.factory
-        factory.require(plan.image)
+        factory.backend.require(plan.image)
         if self._payload is None:
             self._payload = self._prepared(session)
         payload = self._payload
-        patience = factory.patience(plan.image)
+        patience = factory.backend.patience(plan.image)
         alone = plan.isolation == "test"
         image = factory.with_step(plan.image, install.environment_step(payload))
         if alone:
@@ -176,7 +176,7 @@ class Provisioner:
 
     def _resume(self, lease: Lease, kind: Place) -> list[Message]:
         """Take over the session that waits in a clone; what it said besides."""
-        facts: Any = lease.guest.facts
+        facts: Any = lease.guest.engine.facts
         lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],

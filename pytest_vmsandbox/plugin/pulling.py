@@ -106,7 +106,7 @@ def bring_back(
     from pytest_vmsandbox.inside import harvest
 
     found = harvest.bring_back(
-        guest.stream_script,
+        guest.engine.stream_script,
         tree,
         folder,
         patterns=patterns(session.config),
