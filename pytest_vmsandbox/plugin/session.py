@@ -340,8 +340,6 @@ class VMSession:
         return [provision for provision in found if provision is not None]
 
     def guest_ready(self, guest: Guest) -> None:
-        if self.item is not None:
-            self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
         self._guests[guest.name].guest = guest
 

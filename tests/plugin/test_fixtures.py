@@ -285,6 +285,16 @@ class TestArtifacts:
 
 
 class TestLogsOfGuestsThatTestsShare:
+    def test_have_no_folder_before_something_is_put_into_it(self, suite):
+        suite.write("""
+            from pathlib import Path
+
+            def test_good(vm):
+                (logs,) = Path("kept").iterdir()
+                assert logs.name.startswith("guests-")
+        """)
+        suite.run("--vm-artifacts=kept").assert_outcomes(passed=1)
+
     @pytest.mark.parametrize("isolation", ["module", "session"])
     def test_are_kept_with_each_test_that_fails(self, suite, isolation):
         suite.write(f"""
