@@ -32,7 +32,7 @@ from pytest_vmsandbox.plugin.schedule import Schedule
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 
@@ -40,13 +40,13 @@ _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 class Inside:
     """The tests of one run that run inside guests."""
 
-    def __init__(self, session: VMSession) -> None:
-        self._session = session
-        self._config = session.config
-        self._hooks = Hooks(session)
-        self._messages = Messages(session, self._hooks)
-        self._leases = Leases(session, self._messages)
-        self._schedule = Schedule(session.config)
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._config = run.config
+        self._hooks = Hooks(run)
+        self._messages = Messages(run, self._hooks)
+        self._leases = Leases(run, self._messages)
+        self._schedule = Schedule(run.config)
         self.benchmarks = self._messages.benchmarks
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._ids: set[str] = set()
@@ -57,7 +57,7 @@ class Inside:
         """Carry out a test's protocol in its guest."""
         self._leave_limit_to_guest()
         try:
-            self._run(item, nextitem)
+            self._carry_out(item, nextitem)
         except KeyboardInterrupt:
             self._leases.interrupt(item)
             raise
@@ -68,7 +68,7 @@ class Inside:
         if known and self._config.getini("faulthandler_timeout"):
             faulthandler.cancel_dump_traceback_later()
 
-    def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    def _carry_out(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
         self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
         last: pytest.TestReport | None = None
@@ -103,7 +103,7 @@ class Inside:
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
-        self._session.note_report(item, report)
+        self._run.note_report(item, report)
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
@@ -121,7 +121,7 @@ class Inside:
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
-                add_hints(call.excinfo.value, self._session.hints)
+                add_hints(call.excinfo.value, self._run.hints)
             yield [self._made(item, call), self._passed(item, "teardown")]
             return
         assert call.result is not None
@@ -182,12 +182,12 @@ class Inside:
             if item.nodeid in self._retried:
                 return False
             self._retried.add(item.nodeid)
-            self._session.note_retry(error, item)
+            self._run.note_retry(error, item)
             return True
         if ahead:  # any of them may have done it, while reports were on their way: one by one, then
             self._schedule.alone.update([nodeid, *ahead])
-            self._session.failed = True  # it may not happen again, and it has happened
-            self._session.tell(
+            self._run.failed = True  # it may not happen again, and it has happened
+            self._run.tell(
                 f"{error.brief}\n  One of these tests has done it. They run again, one by one: "
                 f"{', '.join([nodeid, *ahead])}"
             )
@@ -265,7 +265,7 @@ class Inside:
         return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
 
     def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
-        add_hints(error, self._session.hints)
+        add_hints(error, self._run.hints)
 
         def fail() -> NoReturn:
             raise error
@@ -317,7 +317,7 @@ class Inside:
                 if theirs == indices and other.partition("[")[0] == base:
                     if other in self._ids_here(item.session):  # it is another test: the sets differ
                         break
-                    self._session.tell(
+                    self._run.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
                         "differ between the two Pythons"
                     )

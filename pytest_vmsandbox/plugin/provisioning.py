@@ -25,7 +25,7 @@ from pytest_vmsandbox.plugin.session_config import session_config
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_LOST = 3  # waiting sessions in a row that do not resume
 
@@ -37,7 +37,7 @@ class Provisioner:
     for all clones.
     """
 
-    def __init__(self, run: VMSession) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._config = run.config
         self._payload: Payload | None = None

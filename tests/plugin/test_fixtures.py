@@ -329,7 +329,7 @@ class TestLogsOfGuestsThatTestsShare:
     def test_of_a_fixture_of_the_users(self, suite):
         suite.write("""
             import pytest
-            from pytest_vmsandbox.plugin import SESSION
+            from pytest_vmsandbox.plugin import RUN
 
             @pytest.fixture(scope="module")
             def mine(vm_factory):
@@ -341,7 +341,7 @@ class TestLogsOfGuestsThatTestsShare:
             def test_c(mine): assert False
 
             def test_d(mine, pytestconfig):
-                note = pytestconfig.stash[SESSION].hints()[0].removeprefix("artifacts: ")
+                note = pytestconfig.stash[RUN].hints()[0].removeprefix("artifacts: ")
                 with open(note + "/alpha-1-1/console.log") as file:
                     assert file.read() == "alpha-1-1 boots"
         """)

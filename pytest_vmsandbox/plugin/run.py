@@ -50,7 +50,7 @@ class _Known:
     has_failed: bool = False
 
 
-class VMSession:
+class Run:
     """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
@@ -362,29 +362,29 @@ class VMSession:
 
 
 class SharedGuests:
-    """Guests that live as long as a module or a session, by image and hardware."""
+    """Guests that live as long as a module or a run, by image and hardware."""
 
-    def __init__(self, session: VMSession, stack: ExitStack) -> None:
-        self._session = session
+    def __init__(self, run: Run, stack: ExitStack) -> None:
+        self._run = run
         self._stack = stack
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
 
     @classmethod
     @contextmanager
-    def open(cls, session: VMSession) -> Iterator[SharedGuests]:
+    def open(cls, run: Run) -> Iterator[SharedGuests]:
         """No guests yet; at the end all are gone."""
         with ExitStack() as stack:
-            yield cls(session, stack)
+            yield cls(run, stack)
 
     def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        key = (image, self._session.image(), hardware)
+        key = (image, self._run.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
             own = self._stack.enter_context(ExitStack())
-            lease = self._session.factory.lease(image, hardware)
+            lease = self._run.factory.lease(image, hardware)
             self._guests[key] = own.enter_context(lease), own
         guest, _ = self._guests[key]
-        self._session.note_use(guest)
+        self._run.note_use(guest)
         return guest
