@@ -46,7 +46,7 @@ from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.pace import USUAL_PROOF, Pace
+from pytest_vmsandbox.machine.pace import USUAL_PROOF
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -81,7 +81,6 @@ class GuestFactory:
         self._provisioned: dict[str, PreparedImage] = {}
         self._guests: list[Guest] = []  # those that somebody has
         self._expected: dict[tuple[PreparedImage, Hardware], int] = {}  # guests that are to come
-        self._pace = Pace()
 
     @classmethod
     @contextmanager
@@ -453,7 +452,7 @@ class GuestFactory:
             verdict=self.accelerator(image),
             hardware=hardware,
             qemu_args=self._callbacks.qemu_args,
-            pace=self._pace,
+            pace=self._running().pace,
         )
 
     @cached_property
@@ -536,12 +535,12 @@ class GuestFactory:
                 built.verified()  # it knows the remedy
                 raise
             if (verdict := self._verdicts[image]).accelerator != "tcg":  # that one was proven
-                self._pace.took(verdict.seconds, usual=USUAL_PROOF)
+                self._running().pace.took(verdict.seconds, usual=USUAL_PROOF)
         return self._verdicts[image]
 
     def patience(self, image: str) -> float:
         """By how much limits on guests of this image are longer than natively on a usual host."""
-        return self._pace.stretch(1.0, self.accelerator(image).time_scale)
+        return self._running().pace.stretch(1.0, self.accelerator(image).time_scale)
 
     def _to_prove(self, built: BuiltImage) -> Hypervisor:
         """What a proof runs on; a damaged image would prove nothing, and be remembered."""

@@ -101,7 +101,7 @@ class Machines:
         else:
             start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
         machine = stack.enter_context(
-            self.blueprint.running(
+            Machine.running(
                 self._hypervisor,
                 self.blueprint.machine(self.name, self._key.public, start),
                 disks=self._disks,

@@ -26,6 +26,7 @@ from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
@@ -346,7 +347,7 @@ class Pool:
             opened.check_current()
             own = ExitStack()
             machine = own.enter_context(
-                blueprint.running(
+                Machine.running(
                     self._hypervisor,
                     spec,
                     disks=disks,

@@ -57,7 +57,7 @@ class Monitor:
         *,
         log: Callable[[str], None],
         timeout: float,
-        pace: Pace | None = None,
+        pace: Pace,
     ) -> Iterator[Monitor]:
         """A monitor on our end of a socket pair; it takes the socket over.
 
@@ -69,7 +69,7 @@ class Monitor:
         Raises:
             MonitorError: QEMU did not greet us in time.
         """
-        monitor = cls(loop, log, pace or Pace())
+        monitor = cls(loop, log, pace)
         try:
             monitor._await(monitor._client.connect(sock), timeout, "greeting")
             pump = loop.submit(monitor._pump())

@@ -9,7 +9,6 @@ import pytest
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
-from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import find_qemu
 
@@ -30,17 +29,7 @@ def firmware(vm_factory):
                 processor=processor_models(accelerator, qemu.version)[-1],
                 hardware=Hardware(memory=128 * MIB),
             )
-            return stack.enter_context(
-                Machine.running(
-                    hypervisor.launcher,
-                    hypervisor.loop,
-                    spec,
-                    kernel=None,
-                    initrd=None,
-                    disks=Disks(base=None, overlays=()),
-                    logs=None,
-                )
-            )
+            return stack.enter_context(Machine.running(hypervisor, spec))
 
         yield start
 

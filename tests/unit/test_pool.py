@@ -514,6 +514,7 @@ class TestArm:
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(resume, "from_state", MagicMock())
+        monkeypatch.setattr(pool_module, "Machine", MagicMock())
         names = iter(["it-1", "it-2"])
         with Pool.running(
             MagicMock(), quota, fillers=0, name=lambda _: next(names), logs=lambda _: None

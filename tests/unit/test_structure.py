@@ -20,9 +20,6 @@ TOO_LARGE = {
     "guests/pool.py:Pool._clone",
     "inside/runner.py",
     "inside/session.py",
-    "machine/machine.py",
-    "machine/machine.py:Machine",
-    "machine/machine.py:Machine.running",
     "plugin/config.py:add_options",
     "plugin/leases.py:Leases",
 }

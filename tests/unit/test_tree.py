@@ -559,9 +559,7 @@ class TestPush:
         else:
             (root / "sub").chmod(0o711)
         expected = ["a b"] if change in {"content", "time"} else []
-        assert (
-            list(changes(guest.stream_script, Tree.of(root), str(dest)).written) == expected
-        )
+        assert list(changes(guest.stream_script, Tree.of(root), str(dest)).written) == expected
         push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest) == picture(root)
 
