@@ -641,10 +641,22 @@ class TestPower:
         assert vm.alive
 
     def test_one_restart_after_the_other(self, vm, platform):
-        """The second one would wait for a restart that is over."""
+        """Else the second one might wait for a restart that is over."""
         (machine,) = platform.machines
+        reached, go_on = threading.Event(), threading.Event()
+
+        def boot(machine):
+            reached.set()
+            assert go_on.wait(10)
+
+        platform.booting = boot
         with ThreadPoolExecutor(2) as pool:
-            for restart in [pool.submit(vm.reboot) for _ in range(2)]:
+            restarts = [pool.submit(vm.reboot) for _ in range(2)]
+            assert reached.wait(10)
+            time.sleep(0.05)  # the second one may get as far as it can
+            assert machine.names == ["RESET"]
+            go_on.set()
+            for restart in restarts:
                 restart.result(10)
         assert machine.names == ["RESET"] * 2
 
