@@ -16,6 +16,7 @@ from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
+    CacheError,
     ConfigError,
     GuestLost,
     InterpreterLost,
@@ -81,7 +82,7 @@ class Leases:
         self._tell = tell
         self._leases: dict[Key, Lease] = {}
         self._failures: dict[Key, VMSandboxError] = {}
-        self._unfit: dict[tuple[str, str], TransferError] = {}  # by image and hardware
+        self._unfit: dict[tuple[str, str], TransferError | CacheError] = {}  # by image and hardware
         self._unlucky: dict[Key, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Key] = set()  # kinds of guests that are expected
@@ -225,7 +226,7 @@ class Leases:
         with ExitStack() as stack:
             try:
                 guest = stack.enter_context(self._session.factory.boot(prepared, **hardware))
-            except TransferError as error:
+            except (TransferError, CacheError) as error:
                 self._unfit[kind] = error
                 raise
             with stack:
