@@ -192,7 +192,7 @@ class TemplateBuilder:
         self._throw_away(opened.template, opened.about, fault)
 
     def _throw_away(self, template: Template, about: str, fault: str) -> None:
-        if self._store.throw_away(template):
+        if self._store.throw_away(template.key, template):
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
@@ -204,7 +204,7 @@ class TemplateBuilder:
             template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
-                    lock = stack.enter_context(self._store.hold(template))
+                    lock = stack.enter_context(self._store.hold(template.folder))
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
                     return OpenTemplate(
@@ -265,7 +265,7 @@ class TemplateBuilder:
             template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as own:
                 with suppress(FileNotFoundError):  # then it is gone, or its lock
-                    own.enter_context(self._store.hold(template))
+                    own.enter_context(self._store.hold(template.folder))
                 if not (fault := template.damage()):
                     stack.push(own.pop_all())
                     return template

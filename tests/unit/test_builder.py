@@ -227,7 +227,7 @@ class TestBuild:
     def test_force_does_not_replace_what_is_in_use(self, tmp_path, make, lines):
         definition = define(tmp_path / "mine", f"echo == built;{DELIVER}")
         image = make(definition)
-        with image.hold(), pytest.raises(ImageError, match="in use"):
+        with image.hold(), pytest.raises(CacheError, match="in use"):
             make(definition, force=True)
         assert image.kernel.exists()
         assert lines == ["built"]

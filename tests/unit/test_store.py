@@ -32,7 +32,7 @@ def fill(folder, lock):
 
 store = Store(cache, TEMPLATES, Entry)
 entry = store.make("key", fill, on_busy=lambda: (waiting / sys.argv[5]).touch())
-with store.hold(entry):
+with store.hold(entry.folder):
     print((entry.folder / "file").read_text(), entry.record["more"], entry.damage())
 """
 
@@ -82,7 +82,7 @@ def test_one_limit_holds_for_all_that_is_made_anew(tmp_path):
     add(tmp_path, IMAGES, "image/1", size=100_000)
     one = Store(tmp_path, TEMPLATES, Entry).all()[0].size_on_disk
     store = Store(tmp_path, ENVIRONMENTS, Entry)
-    with store.hold(store.all()[0]):
+    with store.hold(store.all()[0].folder):
         os.utime(store.root / "e1" / "in-use.lock", (0, 0))
         store.shrink(limit=3 * one)
         assert not (tmp_path / "templates" / "t1").exists()
@@ -118,11 +118,8 @@ def test_nothing_is_left_where_the_disk_is_full(tmp_path):
 def test_what_is_in_use_is_not_replaced(tmp_path):
     entry = add(tmp_path, IMAGES, "image/1")
     store = Store(tmp_path, IMAGES, Entry)
-    assert not store.in_use("image/1")
-    with store.hold(entry):
-        assert store.in_use("image/1")
-        with pytest.raises(CacheError, match="is in use"):
-            store.make("image/1", lambda *_: {}, on_busy=lambda: None, replace=True)
+    with store.hold(entry.folder), pytest.raises(CacheError, match="is in use"):
+        store.make("image/1", lambda *_: {}, on_busy=lambda: None, replace=True)
     assert entry.damage() == ""
     assert store.make("image/1", lambda *_: {"b": 1}, on_busy=lambda: None, replace=True) != entry
 

@@ -159,7 +159,7 @@ class TestFault:
 
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
-        store.throw_away(opened.template)
+        store.throw_away(opened.template.key, opened.template)
         with pytest.raises(LaunchError, match="another run has thrown away"):
             opened.check_current()
         keep("")
