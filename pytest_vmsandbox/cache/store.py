@@ -295,7 +295,10 @@ class Store(Generic[E]):
             TeardownError: something of it cannot be removed.
         """
         freed = sum(map(remove_tree, self.root.glob(f"{_GONE}*")))
-        names = {lock.stem for lock in self.root.glob("[!.]*.lock")}
+        locks = {lock.stem for lock in self.root.glob("[!.]*.lock")}
+        names = {name for name in locks if not (self.root / name).exists()}
+        if self._kind is IMAGES:  # older versions made images beside those that are built
+            names |= {path.parent.name for path in self.root.glob("*/.*")}
         for prefix in (_NEW, _FORMERLY_NEW, _WORK):
             names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
         for name in names:

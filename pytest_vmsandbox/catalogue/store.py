@@ -208,23 +208,19 @@ class ImageStore(Store[BuiltImage]):
                 raise unusable(used, why)
         raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
 
-    def remove(self, image: ImageDefinition | str) -> int:
-        """Remove the built image of a definition, or all that are built of a name.
+    def remove(self, name: str) -> int:
+        """Remove all images that are built of a name.
 
         Returns:
             Bytes that are free now.
 
         Raises:
             ImageError: guests use it. What nobody uses of that name is removed all the same.
-            ConfigError: that is no name, or a file of the definition cannot be read.
+            ConfigError: that is no name.
             TeardownError: files cannot be removed.
         """
-        if isinstance(image, str):
-            check_name(image, "remove")
-            name, folders = image, self.folders_of(image)
-        else:
-            name, folders = image.name, [self.root / self.key(image)]
-        discarded = self.discard(folders)
+        check_name(name, "remove")
+        discarded = self.discard(self.folders_of(name))
         if discarded.in_use:
             raise ImageError(
                 f"the image {name!r} is in use",

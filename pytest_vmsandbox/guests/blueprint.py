@@ -84,7 +84,7 @@ class Blueprint:
     def disks(
         self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
     ) -> AbstractContextManager[Disks]:
-        """Fresh disks for one guest; see `Disks.open`."""
+        """Fresh disks for one guest, gone at the end. `frozen` is what was written before."""
         return Disks.open(
             base=self.built.disk,
             root_size=self.hardware.disk,
@@ -103,7 +103,7 @@ class Blueprint:
         memory: IO[bytes] | None,
         state: IO[bytes] | None,
     ) -> AbstractContextManager[Machine]:
-        """A running machine, one of `machine`; see `Machine.running`."""
+        """A running machine, one of `machine`, which ends with the context."""
         return Machine.running(
             hypervisor.launcher,
             hypervisor.loop,

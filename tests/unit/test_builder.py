@@ -529,7 +529,7 @@ class TestStore:
         assert store.remove("mine") == size > 0
         assert store.all() == [other]
         assert store.state(mine.definition) is ImageState.MISSING
-        assert store.remove(other.definition) == size
+        assert store.remove(other.definition.name) == size
         assert store.all() == []
         assert store.remove("other") == 0
 
@@ -539,7 +539,7 @@ class TestStore:
             with image.hold(), pytest.raises(ImageError, match="'mine' is in use"):
                 store.remove("mine")
             with pytest.raises(ImageError, match="'mine' is in use"):
-                store.remove(image.definition)
+                store.remove(image.definition.name)
             assert image.kernel.exists()
         assert store.remove("mine") > 0
 
