@@ -88,15 +88,22 @@ class Payload:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=say)
+        tell = tell or say
+        trees = tuple(map(Tree.of, outside))
+        for tree in trees:
+            files = sum(entry.kind == "file" for entry in tree.entries.values())
+            tell(
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+            )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),
-            outside=tuple(map(Tree.of, outside)),
+            outside=trees,
             project=project,
             requirements=requirements,
             cache=cache_dir(),
             offline=offline,
             say=say,
-            tell=tell or say,
+            tell=tell,
         )
 
 
