@@ -1,4 +1,4 @@
-"""What is done to guests once, before they are sealed, and what its result depends on."""
+"""What is done to guests once, before they become a template, and what its result depends on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Facts = Mapping[str, object] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Provision:
-    """A layer on top of an image: something that is done to a guest before it is sealed.
+    """A layer on top of an image: something that is done to a guest before it becomes a template.
 
     It is done anew when something of what it depends on has changed, and not once per run.
 

@@ -50,7 +50,7 @@ class _Known:
 
 
 class VMSession:
-    """The state of one run. It costs nothing until a test asks for a guest.
+    """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
@@ -233,25 +233,9 @@ class VMSession:
     @cached_property
     def factory(self) -> GuestFactory:
         """Boots guests for this run."""
-        from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+        from pytest_vmsandbox.guests.factory import GuestFactory
 
-        surroundings = Surroundings(
-            logs=self._logs,
-            begun=self._begun,
-            image=self.image,
-            hints=self.hints,
-            say=self.say,
-            tell=self.tell,
-            retried=self.note_retry,
-            missing=self._missing,
-            qemu_args=self._qemu_args,
-            provisions=self._provisions,
-            ready=self._ready,
-            stopping=self._stopping,
-        )
-        factory = self._stack.enter_context(
-            GuestFactory.open(options.settings(self.config), surroundings)
-        )
+        factory = self._stack.enter_context(GuestFactory.open(options.settings(self.config), self))
         for image, hardware in self.coming:
             factory.expect(image, factory.hardware(image, hardware))
         return factory
@@ -322,10 +306,10 @@ class VMSession:
                 lines[f"vmsandbox: {error.brief}"] = None
         return list(lines)
 
-    def _logs(self, guest: str) -> Path | None:
+    def logs(self, guest: str) -> Path | None:
         return self.artifacts.of_logs(guest)
 
-    def _begun(self, guest: str) -> None:
+    def guest_begun(self, guest: str) -> None:
         if self.item is not None:
             self._guests[guest].is_used = True
 
@@ -349,26 +333,26 @@ class VMSession:
             elif reporter is not None:
                 reporter.write_line(f"vmsandbox: {text}")
 
-    def _missing(self, error: VMSandboxError) -> NoReturn:
+    def missing(self, error: VMSandboxError) -> NoReturn:
         if options.skip_missing(self.config):
             pytest.skip(f"{error.brief} (--vm-missing=skip)")
         raise error
 
-    def _qemu_args(self, spec: MachineSpec) -> list[str]:
+    def qemu_args(self, spec: MachineSpec) -> list[str]:
         hook = self.config.hook.pytest_vmsandbox_qemu_args
         return [arg for more in hook(config=self.config, spec=spec) for arg in more]
 
-    def _provisions(self, image: str) -> list[Provision]:
+    def provisions(self, image: str) -> list[Provision]:
         hook = self.config.hook.pytest_vmsandbox_provision
         return [it for it in reversed(hook(config=self.config, image=image)) if it is not None]
 
-    def _ready(self, guest: Guest) -> None:
+    def guest_ready(self, guest: Guest) -> None:
         if self.item is not None:
             self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
         self._guests[guest.name].guest = guest
 
-    def _stopping(self, guest: Guest, failed: bool) -> None:
+    def guest_stopping(self, guest: Guest, failed: bool) -> None:
         item = self.item
         if item is not None and guest.name in self._used_by(item):
             failed = failed or item.stash.get(FAILED, False)

@@ -15,8 +15,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from pytest_vmsandbox.cli.figures.guests import Site
-from pytest_vmsandbox.cli.figures.suites import inside_pairs
+from pytest_vmsandbox.cli.benchmark.guests import Setup
+from pytest_vmsandbox.cli.benchmark.suites import inside_pairs
 from pytest_vmsandbox.core.settings import Settings
 
 
@@ -29,18 +29,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        site = Site(image=args.image, settings=Settings(), hardware={}, folder=Path(name))
-        pairs = inside_pairs(site, number=args.pairs, tests=args.tests)
+        setup = Setup(image=args.image, settings=Settings(), hardware={}, folder=Path(name))
+        pairs = inside_pairs(setup, number=args.pairs, tests=args.tests)
     figures = {
         "schema": 1,
         "tests": args.tests,
         "pairs": args.pairs,
-        "inside_ms": round(statistics.median(inside for inside, _ in pairs), 2),
-        "plain_ms": round(statistics.median(plain for _, plain in pairs), 2),
-        "in_guest_overhead_ms": round(
-            statistics.median(inside - plain for inside, plain in pairs), 2
-        ),
-        "ratio": round(statistics.median(inside / plain for inside, plain in pairs), 3),
+        "inside_ms": round(pairs.first, 2),
+        "plain_ms": round(pairs.second, 2),
+        "in_guest_overhead_ms": round(statistics.median(pairs.differences), 2),
+        "ratio": round(pairs.ratio, 3),
     }
     if args.json:
         print(json.dumps(figures))

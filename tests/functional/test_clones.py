@@ -21,8 +21,9 @@ from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import sealing, waking
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests import resume, template_builder
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
@@ -59,9 +60,11 @@ def factory(cache):
 
         def open_one(clones="demand", cache=cache, **more):
             told = Told()
-            surroundings = Surroundings(say=told.append, tell=told.append, **more)
+            callbacks = Announcer(told.append)
+            for name, callback in more.items():
+                setattr(callbacks, name, callback)
             settings = Settings(cache=cache, clones=clones)
-            one: Any = stack.enter_context(GuestFactory.open(settings, surroundings))
+            one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
             one.told = told
             return one
 
@@ -188,7 +191,7 @@ class TestSharingNothing:
     def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            (sealed,) = one._sealer._open.values()
+            (sealed,) = one._builder._open.values()
             pid = vm._machine.process.pid
             maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
@@ -268,7 +271,7 @@ class TestTemplates:
             vm.shell("echo so it went >/dev/console")
             vm.run(["false"])
 
-        one = factory(logs=logs, begun=begun.append)
+        one = factory(logs=logs, guest_begun=begun.append)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
         assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
@@ -416,7 +419,7 @@ class TestChance:
 
     def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
         retried = []
-        first(sealing, "settle", lambda guest, _: self.kill(guest._machine.process))
+        first(template_builder, "settle", lambda guest, _: self.kill(guest._machine.process))
         with factory(retried=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
         (error,) = retried
@@ -437,13 +440,13 @@ class TestChance:
         def panic(vm, _):
             vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
 
-        first(sealing, "settle", panic)
+        first(template_builder, "settle", panic)
         with factory(retried=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert retried == []
 
     def test_a_clone_that_is_killed(self, factory, first):
-        first(waking, "wake", lambda machine, _: self.kill(machine.process))
+        first(resume, "from_state", lambda machine, _: self.kill(machine.process))
         one = factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"

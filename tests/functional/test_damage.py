@@ -15,7 +15,8 @@ from pytest_vmsandbox import ImageError
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.templates import TemplateStore
 from support import damage
 
@@ -29,9 +30,9 @@ class Run:
 
     def __init__(self, cache, stack, clones="demand"):
         self.told: list[str] = []
-        surroundings = Surroundings(say=self.told.append, tell=self.told.append)
+        callbacks = Announcer(self.told.append)
         settings = Settings(cache=cache, clones=clones)
-        self.factory: GuestFactory = stack.enter_context(GuestFactory.open(settings, surroundings))
+        self.factory: GuestFactory = stack.enter_context(GuestFactory.open(settings, callbacks))
 
     def about(self, word):
         return [line for line in self.told if word in line]

@@ -62,18 +62,18 @@ class FakeFactory:
         self.count += 1
         guest = FakeGuest(f"{image}-{self.count}", image)
         self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
-        self.session._begun(guest.name)
-        logs = self.session._logs(guest.name)
+        self.session.guest_begun(guest.name)
+        logs = self.session.logs(guest.name)
         (logs / "console.log").write_text(f"{guest.name} boots")
         if image == "beta" and hardware.get("cpus") == 13:
             raise BootError("beta does not come up", stage="kernel", seconds=3)
-        self.session._ready(guest)
+        self.session.guest_ready(guest)
         failed = True
         try:
             yield guest
             failed = False
         finally:
-            self.session._stopping(guest, failed)
+            self.session.guest_stopping(guest, failed)
             self.note("end", guest.name)
 
 

@@ -21,7 +21,7 @@ def note(config, *words):
 
 @pytest.fixture(scope="session", autouse=True)
 def fakes(pytestconfig):
-    def seal(self, prepared):
+    def build(self, prepared):
         note(pytestconfig, "prepare", prepared.image, *(step.about for step in prepared.steps))
 
     @contextmanager
@@ -31,7 +31,7 @@ def fakes(pytestconfig):
         yield SimpleNamespace(name=prepared.image, alive=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GuestFactory, "_seal", seal)
+        patch.setattr(GuestFactory, "_build_template", build)
         patch.setattr(GuestFactory, "boot", boot)
         yield
 

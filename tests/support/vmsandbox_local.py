@@ -80,18 +80,18 @@ class LocalFactory:
         Hardware().changed(hardware)
         self.count += 1
         guest = Local(f"{image}-{self.count}", image)
-        self.session._begun(guest.name)
-        (self.session._logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
+        self.session.guest_begun(guest.name)
+        (self.session.logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
         for step in prepared.steps:
             guest.facts = step.run(guest)
-        self.session._ready(guest)
+        self.session.guest_ready(guest)
         failed = True
         try:
             yield guest
             failed = False
         finally:
             try:
-                self.session._stopping(guest, failed)  # which users' hooks may fail
+                self.session.guest_stopping(guest, failed)  # which users' hooks may fail
             finally:
                 end_all(f"{self.folder / guest.name}/")
 
