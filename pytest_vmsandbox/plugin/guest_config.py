@@ -17,6 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
 from pytest_vmsandbox.plugin import beside
@@ -150,7 +151,7 @@ def plugins(config: pytest.Config) -> list[str]:
     manager = config.pluginmanager
     names: dict[str, None] = {}
     for _, distribution in manager.list_plugin_distinfo():
-        if _canonical(distribution.metadata["Name"]) in _ONLY_HERE:
+        if canonicalize_name(distribution.metadata["Name"]) in _ONLY_HERE:
             continue
         for point in distribution.entry_points:
             if point.group == "pytest11" and manager.has_plugin(point.name):
@@ -263,7 +264,7 @@ def _host_only() -> frozenset[str]:
     return frozenset(
         name
         for point in entry_points(group="pytest11")
-        if point.dist is not None and _canonical(point.dist.name) in _ONLY_HERE
+        if point.dist is not None and canonicalize_name(point.dist.name) in _ONLY_HERE
         for name in (point.name, point.module)
     )
 
@@ -292,10 +293,6 @@ def _value(config: pytest.Config, key: str) -> Any:
     if value is None and key.startswith("strict_"):
         return config.getini("strict") or None
     return value
-
-
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
 
 
 def _packed(value: Any, translate: Callable[[str], str]) -> Any:

@@ -188,14 +188,6 @@ class _Reached:
     def pytest_runtest_logreport(self) -> None:
         self.called = True
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logstart(self) -> None:
-        self.called = True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logfinish(self) -> None:
-        self.called = True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_warning_recorded(self) -> None:
-        self.called = True
+    pytest_runtest_logstart = pytest_runtest_logreport
+    pytest_runtest_logfinish = pytest_runtest_logreport
+    pytest_warning_recorded = pytest_runtest_logreport

@@ -26,7 +26,7 @@ RETRIED = "vm_retried"  # the property of a test, in junit, that a fresh guest w
 _HIDDEN: tuple[str, ...] = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
 _STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
 _PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are installed
-_PYTESTS = tuple(it.__path__[0] for it in (_pytest, pluggy))
+_PYTESTS = (_pytest.__path__[0], pluggy.__path__[0])
 
 
 def make_report(

@@ -73,7 +73,7 @@ def stand_in(
 def replace(session: VMSession, items: list[pytest.Item]) -> None:
     """Put the tests that guests have collected into the places of the files."""
     if session.unimportable and collection.refused(session.config) is None:
-        items[:] = [it for item in items for it in _collected(session, item)]
+        items[:] = [test for item in items for test in _collected(session, item)]
 
 
 def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
@@ -88,7 +88,7 @@ def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
     file, image = collection.plain_nodeid(item), collection.image_of(item)
     assert item.parent is not None
     assert image is not None
-    plains = [it for it in found.items if it.partition("::")[0] == file]
+    plains = [nodeid for nodeid in found.items if nodeid.partition("::")[0] == file]
     for plain in plains:
         one = RemoteItem.of(item.parent, image=image, plain=plain)
         _describe(one, found.details.get(plain))
@@ -103,7 +103,7 @@ def _describe(item: RemoteItem, details: Any) -> None:
         (_, line, _), keywords, marks = details
         if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
-        item.extra_keyword_matches.update(str(it) for it in keywords)
+        item.extra_keyword_matches.update(map(str, keywords))
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
                 with suppress(
