@@ -222,12 +222,11 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
     stay = {*_host_only(), *_OURS_PLUGINS}
     if hasattr(config, "workerinput"):
         stay.add("terminal")  # no worker of xdist has one
-    of_environment = filter(None, os.environ.get("PYTEST_PLUGINS", "").split(","))
     words = config.invocation_params.args
     typed = {word[2:] for word in map(str, words) if word.startswith("-p")}
     typed.update(str(name) for word, name in pairwise(words) if word == "-p")
     found: tuple[list[str], list[str]] = ([], [])
-    for name in (*config.option.plugins, *of_environment):
+    for name in _asked_for(config):
         bare = name.removeprefix("no:")
         if (
             bare not in stay
@@ -240,12 +239,17 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
 
 def only_here(config: pytest.Config) -> list[str]:
     """The plugins, named for this run, that no guest can have; those of ours do not count."""
-    of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
     return [
         name
-        for name in dict.fromkeys((*config.option.plugins, *of_environment))
+        for name in dict.fromkeys(_asked_for(config))
         if not name.startswith("vmsandbox") and _is_only_here(config, name)
     ]
+
+
+def _asked_for(config: pytest.Config) -> list[str]:
+    """The plugins, or ``no:NAME``, of the command line, and of the environment."""
+    of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
+    return [name for name in (*config.option.plugins, *of_environment) if name]
 
 
 def _is_only_here(config: pytest.Config, name: str) -> bool:
