@@ -17,14 +17,15 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import collection, config as options, pulling, selection
+from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
 from pytest_vmsandbox.plugin.artifacts import Artifacts
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
+    from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
@@ -75,7 +76,7 @@ class VMSession:
         self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
-        self.coming: list[tuple[str, Mapping[str, object]]] = []
+        self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
 
@@ -160,8 +161,17 @@ class VMSession:
 
         return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
 
-    def images(self, wishes: selection.Wishes) -> list[str]:
-        """The images that a test with these wishes runs on.
+    @cached_property
+    def hardware(self) -> Hardware:
+        """Of a guest for which no marker says otherwise.
+
+        Raises:
+            pytest.UsageError: the ini file says something invalid.
+        """
+        return options.hardware(self.config)
+
+    def images(self, request: selection.GuestRequest) -> list[str]:
+        """The images that a test runs on.
 
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
@@ -169,11 +179,11 @@ class VMSession:
         if self.selection_error is not None:
             raise self.selection_error
         selected, from_command_line = self._selected
-        for globs in (wishes.skip, wishes.xfail):
+        for globs in (request.skip, request.xfail):
             for glob in globs:
                 self.catalogue.select([glob])
         return selection.applicable(
-            wishes,
+            request,
             selected=selected,
             from_command_line=from_command_line,
             select=self.catalogue.select,
@@ -189,9 +199,9 @@ class VMSession:
         """
         if self.item is None:
             return None
-        if (image := collection.image_of(self.item)) is not None:
-            return image
-        return next(iter(self.images(selection.read_marks(self.item.iter_markers("vm")))), None)
+        if (plan := plans.find(self.item)) is not None:
+            return plan.image
+        return next(iter(self.images(plans.request_of(self.item))), None)
 
     def base(
         self, prepared: PreparedImage | PreparedLayer | None
@@ -237,7 +247,7 @@ class VMSession:
 
         factory = self._stack.enter_context(GuestFactory.open(options.settings(self.config), self))
         for image, hardware in self.coming:
-            factory.expect(image, factory.hardware(image, hardware))
+            factory.expect(image, hardware)
         return factory
 
     @cached_property
@@ -317,7 +327,9 @@ class VMSession:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        again = [collection.argument_of(self.item), *options.which_guest(self.config)]
+        plan = plans.find(self.item)
+        argument = plan.file if plan is not None and plan.is_remote else self.item.nodeid
+        again = [argument, *options.which_guest(self.config)]
         return [
             f"artifacts: {self.artifacts_of(self.item)}",
             f"reproduce: pytest {shlex.join(again)}",
@@ -385,16 +397,15 @@ class SharedGuests:
         with ExitStack() as stack:
             yield cls(session, stack)
 
-    def get(self, image: str | PreparedImage | PreparedLayer, wishes: selection.Wishes) -> Guest:
+    def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        hardware = repr(sorted(wishes.hardware.items()))
         key = (image, self._session.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
             own = self._stack.enter_context(ExitStack())
-            boot = self._session.factory.boot(image, **wishes.hardware)
-            self._guests[key] = own.enter_context(boot), own
+            lease = self._session.factory.lease(image, hardware)
+            self._guests[key] = own.enter_context(lease), own
         guest, _ = self._guests[key]
         self._session.note_use(guest)
         return guest

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.plugin import SESSION
 
 
@@ -57,8 +58,17 @@ class FakeFactory:
         with (self.session.config.rootpath / "guests").open("a") as file:
             print(*words, file=file)
 
-    @contextmanager
     def boot(self, image, **hardware):
+        return self.lease(image, Hardware(user="root").changed(hardware))
+
+    @contextmanager
+    def lease(self, image, spec):
+        usual = Hardware(user="root")
+        hardware = {
+            name: value for name, value in vars(spec).items() if value != getattr(usual, name)
+        }
+        for name in {"memory", "disk"} & {*hardware}:
+            hardware[name] = format_size(hardware[name])
         self.count += 1
         guest = FakeGuest(f"{image}-{self.count}", image)
         self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))

@@ -63,9 +63,6 @@ class LocalFactory:
     def patience(self, image):
         return 1.0
 
-    def hardware(self, image, arguments):
-        return Hardware().changed(arguments)
-
     def expect(self, image, hardware, count=1):
         pass
 
@@ -75,9 +72,9 @@ class LocalFactory:
         return PreparedImage(image=image.image, steps=(*image.steps, step))
 
     @contextmanager
-    def boot(self, prepared, **hardware):
+    def lease(self, prepared, hardware):
         image = prepared.image
-        Hardware().changed(hardware)
+        assert isinstance(hardware, Hardware)
         self.count += 1
         guest = Local(f"{image}-{self.count}", image)
         self.session.guest_begun(guest.name)
