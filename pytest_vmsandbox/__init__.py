@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_vmsandbox.core.errors import (
         BootError,
+        CacheError,
         CommandError,
         CommandTimeout,
         ConfigError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "BootError": "core.errors",
+    "CacheError": "core.errors",
     "CommandError": "core.errors",
     "CommandResult": "core.transport",
     "CommandTimeout": "core.errors",
@@ -57,6 +59,7 @@ _HOME_OF = {
 
 __all__ = [
     "BootError",
+    "CacheError",
     "CommandError",
     "CommandResult",
     "CommandTimeout",

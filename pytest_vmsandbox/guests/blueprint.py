@@ -22,7 +22,7 @@ from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 2  # of templates; raise it when what is done to a guest before it is sealed changes
+FORMAT = 3  # of templates; raise it when what is done to a guest before it is saved changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +147,10 @@ class Blueprint:
         parts = {
             "format": FORMAT,
             "image": self.built.digest,
-            "built": _identity(self.built.folder),
+            "built": self.built.build_id,
             "argv": [*cmdline.argv(spec, fds), *self.qemu_args(spec)],
             "disks": [self.hardware.disk, *self.hardware.disks],
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _identity(folder: Path) -> list[int]:
-    """What differs between two builds of the same definition."""
-    status = (folder / "image.json").stat()
-    return [status.st_ino, status.st_mtime_ns]

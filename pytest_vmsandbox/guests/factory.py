@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, overload
 
+from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
@@ -21,6 +22,7 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
     LaunchError,
     MonitorError,
+    TeardownError,
     VMSandboxError,
 )
 from pytest_vmsandbox.core.paths import cache_dir
@@ -562,7 +564,8 @@ class GuestFactory:
     def clean(self) -> None:
         """Remove what killed runs have left; the first guest that is asked for does so, too."""
         self._running()
-        TemplateStore(self._cache).sweep()
+        with suppress(TeardownError):  # it is tried again when something of that name is made
+            tidy(self._cache, self._callbacks.say)
 
     def own(self, folder: Path) -> None:
         """Have a folder for logs removed if this process is killed; else its maker removes it."""
