@@ -40,7 +40,6 @@ class Payload:
         outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
         requirements: what is installed besides.
-        cache: the user's cache folder; prepared environments are kept there.
         offline: never touch the network.
         say: told of long waits.
         tell: told of what does not go as it should.
@@ -50,7 +49,6 @@ class Payload:
     outside: tuple[Tree, ...] = ()
     project: Project
     requirements: Requirements
-    cache: Path
     offline: bool
     say: Callable[[str], None]
     tell: Callable[[str], None]
@@ -100,7 +98,6 @@ class Payload:
             outside=trees,
             project=project,
             requirements=requirements,
-            cache=cache_dir(),
             offline=offline,
             say=say,
             tell=tell,
@@ -188,7 +185,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     prepared = prepare(
         payload.requirements,
         python,
-        cache=payload.cache,
+        cache=cache_dir(),
         offline=payload.offline,
         say=payload.say,
         tell=payload.tell,

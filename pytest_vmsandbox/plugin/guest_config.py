@@ -62,9 +62,7 @@ _OURS_INI = {
 _OURS_INI_FAMILIES = ("junit_", "vm_")
 # Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
 _OURS_PLUGINS = {"reports", "terminalprogress"}
-_XDIST_VARIABLES = tuple(
-    f"PYTEST_XDIST_{name}" for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID")
-)
+_XDIST_VARIABLES = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
 _OUTCOMES = {"rerunfailures": RERUN, "pytest-retry": RETRIED}
 _RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
 _ONLY_HERE = HOST_ONLY | LEFT_OUT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -137,12 +138,11 @@ def _hide_behind(error: BaseException) -> None:
 
 def _is_users(trace: TracebackType | None) -> bool:
     """Whether any line of it is neither ours nor a library's."""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}:
-            return True
-        trace = trace.tb_next
-    return False
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return any(
+        not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}
+        for file in files
+    )
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
