@@ -33,7 +33,7 @@ from pytest_vmsandbox.inside.tree import Tree
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
 OLDEST_PYTHON = (3, 9)
-_RUNNER = Path(__file__).with_name("runner.py")
+RUNNER = Path(__file__).with_name("runner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
             str(it.root): f"{BASE}/src/{it.root.relative_to(common)}" for it in payload.outside
         }
     return Installed(
-        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
+        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
         tree=there,
         outside=outside,
         path=tuple(posixpath.normpath(f"{there}/{it}") for it in payload.project.import_roots),
@@ -158,7 +158,8 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
     fields = {**dataclasses.asdict(payload.requirements), "root": None}
-    parts = [_FORMAT, fields, _RUNNER.read_text(encoding="utf-8")]
+    runner = [file.read_text(encoding="utf-8") for file in sorted(RUNNER.rglob("*.py"))]
+    parts = [_FORMAT, fields, runner]
     return Step(
         digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         run=lambda guest: install_environment(guest, payload),
@@ -203,7 +204,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
     with _folder() as base:
-        shutil.copyfile(_RUNNER, base / "runner.py")
+        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
@@ -242,9 +243,8 @@ def _folder() -> Iterator[Path]:
 def _probe(guest: Guest) -> tuple[GuestPython, str]:
     """The guest's Python, and its path."""
     try:
-        done = guest.run(
-            ["python3", "-I", "-S", "-", "probe"], input=_RUNNER.read_text(encoding="utf-8")
-        )
+        program = (RUNNER / "probe.py").read_text(encoding="utf-8")
+        done = guest.run(["python3", "-I", "-S", "-"], input=program)
     except CommandError as error:
         raise TransferError(
             f"{guest.name} has no Python that works",
