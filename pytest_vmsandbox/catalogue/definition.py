@@ -7,8 +7,8 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,19 @@ class ImageDefinition:
             init=system.choice("init", INITS),
             user=system.read("user", "the name of a user", _user),
         )
+
+    def hardware(self, defaults: Hardware, arguments: Mapping[str, object]) -> Hardware:
+        """The hardware of a guest of this image; its user is the image's where nobody names one.
+
+        Args:
+            defaults: of the run.
+            arguments: that differ from them, as `Hardware.changed` takes them.
+
+        Raises:
+            ConfigError: there is no such argument, or its value is invalid.
+        """
+        hardware = defaults.changed(arguments)
+        return replace(hardware, user=hardware.user or self.user)
 
     @cached_property
     def digest(self) -> str:

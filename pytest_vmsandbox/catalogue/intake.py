@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.files import (
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import (
     locked,
     private_folder,
     remove_tree,
     size_on_disk,
     sync_tree,
 )
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -34,7 +35,7 @@ from pytest_vmsandbox.catalogue.store import (
     files_of,
     in_use,
 )
-from pytest_vmsandbox.core import deadline, integrity
+from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError, TeardownError
 
 _LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory

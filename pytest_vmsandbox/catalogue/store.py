@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import locked, remove_tree, size_on_disk
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
-from pytest_vmsandbox.catalogue.files import locked, remove_tree, size_on_disk
-from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.cli.figures import guests, machine, suites, values
-from pytest_vmsandbox.cli.figures.guests import Site
-from pytest_vmsandbox.cli.figures.values import CannotMeasureError, Figure
+from pytest_vmsandbox.cli.benchmark import guests, machine, suites
+from pytest_vmsandbox.cli.benchmark.guests import Setup
+from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, ratios, seconds_of
 from pytest_vmsandbox.cli.options import GuestWish, guest_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import VMSandboxError
@@ -20,31 +20,62 @@ from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine.qemu import find_qemu
 
-MEASURES: dict[str, Callable[[Site], Figure]] = {
-    "cold_boot_s": guests.cold_boot,
-    "clone_on_demand_ms": guests.clone_on_demand,
-    "armed_noop_ms": guests.armed_noop,
-    "armed_run_ms": guests.armed_run,
-    "guests_per_s": guests.guests_per_s,
-    "cpu_ms_per_guest": guests.cpu_per_guest,
-    "pss_mib_per_clone": guests.pss_per_clone,
-    "leased_at_once": guests.leased_at_once,
-    "running_at_once": guests.running_at_once,
-    "push_mib_s": guests.push,
-    "second_run_s": suites.second_run,
-    "in_guest_overhead_ms": suites.in_guest_overhead,
-    "in_guest_isolated_s": suites.in_guest_isolated,
-    "idle_cost_ms": suites.idle_cost,
+COLD = "cold_boot_s"
+MEASUREMENTS: dict[str, tuple[str, Callable[[Setup], Result]]] = {  # what each is, for people
+    COLD: ("a guest is booted, to the end of its first command", guests.cold_boot),
+    "clone_on_demand_ms": (
+        "nothing is armed: a guest is cloned, to the end of its first command",
+        guests.clone_on_demand,
+    ),
+    "armed_noop_ms": ("an armed guest is leased, to the answer of its helper", guests.armed_noop),
+    "armed_run_ms": (
+        'an armed guest is leased, to the end of run(["true"]), its clock set',
+        guests.armed_run,
+    ),
+    "guests_per_s": (
+        "fresh guests, one after the other, each with a command, the pool never full",
+        guests.guests_per_s,
+    ),
+    "cpu_ms_per_guest": (
+        "processor time of each of those, arming included",
+        guests.cpu_per_guest,
+    ),
+    "pss_mib_per_clone": (
+        "memory of an armed clone, shared pages in proportion",
+        guests.pss_per_clone,
+    ),
+    "leased_at_once": (
+        "guests held at a time, each of which answers within 2 s",
+        guests.leased_at_once,
+    ),
+    "running_at_once": (
+        "likewise, in each of which a program runs all the time",
+        guests.running_at_once,
+    ),
+    "push_mib_s": ("a file of random bytes is pushed", guests.push),
+    "second_run_s": (
+        "pytest is started where templates are there, until its first test has its guest",
+        suites.second_run,
+    ),
+    "in_guest_overhead_ms": (
+        "what a test inside a guest takes more than by plain pytest there",
+        suites.in_guest_overhead,
+    ),
+    "in_guest_isolated_s": (
+        'a test inside a guest of its own (isolation="test")',
+        suites.in_guest_isolated,
+    ),
+    "idle_cost_ms": ("what the plugin costs a suite that does not use it", suites.idle_cost),
 }
 
 
 class _Help(click.Command):
-    """Its help ends with what the figures are."""
+    """Its help ends with what is measured."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """See `click.Command`."""
         with formatter.section("Figures"):
-            formatter.write_dl(list(values.MEANINGS.items()))
+            formatter.write_dl([(key, meaning) for key, (meaning, _) in MEASUREMENTS.items()])
 
 
 @click.command(cls=_Help)
@@ -53,7 +84,7 @@ class _Help(click.Command):
 @click.option(
     "--only",
     multiple=True,
-    type=click.Choice(values.KEYS),
+    type=click.Choice(list(MEASUREMENTS)),
     metavar="KEY",
     help="Measure this figure; repeatable. A time takes a cold boot along, for its ratio.",
 )
@@ -94,10 +125,9 @@ def bench(
     wish = GuestWish.read(**options)  # type: ignore[arg-type]  # click has read them
     hardware = wish.settings.hardware.changed(wish.hardware)
     definition = Catalogue(wish.settings.image_path).get(image)
-    wanted = values.in_order(only or values.KEYS)
     with tempfile.TemporaryDirectory(prefix="vmsandbox-bench-") as folder:
         screen = Screen(stderr=True)
-        site = Site(
+        setup = Setup(
             image=image,
             settings=wish.settings,
             hardware=wish.hardware,
@@ -106,49 +136,51 @@ def bench(
             most=most,
             python=definition.python,
             systemd=definition.init == "systemd",
-            wanted=wanted,
+            only_for_ratios=bool(only) and COLD not in only,
             say=screen.say,
         )
         about = {
             "image": image,
             "cpus": hardware.cpus,
             "memory_bytes": hardware.memory,
-            **_surroundings(site, definition.architecture),
+            **_environment(setup, definition.architecture),
         }
-        figures = measure(site, wanted, screen)
+        results = measure(setup, only or MEASUREMENTS, screen)
     if as_json:
-        write_json({**about, **_content(figures, wanted)})
+        write_json({**about, **_content(results)})
     else:
-        _show(Screen(), about, figures, wanted)
-    ctx.exit(1 if any(figures[key].value is None for key in only) else 0)
+        _show(Screen(), about, results)
+    ctx.exit(1 if any(results[key].value is None for key in only) else 0)
 
 
-def measure(site: Site, wanted: Iterable[str], screen: Screen) -> dict[str, Figure]:
-    """The figures that are wanted, and the cold boot where one of them is a time."""
-    keys = list(wanted)
-    if any(values.seconds_of(key) is not None for key in keys):
-        keys = values.in_order([values.COLD, *keys])
-    found = {}
+def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Result]:
+    """The results that are wanted, and the cold boot where one of them is a time."""
+    keys = set(wanted)
+    if any(seconds_of(key) is not None for key in keys):
+        keys.add(COLD)
+    results = {}
     with screen.stages() as stage:
-        for key in keys:
-            stage(f"{key}: {values.MEANINGS[key]}")
+        for key, (meaning, measurement) in MEASUREMENTS.items():
+            if key not in keys:
+                continue
+            stage(f"{key}: {meaning}")
             try:
-                found[key] = MEASURES[key](site)
+                results[key] = measurement(setup)
             except CannotMeasureError as error:
-                found[key] = Figure(value=None, reason=str(error))
+                results[key] = Result(value=None, reason=str(error))
             except VMSandboxError as error:
-                found[key] = Figure(value=None, reason=error.brief)
-    return found
+                results[key] = Result(value=None, reason=error.brief)
+    return results
 
 
-def _surroundings(site: Site, architecture: str) -> dict[str, Any]:
+def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
     """Where it is measured.
 
     Raises:
         VMSandboxError: no guest of that image can run here.
     """
-    with site.factory("never") as factory:
-        verdict = factory.accelerator(site.image)
+    with setup.factory("never") as factory:
+        verdict = factory.accelerator(setup.image)
     return {
         "machine": machine.describe(),
         "qemu": find_qemu(architecture).release,
@@ -156,40 +188,35 @@ def _surroundings(site: Site, architecture: str) -> dict[str, Any]:
     }
 
 
-def _content(figures: Mapping[str, Figure], wanted: Iterable[str]) -> dict[str, object]:
-    """What ``--json`` says of the figures; the cold boot is told as soon as it was measured."""
-    shown = values.in_order([*wanted, *figures])
+def _content(results: Mapping[str, Result]) -> dict[str, object]:
+    """What ``--json`` says of the results."""
     return {
-        **{key: figures[key].value for key in shown},
-        "samples": {key: figures[key].samples for key in shown},
-        "ratios": values.ratios(figures),
-        "reasons": {key: figures[key].reason for key in shown if figures[key].reason},
-        "details": {key: dict(figures[key].details) for key in shown if figures[key].details},
+        **{key: result.value for key, result in results.items()},
+        "samples": {key: result.samples for key, result in results.items()},
+        "ratios": ratios(results, COLD),
+        "reasons": {key: result.reason for key, result in results.items() if result.reason},
+        "details": {key: dict(result.details) for key, result in results.items() if result.details},
     }
 
 
 # -- for people ------------------------------------------------------------------------------------
 
 
-def _show(
-    screen: Screen, about: Mapping[str, Any], figures: Mapping[str, Figure], wanted: Iterable[str]
-) -> None:
+def _show(screen: Screen, about: Mapping[str, Any], results: Mapping[str, Result]) -> None:
     where = about["machine"]
     screen.say(
         f"{about['image']}, {format_size(about['memory_bytes'])}; QEMU {about['qemu']}, "
         f"{about['accelerator']}; {where['processors']} × {where['processor']}, "
         f"{format_size(where['memory_bytes'])}, load {where['load']:g}"
     )
-    ratios = values.ratios(figures)
-    shown = values.in_order([*wanted, *figures])
-    width = max(map(len, shown))
-    for key in shown:
-        figure = figures[key]
+    compared = ratios(results, COLD)
+    width = max(map(len, results))
+    for key, result in results.items():
         screen.parts(
             (f"{key:{width}}", "bold"),
-            (f"  {_number(figure.value):>24}", "" if figure.value is not None else "dim"),
-            (f"  {_ratio(ratios.get(key)):>16}", "green"),
-            (f"  {_samples(figure)}", "dim"),
+            (f"  {_number(result.value):>24}", "" if result.value is not None else "dim"),
+            (f"  {_ratio(compared.get(key)):>16}", "green"),
+            (f"  {_samples(result)}", "dim"),
         )
 
 
@@ -205,10 +232,10 @@ def _ratio(ratio: object) -> str:
     return f"1 : {ratio:,g}" if isinstance(ratio, float | int) else ""
 
 
-def _samples(figure: Figure) -> str:
-    """How many there were, and why there is no figure: its first line."""
-    reason = figure.reason.splitlines()[0] if figure.reason else ""
-    if figure.value is None:
+def _samples(result: Result) -> str:
+    """How many there were, or why there is no value: the first line of it."""
+    reason = result.reason.splitlines()[0] if result.reason else ""
+    if result.value is None:
         return reason
-    count = f"{figure.samples} sample{'' if figure.samples == 1 else 's'}"
+    count = f"{result.samples} sample{'' if result.samples == 1 else 's'}"
     return f"{count}; {reason}" if reason else count

@@ -5,8 +5,9 @@ They judge what they are given; `examine` looks at the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -22,7 +23,7 @@ _LITTLE_DISK = 256 * MIB
 
 
 class Status(StrEnum):
-    """How a check ended: `FAILED` means that no guest can run because of it."""
+    """How a check ended, from good to bad: `FAILED` means that no guest can run because of it."""
 
     OK = "ok"
     WARNING = "warning"
@@ -50,46 +51,52 @@ class Check:
     commands: tuple[tuple[str, ...], ...] = ()
 
 
+def _ok(name: str, found: str) -> Check:
+    return Check(name=name, status=Status.OK, found=found)
+
+
+def _bad(name: str, found: str, remedy: str, *, needed: bool = True) -> Check:
+    """Something that is not as it should be.
+
+    Args:
+        needed: no guest can run because of it.
+    """
+    status = Status.FAILED if needed else Status.WARNING
+    return Check(name=name, status=status, found=found, remedy=remedy)
+
+
+def _missing(name: str, found: str, *wanted: str, needed: bool = True) -> Check:
+    """Something that the packages `wanted` bring."""
+    return replace(_bad(name, found, packages.install_line(wanted), needed=needed), install=wanted)
+
+
 def operating_system(platform: str, name: str) -> Check:
     """`platform` as in `sys.platform`; `name` for people."""
+    check = "operating system"
     if platform == "linux":
-        return Check(name="operating system", status=Status.OK, found=name)
+        return _ok(check, name)
     if platform == "darwin":
-        return Check(
-            name="operating system",
-            status=Status.WARNING,
-            found=name,
-            remedy="images cannot be built here: build them on Linux",
-        )
-    return Check(
-        name="operating system",
-        status=Status.FAILED,
-        found=name,
-        remedy="guests run on Linux and macOS; elsewhere the plugin loads and stays inert",
+        return _bad(check, name, "images cannot be built here: build them on Linux", needed=False)
+    return _bad(
+        check, name, "guests run on Linux and macOS; elsewhere the plugin loads and stays inert"
     )
 
 
 def python(version: Sequence[int], path: str) -> Check:
     found = f"{'.'.join(map(str, version[:3]))}, {path}"
     if tuple(version[:2]) < OLDEST_PYTHON:
-        needed = ".".join(map(str, OLDEST_PYTHON))
-        return Check(
-            name="Python", status=Status.FAILED, found=found, remedy=f"use Python {needed} or newer"
-        )
-    return Check(name="Python", status=Status.OK, found=found)
+        return _bad("Python", found, f"use Python {'.'.join(map(str, OLDEST_PYTHON))} or newer")
+    return _ok("Python", found)
 
 
 def qemu(path: Path, version: Sequence[int]) -> Check:
     """A QEMU that is there and runs."""
     found = f"{'.'.join(map(str, version))}, {path}"
     if tuple(version) < OLDEST_QEMU:
-        return Check(
-            name="QEMU",
-            status=Status.WARNING,
-            found=found,
-            remedy=f"use {'.'.join(map(str, OLDEST_QEMU))} or newer; older ones were not tested",
-        )
-    return Check(name="QEMU", status=Status.OK, found=found)
+        oldest = ".".join(map(str, OLDEST_QEMU))
+        remedy = f"use {oldest} or newer; older ones were not tested"
+        return _bad("QEMU", found, remedy, needed=False)
+    return _ok("QEMU", found)
 
 
 def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
@@ -101,84 +108,51 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
         missing: there is none.
     """
     if not missing:
-        return Check(name="QEMU", status=Status.FAILED, found=problem, remedy=remedy)
+        return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
-        return Check(
-            name="QEMU", status=Status.FAILED, found=problem, remedy="mend or unset VMSANDBOX_QEMU"
-        )
-    wanted = (programs.package_of(program),)
-    return Check(
-        name="QEMU",
-        status=Status.FAILED,
-        found=problem,
-        remedy=packages.install_line(wanted),
-        install=wanted,
-    )
+        return _bad("QEMU", problem, "mend or unset VMSANDBOX_QEMU")
+    return _missing("QEMU", problem, programs.package_of(program))
 
 
 def qemu_img(path: str | None) -> Check:
     if path is not None:
-        return Check(name="qemu-img", status=Status.OK, found=path)
-    wanted = (programs.package_of("qemu-img"),)
-    return Check(
-        name="qemu-img",
-        status=Status.FAILED,
-        found="missing: guests get no disks",
-        remedy=packages.install_line(wanted),
-        install=wanted,
-    )
+        return _ok("qemu-img", path)
+    return _missing("qemu-img", "missing: guests get no disks", programs.package_of("qemu-img"))
 
 
-def accelerator(kvm: str, verdict: tuple[str, str] | None, *, platform: str = "linux") -> Check:
+def accelerator(kvm: str, verdict: tuple[str, str] | None) -> Check:
     """Which accelerator guests have.
 
     Args:
         kvm: why KVM cannot even be tried; empty where it can.
         verdict: the accelerator that is known to run guests, and why it is that one.
-        platform: as in `sys.platform`.
     """
     name = "accelerator"
-    emulation = "guests run under emulation, several times slower"
-    if verdict is not None and verdict[0] != "tcg":
-        return Check(name=name, status=Status.OK, found=f"{verdict[0]}: {verdict[1]}")
-    if verdict is not None:
+    if verdict is None and not kvm:
+        return _ok(name, "/dev/kvm is here; whether it runs guests is proven with the first one")
+    accelerator, reason = verdict or ("tcg", kvm)
+    if accelerator != "tcg":
+        return _ok(name, f"{accelerator}: {reason}")
+    if "usermod" in kvm:  # it is in what was found
+        remedy = "do that, and log in anew"
+    elif kvm:
         remedy = (
-            _kvm_remedy(kvm)
-            if kvm and platform == "linux"
-            else "use a machine whose hardware virtualization works (in a virtual machine: one "
+            "switch virtualization on in the firmware, or nested virtualization in the hypervisor"
+        )
+    else:
+        remedy = (
+            "use a machine whose hardware virtualization works (in a virtual machine: one "
             "with nested virtualization)"
         )
-        return Check(
-            name=name, status=Status.WARNING, found=f"{emulation}: {verdict[1]}", remedy=remedy
-        )
-    if platform == "linux" and kvm:
-        return Check(
-            name=name, status=Status.WARNING, found=f"{emulation}: {kvm}", remedy=_kvm_remedy(kvm)
-        )
-    candidate = "hvf" if platform == "darwin" else "/dev/kvm"
-    return Check(
-        name=name,
-        status=Status.OK,
-        found=f"{candidate} is here; whether it runs guests is proven with the first one",
-    )
-
-
-def _kvm_remedy(kvm: str) -> str:
-    if "usermod" in kvm:  # it is in what was found
-        return "do that, and log in anew"
-    return "switch virtualization on in the firmware, or nested virtualization in the hypervisor"
+    found = f"guests run under emulation, several times slower: {reason}"
+    return _bad(name, found, remedy, needed=False)
 
 
 def loopback(problem: str, remedy: str) -> Check:
     """`problem`: why a connection of this machine to itself fails; empty if it works."""
     if not problem:
-        return Check(name="loopback", status=Status.OK, found="works")
-    return Check(
-        name="loopback",
-        status=Status.FAILED,
-        found=f"127.0.0.1 cannot be reached: {problem}",
-        remedy=remedy,
-    )
+        return _ok("loopback", "works")
+    return _bad("loopback", f"127.0.0.1 cannot be reached: {problem}", remedy)
 
 
 def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
@@ -189,29 +163,17 @@ def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
         needed: no image is built, so that no guest can run without them.
     """
     if not missing:
-        return Check(name="image tools", status=Status.OK, found="all here")
-    wanted = tuple(sorted({programs.package_of(program) for program in missing}))
-    return Check(
-        name="image tools",
-        status=Status.FAILED if needed else Status.WARNING,
-        found=f"missing: {', '.join(missing)}",
-        remedy=packages.install_line(wanted),
-        install=wanted,
-    )
+        return _ok("image tools", "all here")
+    wanted = sorted({programs.package_of(program) for program in missing})
+    return _missing("image tools", f"missing: {', '.join(missing)}", *wanted, needed=needed)
 
 
 def keyring(exists: bool, *, needed: bool) -> Check:
     """The keys that Debian's packages are signed with."""
     if exists:
-        return Check(name="Debian's keys", status=Status.OK, found="here")
-    wanted = ("debian-archive-keyring",)
-    return Check(
-        name="Debian's keys",
-        status=Status.FAILED if needed else Status.WARNING,
-        found="missing: images cannot be built from Debian's packages",
-        remedy=packages.install_line(wanted),
-        install=wanted,
-    )
+        return _ok("Debian's keys", "here")
+    found = "missing: images cannot be built from Debian's packages"
+    return _missing("Debian's keys", found, "debian-archive-keyring", needed=needed)
 
 
 def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bool) -> Check:
@@ -222,30 +184,23 @@ def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bo
         subuid, subgid: the content of ``/etc/subuid`` and ``/etc/subgid``.
         needed: as in `image_tools`.
     """
+    name = "subordinate ids"
     options = {"--add-subuids": subuid, "--add-subgids": subgid}
-    lacking = [name for name, text in options.items() if not _has_range(user, uid, text)]
+    lacking = [option for option, text in options.items() if not _has_range(user, uid, text)]
     if not lacking:
-        return Check(name="subordinate ids", status=Status.OK, found=f"{user} has them")
+        return _ok(name, f"{user} has them")
     first = _free_id(subuid, subgid)
     chosen = f"{first}-{first + SUBORDINATE_IDS - 1}"
-    command = ("usermod", *(word for name in lacking for word in (name, chosen)), user)
-    return Check(
-        name="subordinate ids",
-        status=Status.FAILED if needed else Status.WARNING,
-        found=f"{user} has no {SUBORDINATE_IDS} of them in "
-        + " and ".join(f"/etc/{name[6:-1]}" for name in lacking),
-        remedy=f"sudo {' '.join(command)}",
-        commands=(command,),
-    )
+    command = ("usermod", *(word for option in lacking for word in (option, chosen)), user)
+    files = " and ".join(f"/etc/{option.removeprefix('--add-')[:-1]}" for option in lacking)
+    found = f"{user} has no {SUBORDINATE_IDS} of them in {files}"
+    check = _bad(name, found, f"sudo {' '.join(command)}", needed=needed)
+    return replace(check, commands=(command,))
 
 
 def _ranges(text: str) -> list[tuple[str, int, int]]:
-    fields = [line.split(":") for line in text.splitlines()]
-    return [
-        (name, int(first), int(count))
-        for name, first, count in (it for it in fields if len(it) == 3)
-        if first.isdecimal() and count.strip().isdecimal()
-    ]
+    found = re.findall(r"^([^:\n]*):(\d+):(\d+)\s*$", text, re.MULTILINE)
+    return [(name, int(first), int(count)) for name, first, count in found]
 
 
 def _has_range(user: str, uid: int, text: str) -> bool:
@@ -261,73 +216,52 @@ def _free_id(*texts: str) -> int:
 
 def user_namespaces(problem: str, *, needed: bool) -> Check:
     """`problem`: what the kernel says when an ordinary user makes one; empty if it works."""
+    name = "user namespaces"
     if not problem:
-        return Check(name="user namespaces", status=Status.OK, found="work")
-    return Check(
-        name="user namespaces",
-        status=Status.FAILED if needed else Status.WARNING,
-        found=f"refused, and building images needs them: {problem}",
-        remedy="sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), "
+        return _ok(name, "work")
+    return _bad(
+        name,
+        f"refused, and building images needs them: {problem}",
+        "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), "
         "sudo sysctl kernel.unprivileged_userns_clone=1 (older Debian), or build as root",
+        needed=needed,
     )
 
 
 def memory(available: int | None, *, default: int, smallest: int, overhead: int) -> Check:
     """Bytes that are free; what a guest has by default, and at least; what QEMU itself takes."""
+    name = "free memory"
     if available is None:
-        return Check(name="free memory", status=Status.OK, found="this system does not tell")
+        return _ok(name, "this system does not tell")
     found = format_size(max(0, available))
-    wanted = f"a guest of the default size takes {format_size(default + overhead)}"
+    if count := max(0, available) // (default + overhead):
+        guests = "one guest" if count == 1 else f"{count} guests"
+        return _ok(name, f"{found}: room for {guests} of the default size")
+    found += f"; a guest of the default size takes {format_size(default + overhead)}"
     if available < smallest + overhead:
-        return Check(
-            name="free memory",
-            status=Status.FAILED,
-            found=f"{found}; {wanted}",
-            remedy="end what else runs on this machine",
-        )
-    if available < default + overhead:
-        return Check(
-            name="free memory",
-            status=Status.WARNING,
-            found=f"{found}; {wanted}",
-            remedy="end what else runs here, or give guests less: --memory, vm_memory",
-        )
-    count = available // (default + overhead)
-    guests = "one guest" if count == 1 else f"{count} guests"
-    return Check(
-        name="free memory",
-        status=Status.OK,
-        found=f"{found}: room for {guests} of the default size",
-    )
+        return _bad(name, found, "end what else runs on this machine")
+    remedy = "end what else runs here, or give guests less: --memory, vm_memory"
+    return _bad(name, found, remedy, needed=False)
 
 
 def disk(name: str, folder: Path, free: int, *, needed: int, variable: str) -> Check:
     """Bytes that are free in `folder`; what a build takes; the variable that moves the folder."""
     found = f"{format_size(free)} in {folder}"
+    if free >= needed:
+        return _ok(name, found)
+    remedy = f"make room, or set {variable} to a folder on a larger disk"
     if free < _LITTLE_DISK:
-        status, what = Status.FAILED, "guests write there, too"
-    elif free < needed:
-        status, what = Status.WARNING, f"building an image takes {format_size(needed)}"
-    else:
-        return Check(name=name, status=Status.OK, found=found)
-    return Check(
-        name=name,
-        status=status,
-        found=f"{found}; {what}",
-        remedy=f"make room, or set {variable} to a folder on a larger disk",
+        return _bad(name, f"{found}; guests write there, too", remedy)
+    return _bad(
+        name, f"{found}; building an image takes {format_size(needed)}", remedy, needed=False
     )
 
 
 def folder(name: str, path: Path, problem: str, *, variable: str) -> Check:
     """`problem`: why the folder cannot be used; empty if it can."""
     if not problem:
-        return Check(name=name, status=Status.OK, found=str(path))
-    return Check(
-        name=name,
-        status=Status.FAILED,
-        found=f"{path} {problem}",
-        remedy=f"mend it, or name another folder in {variable}",
-    )
+        return _ok(name, str(path))
+    return _bad(name, f"{path} {problem}", f"mend it, or name another folder in {variable}")
 
 
 def qemu_user(euid: int, user: str, identity: tuple[int, int] | None) -> Check:
@@ -337,22 +271,18 @@ def qemu_user(euid: int, user: str, identity: tuple[int, int] | None) -> Check:
         euid, user: we ourselves.
         identity: user and group of an unprivileged one; None for ourselves.
     """
+    name = "QEMU runs as"
     if identity is not None:
         uid, gid = identity
-        return Check(
-            name="QEMU runs as", status=Status.OK, found=f"user {uid}, group {gid}, who own nothing"
-        )
+        return _ok(name, f"user {uid}, group {gid}, who own nothing")
     if euid != 0:
-        return Check(name="QEMU runs as", status=Status.OK, found=f"{user}, an ordinary user")
-    return Check(
-        name="QEMU runs as",
-        status=Status.WARNING,
-        found="root: there is no other user here who could",
-        remedy="run as an ordinary user, or open /dev/kvm to a group",
-    )
+        return _ok(name, f"{user}, an ordinary user")
+    found = "root: there is no other user here who could"
+    remedy = "run as an ordinary user, or open /dev/kvm to a group"
+    return _bad(name, found, remedy, needed=False)
 
 
-def images(states: dict[str, str], default: str) -> Check:
+def images(states: Mapping[str, str], default: str) -> Check:
     """The states of the images by name, as `ImageStore` tells them."""
     built = [name for name, state in states.items() if state == "built"]
     stale = [name for name, state in states.items() if state == "stale"]
@@ -362,30 +292,19 @@ def images(states: dict[str, str], default: str) -> Check:
         if names
     )
     if built and not stale:
-        return Check(name="images", status=Status.OK, found=found)
-    wanted = " ".join(stale or [default])
-    return Check(
-        name="images",
-        status=Status.WARNING,
-        found=found or "none is built",
-        remedy=f"vmsandbox images build {wanted}",
-    )
+        return _ok("images", found)
+    remedy = f"vmsandbox images build {' '.join(stale or [default])}"
+    return _bad("images", found or "none is built", remedy, needed=False)
 
 
 def ssh_client(path: str | None) -> Check:
     if path is not None:
-        return Check(name="SSH client", status=Status.OK, found=path)
-    wanted = (programs.package_of("ssh"),)
-    return Check(
-        name="SSH client",
-        status=Status.WARNING,
-        found="missing: 'vmsandbox shell' needs it",
-        remedy=packages.install_line(wanted),
-        install=wanted,
-    )
+        return _ok("SSH client", path)
+    found = "missing: 'vmsandbox shell' needs it"
+    return _missing("SSH client", found, programs.package_of("ssh"), needed=False)
 
 
 def worst(checks: Sequence[Check]) -> Status:
     """The worst status among `checks`."""
-    order: Callable[[Status], int] = list(Status).index
-    return max((check.status for check in checks), key=order, default=Status.OK)
+    found = {check.status for check in checks}
+    return next((status for status in reversed(Status) if status in found), Status.OK)

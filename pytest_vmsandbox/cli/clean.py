@@ -10,7 +10,7 @@ from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.inside import environment
+from pytest_vmsandbox.inside.environments_store import EnvironmentsStore
 from pytest_vmsandbox.machine import orphans
 from pytest_vmsandbox.machine.hypervisor import remove_dead_runs
 
@@ -36,7 +36,8 @@ def clean(*, all_templates: bool) -> None:
         said.append(f"ended: {_number(len(ended), 'launcher')} whose run is gone, with its guests")
     if folders := remove_dead_runs(paths.runtime_dir()):
         said.append(f"removed: {_number(len(folders), 'folder')} of runs that are gone")
-    if freed := intake.sweep(ImageStore(cache)) + templates.sweep() + environment.sweep(cache):
+    environments = EnvironmentsStore(cache)
+    if freed := intake.sweep(ImageStore(cache)) + templates.sweep() + environments.sweep():
         said.append(
             f"removed: what was left in the cache half made or half removed; "
             f"{format_size(freed)} are free again"

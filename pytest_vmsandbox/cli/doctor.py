@@ -67,9 +67,9 @@ def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
     """The checks of this machine. `screen` is told when something takes long."""
     if sys.platform == "win32":  # nothing else of ours can be imported there
         return [checks.operating_system(sys.platform, "Windows")]
-    from pytest_vmsandbox.cli.examine import Machine  # not on Windows
+    from pytest_vmsandbox.cli.examine import Examination  # not on Windows
 
-    return Machine(settings, screen.say).checks()
+    return Examination(settings, screen.say).checks()
 
 
 def show(screen: Screen, check: Check) -> None:

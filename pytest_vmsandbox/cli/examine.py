@@ -13,15 +13,15 @@ from pathlib import Path
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli.benchmark.machine import system_name
 from pytest_vmsandbox.cli.checks import Check
-from pytest_vmsandbox.cli.figures.machine import system_name
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import find_qemu
@@ -33,8 +33,8 @@ _KEYRINGS = (
 _NAMESPACE_SECONDS = 20.0
 
 
-class Machine:
-    """This machine, as far as guests are concerned.
+class Examination:
+    """What is looked at on this machine, and what for.
 
     Args:
         settings: of the guests that are to run here.
@@ -44,7 +44,7 @@ class Machine:
     def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
         self._settings = settings
         self._say = say
-        self._cache = settings.cache or paths.cache_dir()
+        self._cache = paths.cache_dir()
         catalogue = Catalogue(settings.image_path)
         self._definitions = [
             catalogue.get(name)
@@ -52,7 +52,7 @@ class Machine:
             if catalogue.get(name).architecture == native_architecture()
         ]
         store = ImageStore(self._cache)
-        self._states = {it.name: store.state(it) for it in self._definitions}
+        self._states = {image.name: store.state(image) for image in self._definitions}
 
     def checks(self) -> Iterator[Check]:
         """Everything that can be checked, most basic first."""
@@ -65,22 +65,19 @@ class Machine:
         yield checks.accelerator(
             host.kvm_problem(),
             (verdict.accelerator, verdict.reason) if verdict else None,
-            platform=sys.platform,
         )
         yield self._qemu_user(verdict)
         yield checks.loopback(host.loopback_problem(), host.LOOPBACK_REMEDY)
         if building:
             yield from self._building()
-        yield checks.images(
-            {name: str(state) for name, state in self._states.items()}, DEFAULT_IMAGE
-        )
+        yield checks.images(self._states, DEFAULT_IMAGE)
         yield checks.memory(
             host.available_memory(),
             default=self._settings.hardware.memory,
-            smallest=min((it.memory_min for it in self._definitions), default=0),
+            smallest=min((image.memory_min for image in self._definitions), default=0),
             overhead=host.QEMU_OVERHEAD,
         )
-        runtime = self._settings.runtime or paths.runtime_dir()
+        runtime = paths.runtime_dir()
         yield checks.folder(
             "cache folder", self._cache, _folder_problem(self._cache), variable="VMSANDBOX_CACHE"
         )
@@ -108,13 +105,13 @@ class Machine:
 
     def _verdict(self) -> Verdict | None:
         """The accelerator that is proven, with an image that is built; None without one."""
-        built = [it for it in self._definitions if self._states[it.name] is ImageState.BUILT]
-        built.sort(key=lambda it: (it.name != DEFAULT_IMAGE, it.name))
+        built = [name for name, state in self._states.items() if state is ImageState.BUILT]
         if not built:
             return None
+        image = DEFAULT_IMAGE if DEFAULT_IMAGE in built else min(built)
         try:
-            with GuestFactory.open(self._settings, Surroundings(say=self._say)) as factory:
-                return factory.accelerator(built[0].name)
+            with GuestFactory.open(self._settings, Announcer(self._say)) as factory:
+                return factory.accelerator(image)
         except (VMSandboxError, OSError):
             return None  # another check tells why: QEMU, the cache or the runtime folder
 
@@ -127,12 +124,12 @@ class Machine:
 
     def _building(self) -> Iterator[Check]:
         needed = ImageState.BUILT not in self._states.values()
-        needed_programs = [program for it in self._definitions for program in it.requires]
+        needed_programs = [name for image in self._definitions for name in image.requires]
         if os.geteuid() != 0:
             needed_programs.append("newuidmap")
         yield checks.image_tools(programs.missing(needed_programs), needed=needed)
-        if any(_uses_debian(it) for it in self._definitions):
-            yield checks.keyring(any(it.exists() for it in _KEYRINGS), needed=needed)
+        if "mmdebstrap" in needed_programs:
+            yield checks.keyring(any(path.exists() for path in _KEYRINGS), needed=needed)
         if os.geteuid() != 0:
             yield checks.subordinate_ids(
                 _user_name(),
@@ -153,10 +150,6 @@ class Machine:
         )
 
 
-def _uses_debian(definition: ImageDefinition) -> bool:
-    return "mmdebstrap" in definition.requires
-
-
 def _user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
@@ -173,7 +166,8 @@ def _text(path: str) -> str:
 
 def _existing(folder: Path) -> Path:
     """`folder`, or the first above it that is there."""
-    return next(it for it in (folder.absolute(), *folder.absolute().parents) if it.is_dir())
+    path = folder.absolute()
+    return next(above for above in (path, *path.parents) if above.is_dir())
 
 
 def _folder_problem(folder: Path, *, private: bool = False) -> str:

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 from pytest_vmsandbox.cli.options import GuestWish
 from pytest_vmsandbox.cli.screen import Screen
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
 
@@ -20,9 +21,7 @@ def fresh_guest(image: str, wish: GuestWish) -> Iterator[Guest]:
     """
     screen = Screen(stderr=True)
     with ExitStack() as stack:
-        factory = stack.enter_context(
-            GuestFactory.open(wish.settings, Surroundings(say=screen.say, tell=screen.say))
-        )
+        factory = stack.enter_context(GuestFactory.open(wish.settings, Announcer(screen.say)))
         with screen.waiting(f"starting {image}"):
             guest = stack.enter_context(factory.boot(image, **wish.hardware))
         yield guest

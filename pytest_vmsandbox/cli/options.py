@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pytest_vmsandbox.core.settings import ACCELERATORS, Settings
+from pytest_vmsandbox.core.settings import ACCELERATORS, Accelerator, Settings
 from pytest_vmsandbox.core.spec import NETWORKS
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -65,7 +65,7 @@ class GuestWish:
     def read(
         cls,
         *,
-        accel: str = "auto",
+        accel: Accelerator = "auto",
         boot_timeout: float | None = None,
         image_path: tuple[Path, ...] = (),
         **hardware: str | None,

@@ -17,7 +17,7 @@ from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli import checks, foreground, packages, pytest_runs
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import show
-from pytest_vmsandbox.cli.examine import Machine
+from pytest_vmsandbox.cli.examine import Examination
 from pytest_vmsandbox.cli.images import build_one
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
@@ -74,7 +74,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
 def _check(screen: Screen) -> list[Check]:
     """Look at the machine and say what is not as it should be."""
     with screen.waiting("looking"):
-        found = list(Machine(Settings(), screen.say).checks())
+        found = list(Examination(Settings(), screen.say).checks())
     for check in found:
         # That no image is built is what we are here for.
         if check.status is not Status.OK and check.name != "images":
@@ -172,6 +172,7 @@ def _run_suite(screen: Screen, image: str) -> None:
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         argv = [
             *(sys.executable, "-m", "pytest", "-p", plugin, "-v", f"--vm={image}"),
+            *("--durations=0", "--durations-min=1"),  # what it spends its time on
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
         ]

@@ -1,1 +1,1 @@
-"""Values, errors and time: what every other layer stands on. No input or output happens here."""
+"""Values, errors, time and paths: what every other layer stands on."""

@@ -3,7 +3,7 @@
 ::
 
     VMSandboxError
-    ├── ConfigError        what was asked for cannot be meant: a bad option, marker, definition
+    ├── ConfigError        an option, a marker's argument or an image definition is invalid
     ├── ImageError         an image is missing, stale, or its build failed
     ├── LaunchError        QEMU is missing, refused to start, or the host has no room for a guest
     ├── BootError          the guest did not get as far as answering; `stage` says how far it got
@@ -94,7 +94,7 @@ def in_brief(error: VMSandboxError, where: str) -> VMSandboxError:
 
 
 class ConfigError(VMSandboxError):
-    """What was asked for cannot be meant: an option, a marker's argument, an image definition."""
+    """An option, a marker's argument or an image definition is invalid."""
 
 
 class ImageError(VMSandboxError):

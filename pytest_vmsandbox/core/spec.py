@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
-NETWORKS = ("isolated", "nat")
+Network = Literal["isolated", "nat"]
+NETWORKS: tuple[Network, ...] = get_args(Network)
 
 
 def parse_size(value: object, what: str) -> int:
@@ -70,28 +72,30 @@ class Hardware:
     memory: int = 512 * MIB
     disk: int | None = None
     disks: tuple[int, ...] = ()
-    network: str = "isolated"
+    network: Network = "isolated"
     user: str = ""
 
-    def changed(self, wishes: Mapping[str, object]) -> Hardware:
-        """This hardware with `wishes`, as a user writes them (sizes are strings with a unit).
+    def changed(self, arguments: Mapping[str, object]) -> Hardware:
+        """This hardware with `arguments` as users write them: sizes are strings with a unit.
+
+        An argument that is None changes nothing.
 
         Raises:
-            ConfigError: an unknown name, or a value that cannot be meant.
+            ConfigError: there is no such argument, or its value is invalid.
 
         Example:
             >>> Hardware().changed({"cpus": 2, "memory": "1GiB"}).cpus
             2
         """
         values: dict[str, object] = {}
-        for name, wish in wishes.items():
+        for name, value in arguments.items():
             if name not in _READERS:
                 raise ConfigError(
                     f"there is no hardware called {name!r}",
                     remedy=f"use {', '.join(_READERS)}",
                 )
-            if wish is not None:
-                values[name] = _READERS[name](wish)
+            if value is not None:
+                values[name] = _READERS[name](value)
         return replace(self, **values)  # type: ignore[arg-type]
 
 
@@ -121,12 +125,18 @@ def _disks(value: object) -> tuple[int, ...]:
     return sizes
 
 
-def _network(value: object) -> str:
-    if value not in NETWORKS:
-        raise ConfigError(
-            f"network={value!r} is unknown", remedy=f"use {' or '.join(map(repr, NETWORKS))}"
-        )
-    return str(value)
+def parse_network(value: object) -> Network:
+    """The name of a network.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    for network in NETWORKS:
+        if value == network:
+            return network
+    raise ConfigError(
+        f"network={value!r} is unknown", remedy=f"use {' or '.join(map(repr, NETWORKS))}"
+    )
 
 
 def _user(value: object) -> str:
@@ -141,7 +151,7 @@ _READERS = {
     "memory": _memory,
     "disk": _disk,
     "disks": _disks,
-    "network": _network,
+    "network": parse_network,
     "user": _user,
 }
 HARDWARE_NAMES = tuple(_READERS)

@@ -1,8 +1,9 @@
-"""A way into a guest for other tools, as values, as a line to type, and as OpenSSH's configuration."""
+"""A way into a guest for other tools: as values, as a line to type, as OpenSSH's configuration."""
 
 from __future__ import annotations
 
 import shlex
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,16 @@ class SSHAccess:
             "StrictHostKeyChecking": "yes",
             "LogLevel": "ERROR",
         }
+
+
+def greeting(address: tuple[str, int], timeout: float) -> bool:
+    """Whether an SSH server greets us there within `timeout` seconds."""
+    try:
+        with socket.create_connection(address, timeout) as sock:
+            sock.settimeout(timeout)
+            return sock.recv(4) == b"SSH-"
+    except OSError:
+        return False
 
 
 def _quoted(path: Path) -> str:

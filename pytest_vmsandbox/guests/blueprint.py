@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.core.spec import Hardware, Network
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
@@ -118,7 +118,7 @@ class Blueprint:
             pace=self.pace,
         )
 
-    def with_network(self, network: str) -> Blueprint:
+    def with_network(self, network: Network) -> Blueprint:
         """The same, on another network."""
         return replace(self, hardware=replace(self.hardware, network=network))
 

@@ -7,10 +7,10 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, TypeVar, overload
+from typing import TypeVar, overload
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -25,17 +25,18 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import Hardware, format_size
-from pytest_vmsandbox.guests import ssh
+from pytest_vmsandbox.core.spec import Hardware, Network, format_size
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.sealing import (
-    CannotSealError,
-    Sealed,
-    Sealer,
+from pytest_vmsandbox.guests.template_builder import (
+    NoTemplateError,
+    OpenTemplate,
+    TemplateBuilder,
     doer,
     grow,
     template_key,
@@ -43,7 +44,6 @@ from pytest_vmsandbox.guests.sealing import (
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
-from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.pace import USUAL_PROOF, Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
@@ -58,58 +58,20 @@ T = TypeVar("T")
 Base = str | PreparedImage | PreparedLayer | None  # what guests are made of, for users
 
 
-def _raise(error: VMSandboxError) -> NoReturn:
-    raise error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the caller adds to guests and to their errors.
-
-    Attributes:
-        logs: the folder for a guest's logs, by the guest's name; None for no logs. Called from any
-            thread, and for guests that nobody may ever get.
-        begun: called with the name of a guest that is going to be somebody's.
-        image: the image of the test that runs now; None where there is none.
-        hints: lines for an error of a guest: where the artifacts are, how to reproduce it.
-        say: told of long waits, for people.
-        tell: told, once, of what does not go as it should, for people.
-        retried: told of an error after which a fresh guest is tried.
-        missing: called when QEMU or an image is missing; raises what is to be raised.
-        qemu_args: further arguments for QEMU.
-        provisions: what is done to all guests of an image before they are sealed.
-        ready: called when a guest answers.
-        stopping: called before a guest is ended, with whether an error passes through its use.
-    """
-
-    logs: Callable[[str], Path | None] = lambda _: None
-    begun: Callable[[str], None] = lambda _: None
-    image: Callable[[], str | None] = lambda: None
-    hints: Callable[[], Sequence[str]] = lambda: ()
-    say: Callable[[str], None] = lambda _: None
-    tell: Callable[[str], None] = lambda _: None
-    retried: Callable[[VMSandboxError], None] = lambda _: None
-    missing: Callable[[VMSandboxError], NoReturn] = _raise
-    qemu_args: Callable[[MachineSpec], Sequence[str]] = lambda _: ()
-    provisions: Callable[[str], Sequence[Provision]] = lambda _: ()
-    ready: Callable[[Guest], None] = lambda _: None
-    stopping: Callable[[Guest, bool], None] = lambda _guest, _failed: None
-
-
 class GuestFactory:
     """Gives out guests; pytest's fixture `vm_factory` is one.
 
-    They are clones of sealed templates, which it makes where there are none, or are booted where there
+    They are clones of templates, which it builds where there are none, or are booted where there
     can be none. Nothing is started before the first guest is asked for.
     """
 
-    def __init__(self, settings: Settings, stack: ExitStack, surroundings: Surroundings) -> None:
+    def __init__(self, settings: Settings, stack: ExitStack, callbacks: Callbacks) -> None:
         self._settings = settings
         self._stack = stack
-        self._surroundings = surroundings
+        self._callbacks = callbacks
         self._catalogue = Catalogue(settings.image_path)
         self._hypervisor: Hypervisor | None = None
-        self._key = ssh.KeyPair.generate()
+        self._key = KeyPair.generate()
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: dict[str, int] = {}
@@ -122,12 +84,10 @@ class GuestFactory:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, settings: Settings, surroundings: Surroundings | None = None
-    ) -> Iterator[GuestFactory]:
+    def open(cls, settings: Settings, callbacks: Callbacks | None = None) -> Iterator[GuestFactory]:
         """A factory; at the end every guest of it is gone."""
         with ExitStack() as stack:
-            yield cls(settings, stack, surroundings or Surroundings())
+            yield cls(settings, stack, callbacks or Announcer())
 
     @contextmanager
     def boot(
@@ -135,7 +95,7 @@ class GuestFactory:
     ) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
-        It is a clone of a guest that was booted once, on this machine, and sealed: that takes
+        It is a clone of a guest that was booted once, on this machine, and saved: that takes
         milliseconds, but the first time a boot and some seconds, which people are told. Where there
         can be none it is booted, and prepared, each time. If the host or chance takes the guest away
         before anybody has it, a second one is tried.
@@ -159,20 +119,33 @@ class GuestFactory:
                 guest.run(["true"])
         """
         prepared = self._prepared(image)
+        with self.lease(prepared, self.hardware(prepared.image, hardware)) as guest:
+            yield guest
+
+    @contextmanager
+    def lease(
+        self, image: str | PreparedImage | PreparedLayer, hardware: Hardware
+    ) -> Iterator[Guest]:
+        """A fresh guest, as from `boot`.
+
+        Args:
+            hardware: of the guest; `hardware` makes one.
+        """
+        prepared = self._prepared(image)
         blueprint = self._blueprint(prepared.image, hardware)
         with ExitStack() as stack:
             guest = self._retrying(lambda: self._started(blueprint, prepared, stack))
             self._guests.append(guest)
             stack.callback(self._guests.remove, guest)
             self._let_rest()
-            self._surroundings.ready(guest)
+            self._callbacks.guest_ready(guest)
             try:
                 yield guest
             except Exception:
-                self._surroundings.stopping(guest, True)
+                self._callbacks.guest_stopping(guest, True)
                 raise
             else:  # an interrupted run is in a hurry, and nobody asks how its guest was
-                self._surroundings.stopping(guest, False)
+                self._callbacks.guest_stopping(guest, False)
 
     def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
         """A guest, running and answering; `stack` ends it."""
@@ -192,7 +165,7 @@ class GuestFactory:
         except VMSandboxError as error:
             if not error.transient:
                 raise
-            self._surroundings.retried(error)
+            self._callbacks.note_retry(error)
         return work()
 
     def _let_rest(self) -> None:
@@ -218,7 +191,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedImage: ...
     @overload
     def prepare(
@@ -227,7 +200,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedLayer: ...
     def prepare(
         self,
@@ -235,7 +208,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: str | None = None,
+        network: Network | None = None,
     ) -> PreparedImage | PreparedLayer:
         """An image with more in it, which `boot` takes.
 
@@ -272,17 +245,17 @@ class GuestFactory:
         about = getattr(run, "__qualname__", "prepared")
         provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
         prepared = self.with_step(image, provision.step())
-        if isinstance(prepared, PreparedImage) or self._surroundings.image() is not None:
-            self._seal(self._prepared(prepared))
+        if isinstance(prepared, PreparedImage) or self._callbacks.image() is not None:
+            self._build_template(self._prepared(prepared))
         return prepared
 
-    def _seal(self, prepared: PreparedImage) -> None:
+    def _build_template(self, prepared: PreparedImage) -> None:
         """See that guests of the default hardware can be cloned, where any can."""
-        blueprint = self._blueprint(prepared.image, {})
+        blueprint = self._blueprint(prepared.image, self.hardware(prepared.image, {}))
         if self._may_clone(blueprint, prepared.steps):
             try:
-                self._retrying(lambda: self._sealer.obtain(blueprint, prepared.steps))
-            except CannotSealError as error:
+                self._retrying(lambda: self._builder.obtain(blueprint, prepared.steps))
+            except NoTemplateError as error:
                 self._no_clones(blueprint, prepared.steps, error)
 
     @overload
@@ -312,12 +285,12 @@ class GuestFactory:
                 remedy="use a name of the catalogue, or what vm_factory.prepare() returned",
             )
         if image not in self._provisioned:
-            steps = tuple(it.step() for it in self._surroundings.provisions(image))
+            steps = tuple(it.step() for it in self._callbacks.provisions(image))
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
         return self._provisioned[image]
 
     def _image_of_test(self) -> str:
-        if (image := self._surroundings.image()) is None:
+        if (image := self._callbacks.image()) is None:
             raise ConfigError(
                 "what was prepared for no image in particular can be booted only while a test runs to "
                 "which one of the selected images applies",
@@ -325,16 +298,13 @@ class GuestFactory:
             )
         return image
 
-    def expect(
-        self, image: str | PreparedImage, hardware: Mapping[str, object], count: int = 1
-    ) -> None:
+    def expect(self, image: str | PreparedImage, hardware: Hardware, count: int = 1) -> None:
         """Be told that so many guests of a kind are going to be asked for.
 
         Raises:
-            ConfigError: there is no such image or hardware.
+            ConfigError: what is to be done to each guest of the image is invalid.
         """
-        prepared = self._prepared(image)
-        kind = prepared, self._hardware(prepared.image, hardware)
+        kind = self._prepared(image), hardware
         self._expected[kind] = self._expected.get(kind, 0) + count
 
     def await_armed(self, timeout: float) -> bool:
@@ -349,55 +319,55 @@ class GuestFactory:
         if not self._may_clone(blueprint, steps):
             return None
         try:
-            sealed, clone, was_armed = self._lease(blueprint, prepared, stack)
-        except (CannotSealError, LaunchError, GuestLost, MonitorError) as error:
+            opened, clone, was_armed = self._lease(blueprint, prepared, stack)
+        except (NoTemplateError, LaunchError, GuestLost, MonitorError) as error:
             if error.transient:
                 raise
             self._no_clones(blueprint, steps, error)
             return None
-        self._surroundings.begun(clone.name)
+        self._callbacks.guest_begun(clone.name)
         platform = GuestPlatform(
             blueprint,
             self._running(),
             name=clone.name,
-            key=sealed.key,
+            key=opened.key,
             disks=clone.disks,
             logs=clone.logs,
-            awake=clone.awake,
+            running=clone.running,
         )
         guest = self._guest(platform, clone.name, "armed" if was_armed else "cloned")
-        guest.facts = sealed.template.facts
+        guest.facts = opened.template.facts
         return stack.enter_context(guest)
 
     def _lease(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
-    ) -> tuple[Sealed, Clone, bool]:
-        """A clone of a template that is what it was when it was sealed."""
+    ) -> tuple[OpenTemplate, Clone, bool]:
+        """A clone of a template that is what it was when it was built."""
         ahead = self._settings.clones == "armed"
         kind = prepared, blueprint.hardware
         lost = 0
         while True:
-            sealed = self._sealer.obtain(blueprint, prepared.steps)
+            opened = self._builder.obtain(blueprint, prepared.steps)
             count = self._expected.pop(kind, 0)
             if ahead and count:
-                self._pool.expect(sealed, blueprint, count)
+                self._pool.expect(opened, blueprint, count)
             own = stack.enter_context(ExitStack())
             try:
-                leased = own.enter_context(self._pool.lease(sealed, blueprint, more=ahead))
+                leased = own.enter_context(self._pool.lease(opened, blueprint, more=ahead))
             except VMSandboxError as error:
-                failure, fault = error, sealed.fault(anew=True)
+                failure, fault = error, opened.fault(anew=True)
                 # A host with too much to do may lose one.
                 if not (fault or failure.transient or isinstance(failure, GuestLost)):
                     raise
             else:
-                if not (fault := sealed.fault(anew=False)):
-                    return sealed, *leased
+                if not (fault := opened.fault(anew=False)):
+                    return opened, *leased
                 failure = LaunchError("its template was damaged", details=fault)
             lost += 1
             if fault:
                 own.close()
-                self._expected[kind] = self._pool.forget(sealed) + 1  # this one
-                self._sealer.drop(sealed, fault)
+                self._expected[kind] = self._pool.forget(opened) + 1  # this one
+                self._builder.drop(opened, fault)
             if lost == _MOST_LOST:
                 raise LaunchError(
                     f"{lost} clones in a row were lost, the last one so: {failure.brief}",
@@ -414,7 +384,7 @@ class GuestFactory:
     ) -> None:
         """Fall to the lowest rung of the ladder, and say so once."""
         self._without_clones.add(template_key(blueprint, steps))
-        self._surroundings.tell(
+        self._callbacks.tell(
             f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
         )
 
@@ -431,14 +401,14 @@ class GuestFactory:
                 )
         blueprint.built.verified()
         disks = stack.enter_context(blueprint.disks(self._running().cache))
-        self._surroundings.begun(name)
+        self._callbacks.guest_begun(name)
         platform = GuestPlatform(
             blueprint,
             self._running(),
             name=name,
             key=self._key,
             disks=disks,
-            logs=self._surroundings.logs(name),
+            logs=self._callbacks.logs(name),
         )
         guest = stack.enter_context(self._guest(platform, name, "booted"))
         grow(guest, blueprint)
@@ -467,52 +437,56 @@ class GuestFactory:
             spec=blueprint.hardware,
             boot_timeout=self._settings.boot_timeout,
             command_timeout=self._settings.command_timeout,
-            hints=self._surroundings.hints,
+            hints=self._callbacks.hints,
             origin=origin,
             on_wake=self._let_rest,
             stretch=blueprint.stretch,
         )
 
-    def _blueprint(self, image: str, hardware: Mapping[str, object]) -> Blueprint:
-        spec = self._hardware(image, hardware)
-        definition = self._catalogue.get(image)
-        _check_hardware(definition, spec)
-        self._check_network(spec)
+    def hardware(self, image: str, arguments: Mapping[str, object]) -> Hardware:
+        """The hardware of a guest of an image.
+
+        Args:
+            arguments: what differs from the run's default, as `boot` takes it.
+
+        Raises:
+            ConfigError: there is no such image or hardware.
+        """
+        return self._catalogue.get(image).hardware(self._settings.hardware, arguments)
+
+    def _blueprint(self, image: str, hardware: Hardware) -> Blueprint:
+        _check_hardware(self._catalogue.get(image), hardware)
+        self._check_network(hardware)
         built, qemu = self.require(image)
         return Blueprint(
             built=built,
             qemu=qemu,
             verdict=self.accelerator(image),
-            hardware=spec,
-            qemu_args=self._surroundings.qemu_args,
+            hardware=hardware,
+            qemu_args=self._callbacks.qemu_args,
             pace=self._pace,
         )
 
-    def _hardware(self, image: str, wishes: Mapping[str, object]) -> Hardware:
-        """What guests of an image are made of; its user is who nobody else has named."""
-        hardware = self._settings.hardware.changed(wishes)
-        return replace(hardware, user=hardware.user or self._catalogue.get(image).user)
-
     @cached_property
-    def _sealer(self) -> Sealer:
+    def _builder(self) -> TemplateBuilder:
         """Made once, and ended after the pool."""
         self.clean()
         return self._stack.enter_context(
-            Sealer.open(
+            TemplateBuilder.open(
                 TemplateStore(self._cache),
                 self._running(),
                 guest=self._guest,
                 logs=self._logs_of_prepared,
-                say=self._surroundings.say,
-                tell=self._surroundings.tell,
+                say=self._callbacks.say,
+                tell=self._callbacks.tell,
             )
         )
 
     def _logs_of_prepared(self, image: str) -> Path | None:
         """The folder for the logs of a guest that becomes a template: of who waits for that."""
         name = self._name(f"{image}-prepared")
-        self._surroundings.begun(name)
-        return self._surroundings.logs(name)
+        self._callbacks.guest_begun(name)
+        return self._callbacks.logs(name)
 
     @cached_property
     def _pool(self) -> Pool:
@@ -523,7 +497,7 @@ class GuestFactory:
                 Quota(hypervisor.folder),
                 fillers=_FILLERS,
                 name=self._name,
-                logs=self._surroundings.logs,
+                logs=self._callbacks.logs,
             )
         )
 
@@ -537,7 +511,7 @@ class GuestFactory:
             qemu = find_qemu(self._catalogue.get(image).architecture)
             return self.built(image), qemu
         except (LaunchError, ImageError) as error:
-            self._surroundings.missing(error)
+            self._callbacks.missing(error)
 
     def built(self, image: str) -> BuiltImage:
         """The built image, kept from removal until this factory is closed.
@@ -566,8 +540,8 @@ class GuestFactory:
                     append=built.definition.append,
                     cache=self._cache,
                     hypervisor=lambda: self._to_prove(built),
-                    say=self._surroundings.say,
-                    tell=self._surroundings.tell,
+                    say=self._callbacks.say,
+                    tell=self._callbacks.tell,
                 )
             except ImageError:
                 built.verified()  # it knows the remedy

@@ -12,10 +12,11 @@ from typing import IO
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.transport import RemoteProcess, Transport
-from pytest_vmsandbox.guests import ssh, waking
-from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.access import SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -52,10 +53,10 @@ class GuestPlatform:
         key: opens it.
         disks: its own.
         logs: the folder for its logs, or None.
-        memory: the file that is its memory, if it is to be sealed.
+        memory: the file that is its memory, if it becomes that of a template.
         state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
             there, else in this file, too.
-        awake: a machine that runs already, for the first time that it is switched on.
+        running: a machine that runs already, for the first time that it is switched on.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class GuestPlatform:
         hypervisor: Hypervisor,
         *,
         name: str,
-        key: ssh.KeyPair,
+        key: KeyPair,
         disks: Disks,
         logs: Path | None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
-        awake: waking.Awake | None = None,
+        running: resume.RunningMachine | None = None,
     ) -> None:
         self.blueprint = blueprint
         self._hypervisor = hypervisor
@@ -80,24 +81,24 @@ class GuestPlatform:
         self._memory = memory
         self._state = state
         self._lead = 0.0  # of the clock in that state
-        self._awake = awake
+        self._running_machine = running
         self._helper: Helper | None = None
         self._own = ExitStack()  # what snapshots have added to the disks, and files
 
     @contextmanager
     def machine(self) -> Iterator[Machine]:
         """See `Platform.machine`."""
-        awake, self._awake = self._awake, None
-        if awake is not None:
-            self._helper = awake.helper
-            with awake:
-                yield awake.machine
+        running, self._running_machine = self._running_machine, None
+        if running is not None:
+            self._helper = running.helper
+            with running:
+                yield running.machine
             return
         state, self._state = self._state, None
         if state is not None:
             start = Start.RESTORED if self._memory is None else Start.CONTINUED
         else:
-            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SEALED
+            start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
         spec = self.blueprint.machine(self._name, self._key.public, start)
         with self.blueprint.running(
             self._hypervisor,
@@ -110,7 +111,7 @@ class GuestPlatform:
             self._helper = helper_of(machine, self.blueprint)
             if state is not None:
                 self._helper.lead = self._lead
-                waking.wake(machine, self._helper)
+                resume.from_state(machine, self._helper)
             yield machine
 
     @property
@@ -131,6 +132,8 @@ class GuestPlatform:
         """See `Platform.transport`."""
         if (helper := self._present) is not None:
             return HelperTransport(helper, user)
+        from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
+
         return ssh.SSHTransport(
             lambda: ssh.Endpoint(
                 address=machine.forward(_SSH_PORT),
@@ -156,7 +159,7 @@ class GuestPlatform:
             address = machine.forward(_SSH_PORT)
         except VMSandboxError:
             return False  # the caller looks at why
-        return ssh.greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
+        return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
 
     def save(self, machine: Machine) -> Saved:
         """See `Platform.save`."""
@@ -165,7 +168,7 @@ class GuestPlatform:
                 f"{self._name} has no helper, so its clock could not be set right after a rollback",
                 remedy="use an image that has one, such as debian-13",
             )
-        waking.pause(machine, helper)  # it has taken all that was said so far
+        resume.pause(machine, helper)  # it has taken all that was said so far
         try:
             frozen = self._disks.frozen
             for file in (it for files in frozen for it in files):
@@ -193,14 +196,14 @@ class GuestPlatform:
     def pause(self, machine: Machine) -> None:
         """See `Platform.pause`."""
         if (helper := self._present) is not None:
-            waking.pause(machine, helper, _PAUSE_SECONDS)
+            resume.pause(machine, helper, _PAUSE_SECONDS)
         else:
             machine.pause()
 
     def resume(self, machine: Machine) -> None:
         """See `Platform.resume`."""
         if (helper := self._present) is not None:
-            waking.resume(machine, helper)
+            resume.from_pause(machine, helper)
         else:
             machine.resume()
 
@@ -261,7 +264,7 @@ def check_network(
     """
     address = machine.forward(_SSH_PORT)
     deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
-    while not ssh.greeting(address, deadline.remaining(_LOOK_SECONDS)):
+    while not greeting(address, deadline.remaining(_LOOK_SECONDS)):
         (check or machine.check)()
         if deadline.expired:
             raise GuestLost(

@@ -1,4 +1,4 @@
-"""Clones of sealed guests, armed ahead of demand: what a test waits for is a few milliseconds.
+"""Clones of templates, armed ahead of demand: what a test waits for is a few milliseconds.
 
 A clone maps its template's memory and shares it until it writes. To arm it is to wake it, to run a
 program in it, and to pause it again: under emulation, the first program in a clone takes ten times
@@ -18,11 +18,11 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests import waking
+from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.platform import check_network, helper_of
-from pytest_vmsandbox.guests.sealing import Sealed
-from pytest_vmsandbox.guests.waking import Awake
+from pytest_vmsandbox.guests.resume import RunningMachine
+from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -44,7 +44,7 @@ class Clone:
     Attributes:
         is_armed: whether a program has run in it, and it is paused; else it runs.
         name: the guest's.
-        awake: its machine.
+        running: its machine.
         disks: its own.
         logs: the folder for its logs, or None.
         stack: ends all of it.
@@ -52,15 +52,15 @@ class Clone:
 
     is_armed: bool
     name: str
-    awake: Awake
+    running: RunningMachine
     disks: Disks
     logs: Path | None
     stack: ExitStack
 
 
 @dataclass(kw_only=True)
-class _Shelf:
-    """The armed clones of one template.
+class _Kind:
+    """Clones that could stand in for each other: of one template, on one network.
 
     Attributes:
         expected: how many more are going to be asked for, as far as is known.
@@ -72,7 +72,7 @@ class _Shelf:
         is_forgotten: the template is not to be used any more.
     """
 
-    sealed: Sealed
+    opened: OpenTemplate
     blueprint: Blueprint
     armed: deque[Clone] = field(default_factory=deque)
     expected: int = 0
@@ -108,10 +108,10 @@ class Pool:
         logs: Callable[[str], Path | None],
     ) -> None:
         self._hypervisor = hypervisor
-        self._ledger = quota
+        self._quota = quota
         self._name = name
         self._logs = logs
-        self._shelves: dict[tuple[str, str], _Shelf] = {}  # by template and network
+        self._kinds: dict[tuple[str, str], _Kind] = {}  # by template and network
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [
@@ -144,20 +144,20 @@ class Pool:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(_STOP_SECONDS)
-        for shelf in self._shelves.values():
-            self._empty(shelf)
+        for kind in self._kinds.values():
+            self._empty(kind)
 
-    def expect(self, sealed: Sealed, blueprint: Blueprint, count: int) -> None:
+    def expect(self, opened: OpenTemplate, blueprint: Blueprint, count: int) -> None:
         """Be told that so many more clones of a template are going to be asked for."""
         with self._changed:
-            shelf = self._shelf(sealed, blueprint)
-            shelf.expected += count
-            shelf.last = Deadline(_IDLE_SECONDS)
+            kind = self._kind(opened, blueprint)
+            kind.expected += count
+            kind.last = Deadline(_IDLE_SECONDS)
             self._start()
 
     @contextmanager
     def lease(
-        self, sealed: Sealed, blueprint: Blueprint, *, more: bool
+        self, opened: OpenTemplate, blueprint: Blueprint, *, more: bool
     ) -> Iterator[tuple[Clone, bool]]:
         """A clone of a template, running; it is gone at the end.
 
@@ -172,26 +172,27 @@ class Pool:
         Raises:
             VMSandboxError: none can be made.
         """
-        clone, was_armed = self._take(sealed, blueprint, more=more)
+        clone, was_armed = self._take(opened, blueprint, more=more)
         try:
             with clone.stack:
                 if clone.is_armed:
-                    waking.resume(clone.awake.machine, clone.awake.helper)
+                    resume.from_pause(clone.running.machine, clone.running.helper)
                 yield clone, was_armed
         finally:
-            self._ledger.release(CLAIM)
+            self._quota.release(CLAIM)
 
     def await_armed(self, timeout: float) -> bool:
         """Wait until as many clones are armed as are to be kept ahead; whether they are."""
         with self._changed:
             return self._changed.wait_for(
                 lambda: (
-                    self._wanting() is None and not any(it.arming for it in self._shelves.values())
+                    self._wanting() is None
+                    and not any(kind.arming for kind in self._kinds.values())
                 ),
                 timeout,
             )
 
-    def forget(self, sealed: Sealed) -> int:
+    def forget(self, opened: OpenTemplate) -> int:
         """Give up what was cloned from a template.
 
         Returns:
@@ -199,11 +200,11 @@ class Pool:
         """
         expected = 0
         with self._changed:
-            for kind in [kind for kind in self._shelves if kind[0] == sealed.template.key]:
-                shelf = self._shelves.pop(kind)
-                shelf.is_forgotten = True
-                expected += shelf.expected
-                self._empty(shelf)
+            for key in [key for key in self._kinds if key[0] == opened.template.key]:
+                kind = self._kinds.pop(key)
+                kind.is_forgotten = True
+                expected += kind.expected
+                self._empty(kind)
         return expected
 
     def _start(self) -> None:
@@ -213,44 +214,46 @@ class Pool:
                 thread.start()
         self._changed.notify_all()
 
-    def _take(self, sealed: Sealed, blueprint: Blueprint, *, more: bool) -> tuple[Clone, bool]:
+    def _take(
+        self, opened: OpenTemplate, blueprint: Blueprint, *, more: bool
+    ) -> tuple[Clone, bool]:
         with self._changed:
-            shelf = self._shelf(sealed, blueprint)
+            kind = self._kind(opened, blueprint)
             if more:
-                shelf.leased += 1
+                kind.leased += 1
                 self._start()
-            shelf.expected = max(0, shelf.expected - 1)
-            shelf.last = Deadline(_IDLE_SECONDS)
-            shelf.head_start = Deadline(_HEAD_START_SECONDS)
-            was_armed = bool(shelf.armed)
-            while shelf.arming and not shelf.armed and shelf.failure is None:
+            kind.expected = max(0, kind.expected - 1)
+            kind.last = Deadline(_IDLE_SECONDS)
+            kind.head_start = Deadline(_HEAD_START_SECONDS)
+            was_armed = bool(kind.armed)
+            while kind.arming and not kind.armed and kind.failure is None:
                 self._changed.wait()
-            if (clone := self._pick(shelf)) is not None:
+            if (clone := self._pick(kind)) is not None:
                 self._changed.notify_all()
                 return clone, was_armed
-            shelf.failure = None
+            kind.failure = None
             self._changed.notify_all()
-        self._ledger.claim(CLAIM, spare=False)
+        self._quota.claim(CLAIM, spare=False)
         try:
-            return self._clone(sealed, blueprint, arm=False), False
+            return self._clone(opened, blueprint, arm=False), False
         except BaseException:
-            self._ledger.release(CLAIM)
+            self._quota.release(CLAIM)
             raise
 
-    def _pick(self, shelf: _Shelf) -> Clone | None:
+    def _pick(self, kind: _Kind) -> Clone | None:
         """An armed clone that is still there; the condition is held."""
-        while shelf.armed:
-            clone = shelf.armed.popleft()
-            if clone.awake.machine.ended() is None:
+        while kind.armed:
+            clone = kind.armed.popleft()
+            if clone.running.machine.ended() is None:
                 return clone
             self._give_up(clone)  # something has killed its QEMU
         return None
 
-    def _shelf(self, sealed: Sealed, blueprint: Blueprint) -> _Shelf:
-        kind = sealed.template.key, blueprint.hardware.network
-        if kind not in self._shelves:
-            self._shelves[kind] = _Shelf(sealed=sealed, blueprint=blueprint)
-        return self._shelves[kind]
+    def _kind(self, opened: OpenTemplate, blueprint: Blueprint) -> _Kind:
+        key = opened.template.key, blueprint.hardware.network
+        if key not in self._kinds:
+            self._kinds[key] = _Kind(opened=opened, blueprint=blueprint)
+        return self._kinds[key]
 
     # -- filling ------------------------------------------------------------------------------------
 
@@ -258,23 +261,23 @@ class Pool:
         """What a filler does."""
         while True:
             with self._changed:
-                shelf = self._wanting()
-                while not self._stopped and (shelf is None or shelf.pause):
-                    self._changed.wait(_IDLE_SECONDS / 4 if shelf is None else shelf.pause)
+                kind = self._wanting()
+                while not self._stopped and (kind is None or kind.pause):
+                    self._changed.wait(_IDLE_SECONDS / 4 if kind is None else kind.pause)
                     self._shrink()
-                    shelf = self._wanting()
+                    kind = self._wanting()
                 if self._stopped:
                     return
-                assert shelf is not None
-                shelf.arming += 1
+                assert kind is not None
+                kind.arming += 1
             clone: Clone | None = None
             failure: VMSandboxError | None = None
             claimed = False
             try:
-                claimed = self._ledger.claim(CLAIM, spare=True)
+                claimed = self._quota.claim(CLAIM, spare=True)
                 if claimed:
-                    with self._ledger.processor():
-                        clone = self._clone(shelf.sealed, shelf.blueprint, arm=True)
+                    with self._quota.processor():
+                        clone = self._clone(kind.opened, kind.blueprint, arm=True)
                 else:
                     failure = LaunchError("there is no room for a further clone")
             except VMSandboxError as error:
@@ -282,41 +285,41 @@ class Pool:
             except Exception as error:  # noqa: BLE001  # else a filler would die without a word
                 failure = LaunchError(f"a clone could not be armed: {error!r}")
             with self._changed:
-                shelf.arming -= 1
-                shelf.failure = failure
+                kind.arming -= 1
+                kind.failure = failure
                 if clone is not None:
-                    shelf.armed.append(clone)
+                    kind.armed.append(clone)
                 elif claimed:
-                    self._ledger.release(CLAIM)
-                if shelf.is_forgotten:  # meanwhile
-                    self._empty(shelf)
+                    self._quota.release(CLAIM)
+                if kind.is_forgotten:  # meanwhile
+                    self._empty(kind)
                 self._changed.notify_all()
 
-    def _wanting(self) -> _Shelf | None:
-        """The shelf that wants a clone most, or None; the condition is held."""
+    def _wanting(self) -> _Kind | None:
+        """The kind that wants a clone most, or None; the condition is held."""
         best, need = None, 0
-        for shelf in self._shelves.values():
-            ahead = min(_DEPTH, shelf.expected) or (1 if shelf.leased > 1 else 0)
-            missing = ahead - len(shelf.armed) - shelf.arming
-            if missing > need and shelf.failure is None and not shelf.last.expired:
-                best, need = shelf, missing
+        for kind in self._kinds.values():
+            ahead = min(_DEPTH, kind.expected) or (1 if kind.leased > 1 else 0)
+            missing = ahead - len(kind.armed) - kind.arming
+            if missing > need and kind.failure is None and not kind.last.expired:
+                best, need = kind, missing
         return best
 
     def _shrink(self) -> None:
         """Give up clones that nobody takes; the condition is held."""
-        for shelf in self._shelves.values():
-            if shelf.last.expired:
-                self._empty(shelf)
+        for kind in self._kinds.values():
+            if kind.last.expired:
+                self._empty(kind)
 
-    def _empty(self, shelf: _Shelf) -> None:
-        while shelf.armed:
-            self._give_up(shelf.armed.popleft())
+    def _empty(self, kind: _Kind) -> None:
+        while kind.armed:
+            self._give_up(kind.armed.popleft())
 
     def _give_up(self, clone: Clone) -> None:
         clone.stack.close()
-        self._ledger.release(CLAIM)
+        self._quota.release(CLAIM)
 
-    def _clone(self, sealed: Sealed, blueprint: Blueprint, *, arm: bool) -> Clone:
+    def _clone(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
         """A clone of a template.
 
         Args:
@@ -325,9 +328,9 @@ class Pool:
         Raises:
             VMSandboxError: it cannot be made, or something in it cannot be put right.
         """
-        template = sealed.template
+        template = opened.template
         name = self._name(blueprint.image)
-        spec = blueprint.machine(name, sealed.key.public, Start.CLONED)
+        spec = blueprint.machine(name, opened.key.public, Start.CLONED)
         logs = self._logs(name)
         with ExitStack() as stack:
             try:
@@ -340,7 +343,7 @@ class Pool:
                 raise LaunchError(
                     f"the template of {blueprint.image} cannot be read: {error}"
                 ) from error
-            sealed.check_current()
+            opened.check_current()
             own = ExitStack()
             machine = own.enter_context(
                 blueprint.running(
@@ -348,7 +351,7 @@ class Pool:
                     spec,
                     disks=disks,
                     logs=logs,
-                    memory=sealed.memory,
+                    memory=opened.memory,
                     state=state,
                 )
             )
@@ -357,15 +360,15 @@ class Pool:
 
             def check() -> None:
                 machine.check()
-                sealed.check()  # a clone of a damaged template may not answer for minutes
+                opened.check()  # a clone of a damaged template may not answer for minutes
 
             helper = helper_of(machine, blueprint, check)
-            waking.wake(machine, helper)
-            if not sealed.checked.is_set():
+            resume.from_state(machine, helper)
+            if not opened.checked.is_set():
                 check_network(machine, blueprint, check)
-                sealed.checked.set()
+                opened.checked.set()
             is_systemd = blueprint.built.definition.init == "systemd"
-            waking.name(helper, name, in_files=is_systemd)
+            resume.rename(helper, name, in_files=is_systemd)
             if arm:
                 process = helper.start(_EXERCISE)
                 limit = blueprint.stretch(_EXERCISE_SECONDS)
@@ -375,7 +378,7 @@ class Pool:
             return Clone(
                 is_armed=arm,
                 name=name,
-                awake=Awake(machine=machine, helper=helper, stack=own),
+                running=RunningMachine(machine=machine, helper=helper, stack=own),
                 disks=disks,
                 logs=logs,
                 stack=stack.pop_all(),

@@ -1,4 +1,4 @@
-"""What is done to guests once, before they are sealed, and what its result depends on."""
+"""What is done to guests once, before they become a template, and what its result depends on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import NETWORKS
+from pytest_vmsandbox.core.spec import Network, parse_network
 from pytest_vmsandbox.guests.guest import Guest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in what `repr` says of many objects
@@ -24,7 +24,7 @@ Facts = Mapping[str, object] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Provision:
-    """A layer on top of an image: something that is done to a guest before it is sealed.
+    """A layer on top of an image: something that is done to a guest before it becomes a template.
 
     It is done anew when something of what it depends on has changed, and not once per run.
 
@@ -51,7 +51,7 @@ class Provision:
     name: str
     depends_on: Sequence[str | os.PathLike[str]]
     run: Callable[[Guest], object]
-    network: str | None = None
+    network: Network | None = None
 
     def step(self) -> Step:
         """The same with a digest of what it depends on.
@@ -59,10 +59,8 @@ class Provision:
         Raises:
             ConfigError: that is not what it can depend on, or a path does not exist.
         """
-        if self.network not in (None, *NETWORKS):
-            raise ConfigError(
-                f"network={self.network!r} is unknown", remedy=f"use {' or '.join(NETWORKS)}"
-            )
+        if self.network is not None:
+            parse_network(self.network)
         if not callable(self.run):
             raise ConfigError(f"{self.name}: {self.run!r} cannot be called with a guest")
         parts = [self.name, self.network, *_code(self.run), *_contents(self.name, self.depends_on)]
@@ -89,7 +87,7 @@ class Step:
     digest: str
     run: Callable[[Guest], Facts] = field(compare=False)
     about: str = field(compare=False)
-    network: str | None = field(default=None, compare=False)
+    network: Network | None = field(default=None, compare=False)
     personal: bool = field(default=False, compare=False)
 
 

@@ -1,8 +1,10 @@
-"""SSH into a guest: the only module that knows paramiko."""
+"""SSH into a guest: the only module that knows paramiko.
+
+paramiko takes a fifth of a second to import, so this module is imported by those who connect.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
@@ -12,18 +14,15 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import paramiko
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import CommandError, GuestLost
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.process import (
     UNKNOWN_SIGNAL,
     ChannelProcess,
@@ -50,55 +49,6 @@ logging.getLogger(_LOG).propagate = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyPair:
-    """The key with which one run enters its guests.
-
-    Attributes:
-        private: in OpenSSH's format.
-        public: ``ssh-ed25519 AAAA…``.
-    """
-
-    private: str
-    public: str
-
-    @classmethod
-    def generate(cls) -> KeyPair:
-        """A new key."""
-        private = Ed25519PrivateKey.generate().private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-        return cls.of(private.decode())
-
-    @classmethod
-    def of(cls, private: str) -> KeyPair:
-        """The key of which that is the private part.
-
-        Raises:
-            ValueError: it is none.
-        """
-        try:
-            key = serialization.load_ssh_private_key(private.encode(), None)
-        except (TypeError, UnsupportedAlgorithm) as error:  # of damaged ones
-            raise ValueError(str(error)) from error
-        public = key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-        return cls(private=private, public=public.decode())
-
-    @property
-    def name(self) -> str:
-        """What tells it from other keys, short enough for the name of a file."""
-        return hashlib.sha256(self.public.encode()).hexdigest()[:16]
-
-    def save(self, path: Path) -> None:
-        """Write the private part to a file that only this user can read."""
-        path.touch(mode=0o600)
-        path.write_text(self.private, encoding="utf-8")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """How a guest's SSH server is reached and known.
 
@@ -113,16 +63,6 @@ class Endpoint:
     user: str
     key: KeyPair
     host_key: str
-
-
-def greeting(address: tuple[str, int], timeout: float) -> bool:
-    """Whether an SSH server greets us there within `timeout` seconds."""
-    try:
-        with socket.create_connection(address, timeout) as sock:
-            sock.settimeout(timeout)
-            return sock.recv(4) == b"SSH-"
-    except OSError:
-        return False
 
 
 class _Session(paramiko.Transport):

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_vmsandbox.catalogue.files import (
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import (
     locked,
     private_folder,
     remove_tree,
     size_on_disk,
     sync_tree,
 )
-from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import TeardownError
 from pytest_vmsandbox.core.spec import GIB
 

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, cast
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests import archive

@@ -21,12 +21,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from pytest_vmsandbox.catalogue.files import locked
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
-from pytest_vmsandbox.inside import tree as trees
-from pytest_vmsandbox.inside.tree import Entry, Scripted, Tree
+from pytest_vmsandbox.guests.transfer import Streamer
+from pytest_vmsandbox.inside import tree_copy
+from pytest_vmsandbox.inside.tree import Entry, Tree, is_cache
 
 SETTING = "vm_pull"
 MAX_FILES = 20_000  # of one guest
@@ -90,11 +91,11 @@ class Patterns:
                 if glob.startswith("!") or _is_of_git(path):
                     return None
                 return Outcome.IS_CODE if _is_code(path) and glob != path else Outcome.BROUGHT
-        return None if trees.is_cache(path) else Outcome.LEFT
+        return None if is_cache(path) else Outcome.LEFT
 
 
 def bring_back(
-    guest: Scripted, tree: Tree, dest: str, *, patterns: Patterns, since: float
+    stream: Streamer, tree: Tree, dest: str, *, patterns: Patterns, since: float
 ) -> dict[Outcome, list[str]]:
     """Bring back what has been written in a guest's copy of the tree, as far as it is wanted.
 
@@ -102,7 +103,7 @@ def bring_back(
     left as it is, unless the guest's has the same content.
 
     Args:
-        guest: where from.
+        stream: runs scripts in the guest.
         tree: what went there.
         dest: the folder in the guest that it went to.
         patterns: what is wanted.
@@ -114,7 +115,7 @@ def bring_back(
     Raises:
         TransferError: the guest does not tell what it has, or does not hand it out.
     """
-    changes = trees.changes(guest, tree, dest)
+    changes = tree_copy.changes(stream, tree, dest)
     found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
     wanted: dict[str, Entry] = {}
     total = 0
@@ -134,7 +135,7 @@ def bring_back(
             found[Outcome.REMOVED].append(path)
     if wanted:
         with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
-            _fetch(guest, dest, wanted, Path(scratch))
+            _fetch(stream, dest, wanted, Path(scratch))
             with locked(tree.root, on_busy=lambda: None):  # other workers of xdist write here, too
                 for path in wanted:
                     try:
@@ -169,7 +170,7 @@ def _is_code(path: str) -> bool:
     )
 
 
-def _fetch(guest: Scripted, dest: str, wanted: Mapping[str, Entry], scratch: Path) -> None:
+def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, Entry], scratch: Path) -> None:
     """Copy files of the guest's folder `dest` into the empty folder `scratch`.
 
     Raises:
@@ -192,7 +193,7 @@ def _fetch(guest: Scripted, dest: str, wanted: Mapping[str, Entry], scratch: Pat
 
         listed = io.BytesIO(b"".join(b"./%s\0" % name for name in names))
         try:
-            guest.stream_script(script, stdin=listed, stdout=take)
+            stream(script, stdin=listed, stdout=take)
         except CommandError as error:
             if error.result.returncode != 1:  # with 1, a file has changed while it was read
                 raise transfer.refused(what, error) from error

@@ -14,25 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.inside import tree as trees
-from pytest_vmsandbox.inside.environment import (
-    ENV,
-    Environment,
-    GuestPython,
-    Requirements,
-    prepare,
-)
+from pytest_vmsandbox.inside import pushable, tree_copy
+from pytest_vmsandbox.inside.environment import Environment, prepare
+from pytest_vmsandbox.inside.guest_python import GuestPython
+from pytest_vmsandbox.inside.programs import ENV
 from pytest_vmsandbox.inside.project import Project
-from pytest_vmsandbox.inside.session import Place, parse_probe
+from pytest_vmsandbox.inside.requirements import Requirements
+from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
-OLDEST_PYTHON = (3, 9)
 RUNNER = Path(__file__).with_name("runner")
 
 
@@ -84,12 +79,11 @@ class Payload:
             tell: told of what does not go as it should; default: `say`.
 
         Raises:
-            ConfigError: an entry, or the tree, cannot be meant.
+            ConfigError: an entry, or the tree, is invalid.
             TransferError: a module that is installed here is not in the tree.
         """
-        outside = trees.outside(root, more)
+        inner, outside = pushable.divide(root, more)
         project = Project.of(root, outside=outside)
-        inner = [path for path in more if not trees.is_outside(root, path)]
         if entries:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
@@ -138,30 +132,26 @@ def install(guest: Guest, payload: Payload) -> Installed:
 
 def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
     """Where in a guest things lie, once both steps were taken; the same in every guest."""
-    there, outside = f"{BASE}/src/{payload.project.root.name}", {}
-    if payload.outside:  # all lie there as they lie here, so that relative paths lead to them
-        root = payload.tree.root
-        common = os.path.commonpath([root, *(tree.root for tree in payload.outside)])
-        there = f"{BASE}/src/{root.relative_to(common)}"
-        outside = {
-            str(it.root): f"{BASE}/src/{it.root.relative_to(common)}" for it in payload.outside
-        }
+    project, folders = payload.project, [tree.root for tree in payload.outside]
+    there, outside = f"{BASE}/src/{project.root.name}", {}
+    if folders:  # all lie there as they lie here, so that relative paths lead to them
+        common = os.path.commonpath([payload.tree.root, *folders])
+        there = f"{BASE}/src/{payload.tree.root.relative_to(common)}"
+        outside = {str(here): f"{BASE}/src/{here.relative_to(common)}" for here in folders}
     return Installed(
         place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
         tree=there,
         outside=outside,
-        path=tuple(posixpath.normpath(f"{there}/{it}") for it in payload.project.import_roots),
+        path=tuple(posixpath.normpath(f"{there}/{folder}") for folder in project.import_roots),
         programs=f"{ENV}/bin",
     )
 
 
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
-    fields = {**dataclasses.asdict(payload.requirements), "root": None}
     runner = [file.read_text(encoding="utf-8") for file in sorted(RUNNER.rglob("*.py"))]
-    parts = [_FORMAT, fields, runner]
     return Step(
-        digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+        digest=payload.requirements.digest(_FORMAT, runner),
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
         network="isolated",
@@ -170,17 +160,10 @@ def environment_step(payload: Payload) -> Step:
 
 
 def project_digest(payload: Payload) -> str:
-    """SHA-256, in hex, of what `install_project` puts there: names, sizes, times and modes of files."""
-    project = payload.project
-    total = hashlib.sha256(str(project.root).encode())
-    for tree in (payload.tree, *payload.outside):
-        entries = {path: dataclasses.astuple(it) for path, it in tree.entries.items()}
-        total.update(json.dumps([str(tree.root), entries]).encode())
-    total.update(json.dumps(project.import_roots).encode())
-    for files in (project.metadata, project.scripts):
-        for name, data in sorted(files.items()):
-            total.update(b"%s\n%d\n" % (name.encode(), len(data)) + data)
-    return total.hexdigest()
+    """SHA-256, in hex, of what `install_project` puts there; of files, not their content but their times."""
+    trees = [dataclasses.asdict(tree) for tree in (payload.tree, *payload.outside)]
+    parts = [dataclasses.asdict(payload.project), *trees]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def install_environment(guest: Guest, payload: Payload) -> None:
@@ -188,10 +171,10 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
     Raises:
         TransferError: the guest has no usable Python, or something cannot be had for it.
-        ConfigError: the requirements cannot be meant.
+        ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
-    python, executable = _probe(guest)
+    python, executable = GuestPython.probe(guest)
     environment = prepare(
         payload.requirements,
         python,
@@ -213,7 +196,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
-    """Put the project into a guest that has the environment, as a difference to what is there.
+    """Put the project into a guest that has the environment.
 
     Raises:
         TransferError: the guest cannot take it.
@@ -222,13 +205,13 @@ def install_project(guest: Guest, payload: Payload) -> None:
     project, there = payload.project, layout(guest, payload)
     with _folder() as base:
         files = {f"project/{name}": data for name, data in project.metadata.items()}
-        files["project/vmsandbox.pth"] = "".join(f"{it}\n" for it in there.path).encode()
+        files["project/vmsandbox.pth"] = "".join(f"{folder}\n" for folder in there.path).encode()
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    trees.sync(guest, payload.tree, there.tree)
+    tree_copy.push(guest.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
-        trees.sync(guest, tree, there.outside[str(tree.root)])
+        tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
 
 
 @contextmanager
@@ -238,34 +221,6 @@ def _folder() -> Iterator[Path]:
         base = Path(folder)
         base.chmod(0o755)
         yield base
-
-
-def _probe(guest: Guest) -> tuple[GuestPython, str]:
-    """The guest's Python, and its path."""
-    try:
-        program = (RUNNER / "probe.py").read_text(encoding="utf-8")
-        done = guest.run(["python3", "-I", "-S", "-"], input=program)
-    except CommandError as error:
-        raise TransferError(
-            f"{guest.name} has no Python that works",
-            details=error.details,
-            remedy="tests run inside guests that have Python 3.9 or newer; others can be driven "
-            "from here, with the fixture vm",
-        ) from error
-    facts = parse_probe(done.stdout)
-    if facts["version"] < OLDEST_PYTHON:
-        raise TransferError(
-            "{} has Python {}.{}, which is too old".format(guest.name, *facts["version"]),
-            remedy="tests run inside guests that have Python {}.{} or newer".format(*OLDEST_PYTHON),
-        )
-    libc = tuple(int(it) for it in facts["libc"].split(".")[:2] if it.isdecimal())
-    if len(libc) != 2:
-        raise TransferError(
-            f"{guest.name} has no GNU C library that tells its version ({facts['libc']!r})",
-            remedy="wheels for such a system are not supported; choose another image",
-        )
-    python = GuestPython(version=facts["version"], machine=facts["machine"], libc=libc)
-    return python, facts["executable"]
 
 
 def _make_environment(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import configparser
-import hashlib
 import importlib.util
 import os
 import re
@@ -14,15 +12,16 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.core.errors import TransferError
-from pytest_vmsandbox.inside.environment import console_scripts, home, installed, origin
+from pytest_vmsandbox.inside.distributions import SITES, home, installed, origin
+from pytest_vmsandbox.inside.programs import console_scripts
+from pytest_vmsandbox.inside.wheels import with_record
 
-_SITES = {"site-packages", "dist-packages"}
 _SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
 _METADATA = ("entry_points.txt", "top_level.txt")
 _WHEEL = (
@@ -72,30 +71,21 @@ class Project:
         """
         path = sys.path if sys_path is None else sys_path
         tree = _Tree(root, outside)
-        found = {name: it for name, it in installed(path).items() if tree.has(name, it)}
-        import_roots = list(dict.fromkeys(it for it in map(tree.relative, path) if it is not None))
+        found = {name: one for name, one in installed(path).items() if tree.has(name, one)}
+        roots = dict.fromkeys(map(tree.relative, path))
+        import_roots = [folder for folder in roots if folder is not None]
         modules: dict[str, None] = {}
-        for name, distribution in found.items():
-            for module in _modules(distribution, name):
-                where = tree.find(module, import_roots)
-                if where is None and _is_editable(distribution):
-                    where = tree.ask_python(module)
-                    if where is None:
-                        continue  # built at its import, or not what its name says
-                if where is None:
-                    raise TransferError(
-                        f"{module!r} of {name} is installed here, but {tree.root} does not have it:"
-                        " a guest gets the tree",
-                        remedy="what is compiled must be built in the tree (`pip install -e .`), by"
-                        " a Python of the guest's version",
-                    )
-                if where not in import_roots:
-                    import_roots.append(where)
-                modules |= dict.fromkeys(tree.places(where, module))
         metadata: dict[str, bytes] = {}
         scripts: dict[str, bytes] = {}
         for name, distribution in found.items():
-            metadata.update(_metadata(name, distribution))
+            for module in _modules(distribution, name):
+                where = _where(tree, module, import_roots, distribution)
+                if where is None:
+                    continue
+                if where not in import_roots:
+                    import_roots.append(where)
+                modules |= dict.fromkeys(tree.places(where, module))
+            metadata |= _metadata(name, distribution)
             scripts |= console_scripts(distribution)
         return cls(
             root=root,
@@ -119,14 +109,15 @@ def foreign_folders(root: Path, sys_path: Sequence[str] | None = None) -> list[P
         Path(folder)
         for folder in folders
         if Path(folder).is_dir()
-        and _SITES.isdisjoint(Path(folder).parts)
-        and not any(Path(folder).is_relative_to(it) for it in (tree.root, *own))
+        and SITES.isdisjoint(Path(folder).parts)
+        and not any(Path(folder).is_relative_to(known) for known in (tree.root, *own))
     ]
 
 
 def provider(module: str, folders: Iterable[Path]) -> Path | None:
     """The folder that a top-level module is imported from; None if none of them has it."""
-    return next((it for it in folders if (it / module).is_dir() or any(_files(it, module))), None)
+    having = (place for place in folders if (place / module).is_dir() or any(_files(place, module)))
+    return next(having, None)
 
 
 class _Tree:
@@ -143,13 +134,12 @@ class _Tree:
         tops = [top for top in (self.root, *self._outside) if folder.is_relative_to(top)]
         if not tops or not folder.is_dir():
             return None
-        inner = folder.relative_to(tops[0])
-        above = [tops[0].joinpath(*inner.parts[:it]) for it in range(1, len(inner.parts) + 1)]
-        prefixes = {Path(os.path.realpath(it)) for it in (sys.prefix, sys.base_prefix)}
+        above = {folder, *folder.parents} - {tops[0], *tops[0].parents}
+        prefixes = {Path(os.path.realpath(prefix)) for prefix in (sys.prefix, sys.base_prefix)}
         if (
-            not _SITES.isdisjoint(inner.parts)
+            not SITES.isdisjoint(folder.relative_to(tops[0]).parts)
             or not prefixes.isdisjoint(above)
-            or any((it / "pyvenv.cfg").exists() for it in above)
+            or any((place / "pyvenv.cfg").exists() for place in above)
         ):
             return None
         return "" if folder == self.root else os.path.relpath(folder, self.root)
@@ -168,7 +158,8 @@ class _Tree:
 
     def find(self, module: str, import_roots: Iterable[str]) -> str | None:
         """Where a top-level module is imported from; None if the tree does not have it."""
-        return next((it for it in (*import_roots, *_SOURCES) if self._holds(it, module)), None)
+        folders = (*import_roots, *_SOURCES)
+        return next((folder for folder in folders if self._holds(folder, module)), None)
 
     def ask_python(self, module: str) -> str | None:
         """The same, for what a finder finds."""
@@ -191,15 +182,40 @@ class _Tree:
         if Path(os.path.realpath(base)) != base:  # nor of a folder outside, which goes as it is
             return []
         folder = [base / module] if (base / module).is_dir() else []
-        return [it.relative_to(self.root).as_posix() for it in (*folder, *_files(base, module))]
+        places = (*folder, *_files(base, module))
+        return [place.relative_to(self.root).as_posix() for place in places]
 
     def _holds(self, where: str, module: str) -> bool:
         base = self.root / where
         return any(_files(base, module)) or any((base / module).rglob("*.py"))
 
 
+def _where(
+    tree: _Tree, module: str, import_roots: Iterable[str], distribution: Distribution
+) -> str | None:
+    """The folder of the tree that a module of a distribution is imported from.
+
+    None if it has none: it is built at its import, or is not what its name says.
+
+    Raises:
+        TransferError: it is installed here, and is not in the tree.
+    """
+    where = tree.find(module, import_roots)
+    if where is not None:
+        return where
+    if _is_editable(distribution):
+        return tree.ask_python(module)
+    name = canonicalize_name(distribution.name)
+    raise TransferError(
+        f"{module!r} of {name} is installed here, but {tree.root} does not have it:"
+        " a guest gets the tree",
+        remedy="what is compiled must be built in the tree (`pip install -e .`), by a Python of the"
+        " guest's version",
+    )
+
+
 def _files(base: Path, module: str) -> Iterator[Path]:
-    return (it for pattern in ("py", "*so") for it in sorted(base.glob(f"{module}.{pattern}")))
+    return (file for pattern in ("py", "*so") for file in sorted(base.glob(f"{module}.{pattern}")))
 
 
 def _declared_name(root: Path) -> str | None:
@@ -223,7 +239,7 @@ def _declared_name(root: Path) -> str | None:
 
 def _is_editable(distribution: Distribution) -> bool:
     editable = origin(distribution).get("dir_info", {}).get("editable", False)
-    return bool(editable) or home(distribution).name not in _SITES
+    return bool(editable) or home(distribution).name not in SITES
 
 
 def _modules(distribution: Distribution, name: str) -> list[str]:
@@ -231,25 +247,20 @@ def _modules(distribution: Distribution, name: str) -> list[str]:
     if (listed := distribution.read_text("top_level.txt")) is not None:
         found = set(listed.split())
     else:
-        paths = [PurePosixPath(str(it)) for it in distribution.files or ()]
-        found = {it.parts[0].partition(".")[0] for it in paths if it.suffix in _CODE}
-    found = {it for it in found if it.isidentifier() and not _EDITABLE.match(it)}
+        files = distribution.files or ()  # paths, from site-packages on
+        found = {file.parts[0].partition(".")[0] for file in files if file.suffix in _CODE}
+    found = {module for module in found if module.isidentifier() and not _EDITABLE.match(module)}
     if not found and _is_editable(distribution):
         found = {name.replace("-", "_")}
     return sorted(found)
 
 
-def _metadata(name: str, distribution: Distribution) -> Iterator[tuple[str, bytes]]:
+def _metadata(name: str, distribution: Distribution) -> dict[str, bytes]:
     """The files of a ``.dist-info`` without code, by path below site-packages."""
     folder = f"{name.replace('-', '_')}-{distribution.version}.dist-info"
-    texts = {it: distribution.read_text(it) for it in _METADATA}
+    texts = {file: distribution.read_text(file) for file in _METADATA}
     texts["METADATA"] = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")
     texts["WHEEL"] = distribution.read_text("WHEEL") or _WHEEL
     texts["INSTALLER"] = "pytest-vmsandbox\n"
-    files = {f"{folder}/{it}": text.encode() for it, text in texts.items() if text}
-    record = ""
-    for path, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        record += f"{path},sha256={digest},{len(content)}\n"
-    yield from files.items()
-    yield f"{folder}/RECORD", f"{record}{folder}/RECORD,,\n".encode()
+    files = {f"{folder}/{file}": text.encode() for file, text in texts.items() if text}
+    return with_record(files, folder)

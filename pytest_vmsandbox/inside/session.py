@@ -289,7 +289,7 @@ class GuestSession:
         """Start a session and let it collect.
 
         Args:
-            config: see the runner's ``Session``.
+            config: see ``run`` in the runner's `process.py`.
             timeout: seconds until it has collected.
 
         Returns:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -35,19 +35,24 @@ def make_wheel(distribution: Distribution, folder: Path) -> Path | None:
     if info is None:
         return None
     wheel = folder / f"{info.removesuffix('.dist-info')}-py3-none-any.whl"
-    record = []
     try:
+        contents = {str(path): place.read_bytes() for path, place in files.items()}
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path, place in files.items():
-                content = place.read_bytes()
-                digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
-                record.append(f"{path},sha256={digest.rstrip(b'=').decode()},{len(content)}\n")
-                archive.writestr(str(path), content)
-            archive.writestr(f"{info}/RECORD", "".join([*record, f"{info}/RECORD,,\n"]))
+            for name, content in with_record(contents, info).items():
+                archive.writestr(name, content)
     except OSError:
         wheel.unlink(missing_ok=True)
         return None
     return wheel
+
+
+def with_record(files: Mapping[str, bytes], info: str) -> dict[str, bytes]:
+    """The files of a distribution by path, and the RECORD of them in its folder `info`."""
+    lines = []
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{path},sha256={digest},{len(content)}\n")
+    return {**files, f"{info}/RECORD": "".join([*lines, f"{info}/RECORD,,\n"]).encode()}
 
 
 def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pytest_vmsandbox.core import integrity, paths
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware

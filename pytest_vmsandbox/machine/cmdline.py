@@ -44,13 +44,13 @@ class Descriptors:
 class Start(Enum):
     """How a machine starts.
 
-    It is switched on, with memory of its own; or so that it can be sealed, writing its memory to a
+    It is switched on, with memory of its own; or so that it can be saved, writing its memory to a
     file; or it goes on where another one was saved, with all of its memory read from there, with a
     memory file that it goes on writing, or with one that it sees and never changes.
     """
 
     POWER_ON = "power on"
-    TO_BE_SEALED = "to be sealed"
+    TO_BE_SAVED = "to be saved"
     RESTORED = "restored"
     CONTINUED = "continued"
     CLONED = "cloned"

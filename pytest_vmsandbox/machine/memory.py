@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.cache.integrity import chunks, extents
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.integrity import chunks, extents
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import can_map_read_only
@@ -117,7 +117,7 @@ def _libc() -> ctypes.CDLL:
 def for_clones(path: Path, version: tuple[int, ...]) -> IO[bytes]:
     """An open file with that memory which a clone's QEMU cannot change.
 
-    A QEMU that insists on opening it for writing gets a copy of ours, in memory and sealed.
+    A QEMU that insists on opening it for writing gets a copy of ours, in memory, that nobody can write to.
     """
     file = path.open("rb", buffering=0)
     if can_map_read_only(version):

@@ -16,9 +16,9 @@ from pytest_vmsandbox.plugin import (
     config as options,
     hookspecs,
     naming,
+    plan as plans,
     pulling,
     reporting,
-    selection,
     unimportable,
 )
 from pytest_vmsandbox.plugin.session import SharedGuests, VMSession
@@ -101,21 +101,23 @@ def pytest_collection_modifyitems(
 ) -> Generator[None, object, object]:
     session = config.stash[SESSION]
     unimportable.replace(session, items)
+    without = collection.plan(session, items)
     _refuse(config, items, collection.check(session, items))
-    collection.deselect(session, items)
-    collection.remember_nodeids(items)
+    collection.deselect(session, items, without)
     everything = items[:]
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(config, items)
     result = yield
     naming.give_full_names(everything)
+    for item in items:
+        collection.plan_again(session, item)
     _refuse(config, items, collection.check_run(session, items))
     collection.group(items)
     return result
 
 
 def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) -> None:
-    """Let a run end before its first test if there is anything in it that cannot be meant."""
+    """Let a run end before its first test if there is anything invalid in it."""
     if errors:
         items.clear()
         if not hasattr(config, "workeroutput"):
@@ -207,7 +209,7 @@ class InsideProtocol:
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
-        if not collection.runs_inside(item):
+        if not plans.runs_inside(item):
             return None
         item.config.stash[SESSION].inside.run(item, nextitem)
         return True
@@ -241,18 +243,16 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
     """Take over pytest-timeout's limit: its alarm would end the whole run."""
-    if not collection.is_inside(item):
+    if not plans.is_inside(item):
         return None
     if settings.timeout:
-        of_call = getattr(settings, "func_only", False)
-        key = collection.CALL_LIMIT if of_call else collection.LIMIT
-        item.stash[key] = float(settings.timeout)
+        plans.limit(item, settings.timeout, of_call=getattr(settings, "func_only", False))
     return True
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
-    return True if collection.is_inside(item) else None
+    return True if plans.is_inside(item) else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -307,15 +307,15 @@ def vm(
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     session = request.config.stash[SESSION]
-    wishes = selection.read_marks(request.node.iter_markers("vm"))
-    base = session.base(vm_prepared)
-    if base is None:
+    plan, base = collection.plan_now(session, request.node), session.base(vm_prepared)
+    if plan is None or base is None:
         pytest.skip("no selected image applies to this test")
-    if wishes.isolation in (None, "test"):
-        with vm_factory.boot(base, **wishes.hardware) as guest:
+    if plan.isolation == "test":
+        with vm_factory.lease(base, plan.hardware) as guest:
             yield guest
     else:
-        yield request.getfixturevalue(f"_vm_of_{wishes.isolation}").get(base, wishes)
+        guests: SharedGuests = request.getfixturevalue(f"_vm_of_{plan.isolation}")
+        yield guests.get(base, plan.hardware)
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ class Artifacts:
 
     @property
     def _guests(self) -> Path:
-        from pytest_vmsandbox.catalogue.files import locked
+        from pytest_vmsandbox.cache.files import locked
 
         with self._making:  # guests are made ahead of demand, by other threads
             if self._logs is None:
@@ -88,7 +88,7 @@ class Artifacts:
 
     def _sweep(self) -> None:
         """Remove what runs have left that were killed: nobody holds their folders."""
-        from pytest_vmsandbox.catalogue.files import locked
+        from pytest_vmsandbox.cache.files import locked
 
         for folder in self._root.glob(f"{_LOGS}*"):
             with suppress(OSError), locked(folder):

@@ -8,57 +8,211 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.plugin import config as options, pulling, selection
+from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
+from pytest_vmsandbox.plugin.plan import PLAN, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.plugin.session import VMSession
 
-_NO_IMAGE = "no-image"
-_IMAGE = pytest.StashKey[str | None]()  # of a test that pytest cannot parametrize
-_INSIDE = pytest.StashKey[bool]()
-_PLAIN = pytest.StashKey[str]()  # of a test that only the guest could collect
-_CALLED = pytest.StashKey[str]()
-_PLACE = pytest.StashKey[tuple[str, str, str]]()
-# Seconds that a plugin for time-outs gives a test, and its function alone.
-LIMIT, CALL_LIMIT = pytest.StashKey[float](), pytest.StashKey[float]()
-# What asks a plugin to take over tests' protocol: its options, or an ini key; and its marker.
-_RERUNS = (("reruns", "force_reruns"), "flaky")
-_FORKED = (("forked",), "forked")
+# Options that have no meaning for tests inside guests; and those that do nothing for them.
 _REFUSED = {
     "usepdb": "--pdb",
     "trace": "--trace",
     "setupplan": "--setup-plan",
     "setuponly": "--setup-only",
 }
-# Fixtures of tests that drive guests from here.
-_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
+_WITHOUT_EFFECT = {"setupshow": "--setup-show", "benchmark_cprofile": "--benchmark-cprofile"}
 
 
-def is_inside(item: pytest.Item) -> bool:
-    """Whether a test runs inside its guest."""
-    if _INSIDE not in item.stash:
-        item.stash[_INSIDE] = _runs_inside(item, getattr(item, "fixturenames", ()))
-    return item.stash[_INSIDE]
+# -- one parameter for each image -------------------------------------------------------------------
 
 
-def settle_inside(item: pytest.Item, *, image: str, plain: str) -> None:
-    """Note what a test is that no function of this machine stands for."""
-    item.stash[_INSIDE] = True
-    item.stash[_IMAGE] = image
-    item.stash[_PLAIN] = plain
+def needs_parameter(metafunc: pytest.Metafunc) -> bool:
+    """Whether a test function gets one parameter for each of its images."""
+    names = metafunc.fixturenames
+    if "_vm_image" in names:
+        return True
+    with suppress(ConfigError):  # told with the tests' plans
+        if plans.belongs_inside(metafunc.definition, names):
+            names.append("_vm_image")  # which lets pytest parametrize it; nobody asks for its value
+            return True
+    return False
 
 
-def runs_inside(item: pytest.Item) -> bool:
-    """Whether a test's protocol is carried out inside its guest.
+def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
+    """Give a test one parameter for each of its images.
 
-    A test that its marker `vm` skips on that image is skipped here: for that, nothing is booted.
+    A test without any gets a placeholder, to be deselected. What is invalid is noted in
+    `session.usage_errors`.
     """
-    if not is_inside(item):
+    images: list[str] = []
+    try:
+        images = session.images(plans.request_of(metafunc.definition))
+    except ConfigError as error:
+        session.note_usage_error(metafunc.definition.nodeid, error)
+    metafunc.parametrize(
+        "_vm_image",
+        [pytest.param(image, id=image) for image in images]
+        or [pytest.param(None, id=plans.NO_IMAGE)],
+        indirect=True,
+        scope="function",  # so that pytest leaves the order as it is without it; see `group`
+    )
+
+
+# -- the plans ----------------------------------------------------------------------------------------
+
+
+def plan(session: VMSession, items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Make the plan of each test that needs a guest.
+
+    What is invalid is noted in `session.usage_errors`.
+
+    Returns:
+        The tests to which no selected image applies.
+    """
+    without = set()
+    for item in items:
+        try:
+            if plans.find(item) is None and not _plan(session, item):
+                without.add(item)
+        except ConfigError as error:
+            session.note_usage_error(item.nodeid, error)
+    return without
+
+
+def _plan(session: VMSession, item: pytest.Item) -> bool:
+    """Make the plan of a test if it needs a guest; whether it can be run."""
+    names = getattr(item, "fixturenames", ())
+    is_inside = plans.belongs_inside(item, names)
+    if plans.has_parameter(item):
+        image = plans.image_of(item)
+    elif is_inside or "_vm_image" in names:
+        image = _only_image(session, item)
+    else:
+        return True
+    if image is None:
         return False
-    wishes = selection.read_marks(item.iter_markers("vm"))
-    return selection.reason(wishes.skip, image_of(item) or "") is None
+    _store(session, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
+    return True
+
+
+def _only_image(session: VMSession, item: pytest.Item) -> str | None:
+    """The image of a test that pytest cannot parametrize (unittest's)."""
+    images = session.images(plans.request_of(item))
+    if len(images) > 1:
+        session.tell(
+            "tests of unittest's classes and doctests cannot be parametrized: of the selected "
+            f"images they ran on {images[0]} only"
+        )
+    return next(iter(images), None)
+
+
+def plan_remote(session: VMSession, item: pytest.Item, *, image: str, plain: str) -> None:
+    """Make the plan of a test that no function of this machine stands for."""
+    _store(session, item, image=image, plain=plain, is_inside=True, is_remote=True)
+
+
+def plan_now(session: VMSession, item: pytest.Item) -> Plan | None:
+    """The plan of a test that asks for `vm`; None if no image applies to it.
+
+    A test may ask only while it runs, and it may have got marks until then.
+
+    Raises:
+        ConfigError: its markers are wrong.
+    """
+    if plans.find(item) is not None:
+        plan_again(session, item)
+    elif (image := _only_image(session, item)) is not None:
+        _store(session, item, image=image, plain=item.nodeid, is_inside=False)
+    return plans.find(item)
+
+
+def plan_again(session: VMSession, item: pytest.Item) -> None:
+    """Bring the plan of a test up to date if the test has got other marks since."""
+    old = plans.find(item)
+    if old is not None and old.marks != tuple(item.iter_markers()):
+        same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
+        _store(session, item, **same)
+
+
+def _store(
+    session: VMSession,
+    item: pytest.Item,
+    *,
+    image: str,
+    plain: str,
+    is_inside: bool,
+    is_remote: bool = False,
+) -> None:
+    """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
+    request = plans.request_of(item, session.hardware)
+    default = options.isolation(item.config) if is_inside else "test"
+    old = plans.find(item)
+    skip, xfail = (selection.reason(why, image) for why in (request.skip, request.xfail))
+    if skip is not None and (old is None or skip != old.skip):
+        item.add_marker(pytest.mark.skip(reason=skip))
+    if xfail is not None and (old is None or xfail != old.xfail):
+        item.add_marker(pytest.mark.xfail(reason=xfail))
+    item.stash[PLAN] = Plan(
+        image=image,
+        hardware=session.catalogue.get(image).hardware(request.hardware, {}),
+        is_inside=is_inside,
+        isolation=request.isolation or default,
+        plain=plain,
+        is_remote=is_remote,
+        indices=plans.plain_indices(item),
+        skip=skip,
+        xfail=xfail,
+        is_rerun=is_inside and _is_rerun(item),
+        timeout=request.test_timeout,
+        marks=tuple(item.iter_markers()),
+    )
+
+
+def deselect(session: VMSession, items: list[pytest.Item], without: set[pytest.Item]) -> None:
+    """Take out the tests to which no selected image applies."""
+    if gone := [item for item in items if item in without]:
+        session.config.hook.pytest_deselected(items=gone)
+        items[:] = [item for item in items if item not in without]
+        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
+            session.tell(f"deselected, since no selected image applies: {len(gone)}")
+
+
+def group(items: list[pytest.Item]) -> None:
+    """Put tests of the same image one after the other; their order is left as it is otherwise."""
+    numbers = {
+        image: place for place, image in enumerate(dict.fromkeys(map(plans.image_of, items)))
+    }
+    numbers[None] = 0
+    items.sort(key=lambda item: numbers[plans.image_of(item)])
+
+
+def images_needed(items: Iterable[pytest.Item]) -> list[str]:
+    """The images of all tests that are going to run."""
+    return list(dict.fromkeys(plan.image for plan in _not_skipped(items)))
+
+
+def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Hardware]]:
+    """Image and hardware of the fresh guest of each test that has one.
+
+    A worker of xdist runs its share of all tests; which, nobody knows yet.
+    """
+    guests = [
+        (plan.image, plan.hardware)
+        for plan in _not_skipped(items)
+        if not plan.is_inside and plan.isolation == "test"
+    ]
+    return guests[: -(-len(guests) // options.workers(items[0].config))] if guests else []
+
+
+def _not_skipped(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+    for item in items:
+        plan = plans.find(item)
+        if plan is not None and item.get_closest_marker("skip") is None:
+            yield plan
 
 
 def refuse_here(item: pytest.Item) -> None:
@@ -67,7 +221,7 @@ def refuse_here(item: pytest.Item) -> None:
     Raises:
         ConfigError: another plugin is about to do that.
     """
-    if runs_inside(item):
+    if plans.runs_inside(item):
         raise ConfigError(
             "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
             "machine",
@@ -75,126 +229,18 @@ def refuse_here(item: pytest.Item) -> None:
         )
 
 
-def _runs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
-    try:
-        marked = selection.in_guest(node.iter_markers("in_vm"))
-    except ConfigError:
-        return False  # told by `check`
-    if marked is None:
-        return options.inside(node.config) and _DRIVES.isdisjoint(fixturenames)
-    return marked
-
-
-def needs_parameter(metafunc: pytest.Metafunc) -> bool:
-    """Whether a test function gets one parameter for each of its images."""
-    names = metafunc.fixturenames
-    if "_vm_image" in names:
-        return True
-    if _runs_inside(metafunc.definition, names):
-        names.append("_vm_image")  # which lets pytest parametrize it; nobody asks for its value
-        return True
-    return False
-
-
-def isolation_of(item: pytest.Item) -> str:
-    """What shares the guest that a test runs inside: ``test``, ``module`` or ``session``."""
-    wishes = selection.read_marks(item.iter_markers("vm"))
-    return wishes.isolation or options.isolation(item.config)
-
-
-def place_of(item: pytest.Item) -> tuple[str, str, str]:
-    """What decides which guest a test runs inside: image, hardware, and what shares the guest."""
-    if _PLACE not in item.stash:
-        wishes = selection.read_marks(item.iter_markers("vm"))
-        shared = {"session": "session", "module": item.nodeid.partition("::")[0]}
-        isolation = isolation_of(item)
-        item.stash[_PLACE] = (
-            image_of(item) or "",
-            repr(sorted(wishes.hardware.items())),
-            shared.get(isolation, item.nodeid),
-        )
-    return item.stash[_PLACE]
-
-
-def plain_nodeid(item: pytest.Item) -> str:
-    """What a test is called where it has no parameter for its image."""
-    if _PLAIN in item.stash:
-        return item.stash[_PLAIN]
-    if _CALLED not in item.stash:
-        item.stash[_CALLED] = _plain_nodeid(item)
-    return item.stash[_CALLED]
-
-
-def argument_of(item: pytest.Item) -> str:
-    """What has pytest run a test again; its file where only the guest could collect it."""
-    if _PLAIN in item.stash:
-        return item.stash[_PLAIN].partition("::")[0]
-    return item.nodeid
-
-
-def remember_nodeids(items: Iterable[pytest.Item]) -> None:
-    """Keep what tests of guests are called: pytest-xdist adds their group, which no guest knows."""
-    for item in items:
-        if is_inside(item):
-            plain_nodeid(item)
-
-
-def _plain_nodeid(item: pytest.Item) -> str:
-    if not _has_parameter(item):
-        return item.nodeid
-    identity: str = item.callspec.id  # type: ignore[attr-defined]
-    rest = identity.removeprefix(
-        image_of(item) or _NO_IMAGE
-    )  # of other parameters, which may be ""
-    base = item.nodeid.removesuffix(f"[{identity}]")
-    return f"{base}[{rest[1:]}]" if rest else base
-
-
-def plain_indices(item: pytest.Item) -> dict[str, int] | None:
-    """The indices of a test's parameters, but for its image; None for a test without any."""
-    callspec = getattr(item, "callspec", None)
-    if callspec is None:
-        return None
-    return {name: index for name, index in callspec.indices.items() if name != "_vm_image"} or None
-
-
-def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
-    """Give a test one parameter for each of its images.
-
-    A test without any gets a placeholder, to be deselected. What cannot be meant is noted in
-    `session.usage_errors`.
-    """
-    params = []
-    try:
-        wishes = selection.read_marks(metafunc.definition.iter_markers("vm"))
-        params = [
-            pytest.param(image, id=image, marks=_marks(wishes, image))
-            for image in session.images(wishes)
-        ]
-    except ConfigError as error:
-        session.note_usage_error(metafunc.definition.nodeid, error)
-    metafunc.parametrize(
-        "_vm_image",
-        params or [pytest.param(None, id=_NO_IMAGE)],
-        indirect=True,
-        scope="function",  # so that pytest leaves the order as it is without it; see `group`
-    )
+# -- what is invalid ----------------------------------------------------------------------------------
 
 
 def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
-    """What cannot be meant in the tests, in any value, and in the places that they need."""
-    for item in items:
-        _check_marks(session, item)
-        if (
-            not _has_parameter(item)
-            and _PLAIN not in item.stash
-            and ("_vm_image" in getattr(item, "fixturenames", ()) or is_inside(item))
-        ):
-            _settle(session, item)
+    """What is invalid in the tests, in any value, and in the places that they need."""
     config = session.config
     try:
         options.check_values(config)
-        if any(is_inside(it) or "vm_factory" in getattr(it, "fixturenames", ()) for it in items):
+        if any(
+            plans.is_inside(item) or "vm_factory" in getattr(item, "fixturenames", ())
+            for item in items
+        ):
             options.check_places(config)
     except pytest.UsageError as error:
         session.usage_errors.extend(error.args)
@@ -204,44 +250,34 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
 
 
 def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
-    """What cannot be meant of the way in which the tests that are left are to be run."""
-    if inside := [item for item in items if is_inside(item)]:
-        if option := refused(session.config):
-            session.usage_errors.append(
-                f"{option} cannot reach tests that run inside a guest\nRemedy: leave out --in-vm, and "
-                "tests that are marked, with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way to "
-                "look around in a guest"
-            )
-        if session.config.getoption("setupshow", default=False):
-            session.tell("--setup-show shows nothing of tests that run inside a guest")
-        if session.config.pluginmanager.has_plugin("TestmonCollect"):
-            session.usage_errors.append(
-                "testmon cannot see what tests that run inside a guest depend on, and would leave them "
-                "out when it changes\nRemedy: --testmon-nocollect, or no --testmon"
-            )
-        if session.config.getoption("benchmark_cprofile", default=None):
-            session.tell("--benchmark-cprofile shows nothing of tests that run inside a guest")
+    """What is invalid in the way in which the tests that are left are to be run."""
+    if inside := [item for item in items if plans.is_inside(item)]:
+        session.usage_errors += _refused_for(session.config)
         try:
             pulling.patterns(session.config)
             if not session.config.getoption("collectonly"):
                 _check_tree(session.config)
         except ConfigError as error:
             session.usage_errors.append(str(error))
+        for about in _without_effect(session.config, inside):
+            session.tell(f"{about} tests that run inside a guest")
         pulling.spare_unused(session, inside)
-        for plugin in _does_nothing(session.config, inside):
-            session.tell(f"{plugin} does nothing for tests that run inside a guest")
     return session.usage_errors
 
 
-def _check_tree(config: pytest.Config) -> None:
-    """Look whether the project can go to a guest, before one is started.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    from pytest_vmsandbox.inside import tree
-
-    tree.check(config.rootpath, options.push(config))
+def _refused_for(config: pytest.Config) -> Iterator[str]:
+    """What cannot be done with tests inside guests, and was asked for."""
+    if option := refused(config):
+        yield (
+            f"{option} cannot reach tests that run inside a guest\nRemedy: leave out --in-vm, and "
+            "tests that are marked, with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way to "
+            "look around in a guest"
+        )
+    if config.pluginmanager.has_plugin("TestmonCollect"):
+        yield (
+            "testmon cannot see what tests that run inside a guest depend on, and would leave them "
+            "out when it changes\nRemedy: --testmon-nocollect, or no --testmon"
+        )
 
 
 def refused(config: pytest.Config) -> str | None:
@@ -250,140 +286,46 @@ def refused(config: pytest.Config) -> str | None:
     return next(given, None)
 
 
-def deselect(session: VMSession, items: list[pytest.Item]) -> None:
-    """Take out the tests to which no selected image applies."""
-    without = {item for item in items if _needs_image(item) and image_of(item) is None}
-    if without:
-        gone = [item for item in items if item in without]
-        session.config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in without]
-        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
-            session.tell(f"deselected, since no selected image applies: {len(gone)}")
+def _check_tree(config: pytest.Config) -> None:
+    """Look whether the project can go to a guest, before one is started.
 
-
-def group(items: list[pytest.Item]) -> None:
-    """Put tests of the same image one after the other; their order is left as it is otherwise."""
-    images = {image: number for number, image in enumerate(dict.fromkeys(map(image_of, items)))}
-    images[None] = 0
-    items.sort(key=lambda item: images[image_of(item)])
-
-
-def image_of(item: pytest.Item) -> str | None:
-    """The image of a test; None for a test that needs none, or to which none applies."""
-    if _has_parameter(item):
-        image: str | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
-        return image
-    return item.stash.get(_IMAGE, None)
-
-
-def images_needed(items: Iterable[pytest.Item]) -> list[str]:
-    """The images of all tests that are going to run."""
-    return list(
-        dict.fromkeys(
-            image
-            for item in items
-            if (image := image_of(item)) and item.get_closest_marker("skip") is None
-        )
-    )
-
-
-def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Mapping[str, object]]]:
-    """Image and hardware of the fresh guest of each test that has one.
-
-    A worker of xdist runs its share of all tests; which, nobody knows yet.
+    Raises:
+        ConfigError: it cannot.
     """
-    guests = []
-    for item in items:
-        image = image_of(item)
-        if image and "vm" in getattr(item, "fixturenames", ()) and not is_inside(item):
-            wishes = selection.read_marks(item.iter_markers("vm"))
-            if wishes.isolation in (None, "test") and item.get_closest_marker("skip") is None:
-                guests.append((image, wishes.hardware))
-    return guests[: -(-len(guests) // workers(items[0].config))] if items else []
+    from pytest_vmsandbox.inside import pushable
+
+    pushable.check(config.rootpath, options.push(config))
 
 
-def workers(config: pytest.Config) -> int:
-    """How many workers of xdist share the tests; 1 without it."""
-    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
-    return count
-
-
-def wants_reruns(config: pytest.Config, items: Sequence[pytest.Item]) -> bool:
-    """Whether pytest-rerunfailures is asked to run some of the tests again if they fail."""
-    return _is_asked(config, items, *_RERUNS)
-
-
-def _does_nothing(config: pytest.Config, items: Sequence[pytest.Item]) -> Iterator[str]:
-    """The plugins that are asked to take over the protocol of some of the tests, and cannot."""
-    there = options.guest_plugins(config)
+def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:
+    """The options and plugins that do nothing for tests inside guests, and were asked for."""
+    for name, option in _WITHOUT_EFFECT.items():
+        if config.getoption(name, default=False):
+            yield f"{option} shows nothing of"
+    there = {*options.guest_plugins(config)}
     if (
         there
-        and not {"rerunfailures", "pytest_rerunfailures"} & {*there}
-        and wants_reruns(config, items)
+        and there.isdisjoint(("rerunfailures", "pytest_rerunfailures"))
+        and any(map(_is_rerun, inside))
     ):
-        yield "pytest-rerunfailures"
-    if _is_asked(config, items, *_FORKED):
-        yield "pytest-forked"
+        yield "pytest-rerunfailures does nothing for"
+    if any(_asks(item, "forked", "forked") for item in inside):
+        yield "pytest-forked does nothing for"
 
 
-def _is_asked(
-    config: pytest.Config, items: Sequence[pytest.Item], names: tuple[str, ...], marker: str
-) -> bool:
+def _is_rerun(item: pytest.Item) -> bool:
+    """Whether pytest-rerunfailures is asked to run a test again if it fails."""
+    return _asks(item, "flaky", "reruns", "force_reruns")
+
+
+def _asks(item: pytest.Item, marker: str, *names: str) -> bool:
+    """Whether a plugin is asked, by its options, an ini key or its marker, to run a test its way."""
+    config = item.config
     if not hasattr(config.option, names[0]):
         return False  # it is not there
-    values = [getattr(config.option, name, None) for name in names]
+    if any(getattr(config.option, name, None) for name in names):
+        return True
     with suppress(ValueError):  # older ones have no such key
-        values.append(config.getini(names[0]))
-    return any(values) or any(item.get_closest_marker(marker) for item in items)
-
-
-def _check_marks(session: VMSession, item: pytest.Item) -> None:
-    try:
-        marked = selection.in_guest(item.iter_markers("in_vm"))
-    except ConfigError as error:
-        session.note_usage_error(item.nodeid, error)
-        return
-    if marked and not _DRIVES.isdisjoint(getattr(item, "fixturenames", ())):
-        wrong = ConfigError(
-            "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
-            remedy="take away the marker in_vm, or the fixture",
-        )
-        session.note_usage_error(item.nodeid, wrong)
-
-
-def _settle(session: VMSession, item: pytest.Item) -> None:
-    """Do what `parametrize` does for a test that pytest cannot parametrize (unittest's)."""
-    try:
-        wishes = selection.read_marks(item.iter_markers("vm"))
-        images = session.images(wishes)
-        image = next(iter(images), None)
-        if len(images) > 1:
-            session.tell(
-                "tests of unittest's classes and doctests cannot be parametrized: of the selected "
-                f"images they ran on {images[0]} only"
-            )
-    except ConfigError as error:
-        session.note_usage_error(item.nodeid, error)
-        return
-    item.stash[_IMAGE] = image
-    if image is not None:
-        for mark in _marks(wishes, image):
-            item.add_marker(mark)
-
-
-def _marks(wishes: selection.Wishes, image: str) -> list[pytest.MarkDecorator]:
-    marks = []
-    if (why := selection.reason(wishes.skip, image)) is not None:
-        marks.append(pytest.mark.skip(reason=why))
-    if (why := selection.reason(wishes.xfail, image)) is not None:
-        marks.append(pytest.mark.xfail(reason=why))
-    return marks
-
-
-def _has_parameter(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and "_vm_image" in callspec.params
-
-
-def _needs_image(item: pytest.Item) -> bool:
-    return _has_parameter(item) or _IMAGE in item.stash
+        if config.getini(names[0]):
+            return True
+    return item.get_closest_marker(marker) is not None

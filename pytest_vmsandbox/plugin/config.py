@@ -8,16 +8,23 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.settings import ACCELERATORS, DEFAULT_IMAGE, Settings
+from pytest_vmsandbox.core.settings import (
+    ACCELERATORS,
+    DEFAULT_IMAGE,
+    ISOLATIONS,
+    Isolation,
+    Settings,
+)
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin.selection import ISOLATION, seconds
+from pytest_vmsandbox.plugin.selection import seconds
 
 MISSING = ("error", "skip")
+Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
@@ -50,7 +57,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--vm-isolation",
-        choices=ISOLATION,
+        choices=ISOLATIONS,
         help="what shares a guest, of the tests that run inside (default: session)",
     )
     group.addoption(
@@ -91,7 +98,7 @@ def settings(config: pytest.Config) -> Settings:
     """The settings of this run.
 
     Raises:
-        pytest.UsageError: a value cannot be meant; the text names the key and what is allowed.
+        pytest.UsageError: a value is invalid; the text names the key and what is allowed.
     """
     try:
         return Settings(image_path=image_path(config), **_values(config))
@@ -103,6 +110,7 @@ def _values(config: pytest.Config) -> dict[str, Any]:
     """Settings that are plain values. Those that are not set are left out."""
     boot_timeout = config.getoption("--vm-boot-timeout")
     values: dict[str, Any] = {
+        "hardware": hardware(config),
         "accelerator": _choice(config, "--vm-accel", "vm_accel", ACCELERATORS),
         "boot_timeout": _seconds(config, "vm_boot_timeout")
         if boot_timeout is None
@@ -110,12 +118,26 @@ def _values(config: pytest.Config) -> dict[str, Any]:
         "command_timeout": _seconds(config, "vm_command_timeout"),
         "offline": offline(config),
     }
-    wishes = {name: _ini(config, f"vm_{name}") for name in _HARDWARE_KEYS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def hardware(config: pytest.Config) -> Hardware:
+    """The hardware of guests for which nobody says otherwise.
+
+    Raises:
+        pytest.UsageError: a value is invalid.
+    """
+    arguments = {name: _ini(config, f"vm_{name}") for name in _HARDWARE_KEYS}
     try:
-        values["hardware"] = Hardware().changed(wishes)
+        return Hardware().changed(arguments)
     except ConfigError as error:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
-    return {name: value for name, value in values.items() if value is not None}
+
+
+def workers(config: pytest.Config) -> int:
+    """How many workers of xdist share the tests; 1 without it."""
+    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    return count
 
 
 def check_values(config: pytest.Config) -> None:
@@ -193,9 +215,9 @@ def inside(config: pytest.Config) -> bool:
     return bool(_ini(config, "vm_inside") or config.getoption("--in-vm"))
 
 
-def isolation(config: pytest.Config) -> str:
+def isolation(config: pytest.Config) -> Isolation:
     """What shares a guest, of the tests that run inside."""
-    return _choice(config, "--vm-isolation", "vm_isolation", ISOLATION) or "session"
+    return _choice(config, "--vm-isolation", "vm_isolation", ISOLATIONS) or "session"
 
 
 def offline(config: pytest.Config) -> bool:
@@ -271,8 +293,10 @@ def _ini(config: pytest.Config, key: str) -> Any:
         raise pytest.UsageError(f"{key}: {error}") from error
 
 
-def _choice(config: pytest.Config, option: str, key: str, allowed: tuple[str, ...]) -> str | None:
-    value: str | None = config.getoption(option) or _ini(config, key)
+def _choice(
+    config: pytest.Config, option: str, key: str, allowed: tuple[Choice, ...]
+) -> Choice | None:
+    value: Choice | None = config.getoption(option) or _ini(config, key)
     if value is not None and value not in allowed:
         raise pytest.UsageError(f"{key} = {value!r}: use one of {', '.join(allowed)}")
     return value

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.inside.environment import HOST_ONLY, LEFT_OUT
+from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
 from pytest_vmsandbox.plugin import beside
 from pytest_vmsandbox.plugin.remote_reports import RERUN, RETRIED
 

@@ -21,9 +21,10 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.inside.wire import broken
-from pytest_vmsandbox.plugin import beside, collection, config as options, selection
+from pytest_vmsandbox.plugin import beside, config as options, plan as plans
 from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
-from pytest_vmsandbox.plugin.leases import Key, Lease, Leases
+from pytest_vmsandbox.plugin.leases import Lease, Leases
+from pytest_vmsandbox.plugin.plan import Place, plan_of
 from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN
 from pytest_vmsandbox.plugin.reporting import RETRIED, report_without_plugins
 
@@ -168,7 +169,7 @@ class Inside:
         self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        report.user_properties.append(("vm", collection.image_of(item)))
+        report.user_properties.append(("vm", plan_of(item).image))
         if report.failed and (hint := self._leases.hint(report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
@@ -233,7 +234,7 @@ class Inside:
         if not last.is_rerun:
             if lacking := [*last.missing, *last.due]:
                 raise broken(f"a test is done without {lacking[0]}")
-        elif collection.isolation_of(item) != "test" or attempt == _MOST_ATTEMPTS:
+        elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
             raise broken("a test is done that was to run again")
 
     def _keep(
@@ -249,7 +250,7 @@ class Inside:
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
         """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
-        nodeid = collection.plain_nodeid(item)
+        nodeid = plan_of(item).plain
         if error.transient:  # none of these tests is at fault
             if item.nodeid in self._retried:
                 return False
@@ -339,7 +340,7 @@ class Inside:
         assert session is not None
         ahead: pytest.Item | None = item
         for place in range(1 + _AHEAD):
-            if ahead is None or (nodeid := collection.plain_nodeid(ahead)) in self._alone:
+            if ahead is None or (nodeid := plan_of(ahead).plain) in self._alone:
                 return
             if nodeid not in session.collected.items:
                 return
@@ -417,20 +418,14 @@ class Inside:
         return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
 
     def _limit(self, item: pytest.Item, lease: Lease) -> float:
-        wishes = selection.read_marks(item.iter_markers("vm"))
-        given = (item.stash.get(collection.LIMIT, None), wishes.test_timeout)
-        of_test = [seconds for seconds in given if seconds is not None]
-        if of_test:
-            return min(of_test)
-        return options.test_timeout(self._config) * lease.patience
+        return plan_of(item).timeout or options.test_timeout(self._config) * lease.patience
 
     def _is_timed(self, item: pytest.Item) -> bool:
         """Whether a guest is to tell when a test's function begins and ends.
 
         pytest-rerunfailures holds back reports until an attempt is over.
         """
-        is_tried_again = collection.wants_reruns(self._config, [item])
-        return is_tried_again or self._call_limit(item) is not None
+        return plan_of(item).is_rerun or self._call_limit(item) is not None
 
     def _call_limit(self, item: pytest.Item) -> float | None:
         """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
@@ -438,7 +433,7 @@ class Inside:
         if (timeout := manager.get_plugin("timeout")) is not None:
             others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
             manager.subset_hook_caller("pytest_runtest_call", others)(item=item)
-        return item.stash.get(collection.CALL_LIMIT, None)
+        return plan_of(item).call_timeout
 
     # -- which item that is in the guest --------------------------------------------------------
 
@@ -446,7 +441,7 @@ class Inside:
         """What the guest calls a test; or the report of why it has none."""
         assert lease.session is not None
         found = lease.session.collected
-        nodeid = collection.plain_nodeid(item)
+        nodeid = plan_of(item).plain
         if nodeid in found.items:
             return nodeid
         file = nodeid.partition("::")[0]
@@ -455,7 +450,7 @@ class Inside:
             if parent in found.failed or (parent and f"{parent}/__init__.py" in found.failed):
                 failed = found.failed.get(parent) or found.failed[f"{parent}/__init__.py"]
                 return self._not_collected(item, lease.reader.collect_failure(failed))
-        if (indices := collection.plain_indices(item)) is not None:
+        if (indices := plan_of(item).indices) is not None:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == indices and other.partition("[")[0] == base:
@@ -475,7 +470,7 @@ class Inside:
     def _ids_here(self, session: pytest.Session) -> set[str]:
         """What the tests of this side are called where they have no parameter for an image."""
         if not self._ids:
-            self._ids.update(map(collection.plain_nodeid, session.items))
+            self._ids.update(map(plans.plain_nodeid, session.items))
         return self._ids
 
     def _not_collected(self, item: pytest.Item, longrepr: Any) -> pytest.TestReport:
@@ -491,27 +486,22 @@ class Inside:
 
     def _next(self, item: pytest.Item, nextitem: pytest.Item | None) -> tuple[str | None, bool]:
         """The next test of the same session, and whether there may be any."""
+        place = plan_of(item).place
         if self._is_worker:  # of xdist: more may come, nobody knows
-            if (
-                nextitem is not None
-                and collection.is_inside(nextitem)
-                and collection.place_of(nextitem) == collection.place_of(item)
-            ):
-                return collection.plain_nodeid(nextitem), True
-            return None, collection.place_of(item)[2] == "session" and nextitem is not None
+            plan = None if nextitem is None else plans.find(nextitem)
+            if plan is not None and plan.is_inside and plan.place == place:
+                return plan.plain, True
+            return None, place.shared == "session" and nextitem is not None
         if not self._following:
-            last: dict[Key, pytest.Item] = {}
-            for it in reversed(item.session.items):
-                if collection.runs_inside(it):
-                    key = collection.place_of(it)
-                    if key in last:
-                        self._following[it] = last[key]
-                    last[key] = it
+            last: dict[Place, pytest.Item] = {}
+            for each in reversed(item.session.items):
+                if plans.runs_inside(each):
+                    place = plan_of(each).place
+                    if place in last:
+                        self._following[each] = last[place]
+                    last[place] = each
         following = self._following.get(item)
-        return (
-            None if following is None else collection.plain_nodeid(following),
-            following is not None,
-        )
+        return (None if following is None else plan_of(following).plain), following is not None
 
     @property
     def _is_worker(self) -> bool:
@@ -538,7 +528,5 @@ class Inside:
 
 def _marks(item: pytest.Item) -> list[tuple[str, str]]:
     """Marks that only this side knows of."""
-    image = collection.image_of(item)
-    wishes = selection.read_marks(item.iter_markers("vm"))
-    why = selection.reason(wishes.xfail, image or "")
+    why = plan_of(item).xfail
     return [] if why is None else [("xfail", why)]

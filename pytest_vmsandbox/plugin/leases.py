@@ -23,11 +23,13 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.plugin import beside, collection, config as options, pulling, selection
+from pytest_vmsandbox.plugin import beside, config as options, plan as plans, pulling
 from pytest_vmsandbox.plugin.hooks import end_run
 from pytest_vmsandbox.plugin.measuring import Measuring
+from pytest_vmsandbox.plugin.plan import Place, Plan, plan_of
 
 if TYPE_CHECKING:
+    from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, Step
     from pytest_vmsandbox.inside.install import Installed, Payload
@@ -42,8 +44,6 @@ _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host 
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
 
 _NO_MODULE = re.compile(r"No module named '(\w+)")
-
-Key = tuple[str, str, str]  # image, hardware, and what shares the guest
 
 
 @dataclass(kw_only=True)
@@ -79,14 +79,14 @@ class Leases:
         self._session = session
         self._config = session.config
         self._tell = tell
-        self._leases: dict[Key, Lease] = {}
-        self._failures: dict[Key, VMSandboxError] = {}
-        self._unfit: dict[tuple[str, str], TransferError] = {}  # by image and hardware
-        self._unlucky: dict[Key, int] = {}
+        self._leases: dict[Place, Lease] = {}
+        self._failures: dict[Place, VMSandboxError] = {}
+        self._unfit: dict[tuple[str, Hardware], TransferError] = {}  # by image and hardware
+        self._unlucky: dict[Place, int] = {}
         self._prepared: Payload | None = None
-        self._told_of: set[Key] = set()  # kinds of guests that are expected
-        self._heard: set[Key] = set()  # kinds of guests whose waiting sessions were heard out
-        self._finished_badly: set[Key] = set()  # kinds of guests, of which one session ended so
+        self._told_of: set[Place] = set()  # kinds of guests that are expected
+        self._heard: set[Place] = set()  # kinds of guests whose waiting sessions were heard out
+        self._finished_badly: set[Place] = set()  # kinds of guests, of which one session ended so
         self._measuring = Measuring.of(session.config)
 
     # -- having one ---------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Leases:
         Raises:
             VMSandboxError: there can be none.
         """
-        kind = _kind(item)
+        kind = plan_of(item).kind
         if kind in self._failures:
             raise self._failures[kind].with_traceback(None)  # or it grows with each test
         try:
@@ -123,7 +123,7 @@ class Leases:
 
     def _ready(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
-        key = collection.place_of(item)
+        key = plan_of(item).place
         lease = self._leases.get(key)
         if lease is not None and (loss := lease.guest.loss) is not None:
             self._note_loss(lease)
@@ -150,10 +150,10 @@ class Leases:
         """A guest for a test, running, and its session if that has been waiting there."""
         for tries in range(1, _MOST_LOST + 1):
             lease = self._open(item)
-            if collection.isolation_of(item) != "test":
+            if plan_of(item).isolation != "test":
                 return lease
             try:
-                self._wake(lease, _kind(item))
+                self._wake(lease, plan_of(item).kind)
             except BaseException as error:
                 lease.stack.close()
                 if not isinstance(error, InterpreterLost) or tries == _MOST_LOST:
@@ -169,26 +169,27 @@ class Leases:
         from pytest_vmsandbox.plugin import guest_config
         from pytest_vmsandbox.plugin.remote_reports import Reader
 
-        image = collection.image_of(item)
-        assert image is not None
+        plan = plan_of(item)
+        image = plan.image
         self._check_python(image)
         factory = self._session.factory
         factory.require(image)
         payload = self._payload(item.session)
-        hardware = selection.read_marks(item.iter_markers("vm")).hardware
         patience = factory.patience(image)
-        alone = collection.isolation_of(item) == "test"
+        alone = plan_of(item).isolation == "test"
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:
             prepared = factory.with_step(prepared, self._session_step(item, payload, patience))
-            if (kind := _kind(item)) not in self._told_of:
+            if (kind := plan.kind) not in self._told_of:
                 self._told_of.add(kind)
-                alike = [it for it in item.session.items if collection.runs_inside(it)]
-                count = sum(_kind(it) == kind for it in alike)
-                workers = collection.workers(self._config)
-                factory.expect(prepared, hardware, -(-count // workers))
+                found = (plans.find(other) for other in item.session.items)
+                count = sum(
+                    1 for other in found if other and other.runs_inside and other.kind == kind
+                )
+                share = -(-count // options.workers(self._config))
+                factory.expect(prepared, plan.hardware, share)
         with ExitStack() as stack:
-            guest = stack.enter_context(self._booted(item, prepared, hardware))
+            guest = stack.enter_context(self._booted(plan, prepared))
             if not alone:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
@@ -211,20 +212,18 @@ class Leases:
             )
 
     @contextmanager
-    def _booted(
-        self, item: pytest.Item, prepared: PreparedImage, hardware: Mapping[str, Any]
-    ) -> Iterator[Guest]:
+    def _booted(self, plan: Plan, prepared: PreparedImage) -> Iterator[Guest]:
         """A guest with the layers of tests inside; one that could not have them is not tried again.
 
         Raises:
             VMSandboxError: there is none.
         """
-        kind = _kind(item)[:2]
+        kind = plan.image, plan.hardware
         if kind in self._unfit:
             raise self._unfit[kind].with_traceback(None)
         with ExitStack() as stack:
             try:
-                guest = stack.enter_context(self._session.factory.boot(prepared, **hardware))
+                guest = stack.enter_context(self._session.factory.lease(prepared, plan.hardware))
             except TransferError as error:
                 self._unfit[kind] = error
                 raise
@@ -262,7 +261,7 @@ class Leases:
             personal=True,
         )
 
-    def _wake(self, lease: Lease, kind: Key) -> None:
+    def _wake(self, lease: Lease, kind: Place) -> None:
         """Take over the session that waits in a guest."""
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.plugin import guest_config
@@ -314,7 +313,7 @@ class Leases:
 
     def hint(self, text: str) -> str:
         """What to do about an error of Python: a module that is here, but not in the guest, or nothing."""
-        from pytest_vmsandbox.inside import environment, project
+        from pytest_vmsandbox.inside import distributions, project, requirements
 
         for name in _NO_MODULE.findall(text):
             folders = project.foreign_folders(self._config.rootpath)
@@ -324,10 +323,10 @@ class Leases:
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
                     f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
                 )
-            if distributions := environment.providers(name):
+            if names := distributions.providers(name):
                 return (
-                    f"{name} is installed here, by {' and '.join(distributions)}, but not in the guest: "
-                    f"it was left out, or {environment.SETTING} does not name it"
+                    f"{name} is installed here, by {' and '.join(names)}, but not in the guest: "
+                    f"it was left out, or {requirements.SETTING} does not name it"
                 )
         return ""
 
@@ -341,12 +340,9 @@ class Leases:
 
         config, tree = self._config, installed.tree
         translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
-        kind = _kind(item)
-        files = {
-            collection.plain_nodeid(it).partition("::")[0]: None
-            for it in item.session.items
-            if collection.is_inside(it) and _kind(it) == kind
-        }
+        kind = plan_of(item).kind
+        found = (plans.find(other) for other in item.session.items)
+        files = {plan.file: None for plan in found if plan and plan.is_inside and plan.kind == kind}
         wanted = options.guest_plugins(config)
         for name in guest_config.only_here(config):
             self._session.tell(
@@ -377,7 +373,7 @@ class Leases:
             "cwd": where if where.startswith(tree) else tree,
             "environment": {**own, **options.guest_environment(config, os.environ)},
             "outcomes": guest_config.outcomes(config),
-            "alone": collection.isolation_of(item) == "test",
+            "alone": plan_of(item).isolation == "test",
             "details": [file for file in files if file in self._session.unimportable],
             "measure": self._measuring and self._measuring.settings(translate),
             "tree": tree,
@@ -398,7 +394,7 @@ class Leases:
 
         config = self._config
         root = config.rootpath
-        files = [it.path for it in session.items if collection.is_inside(it) and it.path.is_file()]
+        files = [it.path for it in session.items if plans.is_inside(it) and it.path.is_file()]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(
@@ -415,7 +411,9 @@ class Leases:
             tell=self._session.tell,
         )
         more = [] if self._measuring is None else ["coverage"]
-        if options.requirements(config) and collection.wants_reruns(config, session.items):
+        if options.requirements(config) and any(
+            plan.is_rerun for plan in filter(None, map(plans.find, session.items))
+        ):
             more.append("pytest-rerunfailures")
         for name in more:
             payload = replace(payload, requirements=payload.requirements.with_one(name))
@@ -449,7 +447,7 @@ class Leases:
 
     def interrupt(self, item: pytest.Item) -> None:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
-        lease = self._leases.get(collection.place_of(item))
+        lease = self._leases.get(plan_of(item).place)
         if lease is not None and lease.session is not None:
             for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience):
                 with suppress(VMSandboxError):  # of no interest now
@@ -460,13 +458,10 @@ class Leases:
     def ending(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
         """While this side's fixtures are torn down; then the guest ends, unless the next test needs it."""
         with ExitStack() as stack:
-            key = collection.place_of(item)
+            key = plan_of(item).place
             if key in self._leases and key[2] != "session":
-                keep = (
-                    nextitem is not None
-                    and collection.is_inside(nextitem)
-                    and collection.place_of(nextitem) == key
-                )
+                following = None if nextitem is None else plans.find(nextitem)
+                keep = following is not None and following.is_inside and following.place == key
                 if not keep:
                     stack.callback(self._end, key)
                     self._wind_up(item, self._leases[key])
@@ -474,7 +469,7 @@ class Leases:
 
     def end(self, item: pytest.Item) -> None:
         """End the guest of a test: the next attempt at it has a fresh one."""
-        key = collection.place_of(item)
+        key = plan_of(item).place
         self._wind_up(item, self._leases[key])
         self._end(key)
 
@@ -484,7 +479,7 @@ class Leases:
         Of guests that have one test each, only the first is told whose session ended badly.
         """
         problems = self._finish(lease)
-        kind = _kind(item)
+        kind = plan_of(item).kind
         if problems and kind not in self._finished_badly:
             self._finished_badly.add(kind)
             self._tell_problems(problems)
@@ -496,7 +491,7 @@ class Leases:
             self._session.failed = True
             self._session.tell(problem)
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: Place) -> None:
         lease = self._leases.pop(key)
         lease.stack.close()
 
@@ -571,12 +566,6 @@ class Leases:
             except Exception as error:  # noqa: BLE001  # a user's hook may raise anything
                 problems.append(str(error) if isinstance(error, VMSandboxError) else repr(error))
         return problems
-
-
-def _kind(item: pytest.Item) -> Key:
-    """The key of a test's guest, or what is the same for all tests that have one each."""
-    image, hardware, shared = collection.place_of(item)
-    return (image, hardware, "" if shared == item.nodeid else shared)
 
 
 def _own(guest: Guest) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.plugin import collection
+from pytest_vmsandbox.plugin import plan as plans
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.plugin.session import VMSession
@@ -65,8 +65,8 @@ class _Words(str):
 def give_both_names(items: Iterable[object]) -> None:
     """Let pytest select tests by their plain names, too, until `give_full_names`."""
     for item in items:
-        if isinstance(item, pytest.Item) and (image := collection.image_of(item)) is not None:
-            plain = collection.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
+        if isinstance(item, pytest.Item) and (image := plans.image_of(item)) is not None:
+            plain = plans.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
             item.name = _Name.of(item.name, plain=plain, image=image)
 
 
@@ -80,7 +80,7 @@ def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -
     """Let ``--deselect`` know tests by the beginnings of their plain ids."""
     if prefixes := tuple(config.getoption("deselect", default=None) or ()):
         config.option.deselect += [
-            item.nodeid for item in items if collection.plain_nodeid(item).startswith(prefixes)
+            item.nodeid for item in items if plans.plain_nodeid(item).startswith(prefixes)
         ]
 
 

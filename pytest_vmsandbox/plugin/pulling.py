@@ -100,7 +100,11 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
     from pytest_vmsandbox.inside import harvest
 
     found = harvest.bring_back(
-        lease.guest, tree, lease.tree, patterns=patterns(session.config), since=session.begun
+        lease.guest.stream_script,
+        tree,
+        lease.tree,
+        patterns=patterns(session.config),
+        since=session.begun,
     )
     session.failed |= bool(found[harvest.Outcome.UNWRITABLE])
     return found

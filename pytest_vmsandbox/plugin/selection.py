@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 
-ISOLATION = ("test", "module", "session")
 _MOST_SECONDS = 86_400
 _GLOB = frozenset("*?[!")
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
@@ -29,33 +29,33 @@ class Mark(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class GuestRequest:
     """What the markers of one test ask for.
 
     Attributes:
-        images: names and globs; empty for no wish.
-        hardware: as a user writes it.
-        isolation: one of `ISOLATION`; None for no wish.
-        test_timeout: seconds for a test inside a guest; None for no wish.
+        images: names and globs; empty for those of the run.
+        isolation: None for the default.
+        test_timeout: seconds for a test inside a guest; None for the default.
         skip, xfail: image glob → reason, the closest marker's first.
     """
 
     images: tuple[str, ...] = ()
-    hardware: Mapping[str, object] = field(default_factory=dict)
-    isolation: str | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+    isolation: Isolation | None = None
     test_timeout: float | None = None
     skip: Mapping[str, str] = field(default_factory=dict)
     xfail: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_marks(marks: Iterable[Mark]) -> Wishes:
+def read_marks(marks: Iterable[Mark], defaults: Hardware) -> GuestRequest:
     """Resolve each argument from the closest marker that sets it; `skip` and `xfail` add up.
 
     Args:
         marks: the closest first.
+        defaults: the hardware where no marker says otherwise.
 
     Raises:
-        ConfigError: an argument is unknown or cannot be meant.
+        ConfigError: an argument is unknown or invalid.
     """
     images: tuple[str, ...] = ()
     single: dict[str, object] = {}
@@ -74,13 +74,13 @@ def read_marks(marks: Iterable[Mark]) -> Wishes:
                 single.setdefault(name, value)
         if mark.args and not images:
             images = tuple(_image(arg) for arg in mark.args)
-    isolation = _isolation(single.pop("isolation")) if "isolation" in single else None
-    test_timeout = (
-        seconds(single.pop("test_timeout"), "test_timeout") if "test_timeout" in single else None
-    )
-    Hardware().changed(single)  # wrong values are found before anything is booted
-    return Wishes(
-        images=images, hardware=single, isolation=isolation, test_timeout=test_timeout, **reasons
+    ours = {name: read(single.pop(name)) for name, read in _READERS.items() if name in single}
+    return GuestRequest(
+        images=images,
+        hardware=defaults.changed(single),
+        skip=reasons["skip"],
+        xfail=reasons["xfail"],
+        **ours,
     )
 
 
@@ -91,7 +91,8 @@ def in_guest(marks: Iterable[Mark]) -> bool | None:
         ConfigError: its argument is neither True nor False.
     """
     for mark in marks:
-        if mark.kwargs or len(mark.args) > 1 or not all(isinstance(it, bool) for it in mark.args):
+        are_right = all(isinstance(arg, bool) for arg in mark.args)
+        if mark.kwargs or len(mark.args) > 1 or not are_right:
             raise ConfigError(
                 "pytest.mark.in_vm takes no argument, or False",
                 remedy="images and hardware are the arguments of pytest.mark.vm",
@@ -101,7 +102,7 @@ def in_guest(marks: Iterable[Mark]) -> bool | None:
 
 
 def applicable(
-    wishes: Wishes,
+    request: GuestRequest,
     *,
     selected: Sequence[str],
     from_command_line: bool,
@@ -110,7 +111,7 @@ def applicable(
     """The images that a test runs on.
 
     Args:
-        wishes: of the test.
+        request: of the test.
         selected: the images of the run.
         from_command_line: whether `--vm` named them. If not, a literal name in a marker also
             runs where it was not selected.
@@ -119,12 +120,12 @@ def applicable(
     Raises:
         ConfigError: a pattern matches nothing in the catalogue.
     """
-    if not wishes.images:
+    if not request.images:
         return list(selected)
-    matching = select(wishes.images)
+    matching = select(request.images)
     images = [name for name in selected if name in matching]
     if not from_command_line:
-        images += [name for name in wishes.images if not _GLOB & set(name) and name != "all"]
+        images += [name for name in request.images if not _GLOB & set(name) and name != "all"]
     return list(dict.fromkeys(images))
 
 
@@ -133,12 +134,13 @@ def reason(reasons: Mapping[str, str], image: str) -> str | None:
     return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
 
 
-def _isolation(value: object) -> str:
-    if value not in ISOLATION:
-        raise ConfigError(
-            f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATION)}"
-        )
-    return str(value)
+def _isolation(value: object) -> Isolation:
+    for isolation in ISOLATIONS:
+        if value == isolation:
+            return isolation
+    raise ConfigError(
+        f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATIONS)}"
+    )
 
 
 def seconds(value: object, name: str) -> float:
@@ -173,3 +175,9 @@ def _reasons(name: str, value: object) -> dict[str, str]:
             remedy=f"for instance {name}={{'debian-12': 'no nftables'}}",
         )
     return dict(value)
+
+
+_READERS: dict[str, Callable[[object], Any]] = {
+    "isolation": _isolation,
+    "test_timeout": lambda value: seconds(value, "test_timeout"),
+}

@@ -17,14 +17,15 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import collection, config as options, pulling, selection
+from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
 from pytest_vmsandbox.plugin.artifacts import Artifacts
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
+    from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
@@ -50,7 +51,7 @@ class _Known:
 
 
 class VMSession:
-    """The state of one run. It costs nothing until a test asks for a guest.
+    """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
         usage_errors: what tests ask for and cannot be meant; found while they are collected.
@@ -75,7 +76,7 @@ class VMSession:
         self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
-        self.coming: list[tuple[str, Mapping[str, object]]] = []
+        self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
 
@@ -160,8 +161,17 @@ class VMSession:
 
         return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
 
-    def images(self, wishes: selection.Wishes) -> list[str]:
-        """The images that a test with these wishes runs on.
+    @cached_property
+    def hardware(self) -> Hardware:
+        """Of a guest for which no marker says otherwise.
+
+        Raises:
+            pytest.UsageError: the ini file says something invalid.
+        """
+        return options.hardware(self.config)
+
+    def images(self, request: selection.GuestRequest) -> list[str]:
+        """The images that a test runs on.
 
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
@@ -169,11 +179,11 @@ class VMSession:
         if self.selection_error is not None:
             raise self.selection_error
         selected, from_command_line = self._selected
-        for globs in (wishes.skip, wishes.xfail):
+        for globs in (request.skip, request.xfail):
             for glob in globs:
                 self.catalogue.select([glob])
         return selection.applicable(
-            wishes,
+            request,
             selected=selected,
             from_command_line=from_command_line,
             select=self.catalogue.select,
@@ -189,9 +199,9 @@ class VMSession:
         """
         if self.item is None:
             return None
-        if (image := collection.image_of(self.item)) is not None:
-            return image
-        return next(iter(self.images(selection.read_marks(self.item.iter_markers("vm")))), None)
+        if (plan := plans.find(self.item)) is not None:
+            return plan.image
+        return next(iter(self.images(plans.request_of(self.item))), None)
 
     def base(
         self, prepared: PreparedImage | PreparedLayer | None
@@ -233,25 +243,9 @@ class VMSession:
     @cached_property
     def factory(self) -> GuestFactory:
         """Boots guests for this run."""
-        from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+        from pytest_vmsandbox.guests.factory import GuestFactory
 
-        surroundings = Surroundings(
-            logs=self._logs,
-            begun=self._begun,
-            image=self.image,
-            hints=self.hints,
-            say=self.say,
-            tell=self.tell,
-            retried=self.note_retry,
-            missing=self._missing,
-            qemu_args=self._qemu_args,
-            provisions=self._provisions,
-            ready=self._ready,
-            stopping=self._stopping,
-        )
-        factory = self._stack.enter_context(
-            GuestFactory.open(options.settings(self.config), surroundings)
-        )
+        factory = self._stack.enter_context(GuestFactory.open(options.settings(self.config), self))
         for image, hardware in self.coming:
             factory.expect(image, hardware)
         return factory
@@ -322,10 +316,10 @@ class VMSession:
                 lines[f"vmsandbox: {error.brief}"] = None
         return list(lines)
 
-    def _logs(self, guest: str) -> Path | None:
+    def logs(self, guest: str) -> Path | None:
         return self.artifacts.of_logs(guest)
 
-    def _begun(self, guest: str) -> None:
+    def guest_begun(self, guest: str) -> None:
         if self.item is not None:
             self._guests[guest].is_used = True
 
@@ -333,7 +327,9 @@ class VMSession:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        again = [collection.argument_of(self.item), *options.which_guest(self.config)]
+        plan = plans.find(self.item)
+        argument = plan.file if plan is not None and plan.is_remote else self.item.nodeid
+        again = [argument, *options.which_guest(self.config)]
         return [
             f"artifacts: {self.artifacts_of(self.item)}",
             f"reproduce: pytest {shlex.join(again)}",
@@ -349,26 +345,26 @@ class VMSession:
             elif reporter is not None:
                 reporter.write_line(f"vmsandbox: {text}")
 
-    def _missing(self, error: VMSandboxError) -> NoReturn:
+    def missing(self, error: VMSandboxError) -> NoReturn:
         if options.skip_missing(self.config):
             pytest.skip(f"{error.brief} (--vm-missing=skip)")
         raise error
 
-    def _qemu_args(self, spec: MachineSpec) -> list[str]:
+    def qemu_args(self, spec: MachineSpec) -> list[str]:
         hook = self.config.hook.pytest_vmsandbox_qemu_args
         return [arg for more in hook(config=self.config, spec=spec) for arg in more]
 
-    def _provisions(self, image: str) -> list[Provision]:
+    def provisions(self, image: str) -> list[Provision]:
         hook = self.config.hook.pytest_vmsandbox_provision
         return [it for it in reversed(hook(config=self.config, image=image)) if it is not None]
 
-    def _ready(self, guest: Guest) -> None:
+    def guest_ready(self, guest: Guest) -> None:
         if self.item is not None:
             self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
         self._guests[guest.name].guest = guest
 
-    def _stopping(self, guest: Guest, failed: bool) -> None:
+    def guest_stopping(self, guest: Guest, failed: bool) -> None:
         item = self.item
         if item is not None and guest.name in self._used_by(item):
             failed = failed or item.stash.get(FAILED, False)
@@ -401,16 +397,15 @@ class SharedGuests:
         with ExitStack() as stack:
             yield cls(session, stack)
 
-    def get(self, image: str | PreparedImage | PreparedLayer, wishes: selection.Wishes) -> Guest:
+    def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        hardware = repr(sorted(wishes.hardware.items()))
         key = (image, self._session.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
             own = self._stack.enter_context(ExitStack())
-            boot = self._session.factory.boot(image, **wishes.hardware)
-            self._guests[key] = own.enter_context(boot), own
+            lease = self._session.factory.lease(image, hardware)
+            self._guests[key] = own.enter_context(lease), own
         guest, _ = self._guests[key]
         self._session.note_use(guest)
         return guest

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import collection, config as options, naming
-from pytest_vmsandbox.plugin.selection import Wishes
+from pytest_vmsandbox.plugin import collection, config as options, naming, plan as plans
+from pytest_vmsandbox.plugin.selection import GuestRequest
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.plugin.session import VMSession
@@ -31,11 +31,11 @@ class RemoteItem(pytest.Item):
     place: tuple[Path, int | None, str] | None = None
 
     @classmethod
-    def of(cls, parent: pytest.Collector, *, image: str, plain: str) -> Self:
+    def of(cls, session: VMSession, parent: pytest.Collector, *, image: str, plain: str) -> Self:
         """An item for what the guest calls `plain`."""
         name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
-        collection.settle_inside(item, image=image, plain=plain)
+        collection.plan_remote(session, item, image=image, plain=plain)
         return item
 
     def runtest(self) -> None:
@@ -58,14 +58,14 @@ def stand_in(
     ):
         return report
     try:
-        images = session.images(Wishes())
+        images = session.images(GuestRequest())
     except ConfigError:
         return report  # told by what uses it
     first = session.unimportable.setdefault(collector.nodeid, type(collector))
     if first is not type(collector):
         images = []  # the guest tells of tests and doctests in one
     items: list[pytest.Item | pytest.Collector] = [
-        RemoteItem.of(collector, image=image, plain=collector.nodeid) for image in images
+        RemoteItem.of(session, collector, image=image, plain=collector.nodeid) for image in images
     ]
     return pytest.CollectReport(collector.nodeid, "passed", None, result=items)
 
@@ -85,12 +85,12 @@ def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
     except (VMSandboxError, pytest.skip.Exception):  # by --vm-missing=skip
         yield item  # it tells so when it is run
         return
-    file, image = collection.plain_nodeid(item), collection.image_of(item)
+    plan = plans.plan_of(item)
+    file, image = plan.plain, plan.image
     assert item.parent is not None
-    assert image is not None
     plains = [it for it in found.items if it.partition("::")[0] == file]
     for plain in plains:
-        one = RemoteItem.of(item.parent, image=image, plain=plain)
+        one = RemoteItem.of(session, item.parent, image=image, plain=plain)
         _describe(one, found.details.get(plain))
         yield one
     if not plains:

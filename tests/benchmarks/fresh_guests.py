@@ -18,7 +18,8 @@ from pathlib import Path
 from pytest_vmsandbox.core.paths import cache_dir, runtime_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 
 BATCH = 100
@@ -31,11 +32,11 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--image", default="debian-13")
     args = parser.parse_args()
-    surroundings = Surroundings(say=print, tell=print)
+    callbacks = Announcer(print)
     rows: list[tuple[float, int, int, int]] = []
     origins: dict[str, int] = {}
-    with GuestFactory.open(Settings(), surroundings) as factory:
-        factory.expect(args.image, {}, args.count + 1)
+    with GuestFactory.open(Settings(), callbacks) as factory:
+        factory.expect(args.image, factory.hardware(args.image, {}), args.count + 1)
         with factory.boot(args.image) as guest:
             guest.run(["true"])
         print(

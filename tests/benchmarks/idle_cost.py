@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from pytest_vmsandbox.cli.figures.suites import idle_pairs
+from pytest_vmsandbox.cli.benchmark.suites import idle_pairs
 
 
 def main() -> None:
@@ -24,14 +24,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        pairs = [(a * 1000, b * 1000) for a, b in idle_pairs(Path(folder), args.runs)]
+        pairs = idle_pairs(Path(folder), args.runs)
     figures = {
         "schema": 1,
         "runs": args.runs,
-        "with_ms": round(statistics.median(a for a, _ in pairs), 1),
-        "without_ms": round(statistics.median(b for _, b in pairs), 1),
-        "idle_cost_ms": round(statistics.median(a - b for a, b in pairs), 1),
-        "ratio": round(statistics.median(a / b for a, b in pairs), 3),
+        "with_ms": round(pairs.first, 1),
+        "without_ms": round(pairs.second, 1),
+        "idle_cost_ms": round(statistics.median(pairs.differences), 1),
+        "ratio": round(pairs.ratio, 3),
     }
     if args.json:
         print(json.dumps(figures))

@@ -16,17 +16,17 @@ from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.cli import bench
-from pytest_vmsandbox.cli.figures import guests, machine, suites, values
-from pytest_vmsandbox.cli.figures.guests import Site
-from pytest_vmsandbox.cli.figures.values import CannotMeasureError, Figure
+from pytest_vmsandbox.cli.benchmark import guests, machine, result as results, suites
+from pytest_vmsandbox.cli.benchmark.guests import Setup
+from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import Hardware
 
 
-class TestValues:
+class TestResults:
     def test_the_keys_are_those_that_programs_rely_on(self):
-        assert set(values.KEYS) == set(bench.MEASURES)
-        assert values.KEYS == (
+        assert tuple(bench.MEASUREMENTS) == (
             "cold_boot_s", "clone_on_demand_ms", "armed_noop_ms", "armed_run_ms", "guests_per_s",
             "cpu_ms_per_guest", "pss_mib_per_clone", "leased_at_once", "running_at_once",
             "push_mib_s", "second_run_s", "in_guest_overhead_ms", "in_guest_isolated_s",
@@ -34,29 +34,29 @@ class TestValues:
         )  # fmt: skip
 
     def test_the_99th_percentile_is_a_sample(self):
-        figure = values.percentiles([float(number) for number in range(200, 0, -1)])
+        figure = results.percentiles([float(number) for number in range(200, 0, -1)])
         assert figure.value == {"p50": 100.5, "p99": 198.0}
         assert (figure.samples, figure.reason, figure.details) == (200, "", {"max": 200.0})
 
     def test_there_is_none_of_few_samples(self):
-        figure = values.percentiles([1.0, 2.0, 9.0])
+        figure = results.percentiles([1.0, 2.0, 9.0])
         assert figure.value == {"p50": 2.0, "p99": None}
         assert figure.reason == "p99 takes 100 samples or more"
 
     def test_ratios_are_those_of_times(self):
         figures = {
-            "cold_boot_s": Figure(value=40.0),
-            "armed_run_ms": Figure(value={"p50": 16.0, "p99": None}),
-            "second_run_s": Figure(value=2.0),
-            "cpu_ms_per_guest": Figure(value=1000.0),
-            "guests_per_s": Figure(value=4.0),
-            "push_mib_s": Figure(value=4.0),
-            "pss_mib_per_clone": Figure(value=30.0),
-            "leased_at_once": Figure(value=60),
-            "in_guest_isolated_s": Figure(value=None),
-            "in_guest_overhead_ms": Figure(value=-0.1),  # noise: plain pytest was slower
+            "cold_boot_s": Result(value=40.0),
+            "armed_run_ms": Result(value={"p50": 16.0, "p99": None}),
+            "second_run_s": Result(value=2.0),
+            "cpu_ms_per_guest": Result(value=1000.0),
+            "guests_per_s": Result(value=4.0),
+            "push_mib_s": Result(value=4.0),
+            "pss_mib_per_clone": Result(value=30.0),
+            "leased_at_once": Result(value=60),
+            "in_guest_isolated_s": Result(value=None),
+            "in_guest_overhead_ms": Result(value=-0.1),  # noise: plain pytest was slower
         }
-        assert values.ratios(figures) == {
+        assert results.ratios(figures, bench.COLD) == {
             "cold_boot_s": 1.0,
             "armed_run_ms": {"p50": 2500, "p99": None},
             "second_run_s": 20.0,
@@ -65,9 +65,9 @@ class TestValues:
         }
 
     def test_there_are_none_without_a_cold_boot(self):
-        assert values.ratios({"second_run_s": Figure(value=2.0)}) == {}
-        figures = {"cold_boot_s": Figure(value=None), "second_run_s": Figure(value=2.0)}
-        assert values.ratios(figures) == {}
+        assert results.ratios({"second_run_s": Result(value=2.0)}, bench.COLD) == {}
+        figures = {"cold_boot_s": Result(value=None), "second_run_s": Result(value=2.0)}
+        assert results.ratios(figures, bench.COLD) == {}
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -79,12 +79,17 @@ def invoke(tmp_path, monkeypatch):
     monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(tmp_path / "run"))
     where = {"machine": machine.describe(), "qemu": "9.9", "accelerator": "tcg"}
-    monkeypatch.setattr(bench, "_surroundings", lambda *_: where)
-    made_up = dict.fromkeys(bench.MEASURES, lambda _: Figure(value=2.0, samples=3))
-    made_up["armed_run_ms"] = lambda _: values.percentiles([10.0] * 150)
+    monkeypatch.setattr(bench, "_environment", lambda *_: where)
+    made_up: dict[str, Any] = dict.fromkeys(
+        bench.MEASUREMENTS, lambda _: Result(value=2.0, samples=3)
+    )
+    made_up["armed_run_ms"] = lambda _: results.percentiles([10.0] * 150)
     made_up["leased_at_once"] = refuse(LaunchError("no room", details="none at all"))
     made_up["idle_cost_ms"] = refuse(CannotMeasureError("not\ninstalled"))
-    monkeypatch.setattr(bench, "MEASURES", made_up)
+    measurements = {
+        key: (meaning, made_up[key]) for key, (meaning, _) in bench.MEASUREMENTS.items()
+    }
+    monkeypatch.setattr(bench, "MEASUREMENTS", measurements)
     told: dict[str, Any] = (
         {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
     )
@@ -103,7 +108,7 @@ def test_json_has_all_figures(invoke):
     assert result.exit_code == 0
     content = json.loads(result.stdout)
     assert content["schema"] == 1
-    assert set(values.KEYS) <= set(content)
+    assert set(bench.MEASUREMENTS) <= set(content)
     assert content["armed_run_ms"] == {"p50": 10.0, "p99": 10.0}
     assert content["samples"]["armed_run_ms"] == 150
     assert content["ratios"]["armed_run_ms"] == {"p50": 200, "p99": 200}
@@ -115,9 +120,9 @@ def test_json_has_all_figures(invoke):
 
 def test_only_some_and_the_cold_boot_that_a_time_is_compared_with(invoke):
     content = json.loads(invoke("--json", "--only", "second_run_s").stdout)
-    assert set(values.KEYS) & set(content) == {"second_run_s", "cold_boot_s"}
+    assert set(bench.MEASUREMENTS) & set(content) == {"second_run_s", "cold_boot_s"}
     content = json.loads(invoke("--json", "--only", "push_mib_s").stdout)
-    assert set(values.KEYS) & set(content) == {"push_mib_s"}
+    assert set(bench.MEASUREMENTS) & set(content) == {"push_mib_s"}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_help_says_what_the_figures_are(invoke):
         (["tiny", "--memory", "lots"], 2, "memory='lots'"),
         (["tiny"], 69, "vmsandbox images build tiny"),
     ],
-    ids=lambda it: " ".join(it) if isinstance(it, list) else None,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_wrong_usage(tmp_path, arguments, status, said):
     done = subprocess.run(
@@ -202,6 +207,9 @@ class FakeFactory:
         self.expected = 0
         self.waited = 0
 
+    def hardware(self, image, arguments):
+        return Hardware().changed(arguments)
+
     def expect(self, image, hardware, count):
         self.expected += count
 
@@ -223,7 +231,7 @@ class FakeFactory:
 @pytest.fixture
 def site(tmp_path):
     def make(factory, **options):
-        made: Any = Site(image="x", settings=Settings(), hardware={}, folder=tmp_path, **options)
+        made: Any = Setup(image="x", settings=Settings(), hardware={}, folder=tmp_path, **options)
 
         @contextmanager
         def open_factory(clones):
@@ -257,19 +265,19 @@ def test_armed_where_nothing_is_armed(site):
 
 
 def test_a_cold_boot_that_is_only_compared_with_is_measured_once(site):
-    assert guests.cold_boot(site(FakeFactory("booted"), wanted=["push_mib_s"])).samples == 1
-    assert guests.cold_boot(site(FakeFactory("booted"), wanted=["cold_boot_s"])).samples == 3
-    made = site(FakeFactory("booted"), wanted=["cold_boot_s"], count=2)
+    assert guests.cold_boot(site(FakeFactory("booted"), only_for_ratios=True)).samples == 1
+    assert guests.cold_boot(site(FakeFactory("booted"))).samples == 3
+    made = site(FakeFactory("booted"), count=2)
     assert guests.cold_boot(made).samples == 2
     assert made.asked == "never"
 
 
 def test_when_services_are_started_is_told_of_a_cold_boot_that_was_asked_for(site):
     factory = FakeFactory("booted")
-    figure = guests.cold_boot(site(factory, wanted=["cold_boot_s"], systemd=True, count=1))
+    figure = guests.cold_boot(site(factory, systemd=True, count=1))
     assert list(figure.details) == ["services_started_s"]
     assert [guest.done[0][0] for guest in factory.guests] == ["true", "systemctl"]
-    figure = guests.cold_boot(site(FakeFactory("booted"), systemd=True))
+    figure = guests.cold_boot(site(FakeFactory("booted"), systemd=True, only_for_ratios=True))
     assert figure.details == {}
 
 
@@ -356,7 +364,7 @@ def test_a_pytest_that_fails_says_why(site, tmp_path):
 
 
 def test_pytest_has_the_same_guests(tmp_path):
-    made = Site(
+    made = Setup(
         image="x",
         settings=Settings(accelerator="tcg", boot_timeout=5.0, image_path=(tmp_path / "images",)),
         hardware={"memory": "1GiB", "cpus": "2"},

@@ -45,7 +45,6 @@ def debian(monkeypatch):
         (lambda: checks.accelerator("no device", None), WARNING, "no device", "firmware"),
         (lambda: checks.accelerator("not open; usermod", None), WARNING, "usermod", "log in anew"),
         (lambda: checks.accelerator("", None), OK, "proven with the first", ""),
-        (lambda: checks.accelerator("no KVM", None, platform="darwin"), OK, "hvf", ""),
         (lambda: checks.loopback("", "r"), OK, "works", ""),
         (lambda: checks.loopback("unreachable", "lo up"), FAILED, "unreachable", "lo up"),
         (lambda: checks.image_tools([], needed=True), OK, "all here", ""),
@@ -69,7 +68,7 @@ def debian(monkeypatch):
         (lambda: checks.ssh_client("/ssh"), OK, "/ssh", ""),
         (lambda: checks.ssh_client(None), WARNING, "vmsandbox shell", "openssh-client"),
     ],
-    ids=lambda it: str(it) if isinstance(it, Status) else "",
+    ids=lambda value: str(value) if isinstance(value, Status) else "",
 )  # fmt: skip
 def test_judgement(check, status, found, remedy):
     check = check()

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
-from pytest_vmsandbox.catalogue.files import locked
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import orphans
 from support import sealed

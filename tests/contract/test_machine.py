@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.machine import host, machine as machine_module, memory
 from pytest_vmsandbox.machine.cmdline import Start
@@ -249,7 +249,7 @@ class TestStart:
 
     def test_warns_of_nothing(self, stand, disks, ram, state):
         """A version that is newer than those we know may be about to drop something."""
-        with stand.machine(start=Start.TO_BE_SEALED, ram=ram, disks=disks) as machine:
+        with stand.machine(start=Start.TO_BE_SAVED, ram=ram, disks=disks) as machine:
             machine.save(state, with_memory=False)
             assert machine.end(0) is False
             assert machine.process.stderr_tail == ""
@@ -580,7 +580,7 @@ class TestState:
 
     def test_clones(self, stand, ram, state):
         """Two at a time; they change nothing in the file that they begin with."""
-        with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
+        with stand.machine(start=Start.TO_BE_SAVED, ram=ram) as machine:
             machine.console.wait_for("SeaBIOS", timeout=20)
             machine.save(state, with_memory=False)
             assert machine.end(0) is False
@@ -599,7 +599,7 @@ class TestState:
         assert file_digest(Path(ram.name)) == before
 
     def test_one_that_goes_on_writing_its_memory(self, stand, ram, state):
-        with stand.machine(start=Start.TO_BE_SEALED, ram=ram) as machine:
+        with stand.machine(start=Start.TO_BE_SAVED, ram=ram) as machine:
             machine.save(state, with_memory=False)
         with stand.machine(start=Start.CONTINUED, ram=ram, state=state) as machine:
             machine.resume()

@@ -41,14 +41,13 @@ def origin(request, monkeypatch):
     settings = dataclasses.replace(factory._settings, clones=ORIGINS[request.param])
     monkeypatch.setattr(factory, "_settings", settings)
     found = set()
-    ready = factory._surroundings.ready
+    ready = factory._callbacks.guest_ready
 
     def note(guest):
         found.add(guest.origin)
         ready(guest)
 
-    surroundings = dataclasses.replace(factory._surroundings, ready=note)
-    monkeypatch.setattr(factory, "_surroundings", surroundings)
+    monkeypatch.setattr(factory._callbacks, "guest_ready", note)
     yield request.param
     if "vm" in request.fixturenames and not shared(request.node):
         assert found == {request.param}
@@ -67,7 +66,7 @@ def nothing_left(request):
         factory = request.getfixturevalue("vm_factory")
         factory._running()
         factory.accelerator("tiny")
-        _ = factory._sealer, factory._pool
+        _ = factory._builder, factory._pool
         _ = request.config.stash[SESSION].artifacts._guests  # locked as long as the run lives
     before = leaks.inventory()
     yield

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import CommandError, GuestLost, Provision
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import sealing, waking
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests import resume, template_builder
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
@@ -59,9 +60,11 @@ def factory(cache):
 
         def open_one(clones="demand", cache=cache, **more):
             told = Told()
-            surroundings = Surroundings(say=told.append, tell=told.append, **more)
+            callbacks = Announcer(told.append)
+            for name, callback in more.items():
+                setattr(callbacks, name, callback)
             settings = Settings(cache=cache, clones=clones)
-            one: Any = stack.enter_context(GuestFactory.open(settings, surroundings))
+            one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
             one.told = told
             return one
 
@@ -84,7 +87,7 @@ def offset(vm) -> float:
 class TestWhatIsPutRight:
     def test_the_clock_also_of_one_that_has_waited(self, factory):
         one = factory("armed")
-        one.expect("tiny", TINY, 3)
+        one.expect("tiny", one.hardware("tiny", TINY), 3)
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin in {"cloned", "armed"}
             assert abs(offset(vm)) < 0.05
@@ -176,7 +179,7 @@ class TestSharingNothing:
 
     def test_a_used_clone_is_never_handed_out_again(self, factory):
         one = factory("armed")
-        one.expect("tiny", TINY, 8)
+        one.expect("tiny", one.hardware("tiny", TINY), 8)
         seen = set()
         for _ in range(8):
             with one.boot("tiny", **TINY) as vm:
@@ -188,7 +191,7 @@ class TestSharingNothing:
     def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            (sealed,) = one._sealer._open.values()
+            (sealed,) = one._builder._open.values()
             pid = vm._machine.process.pid
             maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
@@ -268,7 +271,7 @@ class TestTemplates:
             vm.shell("echo so it went >/dev/console")
             vm.run(["false"])
 
-        one = factory(logs=logs, begun=begun.append)
+        one = factory(logs=logs, guest_begun=begun.append)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
         assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
@@ -416,7 +419,7 @@ class TestChance:
 
     def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
         retried = []
-        first(sealing, "settle", lambda guest, _: self.kill(guest._machine.process))
+        first(template_builder, "settle", lambda guest, _: self.kill(guest._machine.process))
         with factory(retried=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
         (error,) = retried
@@ -437,13 +440,13 @@ class TestChance:
         def panic(vm, _):
             vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
 
-        first(sealing, "settle", panic)
+        first(template_builder, "settle", panic)
         with factory(retried=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert retried == []
 
     def test_a_clone_that_is_killed(self, factory, first):
-        first(waking, "wake", lambda machine, _: self.kill(machine.process))
+        first(resume, "from_state", lambda machine, _: self.kill(machine.process))
         one = factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
@@ -487,7 +490,7 @@ class TestChance:
     def test_the_launcher_is_killed(self, factory):
         """All guests of the run are gone, also those that were armed; the next ones come up."""
         one = factory("armed")
-        one.expect("tiny", TINY, 6)
+        one.expect("tiny", one.hardware("tiny", TINY), 6)
         with one.boot("tiny", **TINY) as vm:
             assert one.await_armed(120)
             launcher = one._running().launcher._process
@@ -544,6 +547,6 @@ def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
 def test_another_qemu_has_templates_of_its_own(factory, cache):
     """The digest is of all that a state depends on; here, of the build of QEMU."""
     one = factory()
-    blueprint = one._blueprint("tiny", TINY)
+    blueprint = one._blueprint("tiny", one.hardware("tiny", TINY))
     other = dataclasses.replace(blueprint, qemu=dataclasses.replace(find_qemu(), build="other"))
     assert blueprint.digest != other.digest

@@ -12,10 +12,11 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_vmsandbox import ImageError
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.templates import TemplateStore
 from support import damage
 
@@ -29,9 +30,9 @@ class Run:
 
     def __init__(self, cache, stack, clones="demand"):
         self.told: list[str] = []
-        surroundings = Surroundings(say=self.told.append, tell=self.told.append)
+        callbacks = Announcer(self.told.append)
         settings = Settings(cache=cache, clones=clones)
-        self.factory: GuestFactory = stack.enter_context(GuestFactory.open(settings, surroundings))
+        self.factory: GuestFactory = stack.enter_context(GuestFactory.open(settings, callbacks))
 
     def about(self, word):
         return [line for line in self.told if word in line]
@@ -55,7 +56,7 @@ class Run:
 
     def use_armed(self):
         """Clones are armed of a template that was damaged before; that is told once."""
-        self.factory.expect("tiny", HARDWARE, 4)
+        self.factory.expect("tiny", self.factory.hardware("tiny", HARDWARE), 4)
         self.use()
         assert self.factory.await_armed(120)
         assert self.use() == "armed"
@@ -177,7 +178,7 @@ def test_two_runs_at_once(run, cache):
     runs, done = [run("armed"), run("armed")], []
 
     def use(one):
-        one.factory.expect("tiny", HARDWARE, 3)
+        one.factory.expect("tiny", one.factory.hardware("tiny", HARDWARE), 3)
         done.extend(one.use() for _ in range(3))
 
     threads = [threading.Thread(target=use, args=(one,)) for one in runs]

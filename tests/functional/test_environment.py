@@ -9,7 +9,9 @@ import pytest
 
 from pytest_vmsandbox.core.errors import TransferError
 from pytest_vmsandbox.inside import environment
-from pytest_vmsandbox.inside.environment import GuestPython, Requirements, prepare
+from pytest_vmsandbox.inside.environment import prepare
+from pytest_vmsandbox.inside.guest_python import GuestPython
+from pytest_vmsandbox.inside.requirements import Requirements
 
 NEW = GuestPython(version=(3, 13, 5), machine="x86_64", libc=(2, 41))
 OLD = GuestPython(version=(3, 9, 2), machine="aarch64", libc=(2, 31))
@@ -95,5 +97,5 @@ def test_offline(make, tmp_path, monkeypatch):
 def test_the_second_time_uv_is_not_needed(make, tmp_path, monkeypatch):
     requirements = wanted(tmp_path)
     made = make(requirements)
-    monkeypatch.setattr(environment, "_Uv", None)
+    monkeypatch.setattr(environment, "Uv", None)
     assert make(requirements) == made

@@ -47,7 +47,7 @@ class Firmware:
         with memory.create(self.memory, hardware.memory) as ram, self.state.open("x+b") as state:
             if identity is not None:
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
-            with self._running(Start.TO_BE_SEALED, memory=ram) as machine:
+            with self._running(Start.TO_BE_SAVED, memory=ram) as machine:
                 machine.console.wait_for(WAITS, SECONDS)
                 machine.save(state, with_memory=False)
                 assert machine.execute("query-status")["status"] == "postmigrate"

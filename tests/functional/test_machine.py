@@ -217,19 +217,15 @@ def test_too_little_memory_for_the_image(vm_factory):
 @pytest.mark.origins("booted")
 def test_no_answer_names_the_stage(vm_factory, monkeypatch):
     """A kernel that finds nothing to start panics, and that is what is told."""
-    monkeypatch.setattr(vm_factory, "_surroundings", _with_broken_init(vm_factory._surroundings))
+    monkeypatch.setattr(vm_factory._callbacks, "qemu_args", _broken_init)
     with pytest.raises(BootError, match="panic") as caught, vm_factory.boot("tiny"):
         pass
     assert caught.value.stage == "kernel"
     assert caught.value.seconds > 0
 
 
-def _with_broken_init(surroundings):
-    import dataclasses
-
-    return dataclasses.replace(
-        surroundings, qemu_args=lambda spec: ["-append", f"{spec.append} rdinit=/bin/false"]
-    )
+def _broken_init(spec):
+    return ["-append", f"{spec.append} rdinit=/bin/false"]
 
 
 @pytest.mark.origins("booted")
@@ -237,17 +233,11 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
     """The last stage that was reached is named, with the end of the console."""
     import dataclasses
 
+    # It tells all that it does, so that there is no doubt how far it got.
     monkeypatch.setattr(
-        vm_factory,
-        "_surroundings",
-        dataclasses.replace(
-            vm_factory._surroundings,
-            # It tells all that it does, so that there is no doubt how far it got.
-            qemu_args=lambda spec: [
-                "-append",
-                f"{spec.append} ignore_loglevel rdinit=/usr/bin/cat",
-            ],
-        ),
+        vm_factory._callbacks,
+        "qemu_args",
+        lambda spec: ["-append", f"{spec.append} ignore_loglevel rdinit=/usr/bin/cat"],
     )
     monkeypatch.setattr(
         vm_factory, "_settings", dataclasses.replace(vm_factory._settings, boot_timeout=2.5)
@@ -260,13 +250,7 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
 
 @pytest.mark.origins("booted")
 def test_qemu_that_refuses_its_command_line(vm_factory, monkeypatch):
-    import dataclasses
-
-    monkeypatch.setattr(
-        vm_factory,
-        "_surroundings",
-        dataclasses.replace(vm_factory._surroundings, qemu_args=lambda _: ["-no-such-option"]),
-    )
+    monkeypatch.setattr(vm_factory._callbacks, "qemu_args", lambda _: ["-no-such-option"])
     with (
         pytest.raises(LaunchError, match="QEMU ended with exit status 1") as caught,
         vm_factory.boot("tiny"),

@@ -16,7 +16,8 @@ import pytest
 from uv import find_uv_bin
 
 from pytest_vmsandbox.inside import session
-from pytest_vmsandbox.inside.install import OLDEST_PYTHON, RUNNER
+from pytest_vmsandbox.inside.guest_python import OLDEST_PYTHON
+from pytest_vmsandbox.inside.install import RUNNER
 from support.inside import Suite
 
 VERSIONS = [f"3.{minor}" for minor in range(OLDEST_PYTHON[1], 15) if minor != sys.version_info[1]]

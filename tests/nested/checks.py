@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine.progress import guest_time
 
 IMAGE = "debian-13"
@@ -30,7 +31,7 @@ def test_where():
 def test_auto() -> None:
     """It finds out that KVM runs guests, however slow this host is. Other steps build on that."""
     shutil.rmtree(cache_dir() / "accelerator", ignore_errors=True)
-    with GuestFactory.open(Settings(), Surroundings(say=print, tell=print)) as factory:
+    with GuestFactory.open(Settings(), Announcer(print)) as factory:
         verdict = factory.accelerator("tiny")
     print(dataclasses.asdict(verdict))
     assert verdict.accelerator == "kvm"

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.plugin import SESSION
 
 
@@ -57,23 +58,32 @@ class FakeFactory:
         with (self.session.config.rootpath / "guests").open("a") as file:
             print(*words, file=file)
 
-    @contextmanager
     def boot(self, image, **hardware):
+        return self.lease(image, Hardware(user="root").changed(hardware))
+
+    @contextmanager
+    def lease(self, image, spec):
+        usual = Hardware(user="root")
+        hardware = {
+            name: value for name, value in vars(spec).items() if value != getattr(usual, name)
+        }
+        for name in {"memory", "disk"} & {*hardware}:
+            hardware[name] = format_size(hardware[name])
         self.count += 1
         guest = FakeGuest(f"{image}-{self.count}", image)
         self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
-        self.session._begun(guest.name)
-        logs = self.session._logs(guest.name)
+        self.session.guest_begun(guest.name)
+        logs = self.session.logs(guest.name)
         (logs / "console.log").write_text(f"{guest.name} boots")
         if image == "beta" and hardware.get("cpus") == 13:
             raise BootError("beta does not come up", stage="kernel", seconds=3)
-        self.session._ready(guest)
+        self.session.guest_ready(guest)
         failed = True
         try:
             yield guest
             failed = False
         finally:
-            self.session._stopping(guest, failed)
+            self.session.guest_stopping(guest, failed)
             self.note("end", guest.name)
 
 

@@ -91,7 +91,77 @@ class TestSkipAndXfail:
         result.stdout.fnmatch_lines(["SKIPPED*near"])
 
 
+class TestMarksAddedLate:
+    """By hooks that see the tests after us, and by fixtures of a test that already runs."""
+
+    def add(self, suite, mark):
+        suite.pytester.makepyfile(
+            late=f"""
+            import pytest
+
+            def pytest_collection_modifyitems(items):
+                for item in items:
+                    item.add_marker({mark})
+        """
+        )
+        suite.pytester.syspathinsert()
+        return ["-p", "late"]
+
+    def test_hardware(self, suite):
+        suite.write("def test_a(vm): pass")
+        suite.run(*self.add(suite, "pytest.mark.vm(memory='1GiB')")).assert_outcomes(passed=1)
+        assert suite.guests[0] == "boot alpha-1-1 memory=1GiB"
+
+    @pytest.mark.parametrize("how", [(), ("--in-vm",)], ids=["here", "inside"])
+    def test_a_skip(self, suite, how):
+        suite.write("def test_a(): assert False" if how else "def test_a(vm): assert False")
+        late = self.add(suite, "pytest.mark.vm(skip={'alpha-*': 'too late'})")
+        result = suite.run("-rs", *late, *how)
+        result.assert_outcomes(skipped=1)
+        result.stdout.fnmatch_lines(["SKIPPED*too late"])
+
+    def test_by_a_fixture_of_the_test(self, suite):
+        suite.write("""
+            import pytest
+
+            @pytest.fixture
+            def small(request):
+                request.node.add_marker(pytest.mark.vm(memory="1GiB"))
+                return request.getfixturevalue("vm")
+
+            def test_a(small): pass
+        """)
+        suite.run().assert_outcomes(passed=1)
+        assert suite.guests[0] == "boot alpha-1-1 memory=1GiB"
+
+
+def test_a_parameter_s_marks_count(suite):
+    suite.write("""
+        import pytest
+
+        @pytest.mark.parametrize("x", [1, pytest.param(2, marks=pytest.mark.vm(cpus=2))])
+        def test_a(vm, x): pass
+
+        @pytest.mark.parametrize("x", [pytest.param(3, marks=pytest.mark.vm(colour="red"))])
+        def test_b(vm, x): pass
+    """)
+    assert "test_b[alpha-1-3]: pytest.mark.vm has no argument 'colour'" in suite.usage_error()
+
+
 class TestIsolation:
+    def test_a_guest_is_the_same_however_its_memory_is_written(self, suite):
+        suite.write("""
+            import pytest
+
+            @pytest.mark.vm(isolation="session", memory="1GiB")
+            def test_a(vm): pass
+
+            @pytest.mark.vm(isolation="session", memory="1024MiB", user="root")
+            def test_b(vm): pass
+        """)
+        suite.run().assert_outcomes(passed=2)
+        assert suite.guests == ["boot alpha-1-1 memory=1GiB", "end alpha-1-1"]
+
     SOURCE = """
         import pytest
 

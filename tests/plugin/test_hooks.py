@@ -81,7 +81,7 @@ def test_arguments_for_qemu(bare):
                 name="alpha-1-1", qemu="qemu", version=(7, 2), accelerator="tcg",
                 processor="Nehalem", hardware=Hardware(cpus=3),
             )
-            argv = vm_factory._blueprint("alpha-1", {}).qemu_args(spec)
+            argv = vm_factory._blueprint("alpha-1", Hardware()).qemu_args(spec)
             assert argv[::2] == ["-name"] * 3
             assert sorted(argv[1::2]) == ["one-3", "three-3", "two-3"]
     """)  # fmt: skip

@@ -276,12 +276,12 @@ def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
         "def test_gone(): FILE.unlink()\n",
     )
     (suite.folder / "host_plugin.py").write_text(
-        "from pytest_vmsandbox.inside import tree as trees\n"
-        "listed, changes = [], trees.changes\n"
-        "def counted(guest, *more):\n"
-        "    listed.append(guest.name)\n"
-        "    return changes(guest, *more)\n"
-        "trees.changes = counted\n"
+        "from pytest_vmsandbox.inside import tree_copy\n"
+        "listed, changes = [], tree_copy.changes\n"
+        "def counted(stream, *more):\n"
+        "    listed.append(stream.__self__.name)\n"
+        "    return changes(stream, *more)\n"
+        "tree_copy.changes = counted\n"
         "def pytest_terminal_summary(): print('listed:', *listed)\n"
     )
     status, output = suite.run("--in-vm", "--vm-isolation=test")

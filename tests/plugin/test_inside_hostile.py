@@ -11,7 +11,8 @@ import pytest
 
 from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.plugin import collection, inside, leases
+from pytest_vmsandbox.plugin import inside, leases
+from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.remote_reports import Reader
 from support.reports import check_text
 
@@ -71,7 +72,7 @@ def told(suite, monkeypatch):
 
     def told(*said, args=(), items=(ONE, TWO), failed=()):
         def get(self, item):
-            key = collection.place_of(item)
+            key = plan_of(item).place
             lease = self._leases.setdefault(
                 key, SimpleNamespace(session=None, stack=ExitStack(), has_failed=False)
             )

@@ -1,4 +1,4 @@
-"""Which tests run inside a guest, and what cannot be meant. Nothing is booted here."""
+"""Which tests run inside a guest, and what is invalid. Nothing is booted here."""
 
 from __future__ import annotations
 

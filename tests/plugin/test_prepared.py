@@ -21,18 +21,19 @@ def note(config, *words):
 
 @pytest.fixture(scope="session", autouse=True)
 def fakes(pytestconfig):
-    def seal(self, prepared):
+    def build(self, prepared):
         note(pytestconfig, "prepare", prepared.image, *(step.about for step in prepared.steps))
 
     @contextmanager
-    def boot(self, image, **hardware):
-        prepared = self._prepared(image)
-        note(pytestconfig, "boot", prepared.image, *(step.about for step in prepared.steps), *hardware)
+    def lease(self, image, hardware):
+        prepared, usual = self._prepared(image), self.hardware("alpha-1", {})
+        changed = [name for name, it in vars(hardware).items() if it != getattr(usual, name)]
+        note(pytestconfig, "boot", prepared.image, *(step.about for step in prepared.steps), *changed)
         yield SimpleNamespace(name=prepared.image, alive=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GuestFactory, "_seal", seal)
-        patch.setattr(GuestFactory, "boot", boot)
+        patch.setattr(GuestFactory, "_build_template", build)
+        patch.setattr(GuestFactory, "lease", lease)
         yield
 
 def below(guest): pass

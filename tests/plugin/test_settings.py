@@ -1,4 +1,4 @@
-"""Each ini key and option arrives where it is used; `test_usage` has what cannot be meant."""
+"""Each ini key and option arrives where it is used; `test_usage` has what is invalid."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What cannot be meant is a usage error that names the test and the remedy."""
+"""What is invalid is a usage error that names the test and the remedy."""
 
 import pytest
 

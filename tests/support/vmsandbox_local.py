@@ -18,7 +18,7 @@ import pytest
 
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
-from pytest_vmsandbox.inside import install, tree as trees
+from pytest_vmsandbox.inside import install, tree_copy
 from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.plugin import SESSION, pulling, reporting
 from support.local import LocalGuest
@@ -72,23 +72,23 @@ class LocalFactory:
         return PreparedImage(image=image.image, steps=(*image.steps, step))
 
     @contextmanager
-    def boot(self, prepared, **hardware):
+    def lease(self, prepared, hardware):
         image = prepared.image
-        Hardware().changed(hardware)
+        assert isinstance(hardware, Hardware)
         self.count += 1
         guest = Local(f"{image}-{self.count}", image)
-        self.session._begun(guest.name)
-        (self.session._logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
+        self.session.guest_begun(guest.name)
+        (self.session.logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
         for step in prepared.steps:
             guest.facts = step.run(guest)
-        self.session._ready(guest)
+        self.session.guest_ready(guest)
         failed = True
         try:
             yield guest
             failed = False
         finally:
             try:
-                self.session._stopping(guest, failed)  # which users' hooks may fail
+                self.session.guest_stopping(guest, failed)  # which users' hooks may fail
             finally:
                 end_all(f"{self.folder / guest.name}/")
 
@@ -100,9 +100,9 @@ class LocalFactory:
     def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
             there = self.layout(guest, payload)
-            trees.sync(guest, payload.tree, there.tree)
+            tree_copy.push(guest.stream_script, payload.tree, there.tree)
             for tree in payload.outside:
-                trees.sync(guest, tree, there.outside[str(tree.root)])
+                tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
 
     def layout(self, guest, payload):
         base = self.folder / (guest.name if guest else "nobody")

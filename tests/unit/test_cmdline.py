@@ -126,7 +126,7 @@ def test_by_which_address_a_state_is_saved(version, expected):
 @pytest.mark.parametrize(
     ("start", "version", "backend"),
     [
-        (Start.TO_BE_SEALED, (7, 2), ",share=on"),
+        (Start.TO_BE_SAVED, (7, 2), ",share=on"),
         (Start.CONTINUED, (10, 0), ",share=on"),
         (Start.CLONED, (7, 2), ",share=off"),
         (Start.CLONED, (8, 2), ",share=off,readonly=on,rom=off"),

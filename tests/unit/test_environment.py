@@ -16,16 +16,14 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
-from pytest_vmsandbox.inside import environment, wheels
-from pytest_vmsandbox.inside.environment import (
-    GuestPython,
-    Requirements,
-    console_scripts,
-    installed,
-    prepare,
-)
+from pytest_vmsandbox.inside import uv as uv_module, wheels
+from pytest_vmsandbox.inside.distributions import installed
+from pytest_vmsandbox.inside.environment import prepare
+from pytest_vmsandbox.inside.guest_python import GuestPython
+from pytest_vmsandbox.inside.programs import console_scripts
+from pytest_vmsandbox.inside.requirements import Requirements
 from support import damage
 
 PYTHON = GuestPython(version=(3, 13, 5), machine="x86_64", libc=(2, 41))
@@ -118,7 +116,7 @@ def host(tmp_path):
 @pytest.fixture
 def uv(tmp_path, monkeypatch):
     uv = FakeUv(tmp_path / "fake")
-    monkeypatch.setattr(environment, "_find_uv", lambda: str(uv.program))
+    monkeypatch.setattr(uv_module, "_find_uv", lambda: str(uv.program))
     return uv
 
 
@@ -656,7 +654,7 @@ def test_what_is_pure_and_installed_here_needs_no_wheel_of_the_index(
         shutil.copy(seen[0], tmp_path)
         return seen[0]
 
-    monkeypatch.setattr(environment, "make_wheel", make_wheel)
+    monkeypatch.setattr(uv_module, "make_wheel", make_wheel)
     uv.refuse(SOURCES_ONLY)
     make()
     assert [it.name for it in seen] == ["plain-1.0-py3-none-any.whl"]

@@ -9,7 +9,8 @@ from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxErro
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import factory as factory_module
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
 
@@ -41,7 +42,7 @@ def image_path(tmp_path):
 
 class TestNames:
     def test_are_hostnames_without_dots(self, tmp_path):
-        factory = GuestFactory(Settings(cache=tmp_path), ExitStack(), Surroundings())
+        factory = GuestFactory(Settings(cache=tmp_path), ExitStack(), Announcer())
         images = ["debian-13", "ubuntu-24.04", "debian-13_arm64", "ubuntu-24-04", "x" * 80]
         names = [factory._name(image) for image in images]
         assert names[:3] == ["debian-13-1", "ubuntu-24-04-1", "debian-13-arm64-1"]
@@ -73,7 +74,21 @@ class TestUser:
     def test_is_the_image_s_where_nobody_is_named(self, image_path, default, wish, user):
         settings = Settings(image_path=image_path, hardware=default)
         with GuestFactory.open(settings) as factory:
-            assert factory._hardware("own", wish).user == user
+            assert factory.hardware("own", wish).user == user
+
+
+class TestHardware:
+    def test_is_one_however_its_size_is_written(self, image_path):
+        with GuestFactory.open(Settings(image_path=image_path)) as factory:
+            kinds = {factory.hardware("own", {"memory": size}) for size in ("1GiB", "1024MiB")}
+        assert len(kinds) == 1
+
+    def test_has_the_run_s_default_where_nothing_is_named(self, image_path):
+        settings = Settings(image_path=image_path, hardware=Hardware(cpus=2, network="nat"))
+        with GuestFactory.open(settings) as factory:
+            assert factory.hardware("own", {"cpus": 4, "network": None}) == Hardware(
+                cpus=4, network="nat", user="debian"
+            )
 
 
 class TestDescription:

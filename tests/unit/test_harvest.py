@@ -12,7 +12,8 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
 from pytest_vmsandbox.inside import harvest
 from pytest_vmsandbox.inside.harvest import Outcome, Patterns, bring_back
-from pytest_vmsandbox.inside.tree import Tree, changes, sync
+from pytest_vmsandbox.inside.tree import Tree
+from pytest_vmsandbox.inside.tree_copy import changes, push
 from support.local import LocalGuest
 
 ALL = Patterns(["*"])
@@ -31,7 +32,7 @@ class Sides:
 
     def push(self):
         self.tree = Tree.of(self.here)
-        sync(self.guest, self.tree, str(self.there))
+        push(self.guest.stream_script, self.tree, str(self.there))
 
     def write(self, name, content="new"):
         file = self.there / name
@@ -41,7 +42,7 @@ class Sides:
 
     def bring_back(self, patterns=ALL, **more):
         found = bring_back(
-            self.guest, self.tree, str(self.there),
+            self.guest.stream_script, self.tree, str(self.there),
             patterns=patterns, since=self.since, **more,
         )  # fmt: skip
         return {outcome: paths for outcome, paths in found.items() if paths}
@@ -68,7 +69,7 @@ SAME = {"kept.txt": "kept", "old.txt": "old"}
 
 def test_nothing_was_written(sides):
     assert sides.bring_back() == {}
-    assert changes(sides.guest, sides.tree, str(sides.there)).written == {}
+    assert changes(sides.guest.stream_script, sides.tree, str(sides.there)).written == {}
 
 
 def test_what_is_written_comes_back(sides):
@@ -163,9 +164,11 @@ def test_what_was_written_here_meanwhile_stays(sides, how):
     sides.write(name, "of the guest")
     if how == "by another guest":
         other = sides.there.with_name("other")
-        sync(sides.guest, sides.tree, str(other))
+        push(sides.guest.stream_script, sides.tree, str(other))
         (other / name).write_text("of another guest")
-        bring_back(sides.guest, sides.tree, str(other), patterns=ALL, since=sides.since)
+        bring_back(
+            sides.guest.stream_script, sides.tree, str(other), patterns=ALL, since=sides.since
+        )
     elif how == "removed":
         (sides.here / name).unlink()
     else:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, ImageError, LaunchError
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict, choose, recall

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
 from support import damage
 
 

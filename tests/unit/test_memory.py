@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.core.errors import LaunchError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import KIB, MIB
 from pytest_vmsandbox.machine import host, memory
 from support.mounts import small_file_system

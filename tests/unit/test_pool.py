@@ -12,7 +12,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.core.spec import GIB, Hardware
-from pytest_vmsandbox.guests import pool as pool_module, waking
+from pytest_vmsandbox.guests import pool as pool_module, resume
 from pytest_vmsandbox.guests.pool import CLAIM, Clone, Pool
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.quota import Quota
@@ -77,7 +77,7 @@ class FakePool(Pool):
         self.tries = 0
         self.resume_fault = None
 
-    def _clone(self, sealed, blueprint, *, arm):
+    def _clone(self, opened, blueprint, *, arm):
         self.tries += 1
         assert self.gate.wait(SECONDS)
         if self.fault is not None:
@@ -93,20 +93,20 @@ class FakePool(Pool):
         self.makers.append(threading.current_thread().name)
         return clone
 
-    def shelf(self, sealed, network="isolated"):
-        return self._shelves[sealed.template.key, network]
+    def kind(self, opened, network="isolated"):
+        return self._kinds[opened.template.key, network]
 
-    def armed(self, sealed, count, network="isolated"):
+    def armed(self, opened, count, network="isolated"):
         """Wait until so many are."""
-        wait_for(lambda: len(self.shelf(sealed, network).armed) == count)
+        wait_for(lambda: len(self.kind(opened, network).armed) == count)
 
 
 def clone_of(name, machine, stack, *, is_armed):
-    awake = SimpleNamespace(machine=machine, helper=machine)
+    running_machine = SimpleNamespace(machine=machine, helper=machine)
     return Clone(
         is_armed=is_armed,
         name=name,
-        awake=anything(awake),
+        running=anything(running_machine),
         disks=anything(SimpleNamespace()),
         logs=None,
         stack=stack,
@@ -126,7 +126,7 @@ def blueprint_on(network="isolated"):
     return SimpleNamespace(image="debian-13", hardware=Hardware(network=network))
 
 
-SEALED, BLUEPRINT = anything(template()), anything(blueprint_on())
+OPENED, BLUEPRINT = anything(template()), anything(blueprint_on())
 
 
 @pytest.fixture
@@ -167,15 +167,15 @@ def pool(quota):
         yield pool
 
 
-def lease(pool, sealed=SEALED, blueprint=BLUEPRINT, *, more=False):
-    return pool.lease(sealed, blueprint, more=more)
+def lease(pool, opened=OPENED, blueprint=BLUEPRINT, *, more=False):
+    return pool.lease(opened, blueprint, more=more)
 
 
 class TestAhead:
     @pytest.mark.parametrize("count", [1, 2, 3, 4, 50])
     def test_no_more_than_are_expected_and_no_more_than_it_is_deep(self, pool, quota, count):
-        pool.expect(SEALED, BLUEPRINT, count)
-        pool.armed(SEALED, min(count, DEPTH))
+        pool.expect(OPENED, BLUEPRINT, count)
+        pool.armed(OPENED, min(count, DEPTH))
         settled()
         assert len(pool.made) == min(count, DEPTH)
         assert quota._claimed == len(pool.made) * CLAIM
@@ -188,20 +188,20 @@ class TestAhead:
         assert not any(thread.is_alive() for thread in pool._threads)
 
     def test_all_that_were_expected_come_from_it(self, pool):
-        pool.expect(SEALED, BLUEPRINT, 10)
+        pool.expect(OPENED, BLUEPRINT, 10)
         for _ in range(10):
-            wait_for(lambda: pool.shelf(SEALED).armed)
+            wait_for(lambda: pool.kind(OPENED).armed)
             with lease(pool) as (clone, was_armed):
                 assert was_armed
-                assert clone.awake.machine.running
+                assert clone.running.machine.running
         settled()
         assert len(pool.made) == 10
         assert set(pool.makers) == {"vmsandbox-filler"}
 
     def test_the_oldest_comes_first(self, quota):
         with running(quota, fillers=1) as pool:
-            pool.expect(SEALED, BLUEPRINT, DEPTH)
-            pool.armed(SEALED, DEPTH)
+            pool.expect(OPENED, BLUEPRINT, DEPTH)
+            pool.armed(OPENED, DEPTH)
             for _ in range(DEPTH):
                 with lease(pool):
                     pass
@@ -209,22 +209,22 @@ class TestAhead:
 
     def test_expectations_add_up(self, pool):
         for _ in range(2):
-            pool.expect(SEALED, BLUEPRINT, 1)
-        pool.armed(SEALED, 2)
+            pool.expect(OPENED, BLUEPRINT, 1)
+        pool.armed(OPENED, 2)
 
     def test_one_ahead_when_two_were_taken_that_nobody_expected(self, pool):
         with lease(pool, more=True):
             settled()
             assert len(pool.made) == 1
         with lease(pool, more=True):
-            pool.armed(SEALED, 1)
+            pool.armed(OPENED, 1)
             settled()
         assert len(pool.made) == 3
 
     def test_who_has_taken_one_has_a_head_start_as_long_as_there_are_more(self, pool, monkeypatch):
         monkeypatch.setattr("pytest_vmsandbox.guests.pool._HEAD_START_SECONDS", 2 * SECONDS)
-        pool.expect(SEALED, BLUEPRINT, 10)
-        pool.armed(SEALED, DEPTH)
+        pool.expect(OPENED, BLUEPRINT, 10)
+        pool.armed(OPENED, DEPTH)
         for _ in range(DEPTH - 1):
             with lease(pool):
                 settled()
@@ -233,17 +233,17 @@ class TestAhead:
             wait_for(lambda: len(pool.made) > DEPTH)
 
     def test_a_paused_clone_goes_on_only_when_it_is_leased(self, pool):
-        pool.expect(SEALED, BLUEPRINT, 2)
-        pool.armed(SEALED, 2)
+        pool.expect(OPENED, BLUEPRINT, 2)
+        pool.armed(OPENED, 2)
         with lease(pool):
-            assert [clone.awake.machine.running for clone in pool.made] == [True, False]
+            assert [clone.running.machine.running for clone in pool.made] == [True, False]
 
     def test_one_whose_qemu_something_has_killed_is_not_given_out(self, pool):
-        pool.expect(SEALED, BLUEPRINT, DEPTH)
-        pool.armed(SEALED, DEPTH)
+        pool.expect(OPENED, BLUEPRINT, DEPTH)
+        pool.armed(OPENED, DEPTH)
         dead = pool.made[:2]
         for clone in dead:
-            clone.awake.machine.status = -9
+            clone.running.machine.status = -9
         with lease(pool) as (clone, was_armed):
             assert clone is pool.made[2]
             assert was_armed
@@ -252,11 +252,11 @@ class TestAhead:
     def test_kinds_do_not_mix(self, pool):
         """Other templates, and other networks of the same."""
         other, nat = anything(template("another-key")), anything(blueprint_on("nat"))
-        pool.expect(SEALED, BLUEPRINT, 1)
-        pool.armed(SEALED, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
+        pool.armed(OPENED, 1)
         with lease(pool, other) as (_, was_armed):
             assert not was_armed
-        with lease(pool, SEALED, nat) as (_, was_armed):
+        with lease(pool, OPENED, nat) as (_, was_armed):
             assert not was_armed
         with lease(pool) as (clone, was_armed):
             assert was_armed
@@ -269,9 +269,9 @@ class TestAhead:
             pool.expect(other, BLUEPRINT, 1)
             wait_for(lambda: pool.tries == 1)
             pool.expect(other, BLUEPRINT, 1)
-            pool.expect(SEALED, BLUEPRINT, 3)
+            pool.expect(OPENED, BLUEPRINT, 3)
             pool.gate.set()
-            pool.armed(SEALED, 3)
+            pool.armed(OPENED, 3)
             pool.armed(other, 2)
 
 
@@ -279,14 +279,14 @@ class TestWithoutOne:
     def test_who_asks_makes_one_and_it_runs(self, pool):
         with lease(pool) as (clone, was_armed):
             assert not was_armed
-            assert clone.awake.machine.running
+            assert clone.running.machine.running
             assert pool.closed == []
         assert pool.makers == [threading.current_thread().name]
 
     def test_one_that_is_on_its_way_is_waited_for(self, pool):
         """It is there sooner than one that is begun now."""
         pool.gate.clear()
-        pool.expect(SEALED, BLUEPRINT, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
         wait_for(lambda: pool.tries == 1)
         got = []
 
@@ -305,7 +305,7 @@ class TestWithoutOne:
 
     def test_more_ask_than_are_on_their_way(self, pool):
         pool.gate.clear()
-        pool.expect(SEALED, BLUEPRINT, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
         wait_for(lambda: pool.tries == 1)
         got = []
 
@@ -326,9 +326,9 @@ class TestWithoutOne:
     def test_there_is_no_room_for_spare_ones(self, pool, quota, monkeypatch):
         """Whoever asks gets one all the same."""
         monkeypatch.setattr(host, "total_memory", lambda: 0)
-        pool.expect(SEALED, BLUEPRINT, 3)
-        wait_for(lambda: pool.shelf(SEALED).failure is not None)
-        assert "no room" in pool.shelf(SEALED).failure.brief
+        pool.expect(OPENED, BLUEPRINT, 3)
+        wait_for(lambda: pool.kind(OPENED).failure is not None)
+        assert "no room" in pool.kind(OPENED).failure.brief
         assert quota._claimed == 0
         with lease(pool) as (_, was_armed):
             assert not was_armed
@@ -354,25 +354,25 @@ class TestFailure:
     def test_of_a_filler_and_then_it_goes_on(self, pool, quota, fault, brief):
         """It does not try again and again; who asks next tries, and all is well after that."""
         pool.fault = fault
-        pool.expect(SEALED, BLUEPRINT, 50)
-        wait_for(lambda: pool.shelf(SEALED).failure is not None and not pool.shelf(SEALED).arming)
+        pool.expect(OPENED, BLUEPRINT, 50)
+        wait_for(lambda: pool.kind(OPENED).failure is not None and not pool.kind(OPENED).arming)
         settled()
         assert pool.tries <= 2  # there are two fillers
-        assert brief in pool.shelf(SEALED).failure.brief
+        assert brief in pool.kind(OPENED).failure.brief
         assert quota._claimed == 0
         with pytest.raises(type(fault)), lease(pool, more=True):
             pass
-        wait_for(lambda: not pool.shelf(SEALED).arming)
+        wait_for(lambda: not pool.kind(OPENED).arming)
         pool.fault = None
         with lease(pool, more=True), lease(pool, more=True):
             pass
-        pool.armed(SEALED, DEPTH)
+        pool.armed(OPENED, DEPTH)
 
     def test_while_somebody_waits(self, pool):
         """Who waited for it tries by itself, and tells the error."""
         pool.gate.clear()
         pool.fault = LaunchError("no QEMU today")
-        pool.expect(SEALED, BLUEPRINT, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
         wait_for(lambda: pool.tries == 1)
         timer = threading.Timer(0.05, pool.gate.set)
         timer.start()
@@ -383,8 +383,8 @@ class TestFailure:
 
     def test_one_that_does_not_go_on_is_gone(self, pool, quota):
         pool.resume_fault = GuestLost("it does not answer")
-        pool.expect(SEALED, BLUEPRINT, 1)
-        pool.armed(SEALED, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
+        pool.armed(OPENED, 1)
         with pytest.raises(GuestLost, match="does not answer"), lease(pool):
             pass
         assert pool.closed == [pool.made[0].name]
@@ -401,29 +401,29 @@ class TestEnd:
     def test_of_those_that_nobody_takes(self, quota, monkeypatch):
         monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 0.1)
         with running(quota) as pool:
-            pool.expect(SEALED, BLUEPRINT, 3)
+            pool.expect(OPENED, BLUEPRINT, 3)
             # On a busy machine the time may be over before all three are there.
-            wait_for(lambda: pool.made and pool.shelf(SEALED).last.expired)
-            wait_for(lambda: not pool.shelf(SEALED).arming and quota._claimed == 0)
+            wait_for(lambda: pool.made and pool.kind(OPENED).last.expired)
+            wait_for(lambda: not pool.kind(OPENED).arming and quota._claimed == 0)
             made = len(pool.made)
             settled()
             assert len(pool.made) == len(pool.closed) == made
             monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 60)
             with lease(pool, more=True) as (_, was_armed):  # and they come back with demand
                 assert not was_armed
-                wait_for(lambda: pool.shelf(SEALED).armed)
+                wait_for(lambda: pool.kind(OPENED).armed)
 
     def test_of_all(self, quota):
         with running(quota) as pool:
-            pool.expect(SEALED, BLUEPRINT, 3)
-            pool.armed(SEALED, 3)
+            pool.expect(OPENED, BLUEPRINT, 3)
+            pool.armed(OPENED, 3)
             assert pool.closed == []
         assert len(pool.closed) == 3
 
     def test_while_some_are_being_armed(self, quota):
         with running(quota) as pool:
             pool.gate.clear()
-            pool.expect(SEALED, BLUEPRINT, 3)
+            pool.expect(OPENED, BLUEPRINT, 3)
             wait_for(lambda: pool.tries == 2)
         assert len(pool.closed) == 2
 
@@ -433,8 +433,8 @@ class TestEnd:
         def fail():
             with running(quota) as pool:
                 pools.append(pool)
-                pool.expect(SEALED, BLUEPRINT, 3)
-                pool.armed(SEALED, 3)
+                pool.expect(OPENED, BLUEPRINT, 3)
+                pool.armed(OPENED, 3)
                 raise KeyError
 
         with pytest.raises(KeyError):
@@ -448,14 +448,14 @@ class TestEnd:
 
     def test_of_what_came_from_a_template(self, pool, quota):
         other = anything(template("another-key"))
-        pool.expect(SEALED, BLUEPRINT, 2)
-        pool.expect(SEALED, anything(blueprint_on("nat")), 1)
+        pool.expect(OPENED, BLUEPRINT, 2)
+        pool.expect(OPENED, anything(blueprint_on("nat")), 1)
         pool.expect(other, BLUEPRINT, 1)
         wait_for(lambda: len(pool.made) == 4)
         pool.armed(other, 1)
-        pool.armed(SEALED, 2)
-        pool.armed(SEALED, 1, "nat")
-        pool.forget(SEALED)
+        pool.armed(OPENED, 2)
+        pool.armed(OPENED, 1, "nat")
+        pool.forget(OPENED)
         assert len(pool.closed) == 3
         assert quota._claimed == CLAIM
         settled()
@@ -463,22 +463,22 @@ class TestEnd:
 
     def test_of_what_is_on_its_way_from_a_template(self, pool, quota):
         pool.gate.clear()
-        pool.expect(SEALED, BLUEPRINT, 1)
+        pool.expect(OPENED, BLUEPRINT, 1)
         wait_for(lambda: pool.tries == 1)
-        pool.forget(SEALED)
+        pool.forget(OPENED)
         pool.gate.set()
         wait_for(lambda: pool.closed)
         wait_for(lambda: quota._claimed == 0)
 
     def test_forgetting_what_nobody_knows(self, pool):
-        pool.forget(SEALED)
+        pool.forget(OPENED)
 
 
 @pytest.mark.parametrize("expected", [0, 10, 40])
 def test_many_at_once(pool, quota, expected):
     """Nobody gets one that somebody else has had, and none is left."""
     got, failures = [], []
-    pool.expect(SEALED, BLUEPRINT, expected)
+    pool.expect(OPENED, BLUEPRINT, expected)
 
     def use():
         try:
@@ -500,9 +500,9 @@ def test_many_at_once(pool, quota, expected):
     assert failures == []
     assert len(got) == len(set(got)) == 40
     settled()
-    shelf = pool.shelf(SEALED)
-    assert len(shelf.armed) <= DEPTH
-    assert quota._claimed == len(shelf.armed) * CLAIM
+    kind = pool.kind(OPENED)
+    assert len(kind.armed) <= DEPTH
+    assert quota._claimed == len(kind.armed) * CLAIM
 
 
 class TestArm:
@@ -513,12 +513,12 @@ class TestArm:
             pool_module, "check_network", lambda machine, *_: looked.append(machine)
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
-        monkeypatch.setattr(waking, "wake", MagicMock())
+        monkeypatch.setattr(resume, "from_state", MagicMock())
         names = iter(["it-1", "it-2"])
         with Pool.running(
             MagicMock(), quota, fillers=0, name=lambda _: next(names), logs=lambda _: None
         ) as pool:
-            sealed, blueprint = MagicMock(checked=threading.Event()), MagicMock()
+            opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
-                pool._clone(sealed, blueprint, arm=True).stack.close()
+                pool._clone(opened, blueprint, arm=True).stack.close()
         assert len(looked) == 1

@@ -1,5 +1,8 @@
 """The names that users import."""
 
+import subprocess
+import sys
+
 import pytest_vmsandbox
 
 
@@ -11,3 +14,9 @@ def test_each_is_there():
     assert set(pytest_vmsandbox.__all__) == set(pytest_vmsandbox._HOME_OF)
     for name in pytest_vmsandbox.__all__:
         assert getattr(pytest_vmsandbox, name).__name__ == name
+
+
+def test_a_guest_factory_does_not_wait_for_paramiko():
+    # It takes as long to import as all the rest together, and most guests have a helper.
+    code = "import sys, pytest_vmsandbox as v; v.GuestFactory, v.Guest; print('paramiko' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"

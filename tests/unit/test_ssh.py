@@ -16,7 +16,9 @@ from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import process as remote, ssh
-from pytest_vmsandbox.guests.ssh import Endpoint, KeyPair, SSHTransport, greeting
+from pytest_vmsandbox.guests.access import greeting
+from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.ssh import Endpoint, SSHTransport
 from support.arguments import FITS, TOO_LONG, output_of
 
 GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone

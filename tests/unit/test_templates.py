@@ -10,8 +10,8 @@ import threading
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.catalogue.files import locked
-from pytest_vmsandbox.core import integrity
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import KIB, MIB
 from pytest_vmsandbox.guests.templates import TemplateStore, layer_name

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import CommandResult
-from pytest_vmsandbox.inside import tree as tree_module
-from pytest_vmsandbox.inside.tree import Entry, Pushed, Tree, sync
+from pytest_vmsandbox.inside import tree as tree_module, tree_copy
+from pytest_vmsandbox.inside.tree import Entry, Tree
+from pytest_vmsandbox.inside.tree_copy import Changes, changes, push
 
 ODD_NAMES = ["a b", "-rf", "--", "new\nline", "it's", '"', "$HOME", "*", "é€", "\\", "...", " "]
 RAW = os.fsdecode(b"raw-\xff\xfe")
@@ -497,7 +498,10 @@ class TestRefused:
         assert len([it for it in looked if it.rpartition("/")[2].isdigit()]) <= 10
 
 
-class TestSync:
+NONE = Changes({}, ())
+
+
+class TestPush:
     def make(self, root):
         write(root, *ODD_NAMES, RAW, f"{LONG}/{LONG}/file", f"sub/{RAW}/{LONG}", "-sub/deep/file")
         write(root, "empty", text="")
@@ -508,27 +512,24 @@ class TestSync:
         (root / "program").chmod(0o755)
         (root / "folder").mkdir(mode=0o700)
 
-    def test_the_first_time_and_the_second(self, guest, root, tmp_path):
+    def test_all_of_it(self, guest, root, tmp_path):
         self.make(root)
         tree, dest = Tree.of(root), tmp_path / "guest/it's deep"
-        pushed = sync(guest, tree, str(dest))
+        push(guest.stream_script, tree, str(dest))
         assert picture(dest) == picture(root)
-        assert pushed == Pushed(
-            files=len(files(tree)), bytes=sum(it.size for it in tree.entries.values())
-        )
+        assert len(guest.scripts) == 1
+        assert changes(guest.stream_script, Tree.of(root), str(dest)) == NONE
         assert len(guest.scripts) == 2
-        assert sync(guest, Tree.of(root), str(dest), before=tree.entries) == Pushed()
-        assert len(guest.scripts) == 3
 
     def test_a_relative_place(self, guest, root):
         write(root, "file")
         for dest in ("-name/", "sub/folder"):
-            assert sync(guest, Tree.of(root), dest).files == 1
+            push(guest.stream_script, Tree.of(root), dest)
             assert picture(guest.home / dest) == picture(root)
 
     def test_an_empty_tree(self, guest, root, tmp_path):
-        assert sync(guest, Tree.of(root), str(tmp_path / "new")) == Pushed()
-        assert (tmp_path / "new").is_dir()
+        push(guest.stream_script, Tree.of(root), str(tmp_path / "new"))
+        assert list((tmp_path / "new").iterdir()) == []
 
     @pytest.mark.parametrize(
         "mtime", [0, 1, 1_700_000_000_999_999_999, 1 << 61, -1, -1_500_000_000]
@@ -537,15 +538,15 @@ class TestSync:
         write(root, "file")
         os.utime(root / "file", ns=(0, mtime))
         dest = str(tmp_path / "dest")
-        sync(guest, Tree.of(root), dest)
+        push(guest.stream_script, Tree.of(root), dest)
         assert (tmp_path / "dest/file").stat().st_mtime_ns == max(0, mtime)
-        assert sync(guest, Tree.of(root), dest) == Pushed()
+        assert changes(guest.stream_script, Tree.of(root), dest) == NONE
 
     @pytest.mark.parametrize("change", ["content", "time", "mode", "link", "folder mode"])
     def test_one_change(self, guest, root, tmp_path, change):
         self.make(root)
         dest = tmp_path / "dest"
-        sync(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         if change == "content":
             write(root, "a b", text="new")
         elif change == "time":
@@ -557,30 +558,32 @@ class TestSync:
             (root / "link").symlink_to("nowhere")
         else:
             (root / "sub").chmod(0o711)
-        pushed = sync(guest, Tree.of(root), str(dest))
+        expected = ["a b"] if change in {"content", "time"} else []
+        assert list(changes(guest.stream_script, Tree.of(root), str(dest)).written) == expected
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest) == picture(root)
-        expected = {"content": (1, 3), "time": (1, 1), "mode": (1, 1), "link": (1, 0)}
-        assert (pushed.files, pushed.bytes) == expected.get(change, (0, 0))
 
     def test_what_a_test_changed_in_the_guest(self, guest, root, tmp_path):
-        write(root, "file", "folder/file", "became a folder")
+        write(root, "file", "folder/file")
         dest = tmp_path / "dest"
-        sync(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         write(dest, "file", text="y")
         shutil.rmtree(dest / "folder")
-        (dest / "became a folder").unlink()
-        write(dest, "became a folder/inside", "own", "__pycache__/own")
-        sync(guest, Tree.of(root), str(dest))
+        write(dest, "own", "__pycache__/own")
+        found = changes(guest.stream_script, Tree.of(root), str(dest))
+        assert sorted(found.written) == ["__pycache__/own", "file", "own"]
+        assert found.removed == ("folder/file",)
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest, but=["own", "__pycache__", "__pycache__/own"]) == picture(root)
         assert (dest / "own").exists()
 
     def test_a_folder_of_which_the_mode_changed_keeps_what_is_in_it(self, guest, root, tmp_path):
         write(root, "folder/file")
         dest = tmp_path / "dest"
-        sync(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         write(dest, "folder/own/file")
         (root / "folder").chmod(0o700)
-        assert sync(guest, Tree.of(root), str(dest)) == Pushed()
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest, but=["folder/own", "folder/own/file"]) == picture(root)
         assert (dest / "folder/own/file").exists()
         assert time.time() - (dest / "folder").stat().st_mtime < 60  # importlib looks at it
@@ -594,81 +597,18 @@ class TestSync:
         os.link(outside / "hard", dest / "hard")
         (dest / "soft").symlink_to(outside / "soft")
         (dest / "folder").symlink_to(outside)
-        sync(guest, Tree.of(root), str(dest))
+        push(guest.stream_script, Tree.of(root), str(dest))
         assert picture(dest) == picture(root)
         assert {it.read_text() for it in outside.iterdir()} == {"old"}
-
-    def test_kinds_that_change(self, guest, root, tmp_path):
-        write(root, "file", "folder/deep/file")
-        (root / "link").symlink_to("folder")
-        dest = tmp_path / "dest"
-        before = Tree.of(root)
-        sync(guest, before, str(dest))
-        write(dest, "folder/deep/own")
-        (root / "file").unlink()
-        shutil.rmtree(root / "folder")
-        (root / "link").unlink()
-        write(root, "file/inside", "folder", "link/inside")
-        pushed = sync(guest, Tree.of(root), str(dest), before=before.entries)
-        assert picture(dest) == picture(root)
-        assert pushed == Pushed(files=3, bytes=3, removed=4)  # folder/deep/file, …/own
-        assert sync(guest, Tree.of(root), str(dest), before=before.entries) == Pushed()
-
-    def test_what_is_gone(self, guest, root, tmp_path):
-        write(root, "kept", *ODD_NAMES, RAW, "gone/deep/file", "used/a", "used/b")
-        (root / "link").symlink_to("kept")
-        dest = tmp_path / "dest"
-        before = Tree.of(root)
-        sync(guest, before, str(dest))
-        write(dest, "used/__pycache__/a", "own")
-        (dest / "used/b").unlink()
-        for path in (*ODD_NAMES, RAW, "link"):
-            (root / path).unlink()
-        for path in ("gone", "used"):
-            shutil.rmtree(root / path)
-        guest.scripts.clear()
-        pushed = sync(guest, Tree.of(root), str(dest), before={*before.entries, "never", "own/x"})
-        assert pushed == Pushed(removed=len(ODD_NAMES) + 6)  # gone/deep/file, used/a, RAW, link
-        assert sorted(picture(dest)) == [
-            "kept", "own", "used", "used/__pycache__", "used/__pycache__/a"
-        ]  # fmt: skip
-        assert len(guest.scripts) == 2
-
-    def test_nothing_is_removed_through_a_link(self, guest, root, tmp_path):
-        write(root, "folder/file")
-        dest, outside = tmp_path / "dest", tmp_path / "outside"
-        before = Tree.of(root)
-        sync(guest, before, str(dest))
-        shutil.move(dest / "folder", outside)
-        (dest / "folder").symlink_to(outside)
-        shutil.rmtree(root / "folder")
-        assert sync(guest, Tree.of(root), str(dest), before=before.entries).removed == 1
-        assert os.listdir(outside) == ["file"]
-
-    def test_many_are_removed(self, guest, root, tmp_path):
-        dest = tmp_path / "dest"
-        dest.mkdir()
-        names = [f"{'n' * 200}{it}" for it in range(1000)]
-        for name in names:
-            (dest / name).touch()
-        assert sync(guest, Tree.of(root), str(dest), before=names).removed == 1000
-        assert os.listdir(dest) == []
 
     def test_a_place_that_is_refused(self, guest, root, tmp_path):
         write(root, "file")
         write(tmp_path, "in the way")
-        with pytest.raises(TransferError, match="cannot list") as caught:
-            sync(guest, Tree.of(root), str(tmp_path / "in the way"))
+        with pytest.raises(TransferError, match="could not be pushed") as caught:
+            push(guest.stream_script, Tree.of(root), str(tmp_path / "in the way"))
         assert "exists" in caught.value.details
         with pytest.raises(TransferError, match="not a path"):
-            sync(guest, Tree.of(root), "")
-
-    def test_a_guest_that_has_another_tree(self, guest, root, tmp_path):
-        write(root, "a", "a.b", "a0", "b/c")
-        dest = tmp_path / "dest"
-        write(dest, "a/b/c", "a/d", "a.b/c", "a00", "b/c/d")
-        sync(guest, Tree.of(root), str(dest))
-        assert picture(dest, but=["a00"]) == picture(root)
+            push(guest.stream_script, Tree.of(root), "")
 
     def test_the_guest_cannot_take_it(self, guest, root, tmp_path, monkeypatch):
         write(root, "file", text="x" * 100_000)
@@ -677,7 +617,7 @@ class TestSync:
         (tmp_path / "bin/tar").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
         with pytest.raises(TransferError, match="could not be pushed") as caught:
-            sync(guest, Tree.of(root), str(tmp_path / "dest"))
+            push(guest.stream_script, Tree.of(root), str(tmp_path / "dest"))
         assert "disk=" in caught.value.remedy
 
 
@@ -698,7 +638,7 @@ class TestChanges:
         with pytest.raises(
             TransferError, match="project/odd changed while it was pushed"
         ) as caught:
-            sync(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
         assert ".gitignore" in caught.value.remedy
 
     def test_a_link_that_is_gone(self, guest, root, tmp_path):
@@ -706,16 +646,16 @@ class TestChanges:
         tree = Tree.of(root)
         (root / RAW).unlink()
         with pytest.raises(TransferError, match="changed while") as caught:
-            sync(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
         str(caught.value).encode()
 
     def test_what_was_written_before_it_is_packed_goes(self, guest, root, tmp_path):
         write(root, "file")
         tree = Tree.of(root)
         write(root, "file", text="longer")
-        assert sync(guest, tree, str(tmp_path / "dest")) == Pushed(files=1, bytes=6)
+        push(guest.stream_script, tree, str(tmp_path / "dest"))
         assert picture(tmp_path / "dest") == picture(root)
-        assert sync(guest, Tree.of(root), str(tmp_path / "dest")) == Pushed()
+        assert changes(guest.stream_script, Tree.of(root), str(tmp_path / "dest")) == NONE
 
     @pytest.mark.parametrize("change", ["shorter", "longer", "same size"])
     def test_written_to_while_it_is_packed(self, guest, root, tmp_path, monkeypatch, change):
@@ -737,11 +677,11 @@ class TestChanges:
 
         monkeypatch.setattr(os, "fstat", fstat)
         with pytest.raises(TransferError, match="project/file changed while"):
-            sync(guest, tree, str(tmp_path / "dest"))
+            push(guest.stream_script, tree, str(tmp_path / "dest"))
 
 
-DOT = b"d\x004096\x001.0\x00755\x00\x00\x00"
-FILE = b"f\x001\x001.5000000000\x00644\x00name\x00\x00"
+DOT = b"d\x004096\x001.0\x00\x00"
+FILE = b"f\x001\x001.5000000000\x00name\x00"
 
 
 class TestListing:
@@ -753,14 +693,14 @@ class TestListing:
 
     @pytest.mark.parametrize("status", [0, 1])
     def test_what_makes_sense(self, root, status):
-        special = b"s\x000\x00-5.0000000000\x00755\x00socket\x00\x00"
+        special = b"s\x000\x00-5.0000000000\x00socket\x00"
         guest = TalkingGuest(DOT + special + FILE, status)  # 1: it could not look everywhere
-        assert sync(guest, self.tree(root), "x") == Pushed()
+        assert changes(guest.stream_script, self.tree(root), "x") == NONE
 
     def test_the_guest_fails(self, root):
         for answer, status in ((b"", 1), (b"", 127), (DOT, -9)):
             with pytest.raises(TransferError, match="cannot list") as caught:
-                sync(TalkingGuest(answer, status), self.tree(root), "x")
+                changes(TalkingGuest(answer, status).stream_script, self.tree(root), "x")
             assert "sorry" in caught.value.details
 
     @pytest.mark.parametrize(
@@ -772,36 +712,36 @@ class TestListing:
             DOT[:-1],
             DOT + FILE[:-3],
             DOT + FILE.replace(b"1.5", b"1e5"),
-            DOT + FILE.replace(b"644", b"999"),
+            DOT + FILE.replace(b"name", b"../name"),
             DOT + FILE.replace(b"f\x001", b"f\x00" + b"1" * 5000),
             DOT + FILE.replace(b"f\x001", b"f\x00-1"),
-            DOT + "f\0٣\x001.5\x00644\0name\0\0".encode(),
+            DOT + "f\0٣\x001.5\x00name\0".encode(),
             DOT + b"\0" * 1000,
             DOT + b"x" * 100_000,
         ],
     )
     def test_what_makes_none(self, root, answer):
         with pytest.raises(TransferError, match="makes no sense") as caught:
-            sync(TalkingGuest(answer), self.tree(root), "x")
+            changes(TalkingGuest(answer).stream_script, self.tree(root), "x")
         assert len(str(caught.value)) < 1000
 
     def test_what_never_ends(self, root, monkeypatch):
-        monkeypatch.setattr(tree_module, "_MAX_LISTING", 1000)
+        monkeypatch.setattr(tree_copy, "_MAX_LISTING", 1000)
         with pytest.raises(TransferError, match="more than"):
-            sync(TalkingGuest(DOT + FILE * 100), self.tree(root), "x")
+            changes(TalkingGuest(DOT + FILE * 100).stream_script, self.tree(root), "x")
 
     @given(st.binary(max_size=200))
     def test_anything(self, data):
         try:
-            tree_module._parsed(DOT + data, "x")
+            tree_copy._parsed(DOT + data, "x")
         except TransferError:
             pass
 
     def test_a_large_one_is_quick(self):
         started = time.monotonic()
-        names = (b"f\x0012345\x001700000000.1234567890\x00644\x00some/folder/%d\x00\x00" % it
+        names = (b"f\x0012345\x001700000000.1234567890\x00some/folder/%d\x00" % it
                  for it in range(5000))  # fmt: skip
-        assert len(tree_module._parsed(DOT + b"".join(names), "x")) == 5000
+        assert len(tree_copy._parsed(DOT + b"".join(names), "x")) == 5000
         assert time.monotonic() - started < 1
 
 
@@ -845,13 +785,20 @@ def test_the_guest_follows(guest, tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("follows")
     root, dest = folder / "root", folder / "dest"
     build(root, first)
-    before = Tree.of(root)
-    sync(guest, before, str(dest))
+    push(guest.stream_script, Tree.of(root), str(dest))
     assert picture(dest) == picture(root)
+    assert changes(guest.stream_script, Tree.of(root), str(dest)) == NONE
     build(root, second)
-    tree = Tree.of(root)
-    sync(guest, tree, str(dest), before=before.entries)
-    assert picture(dest) == picture(root)
-    guest.scripts.clear()
-    assert sync(guest, Tree.of(root), str(dest), before=tree.entries) == Pushed()
-    assert len(guest.scripts) == 1
+    found = changes(guest.stream_script, Tree.of(root), str(dest))
+    there, here = versions(dest), versions(root)
+    assert set(found.written) == {path for path in there if there[path] != here.get(path)}
+    assert set(found.removed) == {path for path in here if not os.path.lexists(dest / path)}
+
+
+def versions(folder):
+    """The files, by what tells one content of theirs from another."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns // 1000)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }

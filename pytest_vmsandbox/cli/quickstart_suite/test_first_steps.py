@@ -29,6 +29,9 @@ WantedBy=multi-user.target
 """
 MARK = "/var/lib/i-was-here"
 
+# Guests of one kind are clones of one template, so all of them have the small disk that one needs.
+pytestmark = pytest.mark.vm(disks=["64MiB"])
+
 
 def test_it_is_another_machine(vm: Guest) -> None:
     """It has a kernel of its own, that was started for this test, and no way out."""
@@ -70,7 +73,6 @@ def test_destroying_everything(vm: Guest) -> None:
         vm.run(["ls", "/usr/bin"])  # there is no `ls`, nor anything else
 
 
-@pytest.mark.vm(disks=["64MiB"])
 def test_the_next_guest_is_whole_and_its_disk_full(vm: Guest) -> None:
     """Nothing of the test before is left; and a full disk is easily had."""
     assert vm.run(["test", "-e", MARK], check=False).returncode != 0

@@ -1,27 +1,22 @@
-"""The figures that are measured with guests."""
+"""What is measured with guests."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.cli.figures.values import (
-    COLD,
-    CannotMeasureError,
-    Figure,
-    median,
-    percentiles,
-)
+from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, median, percentiles
 from pytest_vmsandbox.core.errors import VMSandboxError
-from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests.factory import GuestFactory, Surroundings
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
@@ -34,21 +29,21 @@ _UNCOUNTED = 4  # guests at the start that the pool has made ahead
 
 
 @dataclass(kw_only=True)
-class Site:
+class Setup:
     """What is measured, and how thoroughly.
 
     Attributes:
         image: of the guests.
         settings: of the factories that make them.
         hardware: of the guests, as `GuestFactory.boot` takes it.
-        count: samples, instead of those that each figure takes by itself.
+        count: the most samples that are taken, or, where a measurement takes few guests, just so many;
+            None for as many as each takes by itself.
         most: guests at once.
         folder: an empty one, for files that are needed meanwhile.
         python: whether the guests have a Python.
         systemd: whether it is what starts their services.
-        wanted: the keys that were asked for.
+        only_for_ratios: whether the cold boot is measured only to compare others with it.
         say: told of long waits.
-        told: what did not go as it should, last.
     """
 
     image: str
@@ -59,24 +54,29 @@ class Site:
     most: int = 60
     python: bool = True
     systemd: bool = False
-    wanted: Sequence[str] = ()
+    only_for_ratios: bool = False
     say: Callable[[str], None] = lambda _: None
-    told: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._told = ""  # what did not go as it should, last
 
     def at_most(self, number: int) -> int:
-        """How many samples a figure that takes so many by itself is to take."""
+        """How many samples to take where it would be so many by itself."""
         return number if self.count is None else min(number, self.count)
 
     @contextmanager
-    def factory(self, clones: str) -> Iterator[GuestFactory]:
+    def factory(self, clones: Clones) -> Iterator[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
         settings = replace(self.settings, clones=clones)
-        surroundings = Surroundings(say=self.say, tell=self._note)
-        with GuestFactory.open(settings, surroundings) as factory:
+        with GuestFactory.open(settings, Announcer(self.say, self._note)) as factory:
             yield factory
 
+    def expect(self, factory: GuestFactory, count: int) -> None:
+        """Tell a factory how many guests it is going to be asked for."""
+        factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
+
     def _note(self, text: str) -> None:
-        self.told = text
+        self._told = text
         self.say(text)
 
     @contextmanager
@@ -88,39 +88,41 @@ class Site:
         """
         with factory.boot(self.image, **self.hardware) as guest:
             if guest.origin not in origins:
-                told = f": {self.told}" if self.told else ""
+                told = f": {self._told}" if self._told else ""
                 raise CannotMeasureError(
                     f"guests are {guest.origin} here, not {' or '.join(origins)}{told}"
                 )
             yield guest
 
     @cached_property
-    def throughput(self) -> _Throughput:
-        """Two figures come from one measurement."""
+    def throughput(self) -> tuple[int, float, float]:
+        """Guests one after the other: their number, seconds, and processor seconds.
+
+        Two results come from this one measurement.
+        """
         return _measure_throughput(self)
 
 
 def first_command(guest: Guest) -> None:
-    """What most figures end with."""
+    """What most measurements end with."""
     guest.run(["true"])
 
 
 # -- one guest -------------------------------------------------------------------------------------
 
 
-def cold_boot(site: Site) -> Figure:
+def cold_boot(setup: Setup) -> Result:
     """A boot, to the end of the first command.
 
     A guest may answer long before it has started all of its services. A clone has started them, so
     how long that takes is told, too.
     """
-    asked = COLD in site.wanted
-    number = site.at_most(3) if asked else 1  # only for the ratios
+    number = 1 if setup.only_for_ratios else setup.at_most(3)
     details = {}
-    with site.factory("never") as factory:
-        samples = [_timed(site, factory, "booted", first_command) for _ in range(number)]
-        if asked and site.systemd:
-            settled = _timed(site, factory, "booted", _await_services)
+    with setup.factory("never") as factory:
+        samples = [_timed(setup, factory, "booted", first_command) for _ in range(number)]
+        if setup.systemd and not setup.only_for_ratios:
+            settled = _timed(setup, factory, "booted", _await_services)
             details["services_started_s"] = round(settled, 2)
     return replace(median(samples, digits=2), details=details)
 
@@ -130,65 +132,67 @@ def _await_services(guest: Guest) -> None:
     guest.run(waiting, check=False, timeout=_SERVICES_SECONDS, user="root")
 
 
-def clone_on_demand(site: Site) -> Figure:
+def clone_on_demand(setup: Setup) -> Result:
     """A clone that nobody has armed, to the end of the first command."""
-    with site.factory("demand") as factory:
-        _timed(site, factory, "cloned", first_command)  # the template is opened, and read once
+    with setup.factory("demand") as factory:
+        _timed(setup, factory, "cloned", first_command)  # the template is opened, and read once
         samples = [
-            _timed(site, factory, "cloned", first_command) * 1000 for _ in range(site.at_most(20))
+            _timed(setup, factory, "cloned", first_command) * 1000 for _ in range(setup.at_most(20))
         ]
     return median(samples)
 
 
-def armed_noop(site: Site) -> Figure:
+def armed_noop(setup: Setup) -> Result:
     """A lease, to the answer of the helper."""
-    return _armed(site, lambda guest: guest.ping())
+    return _armed(setup, lambda guest: guest.ping())
 
 
-def armed_run(site: Site) -> Figure:
+def armed_run(setup: Setup) -> Result:
     """A lease, to the end of the first command."""
-    return _armed(site, first_command)
+    return _armed(setup, first_command)
 
 
-def _armed(site: Site, act: Callable[[Guest], object]) -> Figure:
-    number = site.count or 200
+def _armed(setup: Setup, act: Callable[[Guest], object]) -> Result:
+    number = setup.count or 200
     samples: list[float] = []
     missed = 0
-    with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + 1)
-        with site.guest(factory, "armed", "cloned") as guest:  # the pool begins to fill itself
+    with setup.factory("armed") as factory:
+        setup.expect(factory, number + 1)
+        with setup.guest(factory, "armed", "cloned") as guest:  # the pool begins to fill itself
             act(guest)
         while len(samples) < number:
             if not factory.await_armed(_ARM_SECONDS):
                 raise CannotMeasureError(f"the pool was not full after {_ARM_SECONDS:g} s")
             try:
-                samples.append(_timed(site, factory, "armed", act) * 1000)
+                samples.append(_timed(setup, factory, "armed", act) * 1000)
             except CannotMeasureError:
                 missed += 1
                 if missed > max(3, number // 20):
                     raise
-    figure = percentiles(samples)
-    return replace(figure, details={**figure.details, "not_armed": missed})
+    result = percentiles(samples)
+    return replace(result, details={**result.details, "not_armed": missed})
 
 
-def _timed(site: Site, factory: GuestFactory, origin: str, act: Callable[[Guest], object]) -> float:
+def _timed(
+    setup: Setup, factory: GuestFactory, origin: str, act: Callable[[Guest], object]
+) -> float:
     """Seconds from the wish for a guest until it has done something."""
     began = time.perf_counter()
-    with site.guest(factory, origin) as guest:
+    with setup.guest(factory, origin) as guest:
         act(guest)
         return time.perf_counter() - began
 
 
-def push(site: Site) -> Figure:
+def push(setup: Setup) -> Result:
     """Files go into a guest."""
-    source = site.folder / "random"
+    source = setup.folder / "random"
     source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
     samples = []
     with (
-        site.factory("demand") as factory,
-        factory.boot(site.image, **site.hardware) as guest,
+        setup.factory("demand") as factory,
+        factory.boot(setup.image, **setup.hardware) as guest,
     ):
-        for _ in range(site.at_most(5)):
+        for _ in range(setup.at_most(5)):
             began = time.perf_counter()
             guest.push(source, "/tmp/random")  # noqa: S108  # in the guest
             samples.append(_PUSH_BYTES / MIB / (time.perf_counter() - began))
@@ -199,62 +203,54 @@ def push(site: Site) -> Figure:
 # -- one after the other ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Throughput:
-    guests: int
-    seconds: float
-    processor_seconds: float
-
-
-def _measure_throughput(site: Site) -> _Throughput:
-    number = site.count or 50
+def _measure_throughput(setup: Setup) -> tuple[int, float, float]:
+    number = setup.count or 50
     processor_seconds = 0.0
     began = ours = 0.0
-    with site.factory("armed") as factory:
-        factory.expect(site.image, site.hardware, number + _UNCOUNTED)
+    with setup.factory("armed") as factory:
+        setup.expect(factory, number + _UNCOUNTED)
         for counted in range(-_UNCOUNTED, number):
             if counted == 0:
                 began, ours = time.perf_counter(), time.process_time()
-            with site.guest(factory, "armed", "cloned") as guest:
+            with setup.guest(factory, "armed", "cloned") as guest:
                 first_command(guest)
                 if counted >= 0:
                     processor_seconds += guest.processor_seconds
         seconds = time.perf_counter() - began
         processor_seconds += time.process_time() - ours
-    return _Throughput(guests=number, seconds=seconds, processor_seconds=processor_seconds)
+    return number, seconds, processor_seconds
 
 
-def guests_per_s(site: Site) -> Figure:
+def guests_per_s(setup: Setup) -> Result:
     """Fresh guests, one after the other."""
-    found = site.throughput
-    return Figure(value=round(found.guests / found.seconds, 2), samples=found.guests)
+    number, seconds, _ = setup.throughput
+    return Result(value=round(number / seconds, 2), samples=number)
 
 
-def cpu_per_guest(site: Site) -> Figure:
+def cpu_per_guest(setup: Setup) -> Result:
     """Their processor time, and ours for them."""
-    found = site.throughput
-    milliseconds = found.processor_seconds / found.guests * 1000
-    return Figure(value=round(milliseconds, 1), samples=found.guests)
+    number, _, processor_seconds = setup.throughput
+    return Result(value=round(processor_seconds / number * 1000, 1), samples=number)
 
 
 # -- many at once ----------------------------------------------------------------------------------
 
 
-def pss_per_clone(site: Site) -> Figure:
+def pss_per_clone(setup: Setup) -> Result:
     """Memory of clones that were armed, and have done nothing since."""
-    number = site.at_most(_TOGETHER)
-    with site.factory("armed") as factory, ExitStack() as stack:
-        factory.expect(site.image, site.hardware, number + 1)
-        with site.guest(factory, "armed", "cloned"):
+    number = setup.at_most(_TOGETHER)
+    with setup.factory("armed") as factory, ExitStack() as stack:
+        setup.expect(factory, number + 1)
+        with setup.guest(factory, "armed", "cloned"):
             pass
         guests = []
         for _ in range(number):
             factory.await_armed(_ARM_SECONDS)
-            guests.append(stack.enter_context(site.guest(factory, "armed")))
+            guests.append(stack.enter_context(setup.guest(factory, "armed")))
         sizes = [memory_of(guest.pid) for guest in guests]
-    own = statistics.median(it["Private_Clean"] + it["Private_Dirty"] for it in sizes) / MIB
-    figure = median([it["Pss"] / MIB for it in sizes])
-    return replace(figure, details={"own_mib": round(own, 1)})
+    own = statistics.median(size["Private_Clean"] + size["Private_Dirty"] for size in sizes)
+    result = median([size["Pss"] / MIB for size in sizes])
+    return replace(result, details={"own_mib": round(own / MIB, 1)})
 
 
 def memory_of(pid: int) -> dict[str, int]:
@@ -270,24 +266,24 @@ def memory_of(pid: int) -> dict[str, int]:
         raise CannotMeasureError(f"this system does not tell Pss: {error}") from error
 
 
-def leased_at_once(site: Site) -> Figure:
+def leased_at_once(setup: Setup) -> Result:
     """Guests that are there and wait."""
-    return _at_once(site, busy=False)
+    return _at_once(setup, busy=False)
 
 
-def running_at_once(site: Site) -> Figure:
+def running_at_once(setup: Setup) -> Result:
     """Guests that have something to do."""
-    return _at_once(site, busy=True)
+    return _at_once(setup, busy=True)
 
 
-def _at_once(site: Site, *, busy: bool) -> Figure:
+def _at_once(setup: Setup, *, busy: bool) -> Result:
     """Take guests until there is no room, or as many as are allowed; then ask each in turn."""
-    limit = f"no more than {site.most} were tried"
-    with site.factory("demand") as factory, ExitStack() as stack:
+    limit = f"no more than {setup.most} were tried"
+    with setup.factory("demand") as factory, ExitStack() as stack:
         guests: list[Guest] = []
-        while len(guests) < site.most:
+        while len(guests) < setup.most:
             try:
-                guests.append(stack.enter_context(site.guest(factory, "cloned")))
+                guests.append(stack.enter_context(setup.guest(factory, "cloned")))
             except (VMSandboxError, CannotMeasureError) as error:
                 if not guests:
                     raise
@@ -302,7 +298,7 @@ def _at_once(site: Site, *, busy: bool) -> Figure:
                     break
         answers = [_answer(guest) for guest in guests]
     in_time = sum(took <= ANSWER_SECONDS for took in answers)
-    return Figure(
+    return Result(
         value=in_time,
         samples=len(answers),
         details={

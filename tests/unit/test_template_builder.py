@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core import integrity
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
-from pytest_vmsandbox.core.integrity import file_digest
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.guests.sealing import Sealer, doer, template_key
+from pytest_vmsandbox.guests.template_builder import TemplateBuilder, doer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu
@@ -51,11 +51,11 @@ def said():
 
 
 @pytest.fixture
-def sealer(store, said):
-    with Sealer.open(
+def builder(store, said):
+    with TemplateBuilder.open(
         store, None, guest=None, logs=lambda _: None, say=said.append, tell=said.append
-    ) as sealer:
-        yield sealer
+    ) as builder:
+        yield builder
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def keep(store, blueprint):
         with store.lock(key, lambda: None), store.incoming(key) as folder:
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
-            (folder / "key").write_text(ssh.KeyPair.generate().private)
+            (folder / "key").write_text(KeyPair.generate().private)
             store.adopt(folder, key, image="mine", name="mine", disk=disk, layers=[], facts={})
 
     return put
@@ -92,34 +92,34 @@ class TestWhoDoesAStep:
 
 
 class TestTheDiskOfTheImage:
-    def test_is_as_it_was(self, sealer, blueprint, keep):
+    def test_is_as_it_was(self, builder, blueprint, keep):
         keep(file_digest(blueprint.built.disk))
-        assert sealer.obtain(blueprint).damage.result() == ""
+        assert builder.obtain(blueprint).damage.result() == ""
 
-    def test_has_changed(self, sealer, blueprint, keep):
+    def test_has_changed(self, builder, blueprint, keep):
         keep(file_digest(blueprint.built.disk))
         with blueprint.built.disk.open("r+b") as disk:
             disk.seek(123_456)
             disk.write(b"!")
         with pytest.raises(ImageError, match=r"disk\.raw.* has changed") as caught:
-            sealer.obtain(blueprint).damage.result()
+            builder.obtain(blueprint).damage.result()
         assert caught.value.remedy == "vmsandbox images build mine --force"
 
-    def test_cannot_be_read(self, sealer, blueprint, keep):
+    def test_cannot_be_read(self, builder, blueprint, keep):
         keep(file_digest(blueprint.built.disk))
         blueprint.built.disk.unlink()
         with pytest.raises(ImageError, match=r"disk\.raw cannot be read: No such file") as caught:
-            sealer.obtain(blueprint).damage.result()
+            builder.obtain(blueprint).damage.result()
         assert "--force" in caught.value.remedy
 
-    def test_was_not_looked_at_when_the_template_was_made(self, sealer, blueprint, keep):
+    def test_was_not_looked_at_when_the_template_was_made(self, builder, blueprint, keep):
         keep("")
-        assert sealer.obtain(blueprint).damage.result() == ""
+        assert builder.obtain(blueprint).damage.result() == ""
 
 
 class TestTheImage:
     @pytest.mark.parametrize("name", ["vmlinuz", "initrd.img", "host_key.pub"])
-    def test_is_checked_before_a_guest_is_handed_out(self, sealer, blueprint, keep, name):
+    def test_is_checked_before_a_guest_is_handed_out(self, builder, blueprint, keep, name):
         folder = blueprint.built.folder
         names = ["vmlinuz", "initrd.img", "host_key.pub", "disk.raw"]
         digests = {it: file_digest(folder / it) for it in names}
@@ -127,52 +127,52 @@ class TestTheImage:
         keep(digests["disk.raw"])
         damage.KINDS["flipped"](folder / name)
         with pytest.raises(ImageError, match=f"{name} has changed since it was built") as caught:
-            sealer.obtain(blueprint).fault(anew=False)
+            builder.obtain(blueprint).fault(anew=False)
         assert caught.value.remedy == "vmsandbox images build mine --force"
 
 
 class TestFault:
     @pytest.fixture
-    def sealed(self, sealer, blueprint, keep):
+    def opened(self, builder, blueprint, keep):
         keep("")
-        return sealer.obtain(blueprint)
+        return builder.obtain(blueprint)
 
-    def test_none(self, sealed):
-        assert sealed.fault(anew=False) == sealed.fault(anew=True) == ""
-        sealed.check()
-        sealed.check_current()
+    def test_none(self, opened):
+        assert opened.fault(anew=False) == opened.fault(anew=True) == ""
+        opened.check()
+        opened.check_current()
 
-    def test_of_before(self, sealer, blueprint, keep, store):
+    def test_of_before(self, builder, blueprint, keep, store):
         keep("")
         damage.KINDS["flipped"](store.all()[0].folder / "state")
-        sealed = sealer.obtain(blueprint)
-        assert sealed.fault(anew=False) == "state has changed on the disk"
+        opened = builder.obtain(blueprint)
+        assert opened.fault(anew=False) == "state has changed on the disk"
         with pytest.raises(LaunchError, match="the template of mine is damaged"):
-            sealed.check()
+            opened.check()
 
-    def test_of_now(self, sealed):
-        assert sealed.fault(anew=False) == ""
-        damage.KINDS["removed"](sealed.template.folder / "state")
-        assert sealed.fault(anew=False) == ""
-        assert "state" in sealed.fault(anew=True)
+    def test_of_now(self, opened):
+        assert opened.fault(anew=False) == ""
+        damage.KINDS["removed"](opened.template.folder / "state")
+        assert opened.fault(anew=False) == ""
+        assert "state" in opened.fault(anew=True)
 
-    def test_another_run_has_made_it_anew(self, sealed, sealer, store, keep, said):
+    def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
-        store.throw_away(sealed.template.folder)
+        store.throw_away(opened.template.folder)
         with pytest.raises(LaunchError, match="another run has thrown away"):
-            sealed.check_current()
+            opened.check_current()
         keep("")
         with pytest.raises(LaunchError, match="another run has thrown away"):
-            sealed.check_current()
-        fault = sealed.fault(anew=True)
+            opened.check_current()
+        fault = opened.fault(anew=True)
         assert fault
-        sealer.drop(sealed, fault)
+        builder.drop(opened, fault)
         (template,) = store.all()
         assert template.damage() == ""
         assert said == []
 
-    def test_is_told_by_who_throws_it_away(self, sealed, sealer, store, said):
-        sealer.drop(sealed, "state has changed on the disk")
+    def test_is_told_by_who_throws_it_away(self, opened, builder, store, said):
+        builder.drop(opened, "state has changed on the disk")
         assert store.all() == []
         assert said == [
             "the template of mine was damaged (state has changed on the disk); it is made anew"

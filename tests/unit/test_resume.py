@@ -1,4 +1,4 @@
-"""How guests that were saved are put right when they wake."""
+"""How guests that were saved are put right when they go on."""
 
 from contextlib import ExitStack
 
@@ -6,8 +6,8 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.guests import waking
-from pytest_vmsandbox.guests.waking import Awake
+from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.resume import RunningMachine
 
 
 class Fakes:
@@ -78,39 +78,39 @@ class Fakes:
         return self._error()
 
 
-def wake(fakes):
-    waking.wake(fakes, fakes)
+def from_state(fakes):
+    resume.from_state(fakes, fakes)
 
 
-def name(fakes, hostname, *, in_files):
-    waking.name(fakes, hostname, in_files=in_files)
+def rename(fakes, hostname, *, in_files):
+    resume.rename(fakes, hostname, in_files=in_files)
 
 
 def pause(fakes, timeout=None):
-    waking.pause(fakes, fakes, timeout)
+    resume.pause(fakes, fakes, timeout)
 
 
-def resume(fakes):
-    waking.resume(fakes, fakes)
+def from_pause(fakes):
+    resume.from_pause(fakes, fakes)
 
 
-class TestWake:
+class TestFromState:
     def test_in_this_order(self):
         """The numbers are stirred before anything of the guest's can use them."""
         fakes = Fakes(0.001)
-        wake(fakes)
+        from_state(fakes)
         assert fakes.done == ["assume", "resume", "seed", "clock"]
 
     def test_with_other_numbers_each_time(self):
         fakes = Fakes(0.0)
         for _ in range(3):
-            wake(fakes)
+            from_state(fakes)
         assert len(set(fakes.seeds)) == 3
         assert {len(seed) for seed in fakes.seeds} == {64}
 
     def test_a_clock_that_is_set_late_is_set_again(self):
-        fakes = Fakes(3.0, 0.2, waking.CLOCK_SECONDS)
-        wake(fakes)
+        fakes = Fakes(3.0, 0.2, resume.CLOCK_SECONDS)
+        from_state(fakes)
         assert fakes.done.count("clock") == 3
 
     def test_a_clock_that_is_never_right(self):
@@ -118,7 +118,7 @@ class TestWake:
         with pytest.raises(
             GuestLost, match=r"the clock of the guest is wrong by 0\.250 s"
         ) as caught:
-            wake(fakes)
+            from_state(fakes)
         assert 5 < fakes.done.count("clock") < 100
         assert "too much to do" in caught.value.remedy
 
@@ -127,19 +127,19 @@ class TestWake:
         fakes = Fakes(0.0)
         fakes.fault = what
         with pytest.raises(GuestLost, match=f"no {what}"):
-            wake(fakes)
+            from_state(fakes)
         assert fakes.done[-1] == what
 
 
 class TestName:
     def test_where_a_boot_names_the_kernel_only(self):
         fakes = Fakes(0.0)
-        name(fakes, "tiny-3", in_files=False)
+        rename(fakes, "tiny-3", in_files=False)
         assert fakes.done == ["name tiny-3"]
 
     def test_where_a_boot_writes_files_too(self):
         fakes = Fakes(0.0)
-        name(fakes, "debian-13-3", in_files=True)
+        rename(fakes, "debian-13-3", in_files=True)
         assert fakes.done[0] == "name debian-13-3"
         assert fakes.files["/etc/hostname"] == "debian-13-3\n"
         assert fakes.files["/etc/hosts"].splitlines() == [
@@ -152,7 +152,7 @@ class TestName:
         fakes = Fakes(0.0)
         fakes.fault = "write /etc/hosts"
         with pytest.raises(GuestLost, match="no write /etc/hosts"):
-            name(fakes, "it", in_files=True)
+            rename(fakes, "it", in_files=True)
 
 
 class TestPause:
@@ -189,52 +189,52 @@ class TestPause:
         assert fakes.done == ["read None"]
 
 
-class TestResume:
+class TestFromPause:
     def test_the_clock_waits_there_when_the_processors_go_on(self):
         fakes = Fakes(0.004)
-        resume(fakes)
+        from_pause(fakes)
         assert fakes.done == ["send", "resume", "answer"]
 
     def test_a_clock_that_is_set_late_is_set_again(self):
         fakes = Fakes(0.3, 0.1, 0.01)
-        resume(fakes)
+        from_pause(fakes)
         assert fakes.done == ["send", "resume", "answer", "clock", "clock"]
 
     def test_a_clock_that_is_never_right(self):
         with pytest.raises(GuestLost, match=r"wrong by 1\.500 s"):
-            resume(Fakes(1.5))
+            from_pause(Fakes(1.5))
 
     @pytest.mark.parametrize("what", ["send", "resume", "answer"])
     def test_what_goes_wrong_is_told(self, what):
         fakes = Fakes(0.0)
         fakes.fault = what
         with pytest.raises(GuestLost, match=f"no {what}"):
-            resume(fakes)
+            from_pause(fakes)
 
 
-class TestAwake:
-    def awake(self, done):
+class TestRunningMachine:
+    def running(self, done):
         stack = ExitStack()
         stack.callback(done.append, "ended")
-        return Awake(machine=fake(), helper=fake(), stack=stack)
+        return RunningMachine(machine=fake(), helper=fake(), stack=stack)
 
     def test_ends_with_its_context(self):
         done = []
-        with self.awake(done):
+        with self.running(done):
             assert done == []
         assert done == ["ended"]
 
     def test_ends_once(self):
         """Also if whoever made it ends it as well."""
         done = []
-        awake = self.awake(done)
-        with awake:
-            awake.stack.close()
+        running = self.running(done)
+        with running:
+            running.stack.close()
         assert done == ["ended"]
 
     def test_an_error_passes_through(self):
         done = []
-        with pytest.raises(KeyError), self.awake(done):
+        with pytest.raises(KeyError), self.running(done):
             raise KeyError
         assert done == ["ended"]
 

@@ -1,4 +1,4 @@
-"""Whether what lies in the cache is what was put there: digests of files, and records with a seal."""
+"""Whether what lies in the cache is what was put there: digests of files, and records with a digest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _CHUNK = 1 << 20
-_SEAL = "seal"
+_DIGEST = "seal"  # its name in the files of earlier versions, too
 
 
 def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
         The values as `read_record` will find them.
     """
     kept: dict[str, Any] = json.loads(json.dumps(content, default=os.fspath))
-    path.write_text(json.dumps({**kept, _SEAL: _digest(kept)}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**kept, _DIGEST: _digest(kept)}, indent=1) + "\n", encoding="utf-8")
     return kept
 
 
@@ -36,7 +36,7 @@ def read_record(path: Path) -> dict[str, Any]:
     content: Any = None
     with suppress(ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.pop(_SEAL, None) != _digest(content):
+    if not isinstance(content, dict) or content.pop(_DIGEST, None) != _digest(content):
         raise ValueError(f"{path.name} has changed on the disk")
     return content
 

@@ -10,7 +10,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 from pytest_vmsandbox.plugin.artifacts import Artifacts, folder_name
 from pytest_vmsandbox.plugin.reporting import hide_ours
-from pytest_vmsandbox.plugin.selection import Wishes, applicable, read_marks, reason
+from pytest_vmsandbox.plugin.selection import GuestRequest, applicable, read_marks, reason
 
 CATALOGUE = ["a-1", "a-2", "b"]
 
@@ -19,6 +19,10 @@ CATALOGUE = ["a-1", "a-2", "b"]
 class Mark:
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
+
+
+def read(marks):
+    return read_marks(marks, Hardware())
 
 
 def mark(*args, **kwargs):
@@ -31,36 +35,42 @@ def select(patterns):
 
 class TestReadMarks:
     def test_no_marker(self):
-        assert read_marks([]) == Wishes()
+        assert read([]) == GuestRequest()
 
     @pytest.mark.parametrize(
-        ("marks", "wishes"),
+        ("marks", "request_"),
         [
-            ([mark("a-1", "b")], Wishes(images=("a-1", "b"))),
-            ([mark("a-1"), mark("b")], Wishes(images=("a-1",))),
-            ([mark(cpus=2), mark("b", cpus=4)], Wishes(images=("b",), hardware={"cpus": 2})),
+            ([mark("a-1", "b")], GuestRequest(images=("a-1", "b"))),
+            ([mark("a-1"), mark("b")], GuestRequest(images=("a-1",))),
+            (
+                [mark(cpus=2), mark("b", cpus=4)],
+                GuestRequest(images=("b",), hardware=Hardware(cpus=2)),
+            ),
             (
                 [mark(cpus=2), mark(memory="1GiB", cpus=3)],
-                Wishes(hardware={"cpus": 2, "memory": "1GiB"}),
+                GuestRequest(hardware=Hardware(cpus=2, memory=1 << 30)),
             ),
-            ([mark(isolation="module"), mark(isolation="session")], Wishes(isolation="module")),
+            (
+                [mark(isolation="module"), mark(isolation="session")],
+                GuestRequest(isolation="module"),
+            ),
             (
                 [mark(skip={"a-*": "near"}), mark(skip={"a-*": "far", "b": "other"})],
-                Wishes(skip={"a-*": "near", "b": "other"}),
+                GuestRequest(skip={"a-*": "near", "b": "other"}),
             ),
             (
                 [mark(xfail={"b": "x"}), mark(skip={"b": "y"})],
-                Wishes(xfail={"b": "x"}, skip={"b": "y"}),
+                GuestRequest(xfail={"b": "x"}, skip={"b": "y"}),
             ),
         ],
     )
-    def test_resolves(self, marks, wishes):
-        assert read_marks(marks) == wishes
+    def test_resolves(self, marks, request_):
+        assert read(marks) == request_
 
     def test_the_closest_globs_come_first(self):
-        wishes = read_marks([mark(skip={"a-1": "near"}), mark(skip={"a-*": "far"})])
-        assert reason(wishes.skip, "a-1") == "near"
-        assert reason(wishes.skip, "a-2") == "far"
+        asked = read([mark(skip={"a-1": "near"}), mark(skip={"a-*": "far"})])
+        assert reason(asked.skip, "a-1") == "near"
+        assert reason(asked.skip, "a-2") == "far"
 
     @pytest.mark.parametrize(
         "bad",
@@ -81,11 +91,11 @@ class TestReadMarks:
     )
     def test_refuses(self, bad):
         with pytest.raises(ConfigError):
-            read_marks([bad])
+            read([bad])
 
     def test_a_marker_farther_away_is_checked_too(self):
         with pytest.raises(ConfigError, match="colour"):
-            read_marks([mark(cpus=1), mark(colour="red")])
+            read([mark(cpus=1), mark(colour="red")])
 
     @given(
         st.lists(
@@ -101,11 +111,12 @@ class TestReadMarks:
         )
     )
     def test_each_argument_is_of_the_first_marker_that_has_it(self, settings):
-        hardware = read_marks([mark(**setting) for setting in settings]).hardware
+        hardware = read([mark(**setting) for setting in settings]).hardware
+        first = {}
         for name in HARDWARE_NAMES:
-            having = [setting[name] for setting in settings if name in setting]
-            assert hardware.get(name) == (having[0] if having else None)
-        Hardware().changed(hardware)
+            if having := [setting[name] for setting in settings if name in setting]:
+                first[name] = having[0]
+        assert hardware == Hardware().changed(first)
 
 
 class TestApplicable:
@@ -126,7 +137,7 @@ class TestApplicable:
     )
     def test_table(self, images, selected, from_command_line, result):
         assert result == applicable(
-            Wishes(images=images),
+            GuestRequest(images=images),
             selected=selected,
             from_command_line=from_command_line,
             select=select,
@@ -139,7 +150,7 @@ class TestApplicable:
     )
     def test_properties(self, images, selected, from_command_line):
         result = applicable(
-            Wishes(images=tuple(images)),
+            GuestRequest(images=tuple(images)),
             selected=selected,
             from_command_line=from_command_line,
             select=select,

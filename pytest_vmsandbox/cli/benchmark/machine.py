@@ -1,4 +1,4 @@
-"""Where the figures come from: without it they say nothing."""
+"""On which machine it was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guests are booted once, prepared, and sealed when they are quiet: templates are made here."""
+"""Builds templates: a guest is booted once, prepared, and saved when it is quiet."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pytest_vmsandbox.core.errors import (
     MonitorError,
     VMSandboxError,
 )
-from pytest_vmsandbox.guests import ssh
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.platform import GuestPlatform
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
@@ -44,17 +44,17 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _QUIET_SECONDS = 0.5  # how long a guest is watched
 _QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
-_SETTLE_SECONDS = 120.0  # after which a guest that is never quiet is sealed all the same
+_SETTLE_SECONDS = 120.0  # after which a guest that is never quiet is saved all the same
 _SYSTEMD_SECONDS = 300.0
 _TRIES = 3  # to have a template that is not damaged, and that nobody else throws away
 
 
-class CannotSealError(LaunchError):
-    """Guests of this kind cannot be sealed here; they can be booted all the same."""
+class NoTemplateError(LaunchError):
+    """There can be no template of these guests here; they can be booted all the same."""
 
 
 class _StepError(Exception):
-    """A step has raised something: no affair of the sealer's."""
+    """A step has raised something: no fault of the builder's."""
 
     def __init__(self, raised: Exception) -> None:
         super().__init__(str(raised))
@@ -72,7 +72,7 @@ def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sealed:
+class OpenTemplate:
     """A template that is open in this process, for clones.
 
     Attributes:
@@ -89,7 +89,7 @@ class Sealed:
 
     template: Template
     about: str
-    key: ssh.KeyPair
+    key: KeyPair
     memory: IO[bytes]
     lock: int
     damage: Future[str]
@@ -130,14 +130,14 @@ class Sealed:
         raise LaunchError(f"another run has thrown away the template of {self.about}")
 
 
-class Sealer:
-    """Makes templates, and opens those that are there.
+class TemplateBuilder:
+    """Builds templates, and opens those that are there.
 
     Args:
         store: where they lie.
         hypervisor: runs guests.
         guest: makes a guest on a platform.
-        logs: the folder for the logs of a guest of an image that is to be sealed, or None.
+        logs: the folder for the logs of a guest that becomes a template, by its image; or None.
         say: told of long waits.
         tell: told of what went wrong.
     """
@@ -158,26 +158,26 @@ class Sealer:
         self._logs = logs
         self._say = say
         self._tell = tell
-        self._open: dict[str, Sealed] = {}
+        self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
     @contextmanager
-    def open(cls, *args: Any, **kwargs: Any) -> Iterator[Sealer]:
-        """A sealer; at the end every template is let go of."""
-        sealer = cls(*args, **kwargs)
+    def open(cls, *args: Any, **kwargs: Any) -> Iterator[TemplateBuilder]:
+        """A builder; at the end every template is let go of."""
+        builder = cls(*args, **kwargs)
         try:
-            yield sealer
+            yield builder
         finally:
-            for sealed in sealer._open.values():
-                sealed.stack.close()
-            sealer._digests.shutdown(wait=False, cancel_futures=True)
+            for opened in builder._open.values():
+                opened.stack.close()
+            builder._digests.shutdown(wait=False, cancel_futures=True)
 
-    def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> Sealed:
+    def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> OpenTemplate:
         """The open template of guests to which `steps` were done; it is made if there is none.
 
         Raises:
-            CannotSealError: there can be none.
+            NoTemplateError: there can be none.
             ImageError: the image is damaged.
             VMSandboxError: the guest does not boot, or a step failed.
         """
@@ -186,11 +186,11 @@ class Sealer:
             self._open[key] = self._opened(key, blueprint, steps)
         return self._open[key]
 
-    def drop(self, sealed: Sealed, fault: str) -> None:
+    def drop(self, opened: OpenTemplate, fault: str) -> None:
         """Let go of a template with a fault; it is made anew when it is asked for."""
-        self._open.pop(sealed.template.key, None)
-        sealed.stack.close()
-        self._throw_away(sealed.template, sealed.about, fault)
+        self._open.pop(opened.template.key, None)
+        opened.stack.close()
+        self._throw_away(opened.template, opened.about, fault)
 
     def _throw_away(self, template: Template, about: str, fault: str) -> None:
         if self._store.throw_away_damaged(template):
@@ -199,7 +199,7 @@ class Sealer:
     def _tell_of_damage(self, about: str, fault: str) -> None:
         self._tell(f"the template of {about} was damaged ({fault}); it is made anew")
 
-    def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Sealed:
+    def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
         for _ in range(_TRIES):
             template = self._store.find(key) or self._made(key, blueprint, steps)
@@ -208,10 +208,10 @@ class Sealer:
                     lock = stack.enter_context(self._store.hold(template))
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
-                    return Sealed(
+                    return OpenTemplate(
                         template=template,
                         about=about,
-                        key=ssh.KeyPair.of(template.private_key),
+                        key=KeyPair.of(template.private_key),
                         memory=file,
                         lock=lock,
                         damage=self._digests.submit(self._damage, template, blueprint),
@@ -219,11 +219,11 @@ class Sealer:
                     )
                 except (OSError, ValueError) as error:
                     if not (fault := template.damage()):
-                        raise CannotSealError(
+                        raise NoTemplateError(
                             f"the template of {about} cannot be opened: {error}"
                         ) from error
                     self._throw_away(template, about, fault)
-        raise CannotSealError(f"the template of {about} is damaged again and again")
+        raise NoTemplateError(f"the template of {about} is damaged again and again")
 
     def _damage(self, template: Template, blueprint: Blueprint) -> str:
         if damage := template.damage():
@@ -231,13 +231,13 @@ class Sealer:
         disk = blueprint.built.verified().get(DISK, "")
         if template.disk not in ("", disk):
             name = blueprint.built.folder / DISK
-            raise damaged(blueprint.image, f"{name} has changed since a guest of it was sealed")
+            raise damaged(blueprint.image, f"{name} has changed since a template of it was built")
         return ""
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
         blueprint.built.verified()
         about = _about(blueprint, steps)
-        waits = f"another run is sealing {about}; waiting for it"
+        waits = f"another run is building the template of {about}; waiting for it"
         try:
             with self._store.lock(key, lambda: self._say(waits)):
                 if (found := self._store.find(key)) is not None:
@@ -247,20 +247,20 @@ class Sealer:
                 self._say(f"preparing {about}: once, until something of it changes")
                 with self._store.incoming(key) as folder, ExitStack() as stack:
                     below = self._below(blueprint, steps[:-1], stack) if steps else None
-                    return self._seal(folder, key, blueprint, steps, below)
+                    return self._build(folder, key, blueprint, steps, below)
         except _StepError as failed:
             raise failed.raised from None
         except (OSError, ImageError, MonitorError) as error:
             if isinstance(error, VMSandboxError) and error.transient:
                 raise
             brief = error.brief if isinstance(error, VMSandboxError) else str(error)
-            raise CannotSealError(
-                f"{blueprint.image} could not be sealed: {brief}",
+            raise NoTemplateError(
+                f"the template of {blueprint.image} could not be built: {brief}",
                 details=getattr(error, "details", ""),
             ) from error
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
-        """The template that another one is made from: held, and as it was when it was sealed."""
+        """The template that another one is made from: held, and as it was when it was built."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
         for _ in range(_TRIES):
             template = self._store.find(key) or self._made(key, blueprint, steps)
@@ -271,9 +271,9 @@ class Sealer:
                     stack.push(own.pop_all())
                     return template
             self._throw_away(template, about, fault)
-        raise CannotSealError(f"the template of {about} is damaged again and again")
+        raise NoTemplateError(f"the template of {about} is damaged again and again")
 
-    def _seal(
+    def _build(
         self,
         folder: Path,
         key: str,
@@ -283,7 +283,7 @@ class Sealer:
     ) -> Template:
         hardware = blueprint.hardware
         name = below.name if below is not None else blueprint.image
-        pair = ssh.KeyPair.generate() if below is None else ssh.KeyPair.of(below.private_key)
+        pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))
@@ -296,7 +296,7 @@ class Sealer:
                 blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
             )
             platform = GuestPlatform(
-                _to_be_sealed(blueprint, steps),
+                _as_built(blueprint, steps),
                 self._hypervisor,
                 name=name,
                 key=pair,
@@ -308,7 +308,7 @@ class Sealer:
             facts: Facts = None
             with self._guest(platform, name) as guest:
                 if not platform.has_helper:
-                    raise CannotSealError(f"{blueprint.image} has no helper in its guests")
+                    raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
                 if steps:
                     facts = _done(steps[-1], guest)
                 else:
@@ -339,7 +339,7 @@ def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     return f"{blueprint.image} ({steps[-1].about})" if steps else blueprint.image
 
 
-def _to_be_sealed(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
+def _as_built(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
     """The guest that becomes a template: with the last step's network, and who does that step."""
     if not steps:
         return blueprint.with_user(blueprint.built.definition.user)

@@ -1,7 +1,7 @@
-"""A guest that was saved wakes up: what is wrong in it then is put right, and checked.
+"""Resumes guests: what is wrong in one that was saved, or paused, is put right, and checked.
 
 Its clock stands at the moment in which it was saved, and its random numbers are those of every
-other guest that was woken from there. What a test has done to its clock is kept: that is noted before
+other guest that goes on from there. What a test has done to its clock is kept: that is noted before
 its processors stop.
 """
 
@@ -26,7 +26,7 @@ _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awake:
+class RunningMachine:
     """A machine that runs; at the end of the context it is ended.
 
     Attributes:
@@ -51,7 +51,7 @@ class Awake:
         self.stack.close()
 
 
-def wake(machine: Machine, helper: Helper) -> None:
+def from_state(machine: Machine, helper: Helper) -> None:
     """Let a machine go on whose state was loaded; its helper knows the lead of its clock.
 
     Raises:
@@ -63,7 +63,7 @@ def wake(machine: Machine, helper: Helper) -> None:
     set_clock(helper)
 
 
-def name(helper: Helper, hostname: str, *, in_files: bool) -> None:
+def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
     """Give a guest a name other than that of the guest that was saved.
 
     Args:
@@ -106,8 +106,8 @@ def _width(span: tuple[float, float]) -> float:
     return span[1] - span[0]
 
 
-def resume(machine: Machine, helper: Helper) -> None:
-    """Let a machine go on that was woken before and has been paused since.
+def from_pause(machine: Machine, helper: Helper) -> None:
+    """Let a machine go on that ran before and has been paused since.
 
     Raises:
         GuestLost: it does not answer, or its clock cannot be set.

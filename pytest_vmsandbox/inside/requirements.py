@@ -1,0 +1,348 @@
+"""What is to be installed in a guest for the tests that run there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.inside.distributions import (
+    LEFT_OUT,
+    OURSELVES,
+    installed,
+    is_local,
+    requirements_of,
+)
+
+SETTING = "vm_requirements"
+_FORMAT = 2  # goes into each digest: raise it when what is made of the same input changes
+_OLDEST_PYTEST = "8.4"
+_NESTED = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[=\s]*(\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirements:
+    """What a guest's environment is to hold; `of_host` and `of_entries` make it.
+
+    Args:
+        root: the project's folder. uv is started there and finds its settings from there.
+        lines: PEP 508 requirements; the first is that of pytest.
+        preferred: ``name==version`` of what is taken where nothing speaks against it.
+        dropped: names that are not installed, whoever needs them.
+        files: further sources for uv (files of requirements, pyproject.toml), relative to `root`.
+        options: further arguments of ``uv pip compile``.
+        contents: what stands in those files, for the digest.
+    """
+
+    root: Path
+    lines: tuple[str, ...]
+    preferred: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
+
+    @classmethod
+    def of_host(
+        cls,
+        root: Path,
+        projects: Collection[str] = (),
+        *,
+        say: Callable[[str], object],
+        sys_path: Sequence[str] | None = None,
+    ) -> Requirements:
+        """The same distributions as here, in the same versions if the guest's Python allows it.
+
+        What this environment was asked for is asked for again: everything that nothing else needs,
+        except for `LEFT_OUT`. The rest follows from it.
+
+        Args:
+            root: the project's folder.
+            projects: canonical names of the distributions that come as a tree. What they need is
+                mirrored.
+            say: is told the distributions that cannot be had again: those that were installed
+                from a folder, a file or a repository.
+            sys_path: where the distributions are; default: where Python finds them.
+        """
+        here = installed(sys_path)
+        local = {name for name in here.keys() - LEFT_OUT if is_local(here[name])}
+        local -= {*projects, "pytest"}
+        if local:
+            say(
+                f"not in the guest, since no package index has them: {', '.join(sorted(local))}"
+                f" (installed here from a folder, a file or a repository)"
+            )
+        dropped = {*local, *projects, OURSELVES} - {"pytest"}
+        trees = here.keys() & {*local, *projects}
+        needs = _Needs(here)
+        roots = needs.roots() - LEFT_OUT - dropped
+        kept = needs.reached({"pytest", *roots, *trees})
+        lines = roots.union(*(_base_requirements(here[name]) for name in trees))
+        return cls(
+            root=root,
+            lines=(_pytest_requirement(here.get("pytest")), *sorted(lines)),
+            preferred=tuple(sorted(f"{name}=={here[name].version}" for name in kept - dropped)),
+            dropped=tuple(sorted(dropped)),
+        )
+
+    @classmethod
+    def of_entries(
+        cls,
+        root: Path,
+        entries: Sequence[str],
+        projects: Collection[str] = (),
+        *,
+        sys_path: Sequence[str] | None = None,
+    ) -> Requirements:
+        """What the setting `vm_requirements` names, and pytest.
+
+        Args:
+            root: the project's folder.
+            entries: each is ``.`` (what the project in `root` needs), ``extra:NAME`` (that, and
+                what its optional dependencies of that name need), ``group:NAME`` (a dependency
+                group of its pyproject.toml), the path of a file of requirements relative to
+                `root`, or a requirement such as ``requests>=2``.
+            projects: canonical names of the distributions that come as a tree.
+            sys_path: where this machine's pytest is; default: where Python finds it.
+
+        Raises:
+            ConfigError: an entry is none of these, or what it names does not exist.
+        """
+        lines = [_pytest_requirement(installed(sys_path).get("pytest"))]
+        files: dict[str, None] = {}
+        contents: list[str] = []
+        # A tree is not installed a second time, but what it needs is, also by way of `-e .`.
+        options = [word for name in sorted(projects) for word in ("--no-emit-package", name)]
+        tables: dict[str, Any] = {}
+        for entry in entries:
+            kind, _, name = entry.partition(":")
+            if entry == "." or kind in ("extra", "group"):
+                tables = tables or _pyproject(root, entry)
+                options += _pyproject_options(tables, entry, kind, name)
+                if kind != "group":
+                    files["pyproject.toml"] = None
+            elif (root / entry).is_file():
+                files[entry] = None
+                contents += _with_nested(root / entry, entry)
+            else:
+                lines.append(_plain_requirement(entry))
+        if tables:
+            contents.append(json.dumps(tables, sort_keys=True, default=str))
+        return cls(
+            root=root,
+            lines=tuple(lines),
+            files=tuple(files),
+            options=tuple(options),
+            contents=tuple(contents),
+        )
+
+    def with_one(self, name: str) -> Requirements:
+        """These, and one more distribution, in the version of this environment if it can be had."""
+        if name in self.dropped:
+            return self
+        here = installed().get(name)
+        return dataclasses.replace(
+            self,
+            lines=(*self.lines, name),
+            preferred=(*self.preferred, *([f"{name}=={here.version}"] if here else [])),
+        )
+
+    def lines_of(self, name: str) -> list[str]:
+        """What is required of one distribution."""
+        return [line for line in self.lines if canonicalize_name(Requirement(line).name) == name]
+
+    def without(self, name: str) -> Requirements:
+        """These, but for one distribution, whoever needs it."""
+        gone = self.lines_of(name)
+        return dataclasses.replace(
+            self,
+            lines=tuple(line for line in self.lines if line not in gone),
+            dropped=(*self.dropped, name),
+        )
+
+    def digest(self, *more: object) -> str:
+        """SHA-256, in hex, of all that decides what is installed, but for the package index.
+
+        Args:
+            more: what else plays a part: values that JSON has, and dataclasses of those.
+        """
+        fields = {**dataclasses.asdict(self), "root": None}
+        text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=dataclasses.asdict)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- what is installed here -------------------------------------------------------------------------
+
+
+class _Needs:
+    """Which of the distributions here need which.
+
+    A node is a name, or for what an extra of it needs, ``name[extra]``.
+    """
+
+    def __init__(self, here: Mapping[str, Distribution]) -> None:
+        self._here = here
+        self._needs: dict[str, set[str]] = {}
+        parsed = {name: list(requirements_of(here[name])) for name in here}
+        todo = [*here]
+        while todo:
+            node = todo.pop()
+            if node not in self._needs:
+                name, _, extra = node.rstrip("]").partition("[")
+                self._needs[node] = self._nodes(parsed[name], extra)
+                todo += self._needs[node]
+
+    def _nodes(self, requirements: Iterable[Requirement], extra: str) -> set[str]:
+        """The nodes that a node with these requirements needs, with markers seen from here."""
+        found = set()
+        for needed in requirements:
+            name = canonicalize_name(needed.name)
+            if name in self._here and (
+                not needed.marker or needed.marker.evaluate({"extra": extra})
+            ):
+                found |= {name, *(f"{name}[{canonicalize_name(extra)}]" for extra in needed.extras)}
+        return found
+
+    def reached(self, nodes: Iterable[str]) -> set[str]:
+        """The names of `nodes` that are here, and of all that they need."""
+        seen: set[str] = set()
+        todo = [node for node in nodes if node in self._needs]
+        while todo:
+            node = todo.pop()
+            if node not in seen:
+                seen.add(node)
+                todo += self._needs[node]
+        return set(map(_bare, seen))
+
+    def roots(self) -> set[str]:
+        """Names that nobody else needs; of those that need each other in a ring, the first."""
+        needed = {
+            _bare(target)
+            for node, targets in self._needs.items()
+            for target in targets
+            if _bare(target) != _bare(node)
+        }
+        roots = self._here.keys() - needed
+        covered = self.reached(roots)
+        for name in sorted(self._here):
+            if name not in covered:
+                roots.add(name)
+                covered |= self.reached({name})
+        if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
+            roots.discard("setuptools")
+        return roots
+
+
+def _bare(node: str) -> str:
+    return node.partition("[")[0]
+
+
+def _base_requirements(distribution: Distribution) -> list[str]:
+    """What a distribution needs without any extra, for all Pythons and platforms."""
+    needed = requirements_of(distribution)
+    return [str(line) for line in needed if "extra" not in str(line.marker or "")]
+
+
+def _pytest_requirement(pytest: Distribution | None) -> str:
+    """pytest, not newer than here: the guest's reports must be understood."""
+    wanted = f"pytest>={_OLDEST_PYTEST}"
+    try:
+        return f"{wanted},<={Version(pytest.version).public}" if pytest else wanted
+    except InvalidVersion:
+        return wanted
+
+
+# -- what the setting names -------------------------------------------------------------------------
+
+
+def _pyproject(root: Path, entry: str) -> dict[str, Any]:
+    """What pyproject.toml says of requirements.
+
+    Raises:
+        ConfigError: it is missing or cannot be read.
+    """
+    try:
+        tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _bad_entry(entry, f"pyproject.toml: {error}") from error
+    tables["uv"] = tables.get("tool", {}).get("uv")
+    return {key: tables[key] for key in ("project", "dependency-groups", "uv") if key in tables}
+
+
+def _pyproject_options(tables: Mapping[str, Any], entry: str, kind: str, name: str) -> list[str]:
+    """Arguments of uv for an entry that is about pyproject.toml.
+
+    Raises:
+        ConfigError: the file has no such thing.
+    """
+    if kind == "group":
+        _check_known(entry, name, tables.get("dependency-groups", {}))
+        return ["--group", f"pyproject.toml:{name}"]
+    if "project" not in tables:
+        raise _bad_entry(entry, "pyproject.toml has no table [project]")
+    if "dependencies" in tables["project"].get("dynamic", ()):
+        raise _bad_entry(entry, "only a build would tell: they are `dynamic`")
+    if kind != "extra":
+        return []
+    _check_known(entry, name, tables["project"].get("optional-dependencies", {}))
+    return ["--extra", name]
+
+
+def _check_known(entry: str, name: str, known: Collection[str]) -> None:
+    if canonicalize_name(name) not in map(canonicalize_name, known):
+        those = ", ".join(sorted(known)) or "none"
+        raise _bad_entry(entry, f"pyproject.toml has no such name, but: {those}")
+
+
+def _plain_requirement(entry: str) -> str:
+    if entry.endswith((".txt", ".in", ".toml")):
+        raise _bad_entry(entry, "there is no such file")
+    try:
+        return str(Requirement(entry))
+    except InvalidRequirement as error:
+        raise _bad_entry(entry, str(error)) from error
+
+
+def _bad_entry(entry: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{SETTING}: {entry!r} is invalid",
+        details=why,
+        remedy="name a file of requirements, relative to the project's root; group:NAME or"
+        " extra:NAME of the project's pyproject.toml; `.` for what the project itself needs;"
+        " or a requirement such as requests>=2",
+    )
+
+
+def _with_nested(file: Path, entry: str) -> list[str]:
+    """The text of a file of requirements, and of those that it includes.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    found: dict[Path, str] = {}
+    todo = [file]
+    while todo:
+        file = Path(os.path.normpath(todo.pop()))
+        if file in found:
+            continue
+        try:
+            found[file] = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise _bad_entry(entry, str(error)) from error
+        nested = [name for name in _NESTED.findall(found[file]) if "://" not in name]
+        todo += [file.parent / name for name in nested]
+    return list(found.values())

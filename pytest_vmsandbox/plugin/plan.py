@@ -1,0 +1,183 @@
+"""The plan of a test: where it runs, and in which guest. It is made once, at collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.settings import Isolation
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.plugin import config as options, selection
+from pytest_vmsandbox.plugin.selection import GuestRequest
+
+NO_IMAGE = "no-image"  # the id of a parameter of tests to which no selected image applies
+# Fixtures of tests that drive guests from here.
+_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
+
+
+class Place(NamedTuple):
+    """Which guest a test runs inside. Tests with the same place share a guest.
+
+    Attributes:
+        shared: what shares the guest: ``session``, a file, or a test.
+    """
+
+    image: str
+    hardware: Hardware
+    shared: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is decided for a test that needs a guest.
+
+    Attributes:
+        is_inside: whether it belongs inside its guest; else it drives the guest from here.
+        isolation: what shares the guest.
+        plain: the test's id without the image.
+        is_remote: whether only the guest could collect it.
+        indices: of its parameters, but for the image; None without any.
+        skip, xfail: the marker's reason for this image; None without one.
+        is_rerun: whether a plugin may run it again when it fails.
+        timeout: seconds for the test inside its guest; None for the run's default.
+        call_timeout: seconds for its function alone; None for no such limit.
+        marks: the test's marks that this was made of.
+    """
+
+    image: str
+    hardware: Hardware
+    is_inside: bool
+    isolation: Isolation
+    plain: str
+    is_remote: bool = False
+    indices: Mapping[str, int] | None = None
+    skip: str | None = None
+    xfail: str | None = None
+    is_rerun: bool = False
+    timeout: float | None = None
+    call_timeout: float | None = None
+    marks: tuple[pytest.Mark, ...] = ()
+
+    @property
+    def runs_inside(self) -> bool:
+        """Whether the guest carries out its protocol; one that is skipped needs no guest for that."""
+        return self.is_inside and self.skip is None
+
+    @property
+    def file(self) -> str:
+        """Its file, relative to the rootdir."""
+        return self.plain.partition("::")[0]
+
+    @property
+    def place(self) -> Place:
+        """Which guest it runs inside."""
+        shared = {"session": "session", "module": self.file, "test": self.plain}
+        return Place(self.image, self.hardware, shared[self.isolation])
+
+    @property
+    def kind(self) -> Place:
+        """The same for all tests that have a guest each of the same image and hardware."""
+        return self.place._replace(shared="") if self.isolation == "test" else self.place
+
+
+PLAN = pytest.StashKey[Plan]()
+
+
+def plan_of(item: pytest.Item) -> Plan:
+    """The plan of a test that needs a guest."""
+    return item.stash[PLAN]
+
+
+def find(item: pytest.Item) -> Plan | None:
+    """The plan of a test; None if it needs no guest, or before it has been collected."""
+    return item.stash.get(PLAN, None)
+
+
+def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:
+    """Give a test a time limit of a plugin's, also for its function alone; of two, the shorter counts."""
+    plan = plan_of(item)
+    if of_call:
+        plan = replace(plan, call_timeout=float(seconds))
+    else:
+        plan = replace(plan, timeout=min(float(seconds), plan.timeout or seconds))
+    item.stash[PLAN] = plan
+
+
+def is_inside(item: pytest.Item) -> bool:
+    """Whether a test belongs inside its guest."""
+    plan = find(item)
+    return plan is not None and plan.is_inside
+
+
+def runs_inside(item: pytest.Item) -> bool:
+    """Whether a test's protocol is carried out inside its guest."""
+    plan = find(item)
+    return plan is not None and plan.runs_inside
+
+
+def image_of(item: pytest.Item) -> str | None:
+    """The image of a test, also before it has a plan; None if it needs none, or none applies."""
+    plan = find(item)
+    if plan is None and has_parameter(item):
+        image: str | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
+        return image
+    return None if plan is None else plan.image
+
+
+def plain_nodeid(item: pytest.Item) -> str:
+    """What a test is called where it has no parameter for its image; also before it has a plan."""
+    if (plan := find(item)) is not None:
+        return plan.plain
+    if not has_parameter(item):
+        return item.nodeid
+    identity: str = item.callspec.id  # type: ignore[attr-defined]
+    base = item.nodeid.removesuffix(f"[{identity}]")
+    # What is left is of other parameters, which may be "".
+    rest = identity.removeprefix(image_of(item) or NO_IMAGE)
+    return f"{base}[{rest[1:]}]" if rest else base
+
+
+def plain_indices(item: pytest.Item) -> dict[str, int] | None:
+    """The indices of a test's parameters, but for its image; None for a test without any."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return None
+    return {name: index for name, index in callspec.indices.items() if name != "_vm_image"} or None
+
+
+def has_parameter(item: pytest.Item) -> bool:
+    """Whether a test is one of several, one for each image."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and "_vm_image" in callspec.params
+
+
+def request_of(node: pytest.Item, defaults: Hardware | None = None) -> GuestRequest:
+    """What the `vm` markers of a test, or of a test function, ask for.
+
+    Args:
+        defaults: the run's hardware.
+
+    Raises:
+        ConfigError: an argument is unknown or invalid.
+    """
+    return selection.read_marks(node.iter_markers("vm"), defaults or Hardware())
+
+
+def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
+    """Whether a test, or a test function, belongs inside a guest.
+
+    Raises:
+        ConfigError: its marker `in_vm` is wrong, or contradicts its fixtures.
+    """
+    marked = selection.in_guest(node.iter_markers("in_vm"))
+    drives = not _DRIVES.isdisjoint(fixturenames)
+    if marked and drives:
+        raise ConfigError(
+            "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
+            remedy="take away the marker in_vm, or the fixture",
+        )
+    return options.inside(node.config) and not drives if marked is None else marked
