@@ -88,7 +88,7 @@ def remedy(root: Path, text: str) -> str:
         root: the rootdir.
     """
     for name in _NO_MODULE.findall(text):
-        if (folder := project.provider(name, project.foreign_folders(root))) is not None:
+        if (folder := project.foreign_folder(name, root)) is not None:
             path = os.path.relpath(folder, root)
             return (
                 f"{name} is in {folder} here. That folder is on sys.path, but outside of the "

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
+    CacheError,
     GuestLost,
     InterpreterLost,
     TransferError,
@@ -67,7 +68,9 @@ class Leases:
             self._unlucky[kind] = self._unlucky.get(kind, 0) + 1
             if not error.transient or self._unlucky[kind] == _MOST_UNLUCKY:
                 # The next one would fail as this one.
-                self._failures[any_kind if isinstance(error, TransferError) else kind] = error
+                self._failures[
+                    any_kind if isinstance(error, TransferError | CacheError) else kind
+                ] = error
             raise
         self._unlucky.pop(kind, None)
         return lease
