@@ -6,6 +6,7 @@ guests is imported before a guest is asked for.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,7 @@ class InsideProtocol:
     def close(self) -> None:
         """Let what runs inside guests tear down what is left."""
         if "_inside" in self.__dict__:
-            for problem in self._inside.close():
+            for problem in self._inside.leases.close():
                 self._run.tell_problem(f"at the end of the tests inside: {problem}")
 
     @pytest.hookimpl(tryfirst=True)
@@ -357,11 +358,11 @@ def _vm_image(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture(scope="module")
 def _vm_of_module(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with SharedGuests.open(pytestconfig.stash[RUN]) as guests:
-        yield guests
+    with ExitStack() as stack:
+        yield SharedGuests(pytestconfig.stash[RUN], stack)
 
 
 @pytest.fixture(scope="session")
 def _vm_of_session(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with SharedGuests.open(pytestconfig.stash[RUN]) as guests:
-        yield guests
+    with ExitStack() as stack:
+        yield SharedGuests(pytestconfig.stash[RUN], stack)

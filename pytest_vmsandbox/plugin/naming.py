@@ -26,12 +26,6 @@ class _Name(str):
     image: str
     plain: str
 
-    @classmethod
-    def of(cls, name: str, *, plain: str, image: str) -> _Name:
-        self = cls(name)
-        self.plain, self.image = plain, image
-        return self
-
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) is True or self.plain == other
 
@@ -67,7 +61,8 @@ def give_both_names(items: Iterable[object]) -> None:
     for item in items:
         if isinstance(item, pytest.Item) and (image := plans.image_of(item)) is not None:
             plain = plans.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
-            item.name = _Name.of(item.name, plain=plain, image=image)
+            name = item.name = _Name(item.name)
+            name.plain, name.image = plain, image
 
 
 def give_full_names(items: Iterable[pytest.Item]) -> None:
@@ -116,7 +111,10 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
     """
     by_text = {str(nodeid): nodeid for nodeid in known}
     found: dict[Any, list[Any]] = {}
-    images = _images(run) if by_text else []
+    images: list[str] = []
+    if by_text:
+        with suppress(ConfigError):  # told where it matters
+            images = list(run.catalogue.names())
     for nodeid in nodeids:
         for other in _namesakes(nodeid, images):
             if (former := by_text.get(other)) is not None:
@@ -131,12 +129,6 @@ def _namesakes(nodeid: str, images: Sequence[str]) -> list[str]:
     others.update(dict.fromkeys(_without_image(nodeid, image) for image in images))
     others.pop(nodeid, None)
     return list(others)
-
-
-def _images(run: Run) -> list[str]:
-    with suppress(ConfigError):  # told where it matters
-        return list(run.catalogue.names())
-    return []
 
 
 def with_image(nodeid: str, image: str) -> str:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,6 @@ from pytest_vmsandbox.plugin.plan import plan_of, request_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.factory import GuestFactory
@@ -110,11 +108,6 @@ class Run:
             item.user_properties.append((RETRIED, error.brief))
         where = f" ({item.nodeid})" if item is not None else ""
         self.tell(f"retried in a fresh guest{where}: {error.brief}")
-
-    def note_report(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        """Remember that a test has failed: its artifacts are kept."""
-        if report.failed:
-            item.stash[FAILED] = True
 
     def note_use(self, guest: Guest) -> None:
         """Note that the test that runs now uses a guest which others may use, too."""
@@ -368,13 +361,6 @@ class SharedGuests:
         self._run = run
         self._stack = stack
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
-
-    @classmethod
-    @contextmanager
-    def open(cls, run: Run) -> Iterator[SharedGuests]:
-        """No guests yet; at the end all are gone."""
-        with ExitStack() as stack:
-            yield cls(run, stack)
 
     def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
