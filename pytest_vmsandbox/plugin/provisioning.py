@@ -119,7 +119,9 @@ class Provisioner:
         """What goes to each guest of this run."""
         config = self._config
         root = config.rootpath
-        files = [it.path for it in session.items if plan_of(it).is_inside and it.path.is_file()]
+        files = [
+            item.path for item in session.items if plan_of(item).is_inside and item.path.is_file()
+        ]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(
