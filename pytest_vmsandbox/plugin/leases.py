@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, Step
+    from pytest_vmsandbox.inside.connection import Connection
     from pytest_vmsandbox.inside.install import Installed, Payload
-    from pytest_vmsandbox.inside.session import GuestSession, Keeper
+    from pytest_vmsandbox.inside.session import GuestSession
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.plugin.remote_reports import Reader
     from pytest_vmsandbox.plugin.session import VMSession
@@ -57,7 +58,7 @@ class Lease:
 
     guest: Guest
     tree: str
-    keeper: Keeper
+    keeper: Connection
     reader: Reader
     config: Mapping[str, object]
     patience: float
@@ -165,7 +166,7 @@ class Leases:
     def _open(self, item: pytest.Item) -> Lease:
         """A guest for a test, with what its tests need; that is there only once for all its clones."""
         from pytest_vmsandbox.inside import install
-        from pytest_vmsandbox.inside.session import Keeper
+        from pytest_vmsandbox.inside.connection import Connection
         from pytest_vmsandbox.plugin import guest_config
         from pytest_vmsandbox.plugin.remote_reports import Reader
 
@@ -194,7 +195,7 @@ class Leases:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
             keeper = stack.enter_context(
-                Keeper.attached(guest, installed.place, patience=patience, serve=not alone)
+                Connection.attached(guest, installed.place, patience=patience, serve=not alone)
             )
             return Lease(
                 guest=guest,
@@ -234,14 +235,15 @@ class Leases:
         """A session that has collected, and waits in the guest until that is sealed."""
         from pytest_vmsandbox.guests.provision import Step
         from pytest_vmsandbox.inside import install
-        from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
+        from pytest_vmsandbox.inside.connection import Connection
+        from pytest_vmsandbox.inside.session import GuestSession, RunEnded
         from pytest_vmsandbox.plugin import guest_config
 
         def run(guest: Guest) -> dict[str, object]:
             install.install_project(guest, payload)
             installed = install.layout(guest, payload)
             config = self._session_config(item, installed, {})
-            with Keeper.attached(guest, installed.place, patience=patience) as keeper:
+            with Connection.attached(guest, installed.place, patience=patience) as keeper:
                 try:
                     session, said = GuestSession.started(
                         keeper, config, timeout=_COLLECT_SECONDS * patience

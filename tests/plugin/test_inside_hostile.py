@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
+from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
 from pytest_vmsandbox.plugin import inside, leases
 from pytest_vmsandbox.plugin.plan import plan_of
@@ -45,7 +46,10 @@ class Script:
         self.name, self.image, self.alive, self.loss = "alpha-1-1", "alpha-1", True, None
 
     def send(self, data, timeout):
-        message = json.loads(data)
+        for line in data.splitlines():
+            self.take(json.loads(line))
+
+    def take(self, message):
         if message["do"] == "run" and message["id"] == ONE:
             self.waiting += self.said
         elif message["do"] == "run":
@@ -87,7 +91,7 @@ def told(suite, monkeypatch):
                     ),
                     1.0,
                 )
-                lease.session = GuestSession(Keeper(script, script, patience=1.0))
+                lease.session = GuestSession(Connection(script, script, patience=1.0))
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
             return lease
 
@@ -259,7 +263,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
         return leases.Lease(
             guest=script,
             tree="/there",
-            keeper=Keeper(script, script, patience=1.0),
+            keeper=Connection(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
             config={},
             patience=1.0,
