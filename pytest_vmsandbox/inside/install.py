@@ -40,7 +40,6 @@ class Payload:
         outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
         requirements: what is installed besides.
-        cache: the user's cache folder; prepared environments are kept there.
         offline: never touch the network.
         say: told of long waits.
         tell: told of what does not go as it should.
@@ -50,7 +49,6 @@ class Payload:
     outside: tuple[Tree, ...] = ()
     project: Project
     requirements: Requirements
-    cache: Path
     offline: bool
     say: Callable[[str], None]
     tell: Callable[[str], None]
@@ -88,15 +86,21 @@ class Payload:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=say)
+        tell = tell or say
+        trees = tuple(map(Tree.of, outside))
+        for tree in trees:
+            files = sum(entry.kind == "file" for entry in tree.entries.values())
+            tell(
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+            )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),
-            outside=tuple(map(Tree.of, outside)),
+            outside=trees,
             project=project,
             requirements=requirements,
-            cache=cache_dir(),
             offline=offline,
             say=say,
-            tell=tell or say,
+            tell=tell,
         )
 
 
@@ -171,28 +175,29 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
     Raises:
         TransferError: the guest has no usable Python, or something cannot be had for it.
+        CacheError: that cannot be kept.
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
     python, executable = GuestPython.probe(guest)
-    environment = prepare(
+    packages = "lib/python{}.{}/site-packages".format(*python.version)
+    if guest.spec.user != "root":
+        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
+    prepared = prepare(
         payload.requirements,
         python,
-        cache=payload.cache,
+        cache=cache_dir(),
         offline=payload.offline,
         say=payload.say,
         tell=payload.tell,
     )
-    packages = "lib/python{}.{}/site-packages".format(*python.version)
-    if guest.spec.user != "root":
-        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
-    with _folder() as base:
+    with prepared as environment, _folder() as base:
         shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
         guest.push(base, BASE)
-    guest.push(environment.site_packages, f"{ENV}/{packages}")
+        guest.push(environment.site_packages, f"{ENV}/{packages}")
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
@@ -209,9 +214,9 @@ def install_project(guest: Guest, payload: Payload) -> None:
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    tree_copy.push(guest.stream_script, payload.tree, there.tree)
+    tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
-        tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
+        tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
 
 @contextmanager

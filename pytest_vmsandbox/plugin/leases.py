@@ -16,6 +16,7 @@ from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
+    CacheError,
     ConfigError,
     GuestLost,
     InterpreterLost,
@@ -82,7 +83,8 @@ class Leases:
         self._tell = tell
         self._leases: dict[Place, Lease] = {}
         self._failures: dict[Place, VMSandboxError] = {}
-        self._unfit: dict[tuple[str, Hardware], TransferError] = {}  # by image and hardware
+        # By image and hardware.
+        self._unfit: dict[tuple[str, Hardware], TransferError | CacheError] = {}
         self._unlucky: dict[Place, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Place] = set()  # kinds of guests that are expected
@@ -126,7 +128,7 @@ class Leases:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
         key = plan_of(item).place
         lease = self._leases.get(key)
-        if lease is not None and (loss := lease.guest.loss) is not None:
+        if lease is not None and (loss := lease.guest.engine.loss) is not None:
             self._note_loss(lease)
             self._end(key)
             lease = None
@@ -174,9 +176,9 @@ class Leases:
         image = plan.image
         self._check_python(image)
         factory = self._session.factory
-        factory.require(image)
+        factory.backend.require(image)
         payload = self._payload(item.session)
-        patience = factory.patience(image)
+        patience = factory.backend.patience(image)
         alone = plan_of(item).isolation == "test"
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:
@@ -225,7 +227,7 @@ class Leases:
         with ExitStack() as stack:
             try:
                 guest = stack.enter_context(self._session.factory.lease(prepared, plan.hardware))
-            except TransferError as error:
+            except (TransferError, CacheError) as error:
                 self._unfit[kind] = error
                 raise
             with stack:
@@ -268,7 +270,7 @@ class Leases:
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.plugin import guest_config
 
-        facts: Any = lease.guest.facts
+        facts: Any = lease.guest.engine.facts
         lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],
@@ -318,8 +320,7 @@ class Leases:
         from pytest_vmsandbox.inside import distributions, project, requirements
 
         for name in _NO_MODULE.findall(text):
-            folders = project.foreign_folders(self._config.rootpath)
-            if (folder := project.provider(name, folders)) is not None:
+            if (folder := project.foreign_folder(name, self._config.rootpath)) is not None:
                 path = os.path.relpath(folder, self._config.rootpath)
                 return (
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
@@ -505,7 +506,7 @@ class Leases:
         """
         if lease.session is None:
             return []
-        if (loss := lease.guest.loss) is not None:
+        if (loss := lease.guest.engine.loss) is not None:
             return [f"after the last test in it: {loss.brief}"]
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         lease.is_untouched = any("untouched" in message for message in said)
@@ -535,7 +536,7 @@ class Leases:
         """
         if self._prepared is None or not lease.has_collected or lease.is_untouched:
             return []
-        if lease.guest.loss is not None:
+        if lease.guest.engine.loss is not None:
             self._note_loss(lease)
             return []
         try:

@@ -167,7 +167,11 @@ def test_what_was_written_here_meanwhile_stays(sides, how):
         push(sides.guest.stream_script, sides.tree, str(other))
         (other / name).write_text("of another guest")
         bring_back(
-            sides.guest.stream_script, sides.tree, str(other), patterns=ALL, since=sides.since
+            sides.guest.stream_script,
+            sides.tree,
+            str(other),
+            patterns=ALL,
+            since=sides.since,
         )
     elif how == "removed":
         (sides.here / name).unlink()
@@ -304,7 +308,7 @@ def test_a_listing_that_leads_out_of_the_folder(sides, tmp_path, monkeypatch, na
         def stream_script(self, script, *, stdin=None, stdout=None):
             super().stream_script(script, stdin=stdin, stdout=stdout)
             if "find " in script:
-                stdout(f"f\0001\000{time.time()}\000644\000{name}\0\0".encode())
+                stdout(f"f\0001\000{time.time()}\000{name}\0".encode())
 
     sides.guest = Listing(archive(("./__snapshots__/y", tarfile.REGTYPE, b"y")))
     with pytest.raises(TransferError, match="makes no sense"):
