@@ -19,7 +19,7 @@ import pytest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree_copy
-from pytest_vmsandbox.inside.session import Place
+from pytest_vmsandbox.inside.connection import Place
 from pytest_vmsandbox.plugin import RUN, pulling, reporting
 from support.local import LocalGuest
 
@@ -122,7 +122,7 @@ class LocalFactory:
 
 
 def end_all(word):
-    """End the processes on whose command line is a word: keepers, and their sessions."""
+    """End the processes on whose command line is a word: supervisors, and their sessions."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             try:
