@@ -170,11 +170,15 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
     Raises:
         TransferError: the guest has no usable Python, or something cannot be had for it.
+        CacheError: that cannot be kept.
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
     python, executable = GuestPython.probe(guest, _RUNNER.read_text(encoding="utf-8"))
-    environment = prepare(
+    packages = "lib/python{}.{}/site-packages".format(*python.version)
+    if guest.spec.user != "root":
+        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
+    prepared = prepare(
         payload.requirements,
         python,
         cache=payload.cache,
@@ -182,16 +186,13 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         say=payload.say,
         tell=payload.tell,
     )
-    packages = "lib/python{}.{}/site-packages".format(*python.version)
-    if guest.spec.user != "root":
-        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
-    with _folder() as base:
+    with prepared as environment, _folder() as base:
         shutil.copyfile(_RUNNER, base / "runner.py")
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
         guest.push(base, BASE)
-    guest.push(environment.site_packages, f"{ENV}/{packages}")
+        guest.push(environment.site_packages, f"{ENV}/{packages}")
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
