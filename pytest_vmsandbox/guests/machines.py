@@ -93,7 +93,7 @@ class Machines:
         """A machine and its helper; `stack` ends it."""
         if self._given is not None:
             given, self._given = self._given, None
-            stack.enter_context(given)
+            stack.enter_context(given.stack)
             return given.machine, given.helper
         state, self._state = self._state, None
         if state is not None:

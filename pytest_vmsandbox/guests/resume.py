@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
@@ -27,7 +26,7 @@ _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loo
 
 @dataclass(frozen=True, kw_only=True)
 class RunningMachine:
-    """A machine that runs; at the end of the context it is ended.
+    """A machine that runs already.
 
     Attributes:
         machine: the machine.
@@ -38,17 +37,6 @@ class RunningMachine:
     machine: Machine
     helper: Helper
     stack: ExitStack
-
-    def __enter__(self) -> None:
-        """Nothing: it runs already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stack.close()
 
 
 def from_state(machine: Machine, helper: Helper) -> None:
