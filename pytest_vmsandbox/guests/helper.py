@@ -234,7 +234,7 @@ class Helper:
         return channel.left
 
     def close(self) -> None:
-        """Forget every program, and let the helper forget it: the guest restarts, or is sealed."""
+        """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
         with self._changed:
             numbers = list(self._channels)
             for channel in self._channels.values():
