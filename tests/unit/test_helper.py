@@ -1051,7 +1051,7 @@ class Fed:
     def channel(self):
         """The number of one on which a program seems to run."""
         number = next(self.helper._numbers)
-        channel = helper_module.HelperChannel(self.helper, number, 1, self.helper._changed)
+        channel = helper_module.HelperChannel(self.helper, number, 1)
         self.helper._channels[number] = channel
         self.feed(frame("S", number, struct.pack("<I", 5)))
         return channel
@@ -1147,7 +1147,7 @@ class TestNonsense:
         for channel in channels:
             assert sum(map(len, channel._streams.values())) <= 2 * MIB
             assert 0 <= channel._room <= 65536
-            channel.recv_ready()
+            channel.has_output(process_module.STDOUT)
 
     def test_output_beyond_the_window(self):
         """A guest cannot make us keep more than was asked for."""
@@ -1169,7 +1169,7 @@ class TestNonsense:
         it = fed()
         channel = it.channel()
         it.feed(frame("z", 1, struct.pack("<i", -(2**31))))
-        assert channel.ended_by == process_module.UNKNOWN_SIGNAL
+        assert channel.status == -process_module.UNKNOWN_SIGNAL
 
     def test_the_reading_thread_survives(self, fake):
         """A helper that goes mad does not harm the next one."""

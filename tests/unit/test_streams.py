@@ -17,10 +17,10 @@ def lost(*_):
     raise GuestLost("the guest is gone")
 
 channel = SimpleNamespace(
-    closed=False, shutdown_write=lost, send=lost, recv=lost, recv_stderr=lost
+    closed=False, end_input=lost, send=lost, receive=lost
 )
 for text in (True, False):
-    remote = ChannelProcess(None, channel, Command(argv=("cat",)), check=lost, group=1)
+    remote = ChannelProcess(channel, Command(argv=("cat",)), check=lost)
     process = Process(remote, ("cat",), text=text)
     process.stdin.write("not sent" if text else b"not sent")
     {how}
