@@ -19,16 +19,17 @@ from contextlib import suppress
 from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
-from pytest_vmsandbox.core.errors import CommandError, GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
 from pytest_vmsandbox.guests.process import (
     STDERR,
     STDOUT,
     UNKNOWN_SIGNAL,
-    ChannelProcess,
+    RemoteProcess,
     cannot_log_in,
     could_not_start,
+    failed_start,
 )
 from pytest_vmsandbox.machine.port import Port
 
@@ -175,7 +176,7 @@ class Helper:
         kind, payload = self._ask(b"f", os.fsencode(path) + b"\0" + data)
         self._succeeded(f"write {path}", kind, *self._unpack("<i", payload))
 
-    def start(self, command: Command, login: str = "root") -> ChannelProcess:
+    def start(self, command: Command, login: str = "root") -> RemoteProcess:
         """Start a program.
 
         Args:
@@ -194,7 +195,7 @@ class Helper:
             payload += b"".join(os.fsencode(word) + b"\0" for word in words)
         return self._open(b"x", payload, command, login)
 
-    def connect(self, path: str) -> ChannelProcess:
+    def connect(self, path: str) -> RemoteProcess:
         """A connection to a Unix socket in the guest, as the streams of a program.
 
         Raises:
@@ -285,7 +286,7 @@ class Helper:
                 f"the helper in the guest could not {what}: {os.strerror(status)}", stage="command"
             )
 
-    def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> ChannelProcess:
+    def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> RemoteProcess:
         started = monotonic()
         number = next(self._numbers)
         with self.changed:
@@ -309,7 +310,7 @@ class Helper:
         except BaseException:
             self.forget(number)
             raise
-        return ChannelProcess(channel, command, check=self.check)
+        return RemoteProcess(channel, command, check=self.check)
 
     def _failed(
         self, kind: bytes, channel: HelperChannel, command: Command, login: str, started: float
@@ -324,7 +325,8 @@ class Helper:
         if stage == _NO_USER and command.user is None and login != "root":
             raise cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
-            raise _could_not_connect(command, why, started)
+            what = f"nothing listens at {command.argv[0]} in the guest"
+            raise failed_start(what, command, _NOT_FOUND, b"", why.encode(), started)
         if stage == _NO_PROGRAM:
             status = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
             why = "not found" if number == errno.ENOENT else why
@@ -386,17 +388,6 @@ class Helper:
             channel.lose()
         self._channels.clear()
         self.changed.notify_all()
-
-
-def _could_not_connect(command: Command, why: str, started: float) -> CommandError:
-    result = CommandResult(
-        argv=command.argv,
-        returncode=_NOT_FOUND,
-        stdout="",
-        stderr=why,
-        duration=monotonic() - started,
-    )
-    return CommandError(f"nothing listens at {command.argv[0]} in the guest", result=result)
 
 
 class HelperChannel:
@@ -580,18 +571,3 @@ class HelperChannel:
         self._streams[STDERR] += stderr
         self._open_streams.clear()
         self._end(status)
-
-
-class HelperTransport:
-    """Runs programs in a guest as one user, through its helper."""
-
-    def __init__(self, helper: Helper, user: str) -> None:
-        self._helper = helper
-        self._user = user
-
-    def start(self, command: Command) -> ChannelProcess:
-        """Start a program."""
-        return self._helper.start(command, self._user)
-
-    def close(self) -> None:
-        """Nothing: the helper itself is the machine's."""

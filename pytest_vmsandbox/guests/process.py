@@ -17,7 +17,7 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import commands
 
 _CHUNK = 1 << 18
@@ -93,27 +93,18 @@ class Channel(Protocol):
         """Let go of the program."""
 
 
-class ChannelProcess:
-    """A program in a guest, on a channel of its own: a `RemoteProcess`.
+class RemoteProcess:
+    """A program in a guest, on a channel of its own. Whoever starts one closes it.
 
     Args:
         check: called often while something is awaited; raises `GuestLost`.
-        early: what of its output has come already.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        command: Command,
-        *,
-        check: Callable[[], None],
-        early: bytes = b"",
-    ) -> None:
+    def __init__(self, channel: Channel, command: Command, *, check: Callable[[], None]) -> None:
         self._channel = channel
         self._command = command
         self._check = check
         self._moved = monotonic()
-        self._early = early
 
     @property
     def group(self) -> int:
@@ -124,16 +115,19 @@ class ChannelProcess:
 
     def communicate(
         self,
-        stdin: io.BufferedIOBase | None,
+        stdin: IO[bytes] | None,
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
         timeout: float,
         idle: float = math.inf,
     ) -> int:
-        """Feed `stdin`, hand on what is written, and return the exit status."""
-        if self._early:
-            stdout(self._early)
-            self._early = b""
+        """Feed `stdin`, hand on what is written, and return the exit status (−N: signal N).
+
+        Raises:
+            CommandTimeout: it did not end in `timeout` seconds, or not a byte went either way for
+                `idle` seconds; its process group was killed.
+            GuestLost: the guest or the connection to it is gone.
+        """
         with self._feeding(stdin) as source_errors:
             try:
                 status = self._pump(stdout, stderr, Deadline(timeout), idle)
@@ -190,7 +184,7 @@ class ChannelProcess:
             within(_KILL_SECONDS, lambda: self.signal("KILL"))
 
     @contextmanager
-    def _feeding(self, stdin: io.BufferedIOBase | None) -> Iterator[list[Exception]]:
+    def _feeding(self, stdin: IO[bytes] | None) -> Iterator[list[Exception]]:
         """Send `stdin` from a thread of its own, which is gone at the end."""
         errors: list[Exception] = []
         if stdin is None:
@@ -223,7 +217,13 @@ class ChannelProcess:
             thread.join()
 
     def send(self, data: bytes, timeout: float = math.inf) -> None:
-        """Write all of `data` to its standard input."""
+        """Write all of `data` to its standard input.
+
+        Raises:
+            TimeoutError: it did not take all of it within `timeout` seconds.
+            OSError: it ended, or the connection is gone.
+            GuestLost: the guest is gone.
+        """
         deadline = Deadline(timeout)
         view = memoryview(data)
         while view:
@@ -238,10 +238,12 @@ class ChannelProcess:
                     raise
 
     def receive(self, timeout: float) -> bytes:
-        """What of its standard output has come, at least a byte; nothing at its end."""
-        if self._early:
-            early, self._early = self._early, b""
-            return early
+        """What of its standard output has come, at least a byte; nothing at its end.
+
+        Raises:
+            TimeoutError: nothing came within `timeout` seconds.
+            GuestLost: the guest is gone.
+        """
         return self.read(STDOUT, _CHUNK, timeout)
 
     def read(self, stream: int, size: int, timeout: float = math.inf) -> bytes:
@@ -273,7 +275,11 @@ class ChannelProcess:
         return self._status() if self._channel.ended else None
 
     def wait(self, timeout: float) -> int:
-        """Wait for its end and return the exit status."""
+        """Wait for its end and return the exit status.
+
+        Raises:
+            CommandTimeout: it still runs after `timeout` seconds. It is left running.
+        """
         deadline = Deadline(timeout)
         while not self._channel.ended:
             self._check()
@@ -299,13 +305,12 @@ class ChannelProcess:
     @property
     def stdout(self) -> io.BufferedIOBase:
         """Its standard output, to read."""
-        early, self._early = self._early, b""
-        return io.BufferedReader(_Reader(self, STDOUT, early), _CHUNK)
+        return io.BufferedReader(_Reader(self, STDOUT), _CHUNK)
 
     @property
     def stderr(self) -> io.BufferedIOBase:
         """Its standard error, to read."""
-        return io.BufferedReader(_Reader(self, STDERR, b""), _CHUNK)
+        return io.BufferedReader(_Reader(self, STDERR), _CHUNK)
 
     def close(self) -> None:
         """Let go of it. A program that still runs is left running."""
@@ -340,6 +345,26 @@ def could_not_start(
     command: Command, status: int, stdout: bytes, stderr: bytes, started: float
 ) -> CommandError:
     """A command whose folder or user does not exist."""
+    what = f"{command.argv[0]} could not be started"
+    if command.user is not None:
+        what += f" as {command.user}"
+    if command.cwd is not None:
+        what += f" in {command.cwd}"
+    remedy = "check that the folder and the user exist in the guest"
+    return failed_start(what, command, status, stdout, stderr, started, remedy=remedy)
+
+
+def failed_start(
+    what: str,
+    command: Command,
+    status: int,
+    stdout: bytes,
+    stderr: bytes,
+    started: float,
+    *,
+    remedy: str = "",
+) -> CommandError:
+    """The error of something that was to be started in the guest at the time `started`."""
     result = CommandResult(
         argv=command.argv,
         returncode=status,
@@ -347,32 +372,21 @@ def could_not_start(
         stderr=stderr.decode(errors="replace"),
         duration=monotonic() - started,
     )
-    what = f"{command.argv[0]} could not be started"
-    if command.user is not None:
-        what += f" as {command.user}"
-    if command.cwd is not None:
-        what += f" in {command.cwd}"
-    return CommandError(
-        what, result=result, remedy="check that the folder and the user exist in the guest"
-    )
+    return CommandError(what, result=result, remedy=remedy)
 
 
 class _Reader(io.RawIOBase):
     """An output stream of a program."""
 
-    def __init__(self, process: ChannelProcess, stream: int, early: bytes) -> None:
+    def __init__(self, process: RemoteProcess, stream: int) -> None:
         self._process = process
         self._stream = stream
-        self._early = early
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._early:
-            data, self._early = self._early[: len(buffer)], self._early[len(buffer) :]
-        else:
-            data = self._process.read(self._stream, len(buffer))
+        data = self._process.read(self._stream, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -399,7 +413,7 @@ class _BufferedWriter(_Droppable, io.BufferedWriter):
 class _Writer(_Droppable, io.RawIOBase):
     """The input stream of a program."""
 
-    def __init__(self, process: ChannelProcess) -> None:
+    def __init__(self, process: RemoteProcess) -> None:
         self._process = process
 
     def writable(self) -> bool:

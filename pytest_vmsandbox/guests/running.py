@@ -6,16 +6,21 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import BootError, GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, RemoteProcess, Transport
+from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine.machine import Machine
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.ssh import SSHTransport
 
 SSH_PORT = 22
 _CONNECT_SECONDS = 20.0
@@ -50,7 +55,7 @@ class Running:
         self._helper = helper
         self._blueprint = blueprint
         self._key = key
-        self._transports: dict[str, Transport] = {}
+        self._transports: dict[str, SSHTransport] = {}
         self._left: list[RemoteProcess] = []
         self._lock = threading.Lock()
 
@@ -72,6 +77,8 @@ class Running:
             command = replace(command, user=None)
         elif command.user is not None and user != "root":
             login, command = command.user, replace(command, user=None)
+        if (helper := self.helper) is not None:
+            return helper.start(command, login)
         with self._lock:
             if login not in self._transports:
                 self._transports[login] = self._transport(login)
@@ -82,9 +89,7 @@ class Running:
         """Let a program go on also if whoever has started it forgets it."""
         self._left.append(process)
 
-    def _transport(self, login: str) -> Transport:
-        if (helper := self.helper) is not None:
-            return HelperTransport(helper, login)
+    def _transport(self, login: str) -> SSHTransport:
         from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
 
         return ssh.SSHTransport(

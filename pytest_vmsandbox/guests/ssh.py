@@ -27,7 +27,7 @@ from pytest_vmsandbox.guests.process import (
     STDERR,
     STDOUT,
     UNKNOWN_SIGNAL,
-    ChannelProcess,
+    RemoteProcess,
     cannot_log_in,
     could_not_start,
 )
@@ -111,7 +111,7 @@ class SSHTransport:
         self._session: _Session | None = None
         self._lock = threading.Lock()
 
-    def start(self, command: Command) -> ChannelProcess:
+    def start(self, command: Command) -> RemoteProcess:
         """Start a program."""
         token = secrets.token_hex(8)
         started = monotonic()
@@ -120,11 +120,11 @@ class SSHTransport:
             line, ahead = script.shipped(command, token)
         channel = SSHChannel(self, self._channel(line, ahead))
         try:
-            early = self._await_start(channel, command, token, started)
+            self._await_start(channel, command, token, started)
         except BaseException:
             channel.close()
             raise
-        return ChannelProcess(channel, command, check=self._check, early=early)
+        return RemoteProcess(channel, command, check=self._check)
 
     def signal(self, group: int, name: str) -> None:
         """Send a signal to a process group of the guest; it may be gone already."""
@@ -147,20 +147,16 @@ class SSHTransport:
 
     def _await_start(
         self, channel: SSHChannel, command: Command, token: str, started: float
-    ) -> bytes:
-        """Read up to the line that says that the program starts, with its process group.
-
-        Returns:
-            What came after it.
-        """
+    ) -> None:
+        """Read up to the line that says that the program starts, with its process group."""
         mark, seen = f"{script.STARTED} {token} ".encode(), b""
         deadline = Deadline(self._connect_timeout)
         while True:
             before, _, rest = seen.partition(mark)
             group, ended, early = rest.partition(b"\n")
             if ended and group.isdigit():
-                channel.group = int(group)
-                return early
+                channel.begin(int(group), early)
+                return
             if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
                 raise GuestLost(
                     "the guest's login shell does not stop talking",
@@ -253,9 +249,14 @@ class SSHChannel:
         self.group = 0
         self._transport = transport
         self._channel = channel
+        self._early = b""
         self._receive = {STDOUT: channel.recv, STDERR: channel.recv_stderr}
         self._is_ready = {STDOUT: channel.recv_ready, STDERR: channel.recv_stderr_ready}
         channel.settimeout(_LOOK_SECONDS)
+
+    def begin(self, group: int, early: bytes) -> None:
+        """The program has started, and of its output this has come already."""
+        self.group, self._early = group, early
 
     @property
     def output_ended(self) -> bool:
@@ -292,10 +293,13 @@ class SSHChannel:
 
     def has_output(self, stream: int) -> bool:
         """Whether `receive` has something of a stream now."""
-        return bool(self._is_ready[stream]())
+        return bool((stream == STDOUT and self._early) or self._is_ready[stream]())
 
     def receive(self, stream: int, size: int) -> bytes:
         """At least a byte of a stream; nothing at its end."""
+        if stream == STDOUT and self._early:
+            data, self._early = self._early[:size], self._early[size:]
+            return data
         return bytes(self._receive[stream](size))
 
     def send(self, data: memoryview) -> int:

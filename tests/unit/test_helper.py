@@ -29,7 +29,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import helper as helper_module, process as process_module, script
-from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
 from support.arguments import FITS, TOO_LONG, output_of
@@ -198,7 +198,6 @@ class TestStart:
         home = pwd.getpwnam("nobody").pw_dir
         assert run(sh(helper, script, user="nobody"))[1] == f"nobody\n{home}\n".encode()
         assert run(helper.start(Command(argv=("id", "-un")), "nobody"))[1] == b"nobody\n"
-        assert run(HelperTransport(helper, "nobody").start(Command(argv=("id", "-un"))))[0] == 0
 
     @pytest.mark.parametrize(
         "command",
