@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, NoReturn, Protocol, Self, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import (
@@ -20,10 +20,14 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import commands
 
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
+
 _CHUNK = 1 << 18
 _ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
 _CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
+_SLOW_SECONDS = 0.1  # after which whoever takes the output is slow: that time does not count then
 _KILL_SECONDS = 15.0
 _ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
 _CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
@@ -115,7 +119,7 @@ class RemoteProcess:
 
     def communicate(
         self,
-        stdin: IO[bytes] | None,
+        stdin: SupportsRead[bytes] | None,
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
         timeout: float,
@@ -150,7 +154,7 @@ class RemoteProcess:
         checked = self._moved = monotonic()
         ended: float | None = None
         while True:
-            got = False
+            got, began = False, monotonic()
             for stream, take in ((STDOUT, stdout), (STDERR, stderr)):
                 if channel.has_output(stream):
                     take(channel.receive(stream, _CHUNK))
@@ -158,6 +162,8 @@ class RemoteProcess:
             now = monotonic()
             if got:
                 self._moved = now
+            if ended and now - began > _SLOW_SECONDS:
+                ended += now - began
             ended = ended or (now if channel.ended else None)
             if ended:
                 over = channel.output_ended or now - self._moved > channel.quiet_seconds
@@ -184,7 +190,7 @@ class RemoteProcess:
             within(_KILL_SECONDS, lambda: self.signal("KILL"))
 
     @contextmanager
-    def _feeding(self, stdin: IO[bytes] | None) -> Iterator[list[Exception]]:
+    def _feeding(self, stdin: SupportsRead[bytes] | None) -> Iterator[list[Exception]]:
         """Send `stdin` from a thread of its own, which is gone at the end."""
         errors: list[Exception] = []
         if stdin is None:

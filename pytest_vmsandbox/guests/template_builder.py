@@ -7,32 +7,32 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from pytest_vmsandbox.cache.store import IN_USE
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
+    CacheError,
     CommandTimeout,
     ImageError,
     LaunchError,
     MonitorError,
-    VMSandboxError,
 )
+from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
-    IN_USE,
     KEY,
     MEMORY,
-    METADATA,
     STATE,
     Template,
     TemplateStore,
@@ -40,7 +40,6 @@ from pytest_vmsandbox.guests.templates import (
 )
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _QUIET_SECONDS = 0.5  # how long a guest is watched
 _QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
@@ -131,41 +130,20 @@ class OpenTemplate:
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there.
+    """Builds templates, and opens those that are there."""
 
-    Args:
-        store: where they lie.
-        hypervisor: runs guests.
-        engine: makes an engine; the arguments are those of `Engine` that only a guest has.
-        logs: the folder for the logs of a guest that becomes a template, by its image; or None.
-        say: told of long waits.
-        tell: told of what went wrong.
-    """
-
-    def __init__(
-        self,
-        store: TemplateStore,
-        hypervisor: Hypervisor,
-        *,
-        engine: Callable[..., Engine],
-        logs: Callable[[str], Path | None],
-        say: Callable[[str], None],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._store = store
-        self._hypervisor = hypervisor
-        self._engine = engine
-        self._logs = logs
-        self._say = say
-        self._tell = tell
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._callbacks = backend.callbacks
+        self._store = TemplateStore(backend.cache)
         self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
     @contextmanager
-    def open(cls, *args: Any, **kwargs: Any) -> Iterator[TemplateBuilder]:
+    def open(cls, backend: Backend) -> Iterator[TemplateBuilder]:
         """A builder; at the end every template is let go of."""
-        builder = cls(*args, **kwargs)
+        builder = cls(backend)
         try:
             yield builder
         finally:
@@ -193,19 +171,20 @@ class TemplateBuilder:
         self._throw_away(opened.template, opened.about, fault)
 
     def _throw_away(self, template: Template, about: str, fault: str) -> None:
-        if self._store.throw_away_damaged(template):
+        if self._store.throw_away(template.key, template):
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
-        self._tell(f"the template of {about} was damaged ({fault}); it is made anew")
+        self._callbacks.tell(f"the template of {about} was damaged ({fault}); it is made anew")
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
         for _ in range(_TRIES):
-            template = self._store.find(key) or self._made(key, blueprint, steps)
+            template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
-                    lock = stack.enter_context(self._store.hold(template))
+                    lock = stack.enter_context(self._store.hold(template.folder))
+                    damage = self._digests.submit(self._damage, template, blueprint)
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
                     return OpenTemplate(
@@ -214,7 +193,7 @@ class TemplateBuilder:
                         key=KeyPair.of(template.private_key),
                         memory=file,
                         lock=lock,
-                        damage=self._digests.submit(self._damage, template, blueprint),
+                        damage=damage,
                         stack=stack.pop_all(),
                     )
                 except (OSError, ValueError) as error:
@@ -238,35 +217,41 @@ class TemplateBuilder:
         blueprint.built.verified()
         about = _about(blueprint, steps)
         waits = f"another run is building the template of {about}; waiting for it"
+
+        def fill(folder: Path, _lock: int) -> dict[str, object]:
+            if why := self._store.unreadable(key):
+                self._tell_of_damage(about, why)
+            self._callbacks.say(f"preparing {about}: once, until something of it changes")
+            with ExitStack() as stack:
+                below = self._below(blueprint, steps[:-1], stack) if steps else None
+                return self._build(folder, blueprint, steps, below)
+
         try:
-            with self._store.lock(key, lambda: self._say(waits)):
-                if (found := self._store.find(key)) is not None:
-                    return found
-                if self._store.is_unreadable(key):
-                    self._tell_of_damage(about, f"{METADATA} cannot be read")
-                self._say(f"preparing {about}: once, until something of it changes")
-                with self._store.incoming(key) as folder, ExitStack() as stack:
-                    below = self._below(blueprint, steps[:-1], stack) if steps else None
-                    return self._build(folder, key, blueprint, steps, below)
+            return self._store.make(key, fill, on_busy=lambda: self._callbacks.say(waits))
         except _StepError as failed:
             raise failed.raised from None
-        except (OSError, ImageError, MonitorError) as error:
-            if isinstance(error, VMSandboxError) and error.transient:
+        except (CacheError, ImageError, MonitorError) as error:
+            if error.transient:
                 raise
-            brief = error.brief if isinstance(error, VMSandboxError) else str(error)
             raise NoTemplateError(
-                f"the template of {blueprint.image} could not be built: {brief}",
-                details=getattr(error, "details", ""),
+                f"the template of {blueprint.image} could not be built: {error.brief}",
+                details=error.details,
             ) from error
+
+    def _logs(self, image: str) -> Path | None:
+        """The folder for the logs of a guest that becomes a template: of who waits for that."""
+        name = self._backend.name(f"{image}-prepared")
+        self._callbacks.guest_begun(name)
+        return self._callbacks.logs(name)
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was built."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
         for _ in range(_TRIES):
-            template = self._store.find(key) or self._made(key, blueprint, steps)
+            template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as own:
                 with suppress(FileNotFoundError):  # then it is gone, or its lock
-                    own.enter_context(self._store.hold(template))
+                    own.enter_context(self._store.hold(template.folder))
                 if not (fault := template.damage()):
                     stack.push(own.pop_all())
                     return template
@@ -274,14 +259,9 @@ class TemplateBuilder:
         raise NoTemplateError(f"the template of {about} is damaged again and again")
 
     def _build(
-        self,
-        folder: Path,
-        key: str,
-        blueprint: Blueprint,
-        steps: Sequence[Step],
-        below: Template | None,
-    ) -> Template:
-        hardware = blueprint.hardware
+        self, folder: Path, blueprint: Blueprint, steps: Sequence[Step], below: Template | None
+    ) -> dict[str, object]:
+        hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
@@ -293,10 +273,11 @@ class TemplateBuilder:
             if identity is not None:  # QEMU opens it by itself
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
-                blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
+                blueprint.disks(hypervisor.cache, below.layers if below is not None else ())
             )
-            engine = self._engine(
+            machines = Machines(
                 _as_built(blueprint, steps),
+                hypervisor,
                 name=name,
                 key=pair,
                 disks=disks,
@@ -305,7 +286,7 @@ class TemplateBuilder:
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
-            with engine:
+            with self._backend.engine(machines) as engine:
                 if not engine.has_helper:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
                 guest = Guest(engine)
@@ -320,18 +301,13 @@ class TemplateBuilder:
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
         (folder / KEY).write_text(pair.private, encoding="utf-8")
-        for file in folder.iterdir():
-            if file.name != KEY:
-                file.chmod(0o644)  # a QEMU of another user opens them
-        return self._store.adopt(
-            folder,
-            key,
-            image=blueprint.image,
-            name=name,
-            layers=layers,
-            disk=below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
-            facts=dict(facts or {}),
-        )
+        return {
+            "image": blueprint.image,
+            "name": name,
+            "layers": layers,
+            "disk": below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
+            "facts": dict(facts or {}),
+        }
 
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:

@@ -20,7 +20,7 @@ def firmware(vm_factory):
 
         def start(accelerator: str) -> Machine:
             qemu = find_qemu()
-            hypervisor = vm_factory._running()
+            hypervisor = vm_factory.backend.hypervisor
             spec = MachineSpec(
                 name="firmware",
                 qemu=str(qemu.path),
@@ -36,15 +36,15 @@ def firmware(vm_factory):
 
 @pytest.mark.origins("booted")
 def test_the_verdict_is_remembered(vm_factory):
-    verdict = vm_factory.accelerator("tiny")
-    vm_factory._verdicts.clear()
-    assert vm_factory.accelerator("tiny") == verdict
+    verdict = vm_factory.backend.accelerator("tiny")
+    vm_factory.backend._verdicts.clear()
+    assert vm_factory.backend.accelerator("tiny") == verdict
 
 
 @pytest.mark.origins("booted")
 def test_auto_is_right(vm_factory):
     """Where KVM runs kernels `auto` takes it; where it only looks as if, it does not."""
-    verdict = vm_factory.accelerator("tiny")
+    verdict = vm_factory.backend.accelerator("tiny")
     if host.kvm_problem():
         assert verdict.accelerator == "tcg"
     with vm_factory.boot("tiny") as vm:

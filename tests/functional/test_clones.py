@@ -191,7 +191,7 @@ class TestSharingNothing:
     def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            (sealed,) = one._builder._open.values()
+            (sealed,) = one._clones._builder._open.values()
             pid = vm.engine.pid
             maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
@@ -484,7 +484,7 @@ class TestChance:
         with one.boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "cloned"
         assert spawned
-        assert one._pace.slowness >= 2
+        assert one.backend.hypervisor.pace.slowness >= 2
         assert one.told.about("booted one by one") == []
 
     def test_the_launcher_is_killed(self, factory):
@@ -493,7 +493,7 @@ class TestChance:
         one.expect("tiny", one.hardware("tiny", TINY), 6)
         with one.boot("tiny", **TINY) as vm:
             assert one.await_armed(120)
-            launcher = one._running().launcher._process
+            launcher = one.backend.hypervisor.launcher._process
             self.kill(launcher)
             with pytest.raises(GuestLost):
                 vm.run(["true"])
@@ -537,12 +537,12 @@ def launcher_of(path):
 
 
 def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
-    monkeypatch.setattr("pytest_vmsandbox.guests.factory._RUNNING_PER_PROCESSOR", 1)
+    monkeypatch.setattr("pytest_vmsandbox.guests.idle._RUNNING_PER_PROCESSOR", 1)
     one = factory()
     with ExitStack() as stack:
         guests = [stack.enter_context(one.boot("tiny", **TINY)) for _ in range(6)]
         time.sleep(0.6)
-        one._let_rest()
+        one.backend.idle.pause_some()
         assert sum(vm.engine.resting for vm in guests) == 6 - (os.cpu_count() or 1)
         for vm in guests:
             assert abs(offset(vm)) < 0.5  # it is asked after it has waken
@@ -552,6 +552,6 @@ def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
 def test_another_qemu_has_templates_of_its_own(factory, cache):
     """The digest is of all that a state depends on; here, of the build of QEMU."""
     one = factory()
-    blueprint = one._blueprint("tiny", one.hardware("tiny", TINY))
+    blueprint = one.backend.blueprint("tiny", one.hardware("tiny", TINY))
     other = dataclasses.replace(blueprint, qemu=dataclasses.replace(find_qemu(), build="other"))
     assert blueprint.digest != other.digest

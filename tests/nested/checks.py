@@ -32,7 +32,7 @@ def test_auto() -> None:
     """It finds out that KVM runs guests, however slow this host is. Other steps build on that."""
     shutil.rmtree(cache_dir() / "accelerator", ignore_errors=True)
     with GuestFactory.open(Settings(), Announcer(print)) as factory:
-        verdict = factory.accelerator("tiny")
+        verdict = factory.backend.accelerator("tiny")
     print(dataclasses.asdict(verdict))
     assert verdict.accelerator == "kvm"
 

@@ -50,6 +50,7 @@ class LocalFactory:
     def __init__(self, session, folder):
         self.session, self.folder, self.count = session, folder, 0
         self.images_used = []
+        self.backend = self
 
     def describe(self, image):
         return f"vmsandbox: this machine plays {image}"
@@ -111,7 +112,7 @@ class LocalFactory:
         python = os.environ.get("LOCAL_PYTHON", sys.executable)
         installed = replace(
             LAYOUT(guest, payload),
-            place=Place(python=python, runner=str(install._RUNNER), folder=str(base / "run")),
+            place=Place(python=python, runner=str(install.RUNNER), folder=str(base / "run")),
             programs=str(Path(python).parent),
         )
         if "LOCAL_COPY" in os.environ:

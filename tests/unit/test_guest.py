@@ -43,7 +43,6 @@ from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.machine import Machine
 
 KEY = KeyPair.generate()
 
@@ -309,7 +308,7 @@ def platform(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     platform = FakePlatform(home)
-    monkeypatch.setattr(Machine, "running", platform.running)
+    monkeypatch.setattr(machines_module, "Machine", platform)
     monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform))
     monkeypatch.setattr(ssh, "SSHTransport", platform.connection)
     monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)

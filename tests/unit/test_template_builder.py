@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.guests.template_builder import TemplateBuilder, doer, template_key
@@ -51,10 +54,9 @@ def said():
 
 
 @pytest.fixture
-def builder(store, said):
-    with TemplateBuilder.open(
-        store, None, engine=None, logs=lambda _: None, say=said.append, tell=said.append
-    ) as builder:
+def builder(tmp_path, said):
+    backend: Any = SimpleNamespace(cache=tmp_path / "cache", callbacks=Announcer(said.append))
+    with TemplateBuilder.open(backend) as builder:
         yield builder
 
 
@@ -63,12 +65,13 @@ def keep(store, blueprint):
     """Puts a template of that blueprint into the store."""
 
     def put(disk):
-        key = template_key(blueprint, ())
-        with store.lock(key, lambda: None), store.incoming(key) as folder:
+        def fill(folder, _lock):
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
             (folder / "key").write_text(KeyPair.generate().private)
-            store.adopt(folder, key, image="mine", name="mine", disk=disk, layers=[], facts={})
+            return {"image": "mine", "name": "mine", "disk": disk, "layers": [], "facts": {}}
+
+        store.make(template_key(blueprint, ()), fill, on_busy=lambda: None)
 
     return put
 
@@ -158,7 +161,7 @@ class TestFault:
 
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
-        store.throw_away(opened.template.folder)
+        store.throw_away(opened.template.key, opened.template)
         with pytest.raises(LaunchError, match="another run has thrown away"):
             opened.check_current()
         keep("")
