@@ -155,8 +155,7 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"s", data)
-        self._succeeded("reseed the random numbers", kind, *self._unpack("<i", payload))
+        self._do("reseed the random numbers", b"s", data)
 
     def set_hostname(self, name: str) -> None:
         """Name the running system, until its next boot.
@@ -164,8 +163,7 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"h", name.encode())
-        self._succeeded("set its name", kind, *self._unpack("<i", payload))
+        self._do("set its name", b"h", name.encode())
 
     def write_file(self, path: str, data: bytes) -> None:
         """Have a file hold this; one that was not there can be read by all.
@@ -173,8 +171,7 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"f", os.fsencode(path) + b"\0" + data)
-        self._succeeded(f"write {path}", kind, *self._unpack("<i", payload))
+        self._do(f"write {path}", b"f", os.fsencode(path) + b"\0" + data)
 
     def start(self, command: Command, login: str = "root") -> RemoteProcess:
         """Start a program.
@@ -221,7 +218,7 @@ class Helper:
             return number in self._channels
 
     def close(self) -> None:
-        """Forget every program, and let the helper forget it: the guest restarts, or is sealed."""
+        """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
         with self.changed:
             numbers = list(self._channels)
             for channel in self._channels.values():
@@ -279,6 +276,10 @@ class Helper:
             return struct.unpack(form, payload)
         except struct.error as error:
             raise GuestLost("the helper in the guest answers nonsense", stage="command") from error
+
+    def _do(self, what: str, kind: bytes, payload: bytes) -> None:
+        answer, said = self._ask(kind, payload)
+        self._succeeded(what, answer, *self._unpack("<i", said))
 
     def _succeeded(self, what: str, kind: int, status: int) -> None:
         if kind != ord("R") or status:

@@ -12,7 +12,6 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.running import SSH_PORT, Running, check_network, helper_of
 from pytest_vmsandbox.machine.cmdline import Start
@@ -62,7 +61,7 @@ class Machines:
         logs: Path | None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
-        running: resume.RunningMachine | None = None,
+        running: Running | None = None,
     ) -> None:
         self.name = name
         self.blueprint = blueprint
@@ -82,39 +81,31 @@ class Machines:
 
     def switch_on(self) -> Running:
         """A machine that runs; its stack ends it."""
-        with ExitStack() as stack:
-            machine, helper = self._machine(stack)
-            running = Running(machine, helper, self.blueprint, self._key)
-            stack.callback(running.hang_up)
-            running.stack = stack.pop_all()
-            return running
-
-    def _machine(self, stack: ExitStack) -> tuple[Machine, Helper]:
-        """A machine and its helper; `stack` ends it."""
         if self._given is not None:
             given, self._given = self._given, None
-            stack.enter_context(given)
-            return given.machine, given.helper
+            return given
         state, self._state = self._state, None
         if state is not None:
             start = Start.RESTORED if self._memory is None else Start.CONTINUED
         else:
             start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
-        machine = stack.enter_context(
-            Machine.running(
-                self._hypervisor,
-                self.blueprint.machine(self.name, self._key.public, start),
-                disks=self._disks,
-                logs=self._logs,
-                memory=self._memory,
-                state=state,
+        spec = self.blueprint.machine(self.name, self._key.public, start)
+        with ExitStack() as stack:
+            machine = stack.enter_context(
+                Machine.running(
+                    self._hypervisor,
+                    spec,
+                    disks=self._disks,
+                    logs=self._logs,
+                    memory=self._memory,
+                    state=state,
+                )
             )
-        )
-        helper = helper_of(machine, self.blueprint)
-        if state is not None:
-            helper.lead = self._lead
-            resume.from_state(machine, helper)
-        return machine, helper
+            helper = helper_of(machine, self.blueprint)
+            if state is not None:
+                helper.lead = self._lead
+                resume.from_state(machine, helper)
+            return Running(machine, helper, self.blueprint, self._key, stack.pop_all())
 
     def save(self, running: Running) -> Saved:
         """The state of the guest now, its memory and its disks; it goes on afterwards.

@@ -23,8 +23,7 @@ from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.resume import RunningMachine
-from pytest_vmsandbox.guests.running import check_network, helper_of
+from pytest_vmsandbox.guests.running import Running, check_network, helper_of
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
@@ -57,7 +56,7 @@ class Clone:
 
     is_armed: bool
     name: str
-    running: RunningMachine
+    running: Running
     disks: Disks
     logs: Path | None
     stack: ExitStack
@@ -161,7 +160,7 @@ class Pool:
         try:
             with clone.stack:
                 if clone.is_armed:
-                    resume.from_pause(clone.running.machine, clone.running.helper)
+                    clone.running.resume()
                 yield clone, was_armed
         finally:
             self._quota.release(CLAIM)
@@ -340,7 +339,7 @@ class Pool:
             return Clone(
                 is_armed=arm,
                 name=name,
-                running=RunningMachine(machine=machine, helper=helper, stack=own),
+                running=Running(machine, helper, blueprint, opened.key, own),
                 disks=disks,
                 logs=logs,
                 stack=stack.pop_all(),

@@ -44,20 +44,26 @@ class Running:
     """
 
     def __init__(
-        self, machine: Machine, helper: Helper, blueprint: Blueprint, key: KeyPair
+        self,
+        machine: Machine,
+        helper: Helper,
+        blueprint: Blueprint,
+        key: KeyPair,
+        stack: ExitStack,
     ) -> None:
         self.machine = machine
         self.users = 0
         self.held = False
         self.resting = False
         self.last_use = monotonic()
-        self.stack = ExitStack()
+        self.stack = stack
         self._helper = helper
         self._blueprint = blueprint
         self._key = key
         self._transports: dict[str, SSHTransport] = {}
         self._left: list[RemoteProcess] = []
         self._lock = threading.Lock()
+        stack.callback(self.hang_up)
 
     @property
     def helper(self) -> Helper | None:

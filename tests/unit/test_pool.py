@@ -102,11 +102,13 @@ class FakePool(Pool):
 
 
 def clone_of(name, machine, stack, *, is_armed):
-    running_machine = SimpleNamespace(machine=machine, helper=machine)
+    running = SimpleNamespace(
+        machine=machine, resume=lambda: resume.from_pause(anything(machine), anything(machine))
+    )
     return Clone(
         is_armed=is_armed,
         name=name,
-        running=anything(running_machine),
+        running=anything(running),
         disks=anything(SimpleNamespace()),
         logs=None,
         stack=stack,
