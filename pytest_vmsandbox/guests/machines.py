@@ -124,13 +124,10 @@ class Machines:
                 check()
 
             helper = helper_of(machine, self.blueprint, check_all)
-            running = Running(machine, helper, self.blueprint, self._key)
-            stack.callback(running.hang_up)
             if state is not None:
                 helper.lead = self._lead
                 resume.from_state(machine, helper)
-            running.stack = stack.pop_all()
-            return running
+            return Running(machine, helper, self.blueprint, self._key, stack.pop_all())
 
     def save(self, running: Running) -> Saved:
         """The state of the guest now, its memory and its disks; it goes on afterwards.
