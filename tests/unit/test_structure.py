@@ -16,8 +16,6 @@ LIMITS = {"function": 60, "class": 450, "module": 600}
 TOO_LARGE = {
     "inside/runner.py",
     "inside/session.py",
-    "plugin/config.py:add_options",
-    "plugin/leases.py:Leases",
 }
 
 
