@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware, parse_size
+from pytest_vmsandbox.core.spec import Hardware, format_size, parse_size
 
 DEFINITION_FILE = "image.toml"
 SCHEMA = 1
@@ -124,6 +124,28 @@ class ImageDefinition:
         """
         hardware = defaults.changed(arguments)
         return replace(hardware, user=hardware.user or self.user)
+
+    def check(self, hardware: Hardware) -> None:
+        """Check that a guest of this image can have some hardware.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if hardware.memory < self.memory_min:
+            raise ConfigError(
+                f"{format_size(hardware.memory)} of memory is too little for {self.name}",
+                remedy=f"it needs at least {format_size(self.memory_min)}",
+            )
+        if hardware.disk is not None and self.disk_size is None:
+            raise ConfigError(
+                f"{self.name} has no disk of its own",
+                remedy="a test can add blank ones: disks=['1GiB']",
+            )
+        if hardware.disk is not None and hardware.disk < (self.disk_size or 0):
+            raise ConfigError(
+                f"a disk of {format_size(hardware.disk)} is smaller than the image's",
+                remedy=f"{self.name} has {format_size(self.disk_size or 0)}",
+            )
 
     @cached_property
     def digest(self) -> str:

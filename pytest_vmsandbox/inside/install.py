@@ -209,9 +209,9 @@ def install_project(guest: Guest, payload: Payload) -> None:
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    tree_copy.push(guest.stream_script, payload.tree, there.tree)
+    tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
-        tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
+        tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
 
 @contextmanager

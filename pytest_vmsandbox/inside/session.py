@@ -40,6 +40,16 @@ _MAX_FRAME = 5_000  # characters of a line of a stack
 _MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner\.py)\b.*", line \d+ in ')
 
 
+class Starter(Protocol):
+    """Starts programs in a guest; `Engine` does."""
+
+    def start(self, command: Command) -> RemoteProcess:
+        """Start a program, on streams that its starter reads and closes."""
+
+    def connect(self, path: str) -> RemoteProcess | None:
+        """A connection to a Unix socket; None where only a program can relay it."""
+
+
 class Host(Protocol):
     """What is needed of a guest; `Guest` has it."""
 
@@ -51,11 +61,9 @@ class Host(Protocol):
     def run(self) -> Callable[..., CommandResult[Any]]:
         """Runs a program to its end."""
 
-    def start(self, command: Command) -> RemoteProcess:
-        """Start a program, on streams that its starter reads and closes."""
-
-    def connect(self, path: str) -> RemoteProcess | None:
-        """A connection to a Unix socket; None where only a program can relay it."""
+    @property
+    def engine(self) -> Starter:
+        """Starts programs in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +139,10 @@ class Keeper:
         """
         if serve:
             guest.run(["sh", "-c", _SERVE, place.python, place.runner, place.folder])
-        process = guest.connect(f"{place.folder}/socket")
+        process = guest.engine.connect(f"{place.folder}/socket")
         if process is None:
             attach = (place.python, "-I", "-S", place.runner, "attach", place.folder)
-            process = guest.start(Command(argv=attach))
+            process = guest.engine.start(Command(argv=attach))
         try:
             keeper = cls(guest, process, patience=patience)
             keeper._greeting(_ATTACH_SECONDS * patience)

@@ -57,6 +57,10 @@ class Script:
             raise TimeoutError
         return step if isinstance(step, bytes) else encode(step)
 
+    @property
+    def engine(self):
+        return self
+
     def start(self, command):
         return self
 
