@@ -40,7 +40,6 @@ class Payload:
         outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
         requirements: what is installed besides.
-        cache: the user's cache folder; prepared environments are kept there.
         offline: never touch the network.
         say: told of long waits.
         tell: told of what does not go as it should.
@@ -50,7 +49,6 @@ class Payload:
     outside: tuple[Tree, ...] = ()
     project: Project
     requirements: Requirements
-    cache: Path
     offline: bool
     say: Callable[[str], None]
     tell: Callable[[str], None]
@@ -88,15 +86,21 @@ class Payload:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=say)
+        tell = tell or say
+        trees = tuple(map(Tree.of, outside))
+        for tree in trees:
+            files = sum(entry.kind == "file" for entry in tree.entries.values())
+            tell(
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+            )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),
-            outside=tuple(map(Tree.of, outside)),
+            outside=trees,
             project=project,
             requirements=requirements,
-            cache=cache_dir(),
             offline=offline,
             say=say,
-            tell=tell or say,
+            tell=tell,
         )
 
 
@@ -181,7 +185,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     prepared = prepare(
         payload.requirements,
         python,
-        cache=payload.cache,
+        cache=cache_dir(),
         offline=payload.offline,
         say=payload.say,
         tell=payload.tell,

@@ -318,8 +318,7 @@ class Leases:
         from pytest_vmsandbox.inside import distributions, project, requirements
 
         for name in _NO_MODULE.findall(text):
-            folders = project.foreign_folders(self._config.rootpath)
-            if (folder := project.provider(name, folders)) is not None:
+            if (folder := project.foreign_folder(name, self._config.rootpath)) is not None:
                 path = os.path.relpath(folder, self._config.rootpath)
                 return (
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "

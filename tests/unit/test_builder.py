@@ -20,7 +20,7 @@ from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, ImageError
-from support import damage
+from support import damage, images
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 DELIVER = f"""
@@ -44,27 +44,8 @@ SETUPS = pytest.mark.parametrize("namespaces", [True, False], ids=["as we are", 
 
 
 def define(folder, script=DELIVER, *, disk=False, requires="[]"):
-    folder.mkdir(exist_ok=True)
-    (folder / "image.toml").write_text(f"""\
-schema = 1
-description = "An image"
-architecture = "{native_architecture()}"
-recipe = "build"
-uses = []
-requires = {requires}
-{"[disk]" if disk else ""}
-{'size = "1GiB"' if disk else ""}
-[boot]
-append = ""
-memory_min = "128MiB"
-[system]
-python = false
-init = "busybox"
-user = "root"
-""")
-    recipe = folder / "build"
-    recipe.write_text(f"#!/bin/sh\nset -eu\n{script}")
-    recipe.chmod(0o755)
+    definition = images.toml(architecture=native_architecture(), requires=requires, disk=disk)
+    images.define(folder, definition, f"#!/bin/sh\nset -eu\n{script}")
     return ImageDefinition.read(folder)
 
 
