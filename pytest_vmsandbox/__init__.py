@@ -29,33 +29,20 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
-    from pytest_vmsandbox.guests.guest import Guest, Process
+    from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
-_HOME_OF = {
-    "BootError": "core.errors",
-    "CacheError": "core.errors",
-    "CommandError": "core.errors",
-    "CommandResult": "core.transport",
-    "CommandTimeout": "core.errors",
-    "ConfigError": "core.errors",
-    "Guest": "guests.guest",
-    "GuestFactory": "guests.factory",
-    "GuestLost": "core.errors",
-    "Hardware": "core.spec",
-    "ImageError": "core.errors",
-    "InterpreterLost": "core.errors",
-    "LaunchError": "core.errors",
-    "MonitorError": "core.errors",
-    "PreparedImage": "guests.provision",
-    "PreparedLayer": "guests.provision",
-    "Process": "guests.guest",
-    "Provision": "guests.provision",
-    "SSHAccess": "guests.access",
-    "TeardownError": "core.errors",
-    "TransferError": "core.errors",
-    "VMSandboxError": "core.errors",
-}
+_MODULES = (  # where they are, the cheapest to import first
+    "core.errors",
+    "core.spec",
+    "core.transport",
+    "guests.access",
+    "guests.process",
+    "guests.provision",
+    "guests.guest",
+    "guests.factory",
+)
 
 __all__ = [
     "BootError",
@@ -84,9 +71,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    for module in _MODULES if name in __all__ else ():
+        found = import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -131,18 +131,22 @@ def removed_afterwards(folder: Path) -> Iterator[Path]:
     remove_tree(folder)
 
 
-def remove_tree(folder: Path) -> None:
+def remove_tree(folder: Path) -> int:
     """Remove `folder` and all in it, also what belongs to this user's subordinate users.
+
+    Returns:
+        Bytes that are free now.
 
     Raises:
         TeardownError: something of it cannot be removed.
     """
+    size = size_on_disk(folder)
     shutil.rmtree(folder, ignore_errors=True)
     # What mmdebstrap unpacks for an ordinary user belongs to that user's range in /etc/subuid.
     # Only root of a user namespace may remove it, as well as what is in read-only folders.
     for mapping in (["--map-root-user", "--map-auto"], ["--map-root-user"]):
         if not os.path.lexists(folder):
-            return
+            return size
         with suppress(FileNotFoundError):
             subprocess.run(
                 ["unshare", "--user", *mapping, "--", "rm", "-rf", "--", os.fspath(folder)],
@@ -152,6 +156,7 @@ def remove_tree(folder: Path) -> None:
             )
     if os.path.lexists(folder):
         raise TeardownError(f"{folder} cannot be removed", remedy=f"sudo rm -rf {folder}")
+    return size
 
 
 def sync_tree(folder: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import (
@@ -67,14 +67,6 @@ ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
 _MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes, so only a command removes it
 
 
-class Kept(Protocol):
-    """Something in a store."""
-
-    @property
-    def folder(self) -> Path:
-        """Where its files lie."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """Something in a store, and the record of it."""
@@ -107,7 +99,7 @@ class Discarded(NamedTuple):
     in_use: list[Path]
 
 
-E = TypeVar("E", bound=Kept)
+E = TypeVar("E")
 
 
 class Store(Generic[E]):
@@ -176,19 +168,32 @@ class Store(Generic[E]):
         """
         name = key.partition("/")[0]
         with (
-            _keeping(private_folder(self.root)),
+            _told(
+                f"something cannot be kept in {private_folder(self.root)}",
+                remedy=f"make room there, or name another folder in {CACHE}",
+            ),
             locked(self._lock(name), on_busy=on_busy) as lock,
         ):
-            if not replace and (found := self.get(key)) is not None:
+            place = self.root / key
+            if replace:
+                _check_unused(place)  # now, too: it may take long to make
+            elif (found := self.get(key)) is not None:
                 return found
             self._clear(name)
             with removed_afterwards(self.root / f"{_NEW}{name}") as folder:
                 folder.mkdir(mode=0o700)
-                made = self._adopt(key, folder, fill(folder, lock), replace=replace)
-            self.shrink(keep=made.folder)
-            return made
+                record = self._recorded(folder, fill(folder, lock))
+                if replace:
+                    _check_unused(place)
+                self._throw_away(place)
+                place.parent.mkdir(mode=0o700, exist_ok=True)
+                folder.rename(place)
+            sync_tree(place.parent)
+            self.shrink(keep=place)
+            return self._entry(folder=place, record=record)
 
-    def _adopt(self, key: str, folder: Path, content: Mapping[str, object], *, replace: bool) -> E:
+    def _recorded(self, folder: Path, content: Mapping[str, object]) -> Mapping[str, Any]:
+        """Complete what was made: with its record and its lock, and on the disk."""
         names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         digests = {os.fspath(name): integrity.file_digest(folder / name) for name in names}
         _let_others_read(folder)
@@ -196,14 +201,7 @@ class Store(Generic[E]):
         content = {"schema": self._kind.schema, **content, "digests": digests}
         record = integrity.write_record(folder / self._kind.record, content)
         sync_tree(folder)
-        place = self.root / key
-        place.parent.mkdir(mode=0o700, exist_ok=True)
-        if replace and self.discard([place]).in_use:
-            raise CacheError(f"{place} is in use", remedy="end the test runs that use it")
-        self._throw_away(place)  # one that cannot be read
-        folder.rename(place)
-        sync_tree(place.parent)
-        return self._entry(folder=place, record=record)
+        return record
 
     @contextmanager
     def work_folder(self, name: str, base: Path) -> Iterator[Path]:
@@ -215,22 +213,24 @@ class Store(Generic[E]):
             base: where to make it.
 
         Raises:
-            OSError: it cannot be made.
+            CacheError: it cannot be made.
             TeardownError: it cannot be removed.
         """
         link = self.root / f"{_WORK}{name}"
         work = base.absolute() / f"{_WORK_NAME}{secrets.token_hex(4)}"
         link.symlink_to(work)  # first, so that `sweep` finds it in any case
         try:
-            work.mkdir(mode=0o700)
+            with _told("there is no folder for temporary files", remedy="set TMPDIR"):
+                work.mkdir(mode=0o700)
             with removed_afterwards(work):
                 work.chmod(0o711)
                 yield work
         finally:
             link.unlink()
 
+    @staticmethod
     @contextmanager
-    def hold(self, entry: Kept) -> Iterator[int]:
+    def hold(folder: Path) -> Iterator[int]:
         """Keep something from being removed.
 
         Yields:
@@ -239,17 +239,11 @@ class Store(Generic[E]):
         Raises:
             FileNotFoundError: it was removed before it could be held.
         """
-        with hold(entry.folder) as descriptor:
+        with locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
+            with suppress(OSError):  # the cache may be one that is only read
+                os.utime(folder / IN_USE)
+                _let_others_read(folder)  # a copy of the cache may have lost that
             yield descriptor
-
-    def in_use(self, key: str) -> bool:
-        """Whether somebody holds what has that key."""
-        try:
-            with suppress(FileNotFoundError), locked(self.root / key / IN_USE):
-                pass
-        except BlockingIOError:
-            return True
-        return False
 
     def discard(self, folders: Iterable[Path]) -> Discarded:
         """Remove what nobody uses.
@@ -261,16 +255,14 @@ class Store(Generic[E]):
         for folder in folders:
             try:
                 with locked(folder / IN_USE):
-                    size = size_on_disk(folder)
-                    if self._throw_away(folder):
-                        freed.append(size)
+                    freed.append(self._throw_away(folder))
             except FileNotFoundError:  # somebody else was faster
                 pass
             except OSError:  # or it is in a cache that is only read
                 in_use.append(folder)
         return Discarded(len(freed), sum(freed), in_use)
 
-    def throw_away(self, entry: E) -> bool:
+    def throw_away(self, key: str, damaged: E) -> bool:
         """Remove what is damaged, also from under those who use it.
 
         They go on with what they have open, and find it gone when they want more.
@@ -278,21 +270,20 @@ class Store(Generic[E]):
         Returns:
             Whether it was there. Another process may have thrown it away, and made it anew.
         """
-        key = os.fspath(entry.folder.relative_to(self.root))
-        return self.get(key) == entry and self._throw_away(entry.folder)
+        return self.get(key) == damaged and self._throw_away(self.root / key) > 0
 
-    def _throw_away(self, folder: Path) -> bool:
+    def _throw_away(self, folder: Path) -> int:
         if not folder.exists():
-            return False
+            return 0
         # Out of the way first: what is half removed must not look like a whole one.
+        size = size_on_disk(folder)
         try:
             folder.rename(tempfile.mkdtemp(prefix=_GONE, dir=self.root))
-        except FileNotFoundError:
-            return False
-        finally:
-            for gone in self.root.glob(f"{_GONE}*"):
-                remove_tree(gone)
-        return True
+        except FileNotFoundError:  # somebody else was faster
+            size = 0
+        for gone in self.root.glob(f"{_GONE}*"):
+            remove_tree(gone)
+        return size
 
     def sweep(self) -> int:
         """Remove what killed processes left, and locks that nobody needs.
@@ -303,8 +294,11 @@ class Store(Generic[E]):
         Raises:
             TeardownError: something of it cannot be removed.
         """
-        freed = sum(map(_remove, self.root.glob(f"{_GONE}*")))
-        names = {lock.stem for lock in self.root.glob("[!.]*.lock")}
+        freed = sum(map(remove_tree, self.root.glob(f"{_GONE}*")))
+        locks = {lock.stem for lock in self.root.glob("[!.]*.lock")}
+        names = {name for name in locks if not (self.root / name).exists()}
+        if self._kind is IMAGES:  # older versions made images beside those that are built
+            names |= {path.parent.name for path in self.root.glob("*/.*")}
         for prefix in (_NEW, _FORMERLY_NEW, _WORK):
             names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
         for name in names:
@@ -324,13 +318,13 @@ class Store(Generic[E]):
         """Remove what was left when something was made; the lock of that name is held."""
         link = self.root / f"{_WORK}{name}"
         former = (self.root / f"{_FORMERLY_NEW}{name}", *(self.root / name).glob(".*"))
-        freed = sum(map(_remove, (self.root / f"{_NEW}{name}", *former)))
+        freed = sum(map(remove_tree, (self.root / f"{_NEW}{name}", *former)))
         with suppress(OSError):
             work = link.readlink()
             status = work.lstat()
             ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
             if ours and work.name.startswith(_WORK_NAME):
-                freed += _remove(work)
+                freed += remove_tree(work)
         link.unlink(missing_ok=True)
         return freed
 
@@ -351,16 +345,6 @@ class Store(Generic[E]):
                 return
             if folder != keep and store.discard([folder]).removed:
                 total -= sizes[folder]
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[int]:
-    """Keep something from being removed; see `Store.hold`."""
-    with locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
-        with suppress(OSError):  # the cache may be one that is only read
-            os.utime(folder / IN_USE)
-            _let_others_read(folder)  # a copy of the cache may have lost that
-        yield descriptor
 
 
 def tidy(cache: Path, say: Callable[[str], object]) -> int:
@@ -396,15 +380,12 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
 
 
 @contextmanager
-def _keeping(root: Path) -> Iterator[None]:
-    """While something is made in a store: an error of the system becomes one of ours."""
+def _told(brief: str, *, remedy: str) -> Iterator[None]:
+    """An error of the system becomes one of ours."""
     try:
         yield
     except OSError as error:
-        raise CacheError(
-            f"something cannot be kept in {root}: {error.strerror or error}",
-            remedy=f"make room there, or name another folder in {CACHE}",
-        ) from error
+        raise CacheError(f"{brief}: {error.strerror or error}", remedy=remedy) from error
 
 
 def _let_others_read(folder: Path) -> None:
@@ -415,14 +396,17 @@ def _let_others_read(folder: Path) -> None:
             file.chmod(mode | 0o644)
 
 
+def _check_unused(folder: Path) -> None:
+    try:
+        with suppress(FileNotFoundError), locked(folder / IN_USE):
+            pass
+    except BlockingIOError as error:
+        remedy = "end the test runs, and the vmsandbox commands, that use it"
+        raise CacheError(f"{folder} is in use", remedy=remedy) from error
+
+
 def _last_use(folder: Path) -> float:
     try:
         return (folder / IN_USE).stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _remove(folder: Path) -> int:
-    size = size_on_disk(folder)
-    remove_tree(folder)
-    return size

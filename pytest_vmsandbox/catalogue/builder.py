@@ -9,8 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
@@ -23,7 +22,6 @@ from pytest_vmsandbox.catalogue.store import (
     ImageStore,
     build_command,
     files_of,
-    in_use,
 )
 from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError
@@ -93,10 +91,10 @@ def _fill(
 ) -> dict[str, object]:
     """Put the files of an image into a folder; returns what is recorded of it."""
     _check_programs(definition)
-    if store.in_use(key := store.key(definition)):
-        raise in_use(definition.name, store.root / key)
     log = store.failed_log(definition.name)
-    with _work_folder(store, definition.name) as work:
+    # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
+    base = Path(os.environ.get("TMPDIR") or _LARGE_TMP)
+    with store.work_folder(definition.name, base) as work:
         if definition.disk_size is not None:
             check_room((out, work), ROOM_FOR_A_DISK)
         try:
@@ -115,28 +113,6 @@ def _fill(
         "built": deadline.wall(),
         "definition": dataclasses.asdict(definition),
     }
-
-
-@contextmanager
-def _work_folder(store: ImageStore, name: str) -> Iterator[Path]:
-    """A folder for what a recipe needs meanwhile.
-
-    It is not in the cache: the user namespaces of mmdebstrap must be able to reach what is in it,
-    and they cannot when the user's home is private.
-
-    Raises:
-        ImageError: it cannot be made.
-        TeardownError: it cannot be removed.
-    """
-    base = Path(os.environ.get("TMPDIR") or _LARGE_TMP)
-    with ExitStack() as stack:
-        try:
-            work = stack.enter_context(store.work_folder(name, base))
-        except OSError as error:
-            raise ImageError(
-                f"there is no folder for temporary files: {error}", remedy="set TMPDIR"
-            ) from error
-        yield work
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware, parse_size
+from pytest_vmsandbox.core.spec import Hardware, format_size, parse_size
 
 DEFINITION_FILE = "image.toml"
 SCHEMA = 1
@@ -125,6 +125,28 @@ class ImageDefinition:
         hardware = defaults.changed(arguments)
         return replace(hardware, user=hardware.user or self.user)
 
+    def check(self, hardware: Hardware) -> None:
+        """Check that a guest of this image can have some hardware.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if hardware.memory < self.memory_min:
+            raise ConfigError(
+                f"{format_size(hardware.memory)} of memory is too little for {self.name}",
+                remedy=f"it needs at least {format_size(self.memory_min)}",
+            )
+        if hardware.disk is not None and self.disk_size is None:
+            raise ConfigError(
+                f"{self.name} has no disk of its own",
+                remedy="a test can add blank ones: disks=['1GiB']",
+            )
+        if hardware.disk is not None and hardware.disk < (self.disk_size or 0):
+            raise ConfigError(
+                f"a disk of {format_size(hardware.disk)} is smaller than the image's",
+                remedy=f"{self.name} has {format_size(self.disk_size or 0)}",
+            )
+
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of all that goes into the image: every file of its folder and of
@@ -199,11 +221,15 @@ class _Table:
     def choice(self, key: str, choices: Sequence[str]) -> str:
         """The value of `key`, one of `choices`."""
         allowed = " or ".join(map(repr, choices))
-        return self.read(key, allowed, lambda it: next((ok for ok in choices if ok == it), None))
+        return self.read(
+            key,
+            allowed,
+            lambda value: next((choice for choice in choices if choice == value), None),
+        )
 
     def table(self, key: str, keys: Sequence[str]) -> _Table:
         """The table `key`, with exactly `keys`."""
-        values = self.read(key, "a table", lambda it: it if isinstance(it, dict) else None)
+        values = self.read(key, "a table", lambda table: table if isinstance(table, dict) else None)
         return _Table(self._file, f"{self._prefix}{key}.", values, keys)
 
 
@@ -238,18 +264,18 @@ def _user(value: object) -> str | None:
 
 
 def _texts(value: object, good: Callable[[str], bool]) -> tuple[str, ...] | None:
-    if isinstance(value, list) and all(isinstance(it, str) and good(it) for it in value):
+    if isinstance(value, list) and all(isinstance(text, str) and good(text) for text in value):
         return tuple(value)
     return None
 
 
 def _programs(value: object) -> tuple[str, ...] | None:
-    return _texts(value, lambda it: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", it) is not None)
+    return _texts(value, lambda name: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) is not None)
 
 
 def _paths(folder: Path) -> Callable[[object], tuple[str, ...] | None]:
     def read(value: object) -> tuple[str, ...] | None:
-        paths = _texts(value, lambda it: it.isprintable() and not Path(it).is_absolute())
+        paths = _texts(value, lambda path: path.isprintable() and not Path(path).is_absolute())
         for path in paths or ():
             if not (folder / path).exists():
                 raise ConfigError(

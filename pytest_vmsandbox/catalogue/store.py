@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
-from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store, hold
+from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.core.errors import ImageError
 
@@ -88,9 +88,7 @@ class BuiltImage:
         try:  # the record has the time of the build, and the digests of what came out
             return hashlib.sha256((self.folder / IMAGES.record).read_bytes()).hexdigest()
         except OSError as error:
-            raise damaged(
-                self.definition.name, f"{self.folder / IMAGES.record} is missing"
-            ) from error
+            raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
     def verified(self) -> dict[str, str]:
         """The digests of the files that guests need; all of them are read, once per object.
@@ -100,26 +98,24 @@ class BuiltImage:
         Raises:
             ImageError: one of them cannot be read, or is not as it was when the image was built.
         """
-        digests, damage = self._found
-        if damage:
-            raise damaged(self.definition.name, f"{self.folder / damage}")
-        return digests
+        return self._digests
 
     @cached_property
-    def _found(self) -> tuple[dict[str, str], str]:
-        """The digests of the files, and which of them is damaged, if one is."""
+    def _digests(self) -> dict[str, str]:
         digests: dict[str, str] = {}
-        for name in files_of(self.definition):
-            try:
-                digests[name] = integrity.file_digest(self.folder / name)
-            except OSError as error:
-                return digests, f"{name} cannot be read: {error.strerror}"
+        name = ""
         try:
+            for name in files_of(self.definition):
+                digests[name] = integrity.file_digest(self.folder / name)
+            name = IMAGES.record
             built = _record(self.folder).get("digests", digests)
-        except (OSError, ValueError):
-            return digests, f"{IMAGES.record} cannot be read"
-        changed = [name for name, digest in digests.items() if digest != built.get(name)]
-        return digests, f"{changed[0]} has changed since it was built" if changed else ""
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise self._damaged(f"{name} cannot be read: {why}") from error
+        for name, digest in digests.items():
+            if digest != built.get(name):
+                raise self._damaged(f"{name} has changed since it was built")
+        return digests
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -134,10 +130,13 @@ class BuiltImage:
                 lock.touch(mode=0o600)
         with ExitStack() as stack:
             try:
-                stack.enter_context(hold(self.folder))
+                stack.enter_context(Store.hold(self.folder))
             except FileNotFoundError as error:
                 raise self._gone() from error
             yield
+
+    def _damaged(self, what: str) -> ImageError:
+        return damaged(self.definition.name, f"{self.folder}/{what}")
 
     def _gone(self) -> ImageError:
         name = self.definition.name
@@ -209,26 +208,26 @@ class ImageStore(Store[BuiltImage]):
                 raise unusable(used, why)
         raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
 
-    def remove(self, image: ImageDefinition | str) -> int:
-        """Remove the built image of a definition, or all that are built of a name.
+    def remove(self, name: str) -> int:
+        """Remove all images that are built of a name.
 
         Returns:
             Bytes that are free now.
 
         Raises:
             ImageError: guests use it. What nobody uses of that name is removed all the same.
-            ConfigError: that is no name, or a file of the definition cannot be read.
+            ConfigError: that is no name.
             TeardownError: files cannot be removed.
         """
-        if isinstance(image, str):
-            check_name(image, "remove")
-            name, folders = image, self.folders_of(image)
-        else:
-            name, folders = image.name, [self.root / self.key(image)]
-        _, freed, used = self.discard(folders)
-        if used:
-            raise in_use(name, *used)
-        return freed
+        check_name(name, "remove")
+        discarded = self.discard(self.folders_of(name))
+        if discarded.in_use:
+            raise ImageError(
+                f"the image {name!r} is in use",
+                details="\n".join(map(str, discarded.in_use)),
+                remedy="end the test runs, and the vmsandbox commands, that use it",
+            )
+        return discarded.freed
 
     def folders_of(self, name: str) -> list[Path]:
         """The folders of the images that are built of `name`."""
@@ -276,12 +275,3 @@ def damaged(name: str, what: str) -> ImageError:
 def build_command(name: str) -> str:
     """The command that builds an image."""
     return f"vmsandbox images build {name}"
-
-
-def in_use(name: str, *folders: Path) -> ImageError:
-    """The error for an image that cannot be removed now."""
-    return ImageError(
-        f"the image {name!r} is in use",
-        details="\n".join(map(str, folders)),
-        remedy="end the test runs, and the vmsandbox commands, that use it",
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 import click
@@ -29,11 +28,9 @@ class Application(click.Group):
     """The group of all commands: loads them when needed, and turns errors into exit statuses."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """See `click.Group`."""
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """See `click.Group`."""
         if cmd_name not in _COMMANDS:
             return None
         if sys.platform == "win32" and cmd_name != "doctor":
@@ -43,12 +40,11 @@ class Application(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """See `click.Group`; no command has to be loaded for its line."""
+        """Write their names and what they do; no command has to be loaded for that."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """See `click.Group`."""
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
@@ -57,13 +53,12 @@ class Application(click.Group):
         except BrokenPipeError:
             raise  # click ends quietly then
         except (VMSandboxError, BaseExceptionGroup, OSError) as error:
-            leaves = list(_leaves(error))
-            for leaf in leaves:
-                if not isinstance(leaf, VMSandboxError | OSError):
-                    raise
+            leaves = _leaves(error)
+            if not all(isinstance(leaf, VMSandboxError | OSError) for leaf in leaves):
+                raise
             for leaf in leaves:
                 show_error(leaf)
-            ctx.exit(max(exit_status(leaf) for leaf in leaves))
+            ctx.exit(max(map(exit_status, leaves)))
 
 
 def exit_status(error: BaseException) -> int:
@@ -86,16 +81,6 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value and not ctx.resilient_parsing:
-        try:
-            number = version("pytest-vmsandbox")
-        except PackageNotFoundError:  # a checkout that is not installed
-            number = "(not installed)"
-        click.echo(f"vmsandbox {number}")
-        ctx.exit()
-
-
 @click.group(
     cls=Application,
     name="vmsandbox",
@@ -103,14 +88,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     epilog="Exit status: 0 done, 1 the thing asked for failed, 2 wrong usage, 69 the "
     "infrastructure failed. 'run' passes the guest's own status on.",
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_version,
-    help="Show the version and exit.",
-)
+@click.version_option(package_name="pytest-vmsandbox", message="vmsandbox %(version)s")
 def application() -> None:
     """Fresh virtual machines, for tests and by hand."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.cli.benchmark import guests, machine, suites
 from pytest_vmsandbox.cli.benchmark.guests import Setup
 from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, ratios, seconds_of
-from pytest_vmsandbox.cli.options import GuestWish, guest_options
+from pytest_vmsandbox.cli.options import GuestOptions, guest_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
@@ -21,61 +22,36 @@ from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine.qemu import find_qemu
 
 COLD = "cold_boot_s"
-MEASUREMENTS: dict[str, tuple[str, Callable[[Setup], Result]]] = {  # what each is, for people
-    COLD: ("a guest is booted, to the end of its first command", guests.cold_boot),
-    "clone_on_demand_ms": (
-        "nothing is armed: a guest is cloned, to the end of its first command",
-        guests.clone_on_demand,
-    ),
-    "armed_noop_ms": ("an armed guest is leased, to the answer of its helper", guests.armed_noop),
-    "armed_run_ms": (
-        'an armed guest is leased, to the end of run(["true"]), its clock set',
-        guests.armed_run,
-    ),
-    "guests_per_s": (
-        "fresh guests, one after the other, each with a command, the pool never full",
-        guests.guests_per_s,
-    ),
-    "cpu_ms_per_guest": (
-        "processor time of each of those, arming included",
-        guests.cpu_per_guest,
-    ),
-    "pss_mib_per_clone": (
-        "memory of an armed clone, shared pages in proportion",
-        guests.pss_per_clone,
-    ),
-    "leased_at_once": (
-        "guests held at a time, each of which answers within 2 s",
-        guests.leased_at_once,
-    ),
-    "running_at_once": (
-        "likewise, in each of which a program runs all the time",
-        guests.running_at_once,
-    ),
-    "push_mib_s": ("a file of random bytes is pushed", guests.push),
-    "second_run_s": (
-        "pytest is started where templates are there, until its first test has its guest",
-        suites.second_run,
-    ),
-    "in_guest_overhead_ms": (
-        "what a test inside a guest takes more than by plain pytest there",
-        suites.in_guest_overhead,
-    ),
-    "in_guest_isolated_s": (
-        'a test inside a guest of its own (isolation="test")',
-        suites.in_guest_isolated,
-    ),
-    "idle_cost_ms": ("what the plugin costs a suite that does not use it", suites.idle_cost),
+MEASUREMENTS: dict[str, Callable[[Setup], Result]] = {
+    COLD: guests.cold_boot,
+    "clone_on_demand_ms": guests.clone_on_demand,
+    "armed_noop_ms": guests.armed_noop,
+    "armed_run_ms": guests.armed_run,
+    "guests_per_s": guests.guests_per_s,
+    "cpu_ms_per_guest": guests.cpu_per_guest,
+    "pss_mib_per_clone": guests.pss_per_clone,
+    "leased_at_once": guests.leased_at_once,
+    "running_at_once": guests.running_at_once,
+    "push_mib_s": guests.push,
+    "second_run_s": suites.second_run,
+    "in_guest_overhead_ms": suites.in_guest_overhead,
+    "in_guest_isolated_s": suites.in_guest_isolated,
+    "idle_cost_ms": suites.idle_cost,
 }
+
+
+def meaning(key: str) -> str:
+    """What is measured, for people: the first sentence of the function that does it."""
+    first = (getdoc(MEASUREMENTS[key]) or key).splitlines()[0].removesuffix(".")
+    return first[0].lower() + first[1:]
 
 
 class _Help(click.Command):
     """Its help ends with what is measured."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """See `click.Command`."""
         with formatter.section("Figures"):
-            formatter.write_dl([(key, meaning) for key, (meaning, _) in MEASUREMENTS.items()])
+            formatter.write_dl([(key, meaning(key)) for key in MEASUREMENTS])
 
 
 @click.command(cls=_Help)
@@ -122,15 +98,15 @@ def bench(
     What cannot be measured here is left out, and why is said; with --only the exit status is 1 then.
     All figures together take minutes under KVM, and much longer where there is only emulation.
     """
-    wish = GuestWish.read(**options)  # type: ignore[arg-type]  # click has read them
-    hardware = wish.settings.hardware.changed(wish.hardware)
-    definition = Catalogue(wish.settings.image_path).get(image)
+    wanted = GuestOptions.read(**options)  # type: ignore[arg-type]  # click has read them
+    hardware = wanted.settings.hardware.changed(wanted.hardware)
+    definition = Catalogue(wanted.settings.image_path).get(image)
     with tempfile.TemporaryDirectory(prefix="vmsandbox-bench-") as folder:
         screen = Screen(stderr=True)
         setup = Setup(
             image=image,
-            settings=wish.settings,
-            hardware=wish.hardware,
+            settings=wanted.settings,
+            hardware=wanted.hardware,
             folder=Path(folder),
             count=count,
             most=most,
@@ -160,12 +136,10 @@ def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Re
         keys.add(COLD)
     results = {}
     with screen.stages() as stage:
-        for key, (meaning, measurement) in MEASUREMENTS.items():
-            if key not in keys:
-                continue
-            stage(f"{key}: {meaning}")
+        for key in (key for key in MEASUREMENTS if key in keys):
+            stage(f"{key}: {meaning(key)}")
             try:
-                results[key] = measurement(setup)
+                results[key] = MEASUREMENTS[key](setup)
             except CannotMeasureError as error:
                 results[key] = Result(value=None, reason=str(error))
             except VMSandboxError as error:
@@ -180,7 +154,7 @@ def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
         VMSandboxError: no guest of that image can run here.
     """
     with setup.factory("never") as factory:
-        verdict = factory.accelerator(setup.image)
+        verdict = factory.backend.accelerator(setup.image)
     return {
         "machine": machine.describe(),
         "qemu": find_qemu(architecture).release,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pwd
 import shutil
 import subprocess
@@ -59,7 +60,7 @@ class Examination:
         """Everything that can be checked, most basic first."""
         building = sys.platform == "linux"  # there are no recipes for other systems
         yield checks.operating_system(sys.platform, system_name())
-        yield checks.python(tuple(sys.version_info[:3]), sys.executable)
+        yield checks.python(platform.python_version(), sys.executable)
         yield (qemu := self._qemu())
         yield checks.qemu_img(shutil.which("qemu-img"))
         verdict = self._verdict() if qemu.status is not checks.Status.FAILED else None
@@ -112,7 +113,7 @@ class Examination:
         image = DEFAULT_IMAGE if DEFAULT_IMAGE in built else min(built)
         try:
             with GuestFactory.open(self._settings, Announcer(self._say)) as factory:
-                return factory.accelerator(image)
+                return factory.backend.accelerator(image)
         except (VMSandboxError, OSError):
             return None  # another check tells why: QEMU, the cache or the runtime folder
 

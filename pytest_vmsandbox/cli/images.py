@@ -110,7 +110,7 @@ def build_one(
     """Build one image and show how it goes.
 
     Raises:
-        VMSandboxError: see `builder.build`.
+        VMSandboxError: it cannot be built, or not be kept.
     """
     definition = catalogue.get(name)
     if not force and store.state(definition) == "built":

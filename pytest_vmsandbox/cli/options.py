@@ -42,15 +42,17 @@ _GUEST_OPTIONS = (
     click.option(
         "--boot-timeout",
         type=click.FloatRange(min=0, min_open=True),
+        default=Settings.boot_timeout,
+        show_default=True,
         metavar="SECONDS",
-        help="For KVM; longer by itself where there is only emulation (default: 60).",
+        help="For KVM; longer by itself where there is only emulation.",
     ),
     image_path_option,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuestWish:
+class GuestOptions:
     """What the shared options ask for.
 
     Attributes:
@@ -65,17 +67,13 @@ class GuestWish:
     def read(
         cls,
         *,
-        accel: Accelerator = "auto",
-        boot_timeout: float | None = None,
-        image_path: tuple[Path, ...] = (),
+        accel: Accelerator,
+        boot_timeout: float,
+        image_path: tuple[Path, ...],
         **hardware: str | None,
-    ) -> GuestWish:
+    ) -> GuestOptions:
         """From the values of the options that `guest_options` adds."""
-        settings = Settings(
-            accelerator=accel,
-            image_path=image_path,
-            boot_timeout=boot_timeout or Settings.boot_timeout,
-        )
+        settings = Settings(accelerator=accel, image_path=image_path, boot_timeout=boot_timeout)
         given = {name: value for name, value in hardware.items() if value is not None}
         return cls(settings=settings, hardware=given)
 

@@ -61,5 +61,5 @@ def apt_knows(packages: Sequence[str]) -> bool:
 
 def shown(argv: Sequence[str]) -> str:
     """A command line for people: without what only keeps it quiet."""
-    words = [it for it in argv if it not in _APT_GET or it == "apt-get"]
+    words = [word for word in argv if word not in _APT_GET or word == "apt-get"]
     return shlex.join(words)

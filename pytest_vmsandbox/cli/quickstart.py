@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -88,8 +89,8 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
     Raises:
         Stop: it was not installed, or something else is wrong with the machine.
     """
-    wanted = tuple(dict.fromkeys(it for check in found for it in check.install))
-    commands = [packages.as_root(it) for check in found for it in check.commands]
+    wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
+    commands = [packages.as_root(argv) for check in found for argv in check.commands]
     if wanted or commands:
         _install(screen, wanted, commands, yes=yes)
         screen.say("Checking again", "bold")
@@ -134,16 +135,12 @@ def _install(
 
 
 def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
-    updated = not packages.apt_knows(wanted)
-    if updated:
-        screen.say("Fetching the lists of packages")
-        _run(screen, packages.apt_update())
-    screen.say(f"Installing {', '.join(wanted)}")
     install = packages.apt_install(wanted)
-    if not updated and foreground.run(install) == 0:
+    screen.say(f"Installing {', '.join(wanted)}")
+    if packages.apt_knows(wanted) and foreground.run(install) == 0:
         return
-    if not updated:  # the lists may be older than what the mirror still has
-        _run(screen, packages.apt_update())
+    screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
+    _run(screen, packages.apt_update())
     _run(screen, install)
 
 
@@ -163,9 +160,10 @@ def _run_suite(screen: Screen, image: str) -> None:
     Raises:
         Stop: one of them failed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vmsandbox-quickstart-"))
     began = monotonic()
-    try:
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="vmsandbox-quickstart-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
         environment, plugin = pytest_runs.environment()
@@ -177,16 +175,12 @@ def _run_suite(screen: Screen, image: str) -> None:
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
         ]
         status = foreground.run(argv, cwd=suite, env=environment)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    screen.say()
-    if status != 0:
-        screen.say(
-            f"The suite failed, status {status}; it and its artifacts are in {folder}", "bold red"
-        )
-        raise Stop
-    shutil.rmtree(folder, ignore_errors=True)
+        screen.say()
+        if status != 0:
+            stack.pop_all()  # somebody may look at what is there
+            failure = f"The suite failed, status {status}; it and its artifacts are in {folder}"
+            screen.say(failure, "bold red")
+            raise Stop
     screen.say(
         f"Real machines were started, restarted, destroyed and filled up in "
         f"{monotonic() - began:.0f} s; nothing of them is left.",

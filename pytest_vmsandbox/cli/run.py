@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pytest_vmsandbox.cli.guests import fresh_guest
-from pytest_vmsandbox.cli.options import GuestWish, guest_options
+from pytest_vmsandbox.cli.options import GuestOptions, guest_options
 from pytest_vmsandbox.cli.streams import attach
 
 
@@ -39,7 +39,6 @@ class _Run(click.Command):
     """Tells where the command begins, if an option of it was taken for one of ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """See `click.Command`."""
         ours = list(args)  # it is used up
         try:
             return super().parse_args(ctx, args)
@@ -99,12 +98,11 @@ def run(
     vmsandbox run debian-13 -- uname -a
     tar c src | vmsandbox run debian-13 --memory 1GiB -- sh -c 'tar x && make -C src'
     """  # noqa: D301  # a mark for click
-    wish = GuestWish.read(**options)  # type: ignore[arg-type]  # click has read them
-    with fresh_guest(image, wish) as guest:
+    wanted = GuestOptions.read(**options)  # type: ignore[arg-type]  # click has read them
+    with fresh_guest(image, wanted) as guest:
         for source, dest in push:
             guest.push(source, dest)
-        process = guest.popen(command, text=False)
-        status = attach(process, stdin=_input(), timeout=timeout)
+        status = attach(guest, command, stdin=_input(), timeout=timeout)
     ctx.exit(status if status >= 0 else 128 - status)
 
 

@@ -16,8 +16,6 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from pytest_vmsandbox.core.deadline import monotonic
-
 SCHEMA = 1  # of every --json
 _NARROW = 20  # columns in which wrapping helps nobody
 
@@ -62,7 +60,7 @@ class Screen:
         if not self.lively:
             yield self.say
             return
-        with self._moving() as progress:
+        with self._progress(transient=True) as progress:
             progress.add_task(text)
             yield self.say
 
@@ -76,47 +74,28 @@ class Screen:
         if not self.lively:
             yield lambda text: self.say(f"  {text}")
             return
-        with self._moving() as progress:
-            stages = _Stages(self, progress)
-            try:
-                yield stages.begin
-            except BaseException:
-                stages.end("red", "failed after")
-                raise
-            stages.end("green", "")
+        with self._progress(transient=False) as progress:
+            present: list[TaskID] = []
 
-    def _moving(self) -> Progress:
+            def begin(text: str) -> None:
+                end()
+                present.append(progress.add_task(text))
+
+            def end() -> None:
+                if present:
+                    progress.update(present.pop(), completed=100)
+
+            yield begin
+            end()  # what has failed stays as it is
+
+    def _progress(self, *, transient: bool) -> Progress:
         return Progress(
-            SpinnerColumn("line"),  # in ASCII, for any terminal
+            SpinnerColumn("line", finished_text="*"),  # in ASCII, for any terminal
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
-            transient=True,
+            transient=transient,
         )
-
-
-class _Stages:
-    """The stages of `Screen.stages` on a terminal: past ones as lines, the present one moves."""
-
-    def __init__(self, screen: Screen, progress: Progress) -> None:
-        self._screen = screen
-        self._progress = progress
-        self._task: TaskID | None = None
-        self._text = ""
-        self._began = 0.0
-
-    def begin(self, text: str) -> None:
-        self.end("green", "")
-        self._text, self._began = text, monotonic()
-        self._task = self._progress.add_task(text)
-
-    def end(self, style: str, how: str) -> None:
-        if self._task is None:
-            return
-        self._progress.remove_task(self._task)
-        self._task = None
-        taken = f"{how} {monotonic() - self._began:.0f} s".strip()
-        self._screen.parts(("  * ", style), (self._text, ""), (f"  {taken}", "dim"))
 
 
 def write_json(content: Mapping[str, object]) -> None:

@@ -61,6 +61,20 @@ def greeting(address: tuple[str, int], timeout: float) -> bool:
         return False
 
 
+def refusal(address: tuple[str, int], timeout: float) -> bool:
+    """Whether a guest refuses a connection there within `timeout` seconds.
+
+    Args:
+        address: what QEMU forwards to a port of the guest. QEMU takes a connection itself, and drops
+            it when the guest's kernel refuses it.
+    """
+    try:
+        with socket.create_connection(address, timeout) as sock:
+            return sock.recv(1) == b""
+    except OSError as error:
+        return isinstance(error, ConnectionResetError)
+
+
 def _quoted(path: Path) -> str:
     """A path as OpenSSH's options take it."""
     text = str(path).replace("%", "%%")

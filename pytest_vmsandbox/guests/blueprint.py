@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.spec import Hardware, Network
@@ -17,8 +16,6 @@ from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
@@ -64,7 +61,7 @@ class Blueprint:
         Args:
             public_key: of the key that opens it, as in ``authorized_keys``.
         """
-        return MachineSpec(
+        spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
@@ -79,43 +76,21 @@ class Blueprint:
                 ]
             ),
             start=start,
+            kernel=self.built.kernel,
+            initrd=self.built.initrd,
         )
+        return replace(spec, more_args=tuple(self.qemu_args(spec)))
 
     def disks(
         self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
     ) -> AbstractContextManager[Disks]:
-        """Fresh disks for one guest; see `Disks.open`."""
+        """Fresh disks for one guest, gone at the end. `frozen` is what was written before."""
         return Disks.open(
             base=self.built.disk,
             root_size=self.hardware.disk,
             blank=self.hardware.disks,
             folder=folder,
             frozen=frozen,
-        )
-
-    def running(
-        self,
-        hypervisor: Hypervisor,
-        spec: MachineSpec,
-        *,
-        disks: Disks,
-        logs: Path | None,
-        memory: IO[bytes] | None,
-        state: IO[bytes] | None,
-    ) -> AbstractContextManager[Machine]:
-        """A running machine, one of `machine`; see `Machine.running`."""
-        return Machine.running(
-            hypervisor.launcher,
-            hypervisor.loop,
-            spec,
-            kernel=self.built.kernel,
-            initrd=self.built.initrd,
-            disks=disks,
-            logs=logs,
-            more_args=self.qemu_args(spec),
-            memory=memory,
-            state=state,
-            pace=self.pace,
         )
 
     def with_network(self, network: Network) -> Blueprint:
@@ -133,10 +108,7 @@ class Blueprint:
         The network is no part of it, since its isolation is a matter of this side alone.
         """
         count = len(self.hardware.disks) + (self.built.disk is not None)
-        spec = replace(
-            self.machine(self.image, "- -", Start.CLONED),
-            hardware=replace(self.hardware, network="isolated"),
-        )
+        spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)
         fds = Descriptors(
             kernel=0,
             initrd=0,
@@ -148,7 +120,7 @@ class Blueprint:
             "format": FORMAT,
             "image": self.built.digest,
             "built": self.built.build_id,
-            "argv": [*cmdline.argv(spec, fds), *self.qemu_args(spec)],
+            "argv": cmdline.argv(spec, fds),
             "disks": [self.hardware.disk, *self.hardware.disks],
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),

@@ -19,13 +19,16 @@ from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.access import refusal
+from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.platform import check_network, helper_of
+from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.resume import RunningMachine
+from pytest_vmsandbox.guests.running import check_network, helper_of
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
@@ -34,6 +37,8 @@ _HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
 _EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0
+_UNUSED_PORT = 1  # nobody listens there
+_REFUSAL_SECONDS = 2.0
 _STOP_SECONDS = 30.0
 
 
@@ -94,23 +99,11 @@ class Pool:
 
     Args:
         fillers: threads that do so.
-        name: gives a name for a guest of an image.
-        logs: gives the folder for its logs, or None.
     """
 
-    def __init__(
-        self,
-        hypervisor: Hypervisor,
-        quota: Quota,
-        *,
-        fillers: int,
-        name: Callable[[str], str],
-        logs: Callable[[str], Path | None],
-    ) -> None:
-        self._hypervisor = hypervisor
+    def __init__(self, backend: Backend, quota: Quota, fillers: int = 2) -> None:
+        self._backend = backend
         self._quota = quota
-        self._name = name
-        self._logs = logs
         self._kinds: dict[tuple[str, str], _Kind] = {}  # by template and network
         self._changed = threading.Condition()
         self._stopped = False
@@ -121,17 +114,9 @@ class Pool:
 
     @classmethod
     @contextmanager
-    def running(
-        cls,
-        hypervisor: Hypervisor,
-        quota: Quota,
-        *,
-        fillers: int,
-        name: Callable[[str], str],
-        logs: Callable[[str], Path | None],
-    ) -> Iterator[Pool]:
+    def running(cls, backend: Backend, quota: Quota, fillers: int = 2) -> Iterator[Pool]:
         """A pool that fills itself; at the end all clones that nobody took are gone."""
-        pool = cls(hypervisor, quota, fillers=fillers, name=name, logs=logs)
+        pool = cls(backend, quota, fillers)
         try:
             yield pool
         finally:
@@ -270,30 +255,31 @@ class Pool:
                     return
                 assert kind is not None
                 kind.arming += 1
-            clone: Clone | None = None
-            failure: VMSandboxError | None = None
-            claimed = False
-            try:
-                claimed = self._quota.claim(CLAIM, spare=True)
-                if claimed:
-                    with self._quota.processor():
-                        clone = self._clone(kind.opened, kind.blueprint, arm=True)
-                else:
-                    failure = LaunchError("there is no room for a further clone")
-            except VMSandboxError as error:
-                failure = error
-            except Exception as error:  # noqa: BLE001  # else a filler would die without a word
-                failure = LaunchError(f"a clone could not be armed: {error!r}")
+            clone, failure = self._armed(kind)
             with self._changed:
                 kind.arming -= 1
                 kind.failure = failure
                 if clone is not None:
                     kind.armed.append(clone)
-                elif claimed:
-                    self._quota.release(CLAIM)
                 if kind.is_forgotten:  # meanwhile
                     self._empty(kind)
                 self._changed.notify_all()
+
+    def _armed(self, kind: _Kind) -> tuple[Clone | None, VMSandboxError | None]:
+        """An armed clone, whose memory is claimed; or why there is none."""
+        try:
+            if not self._quota.claim(CLAIM, spare=True):
+                return None, LaunchError("there is no room for a further clone")
+            try:
+                with self._quota.processor():
+                    return self._clone(kind.opened, kind.blueprint, arm=True), None
+            except BaseException:
+                self._quota.release(CLAIM)
+                raise
+        except VMSandboxError as error:
+            return None, error
+        except Exception as error:  # noqa: BLE001  # else a filler would die without a word
+            return None, LaunchError(f"a clone could not be armed: {error!r}")
 
     def _wanting(self) -> _Kind | None:
         """The kind that wants a clone most, or None; the condition is held."""
@@ -328,53 +314,29 @@ class Pool:
         Raises:
             VMSandboxError: it cannot be made, or something in it cannot be put right.
         """
-        template = opened.template
-        name = self._name(blueprint.image)
-        spec = blueprint.machine(name, opened.key.public, Start.CLONED)
-        logs = self._logs(name)
+        hypervisor, template = self._backend.hypervisor, opened.template
+        name = self._backend.name(blueprint.image)
+        logs = self._backend.callbacks.logs(name)
         with ExitStack() as stack:
             try:
-                state = template.state()
-                stack.callback(state.close)
-                disks = stack.enter_context(
-                    blueprint.disks(self._hypervisor.cache, template.layers)
-                )
+                state = stack.enter_context(template.state())
+                disks = stack.enter_context(blueprint.disks(hypervisor.cache, template.layers))
             except OSError as error:
                 raise LaunchError(
                     f"the template of {blueprint.image} cannot be read: {error}"
                 ) from error
             opened.check_current()
-            own = ExitStack()
+            own = stack.enter_context(ExitStack())
+            spec = blueprint.machine(name, opened.key.public, Start.CLONED)
             machine = own.enter_context(
-                blueprint.running(
-                    self._hypervisor,
-                    spec,
-                    disks=disks,
-                    logs=logs,
-                    memory=opened.memory,
-                    state=state,
+                Machine.running(
+                    hypervisor, spec, disks=disks, logs=logs, memory=opened.memory, state=state
                 )
             )
-            stack.push(own)
             state.close()  # it is loaded
-
-            def check() -> None:
-                machine.check()
-                opened.check()  # a clone of a damaged template may not answer for minutes
-
-            helper = helper_of(machine, blueprint, check)
-            resume.from_state(machine, helper)
-            if not opened.checked.is_set():
-                check_network(machine, blueprint, check)
-                opened.checked.set()
-            is_systemd = blueprint.built.definition.init == "systemd"
-            resume.rename(helper, name, in_files=is_systemd)
+            helper = _resumed(machine, opened, blueprint)
             if arm:
-                process = helper.start(_EXERCISE)
-                limit = blueprint.stretch(_EXERCISE_SECONDS)
-                process.communicate(None, _ignore, _ignore, limit)
-                process.close()
-                machine.pause()
+                _arm(machine, helper, blueprint)
             return Clone(
                 is_armed=arm,
                 name=name,
@@ -383,6 +345,44 @@ class Pool:
                 logs=logs,
                 stack=stack.pop_all(),
             )
+
+
+def _check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
+    """See that a clone is reached through its network.
+
+    Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
+    so that is waited for only where nothing is refused, as by a firewall.
+
+    Raises:
+        GuestLost: it is not reached.
+    """
+    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+        check_network(machine, blueprint, check)
+
+
+def _resumed(machine: Machine, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
+    """Let a clone go on, with what is its own; its helper."""
+
+    def check() -> None:
+        machine.check()
+        opened.check()  # a clone of a damaged template may not answer for minutes
+
+    helper = helper_of(machine, blueprint, check)
+    resume.from_state(machine, helper)
+    if not opened.checked.is_set():
+        _check_network(machine, blueprint, check)
+        opened.checked.set()
+    is_systemd = blueprint.built.definition.init == "systemd"
+    resume.rename(helper, machine.spec.name, in_files=is_systemd)
+    return helper
+
+
+def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
+    """Run a program in a clone, and pause it."""
+    process = helper.start(_EXERCISE)
+    process.communicate(None, _ignore, _ignore, blueprint.stretch(_EXERCISE_SECONDS))
+    process.close()
+    machine.pause()
 
 
 def _ignore(_: bytes) -> None:

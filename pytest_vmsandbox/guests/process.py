@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Protocol
+from typing import IO, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import (
@@ -17,12 +17,14 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.guests import commands
 
 _CHUNK = 1 << 18
 _ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
 _CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
+_SLOW_SECONDS = 0.1  # after which whoever takes the output is slow: that time does not count then
 _KILL_SECONDS = 15.0
 _ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
 _CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
@@ -154,7 +156,7 @@ class ChannelProcess:
         checked = self._moved = monotonic()
         ended: float | None = None
         while True:
-            got = False
+            got, began = False, monotonic()
             if channel.recv_ready():
                 stdout(channel.recv(_CHUNK))
                 got = True
@@ -164,6 +166,8 @@ class ChannelProcess:
             now = monotonic()
             if got:
                 self._moved = now
+            if ended and now - began > _SLOW_SECONDS:
+                ended += now - began
             ended = ended or (now if self._has_ended() else None)
             if ended:
                 over = channel.eof_received or channel.closed or now - self._moved > quiet
@@ -420,3 +424,51 @@ class _Writer(_Droppable, io.RawIOBase):
         if not self.closed:
             super().close()
             self._process.end_input()
+
+
+class Process:
+    """A program that was started and left running; made by `Guest.popen`.
+
+    Attributes:
+        argv: the program and its arguments.
+        stdin, stdout, stderr: its streams, text or bytes as `popen` was told.
+    """
+
+    def __init__(self, remote: RemoteProcess, argv: tuple[str, ...], *, text: bool) -> None:
+        self._remote = remote
+        self.argv = argv
+        self.stdin = cast("IO[Any]", remote.stdin)
+        self.stdout = cast("IO[Any]", remote.stdout)
+        self.stderr = cast("IO[Any]", remote.stderr)
+        if text:
+            self.stdin = TextWriter(self.stdin, encoding="utf-8", write_through=True)
+            self.stdout = io.TextIOWrapper(self.stdout, encoding="utf-8", errors="replace")
+            self.stderr = io.TextIOWrapper(self.stderr, encoding="utf-8", errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit status (−N: signal N), or None while it runs."""
+        return self._remote.poll()
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end, at most `timeout` seconds; its exit status.
+
+        Raises:
+            CommandTimeout: it still runs, and is left running.
+        """
+        return self._remote.wait(commands.seconds(timeout))
+
+    def terminate(self) -> None:
+        """Send SIGTERM to its process group."""
+        self._remote.signal("TERM")
+
+    def kill(self) -> None:
+        """Send SIGKILL to its process group."""
+        self._remote.signal("KILL")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.poll() is None:
+            self.kill()
+        self._remote.close()

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pytest_vmsandbox.cache.store import IN_USE
 from pytest_vmsandbox.catalogue.store import DISK, damaged
@@ -24,10 +24,11 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
+from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     KEY,
@@ -39,7 +40,6 @@ from pytest_vmsandbox.guests.templates import (
 )
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _QUIET_SECONDS = 0.5  # how long a guest is watched
 _QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
@@ -130,41 +130,20 @@ class OpenTemplate:
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there.
+    """Builds templates, and opens those that are there."""
 
-    Args:
-        store: where they lie.
-        hypervisor: runs guests.
-        guest: makes a guest on a platform.
-        logs: the folder for the logs of a guest that becomes a template, by its image; or None.
-        say: told of long waits.
-        tell: told of what went wrong.
-    """
-
-    def __init__(
-        self,
-        store: TemplateStore,
-        hypervisor: Hypervisor,
-        *,
-        guest: Callable[[GuestPlatform, str], Guest],
-        logs: Callable[[str], Path | None],
-        say: Callable[[str], None],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._store = store
-        self._hypervisor = hypervisor
-        self._guest = guest
-        self._logs = logs
-        self._say = say
-        self._tell = tell
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._callbacks = backend.callbacks
+        self._store = TemplateStore(backend.cache)
         self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
     @classmethod
     @contextmanager
-    def open(cls, *args: Any, **kwargs: Any) -> Iterator[TemplateBuilder]:
+    def open(cls, backend: Backend) -> Iterator[TemplateBuilder]:
         """A builder; at the end every template is let go of."""
-        builder = cls(*args, **kwargs)
+        builder = cls(backend)
         try:
             yield builder
         finally:
@@ -192,11 +171,11 @@ class TemplateBuilder:
         self._throw_away(opened.template, opened.about, fault)
 
     def _throw_away(self, template: Template, about: str, fault: str) -> None:
-        if self._store.throw_away(template):
+        if self._store.throw_away(template.key, template):
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
-        self._tell(f"the template of {about} was damaged ({fault}); it is made anew")
+        self._callbacks.tell(f"the template of {about} was damaged ({fault}); it is made anew")
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
@@ -204,7 +183,8 @@ class TemplateBuilder:
             template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
-                    lock = stack.enter_context(self._store.hold(template))
+                    lock = stack.enter_context(self._store.hold(template.folder))
+                    damage = self._digests.submit(self._damage, template, blueprint)
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
                     return OpenTemplate(
@@ -213,7 +193,7 @@ class TemplateBuilder:
                         key=KeyPair.of(template.private_key),
                         memory=file,
                         lock=lock,
-                        damage=self._digests.submit(self._damage, template, blueprint),
+                        damage=damage,
                         stack=stack.pop_all(),
                     )
                 except (OSError, ValueError) as error:
@@ -241,13 +221,13 @@ class TemplateBuilder:
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             if why := self._store.unreadable(key):
                 self._tell_of_damage(about, why)
-            self._say(f"preparing {about}: once, until something of it changes")
+            self._callbacks.say(f"preparing {about}: once, until something of it changes")
             with ExitStack() as stack:
                 below = self._below(blueprint, steps[:-1], stack) if steps else None
                 return self._build(folder, blueprint, steps, below)
 
         try:
-            return self._store.make(key, fill, on_busy=lambda: self._say(waits))
+            return self._store.make(key, fill, on_busy=lambda: self._callbacks.say(waits))
         except _StepError as failed:
             raise failed.raised from None
         except (CacheError, ImageError, MonitorError) as error:
@@ -258,6 +238,12 @@ class TemplateBuilder:
                 details=error.details,
             ) from error
 
+    def _logs(self, image: str) -> Path | None:
+        """The folder for the logs of a guest that becomes a template: of who waits for that."""
+        name = self._backend.name(f"{image}-prepared")
+        self._callbacks.guest_begun(name)
+        return self._callbacks.logs(name)
+
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was built."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
@@ -265,7 +251,7 @@ class TemplateBuilder:
             template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as own:
                 with suppress(FileNotFoundError):  # then it is gone, or its lock
-                    own.enter_context(self._store.hold(template))
+                    own.enter_context(self._store.hold(template.folder))
                 if not (fault := template.damage()):
                     stack.push(own.pop_all())
                     return template
@@ -275,7 +261,7 @@ class TemplateBuilder:
     def _build(
         self, folder: Path, blueprint: Blueprint, steps: Sequence[Step], below: Template | None
     ) -> dict[str, object]:
-        hardware = blueprint.hardware
+        hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
@@ -287,11 +273,11 @@ class TemplateBuilder:
             if identity is not None:  # QEMU opens it by itself
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
-                blueprint.disks(self._hypervisor.cache, below.layers if below is not None else ())
+                blueprint.disks(hypervisor.cache, below.layers if below is not None else ())
             )
-            platform = GuestPlatform(
+            machines = Machines(
                 _as_built(blueprint, steps),
-                self._hypervisor,
+                hypervisor,
                 name=name,
                 key=pair,
                 disks=disks,
@@ -300,16 +286,17 @@ class TemplateBuilder:
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
-            with self._guest(platform, name) as guest:
-                if not platform.has_helper:
+            with self._backend.engine(machines) as engine:
+                if not engine.has_helper:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
+                guest = Guest(engine)
                 if steps:
                     facts = _done(steps[-1], guest)
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
                 with (folder / STATE).open("x+b", buffering=0) as state:
-                    guest.seal(state)
+                    engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
@@ -372,9 +359,9 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
     deadline = Deadline(_SETTLE_SECONDS)
     calm = 0
     while calm < 2 and not deadline.expired:
-        before = guest.processor_seconds
+        before = guest.engine.processor_seconds
         deadline.pause(_QUIET_SECONDS)
-        taken = guest.processor_seconds - before
+        taken = guest.engine.processor_seconds - before
         calm = calm + 1 if taken < _QUIET_SHARE * _QUIET_SECONDS else 0
 
 

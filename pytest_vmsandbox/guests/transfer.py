@@ -27,6 +27,7 @@ from typing import IO, Protocol, cast
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests import archive
 from pytest_vmsandbox.guests.archive import extract
@@ -35,6 +36,7 @@ from pytest_vmsandbox.guests.script import word
 __all__ = ["extract"]
 
 _CHUNK = 1 << 18
+_MAX_TEXT = 256 * MIB  # of a file that is read at once
 _BLOCK = 4096  # bytes; holes begin and end at multiples of it
 _MIN_HOLE = 16  # blocks; shorter ones are sent as zeros
 _MAX_HOLES = 256  # the largest of a file; each costs a program in the guest
@@ -140,10 +142,35 @@ def push_text(stream: Streamer, text: str, dest: str) -> None:
         'else chmod 644 "$t"; fi'
     )
     into = 'case "$d" in */) echo "$d is a folder" >&2; exit 1;; esac; '
-    stream(
-        _write_script(dest, into=into, receive='cat > "$1"', finish=finish),
-        stdin=io.BytesIO(text.encode()),
+    script = _write_script(dest, into=into, receive='cat > "$1"', finish=finish)
+    stream(script, stdin=io.BytesIO(text.encode()))
+
+
+def read_text(stream: Streamer, source: str) -> str:
+    """The content of a file; see `Guest.read_text`.
+
+    Raises:
+        TransferError: it cannot be read.
+    """
+    data = bytearray()
+    script = (
+        f'n={quoted(source)}; if [ -e "$n" ] && [ ! -f "$n" ]; then '
+        f'echo "$n is not a regular file" >&2; exit 1; fi; exec head -c {_MAX_TEXT + 1} "$n"'
     )
+    try:
+        stream(script, stdout=data.extend)
+        if len(data) > _MAX_TEXT:
+            raise TransferError(
+                f"{source} is larger than {format_size(_MAX_TEXT)}",
+                remedy="vm.pull() copies any file",
+            )
+        return data.decode()
+    except CommandError as error:
+        raise refused(f"{source} cannot be read", error) from error
+    except UnicodeDecodeError as error:
+        raise TransferError(
+            f"{source} is not UTF-8: {error}", remedy="vm.pull() copies any file"
+        ) from error
 
 
 def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> None:

@@ -90,10 +90,10 @@ def prepare(
     environment = store.get(digest)
     if environment is not None and (why := environment.damage()):
         tell_of_damage(why)
-        store.throw_away(environment)
+        store.throw_away(digest, environment)
         environment = None
     if environment is None:
         on_busy = "waiting for another run that is preparing packages for a guest"
         environment = store.make(digest, fill, on_busy=lambda: say(on_busy))
-    with store.hold(environment):
+    with store.hold(environment.folder):
         yield environment

@@ -28,7 +28,7 @@ from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
-_RUNNER = Path(__file__).with_name("runner.py")
+RUNNER = Path(__file__).with_name("runner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
         there = f"{BASE}/src/{payload.tree.root.relative_to(common)}"
         outside = {str(here): f"{BASE}/src/{here.relative_to(common)}" for here in folders}
     return Installed(
-        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
+        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
         tree=there,
         outside=outside,
         path=tuple(posixpath.normpath(f"{there}/{folder}") for folder in project.import_roots),
@@ -154,8 +154,9 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
+    runner = [file.read_text(encoding="utf-8") for file in sorted(RUNNER.rglob("*.py"))]
     return Step(
-        digest=payload.requirements.digest(_FORMAT, _RUNNER.read_text(encoding="utf-8")),
+        digest=payload.requirements.digest(_FORMAT, runner),
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
         network="isolated",
@@ -179,7 +180,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
-    python, executable = GuestPython.probe(guest, _RUNNER.read_text(encoding="utf-8"))
+    python, executable = GuestPython.probe(guest)
     packages = "lib/python{}.{}/site-packages".format(*python.version)
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
@@ -192,7 +193,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         tell=payload.tell,
     )
     with prepared as environment, _folder() as base:
-        shutil.copyfile(_RUNNER, base / "runner.py")
+        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
@@ -214,9 +215,9 @@ def install_project(guest: Guest, payload: Payload) -> None:
         files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
         _write(base, files)
         guest.push(base, BASE)
-    tree_copy.push(guest.stream_script, payload.tree, there.tree)
+    tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
-        tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
+        tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
 
 @contextmanager

@@ -37,7 +37,17 @@ _MAX_OUTPUT = 16 << 20  # characters of live output that are kept, of what nobod
 _MAX_ITEMS = 1_000_000
 _MAX_TAIL = 64 << 10  # characters of what was written last
 _MAX_FRAME = 5_000  # characters of a line of a stack
-_MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner\.py)\b.*", line \d+ in ')
+_MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner)\b.*", line \d+ in ')
+
+
+class Starter(Protocol):
+    """Starts programs in a guest; `Engine` does."""
+
+    def start(self, command: Command) -> RemoteProcess:
+        """Start a program, on streams that its starter reads and closes."""
+
+    def connect(self, path: str) -> RemoteProcess | None:
+        """A connection to a Unix socket; None where only a program can relay it."""
 
 
 class Host(Protocol):
@@ -51,11 +61,9 @@ class Host(Protocol):
     def run(self) -> Callable[..., CommandResult[Any]]:
         """Runs a program to its end."""
 
-    def start(self, command: Command) -> RemoteProcess:
-        """Start a program, on streams that its starter reads and closes."""
-
-    def connect(self, path: str) -> RemoteProcess | None:
-        """A connection to a Unix socket; None where only a program can relay it."""
+    @property
+    def engine(self) -> Starter:
+        """Starts programs in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,7 @@ class Place:
 
     Attributes:
         python: the interpreter that runs tests.
-        runner: the file `runner.py`.
+        runner: the folder `runner`.
         folder: of the keeper's socket, for the user alone.
     """
 
@@ -131,10 +139,10 @@ class Keeper:
         """
         if serve:
             guest.run(["sh", "-c", _SERVE, place.python, place.runner, place.folder])
-        process = guest.connect(f"{place.folder}/socket")
+        process = guest.engine.connect(f"{place.folder}/socket")
         if process is None:
             attach = (place.python, "-I", "-S", place.runner, "attach", place.folder)
-            process = guest.start(Command(argv=attach))
+            process = guest.engine.start(Command(argv=attach))
         try:
             keeper = cls(guest, process, patience=patience)
             keeper._greeting(_ATTACH_SECONDS * patience)
@@ -289,7 +297,7 @@ class GuestSession:
         """Start a session and let it collect.
 
         Args:
-            config: see the runner's ``Session``.
+            config: see ``run`` in the runner's `process.py`.
             timeout: seconds until it has collected.
 
         Returns:
@@ -620,7 +628,7 @@ def _signal_name(number: int) -> str:
 
 
 def parse_probe(text: str) -> dict[str, Any]:
-    """What ``runner.py probe`` has printed.
+    """What ``runner/probe.py`` has printed.
 
     Raises:
         GuestLost: it is anything else.

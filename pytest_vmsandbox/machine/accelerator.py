@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,11 @@ from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
-from pytest_vmsandbox.machine.disk import Disks, image_file
+from pytest_vmsandbox.machine.disk import image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.process import LauncherError
+from pytest_vmsandbox.machine.progress import wait_for_user_space
 from pytest_vmsandbox.machine.qemu import Qemu
 
 STANDSTILL_SECONDS = 3.0  # without progress; a kernel that runs natively needs about one for all
@@ -34,7 +34,7 @@ PROOF_SECONDS = 180.0  # however much progress there is; KVM in an emulated host
 EMULATION_SCALE = 10.0
 _FORMAT = "3"  # of what is kept; raise it when that changes
 _PROOF_MEMORY = 512 * MIB
-_COPES = "let it be found out: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
+_REMEDY = "use the best one that works here: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Verdict:
     """An accelerator that runs guests here.
 
     Attributes:
-        accelerator: ``kvm``, ``hvf`` or ``tcg`` (emulation).
+        accelerator: ``kvm`` or ``tcg`` (emulation).
         processor: the processor model that runs with it.
         reason: why it is that one, for people.
         seconds: what the guest that proved it took, now or formerly; 0 where none did.
@@ -93,16 +93,15 @@ def choose(
         ConfigError: the cache folder cannot be used.
     """
     if wanted == "kvm" and (problem := host.kvm_problem()):
-        raise LaunchError(f"KVM was asked for: {problem}", remedy=_COPES)
-    if wanted == "hvf" and sys.platform != "darwin":
-        raise LaunchError("HVF was asked for, and there is none but on macOS", remedy=_COPES)
+        raise LaunchError(f"KVM was asked for: {problem}", remedy=_REMEDY)
+    if wanted == "hvf":
+        raise LaunchError("HVF was asked for: guests run on Linux only", remedy=_REMEDY)
     folder = cache / "accelerator"
     if wanted != "auto":
         asked = _unproven(wanted, qemu, "as asked for")
         known = recall(folder / f"{_key(wanted, qemu, kernel)}.json") if wanted != "tcg" else None
         return replace(asked, seconds=known.seconds) if known else asked  # limits suit this host
-    candidate = "hvf" if sys.platform == "darwin" else "kvm"
-    if candidate == "kvm" and (problem := host.kvm_problem()):
+    if problem := host.kvm_problem():
         return _unproven("tcg", qemu, problem)
     with ExitStack() as stack:
         with paths.usable(cache, paths.CACHE):
@@ -110,13 +109,13 @@ def choose(
             folder.mkdir(exist_ok=True, mode=0o700)
             lock = stack.enter_context((folder / ".lock").open("w", encoding="utf-8"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # several processes prove once
-        path = folder / f"{_key(candidate, qemu, kernel)}.json"
+        path = folder / f"{_key('kvm', qemu, kernel)}.json"
         if verdict := recall(path):
             return verdict
         if path.exists():
-            tell(f"the verdict on {candidate} was damaged; it is made anew")
-        say(f"trying whether {candidate} runs guests here; this is done once, and takes seconds")
-        verdict = _prove(candidate, qemu, kernel, initrd, append, hypervisor())
+            tell("the verdict on kvm was damaged; it is made anew")
+        say("trying whether kvm runs guests here; this is done once, and takes seconds")
+        verdict = _prove(qemu, kernel, initrd, append, hypervisor())
         with paths.usable(cache, paths.CACHE):
             part = folder / ".part"  # one name, under the lock: what a kill leaves is overwritten
             integrity.write_record(part, asdict(verdict))
@@ -137,10 +136,8 @@ def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
     return Verdict(accelerator=accelerator, processor=model, reason=reason)
 
 
-def _prove(
-    candidate: str, qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hypervisor
-) -> Verdict:
-    """What a kernel does with the candidate; what is no fault of the candidate is raised.
+def _prove(qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hypervisor) -> Verdict:
+    """Whether KVM runs this kernel; what is no fault of KVM is raised.
 
     Raises:
         LaunchError: there is no room for a guest now, or the launcher failed.
@@ -148,28 +145,22 @@ def _prove(
     host.require_memory(_PROOF_MEMORY)
     ran: list[str] = []
     refused: list[str] = []
-    for model in processor_models(candidate, qemu.version):
+    for model in processor_models("kvm", qemu.version):
         spec = MachineSpec(
             name="vmsandbox-proof",
             qemu=str(qemu.path),
             version=qemu.version,
-            accelerator=candidate,
+            accelerator="kvm",
             processor=model,
             hardware=Hardware(memory=_PROOF_MEMORY),
             append=append,
+            kernel=kernel,
+            initrd=initrd,
         )
         start = monotonic()
         try:
-            with Machine.running(
-                hypervisor.launcher,
-                hypervisor.loop,
-                spec,
-                kernel=kernel,
-                initrd=initrd,
-                disks=Disks(base=None, overlays=()),
-                logs=None,
-            ) as machine:
-                machine.wait_for_user_space(standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS)
+            with Machine.running(hypervisor, spec) as machine:
+                wait_for_user_space(machine, standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS)
         except LauncherError:
             raise
         except VMSandboxError as error:
@@ -177,34 +168,22 @@ def _prove(
             (refused if isinstance(error, LaunchError) else ran).append(error.brief)
         else:
             return Verdict(
-                accelerator=candidate,
+                accelerator="kvm",
                 processor=model,
                 reason="proven: a kernel ran its first program",
                 seconds=monotonic() - start,
             )
-    reason = f"{candidate} is here but does not run guests: {(ran or refused)[-1]}"
+    reason = f"kvm is here but does not run guests: {(ran or refused)[-1]}"
     return _unproven("tcg", qemu, reason)
 
 
-def _key(candidate: str, qemu: Qemu, kernel: Path) -> str:
+def _key(accelerator: str, qemu: Qemu, kernel: Path) -> str:
     with image_file(kernel) as file:
         kernel_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (_FORMAT, candidate, _host_boot(), qemu.build, kernel_digest)
+    parts = (_FORMAT, accelerator, _host_boot(), qemu.build, kernel_digest)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _host_boot() -> str:
     """What differs after each boot of this host."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        import subprocess
-
-        return subprocess.run(
-            ["sysctl", "-n", "kern.boottime"],
-            capture_output=True,
-            text=True,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        ).stdout.strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

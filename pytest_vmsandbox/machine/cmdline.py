@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from pytest_vmsandbox.core.spec import MIB, Hardware
 
@@ -69,11 +70,13 @@ class MachineSpec:
         name: the guest's.
         qemu: the path of the program.
         version: of QEMU.
-        accelerator: ``kvm``, ``hvf`` or ``tcg``.
+        accelerator: ``kvm`` or ``tcg`` (emulation).
         processor: model, one of `processor_models`.
         hardware: of the guest.
         append: the kernel's command line.
-        start: how it starts; see `Start`.
+        start: how it starts.
+        kernel, initrd: files to boot directly; None for a guest that is only firmware.
+        more_args: added to QEMU's command line.
     """
 
     name: str
@@ -84,6 +87,9 @@ class MachineSpec:
     hardware: Hardware
     append: str = ""
     start: Start = Start.POWER_ON
+    kernel: Path | None = None
+    initrd: Path | None = None
+    more_args: tuple[str, ...] = ()
 
 
 def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -106,6 +112,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *panic(),
         *confinement(),
         *loading(spec),
+        *spec.more_args,
     ]
 
 

@@ -92,6 +92,9 @@ class Disks:
             return frozen
 
 
+NO_DISKS = Disks(base=None, overlays=())
+
+
 def image_file(path: Path) -> BufferedReader:
     """A file of an image, open to be read.
 

@@ -10,7 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,7 @@ from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.process import Launcher
 
 _LOCK = ".lock"
@@ -33,12 +34,14 @@ class Hypervisor:
         cache: the user's cache folder, on a file system with room.
         launcher: spawns and owns every QEMU.
         loop: the thread that listens to them.
+        pace: what is known of this host's speed.
     """
 
     folder: Path
     cache: Path
     launcher: Launcher
     loop: LoopThread
+    pace: Pace = field(default_factory=Pace)
 
     def own(self, folder: Path) -> None:
         """Have a folder that lies elsewhere removed when this process is killed.

@@ -7,8 +7,8 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,19 +18,17 @@ from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, Moni
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.machine.disk import Disks, image_file
-from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
-from pytest_vmsandbox.machine.progress import Standstill, guest_time, time_waited
 from pytest_vmsandbox.machine.qmp import Monitor
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
 _LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
-_PROGRESS_SECONDS = 0.5
 _SOON_SECONDS = 0.002
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
@@ -71,17 +69,16 @@ class Machine:
         monitor: Monitor,
         console: Console,
         helper: Port,
-        *,
-        has_base: bool,
+        tops: list[str],
         pace: Pace,
     ) -> None:
         self.spec = spec
-        self._pace = pace
         self.process = process
         self.monitor = monitor
         self.console = console
         self.helper = helper
-        self._tops = cmdline.disk_names(spec, has_base=has_base)  # what each disk writes into
+        self._tops = tops  # what each disk writes into
+        self._pace = pace
         self._nodes = itertools.count(1)
         self._is_over = False  # whether we have ended it
 
@@ -89,89 +86,50 @@ class Machine:
     @contextmanager
     def running(
         cls,
-        launcher: Launcher,
-        loop: LoopThread,
+        hypervisor: Hypervisor,
         spec: MachineSpec,
         *,
-        kernel: Path | None,
-        initrd: Path | None,
-        disks: Disks,
-        logs: Path | None,
-        more_args: Sequence[str] = (),
+        disks: Disks = NO_DISKS,
+        logs: Path | None = None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
-        pace: Pace | None = None,
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end the process is killed and reaped.
 
         Args:
-            kernel, initrd: to boot directly; None for a guest that is only firmware.
             logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
-            more_args: added to QEMU's command line.
             memory: the file that is the guest's memory, where `spec.start` says so.
             state: what is loaded, likewise, from its beginning; such a machine is paused.
-            pace: what is known of this host's speed; limits on QEMU follow it.
 
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load
                 the state.
             ImageError: the kernel or the initial RAM disk cannot be read.
         """
-        is_clone = spec.start is cmdline.Start.CLONED
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
-        pace = pace or Pace()
+        loop = hypervisor.loop
         with ExitStack() as stack:
             log = _Logs(stack, logs)
             console = Console(log.console)
-            fds, given = _descriptors(stack, kernel, initrd, memory, disks)
-            our_monitor, their_monitor = socket.socketpair()
-            our_console, their_console = socket.socketpair()
-            our_helper, their_helper = socket.socketpair()
-            stack.enter_context(our_console)
-            stack.enter_context(our_helper)
-            stack.callback(our_monitor.close)
-            given |= {
-                fds.monitor: their_monitor.fileno(),
-                fds.console: their_console.fileno(),
-                fds.helper: their_helper.fileno(),
-            }
-            argv = [*cmdline.argv(spec, fds), *more_args]
+            fds, given = _descriptors(stack, spec, memory, disks)
+            argv = cmdline.argv(spec, fds)
             log.argv(argv)
-            stack.enter_context(loop.reading(our_console, console.feed))
-            helper = stack.enter_context(Port.open(loop, our_helper))
-            with their_monitor, their_console, their_helper:
-                process = stack.enter_context(
-                    launcher.spawn(
-                        argv,
-                        fds=given,
-                        env={"PATH": os.defpath, "LC_ALL": "C"},
-                        identity=host.guest_identity(spec.accelerator),
-                        # There may be many clones; under emulation, huge pages gain nothing.
-                        small_pages=is_clone and spec.accelerator == "tcg",
-                    )
+            with ExitStack() as theirs:
+                our_monitor, our_console, our_helper = (
+                    _channel(stack, theirs, given, number)
+                    for number in (fds.monitor, fds.console, fds.helper)
                 )
-            started = monotonic()
-            try:
-                monitor = stack.enter_context(
-                    Monitor.connected(
-                        loop, our_monitor, log=log.monitor, timeout=GREETING_SECONDS, pace=pace
-                    )
-                )
-            except MonitorError as error:
-                raise _did_not_start(process) from error
-            pace.took(monotonic() - started, usual=USUAL_GREETING)
+                stack.enter_context(loop.reading(our_console, console.feed))
+                helper = stack.enter_context(Port.open(loop, our_helper))
+                process = stack.enter_context(_spawned(hypervisor.launcher, spec, argv, given))
+            monitor = stack.enter_context(
+                _connected(hypervisor, process, our_monitor, log=log.monitor)
+            )
             # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
             stack.callback(process.wait, _TERM_SECONDS)
             stack.callback(process.signal, signal.SIGKILL)
-            machine = cls(
-                spec,
-                process,
-                monitor,
-                console,
-                helper,
-                has_base=disks.base is not None,
-                pace=pace,
-            )
+            tops = cmdline.disk_names(spec, has_base=disks.base is not None)
+            machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace)
             stack.callback(setattr, machine, "_is_over", True)
             if state is not None:
                 machine._load(state, has_memory=memory is None)
@@ -218,14 +176,14 @@ class Machine:
             reason = events[names.index("SHUTDOWN")].get("data", {}).get("reason", "")
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
-                details=self._console_lines(),
+                details=self.console_lines(),
                 remedy="vm.power_on() switches it on again, in a test that drives the guest from outside "
                 "by the fixture vm",
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(
             f"{self.spec.name}: QEMU ended with {_status_text(status)}",
-            details="\n".join(filter(None, [self.process.stderr_tail, self._console_lines()])),
+            details="\n".join(filter(None, [self.process.stderr_tail, self.console_lines()])),
             stage="launch",
             transient=_was_killed(status),
         )
@@ -241,7 +199,7 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name}: QEMU stopped the guest with status {status!r} "
                 f"({self.spec.accelerator}): {cause}",
-                details=self._console_lines(),
+                details=self.console_lines(),
                 remedy=remedy,
                 stage="launch",
             )
@@ -276,7 +234,7 @@ class Machine:
         found = list(_PANIC_TEXT.finditer(text))
         if not found:
             return GuestLost(
-                f"{self.spec.name}: kernel panic", details=self._console_lines(), stage="kernel"
+                f"{self.spec.name}: kernel panic", details=self.console_lines(), stage="kernel"
             )
         lines = text[found[-1].start() :].split("\n")[:_PANIC_LINES]
         return GuestLost(
@@ -285,7 +243,8 @@ class Machine:
             stage="kernel",
         )
 
-    def _console_lines(self) -> str:
+    def console_lines(self) -> str:
+        """The last lines of the console, for the details of an error."""
         tail = self.console.tail()
         return f"--- last lines of the console\n{tail}" if tail else "(the console is empty)"
 
@@ -308,7 +267,8 @@ class Machine:
                 self.check()
             raise
 
-    def _human(self, line: str) -> str:
+    def human(self, line: str) -> str:
+        """Execute a line of the monitor for people, and return its text."""
         return str(self.execute("human-monitor-command", {"command-line": line}))
 
     def forward(self, port: int, protocol: str = "tcp") -> tuple[str, int]:
@@ -324,7 +284,7 @@ class Machine:
             MonitorError: QEMU refuses it.
         """
         if not (here := self._forwarded(port, protocol)):
-            answer = self._human(f"hostfwd_add {cmdline.NETDEV} {protocol}:127.0.0.1:0-:{port}")
+            answer = self.human(f"hostfwd_add {cmdline.NETDEV} {protocol}:127.0.0.1:0-:{port}")
             here = self._forwarded(port, protocol)
             if not here:
                 raise MonitorError(f"QEMU did not forward port {port}", details=answer)
@@ -332,7 +292,7 @@ class Machine:
 
     def _forwarded(self, port: int, protocol: str) -> tuple[str, int] | None:
         # TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0
-        for line in self._human("info usernet").splitlines():
+        for line in self.human("info usernet").splitlines():
             words = line.split()
             if words[:1] == [f"{protocol.upper()}[HOST_FORWARD]"] and words[5] == str(port):
                 return words[2], int(words[3])
@@ -500,55 +460,6 @@ class Machine:
             return False
         return True
 
-    def wait_for_user_space(self, *, standstill: float, at_most: float) -> None:
-        """Wait until the guest's kernel has started its first program.
-
-        Args:
-            standstill: seconds without any progress after which the guest hangs.
-            at_most: seconds for all of it, however much progress there is.
-
-        Raises:
-            BootError: the guest hangs, is gone, or is not there in time.
-        """
-        deadline = Deadline(at_most)
-        still = Standstill()
-        while True:
-            try:
-                self.console.wait_for(INIT_REACHED, deadline.remaining(_PROGRESS_SECONDS))
-            except TimeoutError:
-                try:
-                    self.check()
-                    self.check_booting()
-                except GuestLost as lost:
-                    raise self.boot_error(lost, deadline.elapsed) from lost
-            else:
-                return
-            if deadline.expired:
-                raise self._never_ran(f"no program ran in {at_most:g} s", deadline.elapsed)
-            # While QEMU waits for a processor of the host, nobody can expect progress.
-            clock = deadline.elapsed - time_waited(self.process.pid)
-            still.look(self._signs_of_progress(), clock)
-            if still.seconds >= standstill:
-                why = f"the guest made no progress for {standstill:g} s"
-                raise self._never_ran(why, deadline.elapsed)
-
-    def _never_ran(self, why: str, seconds: float) -> BootError:
-        return BootError(
-            f"{self.spec.name}: {why} ({self.spec.accelerator})",
-            stage=self.stage,
-            seconds=seconds,
-            details=self._console_lines(),
-        )
-
-    def _signs_of_progress(self) -> object:
-        """What differs as long as the guest gets on.
-
-        Where the host's kernel tells how long it has run the guest's own code, that alone counts: KVM
-        that emulates instructions one by one lets firmware write to the console, and runs no kernel.
-        """
-        time = guest_time(self.process.pid) if self.spec.accelerator == "kvm" else None
-        return (self.console.size, self._human("info registers")) if time is None else time
-
 
 class _Logs:
     """The files that a machine writes beside its work."""
@@ -576,11 +487,7 @@ class _Logs:
 
 
 def _descriptors(
-    stack: ExitStack,
-    kernel: Path | None,
-    initrd: Path | None,
-    memory: IO[bytes] | None,
-    disks: Disks,
+    stack: ExitStack, spec: MachineSpec, memory: IO[bytes] | None, disks: Disks
 ) -> tuple[Descriptors, dict[int, int]]:
     """The numbers for QEMU, and which of our descriptors is behind each."""
     given: dict[int, int] = {}
@@ -591,16 +498,61 @@ def _descriptors(
         return number
 
     fds = Descriptors()
-    if kernel is not None:
-        fds = replace(fds, kernel=give(stack.enter_context(image_file(kernel)).fileno()))
-    if initrd is not None:
-        fds = replace(fds, initrd=give(stack.enter_context(image_file(initrd)).fileno()))
+    if spec.kernel is not None:
+        fds = replace(fds, kernel=give(stack.enter_context(image_file(spec.kernel)).fileno()))
+    if spec.initrd is not None:
+        fds = replace(fds, initrd=give(stack.enter_context(image_file(spec.initrd)).fileno()))
     if memory is not None:
         fds = replace(fds, memory=give(memory.fileno()))
     if disks.base is not None:
         fds = replace(fds, base=give(disks.base.fileno()))
     overlays = tuple(tuple(give(layer.fileno()) for layer in layers) for layers in disks.overlays)
     return replace(fds, overlays=overlays), given
+
+
+def _channel(
+    ours: ExitStack, theirs: ExitStack, given: dict[int, int], number: int
+) -> socket.socket:
+    """Our end of a socket pair; QEMU finds the other end under `number`."""
+    our, their = socket.socketpair()
+    ours.enter_context(our)
+    theirs.enter_context(their)
+    given[number] = their.fileno()
+    return our
+
+
+def _spawned(
+    launcher: Launcher, spec: MachineSpec, argv: list[str], given: dict[int, int]
+) -> AbstractContextManager[OwnedProcess]:
+    """QEMU, started with these descriptors."""
+    is_emulated_clone = spec.start is cmdline.Start.CLONED and spec.accelerator == "tcg"
+    return launcher.spawn(
+        argv,
+        fds=given,
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+        identity=host.guest_identity(spec.accelerator),
+        # There may be many clones; under emulation, huge pages gain nothing.
+        small_pages=is_emulated_clone,
+    )
+
+
+@contextmanager
+def _connected(
+    hypervisor: Hypervisor, process: OwnedProcess, sock: socket.socket, log: Callable[[str], None]
+) -> Iterator[Monitor]:
+    """The monitor of a QEMU that has just been started."""
+    started, pace = monotonic(), hypervisor.pace
+    with ExitStack() as stack:
+        try:
+            monitor = stack.enter_context(
+                Monitor.connected(
+                    hypervisor.loop, sock, log=log, timeout=GREETING_SECONDS, pace=pace
+                )
+            )
+        except MonitorError as error:
+            raise _did_not_start(process) from error
+        pace.took(monotonic() - started, usual=USUAL_GREETING)
+        yield monitor
 
 
 def _did_not_start(process: OwnedProcess) -> LaunchError:

@@ -4,7 +4,68 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import BootError, GuestLost
+from pytest_vmsandbox.machine.machine import INIT_REACHED, Machine
+
+_LOOK_SECONDS = 0.5
 _GUEST_TIME = 43  # of /proc/PID/stat, counted from 1; see proc(5)
+
+
+def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) -> None:
+    """Wait until a guest's kernel has started its first program.
+
+    Args:
+        standstill: seconds without any progress after which the guest hangs.
+        at_most: seconds for all of it, however much progress there is.
+
+    Raises:
+        BootError: the guest hangs, is gone, or is not there in time.
+    """
+    deadline = Deadline(at_most)
+    still = Standstill()
+    while not _runs_programs(machine, deadline):
+        if deadline.expired:
+            raise _never_ran(machine, f"no program ran in {at_most:g} s", deadline.elapsed)
+        # While QEMU waits for a processor of the host, nobody can expect progress.
+        clock = deadline.elapsed - time_waited(machine.process.pid)
+        still.look(_signs_of_progress(machine), clock)
+        if still.seconds >= standstill:
+            why = f"the guest made no progress for {standstill:g} s"
+            raise _never_ran(machine, why, deadline.elapsed)
+
+
+def _runs_programs(machine: Machine, deadline: Deadline) -> bool:
+    """Wait a moment for a guest's first program; whether it has been started."""
+    try:
+        machine.console.wait_for(INIT_REACHED, deadline.remaining(_LOOK_SECONDS))
+    except TimeoutError:
+        try:
+            machine.check()
+            machine.check_booting()
+        except GuestLost as lost:
+            raise machine.boot_error(lost, deadline.elapsed) from lost
+        return False
+    return True
+
+
+def _never_ran(machine: Machine, why: str, seconds: float) -> BootError:
+    return BootError(
+        f"{machine.spec.name}: {why} ({machine.spec.accelerator})",
+        stage=machine.stage,
+        seconds=seconds,
+        details=machine.console_lines(),
+    )
+
+
+def _signs_of_progress(machine: Machine) -> object:
+    """What differs as long as the guest gets on.
+
+    Where the host's kernel tells how long it has run the guest's own code, that alone counts: KVM
+    that emulates instructions one by one lets firmware write to the console, and runs no kernel.
+    """
+    time = guest_time(machine.process.pid) if machine.spec.accelerator == "kvm" else None
+    return (machine.console.size, machine.human("info registers")) if time is None else time
 
 
 class Standstill:

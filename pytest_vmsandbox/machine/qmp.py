@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from qemu.qmp import (
@@ -47,6 +47,7 @@ class Monitor:
         self._client.register_listener(self._listener)
         self._events: list[Event] = []
         self._arrived = threading.Condition()
+        self._passing = threading.Lock()  # QEMU keeps one descriptor until a command takes it
 
     @classmethod
     @contextmanager
@@ -57,7 +58,7 @@ class Monitor:
         *,
         log: Callable[[str], None],
         timeout: float,
-        pace: Pace | None = None,
+        pace: Pace,
     ) -> Iterator[Monitor]:
         """A monitor on our end of a socket pair; it takes the socket over.
 
@@ -69,7 +70,7 @@ class Monitor:
         Raises:
             MonitorError: QEMU did not greet us in time.
         """
-        monitor = cls(loop, log, pace or Pace())
+        monitor = cls(loop, log, pace)
         try:
             monitor._await(monitor._client.connect(sock), timeout, "greeting")
             pump = loop.submit(monitor._pump())
@@ -101,7 +102,8 @@ class Monitor:
         """
         self._record("->", {"execute": command, "arguments": dict(arguments or {})})
         try:
-            answer = self._await(self._execute(command, arguments, fd), timeout, command)
+            with nullcontext() if fd is None else self._passing:
+                answer = self._await(self._execute(command, arguments, fd), timeout, command)
         except MonitorError as error:
             self._record("<-", {"error": error.brief})
             raise

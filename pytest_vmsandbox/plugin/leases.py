@@ -127,7 +127,7 @@ class Leases:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
         key = plan_of(item).place
         lease = self._leases.get(key)
-        if lease is not None and (loss := lease.guest.loss) is not None:
+        if lease is not None and (loss := lease.guest.engine.loss) is not None:
             self._note_loss(lease)
             self._end(key)
             lease = None
@@ -175,9 +175,9 @@ class Leases:
         image = plan.image
         self._check_python(image)
         factory = self._session.factory
-        factory.require(image)
+        factory.backend.require(image)
         payload = self._payload(item.session)
-        patience = factory.patience(image)
+        patience = factory.backend.patience(image)
         alone = plan_of(item).isolation == "test"
         prepared = factory.with_step(image, install.environment_step(payload))
         if alone:
@@ -268,7 +268,7 @@ class Leases:
         from pytest_vmsandbox.inside.session import GuestSession
         from pytest_vmsandbox.plugin import guest_config
 
-        facts: Any = lease.guest.facts
+        facts: Any = lease.guest.engine.facts
         lease.session, said = GuestSession.woken(
             lease.keeper,
             facts["collected"],
@@ -504,7 +504,7 @@ class Leases:
         """
         if lease.session is None:
             return []
-        if (loss := lease.guest.loss) is not None:
+        if (loss := lease.guest.engine.loss) is not None:
             return [f"after the last test in it: {loss.brief}"]
         said = lease.session.finish(_COLLECT_SECONDS * lease.patience)
         lease.is_untouched = any("untouched" in message for message in said)
@@ -534,7 +534,7 @@ class Leases:
         """
         if self._prepared is None or not lease.has_collected or lease.is_untouched:
             return []
-        if lease.guest.loss is not None:
+        if lease.guest.engine.loss is not None:
             self._note_loss(lease)
             return []
         try:

@@ -100,7 +100,7 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
     from pytest_vmsandbox.inside import harvest
 
     found = harvest.bring_back(
-        lease.guest.stream_script,
+        lease.guest.engine.stream_script,
         tree,
         lease.tree,
         patterns=patterns(session.config),

@@ -255,7 +255,7 @@ class VMSession:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
         return Artifacts(
             options.artifacts_dir(self.config) or self._temporary(),
-            own=self.factory.own,
+            own=self.factory.backend.own,
         )
 
     def _temporary(self) -> Path:
@@ -304,14 +304,14 @@ class VMSession:
     @property
     def images_used(self) -> list[str]:
         """The images of which guests were asked for."""
-        return self.factory.images_used if "factory" in self.__dict__ else []
+        return self.factory.backend.images_used if "factory" in self.__dict__ else []
 
     def about(self, images: Sequence[str]) -> list[str]:
         """Lines on what runs the guests of this run, for pytest's header."""
         lines: dict[str, None] = {}
         for image in images:
             try:
-                lines[self.factory.describe(image)] = None
+                lines[self.factory.backend.describe(image)] = None
             except VMSandboxError as error:
                 lines[f"vmsandbox: {error.brief}"] = None
         return list(lines)

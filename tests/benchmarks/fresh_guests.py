@@ -47,7 +47,7 @@ def main() -> int:
             started = time.perf_counter()
             with factory.boot(args.image) as guest:
                 assert guest.run(["echo", str(number)]).stdout == f"{number}\n"
-                origins[guest.origin] = origins.get(guest.origin, 0) + 1
+                origins[guest.engine.origin] = origins.get(guest.engine.origin, 0) + 1
             taken.append(time.perf_counter() - started)
             if number % BATCH == 0 or number == args.count:
                 rows.append((statistics.median(taken), *inventory()))

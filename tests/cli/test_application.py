@@ -79,7 +79,7 @@ def test_help_loads_no_command():
         "import sys; from pytest_vmsandbox import cli\n"
         "try: cli.application(['--help'])\n"
         "except SystemExit: pass\n"
-        "print([it for it in ('paramiko', 'asyncio', 'rich', 'pytest') if it in sys.modules])"
+        "print([name for name in ('paramiko', 'asyncio', 'rich', 'pytest') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -108,7 +108,7 @@ RESULT = CommandResult(argv=("x",), returncode=1, stdout="", stderr="", duration
         (KeyboardInterrupt(), 130),
         (click.Abort(), 130),
     ],
-    ids=lambda it: type(it).__name__ if isinstance(it, BaseException) else str(it),
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
 def test_exit_status(monkeypatch, error, status):
     @click.command
@@ -168,7 +168,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
         (["images", "rm", "nothing"], 2, "there is no image 'nothing'"),
         (["quickstart", "--image", "nothing"], 2, "there is no image 'nothing'"),
     ],
-    ids=lambda it: ascii(" ".join(it)) if isinstance(it, list) else None,
+    ids=lambda value: ascii(" ".join(value)) if isinstance(value, list) else None,
 )
 def test_wrong_usage(invoke, arguments, status, said):
     result = invoke(*arguments)
@@ -379,7 +379,7 @@ def test_quickstart_installs(tmp_path, monkeypatch, known, updates):
 
 def test_the_suite_is_shipped():
     suite = Path(cli.__file__).with_name("quickstart_suite")
-    assert {"pytest.ini", "test_first_steps.py"} <= {it.name for it in suite.iterdir()}
+    assert {"pytest.ini", "test_first_steps.py"} <= {file.name for file in suite.iterdir()}
 
 
 def test_a_program_in_front_is_given_time_to_end_after_an_interrupt():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,12 @@ class TestResults:
             "in_guest_overhead_ms": None,
         }
 
+    def test_pairs_are_measured_in_turn(self):
+        turns = iter([5.0, 1.0, 4.0, 2.0, 9.0, 3.0])
+        pairs = results.Pairs(3, lambda: next(turns), lambda: next(turns))
+        assert (pairs.first, pairs.second, pairs.ratio) == (5.0, 2.0, 3.0)
+        assert pairs.differences == [4.0, 2.0, 6.0]
+
     def test_there_are_none_without_a_cold_boot(self):
         assert results.ratios({"second_run_s": Result(value=2.0)}, bench.COLD) == {}
         figures = {"cold_boot_s": Result(value=None), "second_run_s": Result(value=2.0)}
@@ -87,7 +94,8 @@ def invoke(tmp_path, monkeypatch):
     made_up["leased_at_once"] = refuse(LaunchError("no room", details="none at all"))
     made_up["idle_cost_ms"] = refuse(CannotMeasureError("not\ninstalled"))
     measurements = {
-        key: (meaning, made_up[key]) for key, (meaning, _) in bench.MEASUREMENTS.items()
+        key: wraps(real)(lambda setup, key=key: made_up[key](setup))
+        for key, real in bench.MEASUREMENTS.items()
     }
     monkeypatch.setattr(bench, "MEASUREMENTS", measurements)
     told: dict[str, Any] = (
@@ -187,6 +195,10 @@ class FakeGuest:
         self.origin = origin
         self.done = []
 
+    @property
+    def engine(self):
+        return self
+
     def run(self, argv, **options):
         self.done.append(argv)
 
@@ -251,7 +263,9 @@ def test_armed_is_measured_with_armed_guests_only(site):
     assert figure.details["not_armed"] == 1
     assert factory.expected == 6
     assert factory.waited == 6  # it was full before each
-    assert [guest.done for guest in factory.guests if guest.origin == "armed"] == [[["true"]]] * 5
+    assert [guest.done for guest in factory.guests if guest.engine.origin == "armed"] == [
+        [["true"]]
+    ] * 5
 
 
 def test_armed_where_guests_are_booted(site):

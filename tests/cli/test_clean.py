@@ -83,7 +83,7 @@ class TestImages:
 
     def test_rm_leaves_those_in_use(self, invoke, cache):
         template = sealed.add(cache, "tiny")
-        with TemplateStore(cache).hold(template):
+        with TemplateStore(cache).hold(template.folder):
             assert invoke("images", "rm", "tiny").exit_code == 0
             assert templates(cache) == ["tiny"]
 
@@ -166,7 +166,7 @@ class TestClean:
         for name in ("1", "2"):
             environments.make(name, lambda *_: {}, on_busy=lambda: None)
         assert invoke("clean", "--templates").stdout == NOTHING
-        with environments.hold(environments.all()[0]):
+        with environments.hold(environments.all()[0].folder):
             output = invoke("clean", "--environments").stdout
         assert "removed: 1 environment; " in output
         assert "left alone: 1 environment in use" in output
@@ -178,7 +178,7 @@ class TestClean:
         broken = sealed.add(cache, "tiny", 3)
         (broken.folder / "template.json").write_text("{")
         assert invoke("clean").stdout == NOTHING
-        with TemplateStore(cache).hold(used):
+        with TemplateStore(cache).hold(used.folder):
             output = invoke("clean", "--templates").stdout
         assert "removed: 2 templates; " in output
         assert "are free again" in output

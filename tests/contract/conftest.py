@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,10 @@ import pytest
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_models
-from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.disk import NO_DISKS
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 FAKE = Path(__file__).with_name("fake_qemu.py")
@@ -60,16 +61,16 @@ class Stand:
             processor=processor_models(accelerator, self.qemu.version)[0],
             hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
             start=start,
+            kernel=kernel,
+            more_args=("-fake", fault) if fault else (),
         )
         with Machine.running(
-            self.hypervisor.launcher,
-            self.hypervisor.loop,
+            replace(
+                self.hypervisor, pace=Pace()
+            ),  # what faults are slow at is no fault of the host
             spec,
-            kernel=kernel,
-            initrd=None,
-            disks=disks or Disks(base=None, overlays=()),
+            disks=disks or NO_DISKS,
             logs=self.logs,
-            more_args=["-fake", fault] if fault else [],
             memory=ram,
             state=state,
         ) as machine:

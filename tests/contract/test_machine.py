@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,10 @@ from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.machine import host, machine as machine_module, memory
+from pytest_vmsandbox.machine import host, machine as machine_module, memory, progress
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
+from pytest_vmsandbox.machine.progress import wait_for_user_space
 
 FORBIDS_PNG = (7, 1)
 
@@ -28,6 +30,10 @@ def gone(pid):
 
 def descriptors():
     return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def signs_of_progress(machine) -> Any:
+    return progress._signs_of_progress(machine)
 
 
 class TestMonitor:
@@ -396,33 +402,33 @@ class TestUserSpace:
 
     @pytest.fixture(autouse=True)
     def look_often(self, monkeypatch):
-        monkeypatch.setattr(machine_module, "_PROGRESS_SECONDS", 0.01)
+        monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.01)
 
     @pytest.fixture
     def ticks(self, monkeypatch):
         """What the kernel says of the guest's time, one after the other; it stays at the last."""
         ticks = [0]
         monkeypatch.setattr(
-            machine_module, "guest_time", lambda _: ticks.pop(0) if len(ticks) > 1 else ticks[0]
+            progress, "guest_time", lambda _: ticks.pop(0) if len(ticks) > 1 else ticks[0]
         )
         return ticks
 
     def test_is_reached(self, fake):
         with fake.machine(fault="boots") as machine:
-            machine.wait_for_user_space(standstill=60, at_most=60)
+            wait_for_user_space(machine, standstill=60, at_most=60)
             assert machine.stage == "init"
 
     def test_is_not_reached(self, stand):
         with stand.machine() as machine:
             with pytest.raises(BootError, match=r"it: no program ran in 0\.1 s") as caught:
-                machine.wait_for_user_space(standstill=60, at_most=0.1)
+                wait_for_user_space(machine, standstill=60, at_most=0.1)
             assert caught.value.stage == "firmware"
             assert caught.value.seconds >= 0.1
 
     def test_a_standstill(self, fake, ticks):
         with fake.machine(accelerator="kvm") as machine:
             with pytest.raises(BootError, match="made no progress for") as caught:
-                machine.wait_for_user_space(standstill=0.1, at_most=60)
+                wait_for_user_space(machine, standstill=0.1, at_most=60)
             assert 0.1 <= caught.value.seconds < 60
 
     def test_progress_of_the_processor_prolongs(self, fake, ticks):
@@ -431,62 +437,62 @@ class TestUserSpace:
             fake.machine(accelerator="kvm") as machine,
             pytest.raises(BootError, match="made no progress"),
         ):
-            machine.wait_for_user_space(standstill=1e-9, at_most=60)
+            wait_for_user_space(machine, standstill=1e-9, at_most=60)
         assert ticks == [9]
 
     def test_a_host_without_a_free_processor_is_no_standstill(self, fake, ticks, monkeypatch):
         """QEMU waits for one all the time: nothing can be said of the guest."""
         began = time.monotonic()
-        monkeypatch.setattr(machine_module, "time_waited", lambda _: time.monotonic() - began)
+        monkeypatch.setattr(progress, "time_waited", lambda _: time.monotonic() - began)
         with (
             fake.machine(accelerator="kvm") as machine,
             pytest.raises(BootError, match="no program ran"),
         ):
-            machine.wait_for_user_space(standstill=0.05, at_most=0.2)
+            wait_for_user_space(machine, standstill=0.05, at_most=0.2)
 
     def test_text_alone_is_no_progress(self, fake, ticks, monkeypatch):
         """KVM that emulates firmware one instruction after the other writes, too."""
         texts = [b"one", b"two", b"three"]
         with fake.machine(accelerator="kvm") as machine:
             monkeypatch.setattr(
-                machine_module, "time_waited", lambda _: machine.console.feed(texts.pop()) or 0.0
+                progress, "time_waited", lambda _: machine.console.feed(texts.pop()) or 0.0
             )
             with pytest.raises(BootError, match="made no progress"):
-                machine.wait_for_user_space(standstill=1e-9, at_most=60)
+                wait_for_user_space(machine, standstill=1e-9, at_most=60)
         assert len(texts) == 1  # two looks
 
     def test_emulated_text_is_progress(self, real):
         with real.machine() as machine:
             machine.console.wait_for("SeaBIOS", 20)
             machine.pause()  # its registers stay
-            before = machine._signs_of_progress()
-            assert machine._signs_of_progress() == before
+            before = signs_of_progress(machine)
+            assert signs_of_progress(machine) == before
             machine.console.feed(b"more")
-            assert machine._signs_of_progress() != before
+            assert signs_of_progress(machine) != before
 
     def test_emulated_registers_are_progress(self, real):
         """Firmware changes one all the time."""
         with real.machine() as machine:
-            before, deadline = machine._signs_of_progress()[1], Deadline(20)
-            while machine._signs_of_progress()[1] == before:
+            before, deadline = signs_of_progress(machine)[1], Deadline(20)
+            while signs_of_progress(machine)[1] == before:
                 assert not deadline.expired
 
     def test_where_the_kernel_does_not_tell_the_guests_time(self, fake, monkeypatch):
-        monkeypatch.setattr(machine_module, "guest_time", lambda _: None)
+        monkeypatch.setattr(progress, "guest_time", lambda _: None)
         with fake.machine(accelerator="kvm") as machine:
-            size, _ = machine._signs_of_progress()
+            size, _ = signs_of_progress(machine)
             assert size == machine.console.size
 
     def test_a_guest_that_ends_is_noticed_early(self, fake):
         with fake.machine() as machine:
             machine.kill()
             with pytest.raises(BootError, match="while booting"):
-                machine.wait_for_user_space(standstill=60, at_most=60)
+                wait_for_user_space(machine, standstill=60, at_most=60)
 
     def test_an_accelerator_that_gives_up_is_noticed_early(self, fake):
         with fake.machine(fault="internal-error") as machine:
             with pytest.raises(BootError, match="'internal-error'") as caught:
-                machine.wait_for_user_space(standstill=60, at_most=60)
+                wait_for_user_space(machine, standstill=60, at_most=60)
             assert caught.value.stage == "launch"
 
 

@@ -38,16 +38,16 @@ def origin(request, monkeypatch):
         yield None
         return
     factory = request.getfixturevalue("vm_factory")
-    settings = dataclasses.replace(factory._settings, clones=ORIGINS[request.param])
-    monkeypatch.setattr(factory, "_settings", settings)
+    settings = dataclasses.replace(factory.backend.settings, clones=ORIGINS[request.param])
+    monkeypatch.setattr(factory.backend, "settings", settings)
     found = set()
-    ready = factory._callbacks.guest_ready
+    ready = factory.backend.callbacks.guest_ready
 
     def note(guest):
-        found.add(guest.origin)
+        found.add(guest.engine.origin)
         ready(guest)
 
-    monkeypatch.setattr(factory._callbacks, "guest_ready", note)
+    monkeypatch.setattr(factory.backend.callbacks, "guest_ready", note)
     yield request.param
     if "vm" in request.fixturenames and not shared(request.node):
         assert found == {request.param}
@@ -64,9 +64,9 @@ def nothing_left(request):
     """
     if "vm_factory" in request.fixturenames:
         factory = request.getfixturevalue("vm_factory")
-        factory._running()
-        factory.accelerator("tiny")
-        _ = factory._builder, factory._pool
+        _ = factory.backend.hypervisor
+        factory.backend.accelerator("tiny")
+        _ = factory._clones._builder, factory._clones.pool
         _ = request.config.stash[SESSION].artifacts._guests  # locked as long as the run lives
     before = leaks.inventory()
     yield

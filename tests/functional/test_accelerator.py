@@ -9,7 +9,6 @@ import pytest
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
-from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import find_qemu
 
@@ -21,7 +20,7 @@ def firmware(vm_factory):
 
         def start(accelerator: str) -> Machine:
             qemu = find_qemu()
-            hypervisor = vm_factory._running()
+            hypervisor = vm_factory.backend.hypervisor
             spec = MachineSpec(
                 name="firmware",
                 qemu=str(qemu.path),
@@ -30,32 +29,22 @@ def firmware(vm_factory):
                 processor=processor_models(accelerator, qemu.version)[-1],
                 hardware=Hardware(memory=128 * MIB),
             )
-            return stack.enter_context(
-                Machine.running(
-                    hypervisor.launcher,
-                    hypervisor.loop,
-                    spec,
-                    kernel=None,
-                    initrd=None,
-                    disks=Disks(base=None, overlays=()),
-                    logs=None,
-                )
-            )
+            return stack.enter_context(Machine.running(hypervisor, spec))
 
         yield start
 
 
 @pytest.mark.origins("booted")
 def test_the_verdict_is_remembered(vm_factory):
-    verdict = vm_factory.accelerator("tiny")
-    vm_factory._verdicts.clear()
-    assert vm_factory.accelerator("tiny") == verdict
+    verdict = vm_factory.backend.accelerator("tiny")
+    vm_factory.backend._verdicts.clear()
+    assert vm_factory.backend.accelerator("tiny") == verdict
 
 
 @pytest.mark.origins("booted")
 def test_auto_is_right(vm_factory):
     """Where KVM runs kernels `auto` takes it; where it only looks as if, it does not."""
-    verdict = vm_factory.accelerator("tiny")
+    verdict = vm_factory.backend.accelerator("tiny")
     if host.kvm_problem():
         assert verdict.accelerator == "tcg"
     with vm_factory.boot("tiny") as vm:

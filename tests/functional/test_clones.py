@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import resume, template_builder
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.platform import GuestPlatform
+from pytest_vmsandbox.guests.running import Running
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
 from pytest_vmsandbox.machine.qemu import find_qemu
@@ -89,11 +89,11 @@ class TestWhatIsPutRight:
         one = factory("armed")
         one.expect("tiny", one.hardware("tiny", TINY), 3)
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin in {"cloned", "armed"}
+            assert vm.engine.origin in {"cloned", "armed"}
             assert abs(offset(vm)) < 0.05
         time.sleep(30)
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "armed"
+            assert vm.engine.origin == "armed"
             assert abs(offset(vm)) < 0.05
 
     def test_random_numbers_differ(self, factory):
@@ -126,7 +126,7 @@ class TestWhatIsPutRight:
         """A clone that has waited is as quiet as when it was sealed."""
         one = factory()
         with one.boot("debian-13") as vm:
-            assert vm.origin == "cloned"
+            assert vm.engine.origin == "cloned"
             before = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
             time.sleep(5)
             after = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
@@ -153,7 +153,7 @@ class TestKeepingAhead:
 
             @pytest.mark.parametrize("number", range(3))
             def test_next(vm, number):
-                assert vm.origin == "armed"
+                assert vm.engine.origin == "armed"
         """
         (tmp_path / "test_it.py").write_text(textwrap.dedent(suite))
         argv = [sys.executable, "-m", "pytest", "--vm=tiny", "-p", "no:cacheprovider", "-v"]
@@ -185,14 +185,14 @@ class TestSharingNothing:
             with one.boot("tiny", **TINY) as vm:
                 assert vm.run(["ls", "/root"]).stdout == ""
                 vm.write_text("/root/used", "x")
-                seen.add(vm._machine.process.pid)
+                seen.add(vm.engine.pid)
         assert len(seen) == 8
 
     def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            (sealed,) = one._builder._open.values()
-            pid = vm._machine.process.pid
+            (sealed,) = one._clones._builder._open.values()
+            pid = vm.engine.pid
             maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
             mapped = [it for it in maps if "memfd:vmsandbox-memory" in it or it.endswith("/memory")]
@@ -205,10 +205,10 @@ class TestSharingNothing:
 class TestTemplates:
     def test_a_second_run_boots_nothing(self, factory):
         with factory().boot("tiny", **TINY) as vm:
-            assert vm.origin == "cloned"
+            assert vm.engine.origin == "cloned"
         again = factory()
         with again.boot("tiny", **TINY) as vm:
-            assert vm.origin == "cloned"
+            assert vm.engine.origin == "cloned"
             assert "Linux version" not in vm.console.text
         assert again.told == []
 
@@ -242,7 +242,7 @@ class TestTemplates:
             image = one.prepare(base, prepare, depends_on=depends_on, network="nat")
             with one.boot(image) as vm:
                 assert vm.image == "tiny"
-                assert vm.origin == "cloned"
+                assert vm.engine.origin == "cloned"
                 assert vm.spec.network == "isolated"
                 assert vm.read_text("/opt/made") == "here"
                 assert vm.run(["pidof", "sleep"]).stdout.strip()
@@ -326,10 +326,10 @@ class TestSnapshot:
         with vm.snapshot():
             vm.power_cut()
         assert offset(vm) == pytest.approx(ahead, abs=5)
-        vm.rest()
-        assert vm.resting
+        vm.engine.rest()
+        assert vm.engine.resting
         assert offset(vm) == pytest.approx(ahead, abs=5)
-        assert not vm.resting
+        assert not vm.engine.resting
 
     def test_also_of_a_guest_that_was_lost_or_cut_off_in_it(self, factory):
         with factory().boot("tiny", **TINY) as vm:
@@ -353,7 +353,7 @@ class TestLadder:
         one = factory()
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.origin == "booted"
+                assert vm.engine.origin == "booted"
                 vm.run(["true"])
         (line,) = one.told.about("booted one by one")
         assert "x-ignore-shared" in line
@@ -365,7 +365,7 @@ class TestLadder:
                 (small / entry.name).symlink_to(entry)
             one = factory(cache=small)
             with one.boot("tiny", **TINY) as vm:
-                assert vm.origin == "booted"
+                assert vm.engine.origin == "booted"
                 vm.run(["true"])
             (line,) = one.told.about("booted one by one")
             assert "the cache has no room for 160MiB of memory" in line
@@ -381,13 +381,13 @@ class TestLadder:
         integrity.write_record(template.folder / "template.json", content)
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "booted"
+            assert vm.engine.origin == "booted"
         assert one.told.about("booted one by one")
 
     def test_without_clones(self, factory, cache):
         one = factory("never")
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "booted"
+            assert vm.engine.origin == "booted"
         assert not (cache / "templates").exists()
 
 
@@ -419,17 +419,17 @@ class TestChance:
 
     def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
         retried = []
-        first(template_builder, "settle", lambda guest, _: self.kill(guest._machine.process))
-        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.origin == "cloned"
+        first(template_builder, "settle", lambda guest, _: self.kill(machine_of(guest).process))
+        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.engine.origin == "cloned"
         (error,) = retried
         assert "SIGKILL" in error.brief
 
     def test_one_that_is_killed_while_it_boots(self, factory, first):
         retried = []
-        first(GuestPlatform, "answers", lambda _, machine, *more: self.kill(machine.process))
-        with factory("never", retried=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.origin == "booted"
+        first(Running, "answers", lambda running, _: self.kill(running.machine.process))
+        with factory("never", note_retry=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.engine.origin == "booted"
         (error,) = retried
         assert "SIGKILL" in error.brief
         assert "while booting" in error.brief
@@ -441,15 +441,15 @@ class TestChance:
             vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
 
         first(template_builder, "settle", panic)
-        with factory(retried=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.origin == "booted"
+        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
+            assert vm.engine.origin == "booted"
         assert retried == []
 
     def test_a_clone_that_is_killed(self, factory, first):
         first(resume, "from_state", lambda machine, _: self.kill(machine.process))
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "cloned"
+            assert vm.engine.origin == "cloned"
         assert one.told.about("booted one by one") == []
 
     @pytest.mark.parametrize("command", ["migrate-incoming", "cont"])
@@ -468,7 +468,7 @@ class TestChance:
         monkeypatch.setattr(Monitor, "execute", slow)
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.origin == "cloned"
+                assert vm.engine.origin == "cloned"
         assert late == [command]
         assert one.told.about("booted one by one") == []
 
@@ -482,9 +482,9 @@ class TestChance:
             Monitor, "_await", lambda *_: os.kill(started_by_the_launcher(), signal.SIGSTOP)
         )
         with one.boot("tiny", **TINY) as vm:
-            assert vm.origin == "cloned"
+            assert vm.engine.origin == "cloned"
         assert spawned
-        assert one._pace.slowness >= 2
+        assert one.backend.hypervisor.pace.slowness >= 2
         assert one.told.about("booted one by one") == []
 
     def test_the_launcher_is_killed(self, factory):
@@ -493,15 +493,20 @@ class TestChance:
         one.expect("tiny", one.hardware("tiny", TINY), 6)
         with one.boot("tiny", **TINY) as vm:
             assert one.await_armed(120)
-            launcher = one._running().launcher._process
+            launcher = one.backend.hypervisor.launcher._process
             self.kill(launcher)
             with pytest.raises(GuestLost):
                 vm.run(["true"])
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.origin != "booted"
+                assert vm.engine.origin != "booted"
                 vm.run(["true"])
         assert one.told.about("booted one by one") == []
+
+
+def machine_of(guest):
+    with guest.engine.use() as running:
+        return running.machine
 
 
 def started_by_the_launcher():
@@ -532,21 +537,21 @@ def launcher_of(path):
 
 
 def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
-    monkeypatch.setattr("pytest_vmsandbox.guests.factory._RUNNING_PER_PROCESSOR", 1)
+    monkeypatch.setattr("pytest_vmsandbox.guests.idle._RUNNING_PER_PROCESSOR", 1)
     one = factory()
     with ExitStack() as stack:
         guests = [stack.enter_context(one.boot("tiny", **TINY)) for _ in range(6)]
         time.sleep(0.6)
-        one._let_rest()
-        assert sum(vm.resting for vm in guests) == 6 - (os.cpu_count() or 1)
+        one.backend.idle.pause_some()
+        assert sum(vm.engine.resting for vm in guests) == 6 - (os.cpu_count() or 1)
         for vm in guests:
             assert abs(offset(vm)) < 0.5  # it is asked after it has waken
-            assert not vm.resting
+            assert not vm.engine.resting
 
 
 def test_another_qemu_has_templates_of_its_own(factory, cache):
     """The digest is of all that a state depends on; here, of the build of QEMU."""
     one = factory()
-    blueprint = one._blueprint("tiny", one.hardware("tiny", TINY))
+    blueprint = one.backend.blueprint("tiny", one.hardware("tiny", TINY))
     other = dataclasses.replace(blueprint, qemu=dataclasses.replace(find_qemu(), build="other"))
     assert blueprint.digest != other.digest

@@ -221,7 +221,7 @@ def test_digest_of_a_long_stream(vm):
         digest.update(data)
         size += len(data)
 
-    status = vm.stream(
+    status = vm.engine.stream(
         Command(argv=("head", "-c", "20000000", "/dev/zero")),
         stdout=take,
         stderr=lambda data: None,
@@ -244,7 +244,7 @@ def test_a_stream_that_stands_still_is_ended(vm, tmp_path):
         (tmp_path / "data").open("rb") as stdin,
         pytest.raises(CommandTimeout, match="neither took nor gave anything for 2 s"),
     ):
-        vm.stream(
+        vm.engine.stream(
             Command(argv=("sh", "-c", "cat > /tmp/nobody-reads")),
             stdin=stdin, stdout=bytes, stderr=bytes, timeout=600, idle=2,
         )  # fmt: skip

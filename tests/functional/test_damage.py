@@ -44,7 +44,7 @@ class Run:
     def use(self, image="tiny", hardware=HARDWARE):
         """A guest works; it is a clone."""
         with self.factory.boot(image, **hardware) as vm:
-            assert vm.origin in {"cloned", "armed"}
+            assert vm.engine.origin in {"cloned", "armed"}
             assert vm.run(["hostname"]).stdout.strip() == vm.name
             vm.write_text("/root/file", "content")
             assert vm.read_text("/root/file") == "content"
@@ -52,7 +52,7 @@ class Run:
                 vm.shell("mkfs.ext4 -q /dev/vda && e2fsck -fn /dev/vda")
             if image != "tiny":
                 assert vm.read_text("/opt/layer") == "layer" * 10_000
-            return vm.origin
+            return vm.engine.origin
 
     def use_armed(self):
         """Clones are armed of a template that was damaged before; that is told once."""

@@ -13,12 +13,12 @@ SUITE = """
     import gc, os, signal, threading
     import pytest
     from pytest_vmsandbox import VMSandboxError
-    from pytest_vmsandbox.guests.platform import GuestPlatform
+    from pytest_vmsandbox.guests.running import Running
 
     @pytest.fixture(params=["helper", "ssh"])
     def way(request, monkeypatch):
         if request.param == "ssh":
-            monkeypatch.setattr(GuestPlatform, "_present", None)
+            monkeypatch.setattr(Running, "helper", None)
 
     @pytest.fixture
     def boot(vm_factory):
@@ -40,7 +40,7 @@ SUITE = """
         vm.reboot()
 
     def lose(vm):
-        killer = threading.Timer(0.5, os.kill, (vm.pid, signal.SIGKILL))
+        killer = threading.Timer(0.5, os.kill, (vm.engine.pid, signal.SIGKILL))
         killer.start()
         with pytest.raises(VMSandboxError):
             vm.pull("/dev/zero", "zero")
@@ -82,7 +82,8 @@ SUITE = """
 
     def test_a_monitor_after_the_end(boot):
         with boot() as vm:
-            monitor = vm._machine.monitor
+            with vm.engine.use() as running:
+                monitor = running.machine.monitor
         with pytest.raises(VMSandboxError):
             monitor.execute("query-status")
         del monitor

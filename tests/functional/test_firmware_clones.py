@@ -19,7 +19,6 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_models
-from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import find_qemu
@@ -66,18 +65,9 @@ class Firmware:
             processor=processor_models(self.accelerator, self._qemu.version)[-1],
             hardware=Hardware(memory=128 * MIB),
             start=start,
+            more_args=("-boot", "reboot-timeout=2000"),
         )
-        with Machine.running(
-            self._hypervisor.launcher,
-            self._hypervisor.loop,
-            spec,
-            kernel=None,
-            initrd=None,
-            disks=Disks(base=None, overlays=()),
-            logs=None,
-            more_args=["-boot", "reboot-timeout=2000"],
-            **files,
-        ) as machine:
+        with Machine.running(self._hypervisor, spec, **files) as machine:
             yield machine
 
     @contextmanager

@@ -213,7 +213,7 @@ def pytest_vmsandbox_guest_ready(config, guest):
 
     def kill():
         guest.console.wait_for("kill me now", 900)
-        os.kill(guest.pid, signal.SIGKILL)
+        os.kill(guest.engine.pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
 """

@@ -197,7 +197,7 @@ def test_qemu_killed(vm):
     import os
     import signal
 
-    os.kill(vm._machine.process.pid, signal.SIGKILL)
+    os.kill(vm.engine.pid, signal.SIGKILL)
     with pytest.raises(GuestLost, match="QEMU ended with signal SIGKILL"):
         vm.run(["sleep", "100"])
 
@@ -217,7 +217,7 @@ def test_too_little_memory_for_the_image(vm_factory):
 @pytest.mark.origins("booted")
 def test_no_answer_names_the_stage(vm_factory, monkeypatch):
     """A kernel that finds nothing to start panics, and that is what is told."""
-    monkeypatch.setattr(vm_factory._callbacks, "qemu_args", _broken_init)
+    monkeypatch.setattr(vm_factory.backend.callbacks, "qemu_args", _broken_init)
     with pytest.raises(BootError, match="panic") as caught, vm_factory.boot("tiny"):
         pass
     assert caught.value.stage == "kernel"
@@ -235,12 +235,14 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
 
     # It tells all that it does, so that there is no doubt how far it got.
     monkeypatch.setattr(
-        vm_factory._callbacks,
+        vm_factory.backend.callbacks,
         "qemu_args",
         lambda spec: ["-append", f"{spec.append} ignore_loglevel rdinit=/usr/bin/cat"],
     )
     monkeypatch.setattr(
-        vm_factory, "_settings", dataclasses.replace(vm_factory._settings, boot_timeout=2.5)
+        vm_factory.backend,
+        "settings",
+        dataclasses.replace(vm_factory.backend.settings, boot_timeout=2.5),
     )
     with pytest.raises(BootError, match="did not answer on SSH") as caught, vm_factory.boot("tiny"):
         pass
@@ -250,7 +252,7 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
 
 @pytest.mark.origins("booted")
 def test_qemu_that_refuses_its_command_line(vm_factory, monkeypatch):
-    monkeypatch.setattr(vm_factory._callbacks, "qemu_args", lambda _: ["-no-such-option"])
+    monkeypatch.setattr(vm_factory.backend.callbacks, "qemu_args", lambda _: ["-no-such-option"])
     with (
         pytest.raises(LaunchError, match="QEMU ended with exit status 1") as caught,
         vm_factory.boot("tiny"),
@@ -263,7 +265,7 @@ def test_qemu_runs_as_nobody_in_particular(vm):
     import os
     from pathlib import Path
 
-    pid = vm._machine.process.pid
+    pid = vm.engine.pid
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     uids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
     assert "0" not in uids

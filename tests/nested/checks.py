@@ -32,7 +32,7 @@ def test_auto() -> None:
     """It finds out that KVM runs guests, however slow this host is. Other steps build on that."""
     shutil.rmtree(cache_dir() / "accelerator", ignore_errors=True)
     with GuestFactory.open(Settings(), Announcer(print)) as factory:
-        verdict = factory.accelerator("tiny")
+        verdict = factory.backend.accelerator("tiny")
     print(dataclasses.asdict(verdict))
     assert verdict.accelerator == "kvm"
 
@@ -42,11 +42,10 @@ def test_three_clones_and_a_rollback(vm_factory: GuestFactory) -> None:
     for number in range(3):
         started = time.monotonic()
         with vm_factory.boot(IMAGE) as vm:
-            print(f"guest {number} ({vm.origin}) after {time.monotonic() - started:.1f} s")
-            assert vm.origin in {"cloned", "armed"}
+            print(f"guest {number} ({vm.engine.origin}) after {time.monotonic() - started:.1f} s")
+            assert vm.engine.origin in {"cloned", "armed"}
             assert vm.qmp("query-kvm") == {"enabled": True, "present": True}
-            assert vm._machine
-            assert guest_time(vm._machine.process.pid)  # what the proof of KVM looks at
+            assert guest_time(vm.engine.pid)  # what the proof of KVM looks at
             assert vm.read_text(CLOCK_SOURCE) == "kvm-clock\n"
             assert vm.run(["systemd-detect-virt"]).stdout == "kvm\n"
             assert vm.run(["systemctl", "is-system-running", "--wait"]).stdout == "running\n"

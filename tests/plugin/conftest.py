@@ -48,6 +48,7 @@ class FakeFactory:
 
     def __init__(self, session):
         self.session, self.count = session, 0
+        self.backend = self
 
     def describe(self, image):
         return f"vmsandbox: a fake runs {image}"

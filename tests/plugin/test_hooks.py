@@ -70,18 +70,18 @@ def test_arguments_for_qemu(bare):
     make(bare)
     run(bare, """
         from pytest_vmsandbox.core.spec import Hardware
-        from pytest_vmsandbox.guests import factory
+        from pytest_vmsandbox.guests import backend
         from pytest_vmsandbox.machine.cmdline import MachineSpec
 
         def test_x(vm_factory, monkeypatch):
-            monkeypatch.setattr(factory, "find_qemu", lambda architecture: None)
+            monkeypatch.setattr(backend, "find_qemu", lambda architecture: None)
             for name in ("built", "accelerator"):
-                monkeypatch.setattr(vm_factory, name, lambda image: None)
+                monkeypatch.setattr(vm_factory.backend, name, lambda image: None)
             spec = MachineSpec(
                 name="alpha-1-1", qemu="qemu", version=(7, 2), accelerator="tcg",
                 processor="Nehalem", hardware=Hardware(cpus=3),
             )
-            argv = vm_factory._blueprint("alpha-1", Hardware()).qemu_args(spec)
+            argv = vm_factory.backend.blueprint("alpha-1", Hardware()).qemu_args(spec)
             assert argv[::2] == ["-name"] * 3
             assert sorted(argv[1::2]) == ["one-3", "three-3", "two-3"]
     """)  # fmt: skip

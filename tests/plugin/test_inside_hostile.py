@@ -43,6 +43,7 @@ class Script:
     def __init__(self, said):
         self.said, self.waiting = said, []
         self.name, self.image, self.alive, self.loss = "alpha-1-1", "alpha-1", True, None
+        self.engine = self
 
     def send(self, data, timeout):
         message = json.loads(data)

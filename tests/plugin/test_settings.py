@@ -3,11 +3,11 @@
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests import factory
+from pytest_vmsandbox.guests import backend
 from pytest_vmsandbox.inside.install import Payload
 from support.inside import Suite
 
-assert factory  # pytester forgets what a run in this process imports, and this takes long
+assert backend  # pytester forgets what a run in this process imports, and this takes long
 MIB = 1 << 20
 
 
@@ -62,7 +62,7 @@ def test_a_setting_of_the_factory(bare, ini, option, changed):
         NAMES = {list(DEFAULTS)}
 
         def test_x(vm_factory):
-            values = attrgetter(*NAMES)(vm_factory._settings)
+            values = attrgetter(*NAMES)(vm_factory.backend.settings)
             assert dict(zip(NAMES, values, strict=True)) == {DEFAULTS | changed}
     """)
     bare.run(*option.split()).assert_outcomes(passed=1)
@@ -82,7 +82,7 @@ def payload(bare, monkeypatch):
             asked.append(how)
             raise ConfigError("this is all")
 
-        monkeypatch.setattr(factory.GuestFactory, "require", lambda *_: None)  # there is no QEMU
+        monkeypatch.setattr(backend.Backend, "require", lambda *_: None)  # there is no QEMU
         monkeypatch.setattr(Payload, "of", of)
         definition = bare.path / "images" / "alpha-1" / "image.toml"
         definition.write_text(definition.read_text().replace("python = false", "python = true"))

@@ -62,6 +62,10 @@ class LocalGuest:
         self.transient = False  # whether something else than the guest was at fault
 
     @property
+    def engine(self):
+        return self
+
+    @property
     def alive(self):
         return self.loss is None
 

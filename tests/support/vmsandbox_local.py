@@ -50,6 +50,7 @@ class LocalFactory:
     def __init__(self, session, folder):
         self.session, self.folder, self.count = session, folder, 0
         self.images_used = []
+        self.backend = self
 
     def describe(self, image):
         return f"vmsandbox: this machine plays {image}"
@@ -100,9 +101,9 @@ class LocalFactory:
     def install_project(self, guest, payload):
         if "LOCAL_COPY" in os.environ:  # else the tree is where it is
             there = self.layout(guest, payload)
-            tree_copy.push(guest.stream_script, payload.tree, there.tree)
+            tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
             for tree in payload.outside:
-                tree_copy.push(guest.stream_script, tree, there.outside[str(tree.root)])
+                tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
     def layout(self, guest, payload):
         base = self.folder / (guest.name if guest else "nobody")
@@ -111,7 +112,7 @@ class LocalFactory:
         python = os.environ.get("LOCAL_PYTHON", sys.executable)
         installed = replace(
             LAYOUT(guest, payload),
-            place=Place(python=python, runner=str(install._RUNNER), folder=str(base / "run")),
+            place=Place(python=python, runner=str(install.RUNNER), folder=str(base / "run")),
             programs=str(Path(python).parent),
         )
         if "LOCAL_COPY" in os.environ:

@@ -185,7 +185,7 @@ def start_again(env: dict[str, str]) -> None:
     code = (
         "from pytest_vmsandbox.core.settings import Settings\n"
         "from pytest_vmsandbox.guests.factory import GuestFactory\n"
-        "with GuestFactory.open(Settings()) as factory: factory.clean()\n"
+        "with GuestFactory.open(Settings()) as factory: factory.backend.clean()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL)
     OURS.add(process.pid)

@@ -8,7 +8,8 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import factory as factory_module
+from pytest_vmsandbox.guests import backend as backend_module
+from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
@@ -25,9 +26,9 @@ def image_path(tmp_path):
 
 class TestNames:
     def test_are_hostnames_without_dots(self, tmp_path):
-        factory = GuestFactory(Settings(cache=tmp_path), ExitStack(), Announcer())
+        backend = Backend(Settings(cache=tmp_path), Announcer(), ExitStack())
         images = ["debian-13", "ubuntu-24.04", "debian-13_arm64", "ubuntu-24-04", "x" * 80]
-        names = [factory._name(image) for image in images]
+        names = [backend.name(image) for image in images]
         assert names[:3] == ["debian-13-1", "ubuntu-24-04-1", "debian-13-arm64-1"]
         assert names[3] == "ubuntu-24-04-2"
         assert len(names[4]) <= 63
@@ -101,26 +102,26 @@ class TestDescription:
     )
     def test_a_line(self, image_path, monkeypatch, accelerator, reason, line):
         verdict = Verdict(accelerator=accelerator, processor="max", reason=reason)
-        monkeypatch.setattr(factory_module, "find_qemu", lambda _: SimpleNamespace(release="10.0"))
-        monkeypatch.setattr(GuestFactory, "accelerator", lambda *_: verdict)
+        monkeypatch.setattr(backend_module, "find_qemu", lambda _: SimpleNamespace(release="10.0"))
+        monkeypatch.setattr(Backend, "accelerator", lambda *_: verdict)
         with GuestFactory.open(Settings(image_path=image_path)) as factory:
-            assert factory.describe("own") == f"vmsandbox: QEMU 10.0, {line}"
+            assert factory.backend.describe("own") == f"vmsandbox: QEMU 10.0, {line}"
 
 
 class TestLoopback:
     def test_is_looked_at_before_anything_is_started(self, image_path, monkeypatch):
         monkeypatch.setattr(host, "loopback_problem", lambda: "Network is unreachable")
-        monkeypatch.setattr(GuestFactory, "built", lambda *_: None)
-        monkeypatch.setattr(factory_module, "find_qemu", lambda *_: None)
-        monkeypatch.setattr(GuestFactory, "require", lambda *_: (None, None))
+        monkeypatch.setattr(Backend, "built", lambda *_: None)
+        monkeypatch.setattr(backend_module, "find_qemu", lambda *_: None)
+        monkeypatch.setattr(Backend, "require", lambda *_: (None, None))
         with GuestFactory.open(Settings(image_path=image_path)) as factory:
             for ask in (
-                lambda: factory.describe("own"),
+                lambda: factory.backend.describe("own"),
                 lambda: factory.prepare("own", print, depends_on=[]),
             ):
                 with pytest.raises(LaunchError, match="127.0.0.1 cannot be reached"):
                     ask()
-            assert factory._hypervisor is None
+            assert "hypervisor" not in vars(factory.backend)
 
 
 class TestOffline:
@@ -136,7 +137,7 @@ class TestOffline:
     def test_nor_one_that_is_prepared(self, factory):
         blueprint = SimpleNamespace(hardware=Hardware(network="nat"))
         with pytest.raises(ConfigError, match="--vm-offline"):
-            factory._guest(SimpleNamespace(blueprint=blueprint), "own-1")
+            factory.backend.engine(SimpleNamespace(blueprint=blueprint))
 
     def test_an_isolated_one_is_none_of_its_business(self, factory):
         with pytest.raises(VMSandboxError, match="is not built"), factory.boot("own"):

@@ -6,9 +6,13 @@ import math
 import os
 import signal
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,22 +25,35 @@ from pytest_vmsandbox.core.errors import (
     MonitorError,
     TransferError,
 )
+from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import guest as guest_module
+from pytest_vmsandbox.guests import (
+    engine as engine_module,
+    forwarding,
+    guest as guest_module,
+    machines as machines_module,
+    running,
+)
 from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.disk import Disks
+
+KEY = KeyPair.generate()
 
 
-def access(user):
+def access(platform, user):
     """The way into a guest."""
     return SSHAccess(
         host="127.0.0.1",
-        port=22022,
+        port=40022,
         user=user,
-        key_file=Path("/run/key"),
-        known_hosts_file=Path("/run/known_hosts"),
+        key_file=platform.hypervisor.folder / f"key.{KEY.name}",
+        known_hosts_file=platform.hypervisor.folder / "known_hosts.tiny-1",
     )
 
 
@@ -113,12 +130,52 @@ class FakeTransport:
         self.closed = True
 
 
+class FakeHelper:
+    """The helper of a fake guest; it keeps the clock right."""
+
+    lead = 0.0
+    is_there = True
+
+    def __init__(self, events):
+        self.events = events
+
+    def assume(self):
+        pass
+
+    def seed(self, data):
+        pass
+
+    def read_lead(self, timeout):
+        return 0.0, 0.0
+
+    def send_clock(self):
+        return 1
+
+    def clock_error(self, number, started):
+        return 0.0
+
+    def set_clock(self):
+        return 0.0
+
+    def connect(self, path):
+        return None
+
+    def ping(self):
+        self.events.append("ping")
+
+    def close(self):
+        self.events.append("going down")
+
+
 class FakeMachine:
     """A machine that does what it is told; `fault` is what is wrong with it."""
 
-    def __init__(self):
+    def __init__(self, platform, spec):
+        self.platform = platform
+        self.spec = spec
         self.console = Console(None)
         self.monitor = self
+        self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
         self.fault = None
         self.stage = "kernel"
@@ -138,6 +195,10 @@ class FakeMachine:
 
     def wait_event(self, name, *, since, timeout):
         return name if name in self.names[since:] else None
+
+    def wait_for_ssh(self, timeout):
+        self.platform.booting(self)
+        return self.platform.answer
 
     def check(self):
         if self.fault:
@@ -164,7 +225,17 @@ class FakeMachine:
     def pause(self):
         self.paused = True
 
-    def forward(self, port, protocol):
+    def resume(self):
+        self.paused = False
+
+    def put_on_top(self, overlays):
+        pass
+
+    def save(self, state, *, with_memory):
+        self.platform.events.append("save")
+        state.write(b"saved")
+
+    def forward(self, port, protocol="tcp"):
         return "127.0.0.1", {"tcp": 40_000, "udp": 50_000}[protocol] + port
 
     def execute(self, command, arguments=None):
@@ -175,6 +246,13 @@ class FakeMachine:
 
 
 class FakePlatform:
+    """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
+
+    image = "tiny"
+    built = SimpleNamespace(host_key="ssh-ed25519 AAAA")
+    verdict = SimpleNamespace(time_scale=1.0)
+    stretch = staticmethod(float)
+
     def __init__(self, home):
         self.home = home
         self.machines = []
@@ -183,10 +261,18 @@ class FakePlatform:
         self.answer = True
         self.fault = None
         self.events = []
+        self.booting = lambda machine: None
+        self.hypervisor = SimpleNamespace(folder=home.parent, cache=home.parent)
+
+    def machine(self, name, public_key, start):
+        return SimpleNamespace(name=name, start=start)
 
     @contextmanager
-    def machine(self):
-        machine = FakeMachine()
+    def running(self, hypervisor, spec, *, state, **_):
+        if state is not None:
+            state.seek(0)
+            self.events.append(f"roll back {state.read().decode()}")
+        machine = FakeMachine(self, spec)
         machine.fault = self.fault
         machine.console.feed(b"Linux version 6\r\nlast words\r\n")
         self.machines.append(machine)
@@ -195,61 +281,43 @@ class FakePlatform:
         finally:
             self.off += 1
 
-    def transport(self, machine, user):
-        self.transports.append(FakeTransport(machine, user, self.home))
+    def transport(self, helper, user):
+        self.transports.append(FakeTransport(self.machines[-1], user, self.home))
         return self.transports[-1]
-
-    def answers(self, machine, timeout):
-        return self.answer
-
-    def ssh_access(self, machine, user):
-        return access(user=user)
-
-    def pause(self, machine):
-        machine.paused = True
-
-    def resume(self, machine):
-        machine.paused = False
-
-    def going_down(self):
-        self.events.append("going down")
-
-    def ping(self):
-        self.events.append("ping")
-
-    def save(self, machine):
-        self.events.append("save")
-        return "saved"
-
-    def roll_back(self, saved):
-        self.events.append(f"roll back {saved}")
-
-    def connect(self, path):
-        return None
-
-    def close(self):
-        self.events.append("close")
 
 
 @pytest.fixture
 def platform(tmp_path, monkeypatch):
-    monkeypatch.setattr(guest_module, "_POLL_SECONDS", 0.001)
+    for module in (guest_module, engine_module, forwarding):
+        monkeypatch.setattr(module, "_POLL_SECONDS", 0.001)
     home = tmp_path / "home"
     home.mkdir()
-    return FakePlatform(home)
+    platform = FakePlatform(home)
+    monkeypatch.setattr(machines_module, "Machine", platform)
+    monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform.events))
+    monkeypatch.setattr(running, "HelperTransport", platform.transport)
+    monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)
+    return platform
 
 
+@contextmanager
 def make(platform, *, user="root", network="isolated", boot_timeout=5.0, **more):
-    return Guest(
+    platform.hardware = Hardware(user=user, network=network)
+    machines = Machines(
         platform,
+        platform.hypervisor,
         name="tiny-1",
-        image="tiny",
-        spec=Hardware(user=user, network=network),
-        boot_timeout=boot_timeout,
-        command_timeout=5.0,
+        key=KEY,
+        disks=Disks(base=None, overlays=()),
+        logs=None,
+    )
+    with Engine(
+        machines,
+        settings=Settings(boot_timeout=boot_timeout, command_timeout=5.0),
         hints=lambda: ["artifacts: over there"],
         **more,
-    )
+    ) as engine:
+        yield Guest(engine)
 
 
 @pytest.fixture
@@ -520,8 +588,7 @@ class TestFiles:
 
 class TestPower:
     def test_is_on_and_then_gone(self, platform):
-        vm = make(platform)
-        with vm:
+        with make(platform) as vm:
             assert vm.alive
             assert repr(vm) == "<Guest tiny-1 image=tiny on>"
         assert platform.off == 1
@@ -557,6 +624,41 @@ class TestPower:
         vm.power_on()
         assert vm.alive
 
+    def test_a_cut_while_it_boots(self, vm, platform):
+        vm.power_cut()
+
+        def cut(machine):
+            vm.power_cut()
+            platform.answer = False
+
+        platform.booting = cut
+        with pytest.raises(BootError, match="switched off while booting"):
+            vm.power_on()
+        assert platform.off == len(platform.machines) == 2
+        platform.booting, platform.answer = lambda machine: None, True
+        vm.power_on()
+        assert vm.alive
+
+    def test_one_restart_after_the_other(self, vm, platform):
+        """Else the second one might wait for a restart that is over."""
+        (machine,) = platform.machines
+        reached, go_on = threading.Event(), threading.Event()
+
+        def boot(machine):
+            reached.set()
+            assert go_on.wait(10)
+
+        platform.booting = boot
+        with ThreadPoolExecutor(2) as pool:
+            restarts = [pool.submit(vm.reboot) for _ in range(2)]
+            assert reached.wait(10)
+            time.sleep(0.05)  # the second one may get as far as it can
+            assert machine.names == ["RESET"]
+            go_on.set()
+            for restart in restarts:
+                restart.result(10)
+        assert machine.names == ["RESET"] * 2
+
     def test_reboot(self, vm, platform):
         vm.run(["true"])
         vm.reboot()
@@ -571,8 +673,10 @@ class TestPower:
 
     def test_a_guest_that_does_not_answer(self, platform):
         platform.answer = False
-        vm = make(platform, boot_timeout=0.02)
-        with pytest.raises(BootError, match="did not answer on SSH within 0.02 s") as caught, vm:
+        with (
+            pytest.raises(BootError, match="did not answer on SSH within 0.02 s") as caught,
+            make(platform, boot_timeout=0.02),
+        ):
             pass
         assert caught.value.stage == "kernel"
         assert "last words" in caught.value.details
@@ -597,17 +701,17 @@ class TestPower:
 class TestRest:
     def test_until_it_is_asked_for_something(self, platform, vm):
         vm.run(["true"])
-        assert vm.idle_seconds > 0
-        vm.rest()
-        assert (vm.resting, platform.machines[0].paused) == (True, True)
-        assert vm.idle_seconds == 0
+        assert vm.engine.idle_seconds > 0
+        vm.engine.rest()
+        assert (vm.engine.resting, platform.machines[0].paused) == (True, True)
+        assert vm.engine.idle_seconds == 0
         vm.run(["true"])
-        assert (vm.resting, platform.machines[0].paused) == (False, False)
+        assert (vm.engine.resting, platform.machines[0].paused) == (False, False)
 
     def test_whoever_has_made_it_is_told_that_it_wakes(self, platform):
         woken = []
-        with make(platform, on_wake=lambda: woken.append(1)) as vm:
-            vm.rest()
+        with make(platform, on_resume=lambda: woken.append(1)) as vm:
+            vm.engine.rest()
             vm.run(["true"])
             vm.run(["true"])
         assert woken == [1]
@@ -618,27 +722,103 @@ class TestRest:
             lambda vm: vm.popen(["true"]).__exit__(),
             lambda vm: vm.forward(80),
             lambda vm: vm.ssh,
-            lambda vm: vm.connect("/socket"),
+            lambda vm: vm.engine.connect("/socket"),
+            lambda vm: vm.qmp("stop"),
+            lambda vm: vm.console,
             lambda vm: vm.power_cut(),
         ],
-        ids=["popen", "forward", "ssh", "connect", "off"],
+        ids=["popen", "forward", "ssh", "connect", "qmp", "console", "off"],
     )
     def test_not_if_somebody_counts_on_it(self, platform, vm, use):
         use(vm)
-        vm.rest()
-        assert not vm.resting
+        vm.engine.rest()
+        assert not vm.engine.resting
         assert not platform.machines[0].paused
 
     def test_not_while_a_program_runs(self, platform, vm):
         asked = []
 
         def listen(data):
-            vm.rest()
-            asked.append(vm.resting)
+            vm.engine.rest()
+            asked.append(vm.engine.resting)
 
-        vm.stream(Command(argv=("echo", "x")), stdout=listen, stderr=listen)
+        vm.engine.stream(Command(argv=("echo", "x")), stdout=listen, stderr=listen)
         assert asked
         assert not any(asked)
+
+    @pytest.mark.parametrize("again", ["reboot", "power_on"])
+    def test_not_while_it_boots(self, platform, again):
+        asked = []
+        with make(platform) as vm:
+
+            def rest(machine):
+                vm.engine.rest()
+                asked.append(machine.paused)
+
+            platform.booting = rest
+            if again == "power_on":
+                vm.power_cut()
+            getattr(vm, again)()
+        assert asked == [False]
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda vm: vm.run(["true"]),
+            lambda vm: vm.popen(["true"]).__exit__(),
+            lambda vm: vm.engine.connect("/socket"),
+            lambda vm: vm.forward(80),
+            lambda vm: vm.ssh,
+            lambda vm: vm.qmp("query-status"),
+            lambda vm: vm.screenshot(os.devnull),
+            lambda vm: vm.reboot(),
+        ],
+        ids=["run", "popen", "connect", "forward", "ssh", "qmp", "screenshot", "reboot"],
+    )
+    def test_whoever_comes_while_it_is_being_paused_lets_it_go_on(
+        self, platform, vm, monkeypatch, use
+    ):
+        (machine,) = platform.machines
+        reached, go_on = threading.Event(), threading.Event()
+        pause = machine.pause
+
+        def slow_pause():
+            reached.set()
+            assert go_on.wait(10)
+            pause()
+
+        monkeypatch.setattr(machine, "pause", slow_pause)
+        with ThreadPoolExecutor(2) as pool:
+            resting = pool.submit(vm.engine.rest)
+            assert reached.wait(10)
+            using = pool.submit(use, vm)
+            time.sleep(0.05)  # it may get as far as it can
+            go_on.set()
+            resting.result(10)
+            using.result(10)
+        assert not machine.paused
+
+    def test_a_look_does_not_end_it(self, vm):
+        vm.engine.rest()
+        assert vm.alive
+        assert vm.engine.pid == os.getpid()
+        assert vm.engine.resting
+
+    def test_its_plug_is_pulled_as_it_is(self, platform, vm):
+        vm.engine.rest()
+        vm.power_cut()
+        assert platform.machines[0].paused
+
+    def test_what_a_snapshot_holds_is_held_again(self, vm):
+        with vm.snapshot():
+            vm.popen(["true"]).__exit__()
+        vm.engine.rest()
+        assert vm.engine.resting
+        vm.popen(["true"]).__exit__()
+        with vm.snapshot():
+            pass
+        vm.engine.rest()
+        assert not vm.engine.resting
 
 
 class TestSnapshot:
@@ -708,14 +888,16 @@ class TestFromOutside:
         """What the guest's kernel tells; a text for each time that it is asked."""
         texts = []
 
-        def run(vm, argv, **how):
-            assert argv == ["cat", "/proc/net/tcp", "/proc/net/tcp6"]
+        def run(engine, command, **how):
+            assert command.argv == ("cat", "/proc/net/tcp", "/proc/net/tcp6")
             if isinstance(texts[0], Exception):
                 raise texts[0]
             text = texts.pop(0) if len(texts) > 1 else texts[0]
-            return CommandResult(argv=(), returncode=0, stdout=text, stderr="", duration=0)
+            return CommandResult(
+                argv=(), returncode=0, stdout=text.encode(), stderr=b"", duration=0
+            )
 
-        monkeypatch.setattr(Guest, "run", run)
+        monkeypatch.setattr(Engine, "run", run)
         return texts
 
     @pytest.mark.parametrize(
@@ -774,10 +956,12 @@ class TestFromOutside:
 
     def test_ways_in(self, platform, tmp_path):
         with make(platform, user="me") as vm:
-            assert vm.ssh == access(user="me")
-            assert vm.ssh_command == access(user="me").command
+            assert vm.ssh == access(platform, user="me")
+            assert vm.ssh_command == access(platform, user="me").command
             vm.ssh_config(tmp_path / "ssh_config")
-            assert (tmp_path / "ssh_config").read_text() == access(user="me").config(vm.name)
+            assert (tmp_path / "ssh_config").read_text() == access(platform, user="me").config(
+                vm.name
+            )
 
     def test_nothing_of_a_guest_that_is_off(self, vm, tmp_path):
         vm.power_cut()
@@ -831,16 +1015,16 @@ class TestPathsInTheGuest:
 def test_streams_are_passed_on_as_they_come(vm):
     got = []
     command = Command(argv=("cat",))
-    status = vm.stream(command, stdin=io.BytesIO(b"x"), stdout=got.append, stderr=got.append)
+    status = vm.engine.stream(command, stdin=io.BytesIO(b"x"), stdout=got.append, stderr=got.append)
     assert (status, b"".join(got)) == (0, b"x")
 
 
 class TestPing:
     def test_the_helper_is_asked(self, platform, vm):
-        vm.ping()
+        vm.engine.ping()
         assert platform.events == ["ping"]
 
     def test_a_guest_that_is_gone(self, platform, vm):
         vm.power_cut()
         with pytest.raises(GuestLost):
-            vm.ping()
+            vm.engine.ping()

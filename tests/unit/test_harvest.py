@@ -167,7 +167,11 @@ def test_what_was_written_here_meanwhile_stays(sides, how):
         push(sides.guest.stream_script, sides.tree, str(other))
         (other / name).write_text("of another guest")
         bring_back(
-            sides.guest.stream_script, sides.tree, str(other), patterns=ALL, since=sides.since
+            sides.guest.stream_script,
+            sides.tree,
+            str(other),
+            patterns=ALL,
+            since=sides.since,
         )
     elif how == "removed":
         (sides.here / name).unlink()

@@ -486,6 +486,19 @@ class TestTimeouts:
         os.kill(int((tmp_path / "pid").read_text()), 9)
         process.close()
 
+    def test_who_takes_the_output_slowly_gets_all_of_it(self, helper, monkeypatch):
+        monkeypatch.setattr(process_module, "_DRAIN_SECONDS", 0.2)
+        taken = bytearray()
+
+        def take(data):
+            time.sleep(0.15)
+            taken.extend(data)
+
+        process = start(helper, "head", "-c", str(MIB), "/dev/zero")
+        assert process.communicate(None, take, fine_bytes, SECONDS) == 0
+        assert len(taken) == MIB
+        process.close()
+
     def test_the_guest_is_looked_at(self, real, monkeypatch):
         def check():
             raise GuestLost("kernel panic", stage="kernel")

@@ -183,8 +183,8 @@ class TestChoose:
         """What was proven; each proof finds that KVM runs guests."""
         proofs = []
 
-        def prove(candidate, qemu, *_):
-            proofs.append((candidate, qemu.build))
+        def prove(qemu, *_):
+            proofs.append(qemu.build)
             return VERDICT
 
         monkeypatch.setattr(accelerator, "_prove", prove)
@@ -288,7 +288,7 @@ class TestChoose:
     def test_another_qemu_is_proven(self, decide, proofs, qemu):
         decide()
         decide(qemu=replace(qemu, build="two"))
-        assert [build for _, build in proofs] == ["one", "two"]
+        assert proofs == ["one", "two"]
 
     def test_after_a_boot_of_the_host_it_is_proven_again(self, decide, proofs, monkeypatch):
         decide()
@@ -317,17 +317,18 @@ class TestProof:
             if isinstance(error, LaunchError):
                 raise error
 
-            def wait(*, standstill, at_most):
-                clock[0] += 1.5
-                # Each model has all of it.
-                assert standstill == accelerator.STANDSTILL_SECONDS
-                assert at_most == accelerator.PROOF_SECONDS
-                if error:
-                    raise error
+            yield error
 
-            yield SimpleNamespace(wait_for_user_space=wait)
+        def wait(error, *, standstill, at_most):
+            clock[0] += 1.5
+            # Each model has all of it.
+            assert standstill == accelerator.STANDSTILL_SECONDS
+            assert at_most == accelerator.PROOF_SECONDS
+            if error:
+                raise error
 
         monkeypatch.setattr(accelerator, "Machine", SimpleNamespace(running=running))
+        monkeypatch.setattr(accelerator, "wait_for_user_space", wait)
         monkeypatch.setattr(accelerator, "monotonic", lambda: clock[0])
         monkeypatch.setattr(accelerator, "processor_models", lambda *_: ("host", "max"))
         monkeypatch.setattr(host, "available_memory", lambda: None)
@@ -341,7 +342,7 @@ class TestProof:
     def prove(self, tmp_path, launcher):
         qemu = Qemu(path=Path("/usr/bin/qemu"), version=(7, 2, 22), build="one")
         hypervisor: Any = SimpleNamespace(launcher=launcher, loop=None)
-        return lambda: accelerator._prove("kvm", qemu, tmp_path, tmp_path, "", hypervisor)
+        return lambda: accelerator._prove(qemu, tmp_path, tmp_path, "", hypervisor)
 
     def test_the_second_model_may_run(self, prove, outcomes):
         outcomes += [GuestLost("kernel panic"), None]

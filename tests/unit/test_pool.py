@@ -82,7 +82,7 @@ class FakePool(Pool):
         assert self.gate.wait(SECONDS)
         if self.fault is not None:
             raise self.fault
-        name = self._name(blueprint.image)
+        name = self._backend.name(blueprint.image)
         machine = FakeMachine()
         machine.fault = self.resume_fault
         machine.running = not arm
@@ -142,13 +142,8 @@ def quota(tmp_path, monkeypatch):
 @contextmanager
 def running(quota, fillers=2):
     count = iter(range(1, 10_000))
-    with FakePool.running(
-        anything(None),
-        quota,
-        fillers=fillers,
-        name=lambda image: f"{image}.{next(count)}",
-        logs=lambda _: None,
-    ) as pool:
+    backend = SimpleNamespace(name=lambda image: f"{image}.{next(count)}")
+    with FakePool.running(anything(backend), quota, fillers=fillers) as pool:
         assert isinstance(pool, FakePool)
         try:
             yield pool
@@ -510,15 +505,22 @@ class TestArm:
         """In each run, also where another one has made the template."""
         looked = []
         monkeypatch.setattr(
-            pool_module, "check_network", lambda machine, *_: looked.append(machine)
+            pool_module, "_check_network", lambda machine, *_: looked.append(machine)
         )
         monkeypatch.setattr(pool_module, "helper_of", MagicMock())
         monkeypatch.setattr(resume, "from_state", MagicMock())
-        names = iter(["it-1", "it-2"])
-        with Pool.running(
-            MagicMock(), quota, fillers=0, name=lambda _: next(names), logs=lambda _: None
-        ) as pool:
+        monkeypatch.setattr(pool_module, "Machine", MagicMock())
+        with Pool.running(MagicMock(), quota, fillers=0) as pool:
             opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
                 pool._clone(opened, blueprint, arm=True).stack.close()
         assert len(looked) == 1
+
+    @pytest.mark.parametrize("refused", [True, False])
+    def test_a_guest_that_refuses_a_connection_is_reached(self, monkeypatch, refused):
+        """Where none is refused, its SSH server has to greet."""
+        monkeypatch.setattr(pool_module, "refusal", lambda address, _: address and refused)
+        greeted = MagicMock()
+        monkeypatch.setattr(pool_module, "check_network", greeted)
+        pool_module._check_network(MagicMock(), MagicMock(), lambda: None)
+        assert greeted.called is not refused

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import process as remote, ssh
-from pytest_vmsandbox.guests.access import greeting
+from pytest_vmsandbox.guests.access import greeting, refusal
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.ssh import Endpoint, SSHTransport
 from support.arguments import FITS, TOO_LONG, output_of
@@ -232,6 +233,37 @@ class TestGreeting:
     def test_of_one_who_says_nothing(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             assert not greeting(listener.getsockname(), 0.05)
+
+
+class TestRefusal:
+    """What QEMU's forwarding shows of a guest: it takes each connection before it asks the guest."""
+
+    @pytest.fixture
+    def forwarding(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            yield listener
+
+    @pytest.mark.parametrize("linger", [b"", struct.pack("ii", 1, 0)], ids=["end", "reset"])
+    def test_by_the_guest(self, forwarding, linger):
+        def refuse():
+            connection, _ = forwarding.accept()
+            with connection:
+                if linger:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        assert refusal(forwarding.getsockname(), 5)
+        thread.join()
+
+    def test_a_guest_that_is_not_reached_does_not_answer(self, forwarding):
+        assert not refusal(forwarding.getsockname(), 0.05)
+
+    def test_a_guest_that_takes_the_connection(self, host):
+        assert not refusal(host.address, 5)
+
+    def test_where_nothing_is_forwarded(self, nobody):
+        assert not refusal(nobody, 5)
 
 
 class TestConnection:

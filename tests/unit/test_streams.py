@@ -11,8 +11,7 @@ import gc
 from types import SimpleNamespace
 from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests.guest import Process
-from pytest_vmsandbox.guests.process import ChannelProcess
+from pytest_vmsandbox.guests.process import ChannelProcess, Process
 
 def lost(*_):
     raise GuestLost("the guest is gone")

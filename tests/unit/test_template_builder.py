@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.guests.template_builder import TemplateBuilder, doer, template_key
@@ -51,10 +54,9 @@ def said():
 
 
 @pytest.fixture
-def builder(store, said):
-    with TemplateBuilder.open(
-        store, None, guest=None, logs=lambda _: None, say=said.append, tell=said.append
-    ) as builder:
+def builder(tmp_path, said):
+    backend: Any = SimpleNamespace(cache=tmp_path / "cache", callbacks=Announcer(said.append))
+    with TemplateBuilder.open(backend) as builder:
         yield builder
 
 
@@ -159,7 +161,7 @@ class TestFault:
 
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
-        store.throw_away(opened.template)
+        store.throw_away(opened.template.key, opened.template)
         with pytest.raises(LaunchError, match="another run has thrown away"):
             opened.check_current()
         keep("")

@@ -65,10 +65,12 @@ def make(store, number=1, size=0, **more):
 
 def test_one_that_another_run_removes_at_once(store, monkeypatch):
     """Who wants to hold it finds it gone, and makes it anew."""
-    monkeypatch.setattr(store, "shrink", lambda *, keep: store.throw_away(store.get(keep.name)))
+    monkeypatch.setattr(
+        store, "shrink", lambda *, keep: store.throw_away(keep.name, store.get(keep.name))
+    )
     template = make(store)
     assert store.get(template.key) is None
-    with pytest.raises(FileNotFoundError), store.hold(template):
+    with pytest.raises(FileNotFoundError), store.hold(template.folder):
         pass
 
 
@@ -218,7 +220,7 @@ class TestDamage:
 class TestHold:
     def test_keeps_it(self, store):
         template = make(store)
-        with store.hold(template), store.hold(template):
+        with store.hold(template.folder), store.hold(template.folder):
             assert store.discard([template.folder]).freed == 0
             store.shrink(limit=0)
             assert store.get(key_of(1)) == template
@@ -231,7 +233,7 @@ class TestHold:
             "import pathlib, sys, signal\n"
             "from pytest_vmsandbox.guests.templates import TemplateStore\n"
             "store = TemplateStore(pathlib.Path(sys.argv[1]))\n"
-            "with store.hold(store.all()[0]):\n"
+            "with store.hold(store.all()[0].folder):\n"
             "    print('held', flush=True)\n"
             "    signal.pause()\n"
         )
@@ -248,14 +250,14 @@ class TestHold:
         for number in (1, 2):
             os.utime(make(store, number).folder / "in-use.lock", (number, number))
         assert [it.key for it in store.all()] == [key_of(1), key_of(2)]
-        with store.hold(store.get(key_of(1))):
+        with store.hold(store.get(key_of(1)).folder):
             pass
         assert [it.key for it in store.all()] == [key_of(2), key_of(1)]
 
     def test_one_that_is_gone(self, store):
         template = make(store)
         store.discard([template.folder])
-        with pytest.raises(FileNotFoundError), store.hold(template):
+        with pytest.raises(FileNotFoundError), store.hold(template.folder):
             pass
 
 
@@ -290,7 +292,7 @@ class TestRemove:
     def test_shrink_goes_on_after_one_that_is_in_use(self, store):
         first, second = make(store, 1), make(store, 2)
         os.utime(first.folder / "in-use.lock", (1, 1))
-        with store.hold(first):
+        with store.hold(first.folder):
             os.utime(first.folder / "in-use.lock", (1, 1))
             store.shrink(limit=0)
             assert store.all() == [first]

@@ -87,10 +87,10 @@ class Setup:
             CannotMeasureError: it has come to be in another one.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if guest.origin not in origins:
+            if guest.engine.origin not in origins:
                 told = f": {self._told}" if self._told else ""
                 raise CannotMeasureError(
-                    f"guests are {guest.origin} here, not {' or '.join(origins)}{told}"
+                    f"guests are {guest.engine.origin} here, not {' or '.join(origins)}{told}"
                 )
             yield guest
 
@@ -112,7 +112,7 @@ def first_command(guest: Guest) -> None:
 
 
 def cold_boot(setup: Setup) -> Result:
-    """A boot, to the end of the first command.
+    """A guest is booted, to the end of its first command.
 
     A guest may answer long before it has started all of its services. A clone has started them, so
     how long that takes is told, too.
@@ -133,7 +133,7 @@ def _await_services(guest: Guest) -> None:
 
 
 def clone_on_demand(setup: Setup) -> Result:
-    """A clone that nobody has armed, to the end of the first command."""
+    """Nothing is armed: a guest is cloned, to the end of its first command."""
     with setup.factory("demand") as factory:
         _timed(setup, factory, "cloned", first_command)  # the template is opened, and read once
         samples = [
@@ -143,12 +143,12 @@ def clone_on_demand(setup: Setup) -> Result:
 
 
 def armed_noop(setup: Setup) -> Result:
-    """A lease, to the answer of the helper."""
-    return _armed(setup, lambda guest: guest.ping())
+    """An armed guest is leased, to the answer of its helper."""
+    return _armed(setup, lambda guest: guest.engine.ping())
 
 
 def armed_run(setup: Setup) -> Result:
-    """A lease, to the end of the first command."""
+    """An armed guest is leased, to the end of run(["true"]), its clock set."""
     return _armed(setup, first_command)
 
 
@@ -184,7 +184,7 @@ def _timed(
 
 
 def push(setup: Setup) -> Result:
-    """Files go into a guest."""
+    """A file of random bytes is pushed."""
     source = setup.folder / "random"
     source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
     samples = []
@@ -215,20 +215,20 @@ def _measure_throughput(setup: Setup) -> tuple[int, float, float]:
             with setup.guest(factory, "armed", "cloned") as guest:
                 first_command(guest)
                 if counted >= 0:
-                    processor_seconds += guest.processor_seconds
+                    processor_seconds += guest.engine.processor_seconds
         seconds = time.perf_counter() - began
         processor_seconds += time.process_time() - ours
     return number, seconds, processor_seconds
 
 
 def guests_per_s(setup: Setup) -> Result:
-    """Fresh guests, one after the other."""
+    """Fresh guests, one after the other, each with a command, the pool never full."""
     number, seconds, _ = setup.throughput
     return Result(value=round(number / seconds, 2), samples=number)
 
 
 def cpu_per_guest(setup: Setup) -> Result:
-    """Their processor time, and ours for them."""
+    """Processor time of each fresh guest, arming included."""
     number, _, processor_seconds = setup.throughput
     return Result(value=round(processor_seconds / number * 1000, 1), samples=number)
 
@@ -237,7 +237,7 @@ def cpu_per_guest(setup: Setup) -> Result:
 
 
 def pss_per_clone(setup: Setup) -> Result:
-    """Memory of clones that were armed, and have done nothing since."""
+    """Memory of an armed clone, shared pages in proportion."""
     number = setup.at_most(_TOGETHER)
     with setup.factory("armed") as factory, ExitStack() as stack:
         setup.expect(factory, number + 1)
@@ -247,7 +247,7 @@ def pss_per_clone(setup: Setup) -> Result:
         for _ in range(number):
             factory.await_armed(_ARM_SECONDS)
             guests.append(stack.enter_context(setup.guest(factory, "armed")))
-        sizes = [memory_of(guest.pid) for guest in guests]
+        sizes = [memory_of(guest.engine.pid) for guest in guests]
     own = statistics.median(size["Private_Clean"] + size["Private_Dirty"] for size in sizes)
     result = median([size["Pss"] / MIB for size in sizes])
     return replace(result, details={"own_mib": round(own / MIB, 1)})
@@ -267,12 +267,12 @@ def memory_of(pid: int) -> dict[str, int]:
 
 
 def leased_at_once(setup: Setup) -> Result:
-    """Guests that are there and wait."""
+    """Guests held at a time, each of which answers within 2 s."""
     return _at_once(setup, busy=False)
 
 
 def running_at_once(setup: Setup) -> Result:
-    """Guests that have something to do."""
+    """Guests held at a time, in each of which a program runs all the time."""
     return _at_once(setup, busy=True)
 
 

@@ -52,7 +52,7 @@ def test_first(vm):
 
 
 def idle_cost(setup: Setup) -> Result:
-    """The plugin in a suite that does not use it."""
+    """What the plugin costs a suite that does not use it."""
     if not pytest_runs.is_installed():
         raise CannotMeasureError("the plugin is not installed: pytest does not load it by itself")
     folder = _folder(setup, "idle")
@@ -79,7 +79,7 @@ def _run_empty(folder: Path, *more: str) -> float:
 
 
 def second_run(setup: Setup) -> Result:
-    """From the start of pytest until its first test has its guest, where templates are there."""
+    """Pytest is started where templates are there, until its first test has its guest."""
     folder = _folder(setup, "second")
     _write_ini(setup, folder)
     (folder / "test_first.py").write_text(_FIRST_TEST, encoding="utf-8")
@@ -97,7 +97,7 @@ def second_run(setup: Setup) -> Result:
 
 
 def in_guest_overhead(setup: Setup) -> Result:
-    """A test inside a guest, against one by plain pytest in the same kind of guest."""
+    """What a test inside a guest takes more than by plain pytest there."""
     pairs = inside_pairs(setup, number=setup.at_most(_PAIRS), tests=_EMPTY_TESTS)
     return replace(
         median(pairs.differences, digits=2),
@@ -125,7 +125,7 @@ def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
 
 
 def in_guest_isolated(setup: Setup) -> Result:
-    """A test inside a guest of its own, the first one of the run not counted."""
+    """A test inside a guest of its own (isolation="test"), but for the first of the run."""
     _require_python(setup)
     folder = _folder(setup, "isolated")
     tests = max(2, setup.at_most(_ISOLATED_TESTS) + 1)
