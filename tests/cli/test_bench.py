@@ -1,4 +1,4 @@
-"""`vmsandbox bench`: what it says, and what it does with figures that cannot be had; no guest is started."""
+"""`vmsandbox bench`: what it says, and what it does with what cannot be measured; no guest is started."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TestResults:
 
 @pytest.fixture
 def invoke(tmp_path, monkeypatch):
-    """Run the command in this process, with figures that are made up."""
+    """Run the command in this process, with results that are made up."""
     monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(tmp_path / "run"))
     where = {"machine": machine.describe(), "qemu": "9.9", "accelerator": "tcg"}
