@@ -364,12 +364,6 @@ def test_idle_cost(site):
     assert isinstance(figure.value, float)
 
 
-def test_idle_cost_of_a_checkout(site, monkeypatch):
-    monkeypatch.setattr("pytest_vmsandbox.cli.pytest_runs.entry_points", lambda **_: ())
-    with pytest.raises(CannotMeasureError, match="not installed"):
-        suites.idle_cost(site(FakeFactory("armed")))
-
-
 def test_a_pytest_that_fails_says_why(site, tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_x.py").write_text("def test_x():\n    assert 'cause' == ''\n")
