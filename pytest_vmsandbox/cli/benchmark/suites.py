@@ -213,7 +213,6 @@ def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
             env=dict(variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             errors="replace",
             timeout=_RUN_SECONDS,
             check=False,
