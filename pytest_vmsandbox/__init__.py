@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_vmsandbox.core.errors import (
         BootError,
+        CacheError,
         CommandError,
         CommandTimeout,
         ConfigError,
@@ -45,6 +46,7 @@ _MODULES = (  # where they are, the cheapest to import first
 
 __all__ = [
     "BootError",
+    "CacheError",
     "CommandError",
     "CommandResult",
     "CommandTimeout",

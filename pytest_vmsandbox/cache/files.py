@@ -1,4 +1,4 @@
-"""Folders, locks and removal: what the store and the builder need of the file system."""
+"""Folders, locks and removal: what the cache needs of the file system."""
 
 from __future__ import annotations
 
@@ -10,28 +10,55 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pytest_vmsandbox.core.errors import ImageError, TeardownError
+from pytest_vmsandbox.core.errors import CacheError, TeardownError
+from pytest_vmsandbox.core.paths import CACHE
+
+
+def problem(folder: Path, *, private: bool = False) -> str:
+    """Why a folder cannot be used, or made; empty if it can.
+
+    Args:
+        private: other users must have no access to it.
+    """
+    if not os.path.lexists(folder):
+        parent = next(path for path in folder.absolute().parents if os.path.lexists(path))
+        if not parent.is_dir():
+            return f"cannot be made, since {parent} is not a folder"
+        return "" if os.access(parent, os.W_OK | os.X_OK) else f"cannot be made in {parent}"
+    if not folder.is_dir():
+        return "is not a folder"
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        return "belongs to another user"
+    if private and status.st_mode & 0o077:
+        return "is open to other users"
+    return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "cannot be written"
 
 
 def private_folder(folder: Path) -> Path:
     """Make `folder`, and those above it that are missing, for this user alone (mode 0700).
 
     Raises:
-        ImageError: it cannot be made, or it belongs to somebody else.
+        CacheError: it cannot be made, or it belongs to somebody else.
     """
+    if why := problem(folder):
+        raise unusable(folder, why)
     try:
-        for missing in reversed([it for it in (folder, *folder.parents) if not it.exists()]):
+        for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
             missing.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.geteuid():
-            raise ImageError(f"{folder} belongs to another user", remedy="set VMSANDBOX_CACHE")
-        if stat.S_IMODE(status.st_mode) != 0o700:
+        if stat.S_IMODE(folder.stat().st_mode) != 0o700:
             folder.chmod(0o700)
     except OSError as error:
-        raise ImageError(
-            f"there is no room for images: {error}", remedy="set VMSANDBOX_CACHE"
-        ) from error
+        raise unusable(folder, f"cannot be made: {error.strerror}") from error
     return folder
+
+
+def unusable(folder: Path, why: str) -> CacheError:
+    """The error for a folder of the cache that cannot be used."""
+    return CacheError(
+        f"the cache cannot be used: {folder} {why}",
+        remedy=f"change that, or name another folder in {CACHE}",
+    )
 
 
 @contextmanager
@@ -86,18 +113,40 @@ def size_on_disk(folder: Path) -> int:
     )
 
 
-def remove_tree(folder: Path) -> None:
+@contextmanager
+def removed_afterwards(folder: Path) -> Iterator[Path]:
+    """Remove `folder` at the end, if it is still there.
+
+    Raises:
+        TeardownError: it cannot be removed. An error of the caller's gets that as a note instead.
+    """
+    try:
+        yield folder
+    except BaseException as error:
+        try:
+            remove_tree(folder)
+        except TeardownError as left:
+            error.add_note(str(left))
+        raise
+    remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> int:
     """Remove `folder` and all in it, also what belongs to this user's subordinate users.
+
+    Returns:
+        Bytes that are free now.
 
     Raises:
         TeardownError: something of it cannot be removed.
     """
+    size = size_on_disk(folder)
     shutil.rmtree(folder, ignore_errors=True)
     # What mmdebstrap unpacks for an ordinary user belongs to that user's range in /etc/subuid.
     # Only root of a user namespace may remove it, as well as what is in read-only folders.
     for mapping in (["--map-root-user", "--map-auto"], ["--map-root-user"]):
         if not os.path.lexists(folder):
-            return
+            return size
         with suppress(FileNotFoundError):
             subprocess.run(
                 ["unshare", "--user", *mapping, "--", "rm", "-rf", "--", os.fspath(folder)],
@@ -107,11 +156,12 @@ def remove_tree(folder: Path) -> None:
             )
     if os.path.lexists(folder):
         raise TeardownError(f"{folder} cannot be removed", remedy=f"sudo rm -rf {folder}")
+    return size
 
 
 def sync_tree(folder: Path) -> None:
     """Bring `folder` and the files directly in it to the disk."""
-    for path in (*(it for it in folder.iterdir() if it.is_file()), folder):
+    for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)

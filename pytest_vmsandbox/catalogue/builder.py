@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,15 +14,24 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.intake import Intake
-from pytest_vmsandbox.catalogue.store import LOG, BuiltImage, ImageState, ImageStore
+from pytest_vmsandbox.catalogue.store import (
+    DISK,
+    HOST_KEY,
+    LOG,
+    BuiltImage,
+    ImageStore,
+    build_command,
+    files_of,
+)
+from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import GIB, format_size
 
 ROOM_FOR_A_DISK = 3 * GIB
 PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
 
-_WARDEN = os.fspath(Path(__file__).with_name("supervisor.py"))
+_SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
+_LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
 
 
@@ -45,42 +57,62 @@ def build(
 
     Raises:
         ImageError: a program that the recipe needs is missing, the disk is too full, the recipe
-            failed or did not deliver, or `force` was given while guests use the image.
+            failed or did not deliver, or guests use the image that is to be replaced.
+        CacheError: the image cannot be kept.
         ConfigError: a file of the definition cannot be read.
         TeardownError: temporary files or older images cannot be removed.
     """
     name = definition.name
-    intake = Intake(store, definition)
-    with intake.lock(lambda: progress(f"waiting: another process builds {name}")) as lock:
-        if not force and store.state(definition) is ImageState.BUILT:
-            progress(f"{name} is built")
-            return store.require(definition)
-        _check_programs(definition)
-        intake.check_unused()
-        intake.sweep()
-        with intake.folders() as (out, work):
-            if definition.disk_size is not None:
-                check_room((out, work), ROOM_FOR_A_DISK)
-            environment = {
-                **os.environ,
-                "LC_ALL": "C.UTF-8",
-                "PATH": programs.search_path(),
-                "TMPDIR": os.fspath(work),
-                "VMSANDBOX_OUT": os.fspath(out),
-                "VMSANDBOX_WORK": os.fspath(work),
-            }
-            log = store.failed_log(name)
-            try:
-                _run(definition, environment, log, lock, progress)
-                image = intake.adopt(out)
-                log.replace(image.folder / LOG)
-            except OSError as error:  # the disk is full, for instance
-                raise ImageError(f"building {name!r} failed: {error}") from error
-            except ImageError as error:
-                error.details = f"{error.details}\n{_tail(log)}".strip()
-                error.remedy = error.remedy or f"read {log}"
-                raise
-            return image
+    is_made = False
+
+    def fill(out: Path, lock: int) -> dict[str, object]:
+        nonlocal is_made
+        is_made = True
+        return _fill(definition, store, out, lock, progress)
+
+    image = store.make(
+        store.key(definition),
+        fill,
+        on_busy=lambda: progress(f"waiting: another process builds {name}"),
+        replace=force,
+    )
+    if not is_made:
+        progress(f"{name} is built")
+    store.discard(folder for folder in store.folders_of(name) if folder != image.folder)
+    return image
+
+
+def _fill(
+    definition: ImageDefinition,
+    store: ImageStore,
+    out: Path,
+    lock: int,
+    progress: Callable[[str], None],
+) -> dict[str, object]:
+    """Put the files of an image into a folder; returns what is recorded of it."""
+    _check_programs(definition)
+    log = store.failed_log(definition.name)
+    # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
+    base = Path(os.environ.get("TMPDIR") or _LARGE_TMP)
+    with store.work_folder(definition.name, base) as work:
+        if definition.disk_size is not None:
+            check_room((out, work), ROOM_FOR_A_DISK)
+        try:
+            _run(definition, out, work, log, lock, progress)
+            _check(out, definition)
+        except OSError as error:
+            raise ImageError(f"building {definition.name!r} failed: {error}") from error
+        except ImageError as error:
+            error.details = f"{error.details}\n{_tail(log)}".strip()
+            error.remedy = error.remedy or f"read {log}"
+            raise
+    log.replace(out / LOG)
+    return {
+        "name": definition.name,
+        "digest": definition.digest,
+        "built": deadline.wall(),
+        "definition": dataclasses.asdict(definition),
+    }
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:
@@ -115,7 +147,8 @@ def _check_programs(definition: ImageDefinition) -> None:
 
 def _run(
     definition: ImageDefinition,
-    environment: dict[str, str],
+    out: Path,
+    work: Path,
     log: Path,
     lock: int,
     progress: Callable[[str], None],
@@ -126,8 +159,16 @@ def _run(
         ImageError: it failed.
     """
     name = definition.name
+    environment = {
+        **os.environ,
+        "LC_ALL": "C.UTF-8",
+        "PATH": programs.search_path(),
+        "TMPDIR": os.fspath(work),
+        "VMSANDBOX_OUT": os.fspath(out),
+        "VMSANDBOX_WORK": os.fspath(work),
+    }
     argv = [
-        *(sys.executable, "-I", "-S", _WARDEN, str(os.getpid()), str(lock)),
+        *(sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(lock)),
         *_own_namespaces(),
         os.fspath(definition.folder.absolute() / definition.recipe),
     ]
@@ -171,6 +212,46 @@ def _own_namespaces() -> list[str]:
         return []
     works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
     return command if works else []  # it does not in most containers
+
+
+def _check(out: Path, definition: ImageDefinition) -> None:
+    """Check the files of an image.
+
+    Raises:
+        ImageError: one is missing, empty, unreadable or more than was asked for; or the definition
+            has changed meanwhile.
+    """
+    if ImageDefinition.read(definition.folder).digest != definition.digest:
+        raise ImageError(
+            f"the definition of {definition.name!r} has changed while it was being built",
+            remedy=build_command(definition.name),
+        )
+    wrong = []
+    for name in files_of(definition):
+        file = out / name
+        if file.is_symlink() or not file.is_file():
+            wrong.append(f"{name} is missing or not a regular file")
+        elif file.stat().st_size == 0 or not os.access(file, os.R_OK):
+            wrong.append(f"{name} is empty or cannot be read")
+        elif name == HOST_KEY and not _is_host_key(file.read_bytes()):
+            wrong.append(f"{name} is not one line with an ssh-ed25519 key")
+    if definition.disk_size is None and (out / DISK).exists():
+        wrong.append(f"{DISK} is there, but image.toml has no [disk]")
+    if wrong:
+        raise ImageError(f"the image {definition.name!r} is not complete", details="\n".join(wrong))
+
+
+def _is_host_key(content: bytes) -> bool:
+    """Whether `content` is one line with an Ed25519 key, as ssh-keygen writes it."""
+    fields = content.split(None, 2)
+    if content.count(b"\n") != 1 or not content.endswith(b"\n") or len(fields) < 2:
+        return False
+    try:
+        key = base64.b64decode(fields[1], validate=True)
+    except binascii.Error:
+        return False
+    head = b"\0\0\0\x0bssh-ed25519\0\0\0\x20"
+    return fields[0] == b"ssh-ed25519" and key.startswith(head) and len(key) == len(head) + 32
 
 
 def _tail(log: Path) -> str:

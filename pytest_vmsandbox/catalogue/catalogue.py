@@ -84,7 +84,9 @@ class Catalogue:
         folders: dict[str, Path] = {}
         for parent in (*_own_folders(), *self._image_path):
             try:
-                entries = sorted(it for it in parent.iterdir() if (it / DEFINITION_FILE).is_file())
+                entries = sorted(
+                    folder for folder in parent.iterdir() if (folder / DEFINITION_FILE).is_file()
+                )
             except OSError as error:
                 raise ConfigError(
                     f"images cannot be looked for in {parent}: {error.strerror}",
@@ -125,4 +127,4 @@ class Catalogue:
 def _own_folders() -> list[Path]:
     """The folder of our own images: inside the package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    return [it for it in (package / "images", package.parent / "images") if it.is_dir()][:1]
+    return [path for path in (package / "images", package.parent / "images") if path.is_dir()][:1]

@@ -221,11 +221,15 @@ class _Table:
     def choice(self, key: str, choices: Sequence[str]) -> str:
         """The value of `key`, one of `choices`."""
         allowed = " or ".join(map(repr, choices))
-        return self.read(key, allowed, lambda it: next((ok for ok in choices if ok == it), None))
+        return self.read(
+            key,
+            allowed,
+            lambda value: next((choice for choice in choices if choice == value), None),
+        )
 
     def table(self, key: str, keys: Sequence[str]) -> _Table:
         """The table `key`, with exactly `keys`."""
-        values = self.read(key, "a table", lambda it: it if isinstance(it, dict) else None)
+        values = self.read(key, "a table", lambda table: table if isinstance(table, dict) else None)
         return _Table(self._file, f"{self._prefix}{key}.", values, keys)
 
 
@@ -260,18 +264,18 @@ def _user(value: object) -> str | None:
 
 
 def _texts(value: object, good: Callable[[str], bool]) -> tuple[str, ...] | None:
-    if isinstance(value, list) and all(isinstance(it, str) and good(it) for it in value):
+    if isinstance(value, list) and all(isinstance(text, str) and good(text) for text in value):
         return tuple(value)
     return None
 
 
 def _programs(value: object) -> tuple[str, ...] | None:
-    return _texts(value, lambda it: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", it) is not None)
+    return _texts(value, lambda name: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) is not None)
 
 
 def _paths(folder: Path) -> Callable[[object], tuple[str, ...] | None]:
     def read(value: object) -> tuple[str, ...] | None:
-        paths = _texts(value, lambda it: it.isprintable() and not Path(it).is_absolute())
+        paths = _texts(value, lambda path: path.isprintable() and not Path(path).is_absolute())
         for path in paths or ():
             if not (folder / path).exists():
                 raise ConfigError(

@@ -56,7 +56,7 @@ def entries(catalogue: Catalogue, store: ImageStore) -> list[ImageEntry]:
             description=definitions[name].description,
             architecture=definitions[name].architecture,
         )
-        for name in (*states, *(it for it in definitions if it not in states))
+        for name in (*states, *(name for name in definitions if name not in states))
     ]
 
 

@@ -39,7 +39,7 @@ def package_of(program: str) -> str:
 def search_path() -> str:
     """PATH, and behind it the folders that only root has there."""
     path = os.environ.get("PATH") or os.defpath
-    return os.pathsep.join((path, *(it for it in SBIN if it not in path.split(os.pathsep))))
+    return os.pathsep.join(dict.fromkeys((*path.split(os.pathsep), *SBIN)))
 
 
 def find(program: str) -> str | None:
@@ -49,4 +49,4 @@ def find(program: str) -> str | None:
 
 def missing(programs: Iterable[str]) -> tuple[str, ...]:
     """Those of `programs` that are not on this machine, each once."""
-    return tuple(it for it in dict.fromkeys(programs) if find(it) is None)
+    return tuple(program for program in dict.fromkeys(programs) if find(program) is None)

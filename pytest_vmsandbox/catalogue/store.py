@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.cache import integrity
-from pytest_vmsandbox.cache.files import locked, remove_tree, size_on_disk
+from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
+from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.core.errors import ImageError
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
-METADATA, LOG = "image.json", "build.log"
-SCHEMA = 2  # since then, with digests of the files
-_WITHOUT_DIGESTS = 1
-IN_USE = "in-use.lock"  # guests hold a shared flock on it
+LOG = "build.log"
+_WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were kept
 
 
 class ImageState(StrEnum):
@@ -69,14 +68,27 @@ class BuiltImage:
             ImageError: the image is gone.
         """
         try:
-            return " ".join(self._read(HOST_KEY).split()[:2])
+            text = (self.folder / HOST_KEY).read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             raise self._gone() from error
+        return " ".join(text.split()[:2])
 
     @property
     def size_on_disk(self) -> int:
         """Bytes that it takes on the disk, holes not counted."""
         return size_on_disk(self.folder)
+
+    @property
+    def build_id(self) -> str:
+        """What differs between two builds of the same definition, and not between copies of one.
+
+        Raises:
+            ImageError: the image is damaged.
+        """
+        try:  # the record has the time of the build, and the digests of what came out
+            return hashlib.sha256((self.folder / IMAGES.record).read_bytes()).hexdigest()
+        except OSError as error:
+            raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
     def verified(self) -> dict[str, str]:
         """The digests of the files that guests need; all of them are read, once per object.
@@ -86,26 +98,24 @@ class BuiltImage:
         Raises:
             ImageError: one of them cannot be read, or is not as it was when the image was built.
         """
-        digests, damage = self._found
-        if damage:
-            raise damaged(self.definition.name, f"{self.folder / damage}")
-        return digests
+        return self._digests
 
     @cached_property
-    def _found(self) -> tuple[dict[str, str], str]:
-        """The digests of the files, and which of them is damaged, if one is."""
+    def _digests(self) -> dict[str, str]:
         digests: dict[str, str] = {}
-        for name in files_of(self.definition):
-            try:
-                digests[name] = integrity.file_digest(self.folder / name)
-            except OSError as error:
-                return digests, f"{name} cannot be read: {error.strerror}"
+        name = ""
         try:
-            built = _metadata(self.folder).get("digests", {})
-        except (OSError, ValueError):
-            return digests, f"{METADATA} cannot be read"
-        changed = [name for name in built if digests.get(name) != built[name]]
-        return digests, f"{changed[0]} has changed since it was built" if changed else ""
+            for name in files_of(self.definition):
+                digests[name] = integrity.file_digest(self.folder / name)
+            name = IMAGES.record
+            built = _record(self.folder).get("digests", digests)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise self._damaged(f"{name} cannot be read: {why}") from error
+        for name, digest in digests.items():
+            if digest != built.get(name):
+                raise self._damaged(f"{name} has changed since it was built")
+        return digests
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -120,13 +130,13 @@ class BuiltImage:
                 lock.touch(mode=0o600)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(lock, shared=True, on_busy=lambda: None))
+                stack.enter_context(Store.hold(self.folder))
             except FileNotFoundError as error:
                 raise self._gone() from error
             yield
 
-    def _read(self, name: str) -> str:
-        return (self.folder / name).read_text(encoding="utf-8", errors="replace")
+    def _damaged(self, what: str) -> ImageError:
+        return damaged(self.definition.name, f"{self.folder}/{what}")
 
     def _gone(self) -> ImageError:
         name = self.definition.name
@@ -135,26 +145,29 @@ class BuiltImage:
         )
 
 
-class ImageStore:
-    """The built images of one cache folder: ``<cache>/images/<name>/<digest[:16]>/``.
-
-    Args:
-        cache: the folder. It is made when an image is built, not before.
-
-    Attributes:
-        root: the folder ``images`` in it.
-    """
+class ImageStore(Store[BuiltImage]):
+    """The built images of one cache folder: ``<cache>/images/<name>/<digest[:16]>/``."""
 
     def __init__(self, cache: Path) -> None:
-        self.root = cache / "images"
+        super().__init__(cache, IMAGES, _built)
 
-    def folder(self, definition: ImageDefinition) -> Path:
-        """Where the image of `definition` lies, if it is built.
+    def get(self, key: str) -> BuiltImage | None:
+        """The image of that key, if it is there and can be read."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return _built(folder=self.root / key, record=_record(self.root / key))
+        return None
+
+    def all(self) -> list[BuiltImage]:
+        """All images that are built, by name, stale ones and those of other projects included."""
+        return sorted(super().all(), key=lambda image: image.folder)
+
+    def key(self, definition: ImageDefinition) -> str:
+        """What the image of `definition` is called here.
 
         Raises:
             ConfigError: a file of the definition cannot be read.
         """
-        return self.root / definition.name / definition.digest[:16]
+        return f"{definition.name}/{definition.digest[:16]}"
 
     def failed_log(self, name: str) -> Path:
         """The output of a build that is under way or has failed."""
@@ -166,97 +179,63 @@ class ImageStore:
         Raises:
             ConfigError: a file of the definition cannot be read.
         """
-        if (self.folder(definition) / METADATA).is_file():
+        if (self.root / self.key(definition) / IMAGES.record).is_file():
             return ImageState.BUILT
-        return ImageState.STALE if self.folders(definition.name) else ImageState.MISSING
+        return ImageState.STALE if self.folders_of(definition.name) else ImageState.MISSING
 
     def require(self, definition: ImageDefinition) -> BuiltImage:
         """The built image of `definition`.
 
         Raises:
             ImageError: it is not built, or only from an older state of its definition.
+            CacheError: there is no image, and the cache cannot be used.
             ConfigError: a file of the definition cannot be read.
         """
         name = definition.name
-        state, folder = self.state(definition), self.folder(definition)
-        if state is not ImageState.BUILT and folder.exists():
-            raise damaged(name, f"{folder / METADATA} is missing")
-        match state:
-            case ImageState.BUILT:
-                return BuiltImage(
-                    definition=definition,
-                    digest=definition.digest,
-                    folder=folder,
-                )
-            case ImageState.STALE:
-                raise ImageError(
-                    f"the image {name!r} is stale: its definition changed since it was built",
-                    details=f"definition: {definition.folder}",
-                    remedy=build_command(name),
-                )
-            case ImageState.MISSING:
-                raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
+        state, folder = self.state(definition), self.root / self.key(definition)
+        if state is ImageState.BUILT:
+            return BuiltImage(definition=definition, digest=definition.digest, folder=folder)
+        if folder.exists():
+            raise damaged(name, f"{folder / IMAGES.record} is missing")
+        if state is ImageState.STALE:
+            raise ImageError(
+                f"the image {name!r} is stale: its definition changed since it was built",
+                details=f"definition: {definition.folder}",
+                remedy=build_command(name),
+            )
+        for used in (self.root.parent, self.root):
+            if why := problem(used):
+                raise unusable(used, why)
+        raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
 
-    def all(self) -> list[BuiltImage]:
-        """All images that are built, by name, stale ones and those of other projects included."""
-        return [image for name in self._names() for image in self._built(name)]
-
-    def remove(self, image: ImageDefinition | str) -> int:
-        """Remove the built image of a definition, or all that are built of a name.
+    def remove(self, name: str) -> int:
+        """Remove all images that are built of a name.
 
         Returns:
             Bytes that are free now.
 
         Raises:
             ImageError: guests use it. What nobody uses of that name is removed all the same.
-            ConfigError: that is no name, or a file of the definition cannot be read.
+            ConfigError: that is no name.
             TeardownError: files cannot be removed.
         """
-        if isinstance(image, str):
-            check_name(image, "remove")
-            name, folders = image, self.folders(image)
-        else:
-            name, folders = image.name, [self.folder(image)]
-        freed, used = self.discard(folders)
-        if used:
-            raise in_use(name, *used)
-        return freed
+        check_name(name, "remove")
+        discarded = self.discard(self.folders_of(name))
+        if discarded.in_use:
+            raise ImageError(
+                f"the image {name!r} is in use",
+                details="\n".join(map(str, discarded.in_use)),
+                remedy="end the test runs, and the vmsandbox commands, that use it",
+            )
+        return discarded.freed
 
-    def _names(self) -> list[str]:
-        return sorted(it.name for it in self.root.glob("[!.]*") if it.is_dir())
-
-    def folders(self, name: str) -> list[Path]:
+    def folders_of(self, name: str) -> list[Path]:
         """The folders of the images that are built of `name`."""
-        return sorted(it.parent for it in (self.root / name).glob(f"[!.]*/{METADATA}"))
-
-    def _built(self, name: str) -> Iterator[BuiltImage]:
-        for folder in self.folders(name):
-            # Removed meanwhile, or written by another version of this package: not for us.
-            with suppress(OSError, ValueError, TypeError, KeyError):
-                metadata = _metadata(folder)
-                values = metadata["definition"]
-                for key, kind in (("folder", Path), ("uses", tuple), ("requires", tuple)):
-                    values[key] = kind(values[key])
-                definition = ImageDefinition(**values)
-                yield BuiltImage(definition=definition, digest=metadata["digest"], folder=folder)
-
-    def discard(self, folders: list[Path]) -> tuple[int, list[Path]]:
-        """Remove images. Returns the bytes freed, and the folders that are in use."""
-        freed, used = 0, []
-        for folder in folders:
-            try:
-                with locked(folder / IN_USE):
-                    size = size_on_disk(folder)
-                    # Out of the way first: a half-removed image must not look like a built one.
-                    gone = tempfile.mkdtemp(prefix=".gone-", dir=folder.parent)
-                    folder.rename(gone)
-                remove_tree(Path(gone))
-                freed += size
-            except FileNotFoundError:  # somebody else was faster
-                pass
-            except BlockingIOError:
-                used.append(folder)
-        return freed, used
+        return [
+            folder
+            for folder in self.folders()
+            if folder.parent.name == name and (folder / IMAGES.record).exists()
+        ]
 
 
 def files_of(definition: ImageDefinition) -> list[str]:
@@ -264,36 +243,35 @@ def files_of(definition: ImageDefinition) -> list[str]:
     return [KERNEL, INITRD, HOST_KEY, *([DISK] if definition.disk_size is not None else [])]
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
-    """What stands in the metadata of a built image.
+def _built(*, folder: Path, record: Mapping[str, Any]) -> BuiltImage:
+    values = dict(record["definition"])
+    for key, kind in (("folder", Path), ("uses", tuple), ("requires", tuple)):
+        values[key] = kind(values[key])
+    definition = ImageDefinition(**values)
+    return BuiltImage(definition=definition, digest=record["digest"], folder=folder)
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record of a built image.
 
     Raises:
-        OSError: they cannot be read.
-        ValueError: they are damaged.
+        OSError: it cannot be read.
+        ValueError: it is damaged.
     """
-    content: Any = json.loads((folder / METADATA).read_text(encoding="utf-8"))
-    if (
-        isinstance(content, dict)
-        and content.get("schema") == _WITHOUT_DIGESTS
-        and "digests" not in content
-    ):
-        return content
-    return integrity.read_record(folder / METADATA)
+    content: Any = json.loads((folder / IMAGES.record).read_text(encoding="utf-8"))
+    is_old = isinstance(content, dict) and content.get("schema") == _WITHOUT_DIGESTS
+    if is_old and "digests" not in content:
+        return dict(content)
+    return integrity.read_record(folder / IMAGES.record)
 
 
 def damaged(name: str, what: str) -> ImageError:
+    """The error for an image that is not as it was built."""
     return ImageError(
         f"the image {name!r} is damaged: {what}", remedy=f"{build_command(name)} --force"
     )
 
 
 def build_command(name: str) -> str:
+    """The command that builds an image."""
     return f"vmsandbox images build {name}"
-
-
-def in_use(name: str, *folders: Path) -> ImageError:
-    return ImageError(
-        f"the image {name!r} is in use",
-        details="\n".join(map(str, folders)),
-        remedy="end the test runs, and the vmsandbox commands, that use it",
-    )

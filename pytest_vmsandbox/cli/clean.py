@@ -2,57 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import click
 
-from pytest_vmsandbox.catalogue import intake
-from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, TEMPLATES, Entry, Kind, Store, tidy
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests.templates import TemplateStore
-from pytest_vmsandbox.inside.environments_store import EnvironmentsStore
 from pytest_vmsandbox.machine import orphans
 from pytest_vmsandbox.machine.hypervisor import remove_dead_runs
 
 
 @click.command
+@click.option("--templates", is_flag=True, help="Also remove all templates that no run uses now.")
 @click.option(
-    "--templates",
-    "all_templates",
+    "--environments",
     is_flag=True,
-    help="Also remove all sealed templates that no run uses now.",
+    help="Also remove all packages for tests in guests that no run uses now.",
 )
-def clean(*, all_templates: bool) -> None:
+def clean(*, templates: bool, environments: bool) -> None:
     """End and delete what is ours and ownerless.
 
-    That is what runs and builds left that were killed. With --templates also the sealed guests that
-    clones are made of: the next run that needs one boots and seals it again.
+    That is what runs and builds left that were killed. With --templates also the saved guests that
+    clones are made of, and with --environments the Python packages for tests in guests: the next run
+    that needs one makes it again.
     """
     screen = Screen()
     cache = paths.cache_dir()
-    templates = TemplateStore(cache)
-    said = []
+    said: list[str] = []
     if ended := orphans.end_ownerless():
         said.append(f"ended: {_number(len(ended), 'launcher')} whose run is gone, with its guests")
     if folders := remove_dead_runs(paths.runtime_dir()):
         said.append(f"removed: {_number(len(folders), 'folder')} of runs that are gone")
-    environments = EnvironmentsStore(cache)
-    if freed := intake.sweep(ImageStore(cache)) + templates.sweep() + environments.sweep():
+    if freed := tidy(cache, said.append):
         said.append(
             f"removed: what was left in the cache half made or half removed; "
             f"{format_size(freed)} are free again"
         )
-    if all_templates:
-        removed, freed, stay = templates.discard(templates.folders())
-        if removed:
-            said.append(
-                f"removed: {_number(removed, 'sealed template')}; {format_size(freed)} are free again"
-            )
-        if stay:
-            said.append(f"left alone: {_number(stay, 'sealed template')} in use")
-    templates.remove_locks()
+    if templates:
+        said += _emptied(cache, TEMPLATES, "template")
+    if environments:
+        said += _emptied(cache, ENVIRONMENTS, "environment")
     for line in said or ["there is nothing to clean"]:
         screen.say(line)
+
+
+def _emptied(cache: Path, kind: Kind, what: str) -> Iterator[str]:
+    """Remove all of a kind that nobody uses, and the locks of what is gone."""
+    store = Store(cache, kind, Entry)
+    removed, freed, in_use = store.discard(store.folders())
+    store.sweep()
+    if removed:
+        yield f"removed: {_number(removed, what)}; {format_size(freed)} are free again"
+    if in_use:
+        yield f"left alone: {_number(len(in_use), what)} in use"
 
 
 def _number(count: int, what: str) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pytest_vmsandbox.cache.files import problem
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
@@ -80,12 +81,12 @@ class Examination:
         )
         runtime = paths.runtime_dir()
         yield checks.folder(
-            "cache folder", self._cache, _folder_problem(self._cache), variable="VMSANDBOX_CACHE"
+            "cache folder", self._cache, problem(self._cache), variable="VMSANDBOX_CACHE"
         )
         yield checks.folder(
             "runtime folder",
             runtime,
-            _folder_problem(runtime, private=True),
+            problem(runtime, private=True),
             variable="VMSANDBOX_RUNTIME",
         )
         yield self._disk("free disk, cache", self._cache, "VMSANDBOX_CACHE")
@@ -169,21 +170,6 @@ def _existing(folder: Path) -> Path:
     """`folder`, or the first above it that is there."""
     path = folder.absolute()
     return next(above for above in (path, *path.parents) if above.is_dir())
-
-
-def _folder_problem(folder: Path, *, private: bool = False) -> str:
-    """Why a folder cannot be used, or made; empty if it can."""
-    if not os.path.lexists(folder):
-        above = _existing(folder)
-        return "" if os.access(above, os.W_OK | os.X_OK) else f"cannot be made in {above}"
-    if not folder.is_dir():
-        return "is not a folder"
-    status = folder.stat()
-    if status.st_uid != os.geteuid():
-        return "belongs to another user"
-    if private and status.st_mode & 0o077:
-        return "is open to other users"
-    return "" if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else "cannot be written"
 
 
 def _namespace_problem() -> str:

@@ -38,13 +38,13 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
     missing   not built
     other     built here, but its definition is not in the catalogue
 
-    Below are the sealed templates: guests that were booted once, of which clones are made. How many
+    Below are the templates: guests that were booted once and saved, of which clones are made. How many
     there are of an image, and their size on the disk.
     """  # noqa: D301  # a mark for click
     found = listing.entries(Catalogue(image_path), ImageStore(cache_dir()))
-    sealed: dict[str, list[int]] = {}
+    saved: dict[str, list[int]] = {}
     for template in TemplateStore(cache_dir()).all():
-        sealed.setdefault(template.image, []).append(template.size_on_disk)
+        saved.setdefault(template.image, []).append(template.size_on_disk)
     if as_json:
         write_json(
             {
@@ -60,7 +60,7 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
                 ],
                 "templates": [
                     {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}
-                    for name, sizes in sorted(sealed.items())
+                    for name, sizes in sorted(saved.items())
                 ],
             }
         )
@@ -74,10 +74,10 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
             (f"  {description}", ""),
         )
     width = max((len(image.name) for image in found), default=0)
-    for name, sizes in sorted(sealed.items()):
+    for name, sizes in sorted(saved.items()):
         screen.parts(
             (f"{name:{width}}", "bold"),
-            ("  sealed ", "cyan"),
+            ("  saved  ", "cyan"),
             (f"  {format_size(sum(sizes)):>9}", ""),
             (f"  {len(sizes)} template{'' if len(sizes) == 1 else 's'}, for clones", ""),
         )
@@ -110,7 +110,7 @@ def build_one(
     """Build one image and show how it goes.
 
     Raises:
-        VMSandboxError: see `builder.build`.
+        VMSandboxError: it cannot be built, or not be kept.
     """
     definition = catalogue.get(name)
     if not force and store.state(definition) == "built":
@@ -127,7 +127,7 @@ def build_one(
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @image_path_option
 def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
-    """Remove what is built of images, and their sealed templates, unless guests use it.
+    """Remove what is built of images, and their templates, unless guests use it.
 
     A NAME may be a glob.
     """
@@ -148,15 +148,15 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     screen = Screen()
     errors: list[Exception] = []
     for name in chosen:
-        removed, freed_too, _ = templates.discard(templates.folders(name))
-        with_templates = f", with {removed} of its sealed templates" if removed else ""
+        removed, freed_too, _ = templates.discard(templates.of_image(name))
+        with_templates = f", with {removed} of its templates" if removed else ""
         try:
             freed = store.remove(name) + freed_too
         except VMSandboxError as error:
             errors.append(error)
             if removed:
                 screen.say(
-                    f"{removed} sealed templates of {name} are removed: "
+                    f"{removed} templates of {name} are removed: "
                     f"{format_size(freed_too)} are free again"
                 )
         else:

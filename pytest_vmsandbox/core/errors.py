@@ -5,6 +5,7 @@
     VMSandboxError
     ├── ConfigError        an option, a marker's argument or an image definition is invalid
     ├── ImageError         an image is missing, stale, or its build failed
+    ├── CacheError         something cannot be kept in the cache: its folder, or its disk
     ├── LaunchError        QEMU is missing, refused to start, or the host has no room for a guest
     ├── BootError          the guest did not get as far as answering; `stage` says how far it got
     ├── GuestLost          a guest that ran is gone: panic, power-off from inside, QEMU exit
@@ -99,6 +100,12 @@ class ConfigError(VMSandboxError):
 
 class ImageError(VMSandboxError):
     """An image is missing or stale, or building it failed."""
+
+    default_stage = "image"
+
+
+class CacheError(VMSandboxError):
+    """Something cannot be kept in the cache: its folder cannot be used, or the disk is full."""
 
     default_stage = "image"
 
@@ -219,7 +226,15 @@ class TeardownError(VMSandboxError):
 for _error in (VMSandboxError, *VMSandboxError.__subclasses__()):
     _error.__module__ = "pytest_vmsandbox"
 
-INFRASTRUCTURE = (ImageError, LaunchError, BootError, GuestLost, MonitorError, TeardownError)
+INFRASTRUCTURE = (
+    ImageError,
+    CacheError,
+    LaunchError,
+    BootError,
+    GuestLost,
+    MonitorError,
+    TeardownError,
+)
 
 _STREAM_LIMIT = 8_000  # characters of each stream in an error's text; the error object has them all
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 
+from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
-from pytest_vmsandbox.core.errors import ConfigError, ImageError, LaunchError
+from pytest_vmsandbox.core.errors import ConfigError, ImageError, LaunchError, TeardownError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
@@ -20,7 +21,6 @@ from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.idle import IdleGuests
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -151,7 +151,8 @@ class Backend:
     def clean(self) -> None:
         """Remove what killed runs have left; the first guest that is asked for does so, too."""
         _ = self.hypervisor
-        TemplateStore(self.cache).sweep()
+        with suppress(TeardownError):  # it is tried again when something of that name is made
+            tidy(self.cache, self.callbacks.say)
 
     def own(self, folder: Path) -> None:
         """Have a folder for logs removed if this process is killed; else its maker removes it."""

@@ -19,7 +19,7 @@ from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 2  # of templates; raise it when what is done to a guest before it is sealed changes
+FORMAT = 3  # of templates; raise it when what is done to a guest before it is saved changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Blueprint:
     def disks(
         self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
     ) -> AbstractContextManager[Disks]:
-        """Fresh disks for one guest; see `Disks.open`."""
+        """Fresh disks for one guest, gone at the end. `frozen` is what was written before."""
         return Disks.open(
             base=self.built.disk,
             root_size=self.hardware.disk,
@@ -119,16 +119,10 @@ class Blueprint:
         parts = {
             "format": FORMAT,
             "image": self.built.digest,
-            "built": _identity(self.built.folder),
+            "built": self.built.build_id,
             "argv": cmdline.argv(spec, fds),
             "disks": [self.hardware.disk, *self.hardware.disks],
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _identity(folder: Path) -> list[int]:
-    """What differs between two builds of the same definition."""
-    status = (folder / "image.json").stat()
-    return [status.st_ino, status.st_mtime_ns]

@@ -73,6 +73,7 @@ class Engine:
         self._on_resume = on_resume
         self._running: Running | None = None
         self._lock = threading.RLock()  # of what runs, and who uses it
+        self._orderly = threading.Lock()  # held while the guest goes down by itself
 
     def __enter__(self) -> Self:
         with self.explained():
@@ -381,7 +382,7 @@ class Engine:
         Raises:
             BootError: it did not come back.
         """
-        with self.use() as running:
+        with self._orderly, self.use() as running:
             machine = running.machine
             since = len(machine.monitor.events())
             lost = self._ask("reboot")
@@ -404,7 +405,7 @@ class Engine:
         Raises:
             CommandError: it refuses to go down.
         """
-        with self.use() as running:
+        with self._orderly, self.use() as running:
             self._ask("poweroff")
             running.machine.end(self.boot_seconds)
         self._switch_off(running)

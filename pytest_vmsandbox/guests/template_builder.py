@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.cache.store import IN_USE
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
+    CacheError,
     CommandTimeout,
     ImageError,
     LaunchError,
     MonitorError,
-    VMSandboxError,
 )
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -30,10 +31,8 @@ from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
-    IN_USE,
     KEY,
     MEMORY,
-    METADATA,
     STATE,
     Template,
     TemplateStore,
@@ -172,7 +171,7 @@ class TemplateBuilder:
         self._throw_away(opened.template, opened.about, fault)
 
     def _throw_away(self, template: Template, about: str, fault: str) -> None:
-        if self._store.throw_away_damaged(template):
+        if self._store.throw_away(template.key, template):
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
@@ -181,10 +180,10 @@ class TemplateBuilder:
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
         for _ in range(_TRIES):
-            template = self._store.find(key) or self._made(key, blueprint, steps)
+            template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as stack:
                 try:
-                    lock = stack.enter_context(self._store.hold(template))
+                    lock = stack.enter_context(self._store.hold(template.folder))
                     damage = self._digests.submit(self._damage, template, blueprint)
                     file = memory.for_clones(template.memory, blueprint.qemu.version)
                     stack.callback(file.close)
@@ -218,25 +217,25 @@ class TemplateBuilder:
         blueprint.built.verified()
         about = _about(blueprint, steps)
         waits = f"another run is building the template of {about}; waiting for it"
+
+        def fill(folder: Path, _lock: int) -> dict[str, object]:
+            if why := self._store.unreadable(key):
+                self._tell_of_damage(about, why)
+            self._callbacks.say(f"preparing {about}: once, until something of it changes")
+            with ExitStack() as stack:
+                below = self._below(blueprint, steps[:-1], stack) if steps else None
+                return self._build(folder, blueprint, steps, below)
+
         try:
-            with self._store.lock(key, lambda: self._callbacks.say(waits)):
-                if (found := self._store.find(key)) is not None:
-                    return found
-                if self._store.is_unreadable(key):
-                    self._tell_of_damage(about, f"{METADATA} cannot be read")
-                self._callbacks.say(f"preparing {about}: once, until something of it changes")
-                with self._store.incoming(key) as folder, ExitStack() as stack:
-                    below = self._below(blueprint, steps[:-1], stack) if steps else None
-                    return self._build(folder, key, blueprint, steps, below)
+            return self._store.make(key, fill, on_busy=lambda: self._callbacks.say(waits))
         except _StepError as failed:
             raise failed.raised from None
-        except (OSError, ImageError, MonitorError) as error:
-            if isinstance(error, VMSandboxError) and error.transient:
+        except (CacheError, ImageError, MonitorError) as error:
+            if error.transient:
                 raise
-            brief = error.brief if isinstance(error, VMSandboxError) else str(error)
             raise NoTemplateError(
-                f"the template of {blueprint.image} could not be built: {brief}",
-                details=getattr(error, "details", ""),
+                f"the template of {blueprint.image} could not be built: {error.brief}",
+                details=error.details,
             ) from error
 
     def _logs(self, image: str) -> Path | None:
@@ -249,10 +248,10 @@ class TemplateBuilder:
         """The template that another one is made from: held, and as it was when it was built."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
         for _ in range(_TRIES):
-            template = self._store.find(key) or self._made(key, blueprint, steps)
+            template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as own:
                 with suppress(FileNotFoundError):  # then it is gone, or its lock
-                    own.enter_context(self._store.hold(template))
+                    own.enter_context(self._store.hold(template.folder))
                 if not (fault := template.damage()):
                     stack.push(own.pop_all())
                     return template
@@ -260,13 +259,8 @@ class TemplateBuilder:
         raise NoTemplateError(f"the template of {about} is damaged again and again")
 
     def _build(
-        self,
-        folder: Path,
-        key: str,
-        blueprint: Blueprint,
-        steps: Sequence[Step],
-        below: Template | None,
-    ) -> Template:
+        self, folder: Path, blueprint: Blueprint, steps: Sequence[Step], below: Template | None
+    ) -> dict[str, object]:
         hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
@@ -307,18 +301,13 @@ class TemplateBuilder:
             layers = _keep_layers(folder, disks, below)
         (folder / KEY).touch(mode=0o600)
         (folder / KEY).write_text(pair.private, encoding="utf-8")
-        for file in folder.iterdir():
-            if file.name != KEY:
-                file.chmod(0o644)  # a QEMU of another user opens them
-        return self._store.adopt(
-            folder,
-            key,
-            image=blueprint.image,
-            name=name,
-            layers=layers,
-            disk=below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
-            facts=dict(facts or {}),
-        )
+        return {
+            "image": blueprint.image,
+            "name": name,
+            "layers": layers,
+            "disk": below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
+            "facts": dict(facts or {}),
+        }
 
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:

@@ -11,28 +11,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from pytest_vmsandbox.inside.environments_store import RESOLVED, EnvironmentsStore
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import move_programs
 from pytest_vmsandbox.inside.requirements import Requirements
 from pytest_vmsandbox.inside.uv import Uv
 
+_RESOLVED = "requirements.txt"  # what was resolved, for people
 
-@dataclass(frozen=True, kw_only=True)
-class Environment:
-    """Files for a guest's environment, complete and in the cache.
 
-    Args:
-        folder: holds them.
-        digest: of what they were made from.
-    """
+class Environment(Entry):
+    """Files for a guest's environment, complete and in the cache."""
 
-    folder: Path
-    digest: str
+    @property
+    def digest(self) -> str:
+        """Of what they were made from."""
+        return self.folder.name
 
     @property
     def site_packages(self) -> Path:
@@ -45,6 +43,7 @@ class Environment:
         return self.folder / "bin"
 
 
+@contextmanager
 def prepare(
     requirements: Requirements,
     python: GuestPython,
@@ -53,8 +52,8 @@ def prepare(
     offline: bool,
     say: Callable[[str], object],
     tell: Callable[[str], object] = lambda _: None,
-) -> Environment:
-    """Have a guest's environment in the cache. If it is there, uv is not needed.
+) -> Iterator[Environment]:
+    """Have a guest's environment in the cache, and keep it there. If it is there, uv is not needed.
 
     Args:
         requirements: what it holds.
@@ -67,25 +66,34 @@ def prepare(
     Raises:
         TransferError: it cannot be made: uv is missing, a distribution has no wheel for the guest,
             the package index cannot be reached.
+        CacheError: it cannot be kept.
         TeardownError: what was made in vain cannot be removed.
     """
+    store = Store(cache, ENVIRONMENTS, Environment)
+    digest = requirements.digest(python)
 
-    def make(folder: Path, lock: int) -> None:
+    def tell_of_damage(why: str) -> None:
+        tell(f"the packages for the guest were damaged ({why}); they are made anew")
+
+    def fill(folder: Path, lock: int) -> dict[str, object]:
+        if why := store.unreadable(digest):
+            tell_of_damage(why)
         say(f"preparing the packages for the guest's Python {python}")
         with tempfile.TemporaryDirectory(dir=folder) as work:
             uv = Uv(requirements, python, offline=offline, lock=lock, work=Path(work), tell=tell)
             resolved = uv.resolve()
             uv.install(resolved, folder / "site-packages")
             move_programs(folder / "site-packages", folder / "bin")
-            shutil.copyfile(resolved, folder / RESOLVED)
+            shutil.copyfile(resolved, folder / _RESOLVED)
+        return {}
 
-    digest = requirements.digest(python)
-    folder = EnvironmentsStore(cache).obtain(
-        digest,
-        make,
-        on_busy=lambda: say("waiting for another run that is preparing packages for a guest"),
-        on_damage=lambda why: tell(
-            f"the packages for the guest were damaged ({why}); they are made anew"
-        ),
-    )
-    return Environment(folder=folder, digest=digest)
+    environment = store.get(digest)
+    if environment is not None and (why := environment.damage()):
+        tell_of_damage(why)
+        store.throw_away(digest, environment)
+        environment = None
+    if environment is None:
+        on_busy = "waiting for another run that is preparing packages for a guest"
+        environment = store.make(digest, fill, on_busy=lambda: say(on_busy))
+    with store.hold(environment.folder):
+        yield environment

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.inside.session import parse_probe
 
 OLDEST_PYTHON = (3, 9)
+_PROBE = Path(__file__).with_name("runner") / "probe.py"
 _GLIBC = (17, 28, *range(31, 41))  # minor versions that uv has a platform of
 _MACHINES = ("x86_64", "aarch64")
 
@@ -28,18 +30,15 @@ class GuestPython:
     libc: tuple[int, ...]
 
     @classmethod
-    def probe(cls, guest: Guest, runner: str) -> tuple[GuestPython, str]:
+    def probe(cls, guest: Guest) -> tuple[GuestPython, str]:
         """Ask a guest for its Python, and the path of it.
-
-        Args:
-            runner: the text of ``runner.py``.
 
         Raises:
             TransferError: it has no Python that works.
             GuestLost: the guest is gone.
         """
         try:
-            done = guest.run(["python3", "-I", "-S", "-", "probe"], input=runner)
+            done = guest.run(["python3", "-I", "-S", "-"], input=_PROBE.read_text("utf-8"))
         except CommandError as error:
             raise TransferError(
                 f"{guest.name} has no Python that works",

@@ -28,7 +28,7 @@ from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
-_RUNNER = Path(__file__).with_name("runner.py")
+RUNNER = Path(__file__).with_name("runner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,6 @@ class Payload:
         outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
         requirements: what is installed besides.
-        cache: the user's cache folder; prepared environments are kept there.
         offline: never touch the network.
         say: told of long waits.
         tell: told of what does not go as it should.
@@ -50,7 +49,6 @@ class Payload:
     outside: tuple[Tree, ...] = ()
     project: Project
     requirements: Requirements
-    cache: Path
     offline: bool
     say: Callable[[str], None]
     tell: Callable[[str], None]
@@ -88,15 +86,21 @@ class Payload:
             requirements = Requirements.of_entries(root, entries, project.names)
         else:
             requirements = Requirements.of_host(root, project.names, say=say)
+        tell = tell or say
+        trees = tuple(map(Tree.of, outside))
+        for tree in trees:
+            files = sum(entry.kind == "file" for entry in tree.entries.values())
+            tell(
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+            )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),
-            outside=tuple(map(Tree.of, outside)),
+            outside=trees,
             project=project,
             requirements=requirements,
-            cache=cache_dir(),
             offline=offline,
             say=say,
-            tell=tell or say,
+            tell=tell,
         )
 
 
@@ -139,7 +143,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
         there = f"{BASE}/src/{payload.tree.root.relative_to(common)}"
         outside = {str(here): f"{BASE}/src/{here.relative_to(common)}" for here in folders}
     return Installed(
-        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner.py", folder=f"{BASE}/run"),
+        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
         tree=there,
         outside=outside,
         path=tuple(posixpath.normpath(f"{there}/{folder}") for folder in project.import_roots),
@@ -149,8 +153,9 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 
 def environment_step(payload: Payload) -> Step:
     """The Python environment in a guest, without the project: it seldom changes."""
+    runner = [file.read_text(encoding="utf-8") for file in sorted(RUNNER.rglob("*.py"))]
     return Step(
-        digest=payload.requirements.digest(_FORMAT, _RUNNER.read_text(encoding="utf-8")),
+        digest=payload.requirements.digest(_FORMAT, runner),
         run=lambda guest: install_environment(guest, payload),
         about="the Python environment of the tests",
         network="isolated",
@@ -170,28 +175,29 @@ def install_environment(guest: Guest, payload: Payload) -> None:
 
     Raises:
         TransferError: the guest has no usable Python, or something cannot be had for it.
+        CacheError: that cannot be kept.
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
-    python, executable = GuestPython.probe(guest, _RUNNER.read_text(encoding="utf-8"))
-    environment = prepare(
+    python, executable = GuestPython.probe(guest)
+    packages = "lib/python{}.{}/site-packages".format(*python.version)
+    if guest.spec.user != "root":
+        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
+    prepared = prepare(
         payload.requirements,
         python,
-        cache=payload.cache,
+        cache=cache_dir(),
         offline=payload.offline,
         say=payload.say,
         tell=payload.tell,
     )
-    packages = "lib/python{}.{}/site-packages".format(*python.version)
-    if guest.spec.user != "root":
-        guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
-    with _folder() as base:
-        shutil.copyfile(_RUNNER, base / "runner.py")
+    with prepared as environment, _folder() as base:
+        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
         _make_environment(base / "env", packages, executable, environment)
         guest.push(base, BASE)
-    guest.push(environment.site_packages, f"{ENV}/{packages}")
+        guest.push(environment.site_packages, f"{ENV}/{packages}")
 
 
 def install_project(guest: Guest, payload: Payload) -> None:

@@ -97,27 +97,31 @@ class Project:
         )
 
 
-def foreign_folders(root: Path, sys_path: Sequence[str] | None = None) -> list[Path]:
-    """The folders of ``sys.path`` that are neither the project's nor installed: no guest has them."""
-    tree = _Tree(root)
+def foreign_folder(module: str, root: Path) -> Path | None:
+    """The folder that a top-level module is imported from here, if no guest has it.
+
+    That is one that is neither in the project at `root` nor installed.
+    """
     paths = sysconfig.get_paths()
-    own = [Path(os.path.realpath(paths[name])) for name in ("stdlib", "platstdlib", "scripts")]
-    folders = dict.fromkeys(
-        os.path.realpath(path or ".") for path in (sys.path if sys_path is None else sys_path)
-    )
-    return [
-        Path(folder)
-        for folder in folders
-        if Path(folder).is_dir()
-        and SITES.isdisjoint(Path(folder).parts)
-        and not any(Path(folder).is_relative_to(known) for known in (tree.root, *own))
-    ]
+    known = [root, *(Path(paths[name]) for name in ("stdlib", "platstdlib", "scripts"))]
+    tops = [os.path.realpath(folder) for folder in known]
+    for folder in _folders_of(module):
+        if SITES.isdisjoint(folder.parts) and not any(map(folder.is_relative_to, tops)):
+            return folder
+    return None
 
 
-def provider(module: str, folders: Iterable[Path]) -> Path | None:
-    """The folder that a top-level module is imported from; None if none of them has it."""
-    having = (place for place in folders if (place / module).is_dir() or any(_files(place, module)))
-    return next(having, None)
+def _folders_of(module: str) -> list[Path]:
+    """The folders, without links, that a top-level module is imported from here."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        return []
+    places: Iterable[str | None] = spec.submodule_search_locations or [spec.origin]
+    folders = [Path(place).parent for place in places if place and Path(place).exists()]
+    return [Path(os.path.realpath(folder)) for folder in folders]
 
 
 class _Tree:
@@ -163,18 +167,10 @@ class _Tree:
 
     def ask_python(self, module: str) -> str | None:
         """The same, for what a finder finds."""
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            return None
-        if spec is None:
-            return None
-        places: Iterable[str | None] = spec.submodule_search_locations or [spec.origin]
-        for place in places:
-            where = self.relative(str(Path(place).parent)) if place else None
-            if where is not None and self._holds(where, module):
-                return where
-        return None
+        found = [self.relative(str(folder)) for folder in _folders_of(module)]
+        return next(
+            (folder for folder in found if folder is not None and self._holds(folder, module)), None
+        )
 
     def places(self, where: str, module: str) -> list[str]:
         """The POSIX paths of a top-level module, relative to the root; none behind a link."""

@@ -37,7 +37,7 @@ _MAX_OUTPUT = 16 << 20  # characters of live output that are kept, of what nobod
 _MAX_ITEMS = 1_000_000
 _MAX_TAIL = 64 << 10  # characters of what was written last
 _MAX_FRAME = 5_000  # characters of a line of a stack
-_MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner\.py)\b.*", line \d+ in ')
+_MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner)\b.*", line \d+ in ')
 
 
 class Starter(Protocol):
@@ -72,7 +72,7 @@ class Place:
 
     Attributes:
         python: the interpreter that runs tests.
-        runner: the file `runner.py`.
+        runner: the folder `runner`.
         folder: of the keeper's socket, for the user alone.
     """
 
@@ -297,7 +297,7 @@ class GuestSession:
         """Start a session and let it collect.
 
         Args:
-            config: see the runner's ``Session``.
+            config: see ``run`` in the runner's `process.py`.
             timeout: seconds until it has collected.
 
         Returns:
@@ -628,7 +628,7 @@ def _signal_name(number: int) -> str:
 
 
 def parse_probe(text: str) -> dict[str, Any]:
-    """What ``runner.py probe`` has printed.
+    """What ``runner/probe.py`` has printed.
 
     Raises:
         GuestLost: it is anything else.

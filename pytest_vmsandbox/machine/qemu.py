@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -22,7 +23,8 @@ class Qemu:
     Attributes:
         path: of the program.
         version: for instance ``(7, 2, 22)``.
-        build: what tells this build from any other: path, version, size and time of the file.
+        build: what tells this build from any other, and is the same on another machine: version and
+            digest of the file.
     """
 
     path: Path
@@ -57,7 +59,7 @@ def find_qemu(architecture: str = "x86_64") -> Qemu:
 
 
 @cache
-def _inspect(path: str, mtime: int, size: int) -> Qemu:
+def _inspect(path: str, _mtime: int, _size: int) -> Qemu:
     try:
         done = subprocess.run(
             [path, "--version"],
@@ -78,4 +80,6 @@ def _inspect(path: str, mtime: int, size: int) -> Qemu:
             f"{path} does not tell its version", details=output, remedy="install QEMU anew"
         )
     version = tuple(int(part) for part in match[1].split("."))
-    return Qemu(path=Path(path), version=version, build=f"{path} {match[1]} {size} {mtime}")
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # about 12 ms
+    return Qemu(path=Path(path), version=version, build=f"{match[1]} {digest}")

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from qemu.qmp import (
@@ -47,6 +47,7 @@ class Monitor:
         self._client.register_listener(self._listener)
         self._events: list[Event] = []
         self._arrived = threading.Condition()
+        self._passing = threading.Lock()  # QEMU keeps one descriptor until a command takes it
 
     @classmethod
     @contextmanager
@@ -101,7 +102,8 @@ class Monitor:
         """
         self._record("->", {"execute": command, "arguments": dict(arguments or {})})
         try:
-            answer = self._await(self._execute(command, arguments, fd), timeout, command)
+            with nullcontext() if fd is None else self._passing:
+                answer = self._await(self._execute(command, arguments, fd), timeout, command)
         except MonitorError as error:
             self._record("<-", {"error": error.brief})
             raise

@@ -78,21 +78,15 @@ class Artifacts:
             if self._logs is None:
                 self._root.mkdir(parents=True, exist_ok=True)
                 with locked(self._root, on_busy=lambda: None):
-                    self._sweep()
+                    for folder in self._root.glob(f"{_LOGS}*"):  # of runs that were killed
+                        with suppress(OSError), locked(folder):
+                            shutil.rmtree(folder)
                     logs = self._root / f"{_LOGS}{secrets.token_hex(4)}"
                     self._own(logs)  # first: we may be killed at any moment
                     logs.mkdir(mode=0o700)
                     self._stack.enter_context(locked(logs))
                     self._logs = logs
             return self._logs
-
-    def _sweep(self) -> None:
-        """Remove what runs have left that were killed: nobody holds their folders."""
-        from pytest_vmsandbox.cache.files import locked
-
-        for folder in self._root.glob(f"{_LOGS}*"):
-            with suppress(OSError), locked(folder):
-                shutil.rmtree(folder)
 
     def discard(self, nodeid: str) -> None:
         """Remove the folder of a test that passed."""

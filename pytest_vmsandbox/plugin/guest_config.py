@@ -17,6 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
 from pytest_vmsandbox.plugin import beside
@@ -61,9 +62,7 @@ _OURS_INI = {
 _OURS_INI_FAMILIES = ("junit_", "vm_")
 # Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
 _OURS_PLUGINS = {"reports", "terminalprogress"}
-_XDIST_VARIABLES = tuple(
-    f"PYTEST_XDIST_{name}" for name in ("WORKER", "WORKER_COUNT", "TESTRUNUID")
-)
+_XDIST_VARIABLES = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
 _OUTCOMES = {"rerunfailures": RERUN, "pytest-retry": RETRIED}
 _RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
 _ONLY_HERE = HOST_ONLY | LEFT_OUT
@@ -150,7 +149,7 @@ def plugins(config: pytest.Config) -> list[str]:
     manager = config.pluginmanager
     names: dict[str, None] = {}
     for _, distribution in manager.list_plugin_distinfo():
-        if _canonical(distribution.metadata["Name"]) in _ONLY_HERE:
+        if canonicalize_name(distribution.metadata["Name"]) in _ONLY_HERE:
             continue
         for point in distribution.entry_points:
             if point.group == "pytest11" and manager.has_plugin(point.name):
@@ -221,12 +220,11 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
     stay = {*_host_only(), *_OURS_PLUGINS}
     if hasattr(config, "workerinput"):
         stay.add("terminal")  # no worker of xdist has one
-    of_environment = filter(None, os.environ.get("PYTEST_PLUGINS", "").split(","))
     words = config.invocation_params.args
     typed = {word[2:] for word in map(str, words) if word.startswith("-p")}
     typed.update(str(name) for word, name in pairwise(words) if word == "-p")
     found: tuple[list[str], list[str]] = ([], [])
-    for name in (*config.option.plugins, *of_environment):
+    for name in _asked_for(config):
         bare = name.removeprefix("no:")
         if (
             bare not in stay
@@ -239,12 +237,17 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
 
 def only_here(config: pytest.Config) -> list[str]:
     """The plugins, named for this run, that no guest can have; those of ours do not count."""
-    of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
     return [
         name
-        for name in dict.fromkeys((*config.option.plugins, *of_environment))
+        for name in dict.fromkeys(_asked_for(config))
         if not name.startswith("vmsandbox") and _is_only_here(config, name)
     ]
+
+
+def _asked_for(config: pytest.Config) -> list[str]:
+    """The plugins, or ``no:NAME``, of the command line, and of the environment."""
+    of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
+    return [name for name in (*config.option.plugins, *of_environment) if name]
 
 
 def _is_only_here(config: pytest.Config, name: str) -> bool:
@@ -263,7 +266,7 @@ def _host_only() -> frozenset[str]:
     return frozenset(
         name
         for point in entry_points(group="pytest11")
-        if point.dist is not None and _canonical(point.dist.name) in _ONLY_HERE
+        if point.dist is not None and canonicalize_name(point.dist.name) in _ONLY_HERE
         for name in (point.name, point.module)
     )
 
@@ -292,10 +295,6 @@ def _value(config: pytest.Config, key: str) -> Any:
     if value is None and key.startswith("strict_"):
         return config.getini("strict") or None
     return value
-
-
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
 
 
 def _packed(value: Any, translate: Callable[[str], str]) -> Any:

@@ -7,6 +7,7 @@ are told of it, and what was raised is told once.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,10 +123,8 @@ def _told_by_us() -> Iterator[None]:
 def tell(session: VMSession, name: str, error: BaseException) -> None:
     """Tell people, once, what a hook has raised."""
     where = ""
-    if (trace := error.__traceback__) is not None:
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        where = f" ({frame.f_code.co_filename}:{line})"  # the innermost counts
     if (name, type(error), where) in session.failed_hooks:
         return
     session.failed_hooks.add((name, type(error), where))
@@ -171,12 +170,9 @@ def _code(impl: HookImpl) -> CodeType | None:
 
 def _last_of(trace: TracebackType | None, codes: list[CodeType | None]) -> int | None:
     """The place in `codes` of the innermost frame that runs one of them; None if none does."""
-    found = None
-    while trace is not None:
-        if trace.tb_frame.f_code in codes:
-            found = codes.index(trace.tb_frame.f_code)
-        trace = trace.tb_next
-    return found
+    frames = traceback.walk_tb(trace)
+    found = [codes.index(frame.f_code) for frame, _ in frames if frame.f_code in codes]
+    return found[-1] if found else None
 
 
 class _Reached:
@@ -188,14 +184,6 @@ class _Reached:
     def pytest_runtest_logreport(self) -> None:
         self.called = True
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logstart(self) -> None:
-        self.called = True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_logfinish(self) -> None:
-        self.called = True
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_warning_recorded(self) -> None:
-        self.called = True
+    pytest_runtest_logstart = pytest_runtest_logreport
+    pytest_runtest_logfinish = pytest_runtest_logreport
+    pytest_warning_recorded = pytest_runtest_logreport

@@ -16,6 +16,7 @@ from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
+    CacheError,
     ConfigError,
     GuestLost,
     InterpreterLost,
@@ -81,7 +82,8 @@ class Leases:
         self._tell = tell
         self._leases: dict[Place, Lease] = {}
         self._failures: dict[Place, VMSandboxError] = {}
-        self._unfit: dict[tuple[str, Hardware], TransferError] = {}  # by image and hardware
+        # By image and hardware.
+        self._unfit: dict[tuple[str, Hardware], TransferError | CacheError] = {}
         self._unlucky: dict[Place, int] = {}
         self._prepared: Payload | None = None
         self._told_of: set[Place] = set()  # kinds of guests that are expected
@@ -224,7 +226,7 @@ class Leases:
         with ExitStack() as stack:
             try:
                 guest = stack.enter_context(self._session.factory.lease(prepared, plan.hardware))
-            except TransferError as error:
+            except (TransferError, CacheError) as error:
                 self._unfit[kind] = error
                 raise
             with stack:
@@ -316,8 +318,7 @@ class Leases:
         from pytest_vmsandbox.inside import distributions, project, requirements
 
         for name in _NO_MODULE.findall(text):
-            folders = project.foreign_folders(self._config.rootpath)
-            if (folder := project.provider(name, folders)) is not None:
+            if (folder := project.foreign_folder(name, self._config.rootpath)) is not None:
                 path = os.path.relpath(folder, self._config.rootpath)
                 return (
                     f"{name} is in {folder} here. That folder is on sys.path, but outside of the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ RETRIED = "vm_retried"  # the property of a test, in junit, that a fresh guest w
 _HIDDEN: tuple[str, ...] = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
 _STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
 _PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are installed
-_PYTESTS = tuple(it.__path__[0] for it in (_pytest, pluggy))
+_PYTESTS = (_pytest.__path__[0], pluggy.__path__[0])
 
 
 def make_report(
@@ -137,12 +138,11 @@ def _hide_behind(error: BaseException) -> None:
 
 def _is_users(trace: TracebackType | None) -> bool:
     """Whether any line of it is neither ours nor a library's."""
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}:
-            return True
-        trace = trace.tb_next
-    return False
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    return any(
+        not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}
+        for file in files
+    )
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:

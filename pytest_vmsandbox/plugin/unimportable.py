@@ -73,7 +73,7 @@ def stand_in(
 def replace(session: VMSession, items: list[pytest.Item]) -> None:
     """Put the tests that guests have collected into the places of the files."""
     if session.unimportable and collection.refused(session.config) is None:
-        items[:] = [it for item in items for it in _collected(session, item)]
+        items[:] = [test for item in items for test in _collected(session, item)]
 
 
 def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
@@ -86,11 +86,10 @@ def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
         yield item  # it tells so when it is run
         return
     plan = plans.plan_of(item)
-    file, image = plan.plain, plan.image
     assert item.parent is not None
-    plains = [it for it in found.items if it.partition("::")[0] == file]
+    plains = [nodeid for nodeid in found.items if nodeid.partition("::")[0] == plan.plain]
     for plain in plains:
-        one = RemoteItem.of(session, item.parent, image=image, plain=plain)
+        one = RemoteItem.of(session, item.parent, image=plan.image, plain=plain)
         _describe(one, found.details.get(plain))
         yield one
     if not plains:
@@ -103,7 +102,7 @@ def _describe(item: RemoteItem, details: Any) -> None:
         (_, line, _), keywords, marks = details
         if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
-        item.extra_keyword_matches.update(str(it) for it in keywords)
+        item.extra_keyword_matches.update(map(str, keywords))
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
                 with suppress(

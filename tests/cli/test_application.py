@@ -25,6 +25,7 @@ from pytest_vmsandbox.core.errors import (
     TransferError,
 )
 from pytest_vmsandbox.core.transport import CommandResult
+from support import images
 
 
 def runner():
@@ -222,21 +223,7 @@ echo initrd > "$VMSANDBOX_OUT/initrd.img"
 cp key "$VMSANDBOX_OUT/host_key.pub"
 """
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f\n"
-DEFINITION = """\
-schema = 1
-description = "A cake"
-architecture = "x86_64"
-recipe = "build"
-uses = []
-requires = []
-[boot]
-append = ""
-memory_min = "128MiB"
-[system]
-python = false
-init = "busybox"
-user = "root"
-"""
+DEFINITION = images.toml(description="A cake")
 
 
 @pytest.fixture
@@ -245,11 +232,8 @@ def cakes(tmp_path, monkeypatch):
     root = tmp_path / "images"
     for name in ("cake-1", "cake-2"):
         folder = root / name
-        folder.mkdir(parents=True)
-        (folder / "image.toml").write_text(DEFINITION)
+        images.define(folder, DEFINITION, RECIPE)
         (folder / "key").write_text(KEY)
-        (folder / "build").write_text(RECIPE)
-        (folder / "build").chmod(0o755)
     monkeypatch.setenv("VMSANDBOX_IMAGE_PATH", str(root))
     return root
 

@@ -1,4 +1,4 @@
-"""`vmsandbox clean`, and the sealed templates in `vmsandbox images`; no guest is started."""
+"""`vmsandbox clean`, and the templates in `vmsandbox images`; no guest is started."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.cache.files import locked
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import orphans
 from support import sealed
@@ -56,7 +57,7 @@ class TestImages:
         sealed.add(cache, "tiny", 2)
         sealed.add(cache, "gone")
         lines = [line.split() for line in invoke("images", "list").stdout.splitlines()]
-        assert [(it[0], it[3]) for it in lines if it[1] == "sealed"] == [
+        assert [(it[0], it[3]) for it in lines if it[1] == "saved"] == [
             ("gone", "1"),
             ("tiny", "2"),
         ]
@@ -72,7 +73,7 @@ class TestImages:
         sealed.add(cache, "debian-13")
         result = invoke("images", "rm", "tiny")
         assert result.exit_code == 0
-        assert "tiny is removed, with 2 of its sealed templates: " in result.stdout
+        assert "tiny is removed, with 2 of its templates: " in result.stdout
         assert templates(cache) == ["debian-13"]
 
     def test_rm_knows_the_name_of_an_image_that_only_templates_are_left_of(self, invoke, cache):
@@ -82,7 +83,7 @@ class TestImages:
 
     def test_rm_leaves_those_in_use(self, invoke, cache):
         template = sealed.add(cache, "tiny")
-        with TemplateStore(cache).hold(template):
+        with TemplateStore(cache).hold(template.folder):
             assert invoke("images", "rm", "tiny").exit_code == 0
             assert templates(cache) == ["tiny"]
 
@@ -105,7 +106,7 @@ class TestClean:
             assert invoke("clean").stdout == NOTHING
 
     def test_what_a_killed_run_or_build_left_in_the_cache(self, invoke, cache):
-        for name in ("templates/.incoming-0123", "templates/.gone-4567", "images/tiny/.new-8"):
+        for name in ("templates/.new-0123", "templates/.gone-4567", "images/.new-tiny"):
             (cache / name).mkdir(parents=True)
             (cache / name / "part").write_bytes(b"x" * 8192)
         kept = sealed.add(cache, "tiny")
@@ -120,22 +121,56 @@ class TestClean:
 
     def test_half_made_environments_of_tests_in_guests(self, invoke, cache):
         environments = cache / "environments"
-        for name in (".new-1", "half-removed", "whole"):
+        for name in (".new-1", ".gone-1", "whole"):
             (environments / name).mkdir(parents=True)
             (environments / name / "part").write_bytes(b"x" * 8192)
-        (environments / "whole" / "requirements.txt").touch()
-        with locked(environments / "lock"):
-            assert invoke("clean").stdout == NOTHING
-        assert "half made or half removed; 16KiB are free" in invoke("clean").stdout
+        with locked(environments / "1.lock"):
+            assert "half made or half removed; 8KiB are free" in invoke("clean").stdout
+        assert "half made or half removed; 8KiB are free" in invoke("clean").stdout
         assert [it.name for it in environments.iterdir() if it.is_dir()] == ["whole"]
         assert invoke("clean").stdout == NOTHING
 
     def test_what_is_being_made_stays(self, invoke, cache):
-        key = "c0ffee"
-        store = TemplateStore(cache)
-        with store.lock(key, lambda: None), store.incoming(key) as folder:
+        def fill(folder, _lock):
             assert invoke("clean").stdout == NOTHING
             assert folder.exists()
+            return {"image": "tiny", "name": "tiny", "layers": [], "disk": "", "facts": {}}
+
+        TemplateStore(cache).make("c0ffee", fill, on_busy=lambda: None)
+
+    def test_what_older_versions_have_made(self, invoke, cache):
+        """It is removed and told, once; what they have built stays."""
+        template, environment, image = (
+            cache / name
+            for name in (f"templates/{'0' * 32}", f"environments/{'0' * 64}", "images/t/1")
+        )
+        left = [cache / name for name in (f"templates/.incoming-{'1' * 32}", "images/tiny/.new-8")]
+        for folder in (template, environment, image, *left):
+            folder.mkdir(parents=True)
+        (template / "template.json").write_text("{}")
+        (environment / "digests.json").write_bytes(b"x" * 4096)
+        (image / "image.json").write_text("{}")
+        (cache / "images" / "tiny.lock").touch()
+        output = invoke("clean").stdout
+        assert "2 templates and environments of an older version (" in output
+        assert [folder.exists() for folder in (template, environment, image)] == [
+            False,
+            False,
+            True,
+        ]
+        assert not any(folder.exists() for folder in left)
+        assert invoke("clean").stdout == NOTHING
+
+    def test_environments_only_when_asked_to(self, invoke, cache):
+        environments = Store(cache, ENVIRONMENTS, Entry)
+        for name in ("1", "2"):
+            environments.make(name, lambda *_: {}, on_busy=lambda: None)
+        assert invoke("clean", "--templates").stdout == NOTHING
+        with environments.hold(environments.all()[0].folder):
+            output = invoke("clean", "--environments").stdout
+        assert "removed: 1 environment; " in output
+        assert "left alone: 1 environment in use" in output
+        assert len(environments.all()) == 1
 
     def test_templates_only_when_asked_to(self, invoke, cache):
         sealed.add(cache, "tiny", 1)
@@ -143,11 +178,11 @@ class TestClean:
         broken = sealed.add(cache, "tiny", 3)
         (broken.folder / "template.json").write_text("{")
         assert invoke("clean").stdout == NOTHING
-        with TemplateStore(cache).hold(used):
+        with TemplateStore(cache).hold(used.folder):
             output = invoke("clean", "--templates").stdout
-        assert "removed: 2 sealed templates; " in output
+        assert "removed: 2 templates; " in output
         assert "are free again" in output
-        assert "left alone: 1 sealed template in use" in output
+        assert "left alone: 1 template in use" in output
         assert [it.folder for it in TemplateStore(cache).all()] == [used.folder]
         assert not broken.folder.exists()
 

@@ -182,7 +182,7 @@ def folder(tmp_path_factory):
     store = TemplateStore(cache_dir())
     for template in store.all():
         if template.key in made and "collected" in template.facts:  # nobody finds it again
-            store.throw_away(template.folder)
+            store.throw_away(template.key, template)
 
 
 @pytest.fixture(scope="module")

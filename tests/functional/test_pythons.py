@@ -17,9 +17,9 @@ from uv import find_uv_bin
 
 from pytest_vmsandbox.inside import session
 from pytest_vmsandbox.inside.guest_python import OLDEST_PYTHON
+from pytest_vmsandbox.inside.install import RUNNER
 from support.inside import Suite
 
-RUNNER = Path(session.__file__).with_name("runner.py")
 VERSIONS = [f"3.{minor}" for minor in range(OLDEST_PYTHON[1], 15) if minor != sys.version_info[1]]
 ONLY_THERE = '    return "%d.%d" % sys.version_info[:2]'
 TESTS = f"""
@@ -102,8 +102,8 @@ def python(version, tmp_path):
 
 def test_runner(python, version, tmp_path_factory, monkeypatch):
     done = subprocess.run(
-        [python, "-I", "-S", "-W", "error", "-", "probe"],
-        input=RUNNER.read_text(), capture_output=True, text=True, check=True,
+        [python, "-I", "-S", "-W", "error", "-"],
+        input=(RUNNER / "probe.py").read_text(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "{}.{}".format(*session.parse_probe(done.stdout)["version"]) == version
 

@@ -7,6 +7,7 @@ import pytest
 
 from pytest_vmsandbox.catalogue import listing, store
 from pytest_vmsandbox.catalogue.catalogue import native_architecture
+from support import images
 
 # pytester forgets what a run in this process imports: what takes long to import is kept.
 assert listing
@@ -95,27 +96,6 @@ def pytest_configure(config):
 """
 
 
-def define_image(folder, architecture):
-    folder.mkdir(parents=True)
-    (folder / "image.toml").write_text(f"""\
-schema = 1
-description = "An image"
-architecture = "{architecture}"
-recipe = "build"
-uses = []
-requires = ["sh"]
-[boot]
-append = ""
-memory_min = "128MiB"
-[system]
-python = false
-init = "busybox"
-user = "root"
-""")
-    (folder / "build").write_text("#!/bin/sh\n")
-    (folder / "build").chmod(0o755)
-
-
 class Suite:
     """A folder with tests of a user, and ways to run pytest on it."""
 
@@ -169,7 +149,8 @@ def bare(pytester, monkeypatch):
     monkeypatch.setenv("VMSANDBOX_CACHE", str(pytester.path / "cache"))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(pytester.path / "runtime"))
     for name, architecture in IMAGES.items():
-        define_image(pytester.path / "images" / name, architecture)
+        definition = images.toml(architecture=architecture, requires='["sh"]')
+        images.define(pytester.path / "images" / name, definition)
     # pytester makes the project's folder the home folder, too; such a one goes to no guest.
     monkeypatch.setenv("HOME", str(pytester.path.parent / "home"))
     suite = Suite(pytester)

@@ -56,6 +56,10 @@ def test_such_a_folder_goes_to_a_guest(suite):
     assert status == 1, output
     assert "1 failed, 3 passed" in output
     assert f"AssertionError: assert '{suite.folder}/shared/common.py' == 1" in output
+    told = (
+        f"vm_push sends {suite.folder}/shared, which is outside of the rootdir, to guests: 2 files"
+    )
+    assert output.count(told) == 1
 
 
 @pytest.mark.parametrize(

@@ -150,24 +150,27 @@ def test_subtests(subtests):
 """
 # Every report in every style, as the runner sends it: [head line, text, report], one a line.
 RECORDER = """
-import json, os, runpy, sys
+import json, os, sys
 
 import pytest
 
-runner = runpy.run_path(os.environ["RUNNER"])
+sys.path.append(os.environ["RUNNER"])
+from runner.reporter import Reporter
+
 file = open("reports", "w")
 
 
 class Wire:
-    def say(self, message):
+    def note(self, message):
         self.message = message
+
+    say = note
 
 
 def record(config, report):
-    session = runner["Session"]({}, Wire())
-    session.config = config
-    session.pytest_runtest_logreport(report)
-    data = session.wire.message["report"]
+    reporter = Reporter(Wire(), [], alone=False)
+    reporter.pytest_runtest_logreport(report)
+    data = reporter.wire.message["report"]
     print(json.dumps([report.head_line, report.longreprtext, data]), file=file, flush=True)
 
 
@@ -191,7 +194,7 @@ def pytest_configure(config):
     global CONFIG
     CONFIG = config
 """
-RUNNER = Path(__file__).parents[2] / "pytest_vmsandbox/inside/runner.py"
+RUNNER = Path(__file__).parents[2] / "pytest_vmsandbox/inside"
 THERE = "/there"
 HERE = Path("/here")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -6,11 +6,13 @@ from pytest_vmsandbox.guests.templates import TemplateStore
 
 
 def add(cache, image, number=1, size=8192):
-    """A sealed template of an image, as far as the cache is concerned."""
-    store = TemplateStore(cache)
+    """A template of an image, as far as the cache is concerned."""
     key = hashlib.sha256(f"{image} {number}".encode()).hexdigest()
-    with store.lock(key, lambda: None), store.incoming(key) as folder:
+
+    def fill(folder, _lock):
         (folder / "memory").write_bytes(b"m" * size)
         (folder / "state").write_bytes(b"s")
         (folder / "key").write_text("k")
-        return store.adopt(folder, key, image=image, name=image, layers=[], disk="", facts={})
+        return {"image": image, "name": image, "layers": [], "disk": "", "facts": {}}
+
+    return TemplateStore(cache).make(key, fill, on_busy=lambda: None)

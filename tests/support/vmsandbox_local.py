@@ -112,7 +112,7 @@ class LocalFactory:
         python = os.environ.get("LOCAL_PYTHON", sys.executable)
         installed = replace(
             LAYOUT(guest, payload),
-            place=Place(python=python, runner=str(install._RUNNER), folder=str(base / "run")),
+            place=Place(python=python, runner=str(install.RUNNER), folder=str(base / "run")),
             programs=str(Path(python).parent),
         )
         if "LOCAL_COPY" in os.environ:

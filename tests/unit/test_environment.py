@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.cache import integrity
-from pytest_vmsandbox.core.errors import ConfigError, TransferError
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
 from pytest_vmsandbox.inside import uv as uv_module, wheels
 from pytest_vmsandbox.inside.distributions import installed
 from pytest_vmsandbox.inside.environment import prepare
@@ -130,14 +131,15 @@ class Maker:
 
     def __call__(self, requirements=None, python=PYTHON, *, offline=False):
         requirements = requirements or Requirements(root=self.folder, lines=("pytest>=8.4",))
-        return prepare(
+        with prepare(
             requirements,
             python,
             cache=self.folder / "cache",
             offline=offline,
             say=self.said.append,
             tell=self.told.append,
-        )
+        ) as prepared:
+            return prepared
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def make(tmp_path):
 
 
 def left_in(cache):
-    return sorted(it.name for it in (cache / "environments").iterdir() if it.name != "lock")
+    return sorted(it.name for it in (cache / "environments").iterdir() if it.suffix != ".lock")
 
 
 # The mirror
@@ -505,21 +507,34 @@ def test_a_generated_program_runs(tmp_path):
     assert done.returncode == 7
 
 
-def test_what_others_left_is_removed(make, uv, tmp_path):
+@pytest.fixture
+def room_for_two(make, uv, monkeypatch):
+    """Further environments are made where two fit into the cache, no more."""
+    one = make(Requirements(root=make.folder, lines=("pytest", "one")))
+    limit = {"keep": None, "limit": 2 * one.size_on_disk}
+    monkeypatch.setattr(Store.shrink, "__kwdefaults__", limit)
+    shutil.rmtree(one.folder)
+
+
+def test_what_others_left_is_removed(make, room_for_two, tmp_path):
     old = make()
     fresh = make(Requirements(root=tmp_path, lines=("pytest", "six")))
-    os.utime(old.folder / "requirements.txt", (0, 0))
+    os.utime(old.folder / "in-use.lock", (0, 0))
     (old.folder.parent / ".new-killed" / "out").mkdir(parents=True)
     new = make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
+    Store(tmp_path / "cache", ENVIRONMENTS, Entry).sweep()
     assert left_in(tmp_path / "cache") == sorted([fresh.digest, new.digest])
 
 
-def test_use_keeps_an_environment(make, uv, tmp_path):
+def test_use_keeps_an_environment(make, room_for_two, tmp_path):
     old = make()
-    os.utime(old.folder / "requirements.txt", (0, 0))
+    os.utime(old.folder / "in-use.lock", (0, 0))
+    other = make(Requirements(root=tmp_path, lines=("pytest", "six")))
+    os.utime(other.folder / "in-use.lock", (1, 1))
     make()
     make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
     assert old.folder.exists()
+    assert not other.folder.exists()
 
 
 def test_a_cache_that_can_only_be_read(make, uv, monkeypatch):
@@ -535,7 +550,7 @@ def test_a_cache_that_can_only_be_read(make, uv, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("requirements.txt", "digests.json", "bin/tool"),
+        *("requirements.txt", "environment.json", "bin/tool"),
         *("site-packages/tool.py", "site-packages/tool-1.dist-info/entry_points.txt"),
     ],
 )
@@ -562,7 +577,7 @@ def test_another_process_makes_it(make, uv, tmp_path):
     parent = tmp_path / "cache" / "environments"
     parent.mkdir(parents=True, mode=0o700)
     digest = Requirements(root=tmp_path, lines=("pytest>=8.4",)).digest(PYTHON)
-    with (parent / "lock").open("w") as lock:
+    with (parent / f"{digest}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         made = []
         thread = threading.Thread(target=lambda: made.append(make()))
@@ -570,7 +585,8 @@ def test_another_process_makes_it(make, uv, tmp_path):
         while not make.said:
             thread.join(0.001)
         (parent / digest).mkdir()
-        integrity.write_record(parent / digest / "digests.json", {"files": {}})
+        (parent / digest / "in-use.lock").touch()
+        integrity.write_record(parent / digest / "environment.json", {"schema": 1, "digests": {}})
     thread.join()
     assert made[0].digest == digest
     assert uv.calls() == []
@@ -579,7 +595,8 @@ def test_another_process_makes_it(make, uv, tmp_path):
 
 def test_uv_holds_the_lock(make, uv, tmp_path):
     """When pytest is killed, nobody meddles with what uv is still writing."""
-    lock = tmp_path / "cache" / "environments" / "lock"
+    digest = Requirements(root=tmp_path, lines=("pytest>=8.4",)).digest(PYTHON)
+    lock = tmp_path / "cache" / "environments" / f"{digest}.lock"
     uv.program.write_text(f'#!/bin/sh\nreadlink /proc/self/fd/* > "{tmp_path}/open"\nexit 1\n')
     with pytest.raises(TransferError):
         make()
@@ -738,8 +755,9 @@ def test_uv_is_missing(make, monkeypatch, tmp_path):
 def test_no_place_for_it(tmp_path, uv):
     (tmp_path / "cache").touch()
     requirements = Requirements(root=tmp_path, lines=())
-    with pytest.raises(TransferError, match="no place") as caught:
-        prepare(requirements, PYTHON, cache=tmp_path / "cache", offline=False, say=print)
+    prepared = prepare(requirements, PYTHON, cache=tmp_path / "cache", offline=False, say=print)
+    with pytest.raises(CacheError, match="the cache cannot be used") as caught, prepared:
+        pass
     assert "VMSANDBOX_CACHE" in caught.value.remedy
 
 
@@ -748,6 +766,6 @@ def test_the_disk_is_full(make, uv, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
-    with pytest.raises(TransferError, match="No space left"):
+    with pytest.raises(CacheError, match="No space left"):
         make()
     assert left_in(tmp_path / "cache") == []

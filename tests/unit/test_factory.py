@@ -14,30 +14,13 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
-
-TOML = """
-schema = 1
-description = "An image of somebody's own"
-architecture = "x86_64"
-recipe = "build"
-uses = []
-requires = []
-[boot]
-append = ""
-memory_min = "64MiB"
-[system]
-python = false
-init = "busybox"
-user = "debian"
-"""
+from support import images
 
 
 @pytest.fixture
 def image_path(tmp_path):
     folder = tmp_path / "images" / "own"
-    folder.mkdir(parents=True)
-    (folder / "image.toml").write_text(TOML)
-    (folder / "build").touch(mode=0o755)
+    images.define(folder, images.toml(memory_min="64MiB", user="debian"))
     return (tmp_path / "images",)
 
 

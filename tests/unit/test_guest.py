@@ -6,6 +6,9 @@ import math
 import os
 import signal
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -621,6 +624,41 @@ class TestPower:
         vm.power_on()
         assert vm.alive
 
+    def test_a_cut_while_it_boots(self, vm, platform):
+        vm.power_cut()
+
+        def cut(machine):
+            vm.power_cut()
+            platform.answer = False
+
+        platform.booting = cut
+        with pytest.raises(BootError, match="switched off while booting"):
+            vm.power_on()
+        assert platform.off == len(platform.machines) == 2
+        platform.booting, platform.answer = lambda machine: None, True
+        vm.power_on()
+        assert vm.alive
+
+    def test_one_restart_after_the_other(self, vm, platform):
+        """Else the second one might wait for a restart that is over."""
+        (machine,) = platform.machines
+        reached, go_on = threading.Event(), threading.Event()
+
+        def boot(machine):
+            reached.set()
+            assert go_on.wait(10)
+
+        platform.booting = boot
+        with ThreadPoolExecutor(2) as pool:
+            restarts = [pool.submit(vm.reboot) for _ in range(2)]
+            assert reached.wait(10)
+            time.sleep(0.05)  # the second one may get as far as it can
+            assert machine.names == ["RESET"]
+            go_on.set()
+            for restart in restarts:
+                restart.result(10)
+        assert machine.names == ["RESET"] * 2
+
     def test_reboot(self, vm, platform):
         vm.run(["true"])
         vm.reboot()
@@ -685,9 +723,11 @@ class TestRest:
             lambda vm: vm.forward(80),
             lambda vm: vm.ssh,
             lambda vm: vm.engine.connect("/socket"),
+            lambda vm: vm.qmp("stop"),
+            lambda vm: vm.console,
             lambda vm: vm.power_cut(),
         ],
-        ids=["popen", "forward", "ssh", "connect", "off"],
+        ids=["popen", "forward", "ssh", "connect", "qmp", "console", "off"],
     )
     def test_not_if_somebody_counts_on_it(self, platform, vm, use):
         use(vm)
@@ -705,6 +745,80 @@ class TestRest:
         vm.engine.stream(Command(argv=("echo", "x")), stdout=listen, stderr=listen)
         assert asked
         assert not any(asked)
+
+    @pytest.mark.parametrize("again", ["reboot", "power_on"])
+    def test_not_while_it_boots(self, platform, again):
+        asked = []
+        with make(platform) as vm:
+
+            def rest(machine):
+                vm.engine.rest()
+                asked.append(machine.paused)
+
+            platform.booting = rest
+            if again == "power_on":
+                vm.power_cut()
+            getattr(vm, again)()
+        assert asked == [False]
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda vm: vm.run(["true"]),
+            lambda vm: vm.popen(["true"]).__exit__(),
+            lambda vm: vm.engine.connect("/socket"),
+            lambda vm: vm.forward(80),
+            lambda vm: vm.ssh,
+            lambda vm: vm.qmp("query-status"),
+            lambda vm: vm.screenshot(os.devnull),
+            lambda vm: vm.reboot(),
+        ],
+        ids=["run", "popen", "connect", "forward", "ssh", "qmp", "screenshot", "reboot"],
+    )
+    def test_whoever_comes_while_it_is_being_paused_lets_it_go_on(
+        self, platform, vm, monkeypatch, use
+    ):
+        (machine,) = platform.machines
+        reached, go_on = threading.Event(), threading.Event()
+        pause = machine.pause
+
+        def slow_pause():
+            reached.set()
+            assert go_on.wait(10)
+            pause()
+
+        monkeypatch.setattr(machine, "pause", slow_pause)
+        with ThreadPoolExecutor(2) as pool:
+            resting = pool.submit(vm.engine.rest)
+            assert reached.wait(10)
+            using = pool.submit(use, vm)
+            time.sleep(0.05)  # it may get as far as it can
+            go_on.set()
+            resting.result(10)
+            using.result(10)
+        assert not machine.paused
+
+    def test_a_look_does_not_end_it(self, vm):
+        vm.engine.rest()
+        assert vm.alive
+        assert vm.engine.pid == os.getpid()
+        assert vm.engine.resting
+
+    def test_its_plug_is_pulled_as_it_is(self, platform, vm):
+        vm.engine.rest()
+        vm.power_cut()
+        assert platform.machines[0].paused
+
+    def test_what_a_snapshot_holds_is_held_again(self, vm):
+        with vm.snapshot():
+            vm.popen(["true"]).__exit__()
+        vm.engine.rest()
+        assert vm.engine.resting
+        vm.popen(["true"]).__exit__()
+        with vm.snapshot():
+            pass
+        vm.engine.rest()
+        assert not vm.engine.resting
 
 
 class TestSnapshot:

@@ -308,7 +308,7 @@ def test_a_listing_that_leads_out_of_the_folder(sides, tmp_path, monkeypatch, na
         def stream_script(self, script, *, stdin=None, stdout=None):
             super().stream_script(script, stdin=stdin, stdout=stdout)
             if "find " in script:
-                stdout(f"f\0001\000{time.time()}\000644\000{name}\0\0".encode())
+                stdout(f"f\0001\000{time.time()}\000{name}\0".encode())
 
     sides.guest = Listing(archive(("./__snapshots__/y", tarfile.REGTYPE, b"y")))
     with pytest.raises(TransferError, match="makes no sense"):

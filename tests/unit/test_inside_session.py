@@ -28,7 +28,7 @@ from pytest_vmsandbox.inside.wire import encode
 from support.local import LocalGuest
 from support.reports import EVIL_TEXT, JSON, KEYS, check_text
 
-RUNNER = Path(session.__file__).with_name("runner.py")
+RUNNER = Path(session.__file__).with_name("runner")
 ID = "test_a.py::test_a"
 HOW: dict[str, Any] = {"following": None, "more": False, "marks": (), "limit": 5.0}
 SILENCE = object()
@@ -776,6 +776,7 @@ def test_what_was_said_to_nobody_is_told_later(inside):
         import os, time
 
         def test_a():
+            open("begun", "w").close()
             while not os.path.exists("go"):
                 time.sleep(0.01)
 
@@ -789,8 +790,7 @@ def test_what_was_said_to_nobody_is_told_later(inside):
         one, two = ids(talk)
         talk.announce(one, following=two, more=True, marks=())
         talk.announce(two, following=None, more=True, marks=())
-        while "report" not in keeper.hear(10):
-            pass
+        assert until((place.folder / "begun").exists)
         keeper._ping()  # all that was sent has arrived
     for _ in range(3):  # whoever attaches is greeted first
         with place.keeper() as keeper:

@@ -65,12 +65,13 @@ def keep(store, blueprint):
     """Puts a template of that blueprint into the store."""
 
     def put(disk):
-        key = template_key(blueprint, ())
-        with store.lock(key, lambda: None), store.incoming(key) as folder:
+        def fill(folder, _lock):
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
             (folder / "key").write_text(KeyPair.generate().private)
-            store.adopt(folder, key, image="mine", name="mine", disk=disk, layers=[], facts={})
+            return {"image": "mine", "name": "mine", "disk": disk, "layers": [], "facts": {}}
+
+        store.make(template_key(blueprint, ()), fill, on_busy=lambda: None)
 
     return put
 
@@ -160,7 +161,7 @@ class TestFault:
 
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
-        store.throw_away(opened.template.folder)
+        store.throw_away(opened.template.key, opened.template)
         with pytest.raises(LaunchError, match="another run has thrown away"):
             opened.check_current()
         keep("")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import locked
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import CacheError
 from pytest_vmsandbox.core.spec import KIB, MIB
 from pytest_vmsandbox.guests.templates import TemplateStore, layer_name
 from pytest_vmsandbox.machine import memory
@@ -50,21 +50,27 @@ def fill(folder, size=0):
             state.write(os.urandom(size))
 
 
-def make(store, number=1, size=0, **more):
-    key = key_of(number)
-    with store.lock(key, lambda: None), store.incoming(key) as folder:
+def filler(size=0, **more):
+    def put(folder, _lock):
         fill(folder, size)
         values = {"image": "debian-13", "name": "debian-13", "layers": LAYERS, "facts": {"a": 1}}
-        values["disk"] = "c0ffee"
-        return store.adopt(folder, key, **{**values, **more})
+        return {**values, "disk": "c0ffee", **more}
+
+    return put
+
+
+def make(store, number=1, size=0, **more):
+    return store.make(key_of(number), filler(size, **more), on_busy=lambda: None)
 
 
 def test_one_that_another_run_removes_at_once(store, monkeypatch):
     """Who wants to hold it finds it gone, and makes it anew."""
-    monkeypatch.setattr(store, "shrink", lambda *, keep: store.throw_away(keep))
+    monkeypatch.setattr(
+        store, "shrink", lambda *, keep: store.throw_away(keep.name, store.get(keep.name))
+    )
     template = make(store)
-    assert store.find(template.key) is None
-    with pytest.raises(FileNotFoundError), store.hold(template):
+    assert store.get(template.key) is None
+    with pytest.raises(FileNotFoundError), store.hold(template.folder):
         pass
 
 
@@ -81,9 +87,9 @@ def names(store):
 class TestAdopt:
     def test_is_found_afterwards(self, store):
         template = make(store)
-        assert TemplateStore(store.root.parent).find(key_of(1)) == template
+        assert TemplateStore(store.root.parent).get(key_of(1)) == template
         assert store.all() == [template]
-        assert names(store) == [key_of(1)[:32]]
+        assert names(store) == [key_of(1)]
         assert template.key == key_of(1)
         assert (template.image, template.name) == ("debian-13", "debian-13")
         assert template.facts == {"a": 1}
@@ -109,9 +115,9 @@ class TestAdopt:
     def test_takes_the_place_of_a_damaged_one(self, store):
         template = make(store)
         (template.folder / "template.json").write_text("{")
-        assert store.find(key_of(1)) is None
+        assert store.get(key_of(1)) is None
         assert make(store).damage() == ""
-        assert names(store) == [key_of(1)[:32]]
+        assert names(store) == [key_of(1)]
 
     def test_the_folder_is_nobody_elses_business(self, store):
         assert make(store).folder.stat().st_mode & 0o077 == 0
@@ -120,7 +126,7 @@ class TestAdopt:
     def test_makes_room(self, store, monkeypatch):
         limit(monkeypatch, 5 * MIB)
         for number in range(4):
-            os.utime(make(store, number, size=2 * MIB).folder / "template.json", (number, number))
+            os.utime(make(store, number, size=2 * MIB).folder / "in-use.lock", (number, number))
         assert [it.key for it in store.all()] == [key_of(2), key_of(3)]
 
     def test_one_that_is_too_large_for_the_limit_is_kept_all_the_same(self, store, monkeypatch):
@@ -132,7 +138,7 @@ class TestAdopt:
 
 class TestFind:
     def test_none(self, store):
-        assert store.find(key_of(1)) is None
+        assert store.get(key_of(1)) is None
         assert store.all() == []
 
     @pytest.mark.parametrize(
@@ -145,25 +151,25 @@ class TestFind:
     def test_metadata_that_is_none(self, store, content):
         file = make(store).folder / "template.json"
         file.write_bytes(content)
-        assert store.find(key_of(1)) is None
+        assert store.get(key_of(1)) is None
         assert store.all() == []
 
     def test_one_of_another_schema(self, store):
         file = make(store).folder / "template.json"
         content = integrity.read_record(file)
         integrity.write_record(file, {**content, "schema": content["schema"] + 1})
-        assert store.find(key_of(1)) is None
+        assert store.get(key_of(1)) is None
 
     def test_metadata_is_gone(self, store):
         (make(store).folder / "template.json").unlink()
-        assert store.find(key_of(1)) is None
+        assert store.get(key_of(1)) is None
         assert make(store).damage() == ""
 
     @given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
     def test_any_changed_byte_of_the_metadata(self, store, place, bits):
         """It is not found then; unless it still says the same, with other white space."""
-        template = store.find(key_of(1)) or make(store)
+        template = store.get(key_of(1)) or make(store)
         file = template.folder / "template.json"
         before = file.read_bytes()
         after = bytearray(before)
@@ -172,7 +178,7 @@ class TestFind:
         file.write_bytes(after)
         try:
             expected = (None, template) if before[at] in b" \n" else (None,)
-            assert store.find(key_of(1)) in expected
+            assert store.get(key_of(1)) in expected
         finally:
             file.write_bytes(before)
 
@@ -185,7 +191,7 @@ class TestDamage:
     )
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
     def test_any_changed_byte(self, store, name, place, bits):
-        template = store.find(key_of(1)) or make(store)
+        template = store.get(key_of(1)) or make(store)
         at = int(place * len(CONTENT[name]))
         with (template.folder / name).open("r+b", buffering=0) as file:
             os.pwrite(file.fileno(), bytes([CONTENT[name][at] ^ bits]), at)
@@ -214,12 +220,12 @@ class TestDamage:
 class TestHold:
     def test_keeps_it(self, store):
         template = make(store)
-        with store.hold(template), store.hold(template):
-            assert store.remove(template.folder) == 0
+        with store.hold(template.folder), store.hold(template.folder):
+            assert store.discard([template.folder]).freed == 0
             store.shrink(limit=0)
-            assert store.find(key_of(1)) == template
-        assert store.remove(template.folder) > 0
-        assert store.find(key_of(1)) is None
+            assert store.get(key_of(1)) == template
+        assert store.discard([template.folder]).freed > 0
+        assert store.get(key_of(1)) is None
 
     def test_another_process_keeps_it(self, store):
         template = make(store)
@@ -227,7 +233,7 @@ class TestHold:
             "import pathlib, sys, signal\n"
             "from pytest_vmsandbox.guests.templates import TemplateStore\n"
             "store = TemplateStore(pathlib.Path(sys.argv[1]))\n"
-            "with store.hold(store.all()[0]):\n"
+            "with store.hold(store.all()[0].folder):\n"
             "    print('held', flush=True)\n"
             "    signal.pause()\n"
         )
@@ -235,23 +241,23 @@ class TestHold:
         with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
             try:
                 assert process.stdout.readline() == b"held\n"
-                assert store.remove(template.folder) == 0
+                assert store.discard([template.folder]).freed == 0
             finally:
                 process.send_signal(signal.SIGKILL)
-        assert store.remove(template.folder) > 0
+        assert store.discard([template.folder]).freed > 0
 
     def test_counts_as_use(self, store):
         for number in (1, 2):
-            os.utime(make(store, number).folder / "template.json", (number, number))
+            os.utime(make(store, number).folder / "in-use.lock", (number, number))
         assert [it.key for it in store.all()] == [key_of(1), key_of(2)]
-        with store.hold(store.find(key_of(1))):
+        with store.hold(store.get(key_of(1)).folder):
             pass
         assert [it.key for it in store.all()] == [key_of(2), key_of(1)]
 
     def test_one_that_is_gone(self, store):
         template = make(store)
-        store.remove(template.folder)
-        with pytest.raises(FileNotFoundError), store.hold(template):
+        store.discard([template.folder])
+        with pytest.raises(FileNotFoundError), store.hold(template.folder):
             pass
 
 
@@ -259,68 +265,61 @@ class TestRemove:
     def test_leaves_nothing(self, store):
         template = make(store)
         size = template.size_on_disk
-        assert store.remove(template.folder) == size > 0
+        assert store.discard([template.folder]).freed == size > 0
         assert names(store) == []
-        assert store.remove(template.folder) == 0
+        assert store.discard([template.folder]).freed == 0
 
     def test_one_of_which_a_removal_was_interrupted_before(self, store):
         template = make(store)
-        gone = template.folder.with_name(f".gone-{template.folder.name}")
+        gone = template.folder.with_name(".gone-a")
         gone.mkdir()
         (gone / "state").write_text("old")
-        assert store.remove(template.folder) > 0
+        assert store.discard([template.folder]).freed > 0
         assert names(store) == []
 
     def test_shrink_begins_with_what_was_used_least_recently(self, store):
         times = {1: 30, 2: 10, 3: 20}
         for number, at in times.items():
-            os.utime(make(store, number, size=MIB).folder / "template.json", (at, at))
+            os.utime(make(store, number, size=MIB).folder / "in-use.lock", (at, at))
         total = sum(it.size_on_disk for it in store.all())
         store.shrink(limit=total)
         assert len(store.all()) == 3
         store.shrink(limit=total - 1)
         assert [it.key for it in store.all()] == [key_of(3), key_of(1)]
-        store.shrink(limit=0, keep=store.find(key_of(3)).folder)
+        store.shrink(limit=0, keep=store.get(key_of(3)).folder)
         assert [it.key for it in store.all()] == [key_of(3)]
 
     def test_shrink_goes_on_after_one_that_is_in_use(self, store):
         first, second = make(store, 1), make(store, 2)
-        os.utime(first.folder / "template.json", (1, 1))
-        with store.hold(first):
-            os.utime(first.folder / "template.json", (1, 1))
+        os.utime(first.folder / "in-use.lock", (1, 1))
+        with store.hold(first.folder):
+            os.utime(first.folder / "in-use.lock", (1, 1))
             store.shrink(limit=0)
             assert store.all() == [first]
         assert not second.folder.exists()
 
 
-class TestIncoming:
-    def test_is_empty_and_gone_afterwards(self, store):
-        key = key_of(1)
-        with store.lock(key, lambda: None), store.incoming(key) as folder:
+class TestMaking:
+    def test_its_folder_is_empty_and_gone_afterwards(self, store):
+        def look(folder, _lock):
             assert list(folder.iterdir()) == []
             assert folder.stat().st_mode & 0o777 == 0o700
             fill(folder)
-        assert names(store) == []
-
-    def test_is_gone_after_an_error(self, store):
-        def fail():
-            with store.lock(key_of(1), lambda: None), store.incoming(key_of(1)) as folder:
-                fill(folder)
-                raise KeyError
+            raise KeyError
 
         with pytest.raises(KeyError):
-            fail()
+            store.make(key_of(1), look, on_busy=lambda: None)
         assert names(store) == []
 
     def test_what_killed_makers_left_is_removed(self, store):
         """Of this template and of others; not what somebody is making right now."""
         kill_a_maker(store, 1)
         kill_a_maker(store, 2)
-        (store.root / f".gone-{key_of(3)[:32]}").mkdir()
-        (store.root / f".gone-{key_of(3)[:32]}" / "memory").write_text("old")
-        other = store.root / f".incoming-{key_of(4)[:32]}"
+        (store.root / ".gone-a").mkdir()
+        (store.root / ".gone-a" / "memory").write_text("old")
+        other = store.root / f".new-{key_of(4)}"
         other.mkdir()
-        with locked(store.root / f"{key_of(4)[:32]}.lock"):
+        with locked(store.root / f"{key_of(4)}.lock"):
             assert len(names(store)) == 4
             store.sweep()
             assert names(store) == [other.name]
@@ -330,19 +329,53 @@ class TestIncoming:
     def test_after_a_maker_of_the_same_was_killed(self, store):
         kill_a_maker(store, 1)
         assert make(store, 1).damage() == ""
-        assert names(store) == [key_of(1)[:32]]
+        assert names(store) == [key_of(1)]
+
+    def test_one_maker_at_a_time(self, store):
+        told, order = threading.Event(), []
+
+        def other():
+            store.make(key_of(1), filler(), on_busy=told.set)
+            order.append("other")
+
+        def wait(folder, lock):
+            thread.start()
+            assert told.wait(SECONDS)
+            order.append("we")
+            return filler()(folder, lock)
+
+        thread = threading.Thread(target=other)
+        store.make(key_of(1), wait, on_busy=lambda: None)
+        thread.join(SECONDS)
+        assert order == ["we", "other"]
+
+    def test_others_are_made_meanwhile(self, store):
+        said = []
+
+        def meanwhile(folder, lock):
+            store.make(key_of(2), filler(), on_busy=lambda: said.append(1))
+            return filler()(folder, lock)
+
+        store.make(key_of(1), meanwhile, on_busy=lambda: None)
+        assert said == []
+        assert {it.key for it in store.all()} == {key_of(1), key_of(2)}
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CacheError):
+            make(TemplateStore(tmp_path / "file"))
 
 
 def kill_a_maker(store, number):
-    """What is left of a process that was killed while it sealed a guest."""
+    """What is left of a process that was killed while it made a template."""
     script = (
         "import pathlib, sys, signal\n"
         "from pytest_vmsandbox.guests.templates import TemplateStore\n"
-        "store, key = TemplateStore(pathlib.Path(sys.argv[1])), sys.argv[2]\n"
-        "with store.lock(key, lambda: None), store.incoming(key) as folder:\n"
+        "def fill(folder, lock):\n"
         "    (folder / 'memory').write_text('half')\n"
         "    print('made', flush=True)\n"
         "    signal.pause()\n"
+        "TemplateStore(pathlib.Path(sys.argv[1])).make(sys.argv[2], fill, on_busy=print)\n"
     )
     argv = [sys.executable, "-c", script, str(store.root.parent), key_of(number)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
@@ -350,37 +383,7 @@ def kill_a_maker(store, number):
             assert process.stdout.readline() == b"made\n"
         finally:
             process.kill()
-    assert (store.root / f".incoming-{key_of(number)[:32]}" / "memory").exists()
-
-
-class TestLock:
-    def test_one_maker_at_a_time(self, store):
-        told, order = threading.Event(), []
-
-        def other():
-            with store.lock(key_of(1), told.set):
-                order.append("other")
-
-        thread = threading.Thread(target=other)
-        with store.lock(key_of(1), lambda: None):
-            thread.start()
-            assert told.wait(SECONDS)
-            order.append("we")
-        thread.join(SECONDS)
-        assert order == ["we", "other"]
-
-    def test_others_are_made_meanwhile(self, store):
-        said = []
-        with store.lock(key_of(1), lambda: None), store.lock(key_of(2), lambda: said.append(1)):
-            assert said == []
-
-    def test_a_folder_that_cannot_be_made(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with (
-            pytest.raises(ImageError),
-            TemplateStore(tmp_path / "file").lock(key_of(1), lambda: None),
-        ):
-            pass
+    assert (store.root / f".new-{key_of(number)}" / "memory").exists()
 
 
 def test_names_of_layers_differ():

@@ -1,0 +1,412 @@
+"""What is kept in the user's cache: made once, by one process at a time, and used by many.
+
+The cache has a store for each kind of things. A thing is a folder that has a key, and in it files
+and a record with the digests of them. Nothing in it depends on where the cache lies, whose it is,
+or when a file was written: a cache can be copied. In the folder of a store there are, besides::
+
+    NAME.lock     held by who makes something whose key begins with NAME
+    .new-NAME     what is being made
+    .work-NAME    a link to a folder elsewhere, for what is needed meanwhile
+    .gone-…       what is being removed
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import (
+    locked,
+    private_folder,
+    remove_tree,
+    removed_afterwards,
+    size_on_disk,
+    sync_tree,
+)
+from pytest_vmsandbox.core.errors import CacheError
+from pytest_vmsandbox.core.paths import CACHE
+from pytest_vmsandbox.core.spec import GIB, format_size
+
+IN_USE = "in-use.lock"  # users hold a shared lock on it; its time is that of the last use
+PRIVATE_KEY = "key"  # the one file that QEMU, which may run as another user, does not open
+LIMIT = 12 * GIB  # bytes of all that is made anew when it is needed
+_NEW, _WORK, _GONE = ".new-", ".work-", ".gone-"
+# As older versions called them: what is being made, a template, and the record of an environment.
+_FORMERLY_NEW, _FORMER_TEMPLATE, _FORMER_RECORD = ".incoming-", "?" * 32, "digests.json"
+_WORK_NAME = "vmsandbox-work-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of things in the cache.
+
+    Attributes:
+        folder: in the cache, where they lie.
+        record: the name of the file with the record of each.
+        schema: of that record; raise it when older ones cannot be used any more.
+        pattern: of their folders, below the store's.
+    """
+
+    folder: str
+    record: str
+    schema: int
+    pattern: str = "[!.]*"
+
+
+IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
+TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
+ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
+_MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes, so only a command removes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Something in a store, and the record of it."""
+
+    folder: Path
+    record: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of each of its files, by path."""
+        return dict(self.record["digests"])
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that it takes on the disk, holes not counted."""
+        return size_on_disk(self.folder)
+
+    def damage(self) -> str:
+        """Which file is not as it was made; empty if all are."""
+        if not (self.folder / IN_USE).exists():
+            return f"{IN_USE} is missing"
+        return integrity.damage(self.folder, self.digests)
+
+
+class Discarded(NamedTuple):
+    """What was removed: how many things, how many bytes they took, and which are in use."""
+
+    removed: int
+    freed: int
+    in_use: list[Path]
+
+
+E = TypeVar("E")
+
+
+class Store(Generic[E]):
+    """All things of one kind.
+
+    Args:
+        cache: the user's cache. Its folder is made when something is made, not before.
+        kind: what they are.
+        entry: what stands for one of them here, from its folder and its record.
+
+    Attributes:
+        root: the folder in which they lie.
+    """
+
+    def __init__(self, cache: Path, kind: Kind, entry: Callable[..., E]) -> None:
+        self.root = cache / kind.folder
+        self._cache = cache
+        self._kind = kind
+        self._entry = entry
+
+    def get(self, key: str) -> E | None:
+        """What has that key, if it is there and can be read."""
+        folder = self.root / key
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            record = integrity.read_record(folder / self._kind.record)
+            if record["schema"] == self._kind.schema:
+                return self._entry(folder=folder, record=record)
+        return None
+
+    def all(self) -> list[E]:
+        """All that can be read, the least recently used first."""
+        found = (self.get(os.fspath(folder.relative_to(self.root))) for folder in self.folders())
+        return [entry for entry in found if entry is not None]
+
+    def folders(self) -> list[Path]:
+        """Where all lie, also what cannot be read, the least recently used first."""
+        folders = (folder for folder in self.root.glob(self._kind.pattern) if folder.is_dir())
+        return sorted(folders, key=_last_use)
+
+    def unreadable(self, key: str) -> str:
+        """What is wrong with something that is there, and that `get` does not find; else empty."""
+        there = (self.root / key).exists() and self.get(key) is None
+        return f"{self._kind.record} cannot be read" if there else ""
+
+    def make(
+        self,
+        key: str,
+        fill: Callable[[Path, int], Mapping[str, object]],
+        *,
+        on_busy: Callable[[], object],
+        replace: bool = False,
+    ) -> E:
+        """Make something, unless another process does so meanwhile.
+
+        Args:
+            fill: puts files into an empty folder, and returns what is to be in the record. It also
+                gets the descriptor of the lock: a process that inherits it, and outlives us, keeps
+                others from what it writes.
+            on_busy: called before waiting for another process.
+            replace: make it also if it is there.
+
+        Raises:
+            CacheError: it cannot be kept: the cache cannot be used, the disk is full, or what is
+                to be replaced is in use.
+            TeardownError: what was made in vain cannot be removed.
+        """
+        name = key.partition("/")[0]
+        with (
+            _told(
+                f"something cannot be kept in {private_folder(self.root)}",
+                remedy=f"make room there, or name another folder in {CACHE}",
+            ),
+            locked(self._lock(name), on_busy=on_busy) as lock,
+        ):
+            place = self.root / key
+            if replace:
+                _check_unused(place)  # now, too: it may take long to make
+            elif (found := self.get(key)) is not None:
+                return found
+            self._clear(name)
+            with removed_afterwards(self.root / f"{_NEW}{name}") as folder:
+                folder.mkdir(mode=0o700)
+                record = self._recorded(folder, fill(folder, lock))
+                if replace:
+                    _check_unused(place)
+                self._throw_away(place)
+                place.parent.mkdir(mode=0o700, exist_ok=True)
+                folder.rename(place)
+            sync_tree(place.parent)
+            self.shrink(keep=place)
+            return self._entry(folder=place, record=record)
+
+    def _recorded(self, folder: Path, content: Mapping[str, object]) -> Mapping[str, Any]:
+        """Complete what was made: with its record and its lock, and on the disk."""
+        names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+        digests = {os.fspath(name): integrity.file_digest(folder / name) for name in names}
+        _let_others_read(folder)
+        (folder / IN_USE).touch(mode=0o600)
+        content = {"schema": self._kind.schema, **content, "digests": digests}
+        record = integrity.write_record(folder / self._kind.record, content)
+        sync_tree(folder)
+        return record
+
+    @contextmanager
+    def work_folder(self, name: str, base: Path) -> Iterator[Path]:
+        """An empty folder outside of the cache, while something of that name is being made.
+
+        Its mode is 0711. If this process is killed, `sweep` removes it.
+
+        Args:
+            base: where to make it.
+
+        Raises:
+            CacheError: it cannot be made.
+            TeardownError: it cannot be removed.
+        """
+        link = self.root / f"{_WORK}{name}"
+        work = base.absolute() / f"{_WORK_NAME}{secrets.token_hex(4)}"
+        link.symlink_to(work)  # first, so that `sweep` finds it in any case
+        try:
+            with _told("there is no folder for temporary files", remedy="set TMPDIR"):
+                work.mkdir(mode=0o700)
+            with removed_afterwards(work):
+                work.chmod(0o711)
+                yield work
+        finally:
+            link.unlink()
+
+    @staticmethod
+    @contextmanager
+    def hold(folder: Path) -> Iterator[int]:
+        """Keep something from being removed.
+
+        Yields:
+            The descriptor of its lock.
+
+        Raises:
+            FileNotFoundError: it was removed before it could be held.
+        """
+        with locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
+            with suppress(OSError):  # the cache may be one that is only read
+                os.utime(folder / IN_USE)
+                _let_others_read(folder)  # a copy of the cache may have lost that
+            yield descriptor
+
+    def discard(self, folders: Iterable[Path]) -> Discarded:
+        """Remove what nobody uses.
+
+        Raises:
+            TeardownError: files cannot be removed.
+        """
+        freed, in_use = [], []
+        for folder in folders:
+            try:
+                with locked(folder / IN_USE):
+                    freed.append(self._throw_away(folder))
+            except FileNotFoundError:  # somebody else was faster
+                pass
+            except OSError:  # or it is in a cache that is only read
+                in_use.append(folder)
+        return Discarded(len(freed), sum(freed), in_use)
+
+    def throw_away(self, key: str, damaged: E) -> bool:
+        """Remove what is damaged, also from under those who use it.
+
+        They go on with what they have open, and find it gone when they want more.
+
+        Returns:
+            Whether it was there. Another process may have thrown it away, and made it anew.
+        """
+        return self.get(key) == damaged and self._throw_away(self.root / key) > 0
+
+    def _throw_away(self, folder: Path) -> int:
+        if not folder.exists():
+            return 0
+        # Out of the way first: what is half removed must not look like a whole one.
+        size = size_on_disk(folder)
+        try:
+            folder.rename(tempfile.mkdtemp(prefix=_GONE, dir=self.root))
+        except FileNotFoundError:  # somebody else was faster
+            size = 0
+        for gone in self.root.glob(f"{_GONE}*"):
+            remove_tree(gone)
+        return size
+
+    def sweep(self) -> int:
+        """Remove what killed processes left, and locks that nobody needs.
+
+        Returns:
+            Bytes that are free now.
+
+        Raises:
+            TeardownError: something of it cannot be removed.
+        """
+        freed = sum(map(remove_tree, self.root.glob(f"{_GONE}*")))
+        locks = {lock.stem for lock in self.root.glob("[!.]*.lock")}
+        names = {name for name in locks if not (self.root / name).exists()}
+        if self._kind is IMAGES:  # older versions made images beside those that are built
+            names |= {path.parent.name for path in self.root.glob("*/.*")}
+        for prefix in (_NEW, _FORMERLY_NEW, _WORK):
+            names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
+        for name in names:
+            lock = self._lock(name)
+            with suppress(OSError), locked(lock):  # it is being made, or the cache is only read
+                freed += self._clear(name)
+                with suppress(OSError):
+                    (self.root / name).rmdir()  # of the images of that name, if there are none
+                if not (self.root / name).exists():
+                    lock.unlink()  # who waits for it sees that, and makes a new one
+        return freed
+
+    def _lock(self, name: str) -> Path:
+        return self.root / f"{name}.lock"
+
+    def _clear(self, name: str) -> int:
+        """Remove what was left when something was made; the lock of that name is held."""
+        link = self.root / f"{_WORK}{name}"
+        former = (self.root / f"{_FORMERLY_NEW}{name}", *(self.root / name).glob(".*"))
+        freed = sum(map(remove_tree, (self.root / f"{_NEW}{name}", *former)))
+        with suppress(OSError):
+            work = link.readlink()
+            status = work.lstat()
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if ours and work.name.startswith(_WORK_NAME):
+                freed += remove_tree(work)
+        link.unlink(missing_ok=True)
+        return freed
+
+    def shrink(self, *, keep: Path | None = None, limit: int = LIMIT) -> None:
+        """Remove what is made anew when it is needed until it takes no more than `limit` bytes.
+
+        That is of all kinds, the least recently used first, and nothing that is in use.
+
+        Args:
+            keep: the folder of something that stays.
+        """
+        stores = [Store(self._cache, kind, Entry) for kind in _MADE_ANEW]
+        found = [(folder, store) for store in stores for folder in store.folders()]
+        sizes = {folder: size_on_disk(folder) for folder, _ in found}
+        total = sum(sizes.values())
+        for folder, store in sorted(found, key=lambda pair: _last_use(pair[0])):
+            if total <= limit:
+                return
+            if folder != keep and store.discard([folder]).removed:
+                total -= sizes[folder]
+
+
+def tidy(cache: Path, say: Callable[[str], object]) -> int:
+    """Remove what killed processes left in a cache, and what older versions of this package made.
+
+    Built images stay.
+
+    Args:
+        say: told what of older versions was removed.
+
+    Returns:
+        Bytes of what was left that are free now.
+
+    Raises:
+        TeardownError: something of it cannot be removed.
+    """
+    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, *_MADE_ANEW))
+    old = [
+        Store(cache, TEMPLATES, Entry).discard(
+            cache.glob(f"{TEMPLATES.folder}/{_FORMER_TEMPLATE}")
+        ),
+        Store(cache, ENVIRONMENTS, Entry).discard(
+            record.parent for record in cache.glob(f"{ENVIRONMENTS.folder}/*/{_FORMER_RECORD}")
+        ),
+    ]
+    if count := sum(discarded.removed for discarded in old):
+        freed_size = format_size(sum(discarded.freed for discarded in old))
+        say(
+            f"the cache had {count} templates and environments of an older version "
+            f"({freed_size}): they are removed, and made anew when they are needed"
+        )
+    return freed
+
+
+@contextmanager
+def _told(brief: str, *, remedy: str) -> Iterator[None]:
+    """An error of the system becomes one of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(f"{brief}: {error.strerror or error}", remedy=remedy) from error
+
+
+def _let_others_read(folder: Path) -> None:
+    """Let a QEMU that runs as another user open the files, whatever the umask was."""
+    for file in folder.iterdir():
+        mode = stat.S_IMODE(file.lstat().st_mode)
+        if file.is_file() and file.name not in (IN_USE, PRIVATE_KEY) and mode & 0o444 != 0o444:
+            file.chmod(mode | 0o644)
+
+
+def _check_unused(folder: Path) -> None:
+    try:
+        with suppress(FileNotFoundError), locked(folder / IN_USE):
+            pass
+    except BlockingIOError as error:
+        remedy = "end the test runs, and the vmsandbox commands, that use it"
+        raise CacheError(f"{folder} is in use", remedy=remedy) from error
+
+
+def _last_use(folder: Path) -> float:
+    try:
+        return (folder / IN_USE).stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,82 @@
+"""Keeps this program apart from tests, which share its interpreter and may patch any name of any module.
+
+A module of this program calls `keep_apart` after its imports. Then each module in it is a copy. A
+function in a copy still looks up names in the module that it comes from. So while tests run, this
+program calls only functions that are written in C, and those of `json`, whose code is executed once more.
+"""
+
+from __future__ import annotations
+
+import builtins
+import fcntl
+import json
+import os
+import sys
+import types
+
+TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
+if TYPE_CHECKING:
+    from typing import Any
+
+# From here on, descriptors are out of the way of tests.
+ASIDE = min(900, os.sysconf("SC_OPEN_MAX") // 2)
+BUILTINS = dict(vars(builtins))
+COPIES: dict[str, types.ModuleType] = {}
+
+
+def keep_apart(names: dict[str, Any]) -> None:
+    """Let a module use modules and builtins that nobody else can patch.
+
+    Args:
+        names: its globals; functions that are defined from now on use them.
+    """
+    names["__builtins__"] = BUILTINS
+    for name, value in list(names.items()):
+        if isinstance(value, types.ModuleType):
+            if value.__name__ not in COPIES:
+                COPIES[value.__name__] = types.ModuleType(value.__name__)
+                vars(COPIES[value.__name__]).update(vars(value))
+            names[name] = COPIES[value.__name__]
+
+
+def executed_again(module: Any) -> Any:
+    """A module with the same code, in which nobody else can patch a name."""
+    again = types.ModuleType(module.__name__)
+    vars(again)["__builtins__"] = BUILTINS
+    exec(module.__spec__.loader.get_code(module.__name__), vars(again))  # noqa: S102
+    return again
+
+
+keep_apart({"json": json})
+vars(COPIES["json"]).update(
+    dumps=executed_again(json.encoder).JSONEncoder().encode,
+    loads=executed_again(json.decoder).JSONDecoder().decode,
+)
+
+
+def leave_modules() -> None:
+    """Leave `sys.modules`: some tools patch all that is in there.
+
+    ``__main__`` becomes what it is for ``python -m pytest``.
+    """
+    import importlib.util
+
+    spec = importlib.util.find_spec("pytest.__main__")
+    assert spec is not None
+    main = importlib.util.module_from_spec(spec)
+    main.__name__ = "__main__"
+    sys.modules["__main__"] = main
+    package = __name__.partition(".")[0]
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            del sys.modules[name]
+
+
+def aside(fd: int) -> int:
+    """Move a file to a descriptor that is out of the way of tests, which may close low ones."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ASIDE)
+    os.close(fd)
+    return moved
+
+
+keep_apart(globals())

@@ -1,0 +1,205 @@
+"""How a pytest session is made to run what the host tells it to."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from _pytest._io import TerminalWriter
+
+from .apart import aside, keep_apart
+from .beside.allure import send_results
+from .beside.benchmark import send_benchmarks
+from .beside.junit import JUnit
+from .beside.logs import send_records
+from .options import let_ini_keys_be, set_options
+from .reporter import FAILED, Calls, InAnotherGuest, Reporter
+from .serialize import serialized
+from .values import clean
+from .wire import Wire
+
+keep_apart(globals())
+
+PIECE = 500  # collected items in one message
+
+
+class Pause(pytest.Item):
+    """The item that comes next where that is unknown: it needs the session's fixtures only."""
+
+    def runtest(self) -> None:
+        raise NotImplementedError
+
+
+class Control:
+    """The plugin that makes a pytest session run what it is told to.
+
+    It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [node id,
+    report]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
+    is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
+    ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
+    attempt at it. At the end of a session that was woken, ``{"untouched": true}`` says that nothing in
+    ``tree`` is other than when the session began.
+
+    Args:
+        settings: see `process.run`.
+    """
+
+    def __init__(self, settings: dict[str, Any], wire: Wire) -> None:
+        self.settings = settings
+        self.wire = wire
+        self.reporter = Reporter(
+            wire, settings.get("outcomes", []), alone=settings.get("alone", False)
+        )
+        self.items: dict[str, pytest.Item] = {}
+        self.failed: list[pytest.CollectReport] = []
+        self.found: int | None = None  # how many items
+        self.awake = False  # whether the guest was cloned while this session waited in it
+
+    # -- setting up ---------------------------------------------------------------------------
+
+    def pytest_addhooks(self, pluginmanager: pytest.PytestPluginManager) -> None:
+        """The first hook, which comes before pytest reads its first ini key."""
+        let_ini_keys_be(pluginmanager.get_plugin("pytestconfig"), self.settings["ini"])
+        # Hooks of plugins that stay on the host are unknown here; the host has looked at them.
+        vars(pluginmanager)["check_pending"] = lambda: None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(self, early_config: pytest.Config) -> None:
+        set_options(early_config.known_args_namespace, self.settings["options"])
+
+    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
+    def pytest_cmdline_parse(self) -> Iterator[None]:
+        """Set the options as soon as pytest has read its own: before any other hook looks at them."""
+        outcome: Any = yield
+        set_options(outcome.get_result().option, self.settings["options"])
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        if self.settings.get("junit"):
+            from _pytest.junitxml import xml_key
+
+            junit: Any = JUnit(self.settings["junit"], self.wire)
+            config.stash[xml_key] = junit
+            config.pluginmanager.register(junit)  # or pytest cannot unregister it
+
+    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
+        outcome: Any = yield
+        self.reporter.tell_failed(outcome.exception)
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:  # it has to be there, but nobody reads it
+            nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
+            reporter._tw = TerminalWriter(nowhere)  # noqa: SLF001
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self.failed.append(report)
+
+    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
+    def pytest_collection(self) -> Iterator[None]:
+        outcome: Any = yield
+        self.reporter.tell_failed(outcome.exception)
+        if self.found is not None and outcome.exception is None:  # pytest has told warnings, too
+            self.wire.say({"ready": self.found})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        rows = []
+        detailed = set(self.settings["details"])
+        for item in session.items:
+            self.items[item.nodeid] = item
+            spec = getattr(item, "callspec", None)
+            row: list[Any] = [item.nodeid, dict(spec.indices) if spec is not None else None]
+            if item.nodeid.partition("::")[0] in detailed:
+                marks = [mark.name for mark in item.iter_markers()]
+                row.append([list(item.location), sorted(map(str, item.keywords)), marks])
+            rows.append(row)
+        for start in range(0, len(rows), PIECE):
+            self.wire.note({"items": clean(rows[start : start + PIECE])})
+        for report in self.failed:
+            self.wire.note({"failed": clean([report.nodeid, serialized(report)])})
+        self.found = len(rows)
+        if self.settings.get("logs"):
+            send_records(session.config, self.wire)
+
+    # -- running ------------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.pause = Pause.from_parent(session, name="vmsandbox-pause")
+        while True:
+            message = self.wire.hear()
+            if message is None or message["do"] == "finish":
+                return True
+            if message["do"] == "wake":
+                self.wake(session.config, message)
+            elif self.run(session, message):
+                return True
+
+    def wake(self, config: pytest.Config, message: dict[str, Any]) -> None:
+        """The guest was cloned while the session waited: be another one than the other clones."""
+        self.awake = True
+        seed = bytes.fromhex(message["seed"])
+        random.seed(seed)
+        modules: dict[str, Any] = sys.modules
+        try:
+            if "numpy" in modules:
+                modules["numpy"].random.seed(list(seed))
+            if "ssl" in modules:
+                modules["ssl"].RAND_add(seed, len(seed))
+        except Exception:  # noqa: S110  # tests may have put something else there
+            pass
+        os.environ.update(message["environment"])
+        self.settings["fixtures"].update(message["fixtures"])
+        # Nobody reads it, and what plugins import for it takes longer than a test does. It stays a hook,
+        # or pluggy could unregister no plugin any more.
+        name, manager = "pytest_terminal_summary", config.pluginmanager
+        vars(config.hook)[name] = manager.subset_hook_caller(name, manager.get_plugins())
+        self.wire.say({"awake": len(seed)})
+
+    def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
+        """Run an item; whether the run is to end."""
+        nodeid, config = message["id"], session.config
+        item = self.items[nodeid]
+        item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
+        self.reporter.begin(nodeid)
+        for name, reason in message.get("marks", ()):
+            item.add_marker(getattr(pytest.mark, name)(reason=reason))
+        if attempt := message.get("attempt", 0):  # those before were in other guests
+            database: Any = config.failures_db  # type: ignore[attr-defined]
+            database.get_test_failures = lambda _: attempt
+        calls = Calls(self.wire) if message.get("timed") else None
+        if calls is not None:
+            config.pluginmanager.register(calls)
+        try:
+            config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
+        except InAnotherGuest:
+            pass
+        except FAILED as error:
+            self.reporter.tell_failed(error)
+            raise
+        finally:
+            if calls is not None:
+                config.pluginmanager.unregister(calls)
+        machine = self.settings.get("machine", False)
+        send_benchmarks(config, self.wire, about_machine=machine)
+        send_results(self.settings.get("allure"), self.wire)
+        stop = session.shouldfail or session.shouldstop
+        reason = str(stop) if stop else None
+        self.wire.say({"done": nodeid, "stop": reason, "fail": bool(session.shouldfail)})
+        return bool(stop)
+
+    def next(self, message: dict[str, Any]) -> pytest.Item | None:
+        """The item for whose sake fixtures stay."""
+        if message["next"] in self.items:
+            return self.items[message["next"]]
+        return self.pause if message["more"] else None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        send_results(self.settings.get("allure"), self.wire)
+        self.wire.say({"finished": True})

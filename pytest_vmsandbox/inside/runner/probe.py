@@ -1,0 +1,16 @@
+"""Prints what has to be known of a guest's Python. It comes by standard input, before all else."""
+
+import json
+import platform
+import sys
+
+print(
+    json.dumps(
+        {
+            "version": list(sys.version_info[:3]),
+            "machine": platform.machine(),
+            "libc": list(platform.libc_ver()),
+            "executable": sys.executable,
+        }
+    )
+)

@@ -1,0 +1,161 @@
+"""What a session tells of the test that runs, and of how it ends."""
+
+from __future__ import annotations
+
+import linecache
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .apart import keep_apart
+from .beside.bdd import scenario_of
+from .serialize import attributes_of, bounded, serialized, text_of
+from .values import clean, portable
+from .wire import Wire
+
+keep_apart(globals())
+
+MAX_PROPERTIES = 10_000  # of a report: user_properties
+# The outcomes of what pytest-rerunfailures and pytest-retry try again.
+RERUN, RETRIED = "rerun", "retried"
+FAILED = pytest.Session.Failed
+ENDINGS = ((pytest.exit.Exception, "left"), (pytest.Session.Interrupted, "stopped"))
+
+
+class InAnotherGuest(BaseException):
+    """The next attempt at a test has a guest of its own: pytest-rerunfailures is to begin none here."""
+
+
+class Reporter:
+    """A plugin that tells the host what pytest tells here.
+
+    Args:
+        outcomes: that plugins of the host know besides pytest's.
+        alone: whether each attempt at a test has a guest of its own.
+    """
+
+    def __init__(self, wire: Wire, outcomes: list[str], alone: bool) -> None:
+        self.wire = wire
+        self.outcomes = ("passed", "failed", "skipped", *outcomes)
+        self.alone = alone
+        self.begin("")
+
+    def begin(self, nodeid: str) -> None:
+        """A test begins."""
+        self.running = nodeid
+        self.is_rerun = False  # whether this attempt at it is followed by another
+        self.reported: list[str] = []  # its phases, so far
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logfinish(self) -> None:
+        if self.is_rerun and self.alone:
+            raise InAnotherGuest
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = serialized(report)
+        # Older pytest-rerunfailures tell no teardown of an attempt that is followed by another.
+        if data["when"] == "setup" and (self.is_rerun or "teardown" in self.reported):
+            self.is_rerun, self.reported = False, []
+            self.wire.note({"again": True})
+        for note in self.put_right(data):
+            self.wire.note(note)
+        if data["outcome"] not in self.outcomes:
+            return
+        if is_of_phase(data):
+            if data["when"] in self.reported:
+                return
+            self.reported.append(data["when"])
+            self.is_rerun |= data["outcome"] == RERUN
+        for name in ("keywords", "location"):  # the host has its own
+            data.pop(name, None)
+        data["attributes"], notes = attributes_of(report)
+        data["scenario"] = scenario_of(report)
+        data = bounded({name: clean(value) for name, value in data.items()})
+        if len(data["user_properties"]) < len(report.user_properties):
+            notes.append({"note": "properties", "name": str(len(report.user_properties))})
+        for note in notes:
+            self.wire.note(note)
+        # A failure counts, even if the guest is lost right after it.
+        tell = self.wire.note if data["outcome"] == "passed" else self.wire.say
+        tell({"report": data})
+
+    def put_right(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Let a report be one that the host expects; messages about what a hook has made of it."""
+        data["user_properties"] = [
+            [str(name), portable(value)] for name, value in data["user_properties"][:MAX_PROPERTIES]
+        ]
+        if data["nodeid"] != self.running:
+            yield {"note": "renamed", "name": clean(data["nodeid"])}
+            data["nodeid"] = self.running
+        if data["outcome"] not in self.outcomes:
+            yield {"note": "outcome", "name": clean(str(data["outcome"]))}
+        elif is_of_phase(data) and data["when"] in self.reported:
+            yield {"note": "twice", "name": clean(str(data["when"]))}
+
+    def pytest_warning_recorded(
+        self,
+        warning_message: warnings.WarningMessage,
+        when: str,
+        nodeid: str,
+        location: tuple[str, int, str] | None,
+    ) -> None:
+        category = warning_message.category
+        try:
+            source = linecache.getline(warning_message.filename, warning_message.lineno)
+        except Exception:  # Python's own way to show warnings does without it, too
+            source = ""
+        self.wire.note(
+            clean(
+                {
+                    "warning": str(warning_message.message),
+                    "category": [category.__module__, category.__name__],
+                    "file": warning_message.filename,
+                    "line": warning_message.lineno,
+                    "when": when,
+                    "node": nodeid,
+                    "location": location,
+                    "source": source,
+                }
+            )
+        )
+
+    def tell_failed(self, error: BaseException | None) -> None:
+        """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
+        if isinstance(error, FAILED):
+            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        error = excinfo.value
+        how = next((how for kind, how in ENDINGS if isinstance(error, kind)), "key")
+        status = getattr(error, "returncode", None) if how == "left" else None
+        self.wire.say(clean({"interrupted": str(error), "how": how, "status": status}))
+
+    def pytest_internalerror(self, excrepr: object) -> None:
+        self.wire.say({"internal": clean(text_of(excrepr))})
+
+
+def is_of_phase(data: dict[str, Any]) -> bool:
+    """Whether a report ends a phase of its test; others are one more: subtests', and pytest-retry's."""
+    return "_report_type" not in data and data["outcome"] != RETRIED
+
+
+class Calls:
+    """Tells when a test's function begins and ends, which the host may not see in time by reports.
+
+    It is a plugin for the tests that need it: others might show it, in a traceback's arguments.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        self.wire.say({"call": True})
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> None:
+        if call.when == "call":
+            self.wire.say({"call": False})
