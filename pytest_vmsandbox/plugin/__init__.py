@@ -6,6 +6,7 @@ guests is imported before a guest is asked for.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,11 +17,11 @@ from pytest_vmsandbox.plugin import (
     config as options,
     hookspecs,
     naming,
-    plan as plans,
     pulling,
     reporting,
     unimportable,
 )
+from pytest_vmsandbox.plugin.plan import limit, plan_of
 from pytest_vmsandbox.plugin.session import SharedGuests, VMSession
 
 if TYPE_CHECKING:
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
+    from pytest_vmsandbox.inside.session import Collected
+    from pytest_vmsandbox.plugin.inside import Inside
 
 SESSION = pytest.StashKey[VMSession]()
+_INSIDE = pytest.StashKey["InsideProtocol"]()
 # What an xdist worker tells.
 _USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
 _PULLED = "vmsandbox_pulled"
@@ -54,8 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
-    config.stash[SESSION] = VMSession(config)
-    config.pluginmanager.register(InsideProtocol(), "vmsandbox-inside")
+    config.stash[SESSION] = session = VMSession(config)
+    config.stash[_INSIDE] = InsideProtocol(session)
+    config.pluginmanager.register(config.stash[_INSIDE], "vmsandbox-inside")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -100,9 +105,9 @@ def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
     session = config.stash[SESSION]
-    unimportable.replace(session, items)
     without = collection.plan(session, items)
     _refuse(config, items, collection.check(session, items))
+    unimportable.replace(session, items, config.stash[_INSIDE].collected)
     collection.deselect(session, items, without)
     everything = items[:]
     naming.give_both_names(everything)
@@ -150,13 +155,15 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     ours = session.config.stash[SESSION]
-    ours.finish_inside()
+    session.config.stash[_INSIDE].close()
     if ours.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[_FAILED] = ours.failed
         session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
-        session.config.workeroutput[_PULLED] = {it: [*names] for it, names in ours.pulled.items()}
+        session.config.workeroutput[_PULLED] = {
+            kind: [*names] for kind, names in ours.pulled.items()
+        }
     if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*ours.usage_errors)
 
@@ -173,7 +180,10 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Tell what xdist's workers ran guests with; they have no terminal of their own."""
-    for line in config.stash[SESSION].lines():
+    session = config.stash[SESSION]
+    for line in pulling.lines(session.pulled):
+        session.tell(line)
+    for line in session.told:
         terminalreporter.write_line(line)
 
 
@@ -186,7 +196,7 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
         return (yield)
     finally:
         if session.config.pluginmanager.has_plugin("_cov"):
-            session.config.stash[SESSION].finish_inside()  # guests tell what they have measured
+            session.config.stash[_INSIDE].close()  # guests tell what they have measured
 
 
 @pytest.hookimpl(wrapper=True)
@@ -205,13 +215,32 @@ class InsideProtocol:
     It is registered late, so that it comes before other plugins that take over a protocol.
     """
 
+    def __init__(self, session: VMSession) -> None:
+        self._session = session
+
+    @cached_property
+    def _inside(self) -> Inside:
+        from pytest_vmsandbox.plugin.inside import Inside
+
+        return Inside(self._session)
+
+    def collected(self, item: pytest.Item) -> Collected:
+        """What the guest for a test has collected; see `Inside`."""
+        return self._inside.collected(item)
+
+    def close(self) -> None:
+        """Let what runs inside guests tear down what is left."""
+        if "_inside" in self.__dict__:
+            for problem in self._inside.close():
+                self._session.tell_problem(f"at the end of the tests inside: {problem}")
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
-        if not plans.runs_inside(item):
+        if not plan_of(item).runs_inside:
             return None
-        item.config.stash[SESSION].inside.run(item, nextitem)
+        self._inside.run(item, nextitem)
         return True
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -226,8 +255,15 @@ class InsideProtocol:
                 raise
             from pytest_vmsandbox.plugin import hooks
 
-            hook, session = config.hook.pytest_report_teststatus, config.stash[SESSION]
-            return hooks.result_of_others(session, hook, error, self, report=report, config=config)
+            hook = config.hook.pytest_report_teststatus
+            return hooks.result_of_others(
+                self._session, hook, error, self, report=report, config=config
+            )
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
+        """What benchmarks ran on: the guest, where they ran in one."""
+        return self._inside.benchmarks.machine() if "_inside" in self.__dict__ else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -243,16 +279,16 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
     """Take over pytest-timeout's limit: its alarm would end the whole run."""
-    if not plans.is_inside(item):
+    if not plan_of(item).is_inside:
         return None
     if settings.timeout:
-        plans.limit(item, settings.timeout, of_call=getattr(settings, "func_only", False))
+        limit(item, settings.timeout, of_call=getattr(settings, "func_only", False))
     return True
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
-    return True if plans.is_inside(item) else None
+    return True if plan_of(item).is_inside else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -266,12 +302,6 @@ def pytest_runtest_makereport(
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs."""
     return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
-
-
-@pytest.hookimpl(optionalhook=True, tryfirst=True)
-def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
-    """What benchmarks ran on: the guest, where they ran in one."""
-    return config.stash[SESSION].benchmarks_machine
 
 
 # -- fixtures -----------------------------------------------------------------------------------------
@@ -308,7 +338,7 @@ def vm(
     """A running `Guest` in a known-clean state."""
     session = request.config.stash[SESSION]
     plan, base = collection.plan_now(session, request.node), session.base(vm_prepared)
-    if plan is None or base is None:
+    if not plan.image or base is None:
         pytest.skip("no selected image applies to this test")
     if plan.isolation == "test":
         with vm_factory.lease(base, plan.hardware) as guest:

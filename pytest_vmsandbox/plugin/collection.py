@@ -9,7 +9,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
-from pytest_vmsandbox.plugin.plan import PLAN, Plan
+from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -76,7 +76,7 @@ def plan(session: VMSession, items: Iterable[pytest.Item]) -> set[pytest.Item]:
     without = set()
     for item in items:
         try:
-            if plans.find(item) is None and not _plan(session, item):
+            if PLAN not in item.stash and not _plan(session, item):
                 without.add(item)
         except ConfigError as error:
             session.note_usage_error(item.nodeid, error)
@@ -115,25 +115,25 @@ def plan_remote(session: VMSession, item: pytest.Item, *, image: str, plain: str
     _store(session, item, image=image, plain=plain, is_inside=True, is_remote=True)
 
 
-def plan_now(session: VMSession, item: pytest.Item) -> Plan | None:
-    """The plan of a test that asks for `vm`; None if no image applies to it.
+def plan_now(session: VMSession, item: pytest.Item) -> Plan:
+    """The plan of a test that asks for `vm`; without an image if none applies to it.
 
     A test may ask only while it runs, and it may have got marks until then.
 
     Raises:
         ConfigError: its markers are wrong.
     """
-    if plans.find(item) is not None:
+    if PLAN in item.stash:
         plan_again(session, item)
     elif (image := _only_image(session, item)) is not None:
         _store(session, item, image=image, plain=item.nodeid, is_inside=False)
-    return plans.find(item)
+    return plan_of(item)
 
 
 def plan_again(session: VMSession, item: pytest.Item) -> None:
     """Bring the plan of a test up to date if the test has got other marks since."""
-    old = plans.find(item)
-    if old is not None and old.marks != tuple(item.iter_markers()):
+    old = plan_of(item)
+    if old.image and old.marks != tuple(item.iter_markers()):
         same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
         _store(session, item, **same)
 
@@ -150,11 +150,11 @@ def _store(
     """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
     request = plans.request_of(item, session.hardware)
     default = options.isolation(item.config) if is_inside else "test"
-    old = plans.find(item)
+    old = plan_of(item)
     skip, xfail = (selection.reason(why, image) for why in (request.skip, request.xfail))
-    if skip is not None and (old is None or skip != old.skip):
+    if skip not in (None, old.skip):
         item.add_marker(pytest.mark.skip(reason=skip))
-    if xfail is not None and (old is None or xfail != old.xfail):
+    if xfail not in (None, old.xfail):
         item.add_marker(pytest.mark.xfail(reason=xfail))
     item.stash[PLAN] = Plan(
         image=image,
@@ -192,7 +192,7 @@ def group(items: list[pytest.Item]) -> None:
 
 def images_needed(items: Iterable[pytest.Item]) -> list[str]:
     """The images of all tests that are going to run."""
-    return list(dict.fromkeys(plan.image for plan in _not_skipped(items)))
+    return list(dict.fromkeys(plan.image for plan in _with_guests(items)))
 
 
 def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Hardware]]:
@@ -202,17 +202,16 @@ def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Hardware]]:
     """
     guests = [
         (plan.image, plan.hardware)
-        for plan in _not_skipped(items)
+        for plan in _with_guests(items)
         if not plan.is_inside and plan.isolation == "test"
     ]
     return guests[: -(-len(guests) // options.workers(items[0].config))] if guests else []
 
 
-def _not_skipped(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+def _with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
     for item in items:
-        plan = plans.find(item)
-        if plan is not None and item.get_closest_marker("skip") is None:
-            yield plan
+        if plan_of(item).image and item.get_closest_marker("skip") is None:
+            yield plan_of(item)
 
 
 def refuse_here(item: pytest.Item) -> None:
@@ -221,7 +220,7 @@ def refuse_here(item: pytest.Item) -> None:
     Raises:
         ConfigError: another plugin is about to do that.
     """
-    if plans.runs_inside(item):
+    if plan_of(item).runs_inside:
         raise ConfigError(
             "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
             "machine",
@@ -238,7 +237,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
     try:
         options.check_values(config)
         if any(
-            plans.is_inside(item) or "vm_factory" in getattr(item, "fixturenames", ())
+            plan_of(item).is_inside or "vm_factory" in getattr(item, "fixturenames", ())
             for item in items
         ):
             options.check_places(config)
@@ -251,7 +250,7 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
 
 def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
     """What is invalid in the way in which the tests that are left are to be run."""
-    if inside := [item for item in items if plans.is_inside(item)]:
+    if inside := [item for item in items if plan_of(item).is_inside]:
         session.usage_errors += _refused_for(session.config)
         try:
             pulling.patterns(session.config)

@@ -28,6 +28,28 @@ Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
+# Name, type and help of each ini key.
+_INI: tuple[tuple[str, Any, str], ...] = (
+    ("vm_images", "args", "images to run on, like --vm"),
+    ("vm_accel", None, "accelerator, like --vm-accel"),
+    ("vm_missing", None, "like --vm-missing"),
+    ("vm_artifacts_dir", None, "like --vm-artifacts"),
+    ("vm_boot_timeout", None, "like --vm-boot-timeout"),
+    ("vm_image_path", "paths", "folders with image definitions"),
+    ("vm_command_timeout", None, "seconds for a command in a guest (60)"),
+    ("vm_inside", "bool", "like --in-vm"),
+    ("vm_isolation", None, "like --vm-isolation"),
+    ("vm_offline", "bool", "like --vm-offline"),
+    ("vm_test_timeout", None, "seconds for a test inside a guest (600)"),
+    ("vm_push", "args", "what goes to a guest although git ignores it"),
+    ("vm_pull", "args", "files of the project that tests in a guest write: globs"),
+    ("vm_requirements", "linelist", "what is installed in a guest for tests"),
+    ("vm_guest_plugins", "args", ("the pytest plugins that a guest loads for tests inside, by "
+     "module or entry point; without it, those that are loaded here and that it has")),
+    ("vm_env", "linelist", "variables for tests in a guest: NAME or NAME=VALUE"),
+    *((f"vm_{name}", None, f"default {name} of a guest") for name in _HARDWARE_KEYS),
+)  # fmt: skip
+
 
 def add_options(parser: pytest.Parser) -> None:
     """Register everything. Defaults are None, so that an ini key counts where no option is given."""
@@ -69,29 +91,8 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="for a boot under KVM (default: 60); scaled by itself where there is only emulation",
     )
-    parser.addini("vm_images", "images to run on, like --vm", type="args", default=None)
-    parser.addini("vm_accel", "accelerator, like --vm-accel", default=None)
-    parser.addini("vm_missing", "like --vm-missing", default=None)
-    parser.addini("vm_artifacts_dir", "like --vm-artifacts", default=None)
-    parser.addini("vm_boot_timeout", "like --vm-boot-timeout", default=None)
-    parser.addini("vm_image_path", "folders with image definitions", type="paths", default=None)
-    parser.addini("vm_command_timeout", "seconds for a command in a guest (60)", default=None)
-    parser.addini("vm_inside", "like --in-vm", type="bool", default=None)
-    parser.addini("vm_isolation", "like --vm-isolation", default=None)
-    parser.addini("vm_offline", "like --vm-offline", type="bool", default=None)
-    parser.addini("vm_test_timeout", "seconds for a test inside a guest (600)", default=None)
-    parser.addini("vm_push", "what goes to a guest although git ignores it", type="args")
-    parser.addini("vm_pull", "files of the project that tests in a guest write: globs", type="args")
-    parser.addini("vm_requirements", "what is installed in a guest for tests", type="linelist")
-    parser.addini(
-        "vm_guest_plugins",
-        "the pytest plugins that a guest loads for tests inside, by module or entry point; "
-        "without it, those that are loaded here and that it has",
-        type="args",
-    )
-    parser.addini("vm_env", "variables for tests in a guest: NAME or NAME=VALUE", type="linelist")
-    for name in _HARDWARE_KEYS:
-        parser.addini(f"vm_{name}", f"default {name} of a guest", default=None)
+    for key, kind, about in _INI:
+        parser.addini(key, about, type=kind, default=None)
 
 
 def settings(config: pytest.Config) -> Settings:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
-import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
-from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import (
     GuestLost,
@@ -22,90 +19,22 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.plugin import beside, config as options, plan as plans
+from pytest_vmsandbox.plugin.attempt import Attempt
 from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
-from pytest_vmsandbox.plugin.leases import Lease, Leases
-from pytest_vmsandbox.plugin.plan import Place, plan_of
-from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN
+from pytest_vmsandbox.plugin.lease import Lease, remedy
+from pytest_vmsandbox.plugin.leases import Leases
+from pytest_vmsandbox.plugin.messages import Messages, Record
+from pytest_vmsandbox.plugin.plan import plan_of
+from pytest_vmsandbox.plugin.remote_reports import colourless
 from pytest_vmsandbox.plugin.reporting import RETRIED, report_without_plugins
+from pytest_vmsandbox.plugin.schedule import Schedule
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.plugin.session import VMSession
 
-_Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
-_AHEAD = 8  # tests that a guest may run before the reports of one are here
-
-
-class _Attempt:
-    """One attempt at a test; pytest-rerunfailures, flaky and their like may make others.
-
-    Attributes:
-        due: the phases of which no report is here yet.
-        missing: those that were left out.
-        has_called: whether the test's function has begun.
-    """
-
-    def __init__(self) -> None:
-        self.has_called = False
-        self.due = list(PHASES)
-        self.missing: list[str] = []
-        self._reports: list[tuple[pytest.TestReport, bool]] = []
-        self._is_lost = False
-
-    @property
-    def is_rerun(self) -> bool:
-        """Whether another one follows."""
-        return not self._is_lost and any(report.outcome == RERUN for report, _ in self._reports)
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the test has failed in it."""
-        return any(report.failed for report in self.reports)
-
-    @property
-    def reports(self) -> list[pytest.TestReport]:
-        """What it has come to; of subtests, those count that the last attempt has."""
-        is_rerun = self.is_rerun
-        return [report for report, is_subtest in self._reports if not (is_subtest and is_rerun)]
-
-    def add(self, report: pytest.TestReport, *, is_subtest: bool = False) -> None:
-        """Take the report of a phase, or of a subtest.
-
-        Raises:
-            GuestLost: it is of a phase that is not due.
-        """
-        if not is_subtest:
-            if report.when not in self.due:
-                raise broken(f"a report of {report.when} where none was due")
-            while (phase := self.due.pop(0)) != report.when:  # right if another attempt follows
-                self.missing.append(phase)
-            if report.when == "setup" and not report.passed:
-                self.due = ["teardown"]
-        self._reports.append((report, is_subtest))
-
-    def fail(
-        self,
-        failed: Callable[[str], pytest.TestReport],
-        passed: Callable[[str], pytest.TestReport],
-    ) -> None:
-        """End with an error in the phase that is due, or is missing.
-
-        Args:
-            failed, passed: make the reports of a phase.
-        """
-        if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
-            self.add(passed("setup"))
-        phase = [*self.missing, *self.due, "teardown"][0]
-        if self.missing:
-            before = PHASES[: PHASES.index(phase)]
-            self._reports = [(report, it) for report, it in self._reports if report.when in before]
-        self._reports.append((failed(phase), False))
-        if phase != "teardown":
-            self._reports.append((passed("teardown"), False))
-        self.due, self.missing = [], []
-        self._is_lost = True
 
 
 class Inside:
@@ -115,13 +44,11 @@ class Inside:
         self._session = session
         self._config = session.config
         self._hooks = Hooks(session)
-        self._leases = Leases(session, tell=self._tell)
-        self._logs = beside.Logs(session.config)
-        self._allure = beside.AllureResults(session.config)
-        self.benchmarks = beside.Benchmarks(session.config)
-        self._alone: set[str] = set()  # tests that run while no other is announced
+        self._messages = Messages(session, self._hooks)
+        self._leases = Leases(session, self._messages)
+        self._schedule = Schedule(session.config)
+        self.benchmarks = self._messages.benchmarks
         self._retried: set[str] = set()  # tests whose guest something else took away
-        self._following: dict[pytest.Item, pytest.Item] = {}
         self._ids: set[str] = set()
 
     # -- the protocol of one test ------------------------------------------------------------
@@ -170,7 +97,7 @@ class Inside:
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", plan_of(item).image))
-        if report.failed and (hint := self._leases.hint(report.longreprtext)):
+        if report.failed and (hint := remedy(self._config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
@@ -199,8 +126,8 @@ class Inside:
             return
         assert call.result is not None
         lease = call.result
-        attempts = [_Attempt()]
-        records: list[_Record] = []
+        attempts = [Attempt()]
+        records: list[Record] = []
         try:
             found = self._guest_id(lease, item)
             if not isinstance(found, str):
@@ -221,7 +148,7 @@ class Inside:
                     yield from self._attempts(item, nextitem, attempt)
                     return
             elif ahead:
-                self._alone.update(ahead)
+                self._schedule.alone.update(ahead)
             attempts[-1].fail(partial(self._failed, item, error), partial(self._passed, item))
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
@@ -229,7 +156,7 @@ class Inside:
             self._leases.end(item)
             yield from self._attempts(item, nextitem, attempt + 1)
 
-    def _check_end(self, item: pytest.Item, attempt: int, last: _Attempt) -> None:
+    def _check_end(self, item: pytest.Item, attempt: int, last: Attempt) -> None:
         """Look whether a test may be done after an attempt."""
         if not last.is_rerun:
             if lacking := [*last.missing, *last.due]:
@@ -240,8 +167,8 @@ class Inside:
     def _keep(
         self,
         lease: Lease,
-        attempts: list[_Attempt],
-        records: list[_Record],
+        attempts: list[Attempt],
+        records: list[Record],
     ) -> None:
         """Note what a test has left, which counts from now on: it is not lost with its guest."""
         lease.has_failed |= any(each.has_failed for each in attempts)
@@ -258,7 +185,7 @@ class Inside:
             self._session.note_retry(error, item)
             return True
         if ahead:  # any of them may have done it, while reports were on their way: one by one, then
-            self._alone.update([nodeid, *ahead])
+            self._schedule.alone.update([nodeid, *ahead])
             self._session.failed = True  # it may not happen again, and it has happened
             self._session.tell(
                 f"{error.brief}\n  One of these tests has done it. They run again, one by one: "
@@ -273,14 +200,12 @@ class Inside:
         nodeid: str,
         nextitem: pytest.Item | None,
         attempt: int,
-        attempts: list[_Attempt],
-        records: list[_Record],
+        attempts: list[Attempt],
+        records: list[Record],
     ) -> None:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
-        from pytest_vmsandbox.plugin.remote_reports import colourless
-
         assert lease.session is not None
-        following, more = self._next(item, nextitem)
+        following, more = self._schedule.next(item, nextitem)
         if not attempt:
             self._announce(lease, item)
         for message in lease.session.run(
@@ -301,95 +226,31 @@ class Inside:
             elif "call" in message:
                 attempts[-1].has_called = True
             elif "again" in message:
-                attempts.append(_Attempt())
+                attempts.append(Attempt())
             elif message.get("stop"):
                 how = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, how, colourless(str(message["stop"])))
-            elif (record := self._record_of(lease, item, message)) is not None:
+            elif (record := self._messages.record(lease, item, message)) is not None:
                 records.append(record)
             elif "interrupted" in message:
                 self._stop(item, message)
             else:
-                self._tell(lease, message, item.nodeid)
-
-    def _record_of(self, lease: Lease, item: pytest.Item, message: Message) -> _Record | None:
-        """How to tell a plugin what a message has for it; None for another message.
-
-        Raises:
-            GuestLost: it is not well-formed.
-        """
-        from pytest_vmsandbox.plugin.remote_reports import harmless
-
-        if "junit" in message:
-            name, value = harmless(message.get("name")), harmless(message.get("value"))
-            return partial(self._to_junit, str(message["junit"]), name, value, item.nodeid)
-        if "benchmark" in message:
-            image = lease.guest.image
-            return self.benchmarks.read(item, image, message, lease.reader)
-        return None
+                self._messages.tell(lease, message, item.nodeid)
 
     def _announce(self, lease: Lease, item: pytest.Item) -> None:
-        """Let the guest go on with what comes next, while the reports are on their way here.
-
-        Not where a result could end the run: then nothing may be run too much.
-        """
-        option = self._config.option
-        if option.maxfail or getattr(option, "stepwise", False) or self._is_worker:
-            return
+        """Let the guest go on with what comes next, while the reports are on their way here."""
         session = lease.session
         assert session is not None
-        ahead: pytest.Item | None = item
-        for place in range(1 + _AHEAD):
-            if ahead is None or (nodeid := plan_of(ahead).plain) in self._alone:
-                return
-            if nodeid not in session.collected.items:
+        for place, ahead in enumerate(self._schedule.ahead(item)):
+            plain = plan_of(ahead).plain
+            if plain not in session.collected.items:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
-                following, more = self._next(ahead, None)
+                following, more = self._schedule.next(ahead)
                 timed = self._is_timed(ahead)
                 session.announce(
-                    nodeid, following=following, more=more, marks=_marks(ahead), timed=timed
+                    plain, following=following, more=more, marks=_marks(ahead), timed=timed
                 )
-            ahead = self._following.get(ahead)
-
-    def _tell(self, lease: Lease, message: Message, nodeid: str = "") -> None:
-        """Pass on what a session says besides."""
-        from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
-
-        if "warning" in message:
-            arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
-            file = arguments["warning_message"].filename
-            # This side has collected, too, but for some files, and has told what it saw.
-            if arguments["when"] == "runtest" or file in self._collected_there():
-                self._hooks.notify(self._config.hook.pytest_warning_recorded, **arguments)
-        elif "output" in message:
-            stream = sys.stderr if message.get("of") == 2 else sys.stdout
-            encoding = getattr(stream, "encoding", None) or "utf-8"
-            text = harmless(message["output"]).encode(encoding, "backslashreplace")
-            stream.write(text.decode(encoding))
-            stream.flush()
-        elif "logged" in message:
-            self._logs.show(message, lease.reader)
-        elif "allure" in message:
-            self._allure.keep(message, lease.guest.image, nodeid)
-        elif "note" in message:
-            about, is_problem = beside.note(message, nodeid)
-            self._session.failed |= is_problem
-            self._session.tell(about)
-
-    def _collected_there(self) -> set[str]:
-        """The paths of files that only guests collect."""
-        return {str(self._config.rootpath / it) for it in self._session.unimportable}
-
-    def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
-        """Tell junit's file what a test has recorded, other than by its reports."""
-        xml = self._config.stash.get(xml_key, None)
-        if xml is None:
-            return
-        if kind == "property":
-            xml.add_global_property(name, value)
-        elif re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
-            xml.node_reporter(nodeid).add_attribute(name, value)
 
     def _stop(self, item: pytest.Item, message: Message) -> NoReturn:
         """Something in the guest has ended the run: a test, or a hook."""
@@ -445,7 +306,7 @@ class Inside:
         if nodeid in found.items:
             return nodeid
         file = nodeid.partition("::")[0]
-        parents = [file, *(str(it) for it in Path(file).parents), ""]
+        parents = [file, *map(str, Path(file).parents), ""]
         for parent in parents:
             if parent in found.failed or (parent and f"{parent}/__init__.py" in found.failed):
                 failed = found.failed.get(parent) or found.failed[f"{parent}/__init__.py"]
@@ -483,29 +344,6 @@ class Inside:
             longrepr=longrepr,
             when="setup",
         )
-
-    def _next(self, item: pytest.Item, nextitem: pytest.Item | None) -> tuple[str | None, bool]:
-        """The next test of the same session, and whether there may be any."""
-        place = plan_of(item).place
-        if self._is_worker:  # of xdist: more may come, nobody knows
-            plan = None if nextitem is None else plans.find(nextitem)
-            if plan is not None and plan.is_inside and plan.place == place:
-                return plan.plain, True
-            return None, place.shared == "session" and nextitem is not None
-        if not self._following:
-            last: dict[Place, pytest.Item] = {}
-            for each in reversed(item.session.items):
-                if plans.runs_inside(each):
-                    place = plan_of(each).place
-                    if place in last:
-                        self._following[each] = last[place]
-                    last[place] = each
-        following = self._following.get(item)
-        return (None if following is None else plan_of(following).plain), following is not None
-
-    @property
-    def _is_worker(self) -> bool:
-        return hasattr(self._config, "workerinput")
 
     def collected(self, item: pytest.Item) -> Collected:
         """What the session for a test has found.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -33,9 +33,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is decided for a test that needs a guest.
+    """What is decided for a test.
 
     Attributes:
+        image: empty for a test that needs no guest.
         is_inside: whether it belongs inside its guest; else it drives the guest from here.
         isolation: what shares the guest.
         plain: the test's id without the image.
@@ -78,6 +79,10 @@ class Plan:
         shared = {"session": "session", "module": self.file, "test": self.plain}
         return Place(self.image, self.hardware, shared[self.isolation])
 
+    def shares_with(self, item: pytest.Item | None) -> bool:
+        """Whether another test belongs inside the same guest."""
+        return item is not None and plan_of(item).is_inside and plan_of(item).place == self.place
+
     @property
     def kind(self) -> Place:
         """The same for all tests that have a guest each of the same image and hardware."""
@@ -85,16 +90,12 @@ class Plan:
 
 
 PLAN = pytest.StashKey[Plan]()
+_NO_GUEST = Plan(image="", hardware=Hardware(), is_inside=False, isolation="test", plain="")
 
 
 def plan_of(item: pytest.Item) -> Plan:
-    """The plan of a test that needs a guest."""
-    return item.stash[PLAN]
-
-
-def find(item: pytest.Item) -> Plan | None:
-    """The plan of a test; None if it needs no guest, or before it has been collected."""
-    return item.stash.get(PLAN, None)
+    """The plan of a test; one without an image if it needs no guest, or before it has been collected."""
+    return item.stash.get(PLAN, _NO_GUEST)
 
 
 def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:
@@ -107,33 +108,23 @@ def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:
     item.stash[PLAN] = plan
 
 
-def is_inside(item: pytest.Item) -> bool:
-    """Whether a test belongs inside its guest."""
-    plan = find(item)
-    return plan is not None and plan.is_inside
-
-
-def runs_inside(item: pytest.Item) -> bool:
-    """Whether a test's protocol is carried out inside its guest."""
-    plan = find(item)
-    return plan is not None and plan.runs_inside
+def alike(items: Iterable[pytest.Item], plan: Plan) -> Iterator[Plan]:
+    """The plans of all tests that belong inside the same kind of guest."""
+    return (other for other in map(plan_of, items) if other.is_inside and other.kind == plan.kind)
 
 
 def image_of(item: pytest.Item) -> str | None:
     """The image of a test, also before it has a plan; None if it needs none, or none applies."""
-    plan = find(item)
-    if plan is None and has_parameter(item):
+    if PLAN not in item.stash and has_parameter(item):
         image: str | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
         return image
-    return None if plan is None else plan.image
+    return plan_of(item).image or None
 
 
 def plain_nodeid(item: pytest.Item) -> str:
     """What a test is called where it has no parameter for its image; also before it has a plan."""
-    if (plan := find(item)) is not None:
-        return plan.plain
-    if not has_parameter(item):
-        return item.nodeid
+    if PLAN in item.stash or not has_parameter(item):
+        return plan_of(item).plain or item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]
     base = item.nodeid.removesuffix(f"[{identity}]")
     # What is left is of other parameters, which may be "".

@@ -13,9 +13,9 @@ from pytest_vmsandbox.plugin import config as options
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.harvest import Outcome, Patterns
     from pytest_vmsandbox.inside.tree import Tree
-    from pytest_vmsandbox.plugin.leases import Lease
     from pytest_vmsandbox.plugin.session import VMSession
 
 Found = defaultdict[str, dict[str, None]]
@@ -91,8 +91,14 @@ def spare_unused(session: VMSession, inside: Sequence[pytest.Item]) -> None:
         )
 
 
-def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome, Iterable[str]]:
+def bring_back(
+    session: VMSession, guest: Guest, folder: str, tree: Tree
+) -> Mapping[Outcome, Iterable[str]]:
     """Bring back what tests have written in a guest, as far as it is wanted.
+
+    Args:
+        folder: the project's in the guest.
+        tree: what went there.
 
     Raises:
         VMSandboxError: see `inside.harvest.bring_back`.
@@ -100,9 +106,9 @@ def bring_back(session: VMSession, lease: Lease, tree: Tree) -> Mapping[Outcome,
     from pytest_vmsandbox.inside import harvest
 
     found = harvest.bring_back(
-        lease.guest.engine.stream_script,
+        guest.engine.stream_script,
         tree,
-        lease.tree,
+        folder,
         patterns=patterns(session.config),
         since=session.begun,
     )

@@ -11,14 +11,15 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
+from pytest_vmsandbox.plugin import config as options, selection
 from pytest_vmsandbox.plugin.artifacts import Artifacts
+from pytest_vmsandbox.plugin.plan import plan_of, request_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
-    from pytest_vmsandbox.plugin.inside import Inside
 
 
 @dataclass
@@ -54,7 +54,7 @@ class VMSession:
     """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
-        usage_errors: what tests ask for and cannot be meant; found while they are collected.
+        usage_errors: what is invalid of what tests ask for; found while they are collected.
         begun: when the run did, seconds since the epoch.
         failed: whether something has gone wrong that is no test's failure or error.
         told: lines for the end of the run; those of xdist's workers are among them.
@@ -72,32 +72,13 @@ class VMSession:
         self.begun = wall()
         self.failed = False
         self.told: dict[str, None] = {}
-        self.pulled: pulling.Found = defaultdict(dict)
+        self.pulled: defaultdict[str, dict[str, None]] = defaultdict(dict)  # see `pulling`
         self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
-
-    @cached_property
-    def inside(self) -> Inside:
-        """The tests that run inside guests."""
-        from pytest_vmsandbox.plugin.inside import Inside
-
-        return Inside(self)
-
-    def finish_inside(self) -> None:
-        """Let what runs inside guests tear down what is left."""
-        if "inside" in self.__dict__:
-            for problem in self.inside.close():
-                self.failed = True
-                self.tell(f"at the end of the tests inside: {problem}")
-
-    @property
-    def benchmarks_machine(self) -> dict[str, Any] | None:
-        """The machine that pytest-benchmark's measurements are of; None where it is this one."""
-        return self.inside.benchmarks.machine() if "inside" in self.__dict__ else None
 
     def close(self) -> None:
         """End every guest that is left."""
@@ -108,7 +89,7 @@ class VMSession:
                 self.artifacts.close()
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
-        """Note what a test asks for and cannot be meant; a wrong `--vm` is told once, not by each."""
+        """Note what is invalid of what a test asks for; a wrong `--vm` is told once, not by each."""
         text = f"{nodeid}: {error}" if self.selection_error is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
@@ -118,9 +99,10 @@ class VMSession:
         text = text.encode(errors="replace").decode()  # xdist sends no half characters
         self.told[f"vmsandbox: {text}"] = None
 
-    def lines(self) -> list[str]:
-        """All that people are told at the end of the run."""
-        return [*self.told, *(f"vmsandbox: {line}" for line in pulling.lines(self.pulled))]
+    def tell_problem(self, text: str) -> None:
+        """Tell people what went wrong that is no test's failure or error: the run is not green."""
+        self.failed = True
+        self.tell(text)
 
     def note_retry(self, error: VMSandboxError, item: pytest.Item | None = None) -> None:
         """Tell that a fresh guest is tried after an error; the test's reports, and junit, say so, too."""
@@ -199,9 +181,7 @@ class VMSession:
         """
         if self.item is None:
             return None
-        if (plan := plans.find(self.item)) is not None:
-            return plan.image
-        return next(iter(self.images(plans.request_of(self.item))), None)
+        return plan_of(self.item).image or next(iter(self.images(request_of(self.item))), None)
 
     def base(
         self, prepared: PreparedImage | PreparedLayer | None
@@ -327,8 +307,8 @@ class VMSession:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        plan = plans.find(self.item)
-        argument = plan.file if plan is not None and plan.is_remote else self.item.nodeid
+        plan = plan_of(self.item)
+        argument = plan.file if plan.is_remote else self.item.nodeid
         again = [argument, *options.which_guest(self.config)]
         return [
             f"artifacts: {self.artifacts_of(self.item)}",
@@ -356,7 +336,8 @@ class VMSession:
 
     def provisions(self, image: str) -> list[Provision]:
         hook = self.config.hook.pytest_vmsandbox_provision
-        return [it for it in reversed(hook(config=self.config, image=image)) if it is not None]
+        found = reversed(hook(config=self.config, image=image))
+        return [provision for provision in found if provision is not None]
 
     def guest_ready(self, guest: Guest) -> None:
         if self.item is not None:

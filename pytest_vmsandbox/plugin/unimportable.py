@@ -7,7 +7,7 @@ reported by that item.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import collection, config as options, naming, plan as plans
+from pytest_vmsandbox.plugin import collection, config as options, naming
+from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.selection import GuestRequest
 
 if TYPE_CHECKING:
+    from pytest_vmsandbox.inside.session import Collected
     from pytest_vmsandbox.plugin.session import VMSession
 
 
@@ -70,22 +72,30 @@ def stand_in(
     return pytest.CollectReport(collector.nodeid, "passed", None, result=items)
 
 
-def replace(session: VMSession, items: list[pytest.Item]) -> None:
-    """Put the tests that guests have collected into the places of the files."""
+def replace(
+    session: VMSession, items: list[pytest.Item], collected: Callable[[pytest.Item], Collected]
+) -> None:
+    """Put the tests that guests have collected into the places of the files.
+
+    Args:
+        collected: what the guest for a test has collected.
+    """
     if session.unimportable and collection.refused(session.config) is None:
-        items[:] = [test for item in items for test in _collected(session, item)]
+        items[:] = [test for item in items for test in _collected(session, item, collected)]
 
 
-def _collected(session: VMSession, item: pytest.Item) -> Iterator[pytest.Item]:
+def _collected(
+    session: VMSession, item: pytest.Item, collected: Callable[[pytest.Item], Collected]
+) -> Iterator[pytest.Item]:
     if not isinstance(item, RemoteItem):
         yield item
         return
     try:
-        found = session.inside.collected(item)
+        found = collected(item)
     except (VMSandboxError, pytest.skip.Exception):  # by --vm-missing=skip
         yield item  # it tells so when it is run
         return
-    plan = plans.plan_of(item)
+    plan = plan_of(item)
     assert item.parent is not None
     plains = [nodeid for nodeid in found.items if nodeid.partition("::")[0] == plan.plain]
     for plain in plains:

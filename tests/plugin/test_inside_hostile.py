@@ -11,7 +11,8 @@ import pytest
 
 from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.plugin import inside, leases
+from pytest_vmsandbox.plugin import leases, messages, provisioning
+from pytest_vmsandbox.plugin.lease import Lease
 from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.remote_reports import Reader
 from support.reports import check_text
@@ -75,7 +76,10 @@ def told(suite, monkeypatch):
         def get(self, item):
             key = plan_of(item).place
             lease = self._leases.setdefault(
-                key, SimpleNamespace(session=None, stack=ExitStack(), has_failed=False)
+                key,
+                SimpleNamespace(
+                    session=None, stack=ExitStack(), has_failed=False, has_collected=False
+                ),
             )
             if lease.session is None:
                 script: Any = Script(said)
@@ -238,7 +242,7 @@ def test_a_file_that_was_not_collected(told, failed):
 
 def test_live_output_that_the_terminal_cannot_show(told, monkeypatch):
     file = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(inside, "sys", SimpleNamespace(stdout=file, stderr=file))
+    monkeypatch.setattr(messages, "sys", SimpleNamespace(stdout=file, stderr=file))
     told(SETUP, {"output": "ü€\n", "of": 1}, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)
     assert file.buffer.getvalue() == rb"\xfc\u20ac" + b"\n"
 
@@ -254,11 +258,13 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
     """Each guest would say it: the tests that share it are errors, and the run ends."""
     opened = []
 
-    def opened_one(self, item):
+    def open_one(self, session, plan):
         script: Any = Script([])
-        opened.append(item.nodeid)
-        return leases.Lease(
+        opened.append(plan.plain)
+        payload: Any = None
+        lease = Lease(
             guest=script,
+            payload=payload,
             tree="/there",
             keeper=Keeper(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
@@ -266,11 +272,12 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             patience=1.0,
             stack=ExitStack(),
         )
+        return lease, []
 
     def started(keeper, config, *, timeout):
         return GuestSession(keeper), [{"warning": 3, "when": "collect"}]
 
-    monkeypatch.setattr(leases.Leases, "_opened", opened_one)
+    monkeypatch.setattr(provisioning.Provisioner, "open", open_one)
     monkeypatch.setattr(GuestSession, "started", started)
     suite.write(SUITE)
     result = suite.run("-rA")

@@ -17,8 +17,6 @@ TOO_LARGE = {
     "guests/helper.py",
     "inside/runner.py",
     "inside/session.py",
-    "plugin/config.py:add_options",
-    "plugin/leases.py:Leases",
 }
 
 
