@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import threading
 from collections.abc import Callable
@@ -81,7 +80,7 @@ class Artifacts:
                     for folder in self._root.glob(f"{_LOGS}*"):  # of runs that were killed
                         with suppress(OSError), locked(folder):
                             shutil.rmtree(folder)
-                    logs = self._root / f"{_LOGS}{secrets.token_hex(4)}"
+                    logs = self._root / f"{_LOGS}{os.urandom(4).hex()}"
                     self._own(logs)  # first: we may be killed at any moment
                     logs.mkdir(mode=0o700)
                     self._stack.enter_context(locked(logs))
