@@ -423,7 +423,11 @@ class Engine:
             MonitorError: QEMU cannot.
             ConfigError: there is no helper in the guest.
         """
-        with self.use() as running, self._lock:
+        with (
+            self.use(),
+            self._lock,
+            self.use() as running,
+        ):  # it may have been rolled back meanwhile
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
