@@ -21,7 +21,7 @@ from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
 from pytest_vmsandbox.inside import uv as uv_module, wheels
 from pytest_vmsandbox.inside.distributions import installed
-from pytest_vmsandbox.inside.environment import prepare
+from pytest_vmsandbox.inside.environment import Environment, prepare
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import console_scripts
 from pytest_vmsandbox.inside.requirements import Requirements
@@ -535,6 +535,21 @@ def test_use_keeps_an_environment(make, room_for_two, tmp_path):
     make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
     assert old.folder.exists()
     assert not other.folder.exists()
+
+
+def test_another_run_makes_room_meanwhile(make, uv, tmp_path, monkeypatch):
+    """It is held while it is looked at, and then it stays."""
+    store, made = Store(tmp_path / "cache", ENVIRONMENTS, Entry), make()
+    damage_of, freed = Environment.damage, []
+
+    def look(environment):
+        freed.append(store.discard([environment.folder]).removed)
+        return damage_of(environment)
+
+    monkeypatch.setattr(Environment, "damage", look)
+    assert make() == made
+    assert freed == [0]
+    assert len(make.said) == 1
 
 
 def test_a_cache_that_can_only_be_read(make, uv, monkeypatch):
