@@ -28,11 +28,6 @@ class Environment(Entry):
     """Files for a guest's environment, complete and in the cache."""
 
     @property
-    def digest(self) -> str:
-        """Of what they were made from."""
-        return self.folder.name
-
-    @property
     def site_packages(self) -> Path:
         """What goes into the folder site-packages of `programs.ENV`."""
         return self.folder / "site-packages"

@@ -437,7 +437,7 @@ def test_an_environment_is_made_once(make, uv, tmp_path, host):
     assert make.said == ["preparing the packages for the guest's Python 3.13.5"]
     assert make(requirements) == made
     assert len(uv.calls()) == 2
-    assert left_in(tmp_path / "cache") == [made.digest]
+    assert left_in(tmp_path / "cache") == [made.folder.name]
 
 
 def test_index_settings_reach_uv_and_what_contradicts_does_not(make, uv, monkeypatch):
@@ -523,7 +523,7 @@ def test_what_others_left_is_removed(make, room_for_two, tmp_path):
     (old.folder.parent / ".new-killed" / "out").mkdir(parents=True)
     new = make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
     Store(tmp_path / "cache", ENVIRONMENTS, Entry).sweep()
-    assert left_in(tmp_path / "cache") == sorted([fresh.digest, new.digest])
+    assert left_in(tmp_path / "cache") == sorted([fresh.folder.name, new.folder.name])
 
 
 def test_use_keeps_an_environment(make, room_for_two, tmp_path):
@@ -603,7 +603,7 @@ def test_another_process_makes_it(make, uv, tmp_path):
         (parent / digest / "in-use.lock").touch()
         integrity.write_record(parent / digest / "environment.json", {"schema": 1, "digests": {}})
     thread.join()
-    assert made[0].digest == digest
+    assert made[0].folder.name == digest
     assert uv.calls() == []
     assert "waiting for another run" in make.said[0]
 
