@@ -50,6 +50,8 @@ class Inside:
         self.benchmarks = self._messages.benchmarks
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._ids: set[str] = set()
+        # Image and file: the first test that cannot run since that cannot be collected.
+        self._uncollected: dict[tuple[str, str], str] = {}
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -310,7 +312,11 @@ class Inside:
         for parent in parents:
             if parent in found.failed or (parent and f"{parent}/__init__.py" in found.failed):
                 failed = found.failed.get(parent) or found.failed[f"{parent}/__init__.py"]
-                return self._not_collected(item, lease.reader.collect_failure(failed))
+                longrepr = lease.reader.collect_failure(failed)
+                first = self._uncollected.setdefault((lease.guest.image, parent), item.nodeid)
+                if first != item.nodeid and not isinstance(longrepr, tuple):
+                    longrepr = f"{parent or file} could not be collected. The error is at {first}"
+                return self._not_collected(item, longrepr)
         if (indices := plan_of(item).indices) is not None:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
