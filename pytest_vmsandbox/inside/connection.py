@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
 _PING_SECONDS = 15.0  # of silence, after which it is asked whether the guest is still there

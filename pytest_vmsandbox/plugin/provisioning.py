@@ -26,7 +26,7 @@ from pytest_vmsandbox.plugin.session_config import session_config
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_LOST = 3  # waiting sessions in a row that do not resume
 
@@ -38,7 +38,7 @@ class Provisioner:
     for all clones.
     """
 
-    def __init__(self, run: VMSession) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._config = run.config
         self._payload: Payload | None = None
@@ -120,7 +120,9 @@ class Provisioner:
         """What goes to each guest of this run."""
         config = self._config
         root = config.rootpath
-        files = [it.path for it in session.items if plan_of(it).is_inside and it.path.is_file()]
+        files = [
+            item.path for item in session.items if plan_of(item).is_inside and item.path.is_file()
+        ]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(
