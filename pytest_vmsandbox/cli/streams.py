@@ -11,8 +11,9 @@ from functools import partial
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout
-from pytest_vmsandbox.core.transport import Command, RemoteProcess
+from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.process import RemoteProcess
 
 _STDOUT, _STDERR = 1, 2
 _CHUNK = 1 << 16

@@ -23,10 +23,11 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.machines import Machines, Saved
+from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.guests.running import Running
 from pytest_vmsandbox.machine import host
 
@@ -214,38 +215,6 @@ class Engine:
             running.keep(process)
             return process
 
-    def stream(
-        self,
-        command: Command,
-        *,
-        stdin: IO[bytes] | None = None,
-        stdout: Callable[[bytes], object],
-        stderr: Callable[[bytes], object],
-        timeout: float | None = None,
-        idle: float = math.inf,
-    ) -> int:
-        """Run a program to its end, with its streams passed on as they come.
-
-        Args:
-            timeout: seconds; None for the setting.
-            idle: seconds in which nothing goes either way.
-
-        Returns:
-            Its exit status.
-        """
-        with self.use() as running:
-            process = running.start(command, self.spec.user)
-            try:
-                return process.communicate(
-                    stdin,  # type: ignore[arg-type]
-                    stdout,
-                    stderr,
-                    self.command_seconds if timeout is None else timeout,
-                    idle,
-                )
-            finally:
-                process.close()
-
     def run(
         self,
         command: Command,
@@ -255,33 +224,38 @@ class Engine:
         timeout: float | None = None,
         idle: float = math.inf,
     ) -> CommandResult[bytes]:
-        """Run a program to its end; the arguments are those of `stream`.
+        """Run a program to its end.
 
         Args:
-            stdout: takes its output, which is missing in the result then.
+            stdout: takes its output as it comes, which is missing in the result then.
+            timeout: seconds; None for the setting.
+            idle: seconds in which nothing goes either way.
 
         Raises:
             CommandTimeout: it did not end in time; with what it had written.
         """
         written, said = bytearray(), bytearray()
         started = monotonic()
-        try:
-            status = self.stream(
-                command,
-                stdin=stdin,
-                stdout=stdout or written.extend,
-                stderr=said.extend,
-                timeout=timeout,
-                idle=idle,
-            )
-        except CommandTimeout as late:
-            raise CommandTimeout(
-                late.brief,
-                seconds=late.seconds,
-                stdout=bytes(written),
-                stderr=bytes(said),
-                remedy="give it more with timeout=…, or vm_command_timeout for all",
-            ) from late
+        with self.use() as running:
+            process = running.start(command, self.spec.user)
+            try:
+                status = process.communicate(
+                    stdin,
+                    stdout or written.extend,
+                    said.extend,
+                    self.command_seconds if timeout is None else timeout,
+                    idle,
+                )
+            except CommandTimeout as late:
+                raise CommandTimeout(
+                    late.brief,
+                    seconds=late.seconds,
+                    stdout=bytes(written),
+                    stderr=bytes(said),
+                    remedy="give it more with timeout=…, or vm_command_timeout for all",
+                ) from late
+            finally:
+                process.close()
         return CommandResult(
             argv=command.argv,
             returncode=status,
@@ -449,7 +423,11 @@ class Engine:
             MonitorError: QEMU cannot.
             ConfigError: there is no helper in the guest.
         """
-        with self.use() as running, self._lock:
+        with (
+            self.use(),
+            self._lock,
+            self.use() as running,
+        ):  # it may have been rolled back meanwhile
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:

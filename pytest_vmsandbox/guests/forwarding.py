@@ -1,22 +1,28 @@
-"""A port of a guest, reached from this host; and whether a service of the guest listens there."""
+"""A port of a guest, reached from this host; and who listens in the guest, as its kernel tells."""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
+from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError
-from pytest_vmsandbox.guests import commands, listening
+from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.engine import Engine
 
+Protocol = Literal["tcp", "udp"]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_STATES = {"tcp": "0A", "udp": "07"}  # of a socket that waits for anybody
 _LOG = logging.getLogger("pytest_vmsandbox")
 _POLL_SECONDS = 0.25
 _LISTENERS_SECONDS = 5.0
 
 
 def forward(
-    engine: Engine, port: int, protocol: listening.Protocol, timeout: float | None
+    engine: Engine, port: int, protocol: Protocol, timeout: float | None
 ) -> tuple[str, int]:
     """Forward a port, as `Guest.forward` tells. It holds the guest.
 
@@ -47,18 +53,55 @@ def forward(
         return here
 
 
-def _refusal(engine: Engine, port: int, protocol: listening.Protocol) -> str:
+def _refusal(engine: Engine, port: int, protocol: Protocol) -> str:
     """Why a connection to a port would be refused; empty if it would not, or who knows."""
-    command = commands.command(["cat", *listening.files(protocol)])
+    command = commands.command(["cat", *files(protocol)])
     try:
         result = engine.run(command, timeout=engine.stretch(_LISTENERS_SECONDS))
     except (CommandError, CommandTimeout):
         return ""
     table = commands.text_of(result).stdout
-    found = listening.addresses(table, port, protocol)
-    if not table or any(map(listening.is_reached, found)):
+    found = addresses(table, port, protocol)
+    if not table or any(map(is_reached, found)):
         return ""
     text = f"nothing listens on {protocol.upper()} port {port} of {engine.name}"
     if found:
         text += f" but on {found[0]}, which no network reaches; have it listen on 0.0.0.0"
     return text
+
+
+def files(protocol: Protocol) -> tuple[str, str]:
+    """The files to read; the second one is missing where there is no IPv6."""
+    return f"/proc/net/{protocol}", f"/proc/net/{protocol}6"
+
+
+def addresses(text: str, port: int, protocol: Protocol) -> list[Address]:
+    """The addresses at which sockets wait for anybody at a port.
+
+    Args:
+        text: the content of `files`. Lines in it that are none of the kernel's are skipped.
+    """
+    found = []
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) > 3 and words[3] == _STATES[protocol]:
+            digits, _, number = words[1].partition(":")
+            try:
+                if int(number, 16) == port:
+                    found.append(_address(digits))
+            except ValueError:
+                continue
+    return found
+
+
+def is_reached(address: Address) -> bool:
+    """Whether a socket at this address hears the guest's network."""
+    mapped = getattr(address, "ipv4_mapped", None)
+    return not (mapped or address).is_loopback
+
+
+def _address(digits: str) -> Address:
+    """An address as the kernel writes it: words of 32 bits, each with its lowest byte first."""
+    data = bytes.fromhex(digits)
+    words = [data[start : start + 4][::-1] for start in range(0, len(data), 4)]
+    return ipaddress.ip_address(b"".join(words))

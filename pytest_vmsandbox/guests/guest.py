@@ -16,7 +16,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, MonitorError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.core.transport import CommandResult
-from pytest_vmsandbox.guests import commands, forwarding, listening, transfer
+from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Saved
@@ -375,7 +375,7 @@ class Guest:
         self,
         port: int,
         *,
-        protocol: listening.Protocol = "tcp",
+        protocol: forwarding.Protocol = "tcp",
         timeout: float | None = None,
     ) -> tuple[str, int]:
         """A loopback address of this host that reaches a port of the guest.

@@ -19,14 +19,17 @@ from contextlib import suppress
 from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
-from pytest_vmsandbox.core.errors import CommandError, GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
+from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
 from pytest_vmsandbox.guests.process import (
+    STDERR,
+    STDOUT,
     UNKNOWN_SIGNAL,
-    ChannelProcess,
+    RemoteProcess,
     cannot_log_in,
     could_not_start,
+    failed_start,
 )
 from pytest_vmsandbox.machine.port import Port
 
@@ -51,10 +54,11 @@ class Helper:
         port: the guest's port that it listens on.
         check: called often while something is awaited; raises `GuestLost` when the guest is gone.
         patience: seconds for an answer.
-        quiet_seconds: see `Carrier`.
+        quiet_seconds: see `Channel`.
 
     Attributes:
         lead: by how many seconds the guest's clock is to be ahead of this host's.
+        changed: notified when anything has come.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Helper:
         self.patience = patience
         self.lead = 0.0
         self._port = port
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._numbers = itertools.count(1)
         self._rest = bytearray()
         self._generation = 0  # grows with each start of the helper in the guest
@@ -87,7 +91,7 @@ class Helper:
 
         What it was about to say to somebody else then is skipped.
         """
-        with self._changed:
+        with self.changed:
             self._generation = 1
             self._numbers = itertools.count(1 + secrets.randbits(30))  # it may know low ones
             self._awaited = secrets.token_bytes(16)
@@ -151,8 +155,7 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"s", data)
-        self._succeeded("reseed the random numbers", kind, *self._unpack("<i", payload))
+        self._do("reseed the random numbers", b"s", data)
 
     def set_hostname(self, name: str) -> None:
         """Name the running system, until its next boot.
@@ -160,8 +163,7 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"h", name.encode())
-        self._succeeded("set its name", kind, *self._unpack("<i", payload))
+        self._do("set its name", b"h", name.encode())
 
     def write_file(self, path: str, data: bytes) -> None:
         """Have a file hold this; one that was not there can be read by all.
@@ -169,11 +171,10 @@ class Helper:
         Raises:
             GuestLost: it could not.
         """
-        kind, payload = self._ask(b"f", os.fsencode(path) + b"\0" + data)
-        self._succeeded(f"write {path}", kind, *self._unpack("<i", payload))
+        self._do(f"write {path}", b"f", os.fsencode(path) + b"\0" + data)
 
-    def start(self, command: Command, login: str = "root") -> ChannelProcess:
-        """Start a program; see `Transport.start`.
+    def start(self, command: Command, login: str = "root") -> RemoteProcess:
+        """Start a program.
 
         Args:
             login: who runs it, if the command does not say so.
@@ -185,13 +186,13 @@ class Helper:
         script.check(command)
         strings = [command.user or login, command.cwd or ""]
         env = [f"{name}={value}" for name, value in command.env.items()]
-        payload = b"".join(os.fsencode(it) + b"\0" for it in strings)
+        payload = b"".join(os.fsencode(word) + b"\0" for word in strings)
         for words in (command.argv, env):
             payload += struct.pack("<H", len(words))
-            payload += b"".join(os.fsencode(it) + b"\0" for it in words)
+            payload += b"".join(os.fsencode(word) + b"\0" for word in words)
         return self._open(b"x", payload, command, login)
 
-    def connect(self, path: str) -> ChannelProcess:
+    def connect(self, path: str) -> RemoteProcess:
         """A connection to a Unix socket in the guest, as the streams of a program.
 
         Raises:
@@ -200,45 +201,28 @@ class Helper:
         """
         return self._open(b"u", os.fsencode(path), Command(argv=(path,)), "root")
 
-    # -- as a carrier of processes -----------------------------------------------------------------
+    # -- for channels ------------------------------------------------------------------------------
 
-    def wait(self, channel: HelperChannel, seconds: float) -> None:
-        """See `Carrier.wait`."""
-        with self._changed:
-            channel.wait(seconds)
+    def is_current(self, generation: int) -> bool:
+        """Whether a program of this generation is one of the helper that is there now."""
+        return generation == self._generation and not self._broken
 
-    def hang_up(self, channel: HelperChannel) -> None:
-        """See `Carrier.hang_up`."""
-        with self._changed:
-            known = self._channels.pop(channel.number, None) is not None
-            channel.hung_up()
-        if known:
-            try:
-                self.post(b"d", channel.number)
-            except VMSandboxError:
-                pass  # the guest is gone, and its helper with it
+    def forget(self, number: int) -> bool:
+        """Forget a channel; whether it was known."""
+        with self.changed:
+            return self._channels.pop(number, None) is not None
 
-    def send_signal(self, group: int, name: str) -> None:
-        """See `Carrier.send_signal`."""
-        with self._changed:
-            numbers = [it.number for it in self._channels.values() if it.group == group]
-        for number in numbers:
-            self.post(b"k", number, struct.pack("<i", signal.Signals[f"SIG{name}"]))
-
-    def is_current(self, channel: HelperChannel) -> bool:
-        """See `Carrier.is_current`."""
-        return channel.generation == self._generation and not self._broken
-
-    def has_left(self, channel: HelperChannel) -> bool:
-        """See `Carrier.has_left`."""
-        return channel.left
+    def knows(self, number: int) -> bool:
+        """Whether a channel is one that the helper in the guest may still talk of."""
+        with self.changed:
+            return number in self._channels
 
     def close(self) -> None:
-        """Forget every program, and let the helper forget it: the guest restarts, or is sealed."""
-        with self._changed:
+        """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
+        with self.changed:
             numbers = list(self._channels)
             for channel in self._channels.values():
-                channel.left = True
+                channel.was_left = True
             self._lose_channels()
             self._generation = 0
         with suppress(VMSandboxError):  # it may be down already
@@ -269,10 +253,10 @@ class Helper:
         deadline = Deadline(self.patience if timeout is None else timeout)
         try:
             while True:
-                with self._changed:
+                with self.changed:
                     if (reply := self._replies[number]) is not None:
                         return reply
-                    self._changed.wait(deadline.remaining(_LOOK_SECONDS))
+                    self.changed.wait(deadline.remaining(_LOOK_SECONDS))
                 if self._replies[number] is None:
                     self._look(deadline)
         finally:
@@ -293,17 +277,21 @@ class Helper:
         except struct.error as error:
             raise GuestLost("the helper in the guest answers nonsense", stage="command") from error
 
+    def _do(self, what: str, kind: bytes, payload: bytes) -> None:
+        answer, said = self._ask(kind, payload)
+        self._succeeded(what, answer, *self._unpack("<i", said))
+
     def _succeeded(self, what: str, kind: int, status: int) -> None:
         if kind != ord("R") or status:
             raise GuestLost(
                 f"the helper in the guest could not {what}: {os.strerror(status)}", stage="command"
             )
 
-    def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> ChannelProcess:
+    def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> RemoteProcess:
         started = monotonic()
         number = next(self._numbers)
-        with self._changed:
-            channel = HelperChannel(self, number, self._generation, self._changed)
+        with self.changed:
+            channel = HelperChannel(self, number, self._generation)
             self._channels[number] = channel
         try:
             while len(payload) > _MAX_PAYLOAD:
@@ -312,7 +300,7 @@ class Helper:
             self.post(kind, number, payload)
             deadline = Deadline(self.patience)
             while not channel.is_open:
-                self.wait(channel, _LOOK_SECONDS)
+                channel.wait(_LOOK_SECONDS)
                 if channel.failure is not None:
                     self._failed(kind, channel, command, login, started)
                 elif channel.closed:
@@ -321,13 +309,9 @@ class Helper:
                 elif not channel.is_open:
                     self._look(deadline)
         except BaseException:
-            self._forget(number)
+            self.forget(number)
             raise
-        return ChannelProcess(self, channel, command, check=self.check, group=channel.group)
-
-    def _forget(self, number: int) -> None:
-        with self._changed:
-            self._channels.pop(number, None)
+        return RemoteProcess(channel, command, check=self.check)
 
     def _failed(
         self, kind: bytes, channel: HelperChannel, command: Command, login: str, started: float
@@ -335,14 +319,15 @@ class Helper:
         """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
-        self._forget(channel.number)
+        self.forget(channel.number)
         if number == errno.E2BIG and stage in (_NO_PROGRAM, _NO_ROOM):
             raise script.too_long(command)
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None and login != "root":
             raise cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
-            raise _could_not_connect(command, why, started)
+            what = f"nothing listens at {command.argv[0]} in the guest"
+            raise failed_start(what, command, _NOT_FOUND, b"", why.encode(), started)
         if stage == _NO_PROGRAM:
             status = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
             why = "not found" if number == errno.ENOENT else why
@@ -357,7 +342,7 @@ class Helper:
         """Take what has come; on the thread that reads."""
         if self._broken:
             return
-        with self._changed:
+        with self.changed:
             self._rest += data
             if self._awaited:
                 self._skip()
@@ -374,7 +359,7 @@ class Helper:
             except (ValueError, IndexError, struct.error) as error:
                 self._broken = f"it answers nonsense ({error})"
                 self._lose_channels()
-            self._changed.notify_all()
+            self.changed.notify_all()
 
     def _skip(self) -> None:
         """Skip what comes before the answer that tells that we are heard."""
@@ -403,50 +388,36 @@ class Helper:
         for channel in self._channels.values():
             channel.lose()
         self._channels.clear()
-        self._changed.notify_all()
-
-
-def _could_not_connect(command: Command, why: str, started: float) -> CommandError:
-    result = CommandResult(
-        argv=command.argv,
-        returncode=_NOT_FOUND,
-        stdout="",
-        stderr=why,
-        duration=monotonic() - started,
-    )
-    return CommandError(f"nothing listens at {command.argv[0]} in the guest", result=result)
+        self.changed.notify_all()
 
 
 class HelperChannel:
-    """The streams of a program that the helper has started; see `Channel`.
+    """The streams of a program that the helper has started: a `Channel`.
 
     Attributes:
         number: of the channel.
         generation: of the helper that has it.
-        group: the process group; 0 for a connection to a socket.
         failure: stage and number of an error that kept it from being started.
-        left: whether it was closed from here because the guest goes down.
+        was_left: whether it was closed from here because the guest goes down.
     """
 
-    def __init__(
-        self, helper: Helper, number: int, generation: int, changed: threading.Condition
-    ) -> None:
+    def __init__(self, helper: Helper, number: int, generation: int) -> None:
+        self.quiet_seconds = helper.quiet_seconds
         self.number = number
         self.generation = generation
         self.group = 0
         self.is_open = False
         self.failure: tuple[int, int] | None = None
-        self.left = False
+        self.was_left = False
         self.closed = False
-        self.status_event = threading.Event()
-        self.exit_status = -1
-        self.ended_by: int | None = None
+        self.status: int | None = None
         self._helper = helper
-        self._changed = changed
-        self._streams = {1: bytearray(), 2: bytearray()}
-        self._open_streams = {1, 2}
-        self._allowed = {1: _WINDOW, 2: _WINDOW}  # bytes that may still come
-        self._taken = {1: 0, 2: 0}  # bytes that the helper has not been told of
+        self._changed = helper.changed
+        self._ended = threading.Event()
+        self._streams = {STDOUT: bytearray(), STDERR: bytearray()}
+        self._open_streams = {STDOUT, STDERR}
+        self._allowed = {STDOUT: _WINDOW, STDERR: _WINDOW}  # bytes that may still come
+        self._taken = {STDOUT: 0, STDERR: 0}  # bytes that the helper has not been told of
         self._room = _INPUT_WINDOW
         self._broken = False
         self._is_socket = False
@@ -455,46 +426,49 @@ class HelperChannel:
     # -- what programs' readers and writers use ----------------------------------------------------
 
     @property
-    def eof_received(self) -> bool:
+    def output_ended(self) -> bool:
         """Whether no more output will come."""
-        return not self._open_streams
+        return not self._open_streams or self.closed
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known how the program ended, or that nobody will know."""
+        return self._ended.is_set()
 
     @property
     def is_done(self) -> bool:
         """Whether nothing more will come at all."""
-        return self.eof_received and self.status_event.is_set()
+        return not self._open_streams and self.ended
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the helper that has it is still there."""
+        return self._helper.is_current(self.generation)
 
     def wait(self, seconds: float) -> None:
-        """Wait until something has changed; the condition is held."""
-        if not self._moved:
+        """Wait until something has changed."""
+        with self._changed:
             self._changed.wait_for(lambda: self._moved, seconds)
-        self._moved = False
+            self._moved = False
 
-    def recv_ready(self) -> bool:
-        """Whether there is output."""
-        return bool(self._streams[1])
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the program has ended."""
+        self._ended.wait(seconds)
 
-    def recv_stderr_ready(self) -> bool:
-        """Whether there is output on the standard error."""
-        return bool(self._streams[2])
+    def has_output(self, stream: int) -> bool:
+        """Whether `receive` has something of a stream now."""
+        return bool(self._streams[stream])
 
-    def recv(self, size: int) -> bytes:
-        """See `Channel.recv`."""
-        return self._read(1, size)
-
-    def recv_stderr(self, size: int) -> bytes:
-        """See `Channel.recv_stderr`."""
-        return self._read(2, size)
-
-    def _read(self, stream: int, size: int) -> bytes:
+    def receive(self, stream: int, size: int) -> bytes:
+        """At least a byte of a stream; nothing at its end."""
         buffer = self._streams[stream]
         with self._changed:
-            if not buffer and stream in self._open_streams and not self.closed:
-                self._changed.wait_for(
-                    lambda: buffer or stream not in self._open_streams or self.closed, _LOOK_SECONDS
-                )
-                if not buffer and stream in self._open_streams and not self.closed:
-                    raise TimeoutError
+
+            def is_ready() -> bool:
+                return bool(buffer) or stream not in self._open_streams or self.closed
+
+            if not self._changed.wait_for(is_ready, _LOOK_SECONDS):
+                raise TimeoutError
             data = bytes(buffer[:size])
             del buffer[:size]
             self._taken[stream] += len(data)
@@ -506,8 +480,8 @@ class HelperChannel:
         self._helper.post(b"w", self.number, struct.pack("<BI", stream, tell))
         return data
 
-    def send(self, data: bytes) -> int:
-        """See `Channel.send`."""
+    def send(self, data: memoryview) -> int:
+        """Send a part of `data`, and tell how much."""
         with self._changed:
             if not self._changed.wait_for(
                 lambda: self._room > 0 or self._broken or self.closed, _LOOK_SECONDS
@@ -520,10 +494,26 @@ class HelperChannel:
         self._helper.post(b"i", self.number, piece)
         return len(piece)
 
-    def shutdown_write(self) -> None:
-        """See `Channel.shutdown_write`."""
+    def end_input(self) -> None:
+        """Let the program find the end of its input."""
         if not self.is_done and not self.closed:
             self._helper.post(b"e", self.number)
+
+    def signal(self, name: str) -> None:
+        """Send a signal to the program's process group."""
+        if self._helper.knows(self.number):
+            number = signal.Signals[f"SIG{name}"]
+            self._helper.post(b"k", self.number, struct.pack("<i", number))
+
+    def close(self) -> None:
+        """Let go of the program, and have the helper do so."""
+        known = self._helper.forget(self.number)
+        with self._changed:
+            self.lose()
+            self._changed.notify_all()
+        if known:
+            with suppress(VMSandboxError):  # the guest is gone, and its helper with it
+                self._helper.post(b"d", self.number)
 
     # -- what comes from the helper; the condition is held -----------------------------------------
 
@@ -540,7 +530,7 @@ class HelperChannel:
             self.is_open = True
             if not self.group:
                 self._is_socket = True
-                self._open_streams.discard(2)
+                self._open_streams.discard(STDERR)
         elif kind == "F":
             stage, number = struct.unpack("<Bi", payload)
             self.failure = stage, number
@@ -567,41 +557,18 @@ class HelperChannel:
         self._moved = True
 
     def _end(self, status: int) -> None:
-        if status < 0:
-            self.ended_by = -status if -status <= signal.NSIG else UNKNOWN_SIGNAL
-        self.exit_status = status
-        self.status_event.set()
+        self.status = status if -status <= signal.NSIG else -UNKNOWN_SIGNAL
+        self._ended.set()
 
     def lose(self) -> None:
         """The helper is gone, and with it all that was known of the program."""
         self.closed = self._moved = True
         self._open_streams.clear()
-        self.status_event.set()
-
-    def hung_up(self) -> None:
-        """It was let go of here."""
-        self.closed = self._moved = True
-        self.status_event.set()
-        self._changed.notify_all()
+        self._ended.set()
 
     def end_at_once(self, status: int, stderr: bytes) -> None:
         """Be the channel of a program that has ended."""
         self.is_open = True
-        self._streams[2] += stderr
+        self._streams[STDERR] += stderr
         self._open_streams.clear()
         self._end(status)
-
-
-class HelperTransport:
-    """Runs programs in a guest as one user, through its helper."""
-
-    def __init__(self, helper: Helper, user: str) -> None:
-        self._helper = helper
-        self._user = user
-
-    def start(self, command: Command) -> ChannelProcess:
-        """Start a program; see `Transport.start`."""
-        return self._helper.start(command, self._user)
-
-    def close(self) -> None:
-        """See `Transport.close`; the helper itself is the machine's."""

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any, NoReturn, Protocol, Self, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import (
@@ -17,8 +17,11 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
+from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import commands
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsRead
 
 _CHUNK = 1 << 18
 _ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
@@ -31,108 +34,104 @@ _CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
 UNKNOWN_SIGNAL = 127  # the server did not tell which; OpenSSH names only some of them
 
 
+STDOUT, STDERR = 1, 2
+
+
 class Channel(Protocol):
-    """The streams of a program, and how it ended; the names are paramiko's.
-
-    Attributes:
-        eof_received: no more output will come.
-        closed: nothing will go either way.
-        status_event: set when it is known how the program ended, or that nobody will know.
-        exit_status: how it ended; -1 where that is unknown.
-        ended_by: the number of the signal that ended it, or None.
-    """
-
-    eof_received: bool
-    closed: bool
-    status_event: threading.Event
-    exit_status: int
-    ended_by: int | None
-
-    def recv(self, size: int) -> bytes:
-        """At least a byte of its output; nothing at the end; `TimeoutError` when none comes."""
-
-    def recv_stderr(self, size: int) -> bytes:
-        """Likewise of its standard error."""
-
-    def recv_ready(self) -> bool:
-        """Whether `recv` has something now."""
-
-    def recv_stderr_ready(self) -> bool:
-        """Whether `recv_stderr` has something now."""
-
-    def send(self, data: bytes) -> int:
-        """Send a part of `data`, and tell how much; `TimeoutError` when nothing can be sent."""
-
-    def shutdown_write(self) -> None:
-        """Let it find the end of its input."""
-
-
-class Carrier(Protocol):
-    """What a process needs of the transport that its channel is of.
+    """The streams of one program in a guest, and how it ended; each way into a guest has its own.
 
     Attributes:
         quiet_seconds: after which a stream that something else holds open is done.
+        group: the program's process group; 0 for a connection to a socket.
     """
 
     quiet_seconds: float
+    group: int
 
-    def wait(self, channel: Any, seconds: float) -> None:
-        """Wait until something has come on a channel, or it has ended, at most `seconds`."""
+    @property
+    def output_ended(self) -> bool:
+        """Whether no more output will come."""
 
-    def hang_up(self, channel: Any) -> None:
-        """Close a channel."""
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will go either way."""
 
-    def send_signal(self, group: int, name: str) -> None:
-        """Send a signal to a process group of the guest; it may be gone already."""
+    @property
+    def ended(self) -> bool:
+        """Whether it is known how the program ended, or that nobody will know."""
 
-    def is_current(self, channel: Any) -> bool:
-        """Whether a channel is one of the connection that is in use now."""
+    @property
+    def status(self) -> int | None:
+        """How it ended (−N: signal N); None where nobody knows."""
 
-    def has_left(self, channel: Any) -> bool:
-        """Whether a channel is one of a connection that was closed here."""
+    @property
+    def is_connected(self) -> bool:
+        """Whether it belongs to the connection that is in use now, and that is well."""
+
+    @property
+    def was_left(self) -> bool:
+        """Whether it belongs to a connection that was closed from here."""
+
+    def has_output(self, stream: int) -> bool:
+        """Whether `receive` has something of `STDOUT` or `STDERR` now."""
+
+    def receive(self, stream: int, size: int) -> bytes:
+        """At least a byte of a stream; nothing at its end; `TimeoutError` when none comes soon."""
+
+    def send(self, data: memoryview) -> int:
+        """Send a part of `data`, and tell how much; `TimeoutError` when nothing can be sent soon."""
+
+    def end_input(self) -> None:
+        """Let the program find the end of its input."""
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has come, or the program has ended, at most `seconds`."""
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the program has ended, at most `seconds`."""
+
+    def signal(self, name: str) -> None:
+        """Send a signal to the program's process group, which may be gone already."""
+
+    def close(self) -> None:
+        """Let go of the program."""
 
 
-class ChannelProcess:
-    """A program in a guest, on a channel of its own; see `RemoteProcess`.
+class RemoteProcess:
+    """A program in a guest, on a channel of its own. Whoever starts one closes it.
 
     Args:
         check: called often while something is awaited; raises `GuestLost`.
-        group: its process group.
-        early: what of its output has come already.
     """
 
-    def __init__(
-        self,
-        carrier: Carrier,
-        channel: Any,  # a Channel; paramiko's own has no types
-        command: Command,
-        *,
-        check: Callable[[], None],
-        group: int,
-        early: bytes = b"",
-    ) -> None:
-        self._carrier = carrier
+    def __init__(self, channel: Channel, command: Command, *, check: Callable[[], None]) -> None:
         self._channel = channel
         self._command = command
         self._check = check
         self._moved = monotonic()
-        self._early = early
-        self.group = group
+
+    @property
+    def group(self) -> int:
+        """Its process group."""
+        return self._channel.group
 
     # -- all at once ----------------------------------------------------------------------------
 
     def communicate(
         self,
-        stdin: io.BufferedIOBase | None,
+        stdin: SupportsRead[bytes] | None,
         stdout: Callable[[bytes], object],
         stderr: Callable[[bytes], object],
         timeout: float,
         idle: float = math.inf,
     ) -> int:
-        """See `RemoteProcess.communicate`."""
-        if self._early:
-            stdout(self._early)
-            self._early = b""
+        """Feed `stdin`, hand on what is written, and return the exit status (−N: signal N).
+
+        Raises:
+            CommandTimeout: it did not end in `timeout` seconds, or not a byte went either way for
+                `idle` seconds; its process group was killed.
+            GuestLost: the guest or the connection to it is gone.
+        """
         with self._feeding(stdin) as source_errors:
             try:
                 status = self._pump(stdout, stderr, Deadline(timeout), idle)
@@ -152,25 +151,22 @@ class ChannelProcess:
         idle: float,
     ) -> int:
         channel = self._channel
-        quiet = self._carrier.quiet_seconds
         checked = self._moved = monotonic()
         ended: float | None = None
         while True:
             got, began = False, monotonic()
-            if channel.recv_ready():
-                stdout(channel.recv(_CHUNK))
-                got = True
-            if channel.recv_stderr_ready():
-                stderr(channel.recv_stderr(_CHUNK))
-                got = True
+            for stream, take in ((STDOUT, stdout), (STDERR, stderr)):
+                if channel.has_output(stream):
+                    take(channel.receive(stream, _CHUNK))
+                    got = True
             now = monotonic()
             if got:
                 self._moved = now
             if ended and now - began > _SLOW_SECONDS:
                 ended += now - began
-            ended = ended or (now if self._has_ended() else None)
+            ended = ended or (now if channel.ended else None)
             if ended:
-                over = channel.eof_received or channel.closed or now - self._moved > quiet
+                over = channel.output_ended or now - self._moved > channel.quiet_seconds
                 if (over and not got) or now - ended > _DRAIN_SECONDS:
                     return self._status()
             elif deadline.expired:
@@ -182,9 +178,7 @@ class ChannelProcess:
                 checked = now
             if got:
                 continue
-            self._carrier.wait(
-                channel, deadline.remaining(_ENDING_SECONDS if ended else _CHECK_SECONDS)
-            )
+            channel.wait(deadline.remaining(_ENDING_SECONDS if ended else _CHECK_SECONDS))
 
     def _kill(self, why: str, seconds: float) -> NoReturn:
         self._try_to_kill()
@@ -196,11 +190,11 @@ class ChannelProcess:
             within(_KILL_SECONDS, lambda: self.signal("KILL"))
 
     @contextmanager
-    def _feeding(self, stdin: io.BufferedIOBase | None) -> Iterator[list[Exception]]:
+    def _feeding(self, stdin: SupportsRead[bytes] | None) -> Iterator[list[Exception]]:
         """Send `stdin` from a thread of its own, which is gone at the end."""
         errors: list[Exception] = []
         if stdin is None:
-            self._channel.shutdown_write()
+            self._channel.end_input()
             yield errors
             return
 
@@ -214,7 +208,7 @@ class ChannelProcess:
                     return
                 try:
                     if not data:
-                        self._channel.shutdown_write()
+                        self._channel.end_input()
                         return
                     self.send(data)
                 except (OSError, EOFError, VMSandboxError):
@@ -225,11 +219,17 @@ class ChannelProcess:
         try:
             yield errors
         finally:
-            self._carrier.hang_up(self._channel)  # also ends a send that waits for a reader
+            self._channel.close()  # also ends a send that waits for a reader
             thread.join()
 
     def send(self, data: bytes, timeout: float = math.inf) -> None:
-        """See `RemoteProcess.send`."""
+        """Write all of `data` to its standard input.
+
+        Raises:
+            TimeoutError: it did not take all of it within `timeout` seconds.
+            OSError: it ended, or the connection is gone.
+            GuestLost: the guest is gone.
+        """
         deadline = Deadline(timeout)
         view = memoryview(data)
         while view:
@@ -238,19 +238,21 @@ class ChannelProcess:
                 self._moved = monotonic()
             except TimeoutError:
                 self._check()
-                if self._has_ended():
+                if self._channel.ended:
                     raise BrokenPipeError("the program has ended") from None
                 if deadline.expired:
                     raise
 
     def receive(self, timeout: float) -> bytes:
-        """See `RemoteProcess.receive`."""
-        if self._early:
-            early, self._early = self._early, b""
-            return early
-        return self.read(self._channel.recv, _CHUNK, timeout)
+        """What of its standard output has come, at least a byte; nothing at its end.
 
-    def read(self, recv: Callable[[int], bytes], size: int, timeout: float = math.inf) -> bytes:
+        Raises:
+            TimeoutError: nothing came within `timeout` seconds.
+            GuestLost: the guest is gone.
+        """
+        return self.read(STDOUT, _CHUNK, timeout)
+
+    def read(self, stream: int, size: int, timeout: float = math.inf) -> bytes:
         """Read what there is of a stream, at least a byte; nothing at its end.
 
         Raises:
@@ -260,7 +262,7 @@ class ChannelProcess:
         deadline = Deadline(timeout)
         while True:
             try:
-                return recv(size)
+                return self._channel.receive(stream, size)
             except TimeoutError:
                 self._check()
                 if deadline.expired:
@@ -270,21 +272,25 @@ class ChannelProcess:
         """Let it find the end of its standard input; nothing happens if it is gone."""
         if not self._channel.closed:
             with suppress(VMSandboxError, OSError, EOFError):
-                self._channel.shutdown_write()
+                self._channel.end_input()
 
     # -- step by step ---------------------------------------------------------------------------
 
     def poll(self) -> int | None:
-        """See `RemoteProcess.poll`."""
-        return self._status() if self._has_ended() else None
+        """The exit status, or None while it runs."""
+        return self._status() if self._channel.ended else None
 
     def wait(self, timeout: float) -> int:
-        """See `RemoteProcess.wait`."""
+        """Wait for its end and return the exit status.
+
+        Raises:
+            CommandTimeout: it still runs after `timeout` seconds. It is left running.
+        """
         deadline = Deadline(timeout)
-        while not self._has_ended():
+        while not self._channel.ended:
             self._check()
-            self._channel.status_event.wait(deadline.remaining(_CHECK_SECONDS))
-            if deadline.expired and not self._has_ended():
+            self._channel.wait_for_end(deadline.remaining(_CHECK_SECONDS))
+            if deadline.expired and not self._channel.ended:
                 raise CommandTimeout(
                     f"{self._command.argv[0]} still runs after {timeout:g} s",
                     seconds=timeout,
@@ -293,51 +299,45 @@ class ChannelProcess:
         return self._status()
 
     def signal(self, name: str) -> None:
-        """See `RemoteProcess.signal`."""
-        if not self._has_ended():
-            self._carrier.send_signal(self.group, name)
+        """Send a signal, such as ``"TERM"``, to its process group."""
+        if not self._channel.ended:
+            self._channel.signal(name)
 
     @property
     def stdin(self) -> io.BufferedIOBase:
-        """See `RemoteProcess.stdin`."""
+        """Its standard input, to write to and close."""
         return _BufferedWriter(_Writer(self), _CHUNK)
 
     @property
     def stdout(self) -> io.BufferedIOBase:
-        """See `RemoteProcess.stdout`."""
-        early, self._early = self._early, b""
-        return io.BufferedReader(_Reader(self, self._channel.recv, early), _CHUNK)
+        """Its standard output, to read."""
+        return io.BufferedReader(_Reader(self, STDOUT), _CHUNK)
 
     @property
     def stderr(self) -> io.BufferedIOBase:
-        """See `RemoteProcess.stderr`."""
-        return io.BufferedReader(_Reader(self, self._channel.recv_stderr, b""), _CHUNK)
+        """Its standard error, to read."""
+        return io.BufferedReader(_Reader(self, STDERR), _CHUNK)
 
     def close(self) -> None:
-        """See `RemoteProcess.close`."""
-        self._carrier.hang_up(self._channel)
-
-    def _has_ended(self) -> bool:
-        return bool(self._channel.status_event.is_set())
+        """Let go of it. A program that still runs is left running."""
+        self._channel.close()
 
     def _status(self) -> int:
-        if self._channel.ended_by is not None:
-            return -int(self._channel.ended_by)
-        if self._channel.exit_status == -1:  # the channel closed without a word
-            deadline = Deadline(_CAUSE_SECONDS)
-            while not deadline.expired:  # a guest that goes down closes its connections first
-                self._check()
-                if self._carrier.has_left(self._channel):
-                    break
-                if self._carrier.is_current(self._channel) and deadline.elapsed > _ALIVE_SECONDS:
-                    return -UNKNOWN_SIGNAL  # the connection is well: it was the program
-                deadline.pause(_CHECK_SECONDS)
-            raise GuestLost(
-                "the connection broke while a program ran",
-                stage="ssh",
-                remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
-            )
-        return int(self._channel.exit_status)
+        if (status := self._channel.status) is not None:
+            return status
+        deadline = Deadline(_CAUSE_SECONDS)
+        while not deadline.expired:  # a guest that goes down closes its connections first
+            self._check()
+            if self._channel.was_left:
+                break
+            if self._channel.is_connected and deadline.elapsed > _ALIVE_SECONDS:
+                return -UNKNOWN_SIGNAL  # the connection is well: it was the program
+            deadline.pause(_CHECK_SECONDS)
+        raise GuestLost(
+            "the connection broke while a program ran",
+            stage="ssh",
+            remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
+        )
 
 
 def cannot_log_in(user: str) -> ConfigError:
@@ -351,6 +351,26 @@ def could_not_start(
     command: Command, status: int, stdout: bytes, stderr: bytes, started: float
 ) -> CommandError:
     """A command whose folder or user does not exist."""
+    what = f"{command.argv[0]} could not be started"
+    if command.user is not None:
+        what += f" as {command.user}"
+    if command.cwd is not None:
+        what += f" in {command.cwd}"
+    remedy = "check that the folder and the user exist in the guest"
+    return failed_start(what, command, status, stdout, stderr, started, remedy=remedy)
+
+
+def failed_start(
+    what: str,
+    command: Command,
+    status: int,
+    stdout: bytes,
+    stderr: bytes,
+    started: float,
+    *,
+    remedy: str = "",
+) -> CommandError:
+    """The error of something that was to be started in the guest at the time `started`."""
     result = CommandResult(
         argv=command.argv,
         returncode=status,
@@ -358,32 +378,21 @@ def could_not_start(
         stderr=stderr.decode(errors="replace"),
         duration=monotonic() - started,
     )
-    what = f"{command.argv[0]} could not be started"
-    if command.user is not None:
-        what += f" as {command.user}"
-    if command.cwd is not None:
-        what += f" in {command.cwd}"
-    return CommandError(
-        what, result=result, remedy="check that the folder and the user exist in the guest"
-    )
+    return CommandError(what, result=result, remedy=remedy)
 
 
 class _Reader(io.RawIOBase):
     """An output stream of a program."""
 
-    def __init__(self, process: ChannelProcess, recv: Callable[[int], bytes], early: bytes) -> None:
+    def __init__(self, process: RemoteProcess, stream: int) -> None:
         self._process = process
-        self._recv = recv
-        self._early = early
+        self._stream = stream
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._early:
-            data, self._early = self._early[: len(buffer)], self._early[len(buffer) :]
-        else:
-            data = self._process.read(self._recv, len(buffer))
+        data = self._process.read(self._stream, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -410,7 +419,7 @@ class _BufferedWriter(_Droppable, io.BufferedWriter):
 class _Writer(_Droppable, io.RawIOBase):
     """The input stream of a program."""
 
-    def __init__(self, process: ChannelProcess) -> None:
+    def __init__(self, process: RemoteProcess) -> None:
         self._process = process
 
     def writable(self) -> bool:

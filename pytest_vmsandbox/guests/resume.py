@@ -8,9 +8,6 @@ its processors stop.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
-from dataclasses import dataclass
-from types import TracebackType
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
@@ -23,32 +20,6 @@ _LEAD_TRIES = 3
 _MEANT_SECONDS = 2.0  # by which a clock is wrong because somebody has set it; a boot makes less
 _SEED_BYTES = 64
 _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunningMachine:
-    """A machine that runs; at the end of the context it is ended.
-
-    Attributes:
-        machine: the machine.
-        helper: its helper.
-        stack: ends it.
-    """
-
-    machine: Machine
-    helper: Helper
-    stack: ExitStack
-
-    def __enter__(self) -> None:
-        """Nothing: it runs already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stack.close()
 
 
 def from_state(machine: Machine, helper: Helper) -> None:

@@ -6,16 +6,21 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import BootError, GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, RemoteProcess, Transport
+from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.keys import KeyPair
+from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine.machine import Machine
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.ssh import SSHTransport
 
 SSH_PORT = 22
 _CONNECT_SECONDS = 20.0
@@ -39,20 +44,26 @@ class Running:
     """
 
     def __init__(
-        self, machine: Machine, helper: Helper, blueprint: Blueprint, key: KeyPair
+        self,
+        machine: Machine,
+        helper: Helper,
+        blueprint: Blueprint,
+        key: KeyPair,
+        stack: ExitStack,
     ) -> None:
         self.machine = machine
         self.users = 0
         self.held = False
         self.resting = False
         self.last_use = monotonic()
-        self.stack = ExitStack()
+        self.stack = stack
         self._helper = helper
         self._blueprint = blueprint
         self._key = key
-        self._transports: dict[str, Transport] = {}
+        self._transports: dict[str, SSHTransport] = {}
         self._left: list[RemoteProcess] = []
         self._lock = threading.Lock()
+        stack.callback(self.hang_up)
 
     @property
     def helper(self) -> Helper | None:
@@ -72,6 +83,8 @@ class Running:
             command = replace(command, user=None)
         elif command.user is not None and user != "root":
             login, command = command.user, replace(command, user=None)
+        if (helper := self.helper) is not None:
+            return helper.start(command, login)
         with self._lock:
             if login not in self._transports:
                 self._transports[login] = self._transport(login)
@@ -82,9 +95,7 @@ class Running:
         """Let a program go on also if whoever has started it forgets it."""
         self._left.append(process)
 
-    def _transport(self, login: str) -> Transport:
-        if (helper := self.helper) is not None:
-            return HelperTransport(helper, login)
+    def _transport(self, login: str) -> SSHTransport:
         from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
 
         return ssh.SSHTransport(
@@ -168,18 +179,16 @@ class Running:
         self._helper.close()
 
 
-def helper_of(
-    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
-) -> Helper:
+def helper_of(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> Helper:
     """The helper of a machine; whether it is there, it has to say itself.
 
     Args:
-        check: see `Helper`; default: the machine's own.
+        check: called often; raises what ends a wait.
     """
     scale = blueprint.verdict.time_scale
     return Helper(
         machine.helper,
-        check=check or machine.check,
+        check=check,
         patience=blueprint.stretch(_ANSWER_SECONDS),
         quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
     )

@@ -24,8 +24,10 @@ from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import script
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.process import (
+    STDERR,
+    STDOUT,
     UNKNOWN_SIGNAL,
-    ChannelProcess,
+    RemoteProcess,
     cannot_log_in,
     could_not_start,
 )
@@ -109,31 +111,22 @@ class SSHTransport:
         self._session: _Session | None = None
         self._lock = threading.Lock()
 
-    def start(self, command: Command) -> ChannelProcess:
-        """Start a program; see `Transport.start`."""
+    def start(self, command: Command) -> RemoteProcess:
+        """Start a program."""
         token = secrets.token_hex(8)
         started = monotonic()
         line, ahead = script.command_line(command, token), b""
         if len(os.fsencode(line)) > _MAX_LINE:
             line, ahead = script.shipped(command, token)
-        channel = self._channel(line, ahead)
+        channel = SSHChannel(self, self._channel(line, ahead))
         try:
-            early, group = self._await_start(channel, command, token, started)
+            self._await_start(channel, command, token, started)
         except BaseException:
-            self.hang_up(channel)
+            channel.close()
             raise
-        return ChannelProcess(self, channel, command, check=self._check, group=group, early=early)
+        return RemoteProcess(channel, command, check=self._check)
 
-    def wait(self, channel: Any, seconds: float) -> None:
-        """See `Carrier.wait`."""
-        if channel.eof_received or channel.closed:  # then a poller does not wait
-            channel.status_event.wait(seconds)
-        else:
-            poller = select.poll()
-            poller.register(channel.fileno(), select.POLLIN)
-            poller.poll(seconds * 1000)
-
-    def send_signal(self, group: int, name: str) -> None:
+    def signal(self, group: int, name: str) -> None:
         """Send a signal to a process group of the guest; it may be gone already."""
         channel = self._channel(script.kill_line(group, name))
         try:
@@ -148,36 +141,22 @@ class SSHTransport:
         if session is not None:
             _close(session)
 
-    def is_current(self, channel: Any) -> bool:
-        """Whether a channel is one of the connection that is in use now."""
-        session = self._session
-        return session is not None and channel.get_transport() is session and session.is_active()
-
-    def has_left(self, channel: Any) -> bool:
-        """Whether a channel is one of a connection that we have closed ourselves."""
-        return channel.get_transport() is not self._session
-
-    def hang_up(self, channel: Any) -> None:
-        """Close a channel; if the guest does not even take that, its connection."""
-        if not within(_LINGER_SECONDS, channel.close):
-            _close(channel.get_transport())
+    def uses(self, session: paramiko.Transport) -> bool:
+        """Whether a connection is the one in use now; it is not once that was closed from here."""
+        return session is self._session
 
     def _await_start(
-        self, channel: Any, command: Command, token: str, started: float
-    ) -> tuple[bytes, int]:
-        """Read up to the line that says that the program starts.
-
-        Returns:
-            What came after it, and the process group.
-        """
+        self, channel: SSHChannel, command: Command, token: str, started: float
+    ) -> None:
+        """Read up to the line that says that the program starts, with its process group."""
         mark, seen = f"{script.STARTED} {token} ".encode(), b""
         deadline = Deadline(self._connect_timeout)
-        channel.settimeout(_LOOK_SECONDS)
         while True:
             before, _, rest = seen.partition(mark)
             group, ended, early = rest.partition(b"\n")
             if ended and group.isdigit():
-                return early, int(group)
+                channel.begin(int(group), early)
+                return
             if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
                 raise GuestLost(
                     "the guest's login shell does not stop talking",
@@ -185,7 +164,7 @@ class SSHTransport:
                     details=seen[:500].decode(errors="replace"),
                 )
             try:
-                data = channel.recv(_CHUNK)
+                data = channel.receive(STDOUT, _CHUNK)
             except TimeoutError:
                 self._check()
                 if deadline.expired:
@@ -198,16 +177,16 @@ class SSHTransport:
             seen += data
 
     def _not_started(
-        self, channel: Any, command: Command, noise: bytes, started: float
+        self, channel: SSHChannel, command: Command, noise: bytes, started: float
     ) -> CommandError | GuestLost:
-        channel.status_event.wait(_LINGER_SECONDS)
-        if not channel.status_event.is_set() or channel.exit_status == -1:
+        channel.wait_for_end(_LINGER_SECONDS)
+        if channel.status is None:
             self._check()
             return GuestLost("the connection broke while a program was started", stage="ssh")
         stderr = b""
-        while data := channel.recv_stderr(_CHUNK):
+        while data := channel.receive(STDERR, _CHUNK):
             stderr += data
-        return could_not_start(command, channel.exit_status, noise, stderr, started)
+        return could_not_start(command, channel.status, noise, stderr, started)
 
     def _channel(self, line: str, ahead: bytes = b"") -> Any:
         for attempt in (1, 2):
@@ -256,6 +235,102 @@ class SSHTransport:
                 self._check()
                 raise _lost("no SSH connection", error) from error
             return self._session
+
+
+class SSHChannel:
+    """The streams of a program that was started by SSH: a `Channel`, of one of paramiko's.
+
+    Attributes:
+        group: the program's process group, once that is known.
+    """
+
+    def __init__(self, transport: SSHTransport, channel: Any) -> None:
+        self.quiet_seconds = transport.quiet_seconds
+        self.group = 0
+        self._transport = transport
+        self._channel = channel
+        self._early = b""
+        self._receive = {STDOUT: channel.recv, STDERR: channel.recv_stderr}
+        self._is_ready = {STDOUT: channel.recv_ready, STDERR: channel.recv_stderr_ready}
+        channel.settimeout(_LOOK_SECONDS)
+
+    def begin(self, group: int, early: bytes) -> None:
+        """The program has started, and of its output this has come already."""
+        self.group, self._early = group, early
+
+    @property
+    def output_ended(self) -> bool:
+        """Whether no more output will come."""
+        return bool(self._channel.eof_received or self._channel.closed)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will go either way."""
+        return bool(self._channel.closed)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known how the program ended, or that nobody will know."""
+        return bool(self._channel.status_event.is_set())
+
+    @property
+    def status(self) -> int | None:
+        """How it ended (−N: signal N); None where nobody knows."""
+        if self._channel.ended_by is not None:
+            return -int(self._channel.ended_by)
+        return None if self._channel.exit_status == -1 else int(self._channel.exit_status)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether its connection is in use, and well."""
+        session = self._channel.get_transport()
+        return self._transport.uses(session) and bool(session.is_active())
+
+    @property
+    def was_left(self) -> bool:
+        """Whether its connection was closed from here."""
+        return not self._transport.uses(self._channel.get_transport())
+
+    def has_output(self, stream: int) -> bool:
+        """Whether `receive` has something of a stream now."""
+        return bool((stream == STDOUT and self._early) or self._is_ready[stream]())
+
+    def receive(self, stream: int, size: int) -> bytes:
+        """At least a byte of a stream; nothing at its end."""
+        if stream == STDOUT and self._early:
+            data, self._early = self._early[:size], self._early[size:]
+            return data
+        return bytes(self._receive[stream](size))
+
+    def send(self, data: memoryview) -> int:
+        """Send a part of `data`, and tell how much."""
+        return int(self._channel.send(data))
+
+    def end_input(self) -> None:
+        """Let the program find the end of its input."""
+        self._channel.shutdown_write()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has come, or the program has ended."""
+        if self.output_ended:  # then a poller does not wait
+            self.wait_for_end(seconds)
+        else:
+            poller = select.poll()
+            poller.register(self._channel.fileno(), select.POLLIN)
+            poller.poll(seconds * 1000)
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the program has ended."""
+        self._channel.status_event.wait(seconds)
+
+    def signal(self, name: str) -> None:
+        """Send a signal to the program's process group."""
+        self._transport.signal(self.group, name)
+
+    def close(self) -> None:
+        """Let go of the program; if the guest does not even take that, of its connection."""
+        if not within(_LINGER_SECONDS, self._channel.close):
+            _close(self._channel.get_transport())
 
 
 def _close(session: _Session) -> None:

@@ -351,8 +351,8 @@ def _is_private(folder: Path) -> bool:
     """
     folder = folder.resolve()
     return any(
-        it.stat().st_uid in (0, os.geteuid()) and not it.stat().st_mode & 0o011
-        for it in (folder, *folder.parents)
+        above.stat().st_uid in (0, os.geteuid()) and not above.stat().st_mode & 0o011
+        for above in (folder, *folder.parents)
     )
 
 
@@ -427,7 +427,9 @@ def _read_script(folder: str, name: str, *, copied: bool) -> str:
 def _has_only_changed(said: str) -> bool:
     """Whether tar complains of nothing but that the tree changes."""
     lines = said.splitlines()
-    return bool(lines) and all(_CHANGED.fullmatch(it) or _LEFT_OUT.fullmatch(it) for it in lines)
+    return bool(lines) and all(
+        _CHANGED.fullmatch(line) or _LEFT_OUT.fullmatch(line) for line in lines
+    )
 
 
 class _Incoming:
@@ -468,7 +470,7 @@ class _Incoming:
 
 def in_words(left_out: Sequence[str]) -> str:
     """What was left out, for people; a guest may have named it."""
-    words = [printable(it) for it in left_out[:_NAMED]]
+    words = [printable(name) for name in left_out[:_NAMED]]
     if len(left_out) > _NAMED:
         words.append(f"and {len(left_out) - _NAMED} more")
     return ", ".join(words)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.inside.session import parse_probe
+from pytest_vmsandbox.inside.wire import broken
 
 OLDEST_PYTHON = (3, 9)
 _PROBE = Path(__file__).with_name("runner") / "probe.py"
@@ -79,3 +81,21 @@ class GuestPython:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
+
+
+def parse_probe(text: str) -> dict[str, Any]:
+    """What ``runner/probe.py`` has printed.
+
+    Raises:
+        GuestLost: it is anything else.
+    """
+    try:
+        facts = json.loads(text)
+        return {
+            "version": tuple(map(int, facts["version"]))[:3],
+            "machine": str(facts["machine"]),
+            "libc": str(facts["libc"][1]),
+            "executable": str(facts["executable"]),
+        }
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise broken("no facts about its Python", text) from error

@@ -18,12 +18,12 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import pushable, tree_copy
+from pytest_vmsandbox.inside.connection import Place
 from pytest_vmsandbox.inside.environment import Environment, prepare
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import ENV
 from pytest_vmsandbox.inside.project import Project
 from pytest_vmsandbox.inside.requirements import Requirements
-from pytest_vmsandbox.inside.session import Place
 from pytest_vmsandbox.inside.tree import Tree
 
 BASE = "/opt/vmsandbox"
@@ -91,7 +91,8 @@ class Payload:
         for tree in trees:
             files = sum(entry.kind == "file" for entry in tree.entries.values())
             tell(
-                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: "
+                f"{files:,} file{'s' * (files != 1)}"
             )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),

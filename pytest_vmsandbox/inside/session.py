@@ -1,84 +1,33 @@
 """A pytest session in a guest, driven item by item from here.
 
-A `Keeper` is the process in the guest that is talked to; it starts a `GuestSession`, and another
-one when the interpreter of the first has died.
+The supervisor in the guest starts it, and another one when the interpreter of the first has died.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import signal
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import (
-    GuestLost,
-    InterpreterLost,
-    VMSandboxError,
-)
+from pytest_vmsandbox.core.errors import InterpreterLost, VMSandboxError
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.core.transport import Command, CommandResult, RemoteProcess
-from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
+from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.wire import Message, broken
 
-_PING_SECONDS = 15.0  # of silence, after which it is asked whether the guest is still there
-_ANSWER_SECONDS = 5.0  # that it then has; scaled
-_ATTACH_SECONDS = 30.0  # for the keeper to greet; scaled
 _DUMP_SECONDS = 2.0  # before a test is killed, all its stacks are asked for
+_FEW = 4  # tests that a guest has before it: it is told of more, several at once
 _EXIT_SECONDS = 5.0  # from a kill until it is told
-_MAX_MESSAGES = 100_000  # that answer one request; live output does not count
-_MAX_BYTES = 256 << 20  # of them
 _MAX_OUTPUT = 16 << 20  # characters of live output that are kept, of what nobody waits for
 _MAX_ITEMS = 1_000_000
 _MAX_TAIL = 64 << 10  # characters of what was written last
 _MAX_FRAME = 5_000  # characters of a line of a stack
 _MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner)\b.*", line \d+ in ')
-
-
-class Starter(Protocol):
-    """Starts programs in a guest; `Engine` does."""
-
-    def start(self, command: Command) -> RemoteProcess:
-        """Start a program, on streams that its starter reads and closes."""
-
-    def connect(self, path: str) -> RemoteProcess | None:
-        """A connection to a Unix socket; None where only a program can relay it."""
-
-
-class Host(Protocol):
-    """What is needed of a guest; `Guest` has it."""
-
-    @property
-    def name(self) -> str:
-        """Who it is."""
-
-    @property
-    def run(self) -> Callable[..., CommandResult[Any]]:
-        """Runs a program to its end."""
-
-    @property
-    def engine(self) -> Starter:
-        """Starts programs in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where things lie in a guest.
-
-    Attributes:
-        python: the interpreter that runs tests.
-        runner: the folder `runner`.
-        folder: of the keeper's socket, for the user alone.
-    """
-
-    python: str
-    runner: str
-    folder: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,161 +55,6 @@ class Collected:
         return dict(vars(self))
 
 
-class Keeper:
-    """A connection to the keeper of a guest.
-
-    Args:
-        patience: by how much the guest is slower than one on real hardware.
-    """
-
-    def __init__(self, guest: Host, process: RemoteProcess, *, patience: float) -> None:
-        self.guest = guest
-        self.patience = patience
-        self._process = process
-        self._decoder = Decoder()
-        self._waiting: deque[Message] = deque()
-        self._answers, self._weight = 0, 0
-
-    @classmethod
-    @contextmanager
-    def attached(
-        cls, guest: Host, place: Place, *, patience: float = 1.0, serve: bool = True
-    ) -> Iterator[Keeper]:
-        """Start a keeper in the guest unless there is one, and attach to it.
-
-        Args:
-            serve: start one; else there is one.
-
-        At the end it is let go of; it goes on, and can be attached to again.
-
-        Raises:
-            GuestLost: the guest is gone.
-            CommandError: the keeper cannot be started.
-        """
-        if serve:
-            guest.run(["sh", "-c", _SERVE, place.python, place.runner, place.folder])
-        process = guest.engine.connect(f"{place.folder}/socket")
-        if process is None:
-            attach = (place.python, "-I", "-S", place.runner, "attach", place.folder)
-            process = guest.engine.start(Command(argv=attach))
-        try:
-            keeper = cls(guest, process, patience=patience)
-            keeper._greeting(_ATTACH_SECONDS * patience)
-            yield keeper
-        finally:
-            process.close()
-
-    def _greeting(self, timeout: float) -> None:
-        try:
-            message = self.hear(timeout)
-        except TimeoutError:
-            raise self._silent() from None
-        if "attached" not in message:
-            raise broken("no greeting", message)
-
-    def expect(self) -> None:
-        """From here on, so many messages are heard, and no more, until this is called again."""
-        self._answers, self._weight = 0, self._decoder.weight
-
-    def ask(self, message: Mapping[str, object]) -> None:
-        """Send a message that others answer; see `expect`.
-
-        Raises:
-            GuestLost: the guest, or the way to it, is gone.
-        """
-        self.expect()
-        self.say(message)
-
-    def say(self, message: Mapping[str, object]) -> None:
-        """Send a message.
-
-        Raises:
-            GuestLost: the guest, or the way to it, is gone.
-        """
-        try:
-            self._process.send(encode(message), _ATTACH_SECONDS * self.patience)
-        except TimeoutError:
-            raise self._silent() from None
-        except OSError as error:
-            raise self._lost() from error
-
-    def hear(self, timeout: float) -> Message:
-        """The next message.
-
-        Raises:
-            TimeoutError: none came within `timeout` seconds, but the guest is there.
-            GuestLost: the guest, or the way to it, is gone, or what came is no message.
-        """
-        deadline = Deadline(timeout)
-        while not self._waiting:
-            silent = Deadline(_PING_SECONDS)
-            try:
-                self._fill(deadline.remaining(silent.seconds))
-            except TimeoutError:
-                if deadline.expired:
-                    raise
-                self._ping()
-            else:
-                if deadline.expired and not self._waiting:  # it speaks, but says nothing
-                    raise TimeoutError
-        message = self._waiting.popleft()
-        self._answers += "output" not in message
-        if self._answers > _MAX_MESSAGES or self._decoder.weight - self._weight > _MAX_BYTES:
-            raise broken("more messages than there can be")
-        return message
-
-    def signal(self, name: str) -> None:
-        """Send a signal to the session's process group; DUMP lets it write all its stacks."""
-        self.say({"do": "signal", "name": name})
-
-    def _fill(self, timeout: float) -> None:
-        data = self._process.receive(timeout)
-        if not data:
-            raise self._lost()
-        self._waiting += [it for it in self._decoder.feed(data) if "pong" not in it]
-
-    def _ping(self) -> None:
-        """Look whether the guest still answers; a test may be silent for as long as it likes."""
-        self.say({"do": "ping", "n": 0})
-        deadline = Deadline(_ANSWER_SECONDS * self.patience)
-        while True:
-            try:
-                data = self._process.receive(deadline.remaining())
-            except TimeoutError:
-                raise self._silent() from None
-            if not data:
-                raise self._lost()
-            messages = self._decoder.feed(data)
-            self._waiting += [it for it in messages if "pong" not in it]
-            if messages:
-                return
-
-    def _silent(self) -> GuestLost:
-        return GuestLost(
-            f"{self.guest.name} does not answer any more",
-            stage="ssh",
-            remedy="did the test take the guest's network down, or stop all of its processes?",
-        )
-
-    def _lost(self) -> GuestLost:
-        try:
-            self.guest.run(["true"], timeout=_ANSWER_SECONDS * self.patience)
-        except GuestLost as lost:
-            if lost.stage != "ssh":  # the machine itself tells why
-                return lost
-        except VMSandboxError:
-            pass
-        return GuestLost(
-            f"the process in {self.guest.name} that runs the tests is gone",
-            stage="command",
-            remedy="did the test kill all processes, or delete what it did not make?",
-        )
-
-
-# A keeper that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
-_SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
-
-
 class RunEnded(Exception):
     """A session has said that its run is to end before it had collected.
 
@@ -280,10 +74,11 @@ class GuestSession:
         collected: what it has found.
     """
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.collected = Collected()
-        self._keeper = keeper
+        self._connection = connection
         self._announced: deque[str] = deque()
+        self._unsent: list[Message] = []  # the last of them
         self._running = False
         self._over = False
         self._ending = False  # it tears all down already
@@ -292,7 +87,7 @@ class GuestSession:
 
     @classmethod
     def started(
-        cls, keeper: Keeper, config: Mapping[str, object], *, timeout: float
+        cls, connection: Connection, config: Mapping[str, object], *, timeout: float
     ) -> tuple[GuestSession, list[Message]]:
         """Start a session and let it collect.
 
@@ -308,8 +103,8 @@ class GuestSession:
             RunEnded: something there has ended the run.
             GuestLost: the guest is gone.
         """
-        session = cls(keeper)
-        keeper.ask({"do": "start", "config": config})
+        session = cls(connection)
+        connection.ask({"do": "start", "config": config})
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
@@ -323,7 +118,7 @@ class GuestSession:
     @classmethod
     def woken(
         cls,
-        keeper: Keeper,
+        connection: Connection,
         collected: Mapping[str, Any],
         *,
         environment: Mapping[str, str],
@@ -339,15 +134,15 @@ class GuestSession:
             timeout: seconds that it has to answer.
 
         Returns:
-            The session, and what it said besides: what had not left the guest when that was sealed.
+            The session, and what it said besides: what had not left the guest when that was saved.
 
         Raises:
             InterpreterLost: it does not answer.
             GuestLost: the guest is gone.
         """
-        session = cls(keeper)
+        session = cls(connection)
         session.collected = Collected(**collected)
-        keeper.ask(
+        connection.ask(
             {
                 "do": "wake",
                 "seed": secrets.token_hex(32),
@@ -402,16 +197,13 @@ class GuestSession:
         timed: bool = False,
         attempt: int = 0,
     ) -> None:
-        """Let it run an item as soon as it is done with those before; `run` has to follow.
+        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this.
 
         Args:
             timed: whether it is to tell when its function begins and ends.
             attempt: how many attempts at it there were in other guests.
-
-        Raises:
-            GuestLost: the guest is gone.
         """
-        self._keeper.say(
+        self._unsent.append(
             {
                 "do": "run",
                 "id": nodeid,
@@ -466,7 +258,10 @@ class GuestSession:
             raise InterpreterLost(
                 "it was to run the tests in another order", remedy="which plugin changes the order?"
             )
-        self._keeper.expect()
+        if self._unsent and len(self._announced) - len(self._unsent) < _FEW:
+            self._connection.say(*self._unsent)
+            self._unsent.clear()
+        self._connection.expect()
         self._running = True
         deadline = whole = Deadline(limit)
         while self._running:
@@ -491,7 +286,7 @@ class GuestSession:
         with suppress(VMSandboxError, TimeoutError):
             if not self._over:
                 if not self._ending:
-                    self._keeper.signal("INT")
+                    self._connection.signal("INT")
                 said = self._until_exit(Deadline(seconds))
         self.kill()
         return said
@@ -510,7 +305,7 @@ class GuestSession:
             return []
         if self._running or self._announced:  # nobody waits for what is in the middle of it
             return self.interrupt(seconds)
-        self._keeper.ask({"do": "finish"})
+        self._connection.ask({"do": "finish"})
         try:
             return self._until_exit(Deadline(seconds))
         except TimeoutError:
@@ -521,8 +316,8 @@ class GuestSession:
         tail = ""
         if not self._over:
             with suppress(VMSandboxError, TimeoutError):
-                self._keeper.signal("KILL")
-                *_, end = self._until_exit(Deadline(_EXIT_SECONDS * self._keeper.patience))
+                self._connection.signal("KILL")
+                *_, end = self._until_exit(Deadline(_EXIT_SECONDS * self._connection.patience))
                 tail = str(end.get("tail", ""))
         self._over = True
         return tail
@@ -530,7 +325,7 @@ class GuestSession:
     def _until_exit(self, deadline: Deadline) -> list[Message]:
         said: list[Message] = []
         while True:
-            message = self._keeper.hear(deadline.remaining())
+            message = self._connection.hear(deadline.remaining())
             self._note(message, said)
             if "exit" in message:
                 self._over = True
@@ -567,13 +362,13 @@ class GuestSession:
         early = min(_DUMP_SECONDS, deadline.seconds / 2)
         if (left := deadline.remaining() - early) > 0:
             try:
-                return self._keeper.hear(left)
+                return self._connection.hear(left)
             except TimeoutError:
                 pass
         if self._dumped is not deadline:
             self._dumped = deadline
-            self._keeper.signal("DUMP")
-        message = self._keeper.hear(deadline.remaining())
+            self._connection.signal("DUMP")
+        message = self._connection.hear(deadline.remaining())
         if deadline.expired and "output" in message:  # there may be no end of it
             raise TimeoutError
         return message
@@ -609,14 +404,14 @@ class GuestSession:
         """What the guest's kernel tells of a lack of memory; empty where it tells of none."""
         with suppress(VMSandboxError):
             script = "dmesg 2>/dev/null | grep -E 'Out of memory|oom-kill' | tail -n 2"
-            return printable(self._keeper.guest.run(["sh", "-c", script], user="root").stdout)
+            return printable(self._connection.guest.run(["sh", "-c", script], user="root").stdout)
         return ""
 
 
 def _stacks(tail: str) -> str:
     """What a session wrote last; of stacks, the lines that are no affair of the test are left out."""
     lines = printable(tail[-_MAX_TAIL:]).splitlines()
-    lines = [it for it in lines if len(it) > _MAX_FRAME or not _MACHINERY.match(it)]
+    lines = [line for line in lines if len(line) > _MAX_FRAME or not _MACHINERY.match(line)]
     return "\n".join(["--- what it wrote last", *lines]) if any(lines) else ""
 
 
@@ -625,21 +420,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def parse_probe(text: str) -> dict[str, Any]:
-    """What ``runner/probe.py`` has printed.
-
-    Raises:
-        GuestLost: it is anything else.
-    """
-    try:
-        facts = json.loads(text)
-        return {
-            "version": tuple(int(it) for it in facts["version"])[:3],
-            "machine": str(facts["machine"]),
-            "libc": str(facts["libc"][1]),
-            "executable": str(facts["executable"]),
-        }
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise broken("no facts about its Python", text) from error

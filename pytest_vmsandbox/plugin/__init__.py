@@ -6,6 +6,7 @@ guests is imported before a guest is asked for.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pytest_vmsandbox.plugin import (
     unimportable,
 )
 from pytest_vmsandbox.plugin.plan import limit, plan_of
-from pytest_vmsandbox.plugin.session import SharedGuests, VMSession
+from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
     from pytest_vmsandbox.plugin.inside import Inside
 
-SESSION = pytest.StashKey[VMSession]()
+RUN = pytest.StashKey[Run]()
 _INSIDE = pytest.StashKey["InsideProtocol"]()
 # What an xdist worker tells.
 _USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
@@ -58,21 +59,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
-    config.stash[SESSION] = session = VMSession(config)
-    config.stash[_INSIDE] = InsideProtocol(session)
+    config.stash[RUN] = run = Run(config)
+    config.stash[_INSIDE] = InsideProtocol(run)
     config.pluginmanager.register(config.stash[_INSIDE], "vmsandbox-inside")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if SESSION in config.stash:
-        config.stash[SESSION].close()
+    if RUN in config.stash:
+        config.stash[RUN].close()
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
     try:
-        for line in VMSession(config).image_lines():  # pytest does not configure itself for this
+        for line in Run(config).image_lines():  # pytest does not configure itself for this
             print(line)  # noqa: T201  # what was asked for
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
@@ -85,7 +86,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 @pytest.hookimpl(tryfirst=True)  # the image is the first part of a test's id
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if collection.needs_parameter(metafunc):
-        collection.parametrize(metafunc.config.stash[SESSION], metafunc)
+        collection.parametrize(metafunc.config.stash[RUN], metafunc)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,10 +94,10 @@ def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     report = yield
-    session = collector.config.stash[SESSION]
-    report = unimportable.stand_in(session, collector, report)
+    run = collector.config.stash[RUN]
+    report = unimportable.stand_in(run, collector, report)
     naming.give_both_names(report.result or ())
-    naming.know_again(session, [node.nodeid for node in report.result or ()])
+    naming.know_again(run, [node.nodeid for node in report.result or ()])
     return report
 
 
@@ -104,19 +105,19 @@ def pytest_make_collect_report(
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
-    session = config.stash[SESSION]
-    without = collection.plan(session, items)
-    _refuse(config, items, collection.check(session, items))
-    unimportable.replace(session, items, config.stash[_INSIDE].collected)
-    collection.deselect(session, items, without)
+    run = config.stash[RUN]
+    without = collection.plan(run, items)
+    _refuse(config, items, collection.check(run, items))
+    unimportable.replace(run, items, config.stash[_INSIDE].collected)
+    collection.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(config, items)
     result = yield
     naming.give_full_names(everything)
     for item in items:
-        collection.plan_again(session, item)
-    _refuse(config, items, collection.check_run(session, items))
+        collection.plan_again(run, item)
+    _refuse(config, items, collection.check_run(run, items))
     collection.group(items)
     return result
 
@@ -132,40 +133,40 @@ def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) 
 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[SESSION].coming = collection.guests_to_come(session.items)
+    session.config.stash[RUN].coming = collection.guests_to_come(session.items)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Let xdist's controller, which collects nothing, remember which tests failed."""
-    naming.know_again(node.config.stash[SESSION], ids)
+    naming.know_again(node.config.stash[RUN], ids)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""
-    session, output = node.config.stash[SESSION], getattr(node, "workeroutput", {})
-    session.usage_errors = output.get(_USAGE_ERRORS, session.usage_errors)
-    session.failed |= output.get(_FAILED, False)
-    session.told.update(dict.fromkeys(output.get(_TOLD, ())))
+    run, output = node.config.stash[RUN], getattr(node, "workeroutput", {})
+    run.usage_errors = output.get(_USAGE_ERRORS, run.usage_errors)
+    run.failed |= output.get(_FAILED, False)
+    run.told.update(dict.fromkeys(output.get(_TOLD, ())))
     for kind, names in output.get(_PULLED, {}).items():
-        pulling.note(session.pulled, kind, names)
+        pulling.note(run.pulled, kind, names)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    ours = session.config.stash[SESSION]
+    run = session.config.stash[RUN]
     session.config.stash[_INSIDE].close()
-    if ours.failed and session.exitstatus == pytest.ExitCode.OK:
+    if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput[_FAILED] = ours.failed
-        session.config.workeroutput[_TOLD] = [*ours.about(ours.images_used), *ours.told]
+        session.config.workeroutput[_FAILED] = run.failed
+        session.config.workeroutput[_TOLD] = [*run.about(run.images_used), *run.told]
         session.config.workeroutput[_PULLED] = {
-            kind: [*names] for kind, names in ours.pulled.items()
+            kind: [*names] for kind, names in run.pulled.items()
         }
-    if ours.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
-        raise pytest.UsageError(*ours.usage_errors)
+    if run.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
+        raise pytest.UsageError(*run.usage_errors)
 
 
 def pytest_report_collectionfinish(
@@ -173,17 +174,17 @@ def pytest_report_collectionfinish(
 ) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return config.stash[SESSION].about(collection.images_needed(items))
+    return config.stash[RUN].about(collection.images_needed(items))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Tell what xdist's workers ran guests with; they have no terminal of their own."""
-    session = config.stash[SESSION]
-    for line in pulling.lines(session.pulled):
-        session.tell(line)
-    for line in session.told:
+    run = config.stash[RUN]
+    for line in pulling.lines(run.pulled):
+        run.tell(line)
+    for line in run.told:
         terminalreporter.write_line(line)
 
 
@@ -201,12 +202,12 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    session = item.config.stash[SESSION]
-    session.item = item
+    run = item.config.stash[RUN]
+    run.item = item
     try:
         return (yield)
     finally:
-        session.finish(item)
+        run.finish(item)
 
 
 class InsideProtocol:
@@ -215,14 +216,14 @@ class InsideProtocol:
     It is registered late, so that it comes before other plugins that take over a protocol.
     """
 
-    def __init__(self, session: VMSession) -> None:
-        self._session = session
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     @cached_property
     def _inside(self) -> Inside:
         from pytest_vmsandbox.plugin.inside import Inside
 
-        return Inside(self._session)
+        return Inside(self._run)
 
     def collected(self, item: pytest.Item) -> Collected:
         """What the guest for a test has collected; see `Inside`."""
@@ -231,8 +232,8 @@ class InsideProtocol:
     def close(self) -> None:
         """Let what runs inside guests tear down what is left."""
         if "_inside" in self.__dict__:
-            for problem in self._inside.close():
-                self._session.tell_problem(f"at the end of the tests inside: {problem}")
+            for problem in self._inside.leases.close():
+                self._run.tell_problem(f"at the end of the tests inside: {problem}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -257,7 +258,7 @@ class InsideProtocol:
 
             hook = config.hook.pytest_report_teststatus
             return hooks.result_of_others(
-                self._session, hook, error, self, report=report, config=config
+                self._run, hook, error, self, report=report, config=config
             )
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -295,7 +296,8 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    return (yield from reporting.make_report(item, call))
+    only_text = reporting.before_report(item, call)
+    return reporting.after_report(item, call, (yield), only_text=only_text)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -310,7 +312,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 @pytest.fixture(scope="session")
 def vm_factory(pytestconfig: pytest.Config) -> GuestFactory:
     """Boots guests: ``with vm_factory.boot("debian-13", memory="1GiB") as guest: …``."""
-    return pytestconfig.stash[SESSION].factory
+    return pytestconfig.stash[RUN].factory
 
 
 @pytest.fixture
@@ -319,7 +321,7 @@ def vm_artifacts(
     vm_factory: GuestFactory,  # noqa: ARG001  # a test with artifacts is one that has guests
 ) -> Path:
     """The folder of this test's artifacts; it is kept if the test fails."""
-    return request.config.stash[SESSION].artifacts_of(request.node)
+    return request.config.stash[RUN].artifacts_of(request.node)
 
 
 @pytest.fixture(scope="session")
@@ -336,8 +338,8 @@ def vm(
     _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
-    session = request.config.stash[SESSION]
-    plan, base = collection.plan_now(session, request.node), session.base(vm_prepared)
+    run = request.config.stash[RUN]
+    plan, base = collection.plan_now(run, request.node), run.base(vm_prepared)
     if not plan.image or base is None:
         pytest.skip("no selected image applies to this test")
     if plan.isolation == "test":
@@ -357,11 +359,11 @@ def _vm_image(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture(scope="module")
 def _vm_of_module(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with SharedGuests.open(pytestconfig.stash[SESSION]) as guests:
-        yield guests
+    with ExitStack() as stack:
+        yield SharedGuests(pytestconfig.stash[RUN], stack)
 
 
 @pytest.fixture(scope="session")
 def _vm_of_session(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with SharedGuests.open(pytestconfig.stash[SESSION]) as guests:
-        yield guests
+    with ExitStack() as stack:
+        yield SharedGuests(pytestconfig.stash[RUN], stack)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 # Options that have no meaning for tests inside guests; and those that do nothing for them.
 _REFUSED = {
@@ -42,17 +42,17 @@ def needs_parameter(metafunc: pytest.Metafunc) -> bool:
     return False
 
 
-def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
+def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
     """Give a test one parameter for each of its images.
 
     A test without any gets a placeholder, to be deselected. What is invalid is noted in
-    `session.usage_errors`.
+    `run.usage_errors`.
     """
     images: list[str] = []
     try:
-        images = session.images(plans.request_of(metafunc.definition))
+        images = run.images(plans.request_of(metafunc.definition))
     except ConfigError as error:
-        session.note_usage_error(metafunc.definition.nodeid, error)
+        run.note_usage_error(metafunc.definition.nodeid, error)
     metafunc.parametrize(
         "_vm_image",
         [pytest.param(image, id=image) for image in images]
@@ -65,10 +65,10 @@ def parametrize(session: VMSession, metafunc: pytest.Metafunc) -> None:
 # -- the plans ----------------------------------------------------------------------------------------
 
 
-def plan(session: VMSession, items: Iterable[pytest.Item]) -> set[pytest.Item]:
+def plan(run: Run, items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Make the plan of each test that needs a guest.
 
-    What is invalid is noted in `session.usage_errors`.
+    What is invalid is noted in `run.usage_errors`.
 
     Returns:
         The tests to which no selected image applies.
@@ -76,46 +76,46 @@ def plan(session: VMSession, items: Iterable[pytest.Item]) -> set[pytest.Item]:
     without = set()
     for item in items:
         try:
-            if PLAN not in item.stash and not _plan(session, item):
+            if PLAN not in item.stash and not _plan(run, item):
                 without.add(item)
         except ConfigError as error:
-            session.note_usage_error(item.nodeid, error)
+            run.note_usage_error(item.nodeid, error)
     return without
 
 
-def _plan(session: VMSession, item: pytest.Item) -> bool:
+def _plan(run: Run, item: pytest.Item) -> bool:
     """Make the plan of a test if it needs a guest; whether it can be run."""
     names = getattr(item, "fixturenames", ())
     is_inside = plans.belongs_inside(item, names)
     if plans.has_parameter(item):
         image = plans.image_of(item)
     elif is_inside or "_vm_image" in names:
-        image = _only_image(session, item)
+        image = _only_image(run, item)
     else:
         return True
     if image is None:
         return False
-    _store(session, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
+    _store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
     return True
 
 
-def _only_image(session: VMSession, item: pytest.Item) -> str | None:
+def _only_image(run: Run, item: pytest.Item) -> str | None:
     """The image of a test that pytest cannot parametrize (unittest's)."""
-    images = session.images(plans.request_of(item))
+    images = run.images(plans.request_of(item))
     if len(images) > 1:
-        session.tell(
+        run.tell(
             "tests of unittest's classes and doctests cannot be parametrized: of the selected "
             f"images they ran on {images[0]} only"
         )
     return next(iter(images), None)
 
 
-def plan_remote(session: VMSession, item: pytest.Item, *, image: str, plain: str) -> None:
+def plan_remote(run: Run, item: pytest.Item, *, image: str, plain: str) -> None:
     """Make the plan of a test that no function of this machine stands for."""
-    _store(session, item, image=image, plain=plain, is_inside=True, is_remote=True)
+    _store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
 
 
-def plan_now(session: VMSession, item: pytest.Item) -> Plan:
+def plan_now(run: Run, item: pytest.Item) -> Plan:
     """The plan of a test that asks for `vm`; without an image if none applies to it.
 
     A test may ask only while it runs, and it may have got marks until then.
@@ -124,22 +124,22 @@ def plan_now(session: VMSession, item: pytest.Item) -> Plan:
         ConfigError: its markers are wrong.
     """
     if PLAN in item.stash:
-        plan_again(session, item)
-    elif (image := _only_image(session, item)) is not None:
-        _store(session, item, image=image, plain=item.nodeid, is_inside=False)
+        plan_again(run, item)
+    elif (image := _only_image(run, item)) is not None:
+        _store(run, item, image=image, plain=item.nodeid, is_inside=False)
     return plan_of(item)
 
 
-def plan_again(session: VMSession, item: pytest.Item) -> None:
+def plan_again(run: Run, item: pytest.Item) -> None:
     """Bring the plan of a test up to date if the test has got other marks since."""
     old = plan_of(item)
     if old.image and old.marks != tuple(item.iter_markers()):
         same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
-        _store(session, item, **same)
+        _store(run, item, **same)
 
 
 def _store(
-    session: VMSession,
+    run: Run,
     item: pytest.Item,
     *,
     image: str,
@@ -148,7 +148,7 @@ def _store(
     is_remote: bool = False,
 ) -> None:
     """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
-    request = plans.request_of(item, session.hardware)
+    request = plans.request_of(item, run.hardware)
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
     skip, xfail = (selection.reason(why, image) for why in (request.skip, request.xfail))
@@ -158,7 +158,7 @@ def _store(
         item.add_marker(pytest.mark.xfail(reason=xfail))
     item.stash[PLAN] = Plan(
         image=image,
-        hardware=session.catalogue.get(image).hardware(request.hardware, {}),
+        hardware=run.catalogue.get(image).hardware(request.hardware, {}),
         is_inside=is_inside,
         isolation=request.isolation or default,
         plain=plain,
@@ -172,13 +172,13 @@ def _store(
     )
 
 
-def deselect(session: VMSession, items: list[pytest.Item], without: set[pytest.Item]) -> None:
+def deselect(run: Run, items: list[pytest.Item], without: set[pytest.Item]) -> None:
     """Take out the tests to which no selected image applies."""
     if gone := [item for item in items if item in without]:
-        session.config.hook.pytest_deselected(items=gone)
+        run.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
-        if hasattr(session.config, "workerinput"):  # of xdist, which counts no deselected tests
-            session.tell(f"deselected, since no selected image applies: {len(gone)}")
+        if hasattr(run.config, "workerinput"):  # of xdist, which counts no deselected tests
+            run.tell(f"deselected, since no selected image applies: {len(gone)}")
 
 
 def group(items: list[pytest.Item]) -> None:
@@ -231,9 +231,9 @@ def refuse_here(item: pytest.Item) -> None:
 # -- what is invalid ----------------------------------------------------------------------------------
 
 
-def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
+def check(run: Run, items: list[pytest.Item]) -> list[str]:
     """What is invalid in the tests, in any value, and in the places that they need."""
-    config = session.config
+    config = run.config
     try:
         options.check_values(config)
         if any(
@@ -242,26 +242,26 @@ def check(session: VMSession, items: list[pytest.Item]) -> list[str]:
         ):
             options.check_places(config)
     except pytest.UsageError as error:
-        session.usage_errors.extend(error.args)
-    if config.getoption("--vm") and (wrong := session.selection_error) is not None:
-        session.note_usage_error("", wrong)
-    return session.usage_errors
+        run.usage_errors.extend(error.args)
+    if config.getoption("--vm") and (wrong := run.selection_error) is not None:
+        run.note_usage_error("", wrong)
+    return run.usage_errors
 
 
-def check_run(session: VMSession, items: Sequence[pytest.Item]) -> list[str]:
+def check_run(run: Run, items: Sequence[pytest.Item]) -> list[str]:
     """What is invalid in the way in which the tests that are left are to be run."""
     if inside := [item for item in items if plan_of(item).is_inside]:
-        session.usage_errors += _refused_for(session.config)
+        run.usage_errors += _refused_for(run.config)
         try:
-            pulling.patterns(session.config)
-            if not session.config.getoption("collectonly"):
-                _check_tree(session.config)
+            pulling.patterns(run.config)
+            if not run.config.getoption("collectonly"):
+                _check_tree(run.config)
         except ConfigError as error:
-            session.usage_errors.append(str(error))
-        for about in _without_effect(session.config, inside):
-            session.tell(f"{about} tests that run inside a guest")
-        pulling.spare_unused(session, inside)
-    return session.usage_errors
+            run.usage_errors.append(str(error))
+        for about in _without_effect(run.config, inside):
+            run.tell(f"{about} tests that run inside a guest")
+        pulling.spare_unused(run, inside)
+    return run.usage_errors
 
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:

@@ -164,7 +164,7 @@ def check_places(config: pytest.Config) -> None:
     """
     settings(config)
     if (folder := artifacts_dir(config)) is not None:
-        there = next(it for it in (folder, *folder.parents) if os.path.lexists(it))
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not there.is_dir() or not _can_hold_files(there):
             raise pytest.UsageError(
                 f"{folder} cannot hold artifacts: {there} is no folder that you can write to\n"

@@ -13,10 +13,10 @@ from pytest_vmsandbox.plugin.measuring import Measuring
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.plugin.messages import Messages
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 
-def finish(run: VMSession, messages: Messages, lease: Lease) -> list[str]:
+def finish(run: Run, messages: Messages, lease: Lease) -> list[str]:
     """Let a session tear down what is left, and end.
 
     Args:
@@ -48,7 +48,7 @@ def finish(run: VMSession, messages: Messages, lease: Lease) -> list[str]:
     ]
 
 
-def bring_back(run: VMSession, lease: Lease) -> list[str]:
+def bring_back(run: Run, lease: Lease) -> list[str]:
     """Bring back what tests have written into the project in a guest whose session is over.
 
     Returns:
@@ -68,7 +68,7 @@ def bring_back(run: VMSession, lease: Lease) -> list[str]:
     return []
 
 
-def note_loss(run: VMSession, lease: Lease) -> None:
+def note_loss(run: Run, lease: Lease) -> None:
     """Tell, at the end, that what was written in a guest is lost, if tests can have run there."""
     if lease.has_collected:
         pulling.note(run.pulled, pulling.LOST, [lease.guest.name])

@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from pluggy import HookCaller, HookImpl
 
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 ENDING: tuple[type[BaseException], ...] = (
     pytest.exit.Exception,
@@ -49,12 +49,12 @@ class Hooks:
     """Calls hooks of all plugins.
 
     Args:
-        session: is told what a hook raises.
+        run: is told what a hook raises.
     """
 
-    def __init__(self, session: VMSession) -> None:
-        self._session = session
-        self._manager = session.config.pluginmanager
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._manager = run.config.pluginmanager
         self._reached = _Reached()
         self._manager.register(self._reached, "vmsandbox-reached")
 
@@ -74,8 +74,8 @@ class Hooks:
         except ENDING:
             raise
         except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
-            self._session.failed = True  # something may have been lost
-            tell(self._session, hook.name, error)
+            self._run.failed = True  # something may have been lost
+            tell(self._run, hook.name, error)
             if left := self._not_reached(hook.get_hookimpls(), error):
                 keep = {id(impl.plugin) for impl in left} | {id(self._reached)}
                 others = [
@@ -97,7 +97,7 @@ class Hooks:
         except ENDING:
             raise
         except BaseException as error:  # noqa: BLE001  # likewise
-            tell(self._session, "pytest_runtest_makereport", error)
+            tell(self._run, "pytest_runtest_makereport", error)
             return make()
         return report if isinstance(report, pytest.TestReport) else make()
 
@@ -120,15 +120,15 @@ def _told_by_us() -> Iterator[None]:
         yield
 
 
-def tell(session: VMSession, name: str, error: BaseException) -> None:
+def tell(run: Run, name: str, error: BaseException) -> None:
     """Tell people, once, what a hook has raised."""
     where = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         where = f" ({frame.f_code.co_filename}:{line})"  # the innermost counts
-    if (name, type(error), where) in session.failed_hooks:
+    if (name, type(error), where) in run.failed_hooks:
         return
-    session.failed_hooks.add((name, type(error), where))
-    session.tell(
+    run.failed_hooks.add((name, type(error), where))
+    run.tell(
         f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest, and the run "
         f"goes on: {type(error).__name__}: {error}{where}\n  Such a test was not set up on this side: "
         "hooks that need what others made there have to do without"
@@ -136,7 +136,7 @@ def tell(session: VMSession, name: str, error: BaseException) -> None:
 
 
 def result_of_others(
-    session: VMSession, hook: HookCaller, error: BaseException, ours: object, **arguments: Any
+    run: Run, hook: HookCaller, error: BaseException, ours: object, **arguments: Any
 ) -> Any:
     """The result of a hook, one for all plugins, from those that do not raise.
 
@@ -146,14 +146,14 @@ def result_of_others(
     """
     left_out = [ours]
     while True:
-        session.failed = True
-        tell(session, hook.name, error)
+        run.failed = True
+        tell(run, hook.name, error)
         impls = [impl for impl in hook.get_hookimpls() if impl.plugin not in left_out]
         guilty = _last_of(error.__traceback__, [_code(impl) for impl in impls])
         if guilty is None:
             raise error
         left_out.append(impls[guilty].plugin)
-        others = session.config.pluginmanager.subset_hook_caller(hook.name, left_out)
+        others = run.config.pluginmanager.subset_hook_caller(hook.name, left_out)
         try:
             return others(**arguments)
         except Exception as another:  # noqa: BLE001  # a plugin may raise anything

@@ -21,7 +21,7 @@ def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: i
 
 @pytest.hookspec
 def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:
-    """Return what is done to guests of an image before they are sealed, or None; once for each image.
+    """Return what is done to guests of an image before they become a template, or None; once for each image.
 
     The layers of several plugins lie one on the other, in the order in which they registered, and
     below those of `vm_factory.prepare` and of tests that run inside.
@@ -39,7 +39,7 @@ def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
 def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
     """Called when a guest answers, clone or not, before a test gets it.
 
-    Guests that are only sealed, and clones that nobody has asked for yet, are not told of.
+    Guests that only become a template, and clones that nobody has asked for yet, are not told of.
     """
 
 

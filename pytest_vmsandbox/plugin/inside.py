@@ -26,13 +26,12 @@ from pytest_vmsandbox.plugin.leases import Leases
 from pytest_vmsandbox.plugin.messages import Messages, Record
 from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.remote_reports import colourless
-from pytest_vmsandbox.plugin.reporting import RETRIED, report_without_plugins
+from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, report_without_plugins
 from pytest_vmsandbox.plugin.schedule import Schedule
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
-    from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 
@@ -40,13 +39,13 @@ _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 class Inside:
     """The tests of one run that run inside guests."""
 
-    def __init__(self, session: VMSession) -> None:
-        self._session = session
-        self._config = session.config
-        self._hooks = Hooks(session)
-        self._messages = Messages(session, self._hooks)
-        self._leases = Leases(session, self._messages)
-        self._schedule = Schedule(session.config)
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._config = run.config
+        self._hooks = Hooks(run)
+        self._messages = Messages(run, self._hooks)
+        self.leases = Leases(run, self._messages)
+        self._schedule = Schedule(run.config)
         self.benchmarks = self._messages.benchmarks
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._ids: set[str] = set()
@@ -57,9 +56,9 @@ class Inside:
         """Carry out a test's protocol in its guest."""
         self._leave_limit_to_guest()
         try:
-            self._run(item, nextitem)
+            self._carry_out(item, nextitem)
         except KeyboardInterrupt:
-            self._leases.interrupt(item)
+            self.leases.interrupt(item)
             raise
 
     def _leave_limit_to_guest(self) -> None:
@@ -68,7 +67,7 @@ class Inside:
         if known and self._config.getini("faulthandler_timeout"):
             faulthandler.cancel_dump_traceback_later()
 
-    def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    def _carry_out(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
         self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
         last: pytest.TestReport | None = None
@@ -103,7 +102,8 @@ class Inside:
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
-        self._session.note_report(item, report)
+        if report.failed:
+            item.stash[FAILED] = True
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
@@ -117,11 +117,11 @@ class Inside:
             attempt: how many there were, in guests of their own.
         """
         call = pytest.CallInfo.from_call(
-            lambda: self._leases.lease(item), when="setup", reraise=ENDING
+            lambda: self.leases.lease(item), when="setup", reraise=ENDING
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
-                add_hints(call.excinfo.value, self._session.hints)
+                add_hints(call.excinfo.value, self._run.hints)
             yield [self._made(item, call), self._passed(item, "teardown")]
             return
         assert call.result is not None
@@ -142,7 +142,7 @@ class Inside:
             raise
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
-            self._leases.lose(lease, error)
+            self.leases.lose(lease, error)
             if isinstance(error, GuestLost) and not any(each.has_failed for each in attempts):
                 if self._runs_again(item, error, ahead):
                     yield from self._attempts(item, nextitem, attempt)
@@ -153,7 +153,7 @@ class Inside:
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
-            self._leases.end(item)
+            self.leases.end(item)
             yield from self._attempts(item, nextitem, attempt + 1)
 
     def _check_end(self, item: pytest.Item, attempt: int, last: Attempt) -> None:
@@ -164,12 +164,7 @@ class Inside:
         elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
             raise broken("a test is done that was to run again")
 
-    def _keep(
-        self,
-        lease: Lease,
-        attempts: list[Attempt],
-        records: list[Record],
-    ) -> None:
+    def _keep(self, lease: Lease, attempts: list[Attempt], records: list[Record]) -> None:
         """Note what a test has left, which counts from now on: it is not lost with its guest."""
         lease.has_failed |= any(each.has_failed for each in attempts)
         for record in records:
@@ -182,12 +177,12 @@ class Inside:
             if item.nodeid in self._retried:
                 return False
             self._retried.add(item.nodeid)
-            self._session.note_retry(error, item)
+            self._run.note_retry(error, item)
             return True
         if ahead:  # any of them may have done it, while reports were on their way: one by one, then
             self._schedule.alone.update([nodeid, *ahead])
-            self._session.failed = True  # it may not happen again, and it has happened
-            self._session.tell(
+            self._run.failed = True  # it may not happen again, and it has happened
+            self._run.tell(
                 f"{error.brief}\n  One of these tests has done it. They run again, one by one: "
                 f"{', '.join([nodeid, *ahead])}"
             )
@@ -205,6 +200,7 @@ class Inside:
     ) -> None:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
         assert lease.session is not None
+        plan = plan_of(item)
         following, more = self._schedule.next(item, nextitem)
         if not attempt:
             self._announce(lease, item)
@@ -213,7 +209,7 @@ class Inside:
             following=following,
             more=more,
             marks=_marks(item),
-            limit=self._limit(item, lease),
+            limit=plan.timeout or options.test_timeout(self._config) * lease.patience,
             timed=self._is_timed(item),
             call_limit=self._call_limit(item),
             attempt=attempt,
@@ -233,7 +229,8 @@ class Inside:
             elif (record := self._messages.record(lease, item, message)) is not None:
                 records.append(record)
             elif "interrupted" in message:
-                self._stop(item, message)
+                self.leases.interrupt(item)
+                end_run(message)
             else:
                 self._messages.tell(lease, message, item.nodeid)
 
@@ -252,20 +249,15 @@ class Inside:
                     plain, following=following, more=more, marks=_marks(ahead), timed=timed
                 )
 
-    def _stop(self, item: pytest.Item, message: Message) -> NoReturn:
-        """Something in the guest has ended the run: a test, or a hook."""
-        self._leases.interrupt(item)
-        end_run(message)
-
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        with self._leases.ending(item, nextitem):
+        with self.leases.ending(item, nextitem):
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
 
     def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
         return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
 
     def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
-        add_hints(error, self._session.hints)
+        add_hints(error, self._run.hints)
 
         def fail() -> NoReturn:
             raise error
@@ -277,9 +269,6 @@ class Inside:
         if call.when != "setup":
             self._passed(item, "setup")
         return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
-
-    def _limit(self, item: pytest.Item, lease: Lease) -> float:
-        return plan_of(item).timeout or options.test_timeout(self._config) * lease.patience
 
     def _is_timed(self, item: pytest.Item) -> bool:
         """Whether a guest is to tell when a test's function begins and ends.
@@ -302,22 +291,22 @@ class Inside:
         """What the guest calls a test; or the report of why it has none."""
         assert lease.session is not None
         found = lease.session.collected
-        nodeid = plan_of(item).plain
+        plan = plan_of(item)
+        nodeid = plan.plain
         if nodeid in found.items:
             return nodeid
-        file = nodeid.partition("::")[0]
-        parents = [file, *map(str, Path(file).parents), ""]
-        for parent in parents:
-            if parent in found.failed or (parent and f"{parent}/__init__.py" in found.failed):
-                failed = found.failed.get(parent) or found.failed[f"{parent}/__init__.py"]
-                return self._not_collected(item, lease.reader.collect_failure(failed))
-        if (indices := plan_of(item).indices) is not None:
+        for parent in (plan.file, *map(str, Path(plan.file).parents), ""):
+            for place in (parent, f"{parent}/__init__.py"):
+                if place in found.failed:
+                    failure = lease.reader.collect_failure(found.failed[place])
+                    return self._not_collected(item, failure)
+        if plan.indices is not None:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
-                if theirs == indices and other.partition("[")[0] == base:
+                if theirs == plan.indices and other.partition("[")[0] == base:
                     if other in self._ids_here(item.session):  # it is another test: the sets differ
                         break
-                    self._session.tell(
+                    self._run.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
                         "differ between the two Pythons"
                     )
@@ -351,17 +340,9 @@ class Inside:
         Raises:
             VMSandboxError: there can be none.
         """
-        session = self._leases.lease(item).session
+        session = self.leases.lease(item).session
         assert session is not None
         return session.collected
-
-    def close(self) -> list[str]:
-        """Let every session tear down what is left, and end the guests.
-
-        Returns:
-            What went wrong, for people.
-        """
-        return self._leases.close()
 
 
 def _marks(item: pytest.Item) -> list[tuple[str, str]]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from pytest_vmsandbox.core.errors import InterpreterLost
 from pytest_vmsandbox.inside import distributions, project, requirements
+from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.install import Payload
-from pytest_vmsandbox.inside.session import GuestSession, Keeper, RunEnded
+from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin.hooks import end_run
 from pytest_vmsandbox.plugin.remote_reports import Reader
@@ -40,7 +41,7 @@ class Lease:
     guest: Guest
     payload: Payload
     tree: str
-    keeper: Keeper
+    connection: Connection
     reader: Reader
     config: Mapping[str, object]
     patience: float
@@ -61,7 +62,7 @@ class Lease:
             GuestLost: the guest is gone.
         """
         try:
-            self.session, said = started(self.keeper, self.config, self.patience)
+            self.session, said = started(self.connection, self.config, self.patience)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {self.guest.name} could not collect the tests: {lost.brief}",
@@ -72,11 +73,11 @@ class Lease:
 
 
 def started(
-    keeper: Keeper, config: Mapping[str, object], patience: float
+    connection: Connection, config: Mapping[str, object], patience: float
 ) -> tuple[GuestSession, list[Message]]:
     """A session that has collected, and what it said besides; the run ends if it says so."""
     try:
-        return GuestSession.started(keeper, config, timeout=COLLECT_SECONDS * patience)
+        return GuestSession.started(connection, config, timeout=COLLECT_SECONDS * patience)
     except RunEnded as end:
         end_run(end.message)
 

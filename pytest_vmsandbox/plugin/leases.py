@@ -10,6 +10,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
+    CacheError,
     GuestLost,
     InterpreterLost,
     TransferError,
@@ -24,7 +25,7 @@ from pytest_vmsandbox.plugin.provisioning import Provisioner
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.plugin.messages import Messages
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
@@ -37,7 +38,7 @@ class Leases:
         messages: is told what a session says before it runs tests, and when it is interrupted.
     """
 
-    def __init__(self, run: VMSession, messages: Messages) -> None:
+    def __init__(self, run: Run, messages: Messages) -> None:
         self._run = run
         self._messages = messages
         self._provisioner = Provisioner(run)
@@ -67,7 +68,9 @@ class Leases:
             self._unlucky[kind] = self._unlucky.get(kind, 0) + 1
             if not error.transient or self._unlucky[kind] == _MOST_UNLUCKY:
                 # The next one would fail as this one.
-                self._failures[any_kind if isinstance(error, TransferError) else kind] = error
+                self._failures[
+                    any_kind if isinstance(error, TransferError | CacheError) else kind
+                ] = error
             raise
         self._unlucky.pop(kind, None)
         return lease

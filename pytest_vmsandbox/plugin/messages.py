@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.wire import Message
     from pytest_vmsandbox.plugin.hooks import Hooks
     from pytest_vmsandbox.plugin.lease import Lease
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 
@@ -26,7 +26,7 @@ Record = Callable[[], None]  # tells a plugin of this side what a test has left 
 class Messages:
     """Passes on what sessions in guests say."""
 
-    def __init__(self, run: VMSession, hooks: Hooks) -> None:
+    def __init__(self, run: Run, hooks: Hooks) -> None:
         self._run = run
         self._config = run.config
         self._hooks = hooks

@@ -16,7 +16,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import plan as plans
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 
 class _Name(str):
@@ -25,12 +25,6 @@ class _Name(str):
     __slots__ = ("image", "plain")
     image: str
     plain: str
-
-    @classmethod
-    def of(cls, name: str, *, plain: str, image: str) -> _Name:
-        self = cls(name)
-        self.plain, self.image = plain, image
-        return self
 
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) is True or self.plain == other
@@ -67,7 +61,8 @@ def give_both_names(items: Iterable[object]) -> None:
     for item in items:
         if isinstance(item, pytest.Item) and (image := plans.image_of(item)) is not None:
             plain = plans.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
-            item.name = _Name.of(item.name, plain=plain, image=image)
+            name = item.name = _Name(item.name)
+            name.plain, name.image = plain, image
 
 
 def give_full_names(items: Iterable[pytest.Item]) -> None:
@@ -84,7 +79,7 @@ def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -
         ]
 
 
-def know_again(session: VMSession, nodeids: Sequence[str]) -> None:
+def know_again(run: Run, nodeids: Sequence[str]) -> None:
     """Let ``--lf``, ``--ff``, ``--nf`` and ``--sw`` know tests by what former runs called them.
 
     A former run may have been a plain one, and this one inside guests, or the other way round.
@@ -92,25 +87,23 @@ def know_again(session: VMSession, nodeids: Sequence[str]) -> None:
     Args:
         nodeids: tests of this run. It may be called several times, with some of them each.
     """
-    plugins: Any = session.config.pluginmanager
+    plugins: Any = run.config.pluginmanager
     last_failed = plugins.get_plugin("lfplugin")
     if last_failed is not None and last_failed.active:
-        for former, ids in _now_called(session, last_failed.lastfailed, nodeids).items():
+        for former, ids in _now_called(run, last_failed.lastfailed, nodeids).items():
             del last_failed.lastfailed[former]
             last_failed.lastfailed.update(dict.fromkeys(ids, True))
     stepwise = plugins.get_plugin("stepwiseplugin")
     if stepwise is not None and (former := stepwise.cached_info.last_failed):
-        now = _now_called(session, [former], nodeids)
+        now = _now_called(run, [former], nodeids)
         stepwise.cached_info.last_failed = now.get(former, [former])[0]
     new_first = plugins.get_plugin("nfplugin")
     if new_first is not None and new_first.active:
-        for ids in _now_called(session, new_first.cached_nodeids, nodeids).values():
+        for ids in _now_called(run, new_first.cached_nodeids, nodeids).values():
             new_first.cached_nodeids.update(ids)
 
 
-def _now_called(
-    session: VMSession, known: Iterable[Any], nodeids: Sequence[str]
-) -> dict[Any, list[Any]]:
+def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[Any, list[Any]]:
     """The ids of former runs that none of these tests has, but that mean some → their ids now.
 
     Args:
@@ -118,7 +111,10 @@ def _now_called(
     """
     by_text = {str(nodeid): nodeid for nodeid in known}
     found: dict[Any, list[Any]] = {}
-    images = _images(session) if by_text else []
+    images: list[str] = []
+    if by_text:
+        with suppress(ConfigError):  # told where it matters
+            images = list(run.catalogue.names())
     for nodeid in nodeids:
         for other in _namesakes(nodeid, images):
             if (former := by_text.get(other)) is not None:
@@ -133,12 +129,6 @@ def _namesakes(nodeid: str, images: Sequence[str]) -> list[str]:
     others.update(dict.fromkeys(_without_image(nodeid, image) for image in images))
     others.pop(nodeid, None)
     return list(others)
-
-
-def _images(session: VMSession) -> list[str]:
-    with suppress(ConfigError):  # told where it matters
-        return list(session.catalogue.names())
-    return []
 
 
 def with_image(nodeid: str, image: str) -> str:

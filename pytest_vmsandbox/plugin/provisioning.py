@@ -13,8 +13,9 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost, TransferError
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.inside import install
+from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.install import Payload
-from pytest_vmsandbox.inside.session import GuestSession, Keeper
+from pytest_vmsandbox.inside.session import GuestSession
 from pytest_vmsandbox.plugin import config as options, guest_config
 from pytest_vmsandbox.plugin.lease import COLLECT_SECONDS, Lease, started
 from pytest_vmsandbox.plugin.measuring import Measuring
@@ -25,7 +26,7 @@ from pytest_vmsandbox.plugin.session_config import session_config
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 _MOST_LOST = 3  # waiting sessions in a row that do not resume
 
@@ -37,7 +38,7 @@ class Provisioner:
     for all clones.
     """
 
-    def __init__(self, run: VMSession) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._config = run.config
         self._payload: Payload | None = None
@@ -66,7 +67,7 @@ class Provisioner:
         raise AssertionError
 
     def _open(self, session: pytest.Session, plan: Plan) -> Lease:
-        """A guest with what its tests need, and a keeper to start sessions with."""
+        """A guest with what its tests need, and a connection to start sessions with."""
         self._check_python(plan.image)
         factory = self._run.factory
         factory.backend.require(plan.image)
@@ -85,14 +86,14 @@ class Provisioner:
             if not alone:
                 install.install_project(guest, payload)
             installed = install.layout(guest, payload)
-            keeper = stack.enter_context(
-                Keeper.attached(guest, installed.place, patience=patience, serve=not alone)
+            connection = stack.enter_context(
+                Connection.attached(guest, installed.place, patience=patience, serve=not alone)
             )
             return Lease(
                 guest=guest,
                 payload=payload,
                 tree=installed.tree,
-                keeper=keeper,
+                connection=connection,
                 reader=Reader(
                     installed.tree,
                     self._config.rootpath,
@@ -119,7 +120,9 @@ class Provisioner:
         """What goes to each guest of this run."""
         config = self._config
         root = config.rootpath
-        files = [it.path for it in session.items if plan_of(it).is_inside and it.path.is_file()]
+        files = [
+            item.path for item in session.items if plan_of(item).is_inside and item.path.is_file()
+        ]
         outside = [file for file in files if not file.is_relative_to(root)]
         if outside:
             raise ConfigError(
@@ -159,8 +162,8 @@ class Provisioner:
             install.install_project(guest, payload)
             installed = install.layout(guest, payload)
             config = session_config(self._run, session, plan, installed, {})
-            with Keeper.attached(guest, installed.place, patience=patience) as keeper:
-                found, said = started(keeper, config, patience)
+            with Connection.attached(guest, installed.place, patience=patience) as connection:
+                found, said = started(connection, config, patience)
             return {"collected": found.collected.facts(), "said": said}
 
         known = session_config(self._run, session, plan, install.layout(None, payload), {})
@@ -178,7 +181,7 @@ class Provisioner:
         """Take over the session that waits in a clone; what it said besides."""
         facts: Any = lease.guest.engine.facts
         lease.session, said = GuestSession.woken(
-            lease.keeper,
+            lease.connection,
             facts["collected"],
             environment=_own(lease.guest),
             fixtures=guest_config.fixtures(self._config),

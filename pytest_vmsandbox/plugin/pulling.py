@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.inside.harvest import Outcome, Patterns
     from pytest_vmsandbox.inside.tree import Tree
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 Found = defaultdict[str, dict[str, None]]
 """What is told at the end: names of files (or guests) as they are shown, in order, by what became of them."""
@@ -67,33 +67,31 @@ def patterns(config: pytest.Config) -> Patterns:
     return Patterns([*_KNOWN, *of_plugins, *options.pull(config)])
 
 
-def spare_unused(session: VMSession, inside: Sequence[pytest.Item]) -> None:
+def spare_unused(run: Run, inside: Sequence[pytest.Item]) -> None:
     """Let syrupy neither remove nor count unused snapshots.
 
     On this side, it would take all of tests inside for unused. In a guest, those of tests that were
     not selected here, or run in another guest.
     """
-    option = session.config.option
-    if not session.config.pluginmanager.has_plugin("syrupy") or not any(
+    option = run.config.option
+    if not run.config.pluginmanager.has_plugin("syrupy") or not any(
         "snapshot" in getattr(item, "fixturenames", ()) for item in inside
     ):
         return
-    session.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
+    run.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
     if hasattr(option, "disable_unused_snapshots"):
         option.disable_unused_snapshots = True
         return
     option.warn_unused_snapshots = True  # which fails no run
     if option.update_snapshots:
-        session.usage_errors.append(
+        run.usage_errors.append(
             "this version of syrupy would remove all snapshots of tests that run inside a guest\n"
             "Remedy: install one that has --snapshot-disable-unused, or update the snapshots "
             "without --in-vm"
         )
 
 
-def bring_back(
-    session: VMSession, guest: Guest, folder: str, tree: Tree
-) -> Mapping[Outcome, Iterable[str]]:
+def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outcome, Iterable[str]]:
     """Bring back what tests have written in a guest, as far as it is wanted.
 
     Args:
@@ -109,10 +107,10 @@ def bring_back(
         guest.engine.stream_script,
         tree,
         folder,
-        patterns=patterns(session.config),
-        since=session.begun,
+        patterns=patterns(run.config),
+        since=run.begun,
     )
-    session.failed |= bool(found[harvest.Outcome.UNWRITABLE])
+    run.failed |= bool(found[harvest.Outcome.UNWRITABLE])
     return found
 
 

@@ -5,27 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 
+if TYPE_CHECKING:
+    import pytest
+
 _MOST_SECONDS = 86_400
 _GLOB = frozenset("*?[!")
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
-
-
-class Mark(Protocol):
-    """The part of `pytest.Mark` that is read here."""
-
-    @property
-    def args(self) -> tuple[object, ...]:
-        """The images."""
-
-    @property
-    def kwargs(self) -> Mapping[str, object]:
-        """The rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +38,7 @@ class GuestRequest:
     xfail: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_marks(marks: Iterable[Mark], defaults: Hardware) -> GuestRequest:
+def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware) -> GuestRequest:
     """Resolve each argument from the closest marker that sets it; `skip` and `xfail` add up.
 
     Args:
@@ -84,7 +75,7 @@ def read_marks(marks: Iterable[Mark], defaults: Hardware) -> GuestRequest:
     )
 
 
-def in_guest(marks: Iterable[Mark]) -> bool | None:
+def in_guest(marks: Iterable[pytest.Mark]) -> bool | None:
     """What the closest `in_vm` marker says; None where there is none.
 
     Raises:

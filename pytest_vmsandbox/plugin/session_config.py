@@ -15,11 +15,11 @@ from pytest_vmsandbox.plugin.measuring import Measuring
 from pytest_vmsandbox.plugin.plan import Plan, alike
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 
 def session_config(
-    run: VMSession,
+    run: Run,
     session: pytest.Session,
     plan: Plan,
     installed: install.Installed,
@@ -70,7 +70,7 @@ def session_config(
     }
 
 
-def _tell_of_losses(run: VMSession) -> None:
+def _tell_of_losses(run: Run) -> None:
     """Tell what of this run's configuration no guest can have."""
     for name in guest_config.only_here(run.config):
         run.tell(

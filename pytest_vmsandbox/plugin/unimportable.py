@@ -21,7 +21,7 @@ from pytest_vmsandbox.plugin.selection import GuestRequest
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
-    from pytest_vmsandbox.plugin.session import VMSession
+    from pytest_vmsandbox.plugin.run import Run
 
 
 _MAX_LINE = 10_000_000
@@ -33,11 +33,11 @@ class RemoteItem(pytest.Item):
     place: tuple[Path, int | None, str] | None = None
 
     @classmethod
-    def of(cls, session: VMSession, parent: pytest.Collector, *, image: str, plain: str) -> Self:
+    def of(cls, run: Run, parent: pytest.Collector, *, image: str, plain: str) -> Self:
         """An item for what the guest calls `plain`."""
         name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
-        collection.plan_remote(session, item, image=image, plain=plain)
+        collection.plan_remote(run, item, image=image, plain=plain)
         return item
 
     def runtest(self) -> None:
@@ -48,7 +48,7 @@ class RemoteItem(pytest.Item):
 
 
 def stand_in(
-    session: VMSession, collector: pytest.Collector, report: pytest.CollectReport
+    run: Run, collector: pytest.Collector, report: pytest.CollectReport
 ) -> pytest.CollectReport:
     """A file's report; one with items for the guest instead of its failure, where that helps."""
     config = collector.config
@@ -60,32 +60,32 @@ def stand_in(
     ):
         return report
     try:
-        images = session.images(GuestRequest())
+        images = run.images(GuestRequest())
     except ConfigError:
         return report  # told by what uses it
-    first = session.unimportable.setdefault(collector.nodeid, type(collector))
+    first = run.unimportable.setdefault(collector.nodeid, type(collector))
     if first is not type(collector):
         images = []  # the guest tells of tests and doctests in one
     items: list[pytest.Item | pytest.Collector] = [
-        RemoteItem.of(session, collector, image=image, plain=collector.nodeid) for image in images
+        RemoteItem.of(run, collector, image=image, plain=collector.nodeid) for image in images
     ]
     return pytest.CollectReport(collector.nodeid, "passed", None, result=items)
 
 
 def replace(
-    session: VMSession, items: list[pytest.Item], collected: Callable[[pytest.Item], Collected]
+    run: Run, items: list[pytest.Item], collected: Callable[[pytest.Item], Collected]
 ) -> None:
     """Put the tests that guests have collected into the places of the files.
 
     Args:
         collected: what the guest for a test has collected.
     """
-    if session.unimportable and collection.refused(session.config) is None:
-        items[:] = [test for item in items for test in _collected(session, item, collected)]
+    if run.unimportable and collection.refused(run.config) is None:
+        items[:] = [test for item in items for test in _collected(run, item, collected)]
 
 
 def _collected(
-    session: VMSession, item: pytest.Item, collected: Callable[[pytest.Item], Collected]
+    run: Run, item: pytest.Item, collected: Callable[[pytest.Item], Collected]
 ) -> Iterator[pytest.Item]:
     if not isinstance(item, RemoteItem):
         yield item
@@ -99,7 +99,7 @@ def _collected(
     assert item.parent is not None
     plains = [nodeid for nodeid in found.items if nodeid.partition("::")[0] == plan.plain]
     for plain in plains:
-        one = RemoteItem.of(session, item.parent, image=plan.image, plain=plain)
+        one = RemoteItem.of(run, item.parent, image=plan.image, plain=plain)
         _describe(one, found.details.get(plain))
         yield one
     if not plains:

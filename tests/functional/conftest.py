@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pytest_vmsandbox.plugin import SESSION
+from pytest_vmsandbox.plugin import RUN
 from support import leaks
 
 ORIGINS = {"cloned": "demand", "booted": "never"}  # how a guest comes to be, and what asks for it
@@ -67,7 +67,7 @@ def nothing_left(request):
         _ = factory.backend.hypervisor
         factory.backend.accelerator("tiny")
         _ = factory._clones._builder, factory._clones.pool
-        _ = request.config.stash[SESSION].artifacts._guests  # locked as long as the run lives
+        _ = request.config.stash[RUN].artifacts._guests  # locked as long as the run lives
     before = leaks.inventory()
     yield
     if not shared(request.node):

@@ -30,6 +30,7 @@ atheris: Any = importlib.import_module("atheris") if importlib.util.find_spec("a
 with atheris.instrument_imports(include=["pytest_vmsandbox"]) if atheris else nullcontext():
     from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
     from pytest_vmsandbox.inside import session
+    from pytest_vmsandbox.inside.connection import Connection
     from pytest_vmsandbox.inside.wire import Decoder, encode
     from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
     from support.reports import EVIL_TEXT, JSON, KEYS, Host, check_text, nearly_right, samples, sent
@@ -99,7 +100,7 @@ def reports(data):
 @given(st.lists(st.binary(max_size=50) | MESSAGES.map(encode), max_size=8), st.integers(0, 3))
 def conversations(pieces, count):
     script: Any = Script(pieces)
-    keeper = session.Keeper(script, script, patience=0.01)
+    keeper = Connection(script, script, patience=0.01)
     talk = session.GuestSession(keeper)
     try:
         if count == 0:

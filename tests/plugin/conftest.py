@@ -32,7 +32,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import BootError
 from pytest_vmsandbox.core.spec import Hardware, format_size
-from pytest_vmsandbox.plugin import SESSION
+from pytest_vmsandbox.plugin import RUN
 
 
 class FakeGuest:
@@ -91,7 +91,7 @@ class FakeFactory:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    session = config.stash[SESSION]
+    session = config.stash[RUN]
     session.factory = FakeFactory(session)
 """
 

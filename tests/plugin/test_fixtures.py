@@ -285,6 +285,16 @@ class TestArtifacts:
 
 
 class TestLogsOfGuestsThatTestsShare:
+    def test_have_no_folder_before_something_is_put_into_it(self, suite):
+        suite.write("""
+            from pathlib import Path
+
+            def test_good(vm):
+                (logs,) = Path("kept").iterdir()
+                assert logs.name.startswith("guests-")
+        """)
+        suite.run("--vm-artifacts=kept").assert_outcomes(passed=1)
+
     @pytest.mark.parametrize("isolation", ["module", "session"])
     def test_are_kept_with_each_test_that_fails(self, suite, isolation):
         suite.write(f"""
@@ -319,7 +329,7 @@ class TestLogsOfGuestsThatTestsShare:
     def test_of_a_fixture_of_the_users(self, suite):
         suite.write("""
             import pytest
-            from pytest_vmsandbox.plugin import SESSION
+            from pytest_vmsandbox.plugin import RUN
 
             @pytest.fixture(scope="module")
             def mine(vm_factory):
@@ -331,7 +341,7 @@ class TestLogsOfGuestsThatTestsShare:
             def test_c(mine): assert False
 
             def test_d(mine, pytestconfig):
-                note = pytestconfig.stash[SESSION].hints()[0].removeprefix("artifacts: ")
+                note = pytestconfig.stash[RUN].hints()[0].removeprefix("artifacts: ")
                 with open(note + "/alpha-1-1/console.log") as file:
                     assert file.read() == "alpha-1-1 boots"
         """)

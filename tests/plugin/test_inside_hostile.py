@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper
+from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
 from pytest_vmsandbox.plugin import leases, messages, provisioning
 from pytest_vmsandbox.plugin.lease import Lease
@@ -47,7 +48,10 @@ class Script:
         self.engine = self
 
     def send(self, data, timeout):
-        message = json.loads(data)
+        for line in data.splitlines():
+            self.take(json.loads(line))
+
+    def take(self, message):
         if message["do"] == "run" and message["id"] == ONE:
             self.waiting += self.said
         elif message["do"] == "run":
@@ -92,7 +96,7 @@ def told(suite, monkeypatch):
                     ),
                     1.0,
                 )
-                lease.session = GuestSession(Keeper(script, script, patience=1.0))
+                lease.session = GuestSession(Connection(script, script, patience=1.0))
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
             return lease
 
@@ -266,7 +270,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             guest=script,
             payload=payload,
             tree="/there",
-            keeper=Keeper(script, script, patience=1.0),
+            connection=Connection(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
             config={},
             patience=1.0,

@@ -15,7 +15,7 @@ import pathlib
 import threading
 import time
 
-from pytest_vmsandbox.plugin import SESSION
+from pytest_vmsandbox.plugin import RUN
 from support.vmsandbox_local import end_all
 
 FOLDER = pathlib.Path({folder!r})
@@ -23,7 +23,7 @@ FOLDER = pathlib.Path({folder!r})
 
 class Loses:
     def pytest_vmsandbox_guest_ready(self, config, guest):
-        place = config.stash[SESSION].factory.folder / guest.name
+        place = config.stash[RUN].factory.folder / guest.name
         if (FOLDER / "lose-at-once").exists():
             self.lose(guest, place)
         else:

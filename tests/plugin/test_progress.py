@@ -8,12 +8,12 @@ TESTS = """
 
     import pytest
 
-    from pytest_vmsandbox.plugin import SESSION
+    from pytest_vmsandbox.plugin import RUN
 
     @pytest.fixture
     def slow(pytestconfig):
         print("printed before")
-        pytestconfig.stash[SESSION].say("preparing it")
+        pytestconfig.stash[RUN].say("preparing it")
         os.system("echo printed after")
 
     def test_fails(slow):

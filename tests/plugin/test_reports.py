@@ -105,10 +105,10 @@ def test_a_guest_that_does_not_come_up_is_an_error_of_the_setup(suite):
 def test_an_error_tells_how_to_see_it_again(suite, args):
     """The ini file is there again; what was given besides decides where the test runs."""
     suite.write("""
-        from pytest_vmsandbox.plugin import SESSION
+        from pytest_vmsandbox.plugin import RUN
 
         def test_x(vm, pytestconfig):
-            print(*pytestconfig.stash[SESSION].hints(), sep="\\n")
+            print(*pytestconfig.stash[RUN].hints(), sep="\\n")
     """)
     again = shlex.join(["test_suite.py::test_x[alpha-1]", *args])
     lines = suite.run("-s", *args).outlines

@@ -19,8 +19,8 @@ import pytest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree_copy
-from pytest_vmsandbox.inside.session import Place
-from pytest_vmsandbox.plugin import SESSION, pulling, reporting
+from pytest_vmsandbox.inside.connection import Place
+from pytest_vmsandbox.plugin import RUN, pulling, reporting
 from support.local import LocalGuest
 
 LAYOUT = install.layout
@@ -122,7 +122,7 @@ class LocalFactory:
 
 
 def end_all(word):
-    """End the processes on whose command line is a word: keepers, and their sessions."""
+    """End the processes on whose command line is a word: supervisors, and their sessions."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             try:
@@ -136,7 +136,7 @@ def end_all(word):
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     reporting._HIDDEN += (f"{Path(__file__).parent}{os.sep}",)  # it stands in for ours
-    session = config.stash[SESSION]
+    session = config.stash[RUN]
     folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
     session.factory = LocalFactory(session, folder)
     for name in ("install_environment", "install_project", "layout"):

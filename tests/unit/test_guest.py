@@ -34,6 +34,7 @@ from pytest_vmsandbox.guests import (
     guest as guest_module,
     machines as machines_module,
     running,
+    ssh,
 )
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.engine import Engine
@@ -134,10 +135,17 @@ class FakeHelper:
     """The helper of a fake guest; it keeps the clock right."""
 
     lead = 0.0
-    is_there = True
 
-    def __init__(self, events):
-        self.events = events
+    def __init__(self, platform):
+        self.platform, self.events = platform, platform.events
+        self.is_there = platform.has_helper
+
+    def start(self, command, login):
+        used = [transport for transport in self.platform.transports if not transport.closed]
+        for transport in used:
+            if transport.user == login:
+                return transport.start(command)
+        return self.platform.transport(login).start(command)
 
     def assume(self):
         pass
@@ -164,6 +172,8 @@ class FakeHelper:
         self.events.append("ping")
 
     def close(self):
+        for transport in self.platform.transports:
+            transport.close()
         self.events.append("going down")
 
 
@@ -259,6 +269,7 @@ class FakePlatform:
         self.transports = []
         self.off = 0
         self.answer = True
+        self.has_helper = True
         self.fault = None
         self.events = []
         self.booting = lambda machine: None
@@ -281,7 +292,11 @@ class FakePlatform:
         finally:
             self.off += 1
 
-    def transport(self, helper, user):
+    def connection(self, endpoint, **_):
+        """By SSH."""
+        return self.transport(endpoint().user)
+
+    def transport(self, user):
         self.transports.append(FakeTransport(self.machines[-1], user, self.home))
         return self.transports[-1]
 
@@ -294,8 +309,8 @@ def platform(tmp_path, monkeypatch):
     home.mkdir()
     platform = FakePlatform(home)
     monkeypatch.setattr(machines_module, "Machine", platform)
-    monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform.events))
-    monkeypatch.setattr(running, "HelperTransport", platform.transport)
+    monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform))
+    monkeypatch.setattr(ssh, "SSHTransport", platform.connection)
     monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)
     return platform
 
@@ -450,13 +465,19 @@ class TestUser:
             ("me", "root", "root", None),
         ],
     )
-    def test_root_becomes_others_and_others_log_in(self, platform, own, asked, login, becomes):
+    @pytest.mark.parametrize("has_helper", [True, False])
+    def test_root_becomes_others_and_others_log_in(
+        self, platform, own, asked, login, becomes, has_helper
+    ):
+        platform.has_helper = has_helper
         with make(platform, user=own) as vm:
             vm.run(["true"], user=asked)
             (transport,) = platform.transports
             assert (transport.user, transport.commands[0].user) == (login, becomes)
 
-    def test_there_is_one_connection_for_each(self, platform):
+    @pytest.mark.parametrize("has_helper", [True, False])
+    def test_there_is_one_connection_for_each(self, platform, has_helper):
+        platform.has_helper = has_helper
         with make(platform, user="me") as vm:
             for user in (None, "root", None, "root"):
                 vm.run(["true"], user=user)
@@ -742,7 +763,7 @@ class TestRest:
             vm.engine.rest()
             asked.append(vm.engine.resting)
 
-        vm.engine.stream(Command(argv=("echo", "x")), stdout=listen, stderr=listen)
+        vm.engine.run(Command(argv=("echo", "x")), stdout=listen)
         assert asked
         assert not any(asked)
 
@@ -1015,8 +1036,8 @@ class TestPathsInTheGuest:
 def test_streams_are_passed_on_as_they_come(vm):
     got = []
     command = Command(argv=("cat",))
-    status = vm.engine.stream(command, stdin=io.BytesIO(b"x"), stdout=got.append, stderr=got.append)
-    assert (status, b"".join(got)) == (0, b"x")
+    done = vm.engine.run(command, stdin=io.BytesIO(b"x"), stdout=got.append)
+    assert (done.returncode, b"".join(got), done.stdout, done.stderr) == (0, b"x", b"", b"")
 
 
 class TestPing:

@@ -29,7 +29,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import helper as helper_module, process as process_module, script
-from pytest_vmsandbox.guests.helper import Helper, HelperTransport
+from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
 from support.arguments import FITS, TOO_LONG, output_of
@@ -198,7 +198,6 @@ class TestStart:
         home = pwd.getpwnam("nobody").pw_dir
         assert run(sh(helper, script, user="nobody"))[1] == f"nobody\n{home}\n".encode()
         assert run(helper.start(Command(argv=("id", "-un")), "nobody"))[1] == b"nobody\n"
-        assert run(HelperTransport(helper, "nobody").start(Command(argv=("id", "-un"))))[0] == 0
 
     @pytest.mark.parametrize(
         "command",
@@ -1064,7 +1063,7 @@ class Fed:
     def channel(self):
         """The number of one on which a program seems to run."""
         number = next(self.helper._numbers)
-        channel = helper_module.HelperChannel(self.helper, number, 1, self.helper._changed)
+        channel = helper_module.HelperChannel(self.helper, number, 1)
         self.helper._channels[number] = channel
         self.feed(frame("S", number, struct.pack("<I", 5)))
         return channel
@@ -1160,7 +1159,7 @@ class TestNonsense:
         for channel in channels:
             assert sum(map(len, channel._streams.values())) <= 2 * MIB
             assert 0 <= channel._room <= 65536
-            channel.recv_ready()
+            channel.has_output(process_module.STDOUT)
 
     def test_output_beyond_the_window(self):
         """A guest cannot make us keep more than was asked for."""
@@ -1182,7 +1181,7 @@ class TestNonsense:
         it = fed()
         channel = it.channel()
         it.feed(frame("z", 1, struct.pack("<i", -(2**31))))
-        assert channel.ended_by == process_module.UNKNOWN_SIGNAL
+        assert channel.status == -process_module.UNKNOWN_SIGNAL
 
     def test_the_reading_thread_survives(self, fake):
         """A helper that goes mad does not harm the next one."""

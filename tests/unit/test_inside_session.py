@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
-from pytest_vmsandbox.inside import session
-from pytest_vmsandbox.inside.session import Collected, GuestSession, Keeper, Place, parse_probe
+from pytest_vmsandbox.inside import connection, session
+from pytest_vmsandbox.inside.connection import Connection, Place
+from pytest_vmsandbox.inside.guest_python import parse_probe
+from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
 from support.local import LocalGuest
 from support.reports import EVIL_TEXT, JSON, KEYS, check_text
@@ -47,7 +49,7 @@ class Script:
         self.closed = False
 
     def send(self, data, timeout):
-        self.heard.append(json.loads(data))
+        self.heard += map(json.loads, data.splitlines())
 
     def receive(self, timeout):
         if not self.steps:
@@ -82,13 +84,14 @@ class Script:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS", "_EXIT_SECONDS"):
-        monkeypatch.setattr(session, name, 0.2)
+    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS"):
+        monkeypatch.setattr(connection, name, 0.2)
+    monkeypatch.setattr(session, "_EXIT_SECONDS", 0.2)
 
 
 def play(*steps, **how):
     script: Any = Script(*steps, **how)
-    return script, GuestSession(Keeper(script, script, patience=1.0))
+    return script, GuestSession(Connection(script, script, patience=1.0))
 
 
 def run(*steps, **how):
@@ -97,6 +100,23 @@ def run(*steps, **how):
         return list(talk.run(ID, **HOW))
     finally:
         assert script.asked[0] == "run"
+
+
+def test_a_guest_is_told_of_several_tests_at_once():
+    """Each message wakes its supervisor."""
+    names = [f"test_a.py::test_{number}" for number in range(30)]
+    script, talk = play(*({"done": name} for name in names))
+    sent = []
+    script.send = lambda data, timeout: sent.append(len(data.splitlines()))
+    how = {name: value for name, value in HOW.items() if name != "limit"}
+    ahead = 0
+    for number, name in enumerate(names):
+        while ahead < min(number + 9, len(names)):
+            talk.announce(names[ahead], **how)
+            ahead += 1
+        assert list(talk.run(name, **HOW)) == [{"done": name}]
+    assert sum(sent) == len(names)
+    assert len(sent) < len(names) / 3
 
 
 def report(nodeid=ID):
@@ -191,7 +211,7 @@ def test_a_guest_that_takes_nothing():
 
     script: Any = Deaf()
     with pytest.raises(GuestLost, match="does not answer"):
-        list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
+        list(GuestSession(Connection(script, script, patience=1.0)).run(ID, **HOW))
 
 
 def test_a_message_needs_no_thread():
@@ -202,12 +222,12 @@ def test_a_message_needs_no_thread():
 
     senders = set()
     script: Any = Watched(report(), {"done": ID})
-    list(GuestSession(Keeper(script, script, patience=1.0)).run(ID, **HOW))
+    list(GuestSession(Connection(script, script, patience=1.0)).run(ID, **HOW))
     assert senders == {threading.current_thread()}
 
 
 def test_silence_is_asked_about(monkeypatch):
-    monkeypatch.setattr(session, "_PING_SECONDS", 0.01)
+    monkeypatch.setattr(connection, "_PING_SECONDS", 0.01)
     assert run(SILENCE, {"pong": 0}, {"done": ID}) == [{"done": ID}]
     with pytest.raises(GuestLost, match="does not answer"):
         run(SILENCE, SILENCE)
@@ -233,27 +253,27 @@ def test_live_output_without_an_end_is_ended_in_time():
 
 
 def test_live_output_is_no_flood(monkeypatch):
-    monkeypatch.setattr(session, "_MAX_MESSAGES", 10)
-    monkeypatch.setattr(session, "_MAX_BYTES", 1000)
+    monkeypatch.setattr(connection, "_MAX_MESSAGES", 10)
+    monkeypatch.setattr(connection, "_MAX_BYTES", 1000)
     many = [{"output": "x" * 100}] * 100
     assert len(run(*many, {"done": ID})) == 101
 
 
 @pytest.mark.parametrize("message", [report(), {}, {"interrupted": ""}])
 def test_a_flood_of_messages(monkeypatch, message):
-    monkeypatch.setattr(session, "_MAX_MESSAGES", 1_000)
+    monkeypatch.setattr(connection, "_MAX_MESSAGES", 1_000)
     with pytest.raises(GuestLost, match="more messages"):
         run(encode(message) * 100, repeat=True)
 
 
 def test_a_flood_of_bytes(monkeypatch):
-    monkeypatch.setattr(session, "_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(connection, "_MAX_BYTES", 1 << 20)
     with pytest.raises(GuestLost, match="more messages"):
         run({"report": "x" * 100_000}, repeat=True)
 
 
 def test_each_request_has_its_own_limit(monkeypatch):
-    monkeypatch.setattr(session, "_MAX_MESSAGES", 10)
+    monkeypatch.setattr(connection, "_MAX_MESSAGES", 10)
     one = [report()] * 9 + [{"done": ID}]
     talk = play(*one * 5)[1]
     for _ in range(5):
@@ -280,7 +300,7 @@ def test_the_end_is_told_after_much_output(monkeypatch):
 
 def started(*steps):
     script: Any = Script(*steps)
-    return GuestSession.started(Keeper(script, script, patience=1.0), {}, timeout=0.5)
+    return GuestSession.started(Connection(script, script, patience=1.0), {}, timeout=0.5)
 
 
 def test_what_is_collected():
@@ -298,7 +318,7 @@ def test_what_is_collected():
 
 def woken(*steps):
     script: Any = Script(*steps)
-    keeper = Keeper(script, script, patience=1.0)
+    keeper = Connection(script, script, patience=1.0)
     facts = {"items": {ID: None}, "details": {}, "failed": {}}
     return GuestSession.woken(keeper, facts, environment={}, fixtures={}, timeout=0.5)
 
@@ -363,7 +383,7 @@ def test_a_keeper_that_does_not_greet():
         [],
     ):
         script: Any = Script(*steps)
-        with pytest.raises(GuestLost), Keeper.attached(script, place):
+        with pytest.raises(GuestLost), Connection.attached(script, place):
             raise AssertionError
         assert script.closed
 
@@ -383,7 +403,9 @@ ANYTHING = st.lists(
 def test_whatever_is_said(steps, what):
     script, talk = play(*steps)
     use = {
-        "start": lambda: GuestSession.started(Keeper(script, script, patience=1.0), {}, timeout=1),
+        "start": lambda: GuestSession.started(
+            Connection(script, script, patience=1.0), {}, timeout=1
+        ),
         "run": lambda: list(talk.run(ID, **HOW)),
         "finish": lambda: talk.finish(1),
         "interrupt": lambda: talk.interrupt(1),
@@ -420,7 +442,7 @@ class Folder:
 
     @contextmanager
     def keeper(self):
-        with Keeper.attached(self.guest, self.place) as keeper:
+        with Connection.attached(self.guest, self.place) as keeper:
             if not self.pids:
                 self.pids.add(self.keeper_pid())
             yield keeper
@@ -486,8 +508,9 @@ def _read(path):
 
 @pytest.fixture
 def inside(monkeypatch):
-    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS", "_EXIT_SECONDS"):
-        monkeypatch.setattr(session, name, 10)
+    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS"):
+        monkeypatch.setattr(connection, name, 10)
+    monkeypatch.setattr(session, "_EXIT_SECONDS", 10)
     places = []
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
 
@@ -788,8 +811,8 @@ def test_what_was_said_to_nobody_is_told_later(inside):
     with place.keeper() as keeper:
         talk = place.start(keeper)
         one, two = ids(talk)
-        talk.announce(one, following=two, more=True, marks=())
-        talk.announce(two, following=None, more=True, marks=())
+        for nodeid, following in ((one, two), (two, None)):
+            keeper.say({"do": "run", "id": nodeid, "next": following, "more": True, "marks": []})
         assert until((place.folder / "begun").exists)
         keeper._ping()  # all that was sent has arrived
     for _ in range(3):  # whoever attaches is greeted first

@@ -1,6 +1,5 @@
 """What markers ask for, where artifacts go, what reports show."""
 
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import pytest
@@ -15,18 +14,12 @@ from pytest_vmsandbox.plugin.selection import GuestRequest, applicable, read_mar
 CATALOGUE = ["a-1", "a-2", "b"]
 
 
-@dataclass
-class Mark:
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-
-
 def read(marks):
     return read_marks(marks, Hardware())
 
 
 def mark(*args, **kwargs):
-    return Mark(args, kwargs)
+    return pytest.mark.vm.with_args(*args, **kwargs).mark
 
 
 def select(patterns):

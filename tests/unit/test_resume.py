@@ -1,13 +1,10 @@
 """How guests that were saved are put right when they go on."""
 
-from contextlib import ExitStack
-
 import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.resume import RunningMachine
 
 
 class Fakes:
@@ -210,34 +207,3 @@ class TestFromPause:
         fakes.fault = what
         with pytest.raises(GuestLost, match=f"no {what}"):
             from_pause(fakes)
-
-
-class TestRunningMachine:
-    def running(self, done):
-        stack = ExitStack()
-        stack.callback(done.append, "ended")
-        return RunningMachine(machine=fake(), helper=fake(), stack=stack)
-
-    def test_ends_with_its_context(self):
-        done = []
-        with self.running(done):
-            assert done == []
-        assert done == ["ended"]
-
-    def test_ends_once(self):
-        """Also if whoever made it ends it as well."""
-        done = []
-        running = self.running(done)
-        with running:
-            running.stack.close()
-        assert done == ["ended"]
-
-    def test_an_error_passes_through(self):
-        done = []
-        with pytest.raises(KeyError), self.running(done):
-            raise KeyError
-        assert done == ["ended"]
-
-
-def fake():
-    return Fakes(0.0)

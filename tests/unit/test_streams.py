@@ -11,16 +11,16 @@ import gc
 from types import SimpleNamespace
 from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests.process import ChannelProcess, Process
+from pytest_vmsandbox.guests.process import RemoteProcess, Process
 
 def lost(*_):
     raise GuestLost("the guest is gone")
 
 channel = SimpleNamespace(
-    closed=False, shutdown_write=lost, send=lost, recv=lost, recv_stderr=lost
+    closed=False, end_input=lost, send=lost, receive=lost
 )
 for text in (True, False):
-    remote = ChannelProcess(None, channel, Command(argv=("cat",)), check=lost, group=1)
+    remote = RemoteProcess(channel, Command(argv=("cat",)), check=lost)
     process = Process(remote, ("cat",), text=text)
     process.stdin.write("not sent" if text else b"not sent")
     {how}

@@ -86,7 +86,7 @@ def second_run(setup: Setup) -> Result:
         took = folder.parent / "took"
         began = time.monotonic()
         _run_with_plugin(setup, folder, took)
-        if counted:  # the first one may have to make the template
+        if counted:  # the first one may have to build a template
             samples.append(float(took.read_text(encoding="utf-8")) - began)
     return median(samples, digits=2)
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,6 @@ from pytest_vmsandbox.plugin.plan import plan_of, request_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.factory import GuestFactory
@@ -50,7 +48,7 @@ class _Known:
     has_failed: bool = False
 
 
-class VMSession:
+class Run:
     """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
 
     Attributes:
@@ -110,11 +108,6 @@ class VMSession:
             item.user_properties.append((RETRIED, error.brief))
         where = f" ({item.nodeid})" if item is not None else ""
         self.tell(f"retried in a fresh guest{where}: {error.brief}")
-
-    def note_report(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        """Remember that a test has failed: its artifacts are kept."""
-        if report.failed:
-            item.stash[FAILED] = True
 
     def note_use(self, guest: Guest) -> None:
         """Note that the test that runs now uses a guest which others may use, too."""
@@ -340,8 +333,6 @@ class VMSession:
         return [provision for provision in found if provision is not None]
 
     def guest_ready(self, guest: Guest) -> None:
-        if self.item is not None:
-            self.artifacts.keep_logs(self.item.nodeid, guest.name)
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
         self._guests[guest.name].guest = guest
 
@@ -364,29 +355,22 @@ class VMSession:
 
 
 class SharedGuests:
-    """Guests that live as long as a module or a session, by image and hardware."""
+    """Guests that live as long as a module or a run, by image and hardware."""
 
-    def __init__(self, session: VMSession, stack: ExitStack) -> None:
-        self._session = session
+    def __init__(self, run: Run, stack: ExitStack) -> None:
+        self._run = run
         self._stack = stack
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
 
-    @classmethod
-    @contextmanager
-    def open(cls, session: VMSession) -> Iterator[SharedGuests]:
-        """No guests yet; at the end all are gone."""
-        with ExitStack() as stack:
-            yield cls(session, stack)
-
     def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
         """The guest for this image and hardware; a lost one is replaced by a fresh one."""
-        key = (image, self._session.image(), hardware)
+        key = (image, self._run.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
             own = self._stack.enter_context(ExitStack())
-            lease = self._session.factory.lease(image, hardware)
+            lease = self._run.factory.lease(image, hardware)
             self._guests[key] = own.enter_context(lease), own
         guest, _ = self._guests[key]
-        self._session.note_use(guest)
+        self._run.note_use(guest)
         return guest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from pytest_vmsandbox.guests import listening
+from pytest_vmsandbox.guests import forwarding
 
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 ADDRESSES = [
@@ -34,12 +34,12 @@ def test_a_socket_of_this_machine(protocol, family, address, reached):
             assert found(port, protocol) == []
             sock.listen()
         assert found(port, protocol) == [ipaddress.ip_address(address)]
-        assert [listening.is_reached(it) for it in found(port, protocol)] == [reached]
+        assert [forwarding.is_reached(it) for it in found(port, protocol)] == [reached]
 
 
 def found(port, protocol):
-    text = "".join(Path(file).read_text(encoding="utf-8") for file in listening.files(protocol))
-    return listening.addresses(text, port, protocol)
+    text = "".join(Path(file).read_text(encoding="utf-8") for file in forwarding.files(protocol))
+    return forwarding.addresses(text, port, protocol)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def found(port, protocol):
     ["0: xx:0050 0 0A", "0: 00:0050 0 0A", "0: 00000000:zz 0 0A", "0: 00000000 0 0A", "0: 1"],
 )
 def test_nonsense_is_skipped(words):
-    assert listening.addresses(words, 80, "tcp") == []
+    assert forwarding.addresses(words, 80, "tcp") == []
 
 
 @given(st.text())
 def test_any_text(text):
-    listening.addresses(text, 80, "tcp")
+    forwarding.addresses(text, 80, "tcp")
