@@ -278,7 +278,7 @@ class Guest:
         """The content of a file in the guest, as UTF-8.
 
         Raises:
-            TransferError: it cannot be read.
+            TransferError: it cannot be read, has more than 256 MiB, or is a pipe or a device.
         """
         with self.engine.explained():
             return transfer.read_text(self.engine.stream_script, transfer.guest_path(path))

@@ -180,7 +180,7 @@ class SSHTransport:
         self, channel: SSHChannel, command: Command, noise: bytes, started: float
     ) -> CommandError | GuestLost:
         channel.wait_for_end(_LINGER_SECONDS)
-        if channel.status is None:
+        if channel.status is None or channel.status < 0:
             self._check()
             return GuestLost("the connection broke while a program was started", stage="ssh")
         stderr = b""

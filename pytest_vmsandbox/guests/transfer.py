@@ -16,10 +16,10 @@ import shlex
 import stat
 import tarfile
 import tempfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -386,18 +386,18 @@ def _pull_into(
     folder.mkdir()
     incoming = _Incoming(folder, name, special=special)
     script = _read_script(parent, name if name == "." else "./" + name, copied=copied)
-    failure: list[BaseException] = []
-    try:
-        with _read_by(incoming.read, failure) as write:
+    failed: CommandError | None = None
+    with _read_by(incoming.read) as (write, unpacked):
+        try:
             said = stream(script, stdout=write) or ""
-    except CommandError as error:
-        said = str(error.result.stderr)
+        except CommandError as error:
+            said, failed = str(error.result.stderr), error
+    if failed is not None:
         if _CUT in said and not copied:
             return _pull_into(stream, source, scratch, special=special, copied=True)
         if not incoming.is_tree or not _has_only_changed(said):
-            raise
-    if failure:
-        raise failure[0]
+            raise failed
+    unpacked.result()
     left_out = [next(filter(None, found.groups())) for found in _LEFT_OUT.finditer(said)]
     return incoming.place, [*incoming.left_out, *left_out]
 
@@ -486,73 +486,52 @@ def written_by(work: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
     What `work` raises is raised by the read that would have found the end.
     """
     read_fd, write_fd = os.pipe()
-    failure: list[BaseException] = []
 
     def run() -> None:
-        try:
-            with os.fdopen(write_fd, "wb") as file:
-                work(file)
-        except BrokenPipeError:
-            pass  # the reader has stopped, and knows why
-        except BaseException as error:  # noqa: BLE001  # raised again below, in the caller
-            failure.append(error)
+        # A reader that has stopped knows why.
+        with suppress(BrokenPipeError), os.fdopen(write_fd, "wb") as file:
+            work(file)
 
-    thread = threading.Thread(target=run, name="vmsandbox-pack", daemon=True)
-    with os.fdopen(read_fd, "rb", buffering=0) as file:
-        thread.start()
-        try:
-            yield cast("IO[bytes]", _CheckedReader(file, failure, thread))
-        finally:
-            file.close()
-            thread.join()
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-pack") as pool,
+        os.fdopen(read_fd, "rb", buffering=0) as file,
+    ):
+        yield cast("IO[bytes]", _CheckedReader(file, pool.submit(run)))
 
 
 class _CheckedReader(io.RawIOBase):
     """Reads a pipe; its end is an error if the writer failed, so no half archive looks whole."""
 
-    def __init__(
-        self, file: io.FileIO, failure: list[BaseException], writer: threading.Thread
-    ) -> None:
-        self._file, self._failure, self._writer = file, failure, writer
+    def __init__(self, file: io.FileIO, written: Future[None]) -> None:
+        self._file, self._written = file, written
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
         if not data:
-            self._writer.join()
-            if self._failure:
-                raise self._failure[0]
+            self._written.result()
         return data or b""
 
 
 @contextmanager
 def _read_by(
-    work: Callable[[IO[bytes]], None], failure: list[BaseException]
-) -> Iterator[Callable[[bytes], object]]:
-    """A function that hands data to a thread which reads it as a file."""
+    work: Callable[[IO[bytes]], None],
+) -> Iterator[tuple[Callable[[bytes], object], Future[None]]]:
+    """A function that hands data to a thread which reads it as a file, and what became of that."""
     read_fd, write_fd = os.pipe()
 
     def run() -> None:
         with os.fdopen(read_fd, "rb") as file:
             try:
                 work(file)
-            except BaseException as error:  # noqa: BLE001  # raised again by the caller
-                failure.append(error)
-            while file.read(_CHUNK):  # let the sender finish
-                pass
+            finally:
+                while file.read(_CHUNK):  # let the sender finish
+                    pass
 
-    thread = threading.Thread(target=run, name="vmsandbox-unpack", daemon=True)
-    thread.start()
-    try:
-        with os.fdopen(write_fd, "wb", buffering=0) as file:
-
-            def write(data: bytes) -> None:
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
-
-            yield write
-    finally:
-        thread.join()
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-unpack") as pool,
+        os.fdopen(write_fd, "wb") as file,
+    ):
+        yield file.write, pool.submit(run)
 
 
 def quoted(path: str) -> str:

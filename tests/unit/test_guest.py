@@ -35,6 +35,7 @@ from pytest_vmsandbox.guests import (
     machines as machines_module,
     running,
     ssh,
+    transfer,
 )
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.engine import Engine
@@ -572,6 +573,22 @@ class TestFiles:
         (platform.home / "raw").write_bytes(b"\xff")
         with pytest.raises(TransferError, match="raw is not UTF-8") as caught:
             vm.read_text("raw")
+        assert "vm.pull()" in caught.value.remedy
+
+    def test_what_has_no_end_is_not_read(self, vm, platform):
+        os.mkfifo(platform.home / "pipe")
+        for path in ("pipe", "/dev/zero", platform.home):
+            with pytest.raises(TransferError, match="cannot be read") as caught:
+                vm.read_text(path)
+            assert "is not a regular file" in str(caught.value)
+
+    def test_text_that_is_too_long(self, vm, platform, monkeypatch):
+        monkeypatch.setattr(transfer, "_MAX_TEXT", 4)
+        (platform.home / "short").write_text("four")
+        (platform.home / "long").write_text("fives")
+        assert vm.read_text("short") == "four"
+        with pytest.raises(TransferError, match="long is larger than 4B") as caught:
+            vm.read_text("long")
         assert "vm.pull()" in caught.value.remedy
 
     def test_what_is_not_there(self, vm):
