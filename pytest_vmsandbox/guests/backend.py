@@ -68,7 +68,8 @@ class Backend:
             ConfigError: there is no such image.
         """
         try:
-            return self.built(image), find_qemu(self.catalogue.get(image).architecture)
+            qemu = find_qemu(self.catalogue.get(image).architecture)  # first: no image helps without
+            return self.built(image), qemu
         except (LaunchError, ImageError) as error:
             self.callbacks.missing(error)
 
