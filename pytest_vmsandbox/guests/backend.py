@@ -68,7 +68,8 @@ class Backend:
             ConfigError: there is no such image.
         """
         try:
-            qemu = find_qemu(self.catalogue.get(image).architecture)  # first: no image helps without
+            # First QEMU: an image is no help without it.
+            qemu = find_qemu(self.catalogue.get(image).architecture)
             return self.built(image), qemu
         except (LaunchError, ImageError) as error:
             self.callbacks.missing(error)
