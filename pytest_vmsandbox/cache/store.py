@@ -370,11 +370,11 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
             record.parent for record in cache.glob(f"{ENVIRONMENTS.folder}/*/{_FORMER_RECORD}")
         ),
     ]
-    if count := sum(discarded.removed for discarded in old):
-        freed_size = format_size(sum(discarded.freed for discarded in old))
+    if any(discarded.removed for discarded in old):
+        size = format_size(sum(discarded.freed for discarded in old))
         say(
-            f"the cache had {count} templates and environments of an older version "
-            f"({freed_size}): they are removed, and made anew when they are needed"
+            f"removed {size} of templates and environments that an older version had made: they are "
+            "made anew when they are needed"
         )
     return freed
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import os
 import shutil
@@ -243,15 +241,16 @@ def _check(out: Path, definition: ImageDefinition) -> None:
 
 def _is_host_key(content: bytes) -> bool:
     """Whether `content` is one line with an Ed25519 key, as ssh-keygen writes it."""
-    fields = content.split(None, 2)
-    if content.count(b"\n") != 1 or not content.endswith(b"\n") or len(fields) < 2:
-        return False
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
     try:
-        key = base64.b64decode(fields[1], validate=True)
-    except binascii.Error:
+        key = load_ssh_public_key(content)
+    except (ValueError, UnsupportedAlgorithm):
         return False
-    head = b"\0\0\0\x0bssh-ed25519\0\0\0\x20"
-    return fields[0] == b"ssh-ed25519" and key.startswith(head) and len(key) == len(head) + 32
+    is_line = content.count(b"\n") == 1 and content.endswith(b"\n")
+    return isinstance(key, Ed25519PublicKey) and is_line
 
 
 def _tail(log: Path) -> str:

@@ -14,10 +14,10 @@ from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.cli.benchmark import guests, machine, suites
 from pytest_vmsandbox.cli.benchmark.guests import Setup
 from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, ratios, seconds_of
-from pytest_vmsandbox.cli.options import GuestOptions, guest_options
+from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import VMSandboxError
-from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
+from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine.qemu import find_qemu
 
@@ -89,7 +89,8 @@ def bench(
     only: tuple[str, ...],
     count: int | None,
     most: int,
-    **options: str | None,
+    settings: Settings,
+    hardware: Mapping[str, str],
 ) -> None:
     """Measure on this machine what guests cost.
 
@@ -98,15 +99,14 @@ def bench(
     What cannot be measured here is left out, and why is said; with --only the exit status is 1 then.
     All figures together take minutes under KVM, and much longer where there is only emulation.
     """
-    wanted = GuestOptions.read(**options)  # type: ignore[arg-type]  # click has read them
-    hardware = wanted.settings.hardware.changed(wanted.hardware)
-    definition = Catalogue(wanted.settings.image_path).get(image)
+    spec = settings.hardware.changed(hardware)
+    definition = Catalogue(settings.image_path).get(image)
     with tempfile.TemporaryDirectory(prefix="vmsandbox-bench-") as folder:
         screen = Screen(stderr=True)
         setup = Setup(
             image=image,
-            settings=wanted.settings,
-            hardware=wanted.hardware,
+            settings=settings,
+            hardware=hardware,
             folder=Path(folder),
             count=count,
             most=most,
@@ -117,8 +117,8 @@ def bench(
         )
         about = {
             "image": image,
-            "cpus": hardware.cpus,
-            "memory_bytes": hardware.memory,
+            "cpus": spec.cpus,
+            "memory_bytes": spec.memory,
             **_environment(setup, definition.architecture),
         }
         results = measure(setup, only or MEASUREMENTS, screen)

@@ -181,7 +181,6 @@ def _namespace_problem() -> str:
             ["unshare", "--user", "--map-root-user", "--mount", "true"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             errors="replace",
             timeout=_NAMESPACE_SECONDS,
             check=False,

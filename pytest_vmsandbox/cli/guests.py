@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from pytest_vmsandbox.cli.options import GuestOptions
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
 
 @contextmanager
-def fresh_guest(image: str, wanted: GuestOptions) -> Iterator[Guest]:
+def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) -> Iterator[Guest]:
     """A guest that answers, and is gone at the end. What we say goes to the standard error.
 
     Raises:
@@ -21,7 +21,7 @@ def fresh_guest(image: str, wanted: GuestOptions) -> Iterator[Guest]:
     """
     screen = Screen(stderr=True)
     with ExitStack() as stack:
-        factory = stack.enter_context(GuestFactory.open(wanted.settings, Announcer(screen.say)))
+        factory = stack.enter_context(GuestFactory.open(settings, Announcer(screen.say)))
         with screen.waiting(f"starting {image}"):
-            guest = stack.enter_context(factory.boot(image, **wanted.hardware))
+            guest = stack.enter_context(factory.boot(image, **hardware))
         yield guest

@@ -133,17 +133,11 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
     templates = TemplateStore(cache_dir())
-    built = list(
-        dict.fromkeys(
-            [
-                *(image.definition.name for image in store.all()),
-                *(template.image for template in templates.all()),
-            ]
-        )
-    )
+    built = {image.definition.name for image in store.all()}
+    built |= {template.image for template in templates.all()}
     chosen: dict[str, None] = {}
     for pattern in names:
-        matching = [name for name in built if fnmatchcase(name, pattern)]
+        matching = [name for name in sorted(built) if fnmatchcase(name, pattern)]
         chosen |= dict.fromkeys(matching or catalogue.select([pattern]))
     screen = Screen()
     errors: list[Exception] = []

@@ -1,18 +1,16 @@
-"""The options that several commands share, and what they amount to."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from pytest_vmsandbox.core.settings import ACCELERATORS, Accelerator, Settings
-from pytest_vmsandbox.core.spec import NETWORKS
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from pytest_vmsandbox.core.spec import HARDWARE_NAMES, NETWORKS
 
 image_path_option = click.option(
     "--image-path",
@@ -51,35 +49,25 @@ _GUEST_OPTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuestOptions:
-    """What the shared options ask for.
+def guest_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what a guest is to be.
 
-    Attributes:
-        settings: for the factory.
-        hardware: for `GuestFactory.boot`.
+    The function gets `settings` for the factory, and `hardware` for `GuestFactory.boot`.
     """
 
-    settings: Settings
-    hardware: Mapping[str, object] = field(default_factory=dict)
-
-    @classmethod
-    def read(
-        cls,
-        *,
+    @wraps(function)
+    def command(
+        *args: Any,
         accel: Accelerator,
         boot_timeout: float,
         image_path: tuple[Path, ...],
-        **hardware: str | None,
-    ) -> GuestOptions:
-        """From the values of the options that `guest_options` adds."""
+        **others: Any,
+    ) -> None:
         settings = Settings(accelerator=accel, image_path=image_path, boot_timeout=boot_timeout)
-        given = {name: value for name, value in hardware.items() if value is not None}
-        return cls(settings=settings, hardware=given)
+        asked = {name: others.pop(name, None) for name in HARDWARE_NAMES}
+        hardware = {name: value for name, value in asked.items() if value is not None}
+        function(*args, settings=settings, hardware=hardware, **others)
 
-
-def guest_options(function: _Function) -> _Function:
-    """Add the options that say what a guest is to be."""
     for option in reversed(_GUEST_OPTIONS):
-        function = option(function)
-    return function
+        command = option(command)
+    return command

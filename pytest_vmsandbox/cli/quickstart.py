@@ -166,10 +166,9 @@ def _run_suite(screen: Screen, image: str) -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
-        environment, plugin = pytest_runs.environment()
-        environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        environment = {**pytest_runs.environment(), "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [
-            *(sys.executable, "-m", "pytest", "-p", plugin, "-v", f"--vm={image}"),
+            *(sys.executable, "-m", "pytest", "-p", pytest_runs.PLUGIN, "-v", f"--vm={image}"),
             *("--durations=0", "--durations-min=1"),  # what it spends its time on
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),

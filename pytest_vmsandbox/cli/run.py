@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from pytest_vmsandbox.cli.guests import fresh_guest
-from pytest_vmsandbox.cli.options import GuestOptions, guest_options
+from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.streams import attach
+from pytest_vmsandbox.core.settings import Settings
 
 
 def _read_copies(
@@ -87,7 +89,8 @@ def run(
     command: tuple[str, ...],
     timeout: float,
     push: tuple[tuple[Path, str], ...],
-    **options: str | None,
+    settings: Settings,
+    hardware: Mapping[str, str],
 ) -> None:
     """Run one command in a fresh guest; no shell reads it.
 
@@ -98,8 +101,7 @@ def run(
     vmsandbox run debian-13 -- uname -a
     tar c src | vmsandbox run debian-13 --memory 1GiB -- sh -c 'tar x && make -C src'
     """  # noqa: D301  # a mark for click
-    wanted = GuestOptions.read(**options)  # type: ignore[arg-type]  # click has read them
-    with fresh_guest(image, wanted) as guest:
+    with fresh_guest(image, settings, hardware) as guest:
         for source, dest in push:
             guest.push(source, dest)
         status = attach(guest, command, stdin=_input(), timeout=timeout)

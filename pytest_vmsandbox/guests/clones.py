@@ -12,7 +12,6 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.pool import Clone, Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.guests.template_builder import (
@@ -72,16 +71,8 @@ class Clones:
             self._fall_back(blueprint, prepared.steps, error)
             return None
         self._backend.callbacks.guest_begun(clone.name)
-        machines = Machines(
-            blueprint,
-            self._backend.hypervisor,
-            name=clone.name,
-            key=opened.key,
-            disks=clone.disks,
-            logs=clone.logs,
-            running=clone.running,
-        )
-        engine = self._backend.engine(machines)
+        engine = self._backend.engine(clone.machines)
+        engine.spec = blueprint.hardware  # its user may be another one
         engine.origin = "armed" if was_armed else "cloned"
         engine.facts = opened.template.facts
         return Guest(stack.enter_context(engine))

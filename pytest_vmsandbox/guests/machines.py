@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,6 @@ class Machines:
         memory: the file that is its memory, if it becomes that of a template.
         state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
             there, else in this file, too.
-        running: a machine that runs already, for the first time that it is switched on.
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class Machines:
         logs: Path | None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
-        running: Running | None = None,
     ) -> None:
         self.name = name
         self.blueprint = blueprint
@@ -72,7 +71,7 @@ class Machines:
         self._memory = memory
         self._state = state
         self._lead = 0.0  # of the clock in that state
-        self._given = running
+        self._ahead: Running | None = None  # a clone that is switched on already
         self._own = ExitStack()  # what snapshots have added to the disks, and files
 
     def close(self) -> None:
@@ -81,27 +80,50 @@ class Machines:
 
     def switch_on(self) -> Running:
         """A machine that runs; its stack ends it."""
-        if self._given is not None:
-            given, self._given = self._given, None
-            return given
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            return ahead
         state, self._state = self._state, None
         if state is not None:
             start = Start.RESTORED if self._memory is None else Start.CONTINUED
         else:
             start = Start.POWER_ON if self._memory is None else Start.TO_BE_SAVED
-        spec = self.blueprint.machine(self.name, self._key.public, start)
+        return self._started(start, self._memory, state)
+
+    def clone(self, memory: IO[bytes], state: IO[bytes], check: Callable[[], None]) -> Running:
+        """Switch on a clone ahead of demand: what `switch_on` returns the first time.
+
+        Args:
+            memory, state: of its template.
+            check: called often while its helper is waited for; raises what ends the wait.
+        """
+        self._ahead = self._started(Start.CLONED, memory, state, check)
+        return self._ahead
+
+    def _started(
+        self,
+        start: Start,
+        memory: IO[bytes] | None,
+        state: IO[bytes] | None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Running:
         with ExitStack() as stack:
             machine = stack.enter_context(
                 Machine.running(
                     self._hypervisor,
-                    spec,
+                    self.blueprint.machine(self.name, self._key.public, start),
                     disks=self._disks,
                     logs=self._logs,
-                    memory=self._memory,
+                    memory=memory,
                     state=state,
                 )
             )
-            helper = helper_of(machine, self.blueprint)
+
+            def check_all() -> None:
+                machine.check()
+                check()
+
+            helper = helper_of(machine, self.blueprint, check_all)
             if state is not None:
                 helper.lead = self._lead
                 resume.from_state(machine, helper)

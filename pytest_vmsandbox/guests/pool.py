@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
@@ -23,10 +22,9 @@ from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.running import Running, check_network, helper_of
+from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.running import Running, check_network
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
-from pytest_vmsandbox.machine.cmdline import Start
-from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -47,19 +45,22 @@ class Clone:
 
     Attributes:
         is_armed: whether a program has run in it, and it is paused; else it runs.
-        name: the guest's.
-        running: its machine.
-        disks: its own.
-        logs: the folder for its logs, or None.
+        machines: its own; they have switched it on.
+        running: its machine now.
+        helper: the one in it.
         stack: ends all of it.
     """
 
     is_armed: bool
-    name: str
+    machines: Machines
     running: Running
-    disks: Disks
-    logs: Path | None
+    helper: Helper
     stack: ExitStack
+
+    @property
+    def name(self) -> str:
+        """The guest's name."""
+        return self.machines.name
 
 
 @dataclass(kw_only=True)
@@ -160,7 +161,7 @@ class Pool:
         try:
             with clone.stack:
                 if clone.is_armed:
-                    clone.running.resume()
+                    resume.from_pause(clone.running.machine, clone.helper)
                 yield clone, was_armed
         finally:
             self._quota.release(CLAIM)
@@ -325,23 +326,21 @@ class Pool:
                     f"the template of {blueprint.image} cannot be read: {error}"
                 ) from error
             opened.check_current()
-            own = stack.enter_context(ExitStack())
-            spec = blueprint.machine(name, opened.key.public, Start.CLONED)
-            machine = own.enter_context(
-                Machine.running(
-                    hypervisor, spec, disks=disks, logs=logs, memory=opened.memory, state=state
-                )
+            machines = Machines(
+                blueprint, hypervisor, name=name, key=opened.key, disks=disks, logs=logs
             )
+            # A clone of a damaged template may not answer for minutes.
+            running = machines.clone(opened.memory, state, opened.check)
+            stack.push(running.stack)
             state.close()  # it is loaded
-            helper = _resumed(machine, opened, blueprint)
+            helper = _put_right(running, opened, blueprint)
             if arm:
-                _arm(machine, helper, blueprint)
+                _arm(running.machine, helper, blueprint)
             return Clone(
                 is_armed=arm,
-                name=name,
-                running=Running(machine, helper, blueprint, opened.key, own),
-                disks=disks,
-                logs=logs,
+                machines=machines,
+                running=running,
+                helper=helper,
                 stack=stack.pop_all(),
             )
 
@@ -359,16 +358,17 @@ def _check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], N
         check_network(machine, blueprint, check)
 
 
-def _resumed(machine: Machine, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Let a clone go on, with what is its own; its helper."""
-
-    def check() -> None:
-        machine.check()
-        opened.check()  # a clone of a damaged template may not answer for minutes
-
-    helper = helper_of(machine, blueprint, check)
-    resume.from_state(machine, helper)
+def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
+    """Give a clone what is its own; its helper."""
+    machine, helper = running.machine, running.helper
+    if helper is None:
+        raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
     if not opened.checked.is_set():
+
+        def check() -> None:
+            machine.check()
+            opened.check()
+
         _check_network(machine, blueprint, check)
         opened.checked.set()
     is_systemd = blueprint.built.definition.init == "systemd"

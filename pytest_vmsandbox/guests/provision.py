@@ -142,8 +142,11 @@ def _files(name: str, path: Path) -> Iterator[str]:
     """The digests of a file, or of all files of a folder."""
     files = [path]
     if path.is_dir():
-        found = (it for it in path.rglob("*") if "__pycache__" not in it.relative_to(path).parts)
-        files = sorted(it for it in found if it.is_file())
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if "__pycache__" not in file.relative_to(path).parts and file.is_file()
+        )
     for file in files:
         try:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -191,7 +194,7 @@ def _stable(value: object, around: tuple[int, ...] = ()) -> str:
     if isinstance(value, set | frozenset):
         return f"set {sorted(map(inner, value))}"
     if isinstance(value, tuple | list):
-        return f"{type(value).__name__} {[inner(it) for it in value]}"
+        return f"{type(value).__name__} {[inner(part) for part in value]}"
     if isinstance(value, dict):
         return f"dict {sorted((inner(key), inner(item)) for key, item in value.items())}"
     if isinstance(value, functools.partial | FunctionType | MethodType):

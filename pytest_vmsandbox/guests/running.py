@@ -179,18 +179,16 @@ class Running:
         self._helper.close()
 
 
-def helper_of(
-    machine: Machine, blueprint: Blueprint, check: Callable[[], None] | None = None
-) -> Helper:
+def helper_of(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> Helper:
     """The helper of a machine; whether it is there, it has to say itself.
 
     Args:
-        check: see `Helper`; default: the machine's own.
+        check: called often; raises what ends a wait.
     """
     scale = blueprint.verdict.time_scale
     return Helper(
         machine.helper,
-        check=check or machine.check,
+        check=check,
         patience=blueprint.stretch(_ANSWER_SECONDS),
         quiet_seconds=max(_QUIET_SECONDS, _QUIET_SECONDS * scale / 4),
     )

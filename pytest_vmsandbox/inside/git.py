@@ -50,7 +50,7 @@ def untracked(folder: Path) -> list[str]:
     A repository in the repository comes as a folder.
 
     Returns:
-        See `tracked`.
+        Paths as `tracked` returns them.
 
     Raises:
         ConfigError: git refuses.

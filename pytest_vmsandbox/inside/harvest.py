@@ -27,7 +27,7 @@ from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
 from pytest_vmsandbox.guests.transfer import Streamer
 from pytest_vmsandbox.inside import tree_copy
-from pytest_vmsandbox.inside.tree import Entry, Tree, is_cache
+from pytest_vmsandbox.inside.tree import Tree, TreeEntry, is_cache
 
 SETTING = "vm_pull"
 MAX_FILES = 20_000  # of one guest
@@ -117,7 +117,7 @@ def bring_back(
     """
     changes = tree_copy.changes(stream, tree, dest)
     found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
-    wanted: dict[str, Entry] = {}
+    wanted: dict[str, TreeEntry] = {}
     total = 0
     for path, entry in sorted(changes.written.items()):
         outcome = patterns.outcome(path)
@@ -170,7 +170,7 @@ def _is_code(path: str) -> bool:
     )
 
 
-def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, Entry], scratch: Path) -> None:
+def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch: Path) -> None:
     """Copy files of the guest's folder `dest` into the empty folder `scratch`.
 
     Raises:
@@ -281,7 +281,9 @@ def _status(folder: int, name: str) -> os.stat_result | None:
         return None
 
 
-def _is_written_by_others(here: os.stat_result | None, pushed: Entry | None, since: float) -> bool:
+def _is_written_by_others(
+    here: os.stat_result | None, pushed: TreeEntry | None, since: float
+) -> bool:
     """Whether somebody has written, made or removed a file here that the guest has not seen."""
     if here is None:
         return pushed is not None

@@ -91,7 +91,8 @@ class Payload:
         for tree in trees:
             files = sum(entry.kind == "file" for entry in tree.entries.values())
             tell(
-                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: {files:,} files"
+                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: "
+                f"{files:,} file{'s' * (files != 1)}"
             )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),

@@ -70,7 +70,7 @@ class Project:
             TransferError: a module that is installed here is not in the tree.
         """
         path = sys.path if sys_path is None else sys_path
-        tree = _Tree(root, outside)
+        tree = _ProjectFolder(root, outside)
         found = {name: one for name, one in installed(path).items() if tree.has(name, one)}
         roots = dict.fromkeys(map(tree.relative, path))
         import_roots = [folder for folder in roots if folder is not None]
@@ -79,7 +79,7 @@ class Project:
         scripts: dict[str, bytes] = {}
         for name, distribution in found.items():
             for module in _modules(distribution, name):
-                where = _where(tree, module, import_roots, distribution)
+                where = tree.where(module, import_roots, distribution)
                 if where is None:
                     continue
                 if where not in import_roots:
@@ -124,7 +124,7 @@ def _folders_of(module: str) -> list[Path]:
     return [Path(os.path.realpath(folder)) for folder in folders]
 
 
-class _Tree:
+class _ProjectFolder:
     """A project's folder, and others that go along, apart from the virtual environments in them."""
 
     def __init__(self, root: Path, outside: Sequence[Path] = ()) -> None:
@@ -160,16 +160,29 @@ class _Tree:
             and self.relative(unquote(url.path)) is not None
         )
 
-    def find(self, module: str, import_roots: Iterable[str]) -> str | None:
-        """Where a top-level module is imported from; None if the tree does not have it."""
-        folders = (*import_roots, *_SOURCES)
-        return next((folder for folder in folders if self._holds(folder, module)), None)
+    def where(
+        self, module: str, import_roots: Iterable[str], distribution: Distribution
+    ) -> str | None:
+        """The folder that a top-level module of a distribution is imported from.
 
-    def ask_python(self, module: str) -> str | None:
-        """The same, for what a finder finds."""
-        found = [self.relative(str(folder)) for folder in _folders_of(module)]
-        return next(
-            (folder for folder in found if folder is not None and self._holds(folder, module)), None
+        None if it has none: it is built at its import, or is not what its name says.
+
+        Raises:
+            TransferError: it is installed here, and is not in the tree.
+        """
+        folders: Iterable[str | None] = (*import_roots, *_SOURCES)
+        if is_editable := _is_editable(distribution):  # a finder may find it
+            folders = (*folders, *(self.relative(str(place)) for place in _folders_of(module)))
+        for folder in folders:
+            if folder is not None and self._holds(folder, module):
+                return folder
+        if is_editable:
+            return None
+        raise TransferError(
+            f"{module!r} of {canonicalize_name(distribution.name)} is installed here, but "
+            f"{self.root} does not have it: a guest gets the tree",
+            remedy="what is compiled must be built in the tree (`pip install -e .`), by a Python of"
+            " the guest's version",
         )
 
     def places(self, where: str, module: str) -> list[str]:
@@ -184,30 +197,6 @@ class _Tree:
     def _holds(self, where: str, module: str) -> bool:
         base = self.root / where
         return any(_files(base, module)) or any((base / module).rglob("*.py"))
-
-
-def _where(
-    tree: _Tree, module: str, import_roots: Iterable[str], distribution: Distribution
-) -> str | None:
-    """The folder of the tree that a module of a distribution is imported from.
-
-    None if it has none: it is built at its import, or is not what its name says.
-
-    Raises:
-        TransferError: it is installed here, and is not in the tree.
-    """
-    where = tree.find(module, import_roots)
-    if where is not None:
-        return where
-    if _is_editable(distribution):
-        return tree.ask_python(module)
-    name = canonicalize_name(distribution.name)
-    raise TransferError(
-        f"{module!r} of {name} is installed here, but {tree.root} does not have it:"
-        " a guest gets the tree",
-        remedy="what is compiled must be built in the tree (`pip install -e .`), by a Python of the"
-        " guest's version",
-    )
 
 
 def _files(base: Path, module: str) -> Iterator[Path]:

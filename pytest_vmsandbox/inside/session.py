@@ -134,7 +134,7 @@ class GuestSession:
             timeout: seconds that it has to answer.
 
         Returns:
-            The session, and what it said besides: what had not left the guest when that was sealed.
+            The session, and what it said besides: what had not left the guest when that was saved.
 
         Raises:
             InterpreterLost: it does not answer.

@@ -26,7 +26,7 @@ _WRITTEN_BY_RUNS = frozenset({".coverage"})  # files; with each run they would b
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class TreeEntry:
     """One file, link or folder.
 
     Attributes:
@@ -56,7 +56,7 @@ class Tree:
     """
 
     root: Path
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TreeEntry]
 
     @classmethod
     def of(cls, root: Path, *, more: Sequence[str] = ()) -> Tree:
@@ -108,7 +108,7 @@ class _Gatherer:
     """
 
     def __init__(self, root: Path) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TreeEntry] = {}
         self._root = root
         self._files = self._bytes = 0
         self._tops: dict[str, list[int]] = {}  # name in the root: files, bytes
@@ -225,7 +225,7 @@ class _Gatherer:
         )
 
 
-def _entry(place: str) -> Entry | None:
+def _entry(place: str) -> TreeEntry | None:
     """What is at a place of this machine; None for sockets and the like.
 
     Raises:
@@ -235,11 +235,11 @@ def _entry(place: str) -> Entry | None:
     mode = status.st_mode & 0o777
     if stat.S_ISREG(status.st_mode):
         mtime = max(0, status.st_mtime_ns)
-        return Entry(kind="file", size=status.st_size, mtime_ns=mtime, mode=mode)
+        return TreeEntry(kind="file", size=status.st_size, mtime_ns=mtime, mode=mode)
     if stat.S_ISLNK(status.st_mode):
-        return Entry(kind="link", target=os.readlink(place))  # noqa: PTH115  # as it is written
+        return TreeEntry(kind="link", target=os.readlink(place))  # noqa: PTH115  # as it is written
     if stat.S_ISDIR(status.st_mode):
-        return Entry(kind="dir", mode=mode | 0o700)
+        return TreeEntry(kind="dir", mode=mode | 0o700)
     return None
 
 

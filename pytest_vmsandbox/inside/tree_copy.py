@@ -17,7 +17,7 @@ from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
 from pytest_vmsandbox.guests.transfer import Streamer
-from pytest_vmsandbox.inside.tree import Entry, Tree, shown
+from pytest_vmsandbox.inside.tree import Tree, TreeEntry, shown
 
 _MAX_LISTING = 64 * MIB
 _FORMAT = r"%y\0%s\0%T@\0%P\0"  # of GNU find; `_RECORD` reads it
@@ -33,7 +33,7 @@ class Changes:
         removed: paths of files that are gone.
     """
 
-    written: Mapping[str, Entry]
+    written: Mapping[str, TreeEntry]
     removed: tuple[str, ...]
 
 
@@ -79,7 +79,7 @@ def changes(stream: Streamer, tree: Tree, dest: str) -> Changes:
     return Changes(written, tuple(removed))
 
 
-def _version(entry: Entry | None) -> object:
+def _version(entry: TreeEntry | None) -> object:
     """What two entries of the same content have in common: a file's time to the microsecond."""
     return entry and (entry.kind, entry.size, entry.mtime_ns // 1000)
 
@@ -87,7 +87,7 @@ def _version(entry: Entry | None) -> object:
 # -- what the guest has -------------------------------------------------------------------------
 
 
-def _listing(stream: Streamer, dest: str) -> dict[str, Entry]:
+def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
     """What is in a folder of the guest, which is made if need be.
 
     Raises:
@@ -116,23 +116,23 @@ def _listing(stream: Streamer, dest: str) -> dict[str, Entry]:
     return _parsed(bytes(listing), dest)
 
 
-def _parsed(listing: bytes, dest: str) -> dict[str, Entry]:
+def _parsed(listing: bytes, dest: str) -> dict[str, TreeEntry]:
     """The entries of a guest's listing, which is not trusted.
 
     Raises:
         TransferError: it is not one.
     """
-    there: dict[str, Entry] = {}
+    there: dict[str, TreeEntry] = {}
     position = 0
     while record := _RECORD.match(listing, position):
         letter, size, seconds, fraction, path = record.groups()
         if path and not {b"", b".", b".."}.isdisjoint(path.split(b"/")):
             break  # it leads out of the folder
         position = record.end()
-        entry = Entry(kind="other")
+        entry = TreeEntry(kind="other")
         if letter == b"f":
             mtime = int(seconds) * 1_000_000_000 + int((fraction or b"")[:9].ljust(9, b"0"))
-            entry = Entry(kind="file", size=int(size), mtime_ns=mtime)
+            entry = TreeEntry(kind="file", size=int(size), mtime_ns=mtime)
         there[os.fsdecode(path)] = entry
     if position < len(listing) or there.pop("", None) is None:  # the folder itself is listed, too
         raise TransferError(
@@ -170,7 +170,7 @@ def _pack(tree: Tree, file: IO[bytes]) -> None:
                 ) from error
 
 
-def _add(archive: tarfile.TarFile, place: str, name: str, entry: Entry) -> None:
+def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> None:
     """Add a file, a link or a folder to an archive.
 
     Raises:

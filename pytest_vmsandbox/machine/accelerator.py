@@ -7,7 +7,6 @@ verdict is remembered for this boot of the host, this build of QEMU and this ker
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
@@ -107,8 +107,8 @@ def choose(
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
-            lock = stack.enter_context((folder / ".lock").open("w", encoding="utf-8"))
-            fcntl.flock(lock, fcntl.LOCK_EX)  # several processes prove once
+            # Several processes prove once.
+            stack.enter_context(locked(folder / ".lock", on_busy=lambda: None))
         path = folder / f"{_key('kvm', qemu, kernel)}.json"
         if verdict := recall(path):
             return verdict

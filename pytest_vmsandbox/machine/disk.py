@@ -68,7 +68,7 @@ class Disks:
                 sizes.insert(0, root_size or base.stat().st_size)
             overlays = []
             for size, below in zip(sizes, frozen or [()] * len(sizes), strict=True):
-                layers: list[IO[bytes]] = [stack.enter_context(it.open("rb")) for it in below]
+                layers: list[IO[bytes]] = [stack.enter_context(path.open("rb")) for path in below]
                 overlays.append((*layers, stack.enter_context(empty_overlay(size, folder))))
             yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes))
 

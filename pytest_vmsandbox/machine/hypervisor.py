@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
@@ -12,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.machine import host
@@ -74,25 +73,16 @@ class Hypervisor:
 @contextmanager
 def _run_folder(root: Path) -> Iterator[Path]:
     """A folder for this run. Those of runs that are gone are removed first."""
-    with paths.usable(root, paths.RUNTIME):
-        folder, lock = _make_run_folder(root)
-    with lock:
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_run_folder(root: Path) -> tuple[Path, IO[str]]:
-    """A new folder for a run, and its lock, held."""
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _guarded(root):
-        _sweep(root)
-        folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir(mode=0o700)
-        lock = (folder / _LOCK).open("w", encoding="utf-8")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
+    with ExitStack() as stack:
+        with paths.usable(root, paths.RUNTIME):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _guarded(root):
+                _sweep(root)
+                folder = root / f"{os.getpid()}-{secrets.token_hex(4)}"
+                folder.mkdir(mode=0o700)
+                stack.enter_context(locked(folder / _LOCK, on_busy=lambda: None))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def remove_dead_runs(root: Path) -> list[Path]:
@@ -117,19 +107,18 @@ def _guarded(root: Path) -> Iterator[None]:
             f"{root} is not private to this user",
             remedy=f"remove it, or name another folder in {paths.RUNTIME}",
         )
-    with (root / _LOCK).open("w", encoding="utf-8") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with locked(root / _LOCK, on_busy=lambda: None):
         yield
 
 
 def _sweep(root: Path) -> list[Path]:
-    dead = [it for it in root.iterdir() if _is_run_folder(it) and not is_alive(it)]
+    dead = [entry for entry in root.iterdir() if _is_run_folder(entry) and not is_alive(entry)]
     for folder in dead:
         with suppress(OSError):  # its launcher may be removing it, too
             for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
                 shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
-    return [it for it in dead if not it.exists()]
+    return [folder for folder in dead if not folder.exists()]
 
 
 def _is_run_folder(entry: Path) -> bool:
@@ -140,10 +129,7 @@ def _is_run_folder(entry: Path) -> bool:
 def is_alive(folder: Path) -> bool:
     """Whether the run that made this folder still holds its lock."""
     try:
-        with (folder / _LOCK).open("r+", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        with locked(folder / _LOCK, shared=True):
+            return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)

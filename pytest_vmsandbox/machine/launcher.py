@@ -185,14 +185,14 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
         os.setgroups(request["groups"])
         os.setresgid(request["gid"], request["gid"], request["gid"])
         os.setresuid(request["uid"], request["uid"], request["uid"])
-    if sys.platform == "linux":  # after the change of user, which clears the death signal
-        library = ctypes.CDLL(None, use_errno=True)
-        if request["small_pages"]:
-            library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, more memory is used
-        if library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != launcher_pid:
-            os._exit(127)
+    library = ctypes.CDLL(None, use_errno=True)
+    if request["small_pages"]:
+        library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, more memory is used
+    # After the change of user, which clears the death signal.
+    if library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != launcher_pid:
+        os._exit(127)
     os.execve(request["argv"][0], request["argv"], request["env"])
 
 
@@ -216,7 +216,7 @@ def remove(folder: str) -> None:
     """Remove the run's folder, and the folders elsewhere that are the run's, too: it has links to them."""
     try:
         with os.scandir(folder) as entries:
-            owned = [os.readlink(it.path) for it in entries if it.is_symlink()]
+            owned = [os.readlink(entry.path) for entry in entries if entry.is_symlink()]
     except OSError:
         owned = []
     for path in (*owned, folder):

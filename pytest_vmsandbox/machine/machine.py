@@ -439,7 +439,7 @@ class Machine:
         try:
             self.monitor.execute("quit", timeout=_TERM_SECONDS)
         except MonitorError:
-            pass  # the next rung
+            pass  # then by signals
         for number in (None, signal.SIGTERM, signal.SIGKILL):
             if number is not None:
                 self.process.signal(number)

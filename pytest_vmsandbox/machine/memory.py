@@ -117,7 +117,7 @@ def _libc() -> ctypes.CDLL:
 def for_clones(path: Path, version: tuple[int, ...]) -> IO[bytes]:
     """An open file with that memory which a clone's QEMU cannot change.
 
-    A QEMU that insists on opening it for writing gets a copy of ours, in memory, that nobody can write to.
+    A QEMU that insists on opening it for writing gets a copy of ours, in a sealed memfd.
     """
     file = path.open("rb", buffering=0)
     if can_map_read_only(version):

@@ -6,12 +6,12 @@ however it went, since its folder's lock is free.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.hypervisor import is_alive
 
@@ -76,8 +76,5 @@ class Quota:
         self._claimed += size
         self._file.write_text(str(self._claimed), encoding="utf-8")
 
-    @contextmanager
-    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
-        with (self._root / name).open("w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield
+    def _locked(self, name: str, *, wait: bool = True) -> AbstractContextManager[int]:
+        return locked(self._root / name, on_busy=(lambda: None) if wait else None)

@@ -296,7 +296,8 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    return (yield from reporting.make_report(item, call))
+    only_text = reporting.before_report(item, call)
+    return reporting.after_report(item, call, (yield), only_text=only_text)
 
 
 @pytest.hookimpl(tryfirst=True)

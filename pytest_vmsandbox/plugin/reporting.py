@@ -8,16 +8,13 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import _pytest
 import pluggy
 import pytest
 
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError, in_brief
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 FAILED = pytest.StashKey[bool]()
 _TOLD = pytest.StashKey[dict[str, str]]()  # the text of an error → the first test that met it
@@ -30,25 +27,33 @@ _PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are 
 _PYTESTS = (_pytest.__path__[0], pluggy.__path__[0])
 
 
-def make_report(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Around pytest's making of a report: what a test's failure, or its guest's, looks like."""
+def before_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> bool:
+    """Before pytest makes a report: hide our lines from it, unless ``--full-trace`` asks for them.
+
+    Returns:
+        Whether no line of the user's is left, so that the report is to have the error's text alone.
+    """
     if call.excinfo is None or not isinstance(call.excinfo.value, VMSandboxError):
-        report = yield
-    else:
-        only_text = False
-        if not item.config.getoption("fulltrace", default=False):
-            only_text = not hide_ours(call.excinfo)
-        report = yield
-        if isinstance(call.excinfo.value, INFRASTRUCTURE):
-            if hasattr(report, "wasxfail"):  # a guest that is lost is not what was expected to fail
-                del report.wasxfail
-                report.outcome = "failed"
-                report.longrepr = item.repr_failure(call.excinfo)
-            report.vm_infrastructure = True  # type: ignore[attr-defined]  # travels with it
-        if report.failed and only_text:
-            report.longrepr = _told_once(item, call).getrepr(style="no")
+        return False
+    return not item.config.getoption("fulltrace", default=False) and not hide_ours(call.excinfo)
+
+
+def after_report(
+    item: pytest.Item, call: pytest.CallInfo[Any], report: pytest.TestReport, *, only_text: bool
+) -> pytest.TestReport:
+    """After pytest has made a report: what a test's failure, or its guest's, looks like.
+
+    Args:
+        only_text: what `before_report` has returned.
+    """
+    if call.excinfo is not None and isinstance(call.excinfo.value, INFRASTRUCTURE):
+        if hasattr(report, "wasxfail"):  # a guest that is lost is not what was expected to fail
+            del report.wasxfail
+            report.outcome = "failed"
+            report.longrepr = item.repr_failure(call.excinfo)
+        report.vm_infrastructure = True  # type: ignore[attr-defined]  # travels with it
+    if report.failed and only_text:
+        report.longrepr = _told_once(item, call).getrepr(style="no")
     if report.failed:
         item.stash[FAILED] = True
     return report
@@ -70,21 +75,13 @@ def _told_once(
 
 def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     """The report of a phase, made by nobody but pytest and us."""
-    making = make_report(item, call)
-    next(making)
-    try:
-        making.send(_plain_report(item, call))
-    except StopIteration as done:
-        report: pytest.TestReport = done.value
-        return report
-    raise AssertionError
+    only_text = before_report(item, call)
+    return after_report(item, call, _plain_report(item, call), only_text=only_text)
 
 
 def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     report: pytest.TestReport | None = None
-    with suppress(
-        Exception
-    ):  # of the item's class, which may be a plugin's and not know this error
+    with suppress(Exception):  # the item's class may be a plugin's and not know this error
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
         assert call.excinfo is not None

@@ -18,7 +18,7 @@ from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import orphans
-from support import sealed
+from support import made_templates
 
 NOTHING = "there is nothing to clean\n"
 
@@ -53,9 +53,9 @@ def templates(cache):
 
 class TestImages:
     def test_the_list_has_templates_by_image(self, invoke, cache):
-        sealed.add(cache, "tiny", 1)
-        sealed.add(cache, "tiny", 2)
-        sealed.add(cache, "gone")
+        made_templates.add(cache, "tiny", 1)
+        made_templates.add(cache, "tiny", 2)
+        made_templates.add(cache, "gone")
         lines = [line.split() for line in invoke("images", "list").stdout.splitlines()]
         assert [(it[0], it[3]) for it in lines if it[1] == "saved"] == [
             ("gone", "1"),
@@ -69,20 +69,20 @@ class TestImages:
 
     def test_rm_takes_templates_along(self, invoke, cache):
         for number in range(2):
-            sealed.add(cache, "tiny", number)
-        sealed.add(cache, "debian-13")
+            made_templates.add(cache, "tiny", number)
+        made_templates.add(cache, "debian-13")
         result = invoke("images", "rm", "tiny")
         assert result.exit_code == 0
         assert "tiny is removed, with 2 of its templates: " in result.stdout
         assert templates(cache) == ["debian-13"]
 
     def test_rm_knows_the_name_of_an_image_that_only_templates_are_left_of(self, invoke, cache):
-        sealed.add(cache, "gone")
+        made_templates.add(cache, "gone")
         assert invoke("images", "rm", "go*").exit_code == 0
         assert templates(cache) == []
 
     def test_rm_leaves_those_in_use(self, invoke, cache):
-        template = sealed.add(cache, "tiny")
+        template = made_templates.add(cache, "tiny")
         with TemplateStore(cache).hold(template.folder):
             assert invoke("images", "rm", "tiny").exit_code == 0
             assert templates(cache) == ["tiny"]
@@ -109,7 +109,7 @@ class TestClean:
         for name in ("templates/.new-0123", "templates/.gone-4567", "images/.new-tiny"):
             (cache / name).mkdir(parents=True)
             (cache / name / "part").write_bytes(b"x" * 8192)
-        kept = sealed.add(cache, "tiny")
+        kept = made_templates.add(cache, "tiny")
         stale = cache / "templates" / "89ab.lock"
         stale.touch()
         output = invoke("clean").stdout
@@ -152,7 +152,7 @@ class TestClean:
         (image / "image.json").write_text("{}")
         (cache / "images" / "tiny.lock").touch()
         output = invoke("clean").stdout
-        assert "2 templates and environments of an older version (" in output
+        assert " of templates and environments that an older version had made" in output
         assert [folder.exists() for folder in (template, environment, image)] == [
             False,
             False,
@@ -173,9 +173,9 @@ class TestClean:
         assert len(environments.all()) == 1
 
     def test_templates_only_when_asked_to(self, invoke, cache):
-        sealed.add(cache, "tiny", 1)
-        used = sealed.add(cache, "tiny", 2)
-        broken = sealed.add(cache, "tiny", 3)
+        made_templates.add(cache, "tiny", 1)
+        used = made_templates.add(cache, "tiny", 2)
+        broken = made_templates.add(cache, "tiny", 3)
         (broken.folder / "template.json").write_text("{")
         assert invoke("clean").stdout == NOTHING
         with TemplateStore(cache).hold(used.folder):

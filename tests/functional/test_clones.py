@@ -1,4 +1,4 @@
-"""Clones of sealed guests: what was wrong in them is right, they share nothing, and the ladder holds."""
+"""Clones: what was wrong in them is right, they share nothing, and there is a fallback."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class TestWhatIsPutRight:
             assert b.run(["hostname", "-s"]).stdout.strip() == b.name
 
     def test_no_timer_wakes_it(self, factory):
-        """A clone that has waited is as quiet as when it was sealed."""
+        """A clone that has waited is as quiet as when it was saved."""
         one = factory()
         with one.boot("debian-13") as vm:
             assert vm.engine.origin == "cloned"
@@ -191,7 +191,7 @@ class TestSharingNothing:
     def test_nobody_can_write_to_the_memory_of_a_template(self, factory):
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            (sealed,) = one._clones._builder._open.values()
+            (opened,) = one._clones._builder._open.values()
             pid = vm.engine.pid
             maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
             # A copy in memory; the template's file itself, where QEMU maps what it can only read.
@@ -199,7 +199,7 @@ class TestSharingNothing:
             assert mapped
             assert all(line.split()[1].endswith("p") for line in mapped)  # private
             with pytest.raises(OSError, match=r"not permitted|Bad file"):
-                os.pwrite(sealed.memory.fileno(), b"x", 0)
+                os.pwrite(opened.memory.fileno(), b"x", 0)
 
 
 class TestTemplates:
@@ -339,7 +339,7 @@ class TestSnapshot:
             assert vm.read_text("/root/file") == "before"
 
 
-class TestLadder:
+class TestFallback:
     def test_a_qemu_that_does_not_ignore_shared_memory(self, factory, monkeypatch):
         """It is asked for in vain: guests are booted, and that is said once."""
         execute = Monitor.execute
@@ -371,7 +371,7 @@ class TestLadder:
             assert "the cache has no room for 160MiB of memory" in line
 
     def test_a_template_that_no_clone_can_be_made_of(self, factory, cache):
-        """A state that QEMU does not take, though it is what was sealed."""
+        """A state that QEMU does not take, though it is what was saved."""
         with factory().boot("tiny", **TINY):
             pass
         (template,) = TemplateStore(cache).all()
@@ -417,7 +417,7 @@ class TestChance:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
 
-    def test_a_guest_that_is_killed_while_it_is_sealed(self, factory, first):
+    def test_a_guest_that_is_killed_while_its_template_is_built(self, factory, first):
         retried = []
         first(template_builder, "settle", lambda guest, _: self.kill(machine_of(guest).process))
         with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
@@ -545,7 +545,7 @@ def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
         one.backend.idle.pause_some()
         assert sum(vm.engine.resting for vm in guests) == 6 - (os.cpu_count() or 1)
         for vm in guests:
-            assert abs(offset(vm)) < 0.5  # it is asked after it has waken
+            assert abs(offset(vm)) < 0.5  # it is asked after it goes on
             assert not vm.engine.resting
 
 

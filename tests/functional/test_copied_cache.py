@@ -30,7 +30,7 @@ with (
     factory.boot("tiny", memory="160MiB") as vm,
 ):
     assert vm.run(["hostname"]).stdout.strip() == vm.name
-    print(vm.origin)
+    print(vm.engine.origin)
 """
 
 

@@ -69,9 +69,9 @@ def fill(vm):
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory):
+def built(tmp_path_factory):
     """A cache with one template, for guests with a disk, of an image that has digests."""
-    cache = tmp_path_factory.mktemp("sealed")
+    cache = tmp_path_factory.mktemp("built")
     user = cache_dir()
     subprocess.run(["cp", "-a", "--parents", "images/tiny", str(cache)], cwd=user, check=True)
     if (user / "accelerator").exists():
@@ -87,14 +87,14 @@ def sealed(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(sealed, tmp_path):
+def cache(built, tmp_path):
     """A copy of that cache, but for the image."""
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     for name in ("images", "accelerator"):
-        if (sealed / name).exists():
-            (folder / name).symlink_to(sealed / name)
-    argv = ["cp", "-a", "--sparse=always", str(sealed / "templates"), str(folder)]
+        if (built / name).exists():
+            (folder / name).symlink_to(built / name)
+    argv = ["cp", "-a", "--sparse=always", str(built / "templates"), str(folder)]
     subprocess.run(argv, check=True)
     return folder
 

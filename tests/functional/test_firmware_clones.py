@@ -1,4 +1,4 @@
-"""Guests that are only firmware, sealed and cloned: the machine's side of clones with each accelerator.
+"""Guests that are only firmware, saved and cloned: the machine's side of clones with each accelerator.
 
 KVM runs firmware also on hosts where it runs no kernel, so its path is tried wherever there is a
 device. A firmware that finds nothing to boot waits, and begins again when its time is up; meanwhile
@@ -33,7 +33,7 @@ KVM = pytest.param(
 
 
 class Firmware:
-    """A guest that was sealed while its firmware was waiting, and its clones."""
+    """A guest that was saved while its firmware was waiting, and its clones."""
 
     def __init__(self, folder: Path, hypervisor: Hypervisor, accelerator: str) -> None:
         self.accelerator = accelerator
@@ -82,7 +82,7 @@ class Firmware:
 
     @property
     def ticks(self):
-        """As they were when the guest was sealed."""
+        """As they were when the guest was saved."""
         with self.memory.open("rb") as file:
             return struct.unpack("<I", os.pread(file.fileno(), 4, TICKS))[0]
 
@@ -118,7 +118,7 @@ def status(machine):
     return machine.execute("query-status")["status"]
 
 
-def test_clones_go_on_where_it_was_sealed(firmware):
+def test_clones_go_on_where_it_was_saved(firmware):
     with ExitStack() as stack:
         clones = [stack.enter_context(firmware.clone()) for _ in range(3)]
         assert [ticks(it) for it in clones] == [firmware.ticks] * 3

@@ -1,5 +1,6 @@
 """Without QEMU, without images, without any use: what the plugin does then."""
 
+import os
 import sys
 
 import pytest
@@ -45,6 +46,18 @@ class TestInert:
         assert "pytest_vmsandbox.plugin" in new
         assert [name for name in new if name.split(".")[0] in HEAVY] == []
         assert [name for name in new if name.startswith(OURS)] == []
+
+    def test_it_loads_where_the_modules_of_unix_are_missing(self, bare, monkeypatch):
+        """As on Windows, where no guest can run."""
+        modules = ("fcntl", "grp", "pwd", "resource", "termios")
+        (bare.path / "elsewhere.py").write_text(
+            f"import sys\n\nsys.modules.update(dict.fromkeys({modules}))\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(bare.path), prepend=os.pathsep)
+        bare.write("import pytest\n\n@pytest.mark.vm('alpha-*')\ndef test_x(): pass")
+        result = bare.run_apart("-p", "elsewhere", "-p", "no:hypothesispytest")
+        result.assert_outcomes(passed=1)
+        assert "vmsandbox:" not in result.stdout.str()
 
     def test_it_leaves_no_files(self, bare):
         bare.write("def test_x(): pass")

@@ -3,10 +3,10 @@
     python tests/torture/kill.py --seed 1 --kills 100 --jobs 2
 
 Each round starts pytest on guests of the image `tiny`, kills it with SIGKILL, SIGTERM or SIGINT at a
-random moment of booting, sealing, arming, test or teardown, and checks: two seconds later no process that
+random moment of booting, saving, arming, test or teardown, and checks: two seconds later no process that
 came from it is alive (we are the reaper of all its orphans, so none escapes), and after the next start no
 file of it is in the folders of runs, of the cache, or of shared memory, but for templates that are complete:
-each of their files is as it was when it was sealed. The same seed kills at the same moments.
+each of their files is as it was when it was built. The same seed kills at the same moments.
 
 After SIGINT pytest ends in an orderly way, in its own time: the two seconds begin when it has ended, and
 the longest that it took is told.

@@ -110,7 +110,7 @@ class TestDigest:
         copy = replace(blueprint, built=replace(blueprint.built, folder=there))
         assert copy.digest == blueprint.digest
 
-    def test_changes_with_what_is_done_before_a_guest_is_sealed(self, blueprint, monkeypatch):
+    def test_changes_with_what_is_done_before_a_guest_is_saved(self, blueprint, monkeypatch):
         before = blueprint.digest
         monkeypatch.setattr(blueprint_module, "FORMAT", blueprint_module.FORMAT + 1)
         assert replace(blueprint).digest != before

@@ -89,6 +89,13 @@ class TestQemu:
         self.program(path, "echo version 1.2.3 again")
         assert find_qemu().build != first.build
 
+    def test_a_copy_is_the_same_build(self, path):
+        """Templates are found on another machine with the same QEMU."""
+        file = self.program(path, "echo version 1.2.3")
+        first = find_qemu()
+        os.utime(file, (1, 1))
+        assert find_qemu().build == first.build
+
 
 class TestMemory:
     @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from coverage import Coverage, CoverageData
 
-from pytest_vmsandbox.inside.tree import Entry, Tree
+from pytest_vmsandbox.inside.tree import Tree, TreeEntry
 from pytest_vmsandbox.plugin.measuring import Measuring
 
 
@@ -16,9 +16,9 @@ def keep(tmp_path):
     def do(*said, branch=False):
         cov = Coverage(data_file=tmp_path / "data", config_file=False, branch=branch)
         entries = {
-            "a.py": Entry(kind="file"),
-            "sub": Entry(kind="dir"),
-            "link.py": Entry(kind="link"),
+            "a.py": TreeEntry(kind="file"),
+            "sub": TreeEntry(kind="dir"),
+            "link.py": TreeEntry(kind="link"),
         }
         measuring = Measuring(SimpleNamespace(cov=cov, topdir=str(tmp_path)))
         measuring.keep(said, Tree(tmp_path, entries), "tiny-1")

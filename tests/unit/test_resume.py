@@ -207,7 +207,3 @@ class TestFromPause:
         fakes.fault = what
         with pytest.raises(GuestLost, match=f"no {what}"):
             from_pause(fakes)
-
-
-def fake():
-    return Fakes(0.0)

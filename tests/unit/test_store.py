@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pytest_vmsandbox.cache.files import problem
-from pytest_vmsandbox.cache.store import ENVIRONMENTS, IMAGES, TEMPLATES, Entry, Store
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, IMAGES, TEMPLATES, Entry, Store, tidy
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.errors import CacheError, ImageError
 from support.images import DEFINITION
@@ -73,6 +73,31 @@ def test_what_is_kept_is_found_in_a_copy(tmp_path):
     found = Store(tmp_path / "two", TEMPLATES, Entry).get("key")
     assert found is not None
     assert (found.record, found.damage()) == (entry.record, "")
+
+
+def test_who_holds_something_lets_other_users_read_it(tmp_path):
+    """QEMU may be one. A copy of the cache may have lost that; the key is nobody else's business."""
+    entry = add(tmp_path, TEMPLATES, "one")
+    (entry.folder / "key").touch()
+    for name in ("file", "key"):
+        (entry.folder / name).chmod(0o600)
+    with Store.hold(entry.folder):
+        modes = [(entry.folder / name).stat().st_mode & 0o777 for name in ("file", "key")]
+    assert modes == [0o644, 0o600]
+
+
+def test_what_older_versions_have_made_is_removed_and_told_once(tmp_path):
+    new = add(tmp_path, TEMPLATES, "0" * 64)
+    old = tmp_path / "templates" / ("0" * 32)
+    old.mkdir()
+    (old / "memory").write_bytes(b"x" * 8192)
+    said = []
+    for _ in range(2):
+        tidy(tmp_path, said.append)
+    assert not old.exists()
+    assert new.damage() == ""
+    (line,) = said
+    assert line.startswith("removed 8KiB of templates and environments that an older version")
 
 
 def test_one_limit_holds_for_all_that_is_made_anew(tmp_path):

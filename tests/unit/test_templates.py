@@ -1,4 +1,4 @@
-"""The store of sealed guests: what is found, held, damaged, and made room for."""
+"""The store of templates: what is found, held, damaged, and made room for."""
 
 import hashlib
 import os

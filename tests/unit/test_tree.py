@@ -17,7 +17,7 @@ from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferErro
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.transport import CommandResult
 from pytest_vmsandbox.inside import tree as tree_module, tree_copy
-from pytest_vmsandbox.inside.tree import Entry, Tree
+from pytest_vmsandbox.inside.tree import Tree, TreeEntry
 from pytest_vmsandbox.inside.tree_copy import Changes, changes, push
 
 ODD_NAMES = ["a b", "-rf", "--", "new\nline", "it's", '"', "$HOME", "*", "é€", "\\", "...", " "]
@@ -166,9 +166,9 @@ class TestGit:
         (root / "sub").chmod(0o555)
         (root / "link").symlink_to("../else where")
         assert Tree.of(root).entries == {
-            "link": Entry(kind="link", target="../else where"),
-            "sub": Entry(kind="dir", mode=0o755),
-            "sub/file": Entry(
+            "link": TreeEntry(kind="link", target="../else where"),
+            "sub": TreeEntry(kind="dir", mode=0o755),
+            "sub/file": TreeEntry(
                 kind="file", size=4, mtime_ns=1_700_000_000_123_456_789, mode=0o751
             ),
         }  # fmt: skip

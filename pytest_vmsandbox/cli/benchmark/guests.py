@@ -176,7 +176,7 @@ def _armed(setup: Setup, act: Callable[[Guest], object]) -> Result:
 def _timed(
     setup: Setup, factory: GuestFactory, origin: str, act: Callable[[Guest], object]
 ) -> float:
-    """Seconds from the wish for a guest until it has done something."""
+    """Seconds from asking for a guest until it has done something."""
     began = time.perf_counter()
     with setup.guest(factory, origin) as guest:
         act(guest)

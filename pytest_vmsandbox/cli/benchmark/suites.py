@@ -53,8 +53,6 @@ def test_first(vm):
 
 def idle_cost(setup: Setup) -> Result:
     """What the plugin costs a suite that does not use it."""
-    if not pytest_runs.is_installed():
-        raise CannotMeasureError("the plugin is not installed: pytest does not load it by itself")
     folder = _folder(setup, "idle")
     return median(idle_pairs(folder, setup.at_most(20)).differences)
 
@@ -88,7 +86,7 @@ def second_run(setup: Setup) -> Result:
         took = folder.parent / "took"
         began = time.monotonic()
         _run_with_plugin(setup, folder, took)
-        if counted:  # the first one may have to seal a guest
+        if counted:  # the first one may have to build a template
             samples.append(float(took.read_text(encoding="utf-8")) - began)
     return median(samples, digits=2)
 
@@ -184,11 +182,17 @@ def _write_ini(setup: Setup, folder: Path) -> None:
 
 
 def _run_with_plugin(setup: Setup, folder: Path, took: Path, *more: str) -> None:
-    variables, plugin = pytest_runs.environment()
-    variables = _compiling(variables)
+    variables = _compiling(pytest_runs.environment())
     variables.pop(CLONES_VARIABLE, None)  # clones as pytest has them by itself
     took.unlink(missing_ok=True)
-    _pytest(folder, {**variables, TOOK: str(took)}, "-p", plugin, f"--vm={setup.image}", *more)
+    _pytest(
+        folder,
+        {**variables, TOOK: str(took)},
+        "-p",
+        pytest_runs.PLUGIN,
+        f"--vm={setup.image}",
+        *more,
+    )
     if not took.exists():
         raise CannotMeasureError("the suite has not said how long it took")
 
@@ -209,7 +213,6 @@ def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
             env=dict(variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
             errors="replace",
             timeout=_RUN_SECONDS,
             check=False,
