@@ -17,6 +17,7 @@ from pytest_vmsandbox.catalogue.store import (
     HOST_KEY,
     LOG,
     BuiltImage,
+    ImageState,
     ImageStore,
     build_command,
     files_of,
@@ -61,6 +62,9 @@ def build(
         TeardownError: temporary files or older images cannot be removed.
     """
     name = definition.name
+    if not force and store.state(definition) is ImageState.BUILT:  # perhaps damaged, and in use
+        progress(f"{name} is built")
+        return store.require(definition)
     is_made = False
 
     def fill(out: Path, lock: int) -> dict[str, object]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
 
     Of several with one name, the first counts, as it does for an import.
     """
-    path = sys.path if sys_path is None else list(sys_path)
+    return _installed(tuple(sys.path if sys_path is None else sys_path))
+
+
+@cache  # reading all metadata takes a tenth of a second, and nothing is installed during a run
+def _installed(path: tuple[str, ...]) -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
-    for distribution in importlib.metadata.distributions(path=path):
+    for distribution in importlib.metadata.distributions(path=list(path)):
         # A removal may leave metadata without a name. Asking for its key makes Python 3.12 warn.
         if name := dict(distribution.metadata.items()).get("Name"):  # type: ignore[attr-defined]
             found.setdefault(canonicalize_name(name), distribution)

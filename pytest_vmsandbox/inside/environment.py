@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
@@ -26,11 +26,6 @@ _RESOLVED = "requirements.txt"  # what was resolved, for people
 
 class Environment(Entry):
     """Files for a guest's environment, complete and in the cache."""
-
-    @property
-    def digest(self) -> str:
-        """Of what they were made from."""
-        return self.folder.name
 
     @property
     def site_packages(self) -> Path:
@@ -87,13 +82,16 @@ def prepare(
             shutil.copyfile(resolved, folder / _RESOLVED)
         return {}
 
-    environment = store.get(digest)
-    if environment is not None and (why := environment.damage()):
-        tell_of_damage(why)
-        store.throw_away(digest, environment)
-        environment = None
-    if environment is None:
-        on_busy = "waiting for another run that is preparing packages for a guest"
-        environment = store.make(digest, fill, on_busy=lambda: say(on_busy))
-    with store.hold(environment.folder):
+    with ExitStack() as stack:
+        if (environment := store.get(digest)) is not None:
+            with suppress(FileNotFoundError):  # another run removes it, to make room
+                stack.enter_context(store.hold(environment.folder))
+            if why := environment.damage():
+                tell_of_damage(why)
+                store.throw_away(digest, environment)
+                environment = None
+        if environment is None:
+            on_busy = "waiting for another run that is preparing packages for a guest"
+            environment = store.make(digest, fill, on_busy=lambda: say(on_busy))
+            stack.enter_context(store.hold(environment.folder))
         yield environment

@@ -49,6 +49,8 @@ class Inside:
         self.benchmarks = self._messages.benchmarks
         self._retried: set[str] = set()  # tests whose guest something else took away
         self._ids: set[str] = set()
+        # Image and file: the first test that cannot run since that cannot be collected.
+        self._uncollected: dict[tuple[str, str], str] = {}
 
     # -- the protocol of one test ------------------------------------------------------------
 
@@ -299,6 +301,9 @@ class Inside:
             for place in (parent, f"{parent}/__init__.py"):
                 if place in found.failed:
                     failure = lease.reader.collect_failure(found.failed[place])
+                    first = self._uncollected.setdefault((lease.guest.image, place), item.nodeid)
+                    if first != item.nodeid and not isinstance(failure, tuple):
+                        failure = f"{place or plan.file} could not be collected: see {first}"
                     return self._not_collected(item, failure)
         if plan.indices is not None:
             base = nodeid.partition("[")[0]

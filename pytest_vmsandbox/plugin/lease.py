@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_vmsandbox.core.errors import InterpreterLost
+from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost
 from pytest_vmsandbox.inside import distributions, project, requirements
 from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.install import Payload
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
 
 COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
+_NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
 _NO_MODULE = re.compile(r"No module named '(\w+)")
 
 
@@ -75,11 +76,26 @@ class Lease:
 def started(
     connection: Connection, config: Mapping[str, object], patience: float
 ) -> tuple[GuestSession, list[Message]]:
-    """A session that has collected, and what it said besides; the run ends if it says so."""
+    """A session that has collected, and what it said besides; the run ends if it says so.
+
+    Raises:
+        ConfigError: the guest has no such plugin.
+        InterpreterLost: it could not collect.
+        GuestLost: the guest is gone.
+    """
     try:
         return GuestSession.started(connection, config, timeout=COLLECT_SECONDS * patience)
     except RunEnded as end:
         end_run(end.message)
+    except InterpreterLost as lost:
+        found = _NO_PLUGIN.search(lost.details)
+        if found is None or found[1] not in str(config["wanted"]):
+            raise
+        raise ConfigError(
+            f"vm_guest_plugins names {found[1]}, which pytest in the guest cannot import",
+            details=lost.details,
+            remedy="correct the name. If it is a distribution's, name that in vm_requirements",
+        ) from None
 
 
 def remedy(root: Path, text: str) -> str:

@@ -25,7 +25,7 @@ def session_config(
     installed: install.Installed,
     own: Mapping[str, str],
 ) -> dict[str, object]:
-    """The configuration of a session in a guest; see the runner's ``Session``.
+    """The configuration of a session in a guest; see `run` in the runner's `process.py`.
 
     Args:
         session: of this side; the guest has those of its tests that belong into the same kind of guest.
@@ -35,7 +35,6 @@ def session_config(
     config, tree = run.config, installed.tree
     translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
     files = list(dict.fromkeys(each.file for each in alike(session.items, plan)))
-    wanted = options.guest_plugins(config)
     where = translate(str(config.invocation_params.dir))
     results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
     measuring = Measuring.of(config)
@@ -45,11 +44,11 @@ def session_config(
         "args": [
             *(f"--rootdir={tree}", "-c", f"{install.BASE}/session.ini"),
             "--disable-plugin-autoload",
-            *(word for name in wanted for word in ("-p", name)),
             *guest_config.arguments(config, translate),
             *(f"{tree}/{file}" for file in files),
         ],
-        "plugins": [] if wanted else guest_config.plugins(config),
+        "wanted": options.guest_plugins(config),
+        "plugins": guest_config.plugins(config),
         "options": {**guest_config.options(config, translate), "allure_report_dir": results},
         "ini": [(["cache_dir"], f"{install.BASE}/cache"), *guest_config.ini(config, translate)],
         "fixtures": guest_config.fixtures(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ OLD = GuestPython(version=(3, 9, 2), machine="aarch64", libc=(2, 31))
 
 @pytest.fixture
 def make(tmp_path):
-    def make(requirements, python=NEW, *, offline=False):
-        return prepare(
-            requirements, python, cache=tmp_path / "cache", offline=offline, say=lambda _: None
-        )
+    with ExitStack() as stack:
 
-    return make
+        def make(requirements, python=NEW, *, offline=False):
+            cache = tmp_path / "cache"
+            return stack.enter_context(
+                prepare(requirements, python, cache=cache, offline=offline, say=lambda _: None)
+            )
+
+        yield make
 
 
 def wanted(root: Path, *lines: str, preferred=(), dropped=()) -> Requirements:

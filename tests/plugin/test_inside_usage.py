@@ -62,3 +62,29 @@ def test_packages_that_cannot_be_had_are_told_once(suite):
     assert "3 errors" in output
     assert output.count("try 1") == 1
     assert "try 2" not in output
+
+
+@pytest.mark.parametrize("isolation", ["session", "test"])
+def test_a_plugin_that_no_guest_has_is_named_with_its_key(suite, isolation):
+    (suite.path / "pytest.ini").write_text("[pytest]\nvm_guest_plugins = no_such_plugin\n")
+    status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert "vm_guest_plugins names no_such_plugin, which pytest in the guest cannot" in output
+    assert output.count("Error importing plugin") == 1
+    assert "2 errors" in output
+
+
+def test_an_import_error_is_told_in_full_once(suite):
+    """Each test of the file is an error all the same."""
+    suite.write(
+        "test_broken.py",
+        "import os\nif 'PYTHONPATH' not in os.environ: import no_such_module\n"
+        "def test_one(): pass\ndef test_two(): pass\n",
+    )
+    status, output = suite.run("--in-vm")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+    assert output.count("ModuleNotFoundError: No module named 'no_such_module'") == 1
+    assert (
+        "test_broken.py could not be collected: see test_broken.py::test_one[debian-13]" in output
+    )
+    assert "2 passed, 2 errors" in output

@@ -197,6 +197,16 @@ class TestBuild:
         assert make(definition) == image
         assert lines == ["built", "mine is built"]
 
+    def test_a_damaged_one_is_not_replaced_by_the_way(self, tmp_path, make, lines):
+        """Guests may use it."""
+        definition = define(tmp_path / "mine", f"echo == built;{DELIVER}")
+        image = make(definition)
+        (image.folder / "image.json").write_text("{")
+        assert make(definition) == image
+        assert lines == ["built", "mine is built"]
+        with pytest.raises(ImageError, match="'mine' is damaged"):
+            make(definition).verified()
+
     def test_force(self, tmp_path, make, lines):
         definition = define(tmp_path / "mine", f"echo == built;{DELIVER}")
         image = make(definition)

@@ -21,7 +21,7 @@ from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
 from pytest_vmsandbox.inside import uv as uv_module, wheels
 from pytest_vmsandbox.inside.distributions import installed
-from pytest_vmsandbox.inside.environment import prepare
+from pytest_vmsandbox.inside.environment import Environment, prepare
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import console_scripts
 from pytest_vmsandbox.inside.requirements import Requirements
@@ -437,7 +437,7 @@ def test_an_environment_is_made_once(make, uv, tmp_path, host):
     assert make.said == ["preparing the packages for the guest's Python 3.13.5"]
     assert make(requirements) == made
     assert len(uv.calls()) == 2
-    assert left_in(tmp_path / "cache") == [made.digest]
+    assert left_in(tmp_path / "cache") == [made.folder.name]
 
 
 def test_index_settings_reach_uv_and_what_contradicts_does_not(make, uv, monkeypatch):
@@ -523,7 +523,7 @@ def test_what_others_left_is_removed(make, room_for_two, tmp_path):
     (old.folder.parent / ".new-killed" / "out").mkdir(parents=True)
     new = make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
     Store(tmp_path / "cache", ENVIRONMENTS, Entry).sweep()
-    assert left_in(tmp_path / "cache") == sorted([fresh.digest, new.digest])
+    assert left_in(tmp_path / "cache") == sorted([fresh.folder.name, new.folder.name])
 
 
 def test_use_keeps_an_environment(make, room_for_two, tmp_path):
@@ -535,6 +535,21 @@ def test_use_keeps_an_environment(make, room_for_two, tmp_path):
     make(Requirements(root=tmp_path, lines=("pytest", "attrs")))
     assert old.folder.exists()
     assert not other.folder.exists()
+
+
+def test_another_run_makes_room_meanwhile(make, uv, tmp_path, monkeypatch):
+    """It is held while it is looked at, and then it stays."""
+    store, made = Store(tmp_path / "cache", ENVIRONMENTS, Entry), make()
+    damage_of, freed = Environment.damage, []
+
+    def look(environment):
+        freed.append(store.discard([environment.folder]).removed)
+        return damage_of(environment)
+
+    monkeypatch.setattr(Environment, "damage", look)
+    assert make() == made
+    assert freed == [0]
+    assert len(make.said) == 1
 
 
 def test_a_cache_that_can_only_be_read(make, uv, monkeypatch):
@@ -588,7 +603,7 @@ def test_another_process_makes_it(make, uv, tmp_path):
         (parent / digest / "in-use.lock").touch()
         integrity.write_record(parent / digest / "environment.json", {"schema": 1, "digests": {}})
     thread.join()
-    assert made[0].digest == digest
+    assert made[0].folder.name == digest
     assert uv.calls() == []
     assert "waiting for another run" in make.said[0]
 

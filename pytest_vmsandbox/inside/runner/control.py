@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -71,11 +71,12 @@ class Control:
     def pytest_load_initial_conftests(self, early_config: pytest.Config) -> None:
         set_options(early_config.known_args_namespace, self.settings["options"])
 
-    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
-    def pytest_cmdline_parse(self) -> Iterator[None]:
+    @pytest.hookimpl(tryfirst=True, wrapper=True)
+    def pytest_cmdline_parse(self) -> Generator[None, Any, Any]:
         """Set the options as soon as pytest has read its own: before any other hook looks at them."""
-        outcome: Any = yield
-        set_options(outcome.get_result().option, self.settings["options"])
+        config = yield
+        set_options(config.option, self.settings["options"])
+        return config
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -86,10 +87,13 @@ class Control:
             config.stash[xml_key] = junit
             config.pluginmanager.register(junit)  # or pytest cannot unregister it
 
-    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
+    @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
-        outcome: Any = yield
-        self.reporter.tell_failed(outcome.exception)
+        try:
+            yield
+        except FAILED as error:
+            self.reporter.tell_failed(error)
+            raise
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
@@ -99,11 +103,14 @@ class Control:
         if not report.passed:
             self.failed.append(report)
 
-    @pytest.hookimpl(tryfirst=True, hookwrapper=True)
+    @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_collection(self) -> Iterator[None]:
-        outcome: Any = yield
-        self.reporter.tell_failed(outcome.exception)
-        if self.found is not None and outcome.exception is None:  # pytest has told warnings, too
+        try:
+            yield
+        except FAILED as error:
+            self.reporter.tell_failed(error)
+            raise
+        if self.found is not None:  # pytest has told warnings, too
             self.wire.say({"ready": self.found})
 
     @pytest.hookimpl(trylast=True)

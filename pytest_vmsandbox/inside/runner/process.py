@@ -26,7 +26,8 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     """Run a session in this process, which the supervisor has forked, and return pytest's exit status.
 
     Args:
-        config: ``args`` and ``plugins`` for pytest, ``options`` (name → value) to set, ``ini`` (a list of
+        config: ``args`` for pytest, ``wanted`` (the plugins that it loads; empty for those of ``plugins``
+            that are installed), ``options`` (name → value) to set, ``ini`` (a list of
             ``[names of a key, value]``), ``path`` for `sys.path`, ``junit`` (the family of the host's
             junit file, if it writes one), ``outcomes`` (that plugins of the host know besides pytest's),
             ``alone`` (whether each attempt at a test has a guest of its own), ``measure`` (coverage's
@@ -58,7 +59,7 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     leave_modules()
     control = Control(config, wire)
     before = snapshot(config["tree"]) if config.get("alone") else None
-    plugins = installed_plugins(config["plugins"])
+    plugins = config.get("wanted") or installed_plugins(config["plugins"])
     args = [arg for name in plugins for arg in ("-p", name)] + config["args"]
     ours: list[Any] = [control, control.reporter, fixtures_of(config["fixtures"])]
     if measuring is not None:

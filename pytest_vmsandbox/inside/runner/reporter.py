@@ -122,10 +122,9 @@ class Reporter:
             )
         )
 
-    def tell_failed(self, error: BaseException | None) -> None:
+    def tell_failed(self, error: BaseException) -> None:
         """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
-        if isinstance(error, FAILED):
-            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+        self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         error = excinfo.value
