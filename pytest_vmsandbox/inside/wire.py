@@ -120,6 +120,10 @@ def _check_values(line: bytes) -> None:
 def _depth(value: object) -> int:
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, dict | list)]:
-        level = [it for item in level for it in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            member
+            for item in level
+            for member in (item.values() if isinstance(item, dict) else item)
+        ]
         depth += 1
     return depth

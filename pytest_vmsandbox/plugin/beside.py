@@ -70,7 +70,7 @@ def note(message: Message, nodeid: str) -> tuple[str, bool]:
     from pytest_vmsandbox.inside.wire import broken
     from pytest_vmsandbox.plugin.remote_reports import colourless
 
-    kind = " ".join(str(message[it]) for it in ("note", "why") if it in message)
+    kind = " ".join(str(message[field]) for field in ("note", "why") if field in message)
     if kind not in _NOTES:
         raise broken("a note of an unknown kind", message)
     name = colourless(message.get("name"))[:_MAX_NAME]
@@ -148,7 +148,7 @@ class Benchmarks:
     def machine(self) -> dict[str, Any] | None:
         """What the benchmarks ran on; None where no guest tells it, or several differ."""
         here = self._session is not None and any(
-            not isinstance(it.fixture, SimpleNamespace) for it in self._session.benchmarks
+            not isinstance(one.fixture, SimpleNamespace) for one in self._session.benchmarks
         )
         if here or len(self._machines) != 1:
             return None
@@ -220,13 +220,13 @@ def _of_image(value: Any, image: str) -> Any:
 
 def _without_foreign_files(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_foreign_files(it) for it in value]
+        return [_without_foreign_files(member) for member in value]
     if not isinstance(value, dict):
         return value
     source = value.get("source")
     return {
-        name: _without_foreign_files(it)
-        for name, it in value.items()
+        name: _without_foreign_files(member)
+        for name, member in value.items()
         if name != "source" or (isinstance(source, str) and _is_result(source))
     }
 

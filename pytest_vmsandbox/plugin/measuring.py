@@ -52,7 +52,7 @@ class Measuring:
             with suppress(Exception):  # coverage's own, from a version without that option
                 value = self._cov.get_option(f"run:{option}")
             if isinstance(value, list | tuple):
-                found[option] = [translate(str(it)) for it in value]
+                found[option] = [translate(str(text)) for text in value]
             elif value is not None:
                 found[option] = str(value)
         return found
@@ -75,9 +75,9 @@ class Measuring:
                 continue
             if (entry := tree.entries.get(name)) and entry.kind == "file":
                 found[str(tree.root / name)] = (
-                    [tuple(it) for it in numbers if _is_arc(it)]
+                    [tuple(pair) for pair in numbers if _is_arc(pair)]
                     if branch
-                    else [it for it in numbers if _is_line(it)]
+                    else [line for line in numbers if _is_line(line)]
                 )
         if found:
             base = self._folder / str(self._cov.get_option("run:data_file"))
@@ -95,5 +95,5 @@ def _is_arc(pair: object) -> bool:
     return (
         isinstance(pair, list)
         and len(pair) == 2
-        and all(type(it) is int and _is_line(abs(it)) for it in pair)
+        and all(type(number) is int and _is_line(abs(number)) for number in pair)
     )

@@ -99,9 +99,9 @@ class Reader:
             "outcome": _one_of(fields.get("outcome"), self._outcomes),
             "when": _one_of(fields.get("when"), PHASES),
             "longrepr": self._longrepr(fields.get("longrepr")),
-            "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
+            "sections": self._sections(fields),
             "user_properties": [
-                _property(it) for it in _list(fields.get("user_properties"), _MAX_PROPERTIES)
+                _property(row) for row in _list(fields.get("user_properties"), _MAX_PROPERTIES)
             ],
             **{name: _number(fields.get(name, 0)) for name in ("duration", "start", "stop")},
         }
@@ -177,7 +177,7 @@ class Reader:
             "outcome": _one_of(fields.get("outcome"), OUTCOMES),
             "longrepr": self._longrepr(fields.get("longrepr")),
             "result": None,
-            "sections": [self._section(it) for it in _list(fields.get("sections"), _MAX_SECTIONS)],
+            "sections": self._sections(fields),
         }
         made = _made(pytest.CollectReport._from_json, clean)  # noqa: SLF001
         return "" if made.longrepr is None else made.longrepr
@@ -190,9 +190,12 @@ class Reader:
         """A text with paths of the project as they are on this machine."""
         return self._mention.sub(lambda found: self._here[found[1]], text)
 
-    def _section(self, value: object) -> tuple[str, str]:
-        name, text = _list(value, 2, exactly=True)
-        return harmless(name), harmless(text)
+    def _sections(self, fields: dict[str, Any]) -> list[tuple[str, str]]:
+        pairs = (
+            _list(section, 2, exactly=True)
+            for section in _list(fields.get("sections"), _MAX_SECTIONS)
+        )
+        return [(harmless(name), harmless(text)) for name, text in pairs]
 
     def _longrepr(self, value: object) -> Any:
         if value is None:
@@ -212,8 +215,8 @@ class Reader:
             "sections": [
                 (harmless(name), harmless(text), _separator(sep))
                 for name, text, sep in (
-                    _list(it, 3, exactly=True)
-                    for it in _list(fields.get("sections"), _MAX_SECTIONS)
+                    _list(row, 3, exactly=True)
+                    for row in _list(fields.get("sections"), _MAX_SECTIONS)
                 )
             ],
             "chain": None
@@ -225,13 +228,13 @@ class Reader:
                     None if text is None else harmless(text),
                 )
                 for trace, crash, text in (
-                    _list(it, 3, exactly=True) for it in _list(chain, _MAX_ENTRIES)
+                    _list(row, 3, exactly=True) for row in _list(chain, _MAX_ENTRIES)
                 )
             ],
         }
         traces = [clean["reprtraceback"], *(trace for trace, _, _ in clean["chain"] or ())]
         entries = [entry["data"] for trace in traces for entry in trace["reprentries"]]
-        if sum(len(it) for entry in entries for it in _source(entry["lines"])) > _MAX_SOURCE:
+        if sum(len(line) for entry in entries for line in _source(entry["lines"])) > _MAX_SOURCE:
             for entry in entries:
                 entry["style"] = "value"
         return clean
@@ -251,7 +254,7 @@ class Reader:
         extraline = fields.get("extraline")
         return {
             "reprentries": [
-                self._entry(it) for it in _list(fields.get("reprentries"), _MAX_ENTRIES)
+                self._entry(entry) for entry in _list(fields.get("reprentries"), _MAX_ENTRIES)
             ],
             "extraline": None if extraline is None else harmless(extraline),
             "style": harmless(fields.get("style")),
@@ -260,7 +263,7 @@ class Reader:
     def _entry(self, value: object) -> dict[str, Any]:
         fields = _object(value)
         data = _object(fields.get("data"))
-        lines = [self.text(harmless(it)) for it in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        lines = [self.text(harmless(line)) for line in _list(data.get("lines"), _MAX_ENTRIES * 10)]
         style = harmless(data.get("style", "long"))
         if fields.get("type") == "ReprEntryNative":
             return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
@@ -279,15 +282,15 @@ class Reader:
                     "args": [
                         (harmless(name), harmless(text))
                         for name, text in (
-                            _list(it, 2, exactly=True)
-                            for it in _list(_object(arguments).get("args"), _MAX_ENTRIES)
+                            _list(row, 2, exactly=True)
+                            for row in _list(_object(arguments).get("args"), _MAX_ENTRIES)
                         )
                     ]
                 },
                 "reprlocals": local
                 and {
                     "lines": [
-                        harmless(it) for it in _list(_object(local).get("lines"), _MAX_ENTRIES)
+                        harmless(line) for line in _list(_object(local).get("lines"), _MAX_ENTRIES)
                     ]
                 },
                 "reprfileloc": self._crash(place),
@@ -313,7 +316,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     Raises:
         GuestLost: it is none.
     """
-    module, name = (harmless(it) for it in _list(message.get("category"), 2, exactly=True))
+    module, name = (harmless(part) for part in _list(message.get("category"), 2, exactly=True))
     category = _category(module, name)
     location = message.get("location")
     if location is not None:
@@ -395,13 +398,13 @@ def _anything(value: Any) -> Any:
 
 def _extras(value: object) -> list[dict[str, Any]]:
     """What pytest-html shows beside a test. It writes files, and the extension ends their names."""
-    return [it for it in value if _is_extra(it)] if isinstance(value, list) else []
+    return [extra for extra in value if _is_extra(extra)] if isinstance(value, list) else []
 
 
 def _is_extra(value: object) -> bool:
     if not isinstance(value, dict) or not value.keys() >= _EXTRA:
         return False
-    kind, content, extension = (value[it] for it in ("format_type", "content", "extension"))
+    kind, content, extension = (value[field] for field in ("format_type", "content", "extension"))
     if kind not in _EXTRAS or not (isinstance(content, str) or kind == "json"):
         return False
     return extension is None or (
@@ -424,9 +427,9 @@ def _context(value: object) -> dict[str, Any]:
     return {
         "msg": None if message is None else colourless(message),
         "kwargs": {
-            colourless(name): colourless(it) if isinstance(it, str) else _plain(it)
-            for name, it in _object(fields.get("kwargs")).items()
-            if isinstance(it, str | int | float | bool | None)
+            colourless(name): colourless(content) if isinstance(content, str) else _plain(content)
+            for name, content in _object(fields.get("kwargs")).items()
+            if isinstance(content, str | int | float | bool | None)
         },
     }
 
@@ -481,7 +484,7 @@ def _highlightable(lines: list[str]) -> list[str]:
 
 
 def _source(lines: list[str]) -> list[str]:
-    return list(takewhile(lambda it: not it.startswith(_FAILURE), lines))
+    return list(takewhile(lambda line: not line.startswith(_FAILURE), lines))
 
 
 def _separator(value: object) -> str:
