@@ -50,7 +50,7 @@ class Host(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class GuestPaths:
     """Where things lie in a guest.
 
     Attributes:
@@ -82,7 +82,7 @@ class Connection:
     @classmethod
     @contextmanager
     def attached(
-        cls, guest: Host, place: Place, *, patience: float = 1.0, serve: bool = True
+        cls, guest: Host, place: GuestPaths, *, patience: float = 1.0, serve: bool = True
     ) -> Iterator[Connection]:
         """Start a supervisor in the guest unless there is one, and attach to it.
 

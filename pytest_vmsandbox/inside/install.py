@@ -18,7 +18,7 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import pushable, tree_copy
-from pytest_vmsandbox.inside.connection import Place
+from pytest_vmsandbox.inside.connection import GuestPaths
 from pytest_vmsandbox.inside.environment import Environment, prepare
 from pytest_vmsandbox.inside.guest_python import GuestPython
 from pytest_vmsandbox.inside.programs import ENV
@@ -117,7 +117,7 @@ class Installed:
         programs: the folder of installed programs, the first on ``PATH``.
     """
 
-    place: Place
+    place: GuestPaths
     tree: str
     outside: Mapping[str, str]
     path: tuple[str, ...]
@@ -144,7 +144,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
         there = f"{BASE}/src/{payload.tree.root.relative_to(common)}"
         outside = {str(here): f"{BASE}/src/{here.relative_to(common)}" for here in folders}
     return Installed(
-        place=Place(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
+        place=GuestPaths(python=f"{ENV}/bin/python", runner=f"{BASE}/runner", folder=f"{BASE}/run"),
         tree=there,
         outside=outside,
         path=tuple(posixpath.normpath(f"{there}/{folder}") for folder in project.import_roots),

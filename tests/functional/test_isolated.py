@@ -49,7 +49,7 @@ def numbers():
     }
 
 
-numbers()  # each generator has its seed before the session is sealed
+numbers()  # each generator has its seed before the session is saved
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -59,7 +59,7 @@ host = Host()
 
 
 class Script:
-    """A keeper that says what it likes."""
+    """A supervisor that says what it likes."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces, self.name = list(pieces), "guest"
@@ -100,11 +100,11 @@ def reports(data):
 @given(st.lists(st.binary(max_size=50) | MESSAGES.map(encode), max_size=8), st.integers(0, 3))
 def conversations(pieces, count):
     script: Any = Script(pieces)
-    keeper = Connection(script, script, patience=0.01)
-    talk = session.GuestSession(keeper)
+    supervisor = Connection(script, script, patience=0.01)
+    talk = session.GuestSession(supervisor)
     try:
         if count == 0:
-            session.GuestSession.started(keeper, {}, timeout=1)
+            session.GuestSession.started(supervisor, {}, timeout=1)
         elif count == 1:
             talk.finish(1)
         elif count == 2:

@@ -40,7 +40,7 @@ SKIPPED = report("setup", "skipped", longrepr=["x.py", 1, "Skipped: why"])
 
 
 class Script:
-    """A keeper that says of the first test what it likes, and of others what is right."""
+    """A supervisor that says of the first test what it likes, and of others what is right."""
 
     def __init__(self, said):
         self.said, self.waiting = said, []
@@ -278,8 +278,8 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
         )
         return lease, []
 
-    def started(keeper, config, *, timeout):
-        return GuestSession(keeper), [{"warning": 3, "when": "collect"}]
+    def started(supervisor, config, *, timeout):
+        return GuestSession(supervisor), [{"warning": 3, "when": "collect"}]
 
     monkeypatch.setattr(provisioning.Provisioner, "open", open_one)
     monkeypatch.setattr(GuestSession, "started", started)

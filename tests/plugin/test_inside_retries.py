@@ -54,7 +54,7 @@ FOLDER = pathlib.Path({folder!r})
 
 
 def own_guest():
-    # Its keeper was started with a folder in it.
+    # Its supervisor was started with a folder in it.
     words = pathlib.Path(f"/proc/{{os.getppid()}}/cmdline").read_text().split(chr(0))
     return pathlib.Path(words[words.index("serve") + 1]).parent
 

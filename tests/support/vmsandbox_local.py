@@ -19,7 +19,7 @@ import pytest
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree_copy
-from pytest_vmsandbox.inside.connection import Place
+from pytest_vmsandbox.inside.connection import GuestPaths
 from pytest_vmsandbox.plugin import RUN, pulling, reporting
 from support.local import LocalGuest
 
@@ -112,7 +112,7 @@ class LocalFactory:
         python = os.environ.get("LOCAL_PYTHON", sys.executable)
         installed = replace(
             LAYOUT(guest, payload),
-            place=Place(python=python, runner=str(install.RUNNER), folder=str(base / "run")),
+            place=GuestPaths(python=python, runner=str(install.RUNNER), folder=str(base / "run")),
             programs=str(Path(python).parent),
         )
         if "LOCAL_COPY" in os.environ:

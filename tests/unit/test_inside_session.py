@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
 from pytest_vmsandbox.inside import connection, session
-from pytest_vmsandbox.inside.connection import Connection, Place
+from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.guest_python import parse_probe
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
@@ -36,7 +36,7 @@ HOW: dict[str, Any] = {"following": None, "more": False, "marks": (), "limit": 5
 SILENCE = object()
 
 
-# -- a keeper that plays a script ----------------------------------------------------------------
+# -- a connection that plays a script ----------------------------------------------------------------
 
 
 class Script:
@@ -318,9 +318,9 @@ def test_what_is_collected():
 
 def woken(*steps):
     script: Any = Script(*steps)
-    keeper = Connection(script, script, patience=1.0)
+    connection = Connection(script, script, patience=1.0)
     facts = {"items": {ID: None}, "details": {}, "failed": {}}
-    return GuestSession.woken(keeper, facts, environment={}, fixtures={}, timeout=0.5)
+    return GuestSession.woken(connection, facts, environment={}, fixtures={}, timeout=0.5)
 
 
 def test_what_had_not_left_the_guest_when_that_was_sealed():
@@ -374,7 +374,7 @@ def test_too_many_items(monkeypatch):
 
 
 def test_a_keeper_that_does_not_greet():
-    place = Place(python="python3", runner="/r", folder="/f")
+    place = GuestPaths(python="python3", runner="/r", folder="/f")
     for steps in (
         [SILENCE] * 3,
         [{"pong": 0}, SILENCE, SILENCE],
@@ -428,7 +428,7 @@ def test_what_probe_prints(text):
 
 
 class Folder:
-    """A folder of tests, and a keeper on this machine."""
+    """A folder of tests, and a connection on this machine."""
 
     def __init__(self, folder, source, conftest=""):
         self.guest = LocalGuest()
@@ -437,15 +437,15 @@ class Folder:
         (folder / "pytest.ini").write_text("[pytest]\n")
         if conftest:
             (folder / "conftest.py").write_text(textwrap.dedent(conftest))
-        self.place = Place(python=sys.executable, runner=str(RUNNER), folder=f"{folder}/k")
+        self.place = GuestPaths(python=sys.executable, runner=str(RUNNER), folder=f"{folder}/k")
         self.pids = set()
 
     @contextmanager
-    def keeper(self):
-        with Connection.attached(self.guest, self.place) as keeper:
+    def connection(self):
+        with Connection.attached(self.guest, self.place) as connection:
             if not self.pids:
                 self.pids.add(self.keeper_pid())
-            yield keeper
+            yield connection
 
     def keeper_pid(self):
         (pid,) = (
@@ -475,8 +475,8 @@ class Folder:
             "live": live,
         }
 
-    def start(self, keeper, *args, **how):
-        talk, _ = GuestSession.started(keeper, self.config(*args, **how), timeout=20)
+    def start(self, connection, *args, **how):
+        talk, _ = GuestSession.started(connection, self.config(*args, **how), timeout=20)
         return talk
 
     def close(self):
@@ -581,14 +581,14 @@ def test_a_test_that_ends_its_interpreter(inside, line, brief, detail):
             pass
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         one, two = ids(talk)
         said, error = all_of(talk, one, following=two)
         assert said == [("setup", "passed")]
         assert re.search(brief, str(error))
         assert detail in str(error)
-        again = place.start(keeper)  # another interpreter
+        again = place.start(connection)  # another interpreter
         assert all_of(again, two) == (ALL, None)
         assert again.finish(10)[-1]["exit"] == 0
 
@@ -603,8 +603,8 @@ def test_a_test_that_closes_all_descriptors(inside):
             os.closerange(0, 256)
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         failed = [ALL[0], ("call", "failed"), ("teardown", "failed")]  # pytest's capture is gone
         assert all_of(talk, *ids(talk)) == (failed, None)
 
@@ -620,8 +620,8 @@ def test_a_test_that_hangs_is_shown_where(inside, live):
             time.sleep(1000)  # here
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper, *(["--capture=no"] if live else []), live=live)
+    with place.connection() as connection:
+        talk = place.start(connection, *(["--capture=no"] if live else []), live=live)
         said, error = all_of(talk, *ids(talk), limit=0.6)
         assert said == [("setup", "passed")]
         assert re.search(r"did not end within 0\.6 s, and its interpreter was killed", str(error))
@@ -653,8 +653,8 @@ def test_a_test_that_ends_the_run(inside, line, how, text, status):
             {line}
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         for message in talk.run(*ids(talk), **HOW):
             if "interrupted" in message:
                 break
@@ -681,8 +681,8 @@ def test_a_test_whose_child_goes_on(inside):
             pass
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         one, two, three = ids(talk)
         assert all_of(talk, one, following=two) == (ALL, None)
         assert until(lambda: list(place.folder.glob("child *")))
@@ -708,8 +708,8 @@ def test_a_test_whose_grandchild_holds_all_open(inside):
             os._exit(5)
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         _, error = all_of(talk, *ids(talk))
         assert re.search("status 5", str(error))
 
@@ -725,16 +725,16 @@ def test_a_test_whose_grandchild_holds_all_open(inside):
 )
 def test_a_session_that_does_not_start(inside, args, conftest, status, text):
     place = inside("def test_it(): pass", conftest=conftest)
-    with place.keeper() as keeper:
+    with place.connection() as connection:
         with pytest.raises(InterpreterLost, match=f"ended with status {status}") as caught:
-            place.start(keeper, *args)
+            place.start(connection, *args)
         assert text in str(caught.value)
 
 
 def test_a_test_file_that_cannot_be_imported(inside):
     place = inside("import no_such_module")
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         assert not talk.collected.items
         assert "no_such_module" in json.dumps(talk.collected.failed["test_it.py"])
 
@@ -753,8 +753,8 @@ def test_a_flood_of_output_that_is_not_wanted(inside, capture):
             os._exit(3)
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper, f"--capture={capture}")
+    with place.connection() as connection:
+        talk = place.start(connection, f"--capture={capture}")
         _, error = all_of(talk, *ids(talk))
         assert "the end" in str(error)
         assert len(str(error)) < 20_000
@@ -771,26 +771,26 @@ def test_a_report_that_is_too_large_is_cut(inside):
             raise ValueError("x" * 1_000_000)
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         said, error = all_of(talk, *ids(talk))
         assert error is None
         assert said == [ALL[0], ("call", "failed"), ALL[2]]
 
 
 def test_attached_again(inside):
-    """A keeper outlives who talks to it, and so does its session."""
+    """A connection outlives who talks to it, and so does its session."""
     place = inside("def test_a(): pass\ndef test_b(): pass")
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         one, two = ids(talk)
         assert all_of(talk, one, following=two) == (ALL, None)
-        keeper.say({"do": "ping", "n": 1})
-    with place.keeper() as keeper:
-        talk = GuestSession(keeper)
+        connection.say({"do": "ping", "n": 1})
+    with place.connection() as connection:
+        talk = GuestSession(connection)
         assert all_of(talk, two) == (ALL, None)
-    with place.keeper() as keeper:
-        assert GuestSession(keeper).finish(10)[-1]["exit"] == 0
+    with place.connection() as connection:
+        assert GuestSession(connection).finish(10)[-1]["exit"] == 0
 
 
 def test_what_was_said_to_nobody_is_told_later(inside):
@@ -808,20 +808,22 @@ def test_what_was_said_to_nobody_is_told_later(inside):
             os._exit(3)
         """
     )
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
         one, two = ids(talk)
         for nodeid, following in ((one, two), (two, None)):
-            keeper.say({"do": "run", "id": nodeid, "next": following, "more": True, "marks": []})
+            connection.say(
+                {"do": "run", "id": nodeid, "next": following, "more": True, "marks": []}
+            )
         assert until((place.folder / "begun").exists)
-        keeper._ping()  # all that was sent has arrived
+        connection._ping()  # all that was sent has arrived
     for _ in range(3):  # whoever attaches is greeted first
-        with place.keeper() as keeper:
+        with place.connection() as connection:
             pass
     (place.folder / "go").touch()
     assert until((place.folder / "over").exists)
-    with place.keeper() as keeper:
-        talk = GuestSession(keeper)
+    with place.connection() as connection:
+        talk = GuestSession(connection)
         said = list(talk.interrupt(10))
     assert said[-1]["exit"] == 3
     assert [it["done"] for it in said if "done" in it] == [one]
@@ -830,10 +832,10 @@ def test_what_was_said_to_nobody_is_told_later(inside):
 
 def test_a_session_that_is_replaced(inside):
     place = inside("import time\ndef test_a(): time.sleep(1000)")
-    with place.keeper() as keeper:
-        talk = place.start(keeper)
-        keeper.say({"do": "run", "id": ids(talk)[0], "next": None, "more": True, "marks": []})
-        again = place.start(keeper)
+    with place.connection() as connection:
+        talk = place.start(connection)
+        connection.say({"do": "run", "id": ids(talk)[0], "next": None, "more": True, "marks": []})
+        again = place.start(connection)
         assert again.finish(10)[-1]["exit"] == 0
 
 
@@ -847,10 +849,10 @@ def test_nobody_is_left_to_talk_to(inside):
             os._exit(1)
         """
     )
-    with place.keeper() as keeper:
+    with place.connection() as connection:
         config = place.config()
         config["environment"]["KEEPER"] = str(*place.pids)
-        talk, _ = GuestSession.started(keeper, config, timeout=20)
+        talk, _ = GuestSession.started(connection, config, timeout=20)
         with pytest.raises(GuestLost, match="the process in .* that runs the tests is gone"):
             list(talk.run(ids(talk)[0], **HOW))
 

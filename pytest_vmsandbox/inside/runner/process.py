@@ -47,9 +47,9 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     sys.argv[:] = ["pytest", *config["args"]]
     measuring = None
     if config.get("measure"):
-        from .beside.measuring import Measuring
+        from .beside.measuring import CoverageTracer
 
-        measuring = Measuring(config["measure"])
+        measuring = CoverageTracer(config["measure"])
 
     import pytest
 

@@ -18,7 +18,7 @@ from ..wire import Wire
 keep_apart(globals())
 
 
-class Measuring:
+class CoverageTracer:
     """Measures from now on.
 
     Args:
