@@ -102,7 +102,7 @@ def firmware(request, tmp_path_factory):
 
 
 def ticks(machine):
-    answer = machine._human(f"xp /1wx {TICKS:#x}")
+    answer = machine.human(f"xp /1wx {TICKS:#x}")
     return int(answer.split()[1], 16)
 
 
