@@ -6,8 +6,8 @@ guests is imported before a guest is asked for.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,14 +32,10 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
-    from pytest_vmsandbox.inside.session import Collected
-    from pytest_vmsandbox.plugin.inside import Inside
 
 RUN = pytest.StashKey[Run]()
-_INSIDE = pytest.StashKey["InsideProtocol"]()
-# What an xdist worker tells.
-_USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
-_PULLED = "vmsandbox_pulled"
+_INSIDE = "vmsandbox-inside"  # the plugin for tests that run inside guests
+_FOUND = "vmsandbox"  # what an xdist worker has found, in its output
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,9 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
-    config.stash[RUN] = run = Run(config)
-    config.stash[_INSIDE] = InsideProtocol(run)
-    config.pluginmanager.register(config.stash[_INSIDE], "vmsandbox-inside")
+    config.stash[RUN] = Run(config)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -72,8 +66,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
+    from pytest_vmsandbox.catalogue import listing
+    from pytest_vmsandbox.catalogue.catalogue import Catalogue
+    from pytest_vmsandbox.catalogue.store import ImageStore
+    from pytest_vmsandbox.core.paths import cache_dir
+
     try:
-        for line in Run(config).image_lines():  # pytest does not configure itself for this
+        # pytest does not configure itself for this, so there is no `Run`.
+        images = listing.entries(Catalogue(options.image_path(config)), ImageStore(cache_dir()))
+        for line in listing.lines(images):
             print(line)  # noqa: T201  # what was asked for
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
@@ -107,8 +108,14 @@ def pytest_collection_modifyitems(
 ) -> Generator[None, object, object]:
     run = config.stash[RUN]
     without = collection.plan(run, items)
-    _refuse(config, items, collection.check(run, items))
-    unimportable.replace(run, items, config.stash[_INSIDE].collected)
+    collection.check(run, items)
+    _refuse(run, items)
+    if any(plan_of(item).is_inside for item in items):
+        from pytest_vmsandbox.plugin.inside import Inside
+
+        inside = Inside(run)
+        config.pluginmanager.register(inside, _INSIDE)
+        unimportable.replace(run, items, inside.collected)
     collection.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
@@ -117,18 +124,18 @@ def pytest_collection_modifyitems(
     naming.give_full_names(everything)
     for item in items:
         collection.plan_again(run, item)
-    _refuse(config, items, collection.check_run(run, items))
+    collection.check_run(run, items)
+    _refuse(run, items)
     collection.group(items)
     return result
 
 
-def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) -> None:
+def _refuse(run: Run, items: list[pytest.Item]) -> None:
     """Let a run end before its first test if there is anything invalid in it."""
-    if errors:
+    if run.usage_errors:
         items.clear()
-        if not hasattr(config, "workeroutput"):
-            raise pytest.UsageError(*errors)
-        config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
+        if not hasattr(run.config, "workeroutput"):  # else xdist's controller raises them
+            raise pytest.UsageError(*run.usage_errors)
 
 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
@@ -145,25 +152,27 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""
-    run, output = node.config.stash[RUN], getattr(node, "workeroutput", {})
-    run.usage_errors = output.get(_USAGE_ERRORS, run.usage_errors)
-    run.failed |= output.get(_FAILED, False)
-    run.told.update(dict.fromkeys(output.get(_TOLD, ())))
-    for kind, names in output.get(_PULLED, {}).items():
+    run, found = node.config.stash[RUN], getattr(node, "workeroutput", {}).get(_FOUND, {})
+    run.usage_errors = found.get("usage_errors") or run.usage_errors
+    run.failed |= found.get("failed", False)
+    run.told.update(dict.fromkeys(found.get("told", ())))
+    for kind, names in found.get("pulled", {}).items():
         pulling.note(run.pulled, kind, names)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
-    session.config.stash[_INSIDE].close()
+    if (inside := session.config.pluginmanager.get_plugin(_INSIDE)) is not None:
+        inside.close()
     if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput[_FAILED] = run.failed
-        session.config.workeroutput[_TOLD] = [*run.about(run.images_used), *run.told]
-        session.config.workeroutput[_PULLED] = {
-            kind: [*names] for kind, names in run.pulled.items()
+        session.config.workeroutput[_FOUND] = {
+            "usage_errors": run.usage_errors,
+            "failed": run.failed,
+            "told": [*run.about(run.images_used), *run.told],
+            "pulled": {kind: [*names] for kind, names in run.pulled.items()},
         }
     if run.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*run.usage_errors)
@@ -191,15 +200,6 @@ def pytest_terminal_summary(
 # -- running ------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # pytest-cov combines after it
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    try:
-        return (yield)
-    finally:
-        if session.config.pluginmanager.has_plugin("_cov"):
-            session.config.stash[_INSIDE].close()  # guests tell what they have measured
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     run = item.config.stash[RUN]
@@ -210,71 +210,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         run.finish(item)
 
 
-class InsideProtocol:
-    """Takes over the protocol of tests that run inside guests.
-
-    It is registered late, so that it comes before other plugins that take over a protocol.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    @cached_property
-    def _inside(self) -> Inside:
-        from pytest_vmsandbox.plugin.inside import Inside
-
-        return Inside(self._run)
-
-    def collected(self, item: pytest.Item) -> Collected:
-        """What the guest for a test has collected; see `Inside`."""
-        return self._inside.collected(item)
-
-    def close(self) -> None:
-        """Let what runs inside guests tear down what is left."""
-        if "_inside" in self.__dict__:
-            for problem in self._inside.leases.close():
-                self._run.tell_problem(f"at the end of the tests inside: {problem}")
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
-        if not plan_of(item).runs_inside:
-            return None
-        self._inside.run(item, nextitem)
-        return True
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport, config: pytest.Config
-    ) -> Generator[None, object, object]:
-        """Let no test be lost from the count because a plugin cannot tell its status."""
-        try:
-            return (yield)
-        except Exception as error:
-            if not getattr(report, "vm_inside", False):
-                raise
-            from pytest_vmsandbox.plugin import hooks
-
-            hook = config.hook.pytest_report_teststatus
-            return hooks.result_of_others(
-                self._run, hook, error, self, report=report, config=config
-            )
-
-    @pytest.hookimpl(optionalhook=True, tryfirst=True)
-    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
-        """What benchmarks ran on: the guest, where they ran in one."""
-        return self._inside.benchmarks.machine() if "_inside" in self.__dict__ else None
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     collection.refuse_here(item)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    collection.refuse_here(item)
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -300,10 +241,26 @@ def pytest_runtest_makereport(
     return reporting.after_report(item, call, (yield), only_text=only_text)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs."""
-    return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_report_teststatus(
+    report: pytest.TestReport, config: pytest.Config
+) -> Generator[None, object, object]:
+    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs.
+
+    No test is lost from the count because a plugin cannot tell its status.
+    """
+    try:
+        status = yield
+    except Exception as error:
+        if not getattr(report, "vm_inside", False):
+            raise
+        from pytest_vmsandbox.plugin import hooks
+
+        hook, ours = config.hook.pytest_report_teststatus, sys.modules[__name__]
+        status = hooks.result_of_others(
+            config.stash[RUN], hook, error, ours, report=report, config=config
+        )
+    return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else status
 
 
 # -- fixtures -----------------------------------------------------------------------------------------
@@ -357,13 +314,10 @@ def _vm_image(request: pytest.FixtureRequest) -> str | None:
     return image
 
 
-@pytest.fixture(scope="module")
-def _vm_of_module(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
+def _shared_guests(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
     with ExitStack() as stack:
         yield SharedGuests(pytestconfig.stash[RUN], stack)
 
 
-@pytest.fixture(scope="session")
-def _vm_of_session(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with ExitStack() as stack:
-        yield SharedGuests(pytestconfig.stash[RUN], stack)
+_vm_of_module = pytest.fixture(scope="module")(_shared_guests)
+_vm_of_session = pytest.fixture(scope="session")(_shared_guests)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.plugin import config as options, plan as plans, pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.run import Run
 
 # Options that have no meaning for tests inside guests; and those that do nothing for them.
 _REFUSED = {
@@ -95,7 +91,7 @@ def _plan(run: Run, item: pytest.Item) -> bool:
         return True
     if image is None:
         return False
-    _store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
+    store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
     return True
 
 
@@ -110,11 +106,6 @@ def _only_image(run: Run, item: pytest.Item) -> str | None:
     return next(iter(images), None)
 
 
-def plan_remote(run: Run, item: pytest.Item, *, image: str, plain: str) -> None:
-    """Make the plan of a test that no function of this machine stands for."""
-    _store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
-
-
 def plan_now(run: Run, item: pytest.Item) -> Plan:
     """The plan of a test that asks for `vm`; without an image if none applies to it.
 
@@ -126,7 +117,7 @@ def plan_now(run: Run, item: pytest.Item) -> Plan:
     if PLAN in item.stash:
         plan_again(run, item)
     elif (image := _only_image(run, item)) is not None:
-        _store(run, item, image=image, plain=item.nodeid, is_inside=False)
+        store(run, item, image=image, plain=item.nodeid, is_inside=False)
     return plan_of(item)
 
 
@@ -135,10 +126,10 @@ def plan_again(run: Run, item: pytest.Item) -> None:
     old = plan_of(item)
     if old.image and old.marks != tuple(item.iter_markers()):
         same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
-        _store(run, item, **same)
+        store(run, item, **same)
 
 
-def _store(
+def store(
     run: Run,
     item: pytest.Item,
     *,
@@ -151,7 +142,7 @@ def _store(
     request = plans.request_of(item, run.hardware)
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
-    skip, xfail = (selection.reason(why, image) for why in (request.skip, request.xfail))
+    skip, xfail = (plans.reason(why, image) for why in (request.skip, request.xfail))
     if skip not in (None, old.skip):
         item.add_marker(pytest.mark.skip(reason=skip))
     if xfail not in (None, old.xfail):
@@ -231,8 +222,8 @@ def refuse_here(item: pytest.Item) -> None:
 # -- what is invalid ----------------------------------------------------------------------------------
 
 
-def check(run: Run, items: list[pytest.Item]) -> list[str]:
-    """What is invalid in the tests, in any value, and in the places that they need."""
+def check(run: Run, items: list[pytest.Item]) -> None:
+    """Note what is invalid in any value, and in the places that the tests need."""
     config = run.config
     try:
         options.check_values(config)
@@ -243,25 +234,25 @@ def check(run: Run, items: list[pytest.Item]) -> list[str]:
             options.check_places(config)
     except pytest.UsageError as error:
         run.usage_errors.extend(error.args)
-    if config.getoption("--vm") and (wrong := run.selection_error) is not None:
-        run.note_usage_error("", wrong)
-    return run.usage_errors
+    if config.getoption("--vm") and isinstance(run.selection, ConfigError):
+        run.note_usage_error("", run.selection)
 
 
-def check_run(run: Run, items: Sequence[pytest.Item]) -> list[str]:
-    """What is invalid in the way in which the tests that are left are to be run."""
+def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
+    """Note what is invalid in the way in which the tests that are left are to be run."""
     if inside := [item for item in items if plan_of(item).is_inside]:
         run.usage_errors += _refused_for(run.config)
         try:
             pulling.patterns(run.config)
             if not run.config.getoption("collectonly"):
-                _check_tree(run.config)
+                from pytest_vmsandbox.inside import pushable
+
+                pushable.check(run.config.rootpath, options.entries(run.config, "vm_push"))
         except ConfigError as error:
             run.usage_errors.append(str(error))
         for about in _without_effect(run.config, inside):
             run.tell(f"{about} tests that run inside a guest")
         pulling.spare_unused(run, inside)
-    return run.usage_errors
 
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:
@@ -285,28 +276,14 @@ def refused(config: pytest.Config) -> str | None:
     return next(given, None)
 
 
-def _check_tree(config: pytest.Config) -> None:
-    """Look whether the project can go to a guest, before one is started.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    from pytest_vmsandbox.inside import pushable
-
-    pushable.check(config.rootpath, options.push(config))
-
-
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:
     """The options and plugins that do nothing for tests inside guests, and were asked for."""
     for name, option in _WITHOUT_EFFECT.items():
         if config.getoption(name, default=False):
             yield f"{option} shows nothing of"
-    there = {*options.guest_plugins(config)}
-    if (
-        there
-        and there.isdisjoint(("rerunfailures", "pytest_rerunfailures"))
-        and any(map(_is_rerun, inside))
-    ):
+    there = options.entries(config, "vm_guest_plugins")
+    is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)
+    if is_absent and any(map(_is_rerun, inside)):
         yield "pytest-rerunfailures does nothing for"
     if any(_asks(item, "forked", "forked") for item in inside):
         yield "pytest-forked does nothing for"

@@ -4,31 +4,107 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost, TransferError
+from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
-from pytest_vmsandbox.inside import install
+from pytest_vmsandbox.inside import distributions, install, project, requirements
 from pytest_vmsandbox.inside.connection import Connection
-from pytest_vmsandbox.inside.install import Payload
-from pytest_vmsandbox.inside.session import GuestSession
-from pytest_vmsandbox.plugin import config as options, guest_config
-from pytest_vmsandbox.plugin.lease import COLLECT_SECONDS, Lease, started
+from pytest_vmsandbox.inside.install import Installed, Payload
+from pytest_vmsandbox.inside.session import GuestSession, RunEnded
+from pytest_vmsandbox.inside.wire import Message
+from pytest_vmsandbox.plugin import beside, config as options, guest_config
+from pytest_vmsandbox.plugin.hooks import end_run
 from pytest_vmsandbox.plugin.measuring import Measuring
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
 from pytest_vmsandbox.plugin.remote_reports import Reader
-from pytest_vmsandbox.plugin.session_config import session_config
+from pytest_vmsandbox.plugin.run import Run
 
-if TYPE_CHECKING:
-    from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.run import Run
-
+COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
 _MOST_LOST = 3  # waiting sessions in a row that do not resume
+_NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
+_NO_MODULE = re.compile(r"No module named '(\w+)")
+
+
+@dataclass(kw_only=True)
+class Lease:
+    """A guest that runs tests inside, as long as those of its place may come.
+
+    Attributes:
+        payload: what went there.
+        tree: the project's folder in the guest.
+        has_collected: whether a session there has, and what it said was heard out.
+        has_failed: whether a test there has.
+        is_untouched: whether its session says that nothing was written there.
+    """
+
+    guest: Guest
+    payload: Payload
+    tree: str
+    connection: Connection
+    reader: Reader
+    config: Mapping[str, object]
+    patience: float
+    stack: ExitStack
+    session: GuestSession | None = None
+    has_collected: bool = False
+    has_failed: bool = False
+    is_untouched: bool = False
+
+    def start(self, root: Path) -> list[Message]:
+        """Start a session and let it collect; what it said besides.
+
+        Args:
+            root: the rootdir.
+
+        Raises:
+            InterpreterLost: it could not collect.
+            GuestLost: the guest is gone.
+        """
+        try:
+            self.session, said = started(self.connection, self.config, self.patience)
+        except InterpreterLost as lost:
+            raise InterpreterLost(
+                f"pytest in {self.guest.name} could not collect the tests: {lost.brief}",
+                details=self.reader.text(lost.details),
+                remedy=remedy(root, lost.details),
+            ) from lost
+        return said
+
+
+def started(
+    connection: Connection, config: Mapping[str, object], patience: float
+) -> tuple[GuestSession, list[Message]]:
+    """A session that has collected, and what it said besides; the run ends if it says so.
+
+    Raises:
+        ConfigError: the guest has no such plugin.
+        InterpreterLost: it could not collect.
+        GuestLost: the guest is gone.
+    """
+    try:
+        return GuestSession.started(connection, config, timeout=COLLECT_SECONDS * patience)
+    except RunEnded as end:
+        end_run(end.message)
+    except InterpreterLost as lost:
+        found = _NO_PLUGIN.search(lost.details)
+        if found is None or found[1] not in str(config["wanted"]):
+            raise
+        raise ConfigError(
+            f"vm_guest_plugins names {found[1]}, which pytest in the guest cannot import",
+            details=lost.details,
+            remedy="correct the name. If it is a distribution's, name that in vm_requirements",
+        ) from None
 
 
 class Provisioner:
@@ -45,7 +121,9 @@ class Provisioner:
         self._expected: set[Place] = set()  # kinds of guests of which the factory knows
         self._heard: set[Place] = set()  # kinds of guests whose waiting sessions were heard out
 
-    def open(self, session: pytest.Session, plan: Plan) -> tuple[Lease, list[Message]]:
+    def open(
+        self, session: pytest.Session, plan: Plan, tries: int = _MOST_LOST
+    ) -> tuple[Lease, list[Message]]:
         """A guest for a test; where it has one of its own, its session has collected already.
 
         Returns:
@@ -54,17 +132,16 @@ class Provisioner:
         Raises:
             VMSandboxError: there can be none.
         """
-        for tries in range(1, _MOST_LOST + 1):
-            lease = self._open(session, plan)
-            if plan.isolation != "test":
-                return lease, []
-            try:
-                return lease, self._resume(lease, plan.kind)
-            except BaseException as error:
-                lease.stack.close()
-                if not isinstance(error, InterpreterLost) or tries == _MOST_LOST:
-                    raise
-        raise AssertionError
+        lease = self._open(session, plan)
+        if plan.isolation != "test":
+            return lease, []
+        try:
+            return lease, self._resume(lease, plan.kind)
+        except BaseException as error:
+            lease.stack.close()
+            if not isinstance(error, InterpreterLost) or tries == 1:
+                raise
+        return self.open(session, plan, tries - 1)
 
     def _open(self, session: pytest.Session, plan: Plan) -> Lease:
         """A guest with what its tests need, and a connection to start sessions with."""
@@ -78,8 +155,7 @@ class Provisioner:
         alone = plan.isolation == "test"
         image = factory.with_step(plan.image, install.environment_step(payload))
         if alone:
-            step = self._session_step(session, plan, payload, patience)
-            image = factory.with_step(image, step)
+            image = factory.with_step(image, self._session_step(session, plan, payload))
             self._expect(session, plan, image)
         with ExitStack() as stack:
             guest = stack.enter_context(factory.lease(image, plan.hardware))
@@ -100,7 +176,7 @@ class Provisioner:
                     installed.outside,
                     outcomes=guest_config.outcomes(self._config),
                 ),
-                config=session_config(self._run, session, plan, installed, _own(guest)),
+                config=self._session_config(session, plan, installed, _own(guest)),
                 patience=patience,
                 stack=stack.pop_all(),
             )
@@ -129,17 +205,18 @@ class Provisioner:
                 f"{outside[0]} is not below the rootdir, {root}, so it does not go to the guest",
                 remedy="name a folder above all tests: --rootdir",
             )
+        listed = options.entries(config, "vm_requirements")
         wanted = [str(file.relative_to(root)) for file in files]
         payload = Payload.of(
             root,
-            entries=options.requirements(config),
-            more=[*options.push(config), *dict.fromkeys(wanted)],
+            entries=listed,
+            more=[*options.entries(config, "vm_push"), *dict.fromkeys(wanted)],
             offline=options.offline(config),
             say=self._run.say,
             tell=self._run.tell,
         )
         more = [] if Measuring.of(config) is None else ["coverage"]
-        if options.requirements(config) and any(plan_of(item).is_rerun for item in session.items):
+        if listed and any(plan_of(item).is_rerun for item in session.items):
             more.append("pytest-rerunfailures")
         for name in more:
             payload = replace(payload, requirements=payload.requirements.with_one(name))
@@ -153,20 +230,19 @@ class Provisioner:
             share = -(-count // options.workers(self._config))
             self._run.factory.expect(image, plan.hardware, share)
 
-    def _session_step(
-        self, session: pytest.Session, plan: Plan, payload: Payload, patience: float
-    ) -> Step:
+    def _session_step(self, session: pytest.Session, plan: Plan, payload: Payload) -> Step:
         """A session that has collected, and waits in the guest until that becomes a template."""
 
         def collect(guest: Guest) -> dict[str, object]:
             install.install_project(guest, payload)
             installed = install.layout(guest, payload)
-            config = session_config(self._run, session, plan, installed, {})
+            config = self._session_config(session, plan, installed, {})
+            patience = self._run.factory.backend.patience(plan.image)
             with Connection.attached(guest, installed.place, patience=patience) as connection:
                 found, said = started(connection, config, patience)
             return {"collected": found.collected.facts(), "said": said}
 
-        known = session_config(self._run, session, plan, install.layout(None, payload), {})
+        known = self._session_config(session, plan, install.layout(None, payload), {})
         known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later
         parts = [install.project_digest(payload), known]
         return Step(
@@ -176,6 +252,63 @@ class Provisioner:
             network="isolated",
             personal=True,
         )
+
+    def _session_config(
+        self, session: pytest.Session, plan: Plan, installed: Installed, own: Mapping[str, str]
+    ) -> dict[str, object]:
+        """What a session in a guest is told; see `run` in the runner's `process.py`.
+
+        Args:
+            session: of this side; the guest has those of its tests that belong into the same kind of guest.
+            plan: of one of them.
+            own: variables that differ between guests.
+        """
+        config, tree = self._config, installed.tree
+        translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
+        files = list(dict.fromkeys(each.file for each in alike(session.items, plan)))
+        where = translate(str(config.invocation_params.dir))
+        results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
+        measuring = Measuring.of(config)
+        xml = config.stash.get(xml_key, None)
+        self._tell_of_losses()
+        return {
+            "args": [
+                *(f"--rootdir={tree}", "-c", f"{install.BASE}/session.ini"),
+                "--disable-plugin-autoload",
+                *guest_config.arguments(config, translate),
+                *(f"{tree}/{file}" for file in files),
+            ],
+            "wanted": options.entries(config, "vm_guest_plugins"),
+            "plugins": guest_config.plugins(config),
+            "options": {**guest_config.options(config, translate), "allure_report_dir": results},
+            "ini": [(["cache_dir"], f"{install.BASE}/cache"), *guest_config.ini(config, translate)],
+            "fixtures": guest_config.fixtures(config),
+            "path": list(installed.path),
+            "programs": installed.programs,
+            "cwd": where if where.startswith(tree) else tree,
+            "environment": {**own, **options.guest_environment(config)},
+            "outcomes": guest_config.outcomes(config),
+            "alone": plan.isolation == "test",
+            "details": [file for file in files if file in self._run.unimportable],
+            "measure": measuring and measuring.settings(translate),
+            "tree": tree,
+            "logs": beside.Logs(config).are_wanted,
+            "allure": results,
+            "machine": beside.machine_is_wanted(config),
+            "junit": xml.family if xml else None,
+            "live": config.getoption("capture", default="no") == "no",
+        }
+
+    def _tell_of_losses(self) -> None:
+        """Tell what of this run's configuration no guest can have."""
+        for name in guest_config.only_here(self._config):
+            self._run.tell(
+                f"the plugin {name} stays on this side: it is neither in the project nor installed"
+            )
+        if lost := guest_config.lost_options(self._config):
+            self._run.tell_problem(
+                f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
+            )
 
     def _resume(self, lease: Lease, kind: Place) -> list[Message]:
         """Take over the session that waits in a clone; what it said besides."""
@@ -196,3 +329,24 @@ class Provisioner:
 def _own(guest: Guest) -> dict[str, str]:
     """Variables of the environment that differ between guests, or between workers."""
     return {**guest_config.environment(), "VMSANDBOX_GUEST": guest.name}
+
+
+def remedy(root: Path, text: str) -> str:
+    """What to do about an error of Python: a module that is here, but not in the guest; or nothing.
+
+    Args:
+        root: the rootdir.
+    """
+    for name in _NO_MODULE.findall(text):
+        if (folder := project.foreign_folder(name, root)) is not None:
+            path = os.path.relpath(folder, root)
+            return (
+                f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
+                f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+            )
+        if names := distributions.providers(name):
+            return (
+                f"{name} is installed here, by {' and '.join(names)}, but not in the guest: "
+                f"it was left out, or {requirements.SETTING} does not name it"
+            )
+    return ""

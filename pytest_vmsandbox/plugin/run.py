@@ -17,15 +17,15 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import config as options, selection
+from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
-from pytest_vmsandbox.plugin.plan import plan_of, request_of
+from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.factory import Base, GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
@@ -88,7 +88,7 @@ class Run:
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
         """Note what is invalid of what a test asks for; a wrong `--vm` is told once, not by each."""
-        text = f"{nodeid}: {error}" if self.selection_error is not error else str(error)
+        text = f"{nodeid}: {error}" if self.selection is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
@@ -124,18 +124,6 @@ class Run:
 
         return Catalogue(options.image_path(self.config))
 
-    def image_lines(self) -> list[str]:
-        """The images, their state and size, as a table of text.
-
-        Raises:
-            ConfigError: a definition is not well-formed.
-        """
-        from pytest_vmsandbox.catalogue import listing
-        from pytest_vmsandbox.catalogue.store import ImageStore
-        from pytest_vmsandbox.core.paths import cache_dir
-
-        return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
-
     @cached_property
     def hardware(self) -> Hardware:
         """Of a guest for which no marker says otherwise.
@@ -145,19 +133,18 @@ class Run:
         """
         return options.hardware(self.config)
 
-    def images(self, request: selection.GuestRequest) -> list[str]:
+    def images(self, request: plans.GuestRequest) -> list[str]:
         """The images that a test runs on.
 
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
         """
-        if self.selection_error is not None:
-            raise self.selection_error
-        selected, from_command_line = self._selected
-        for globs in (request.skip, request.xfail):
-            for glob in globs:
-                self.catalogue.select([glob])
-        return selection.applicable(
+        if isinstance(self.selection, ConfigError):
+            raise self.selection
+        selected, from_command_line = self.selection
+        for glob in (*request.skip, *request.xfail):
+            self.catalogue.select([glob])
+        return plans.applicable(
             request,
             selected=selected,
             from_command_line=from_command_line,
@@ -174,11 +161,10 @@ class Run:
         """
         if self.item is None:
             return None
-        return plan_of(self.item).image or next(iter(self.images(request_of(self.item))), None)
+        planned = plan_of(self.item).image
+        return planned or next(iter(self.images(plans.request_of(self.item))), None)
 
-    def base(
-        self, prepared: PreparedImage | PreparedLayer | None
-    ) -> str | PreparedImage | PreparedLayer | None:
+    def base(self, prepared: Base) -> Base:
         """What the guest of the test that runs now is made of; None where no image applies to it.
 
         Args:
@@ -198,18 +184,13 @@ class Run:
         return prepared
 
     @cached_property
-    def selection_error(self) -> ConfigError | None:
-        """What is wrong with the images that the run was asked for."""
+    def selection(self) -> tuple[list[str], bool] | ConfigError:
+        """The images that the run was asked for, and whether the command line did; or what is wrong with them."""
+        patterns, from_command_line = options.selected_patterns(self.config)
         try:
-            _ = self._selected
+            return self.catalogue.select(patterns), from_command_line
         except ConfigError as error:
             return error
-        return None
-
-    @cached_property
-    def _selected(self) -> tuple[list[str], bool]:
-        patterns, from_command_line = options.selected_patterns(self.config)
-        return self.catalogue.select(patterns), from_command_line
 
     # -- guests ---------------------------------------------------------------------------------
 
@@ -226,10 +207,8 @@ class Run:
     @cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
-        return Artifacts(
-            options.artifacts_dir(self.config) or self._temporary(),
-            own=self.factory.backend.own,
-        )
+        root = options.artifacts_dir(self.config) or self._temporary()
+        return Artifacts(root, own=self.factory.backend.own)
 
     def _temporary(self) -> Path:
         """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
@@ -329,8 +308,8 @@ class Run:
 
     def provisions(self, image: str) -> list[Provision]:
         hook = self.config.hook.pytest_vmsandbox_provision
-        found = reversed(hook(config=self.config, image=image))
-        return [provision for provision in found if provision is not None]
+        last_first = hook(config=self.config, image=image)
+        return list(reversed(last_first))
 
     def guest_ready(self, guest: Guest) -> None:
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)

@@ -9,7 +9,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 from pytest_vmsandbox.plugin.artifacts import Artifacts, folder_name
 from pytest_vmsandbox.plugin.reporting import hide_ours
-from pytest_vmsandbox.plugin.selection import GuestRequest, applicable, read_marks, reason
+from pytest_vmsandbox.plugin.plan import GuestRequest, applicable, read_marks, reason
 
 CATALOGUE = ["a-1", "a-2", "b"]
 
