@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
 
-    from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.factory import Base, GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
 
 RUN = pytest.StashKey[Run]()
 _INSIDE = "vmsandbox-inside"  # the plugin for tests that run inside guests
@@ -104,22 +103,22 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
+    session: pytest.Session, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
-    run = config.stash[RUN]
+    run = session.config.stash[RUN]
     without = collection.plan(run, items)
     collection.check(run, items)
     _refuse(run, items)
     if any(plan_of(item).is_inside for item in items):
         from pytest_vmsandbox.plugin.inside import Inside
 
-        inside = Inside(run)
-        config.pluginmanager.register(inside, _INSIDE)
+        inside = Inside(run, session)
+        run.config.pluginmanager.register(inside, _INSIDE)
         unimportable.replace(run, items, inside.collected)
     collection.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
-    naming.deselect_by_plain_ids(config, items)
+    naming.deselect_by_plain_ids(run.config, items)
     result = yield
     naming.give_full_names(everything)
     for item in items:
@@ -140,7 +139,8 @@ def _refuse(run: Run, items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[RUN].coming = collection.guests_to_come(session.items)
+    run = session.config.stash[RUN]
+    run.coming = collection.guests_to_come(run, session.items)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -164,7 +164,7 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
     if (inside := session.config.pluginmanager.get_plugin(_INSIDE)) is not None:
-        inside.close()
+        inside.leases.close()
     if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
@@ -183,7 +183,7 @@ def pytest_report_collectionfinish(
 ) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return config.stash[RUN].about(collection.images_needed(items))
+    return config.stash[RUN].about([plan.image for plan in collection.with_guests(items)])
 
 
 def pytest_terminal_summary(
@@ -212,7 +212,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    collection.refuse_here(item)
+    """Let no test run on this machine that is meant for a guest."""
+    if plan_of(item).runs_inside:
+        raise ConfigError(
+            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
+            "machine",
+            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
+        )
 
 
 pytest_runtest_call = pytest_runtest_setup
@@ -220,17 +226,12 @@ pytest_runtest_call = pytest_runtest_setup
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
-    """Take over pytest-timeout's limit: its alarm would end the whole run."""
+    """Take over pytest-timeout's limit: its alarm would end the whole run. What is not set it does not cancel."""
     if not plan_of(item).is_inside:
         return None
     if settings.timeout:
         limit(item, settings.timeout, of_call=getattr(settings, "func_only", False))
     return True
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
-    return True if plan_of(item).is_inside else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -282,7 +283,7 @@ def vm_artifacts(
 
 
 @pytest.fixture(scope="session")
-def vm_prepared() -> PreparedImage | PreparedLayer | None:
+def vm_prepared() -> Base:
     """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
     return None
 
@@ -291,7 +292,7 @@ def vm_prepared() -> PreparedImage | PreparedLayer | None:
 def vm(
     request: pytest.FixtureRequest,
     vm_factory: GuestFactory,
-    vm_prepared: PreparedImage | PreparedLayer | None,
+    vm_prepared: Base,
     _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""

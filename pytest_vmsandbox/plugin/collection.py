@@ -14,13 +14,8 @@ from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
 # Options that have no meaning for tests inside guests; and those that do nothing for them.
-_REFUSED = {
-    "usepdb": "--pdb",
-    "trace": "--trace",
-    "setupplan": "--setup-plan",
-    "setuponly": "--setup-only",
-}
-_WITHOUT_EFFECT = {"setupshow": "--setup-show", "benchmark_cprofile": "--benchmark-cprofile"}
+_REFUSED = ("--pdb", "--trace", "--setup-plan", "--setup-only")
+_WITHOUT_EFFECT = ("--setup-show", "--benchmark-cprofile")
 
 
 # -- one parameter for each image -------------------------------------------------------------------
@@ -139,7 +134,7 @@ def store(
     is_remote: bool = False,
 ) -> None:
     """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
-    request = plans.request_of(item, run.hardware)
+    request = plans.request_of(item, options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
     skip, xfail = (plans.reason(why, image) for why in (request.skip, request.xfail))
@@ -181,42 +176,24 @@ def group(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: numbers[plans.image_of(item)])
 
 
-def images_needed(items: Iterable[pytest.Item]) -> list[str]:
-    """The images of all tests that are going to run."""
-    return list(dict.fromkeys(plan.image for plan in _with_guests(items)))
-
-
-def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Hardware]]:
+def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Hardware]]:
     """Image and hardware of the fresh guest of each test that has one.
 
     A worker of xdist runs its share of all tests; which, nobody knows yet.
     """
     guests = [
         (plan.image, plan.hardware)
-        for plan in _with_guests(items)
+        for plan in with_guests(items)
         if not plan.is_inside and plan.isolation == "test"
     ]
-    return guests[: -(-len(guests) // options.workers(items[0].config))] if guests else []
+    return guests[: options.share(run.config, len(guests))]
 
 
-def _with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+def with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+    """The plans of the tests that are going to run with guests."""
     for item in items:
         if plan_of(item).image and item.get_closest_marker("skip") is None:
             yield plan_of(item)
-
-
-def refuse_here(item: pytest.Item) -> None:
-    """Let no test run on this machine that is meant for a guest.
-
-    Raises:
-        ConfigError: another plugin is about to do that.
-    """
-    if plan_of(item).runs_inside:
-        raise ConfigError(
-            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
-            "machine",
-            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
-        )
 
 
 # -- what is invalid ----------------------------------------------------------------------------------
@@ -272,14 +249,13 @@ def _refused_for(config: pytest.Config) -> Iterator[str]:
 
 def refused(config: pytest.Config) -> str | None:
     """An option that was given, and has no meaning for tests inside guests; None without any."""
-    given = (option for name, option in _REFUSED.items() if config.getoption(name, default=False))
-    return next(given, None)
+    return next((option for option in _REFUSED if config.getoption(option, default=False)), None)
 
 
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:
     """The options and plugins that do nothing for tests inside guests, and were asked for."""
-    for name, option in _WITHOUT_EFFECT.items():
-        if config.getoption(name, default=False):
+    for option in _WITHOUT_EFFECT:
+        if config.getoption(option, default=False):
             yield f"{option} shows nothing of"
     there = options.entries(config, "vm_guest_plugins")
     is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)

@@ -132,10 +132,10 @@ def hardware(config: pytest.Config) -> Hardware:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
 
 
-def workers(config: pytest.Config) -> int:
-    """How many workers of xdist share the tests; 1 without it."""
-    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
-    return count
+def share(config: pytest.Config, count: int) -> int:
+    """How many of some tests this process runs, if it is one of several workers of xdist."""
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    return -(-count // workers)
 
 
 def check_values(config: pytest.Config) -> None:

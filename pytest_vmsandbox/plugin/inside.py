@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,15 @@ class Inside:
     It is registered late, so that it comes before other plugins that take over a protocol.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
         self._config = run.config
         self._hooks = Hooks(run)
         self._messages = Messages(run, self._hooks)
-        self._leases = Leases(run, self._messages)
-        self._schedule = Schedule(run.config)
+        self.leases = Leases(run, session, self._messages)
+        self._schedule = Schedule(session)
         self._retried: set[str] = set()  # tests whose guest something else took away
-        self._ids: set[str] = set()
+        self._ids: set[str] = set()  # of the tests of this side, without the image
         # Image and file: the first test that cannot run since that cannot be collected.
         self._uncollected: dict[tuple[str, str], str] = {}
 
@@ -62,7 +62,7 @@ class Inside:
         Raises:
             VMSandboxError: there can be none.
         """
-        session = self._leases.lease(item).session
+        session = self.leases.lease(item).session
         assert session is not None
         return session.collected
 
@@ -72,11 +72,7 @@ class Inside:
             return (yield)
         finally:
             if self._config.pluginmanager.has_plugin("_cov"):
-                self.close()  # guests tell what they have measured
-
-    def close(self) -> None:
-        """Let what runs inside guests tear down what is left."""
-        self._leases.close()
+                self.leases.close()  # guests tell what they have measured
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
@@ -99,7 +95,7 @@ class Inside:
         try:
             self._carry_out(item, nextitem)
         except KeyboardInterrupt:
-            self._leases.interrupt(item)
+            self.leases.interrupt(item)
             raise
         return True
 
@@ -153,7 +149,7 @@ class Inside:
             attempt: how many there were, in guests of their own.
         """
         call = pytest.CallInfo.from_call(
-            lambda: self._leases.lease(item), when="setup", reraise=ENDING
+            lambda: self.leases.lease(item), when="setup", reraise=ENDING
         )
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
@@ -178,7 +174,7 @@ class Inside:
             raise
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
-            self._leases.lose(lease, error)
+            self.leases.lose(lease, error)
             if isinstance(error, GuestLost) and not any(each.has_failed for each in attempts):
                 if self._runs_again(item, error, ahead):
                     yield from self._attempts(item, nextitem, attempt)
@@ -189,7 +185,7 @@ class Inside:
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
-            self._leases.end(item)
+            self.leases.end(item)
             yield from self._attempts(item, nextitem, attempt + 1)
 
     def _check_end(self, item: pytest.Item, attempt: int, last: Attempt) -> None:
@@ -239,9 +235,13 @@ class Inside:
         request = self._request(item, nextitem)
         if not attempt:
             self._announce(lease.session, item)
-        limit = plan_of(item).timeout or options.test_timeout(self._config) * lease.patience
+        usual = options.test_timeout(self._config) * lease.connection.patience
         for message in lease.session.run(
-            nodeid, **request, limit=limit, call_limit=self._call_limit(item), attempt=attempt
+            nodeid,
+            **request,
+            limit=plan_of(item).timeout or usual,
+            call_limit=self._call_limit(item),
+            attempt=attempt,
         ):
             if "report" in message:
                 data = message["report"]
@@ -258,7 +258,7 @@ class Inside:
             elif (record := self._messages.record(lease, item, message)) is not None:
                 records.append(record)
             elif "interrupted" in message:
-                self._leases.interrupt(item)
+                self.leases.interrupt(item)
                 end_run(message)
             else:
                 self._messages.tell(lease, message, item.nodeid)
@@ -285,7 +285,7 @@ class Inside:
         }
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        with self._leases.ending(item, nextitem):
+        with self.leases.ending(item, nextitem):
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
 
     def _report(
@@ -295,10 +295,9 @@ class Inside:
 
         def happen() -> None:
             if error is not None:
+                add_hints(error, self._run.hints)
                 raise error
 
-        if error is not None:
-            add_hints(error, self._run.hints)
         return self._made(item, pytest.CallInfo.from_call(happen, when=phase))
 
     def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
@@ -338,7 +337,9 @@ class Inside:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == plan.indices and other.partition("[")[0] == base:
-                    if other in self._ids_here(item.session):  # it is another test: the sets differ
+                    if not self._ids:
+                        self._ids.update(map(plans.plain_nodeid, item.session.items))
+                    if other in self._ids:  # it is another test: the sets differ
                         break
                     self._run.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
@@ -351,12 +352,6 @@ class Inside:
             "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
         )
 
-    def _ids_here(self, session: pytest.Session) -> set[str]:
-        """What the tests of this side are called where they have no parameter for an image."""
-        if not self._ids:
-            self._ids.update(map(plans.plain_nodeid, session.items))
-        return self._ids
-
 
 class Schedule:
     """Knows which test comes after another in the same guest.
@@ -365,13 +360,14 @@ class Schedule:
         alone: ids, without the image, of tests that run while no other is announced.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
-        option = config.option
+    def __init__(self, session: pytest.Session) -> None:
+        option = session.config.option
+        self._session = session
         self.alone: set[str] = set()
-        self._is_worker = hasattr(config, "workerinput")  # of xdist: nobody knows what is to come
+        # Of xdist: nobody knows what is to come.
+        self._is_worker = hasattr(session.config, "workerinput")
         # A result could end the run, and then nothing may have been run too much.
         self._may_end = option.maxfail or getattr(option, "stepwise", False)
-        self._following: dict[pytest.Item, pytest.Item] = {}
 
     def next(
         self, item: pytest.Item, nextitem: pytest.Item | None = None
@@ -382,23 +378,24 @@ class Schedule:
             nextitem: what pytest runs next.
         """
         plan = plan_of(item)
-        if self._is_worker:
-            if nextitem is not None and plan.shares_with(nextitem):
-                return plan_of(nextitem).plain, True
-            return None, plan.isolation == "session" and nextitem is not None
-        if not self._following:
-            self._read(item.session)
-        following = self._following.get(item)
-        return (None if following is None else plan_of(following).plain), following is not None
+        if not self._is_worker:
+            nextitem = self._following.get(item)
+        if nextitem is not None and plan.shares_with(nextitem):
+            return plan_of(nextitem).plain, True
+        return None, plan.isolation == "session" and nextitem is not None
 
-    def _read(self, session: pytest.Session) -> None:
+    @cached_property
+    def _following(self) -> dict[pytest.Item, pytest.Item]:
+        """From each test to the next one of the same guest."""
         last: dict[Place, pytest.Item] = {}
-        for item in reversed(session.items):
+        following = {}
+        for item in reversed(self._session.items):
             if plan_of(item).runs_inside:
                 place = plan_of(item).place
                 if place in last:
-                    self._following[item] = last[place]
+                    following[item] = last[place]
                 last[place] = item
+        return following
 
     def ahead(self, item: pytest.Item) -> Iterator[pytest.Item]:
         """The test, and those after it that may run while its reports are on their way here."""

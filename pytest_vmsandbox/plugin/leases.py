@@ -35,10 +35,10 @@ class Leases:
         messages: is told what a session says before it runs tests, and when it is interrupted.
     """
 
-    def __init__(self, run: Run, messages: Messages) -> None:
+    def __init__(self, run: Run, session: pytest.Session, messages: Messages) -> None:
         self._run = run
         self._messages = messages
-        self._provisioner = Provisioner(run)
+        self._provisioner = Provisioner(run, session)
         self._leases: dict[Place, Lease] = {}
         self._failures: dict[Place, VMSandboxError] = {}
         self._unlucky: dict[Place, int] = {}
@@ -86,7 +86,7 @@ class Leases:
         plan = plan_of(item)
         said: list[Message] = []
         if plan.place not in self._leases:
-            self._leases[plan.place], said = self._provisioner.open(item.session, plan)
+            self._leases[plan.place], said = self._provisioner.open(plan)
         lease = self._leases[plan.place]
         self._run.note_use(lease.guest)
         try:
@@ -144,7 +144,7 @@ class Leases:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
         lease = self._leases.get(plan_of(item).place)
         if lease is not None and lease.session is not None:
-            for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience):
+            for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.connection.patience):
                 with suppress(VMSandboxError):  # of no interest now
                     self._messages.tell(lease, message)
             lease.session = None
@@ -214,7 +214,7 @@ class Leases:
             return []
         if (loss := lease.guest.engine.loss) is not None:
             return [f"after the last test in it: {loss.brief}"]
-        said = lease.session.finish(COLLECT_SECONDS * lease.patience)
+        said = lease.session.finish(COLLECT_SECONDS * lease.connection.patience)
         lease.is_untouched = any("untouched" in message for message in said)
         if (measuring := Measuring.of(self._run.config)) is not None:
             measuring.keep(said, lease.payload.tree, lease.guest.name)

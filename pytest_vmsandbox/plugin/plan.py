@@ -209,23 +209,21 @@ def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware) -> GuestRequest
 
 def applicable(
     request: GuestRequest,
-    *,
-    selected: Sequence[str],
-    from_command_line: bool,
+    selection: tuple[Sequence[str], bool],
     select: Callable[[Sequence[str]], Sequence[str]],
 ) -> list[str]:
     """The images that a test runs on.
 
     Args:
         request: of the test.
-        selected: the images of the run.
-        from_command_line: whether `--vm` named them. If not, a literal name in a marker also
-            runs where it was not selected.
+        selection: the images of the run, and whether `--vm` named them. If not, a literal name in
+            a marker also runs where it was not selected.
         select: the names that patterns match in the catalogue.
 
     Raises:
         ConfigError: a pattern matches nothing in the catalogue.
     """
+    selected, from_command_line = selection
     if not request.images:
         return list(selected)
     matching = select(request.images)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ class Lease:
     connection: Connection
     reader: Reader
     config: Mapping[str, object]
-    patience: float
     stack: ExitStack
     session: GuestSession | None = None
     has_collected: bool = False
@@ -72,7 +72,7 @@ class Lease:
             GuestLost: the guest is gone.
         """
         try:
-            self.session, said = started(self.connection, self.config, self.patience)
+            self.session, said = started(self.connection, self.config)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {self.guest.name} could not collect the tests: {lost.brief}",
@@ -83,7 +83,7 @@ class Lease:
 
 
 def started(
-    connection: Connection, config: Mapping[str, object], patience: float
+    connection: Connection, config: Mapping[str, object]
 ) -> tuple[GuestSession, list[Message]]:
     """A session that has collected, and what it said besides; the run ends if it says so.
 
@@ -93,7 +93,8 @@ def started(
         GuestLost: the guest is gone.
     """
     try:
-        return GuestSession.started(connection, config, timeout=COLLECT_SECONDS * patience)
+        timeout = COLLECT_SECONDS * connection.patience
+        return GuestSession.started(connection, config, timeout=timeout)
     except RunEnded as end:
         end_run(end.message)
     except InterpreterLost as lost:
@@ -114,16 +115,14 @@ class Provisioner:
     for all clones.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
         self._config = run.config
-        self._payload: Payload | None = None
+        self._session = session
         self._expected: set[Place] = set()  # kinds of guests of which the factory knows
         self._heard: set[Place] = set()  # kinds of guests whose waiting sessions were heard out
 
-    def open(
-        self, session: pytest.Session, plan: Plan, tries: int = _MOST_LOST
-    ) -> tuple[Lease, list[Message]]:
+    def open(self, plan: Plan, tries: int = _MOST_LOST) -> tuple[Lease, list[Message]]:
         """A guest for a test; where it has one of its own, its session has collected already.
 
         Returns:
@@ -132,7 +131,7 @@ class Provisioner:
         Raises:
             VMSandboxError: there can be none.
         """
-        lease = self._open(session, plan)
+        lease = self._open(plan)
         if plan.isolation != "test":
             return lease, []
         try:
@@ -141,22 +140,20 @@ class Provisioner:
             lease.stack.close()
             if not isinstance(error, InterpreterLost) or tries == 1:
                 raise
-        return self.open(session, plan, tries - 1)
+        return self.open(plan, tries - 1)
 
-    def _open(self, session: pytest.Session, plan: Plan) -> Lease:
+    def _open(self, plan: Plan) -> Lease:
         """A guest with what its tests need, and a connection to start sessions with."""
         self._check_python(plan.image)
         factory = self._run.factory
         factory.backend.require(plan.image)
-        if self._payload is None:
-            self._payload = self._prepared(session)
         payload = self._payload
         patience = factory.backend.patience(plan.image)
         alone = plan.isolation == "test"
         image = factory.with_step(plan.image, install.environment_step(payload))
         if alone:
-            image = factory.with_step(image, self._session_step(session, plan, payload))
-            self._expect(session, plan, image)
+            image = factory.with_step(image, self._session_step(plan))
+            self._expect(plan, image)
         with ExitStack() as stack:
             guest = stack.enter_context(factory.lease(image, plan.hardware))
             if not alone:
@@ -176,8 +173,7 @@ class Provisioner:
                     installed.outside,
                     outcomes=guest_config.outcomes(self._config),
                 ),
-                config=self._session_config(session, plan, installed, _own(guest)),
-                patience=patience,
+                config=self._session_config(plan, installed, _own(guest)),
                 stack=stack.pop_all(),
             )
 
@@ -192,57 +188,57 @@ class Provisioner:
             f"with the fixture vm, run with {image}, too",
         )
 
-    def _prepared(self, session: pytest.Session) -> Payload:
+    @cached_property
+    def _payload(self) -> Payload:
         """What goes to each guest of this run."""
         config = self._config
         root = config.rootpath
-        files = [
-            item.path for item in session.items if plan_of(item).is_inside and item.path.is_file()
-        ]
-        outside = [file for file in files if not file.is_relative_to(root)]
-        if outside:
-            raise ConfigError(
-                f"{outside[0]} is not below the rootdir, {root}, so it does not go to the guest",
-                remedy="name a folder above all tests: --rootdir",
-            )
-        listed = options.entries(config, "vm_requirements")
+        tests = [item for item in self._session.items if plan_of(item).is_inside]
+        files = dict.fromkeys(item.path for item in tests if item.path.is_file())
+        for file in files:
+            if not file.is_relative_to(root):
+                raise ConfigError(
+                    f"{file} is not below the rootdir, {root}, so it does not go to the guest",
+                    remedy="name a folder above all tests: --rootdir",
+                )
         wanted = [str(file.relative_to(root)) for file in files]
+        listed = options.entries(config, "vm_requirements")
         payload = Payload.of(
             root,
             entries=listed,
-            more=[*options.entries(config, "vm_push"), *dict.fromkeys(wanted)],
+            more=[*options.entries(config, "vm_push"), *wanted],
             offline=options.offline(config),
             say=self._run.say,
             tell=self._run.tell,
         )
         more = [] if Measuring.of(config) is None else ["coverage"]
-        if listed and any(plan_of(item).is_rerun for item in session.items):
+        if listed and any(plan_of(item).is_rerun for item in tests):
             more.append("pytest-rerunfailures")
         for name in more:
             payload = replace(payload, requirements=payload.requirements.with_one(name))
         return payload
 
-    def _expect(self, session: pytest.Session, plan: Plan, image: PreparedImage) -> None:
+    def _expect(self, plan: Plan, image: PreparedImage) -> None:
         """Tell the factory, once, how many guests of a kind are to come."""
         if plan.kind not in self._expected:
             self._expected.add(plan.kind)
-            count = sum(each.runs_inside for each in alike(session.items, plan))
-            share = -(-count // options.workers(self._config))
-            self._run.factory.expect(image, plan.hardware, share)
+            count = sum(each.runs_inside for each in alike(self._session.items, plan))
+            self._run.factory.expect(image, plan.hardware, options.share(self._config, count))
 
-    def _session_step(self, session: pytest.Session, plan: Plan, payload: Payload) -> Step:
+    def _session_step(self, plan: Plan) -> Step:
         """A session that has collected, and waits in the guest until that becomes a template."""
+        payload = self._payload
 
         def collect(guest: Guest) -> dict[str, object]:
             install.install_project(guest, payload)
             installed = install.layout(guest, payload)
-            config = self._session_config(session, plan, installed, {})
+            config = self._session_config(plan, installed, {})
             patience = self._run.factory.backend.patience(plan.image)
             with Connection.attached(guest, installed.place, patience=patience) as connection:
-                found, said = started(connection, config, patience)
+                found, said = started(connection, config)
             return {"collected": found.collected.facts(), "said": said}
 
-        known = self._session_config(session, plan, install.layout(None, payload), {})
+        known = self._session_config(plan, install.layout(None, payload), {})
         known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later
         parts = [install.project_digest(payload), known]
         return Step(
@@ -254,18 +250,17 @@ class Provisioner:
         )
 
     def _session_config(
-        self, session: pytest.Session, plan: Plan, installed: Installed, own: Mapping[str, str]
+        self, plan: Plan, installed: Installed, own: Mapping[str, str]
     ) -> dict[str, object]:
         """What a session in a guest is told; see `run` in the runner's `process.py`.
 
         Args:
-            session: of this side; the guest has those of its tests that belong into the same kind of guest.
-            plan: of one of them.
+            plan: of one of its tests: it has those that belong into the same kind of guest.
             own: variables that differ between guests.
         """
         config, tree = self._config, installed.tree
         translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
-        files = list(dict.fromkeys(each.file for each in alike(session.items, plan)))
+        files = list(dict.fromkeys(each.file for each in alike(self._session.items, plan)))
         where = translate(str(config.invocation_params.dir))
         results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
         measuring = Measuring.of(config)
@@ -318,7 +313,7 @@ class Provisioner:
             facts["collected"],
             environment=_own(lease.guest),
             fixtures=guest_config.fixtures(self._config),
-            timeout=COLLECT_SECONDS * lease.patience,
+            timeout=COLLECT_SECONDS * lease.connection.patience,
         )
         if kind in self._heard:  # all of them have said the same
             return said

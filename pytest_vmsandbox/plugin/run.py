@@ -124,15 +124,6 @@ class Run:
 
         return Catalogue(options.image_path(self.config))
 
-    @cached_property
-    def hardware(self) -> Hardware:
-        """Of a guest for which no marker says otherwise.
-
-        Raises:
-            pytest.UsageError: the ini file says something invalid.
-        """
-        return options.hardware(self.config)
-
     def images(self, request: plans.GuestRequest) -> list[str]:
         """The images that a test runs on.
 
@@ -141,15 +132,9 @@ class Run:
         """
         if isinstance(self.selection, ConfigError):
             raise self.selection
-        selected, from_command_line = self.selection
         for glob in (*request.skip, *request.xfail):
             self.catalogue.select([glob])
-        return plans.applicable(
-            request,
-            selected=selected,
-            from_command_line=from_command_line,
-            select=self.catalogue.select,
-        )
+        return plans.applicable(request, self.selection, self.catalogue.select)
 
     def image(self) -> str | None:
         """The image of the test that runs now; None where there is none.
@@ -261,7 +246,7 @@ class Run:
     def about(self, images: Sequence[str]) -> list[str]:
         """Lines on what runs the guests of this run, for pytest's header."""
         lines: dict[str, None] = {}
-        for image in images:
+        for image in dict.fromkeys(images):
             try:
                 lines[self.factory.backend.describe(image)] = None
             except VMSandboxError as error:
