@@ -66,13 +66,12 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
     from pytest_vmsandbox.catalogue import listing
-    from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.catalogue.store import ImageStore
     from pytest_vmsandbox.core.paths import cache_dir
 
     try:
-        # pytest does not configure itself for this, so there is no `Run`.
-        images = listing.entries(Catalogue(options.image_path(config)), ImageStore(cache_dir()))
+        # pytest does not configure itself for this, so there is no other `Run`.
+        images = listing.entries(Run(config).catalogue, ImageStore(cache_dir()))
         for line in listing.lines(images):
             print(line)  # noqa: T201  # what was asked for
     except ConfigError as error:
@@ -297,9 +296,16 @@ def vm(
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     run = request.config.stash[RUN]
-    plan, base = collection.plan_now(run, request.node), run.base(vm_prepared)
-    if not plan.image or base is None:
+    plan = collection.plan_now(run, request.node)
+    if not plan.image:
         pytest.skip("no selected image applies to this test")
+    if (other := getattr(vm_prepared, "image", plan.image)) != plan.image:
+        raise ConfigError(
+            f"this test runs on {plan.image}, and the fixture vm_prepared has something for {other} "
+            "alone",
+            remedy="let it return vm_factory.prepare(None, …), which fits each image",
+        )
+    base = vm_prepared or plan.image
     if plan.isolation == "test":
         with vm_factory.lease(base, plan.hardware) as guest:
             yield guest

@@ -41,7 +41,7 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
     """
     images: list[str] = []
     try:
-        images = run.images(plans.request_of(metafunc.definition))
+        images = run.images(metafunc.definition.iter_markers("vm"))
     except ConfigError as error:
         run.note_usage_error(metafunc.definition.nodeid, error)
     metafunc.parametrize(
@@ -92,7 +92,7 @@ def _plan(run: Run, item: pytest.Item) -> bool:
 
 def _only_image(run: Run, item: pytest.Item) -> str | None:
     """The image of a test that pytest cannot parametrize (unittest's)."""
-    images = run.images(plans.request_of(item))
+    images = run.images(item.iter_markers("vm"))
     if len(images) > 1:
         run.tell(
             "tests of unittest's classes and doctests cannot be parametrized: of the selected "
@@ -134,7 +134,7 @@ def store(
     is_remote: bool = False,
 ) -> None:
     """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
-    request = plans.request_of(item, options.hardware(run.config))
+    request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
     skip, xfail = (plans.reason(why, image) for why in (request.skip, request.xfail))

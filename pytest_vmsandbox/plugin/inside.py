@@ -26,12 +26,7 @@ from pytest_vmsandbox.plugin.messages import Messages, Record
 from pytest_vmsandbox.plugin.plan import Place, plan_of
 from pytest_vmsandbox.plugin.provisioning import Lease, remedy
 from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN, colourless
-from pytest_vmsandbox.plugin.reporting import (
-    FAILED,
-    RETRIED,
-    bare_report,
-    report_without_plugins,
-)
+from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, bare_report
 from pytest_vmsandbox.plugin.run import Run
 
 _AHEAD = 8  # tests that a guest may run before the reports of one are here
@@ -46,7 +41,6 @@ class Inside:
 
     def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
-        self._config = run.config
         self._hooks = Hooks(run)
         self._messages = Messages(run, self._hooks)
         self.leases = Leases(run, session, self._messages)
@@ -71,7 +65,7 @@ class Inside:
         try:
             return (yield)
         finally:
-            if self._config.pluginmanager.has_plugin("_cov"):
+            if self._run.config.pluginmanager.has_plugin("_cov"):
                 self.leases.close()  # guests tell what they have measured
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -88,8 +82,8 @@ class Inside:
         """Carry out a test's protocol in its guest."""
         if not plan_of(item).runs_inside:
             return None
-        known = self._config.pluginmanager.has_plugin("faulthandler")
-        if known and self._config.getini("faulthandler_timeout"):
+        known = self._run.config.pluginmanager.has_plugin("faulthandler")
+        if known and self._run.config.getini("faulthandler_timeout"):
             # The guest has this limit, and booting is no part of it.
             faulthandler.cancel_dump_traceback_later()
         try:
@@ -128,7 +122,7 @@ class Inside:
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", plan_of(item).image))
-        if report.failed and (hint := remedy(self._config.rootpath, report.longreprtext)):
+        if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
@@ -167,7 +161,10 @@ class Inside:
                 yield [found, self._report(item, "teardown")]
                 return
             self._hear(lease, item, found, nextitem, attempt, attempts, records)
-            self._check_end(item, attempt, attempts[-1])
+            if not attempts[-1].is_rerun:
+                attempts[-1].check()
+            elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
+                raise broken("a test is done that was to run again")
         except ENDING:  # what the test has told before counts
             self._keep(lease, attempts, records)
             yield from (each.reports for each in attempts)
@@ -185,16 +182,9 @@ class Inside:
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
-            self.leases.end(item)
+            with self.leases.ending(item, None):  # the next attempt has a fresh guest
+                pass
             yield from self._attempts(item, nextitem, attempt + 1)
-
-    def _check_end(self, item: pytest.Item, attempt: int, last: Attempt) -> None:
-        """Look whether a test may be done after an attempt."""
-        if not last.is_rerun:
-            if lacking := [*last.missing, *last.due]:
-                raise broken(f"a test is done without {lacking[0]}")
-        elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
-            raise broken("a test is done that was to run again")
 
     def _keep(self, lease: Lease, attempts: list[Attempt], records: list[Record]) -> None:
         """Note what a test has left, which counts from now on: it is not lost with its guest."""
@@ -235,7 +225,7 @@ class Inside:
         request = self._request(item, nextitem)
         if not attempt:
             self._announce(lease.session, item)
-        usual = options.test_timeout(self._config) * lease.connection.patience
+        usual = options.test_timeout(self._run.config) * lease.connection.patience
         for message in lease.session.run(
             nodeid,
             **request,
@@ -304,11 +294,11 @@ class Inside:
         """A report that plugins of this side make; they count on that of the setup before others."""
         if call.when != "setup":
             self._report(item, "setup")
-        return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
+        return self._hooks.make_report(item, call)
 
     def _call_limit(self, item: pytest.Item) -> float | None:
         """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
-        manager = self._config.pluginmanager
+        manager = self._run.config.pluginmanager
         if (timeout := manager.get_plugin("timeout")) is not None:
             others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
             manager.subset_hook_caller("pytest_runtest_call", others)(item=item)
@@ -453,6 +443,15 @@ class Attempt:
             if report.when == "setup" and not report.passed:
                 self.due = ["teardown"]
         self._reports.append((report, is_subtest))
+
+    def check(self) -> None:
+        """Look whether all reports are here.
+
+        Raises:
+            GuestLost: one is not.
+        """
+        if lacking := [*self.missing, *self.due]:
+            raise broken(f"a test is done without {lacking[0]}")
 
     def fail(self, error: VMSandboxError, report: Callable[..., pytest.TestReport]) -> None:
         """End with an error in the phase that is due, or is missing.

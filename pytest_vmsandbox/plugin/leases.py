@@ -16,7 +16,6 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin import pulling
 from pytest_vmsandbox.plugin.measuring import Measuring
 from pytest_vmsandbox.plugin.messages import Messages
@@ -84,16 +83,15 @@ class Leases:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
         self._drop_lost(item)
         plan = plan_of(item)
-        said: list[Message] = []
         if plan.place not in self._leases:
-            self._leases[plan.place], said = self._provisioner.open(plan)
+            self._leases[plan.place] = self._provisioner.open(plan)
         lease = self._leases[plan.place]
         self._run.note_use(lease.guest)
         try:
             if lease.session is None:
-                said = lease.start(item.config.rootpath)
-            for message in said:
-                self._messages.tell(lease, message)
+                lease.start(item.config.rootpath)
+            while lease.said:
+                self._messages.tell(lease, lease.said.pop(0))
         except (GuestLost, InterpreterLost) as error:
             self._abandon(lease, error)
             if not lease.has_collected:  # what it collects does that, and would do it again
@@ -160,11 +158,6 @@ class Leases:
                 self._wind_up(item)
             yield
 
-    def end(self, item: pytest.Item) -> None:
-        """End the guest of a test: the next attempt at it has a fresh one."""
-        self._wind_up(item)
-        self._end(item)
-
     def _wind_up(self, item: pytest.Item) -> None:
         """Let a session end, and take what it has left.
 
@@ -173,12 +166,10 @@ class Leases:
         plan = plan_of(item)
         lease = self._leases[plan.place]
         problems = self._finish(lease)
-        if plan.kind in self._finished_badly:
-            problems = []
-        elif problems:
+        if problems and plan.kind not in self._finished_badly:
             self._finished_badly.add(plan.kind)
-        for problem in problems:
-            self._run.tell_problem(problem)
+            for problem in problems:
+                self._run.tell_problem(problem)
         self._bring_back(lease)
 
     def _end(self, item: pytest.Item) -> None:

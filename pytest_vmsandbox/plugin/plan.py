@@ -18,6 +18,7 @@ NO_IMAGE = "no-image"  # the id of a parameter of tests to which no selected ima
 # Fixtures of tests that drive guests from here.
 _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
 _GLOB = frozenset("*?[!")
+_USUAL = Hardware()
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 
 
@@ -92,7 +93,7 @@ class Plan:
 
 
 PLAN = pytest.StashKey[Plan]()
-_NO_GUEST = Plan(image="", hardware=Hardware(), is_inside=False, isolation="test", plain="")
+_NO_GUEST = Plan(image="", hardware=_USUAL, is_inside=False, isolation="test", plain="")
 
 
 def plan_of(item: pytest.Item) -> Plan:
@@ -170,8 +171,10 @@ class GuestRequest:
     xfail: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware) -> GuestRequest:
-    """Resolve each argument from the closest marker that sets it; `skip` and `xfail` add up.
+def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> GuestRequest:
+    """What the `vm` markers of a test ask for.
+
+    Each argument is resolved from the closest marker that sets it; `skip` and `xfail` add up.
 
     Args:
         marks: the closest first.
@@ -180,26 +183,24 @@ def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware) -> GuestRequest
     Raises:
         ConfigError: an argument is unknown or invalid.
     """
-    images: tuple[str, ...] = ()
+    marks = list(marks)
     single: dict[str, object] = {}
     reasons: dict[str, dict[str, str]] = {"skip": {}, "xfail": {}}
-    for mark in marks:
-        for name, value in mark.kwargs.items():
-            if name not in _ARGUMENTS:
-                raise ConfigError(
-                    f"pytest.mark.vm has no argument {name!r}",
-                    remedy=f"use image names or globs, and {', '.join(_ARGUMENTS)}",
-                )
-            if name in reasons:
-                for glob, why in _reasons(name, value).items():
-                    reasons[name].setdefault(glob, why)
-            else:
-                single.setdefault(name, value)
-        if mark.args and not images:
-            images = tuple(_image(arg) for arg in mark.args)
+    for name, value in (pair for mark in marks for pair in mark.kwargs.items()):
+        if name not in _ARGUMENTS:
+            raise ConfigError(
+                f"pytest.mark.vm has no argument {name!r}",
+                remedy=f"use image names or globs, and {', '.join(_ARGUMENTS)}",
+            )
+        if name in reasons:
+            for glob, why in _reasons(name, value).items():
+                reasons[name].setdefault(glob, why)
+        else:
+            single.setdefault(name, value)
+    images = next((mark.args for mark in marks if mark.args), ())
     ours = {name: read(single.pop(name)) for name, read in _READERS.items() if name in single}
     return GuestRequest(
-        images=images,
+        images=tuple(map(_image, images)),
         hardware=defaults.changed(single),
         skip=reasons["skip"],
         xfail=reasons["xfail"],
@@ -236,18 +237,6 @@ def applicable(
 def reason(reasons: Mapping[str, str], image: str) -> str | None:
     """The reason of the first glob that matches an image."""
     return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
-
-
-def request_of(node: pytest.Item, defaults: Hardware | None = None) -> GuestRequest:
-    """What the `vm` markers of a test, or of a test function, ask for.
-
-    Args:
-        defaults: the run's hardware.
-
-    Raises:
-        ConfigError: an argument is unknown or invalid.
-    """
-    return read_marks(node.iter_markers("vm"), defaults or Hardware())
 
 
 def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:

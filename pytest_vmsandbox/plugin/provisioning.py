@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from pytest_vmsandbox.plugin.remote_reports import Reader
 from pytest_vmsandbox.plugin.run import Run
 
 COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
-_MOST_LOST = 3  # waiting sessions in a row that do not resume
 _NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
 _NO_MODULE = re.compile(r"No module named '(\w+)")
 
@@ -44,6 +43,7 @@ class Lease:
     Attributes:
         payload: what went there.
         tree: the project's folder in the guest.
+        said: what its session has said that was not passed on yet.
         has_collected: whether a session there has, and what it said was heard out.
         has_failed: whether a test there has.
         is_untouched: whether its session says that nothing was written there.
@@ -57,12 +57,13 @@ class Lease:
     config: Mapping[str, object]
     stack: ExitStack
     session: GuestSession | None = None
+    said: list[Message] = field(default_factory=list)
     has_collected: bool = False
     has_failed: bool = False
     is_untouched: bool = False
 
-    def start(self, root: Path) -> list[Message]:
-        """Start a session and let it collect; what it said besides.
+    def start(self, root: Path) -> None:
+        """Start a session and let it collect.
 
         Args:
             root: the rootdir.
@@ -72,14 +73,13 @@ class Lease:
             GuestLost: the guest is gone.
         """
         try:
-            self.session, said = started(self.connection, self.config)
+            self.session, self.said = started(self.connection, self.config)
         except InterpreterLost as lost:
             raise InterpreterLost(
                 f"pytest in {self.guest.name} could not collect the tests: {lost.brief}",
                 details=self.reader.text(lost.details),
                 remedy=remedy(root, lost.details),
             ) from lost
-        return said
 
 
 def started(
@@ -122,28 +122,12 @@ class Provisioner:
         self._expected: set[Place] = set()  # kinds of guests of which the factory knows
         self._heard: set[Place] = set()  # kinds of guests whose waiting sessions were heard out
 
-    def open(self, plan: Plan, tries: int = _MOST_LOST) -> tuple[Lease, list[Message]]:
+    def open(self, plan: Plan) -> Lease:
         """A guest for a test; where it has one of its own, its session has collected already.
-
-        Returns:
-            The lease, and what the session said besides.
 
         Raises:
             VMSandboxError: there can be none.
         """
-        lease = self._open(plan)
-        if plan.isolation != "test":
-            return lease, []
-        try:
-            return lease, self._resume(lease, plan.kind)
-        except BaseException as error:
-            lease.stack.close()
-            if not isinstance(error, InterpreterLost) or tries == 1:
-                raise
-        return self.open(plan, tries - 1)
-
-    def _open(self, plan: Plan) -> Lease:
-        """A guest with what its tests need, and a connection to start sessions with."""
         self._check_python(plan.image)
         factory = self._run.factory
         factory.backend.require(plan.image)
@@ -162,7 +146,7 @@ class Provisioner:
             connection = stack.enter_context(
                 Connection.attached(guest, installed.place, patience=patience, serve=not alone)
             )
-            return Lease(
+            lease = Lease(
                 guest=guest,
                 payload=payload,
                 tree=installed.tree,
@@ -174,25 +158,36 @@ class Provisioner:
                     outcomes=guest_config.outcomes(self._config),
                 ),
                 config=self._session_config(plan, installed, _own(guest)),
-                stack=stack.pop_all(),
+                stack=stack,
             )
+            if alone:
+                self._resume(lease, plan.kind)
+            lease.stack = stack.pop_all()
+            return lease
 
     def _check_python(self, image: str) -> None:
         catalogue = self._run.catalogue
-        if catalogue.get(image).python:
-            return
-        others = [name for name in catalogue.names() if catalogue.get(name).python]
-        raise TransferError(
-            f"{image} has no Python, so no test can run inside it",
-            remedy=f"run it inside {' or '.join(others)}; tests that drive a guest, "
-            f"with the fixture vm, run with {image}, too",
-        )
+        if not catalogue.get(image).python:
+            others = [name for name in catalogue.names() if catalogue.get(name).python]
+            raise TransferError(
+                f"{image} has no Python, so no test can run inside it",
+                remedy=f"run it inside {' or '.join(others)}; tests that drive a guest, "
+                f"with the fixture vm, run with {image}, too",
+            )
 
     @cached_property
     def _payload(self) -> Payload:
-        """What goes to each guest of this run."""
+        """What goes to each guest of this run; what cannot go is told."""
         config = self._config
         root = config.rootpath
+        for name in guest_config.only_here(config):
+            self._run.tell(
+                f"the plugin {name} stays on this side: it is neither in the project nor installed"
+            )
+        if lost := guest_config.lost_options(config):
+            self._run.tell_problem(
+                f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
+            )
         tests = [item for item in self._session.items if plan_of(item).is_inside]
         files = dict.fromkeys(item.path for item in tests if item.path.is_file())
         for file in files:
@@ -265,7 +260,6 @@ class Provisioner:
         results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
         measuring = Measuring.of(config)
         xml = config.stash.get(xml_key, None)
-        self._tell_of_losses()
         return {
             "args": [
                 *(f"--rootdir={tree}", "-c", f"{install.BASE}/session.ini"),
@@ -294,31 +288,23 @@ class Provisioner:
             "live": config.getoption("capture", default="no") == "no",
         }
 
-    def _tell_of_losses(self) -> None:
-        """Tell what of this run's configuration no guest can have."""
-        for name in guest_config.only_here(self._config):
-            self._run.tell(
-                f"the plugin {name} stays on this side: it is neither in the project nor installed"
-            )
-        if lost := guest_config.lost_options(self._config):
-            self._run.tell_problem(
-                f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
-            )
-
-    def _resume(self, lease: Lease, kind: Place) -> list[Message]:
-        """Take over the session that waits in a clone; what it said besides."""
+    def _resume(self, lease: Lease, kind: Place) -> None:
+        """Take over the session that waits in a clone."""
         facts: Any = lease.guest.engine.facts
-        lease.session, said = GuestSession.woken(
-            lease.connection,
-            facts["collected"],
-            environment=_own(lease.guest),
-            fixtures=guest_config.fixtures(self._config),
-            timeout=COLLECT_SECONDS * lease.connection.patience,
-        )
-        if kind in self._heard:  # all of them have said the same
-            return said
-        self._heard.add(kind)
-        return [*facts["said"], *said]
+        try:
+            lease.session, lease.said = GuestSession.woken(
+                lease.connection,
+                facts["collected"],
+                environment=_own(lease.guest),
+                fixtures=guest_config.fixtures(self._config),
+                timeout=COLLECT_SECONDS * lease.connection.patience,
+            )
+        except InterpreterLost as error:
+            error.transient = True  # it was well when it became a template
+            raise
+        if kind not in self._heard:  # all of them have said the same
+            self._heard.add(kind)
+            lease.said[:0] = facts["said"]
 
 
 def _own(guest: Guest) -> dict[str, str]:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
     from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.guests.factory import Base, GuestFactory
+    from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
     from pytest_vmsandbox.machine.cmdline import MachineSpec
@@ -124,14 +124,15 @@ class Run:
 
         return Catalogue(options.image_path(self.config))
 
-    def images(self, request: plans.GuestRequest) -> list[str]:
-        """The images that a test runs on.
+    def images(self, marks: Iterable[pytest.Mark] = ()) -> list[str]:
+        """The images that a test with these `vm` markers runs on.
 
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
         """
         if isinstance(self.selection, ConfigError):
             raise self.selection
+        request = plans.read_marks(marks)
         for glob in (*request.skip, *request.xfail):
             self.catalogue.select([glob])
         return plans.applicable(request, self.selection, self.catalogue.select)
@@ -147,26 +148,7 @@ class Run:
         if self.item is None:
             return None
         planned = plan_of(self.item).image
-        return planned or next(iter(self.images(plans.request_of(self.item))), None)
-
-    def base(self, prepared: Base) -> Base:
-        """What the guest of the test that runs now is made of; None where no image applies to it.
-
-        Args:
-            prepared: the value of the fixture `vm_prepared`; None for nothing but the image.
-
-        Raises:
-            ConfigError: it is for another image.
-        """
-        image = self.image()
-        if image is None or prepared is None:
-            return image
-        if (other := getattr(prepared, "image", image)) != image:
-            raise ConfigError(
-                f"this test runs on {image}, and the fixture vm_prepared has something for {other} alone",
-                remedy="let it return vm_factory.prepare(None, …), which fits each image",
-            )
-        return prepared
+        return planned or next(iter(self.images(self.item.iter_markers("vm"))), None)
 
     @cached_property
     def selection(self) -> tuple[list[str], bool] | ConfigError:
@@ -243,7 +225,7 @@ class Run:
         """The images of which guests were asked for."""
         return self.factory.backend.images_used if "factory" in self.__dict__ else []
 
-    def about(self, images: Sequence[str]) -> list[str]:
+    def about(self, images: Iterable[str]) -> list[str]:
         """Lines on what runs the guests of this run, for pytest's header."""
         lines: dict[str, None] = {}
         for image in dict.fromkeys(images):

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.plugin import collection, config as options, naming
-from pytest_vmsandbox.plugin.plan import GuestRequest, plan_of
+from pytest_vmsandbox.plugin.plan import plan_of
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
@@ -59,7 +59,7 @@ def stand_in(
     ):
         return report
     try:
-        images = run.images(GuestRequest())
+        images = run.images()
     except ConfigError:
         return report  # told by what uses it
     first = run.unimportable.setdefault(collector.nodeid, type(collector))

@@ -261,7 +261,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
         script: Any = Script([])
         opened.append(plan.plain)
         payload: Any = None
-        lease = Lease(
+        return Lease(
             guest=script,
             payload=payload,
             tree="/there",
@@ -270,7 +270,6 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             config={},
             stack=ExitStack(),
         )
-        return lease, []
 
     def started(supervisor, config, *, timeout):
         return GuestSession(supervisor), [{"warning": 3, "when": "collect"}]
