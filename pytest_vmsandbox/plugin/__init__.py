@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.guests.factory import Base, GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.plugin.inside import Inside as Inside
 
 RUN = pytest.StashKey[Run]()
-_INSIDE = "vmsandbox-inside"  # the plugin for tests that run inside guests
+_INSIDE = pytest.StashKey["Inside"]()  # of a run that has tests inside guests
 _FOUND = "vmsandbox"  # what an xdist worker has found, in its output
 
 
@@ -55,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
     config.stash[RUN] = Run(config)
+    config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -111,8 +113,8 @@ def pytest_collection_modifyitems(
     if any(plan_of(item).is_inside for item in items):
         from pytest_vmsandbox.plugin.inside import Inside
 
-        inside = Inside(run, session)
-        run.config.pluginmanager.register(inside, _INSIDE)
+        run.config.stash[_INSIDE] = inside = Inside(run, session)
+        run.config.pluginmanager.register(inside, "vmsandbox-inside")
         unimportable.replace(run, items, inside.collected)
     collection.deselect(run, items, without)
     everything = items[:]
@@ -162,8 +164,8 @@ def pytest_testnodedown(node: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
-    if (inside := session.config.pluginmanager.get_plugin(_INSIDE)) is not None:
-        inside.leases.close()
+    if _INSIDE in session.config.stash:
+        session.config.stash[_INSIDE].leases.close()
     if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
@@ -207,6 +209,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         run.finish(item)
+
+
+class _Protocol:
+    """Takes over the protocol of tests that run inside guests.
+
+    It is registered late, so that it comes before other plugins that take over a protocol.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        if not plan_of(item).runs_inside:
+            return None
+        item.config.stash[_INSIDE].run(item, nextitem)
+        return True
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,10 +34,7 @@ _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 
 
 class Inside:
-    """The tests of one run that run inside guests: a plugin for runs that have any.
-
-    It is registered late, so that it comes before other plugins that take over a protocol.
-    """
+    """The tests of one run that run inside guests; a plugin of runs that have any."""
 
     def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
@@ -75,13 +72,8 @@ class Inside:
 
     # -- the protocol of one test ------------------------------------------------------------
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> bool | None:
+    def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Carry out a test's protocol in its guest."""
-        if not plan_of(item).runs_inside:
-            return None
         known = self._run.config.pluginmanager.has_plugin("faulthandler")
         if known and self._run.config.getini("faulthandler_timeout"):
             # The guest has this limit, and booting is no part of it.
@@ -91,7 +83,6 @@ class Inside:
         except KeyboardInterrupt:
             self.leases.interrupt(item)
             raise
-        return True
 
     def _carry_out(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
@@ -225,13 +216,11 @@ class Inside:
         request = self._request(item, nextitem)
         if not attempt:
             self._announce(lease.session, item)
-        usual = options.test_timeout(self._run.config) * lease.connection.patience
+        patience = lease.connection.patience
+        limit = plan_of(item).timeout or options.test_timeout(self._run.config) * patience
+        call_limit = self._call_limit(item)
         for message in lease.session.run(
-            nodeid,
-            **request,
-            limit=plan_of(item).timeout or usual,
-            call_limit=self._call_limit(item),
-            attempt=attempt,
+            nodeid, **request, limit=limit, call_limit=call_limit, attempt=attempt
         ):
             if "report" in message:
                 data = message["report"]
