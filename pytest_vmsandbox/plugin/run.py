@@ -19,7 +19,6 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
-from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ class Run:
         """
         if self.item is None:
             return None
-        planned = plan_of(self.item).image
+        planned = plans.plan_of(self.item).image
         return planned or next(iter(self.images(self.item.iter_markers("vm"))), None)
 
     @cached_property
@@ -246,7 +245,7 @@ class Run:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        plan = plan_of(self.item)
+        plan = plans.plan_of(self.item)
         argument = plan.file if plan.is_remote else self.item.nodeid
         again = [argument, *options.which_guest(self.config)]
         return [
