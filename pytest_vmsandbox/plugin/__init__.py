@@ -6,8 +6,8 @@ guests is imported before a guest is asked for.
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,17 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
 
-    from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.factory import Base, GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer
-    from pytest_vmsandbox.inside.session import Collected
-    from pytest_vmsandbox.plugin.inside import Inside
+    from pytest_vmsandbox.plugin.inside import Inside as Inside
 
 RUN = pytest.StashKey[Run]()
-_INSIDE = pytest.StashKey["InsideProtocol"]()
-# What an xdist worker tells.
-_USAGE_ERRORS, _FAILED, _TOLD = "vmsandbox_usage_errors", "vmsandbox_failed", "vmsandbox_told"
-_PULLED = "vmsandbox_pulled"
+_INSIDE = pytest.StashKey["Inside"]()  # of a run that has tests inside guests
+_FOUND = "vmsandbox"  # what an xdist worker has found, in its output
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,9 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
     )
-    config.stash[RUN] = run = Run(config)
-    config.stash[_INSIDE] = InsideProtocol(run)
-    config.pluginmanager.register(config.stash[_INSIDE], "vmsandbox-inside")
+    config.stash[RUN] = Run(config)
+    config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -72,8 +67,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
+    from pytest_vmsandbox.catalogue import listing
+    from pytest_vmsandbox.catalogue.store import ImageStore
+    from pytest_vmsandbox.core.paths import cache_dir
+
     try:
-        for line in Run(config).image_lines():  # pytest does not configure itself for this
+        # pytest does not configure itself for this, so there is no other `Run`.
+        images = listing.entries(Run(config).catalogue, ImageStore(cache_dir()))
+        for line in listing.lines(images):
             print(line)  # noqa: T201  # what was asked for
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
@@ -103,37 +104,44 @@ def pytest_make_collect_report(
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
+    session: pytest.Session, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
-    run = config.stash[RUN]
+    run = session.config.stash[RUN]
     without = collection.plan(run, items)
-    _refuse(config, items, collection.check(run, items))
-    unimportable.replace(run, items, config.stash[_INSIDE].collected)
+    collection.check(run, items)
+    _refuse(run, items)
+    if any(plan_of(item).is_inside for item in items):
+        from pytest_vmsandbox.plugin.inside import Inside
+
+        run.config.stash[_INSIDE] = inside = Inside(run, session)
+        run.config.pluginmanager.register(inside, "vmsandbox-inside")
+        unimportable.replace(run, items, inside.collected)
     collection.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
-    naming.deselect_by_plain_ids(config, items)
+    naming.deselect_by_plain_ids(run.config, items)
     result = yield
     naming.give_full_names(everything)
     for item in items:
         collection.plan_again(run, item)
-    _refuse(config, items, collection.check_run(run, items))
+    collection.check_run(run, items)
+    _refuse(run, items)
     collection.group(items)
     return result
 
 
-def _refuse(config: pytest.Config, items: list[pytest.Item], errors: list[str]) -> None:
+def _refuse(run: Run, items: list[pytest.Item]) -> None:
     """Let a run end before its first test if there is anything invalid in it."""
-    if errors:
+    if run.usage_errors:
         items.clear()
-        if not hasattr(config, "workeroutput"):
-            raise pytest.UsageError(*errors)
-        config.workeroutput[_USAGE_ERRORS] = errors  # xdist's controller raises them
+        if not hasattr(run.config, "workeroutput"):  # else xdist's controller raises them
+            raise pytest.UsageError(*run.usage_errors)
 
 
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
-    session.config.stash[RUN].coming = collection.guests_to_come(session.items)
+    run = session.config.stash[RUN]
+    run.coming = collection.guests_to_come(run, session.items)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -145,25 +153,27 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Take over what an xdist worker has found; all of them find the same."""
-    run, output = node.config.stash[RUN], getattr(node, "workeroutput", {})
-    run.usage_errors = output.get(_USAGE_ERRORS, run.usage_errors)
-    run.failed |= output.get(_FAILED, False)
-    run.told.update(dict.fromkeys(output.get(_TOLD, ())))
-    for kind, names in output.get(_PULLED, {}).items():
+    run, found = node.config.stash[RUN], getattr(node, "workeroutput", {}).get(_FOUND, {})
+    run.usage_errors = found.get("usage_errors") or run.usage_errors
+    run.failed |= found.get("failed", False)
+    run.told.update(dict.fromkeys(found.get("told", ())))
+    for kind, names in found.get("pulled", {}).items():
         pulling.note(run.pulled, kind, names)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
-    session.config.stash[_INSIDE].close()
+    if _INSIDE in session.config.stash:
+        session.config.stash[_INSIDE].leases.close()
     if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput[_FAILED] = run.failed
-        session.config.workeroutput[_TOLD] = [*run.about(run.images_used), *run.told]
-        session.config.workeroutput[_PULLED] = {
-            kind: [*names] for kind, names in run.pulled.items()
+        session.config.workeroutput[_FOUND] = {
+            "usage_errors": run.usage_errors,
+            "failed": run.failed,
+            "told": [*run.about(run.images_used), *run.told],
+            "pulled": {kind: [*names] for kind, names in run.pulled.items()},
         }
     if run.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*run.usage_errors)
@@ -174,7 +184,7 @@ def pytest_report_collectionfinish(
 ) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return config.stash[RUN].about(collection.images_needed(items))
+    return config.stash[RUN].about([plan.image for plan in collection.with_guests(items)])
 
 
 def pytest_terminal_summary(
@@ -191,15 +201,6 @@ def pytest_terminal_summary(
 # -- running ------------------------------------------------------------------------------------------
 
 
-@pytest.hookimpl(wrapper=True, trylast=True)  # pytest-cov combines after it
-def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
-    try:
-        return (yield)
-    finally:
-        if session.config.pluginmanager.has_plugin("_cov"):
-            session.config.stash[_INSIDE].close()  # guests tell what they have measured
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     run = item.config.stash[RUN]
@@ -210,30 +211,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         run.finish(item)
 
 
-class InsideProtocol:
+class _Protocol:
     """Takes over the protocol of tests that run inside guests.
 
     It is registered late, so that it comes before other plugins that take over a protocol.
     """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    @cached_property
-    def _inside(self) -> Inside:
-        from pytest_vmsandbox.plugin.inside import Inside
-
-        return Inside(self._run)
-
-    def collected(self, item: pytest.Item) -> Collected:
-        """What the guest for a test has collected; see `Inside`."""
-        return self._inside.collected(item)
-
-    def close(self) -> None:
-        """Let what runs inside guests tear down what is left."""
-        if "_inside" in self.__dict__:
-            for problem in self._inside.leases.close():
-                self._run.tell_problem(f"at the end of the tests inside: {problem}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -241,55 +223,32 @@ class InsideProtocol:
     ) -> bool | None:
         if not plan_of(item).runs_inside:
             return None
-        self._inside.run(item, nextitem)
+        item.config.stash[_INSIDE].run(item, nextitem)
         return True
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_report_teststatus(
-        self, report: pytest.TestReport, config: pytest.Config
-    ) -> Generator[None, object, object]:
-        """Let no test be lost from the count because a plugin cannot tell its status."""
-        try:
-            return (yield)
-        except Exception as error:
-            if not getattr(report, "vm_inside", False):
-                raise
-            from pytest_vmsandbox.plugin import hooks
-
-            hook = config.hook.pytest_report_teststatus
-            return hooks.result_of_others(
-                self._run, hook, error, self, report=report, config=config
-            )
-
-    @pytest.hookimpl(optionalhook=True, tryfirst=True)
-    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
-        """What benchmarks ran on: the guest, where they ran in one."""
-        return self._inside.benchmarks.machine() if "_inside" in self.__dict__ else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    collection.refuse_here(item)
+    """Let no test run on this machine that is meant for a guest."""
+    if plan_of(item).runs_inside:
+        raise ConfigError(
+            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
+            "machine",
+            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
+        )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> None:
-    collection.refuse_here(item)
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
-    """Take over pytest-timeout's limit: its alarm would end the whole run."""
+    """Take over pytest-timeout's limit: its alarm would end the whole run. What is not set it does not cancel."""
     if not plan_of(item).is_inside:
         return None
     if settings.timeout:
         limit(item, settings.timeout, of_call=getattr(settings, "func_only", False))
     return True
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_timeout_cancel_timer(item: pytest.Item) -> bool | None:
-    return True if plan_of(item).is_inside else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -300,10 +259,26 @@ def pytest_runtest_makereport(
     return reporting.after_report(item, call, (yield), only_text=only_text)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs."""
-    return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else None
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_report_teststatus(
+    report: pytest.TestReport, config: pytest.Config
+) -> Generator[None, object, object]:
+    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs.
+
+    No test is lost from the count because a plugin cannot tell its status.
+    """
+    try:
+        status = yield
+    except Exception as error:
+        if not getattr(report, "vm_inside", False):
+            raise
+        from pytest_vmsandbox.plugin import hooks
+
+        hook, ours = config.hook.pytest_report_teststatus, sys.modules[__name__]
+        status = hooks.result_of_others(
+            config.stash[RUN], hook, error, ours, report=report, config=config
+        )
+    return ("error", "E", "ERROR") if reporting.is_lost_guest(report) else status
 
 
 # -- fixtures -----------------------------------------------------------------------------------------
@@ -325,7 +300,7 @@ def vm_artifacts(
 
 
 @pytest.fixture(scope="session")
-def vm_prepared() -> PreparedImage | PreparedLayer | None:
+def vm_prepared() -> Base:
     """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
     return None
 
@@ -334,14 +309,21 @@ def vm_prepared() -> PreparedImage | PreparedLayer | None:
 def vm(
     request: pytest.FixtureRequest,
     vm_factory: GuestFactory,
-    vm_prepared: PreparedImage | PreparedLayer | None,
+    vm_prepared: Base,
     _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     run = request.config.stash[RUN]
-    plan, base = collection.plan_now(run, request.node), run.base(vm_prepared)
-    if not plan.image or base is None:
+    plan = collection.plan_now(run, request.node)
+    if not plan.image:
         pytest.skip("no selected image applies to this test")
+    if (other := getattr(vm_prepared, "image", plan.image)) != plan.image:
+        raise ConfigError(
+            f"this test runs on {plan.image}, and the fixture vm_prepared has something for {other} "
+            "alone",
+            remedy="let it return vm_factory.prepare(None, …), which fits each image",
+        )
+    base = vm_prepared or plan.image
     if plan.isolation == "test":
         with vm_factory.lease(base, plan.hardware) as guest:
             yield guest
@@ -357,13 +339,10 @@ def _vm_image(request: pytest.FixtureRequest) -> str | None:
     return image
 
 
-@pytest.fixture(scope="module")
-def _vm_of_module(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
+def _shared_guests(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
     with ExitStack() as stack:
         yield SharedGuests(pytestconfig.stash[RUN], stack)
 
 
-@pytest.fixture(scope="session")
-def _vm_of_session(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:
-    with ExitStack() as stack:
-        yield SharedGuests(pytestconfig.stash[RUN], stack)
+_vm_of_module = pytest.fixture(scope="module")(_shared_guests)
+_vm_of_session = pytest.fixture(scope="session")(_shared_guests)

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.plugin import config as options, plan as plans, pulling, selection
+from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.plugin import config as options, plan as plans, pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.run import Run
 
 # Options that have no meaning for tests inside guests; and those that do nothing for them.
-_REFUSED = {
-    "usepdb": "--pdb",
-    "trace": "--trace",
-    "setupplan": "--setup-plan",
-    "setuponly": "--setup-only",
-}
-_WITHOUT_EFFECT = {"setupshow": "--setup-show", "benchmark_cprofile": "--benchmark-cprofile"}
+_REFUSED = ("--pdb", "--trace", "--setup-plan", "--setup-only")
+_WITHOUT_EFFECT = ("--setup-show", "--benchmark-cprofile")
 
 
 # -- one parameter for each image -------------------------------------------------------------------
@@ -50,7 +41,7 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
     """
     images: list[str] = []
     try:
-        images = run.images(plans.request_of(metafunc.definition))
+        images = run.images(metafunc.definition.iter_markers("vm"))
     except ConfigError as error:
         run.note_usage_error(metafunc.definition.nodeid, error)
     metafunc.parametrize(
@@ -95,24 +86,19 @@ def _plan(run: Run, item: pytest.Item) -> bool:
         return True
     if image is None:
         return False
-    _store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
+    store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
     return True
 
 
 def _only_image(run: Run, item: pytest.Item) -> str | None:
     """The image of a test that pytest cannot parametrize (unittest's)."""
-    images = run.images(plans.request_of(item))
+    images = run.images(item.iter_markers("vm"))
     if len(images) > 1:
         run.tell(
             "tests of unittest's classes and doctests cannot be parametrized: of the selected "
             f"images they ran on {images[0]} only"
         )
     return next(iter(images), None)
-
-
-def plan_remote(run: Run, item: pytest.Item, *, image: str, plain: str) -> None:
-    """Make the plan of a test that no function of this machine stands for."""
-    _store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
 
 
 def plan_now(run: Run, item: pytest.Item) -> Plan:
@@ -126,7 +112,7 @@ def plan_now(run: Run, item: pytest.Item) -> Plan:
     if PLAN in item.stash:
         plan_again(run, item)
     elif (image := _only_image(run, item)) is not None:
-        _store(run, item, image=image, plain=item.nodeid, is_inside=False)
+        store(run, item, image=image, plain=item.nodeid, is_inside=False)
     return plan_of(item)
 
 
@@ -135,10 +121,10 @@ def plan_again(run: Run, item: pytest.Item) -> None:
     old = plan_of(item)
     if old.image and old.marks != tuple(item.iter_markers()):
         same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
-        _store(run, item, **same)
+        store(run, item, **same)
 
 
-def _store(
+def store(
     run: Run,
     item: pytest.Item,
     *,
@@ -148,10 +134,10 @@ def _store(
     is_remote: bool = False,
 ) -> None:
     """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
-    request = plans.request_of(item, run.hardware)
+    request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
-    skip, xfail = (selection.reason(why, image) for why in (request.skip, request.xfail))
+    skip, xfail = (plans.reason(why, image) for why in (request.skip, request.xfail))
     if skip not in (None, old.skip):
         item.add_marker(pytest.mark.skip(reason=skip))
     if xfail not in (None, old.xfail):
@@ -190,49 +176,31 @@ def group(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: numbers[plans.image_of(item)])
 
 
-def images_needed(items: Iterable[pytest.Item]) -> list[str]:
-    """The images of all tests that are going to run."""
-    return list(dict.fromkeys(plan.image for plan in _with_guests(items)))
-
-
-def guests_to_come(items: Sequence[pytest.Item]) -> list[tuple[str, Hardware]]:
+def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Hardware]]:
     """Image and hardware of the fresh guest of each test that has one.
 
     A worker of xdist runs its share of all tests; which, nobody knows yet.
     """
     guests = [
         (plan.image, plan.hardware)
-        for plan in _with_guests(items)
+        for plan in with_guests(items)
         if not plan.is_inside and plan.isolation == "test"
     ]
-    return guests[: -(-len(guests) // options.workers(items[0].config))] if guests else []
+    return guests[: options.share(run.config, len(guests))]
 
 
-def _with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+def with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
+    """The plans of the tests that are going to run with guests."""
     for item in items:
         if plan_of(item).image and item.get_closest_marker("skip") is None:
             yield plan_of(item)
 
 
-def refuse_here(item: pytest.Item) -> None:
-    """Let no test run on this machine that is meant for a guest.
-
-    Raises:
-        ConfigError: another plugin is about to do that.
-    """
-    if plan_of(item).runs_inside:
-        raise ConfigError(
-            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
-            "machine",
-            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
-        )
-
-
 # -- what is invalid ----------------------------------------------------------------------------------
 
 
-def check(run: Run, items: list[pytest.Item]) -> list[str]:
-    """What is invalid in the tests, in any value, and in the places that they need."""
+def check(run: Run, items: list[pytest.Item]) -> None:
+    """Note what is invalid in any value, and in the places that the tests need."""
     config = run.config
     try:
         options.check_values(config)
@@ -243,25 +211,25 @@ def check(run: Run, items: list[pytest.Item]) -> list[str]:
             options.check_places(config)
     except pytest.UsageError as error:
         run.usage_errors.extend(error.args)
-    if config.getoption("--vm") and (wrong := run.selection_error) is not None:
-        run.note_usage_error("", wrong)
-    return run.usage_errors
+    if config.getoption("--vm") and isinstance(run.selection, ConfigError):
+        run.note_usage_error("", run.selection)
 
 
-def check_run(run: Run, items: Sequence[pytest.Item]) -> list[str]:
-    """What is invalid in the way in which the tests that are left are to be run."""
+def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
+    """Note what is invalid in the way in which the tests that are left are to be run."""
     if inside := [item for item in items if plan_of(item).is_inside]:
         run.usage_errors += _refused_for(run.config)
         try:
             pulling.patterns(run.config)
             if not run.config.getoption("collectonly"):
-                _check_tree(run.config)
+                from pytest_vmsandbox.inside import pushable
+
+                pushable.check(run.config.rootpath, options.entries(run.config, "vm_push"))
         except ConfigError as error:
             run.usage_errors.append(str(error))
         for about in _without_effect(run.config, inside):
             run.tell(f"{about} tests that run inside a guest")
         pulling.spare_unused(run, inside)
-    return run.usage_errors
 
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:
@@ -281,32 +249,17 @@ def _refused_for(config: pytest.Config) -> Iterator[str]:
 
 def refused(config: pytest.Config) -> str | None:
     """An option that was given, and has no meaning for tests inside guests; None without any."""
-    given = (option for name, option in _REFUSED.items() if config.getoption(name, default=False))
-    return next(given, None)
-
-
-def _check_tree(config: pytest.Config) -> None:
-    """Look whether the project can go to a guest, before one is started.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    from pytest_vmsandbox.inside import pushable
-
-    pushable.check(config.rootpath, options.push(config))
+    return next((option for option in _REFUSED if config.getoption(option, default=False)), None)
 
 
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:
     """The options and plugins that do nothing for tests inside guests, and were asked for."""
-    for name, option in _WITHOUT_EFFECT.items():
-        if config.getoption(name, default=False):
+    for option in _WITHOUT_EFFECT:
+        if config.getoption(option, default=False):
             yield f"{option} shows nothing of"
-    there = {*options.guest_plugins(config)}
-    if (
-        there
-        and there.isdisjoint(("rerunfailures", "pytest_rerunfailures"))
-        and any(map(_is_rerun, inside))
-    ):
+    there = options.entries(config, "vm_guest_plugins")
+    is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)
+    if is_absent and any(map(_is_rerun, inside)):
         yield "pytest-rerunfailures does nothing for"
     if any(_asks(item, "forked", "forked") for item in inside):
         yield "pytest-forked does nothing for"

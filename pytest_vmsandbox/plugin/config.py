@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +21,11 @@ from pytest_vmsandbox.core.settings import (
     Settings,
 )
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin.selection import seconds
 
 MISSING = ("error", "skip")
 Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
+_MOST_SECONDS = 86_400
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
 # Name, type and help of each ini key.
@@ -109,13 +109,10 @@ def settings(config: pytest.Config) -> Settings:
 
 def _values(config: pytest.Config) -> dict[str, Any]:
     """Settings that are plain values. Those that are not set are left out."""
-    boot_timeout = config.getoption("--vm-boot-timeout")
     values: dict[str, Any] = {
         "hardware": hardware(config),
         "accelerator": _choice(config, "--vm-accel", "vm_accel", ACCELERATORS),
-        "boot_timeout": _seconds(config, "vm_boot_timeout")
-        if boot_timeout is None
-        else _read_seconds(boot_timeout, "--vm-boot-timeout"),
+        "boot_timeout": _seconds(config, "vm_boot_timeout", "--vm-boot-timeout"),
         "command_timeout": _seconds(config, "vm_command_timeout"),
         "offline": offline(config),
     }
@@ -135,10 +132,10 @@ def hardware(config: pytest.Config) -> Hardware:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
 
 
-def workers(config: pytest.Config) -> int:
-    """How many workers of xdist share the tests; 1 without it."""
-    count: int = getattr(config, "workerinput", {}).get("workercount", 1)
-    return count
+def share(config: pytest.Config, count: int) -> int:
+    """How many of some tests this process runs, if it is one of several workers of xdist."""
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    return -(-count // workers)
 
 
 def check_values(config: pytest.Config) -> None:
@@ -152,7 +149,7 @@ def check_values(config: pytest.Config) -> None:
     inside(config)
     isolation(config)
     test_timeout(config)
-    guest_environment(config, {})
+    guest_environment(config)
     artifacts_dir(config)
 
 
@@ -165,35 +162,26 @@ def check_places(config: pytest.Config) -> None:
     settings(config)
     if (folder := artifacts_dir(config)) is not None:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not there.is_dir() or not _can_hold_files(there):
+        try:  # root may write to all, and in `/proc` makes no file
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
             raise pytest.UsageError(
                 f"{folder} cannot hold artifacts: {there} is no folder that you can write to\n"
                 "Remedy: name another one: --vm-artifacts, vm_artifacts_dir"
-            )
-
-
-def _can_hold_files(folder: Path) -> bool:
-    """Whether a file can be made in a folder; root may write to all, and in `/proc` makes none."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+            ) from error
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:
     """Folders with image definitions: the ini key's, and the hook's."""
-    folders = list(_ini(config, "vm_image_path") or ())
-    for more in config.hook.pytest_vmsandbox_images(config=config):
-        folders.extend(more)
-    return tuple(Path(folder) for folder in folders)
+    of_hooks = config.hook.pytest_vmsandbox_images(config=config)
+    return tuple(map(Path, chain(entries(config, "vm_image_path"), *of_hooks)))
 
 
 def selected_patterns(config: pytest.Config) -> tuple[list[str], bool]:
     """Which images were asked for, and whether the command line did."""
     if patterns := config.getoption("--vm"):
         return list(patterns), True
-    return list(_ini(config, "vm_images") or [DEFAULT_IMAGE]), False
+    return entries(config, "vm_images") or [DEFAULT_IMAGE], False
 
 
 def which_guest(config: pytest.Config) -> list[str]:
@@ -231,45 +219,25 @@ def test_timeout(config: pytest.Config) -> float:
     return _seconds(config, "vm_test_timeout") or _TEST_SECONDS
 
 
-def push(config: pytest.Config) -> list[str]:
-    """Paths relative to the rootdir that go to guests although git ignores them."""
-    return list(_ini(config, "vm_push") or ())
+def entries(config: pytest.Config, key: str) -> list[str]:
+    """The entries of an ini key that has several; none where it is not set."""
+    return list(_ini(config, key) or ())
 
 
-def pull(config: pytest.Config) -> list[str]:
-    """Globs of files that come back from guests; ``!`` in front of one excludes."""
-    return list(_ini(config, "vm_pull") or ())
-
-
-def requirements(config: pytest.Config) -> list[str]:
-    """What is installed in guests for tests; empty for what this environment has."""
-    return list(_ini(config, "vm_requirements") or ())
-
-
-def guest_plugins(config: pytest.Config) -> list[str]:
-    """The pytest plugins that guests load; empty for those that are loaded here."""
-    return list(_ini(config, "vm_guest_plugins") or ())
-
-
-def guest_environment(config: pytest.Config, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that tests in a guest get.
-
-    Args:
-        environ: of this process; only what is named goes over, and CI, which pytest reads.
+def guest_environment(config: pytest.Config) -> dict[str, str]:
+    """The variables that tests in a guest get: what `vm_env` names, and CI, which pytest reads.
 
     Raises:
         pytest.UsageError: a line names no variable.
     """
-    found = {name: environ[name] for name in ("CI",) if name in environ}
-    for line in _ini(config, "vm_env") or ():
+    found: dict[str, str | None] = {"CI": os.environ.get("CI")}
+    for line in entries(config, "vm_env"):
         name, given, value = line.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name.strip()):
+        name = name.strip()
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise pytest.UsageError(f"vm_env: {line!r}: write NAME or NAME=VALUE")
-        if given:
-            found[name.strip()] = value.strip()
-        elif name.strip() in environ:
-            found[name.strip()] = environ[name.strip()]
-    return found
+        found[name] = value.strip() if given else os.environ.get(name, found.get(name))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def artifacts_dir(config: pytest.Config) -> Path | None:
@@ -303,16 +271,31 @@ def _choice(
     return value
 
 
-def _seconds(config: pytest.Config, key: str) -> float | None:
-    """The time-out of an ini key; None where it is not set."""
-    value = _ini(config, key)
-    return None if value is None else _read_seconds(value, key)
-
-
-def _read_seconds(text: str, name: str) -> float:
+def _seconds(config: pytest.Config, key: str, option: str = "") -> float | None:
+    """The time-out of an option, or of an ini key; None where neither is set."""
+    name, value = option, config.getoption(option) if option else None
+    if value is None:
+        name, value = key, _ini(config, key)
+    if value is None:
+        return None
+    with suppress(ValueError):
+        value = float(value)
     try:
-        with suppress(ValueError):
-            return seconds(float(text), name)
-        return seconds(text, name)
+        return seconds(value, name)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+def seconds(value: object, name: str) -> float:
+    """A time-out that a user has written.
+
+    Raises:
+        ConfigError: it is no number of seconds, or is out of range.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= _MOST_SECONDS:  # type: ignore[operator]
+        raise ConfigError(
+            f"{name}={value!r} is not a positive number of seconds",
+            remedy=f"use more than 0 and at most {_MOST_SECONDS}, which is a day",
+        )
+    return float(value)  # type: ignore[arg-type]

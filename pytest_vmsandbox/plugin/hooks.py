@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
 import pytest
+
+from pytest_vmsandbox.plugin.reporting import report_without_plugins
 
 if TYPE_CHECKING:
     from pluggy import HookCaller, HookImpl
@@ -83,14 +85,8 @@ class Hooks:
                 ]
                 self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
 
-    def make_report(
-        self, item: pytest.Item, call: pytest.CallInfo[Any], make: Callable[[], pytest.TestReport]
-    ) -> pytest.TestReport:
-        """The report that plugins make of a phase which ran here.
-
-        Args:
-            make: makes one without them.
-        """
+    def make_report(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
+        """The report that plugins make of a phase which ran here; one without them if they make none."""
         try:
             with _told_by_us():
                 report = item.ihook.pytest_runtest_makereport(item=item, call=call)
@@ -98,8 +94,10 @@ class Hooks:
             raise
         except BaseException as error:  # noqa: BLE001  # likewise
             tell(self._run, "pytest_runtest_makereport", error)
-            return make()
-        return report if isinstance(report, pytest.TestReport) else make()
+            report = None
+        if isinstance(report, pytest.TestReport):
+            return report
+        return report_without_plugins(item, call)
 
     def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:
         """The implementations that a hook's call had not come to when one raised."""

@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.machine.cmdline import MachineSpec
 
 
-@pytest.hookspec
 def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: ignore[empty-body]
     """Return folders with further image definitions, as the ini key `vm_image_path` names them."""
 
 
-@pytest.hookspec
 def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:
     """Return what is done to guests of an image before they become a template, or None; once for each image.
 
@@ -28,14 +26,12 @@ def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision |
     """
 
 
-@pytest.hookspec
 def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
     config: pytest.Config, spec: MachineSpec
 ) -> Sequence[str]:
     """Return arguments to add to the end of QEMU's command line for a guest."""
 
 
-@pytest.hookspec
 def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
     """Called when a guest answers, clone or not, before a test gets it.
 
@@ -43,6 +39,5 @@ def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
     """
 
 
-@pytest.hookspec
 def pytest_vmsandbox_guest_stopping(config: pytest.Config, guest: Guest, failed: bool) -> None:
     """Called before a guest is ended; `failed` tells whether a test that used it has failed."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -17,57 +17,72 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
     add_hints,
 )
+from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.plugin import beside, config as options, plan as plans
-from pytest_vmsandbox.plugin.attempt import Attempt
 from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
-from pytest_vmsandbox.plugin.lease import Lease, remedy
 from pytest_vmsandbox.plugin.leases import Leases
 from pytest_vmsandbox.plugin.messages import Messages, Record
-from pytest_vmsandbox.plugin.plan import plan_of
-from pytest_vmsandbox.plugin.remote_reports import colourless
-from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, report_without_plugins
-from pytest_vmsandbox.plugin.schedule import Schedule
+from pytest_vmsandbox.plugin.plan import Place, plan_of
+from pytest_vmsandbox.plugin.provisioning import Lease, remedy
+from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN, colourless
+from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, bare_report
+from pytest_vmsandbox.plugin.run import Run
 
-if TYPE_CHECKING:
-    from pytest_vmsandbox.inside.session import Collected
-    from pytest_vmsandbox.plugin.run import Run
-
+_AHEAD = 8  # tests that a guest may run before the reports of one are here
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
 
 
 class Inside:
-    """The tests of one run that run inside guests."""
+    """The tests of one run that run inside guests; a plugin of runs that have any."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
-        self._config = run.config
         self._hooks = Hooks(run)
         self._messages = Messages(run, self._hooks)
-        self.leases = Leases(run, self._messages)
-        self._schedule = Schedule(run.config)
-        self.benchmarks = self._messages.benchmarks
+        self.leases = Leases(run, session, self._messages)
+        self._schedule = Schedule(session)
         self._retried: set[str] = set()  # tests whose guest something else took away
-        self._ids: set[str] = set()
+        self._ids: set[str] = set()  # of the tests of this side, without the image
         # Image and file: the first test that cannot run since that cannot be collected.
         self._uncollected: dict[tuple[str, str], str] = {}
+
+    def collected(self, item: pytest.Item) -> Collected:
+        """What the session for a test has found.
+
+        Raises:
+            VMSandboxError: there can be none.
+        """
+        session = self.leases.lease(item).session
+        assert session is not None
+        return session.collected
+
+    @pytest.hookimpl(wrapper=True, trylast=True)  # pytest-cov combines after it
+    def pytest_runtestloop(self) -> Generator[None, object, object]:
+        try:
+            return (yield)
+        finally:
+            if self._run.config.pluginmanager.has_plugin("_cov"):
+                self.leases.close()  # guests tell what they have measured
+
+    @pytest.hookimpl(optionalhook=True, tryfirst=True)
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
+        """What benchmarks ran on: the guest, where they ran in one."""
+        return self._messages.benchmarks.machine()
 
     # -- the protocol of one test ------------------------------------------------------------
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Carry out a test's protocol in its guest."""
-        self._leave_limit_to_guest()
+        known = self._run.config.pluginmanager.has_plugin("faulthandler")
+        if known and self._run.config.getini("faulthandler_timeout"):
+            # The guest has this limit, and booting is no part of it.
+            faulthandler.cancel_dump_traceback_later()
         try:
             self._carry_out(item, nextitem)
         except KeyboardInterrupt:
             self.leases.interrupt(item)
             raise
-
-    def _leave_limit_to_guest(self) -> None:
-        """Stop pytest's ``faulthandler_timeout`` here: the guest has it, and booting is no part of it."""
-        known = self._config.pluginmanager.has_plugin("faulthandler")
-        if known and self._config.getini("faulthandler_timeout"):
-            faulthandler.cancel_dump_traceback_later()
 
     def _carry_out(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
@@ -98,7 +113,7 @@ class Inside:
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
         report.user_properties.append(("vm", plan_of(item).image))
-        if report.failed and (hint := remedy(self._config.rootpath, report.longreprtext)):
+        if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # what this side has noted
             if name == RETRIED and (name, value) not in report.user_properties:
@@ -124,7 +139,7 @@ class Inside:
         if call.excinfo is not None:
             if isinstance(call.excinfo.value, GuestLost | InterpreterLost):
                 add_hints(call.excinfo.value, self._run.hints)
-            yield [self._made(item, call), self._passed(item, "teardown")]
+            yield [self._made(item, call), self._report(item, "teardown")]
             return
         assert call.result is not None
         lease = call.result
@@ -134,10 +149,13 @@ class Inside:
             found = self._guest_id(lease, item)
             if not isinstance(found, str):
                 lease.has_failed |= found.failed
-                yield [found, self._passed(item, "teardown")]
+                yield [found, self._report(item, "teardown")]
                 return
             self._hear(lease, item, found, nextitem, attempt, attempts, records)
-            self._check_end(item, attempt, attempts[-1])
+            if not attempts[-1].is_rerun:
+                attempts[-1].check()
+            elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
+                raise broken("a test is done that was to run again")
         except ENDING:  # what the test has told before counts
             self._keep(lease, attempts, records)
             yield from (each.reports for each in attempts)
@@ -151,20 +169,13 @@ class Inside:
                     return
             elif ahead:
                 self._schedule.alone.update(ahead)
-            attempts[-1].fail(partial(self._failed, item, error), partial(self._passed, item))
+            attempts[-1].fail(error, partial(self._report, item))
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
-            self.leases.end(item)
+            with self.leases.ending(item, None):  # the next attempt has a fresh guest
+                pass
             yield from self._attempts(item, nextitem, attempt + 1)
-
-    def _check_end(self, item: pytest.Item, attempt: int, last: Attempt) -> None:
-        """Look whether a test may be done after an attempt."""
-        if not last.is_rerun:
-            if lacking := [*last.missing, *last.due]:
-                raise broken(f"a test is done without {lacking[0]}")
-        elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
-            raise broken("a test is done that was to run again")
 
     def _keep(self, lease: Lease, attempts: list[Attempt], records: list[Record]) -> None:
         """Note what a test has left, which counts from now on: it is not lost with its guest."""
@@ -202,19 +213,14 @@ class Inside:
     ) -> None:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
         assert lease.session is not None
-        plan = plan_of(item)
-        following, more = self._schedule.next(item, nextitem)
+        request = self._request(item, nextitem)
         if not attempt:
-            self._announce(lease, item)
+            self._announce(lease.session, item)
+        patience = lease.connection.patience
+        limit = plan_of(item).timeout or options.test_timeout(self._run.config) * patience
+        call_limit = self._call_limit(item)
         for message in lease.session.run(
-            nodeid,
-            following=following,
-            more=more,
-            marks=_marks(item),
-            limit=plan.timeout or options.test_timeout(self._config) * lease.patience,
-            timed=self._is_timed(item),
-            call_limit=self._call_limit(item),
-            attempt=attempt,
+            nodeid, **request, limit=limit, call_limit=call_limit, attempt=attempt
         ):
             if "report" in message:
                 data = message["report"]
@@ -236,52 +242,52 @@ class Inside:
             else:
                 self._messages.tell(lease, message, item.nodeid)
 
-    def _announce(self, lease: Lease, item: pytest.Item) -> None:
+    def _announce(self, session: GuestSession, item: pytest.Item) -> None:
         """Let the guest go on with what comes next, while the reports are on their way here."""
-        session = lease.session
-        assert session is not None
         for place, ahead in enumerate(self._schedule.ahead(item)):
             plain = plan_of(ahead).plain
             if plain not in session.collected.items:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
-                following, more = self._schedule.next(ahead)
-                timed = self._is_timed(ahead)
-                session.announce(
-                    plain, following=following, more=more, marks=_marks(ahead), timed=timed
-                )
+                session.announce(plain, **self._request(ahead))
+
+    def _request(self, item: pytest.Item, nextitem: pytest.Item | None = None) -> dict[str, Any]:
+        """What a session is told of a test, beside its id."""
+        following, more = self._schedule.next(item, nextitem)
+        plan = plan_of(item)
+        return {
+            "following": following,
+            "more": more,
+            "marks": [] if plan.xfail is None else [("xfail", plan.xfail)],
+            # pytest-rerunfailures holds back reports until an attempt is over.
+            "timed": plan.is_rerun or self._call_limit(item) is not None,
+        }
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         with self.leases.ending(item, nextitem):
             item.session._setupstate.teardown_exact(nextitem)  # noqa: SLF001  # there is no other way
 
-    def _passed(self, item: pytest.Item, phase: Any) -> pytest.TestReport:
-        return self._made(item, pytest.CallInfo.from_call(lambda: None, when=phase))
+    def _report(
+        self, item: pytest.Item, phase: Any, error: VMSandboxError | None = None
+    ) -> pytest.TestReport:
+        """The report of a phase that has passed, or failed with an error."""
 
-    def _failed(self, item: pytest.Item, error: VMSandboxError, phase: Any) -> pytest.TestReport:
-        add_hints(error, self._run.hints)
+        def happen() -> None:
+            if error is not None:
+                add_hints(error, self._run.hints)
+                raise error
 
-        def fail() -> NoReturn:
-            raise error
-
-        return self._made(item, pytest.CallInfo.from_call(fail, when=phase))
+        return self._made(item, pytest.CallInfo.from_call(happen, when=phase))
 
     def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
         """A report that plugins of this side make; they count on that of the setup before others."""
         if call.when != "setup":
-            self._passed(item, "setup")
-        return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
-
-    def _is_timed(self, item: pytest.Item) -> bool:
-        """Whether a guest is to tell when a test's function begins and ends.
-
-        pytest-rerunfailures holds back reports until an attempt is over.
-        """
-        return plan_of(item).is_rerun or self._call_limit(item) is not None
+            self._report(item, "setup")
+        return self._hooks.make_report(item, call)
 
     def _call_limit(self, item: pytest.Item) -> float | None:
         """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
-        manager = self._config.pluginmanager
+        manager = self._run.config.pluginmanager
         if (timeout := manager.get_plugin("timeout")) is not None:
             others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
             manager.subset_hook_caller("pytest_runtest_call", others)(item=item)
@@ -304,12 +310,15 @@ class Inside:
                     first = self._uncollected.setdefault((lease.guest.image, place), item.nodeid)
                     if first != item.nodeid and not isinstance(failure, tuple):
                         failure = f"{place or plan.file} could not be collected: see {first}"
-                    return self._not_collected(item, failure)
+                    outcome = "skipped" if isinstance(failure, tuple) else "failed"
+                    return bare_report(item, "setup", outcome, failure)
         if plan.indices is not None:
             base = nodeid.partition("[")[0]
             for other, theirs in found.items.items():
                 if theirs == plan.indices and other.partition("[")[0] == base:
-                    if other in self._ids_here(item.session):  # it is another test: the sets differ
+                    if not self._ids:
+                        self._ids.update(map(plans.plain_nodeid, item.session.items))
+                    if other in self._ids:  # it is another test: the sets differ
                         break
                     self._run.tell(
                         f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
@@ -322,35 +331,131 @@ class Inside:
             "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
         )
 
-    def _ids_here(self, session: pytest.Session) -> set[str]:
-        """What the tests of this side are called where they have no parameter for an image."""
-        if not self._ids:
-            self._ids.update(map(plans.plain_nodeid, session.items))
-        return self._ids
 
-    def _not_collected(self, item: pytest.Item, longrepr: Any) -> pytest.TestReport:
-        skipped = isinstance(longrepr, tuple)
-        return pytest.TestReport(
-            nodeid=item.nodeid,
-            location=item.location,
-            keywords=dict.fromkeys(item.keywords, 1),
-            outcome="skipped" if skipped else "failed",
-            longrepr=longrepr,
-            when="setup",
-        )
+class Schedule:
+    """Knows which test comes after another in the same guest.
 
-    def collected(self, item: pytest.Item) -> Collected:
-        """What the session for a test has found.
+    Attributes:
+        alone: ids, without the image, of tests that run while no other is announced.
+    """
+
+    def __init__(self, session: pytest.Session) -> None:
+        option = session.config.option
+        self._session = session
+        self.alone: set[str] = set()
+        # Of xdist: nobody knows what is to come.
+        self._is_worker = hasattr(session.config, "workerinput")
+        # A result could end the run, and then nothing may have been run too much.
+        self._may_end = option.maxfail or getattr(option, "stepwise", False)
+
+    def next(
+        self, item: pytest.Item, nextitem: pytest.Item | None = None
+    ) -> tuple[str | None, bool]:
+        """The id of the next test of the same guest, and whether there may be any.
+
+        Args:
+            nextitem: what pytest runs next.
+        """
+        plan = plan_of(item)
+        if not self._is_worker:
+            nextitem = self._following.get(item)
+        if nextitem is not None and plan.shares_with(nextitem):
+            return plan_of(nextitem).plain, True
+        return None, plan.isolation == "session" and nextitem is not None
+
+    @cached_property
+    def _following(self) -> dict[pytest.Item, pytest.Item]:
+        """From each test to the next one of the same guest."""
+        last: dict[Place, pytest.Item] = {}
+        following = {}
+        for item in reversed(self._session.items):
+            if plan_of(item).runs_inside:
+                place = plan_of(item).place
+                if place in last:
+                    following[item] = last[place]
+                last[place] = item
+        return following
+
+    def ahead(self, item: pytest.Item) -> Iterator[pytest.Item]:
+        """The test, and those after it that may run while its reports are on their way here."""
+        following: pytest.Item | None = None if self._may_end or self._is_worker else item
+        for _ in range(1 + _AHEAD):
+            if following is None or plan_of(following).plain in self.alone:
+                return
+            yield following
+            following = self._following.get(following)
+
+
+class Attempt:
+    """One attempt at a test; pytest-rerunfailures, flaky and their like may make others.
+
+    Attributes:
+        due: the phases of which no report is here yet.
+        missing: those that were left out.
+        has_called: whether the test's function has begun.
+    """
+
+    def __init__(self) -> None:
+        self.has_called = False
+        self.due = list(PHASES)
+        self.missing: list[str] = []
+        self._reports: list[tuple[pytest.TestReport, bool]] = []
+        self._is_lost = False
+
+    @property
+    def is_rerun(self) -> bool:
+        """Whether another one follows."""
+        return not self._is_lost and any(report.outcome == RERUN for report, _ in self._reports)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the test has failed in it."""
+        return any(report.failed for report in self.reports)
+
+    @property
+    def reports(self) -> list[pytest.TestReport]:
+        """What it has come to; of subtests, those count that the last attempt has."""
+        is_rerun = self.is_rerun
+        return [report for report, is_subtest in self._reports if not (is_subtest and is_rerun)]
+
+    def add(self, report: pytest.TestReport, *, is_subtest: bool = False) -> None:
+        """Take the report of a phase, or of a subtest.
 
         Raises:
-            VMSandboxError: there can be none.
+            GuestLost: it is of a phase that is not due.
         """
-        session = self.leases.lease(item).session
-        assert session is not None
-        return session.collected
+        if not is_subtest:
+            if report.when not in self.due:
+                raise broken(f"a report of {report.when} where none was due")
+            while (phase := self.due.pop(0)) != report.when:  # right if another attempt follows
+                self.missing.append(phase)
+            if report.when == "setup" and not report.passed:
+                self.due = ["teardown"]
+        self._reports.append((report, is_subtest))
 
+    def check(self) -> None:
+        """Look whether all reports are here.
 
-def _marks(item: pytest.Item) -> list[tuple[str, str]]:
-    """Marks that only this side knows of."""
-    why = plan_of(item).xfail
-    return [] if why is None else [("xfail", why)]
+        Raises:
+            GuestLost: one is not.
+        """
+        if lacking := [*self.missing, *self.due]:
+            raise broken(f"a test is done without {lacking[0]}")
+
+    def fail(self, error: VMSandboxError, report: Callable[..., pytest.TestReport]) -> None:
+        """End with an error in the phase that is due, or is missing.
+
+        Args:
+            report: makes the report of a phase: one that has passed, or failed with an error.
+        """
+        if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
+            self.add(report("setup"))
+        phase = [*self.missing, *self.due, "teardown"][0]
+        if self.missing:
+            before = PHASES[: PHASES.index(phase)]
+            self._reports = [pair for pair in self._reports if pair[0].when in before]
+        self._reports.append((report(phase, error), False))
+        if phase != "teardown":
+            self._reports.append((report("teardown"), False))
+        self.due, self.missing = [], []
+        self._is_lost = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,16 +15,13 @@ from pytest_vmsandbox.core.errors import (
     TransferError,
     VMSandboxError,
 )
-from pytest_vmsandbox.plugin import ending
-from pytest_vmsandbox.plugin.lease import Lease
+from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.plugin import pulling
 from pytest_vmsandbox.plugin.measuring import Measuring
+from pytest_vmsandbox.plugin.messages import Messages
 from pytest_vmsandbox.plugin.plan import Place, plan_of
-from pytest_vmsandbox.plugin.provisioning import Provisioner
-
-if TYPE_CHECKING:
-    from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.messages import Messages
-    from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.provisioning import COLLECT_SECONDS, Lease, Provisioner
+from pytest_vmsandbox.plugin.run import Run
 
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
 _TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
@@ -38,10 +34,10 @@ class Leases:
         messages: is told what a session says before it runs tests, and when it is interrupted.
     """
 
-    def __init__(self, run: Run, messages: Messages) -> None:
+    def __init__(self, run: Run, session: pytest.Session, messages: Messages) -> None:
         self._run = run
         self._messages = messages
-        self._provisioner = Provisioner(run)
+        self._provisioner = Provisioner(run, session)
         self._leases: dict[Place, Lease] = {}
         self._failures: dict[Place, VMSandboxError] = {}
         self._unlucky: dict[Place, int] = {}
@@ -68,9 +64,8 @@ class Leases:
             self._unlucky[kind] = self._unlucky.get(kind, 0) + 1
             if not error.transient or self._unlucky[kind] == _MOST_UNLUCKY:
                 # The next one would fail as this one.
-                self._failures[
-                    any_kind if isinstance(error, TransferError | CacheError) else kind
-                ] = error
+                is_general = isinstance(error, TransferError | CacheError)
+                self._failures[any_kind if is_general else kind] = error
             raise
         self._unlucky.pop(kind, None)
         return lease
@@ -86,18 +81,17 @@ class Leases:
 
     def _ready(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected; it is there, or is opened."""
+        self._drop_lost(item)
         plan = plan_of(item)
-        self._drop_lost(item, plan.place)
-        said: list[Message] = []
         if plan.place not in self._leases:
-            self._leases[plan.place], said = self._provisioner.open(item.session, plan)
+            self._leases[plan.place] = self._provisioner.open(plan)
         lease = self._leases[plan.place]
         self._run.note_use(lease.guest)
         try:
             if lease.session is None:
-                said = lease.start(item.config.rootpath)
-            for message in said:
-                self._messages.tell(lease, message)
+                lease.start(item.config.rootpath)
+            while lease.said:
+                self._messages.tell(lease, lease.said.pop(0))
         except (GuestLost, InterpreterLost) as error:
             self._abandon(lease, error)
             if not lease.has_collected:  # what it collects does that, and would do it again
@@ -106,13 +100,13 @@ class Leases:
         lease.has_collected = True
         return lease
 
-    def _drop_lost(self, item: pytest.Item, place: Place) -> None:
-        """End the guest of a place if it is lost."""
-        lease = self._leases.get(place)
+    def _drop_lost(self, item: pytest.Item) -> None:
+        """End the guest for a test if it is lost."""
+        lease = self._leases.get(plan_of(item).place)
         if lease is None or (loss := lease.guest.engine.loss) is None:
             return
-        ending.note_loss(self._run, lease)
-        self._end(place)
+        self._note_loss(lease)
+        self._end(item)
         if loss.transient:  # the test may have run in it, ahead of its reports
             self._run.note_retry(loss, item)
         else:
@@ -136,7 +130,7 @@ class Leases:
     def _abandon(self, lease: Lease, error: VMSandboxError) -> None:
         """End a guest because of an error."""
         self._leases = {place: other for place, other in self._leases.items() if other is not lease}
-        ending.note_loss(self._run, lease)
+        self._note_loss(lease)
         try:
             with lease.stack:
                 raise error  # through its use
@@ -148,7 +142,7 @@ class Leases:
         """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
         lease = self._leases.get(plan_of(item).place)
         if lease is not None and lease.session is not None:
-            for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.patience):
+            for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.connection.patience):
                 with suppress(VMSandboxError):  # of no interest now
                     self._messages.tell(lease, message)
             lease.session = None
@@ -160,14 +154,9 @@ class Leases:
         with ExitStack() as stack:
             is_over = place.shared != "session" and not plan_of(item).shares_with(nextitem)
             if is_over and place in self._leases:
-                stack.callback(self._end, place)
+                stack.callback(self._end, item)
                 self._wind_up(item)
             yield
-
-    def end(self, item: pytest.Item) -> None:
-        """End the guest of a test: the next attempt at it has a fresh one."""
-        self._wind_up(item)
-        self._end(plan_of(item).place)
 
     def _wind_up(self, item: pytest.Item) -> None:
         """Let a session end, and take what it has left.
@@ -176,32 +165,81 @@ class Leases:
         """
         plan = plan_of(item)
         lease = self._leases[plan.place]
-        problems = ending.finish(self._run, self._messages, lease)
-        if plan.kind in self._finished_badly:
-            problems = []
-        elif problems:
+        problems = self._finish(lease)
+        if problems and plan.kind not in self._finished_badly:
             self._finished_badly.add(plan.kind)
-        for problem in [*problems, *ending.bring_back(self._run, lease)]:
-            self._run.tell_problem(problem)
+            for problem in problems:
+                self._run.tell_problem(problem)
+        self._bring_back(lease)
 
-    def _end(self, place: Place) -> None:
-        self._leases.pop(place).stack.close()
+    def _end(self, item: pytest.Item) -> None:
+        self._leases.pop(plan_of(item).place).stack.close()
 
-    def close(self) -> list[str]:
-        """Let every session tear down what is left, and end the guests.
-
-        Returns:
-            What went wrong, for people.
-        """
+    def close(self) -> None:
+        """Let every session tear down what is left, and end the guests."""
         problems = []
         for place, lease in list(self._leases.items()):
             try:
-                problems += ending.finish(self._run, self._messages, lease)
+                problems += self._finish(lease)
             except (VMSandboxError, TimeoutError) as error:
                 problems.append(str(error))
-            problems += ending.bring_back(self._run, lease)
+            self._bring_back(lease)
+            del self._leases[place]
             try:
-                self._end(place)
+                lease.stack.close()
             except Exception as error:  # noqa: BLE001  # a user's hook may raise anything
                 problems.append(str(error) if isinstance(error, VMSandboxError) else repr(error))
+        for problem in problems:
+            self._run.tell_problem(f"at the end of the tests inside: {problem}")
+
+    def _finish(self, lease: Lease) -> list[str]:
+        """Let a session tear down what is left, and end.
+
+        Returns:
+            What went wrong, for people.
+
+        Raises:
+            VMSandboxError: it does not end as it should.
+        """
+        if lease.session is None:
+            return []
+        if (loss := lease.guest.engine.loss) is not None:
+            return [f"after the last test in it: {loss.brief}"]
+        said = lease.session.finish(COLLECT_SECONDS * lease.connection.patience)
+        lease.is_untouched = any("untouched" in message for message in said)
+        if (measuring := Measuring.of(self._run.config)) is not None:
+            measuring.keep(said, lease.payload.tree, lease.guest.name)
+        has_failed = lease.has_failed or lease.session.collected.has_errors
+        allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
+        problems = []
+        for message in said:
+            if "allure" in message:  # of fixtures that the session's end has torn down
+                self._messages.tell(lease, message)
+            if "exit" in message and message["exit"] not in allowed:
+                tail = lease.reader.text(printable(str(message.get("tail", ""))))
+                problems.append(
+                    f"{lease.guest.name}: {tail}\n  its pytest ended with status {message['exit']}, "
+                    "which no test there has caused: a conftest.py or a plugin has"
+                )
         return problems
+
+    def _bring_back(self, lease: Lease) -> None:
+        """Bring back what tests have written into the project in a guest whose session is over."""
+        if not lease.has_collected or lease.is_untouched:
+            return
+        if lease.guest.engine.loss is not None:
+            self._note_loss(lease)
+            return
+        try:
+            found = pulling.bring_back(self._run, lease.guest, lease.tree, lease.payload.tree)
+        except VMSandboxError as error:
+            about = f"what tests wrote in {lease.guest.name} does not come back: {error}"
+            self._run.tell_problem(about)
+            return
+        for outcome, paths in found.items():
+            pulling.note(self._run.pulled, outcome.value, paths)
+
+    def _note_loss(self, lease: Lease) -> None:
+        """Tell, at the end, that what was written in a guest is lost, if tests can have run there."""
+        if lease.has_collected:
+            pulling.note(self._run.pulled, pulling.LOST, [lease.guest.name])

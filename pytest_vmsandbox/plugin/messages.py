@@ -6,19 +6,16 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.junitxml import xml_key
 
+from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin import beside
+from pytest_vmsandbox.plugin.hooks import Hooks
+from pytest_vmsandbox.plugin.provisioning import Lease
 from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
-
-if TYPE_CHECKING:
-    from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.hooks import Hooks
-    from pytest_vmsandbox.plugin.lease import Lease
-    from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.run import Run
 
 Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 
@@ -28,7 +25,6 @@ class Messages:
 
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._run = run
-        self._config = run.config
         self._hooks = hooks
         self._logs = beside.Logs(run.config)
         self._allure = beside.AllureResults(run.config)
@@ -42,10 +38,11 @@ class Messages:
         """
         if "warning" in message:
             arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
-            file = arguments["warning_message"].filename
             # This side has collected, too, but for some files, and has told what it saw.
-            if arguments["when"] == "runtest" or file in self._collected_there():
-                self._hooks.notify(self._config.hook.pytest_warning_recorded, **arguments)
+            only_there = {str(self._run.config.rootpath / file) for file in self._run.unimportable}
+            is_of_test = arguments["when"] == "runtest"
+            if is_of_test or arguments["warning_message"].filename in only_there:
+                self._hooks.notify(self._run.config.hook.pytest_warning_recorded, **arguments)
         elif "output" in message:
             stream = sys.stderr if message.get("of") == 2 else sys.stdout
             encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -60,10 +57,6 @@ class Messages:
             about, is_problem = beside.note(message, nodeid)
             self._run.failed |= is_problem
             self._run.tell(about)
-
-    def _collected_there(self) -> set[str]:
-        """The paths of files that only guests collect."""
-        return {str(self._config.rootpath / file) for file in self._run.unimportable}
 
     def record(self, lease: Lease, item: pytest.Item, message: Message) -> Record | None:
         """How to tell a plugin what a message has for it; None for another message.
@@ -80,7 +73,7 @@ class Messages:
 
     def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
         """Tell junit's file what a test has recorded, other than by its reports."""
-        xml = self._config.stash.get(xml_key, None)
+        xml = self._run.config.stash.get(xml_key, None)
         if xml is None:
             return
         if kind == "property":

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import plan as plans
-
-if TYPE_CHECKING:
-    from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.run import Run
 
 
 class _Name(str):
@@ -41,12 +39,10 @@ class _Name(str):
         return words
 
 
-class _Words(str):
+class _Words(_Name):
     """A test's name for ``-k``: the image counts only for a word that has all of its name."""
 
-    __slots__ = ("image", "plain")
-    image: str
-    plain: str
+    __slots__ = ()
 
     def __contains__(self, word: object) -> bool:
         if not isinstance(word, str):
@@ -111,10 +107,10 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
     """
     by_text = {str(nodeid): nodeid for nodeid in known}
     found: dict[Any, list[Any]] = {}
-    images: list[str] = []
+    images: Sequence[str] = ()
     if by_text:
         with suppress(ConfigError):  # told where it matters
-            images = list(run.catalogue.names())
+            images = run.catalogue.names()
     for nodeid in nodeids:
         for other in _namesakes(nodeid, images):
             if (former := by_text.get(other)) is not None:
@@ -123,12 +119,10 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
     return found
 
 
-def _namesakes(nodeid: str, images: Sequence[str]) -> list[str]:
+def _namesakes(nodeid: str, images: Iterable[str]) -> set[str]:
     """What a test with this id is called where it has no image, or got one."""
-    others = {with_image(nodeid, image): None for image in images}
-    others.update(dict.fromkeys(_without_image(nodeid, image) for image in images))
-    others.pop(nodeid, None)
-    return list(others)
+    calls = (with_image, _without_image)
+    return {call(nodeid, image) for image in images for call in calls} - {nodeid}
 
 
 def with_image(nodeid: str, image: str) -> str:

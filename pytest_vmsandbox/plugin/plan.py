@@ -1,22 +1,25 @@
-"""The plan of a test: where it runs, and in which guest. It is made once, at collection."""
+"""The plan of a test: where it runs, and in which guest. It is made once, at collection, of what its markers say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.settings import Isolation
-from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin import config as options, selection
-from pytest_vmsandbox.plugin.selection import GuestRequest
+from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
+from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
+from pytest_vmsandbox.plugin import config as options
 
 NO_IMAGE = "no-image"  # the id of a parameter of tests to which no selected image applies
 # Fixtures of tests that drive guests from here.
 _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
+_GLOB = frozenset("*?[!")
+_USUAL = Hardware()
+_ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 
 
 class Place(NamedTuple):
@@ -90,7 +93,7 @@ class Plan:
 
 
 PLAN = pytest.StashKey[Plan]()
-_NO_GUEST = Plan(image="", hardware=Hardware(), is_inside=False, isolation="test", plain="")
+_NO_GUEST = Plan(image="", hardware=_USUAL, is_inside=False, isolation="test", plain="")
 
 
 def plan_of(item: pytest.Item) -> Plan:
@@ -146,16 +149,94 @@ def has_parameter(item: pytest.Item) -> bool:
     return callspec is not None and "_vm_image" in callspec.params
 
 
-def request_of(node: pytest.Item, defaults: Hardware | None = None) -> GuestRequest:
-    """What the `vm` markers of a test, or of a test function, ask for.
+# -- what markers say ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestRequest:
+    """What the markers of one test ask for.
+
+    Attributes:
+        images: names and globs; empty for those of the run.
+        isolation: None for the default.
+        test_timeout: seconds for a test inside a guest; None for the default.
+        skip, xfail: image glob → reason, the closest marker's first.
+    """
+
+    images: tuple[str, ...] = ()
+    hardware: Hardware = field(default_factory=Hardware)
+    isolation: Isolation | None = None
+    test_timeout: float | None = None
+    skip: Mapping[str, str] = field(default_factory=dict)
+    xfail: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> GuestRequest:
+    """What the `vm` markers of a test ask for.
+
+    Each argument is resolved from the closest marker that sets it; `skip` and `xfail` add up.
 
     Args:
-        defaults: the run's hardware.
+        marks: the closest first.
+        defaults: the hardware where no marker says otherwise.
 
     Raises:
         ConfigError: an argument is unknown or invalid.
     """
-    return selection.read_marks(node.iter_markers("vm"), defaults or Hardware())
+    marks = list(marks)
+    single: dict[str, object] = {}
+    reasons: dict[str, dict[str, str]] = {"skip": {}, "xfail": {}}
+    for name, value in (pair for mark in marks for pair in mark.kwargs.items()):
+        if name not in _ARGUMENTS:
+            raise ConfigError(
+                f"pytest.mark.vm has no argument {name!r}",
+                remedy=f"use image names or globs, and {', '.join(_ARGUMENTS)}",
+            )
+        if name in reasons:
+            for glob, why in _reasons(name, value).items():
+                reasons[name].setdefault(glob, why)
+        else:
+            single.setdefault(name, value)
+    images = next((mark.args for mark in marks if mark.args), ())
+    ours = {name: read(single.pop(name)) for name, read in _READERS.items() if name in single}
+    return GuestRequest(
+        images=tuple(map(_image, images)),
+        hardware=defaults.changed(single),
+        skip=reasons["skip"],
+        xfail=reasons["xfail"],
+        **ours,
+    )
+
+
+def applicable(
+    request: GuestRequest,
+    selection: tuple[Sequence[str], bool],
+    select: Callable[[Sequence[str]], Sequence[str]],
+) -> list[str]:
+    """The images that a test runs on.
+
+    Args:
+        request: of the test.
+        selection: the images of the run, and whether `--vm` named them. If not, a literal name in
+            a marker also runs where it was not selected.
+        select: the names that patterns match in the catalogue.
+
+    Raises:
+        ConfigError: a pattern matches nothing in the catalogue.
+    """
+    selected, from_command_line = selection
+    if not request.images:
+        return list(selected)
+    matching = select(request.images)
+    images = [name for name in selected if name in matching]
+    if not from_command_line:
+        images += [name for name in request.images if not _GLOB & set(name) and name != "all"]
+    return list(dict.fromkeys(images))
+
+
+def reason(reasons: Mapping[str, str], image: str) -> str | None:
+    """The reason of the first glob that matches an image."""
+    return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
 
 
 def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
@@ -164,11 +245,51 @@ def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
     Raises:
         ConfigError: its marker `in_vm` is wrong, or contradicts its fixtures.
     """
-    marked = selection.in_guest(node.iter_markers("in_vm"))
     drives = not _DRIVES.isdisjoint(fixturenames)
-    if marked and drives:
+    if (mark := node.get_closest_marker("in_vm")) is None:
+        return options.inside(node.config) and not drives
+    are_right = all(isinstance(arg, bool) for arg in mark.args)
+    if mark.kwargs or len(mark.args) > 1 or not are_right:
+        raise ConfigError(
+            "pytest.mark.in_vm takes no argument, or False",
+            remedy="images and hardware are the arguments of pytest.mark.vm",
+        )
+    if drives and mark.args != (False,):
         raise ConfigError(
             "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
             remedy="take away the marker in_vm, or the fixture",
         )
-    return options.inside(node.config) and not drives if marked is None else marked
+    return mark.args != (False,)
+
+
+def _isolation(value: object) -> object:
+    if value not in ISOLATIONS:
+        raise ConfigError(
+            f"isolation={value!r} is unknown", remedy=f"use one of {', '.join(ISOLATIONS)}"
+        )
+    return value
+
+
+def _image(arg: object) -> str:
+    if not isinstance(arg, str) or not arg:
+        raise ConfigError(
+            f"pytest.mark.vm({arg!r}): an image is named by a str", remedy="for instance 'debian-*'"
+        )
+    return arg
+
+
+def _reasons(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    ):
+        raise ConfigError(
+            f"{name}={value!r} does not map image globs to reasons",
+            remedy=f"for instance {name}={{'debian-12': 'no nftables'}}",
+        )
+    return dict(value)
+
+
+_READERS: dict[str, Callable[[object], Any]] = {
+    "isolation": _isolation,
+    "test_timeout": lambda value: options.seconds(value, "test_timeout"),
+}

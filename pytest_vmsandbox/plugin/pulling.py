@@ -64,7 +64,7 @@ def patterns(config: pytest.Config) -> Patterns:
         if config.pluginmanager.has_plugin(plugin)
         for glob in globs
     ]
-    return Patterns([*_KNOWN, *of_plugins, *options.pull(config)])
+    return Patterns([*_KNOWN, *of_plugins, *options.entries(config, "vm_pull")])
 
 
 def spare_unused(run: Run, inside: Sequence[pytest.Item]) -> None:

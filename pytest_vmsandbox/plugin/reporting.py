@@ -85,15 +85,20 @@ def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestR
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
         assert call.excinfo is not None
-        return pytest.TestReport(
-            nodeid=item.nodeid,
-            location=item.location,
-            keywords=dict.fromkeys(item.keywords, 1),
-            outcome="failed",
-            longrepr=call.excinfo.getrepr(style="no"),
-            when=call.when,  # type: ignore[arg-type]
-        )
+        return bare_report(item, call.when, "failed", call.excinfo.getrepr(style="no"))
     return report
+
+
+def bare_report(item: pytest.Item, when: Any, outcome: Any, longrepr: Any) -> pytest.TestReport:
+    """The report of a phase, with no more in it than its outcome and why."""
+    return pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords=dict.fromkeys(item.keywords, 1),
+        outcome=outcome,
+        longrepr=longrepr,
+        when=when,
+    )
 
 
 def is_lost_guest(report: pytest.TestReport) -> bool:

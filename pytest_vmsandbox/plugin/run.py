@@ -6,7 +6,7 @@ import shlex
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,8 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import config as options, selection
+from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
-from pytest_vmsandbox.plugin.plan import plan_of, request_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Run:
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
         """Note what is invalid of what a test asks for; a wrong `--vm` is told once, not by each."""
-        text = f"{nodeid}: {error}" if self.selection_error is not error else str(error)
+        text = f"{nodeid}: {error}" if self.selection is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
@@ -124,45 +123,18 @@ class Run:
 
         return Catalogue(options.image_path(self.config))
 
-    def image_lines(self) -> list[str]:
-        """The images, their state and size, as a table of text.
-
-        Raises:
-            ConfigError: a definition is not well-formed.
-        """
-        from pytest_vmsandbox.catalogue import listing
-        from pytest_vmsandbox.catalogue.store import ImageStore
-        from pytest_vmsandbox.core.paths import cache_dir
-
-        return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
-
-    @cached_property
-    def hardware(self) -> Hardware:
-        """Of a guest for which no marker says otherwise.
-
-        Raises:
-            pytest.UsageError: the ini file says something invalid.
-        """
-        return options.hardware(self.config)
-
-    def images(self, request: selection.GuestRequest) -> list[str]:
-        """The images that a test runs on.
+    def images(self, marks: Iterable[pytest.Mark] = ()) -> list[str]:
+        """The images that a test with these `vm` markers runs on.
 
         Raises:
             ConfigError: a name or glob matches nothing in the catalogue.
         """
-        if self.selection_error is not None:
-            raise self.selection_error
-        selected, from_command_line = self._selected
-        for globs in (request.skip, request.xfail):
-            for glob in globs:
-                self.catalogue.select([glob])
-        return selection.applicable(
-            request,
-            selected=selected,
-            from_command_line=from_command_line,
-            select=self.catalogue.select,
-        )
+        if isinstance(self.selection, ConfigError):
+            raise self.selection
+        request = plans.read_marks(marks)
+        for glob in (*request.skip, *request.xfail):
+            self.catalogue.select([glob])
+        return plans.applicable(request, self.selection, self.catalogue.select)
 
     def image(self) -> str | None:
         """The image of the test that runs now; None where there is none.
@@ -174,42 +146,17 @@ class Run:
         """
         if self.item is None:
             return None
-        return plan_of(self.item).image or next(iter(self.images(request_of(self.item))), None)
-
-    def base(
-        self, prepared: PreparedImage | PreparedLayer | None
-    ) -> str | PreparedImage | PreparedLayer | None:
-        """What the guest of the test that runs now is made of; None where no image applies to it.
-
-        Args:
-            prepared: the value of the fixture `vm_prepared`; None for nothing but the image.
-
-        Raises:
-            ConfigError: it is for another image.
-        """
-        image = self.image()
-        if image is None or prepared is None:
-            return image
-        if (other := getattr(prepared, "image", image)) != image:
-            raise ConfigError(
-                f"this test runs on {image}, and the fixture vm_prepared has something for {other} alone",
-                remedy="let it return vm_factory.prepare(None, …), which fits each image",
-            )
-        return prepared
+        planned = plans.plan_of(self.item).image
+        return planned or next(iter(self.images(self.item.iter_markers("vm"))), None)
 
     @cached_property
-    def selection_error(self) -> ConfigError | None:
-        """What is wrong with the images that the run was asked for."""
+    def selection(self) -> tuple[list[str], bool] | ConfigError:
+        """The images that the run was asked for, and whether the command line did; or what is wrong with them."""
+        patterns, from_command_line = options.selected_patterns(self.config)
         try:
-            _ = self._selected
+            return self.catalogue.select(patterns), from_command_line
         except ConfigError as error:
             return error
-        return None
-
-    @cached_property
-    def _selected(self) -> tuple[list[str], bool]:
-        patterns, from_command_line = options.selected_patterns(self.config)
-        return self.catalogue.select(patterns), from_command_line
 
     # -- guests ---------------------------------------------------------------------------------
 
@@ -226,10 +173,8 @@ class Run:
     @cached_property
     def artifacts(self) -> Artifacts:
         """Where artifacts go; without an option, beside pytest's other temporary folders."""
-        return Artifacts(
-            options.artifacts_dir(self.config) or self._temporary(),
-            own=self.factory.backend.own,
-        )
+        root = options.artifacts_dir(self.config) or self._temporary()
+        return Artifacts(root, own=self.factory.backend.own)
 
     def _temporary(self) -> Path:
         """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
@@ -279,10 +224,10 @@ class Run:
         """The images of which guests were asked for."""
         return self.factory.backend.images_used if "factory" in self.__dict__ else []
 
-    def about(self, images: Sequence[str]) -> list[str]:
+    def about(self, images: Iterable[str]) -> list[str]:
         """Lines on what runs the guests of this run, for pytest's header."""
         lines: dict[str, None] = {}
-        for image in images:
+        for image in dict.fromkeys(images):
             try:
                 lines[self.factory.backend.describe(image)] = None
             except VMSandboxError as error:
@@ -300,7 +245,7 @@ class Run:
         """Lines for an error of a guest: where the artifacts are, and how to see it again."""
         if self.item is None:
             return []
-        plan = plan_of(self.item)
+        plan = plans.plan_of(self.item)
         argument = plan.file if plan.is_remote else self.item.nodeid
         again = [argument, *options.which_guest(self.config)]
         return [
@@ -329,8 +274,8 @@ class Run:
 
     def provisions(self, image: str) -> list[Provision]:
         hook = self.config.hook.pytest_vmsandbox_provision
-        found = reversed(hook(config=self.config, image=image))
-        return [provision for provision in found if provision is not None]
+        last_first = hook(config=self.config, image=image)
+        return list(reversed(last_first))
 
     def guest_ready(self, guest: Guest) -> None:
         self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)

@@ -17,7 +17,6 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.plugin import collection, config as options, naming
 from pytest_vmsandbox.plugin.plan import plan_of
-from pytest_vmsandbox.plugin.selection import GuestRequest
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
@@ -37,7 +36,7 @@ class RemoteItem(pytest.Item):
         """An item for what the guest calls `plain`."""
         name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
-        collection.plan_remote(run, item, image=image, plain=plain)
+        collection.store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
         return item
 
     def runtest(self) -> None:
@@ -60,7 +59,7 @@ def stand_in(
     ):
         return report
     try:
-        images = run.images(GuestRequest())
+        images = run.images()
     except ConfigError:
         return report  # told by what uses it
     first = run.unimportable.setdefault(collector.nodeid, type(collector))

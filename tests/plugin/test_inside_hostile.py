@@ -13,8 +13,8 @@ from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
 from pytest_vmsandbox.plugin import leases, messages, provisioning
-from pytest_vmsandbox.plugin.lease import Lease
 from pytest_vmsandbox.plugin.plan import plan_of
+from pytest_vmsandbox.plugin.provisioning import Lease
 from pytest_vmsandbox.plugin.remote_reports import Reader
 from support.reports import check_text
 
@@ -87,16 +87,11 @@ def told(suite, monkeypatch):
             )
             if lease.session is None:
                 script: Any = Script(said)
-                lease.guest, lease.reader, lease.patience = (
-                    script,
-                    Reader(
-                        "/there",
-                        suite.path,
-                        outcomes=["rerun"] if "pytest_rerunfailures" in args else [],
-                    ),
-                    1.0,
-                )
-                lease.session = GuestSession(Connection(script, script, patience=1.0))
+                outcomes = ["rerun"] if "pytest_rerunfailures" in args else []
+                lease.guest = script
+                lease.reader = Reader("/there", suite.path, outcomes=outcomes)
+                lease.connection = Connection(script, script, patience=1.0)
+                lease.session = GuestSession(lease.connection)
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
             return lease
 
@@ -262,21 +257,19 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
     """Each guest would say it: the tests that share it are errors, and the run ends."""
     opened = []
 
-    def open_one(self, session, plan):
+    def open_one(self, plan):
         script: Any = Script([])
         opened.append(plan.plain)
         payload: Any = None
-        lease = Lease(
+        return Lease(
             guest=script,
             payload=payload,
             tree="/there",
             connection=Connection(script, script, patience=1.0),
             reader=Reader("/there", suite.path),
             config={},
-            patience=1.0,
             stack=ExitStack(),
         )
-        return lease, []
 
     def started(supervisor, config, *, timeout):
         return GuestSession(supervisor), [{"warning": 3, "when": "collect"}]

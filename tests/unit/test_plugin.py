@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 from pytest_vmsandbox.plugin.artifacts import Artifacts, folder_name
+from pytest_vmsandbox.plugin.plan import GuestRequest, applicable, read_marks, reason
 from pytest_vmsandbox.plugin.reporting import hide_ours
-from pytest_vmsandbox.plugin.selection import GuestRequest, applicable, read_marks, reason
 
 CATALOGUE = ["a-1", "a-2", "b"]
 
@@ -130,10 +130,7 @@ class TestApplicable:
     )
     def test_table(self, images, selected, from_command_line, result):
         assert result == applicable(
-            GuestRequest(images=images),
-            selected=selected,
-            from_command_line=from_command_line,
-            select=select,
+            GuestRequest(images=images), (selected, from_command_line), select
         )
 
     @given(
@@ -143,10 +140,7 @@ class TestApplicable:
     )
     def test_properties(self, images, selected, from_command_line):
         result = applicable(
-            GuestRequest(images=tuple(images)),
-            selected=selected,
-            from_command_line=from_command_line,
-            select=select,
+            GuestRequest(images=tuple(images)), (selected, from_command_line), select
         )
         assert len(result) == len(set(result))
         assert set(result) <= set(select(images or ["*"]))
