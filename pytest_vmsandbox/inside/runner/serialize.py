@@ -14,7 +14,7 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from .apart import keep_apart
-from .values import JSON, Plain, clean
+from .wire import JSON, Plain, clean
 
 keep_apart(globals())
 

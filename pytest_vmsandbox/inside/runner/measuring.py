@@ -11,9 +11,8 @@ from typing import Any
 
 import coverage
 
-from ..apart import keep_apart
-from ..values import clean
-from ..wire import Wire
+from .apart import keep_apart
+from .wire import Wire, clean
 
 keep_apart(globals())
 
