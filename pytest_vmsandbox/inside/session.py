@@ -9,10 +9,10 @@ import re
 import secrets
 import signal
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import InterpreterLost, VMSandboxError
@@ -50,21 +50,27 @@ class Collected:
         """Whether there was an error, for which pytest ends with status 1."""
         return any(report.get("outcome") == "failed" for report in self.failed.values())
 
-    def facts(self) -> dict[str, object]:
-        """The same as values that JSON keeps."""
-        return dict(vars(self))
+
+class How(TypedDict, total=False):
+    """How an item is run.
+
+    Attributes:
+        next: the item that comes next, for whose sake fixtures stay.
+        more: whether any may come.
+        marks: name and reason of marks to add.
+        timed: whether the session is to tell when the item's function begins and ends.
+        attempt: how many attempts at it there were in other guests.
+    """
+
+    next: str | None
+    more: bool
+    marks: list[tuple[str, str]]
+    timed: bool
+    attempt: int
 
 
 class RunEnded(Exception):
-    """A session has said that its run is to end before it had collected.
-
-    Attributes:
-        message: what it has said.
-    """
-
-    def __init__(self, message: Message) -> None:
-        super().__init__()
-        self.message = message
+    """A session has said that its run is to end before it had collected: its argument is the message."""
 
 
 class GuestSession:
@@ -128,7 +134,7 @@ class GuestSession:
         """The session that waits in a guest that was cloned.
 
         Args:
-            collected: what it has found, as `Collected.facts` told before.
+            collected: what it has found, the attributes of `Collected`.
             environment: variables that differ in each clone.
             fixtures: values of those that are this side's.
             timeout: seconds that it has to answer.
@@ -142,14 +148,8 @@ class GuestSession:
         """
         session = cls(connection)
         session.collected = Collected(**collected)
-        connection.ask(
-            {
-                "do": "wake",
-                "seed": secrets.token_hex(32),
-                "environment": dict(environment),
-                "fixtures": dict(fixtures),
-            }
-        )
+        own = {"environment": environment, "fixtures": fixtures}
+        connection.ask({"do": "wake", "seed": secrets.token_hex(32), **own})
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
@@ -187,72 +187,28 @@ class GuestSession:
         """The items that are announced and not run yet, in order."""
         return self._announced
 
-    def announce(
-        self,
-        nodeid: str,
-        *,
-        following: str | None,
-        more: bool,
-        marks: Sequence[tuple[str, str]],
-        timed: bool = False,
-        attempt: int = 0,
-    ) -> None:
-        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this.
-
-        Args:
-            timed: whether it is to tell when its function begins and ends.
-            attempt: how many attempts at it there were in other guests.
-        """
-        self._unsent.append(
-            {
-                "do": "run",
-                "id": nodeid,
-                "next": following,
-                "more": more,
-                "marks": list(marks),
-                "timed": timed,
-                "attempt": attempt,
-            }
-        )
+    def announce(self, nodeid: str, **how: Unpack[How]) -> None:
+        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this."""
+        self._unsent.append({"do": "run", "id": nodeid, **how})
         self._announced.append(nodeid)
 
     def run(
-        self,
-        nodeid: str,
-        *,
-        following: str | None,
-        more: bool,
-        marks: Sequence[tuple[str, str]],
-        limit: float,
-        timed: bool = False,
-        call_limit: float | None = None,
-        attempt: int = 0,
+        self, nodeid: str, *, limit: float, call_limit: float | None = None, **how: Unpack[How]
     ) -> Iterator[Message]:
         """Run one item; what the session says until it is done, ``done`` included.
 
         Args:
             nodeid: one of `collected`.
-            following: the item that comes next, for whose sake fixtures stay.
-            more: whether any may come.
-            marks: name and reason of marks to add.
             limit: seconds that it has.
-            timed: whether it is to tell when its function begins and ends.
             call_limit: seconds that its function has, if it tells that.
-            attempt: how many attempts at it there were in other guests.
+            how: unless it was announced.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
         if not self._announced:
-            self.announce(
-                nodeid,
-                following=following,
-                more=more,
-                marks=marks,
-                timed=timed,
-                attempt=attempt,
-            )
+            self.announce(nodeid, **how)
         if self._announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(

@@ -30,7 +30,7 @@ from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, report_without_pl
 from pytest_vmsandbox.plugin.schedule import Schedule
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.inside.session import Collected
+    from pytest_vmsandbox.inside.session import Collected, How
     from pytest_vmsandbox.plugin.run import Run
 
 _MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
@@ -203,18 +203,13 @@ class Inside:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
         assert lease.session is not None
         plan = plan_of(item)
-        following, more = self._schedule.next(item, nextitem)
         if not attempt:
             self._announce(lease, item)
         for message in lease.session.run(
             nodeid,
-            following=following,
-            more=more,
-            marks=_marks(item),
             limit=plan.timeout or options.test_timeout(self._config) * lease.patience,
-            timed=self._is_timed(item),
             call_limit=self._call_limit(item),
-            attempt=attempt,
+            **self._how(item, nextitem, attempt),
         ):
             if "report" in message:
                 data = message["report"]
@@ -245,11 +240,23 @@ class Inside:
             if plain not in session.collected.items:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
-                following, more = self._schedule.next(ahead)
-                timed = self._is_timed(ahead)
-                session.announce(
-                    plain, following=following, more=more, marks=_marks(ahead), timed=timed
-                )
+                session.announce(plain, **self._how(ahead))
+
+    def _how(self, item: pytest.Item, nextitem: pytest.Item | None = None, attempt: int = 0) -> How:
+        """What a session is told of a test.
+
+        pytest-rerunfailures holds back reports until an attempt is over, so calls of its tests are told.
+        """
+        following, more = self._schedule.next(item, nextitem)
+        plan = plan_of(item)
+        return {
+            "next": following,
+            "more": more,
+            # Those that only this side knows of.
+            "marks": [] if plan.xfail is None else [("xfail", plan.xfail)],
+            "timed": plan.is_rerun or self._call_limit(item) is not None,
+            "attempt": attempt,
+        }
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         with self.leases.ending(item, nextitem):
@@ -271,13 +278,6 @@ class Inside:
         if call.when != "setup":
             self._passed(item, "setup")
         return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
-
-    def _is_timed(self, item: pytest.Item) -> bool:
-        """Whether a guest is to tell when a test's function begins and ends.
-
-        pytest-rerunfailures holds back reports until an attempt is over.
-        """
-        return plan_of(item).is_rerun or self._call_limit(item) is not None
 
     def _call_limit(self, item: pytest.Item) -> float | None:
         """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
@@ -348,9 +348,3 @@ class Inside:
         session = self.leases.lease(item).session
         assert session is not None
         return session.collected
-
-
-def _marks(item: pytest.Item) -> list[tuple[str, str]]:
-    """Marks that only this side knows of."""
-    why = plan_of(item).xfail
-    return [] if why is None else [("xfail", why)]

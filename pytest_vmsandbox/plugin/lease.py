@@ -86,7 +86,7 @@ def started(
     try:
         return GuestSession.started(connection, config, timeout=COLLECT_SECONDS * patience)
     except RunEnded as end:
-        end_run(end.message)
+        end_run(*end.args)
     except InterpreterLost as lost:
         found = _NO_PLUGIN.search(lost.details)
         if found is None or found[1] not in str(config["wanted"]):

@@ -164,7 +164,7 @@ class Provisioner:
             config = session_config(self._run, session, plan, installed, {})
             with Connection.attached(guest, installed.place, patience=patience) as connection:
                 found, said = started(connection, config, patience)
-            return {"collected": found.collected.facts(), "said": said}
+            return {"collected": vars(found.collected), "said": said}
 
         known = session_config(self._run, session, plan, install.layout(None, payload), {})
         known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later
