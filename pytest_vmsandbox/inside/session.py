@@ -342,18 +342,16 @@ class GuestSession:
             status, tail = int(message["exit"]), printable(str(message["tail"]))
         except (KeyError, TypeError, ValueError) as error:
             raise broken("an end that is none", message) from error
+        if status == -signal.SIGKILL and (memory := self._out_of_memory()):
+            return InterpreterLost(
+                "the guest ran out of memory, and its kernel ended the interpreter",
+                details="\n".join(filter(None, [memory, tail])),
+                remedy="give it more: @pytest.mark.vm(memory='1GiB'), or vm_memory",
+            )
         if status < 0:
             how = f"was ended by {_signal_name(-status)}"
-            if memory := self._out_of_memory() if status == -signal.SIGKILL else "":
-                return InterpreterLost(
-                    "the guest ran out of memory, and its kernel ended the interpreter",
-                    details="\n".join(filter(None, [memory, tail])),
-                    remedy="give it more: @pytest.mark.vm(memory='1GiB'), or vm_memory",
-                )
         else:
-            how = f"ended with status {status}"
-            if status == 0:
-                how += " (os._exit?)"
+            how = f"ended with status {status}{'' if status else ' (os._exit?)'}"
         return InterpreterLost(f"the interpreter {how}", details=_stacks(tail))
 
     def _out_of_memory(self) -> str:

@@ -285,8 +285,9 @@ def attach(folder: str) -> None:
     os.nice(NICE)
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(os.path.join(folder, SOCKET))
+    ends: list[int | socket.socket] = [0, sock]
     while True:
-        for end in select.select([0, sock], [], [])[0]:
+        for end in select.select(ends, [], [])[0]:
             if end == 0:
                 data = os.read(0, CHUNK)
                 sock.sendall(data)
