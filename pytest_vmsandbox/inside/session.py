@@ -9,7 +9,7 @@ import re
 import secrets
 import signal
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
@@ -78,12 +78,13 @@ class GuestSession:
 
     Attributes:
         collected: what it has found.
+        announced: the items that are announced and not run yet, in order.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.collected = Collected()
         self._connection = connection
-        self._announced: deque[str] = deque()
+        self.announced: deque[str] = deque()
         self._unsent: list[Message] = []  # the last of them
         self._running = False
         self._over = False
@@ -182,15 +183,10 @@ class GuestSession:
         except (TypeError, ValueError) as error:
             raise broken("a list of tests that is none", message) from error
 
-    @property
-    def announced(self) -> Collection[str]:
-        """The items that are announced and not run yet, in order."""
-        return self._announced
-
     def announce(self, nodeid: str, **how: Unpack[How]) -> None:
         """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this."""
         self._unsent.append({"do": "run", "id": nodeid, **how})
-        self._announced.append(nodeid)
+        self.announced.append(nodeid)
 
     def run(
         self, nodeid: str, *, limit: float, call_limit: float | None = None, **how: Unpack[How]
@@ -207,14 +203,14 @@ class GuestSession:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
-        if not self._announced:
+        if not self.announced:
             self.announce(nodeid, **how)
-        if self._announced.popleft() != nodeid:
+        if self.announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
                 "it was to run the tests in another order", remedy="which plugin changes the order?"
             )
-        if self._unsent and len(self._announced) - len(self._unsent) < _FEW:
+        if self._unsent and len(self.announced) - len(self._unsent) < _FEW:
             self._connection.say(*self._unsent)
             self._unsent.clear()
         self._connection.expect()
@@ -259,7 +255,7 @@ class GuestSession:
         """
         if self._over:
             return []
-        if self._running or self._announced:  # nobody waits for what is in the middle of it
+        if self._running or self.announced:  # nobody waits for what is in the middle of it
             return self.interrupt(seconds)
         self._connection.ask({"do": "finish"})
         try:

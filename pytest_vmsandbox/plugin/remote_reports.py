@@ -293,17 +293,12 @@ def _category(module: str, name: str) -> type[Warning]:
     return type(name, (Warning,), {"__module__": module[:200]})
 
 
-# What attributes of a report may not be called, beside all that the class of a report has: pytest
-# keeps it in a report or passes it by name, xdist and plugins of reruns add it.
-_TAKEN = frozenset(
-    {
-        *dir(pytest.TestReport), *dir(pytest.CollectReport),
-        "nodeid", "id", "_id", "location", "keywords", "outcome", "longrepr", "when", "sections",
-        "user_properties", "duration", "start", "stop", "wasxfail", "context", "result",
-        "self", "cls", "_report_type",
-        "node", "item_index", "worker_id", "testrun_uid", "rerun",
-    }
-)  # fmt: skip
+# What attributes of a report may not be called, beside all that it has: pytest keeps it in a report
+# or passes it by name, xdist and plugins of reruns add it.
+_TAKEN = {
+    *dir(pytest.CollectReport), "_id", "_report_type", "cls", "context", "id", "item_index", "node",
+    "rerun", "result", "self", "testrun_uid", "wasxfail", "worker_id",
+}  # fmt: skip
 
 
 def _is_free(report: pytest.TestReport, name: str) -> bool:

@@ -34,8 +34,8 @@ class Pause(pytest.Item):
 class Control:
     """The plugin that makes a pytest session run what it is told to.
 
-    It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [node id,
-    report]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
+    It says ``{"failed": [node id, report]}`` for what could not be collected; ``{"items": […]}``, each
+    ``[node id, parameters' indices]``; ``{"ready": N}``; then, for each item that it
     is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
     ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
     attempt at it. At the end of a session that was woken, ``{"untouched": true}`` says that nothing in
@@ -52,8 +52,6 @@ class Control:
             wire, settings.get("outcomes", []), alone=settings.get("alone", False)
         )
         self.items: dict[str, pytest.Item] = {}
-        self.failed: list[pytest.CollectReport] = []
-        self.found: int | None = None  # how many items
         self.awake = False  # whether the guest was cloned while this session waited in it
 
     # -- setting up ---------------------------------------------------------------------------
@@ -92,15 +90,10 @@ class Control:
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
             reporter._tw = TerminalWriter(nowhere)  # noqa: SLF001
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:
-            self.failed.append(report)
-
-    @pytest.hookimpl(tryfirst=True, wrapper=True)
-    def pytest_collection(self) -> Iterator[None]:
-        yield
-        if self.found is not None:  # pytest has told warnings, too
-            self.wire.say({"ready": self.found})
+            self.wire.note({"failed": clean([report.nodeid, serialized(report)])})
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -116,9 +109,6 @@ class Control:
             rows.append(row)
         for start in range(0, len(rows), PIECE):
             self.wire.note({"items": clean(rows[start : start + PIECE])})
-        for report in self.failed:
-            self.wire.note({"failed": clean([report.nodeid, serialized(report)])})
-        self.found = len(rows)
         if self.settings.get("logs"):
             send_records(session.config, self.wire)
 
@@ -127,6 +117,7 @@ class Control:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.pause = Pause.from_parent(session, name="vmsandbox-pause")
+        self.wire.say({"ready": len(session.items)})  # pytest has told warnings, too
         while True:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
