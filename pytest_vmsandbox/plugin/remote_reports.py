@@ -174,7 +174,7 @@ class Reader:
         return "" if made.longrepr is None else made.longrepr
 
     def path(self, path: object) -> str:
-        """A path, or a text of one line, with paths of the project as they are on this machine."""
+        """A path, or a text that pytest cuts, with paths of the project as they are on this machine."""
         return self.text(colourless(path))
 
     def text(self, text: str) -> str:

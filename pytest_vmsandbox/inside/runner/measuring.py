@@ -1,4 +1,4 @@
-"""Coverage of a session and of the processes that it starts: what lies in files of its own."""
+"""Coverage of a session and of the processes that it starts; it begins before pytest is imported."""
 
 from __future__ import annotations
 

@@ -111,7 +111,6 @@ def attributes_of(report: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if name in FIELDS:
             continue
         plain = Plain()
-        why = ""
         try:
             if not isinstance(value, JSON) and not hasattr(value, "__fspath__"):
                 raise TypeError
