@@ -70,16 +70,11 @@ class Reader:
     """
 
     def __init__(
-        self,
-        there: str,
-        here: Path,
-        outside: Mapping[str, str] | None = None,
-        *,
-        outcomes: Collection[str] = (),
+        self, there: str, here: Path, outside: Mapping[str, str], outcomes: Collection[str] = ()
     ) -> None:
         self._outcomes = (*OUTCOMES, *outcomes)
         self._here = {there.rstrip("/"): str(here)}
-        self._here |= {theirs: ours for ours, theirs in (outside or {}).items()}
+        self._here |= {theirs: ours for ours, theirs in outside.items()}
         names = "|".join(map(re.escape, self._here))
         self._mention = re.compile(rf"({names})(?![\w-]|\.\w)")
 
@@ -279,9 +274,7 @@ def log_record(value: object, reader: Reader) -> logging.LogRecord:
     """
     path = Path(reader.path(_object(value).get("pathname")))
     place = {"pathname": str(path), "filename": path.name, "module": path.stem}
-    return logging.makeLogRecord(
-        {**_checked(value, **_RECORD), **place, "args": None, "exc_info": None}
-    )
+    return logging.makeLogRecord({**_checked(value, **_RECORD), **place})
 
 
 def _category(module: str, name: str) -> type[Warning]:
@@ -303,12 +296,9 @@ _TAKEN = {
 
 def _is_free(report: pytest.TestReport, name: str) -> bool:
     """Whether an attribute can be called so: it hides nothing. Names with ``vm_`` are ours."""
-    return (
-        name.isidentifier()
-        and not name.startswith(("__", "vm_"))
-        and name not in _TAKEN
-        and not hasattr(report, name)
-    )
+    if not name.isidentifier() or name.startswith(("__", "vm_")):
+        return False
+    return name not in _TAKEN and not hasattr(report, name)
 
 
 def _extras(value: object) -> list[dict[str, Any]]:

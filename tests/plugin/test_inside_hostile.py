@@ -92,6 +92,7 @@ def told(suite, monkeypatch):
                     Reader(
                         "/there",
                         suite.path,
+                        {},
                         outcomes=["rerun"] if "pytest_rerunfailures" in args else [],
                     ),
                     1.0,
@@ -271,7 +272,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             payload=payload,
             tree="/there",
             connection=Connection(script, script, patience=1.0),
-            reader=Reader("/there", suite.path),
+            reader=Reader("/there", suite.path, {}),
             config={},
             patience=1.0,
             stack=ExitStack(),
