@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
@@ -21,32 +21,6 @@ _MAX_MESSAGES = 100_000  # that answer one request; live output does not count
 _MAX_BYTES = 256 << 20  # of them
 # A supervisor that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
 _SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
-
-
-class Starter(Protocol):
-    """Starts programs in a guest; `Engine` does."""
-
-    def start(self, command: Command) -> RemoteProcess:
-        """Start a program, on streams that its starter reads and closes."""
-
-    def connect(self, path: str) -> RemoteProcess | None:
-        """A connection to a Unix socket; None where only a program can relay it."""
-
-
-class Host(Protocol):
-    """What is needed of a guest; `Guest` has it."""
-
-    @property
-    def name(self) -> str:
-        """Who it is."""
-
-    @property
-    def run(self) -> Callable[..., CommandResult[Any]]:
-        """Runs a program to its end."""
-
-    @property
-    def engine(self) -> Starter:
-        """Starts programs in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +45,7 @@ class Connection:
         patience: by how much the guest is slower than one on real hardware.
     """
 
-    def __init__(self, guest: Host, process: RemoteProcess, *, patience: float) -> None:
+    def __init__(self, guest: Guest, process: RemoteProcess, *, patience: float) -> None:
         self.guest = guest
         self.patience = patience
         self._process = process
@@ -82,7 +56,7 @@ class Connection:
     @classmethod
     @contextmanager
     def attached(
-        cls, guest: Host, place: GuestPaths, *, patience: float = 1.0, serve: bool = True
+        cls, guest: Guest, place: GuestPaths, *, patience: float = 1.0, serve: bool = True
     ) -> Iterator[Connection]:
         """Start a supervisor in the guest unless there is one, and attach to it.
 
@@ -103,14 +77,14 @@ class Connection:
             process = guest.engine.start(Command(argv=attach))
         try:
             connection = cls(guest, process, patience=patience)
-            connection._greeting(_ATTACH_SECONDS * patience)
+            connection._greeting()
             yield connection
         finally:
             process.close()
 
-    def _greeting(self, timeout: float) -> None:
+    def _greeting(self) -> None:
         try:
-            message = self.hear(timeout)
+            message = self.hear(_ATTACH_SECONDS * self.patience)
         except TimeoutError:
             raise self._silent() from None
         if "attached" not in message:
@@ -151,16 +125,13 @@ class Connection:
         """
         deadline = Deadline(timeout)
         while not self._waiting:
-            silent = Deadline(_PING_SECONDS)
             try:
-                self._fill(deadline.remaining(silent.seconds))
+                self._receive(deadline.remaining(_PING_SECONDS))
             except TimeoutError:
-                if deadline.expired:
-                    raise
-                self._ping()
-            else:
-                if deadline.expired and not self._waiting:  # it speaks, but says nothing
-                    raise TimeoutError
+                if not deadline.expired:
+                    self._ping()
+            if deadline.expired and not self._waiting:  # it may speak, but says nothing
+                raise TimeoutError
         message = self._waiting.popleft()
         self._answers += "output" not in message
         if self._answers > _MAX_MESSAGES or self._decoder.weight - self._weight > _MAX_BYTES:
@@ -171,30 +142,24 @@ class Connection:
         """Send a signal to the session's process group; DUMP lets it write all its stacks."""
         self.say({"do": "signal", "name": name})
 
-    def _fill(self, timeout: float) -> None:
+    def _receive(self, timeout: float) -> bool:
+        """Take what comes next; whether that were messages, or only a part of one."""
         data = self._process.receive(timeout)
         if not data:
             raise self._lost()
-        self._take(self._decoder.feed(data))
-
-    def _take(self, messages: Iterable[Message]) -> None:
+        messages = self._decoder.feed(data)
         self._waiting += [message for message in messages if "pong" not in message]
+        return bool(messages)
 
     def _ping(self) -> None:
         """Look whether the guest still answers; a test may be silent for as long as it likes."""
         self.say({"do": "ping", "n": 0})
         deadline = Deadline(_ANSWER_SECONDS * self.patience)
-        while True:
-            try:
-                data = self._process.receive(deadline.remaining())
-            except TimeoutError:
-                raise self._silent() from None
-            if not data:
-                raise self._lost()
-            messages = self._decoder.feed(data)
-            self._take(messages)
-            if messages:
-                return
+        try:
+            while not self._receive(deadline.remaining()):
+                pass
+        except TimeoutError:
+            raise self._silent() from None
 
     def _silent(self) -> GuestLost:
         return GuestLost(

@@ -9,10 +9,10 @@ import re
 import secrets
 import signal
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import InterpreterLost, VMSandboxError
@@ -50,21 +50,27 @@ class Collected:
         """Whether there was an error, for which pytest ends with status 1."""
         return any(report.get("outcome") == "failed" for report in self.failed.values())
 
-    def facts(self) -> dict[str, object]:
-        """The same as values that JSON keeps."""
-        return dict(vars(self))
+
+class How(TypedDict, total=False):
+    """How an item is run.
+
+    Attributes:
+        next: the item that comes next, for whose sake fixtures stay.
+        more: whether any may come.
+        marks: name and reason of marks to add.
+        timed: whether the session is to tell when the item's function begins and ends.
+        attempt: how many attempts at it there were in other guests.
+    """
+
+    next: str | None
+    more: bool
+    marks: list[tuple[str, str]]
+    timed: bool
+    attempt: int
 
 
 class RunEnded(Exception):
-    """A session has said that its run is to end before it had collected.
-
-    Attributes:
-        message: what it has said.
-    """
-
-    def __init__(self, message: Message) -> None:
-        super().__init__()
-        self.message = message
+    """A session has said that its run is to end before it had collected: its argument is the message."""
 
 
 class GuestSession:
@@ -72,12 +78,13 @@ class GuestSession:
 
     Attributes:
         collected: what it has found.
+        announced: the items that are announced and not run yet, in order.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.collected = Collected()
         self._connection = connection
-        self._announced: deque[str] = deque()
+        self.announced: deque[str] = deque()
         self._unsent: list[Message] = []  # the last of them
         self._running = False
         self._over = False
@@ -128,7 +135,7 @@ class GuestSession:
         """The session that waits in a guest that was cloned.
 
         Args:
-            collected: what it has found, as `Collected.facts` told before.
+            collected: what it has found, the attributes of `Collected`.
             environment: variables that differ in each clone.
             fixtures: values of those that are this side's.
             timeout: seconds that it has to answer.
@@ -142,14 +149,8 @@ class GuestSession:
         """
         session = cls(connection)
         session.collected = Collected(**collected)
-        connection.ask(
-            {
-                "do": "wake",
-                "seed": secrets.token_hex(32),
-                "environment": dict(environment),
-                "fixtures": dict(fixtures),
-            }
-        )
+        own = {"environment": environment, "fixtures": fixtures}
+        connection.ask({"do": "wake", "seed": secrets.token_hex(32), **own})
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
@@ -182,83 +183,34 @@ class GuestSession:
         except (TypeError, ValueError) as error:
             raise broken("a list of tests that is none", message) from error
 
-    @property
-    def announced(self) -> Collection[str]:
-        """The items that are announced and not run yet, in order."""
-        return self._announced
-
-    def announce(
-        self,
-        nodeid: str,
-        *,
-        following: str | None,
-        more: bool,
-        marks: Sequence[tuple[str, str]],
-        timed: bool = False,
-        attempt: int = 0,
-    ) -> None:
-        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this.
-
-        Args:
-            timed: whether it is to tell when its function begins and ends.
-            attempt: how many attempts at it there were in other guests.
-        """
-        self._unsent.append(
-            {
-                "do": "run",
-                "id": nodeid,
-                "next": following,
-                "more": more,
-                "marks": list(marks),
-                "timed": timed,
-                "attempt": attempt,
-            }
-        )
-        self._announced.append(nodeid)
+    def announce(self, nodeid: str, **how: Unpack[How]) -> None:
+        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this."""
+        self._unsent.append({"do": "run", "id": nodeid, **how})
+        self.announced.append(nodeid)
 
     def run(
-        self,
-        nodeid: str,
-        *,
-        following: str | None,
-        more: bool,
-        marks: Sequence[tuple[str, str]],
-        limit: float,
-        timed: bool = False,
-        call_limit: float | None = None,
-        attempt: int = 0,
+        self, nodeid: str, *, limit: float, call_limit: float | None = None, **how: Unpack[How]
     ) -> Iterator[Message]:
         """Run one item; what the session says until it is done, ``done`` included.
 
         Args:
             nodeid: one of `collected`.
-            following: the item that comes next, for whose sake fixtures stay.
-            more: whether any may come.
-            marks: name and reason of marks to add.
             limit: seconds that it has.
-            timed: whether it is to tell when its function begins and ends.
             call_limit: seconds that its function has, if it tells that.
-            attempt: how many attempts at it there were in other guests.
+            how: unless it was announced.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
             GuestLost: the guest is gone.
         """
-        if not self._announced:
-            self.announce(
-                nodeid,
-                following=following,
-                more=more,
-                marks=marks,
-                timed=timed,
-                attempt=attempt,
-            )
-        if self._announced.popleft() != nodeid:
+        if not self.announced:
+            self.announce(nodeid, **how)
+        if self.announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
                 "it was to run the tests in another order", remedy="which plugin changes the order?"
             )
-        if self._unsent and len(self._announced) - len(self._unsent) < _FEW:
+        if self._unsent and len(self.announced) - len(self._unsent) < _FEW:
             self._connection.say(*self._unsent)
             self._unsent.clear()
         self._connection.expect()
@@ -303,7 +255,7 @@ class GuestSession:
         """
         if self._over:
             return []
-        if self._running or self._announced:  # nobody waits for what is in the middle of it
+        if self._running or self.announced:  # nobody waits for what is in the middle of it
             return self.interrupt(seconds)
         self._connection.ask({"do": "finish"})
         try:
@@ -386,18 +338,16 @@ class GuestSession:
             status, tail = int(message["exit"]), printable(str(message["tail"]))
         except (KeyError, TypeError, ValueError) as error:
             raise broken("an end that is none", message) from error
+        if status == -signal.SIGKILL and (memory := self._out_of_memory()):
+            return InterpreterLost(
+                "the guest ran out of memory, and its kernel ended the interpreter",
+                details="\n".join(filter(None, [memory, tail])),
+                remedy="give it more: @pytest.mark.vm(memory='1GiB'), or vm_memory",
+            )
         if status < 0:
             how = f"was ended by {_signal_name(-status)}"
-            if memory := self._out_of_memory() if status == -signal.SIGKILL else "":
-                return InterpreterLost(
-                    "the guest ran out of memory, and its kernel ended the interpreter",
-                    details="\n".join(filter(None, [memory, tail])),
-                    remedy="give it more: @pytest.mark.vm(memory='1GiB'), or vm_memory",
-                )
         else:
-            how = f"ended with status {status}"
-            if status == 0:
-                how += " (os._exit?)"
+            how = f"ended with status {status}{'' if status else ' (os._exit?)'}"
         return InterpreterLost(f"the interpreter {how}", details=_stacks(tail))
 
     def _out_of_memory(self) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from pytest_vmsandbox.core.errors import GuestLost
 
@@ -82,7 +82,7 @@ def _decode(line: bytes) -> Message:
         _check_values(line)
     try:
         message = json.loads(
-            line.decode(), parse_constant=_refuse, parse_int=_integer, parse_float=_float
+            line.decode(), parse_constant=_float, parse_int=_integer, parse_float=_float
         )
     except (ValueError, RecursionError) as error:
         raise broken("a line that is not JSON", line) from error
@@ -93,10 +93,6 @@ def _decode(line: bytes) -> Message:
     return message
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def _integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError("too many digits")
@@ -105,7 +101,9 @@ def _integer(digits: str) -> int:
 
 def _float(digits: str) -> float:
     value = float(digits)
-    return value if math.isfinite(value) else _refuse(digits)
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
 
 
 def _check_values(line: bytes) -> None:

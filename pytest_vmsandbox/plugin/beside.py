@@ -1,4 +1,7 @@
-"""What tests inside guests leave for other plugins of this side, beside the attributes of reports."""
+"""What tests inside guests leave for other plugins of this side, beside the attributes of reports.
+
+The runner's `beside.py` sends it, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,12 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from pytest_vmsandbox.inside.wire import Message
-    from pytest_vmsandbox.plugin.remote_reports import Reader
+from pytest_vmsandbox.inside.wire import Message, broken
+from pytest_vmsandbox.plugin.remote_reports import Reader, colourless, log_record
 
 _MAX_NAME = 200  # characters of a name in a note
 _PHASES = ("start", "setup", "call", "teardown", "finish")  # as pytest's live log calls them
@@ -67,9 +69,6 @@ def note(message: Message, nodeid: str) -> tuple[str, bool]:
     Raises:
         GuestLost: there is no such note.
     """
-    from pytest_vmsandbox.inside.wire import broken
-    from pytest_vmsandbox.plugin.remote_reports import colourless
-
     kind = " ".join(str(message[field]) for field in ("note", "why") if field in message)
     if kind not in _NOTES:
         raise broken("a note of an unknown kind", message)
@@ -117,8 +116,6 @@ class Benchmarks:
         Raises:
             GuestLost: it has none.
         """
-        from pytest_vmsandbox.inside.wire import broken
-
         if self._session is None:
             return lambda: None
         from pytest_benchmark.stats import Metadata  # type: ignore[import-not-found]
@@ -180,8 +177,6 @@ class AllureResults:
         Raises:
             GuestLost: it is none.
         """
-        from pytest_vmsandbox.inside.wire import broken
-
         name = message.get("allure")
         if self._listener is None or not isinstance(name, str) or not _is_result(name):
             raise broken("a file of allure's with another name", name)
@@ -259,8 +254,6 @@ class Logs:
         Raises:
             GuestLost: it is none.
         """
-        from pytest_vmsandbox.plugin.remote_reports import log_record
-
         if self._plugin is None:
             return
         record = log_record(message.get("logged"), reader)

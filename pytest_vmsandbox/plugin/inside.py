@@ -17,7 +17,7 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
     add_hints,
 )
-from pytest_vmsandbox.inside.session import Collected, GuestSession
+from pytest_vmsandbox.inside.session import Collected, GuestSession, How
 from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.plugin import beside, config as options, plan as plans
 from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
@@ -213,15 +213,13 @@ class Inside:
     ) -> None:
         """Let a test run: its reports go to `attempts`, what is for others to `records`."""
         assert lease.session is not None
-        request = self._request(item, nextitem)
+        how = self._how(item, nextitem, attempt)
         if not attempt:
             self._announce(lease.session, item)
         patience = lease.connection.patience
         limit = plan_of(item).timeout or options.test_timeout(self._run.config) * patience
         call_limit = self._call_limit(item)
-        for message in lease.session.run(
-            nodeid, **request, limit=limit, call_limit=call_limit, attempt=attempt
-        ):
+        for message in lease.session.run(nodeid, limit=limit, call_limit=call_limit, **how):
             if "report" in message:
                 data = message["report"]
                 report = lease.reader.test_report(item, nodeid, data)
@@ -232,8 +230,8 @@ class Inside:
             elif "again" in message:
                 attempts.append(Attempt())
             elif message.get("stop"):
-                how = "shouldfail" if message.get("fail") else "shouldstop"
-                setattr(item.session, how, colourless(str(message["stop"])))
+                name = "shouldfail" if message.get("fail") else "shouldstop"
+                setattr(item.session, name, colourless(str(message["stop"])))
             elif (record := self._messages.record(lease, item, message)) is not None:
                 records.append(record)
             elif "interrupted" in message:
@@ -249,18 +247,19 @@ class Inside:
             if plain not in session.collected.items:
                 return
             if place >= len(session.announced):  # not by name: a test may be there twice
-                session.announce(plain, **self._request(ahead))
+                session.announce(plain, **self._how(ahead))
 
-    def _request(self, item: pytest.Item, nextitem: pytest.Item | None = None) -> dict[str, Any]:
-        """What a session is told of a test, beside its id."""
+    def _how(self, item: pytest.Item, nextitem: pytest.Item | None = None, attempt: int = 0) -> How:
+        """What a session is told of a test."""
         following, more = self._schedule.next(item, nextitem)
         plan = plan_of(item)
         return {
-            "following": following,
+            "next": following,
             "more": more,
             "marks": [] if plan.xfail is None else [("xfail", plan.xfail)],
             # pytest-rerunfailures holds back reports until an attempt is over.
             "timed": plan.is_rerun or self._call_limit(item) is not None,
+            "attempt": attempt,
         }
 
     def _tear_down_here(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -96,7 +96,7 @@ def started(
         timeout = COLLECT_SECONDS * connection.patience
         return GuestSession.started(connection, config, timeout=timeout)
     except RunEnded as end:
-        end_run(end.message)
+        end_run(*end.args)
     except InterpreterLost as lost:
         found = _NO_PLUGIN.search(lost.details)
         if found is None or found[1] not in str(config["wanted"]):
@@ -231,7 +231,7 @@ class Provisioner:
             patience = self._run.factory.backend.patience(plan.image)
             with Connection.attached(guest, installed.place, patience=patience) as connection:
                 found, said = started(connection, config)
-            return {"collected": found.collected.facts(), "said": said}
+            return {"collected": vars(found.collected), "said": said}
 
         known = self._session_config(plan, install.layout(None, payload), {})
         known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later

@@ -70,16 +70,11 @@ class Reader:
     """
 
     def __init__(
-        self,
-        there: str,
-        here: Path,
-        outside: Mapping[str, str] | None = None,
-        *,
-        outcomes: Collection[str] = (),
+        self, there: str, here: Path, outside: Mapping[str, str], outcomes: Collection[str] = ()
     ) -> None:
         self._outcomes = (*OUTCOMES, *outcomes)
         self._here = {there.rstrip("/"): str(here)}
-        self._here |= {theirs: ours for ours, theirs in (outside or {}).items()}
+        self._here |= {theirs: ours for ours, theirs in outside.items()}
         names = "|".join(map(re.escape, self._here))
         self._mention = re.compile(rf"({names})(?![\w-]|\.\w)")
 
@@ -99,10 +94,10 @@ class Reader:
             "outcome": _one_of(fields.get("outcome"), self._outcomes),
             "when": _one_of(fields.get("when"), PHASES),
             "longrepr": self._longrepr(fields.get("longrepr")),
-            "sections": self._sections(fields),
-            "user_properties": [
-                _property(row) for row in _list(fields.get("user_properties"), _MAX_PROPERTIES)
-            ],
+            "sections": _pairs(fields.get("sections"), _MAX_SECTIONS),
+            "user_properties": _rows(
+                fields.get("user_properties"), _MAX_PROPERTIES, harmless, _plain
+            ),
             **{name: _number(fields.get(name, 0)) for name in ("duration", "start", "stop")},
         }
         if "wasxfail" in fields:
@@ -116,8 +111,7 @@ class Reader:
                 raise broken("a subtest that is no part of a test's call", clean["when"])
             report = self._subtest(item, clean, _context(fields.get(_CONTEXT)))
         else:
-            make = pytest.TestReport._from_json  # noqa: SLF001  # xdist's way, too
-            report = _made(make, clean)
+            report = _made(pytest.TestReport._from_json, clean)  # noqa: SLF001  # xdist's way, too
         attributes = _object(fields.get("attributes", {}))
         self._hang(report, attributes)
         if RERUN in self._outcomes and RERUN in attributes:  # how many attempts there were before
@@ -133,20 +127,12 @@ class Reader:
             raise broken(f"a report with more than {_MAX_ATTRIBUTES} attributes")
         for name, value in attributes.items():
             if _is_free(report, name):
-                check = _CHECKS.get(name, _anything)
-                setattr(report, name, check(self.value(value)))
+                clean = self.value(value)
+                setattr(report, name, _extras(clean) if name in _OF_HTML else clean)
 
     def value(self, value: object) -> Any:
         """A JSON value without tricks in its texts; paths of the project are those of here."""
-        if isinstance(value, dict):
-            return {harmless(key): self.value(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.value(item) for item in value]
-        if isinstance(value, str):
-            return self.text(harmless(value))
-        if isinstance(value, int) and not -(2**31) <= value < 2**63:  # xdist sends no others
-            return str(value)
-        return value
+        return _plain(value, self._local)
 
     def is_subtest(self, data: object) -> bool:
         """Whether a report is one beside those of a test's phases: of a subtest, or a call that is retried."""
@@ -177,60 +163,38 @@ class Reader:
             "outcome": _one_of(fields.get("outcome"), OUTCOMES),
             "longrepr": self._longrepr(fields.get("longrepr")),
             "result": None,
-            "sections": self._sections(fields),
+            "sections": _pairs(fields.get("sections"), _MAX_SECTIONS),
         }
         made = _made(pytest.CollectReport._from_json, clean)  # noqa: SLF001
         return "" if made.longrepr is None else made.longrepr
 
     def path(self, path: object) -> str:
-        """A path as it is called on this machine, where it is one of the project."""
+        """A path, or a text that pytest cuts, with paths of the project as they are on this machine."""
         return self.text(colourless(path))
 
     def text(self, text: str) -> str:
         """A text with paths of the project as they are on this machine."""
         return self._mention.sub(lambda found: self._here[found[1]], text)
 
-    def _sections(self, fields: dict[str, Any]) -> list[tuple[str, str]]:
-        pairs = (
-            _list(section, 2, exactly=True)
-            for section in _list(fields.get("sections"), _MAX_SECTIONS)
-        )
-        return [(harmless(name), harmless(text)) for name, text in pairs]
+    def _local(self, text: object) -> str:
+        return self.text(harmless(text))
 
     def _longrepr(self, value: object) -> Any:
         if value is None:
             return None
         if isinstance(value, str):
-            return self.text(harmless(value))
+            return self._local(value)
         if isinstance(value, list):
-            path, line, reason = _list(value, 3, exactly=True)
-            return self.path(path), _integer(line), self.text(colourless(reason))
+            return _row(value, self.path, _integer, self.path)
         fields = _object(value)
         if "text" in fields:
-            return _Text(self.text(harmless(fields["text"])))
-        chain = fields.get("chain")
+            return _Text(self._local(fields["text"]))
+        sections, chain = fields.get("sections"), fields.get("chain")
         clean: dict[str, Any] = {
             "reprcrash": self._crash(fields.get("reprcrash")),
             "reprtraceback": self._traceback(fields.get("reprtraceback")),
-            "sections": [
-                (harmless(name), harmless(text), _separator(sep))
-                for name, text, sep in (
-                    _list(row, 3, exactly=True)
-                    for row in _list(fields.get("sections"), _MAX_SECTIONS)
-                )
-            ],
-            "chain": None
-            if chain is None
-            else [
-                (
-                    self._traceback(trace),
-                    self._crash(crash),
-                    None if text is None else harmless(text),
-                )
-                for trace, crash, text in (
-                    _list(row, 3, exactly=True) for row in _list(chain, _MAX_ENTRIES)
-                )
-            ],
+            "sections": _rows(sections, _MAX_SECTIONS, harmless, harmless, _separator),
+            "chain": chain and _rows(chain, _MAX_ENTRIES, self._traceback, self._crash, _optional),
         }
         traces = [clean["reprtraceback"], *(trace for trace, _, _ in clean["chain"] or ())]
         entries = [entry["data"] for trace in traces for entry in trace["reprentries"]]
@@ -242,60 +206,30 @@ class Reader:
     def _crash(self, value: object) -> dict[str, Any] | None:
         if value is None:
             return None
-        fields = _object(value)
-        return {
-            "path": self.path(fields.get("path")),
-            "lineno": _integer(fields.get("lineno")),
-            "message": self.text(colourless(fields.get("message"))),
-        }
+        return _checked(value, path=self.path, lineno=_integer, message=self.path)
 
     def _traceback(self, value: object) -> dict[str, Any]:
-        fields = _object(value)
-        extraline = fields.get("extraline")
-        return {
-            "reprentries": [
-                self._entry(entry) for entry in _list(fields.get("reprentries"), _MAX_ENTRIES)
-            ],
-            "extraline": None if extraline is None else harmless(extraline),
-            "style": harmless(fields.get("style")),
-        }
+        return _checked(value, reprentries=self._entries, extraline=_optional, style=harmless)
+
+    def _entries(self, value: object) -> list[dict[str, Any]]:
+        return [self._entry(entry) for entry in _list(value, _MAX_ENTRIES)]
 
     def _entry(self, value: object) -> dict[str, Any]:
         fields = _object(value)
-        data = _object(fields.get("data"))
-        lines = [self.text(harmless(line)) for line in _list(data.get("lines"), _MAX_ENTRIES * 10)]
-        style = harmless(data.get("style", "long"))
-        if fields.get("type") == "ReprEntryNative":
-            return {"type": "ReprEntryNative", "data": {"lines": lines, "style": style}}
-        if fields.get("type") != "ReprEntry":
-            raise broken("a traceback's entry of an unknown kind", fields.get("type"))
-        arguments, local, place = (
-            data.get(name) for name in ("reprfuncargs", "reprlocals", "reprfileloc")
-        )
-        return {
-            "type": "ReprEntry",
-            "data": {
-                "lines": lines if style == "value" else _highlightable(lines),
-                "style": style,
-                "reprfuncargs": arguments
-                and {
-                    "args": [
-                        (harmless(name), harmless(text))
-                        for name, text in (
-                            _list(row, 2, exactly=True)
-                            for row in _list(_object(arguments).get("args"), _MAX_ENTRIES)
-                        )
-                    ]
-                },
-                "reprlocals": local
-                and {
-                    "lines": [
-                        harmless(line) for line in _list(_object(local).get("lines"), _MAX_ENTRIES)
-                    ]
-                },
-                "reprfileloc": self._crash(place),
-            },
-        }
+        kind, data = fields.get("type"), _object(fields.get("data"))
+        lines = [self._local(line) for line in _list(data.get("lines"), _MAX_ENTRIES * 10)]
+        clean: dict[str, Any] = {"lines": lines, "style": harmless(data.get("style", "long"))}
+        if kind == "ReprEntry":
+            if clean["style"] != "value":  # pytest highlights what is source
+                source = _source(lines)
+                lines[: len(source)] = map(colourless, source)
+            arguments, local = data.get("reprfuncargs"), data.get("reprlocals")
+            clean["reprfuncargs"] = arguments and _checked(arguments, args=_pairs)
+            clean["reprlocals"] = local and _checked(local, lines=_lines)
+            clean["reprfileloc"] = self._crash(data.get("reprfileloc"))
+        elif kind != "ReprEntryNative":
+            raise broken("a traceback's entry of an unknown kind", kind)
+        return {"type": kind, "data": clean}
 
 
 class _Text(TerminalRepr):
@@ -316,12 +250,8 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     Raises:
         GuestLost: it is none.
     """
-    module, name = (harmless(part) for part in _list(message.get("category"), 2, exactly=True))
-    category = _category(module, name)
+    category = _category(*_row(message.get("category"), harmless, harmless))
     location = message.get("location")
-    if location is not None:
-        path, line, function = _list(location, 3, exactly=True)
-        location = reader.path(path), _integer(line), harmless(function)
     return {
         "warning_message": warnings.WarningMessage(
             message=category(reader.text(harmless(message.get("warning")))),
@@ -332,7 +262,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
         ),
         "when": _one_of(message.get("when"), ("config", "collect", "runtest")),
         "nodeid": harmless(message.get("node")),
-        "location": location,
+        "location": None if location is None else _row(location, reader.path, _integer, harmless),
     }
 
 
@@ -342,22 +272,9 @@ def log_record(value: object, reader: Reader) -> logging.LogRecord:
     Raises:
         GuestLost: it is none.
     """
-    fields = _object(value)
-    texts = {name: harmless(fields.get(name)) for name in ("name", "levelname", "msg")}
-    optional = {
-        name: None if fields.get(name) is None else harmless(fields[name])
-        for name in ("funcName", "processName", "threadName", "taskName", "exc_text", "stack_info")
-    }
-    numbers = {name: _integer(fields.get(name)) for name in ("levelno", "lineno")}
-    times = {name: _number(fields.get(name)) for name in ("created", "msecs")}
-    path = Path(reader.path(fields.get("pathname")))
-    return logging.makeLogRecord(
-        {
-            **texts, **optional, **numbers, **times, "args": None, "exc_info": None,
-            "pathname": str(path), "filename": path.name, "module": path.stem,
-            **{name: int(_number(fields.get(name) or 0, 1e20)) for name in ("process", "thread")},
-        }
-    )  # fmt: skip
+    path = Path(reader.path(_object(value).get("pathname")))
+    place = {"pathname": str(path), "filename": path.name, "module": path.stem}
+    return logging.makeLogRecord({**_checked(value, **_RECORD), **place})
 
 
 def _category(module: str, name: str) -> type[Warning]:
@@ -369,31 +286,19 @@ def _category(module: str, name: str) -> type[Warning]:
     return type(name, (Warning,), {"__module__": module[:200]})
 
 
-# What attributes of a report may not be called, beside all that the class of a report has: pytest
-# keeps it in a report or passes it by name, xdist and plugins of reruns add it.
-_TAKEN = frozenset(
-    {
-        *dir(pytest.TestReport), *dir(pytest.CollectReport),
-        "nodeid", "id", "_id", "location", "keywords", "outcome", "longrepr", "when", "sections",
-        "user_properties", "duration", "start", "stop", "wasxfail", "context", "result",
-        "self", "cls", "_report_type",
-        "node", "item_index", "worker_id", "testrun_uid", "rerun",
-    }
-)  # fmt: skip
+# What attributes of a report may not be called, beside all that it has: pytest keeps it in a report
+# or passes it by name, xdist and plugins of reruns add it.
+_TAKEN = {
+    *dir(pytest.CollectReport), "_id", "_report_type", "cls", "context", "id", "item_index", "node",
+    "rerun", "result", "self", "testrun_uid", "wasxfail", "worker_id",
+}  # fmt: skip
 
 
 def _is_free(report: pytest.TestReport, name: str) -> bool:
     """Whether an attribute can be called so: it hides nothing. Names with ``vm_`` are ours."""
-    return (
-        name.isidentifier()
-        and not name.startswith(("__", "vm_"))
-        and name not in _TAKEN
-        and not hasattr(report, name)
-    )
-
-
-def _anything(value: Any) -> Any:
-    return value
+    if not name.isidentifier() or name.startswith(("__", "vm_")):
+        return False
+    return name not in _TAKEN and not hasattr(report, name)
 
 
 def _extras(value: object) -> list[dict[str, Any]]:
@@ -415,8 +320,7 @@ def _is_extra(value: object) -> bool:
 _EXTRA = {"name", "format_type", "content", "mime_type", "extension"}
 _EXTRAS = ("html", "image", "json", "text", "url", "video")
 _EXTENSION = re.compile(r"[\w.+-]{0,20}", re.ASCII)
-# Attributes of which a plugin on this side makes more than text.
-_CHECKS: dict[str, Callable[[Any], Any]] = {"extras": _extras, "extra": _extras}
+_OF_HTML = ("extras", "extra")  # attributes of which pytest-html makes more than text
 
 _CONTEXT = "_subtest.context"
 
@@ -427,7 +331,7 @@ def _context(value: object) -> dict[str, Any]:
     return {
         "msg": None if message is None else colourless(message),
         "kwargs": {
-            colourless(name): colourless(content) if isinstance(content, str) else _plain(content)
+            colourless(name): _plain(content, colourless)
             for name, content in _object(fields.get("kwargs")).items()
             if isinstance(content, str | int | float | bool | None)
         },
@@ -453,14 +357,42 @@ def _object(value: object) -> dict[str, Any]:
     return value
 
 
-def _list(value: object, most: int, *, exactly: bool = False) -> list[Any]:
-    if not isinstance(value, list) or len(value) > most or (exactly and len(value) != most):
+def _checked(value: object, **checks: Callable[[Any], Any]) -> dict[str, Any]:
+    """The fields of an object, what each check makes of its own."""
+    fields = _object(value)
+    return {name: check(fields.get(name)) for name, check in checks.items()}
+
+
+def _list(value: object, most: int, least: int = 0) -> list[Any]:
+    if not isinstance(value, list) or not least <= len(value) <= most:
         raise broken("something else where a list should be, or one of the wrong length", value)
     return value
 
 
+def _row(value: object, *checks: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """The members of a list, what each check makes of its own."""
+    cells = _list(value, len(checks), len(checks))
+    return tuple(check(cell) for check, cell in zip(checks, cells, strict=True))
+
+
+def _rows(value: object, most: int, *checks: Callable[[Any], Any]) -> list[tuple[Any, ...]]:
+    return [_row(row, *checks) for row in _list(value, most)]
+
+
+def _pairs(value: object, most: int = _MAX_ENTRIES) -> list[tuple[Any, ...]]:
+    return _rows(value, most, harmless, harmless)
+
+
+def _lines(value: object) -> list[str]:
+    return [harmless(line) for line in _list(value, _MAX_ENTRIES)]
+
+
+def _optional(text: object) -> str | None:
+    return None if text is None else harmless(text)
+
+
 def _integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not _is_small(value):
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
         raise broken("something else where a line's number should be", value)
     return value
 
@@ -477,12 +409,6 @@ def _one_of(value: object, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _highlightable(lines: list[str]) -> list[str]:
-    """The lines of an entry, whose source pytest highlights."""
-    source = _source(lines)
-    return [*map(colourless, source), *lines[len(source) :]]
-
-
 def _source(lines: list[str]) -> list[str]:
     return list(takewhile(lambda line: not line.startswith(_FAILURE), lines))
 
@@ -492,22 +418,30 @@ def _separator(value: object) -> str:
     return text if text.isprintable() and text else "-"
 
 
-def _property(value: object) -> tuple[str, object]:
-    name, content = _list(value, 2, exactly=True)
-    return harmless(name), _plain(content)
-
-
-def _plain(value: object) -> object:
-    """Any JSON value, its texts without tricks."""
+def _plain(value: object, text: Callable[[str], str] = harmless) -> Any:
+    """Any JSON value, its texts without tricks. Numbers that xdist does not send become texts."""
     if isinstance(value, dict):
-        return {harmless(key): _plain(item) for key, item in value.items()}
+        return {harmless(name): _plain(member, text) for name, member in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, int) and not _is_small(value):
+        return [_plain(member, text) for member in value]
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, int) and not -(2**31) <= value < 2**63:
         return str(value)
-    return harmless(value) if isinstance(value, str) else value
+    return value
 
 
-def _is_small(value: int) -> bool:
-    """Whether it can go on to where xdist sends it."""
-    return abs(value) < 2**31
+def _identity(value: object) -> int:
+    """The number of a process or a thread; 0 where it has none."""
+    return int(_number(value or 0, 1e20))
+
+
+# What a record of `logging` has, besides its place.
+_RECORD: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("name", "levelname", "msg"), harmless),
+    **dict.fromkeys(("funcName", "processName", "threadName", "taskName"), _optional),
+    **dict.fromkeys(("exc_text", "stack_info"), _optional),
+    **dict.fromkeys(("levelno", "lineno"), _integer),
+    **dict.fromkeys(("created", "msecs"), _number),
+    **dict.fromkeys(("process", "thread"), _identity),
+}

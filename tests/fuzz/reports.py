@@ -110,7 +110,7 @@ def conversations(pieces, count):
         elif count == 2:
             talk.interrupt(1)
         else:
-            for message in talk.run("a", following=None, more=False, marks=(), limit=1):
+            for message in talk.run("a", next=None, more=False, marks=[], limit=1):
                 assert isinstance(message, dict)
     except (GuestLost, InterpreterLost) as error:
         check_text(str(error))

@@ -89,7 +89,7 @@ def told(suite, monkeypatch):
                 script: Any = Script(said)
                 outcomes = ["rerun"] if "pytest_rerunfailures" in args else []
                 lease.guest = script
-                lease.reader = Reader("/there", suite.path, outcomes=outcomes)
+                lease.reader = Reader("/there", suite.path, {}, outcomes=outcomes)
                 lease.connection = Connection(script, script, patience=1.0)
                 lease.session = GuestSession(lease.connection)
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
@@ -266,7 +266,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             payload=payload,
             tree="/there",
             connection=Connection(script, script, patience=1.0),
-            reader=Reader("/there", suite.path),
+            reader=Reader("/there", suite.path, {}),
             config={},
             stack=ExitStack(),
         )

@@ -310,7 +310,7 @@ class Host:
             patch.delenv("PYTEST_ADDOPTS", raising=False)
             self.config = _prepareconfig(args)
         self.config._do_configure()
-        self.reader = Reader(THERE, HERE)
+        self.reader = Reader(THERE, HERE, {})
         self.folder = Path(tempfile.mkdtemp())
 
     def item(self, nodeid: str) -> pytest.Item:

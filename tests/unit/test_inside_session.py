@@ -32,7 +32,7 @@ from support.reports import EVIL_TEXT, JSON, KEYS, check_text
 
 RUNNER = Path(session.__file__).with_name("runner")
 ID = "test_a.py::test_a"
-HOW: dict[str, Any] = {"following": None, "more": False, "marks": (), "limit": 5.0}
+HOW: dict[str, Any] = {"next": None, "more": False, "marks": [], "limit": 5.0}
 SILENCE = object()
 
 
@@ -431,7 +431,7 @@ class Folder:
     """A folder of tests, and a connection on this machine."""
 
     def __init__(self, folder, source, conftest=""):
-        self.guest = LocalGuest()
+        self.guest: Any = LocalGuest()
         self.folder = folder
         (folder / "test_it.py").write_text(textwrap.dedent(source))
         (folder / "pytest.ini").write_text("[pytest]\n")
@@ -584,7 +584,7 @@ def test_a_test_that_ends_its_interpreter(inside, line, brief, detail):
     with place.connection() as connection:
         talk = place.start(connection)
         one, two = ids(talk)
-        said, error = all_of(talk, one, following=two)
+        said, error = all_of(talk, one, next=two)
         assert said == [("setup", "passed")]
         assert re.search(brief, str(error))
         assert detail in str(error)
@@ -684,11 +684,11 @@ def test_a_test_whose_child_goes_on(inside):
     with place.connection() as connection:
         talk = place.start(connection)
         one, two, three = ids(talk)
-        assert all_of(talk, one, following=two) == (ALL, None)
+        assert all_of(talk, one, next=two) == (ALL, None)
         assert until(lambda: list(place.folder.glob("child *")))
         (found,) = place.folder.glob("child *")
         child = int(found.name.split()[1])
-        assert all_of(talk, two, following=three) == (ALL, None)
+        assert all_of(talk, two, next=three) == (ALL, None)
         assert all_of(talk, three) == (ALL, None)
         assert talk.finish(10)[-1]["exit"] == 0
     (pid,) = (place.folder / "next").read_text().split()
@@ -784,7 +784,7 @@ def test_attached_again(inside):
     with place.connection() as connection:
         talk = place.start(connection)
         one, two = ids(talk)
-        assert all_of(talk, one, following=two) == (ALL, None)
+        assert all_of(talk, one, next=two) == (ALL, None)
         connection.say({"do": "ping", "n": 1})
     with place.connection() as connection:
         talk = GuestSession(connection)

@@ -6,8 +6,7 @@ newer, and nobody imports them here. `__main__` starts two programs:
 ``serve FOLDER``
     The supervisor: a small process that outlives sessions. It listens on a socket in FOLDER, an
     endpoint that can be attached to again and again (one at a time), starts sessions by a fork,
-    passes messages on, and tells how a session ended. It prints ``listening`` and goes to the
-    background.
+    passes messages on, and tells how a session ended. It goes to the background.
 ``attach FOLDER``
     Standard input and output become a connection to the supervisor.
 

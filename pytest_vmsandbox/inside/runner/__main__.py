@@ -5,7 +5,6 @@ import os
 import sys
 
 sys.path.append(os.path.dirname(sys.path.pop(0)))
-module, function = {"serve": ("supervisor", "serve"), "attach": ("attach", "attach")}[sys.argv[1]]
-program = getattr(importlib.import_module("runner." + module), function)
+program = getattr(importlib.import_module("runner.supervisor"), sys.argv[1])
 sys.path.pop()
 program(sys.argv[2])

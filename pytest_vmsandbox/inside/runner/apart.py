@@ -14,17 +14,13 @@ import os
 import sys
 import types
 
-TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
-if TYPE_CHECKING:
-    from typing import Any
-
 # From here on, descriptors are out of the way of tests.
 ASIDE = min(900, os.sysconf("SC_OPEN_MAX") // 2)
 BUILTINS = dict(vars(builtins))
 COPIES: dict[str, types.ModuleType] = {}
 
 
-def keep_apart(names: dict[str, Any]) -> None:
+def keep_apart(names: dict[str, object]) -> None:
     """Let a module use modules and builtins that nobody else can patch.
 
     Args:
@@ -39,11 +35,12 @@ def keep_apart(names: dict[str, Any]) -> None:
             names[name] = COPIES[value.__name__]
 
 
-def executed_again(module: Any) -> Any:
+def executed_again(module: types.ModuleType) -> types.ModuleType:
     """A module with the same code, in which nobody else can patch a name."""
     again = types.ModuleType(module.__name__)
     vars(again)["__builtins__"] = BUILTINS
-    exec(module.__spec__.loader.get_code(module.__name__), vars(again))  # noqa: S102
+    loader = vars(module)["__spec__"].loader
+    exec(loader.get_code(module.__name__), vars(again))  # noqa: S102
     return again
 
 

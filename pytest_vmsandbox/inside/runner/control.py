@@ -1,10 +1,12 @@
-"""How a pytest session is made to run what the host tells it to."""
+"""How a pytest session is made to run what the host tells it to, and to have its options and ini keys."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import random
 import sys
+import types
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -12,15 +14,10 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from .apart import aside, keep_apart
-from .beside.allure import send_results
-from .beside.benchmark import send_benchmarks
-from .beside.junit import JUnit
-from .beside.logs import send_records
-from .options import let_ini_keys_be, set_options
-from .reporter import FAILED, Calls, InAnotherGuest, Reporter
+from .beside import JUnit, send_benchmarks, send_records, send_results
+from .reporter import Calls, InAnotherGuest, Reporter
 from .serialize import serialized
-from .values import clean
-from .wire import Wire
+from .wire import Wire, clean
 
 keep_apart(globals())
 
@@ -37,8 +34,8 @@ class Pause(pytest.Item):
 class Control:
     """The plugin that makes a pytest session run what it is told to.
 
-    It says ``{"items": […]}``, each ``[node id, parameters' indices]``; ``{"failed": [node id,
-    report]}`` for what could not be collected; ``{"ready": N}``; then, for each item that it
+    It says ``{"failed": [node id, report]}`` for what could not be collected; ``{"items": […]}``, each
+    ``[node id, parameters' indices]``; ``{"ready": N}``; then, for each item that it
     is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
     ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
     attempt at it. At the end of a session that was woken, ``{"untouched": true}`` says that nothing in
@@ -55,8 +52,6 @@ class Control:
             wire, settings.get("outcomes", []), alone=settings.get("alone", False)
         )
         self.items: dict[str, pytest.Item] = {}
-        self.failed: list[pytest.CollectReport] = []
-        self.found: int | None = None  # how many items
         self.awake = False  # whether the guest was cloned while this session waited in it
 
     # -- setting up ---------------------------------------------------------------------------
@@ -89,29 +84,16 @@ class Control:
 
     @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
-        try:
-            yield
-        except FAILED as error:
-            self.reporter.tell_failed(error)
-            raise
+        yield
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:  # it has to be there, but nobody reads it
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
             reporter._tw = TerminalWriter(nowhere)  # noqa: SLF001
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:
-            self.failed.append(report)
-
-    @pytest.hookimpl(tryfirst=True, wrapper=True)
-    def pytest_collection(self) -> Iterator[None]:
-        try:
-            yield
-        except FAILED as error:
-            self.reporter.tell_failed(error)
-            raise
-        if self.found is not None:  # pytest has told warnings, too
-            self.wire.say({"ready": self.found})
+            self.wire.note({"failed": clean([report.nodeid, serialized(report)])})
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -127,9 +109,6 @@ class Control:
             rows.append(row)
         for start in range(0, len(rows), PIECE):
             self.wire.note({"items": clean(rows[start : start + PIECE])})
-        for report in self.failed:
-            self.wire.note({"failed": clean([report.nodeid, serialized(report)])})
-        self.found = len(rows)
         if self.settings.get("logs"):
             send_records(session.config, self.wire)
 
@@ -138,6 +117,7 @@ class Control:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.pause = Pause.from_parent(session, name="vmsandbox-pause")
+        self.wire.say({"ready": len(session.items)})  # pytest has told warnings, too
         while True:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
@@ -186,14 +166,10 @@ class Control:
             config.hook.pytest_runtest_protocol(item=item, nextitem=self.next(message))
         except InAnotherGuest:
             pass
-        except FAILED as error:
-            self.reporter.tell_failed(error)
-            raise
         finally:
             if calls is not None:
                 config.pluginmanager.unregister(calls)
-        machine = self.settings.get("machine", False)
-        send_benchmarks(config, self.wire, about_machine=machine)
+        send_benchmarks(config, self.wire, about_machine=self.settings.get("machine", False))
         send_results(self.settings.get("allure"), self.wire)
         stop = session.shouldfail or session.shouldstop
         reason = str(stop) if stop else None
@@ -209,4 +185,69 @@ class Control:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         send_results(self.settings.get("allure"), self.wire)
-        self.wire.say({"finished": True})
+
+
+def set_options(option: Any, wanted: dict[str, Any]) -> None:
+    """Set options that are known here."""
+    for name, value in wanted.items():
+        if hasattr(option, name):
+            setattr(option, name, unpacked(value))
+
+
+def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:
+    """Let ini keys have the host's values, as far as this side has such keys.
+
+    Args:
+        rows: the names of a key, and its value.
+    """
+    values: dict[str, Any] = {}
+    for names, packed in rows:
+        # One object for all names: `addinivalue_line` adds to it.
+        values.update(dict.fromkeys(names, unpacked(packed)))
+    read = config.getini
+
+    def getini(name: str) -> Any:
+        own = read(name)  # or it is unknown here
+        return values.get(name, own)
+
+    config.getini = getini
+
+
+def unpacked(value: Any) -> Any:
+    """A value of an option or an ini key; JSON has paths and tuples as objects with one member."""
+    if isinstance(value, list):
+        return [unpacked(member) for member in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(unpacked(value["tuple"]))
+    if "py.path" in value:
+        import py  # type: ignore[import-untyped]
+
+        return py.path.local(value["py.path"])
+    return pathlib.Path(value["path"])
+
+
+def installed_plugins(names: list[str]) -> list[str]:
+    """Those of the wanted plugins that are installed here."""
+    from importlib.metadata import distributions
+
+    there = {
+        point.name
+        for distribution in distributions()
+        for point in distribution.entry_points
+        if point.group == "pytest11"
+    }
+    return [name for name in names if name in there]
+
+
+def fixtures_of(values: dict[str, object]) -> types.ModuleType:
+    """A plugin: fixtures for the whole session that are values of the host's."""
+
+    def fixture_of(name: str) -> object:
+        return pytest.fixture(scope="session", name=name)(lambda: values[name])
+
+    module = types.ModuleType("vmsandbox_fixtures")
+    for name in values:
+        setattr(module, name, fixture_of(name))
+    return module

@@ -47,14 +47,13 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     sys.argv[:] = ["pytest", *config["args"]]
     measuring = None
     if config.get("measure"):
-        from .beside.measuring import CoverageTracer
+        from .measuring import CoverageTracer
 
         measuring = CoverageTracer(config["measure"])
 
     import pytest
 
-    from .control import Control
-    from .options import fixtures_of, installed_plugins
+    from .control import Control, fixtures_of, installed_plugins
 
     leave_modules()
     control = Control(config, wire)

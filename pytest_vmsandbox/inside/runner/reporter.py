@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import linecache
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
 from .apart import keep_apart
-from .beside.bdd import scenario_of
+from .beside import scenario_of
 from .serialize import attributes_of, bounded, serialized, text_of
-from .values import clean, portable
-from .wire import Wire
+from .wire import Wire, clean, portable
 
 keep_apart(globals())
 
 MAX_PROPERTIES = 10_000  # of a report: user_properties
 # The outcomes of what pytest-rerunfailures and pytest-retry try again.
 RERUN, RETRIED = "rerun", "retried"
-FAILED = pytest.Session.Failed
 ENDINGS = ((pytest.exit.Exception, "left"), (pytest.Session.Interrupted, "stopped"))
 
 
@@ -56,75 +54,73 @@ class Reporter:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = serialized(report)
+        when, outcome = data["when"], data["outcome"]
         # Older pytest-rerunfailures tell no teardown of an attempt that is followed by another.
-        if data["when"] == "setup" and (self.is_rerun or "teardown" in self.reported):
+        if when == "setup" and (self.is_rerun or "teardown" in self.reported):
             self.is_rerun, self.reported = False, []
             self.wire.note({"again": True})
-        for note in self.put_right(data):
-            self.wire.note(note)
-        if data["outcome"] not in self.outcomes:
+        if data["nodeid"] != self.running:
+            self.note("renamed", data["nodeid"])
+            data["nodeid"] = self.running
+        if outcome not in self.outcomes:
+            self.note("outcome", outcome)
             return
-        if is_of_phase(data):
-            if data["when"] in self.reported:
+        # It ends a phase of its test; others are one more: subtests', and pytest-retry's.
+        if "_report_type" not in data and outcome != RETRIED:
+            if when in self.reported:
+                self.note("twice", when)
                 return
-            self.reported.append(data["when"])
-            self.is_rerun |= data["outcome"] == RERUN
+            self.reported.append(when)
+            self.is_rerun |= outcome == RERUN
         for name in ("keywords", "location"):  # the host has its own
             data.pop(name, None)
+        properties = report.user_properties[:MAX_PROPERTIES]
+        data["user_properties"] = [[str(name), portable(value)] for name, value in properties]
         data["attributes"], notes = attributes_of(report)
         data["scenario"] = scenario_of(report)
         data = bounded({name: clean(value) for name, value in data.items()})
-        if len(data["user_properties"]) < len(report.user_properties):
-            notes.append({"note": "properties", "name": str(len(report.user_properties))})
         for note in notes:
             self.wire.note(note)
+        if len(data["user_properties"]) < len(report.user_properties):
+            self.note("properties", len(report.user_properties))
         # A failure counts, even if the guest is lost right after it.
-        tell = self.wire.note if data["outcome"] == "passed" else self.wire.say
+        tell = self.wire.note if outcome == "passed" else self.wire.say
         tell({"report": data})
 
-    def put_right(self, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Let a report be one that the host expects; messages about what a hook has made of it."""
-        data["user_properties"] = [
-            [str(name), portable(value)] for name, value in data["user_properties"][:MAX_PROPERTIES]
-        ]
-        if data["nodeid"] != self.running:
-            yield {"note": "renamed", "name": clean(data["nodeid"])}
-            data["nodeid"] = self.running
-        if data["outcome"] not in self.outcomes:
-            yield {"note": "outcome", "name": clean(str(data["outcome"]))}
-        elif is_of_phase(data) and data["when"] in self.reported:
-            yield {"note": "twice", "name": clean(str(data["when"]))}
+    def note(self, kind: str, name: object) -> None:
+        """Tell people what a hook has made of a report, which the host does not expect."""
+        self.wire.note({"note": kind, "name": clean(str(name))})
 
     def pytest_warning_recorded(
-        self,
-        warning_message: warnings.WarningMessage,
-        when: str,
-        nodeid: str,
-        location: tuple[str, int, str] | None,
+        self, warning_message: warnings.WarningMessage, when: str, nodeid: str, location: object
     ) -> None:
         category = warning_message.category
         try:
             source = linecache.getline(warning_message.filename, warning_message.lineno)
         except Exception:  # Python's own way to show warnings does without it, too
             source = ""
-        self.wire.note(
-            clean(
-                {
-                    "warning": str(warning_message.message),
-                    "category": [category.__module__, category.__name__],
-                    "file": warning_message.filename,
-                    "line": warning_message.lineno,
-                    "when": when,
-                    "node": nodeid,
-                    "location": location,
-                    "source": source,
-                }
-            )
-        )
+        message = {
+            "warning": str(warning_message.message),
+            "category": [category.__module__, category.__name__],
+            "file": warning_message.filename,
+            "line": warning_message.lineno,
+            "when": when,
+            "node": nodeid,
+            "location": location,
+            "source": source,
+        }
+        self.wire.note(clean(message))
 
-    def tell_failed(self, error: BaseException) -> None:
-        """Tell that something has failed the run as a whole; pytest has a hook for other ends only."""
-        self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+    @pytest.hookimpl(tryfirst=True, wrapper=True)
+    def pytest_sessionstart(self) -> Generator[None, Any, Any]:
+        """Tell what fails the run as a whole; pytest has a hook for other ends only."""
+        try:
+            return (yield)
+        except pytest.Session.Failed as error:
+            self.wire.say(clean({"interrupted": str(error), "how": "failed"}))
+            raise
+
+    pytest_collection = pytest_runtestloop = pytest_sessionstart
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         error = excinfo.value
@@ -134,11 +130,6 @@ class Reporter:
 
     def pytest_internalerror(self, excrepr: object) -> None:
         self.wire.say({"internal": clean(text_of(excrepr))})
-
-
-def is_of_phase(data: dict[str, Any]) -> bool:
-    """Whether a report ends a phase of its test; others are one more: subtests', and pytest-retry's."""
-    return "_report_type" not in data and data["outcome"] != RETRIED
 
 
 class Calls:

@@ -14,7 +14,7 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from .apart import keep_apart
-from .values import JSON, Plain, clean
+from .wire import JSON, Plain, clean
 
 keep_apart(globals())
 
@@ -111,7 +111,6 @@ def attributes_of(report: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if name in FIELDS:
             continue
         plain = Plain()
-        why = ""
         try:
             if not isinstance(value, JSON) and not hasattr(value, "__fspath__"):
                 raise TypeError

@@ -14,10 +14,6 @@ import traceback
 from . import process
 from .wire import CHUNK, NICE, SOCKET, Lines
 
-TYPE_CHECKING = False  # known to type checkers; importing typing takes long in a guest
-if TYPE_CHECKING:
-    from typing import Any, NoReturn
-
 MAX_QUEUED = 8 << 20  # bytes for the host that wait; more is not read from the session
 MAX_TAIL = 16_384  # bytes of what a session wrote last
 
@@ -41,44 +37,43 @@ class Supervisor:
         self.outputs: dict[int, tuple[int, codecs.IncrementalDecoder]] = {}  # 1 or 2, of a pipe
         self.tail = b""
         self.live = False
-        self.wake, awaken = os.pipe()
-        for fd in (self.wake, awaken):
-            os.set_blocking(fd, False)
+        self.wake, awaken = os.pipe2(os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(awaken, warn_on_full_buffer=False)
 
-    def run(self) -> NoReturn:
+    def run(self) -> None:
         while True:
             ready = self.wait()
-            if self.listener.fileno() in ready:
+            if self.listener in ready:
                 self.attach()
-            elif self.host is not None and self.host.fileno() in ready:
-                self.serve_host(ready[self.host.fileno()])
+            elif self.host in ready:
+                self.hear_host()
             for fd in list(self.outputs):
                 if fd in ready:
                     self.take_output(fd)
-            if self.session is not None and self.session.fileno() in ready:
-                self.serve_session(ready[self.session.fileno()])
+            if self.session in ready:
+                self.hear_session()
             if self.has_called and self.has_room:
                 self.take_messages()
             if self.wake in ready:
                 os.read(self.wake, CHUNK)
                 self.reap()
+            self.flush_host()
+            self.flush_session()
 
-    def wait(self) -> dict[int, int]:
-        """Wait until something can be done: descriptor → events."""
-        poller = select.poll()
-        poller.register(self.wake, select.POLLIN)
-        poller.register(self.listener, select.POLLIN)
+    def wait(self) -> list[int | socket.socket]:
+        """Wait until something can be done: what can be read."""
+        reads: list[int | socket.socket] = [self.wake, self.listener]
+        writes = [self.host] if self.host is not None and self.to_host else []
         if self.host is not None:
-            poller.register(self.host, select.POLLIN | (select.POLLOUT if self.to_host else 0))
+            reads.append(self.host)
         if self.has_room:
-            for fd in self.outputs:
-                poller.register(fd, select.POLLIN)
+            reads += self.outputs
             if self.session is not None:
-                events = select.POLLIN | (select.POLLOUT if self.to_session else 0)
-                poller.register(self.session, events)
-        return dict(poller.poll(0 if self.has_called and self.has_room else None))
+                reads.append(self.session)
+                writes += [self.session] if self.to_session else []
+        now = self.has_called and self.has_room
+        return select.select(reads, writes, [], 0 if now else None)[0]
 
     @property
     def has_room(self) -> bool:
@@ -93,25 +88,20 @@ class Supervisor:
         self.host = connection
         # Before what waits for whoever attaches.
         self.to_host.insert(0, line({"attached": os.getpid()}))
-        self.flush()
 
     def detach(self) -> None:
         if self.host is not None:
             self.host.close()
         self.host, self.sent, self.from_host = None, 0, Lines()
 
-    def serve_host(self, events: int) -> None:
-        if events & ~select.POLLOUT:
-            data = receive(self.host)
-            if data == b"":
-                self.detach()
-            elif data:
-                for message in self.from_host.feed(data):
-                    self.obey(message)
-                self.flush_session()
-        self.flush()
+    def hear_host(self) -> None:
+        data = receive(self.host)
+        for message in self.from_host.feed(data):
+            self.obey(message)
+        if not data:
+            self.detach()
 
-    def flush(self) -> None:
+    def flush_host(self) -> None:
         while self.host is not None and self.to_host:
             try:
                 self.sent += self.host.send(memoryview(self.to_host[0])[self.sent :])
@@ -124,15 +114,11 @@ class Supervisor:
                 del self.to_host[0]
                 self.sent = 0
 
-    def queue(self, data: bytes) -> None:
-        self.to_host.append(data)
-        self.flush()
-
     def obey(self, data: bytes) -> None:
         message = json.loads(data)
         what = message.get("do")
         if what == "ping":
-            self.queue(line({"pong": message["n"]}))
+            self.to_host.append(line({"pong": message["n"]}))
         elif what == "start":
             self.start(message["config"])
         elif what == "signal":
@@ -146,49 +132,40 @@ class Supervisor:
 
     # -- the session --------------------------------------------------------------------------
 
-    def start(self, config: dict[str, Any]) -> None:
+    def start(self, config: dict[str, object]) -> None:
         if self.pid:
             self.kill(signal.SIGKILL)
             os.waitpid(self.pid, 0)
         self.forget()
         ours, theirs = socket.socketpair()
-        messages, *pipes = os.pipe(), os.pipe(), os.pipe()
+        pipes = [os.pipe() for _ in range(3)]
         self.tail, self.live = b"", bool(config.get("live"))
         self.pid = os.fork()
         if self.pid == 0:
-            become_session(config, theirs, *(write for _, write in (messages, *pipes)))
-        try:  # both do it, so that it is done
-            os.setpgid(self.pid, self.pid)
-        except OSError:
-            pass
+            become_session(config, theirs, *(write for _, write in pipes))
         theirs.close()
-        for read, write in (messages, *pipes):
+        for read, write in pipes:
             os.close(write)
             os.set_blocking(read, False)
         ours.setblocking(False)
-        self.session, self.messages = ours, messages[0]
+        self.session = ours
+        self.messages, *outputs = (read for read, _ in pipes)
         decoder = codecs.getincrementaldecoder("utf-8")
-        self.outputs = {
-            read: (number, decoder("replace")) for number, (read, _) in enumerate(pipes, 1)
-        }
+        self.outputs = {fd: (number, decoder("replace")) for number, fd in enumerate(outputs, 1)}
 
     def kill(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
-        except ProcessLookupError:  # it has gone into another group
+        except ProcessLookupError:  # it is not in its group yet, or has gone into another one
             os.kill(self.pid, number)
 
-    def serve_session(self, events: int) -> None:
-        if events & select.POLLOUT:
-            self.flush_session()
-        if events & ~select.POLLOUT:
-            data = receive(self.session)
-            self.has_called |= data is not None
-            if data == b"":
-                self.hang_up()
+    def hear_session(self) -> None:
+        self.has_called = True
+        if not receive(self.session):
+            self.hang_up()
 
     def flush_session(self) -> None:
-        if self.session is None:
+        if self.session is None or not self.to_session:
             return
         try:
             self.to_session = self.to_session[self.session.send(self.to_session) :]
@@ -206,7 +183,7 @@ class Supervisor:
         self.has_called = len(data) == CHUNK  # there may be more
         whole = data.rfind(b"\n") + 1
         if whole:
-            self.queue(bytes(self.from_session) + data[:whole])
+            self.to_host.append(bytes(self.from_session) + data[:whole])
             self.from_session.clear()
         self.from_session += data[whole:]
 
@@ -222,7 +199,7 @@ class Supervisor:
         self.tail = (self.tail + data)[-MAX_TAIL:]
         if self.live:
             number, decoder = self.outputs[fd]
-            self.queue(line({"output": decoder.decode(data), "of": number}))
+            self.to_host.append(line({"output": decoder.decode(data), "of": number}))
 
     def reap(self) -> None:
         """Tell the end of the session, if it has ended, and before that what it has said last."""
@@ -238,8 +215,8 @@ class Supervisor:
                 if fd in self.outputs:
                     self.take_output(fd)
         self.forget()
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        self.queue(line({"exit": code, "tail": self.tail.decode("utf-8", "replace")}))
+        code, tail = os.waitstatus_to_exitcode(status), self.tail.decode("utf-8", "replace")
+        self.to_host.append(line({"exit": code, "tail": tail}))
 
     def forget(self) -> None:
         """Let go of all that belongs to a session that has ended."""
@@ -256,7 +233,7 @@ class Supervisor:
             self.session = None
 
 
-def become_session(config: dict[str, Any], sock: socket.socket, *pipes: int) -> NoReturn:
+def become_session(config: dict[str, object], sock: socket.socket, *pipes: int) -> None:
     """Run a session in a child of the supervisor, and end."""
     status = 70
     try:
@@ -273,31 +250,24 @@ def become_session(config: dict[str, Any], sock: socket.socket, *pipes: int) -> 
             os._exit(status)
 
 
-def line(message: dict[str, Any]) -> bytes:
+def line(message: dict[str, object]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def receive(sock: socket.socket | None) -> bytes | None:
-    """What has come; nothing at the end; None if there is just nothing now."""
-    if sock is None:
-        return None
+def receive(sock: socket.socket | None) -> bytes:
+    """What has come; nothing at the end."""
+    assert sock is not None
     try:
         return sock.recv(CHUNK)
-    except BlockingIOError:
-        return None
     except OSError:
         return b""
 
 
 def serve(folder: str) -> None:
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    path = os.path.join(folder, SOCKET)
-    if os.path.exists(path):
-        os.unlink(path)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(os.path.join(folder, SOCKET))
     listener.listen(4)
-    print("listening", flush=True)
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -308,3 +278,22 @@ def serve(folder: str) -> None:
     if os.geteuid() == 0:  # who else could not give a session its share back
         os.nice(NICE)
     Supervisor(listener).run()
+
+
+def attach(folder: str) -> None:
+    """Connect standard input and output, for a host that cannot connect to sockets of the guest."""
+    os.nice(NICE)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(os.path.join(folder, SOCKET))
+    ends: list[int | socket.socket] = [0, sock]
+    while True:
+        for end in select.select(ends, [], [])[0]:
+            if end == 0:
+                data = os.read(0, CHUNK)
+                sock.sendall(data)
+            else:
+                data = sock.recv(CHUNK)
+                sys.stdout.buffer.write(data)
+                sys.stdout.buffer.flush()
+            if not data:
+                return

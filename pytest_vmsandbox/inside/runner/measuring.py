@@ -1,4 +1,4 @@
-"""Coverage of a session and of the processes that it starts: what lies in files of its own."""
+"""Coverage of a session and of the processes that it starts; it begins before pytest is imported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 
 import coverage
 
-from ..apart import keep_apart
-from ..values import clean
-from ..wire import Wire
+from .apart import keep_apart
+from .wire import Wire, clean
 
 keep_apart(globals())
 
