@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command, CommandResult
+from pytest_vmsandbox.core.errors import CommandResult, GuestLost, VMSandboxError
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
