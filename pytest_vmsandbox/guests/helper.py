@@ -203,11 +203,6 @@ class Helper:
         with self.changed:
             return self._channels.pop(number, None) is not None
 
-    def knows(self, number: int) -> bool:
-        """Whether a channel is one that the helper in the guest may still talk of."""
-        with self.changed:
-            return number in self._channels
-
     def close(self) -> None:
         """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
         with self.changed:
@@ -460,11 +455,9 @@ class HelperChannel:
     def send(self, data: memoryview) -> int:
         """Send a part of `data`, and tell how much."""
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._room > 0 or self._broken or self.closed, _LOOK_SECONDS
-            ):
+            if not self._changed.wait_for(lambda: self._room or self._broken, _LOOK_SECONDS):
                 raise TimeoutError
-            if self._broken or self.closed:
+            if self._broken:
                 raise BrokenPipeError("the program takes no more input")
             piece = bytes(data[: self._room])
             self._room -= len(piece)
@@ -478,7 +471,7 @@ class HelperChannel:
 
     def signal(self, name: str) -> None:
         """Send a signal to the program's process group."""
-        if self._helper.knows(self.number):
+        if not self.is_done:
             number = signal.Signals[f"SIG{name}"]
             self._helper.post(b"k", self.number, struct.pack("<i", number))
 
@@ -512,8 +505,9 @@ class HelperChannel:
             self.failure = stage, number
         elif kind == "o":
             stream, data = payload[0], payload[1:]
-            allowed = _WINDOW - self._taken[stream] - len(self._streams[stream])
-            if stream not in self._open_streams or len(data) > allowed:
+            if stream not in self._open_streams or (
+                self._taken[stream] + len(self._streams[stream]) + len(data) > _WINDOW
+            ):
                 raise ValueError("output that was not asked for")
             self._streams[stream] += data
         elif kind == "q":
@@ -538,7 +532,7 @@ class HelperChannel:
 
     def lose(self) -> None:
         """The helper is gone, and with it all that was known of the program."""
-        self.closed = self._moved = True
+        self.closed = self._broken = self._moved = True
         self._open_streams.clear()
         self.ended = True
 

@@ -159,9 +159,6 @@ class SSHTransport:
             except paramiko.ChannelException as error:  # the connection itself is all right
                 raise _lost("the guest opens no further channel", error) from error
             except (paramiko.SSHException, OSError, EOFError) as error:
-                with self._lock:
-                    if self._session is session:
-                        self._session = None
                 _close(session)
                 self.check()
                 if attempt == 2:
