@@ -17,10 +17,9 @@ import stat
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -34,6 +33,7 @@ from pytest_vmsandbox.guests import archive
 from pytest_vmsandbox.guests.commands import Sink, StrPath, word
 
 T = TypeVar("T")
+_Parts = list[tuple[int, int]]  # of a file: the first block of each, and the one after its last
 _CHUNK = 1 << 18
 _MAX_TEXT = 256 * MIB  # of a file that is read at once
 _BLOCK = 4096  # bytes; holes begin and end at multiples of it
@@ -43,17 +43,6 @@ _NOT_REGULAR = 65  # what the script returns where holes cannot be made
 _MAX_HEADER = 100
 _HEADER = re.compile(rb"(?:file (?P<mode>[0-7]{1,5}) (?P<mtime>-?[0-9]{1,11})|tree)\n")
 _NAMED = 5  # of what was left out; the others are counted
-# The file systems whose files do not say their size, as `stat -f` has them.
-_UNSIZED = {
-    "proc": "9fa0",
-    "sysfs": "62656572",
-    "cgroup": "27e0eb",
-    "cgroup2": "63677270",
-    "debugfs": "64626720",
-    "tracefs": "74726163",
-    "securityfs": "73636673",
-    "configfs": "62656570",
-}
 # What tar says of a tree that changes, and what it says besides.
 _CHANGED = re.compile(
     r"tar: .*(: No such file or directory|: File removed before we read it"
@@ -190,9 +179,10 @@ def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> 
         if (parts := _parts(file)) is not None:
             # Where no holes can be made, as in a device, all is sent.
             only = f'[ -e "$d" ] && [ ! -f "$d" ] && exit {_NOT_REGULAR}; '
-            script = _write_script(dest, into=into + only, receive=parts.receive, finish=finish)
+            receive = _receive_parts(parts, status.st_size)
+            script = _write_script(dest, into=into + only, receive=receive, finish=finish)
             try:
-                with written_by(partial(parts.send, file)) as stdin:
+                with written_by(partial(_send_parts, parts, file)) as stdin:
                     stream(script, stdin=stdin)
             except CommandError as error:
                 if error.result.returncode != _NOT_REGULAR:
@@ -227,37 +217,25 @@ def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What there is of a file with holes.
+def _receive_parts(parts: _Parts, size: int) -> str:
+    """The piece of a script that writes what `_send_parts` sends to the file ``$1``.
 
-    Attributes:
-        size: of the file, in bytes.
-        blocks: the first and the last block of each part, the last one not included.
+    Each part goes through a program that reads exactly that from the stream.
     """
+    words = " ".join(f"{first}:{last - first}" for first, last in parts)
+    return (
+        f'true > "$1" || return 1; for p in {words}; do e=$(dd bs={_BLOCK} seek="${{p%:*}}" count="${{p#*:}}" '
+        'iflag=fullblock conv=notrunc of="$1" 2>&1) || { echo "$e" >&2; return 1; }; done; '
+        f'truncate -s {size} "$1"'
+    )
 
-    size: int
-    blocks: Sequence[tuple[int, int]]
 
-    @property
-    def receive(self) -> str:
-        """The piece of a script that writes what `send` sends to the file ``$1``.
-
-        Each part goes through a program that reads exactly that from the stream.
-        """
-        words = " ".join(f"{first}:{last - first}" for first, last in self.blocks)
-        return (
-            f'true > "$1" || return 1; for p in {words}; do e=$(dd bs={_BLOCK} seek="${{p%:*}}" count="${{p#*:}}" '
-            'iflag=fullblock conv=notrunc of="$1" 2>&1) || { echo "$e" >&2; return 1; }; done; '
-            f'truncate -s {self.size} "$1"'
-        )
-
-    def send(self, file: IO[bytes], sink: IO[bytes]) -> None:
-        """Write all parts, in whole blocks, also if the file has become shorter."""
-        for first, last in self.blocks:
-            for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
-                size = min(_CHUNK, last * _BLOCK - start)
-                sink.write(os.pread(file.fileno(), size, start).ljust(size, b"\0"))
+def _send_parts(parts: _Parts, file: IO[bytes], sink: IO[bytes]) -> None:
+    """Write all parts, in whole blocks, also if the file has become shorter."""
+    for first, last in parts:
+        for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
+            size = min(_CHUNK, last * _BLOCK - start)
+            sink.write(os.pread(file.fileno(), size, start).ljust(size, b"\0"))
 
 
 def _parts(file: IO[bytes]) -> _Parts | None:
@@ -270,12 +248,10 @@ def _parts(file: IO[bytes]) -> _Parts | None:
     os.lseek(file.fileno(), 0, os.SEEK_SET)  # nothing was read of it yet
     holes = [(first, last) for first, last in _between(data, blocks) if last - first >= _MIN_HOLE]
     largest = sorted(holes, key=lambda hole: hole[0] - hole[1])[:_MAX_HOLES]
-    if not largest:
-        return None
-    return _Parts(size=status.st_size, blocks=_between(sorted(largest), blocks))
+    return _between(sorted(largest), blocks) if largest else None
 
 
-def _between(spans: Iterable[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+def _between(spans: _Parts, end: int) -> _Parts:
     """What of the range from 0 to `end` lies between spans, which are in order."""
     edges = [0, *chain.from_iterable(spans), end]
     gaps = zip(edges[::2], edges[1::2], strict=True)
@@ -411,13 +387,15 @@ def _read_script(folder: str, name: str, *, copied: bool) -> str:
         folder: where it is.
         name: what it is called there; it does not look like an option.
         copied: archive a copy, which does not change.
+
+    It is a copy also in a file system without blocks, such as `/proc`: files there do not say their size.
     """
-    kinds = "*" if copied else "|".join(_UNSIZED.values())
+    blocks = "*" if copied else "0"
     return (
         f"LC_ALL=C; export LC_ALL; cd {quoted(folder)} && n={shlex.quote(name)} || exit; "
         'if [ -f "$n" ] && [ ! -L "$n" ]; then stat -c "file %a %Y" "$n" && exec cat "$n"; '
         'elif [ -L "$n" ] || [ -d "$n" ]; then echo tree; '
-        f'case $([ -L "$n" ] || stat -f -c %t "$n") in {kinds}) '
+        f'case $([ -L "$n" ] || stat -f -c %b "$n") in {blocks}) '
         "c=$(mktemp -d) && trap 'rm -rf \"$c\"' EXIT || exit; "
         'cp -RPp "$n" "$c"; cd "$c";; esac; '
         'tar -czf - "$n"; '
