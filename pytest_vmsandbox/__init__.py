@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 _MODULES = (  # where they are, the cheapest to import first
     "core.errors",
     "core.spec",
-    "guests.access",
     "guests.process",
+    "guests.access",
     "guests.provision",
     "guests.guest",
     "guests.factory",

@@ -252,9 +252,7 @@ def cannot_log_in(user: str) -> ConfigError:
     )
 
 
-def could_not_start(
-    command: Command, status: int, stderr: bytes, *, stdout: bytes = b""
-) -> CommandError:
+def could_not_start(command: Command, status: int, stderr: str, stdout: str = "") -> CommandError:
     """A command whose folder or user does not exist."""
     what = f"{command.argv[0]} could not be started"
     if command.user is not None:
@@ -264,8 +262,5 @@ def could_not_start(
     result = CommandResult(
         argv=command.argv, returncode=status, stdout=stdout, stderr=stderr, duration=0.0
     )
-    return CommandError(
-        what,
-        result=text_of(result),
-        remedy="check that the folder and the user exist in the guest",
-    )
+    remedy = "check that the folder and the user exist in the guest"
+    return CommandError(what, result=result, remedy=remedy)

@@ -314,7 +314,7 @@ class Helper:
             channel.end_at_once(status, f"{command.argv[0]}: {why}\n".encode())
         elif stage in (_NO_USER, _NO_FOLDER):
             text = "no such user" if stage == _NO_USER else why
-            raise commands.could_not_start(command, _NOT_EXECUTABLE, text.encode())
+            raise commands.could_not_start(command, _NOT_EXECUTABLE, text)
         else:
             raise GuestLost(f"the guest can start no further program: {why}")
 

@@ -149,7 +149,8 @@ class SSHTransport:
         stderr = b""
         while data := channel.receive(STDERR, _CHUNK):
             stderr += data
-        raise commands.could_not_start(command, channel.status, stderr, stdout=noise)
+        said = stderr.decode(errors="replace"), noise.decode(errors="replace")
+        raise commands.could_not_start(command, channel.status, *said)
 
     def _channel(self, line: str, ahead: bytes = b"") -> Any:
         for attempt in (1, 2):
