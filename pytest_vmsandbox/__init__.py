@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         BootError,
         CacheError,
         CommandError,
+        CommandResult,
         CommandTimeout,
         ConfigError,
         GuestLost,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         VMSandboxError,
     )
     from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.core.transport import CommandResult
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 _MODULES = (  # where they are, the cheapest to import first
     "core.errors",
     "core.spec",
-    "core.transport",
-    "guests.access",
     "guests.process",
+    "guests.access",
     "guests.provision",
     "guests.guest",
     "guests.factory",

@@ -11,7 +11,7 @@ from functools import partial
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout
-from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.process import RemoteProcess
 

@@ -1,4 +1,4 @@
-"""Every error that this package raises.
+"""Every error that this package raises, and `CommandResult`, which one of them has.
 
 ::
 
@@ -25,14 +25,11 @@ the command `vmsandbox` ends with status 69.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import AnyStr, Generic
 
 from pytest_vmsandbox.core.text import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from pytest_vmsandbox.core.transport import CommandResult
 
 
 class VMSandboxError(Exception):
@@ -143,6 +140,24 @@ class GuestLost(VMSandboxError):
     """A guest that had been up is gone: kernel panic, power-off from inside, QEMU exit."""
 
     default_stage = "command"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandResult(Generic[AnyStr]):
+    """What a program in the guest did.
+
+    Attributes:
+        argv: the program and its arguments.
+        returncode: its exit status; −N when signal N ended it, as in `subprocess`.
+        stdout, stderr: what it wrote: `str`, or `bytes` with ``text=False``.
+        duration: seconds from its start to its end, seen from here.
+    """
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: AnyStr
+    stderr: AnyStr
+    duration: float
 
 
 class CommandError(VMSandboxError):

@@ -10,12 +10,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import IO, Self
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import (
     BootError,
+    CommandResult,
     CommandTimeout,
     ConfigError,
     GuestLost,
@@ -23,12 +23,10 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.access import SSHAccess
-from pytest_vmsandbox.guests.machines import Machines, Saved
+from pytest_vmsandbox.guests.commands import Command, Sink, check_status, text_of
+from pytest_vmsandbox.guests.machines import Machines, Running, Saved
 from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.guests.running import Running
 from pytest_vmsandbox.machine import host
 
 _POLL_SECONDS = 0.25
@@ -81,12 +79,7 @@ class Engine:
             self.power_on()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._switch_off(self._running)
         finally:
@@ -212,7 +205,7 @@ class Engine:
         """
         with self.use(hold=True) as running:
             process = running.start(command, self.spec.user)
-            running.keep(process)
+            running.left.append(process)
             return process
 
     def run(
@@ -220,7 +213,7 @@ class Engine:
         command: Command,
         *,
         stdin: IO[bytes] | None = None,
-        stdout: Callable[[bytes], object] | None = None,
+        stdout: Sink | None = None,
         timeout: float | None = None,
         idle: float = math.inf,
     ) -> CommandResult[bytes]:
@@ -265,11 +258,7 @@ class Engine:
         )
 
     def stream_script(
-        self,
-        script: str,
-        *,
-        stdin: IO[bytes] | None = None,
-        stdout: Callable[[bytes], object] | None = None,
+        self, script: str, *, stdin: IO[bytes] | None = None, stdout: Sink | None = None
     ) -> str:
         """Run a script with the guest's ``/bin/sh``.
 
@@ -284,12 +273,12 @@ class Engine:
         """
         with self.explained():
             command = Command(argv=("/bin/sh", "-c", script))
-            result = commands.text_of(
+            result = text_of(
                 self.run(
                     command, stdin=stdin, stdout=stdout, timeout=math.inf, idle=self.command_seconds
                 )
             )
-            commands.check(result)
+            check_status(result)
             return result.stderr
 
     def connect(self, path: str) -> RemoteProcess | None:
@@ -404,7 +393,7 @@ class Engine:
         except GuestLost as lost:
             return lost
         if result.returncode > 0:  # ended by a signal, it is one of the first to go
-            commands.check(commands.text_of(result))
+            check_status(text_of(result))
         return None
 
     def _switch_off(self, running: Running | None) -> None:
@@ -423,11 +412,8 @@ class Engine:
             MonitorError: QEMU cannot.
             ConfigError: there is no helper in the guest.
         """
-        with (
-            self.use(),
-            self._lock,
-            self.use() as running,
-        ):  # it may have been rolled back meanwhile
+        # Once it has the lock, it may have been rolled back meanwhile.
+        with self.use(), self._lock, self.use() as running:
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:

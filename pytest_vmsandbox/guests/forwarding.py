@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import re
 from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError
-from pytest_vmsandbox.guests import commands
+from pytest_vmsandbox.guests.commands import Command, is_number, seconds
 from pytest_vmsandbox.guests.engine import Engine
 
 Protocol = Literal["tcp", "udp"]
@@ -33,14 +34,14 @@ def forward(
     """
     if protocol not in ("tcp", "udp"):
         raise ConfigError(f"protocol={protocol!r} is unknown", remedy="use 'tcp' or 'udp'")
-    if not commands.is_number(port, int) or not 1 <= port <= 65535:
+    if not is_number(port, int) or not 1 <= port <= 65535:
         raise ConfigError(f"{port!r} is not a {protocol.upper()} port", remedy="use 1 to 65535")
     if protocol == "udp" and engine.spec.network == "isolated":
         raise ConfigError(
             f"UDP does not reach {engine.name}: QEMU drops what an isolated guest answers",
             remedy="give it network='nat', or use TCP",
         )
-    deadline = Deadline(0 if timeout is None else commands.seconds(timeout))
+    deadline = Deadline(0 if timeout is None else seconds(timeout))
     with engine.use(hold=True) as running:
         here = running.machine.forward(port, protocol)
         while refusal := _refusal(engine, port, protocol):
@@ -55,12 +56,12 @@ def forward(
 
 def _refusal(engine: Engine, port: int, protocol: Protocol) -> str:
     """Why a connection to a port would be refused; empty if it would not, or who knows."""
-    command = commands.command(["cat", *files(protocol)])
+    command = Command(argv=("cat", *files(protocol)))
     try:
         result = engine.run(command, timeout=engine.stretch(_LISTENERS_SECONDS))
     except (CommandError, CommandTimeout):
         return ""
-    table = commands.text_of(result).stdout
+    table = result.stdout.decode(errors="replace")
     found = addresses(table, port, protocol)
     if not table or any(map(is_reached, found)):
         return ""
@@ -81,17 +82,8 @@ def addresses(text: str, port: int, protocol: Protocol) -> list[Address]:
     Args:
         text: the content of `files`. Lines in it that are none of the kernel's are skipped.
     """
-    found = []
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) > 3 and words[3] == _STATES[protocol]:
-            digits, _, number = words[1].partition(":")
-            try:
-                if int(number, 16) == port:
-                    found.append(_address(digits))
-            except ValueError:
-                continue
-    return found
+    pattern = rf"^ *\d+: ([0-9A-F]{{8}}|[0-9A-F]{{32}}):{port:04X} [0-9A-F:]+ {_STATES[protocol]} "
+    return [_address(digits) for digits in re.findall(pattern, text, re.MULTILINE)]
 
 
 def is_reached(address: Address) -> bool:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, MonitorError
+from pytest_vmsandbox.core.errors import CommandResult, CommandTimeout, ConfigError, MonitorError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.core.transport import CommandResult
 from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Saved
 from pytest_vmsandbox.guests.process import Process
 from pytest_vmsandbox.machine.console import Console
 
 Streams = bytes | str | None
-GuestPath = str | os.PathLike[str]  # a PurePosixPath, for instance
 _INSTEAD = {  # of what `popen` lacks
     "check": "compare what .wait(timeout) or .poll() returns",
     "timeout": "call .wait(timeout)",
@@ -75,26 +74,24 @@ class Guest:
     # -- commands -------------------------------------------------------------------------------
 
     @overload
-    def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
-            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
-            text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
+    def run(self, argv: Sequence[StrPath], *, check: bool = ..., timeout: float | None = ...,
+            input: Streams = ..., cwd: StrPath | None = ..., env: Mapping[str, StrPath] | None = ...,
+            user: str | None = ..., text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
-    def run(self, argv: Sequence[str | os.PathLike[str]], *, check: bool = ...,
-            timeout: float | None = ..., input: Streams = ..., cwd: GuestPath | None = ...,
-            env: Mapping[str, GuestPath] | None = ..., user: str | None = ...,
-            text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
+    def run(self, argv: Sequence[StrPath], *, check: bool = ..., timeout: float | None = ...,
+            input: Streams = ..., cwd: StrPath | None = ..., env: Mapping[str, StrPath] | None = ...,
+            user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def run(
         self,
-        argv: Sequence[str | os.PathLike[str]],
+        argv: Sequence[StrPath],
         *,
         check: bool = True,
         timeout: float | None = None,
         input: Streams = None,  # noqa: A002  # subprocess.run's name
-        cwd: GuestPath | None = None,
-        env: Mapping[str, GuestPath] | None = None,
+        cwd: StrPath | None = None,
+        env: Mapping[str, StrPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> CommandResult[str] | CommandResult[bytes]:
@@ -135,18 +132,17 @@ class Guest:
             )
             result = commands.text_of(done) if text else done
             if check:
-                commands.check(result)
+                commands.check_status(result)
             return result
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
-              user: str | None = ..., text: Literal[True] = ...,
-              ) -> CommandResult[str]: ...  # fmt: skip
+              input: Streams = ..., cwd: StrPath | None = ..., env: Mapping[str, StrPath] | None = ...,
+              user: str | None = ..., text: Literal[True] = ...) -> CommandResult[str]: ...  # fmt: skip
 
     @overload
     def shell(self, script: str, *, check: bool = ..., timeout: float | None = ...,
-              input: Streams = ..., cwd: GuestPath | None = ..., env: Mapping[str, GuestPath] | None = ...,
+              input: Streams = ..., cwd: StrPath | None = ..., env: Mapping[str, StrPath] | None = ...,
               user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def shell(self, script: str, **same: Any) -> CommandResult[str] | CommandResult[bytes]:
@@ -163,13 +159,13 @@ class Guest:
 
     def popen(
         self,
-        argv: Sequence[str | os.PathLike[str]],
+        argv: Sequence[StrPath],
         *,
         check: None = None,
         timeout: None = None,
         input: None = None,  # noqa: A002  # subprocess.run's name
-        cwd: GuestPath | None = None,
-        env: Mapping[str, GuestPath] | None = None,
+        cwd: StrPath | None = None,
+        env: Mapping[str, StrPath] | None = None,
         user: str | None = None,
         text: bool = True,
     ) -> Process:
@@ -195,7 +191,7 @@ class Guest:
             command = commands.command(argv, cwd=cwd, env=env, user=user)
             return Process(self.engine.start(command), command.argv, text=text)
 
-    def wait_until(self, argv: Sequence[str | os.PathLike[str]], *, timeout: float) -> None:
+    def wait_until(self, argv: Sequence[StrPath], *, timeout: float) -> None:
         """Run a program again and again until it returns 0.
 
         Args:
@@ -207,23 +203,20 @@ class Guest:
         """
         deadline = Deadline(commands.seconds(timeout))
         while True:
+            last: CommandResult[bytes] | CommandTimeout
             try:
                 last = self.run(
                     argv, check=False, text=False, timeout=max(deadline.remaining(), 1.0)
                 )
+                if last.returncode == 0:
+                    return
+                how = f"returned {last.returncode}"
             except CommandTimeout as late:
-                raise CommandTimeout(
-                    f"{argv[0]} did not return in {timeout:g} s of wait_until",
-                    seconds=timeout,
-                    stdout=late.stdout,
-                    stderr=late.stderr,
-                ) from late
-            if last.returncode == 0:
-                return
+                last, how = late, "did not end"
             if deadline.expired:
+                program = shlex.join(os.fspath(word) for word in argv)
                 raise CommandTimeout(
-                    f"{shlex.join(last.argv)} did not return 0 within {timeout:g} s; "
-                    f"the last try returned {last.returncode}",
+                    f"{program} did not return 0 within {timeout:g} s; the last try {how}",
                     seconds=timeout,
                     stdout=last.stdout,
                     stderr=last.stderr,
@@ -232,7 +225,7 @@ class Guest:
 
     # -- files ----------------------------------------------------------------------------------
 
-    def push(self, source: str | os.PathLike[str], dest: GuestPath) -> None:
+    def push(self, source: StrPath, dest: StrPath) -> None:
         """Copy a file or a tree into the guest.
 
         `dest` names the copy. A file goes into `dest` if that is a folder; a tree is merged into
@@ -251,12 +244,10 @@ class Guest:
             TransferError: `source` does not exist, or the guest cannot take it.
         """
         with self.engine.explained():
-            left_out = transfer.push(
-                self.engine.stream_script, Path(source), transfer.guest_path(dest)
-            )
+            left_out = transfer.push(self.engine.stream_script, Path(source), dest)
         _warn_of("pushed", source, left_out)
 
-    def pull(self, source: GuestPath, dest: str | os.PathLike[str]) -> None:
+    def pull(self, source: StrPath, dest: StrPath) -> None:
         """Copy a file or a tree out of the guest; `dest` is understood as in `push`.
 
         Symbolic links are copied as links, never followed. Modes and times stay, and long runs of
@@ -271,19 +262,19 @@ class Guest:
             TransferError: `source` does not exist, or `dest` cannot be written.
         """
         with self.engine.explained():
-            left_out = transfer.pull(self.engine.stream_script, transfer.guest_path(source), dest)
+            left_out = transfer.pull(self.engine.stream_script, source, dest)
         _warn_of("pulled", source, left_out)
 
-    def read_text(self, path: GuestPath) -> str:
+    def read_text(self, path: StrPath) -> str:
         """The content of a file in the guest, as UTF-8.
 
         Raises:
             TransferError: it cannot be read, has more than 256 MiB, or is a pipe or a device.
         """
         with self.engine.explained():
-            return transfer.read_text(self.engine.stream_script, transfer.guest_path(path))
+            return transfer.read_text(self.engine.stream_script, path)
 
-    def write_text(self, path: GuestPath, text: str) -> None:
+    def write_text(self, path: StrPath, text: str) -> None:
         """Write a file in the guest, as UTF-8; missing folders are made.
 
         A file that is there keeps its mode and its owner; a new one has mode 0644. A file takes its
@@ -300,11 +291,7 @@ class Guest:
                 f"a text is a str, not {type(text).__name__}; vm.push() copies any file"
             )
         with self.engine.explained():
-            name = transfer.guest_path(path)
-            try:
-                transfer.push_text(self.engine.stream_script, text, name)
-            except CommandError as error:
-                raise transfer.refused(f"{name} cannot be written", error) from error
+            transfer.write_text(self.engine.stream_script, path, text)
 
     # -- power ----------------------------------------------------------------------------------
 
@@ -410,7 +397,7 @@ class Guest:
         with self.engine.use(hold=True) as running:
             return running.machine.console
 
-    def screenshot(self, path: str | os.PathLike[str]) -> None:
+    def screenshot(self, path: StrPath) -> None:
         """Save the display to a file, as PNG.
 
         Raises:
@@ -461,7 +448,7 @@ class Guest:
         """
         return self.ssh.command
 
-    def ssh_config(self, path: str | os.PathLike[str]) -> None:
+    def ssh_config(self, path: StrPath) -> None:
         """Write a configuration of OpenSSH for other tools, in which the guest is called by its name.
 
         Raises:
@@ -492,7 +479,7 @@ class _Snapshot:
             self._engine.roll_back(self._saved)
 
 
-def _warn_of(what: str, source: str | os.PathLike[str], left_out: Sequence[str]) -> None:
+def _warn_of(what: str, source: StrPath, left_out: Sequence[str]) -> None:
     """Warn whoever called the method that calls this, if something was left out."""
     if left_out:
         text = f"{os.fspath(source)} was {what} without {transfer.in_words(left_out)}"

@@ -18,19 +18,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
-from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests import script
-from pytest_vmsandbox.guests.process import (
-    STDERR,
-    STDOUT,
-    UNKNOWN_SIGNAL,
-    RemoteProcess,
-    cannot_log_in,
-    could_not_start,
-    failed_start,
-)
+from pytest_vmsandbox.core.deadline import Deadline, wall
+from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost, VMSandboxError
+from pytest_vmsandbox.guests import commands
+from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
 from pytest_vmsandbox.machine.port import Port
 
 VERSION = 1
@@ -44,6 +36,7 @@ _LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awai
 _SEND_SECONDS = 30.0
 _NO_USER, _NO_FOLDER, _NO_PROGRAM, _NO_ROOM = 1, 2, 3, 4  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
+_NONSENSE = "the helper in the guest answers nonsense"
 _LATEST = 1 << 34  # seconds since 1970; no clock of Linux goes so far
 
 
@@ -103,7 +96,7 @@ class Helper:
         Raises:
             GuestLost: it does not, within `timeout` seconds.
         """
-        self._ask(b"p", b"vmsandbox", timeout)
+        self._await(self._send_request(b"p", b"vmsandbox"), timeout)
 
     def set_clock(self) -> float:
         """Set the guest's clock to this host's and its lead.
@@ -139,12 +132,10 @@ class Helper:
     def _await_lead(
         self, number: int, started: float, timeout: float | None
     ) -> tuple[float, float]:
-        kind, payload = self._await(number, timeout)
+        seconds, nanoseconds = self._answer("set the clock", number, "qq", timeout)
         now = wall()
-        status, seconds, nanoseconds = self._unpack("<iqq", payload)
-        self._succeeded("set the clock", kind, status)
         if not 0 <= seconds < _LATEST:
-            raise GuestLost("the helper in the guest answers nonsense", stage="command")
+            raise GuestLost(_NONSENSE)
         theirs = float(seconds + nanoseconds / 1e9)
         # It was read between `started` and `now`: that is all that is known of the right time.
         return theirs - now, theirs - started
@@ -183,7 +174,7 @@ class Helper:
             ConfigError: `login` does not exist in the guest.
             OSError: the command is too long (E2BIG).
         """
-        script.check(command)
+        commands.check_command(command)
         strings = [command.user or login, command.cwd or ""]
         env = [f"{name}={value}" for name, value in command.env.items()]
         payload = b"".join(os.fsencode(word) + b"\0" for word in strings)
@@ -211,11 +202,6 @@ class Helper:
         """Forget a channel; whether it was known."""
         with self.changed:
             return self._channels.pop(number, None) is not None
-
-    def knows(self, number: int) -> bool:
-        """Whether a channel is one that the helper in the guest may still talk of."""
-        with self.changed:
-            return number in self._channels
 
     def close(self) -> None:
         """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
@@ -246,9 +232,6 @@ class Helper:
         self.post(kind, number, payload)
         return number
 
-    def _ask(self, kind: bytes, payload: bytes, timeout: float | None = None) -> tuple[int, bytes]:
-        return self._await(self._send_request(kind, payload), timeout)
-
     def _await(self, number: int, timeout: float | None) -> tuple[int, bytes]:
         deadline = Deadline(self.patience if timeout is None else timeout)
         try:
@@ -265,30 +248,27 @@ class Helper:
     def _look(self, deadline: Deadline) -> None:
         self.check()
         if self._broken:
-            raise GuestLost(f"the helper in the guest: {self._broken}", stage="command")
+            raise GuestLost(f"the helper in the guest: {self._broken}")
         if deadline.expired:
-            raise GuestLost(
-                f"the helper in the guest did not answer in {deadline.seconds:g} s", stage="command"
-            )
-
-    def _unpack(self, form: str, payload: bytes) -> tuple[Any, ...]:
-        try:
-            return struct.unpack(form, payload)
-        except struct.error as error:
-            raise GuestLost("the helper in the guest answers nonsense", stage="command") from error
+            raise GuestLost(f"the helper in the guest did not answer in {deadline.seconds:g} s")
 
     def _do(self, what: str, kind: bytes, payload: bytes) -> None:
-        answer, said = self._ask(kind, payload)
-        self._succeeded(what, answer, *self._unpack("<i", said))
+        self._answer(what, self._send_request(kind, payload))
 
-    def _succeeded(self, what: str, kind: int, status: int) -> None:
+    def _answer(
+        self, what: str, number: int, form: str = "", timeout: float | None = None
+    ) -> list[Any]:
+        """What a request has returned, besides that it was done."""
+        kind, payload = self._await(number, timeout)
+        try:
+            status, *values = struct.unpack(f"<i{form}", payload)
+        except struct.error as error:
+            raise GuestLost(_NONSENSE) from error
         if kind != ord("R") or status:
-            raise GuestLost(
-                f"the helper in the guest could not {what}: {os.strerror(status)}", stage="command"
-            )
+            raise GuestLost(f"the helper in the guest could not {what}: {os.strerror(status)}")
+        return values
 
     def _open(self, kind: bytes, payload: bytes, command: Command, login: str) -> RemoteProcess:
-        started = monotonic()
         number = next(self._numbers)
         with self.changed:
             channel = HelperChannel(self, number, self._generation)
@@ -302,41 +282,41 @@ class Helper:
             while not channel.is_open:
                 channel.wait(_LOOK_SECONDS)
                 if channel.failure is not None:
-                    self._failed(kind, channel, command, login, started)
-                elif channel.closed:
+                    self._failed(kind, channel, command, login)
+                elif channel.closed or not channel.is_open:
                     self._look(deadline)
-                    raise GuestLost("the helper restarted while a program was started")
-                elif not channel.is_open:
-                    self._look(deadline)
+                    if channel.closed:
+                        raise GuestLost("the helper restarted while a program was started")
         except BaseException:
             self.forget(number)
             raise
         return RemoteProcess(channel, command, check=self.check)
 
-    def _failed(
-        self, kind: bytes, channel: HelperChannel, command: Command, login: str, started: float
-    ) -> None:
+    def _failed(self, kind: bytes, channel: HelperChannel, command: Command, login: str) -> None:
         """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
         self.forget(channel.number)
         if number == errno.E2BIG and stage in (_NO_PROGRAM, _NO_ROOM):
-            raise script.too_long(command)
+            raise commands.too_long(command)
         why = os.strerror(number)
         if stage == _NO_USER and command.user is None and login != "root":
-            raise cannot_log_in(login)
+            raise commands.cannot_log_in(login)
         if stage == _NO_PROGRAM and kind == b"u":
             what = f"nothing listens at {command.argv[0]} in the guest"
-            raise failed_start(what, command, _NOT_FOUND, b"", why.encode(), started)
+            result = CommandResult(
+                argv=command.argv, returncode=_NOT_FOUND, stdout="", stderr=why, duration=0.0
+            )
+            raise CommandError(what, result=result)
         if stage == _NO_PROGRAM:
             status = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
             why = "not found" if number == errno.ENOENT else why
             channel.end_at_once(status, f"{command.argv[0]}: {why}\n".encode())
         elif stage in (_NO_USER, _NO_FOLDER):
             text = "no such user" if stage == _NO_USER else why
-            raise could_not_start(command, _NOT_EXECUTABLE, b"", text.encode(), started)
+            raise commands.could_not_start(command, _NOT_EXECUTABLE, text)
         else:
-            raise GuestLost(f"the guest can start no further program: {why}", stage="command")
+            raise GuestLost(f"the guest can start no further program: {why}")
 
     def _feed(self, data: bytes) -> None:
         """Take what has come; on the thread that reads."""
@@ -399,6 +379,7 @@ class HelperChannel:
         generation: of the helper that has it.
         failure: stage and number of an error that kept it from being started.
         was_left: whether it was closed from here because the guest goes down.
+        ended: whether it is known how the program ended, or that nobody will know.
     """
 
     def __init__(self, helper: Helper, number: int, generation: int) -> None:
@@ -410,17 +391,15 @@ class HelperChannel:
         self.failure: tuple[int, int] | None = None
         self.was_left = False
         self.closed = False
+        self.ended = False
         self.status: int | None = None
         self._helper = helper
         self._changed = helper.changed
-        self._ended = threading.Event()
         self._streams = {STDOUT: bytearray(), STDERR: bytearray()}
         self._open_streams = {STDOUT, STDERR}
-        self._allowed = {STDOUT: _WINDOW, STDERR: _WINDOW}  # bytes that may still come
         self._taken = {STDOUT: 0, STDERR: 0}  # bytes that the helper has not been told of
         self._room = _INPUT_WINDOW
         self._broken = False
-        self._is_socket = False
         self._moved = False
 
     # -- what programs' readers and writers use ----------------------------------------------------
@@ -428,12 +407,7 @@ class HelperChannel:
     @property
     def output_ended(self) -> bool:
         """Whether no more output will come."""
-        return not self._open_streams or self.closed
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is known how the program ended, or that nobody will know."""
-        return self._ended.is_set()
+        return not self._open_streams
 
     @property
     def is_done(self) -> bool:
@@ -453,7 +427,8 @@ class HelperChannel:
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait until the program has ended."""
-        self._ended.wait(seconds)
+        with self._changed:
+            self._changed.wait_for(lambda: self.ended, seconds)
 
     def has_output(self, stream: int) -> bool:
         """Whether `receive` has something of a stream now."""
@@ -463,31 +438,26 @@ class HelperChannel:
         """At least a byte of a stream; nothing at its end."""
         buffer = self._streams[stream]
         with self._changed:
-
-            def is_ready() -> bool:
-                return bool(buffer) or stream not in self._open_streams or self.closed
-
-            if not self._changed.wait_for(is_ready, _LOOK_SECONDS):
+            if not self._changed.wait_for(
+                lambda: buffer or stream not in self._open_streams, _LOOK_SECONDS
+            ):
                 raise TimeoutError
             data = bytes(buffer[:size])
             del buffer[:size]
             self._taken[stream] += len(data)
             tell = self._taken[stream]
-            if tell < _TELL or stream not in self._open_streams or self.closed:
+            if tell < _TELL or stream not in self._open_streams:
                 return data
             self._taken[stream] = 0
-            self._allowed[stream] += tell
         self._helper.post(b"w", self.number, struct.pack("<BI", stream, tell))
         return data
 
     def send(self, data: memoryview) -> int:
         """Send a part of `data`, and tell how much."""
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: self._room > 0 or self._broken or self.closed, _LOOK_SECONDS
-            ):
+            if not self._changed.wait_for(lambda: self._room or self._broken, _LOOK_SECONDS):
                 raise TimeoutError
-            if self._broken or self.closed:
+            if self._broken:
                 raise BrokenPipeError("the program takes no more input")
             piece = bytes(data[: self._room])
             self._room -= len(piece)
@@ -496,12 +466,12 @@ class HelperChannel:
 
     def end_input(self) -> None:
         """Let the program find the end of its input."""
-        if not self.is_done and not self.closed:
+        if not self.is_done:
             self._helper.post(b"e", self.number)
 
     def signal(self, name: str) -> None:
         """Send a signal to the program's process group."""
-        if self._helper.knows(self.number):
+        if not self.is_done:
             number = signal.Signals[f"SIG{name}"]
             self._helper.post(b"k", self.number, struct.pack("<i", number))
 
@@ -528,21 +498,21 @@ class HelperChannel:
         if kind == "S":
             (self.group,) = struct.unpack("<I", payload)
             self.is_open = True
-            if not self.group:
-                self._is_socket = True
+            if not self.group:  # it is a connection to a socket
                 self._open_streams.discard(STDERR)
         elif kind == "F":
             stage, number = struct.unpack("<Bi", payload)
             self.failure = stage, number
         elif kind == "o":
             stream, data = payload[0], payload[1:]
-            if stream not in self._open_streams or len(data) > self._allowed[stream]:
+            if stream not in self._open_streams or (
+                self._taken[stream] + len(self._streams[stream]) + len(data) > _WINDOW
+            ):
                 raise ValueError("output that was not asked for")
-            self._allowed[stream] -= len(data)
             self._streams[stream] += data
         elif kind == "q":
             self._open_streams.discard(payload[0])
-            if self._is_socket:
+            if self.is_open and not self.group:
                 self._end(0)
         elif kind == "a":
             (size,) = struct.unpack("<I", payload)
@@ -558,13 +528,13 @@ class HelperChannel:
 
     def _end(self, status: int) -> None:
         self.status = status if -status <= signal.NSIG else -UNKNOWN_SIGNAL
-        self._ended.set()
+        self.ended = True
 
     def lose(self) -> None:
         """The helper is gone, and with it all that was known of the program."""
-        self.closed = self._moved = True
+        self.closed = self._broken = self._moved = True
         self._open_streams.clear()
-        self._ended.set()
+        self.ended = True
 
     def end_at_once(self, status: int, stderr: bytes) -> None:
         """Be the channel of a program that has ended."""

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.running import Running, check_network
+from pytest_vmsandbox.guests.machines import Machines, Running, check_network
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota

@@ -10,21 +10,14 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
-from pytest_vmsandbox.core.errors import (
-    CommandError,
-    CommandTimeout,
-    ConfigError,
-    GuestLost,
-    VMSandboxError,
-)
-from pytest_vmsandbox.core.transport import Command, CommandResult
-from pytest_vmsandbox.guests import commands
+from pytest_vmsandbox.core.errors import CommandTimeout, GuestLost, VMSandboxError
+from pytest_vmsandbox.guests.commands import Command, Sink, seconds
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead
 
 _CHUNK = 1 << 18
-_ENDING_SECONDS = 0.02  # likewise, when only the ends of its streams are awaited
+_ENDING_SECONDS = 0.02  # the same, when only the ends of its streams are awaited
 _CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
 _DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
 _SLOW_SECONDS = 0.1  # after which whoever takes the output is slow: that time does not count then
@@ -42,19 +35,13 @@ class Channel(Protocol):
 
     Attributes:
         quiet_seconds: after which a stream that something else holds open is done.
-        group: the program's process group; 0 for a connection to a socket.
     """
 
     quiet_seconds: float
-    group: int
 
     @property
     def output_ended(self) -> bool:
         """Whether no more output will come."""
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing will go either way."""
 
     @property
     def ended(self) -> bool:
@@ -102,26 +89,24 @@ class RemoteProcess:
 
     Args:
         check: called often while something is awaited; raises `GuestLost`.
+
+    Attributes:
+        command: what was started.
     """
 
     def __init__(self, channel: Channel, command: Command, *, check: Callable[[], None]) -> None:
         self._channel = channel
-        self._command = command
+        self.command = command
         self._check = check
         self._moved = monotonic()
-
-    @property
-    def group(self) -> int:
-        """Its process group."""
-        return self._channel.group
 
     # -- all at once ----------------------------------------------------------------------------
 
     def communicate(
         self,
         stdin: SupportsRead[bytes] | None,
-        stdout: Callable[[bytes], object],
-        stderr: Callable[[bytes], object],
+        stdout: Sink,
+        stderr: Sink,
         timeout: float,
         idle: float = math.inf,
     ) -> int:
@@ -132,24 +117,10 @@ class RemoteProcess:
                 `idle` seconds; its process group was killed.
             GuestLost: the guest or the connection to it is gone.
         """
-        with self._feeding(stdin) as source_errors:
-            try:
-                status = self._pump(stdout, stderr, Deadline(timeout), idle)
-            except CommandTimeout:
-                if source_errors:
-                    raise source_errors[0] from None
-                raise
-        if source_errors:
-            raise source_errors[0]
-        return status
+        with self._feeding(stdin):
+            return self._pump(stdout, stderr, Deadline(timeout), idle)
 
-    def _pump(
-        self,
-        stdout: Callable[[bytes], object],
-        stderr: Callable[[bytes], object],
-        deadline: Deadline,
-        idle: float,
-    ) -> int:
+    def _pump(self, stdout: Sink, stderr: Sink, deadline: Deadline, idle: float) -> int:
         channel = self._channel
         checked = self._moved = monotonic()
         ended: float | None = None
@@ -182,7 +153,7 @@ class RemoteProcess:
 
     def _kill(self, why: str, seconds: float) -> NoReturn:
         self._try_to_kill()
-        raise CommandTimeout(f"{self._command.argv[0]} {why} and was killed", seconds=seconds)
+        raise CommandTimeout(f"{self.command.argv[0]} {why} and was killed", seconds=seconds)
 
     def _try_to_kill(self) -> None:
         """Kill it if the guest still takes orders; if not, that is not the news."""
@@ -190,37 +161,45 @@ class RemoteProcess:
             within(_KILL_SECONDS, lambda: self.signal("KILL"))
 
     @contextmanager
-    def _feeding(self, stdin: SupportsRead[bytes] | None) -> Iterator[list[Exception]]:
-        """Send `stdin` from a thread of its own, which is gone at the end."""
-        errors: list[Exception] = []
+    def _feeding(self, stdin: SupportsRead[bytes] | None) -> Iterator[None]:
+        """Send `stdin` from a thread of its own, which is gone at the end.
+
+        What reading it raises is raised then.
+        """
         if stdin is None:
             self._channel.end_input()
-            yield errors
+            yield
             return
+        errors: list[Exception] = []
+
+        def read() -> bytes:
+            try:
+                return stdin.read(_CHUNK)
+            except Exception as error:  # noqa: BLE001  # of the caller's stream: theirs to see
+                errors.append(error)
+                self._try_to_kill()  # it must not take what came so far for all
+                return b""
 
         def feed() -> None:
-            while True:
-                try:
-                    data = stdin.read(_CHUNK)
-                except Exception as error:  # noqa: BLE001  # of the caller's stream: theirs to see
-                    errors.append(error)
-                    self._try_to_kill()  # it must not take what came so far for all
-                    return
-                try:
-                    if not data:
-                        self._channel.end_input()
-                        return
+            # It may end without reading all, or be lost: whoever waits is told.
+            with suppress(OSError, EOFError, VMSandboxError):
+                while data := read():
                     self.send(data)
-                except (OSError, EOFError, VMSandboxError):
-                    return  # it ended without reading all, or is lost: whoever waits is told
+                if not errors:
+                    self._channel.end_input()
 
         thread = threading.Thread(target=feed, name="vmsandbox-stdin", daemon=True)
         thread.start()
         try:
-            yield errors
+            yield
+        except CommandTimeout:
+            if not errors:
+                raise
         finally:
             self._channel.close()  # also ends a send that waits for a reader
             thread.join()
+        if errors:
+            raise errors[0]
 
     def send(self, data: bytes, timeout: float = math.inf) -> None:
         """Write all of `data` to its standard input.
@@ -270,9 +249,8 @@ class RemoteProcess:
 
     def end_input(self) -> None:
         """Let it find the end of its standard input; nothing happens if it is gone."""
-        if not self._channel.closed:
-            with suppress(VMSandboxError, OSError, EOFError):
-                self._channel.end_input()
+        with suppress(VMSandboxError, OSError, EOFError):
+            self._channel.end_input()
 
     # -- step by step ---------------------------------------------------------------------------
 
@@ -292,7 +270,7 @@ class RemoteProcess:
             self._channel.wait_for_end(deadline.remaining(_CHECK_SECONDS))
             if deadline.expired and not self._channel.ended:
                 raise CommandTimeout(
-                    f"{self._command.argv[0]} still runs after {timeout:g} s",
+                    f"{self.command.argv[0]} still runs after {timeout:g} s",
                     seconds=timeout,
                     remedy="it was left running; .terminate() or .kill() ends it",
                 )
@@ -338,47 +316,6 @@ class RemoteProcess:
             stage="ssh",
             remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
         )
-
-
-def cannot_log_in(user: str) -> ConfigError:
-    """A user of guests who does not exist in one."""
-    return ConfigError(
-        f"{user} cannot log in to the guest", remedy="name a user that exists in the guest"
-    )
-
-
-def could_not_start(
-    command: Command, status: int, stdout: bytes, stderr: bytes, started: float
-) -> CommandError:
-    """A command whose folder or user does not exist."""
-    what = f"{command.argv[0]} could not be started"
-    if command.user is not None:
-        what += f" as {command.user}"
-    if command.cwd is not None:
-        what += f" in {command.cwd}"
-    remedy = "check that the folder and the user exist in the guest"
-    return failed_start(what, command, status, stdout, stderr, started, remedy=remedy)
-
-
-def failed_start(
-    what: str,
-    command: Command,
-    status: int,
-    stdout: bytes,
-    stderr: bytes,
-    started: float,
-    *,
-    remedy: str = "",
-) -> CommandError:
-    """The error of something that was to be started in the guest at the time `started`."""
-    result = CommandResult(
-        argv=command.argv,
-        returncode=status,
-        stdout=stdout.decode(errors="replace"),
-        stderr=stderr.decode(errors="replace"),
-        duration=monotonic() - started,
-    )
-    return CommandError(what, result=result, remedy=remedy)
 
 
 class _Reader(io.RawIOBase):
@@ -464,7 +401,7 @@ class Process:
         Raises:
             CommandTimeout: it still runs, and is left running.
         """
-        return self._remote.wait(commands.seconds(timeout))
+        return self._remote.wait(seconds(timeout))
 
     def terminate(self) -> None:
         """Send SIGTERM to its process group."""

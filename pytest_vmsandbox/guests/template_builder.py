@@ -24,10 +24,10 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
+from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (

@@ -20,21 +20,20 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol, cast
+from typing import IO, Protocol, TypeVar, cast
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests import archive
-from pytest_vmsandbox.guests.archive import extract
-from pytest_vmsandbox.guests.script import word
+from pytest_vmsandbox.guests.commands import Sink, StrPath, word
 
-__all__ = ["extract"]
-
+T = TypeVar("T")
+_Parts = list[tuple[int, int]]  # of a file: the first block of each, and the one after its last
 _CHUNK = 1 << 18
 _MAX_TEXT = 256 * MIB  # of a file that is read at once
 _BLOCK = 4096  # bytes; holes begin and end at multiples of it
@@ -44,17 +43,6 @@ _NOT_REGULAR = 65  # what the script returns where holes cannot be made
 _MAX_HEADER = 100
 _HEADER = re.compile(rb"(?:file (?P<mode>[0-7]{1,5}) (?P<mtime>-?[0-9]{1,11})|tree)\n")
 _NAMED = 5  # of what was left out; the others are counted
-# The file systems whose files do not say their size, as `stat -f` has them.
-_UNSIZED = {
-    "proc": "9fa0",
-    "sysfs": "62656572",
-    "cgroup": "27e0eb",
-    "cgroup2": "63677270",
-    "debugfs": "64626720",
-    "tracefs": "74726163",
-    "securityfs": "73636673",
-    "configfs": "62656570",
-}
 # What tar says of a tree that changes, and what it says besides.
 _CHANGED = re.compile(
     r"tar: .*(: No such file or directory|: File removed before we read it"
@@ -81,11 +69,7 @@ class Streamer(Protocol):
     """Runs a shell script in the guest with streams attached (`Guest` has it)."""
 
     def __call__(
-        self,
-        script: str,
-        *,
-        stdin: IO[bytes] | None = None,
-        stdout: Callable[[bytes], object] | None = None,
+        self, script: str, *, stdin: IO[bytes] | None = None, stdout: Sink | None = None
     ) -> str | None:
         """Run the script.
 
@@ -100,7 +84,7 @@ class Streamer(Protocol):
 # -- push -------------------------------------------------------------------------------------------
 
 
-def push(stream: Streamer, source: Path, dest: str) -> list[str]:
+def push(stream: Streamer, source: Path, dest: StrPath) -> list[str]:
     """Copy a file or a tree into the guest; see `Guest.push`.
 
     Returns:
@@ -110,7 +94,7 @@ def push(stream: Streamer, source: Path, dest: str) -> list[str]:
         TransferError: `source` does not exist, holds something that cannot be copied, or the
             guest cannot take it (its message tells why).
     """
-    check_guest_path(dest)
+    dest = guest_path(dest)
     try:
         mode = source.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -131,8 +115,20 @@ def push(stream: Streamer, source: Path, dest: str) -> list[str]:
     return []
 
 
-def push_text(stream: Streamer, text: str, dest: str) -> None:
+def write_text(stream: Streamer, dest: StrPath, text: str) -> None:
     """Write a file; see `Guest.write_text`.
+
+    Raises:
+        TransferError: it cannot be written.
+    """
+    try:
+        push_text(stream, text, dest)
+    except CommandError as error:
+        raise refused(f"{dest} cannot be written", error) from error
+
+
+def push_text(stream: Streamer, text: str, dest: StrPath) -> None:
+    """Write a file, as `write_text` does.
 
     Raises:
         CommandError: it cannot be written, or `dest` is a folder.
@@ -142,16 +138,17 @@ def push_text(stream: Streamer, text: str, dest: str) -> None:
         'else chmod 644 "$t"; fi'
     )
     into = 'case "$d" in */) echo "$d is a folder" >&2; exit 1;; esac; '
-    script = _write_script(dest, into=into, receive='cat > "$1"', finish=finish)
+    script = _write_script(guest_path(dest), into=into, receive='cat > "$1"', finish=finish)
     stream(script, stdin=io.BytesIO(text.encode()))
 
 
-def read_text(stream: Streamer, source: str) -> str:
+def read_text(stream: Streamer, source: StrPath) -> str:
     """The content of a file; see `Guest.read_text`.
 
     Raises:
         TransferError: it cannot be read.
     """
+    source = guest_path(source)
     data = bytearray()
     script = (
         f'n={quoted(source)}; if [ -e "$n" ] && [ ! -f "$n" ]; then '
@@ -182,9 +179,10 @@ def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> 
         if (parts := _parts(file)) is not None:
             # Where no holes can be made, as in a device, all is sent.
             only = f'[ -e "$d" ] && [ ! -f "$d" ] && exit {_NOT_REGULAR}; '
-            script = _write_script(dest, into=into + only, receive=parts.receive, finish=finish)
+            receive = _receive_parts(parts, status.st_size)
+            script = _write_script(dest, into=into + only, receive=receive, finish=finish)
             try:
-                with written_by(partial(parts.send, file)) as stdin:
+                with written_by(partial(_send_parts, parts, file)) as stdin:
                     stream(script, stdin=stdin)
             except CommandError as error:
                 if error.result.returncode != _NOT_REGULAR:
@@ -219,37 +217,25 @@ def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What there is of a file with holes.
+def _receive_parts(parts: _Parts, size: int) -> str:
+    """The piece of a script that writes what `_send_parts` sends to the file ``$1``.
 
-    Attributes:
-        size: of the file, in bytes.
-        blocks: the first and the last block of each part, the last one not included.
+    Each part goes through a program that reads exactly that from the stream.
     """
+    words = " ".join(f"{first}:{last - first}" for first, last in parts)
+    return (
+        f'true > "$1" || return 1; for p in {words}; do e=$(dd bs={_BLOCK} seek="${{p%:*}}" count="${{p#*:}}" '
+        'iflag=fullblock conv=notrunc of="$1" 2>&1) || { echo "$e" >&2; return 1; }; done; '
+        f'truncate -s {size} "$1"'
+    )
 
-    size: int
-    blocks: Sequence[tuple[int, int]]
 
-    @property
-    def receive(self) -> str:
-        """The piece of a script that writes what `send` sends to the file ``$1``.
-
-        Each part goes through a program that reads exactly that from the stream.
-        """
-        words = " ".join(f"{first}:{last - first}" for first, last in self.blocks)
-        return (
-            f'true > "$1" || return 1; for p in {words}; do e=$(dd bs={_BLOCK} seek="${{p%:*}}" count="${{p#*:}}" '
-            'iflag=fullblock conv=notrunc of="$1" 2>&1) || { echo "$e" >&2; return 1; }; done; '
-            f'truncate -s {self.size} "$1"'
-        )
-
-    def send(self, file: IO[bytes], sink: IO[bytes]) -> None:
-        """Write all parts, in whole blocks, also if the file has become shorter."""
-        for first, last in self.blocks:
-            for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
-                size = min(_CHUNK, last * _BLOCK - start)
-                sink.write(os.pread(file.fileno(), size, start).ljust(size, b"\0"))
+def _send_parts(parts: _Parts, file: IO[bytes], sink: IO[bytes]) -> None:
+    """Write all parts, in whole blocks, also if the file has become shorter."""
+    for first, last in parts:
+        for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
+            size = min(_CHUNK, last * _BLOCK - start)
+            sink.write(os.pread(file.fileno(), size, start).ljust(size, b"\0"))
 
 
 def _parts(file: IO[bytes]) -> _Parts | None:
@@ -258,24 +244,18 @@ def _parts(file: IO[bytes]) -> _Parts | None:
     if status.st_blocks * 512 + _MIN_HOLE * _BLOCK > status.st_size:
         return None
     blocks = -(-status.st_size // _BLOCK)
-    holes, end = [], 0
-    for start, stop in integrity.extents(file):
-        holes.append((end, start // _BLOCK))
-        end = -(-stop // _BLOCK)
-    holes.append((end, blocks))
+    data = [(start // _BLOCK, -(-stop // _BLOCK)) for start, stop in integrity.extents(file)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)  # nothing was read of it yet
+    holes = [(first, last) for first, last in _between(data, blocks) if last - first >= _MIN_HOLE]
     largest = sorted(holes, key=lambda hole: hole[0] - hole[1])[:_MAX_HOLES]
-    parts, end = [], 0
-    for first, last in sorted(largest):
-        if last - first >= _MIN_HOLE:
-            parts.append((end, first))
-            end = last
-    if not parts:
-        return None
-    parts.append((end, blocks))
-    return _Parts(
-        size=status.st_size, blocks=[(first, last) for first, last in parts if last > first]
-    )
+    return _between(sorted(largest), blocks) if largest else None
+
+
+def _between(spans: _Parts, end: int) -> _Parts:
+    """What of the range from 0 to `end` lies between spans, which are in order."""
+    edges = [0, *chain.from_iterable(spans), end]
+    gaps = zip(edges[::2], edges[1::2], strict=True)
+    return [(first, last) for first, last in gaps if first < last]
 
 
 def _push_tree(stream: Streamer, source: Path, dest: str) -> list[str]:
@@ -311,7 +291,7 @@ def _has_holes(path: Path) -> bool:
 # -- pull -------------------------------------------------------------------------------------------
 
 
-def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> list[str]:
+def pull(stream: Streamer, source: StrPath, dest: StrPath) -> list[str]:
     """Copy a file or a tree out of the guest; see `Guest.pull`.
 
     Returns:
@@ -320,7 +300,7 @@ def pull(stream: Streamer, source: str, dest: str | os.PathLike[str]) -> list[st
     Raises:
         TransferError: `source` does not exist, or `dest` cannot be written.
     """
-    check_guest_path(source)
+    source = guest_path(source)
     name = PurePosixPath(source).name or "root"
     inside = os.fspath(dest).endswith("/")
     target = Path(dest)
@@ -384,10 +364,9 @@ def _pull_into(
         parent, name = source, "."
     folder = scratch / ("copied" if copied else "direct")
     folder.mkdir()
-    incoming = _Incoming(folder, name, special=special)
     script = _read_script(parent, name if name == "." else "./" + name, copied=copied)
     failed: CommandError | None = None
-    with _read_by(incoming.read) as (write, unpacked):
+    with _read_by(partial(_receive, folder, name, special)) as (write, received):
         try:
             said = stream(script, stdout=write) or ""
         except CommandError as error:
@@ -395,11 +374,10 @@ def _pull_into(
     if failed is not None:
         if _CUT in said and not copied:
             return _pull_into(stream, source, scratch, special=special, copied=True)
-        if not incoming.is_tree or not _has_only_changed(said):
+        if not _has_only_changed(said):  # of a file, tar says nothing
             raise failed
-    unpacked.result()
     left_out = [next(filter(None, found.groups())) for found in _LEFT_OUT.finditer(said)]
-    return incoming.place, [*incoming.left_out, *left_out]
+    return folder / name, [*received.result(), *left_out]
 
 
 def _read_script(folder: str, name: str, *, copied: bool) -> str:
@@ -409,13 +387,15 @@ def _read_script(folder: str, name: str, *, copied: bool) -> str:
         folder: where it is.
         name: what it is called there; it does not look like an option.
         copied: archive a copy, which does not change.
+
+    It is a copy also in a file system without blocks, such as `/proc`: files there do not say their size.
     """
-    kinds = "*" if copied else "|".join(_UNSIZED.values())
+    blocks = "*" if copied else "0"
     return (
         f"LC_ALL=C; export LC_ALL; cd {quoted(folder)} && n={shlex.quote(name)} || exit; "
         'if [ -f "$n" ] && [ ! -L "$n" ]; then stat -c "file %a %Y" "$n" && exec cat "$n"; '
         'elif [ -L "$n" ] || [ -d "$n" ]; then echo tree; '
-        f'case $([ -L "$n" ] || stat -f -c %t "$n") in {kinds}) '
+        f'case $([ -L "$n" ] || stat -f -c %b "$n") in {blocks}) '
         "c=$(mktemp -d) && trap 'rm -rf \"$c\"' EXIT || exit; "
         'cp -RPp "$n" "$c"; cd "$c";; esac; '
         'tar -czf - "$n"; '
@@ -432,40 +412,21 @@ def _has_only_changed(said: str) -> bool:
     )
 
 
-class _Incoming:
-    """What comes of a script of `_read_script`, on its way into a folder.
+def _receive(folder: Path, name: str, special: bool, file: IO[bytes]) -> list[str]:
+    """Take all that comes of a script of `_read_script`: what of it was left out.
 
-    Attributes:
-        is_tree: whether it is an archive, not a file.
-        left_out: what of it was left out.
+    Raises:
+        tarfile.TarError: it is not what was asked for.
     """
-
-    def __init__(self, folder: Path, name: str, *, special: bool) -> None:
-        self.is_tree = False
-        self.left_out: list[str] = []
-        self.place = folder if name == "." else folder / name
-        self._folder = folder
-        self._special = special
-
-    def read(self, file: IO[bytes]) -> None:
-        """Take all of it.
-
-        Raises:
-            tarfile.TarError: it is not what was asked for.
-        """
-        header = _HEADER.fullmatch(file.readline(_MAX_HEADER))
-        if header is None:
-            raise tarfile.ReadError("there is no header")
-        if header["mode"] is not None:
-            mode, mtime = int(header["mode"], 8), int(header["mtime"])
-            self.left_out = archive.receive(
-                file, self.place, mode=mode, mtime=mtime, special=self._special
-            )
-            return
-        self.is_tree = True
-        # tarfile's own way of reading gzip expands a block of zeros a thousandfold in memory.
-        with gzip.GzipFile(fileobj=file, mode="rb") as packed:
-            self.left_out = extract(cast("IO[bytes]", packed), self._folder, special=self._special)
+    header = _HEADER.fullmatch(file.readline(_MAX_HEADER))
+    if header is None:
+        raise tarfile.ReadError("there is no header")
+    if header["mode"] is not None:
+        mode, mtime = int(header["mode"], 8), int(header["mtime"])
+        return archive.receive(file, folder / name, mode=mode, mtime=mtime, special=special)
+    # tarfile's own way of reading gzip expands a block of zeros a thousandfold in memory.
+    with gzip.GzipFile(fileobj=file, mode="rb") as packed:
+        return archive.extract(cast("IO[bytes]", packed), folder, special=special)
 
 
 def in_words(left_out: Sequence[str]) -> str:
@@ -513,16 +474,14 @@ class _CheckedReader(io.RawIOBase):
 
 
 @contextmanager
-def _read_by(
-    work: Callable[[IO[bytes]], None],
-) -> Iterator[tuple[Callable[[bytes], object], Future[None]]]:
+def _read_by(work: Callable[[IO[bytes]], T]) -> Iterator[tuple[Sink, Future[T]]]:
     """A function that hands data to a thread which reads it as a file, and what became of that."""
     read_fd, write_fd = os.pipe()
 
-    def run() -> None:
+    def run() -> T:
         with os.fdopen(read_fd, "rb") as file:
             try:
-                work(file)
+                return work(file)
             finally:
                 while file.read(_CHUNK):  # let the sender finish
                     pass
@@ -536,15 +495,10 @@ def _read_by(
 
 def quoted(path: str) -> str:
     """A path of the guest as a word of a script; it does not look like an option."""
-    return shlex.quote(anchored(path))
+    return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
-def anchored(path: str) -> str:
-    """The same path, such that no program takes it for an option."""
-    return path if path.startswith("/") else f"./{path}"
-
-
-def guest_path(path: str | os.PathLike[str]) -> str:
+def guest_path(path: StrPath) -> str:
     """A path in the guest as text.
 
     Raises:
@@ -552,18 +506,9 @@ def guest_path(path: str | os.PathLike[str]) -> str:
         TransferError: it names nothing.
     """
     text = word(path, "a path in the guest")
-    check_guest_path(text)
+    if not text or "\0" in text:
+        raise TransferError(f"{text!r} is not a path in the guest")
     return text
-
-
-def check_guest_path(path: str) -> None:
-    """Refuse what names nothing.
-
-    Raises:
-        TransferError: `path` is empty or has a NUL.
-    """
-    if not path or "\0" in path:
-        raise TransferError(f"{path!r} is not a path in the guest")
 
 
 def refused(what: str, error: CommandError) -> TransferError:

@@ -25,6 +25,7 @@ from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.archive import extract
 from pytest_vmsandbox.guests.transfer import Streamer
 from pytest_vmsandbox.inside import tree_copy
 from pytest_vmsandbox.inside.tree import Tree, TreeEntry, is_cache
@@ -199,7 +200,7 @@ def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch
                 raise transfer.refused(what, error) from error
         archive.seek(0)
         try:
-            transfer.extract(cast("IO[bytes]", archive), scratch)
+            extract(cast("IO[bytes]", archive), scratch)
         except (tarfile.TarError, EOFError, OSError) as error:
             raise TransferError(what, details=f"the guest's archive: {error}") from error
 

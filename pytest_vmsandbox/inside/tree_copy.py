@@ -46,8 +46,7 @@ def push(stream: Streamer, tree: Tree, dest: str) -> None:
     Raises:
         TransferError: the guest cannot take it; a file changes or vanishes meanwhile.
     """
-    transfer.check_guest_path(dest)
-    folder = transfer.quoted(dest)
+    folder = transfer.quoted(transfer.guest_path(dest))
     try:
         with transfer.written_by(partial(_pack, tree)) as archive:
             stream(

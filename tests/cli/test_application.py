@@ -18,13 +18,13 @@ from click.testing import CliRunner
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.core.errors import (
     CommandError,
+    CommandResult,
     CommandTimeout,
     ConfigError,
     ImageError,
     LaunchError,
     TransferError,
 )
-from pytest_vmsandbox.core.transport import CommandResult
 from support import images
 
 

@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import resume, template_builder
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.running import Running
+from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
 from pytest_vmsandbox.machine.qemu import find_qemu

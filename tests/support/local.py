@@ -7,8 +7,7 @@ import select
 import signal
 import subprocess
 
-from pytest_vmsandbox.core.errors import CommandError, GuestLost
-from pytest_vmsandbox.core.transport import CommandResult
+from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost
 
 
 class LocalProcess:

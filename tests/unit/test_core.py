@@ -11,6 +11,7 @@ from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
     BootError,
     CommandError,
+    CommandResult,
     CommandTimeout,
     ConfigError,
     GuestLost,
@@ -27,7 +28,6 @@ from pytest_vmsandbox.core.spec import (
     format_size,
     parse_size,
 )
-from pytest_vmsandbox.core.transport import CommandResult
 
 
 def result(stdout="", stderr=""):

@@ -4,9 +4,9 @@ from pytest_vmsandbox.core.errors import (
     INFRASTRUCTURE,
     BootError,
     CommandError,
+    CommandResult,
     CommandTimeout,
 )
-from pytest_vmsandbox.core.transport import CommandResult
 
 
 def test_what_a_program_said_plays_no_tricks_on_the_terminal():

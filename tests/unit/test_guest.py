@@ -19,6 +19,7 @@ import pytest
 from pytest_vmsandbox.core.errors import (
     BootError,
     CommandError,
+    CommandResult,
     CommandTimeout,
     ConfigError,
     GuestLost,
@@ -27,20 +28,18 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.core.transport import Command, CommandResult
 from pytest_vmsandbox.guests import (
     engine as engine_module,
     forwarding,
     guest as guest_module,
     machines as machines_module,
-    running,
     ssh,
     transfer,
 )
-from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests.access import KeyPair, SSHAccess
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
@@ -136,6 +135,7 @@ class FakeHelper:
     """The helper of a fake guest; it keeps the clock right."""
 
     lead = 0.0
+    quiet_seconds = 0.5
 
     def __init__(self, platform):
         self.platform, self.events = platform, platform.events
@@ -186,6 +186,7 @@ class FakeMachine:
         self.spec = spec
         self.console = Console(None)
         self.monitor = self
+        self.helper = None
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
         self.fault = None
@@ -293,9 +294,9 @@ class FakePlatform:
         finally:
             self.off += 1
 
-    def connection(self, endpoint, **_):
+    def connection(self, *, user, **_):
         """By SSH."""
-        return self.transport(endpoint().user)
+        return self.transport(user)
 
     def transport(self, user):
         self.transports.append(FakeTransport(self.machines[-1], user, self.home))
@@ -310,9 +311,9 @@ def platform(tmp_path, monkeypatch):
     home.mkdir()
     platform = FakePlatform(home)
     monkeypatch.setattr(machines_module, "Machine", platform)
-    monkeypatch.setattr(machines_module, "helper_of", lambda *_: FakeHelper(platform))
+    monkeypatch.setattr(machines_module, "Helper", lambda *_, **__: FakeHelper(platform))
     monkeypatch.setattr(ssh, "SSHTransport", platform.connection)
-    monkeypatch.setattr(running, "greeting", lambda *_: platform.answer)
+    monkeypatch.setattr(machines_module, "greeting", lambda *_: platform.answer)
     return platform
 
 

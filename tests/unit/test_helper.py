@@ -27,8 +27,8 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests import helper as helper_module, process as process_module, script
+from pytest_vmsandbox.guests import commands, helper as helper_module, process as process_module
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
@@ -150,7 +150,7 @@ class TestStart:
     @pytest.mark.parametrize("words", [["x" * 200_000], ["x" * 100_000] * 25])
     def test_what_only_the_guest_finds_too_long(self, helper, monkeypatch, words):
         """Its kernel may take less than usual; so may the helper."""
-        monkeypatch.setattr(script, "_check_length", lambda command: None)
+        monkeypatch.setattr(commands, "_check_length", lambda command: None)
         with pytest.raises(OSError, match="Argument list too long: 'true'"):
             start(helper, "true", *words)
 
@@ -227,7 +227,7 @@ class TestStart:
 
     def test_a_group_of_its_own(self, helper):
         process = sh(helper, "ps -o pgid= -p $$ || cut -d' ' -f5 /proc/$$/stat")
-        group = process.group
+        group = process._channel.group
         assert int(run(process)[1]) == group > 0
 
 
@@ -279,7 +279,7 @@ class TestStreams:
         with pytest.raises(KeyError, match="mine"):
             process.communicate(Broken(), fine_bytes, fine_bytes, SECONDS)
         process.close()
-        wait_for(lambda: not alive(process.group))
+        wait_for(lambda: not alive(process._channel.group))
 
     def test_a_reader_that_takes_nothing_stops_the_writer(self, helper):
         """And nothing beyond the window is kept here."""
@@ -419,7 +419,7 @@ class TestStepByStep:
     def test_closing_leaves_it_running(self, helper, tmp_path):
         process = sh(helper, f"read line; echo $line >{tmp_path}/out; exec sleep 1000")
         process.send(b"word\n")
-        group = process.group
+        group = process._channel.group
         process.close()
         process.close()
         try:
@@ -440,14 +440,14 @@ class TestTimeouts:
             process.communicate(None, out.extend, fine_bytes, 0.3)
         assert out == b"out\n"
         child = int((tmp_path / "pid").read_text())
-        wait_for(lambda: not alive(child) and not alive(process.group))
+        wait_for(lambda: not alive(child) and not alive(process._channel.group))
         process.close()
 
     def test_one_that_neither_takes_nor_gives(self, helper):
         process = sh(helper, "echo one; sleep 1000")
         with pytest.raises(CommandTimeout, match=r"neither took nor gave anything for 0\.2 s"):
             process.communicate(None, fine_bytes, fine_bytes, SECONDS, idle=0.2)
-        wait_for(lambda: not alive(process.group))
+        wait_for(lambda: not alive(process._channel.group))
         process.close()
 
     def test_one_that_gives_all_the_time_is_not_idle(self, helper):
@@ -464,7 +464,7 @@ class TestTimeouts:
             process.communicate(io.BytesIO(bytes(MIB)), fine_bytes, fine_bytes, 0.2)
         assert threading.active_count() < 20
         process.close()
-        wait_for(lambda: not alive(process.group))
+        wait_for(lambda: not alive(process._channel.group))
 
     def test_a_child_that_keeps_the_output_open(self, helper, tmp_path):
         """It is not waited for, once nothing comes any more; what had come is there."""
@@ -610,7 +610,7 @@ class TestThreads:
 class TestEnd:
     def test_closing_loses_all_programs(self, helper):
         process = start(helper, "sleep", "1000")
-        group = process.group
+        group = process._channel.group
         helper.close()
         assert not helper.is_there
         with pytest.raises(GuestLost, match="connection broke"):
@@ -1035,7 +1035,8 @@ def heard(fake, data):
     got = []
 
     def ping():
-        got.append(fake.helper._ask(b"p", b"vmsandbox")[1])
+        number = fake.helper._send_request(b"p", b"vmsandbox")
+        got.append(fake.helper._await(number, None)[1])
 
     def play():
         _, number, payload = fake.peer.receive()

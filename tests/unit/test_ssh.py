@@ -15,11 +15,10 @@ import pytest
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import process as remote, ssh
-from pytest_vmsandbox.guests.access import greeting, refusal
-from pytest_vmsandbox.guests.keys import KeyPair
-from pytest_vmsandbox.guests.ssh import Endpoint, SSHTransport
+from pytest_vmsandbox.guests.access import KeyPair, greeting, refusal
+from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.ssh import SSHTransport
 from support.arguments import FITS, TOO_LONG, output_of
 
 GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone
@@ -178,9 +177,13 @@ def nobody():
 @contextmanager
 def transport_to(address, *, key=OURS, host_key=THEIRS, user="root", check=lambda: None, timeout=5):
     transport = SSHTransport(
-        lambda: Endpoint(address=address, user=user, key=key, host_key=host_key.public),
+        address=lambda: address,
+        user=user,
+        key=key,
+        host_key=host_key.public,
         check=check,
         connect_timeout=timeout,
+        quiet_seconds=0.5,
     )
     try:
         yield transport
@@ -405,10 +408,7 @@ class TestCommand:
         assert out == b"started\n"
         assert host.processes[0].wait(5) == -9
 
-    def test_a_background_process_that_holds_a_stream_is_not_waited_for(
-        self, transport, monkeypatch
-    ):
-        monkeypatch.setattr(ssh, "_QUIET_SECONDS", 0.05)
+    def test_a_background_process_that_holds_a_stream_is_not_waited_for(self, transport):
         started = transport.start(sh("sleep 1000 & echo $!; exec true"))
         out = bytearray()
         # A server of OpenSSH tells the end at once; this one waits for the streams: kill it.

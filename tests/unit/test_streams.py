@@ -10,7 +10,7 @@ SCRIPT = """
 import gc
 from types import SimpleNamespace
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.process import RemoteProcess, Process
 
 def lost(*_):

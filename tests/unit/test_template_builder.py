@@ -12,9 +12,9 @@ from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.guests.template_builder import TemplateBuilder, doer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore

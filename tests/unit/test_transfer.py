@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.core.errors import CommandError, CommandResult, TransferError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.core.transport import CommandResult
 from pytest_vmsandbox.guests import archive, transfer
+from pytest_vmsandbox.guests.archive import extract
 
 SHELLS = [["/bin/sh"]]
 SHELLS += [[path, "sh"] for path in [shutil.which("busybox")] if path]
@@ -811,7 +811,7 @@ def unpack(members, folder):
         for info, content in members:
             archive.addfile(info, io.BytesIO(content))
     buffer.seek(0)
-    transfer.extract(buffer, folder)
+    extract(buffer, folder)
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
+from pytest_vmsandbox.core.errors import CommandError, CommandResult, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.core.transport import CommandResult
 from pytest_vmsandbox.inside import tree as tree_module, tree_copy
 from pytest_vmsandbox.inside.tree import Tree, TreeEntry
 from pytest_vmsandbox.inside.tree_copy import Changes, changes, push

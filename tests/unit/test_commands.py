@@ -9,8 +9,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.core.transport import Command
-from pytest_vmsandbox.guests.script import STARTED, command_line, kill_line, shipped
+from pytest_vmsandbox.guests.commands import STARTED, Command, command_line, kill_line, shipped
 
 SHELLS = [["/bin/sh", "-c"]]
 SHELLS += [[path, "-c"] for name in ("dash", "bash") if (path := shutil.which(name))]
