@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import pwd
 import resource
 import socket
@@ -36,19 +35,21 @@ _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a
 
 def available_memory() -> int | None:
     """Bytes that a new process can use without swapping; None where the host does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
+    lines = _lines("/proc/meminfo")
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    try:  # a container's limit
-        limit = (_CGROUP / "memory.max").read_text(encoding="utf-8").strip()
-        used = (_CGROUP / "memory.current").read_text(encoding="utf-8").strip()
-        if limit != "max":
-            sizes.append(int(limit) - int(used) + _page_cache())
-    except OSError:
-        pass
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        limit = int((_CGROUP / "memory.max").read_text(encoding="utf-8"))
+        used = int((_CGROUP / "memory.current").read_text(encoding="utf-8"))
+        sizes.append(limit - used + _page_cache())
     return min(sizes, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    """What the kernel tells in a file of `/proc`, line by line; nothing where it has no such file."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def total_memory() -> int:
@@ -62,9 +63,7 @@ def total_memory() -> int:
 
 def _page_cache() -> int:
     """Bytes of a container's memory that hold files, and are given up when memory is needed."""
-    words = (
-        line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
-    )
+    words = map(str.split, _lines(os.fspath(_CGROUP / "memory.stat")))
     return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
 
 
@@ -178,22 +177,15 @@ def guest_identity(accelerator: str) -> Identity | None:
 
 def _all_users_mapped() -> bool:
     """Whether `_UIDS` exist in this user namespace (in a container they may not)."""
-    try:
-        lines = Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
     return any(
         int(first) <= _UIDS.start and _UIDS.stop <= int(first) + int(count)
-        for first, _, count in (line.split() for line in lines)
+        for first, _, count in map(str.split, _lines("/proc/self/uid_map"))
     )
 
 
 def _may_change_user() -> bool:
     """Whether we may become another user (in a container root may not)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
+    lines = _lines("/proc/self/status")
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
     needed = 1 << _SETUID | 1 << _SETGID
     return effective & needed == needed
@@ -202,10 +194,7 @@ def _may_change_user() -> bool:
 @cache
 def processor() -> str:
     """The model of this host's processors and what they can do; a state saved here needs the same."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
+    lines = _lines("/proc/cpuinfo")
     names = ("vendor_id", "model", "model name", "stepping", "microcode", "flags", "Features")
     found = dict(line.split("\t", 1) for line in lines if line.startswith(names))
     return "\n".join(f"{name}{value}" for name, value in found.items())

@@ -65,14 +65,11 @@ class LoopThread:
             else:
                 self._loop.remove_reader(sock)
 
-        async def start() -> None:
-            self._loop.add_reader(sock, on_readable)
-
         async def end() -> None:
             if self._loop.remove_reader(sock):
                 on_readable()  # what arrived last
 
-        self.submit(start()).result(_CALL_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock, on_readable)
         try:
             yield
         finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import BootError, GuestLost
-from pytest_vmsandbox.machine.machine import INIT_REACHED, Machine
+from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.machine.machine import Machine
 
 _LOOK_SECONDS = 0.5
 _GUEST_TIME = 43  # of /proc/PID/stat, counted from 1; see proc(5)
@@ -24,7 +24,8 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
     """
     deadline = Deadline(at_most)
     still = Standstill()
-    while not _runs_programs(machine, deadline):
+    while not machine.reaches("init", deadline.remaining(_LOOK_SECONDS)):
+        machine.check_booting(deadline.elapsed)
         if deadline.expired:
             raise _never_ran(machine, f"no program ran in {at_most:g} s", deadline.elapsed)
         # While QEMU waits for a processor of the host, nobody can expect progress.
@@ -33,20 +34,6 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
         if still.seconds >= standstill:
             why = f"the guest made no progress for {standstill:g} s"
             raise _never_ran(machine, why, deadline.elapsed)
-
-
-def _runs_programs(machine: Machine, deadline: Deadline) -> bool:
-    """Wait a moment for a guest's first program; whether it has been started."""
-    try:
-        machine.console.wait_for(INIT_REACHED, deadline.remaining(_LOOK_SECONDS))
-    except TimeoutError:
-        try:
-            machine.check()
-            machine.check_booting()
-        except GuestLost as lost:
-            raise machine.boot_error(lost, deadline.elapsed) from lost
-        return False
-    return True
 
 
 def _never_ran(machine: Machine, why: str, seconds: float) -> BootError:

@@ -182,7 +182,7 @@ class TestEnd:
             pid = machine.process.pid
             assert machine.ended() is None
             machine.check()
-            machine.check_booting()
+            machine.check_booting(0)
         assert gone(pid)
 
     def test_nothing_stays_open(self, stand):
