@@ -144,9 +144,7 @@ class Machines:
             )
         resume.pause(machine, helper)  # it has taken all that was said so far
         try:
-            frozen = self._disks.frozen
-            for file in (file for files in frozen for file in files):
-                self._own.callback(file.close)
+            frozen = self._disks.frozen(self._own)
             fresh = self._fresh_overlays()
             machine.put_on_top(fresh)
             self._disks = self._disks.on_top(frozen, fresh)

@@ -112,18 +112,15 @@ def _guarded(root: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> list[Path]:
-    dead = [entry for entry in root.iterdir() if _is_run_folder(entry) and not is_alive(entry)]
+    named_so = (entry for entry in root.iterdir() if _RUN.fullmatch(entry.name))
+    folders = (entry for entry in named_so if entry.is_dir() and not entry.is_symlink())
+    dead = [folder for folder in folders if not is_alive(folder)]
     for folder in dead:
         with suppress(OSError):  # its launcher may be removing it, too
             for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
                 shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     return [folder for folder in dead if not folder.exists()]
-
-
-def _is_run_folder(entry: Path) -> bool:
-    named_so = _RUN.fullmatch(entry.name) is not None
-    return named_so and entry.is_dir() and not entry.is_symlink()
 
 
 def is_alive(folder: Path) -> bool:

@@ -702,9 +702,7 @@ class TestOnTop:
         """And goes on with other files on top of what they had by then, twice."""
         with stand.machine(disks=disks) as machine, ExitStack() as stack:
             machine.pause()
-            frozen = disks.frozen
-            for file in (it for files in frozen for it in files):
-                stack.enter_context(file)
+            frozen = disks.frozen(stack)
             machine.put_on_top(fresh())
             machine.save(state, with_memory=True)
             machine.resume()
