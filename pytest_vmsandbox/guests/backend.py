@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
-from pytest_vmsandbox.core.errors import ConfigError, ImageError, LaunchError, TeardownError
+from pytest_vmsandbox.core.errors import (
+    ConfigError,
+    ImageError,
+    LaunchError,
+    TeardownError,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.idle import IdleGuests
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -27,6 +34,8 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.pace import USUAL_PROOF
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
+_RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
+_IDLE_SECONDS = 0.5  # before a guest may be paused
 _LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for the number
 
 
@@ -203,3 +212,36 @@ class Backend:
         with self._naming:
             self._count[label] += 1
             return f"{label}-{self._count[label]}"
+
+
+class IdleGuests:
+    """Pauses guests that are idle, if more run than the host's processors can bear."""
+
+    def __init__(self) -> None:
+        self._engines: list[Engine] = []
+
+    @contextmanager
+    def holding(self, engine: Engine) -> Iterator[None]:
+        """Let a guest be paused while this lasts, and others for it."""
+        self._engines.append(engine)
+        try:
+            self.pause_some()
+            yield
+        finally:
+            self._engines.remove(engine)
+
+    def pause_some(self) -> None:
+        """Pause guests that nobody has talked to for longest, until few enough run.
+
+        They go on when somebody asks them for something. A guest is never paused in which something
+        was started that goes on, or of which a port is open.
+        """
+        engines = list(self._engines)
+        running = len(engines) - sum(engine.resting for engine in engines)
+        most = _RUNNING_PER_PROCESSOR * (os.cpu_count() or 1)
+        for engine in sorted(engines, key=lambda engine: engine.idle_seconds, reverse=True):
+            if running <= most or engine.idle_seconds < _IDLE_SECONDS:
+                return
+            with suppress(VMSandboxError):  # whoever asks it for something next is told
+                engine.rest()
+                running -= 1

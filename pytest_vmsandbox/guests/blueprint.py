@@ -61,6 +61,7 @@ class Blueprint:
         Args:
             public_key: of the key that opens it, as in ``authorized_keys``.
         """
+        key = public_key.split()[1]
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -68,13 +69,7 @@ class Blueprint:
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
-            append=" ".join(
-                [
-                    self.built.definition.append,
-                    f"vmsandbox.key={public_key.split()[1]}",
-                    f"vmsandbox.name={name}",
-                ]
-            ),
+            append=f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}",
             start=start,
             kernel=self.built.kernel,
             initrd=self.built.initrd,

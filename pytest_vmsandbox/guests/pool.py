@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from pytest_vmsandbox.core.deadline import Deadline
@@ -168,14 +168,13 @@ class Pool:
 
     def await_armed(self, timeout: float) -> bool:
         """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+
+        def all_armed() -> bool:
+            under_way = any(kind.arming for kind in self._kinds.values())
+            return self._wanting() is None and not under_way
+
         with self._changed:
-            return self._changed.wait_for(
-                lambda: (
-                    self._wanting() is None
-                    and not any(kind.arming for kind in self._kinds.values())
-                ),
-                timeout,
-            )
+            return self._changed.wait_for(all_armed, timeout)
 
     def forget(self, opened: OpenTemplate) -> int:
         """Give up what was cloned from a template.
@@ -218,9 +217,15 @@ class Pool:
                 return clone, was_armed
             kind.failure = None
             self._changed.notify_all()
-        self._quota.claim(CLAIM, spare=False)
+        return self._made(opened, blueprint, arm=False), False
+
+    def _made(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
+        """A clone whose memory is claimed."""
+        if not self._quota.claim(CLAIM, spare=arm):
+            raise LaunchError("there is no room for a further clone")
         try:
-            return self._clone(opened, blueprint, arm=False), False
+            with self._quota.processor() if arm else nullcontext():
+                return self._clone(opened, blueprint, arm=arm)
         except BaseException:
             self._quota.release(CLAIM)
             raise
@@ -266,16 +271,9 @@ class Pool:
                 self._changed.notify_all()
 
     def _armed(self, kind: _Kind) -> tuple[Clone | None, VMSandboxError | None]:
-        """An armed clone, whose memory is claimed; or why there is none."""
+        """An armed clone; or why there is none."""
         try:
-            if not self._quota.claim(CLAIM, spare=True):
-                return None, LaunchError("there is no room for a further clone")
-            try:
-                with self._quota.processor():
-                    return self._clone(kind.opened, kind.blueprint, arm=True), None
-            except BaseException:
-                self._quota.release(CLAIM)
-                raise
+            return self._made(kind.opened, kind.blueprint, arm=True), None
         except VMSandboxError as error:
             return None, error
         except Exception as error:  # noqa: BLE001  # else a filler would die without a word
@@ -345,21 +343,18 @@ class Pool:
             )
 
 
-def _check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
-    """See that a clone is reached through its network.
+def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
+    """Give a clone what is its own, and see that the first one is reached through its network.
 
     Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
     so that is waited for only where nothing is refused, as by a firewall.
 
+    Returns:
+        Its helper.
+
     Raises:
-        GuestLost: it is not reached.
+        GuestLost: it is not reached, or something in it cannot be put right.
     """
-    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
-        check_network(machine, blueprint, check)
-
-
-def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Give a clone what is its own; its helper."""
     machine, helper = running.machine, running.helper
     if helper is None:
         raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
@@ -369,7 +364,8 @@ def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> 
             machine.check()
             opened.check()
 
-        _check_network(machine, blueprint, check)
+        if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+            check_network(machine, blueprint, check)
         opened.checked.set()
     is_systemd = blueprint.built.definition.init == "systemd"
     resume.rename(helper, machine.spec.name, in_files=is_systemd)

@@ -185,13 +185,12 @@ class TemplateBuilder:
                 try:
                     lock = stack.enter_context(self._store.hold(template.folder))
                     damage = self._digests.submit(self._damage, template, blueprint)
-                    file = memory.for_clones(template.memory, blueprint.qemu.version)
-                    stack.callback(file.close)
+                    shared = memory.for_clones(template.memory, blueprint.qemu.version)
                     return OpenTemplate(
                         template=template,
                         about=about,
                         key=KeyPair.of(template.private_key),
-                        memory=file,
+                        memory=stack.enter_context(shared),
                         lock=lock,
                         damage=damage,
                         stack=stack.pop_all(),
@@ -238,12 +237,6 @@ class TemplateBuilder:
                 details=error.details,
             ) from error
 
-    def _logs(self, image: str) -> Path | None:
-        """The folder for the logs of a guest that becomes a template: of who waits for that."""
-        name = self._backend.name(f"{image}-prepared")
-        self._callbacks.guest_begun(name)
-        return self._callbacks.logs(name)
-
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was built."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
@@ -265,6 +258,8 @@ class TemplateBuilder:
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
+        known_as = self._backend.name(f"{blueprint.image}-prepared")
+        self._callbacks.guest_begun(known_as)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))
             if below is not None:
@@ -281,7 +276,7 @@ class TemplateBuilder:
                 name=name,
                 key=pair,
                 disks=disks,
-                logs=self._logs(blueprint.image),
+                logs=self._callbacks.logs(known_as),  # for who waits for the template
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
             )
@@ -299,8 +294,7 @@ class TemplateBuilder:
                     engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
-        (folder / KEY).touch(mode=0o600)
-        (folder / KEY).write_text(pair.private, encoding="utf-8")
+        pair.save(folder / KEY)
         return {
             "image": blueprint.image,
             "name": name,
