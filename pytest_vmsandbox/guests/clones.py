@@ -83,8 +83,7 @@ class Clones:
         """A clone of a template that is what it was when it was built."""
         ahead = self._backend.settings.clones == "armed"
         kind = prepared, blueprint.hardware
-        lost = 0
-        while True:
+        for _ in range(_MOST_LOST):
             opened = self._builder.obtain(blueprint, prepared.steps)
             count = self._expected.pop(kind, 0)
             if ahead and count:
@@ -101,17 +100,15 @@ class Clones:
                 if not (fault := opened.fault(anew=False)):
                     return opened, *leased
                 failure = LaunchError("its template was damaged", details=fault)
-            lost += 1
             if fault:
                 own.close()
                 self._expected[kind] = self.pool.forget(opened) + 1  # this one
                 self._builder.drop(opened, fault)
-            if lost == _MOST_LOST:
-                raise LaunchError(
-                    f"{lost} clones in a row were lost, the last one so: {failure.brief}",
-                    details=failure.details,
-                    remedy=failure.remedy,
-                ) from failure
+        raise LaunchError(
+            f"{_MOST_LOST} clones in a row were lost, the last one so: {failure.brief}",
+            details=failure.details,
+            remedy=failure.remedy,
+        ) from failure
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
         is_possible = template_key(blueprint, steps) not in self._impossible
@@ -130,10 +127,10 @@ class Clones:
     def _builder(self) -> TemplateBuilder:
         """Made once, and ended after the pool."""
         self._backend.clean()
-        return self._stack.enter_context(TemplateBuilder.open(self._backend))
+        return self._stack.enter_context(TemplateBuilder(self._backend))
 
     @cached_property
     def pool(self) -> Pool:
         """Arms clones ahead of demand."""
         quota = Quota(self._backend.hypervisor.folder)
-        return self._stack.enter_context(Pool.running(self._backend, quota))
+        return self._stack.enter_context(Pool(self._backend, quota))

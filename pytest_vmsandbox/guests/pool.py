@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Self
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
@@ -95,7 +96,7 @@ class _Kind:
 
 
 class Pool:
-    """Arms clones ahead of demand.
+    """Arms clones ahead of demand; at the end of its context all that nobody took are gone.
 
     Args:
         fillers: threads that do so.
@@ -112,17 +113,10 @@ class Pool:
             for _ in range(fillers)
         ]
 
-    @classmethod
-    @contextmanager
-    def running(cls, backend: Backend, quota: Quota, fillers: int = 2) -> Iterator[Pool]:
-        """A pool that fills itself; at the end all clones that nobody took are gone."""
-        pool = cls(backend, quota, fillers)
-        try:
-            yield pool
-        finally:
-            pool._stop()
+    def __enter__(self) -> Self:
+        return self
 
-    def _stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

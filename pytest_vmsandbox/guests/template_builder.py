@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from pytest_vmsandbox.cache.store import IN_USE
 from pytest_vmsandbox.catalogue.store import DISK, damaged
@@ -53,11 +53,7 @@ class NoTemplateError(LaunchError):
 
 
 class _StepError(Exception):
-    """A step has raised something: no fault of the builder's."""
-
-    def __init__(self, raised: Exception) -> None:
-        super().__init__(str(raised))
-        self.raised = raised
+    """What a step has raised is its argument: no fault of the builder's."""
 
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
@@ -130,7 +126,7 @@ class OpenTemplate:
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there."""
+    """Builds templates, and opens those that are there, until the end of its context."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -139,17 +135,13 @@ class TemplateBuilder:
         self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
-    @classmethod
-    @contextmanager
-    def open(cls, backend: Backend) -> Iterator[TemplateBuilder]:
-        """A builder; at the end every template is let go of."""
-        builder = cls(backend)
-        try:
-            yield builder
-        finally:
-            for opened in builder._open.values():
-                opened.stack.close()
-            builder._digests.shutdown(wait=False, cancel_futures=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open.values():
+            opened.stack.close()
+        self._digests.shutdown(wait=False, cancel_futures=True)
 
     def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> OpenTemplate:
         """The open template of guests to which `steps` were done; it is made if there is none.
@@ -228,7 +220,7 @@ class TemplateBuilder:
         try:
             return self._store.make(key, fill, on_busy=lambda: self._callbacks.say(waits))
         except _StepError as failed:
-            raise failed.raised from None
+            raise failed.args[0] from None
         except (CacheError, ImageError, MonitorError) as error:
             if error.transient:
                 raise

@@ -65,8 +65,8 @@ class Hypervisor:
         host.raise_descriptor_limit()
         with ExitStack() as stack:
             folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
-            launcher = stack.enter_context(Launcher.running(folder))
-            loop = stack.enter_context(LoopThread.running())
+            launcher = stack.enter_context(Launcher(folder))
+            loop = stack.enter_context(LoopThread())
             yield cls(folder=folder, cache=cache, launcher=launcher, loop=loop)
 
 

@@ -112,28 +112,23 @@ def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
     """Start a guest. When the host has no room for it, its status pipe is told."""
     moved: list[int] = []
     first = max(FIRST_FREE_FD, *(number + 1 for number in request["fds"]))  # above all its numbers
+    launcher_pid = os.getpid()
+    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         for fd in fds:
             moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first))  # noqa: PERF401  # those before an error are closed
         if len(moved) != 1 + len(request["fds"]):  # there were no numbers left to receive them
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        pid = os.fork()
     except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if fds:
             report(fds[0], {"error": str(error)})
         close(moved + fds)
         return
-    close(fds)
+    close(fds)  # in both processes
     status, *given = moved
-    launcher_pid = os.getpid()
-    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-    except OSError as error:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        report(status, {"error": str(error)})
-        close(moved)
-        return
     if pid == 0:
         try:
             become(request, given, launcher_pid)

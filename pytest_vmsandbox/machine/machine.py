@@ -350,15 +350,11 @@ class Machine:
             ) from error
 
     def _transfer(self, command: str, state: IO[bytes], *, has_memory: bool) -> None:
-        capabilities = {"events": True, "x-ignore-shared": not has_memory}
-        self.execute(
-            "migrate-set-capabilities",
-            {
-                "capabilities": [
-                    {"capability": name, "state": value} for name, value in capabilities.items()
-                ]
-            },
-        )
+        capabilities = [
+            {"capability": "events", "state": True},
+            {"capability": "x-ignore-shared", "state": not has_memory},
+        ]
+        self.execute("migrate-set-capabilities", {"capabilities": capabilities})
         if command == "migrate":
             self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         since = len(self.monitor.events())
@@ -370,25 +366,27 @@ class Machine:
         ):
             self.execute(command, {"uri": uri})
         deadline = Deadline(self._pace.stretch(_STATE_SECONDS))
-        while not deadline.expired:
-            event = self.monitor.wait_event(
+        while not (
+            event := self.monitor.wait_event(
                 "MIGRATION",
                 since=since,
                 timeout=deadline.remaining(_LOOK_SECONDS),
                 among=lambda event: event["data"]["status"] in {"completed", "failed"},
             )
-            if event is not None and command == "migrate":
-                self._finish(deadline)
-            if event is not None and event["data"]["status"] == "completed":
-                return
-            if event is not None:
-                why = str(self.execute("query-migrate").get("error-desc", ""))
-                raise MonitorError("QEMU did not transfer the guest's state", details=why)
+        ):
             self.check()
-        self._pace.was_late()
-        raise MonitorError(
-            f"QEMU did not transfer the guest's state in {deadline.seconds:g} s", transient=True
-        )
+            if deadline.expired:
+                self._pace.was_late()
+                raise MonitorError(
+                    f"QEMU did not transfer the guest's state in {deadline.seconds:g} s",
+                    transient=True,
+                )
+        if command == "migrate":  # it tells of the end before it lets the processors go on again
+            while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
+                deadline.pause(_FINISH_SECONDS)
+        if event["data"]["status"] == "failed":
+            why = str(self.execute("query-migrate").get("error-desc", ""))
+            raise MonitorError("QEMU did not transfer the guest's state", details=why)
 
     @contextmanager
     def _state_address(self, file: IO[bytes]) -> Iterator[str]:
@@ -410,11 +408,6 @@ class Machine:
         finally:
             with suppress(MonitorError):  # QEMU is gone, as the next command will tell
                 self.monitor.execute("remove-fd", {"fdset-id": number})
-
-    def _finish(self, deadline: Deadline) -> None:
-        """QEMU tells of the end of a transfer before it lets the processors go on again."""
-        while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
-            deadline.pause(_FINISH_SECONDS)
 
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.

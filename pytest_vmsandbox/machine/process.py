@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import LaunchError, TeardownError
@@ -121,7 +121,8 @@ class OwnedProcess:
 class Launcher:
     """This process's end of the launcher. One for each process that runs guests.
 
-    A launcher that something has killed took its guests with it. The next guest gets a new one.
+    It runs as long as its context; at the end it and all that it still owns is killed. A launcher that
+    something has killed took its guests with it. The next guest gets a new one.
 
     Args:
         folder: of the run; the launcher removes it when this process is gone.
@@ -133,15 +134,8 @@ class Launcher:
         self._count = 0
         self._control, self._process = self._start()
 
-    @classmethod
-    @contextmanager
-    def running(cls, folder: Path) -> Iterator[Launcher]:
-        """A running launcher; at the end it and all that it still owns is killed."""
-        launcher = cls(folder)
-        try:
-            yield launcher
-        finally:
-            launcher._end()
+    def __enter__(self) -> Self:
+        return self
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -161,7 +155,7 @@ class Launcher:
                 raise
         return ours, process
 
-    def _end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._control:
             self._control.shutdown(socket.SHUT_RDWR)
         try:
@@ -170,12 +164,6 @@ class Launcher:
             self._process.kill()
             self._process.wait()
             raise TeardownError("the launcher did not end and was killed") from error
-
-    def _replace_if_gone(self) -> None:
-        """Start a new launcher if the former one was killed; the lock is held."""
-        if self._process.poll() is not None:
-            self._control.close()
-            self._control, self._process = self._start()
 
     @contextmanager
     def spawn(
@@ -204,7 +192,9 @@ class Launcher:
         with tempfile.TemporaryFile() as stderr, os.fdopen(status_read, "rb", buffering=0):
             given = {1: stderr.fileno(), 2: stderr.fileno(), **fds}
             with self._lock:
-                self._replace_if_gone()
+                if self._process.poll() is not None:  # something has killed it
+                    self._control.close()
+                    self._control, self._process = self._start()
                 self._count += 1
                 number, parent = self._count, self._process
             process = OwnedProcess(tuple(argv), self, parent, number, status_read, stderr)

@@ -49,7 +49,7 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loop():
-    with LoopThread.running() as loop:
+    with LoopThread() as loop:
         yield loop
 
 

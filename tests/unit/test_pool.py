@@ -141,7 +141,7 @@ def quota(tmp_path, monkeypatch):
 def running(quota, fillers=2):
     count = iter(range(1, 10_000))
     backend = SimpleNamespace(name=lambda image: f"{image}.{next(count)}")
-    with FakePool.running(anything(backend), quota, fillers=fillers) as pool:
+    with FakePool(anything(backend), quota, fillers=fillers) as pool:
         assert isinstance(pool, FakePool)
         try:
             yield pool
@@ -507,10 +507,10 @@ class TestArm:
         """In each run, also where another one has made the template."""
         looked = []
         monkeypatch.setattr(
-            pool_module, "_check_network", lambda machine, *_: looked.append(machine)
+            pool_module, "refusal", lambda address, _: looked.append(address) or True
         )
         monkeypatch.setattr(pool_module, "Machines", MagicMock())
-        with Pool.running(MagicMock(), quota, fillers=0) as pool:
+        with Pool(MagicMock(), quota, fillers=0) as pool:
             opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
                 pool._clone(opened, blueprint, arm=True).stack.close()
@@ -522,5 +522,6 @@ class TestArm:
         monkeypatch.setattr(pool_module, "refusal", lambda address, _: address and refused)
         greeted = MagicMock()
         monkeypatch.setattr(pool_module, "check_network", greeted)
-        pool_module._check_network(MagicMock(), MagicMock(), lambda: None)
+        opened = MagicMock(checked=threading.Event())
+        pool_module._put_right(MagicMock(), opened, MagicMock())
         assert greeted.called is not refused
