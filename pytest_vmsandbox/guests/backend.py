@@ -31,7 +31,6 @@ from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.pace import USUAL_PROOF
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
@@ -101,7 +100,7 @@ class Backend:
         if image not in self._verdicts:
             self._verdicts[image] = verdict = self._choose(self.built(image))
             if verdict.accelerator != "tcg":  # that one was proven
-                self.hypervisor.pace.took(verdict.seconds, usual=USUAL_PROOF)
+                self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
         return self._verdicts[image]
 
     def _choose(self, built: BuiltImage) -> Verdict:
@@ -144,10 +143,11 @@ class Backend:
         """
         qemu = find_qemu(self.catalogue.get(image).architecture)
         verdict = self.accelerator(image)
-        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.brief})"
+        brief = re.split("[:;] ", verdict.reason)[0]
+        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({brief})"
         if verdict.time_scale != 1:
             line += f"; time-outs ×{verdict.time_scale:g}"
-            line += "; see 'vmsandbox doctor'" if verdict.brief != verdict.reason else ""
+            line += "; see 'vmsandbox doctor'" if brief != verdict.reason else ""
         return line
 
     # -- what runs --------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 3  # of templates; raise it when what is done to a guest before it is saved changes
@@ -40,7 +39,7 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
-    pace: Pace = field(default_factory=Pace, compare=False)
+    pace: host.Pace = field(default_factory=host.Pace, compare=False)
 
     @property
     def image(self) -> str:

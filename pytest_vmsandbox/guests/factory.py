@@ -14,16 +14,16 @@ from pytest_vmsandbox.core.spec import Hardware, Network
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
-from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.pool import Clones
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 from pytest_vmsandbox.machine import host
 
 T = TypeVar("T")
-Base = str | PreparedImage | PreparedLayer | None  # what guests are made of, for users
+Base = str | PreparedImage | PreparedLayer  # what guests are made of, for users
 
 
 class GuestFactory:
@@ -51,9 +51,7 @@ class GuestFactory:
             yield cls(backend, Clones(backend, stack))
 
     @contextmanager
-    def boot(
-        self, image: str | PreparedImage | PreparedLayer, **hardware: object
-    ) -> Iterator[Guest]:
+    def boot(self, image: Base, **hardware: object) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
         It is a clone of a guest that was booted once, on this machine, and saved: that takes
@@ -84,9 +82,7 @@ class GuestFactory:
             yield guest
 
     @contextmanager
-    def lease(
-        self, image: str | PreparedImage | PreparedLayer, hardware: Hardware
-    ) -> Iterator[Guest]:
+    def lease(self, image: Base, hardware: Hardware) -> Iterator[Guest]:
         """A fresh guest, as from `boot`.
 
         Args:
@@ -148,7 +144,7 @@ class GuestFactory:
     ) -> PreparedLayer: ...
     def prepare(
         self,
-        image: Base,
+        image: Base | None,
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
@@ -208,7 +204,7 @@ class GuestFactory:
         prepared = self._prepared(image)
         return replace(prepared, steps=(*prepared.steps, step))
 
-    def _prepared(self, image: str | PreparedImage | PreparedLayer) -> PreparedImage:
+    def _prepared(self, image: Base) -> PreparedImage:
         """The image with what is done to all guests of it."""
         if isinstance(image, PreparedImage):
             return image

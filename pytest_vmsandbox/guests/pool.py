@@ -1,4 +1,6 @@
-"""Clones of templates, armed ahead of demand: what a test waits for is a few milliseconds.
+"""Clones of templates: whether a guest can be one, and which; armed ahead of demand.
+
+What a test waits for is a few milliseconds.
 
 A clone maps its template's memory and shares it until it writes. To arm it is to wake it, to run a
 program in it, and to pause it again: under emulation, the first program in a clone takes ten times
@@ -8,24 +10,32 @@ as long as the next ones, since all code is translated anew.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
-from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.core.errors import GuestLost, LaunchError, MonitorError, VMSandboxError
+from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.guests.running import Running, check_network
-from pytest_vmsandbox.guests.template_builder import OpenTemplate
+from pytest_vmsandbox.guests.template_builder import (
+    NoTemplateError,
+    OpenTemplate,
+    TemplateBuilder,
+    template_key,
+)
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -38,6 +48,7 @@ _EXERCISE_SECONDS = 60.0
 _UNUSED_PORT = 1  # nobody listens there
 _REFUSAL_SECONDS = 2.0
 _STOP_SECONDS = 30.0
+_MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +246,7 @@ class Pool:
 
     def _kind(self, opened: OpenTemplate, blueprint: Blueprint) -> _Kind:
         key = opened.template.key, blueprint.hardware.network
-        if key not in self._kinds:
-            self._kinds[key] = _Kind(opened=opened, blueprint=blueprint)
-        return self._kinds[key]
+        return self._kinds.setdefault(key, _Kind(opened=opened, blueprint=blueprint))
 
     # -- filling ------------------------------------------------------------------------------------
 
@@ -376,3 +385,114 @@ def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
 
 def _ignore(_: bytes) -> None:
     """Output that nobody wants."""
+
+
+class Clones:
+    """The clones of one run. Guests of a kind that cannot be cloned have to be booted.
+
+    Args:
+        stack: ends templates and clones.
+    """
+
+    def __init__(self, backend: Backend, stack: ExitStack) -> None:
+        self._backend = backend
+        self._stack = stack
+        self._impossible: set[str] = set()  # keys of templates that cannot be
+        self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
+
+    def expect(self, prepared: PreparedImage, hardware: Hardware, count: int) -> None:
+        """Be told that so many guests of a kind are going to be asked for."""
+        self._expected[prepared, hardware] += count
+
+    def build_template(self, blueprint: Blueprint, steps: Sequence[Step]) -> None:
+        """See that guests can be cloned, where any can."""
+        if self._may_clone(blueprint, steps):
+            try:
+                self._builder.obtain(blueprint, steps)
+            except NoTemplateError as error:
+                self._fall_back(blueprint, steps, error)
+
+    def guest(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+    ) -> Guest | None:
+        """A guest that is a clone, running; None where it has to be booted.
+
+        Args:
+            stack: ends it.
+
+        Raises:
+            VMSandboxError: the host or chance took it away, or it cannot be prepared.
+        """
+        if not self._may_clone(blueprint, prepared.steps):
+            return None
+        try:
+            opened, clone, was_armed = self._lease(blueprint, prepared, stack)
+        except (LaunchError, GuestLost, MonitorError) as error:
+            if error.transient:
+                raise
+            self._fall_back(blueprint, prepared.steps, error)
+            return None
+        self._backend.callbacks.guest_begun(clone.name)
+        engine = self._backend.engine(clone.machines)
+        engine.spec = blueprint.hardware  # its user may be another one
+        engine.origin = "armed" if was_armed else "cloned"
+        engine.facts = opened.template.facts
+        return Guest(stack.enter_context(engine))
+
+    def _lease(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+    ) -> tuple[OpenTemplate, Clone, bool]:
+        """A clone of a template that is what it was when it was built."""
+        ahead = self._backend.settings.clones == "armed"
+        kind = prepared, blueprint.hardware
+        for _ in range(_MOST_LOST):
+            opened = self._builder.obtain(blueprint, prepared.steps)
+            count = self._expected.pop(kind, 0)
+            if ahead and count:
+                self.pool.expect(opened, blueprint, count)
+            own = stack.enter_context(ExitStack())
+            try:
+                leased = own.enter_context(self.pool.lease(opened, blueprint, more=ahead))
+            except VMSandboxError as error:
+                failure, fault = error, opened.fault(anew=True)
+                # A host with too much to do may lose one.
+                if not (fault or failure.transient or isinstance(failure, GuestLost)):
+                    raise
+            else:
+                if not (fault := opened.fault(anew=False)):
+                    return opened, *leased
+                failure = LaunchError("its template was damaged", details=fault)
+            if fault:
+                own.close()
+                self._expected[kind] = self.pool.forget(opened) + 1  # this one
+                self._builder.drop(opened, fault)
+        raise LaunchError(
+            f"{_MOST_LOST} clones in a row were lost, the last one so: {failure.brief}",
+            details=failure.details,
+            remedy=failure.remedy,
+        ) from failure
+
+    def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
+        is_possible = template_key(blueprint, steps) not in self._impossible
+        return self._backend.settings.clones != "never" and is_possible
+
+    def _fall_back(
+        self, blueprint: Blueprint, steps: Sequence[Step], error: VMSandboxError
+    ) -> None:
+        """Let guests of a kind be booted from now on, and say so once."""
+        self._impossible.add(template_key(blueprint, steps))
+        self._backend.callbacks.tell(
+            f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
+        )
+
+    @cached_property
+    def _builder(self) -> TemplateBuilder:
+        """Made once, and ended after the pool."""
+        self._backend.clean()
+        return self._stack.enter_context(TemplateBuilder(self._backend))
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Arms clones ahead of demand."""
+        quota = Quota(self._backend.hypervisor.folder)
+        return self._stack.enter_context(Pool(self._backend, quota))

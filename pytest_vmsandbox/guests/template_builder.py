@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
-from pytest_vmsandbox.cache.store import IN_USE
+from pytest_vmsandbox.cache.store import IN_USE, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
@@ -30,14 +30,7 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keys import KeyPair
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
-from pytest_vmsandbox.guests.templates import (
-    KEY,
-    MEMORY,
-    STATE,
-    Template,
-    TemplateStore,
-    layer_name,
-)
+from pytest_vmsandbox.guests.templates import MEMORY, STATE, Template, TemplateStore, layer_name
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
 
@@ -278,7 +271,10 @@ class TemplateBuilder:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
                 guest = Guest(engine)
                 if steps:
-                    facts = _done(steps[-1], guest)
+                    try:
+                        facts = steps[-1].run(guest)
+                    except Exception as error:
+                        raise _StepError(error) from error
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
@@ -286,7 +282,7 @@ class TemplateBuilder:
                     engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
-        pair.save(folder / KEY)
+        pair.save(folder / PRIVATE_KEY)
         return {
             "image": blueprint.image,
             "name": name,
@@ -314,13 +310,6 @@ def _as_built(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
 def doer(blueprint: Blueprint, step: Step) -> str:
     """The user of the guest who does a step."""
     return blueprint.hardware.user if step.personal else blueprint.built.definition.user
-
-
-def _done(step: Step, guest: Guest) -> Facts:
-    try:
-        return step.run(guest)
-    except Exception as error:
-        raise _StepError(error) from error
 
 
 def settle(guest: Guest, blueprint: Blueprint) -> None:

@@ -1,4 +1,9 @@
-"""What this host has and allows: memory, users, the device of its accelerator."""
+"""What this host has and allows: memory, users, the device of its accelerator; and how slow it is.
+
+Limits on QEMU and on guests follow what was seen so far. A limit that suits most machines ends guests
+of a slow one that are well. The accelerator's name says only half of it: KVM inside an emulated host
+is as slow as emulation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import pwd
 import resource
 import socket
 import sys
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,10 +28,11 @@ LOOPBACK_REMEDY = (
     "switch the loopback interface on: ip link set lo up. A network namespace (unshare -n, a "
     "container without a network) begins without it"
 )
+USUAL_GREETING = 0.25  # seconds; QEMU greets within 0.04 s on an idle machine
+USUAL_PROOF = 3.0  # seconds; a kernel that runs natively starts its first program within about 1 s
+MOST_SLOWNESS = 30.0  # how far limits are stretched, emulation included
 _LOOPBACK_SECONDS = 5.0
-_MANY_DESCRIPTORS = (
-    65_536  # so many are enough; and programs that close all there may be stay quick
-)
+_MANY_DESCRIPTORS = 65_536  # enough; and programs that close all there may be stay quick
 _FEWEST_DESCRIPTORS = 256  # with which the launcher starts a guest
 _SPARE_DESCRIPTORS = 64  # for a guest, and what is made ahead meanwhile; one that runs takes nine
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
@@ -207,3 +214,42 @@ def processor_seconds(pid: int) -> float:
         return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0
+
+
+class Pace:
+    """What one process has seen of its machine; used from any thread.
+
+    Attributes:
+        slowness: by how much this machine is slower than one on which the usual limits do; at least 1.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.took(2.0, usual=0.25)
+        >>> pace.stretch(30.0)
+        240.0
+    """
+
+    def __init__(self) -> None:
+        self.slowness = 1.0
+        self._lock = threading.Lock()
+
+    def took(self, seconds: float, *, usual: float) -> None:
+        """Learn from something that took so many seconds, and at most `usual` elsewhere."""
+        self._learn(seconds / usual)
+
+    def was_late(self) -> None:
+        """Learn from a limit that has just passed: it was too short, or what it was for hangs."""
+        self._learn(2 * self.slowness)
+
+    def stretch(self, seconds: float, scale: float = 1.0) -> float:
+        """A limit for this machine.
+
+        Args:
+            seconds: the limit on a usual one.
+            scale: by how much guests are slower than natively, as far as the accelerator's name tells.
+        """
+        return seconds * max(scale, min(scale * self.slowness, MOST_SLOWNESS))
+
+    def _learn(self, slowness: float) -> None:
+        with self._lock:
+            self.slowness = min(max(self.slowness, slowness), MOST_SLOWNESS)

@@ -17,7 +17,6 @@ from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.process import Launcher
 
 _LOCK = ".lock"
@@ -40,7 +39,7 @@ class Hypervisor:
     cache: Path
     launcher: Launcher
     loop: LoopThread
-    pace: Pace = field(default_factory=Pace)
+    pace: host.Pace = field(default_factory=host.Pace)
 
     def own(self, folder: Path) -> None:
         """Have a folder that lies elsewhere removed when this process is killed.
@@ -51,15 +50,12 @@ class Hypervisor:
 
     @classmethod
     @contextmanager
-    def running(
-        cls, *, runtime: Path | None = None, cache: Path | None = None
-    ) -> Iterator[Hypervisor]:
+    def running(cls, *, runtime: Path | None, cache: Path) -> Iterator[Hypervisor]:
         """A running launcher and loop; at the end every guest is gone, and so are they.
 
         Raises:
             ConfigError: one of the folders cannot be used.
         """
-        cache = cache or paths.cache_dir()
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         host.raise_descriptor_limit()

@@ -20,7 +20,6 @@ from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.qmp import Monitor
@@ -67,7 +66,7 @@ class Machine:
     console: Console
     helper: Port
     _tops: list[str]  # what each disk writes into
-    _pace: Pace
+    _pace: host.Pace
     _nodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _is_over: bool = False  # whether we have ended it
 
@@ -233,18 +232,11 @@ class Machine:
 
     def _panic(self) -> GuestLost:
         """The panic that QEMU has told of; the console says which, where it came so far."""
-        text = self.console.text
-        found = list(_PANIC_TEXT.finditer(text))
-        if not found:
-            return GuestLost(
-                f"{self.spec.name}: kernel panic", details=self.console_lines(), stage="kernel"
-            )
-        lines = text[found[-1].start() :].split("\n")[:_PANIC_LINES]
-        return GuestLost(
-            f"{self.spec.name}: kernel panic: {found[-1][1]}",
-            details="\n".join(["--- on the console", *lines]),
-            stage="kernel",
-        )
+        text, brief, details = self.console.text, "kernel panic", self.console_lines()
+        for found in list(_PANIC_TEXT.finditer(text))[-1:]:
+            lines = text[found.start() :].split("\n")[:_PANIC_LINES]
+            brief, details = f"kernel panic: {found[1]}", "\n".join(["--- on the console", *lines])
+        return GuestLost(f"{self.spec.name}: {brief}", details=details, stage="kernel")
 
     def console_lines(self) -> str:
         """The last lines of the console, for the details of an error."""

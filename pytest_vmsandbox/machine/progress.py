@@ -23,15 +23,16 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
         BootError: the guest hangs, is gone, or is not there in time.
     """
     deadline = Deadline(at_most)
-    still = Standstill()
+    signs, since = None, 0.0
     while not machine.reaches("init", deadline.remaining(_LOOK_SECONDS)):
         machine.check_booting(deadline.elapsed)
         if deadline.expired:
             raise _never_ran(machine, f"no program ran in {at_most:g} s", deadline.elapsed)
         # While QEMU waits for a processor of the host, nobody can expect progress.
         clock = deadline.elapsed - time_waited(machine.process.pid)
-        still.look(_signs_of_progress(machine), clock)
-        if still.seconds >= standstill:
+        if (now := _signs_of_progress(machine)) != signs:
+            signs, since = now, clock
+        elif clock - since >= standstill:
             why = f"the guest made no progress for {standstill:g} s"
             raise _never_ran(machine, why, deadline.elapsed)
 
@@ -53,30 +54,6 @@ def _signs_of_progress(machine: Machine) -> object:
     """
     time = guest_time(machine.process.pid) if machine.spec.accelerator == "kvm" else None
     return (machine.console.size, machine.human("info registers")) if time is None else time
-
-
-class Standstill:
-    """Measures how long nothing has changed.
-
-    Attributes:
-        seconds: since the last change.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._signs: object = None
-        self._since = 0.0
-
-    def look(self, signs: object, clock: float) -> None:
-        """Note what is seen now.
-
-        Args:
-            signs: whatever differs as long as the guest gets on.
-            clock: seconds on a clock of the caller's.
-        """
-        if signs != self._signs:
-            self._signs, self._since = signs, clock
-        self.seconds = clock - self._since
 
 
 def guest_time(pid: int) -> int | None:

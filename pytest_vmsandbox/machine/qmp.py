@@ -9,19 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
-from qemu.qmp import (
-    EventListener,
-    ExecInterruptedError,
-    ExecuteError,
-    QMPClient,
-    QMPError,
-    Runstate,
-)
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
 from pytest_vmsandbox.core.errors import MonitorError
+from pytest_vmsandbox.machine.host import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.loop import LoopThread
-from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 
 Event = Mapping[str, Any]
 _ANSWER_SECONDS = 30.0
@@ -166,5 +159,5 @@ class Monitor:
                 f"QEMU refused {what!r}: {error}", error_class=error.error_class
             ) from error
         # It asserts that QEMU, which has just greeted us, has not ended since: it may have.
-        except (QMPError, ExecInterruptedError, EOFError, OSError, AssertionError) as error:
+        except (QMPError, EOFError, OSError, AssertionError) as error:
             raise MonitorError(f"QEMU's monitor is gone ({what!r}): {error}") from error
