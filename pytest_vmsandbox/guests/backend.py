@@ -41,12 +41,10 @@ _LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for
 class Backend:
     """What the guests of one run share. Nothing is started, or held, before it is needed.
 
-    Args:
-        stack: ends what was started.
-
     Attributes:
         settings: of the run.
         callbacks: of the run.
+        stack: ends what was started.
         catalogue: the images that there are.
         idle: the guests that somebody has.
     """
@@ -56,7 +54,7 @@ class Backend:
         self.callbacks = callbacks
         self.catalogue = Catalogue(settings.image_path)
         self.idle = IdleGuests()
-        self._stack = stack
+        self.stack = stack
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: Counter[str] = Counter()
@@ -91,7 +89,7 @@ class Backend:
         """
         if image not in self._held:
             built = ImageStore(self.cache).require(self.catalogue.get(image))
-            self._stack.enter_context(built.hold())
+            self.stack.enter_context(built.hold())
             self._held[image] = built
         return self._held[image]
 
@@ -155,7 +153,7 @@ class Backend:
     @cached_property
     def hypervisor(self) -> Hypervisor:
         """What all guests of this process share."""
-        return self._stack.enter_context(
+        return self.stack.enter_context(
             Hypervisor.running(runtime=self.settings.runtime, cache=self.cache)
         )
 

@@ -36,9 +36,9 @@ class GuestFactory:
         backend: what runs them.
     """
 
-    def __init__(self, backend: Backend, clones: Clones) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._clones = clones
+        self._clones = Clones(backend)
         self._provisioned: dict[str, PreparedImage] = {}
         self._key = KeyPair.generate()  # opens guests that are booted; clones have their template's
 
@@ -47,8 +47,7 @@ class GuestFactory:
     def open(cls, settings: Settings, callbacks: Callbacks | None = None) -> Iterator[GuestFactory]:
         """A factory; at the end every guest of it is gone."""
         with ExitStack() as stack:
-            backend = Backend(settings, callbacks or Announcer(), stack)
-            yield cls(backend, Clones(backend, stack))
+            yield cls(Backend(settings, callbacks or Announcer(), stack))
 
     @contextmanager
     def boot(self, image: Base, **hardware: object) -> Iterator[Guest]:
@@ -183,8 +182,7 @@ class GuestFactory:
             )
         """
         about = getattr(run, "__qualname__", "prepared")
-        provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
-        step = provision.step()
+        step = Provision(name=about, depends_on=depends_on, run=run, network=network).step()
         if image is not None and not isinstance(image, PreparedLayer):
             prepared = self.with_step(image, step)
             self._build_template(prepared)

@@ -69,11 +69,6 @@ class Clone:
     helper: Helper
     stack: ExitStack
 
-    @property
-    def name(self) -> str:
-        """The guest's name."""
-        return self.machines.name
-
 
 @dataclass(kw_only=True)
 class _Kind:
@@ -388,15 +383,10 @@ def _ignore(_: bytes) -> None:
 
 
 class Clones:
-    """The clones of one run. Guests of a kind that cannot be cloned have to be booted.
+    """The clones of one run. Guests of a kind that cannot be cloned have to be booted."""
 
-    Args:
-        stack: ends templates and clones.
-    """
-
-    def __init__(self, backend: Backend, stack: ExitStack) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._stack = stack
         self._impossible: set[str] = set()  # keys of templates that cannot be
         self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
 
@@ -432,7 +422,7 @@ class Clones:
                 raise
             self._fall_back(blueprint, prepared.steps, error)
             return None
-        self._backend.callbacks.guest_begun(clone.name)
+        self._backend.callbacks.guest_begun(clone.machines.name)
         engine = self._backend.engine(clone.machines)
         engine.spec = blueprint.hardware  # its user may be another one
         engine.origin = "armed" if was_armed else "cloned"
@@ -489,10 +479,10 @@ class Clones:
     def _builder(self) -> TemplateBuilder:
         """Made once, and ended after the pool."""
         self._backend.clean()
-        return self._stack.enter_context(TemplateBuilder(self._backend))
+        return self._backend.stack.enter_context(TemplateBuilder(self._backend))
 
     @cached_property
     def pool(self) -> Pool:
         """Arms clones ahead of demand."""
         quota = Quota(self._backend.hypervisor.folder)
-        return self._stack.enter_context(Pool(self._backend, quota))
+        return self._backend.stack.enter_context(Pool(self._backend, quota))

@@ -286,12 +286,8 @@ def network(spec: MachineSpec) -> list[str]:
     nobody to announce itself to.
     """
     restrict = "on" if spec.hardware.network == "isolated" else "off"
-    return [
-        "-netdev",
-        f"user,id={NETDEV},ipv6=off,restrict={restrict}",
-        "-device",
-        f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56",
-    ]
+    card = f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
+    return ["-netdev", f"user,id={NETDEV},ipv6=off,restrict={restrict}", "-device", card]
 
 
 def entropy() -> list[str]:

@@ -235,11 +235,12 @@ class Pace:
 
     def took(self, seconds: float, *, usual: float) -> None:
         """Learn from something that took so many seconds, and at most `usual` elsewhere."""
-        self._learn(seconds / usual)
+        with self._lock:
+            self.slowness = min(max(self.slowness, seconds / usual), MOST_SLOWNESS)
 
     def was_late(self) -> None:
         """Learn from a limit that has just passed: it was too short, or what it was for hangs."""
-        self._learn(2 * self.slowness)
+        self.took(2 * self.slowness, usual=1.0)
 
     def stretch(self, seconds: float, scale: float = 1.0) -> float:
         """A limit for this machine.
@@ -249,7 +250,3 @@ class Pace:
             scale: by how much guests are slower than natively, as far as the accelerator's name tells.
         """
         return seconds * max(scale, min(scale * self.slowness, MOST_SLOWNESS))
-
-    def _learn(self, slowness: float) -> None:
-        with self._lock:
-            self.slowness = min(max(self.slowness, slowness), MOST_SLOWNESS)
