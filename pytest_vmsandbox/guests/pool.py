@@ -435,7 +435,8 @@ class Clones:
         """A clone of a template that is what it was when it was built."""
         ahead = self._backend.settings.clones == "armed"
         kind = prepared, blueprint.hardware
-        for _ in range(_MOST_LOST):
+        lost: list[VMSandboxError] = []
+        while len(lost) < _MOST_LOST:
             opened = self._builder.obtain(blueprint, prepared.steps)
             count = self._expected.pop(kind, 0)
             if ahead and count:
@@ -452,15 +453,16 @@ class Clones:
                 if not (fault := opened.fault(anew=False)):
                     return opened, *leased
                 failure = LaunchError("its template was damaged", details=fault)
+            lost.append(failure)
             if fault:
                 own.close()
                 self._expected[kind] = self.pool.forget(opened) + 1  # this one
                 self._builder.drop(opened, fault)
         raise LaunchError(
-            f"{_MOST_LOST} clones in a row were lost, the last one so: {failure.brief}",
-            details=failure.details,
-            remedy=failure.remedy,
-        ) from failure
+            f"{len(lost)} clones in a row were lost, the last one so: {lost[-1].brief}",
+            details=lost[-1].details,
+            remedy=lost[-1].remedy,
+        ) from lost[-1]
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
         is_possible = template_key(blueprint, steps) not in self._impossible

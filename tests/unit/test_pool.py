@@ -506,9 +506,12 @@ class TestArm:
     def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, quota, monkeypatch):
         """In each run, also where another one has made the template."""
         looked = []
-        monkeypatch.setattr(
-            pool_module, "refusal", lambda address, _: looked.append(address) or True
-        )
+
+        def refusal(address, _timeout):
+            looked.append(address)
+            return True
+
+        monkeypatch.setattr(pool_module, "refusal", refusal)
         monkeypatch.setattr(pool_module, "Machines", MagicMock())
         with Pool(MagicMock(), quota, fillers=0) as pool:
             opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
