@@ -209,11 +209,8 @@ def processor() -> str:
 
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has taken, in seconds; 0 where the host does not tell."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    words = " ".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else 0.0
 
 
 class Pace:
