@@ -54,7 +54,7 @@ def available_memory() -> int | None:
 def _lines(path: str) -> list[str]:
     """What the kernel tells in a file of `/proc`, line by line; nothing where it has no such file."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 
