@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import Counter
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
-from pytest_vmsandbox.core.errors import ConfigError, ImageError, LaunchError, TeardownError
+from pytest_vmsandbox.core.errors import (
+    ConfigError,
+    ImageError,
+    LaunchError,
+    TeardownError,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.idle import IdleGuests
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.pace import USUAL_PROOF
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
+_RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
+_IDLE_SECONDS = 0.5  # before a guest may be paused
 _LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for the number
 
 
 class Backend:
     """What the guests of one run share. Nothing is started, or held, before it is needed.
 
-    Args:
-        stack: ends what was started.
-
     Attributes:
         settings: of the run.
         callbacks: of the run.
+        stack: ends what was started.
         catalogue: the images that there are.
         idle: the guests that somebody has.
     """
@@ -48,7 +54,7 @@ class Backend:
         self.callbacks = callbacks
         self.catalogue = Catalogue(settings.image_path)
         self.idle = IdleGuests()
-        self._stack = stack
+        self.stack = stack
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: Counter[str] = Counter()
@@ -83,7 +89,7 @@ class Backend:
         """
         if image not in self._held:
             built = ImageStore(self.cache).require(self.catalogue.get(image))
-            self._stack.enter_context(built.hold())
+            self.stack.enter_context(built.hold())
             self._held[image] = built
         return self._held[image]
 
@@ -92,7 +98,7 @@ class Backend:
         if image not in self._verdicts:
             self._verdicts[image] = verdict = self._choose(self.built(image))
             if verdict.accelerator != "tcg":  # that one was proven
-                self.hypervisor.pace.took(verdict.seconds, usual=USUAL_PROOF)
+                self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
         return self._verdicts[image]
 
     def _choose(self, built: BuiltImage) -> Verdict:
@@ -135,10 +141,11 @@ class Backend:
         """
         qemu = find_qemu(self.catalogue.get(image).architecture)
         verdict = self.accelerator(image)
-        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({verdict.brief})"
+        brief = re.split("[:;] ", verdict.reason)[0]
+        line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({brief})"
         if verdict.time_scale != 1:
             line += f"; time-outs ×{verdict.time_scale:g}"
-            line += "; see 'vmsandbox doctor'" if verdict.brief != verdict.reason else ""
+            line += "; see 'vmsandbox doctor'" if brief != verdict.reason else ""
         return line
 
     # -- what runs --------------------------------------------------------------------------------
@@ -146,7 +153,7 @@ class Backend:
     @cached_property
     def hypervisor(self) -> Hypervisor:
         """What all guests of this process share."""
-        return self._stack.enter_context(
+        return self.stack.enter_context(
             Hypervisor.running(runtime=self.settings.runtime, cache=self.cache)
         )
 
@@ -203,3 +210,36 @@ class Backend:
         with self._naming:
             self._count[label] += 1
             return f"{label}-{self._count[label]}"
+
+
+class IdleGuests:
+    """Pauses guests that are idle, if more run than the host's processors can bear."""
+
+    def __init__(self) -> None:
+        self._engines: list[Engine] = []
+
+    @contextmanager
+    def holding(self, engine: Engine) -> Iterator[None]:
+        """Let a guest be paused while this lasts, and others for it."""
+        self._engines.append(engine)
+        try:
+            self.pause_some()
+            yield
+        finally:
+            self._engines.remove(engine)
+
+    def pause_some(self) -> None:
+        """Pause guests that nobody has talked to for longest, until few enough run.
+
+        They go on when somebody asks them for something. A guest is never paused in which something
+        was started that goes on, or of which a port is open.
+        """
+        engines = list(self._engines)
+        running = len(engines) - sum(engine.resting for engine in engines)
+        most = _RUNNING_PER_PROCESSOR * (os.cpu_count() or 1)
+        for engine in sorted(engines, key=lambda engine: engine.idle_seconds, reverse=True):
+            if running <= most or engine.idle_seconds < _IDLE_SECONDS:
+                return
+            with suppress(VMSandboxError):  # whoever asks it for something next is told
+                engine.rest()
+                running -= 1

@@ -16,7 +16,6 @@ from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 3  # of templates; raise it when what is done to a guest before it is saved changes
@@ -40,7 +39,7 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
-    pace: Pace = field(default_factory=Pace, compare=False)
+    pace: host.Pace = field(default_factory=host.Pace, compare=False)
 
     @property
     def image(self) -> str:
@@ -61,6 +60,7 @@ class Blueprint:
         Args:
             public_key: of the key that opens it, as in ``authorized_keys``.
         """
+        key = public_key.split()[1]
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -68,13 +68,7 @@ class Blueprint:
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
-            append=" ".join(
-                [
-                    self.built.definition.append,
-                    f"vmsandbox.key={public_key.split()[1]}",
-                    f"vmsandbox.name={name}",
-                ]
-            ),
+            append=f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}",
             start=start,
             kernel=self.built.kernel,
             initrd=self.built.initrd,

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
 from typing import TypeVar, overload
 
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
@@ -16,15 +15,15 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
-from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.pool import Clones
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 from pytest_vmsandbox.machine import host
 
 T = TypeVar("T")
-Base = str | PreparedImage | PreparedLayer | None  # what guests are made of, for users
+Base = str | PreparedImage | PreparedLayer  # what guests are made of, for users
 
 
 class GuestFactory:
@@ -37,23 +36,21 @@ class GuestFactory:
         backend: what runs them.
     """
 
-    def __init__(self, backend: Backend, clones: Clones) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._clones = clones
+        self._clones = Clones(backend)
         self._provisioned: dict[str, PreparedImage] = {}
+        self._key = KeyPair.generate()  # opens guests that are booted; clones have their template's
 
     @classmethod
     @contextmanager
     def open(cls, settings: Settings, callbacks: Callbacks | None = None) -> Iterator[GuestFactory]:
         """A factory; at the end every guest of it is gone."""
         with ExitStack() as stack:
-            backend = Backend(settings, callbacks or Announcer(), stack)
-            yield cls(backend, Clones(backend, stack))
+            yield cls(Backend(settings, callbacks or Announcer(), stack))
 
     @contextmanager
-    def boot(
-        self, image: str | PreparedImage | PreparedLayer, **hardware: object
-    ) -> Iterator[Guest]:
+    def boot(self, image: Base, **hardware: object) -> Iterator[Guest]:
         """A fresh guest, running and answering; it is gone at the end.
 
         It is a clone of a guest that was booted once, on this machine, and saved: that takes
@@ -84,9 +81,7 @@ class GuestFactory:
             yield guest
 
     @contextmanager
-    def lease(
-        self, image: str | PreparedImage | PreparedLayer, hardware: Hardware
-    ) -> Iterator[Guest]:
+    def lease(self, image: Base, hardware: Hardware) -> Iterator[Guest]:
         """A fresh guest, as from `boot`.
 
         Args:
@@ -148,7 +143,7 @@ class GuestFactory:
     ) -> PreparedLayer: ...
     def prepare(
         self,
-        image: Base,
+        image: Base | None,
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
@@ -187,37 +182,38 @@ class GuestFactory:
             )
         """
         about = getattr(run, "__qualname__", "prepared")
-        provision = Provision(name=about, depends_on=depends_on, run=run, network=network)
-        prepared = self.with_step(image, provision.step())
-        if isinstance(prepared, PreparedImage) or self.backend.callbacks.image() is not None:
-            self._build_template(self._prepared(prepared))
-        return prepared
+        step = Provision(name=about, depends_on=depends_on, run=run, network=network).step()
+        if image is not None and not isinstance(image, PreparedLayer):
+            prepared = self.with_step(image, step)
+            self._build_template(prepared)
+            return prepared
+        layer = PreparedLayer(steps=(*(image.steps if image else ()), step))
+        if self.backend.callbacks.image() is not None:
+            self._build_template(self._prepared(layer))
+        return layer
 
     def _build_template(self, prepared: PreparedImage) -> None:
         """See that guests of the default hardware can be cloned, where any can."""
         blueprint = self.backend.blueprint(prepared.image, self.hardware(prepared.image, {}))
         self._retrying(lambda: self._clones.build_template(blueprint, prepared.steps))
 
-    @overload
-    def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage: ...
-    @overload
-    def with_step(self, image: PreparedLayer | None, step: Step) -> PreparedLayer: ...
-    @overload
-    def with_step(self, image: Base, step: Step) -> PreparedImage | PreparedLayer: ...
-    def with_step(self, image: Base, step: Step) -> PreparedImage | PreparedLayer:
+    def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
         """Likewise, prepared when the first guest of it is asked for."""
-        if image is None:
-            return PreparedLayer(steps=(step,))
-        if not isinstance(image, PreparedImage | PreparedLayer):
-            image = self._prepared(image)
-        return replace(image, steps=(*image.steps, step))
+        prepared = self._prepared(image)
+        return replace(prepared, steps=(*prepared.steps, step))
 
-    def _prepared(self, image: str | PreparedImage | PreparedLayer) -> PreparedImage:
+    def _prepared(self, image: Base) -> PreparedImage:
         """The image with what is done to all guests of it."""
         if isinstance(image, PreparedImage):
             return image
         if isinstance(image, PreparedLayer):
-            below = self._prepared(self._image_of_test())
+            if (of_test := self.backend.callbacks.image()) is None:
+                raise ConfigError(
+                    "what was prepared for no image in particular can be booted only while a test runs "
+                    "to which one of the selected images applies",
+                    remedy="name the image: vm_factory.prepare('debian-13', …)",
+                )
+            below = self._prepared(of_test)
             return replace(below, steps=(*below.steps, *image.steps))
         if not isinstance(image, str):  # what a fixture returned, perhaps
             raise ConfigError(
@@ -230,15 +226,6 @@ class GuestFactory:
             )
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
         return self._provisioned[image]
-
-    def _image_of_test(self) -> str:
-        if (image := self.backend.callbacks.image()) is None:
-            raise ConfigError(
-                "what was prepared for no image in particular can be booted only while a test runs to "
-                "which one of the selected images applies",
-                remedy="name the image: vm_factory.prepare('debian-13', …)",
-            )
-        return image
 
     def expect(self, image: str | PreparedImage, hardware: Hardware, count: int = 1) -> None:
         """Be told that so many guests of a kind are going to be asked for.
@@ -282,11 +269,6 @@ class GuestFactory:
             engine.facts = step.run(guest) or {}
         engine.spec = blueprint.hardware
         return guest
-
-    @cached_property
-    def _key(self) -> KeyPair:
-        """Opens guests that are booted; those that are cloned have their template's."""
-        return KeyPair.generate()
 
     def hardware(self, image: str, arguments: Mapping[str, object]) -> Hardware:
         """The hardware of a guest of an image.

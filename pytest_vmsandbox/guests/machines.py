@@ -108,7 +108,7 @@ class Running:
             return True
         # A connection made before the guest's network is up waits for a retransmission, so the
         # console is asked first. An image that does not announce its server is just tried.
-        announced = self.machine.wait_for_ssh(timeout)
+        announced = self.machine.reaches("ssh", timeout)
         if announced and self.helper is not None:
             return True
         try:
@@ -125,11 +125,7 @@ class Running:
         """
         machine = self.machine
         while not self.answers(deadline.remaining(_LOOK_SECONDS)):
-            try:
-                machine.check()
-                machine.check_booting()
-            except GuestLost as lost:
-                raise machine.boot_error(lost, deadline.elapsed) from lost
+            machine.check_booting(deadline.elapsed)
             if deadline.expired:
                 raise BootError(
                     f"{machine.spec.name} did not answer on SSH within {deadline.seconds:g} s; "
@@ -289,9 +285,7 @@ class Machines:
             )
         resume.pause(machine, helper)  # it has taken all that was said so far
         try:
-            frozen = self.disks.frozen
-            for file in (file for files in frozen for file in files):
-                self._own.callback(file.close)
+            frozen = self.disks.frozen(self._own)
             fresh = self._fresh_overlays()
             machine.put_on_top(fresh)
             self.disks = self.disks.on_top(frozen, fresh)

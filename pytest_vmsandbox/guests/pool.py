@@ -1,4 +1,6 @@
-"""Clones of templates, armed ahead of demand: what a test waits for is a few milliseconds.
+"""Clones of templates: whether a guest can be one, and which; armed ahead of demand.
+
+What a test waits for is a few milliseconds.
 
 A clone maps its template's memory and shares it until it writes. To arm it is to wake it, to run a
 program in it, and to pause it again: under emulation, the first program in a clone takes ten times
@@ -8,22 +10,31 @@ as long as the next ones, since all code is translated anew.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
-from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.core.errors import GuestLost, LaunchError, MonitorError, VMSandboxError
+from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.machines import Machines, Running, check_network
-from pytest_vmsandbox.guests.template_builder import OpenTemplate
+from pytest_vmsandbox.guests.provision import PreparedImage, Step
+from pytest_vmsandbox.guests.template_builder import (
+    NoTemplateError,
+    OpenTemplate,
+    TemplateBuilder,
+    template_key,
+)
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -36,6 +47,7 @@ _EXERCISE_SECONDS = 60.0
 _UNUSED_PORT = 1  # nobody listens there
 _REFUSAL_SECONDS = 2.0
 _STOP_SECONDS = 30.0
+_MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +67,6 @@ class Clone:
     running: Running
     helper: Helper
     stack: ExitStack
-
-    @property
-    def name(self) -> str:
-        """The guest's name."""
-        return self.machines.name
 
 
 @dataclass(kw_only=True)
@@ -94,7 +101,7 @@ class _Kind:
 
 
 class Pool:
-    """Arms clones ahead of demand.
+    """Arms clones ahead of demand; at the end of its context all that nobody took are gone.
 
     Args:
         fillers: threads that do so.
@@ -111,17 +118,10 @@ class Pool:
             for _ in range(fillers)
         ]
 
-    @classmethod
-    @contextmanager
-    def running(cls, backend: Backend, quota: Quota, fillers: int = 2) -> Iterator[Pool]:
-        """A pool that fills itself; at the end all clones that nobody took are gone."""
-        pool = cls(backend, quota, fillers)
-        try:
-            yield pool
-        finally:
-            pool._stop()
+    def __enter__(self) -> Self:
+        return self
 
-    def _stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -167,14 +167,13 @@ class Pool:
 
     def await_armed(self, timeout: float) -> bool:
         """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+
+        def all_armed() -> bool:
+            under_way = any(kind.arming for kind in self._kinds.values())
+            return self._wanting() is None and not under_way
+
         with self._changed:
-            return self._changed.wait_for(
-                lambda: (
-                    self._wanting() is None
-                    and not any(kind.arming for kind in self._kinds.values())
-                ),
-                timeout,
-            )
+            return self._changed.wait_for(all_armed, timeout)
 
     def forget(self, opened: OpenTemplate) -> int:
         """Give up what was cloned from a template.
@@ -217,9 +216,15 @@ class Pool:
                 return clone, was_armed
             kind.failure = None
             self._changed.notify_all()
-        self._quota.claim(CLAIM, spare=False)
+        return self._made(opened, blueprint, arm=False), False
+
+    def _made(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
+        """A clone whose memory is claimed."""
+        if not self._quota.claim(CLAIM, spare=arm):
+            raise LaunchError("there is no room for a further clone")
         try:
-            return self._clone(opened, blueprint, arm=False), False
+            with self._quota.processor() if arm else nullcontext():
+                return self._clone(opened, blueprint, arm=arm)
         except BaseException:
             self._quota.release(CLAIM)
             raise
@@ -235,9 +240,7 @@ class Pool:
 
     def _kind(self, opened: OpenTemplate, blueprint: Blueprint) -> _Kind:
         key = opened.template.key, blueprint.hardware.network
-        if key not in self._kinds:
-            self._kinds[key] = _Kind(opened=opened, blueprint=blueprint)
-        return self._kinds[key]
+        return self._kinds.setdefault(key, _Kind(opened=opened, blueprint=blueprint))
 
     # -- filling ------------------------------------------------------------------------------------
 
@@ -265,16 +268,9 @@ class Pool:
                 self._changed.notify_all()
 
     def _armed(self, kind: _Kind) -> tuple[Clone | None, VMSandboxError | None]:
-        """An armed clone, whose memory is claimed; or why there is none."""
+        """An armed clone; or why there is none."""
         try:
-            if not self._quota.claim(CLAIM, spare=True):
-                return None, LaunchError("there is no room for a further clone")
-            try:
-                with self._quota.processor():
-                    return self._clone(kind.opened, kind.blueprint, arm=True), None
-            except BaseException:
-                self._quota.release(CLAIM)
-                raise
+            return self._made(kind.opened, kind.blueprint, arm=True), None
         except VMSandboxError as error:
             return None, error
         except Exception as error:  # noqa: BLE001  # else a filler would die without a word
@@ -344,21 +340,18 @@ class Pool:
             )
 
 
-def _check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
-    """See that a clone is reached through its network.
+def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
+    """Give a clone what is its own, and see that the first one is reached through its network.
 
     Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
     so that is waited for only where nothing is refused, as by a firewall.
 
+    Returns:
+        Its helper.
+
     Raises:
-        GuestLost: it is not reached.
+        GuestLost: it is not reached, or something in it cannot be put right.
     """
-    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
-        check_network(machine, blueprint, check)
-
-
-def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Give a clone what is its own; its helper."""
     machine, helper = running.machine, running.helper
     if helper is None:
         raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
@@ -368,7 +361,8 @@ def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> 
             machine.check()
             opened.check()
 
-        _check_network(machine, blueprint, check)
+        if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+            check_network(machine, blueprint, check)
         opened.checked.set()
     is_systemd = blueprint.built.definition.init == "systemd"
     resume.rename(helper, machine.spec.name, in_files=is_systemd)
@@ -385,3 +379,111 @@ def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
 
 def _ignore(_: bytes) -> None:
     """Output that nobody wants."""
+
+
+class Clones:
+    """The clones of one run. Guests of a kind that cannot be cloned have to be booted."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._impossible: set[str] = set()  # keys of templates that cannot be
+        self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
+
+    def expect(self, prepared: PreparedImage, hardware: Hardware, count: int) -> None:
+        """Be told that so many guests of a kind are going to be asked for."""
+        self._expected[prepared, hardware] += count
+
+    def build_template(self, blueprint: Blueprint, steps: Sequence[Step]) -> None:
+        """See that guests can be cloned, where any can."""
+        if self._may_clone(blueprint, steps):
+            try:
+                self._builder.obtain(blueprint, steps)
+            except NoTemplateError as error:
+                self._fall_back(blueprint, steps, error)
+
+    def guest(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+    ) -> Guest | None:
+        """A guest that is a clone, running; None where it has to be booted.
+
+        Args:
+            stack: ends it.
+
+        Raises:
+            VMSandboxError: the host or chance took it away, or it cannot be prepared.
+        """
+        if not self._may_clone(blueprint, prepared.steps):
+            return None
+        try:
+            opened, clone, was_armed = self._lease(blueprint, prepared, stack)
+        except (LaunchError, GuestLost, MonitorError) as error:
+            if error.transient:
+                raise
+            self._fall_back(blueprint, prepared.steps, error)
+            return None
+        self._backend.callbacks.guest_begun(clone.machines.name)
+        engine = self._backend.engine(clone.machines)
+        engine.spec = blueprint.hardware  # its user may be another one
+        engine.origin = "armed" if was_armed else "cloned"
+        engine.facts = opened.template.facts
+        return Guest(stack.enter_context(engine))
+
+    def _lease(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+    ) -> tuple[OpenTemplate, Clone, bool]:
+        """A clone of a template that is what it was when it was built."""
+        ahead = self._backend.settings.clones == "armed"
+        kind = prepared, blueprint.hardware
+        lost: list[VMSandboxError] = []
+        while len(lost) < _MOST_LOST:
+            opened = self._builder.obtain(blueprint, prepared.steps)
+            count = self._expected.pop(kind, 0)
+            if ahead and count:
+                self.pool.expect(opened, blueprint, count)
+            own = stack.enter_context(ExitStack())
+            try:
+                leased = own.enter_context(self.pool.lease(opened, blueprint, more=ahead))
+            except VMSandboxError as error:
+                failure, fault = error, opened.fault(anew=True)
+                # A host with too much to do may lose one.
+                if not (fault or failure.transient or isinstance(failure, GuestLost)):
+                    raise
+            else:
+                if not (fault := opened.fault(anew=False)):
+                    return opened, *leased
+                failure = LaunchError("its template was damaged", details=fault)
+            lost.append(failure)
+            if fault:
+                own.close()
+                self._expected[kind] = self.pool.forget(opened) + 1  # this one
+                self._builder.drop(opened, fault)
+        raise LaunchError(
+            f"{len(lost)} clones in a row were lost, the last one so: {lost[-1].brief}",
+            details=lost[-1].details,
+            remedy=lost[-1].remedy,
+        ) from lost[-1]
+
+    def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
+        is_possible = template_key(blueprint, steps) not in self._impossible
+        return self._backend.settings.clones != "never" and is_possible
+
+    def _fall_back(
+        self, blueprint: Blueprint, steps: Sequence[Step], error: VMSandboxError
+    ) -> None:
+        """Let guests of a kind be booted from now on, and say so once."""
+        self._impossible.add(template_key(blueprint, steps))
+        self._backend.callbacks.tell(
+            f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
+        )
+
+    @cached_property
+    def _builder(self) -> TemplateBuilder:
+        """Made once, and ended after the pool."""
+        self._backend.clean()
+        return self._backend.stack.enter_context(TemplateBuilder(self._backend))
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Arms clones ahead of demand."""
+        quota = Quota(self._backend.hypervisor.folder)
+        return self._backend.stack.enter_context(Pool(self._backend, quota))

@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
-from pytest_vmsandbox.cache.store import IN_USE
+from pytest_vmsandbox.cache.store import IN_USE, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
@@ -30,14 +30,7 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.provision import Facts, Step
-from pytest_vmsandbox.guests.templates import (
-    KEY,
-    MEMORY,
-    STATE,
-    Template,
-    TemplateStore,
-    layer_name,
-)
+from pytest_vmsandbox.guests.templates import MEMORY, STATE, Template, TemplateStore, layer_name
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
 
@@ -53,11 +46,7 @@ class NoTemplateError(LaunchError):
 
 
 class _StepError(Exception):
-    """A step has raised something: no fault of the builder's."""
-
-    def __init__(self, raised: Exception) -> None:
-        super().__init__(str(raised))
-        self.raised = raised
+    """What a step has raised is its argument: no fault of the builder's."""
 
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
@@ -130,7 +119,7 @@ class OpenTemplate:
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there."""
+    """Builds templates, and opens those that are there, until the end of its context."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -139,17 +128,13 @@ class TemplateBuilder:
         self._open: dict[str, OpenTemplate] = {}
         self._digests = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-digest")
 
-    @classmethod
-    @contextmanager
-    def open(cls, backend: Backend) -> Iterator[TemplateBuilder]:
-        """A builder; at the end every template is let go of."""
-        builder = cls(backend)
-        try:
-            yield builder
-        finally:
-            for opened in builder._open.values():
-                opened.stack.close()
-            builder._digests.shutdown(wait=False, cancel_futures=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open.values():
+            opened.stack.close()
+        self._digests.shutdown(wait=False, cancel_futures=True)
 
     def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> OpenTemplate:
         """The open template of guests to which `steps` were done; it is made if there is none.
@@ -185,13 +170,12 @@ class TemplateBuilder:
                 try:
                     lock = stack.enter_context(self._store.hold(template.folder))
                     damage = self._digests.submit(self._damage, template, blueprint)
-                    file = memory.for_clones(template.memory, blueprint.qemu.version)
-                    stack.callback(file.close)
+                    shared = memory.for_clones(template.memory, blueprint.qemu.version)
                     return OpenTemplate(
                         template=template,
                         about=about,
                         key=KeyPair.of(template.private_key),
-                        memory=file,
+                        memory=stack.enter_context(shared),
                         lock=lock,
                         damage=damage,
                         stack=stack.pop_all(),
@@ -229,7 +213,7 @@ class TemplateBuilder:
         try:
             return self._store.make(key, fill, on_busy=lambda: self._callbacks.say(waits))
         except _StepError as failed:
-            raise failed.raised from None
+            raise failed.args[0] from None
         except (CacheError, ImageError, MonitorError) as error:
             if error.transient:
                 raise
@@ -237,12 +221,6 @@ class TemplateBuilder:
                 f"the template of {blueprint.image} could not be built: {error.brief}",
                 details=error.details,
             ) from error
-
-    def _logs(self, image: str) -> Path | None:
-        """The folder for the logs of a guest that becomes a template: of who waits for that."""
-        name = self._backend.name(f"{image}-prepared")
-        self._callbacks.guest_begun(name)
-        return self._callbacks.logs(name)
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
         """The template that another one is made from: held, and as it was when it was built."""
@@ -265,6 +243,8 @@ class TemplateBuilder:
         name = below.name if below is not None else blueprint.image
         pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
+        known_as = self._backend.name(f"{blueprint.image}-prepared")
+        self._callbacks.guest_begun(known_as)
         with ExitStack() as stack:
             ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))
             if below is not None:
@@ -281,7 +261,7 @@ class TemplateBuilder:
                 name=name,
                 key=pair,
                 disks=disks,
-                logs=self._logs(blueprint.image),
+                logs=self._callbacks.logs(known_as),  # for who waits for the template
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
             )
@@ -291,7 +271,10 @@ class TemplateBuilder:
                     raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
                 guest = Guest(engine)
                 if steps:
-                    facts = _done(steps[-1], guest)
+                    try:
+                        facts = steps[-1].run(guest)
+                    except Exception as error:
+                        raise _StepError(error) from error
                 else:
                     grow(guest, blueprint)
                 settle(guest, blueprint)
@@ -299,8 +282,7 @@ class TemplateBuilder:
                     engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
-        (folder / KEY).touch(mode=0o600)
-        (folder / KEY).write_text(pair.private, encoding="utf-8")
+        pair.save(folder / PRIVATE_KEY)
         return {
             "image": blueprint.image,
             "name": name,
@@ -328,13 +310,6 @@ def _as_built(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
 def doer(blueprint: Blueprint, step: Step) -> str:
     """The user of the guest who does a step."""
     return blueprint.hardware.user if step.personal else blueprint.built.definition.user
-
-
-def _done(step: Step, guest: Guest) -> Facts:
-    try:
-        return step.run(guest)
-    except Exception as error:
-        raise _StepError(error) from error
 
 
 def settle(guest: Guest, blueprint: Blueprint) -> None:

@@ -12,7 +12,7 @@ from typing import IO
 
 from pytest_vmsandbox.cache.store import PRIVATE_KEY, TEMPLATES, Entry, Store
 
-MEMORY, STATE, KEY = "memory", "state", PRIVATE_KEY
+MEMORY, STATE = "memory", "state"
 
 
 def layer_name(disk: int, depth: int) -> str:
@@ -61,7 +61,7 @@ class Template(Entry):
     @property
     def private_key(self) -> str:
         """The key that opens it, in OpenSSH's format."""
-        return (self.folder / KEY).read_text(encoding="utf-8")
+        return (self.folder / PRIVATE_KEY).read_text(encoding="utf-8")
 
     def state(self) -> IO[bytes]:
         """The state of its devices, to be read once."""

@@ -8,7 +8,6 @@ verdict is remembered for this boot of the host, this build of QEMU and this ker
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -52,11 +51,6 @@ class Verdict:
     processor: str
     reason: str
     seconds: float = 0.0
-
-    @property
-    def brief(self) -> str:
-        """The reason without its details, for a line that is told in each run."""
-        return re.split("[:;] ", self.reason)[0]
 
     @property
     def time_scale(self) -> float:

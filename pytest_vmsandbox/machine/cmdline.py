@@ -216,22 +216,17 @@ def display() -> list[str]:
 
 
 def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
-    """The kernel that is booted directly, without a boot loader."""
-    if fds.kernel is None:
-        return []
-    initrd = [] if fds.initrd is None else ["-initrd", f"/proc/self/fd/{fds.initrd}"]
-    return ["-kernel", f"/proc/self/fd/{fds.kernel}", *initrd, "-append", kernel_parameters(spec)]
-
-
-def kernel_parameters(spec: MachineSpec) -> str:
-    """The kernel's command line.
+    """The kernel that is booted directly, without a boot loader, and its command line.
 
     QEMU before 9.0 translates a program anew at each address that it is loaded to, which is most
     of what a process costs. So where such a QEMU emulates, addresses are not randomized.
     """
-    if spec.accelerator == "tcg" and spec.version < (9, 0):
-        return f"{spec.append} norandmaps"
-    return spec.append
+    if fds.kernel is None:
+        return []
+    initrd = [] if fds.initrd is None else ["-initrd", f"/proc/self/fd/{fds.initrd}"]
+    is_slow = spec.accelerator == "tcg" and spec.version < (9, 0)
+    append = f"{spec.append} norandmaps" if is_slow else spec.append
+    return ["-kernel", f"/proc/self/fd/{fds.kernel}", *initrd, "-append", append]
 
 
 def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -291,12 +286,8 @@ def network(spec: MachineSpec) -> list[str]:
     nobody to announce itself to.
     """
     restrict = "on" if spec.hardware.network == "isolated" else "off"
-    return [
-        "-netdev",
-        f"user,id={NETDEV},ipv6=off,restrict={restrict}",
-        "-device",
-        f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56",
-    ]
+    card = f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
+    return ["-netdev", f"user,id={NETDEV},ipv6=off,restrict={restrict}", "-device", card]
 
 
 def entropy() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import threading
+from io import StringIO
 from typing import IO
 
 from pytest_vmsandbox.core.deadline import Deadline
@@ -12,23 +13,6 @@ from pytest_vmsandbox.core.text import printable
 
 HEAD, TAIL = 1 << 20, 1 << 20  # characters that are kept of the beginning and of the end
 _LOG_LIMIT = 64 << 20  # bytes in the log file
-
-
-class _Growing:
-    """A text that grows at its end; it is put together when it is read."""
-
-    def __init__(self, text: str = "") -> None:
-        self._parts = [text]
-        self.size = len(text)
-
-    def add(self, text: str) -> None:
-        if text:
-            self._parts.append(text)
-            self.size += len(text)
-
-    def read(self) -> str:
-        self._parts = ["".join(self._parts)]
-        return self._parts[0]
 
 
 class Console:
@@ -44,10 +28,10 @@ class Console:
         self._log = log
         self._logged = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._head = _Growing()
-        self._tail = _Growing()
+        self._head = StringIO()
+        self._tail = StringIO()
         self._dropped = 0
-        self._this_boot = _Growing()
+        self._this_boot = StringIO()
         self._grew = threading.Condition()
 
     def feed(self, data: bytes) -> None:
@@ -61,25 +45,27 @@ class Console:
                 self._log = None  # the text is worth more
         text = self._decoder.decode(data).replace("\r", "")
         with self._grew:
-            self._this_boot.add(text[: HEAD - self._this_boot.size])
-            room = HEAD - self._head.size
-            self._head.add(text[:room])
-            self._tail.add(text[room:])
-            if self._tail.size > 2 * TAIL:  # cut seldom, so that a chatty guest costs little
-                self._dropped += self._tail.size - TAIL
-                self._tail = _Growing(self._tail.read()[-TAIL:])
+            self._this_boot.write(text[: HEAD - self._this_boot.tell()])
+            room = HEAD - self._head.tell()
+            self._head.write(text[:room])
+            self._tail.write(text[room:])
+            if self._tail.tell() > 2 * TAIL:  # cut seldom, so that a chatty guest costs little
+                self._dropped += self._tail.tell() - TAIL
+                kept = self._tail.getvalue()[-TAIL:]
+                self._tail = StringIO()
+                self._tail.write(kept)
             self._grew.notify_all()
 
     def begin_boot(self) -> None:
         """From here on it is another boot of the same machine."""
         with self._grew:
-            self._this_boot = _Growing()
+            self._this_boot = StringIO()
 
     @property
     def this_boot(self) -> str:
         """The first MiB of what the guest wrote since it was last reset."""
         with self._grew:
-            raw = self._this_boot.read()
+            raw = self._this_boot.getvalue()
         return printable(raw)
 
     @property
@@ -87,7 +73,7 @@ class Console:
         """All of it; where the middle is left out, a line says how much."""
         with self._grew:
             gap = f"\n[{self._dropped} characters left out]\n" if self._dropped else ""
-            raw = self._head.read() + gap + self._tail.read()
+            raw = self._head.getvalue() + gap + self._tail.getvalue()
         return printable(raw)
 
     def tail(self, n: int = 20) -> str:
@@ -124,4 +110,4 @@ class Console:
     @property
     def size(self) -> int:
         """How many characters the guest has written so far."""
-        return self._dropped + self._head.size + self._tail.size
+        return self._dropped + self._head.tell() + self._tail.tell()

@@ -77,19 +77,15 @@ class Disks:
         layers = tuple((*below, top) for below, top in zip(frozen, fresh, strict=True))
         return Disks(base=self.base, overlays=layers, sizes=self.sizes)
 
-    @property
-    def frozen(self) -> tuple[tuple[IO[bytes], ...], ...]:
-        """All files of each disk, opened anew to be only read; the caller closes them."""
-        with ExitStack() as stack:
-            frozen = tuple(
-                tuple(
-                    stack.enter_context(Path(f"/proc/self/fd/{file.fileno()}").open("rb"))
-                    for file in files
-                )
-                for files in self.overlays
+    def frozen(self, stack: ExitStack) -> tuple[tuple[IO[bytes], ...], ...]:
+        """All files of each disk, opened anew to be only read; `stack` closes them."""
+        return tuple(
+            tuple(
+                stack.enter_context(Path(f"/proc/self/fd/{file.fileno()}").open("rb"))
+                for file in files
             )
-            stack.pop_all()
-            return frozen
+            for files in self.overlays
+        )
 
 
 NO_DISKS = Disks(base=None, overlays=())
@@ -143,7 +139,6 @@ def _empty_qcow2(size: int) -> bytes:
                 [*argv, str(size)],
                 check=True,
                 capture_output=True,
-                text=True,
                 timeout=_CREATE_SECONDS,
                 stdin=subprocess.DEVNULL,
                 encoding="utf-8",

@@ -1,13 +1,18 @@
-"""What this host has and allows: memory, users, the device of its accelerator."""
+"""What this host has and allows: memory, users, the device of its accelerator; and how slow it is.
+
+Limits on QEMU and on guests follow what was seen so far. A limit that suits most machines ends guests
+of a slow one that are well. The accelerator's name says only half of it: KVM inside an emulated host
+is as slow as emulation.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
 import pwd
 import resource
 import socket
 import sys
+import threading
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,10 +28,11 @@ LOOPBACK_REMEDY = (
     "switch the loopback interface on: ip link set lo up. A network namespace (unshare -n, a "
     "container without a network) begins without it"
 )
+USUAL_GREETING = 0.25  # seconds; QEMU greets within 0.04 s on an idle machine
+USUAL_PROOF = 3.0  # seconds; a kernel that runs natively starts its first program within about 1 s
+MOST_SLOWNESS = 30.0  # how far limits are stretched, emulation included
 _LOOPBACK_SECONDS = 5.0
-_MANY_DESCRIPTORS = (
-    65_536  # so many are enough; and programs that close all there may be stay quick
-)
+_MANY_DESCRIPTORS = 65_536  # enough; and programs that close all there may be stay quick
 _FEWEST_DESCRIPTORS = 256  # with which the launcher starts a guest
 _SPARE_DESCRIPTORS = 64  # for a guest, and what is made ahead meanwhile; one that runs takes nine
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
@@ -36,19 +42,21 @@ _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a
 
 def available_memory() -> int | None:
     """Bytes that a new process can use without swapping; None where the host does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
+    lines = _lines("/proc/meminfo")
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    try:  # a container's limit
-        limit = (_CGROUP / "memory.max").read_text(encoding="utf-8").strip()
-        used = (_CGROUP / "memory.current").read_text(encoding="utf-8").strip()
-        if limit != "max":
-            sizes.append(int(limit) - int(used) + _page_cache())
-    except OSError:
-        pass
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        limit = int((_CGROUP / "memory.max").read_text(encoding="utf-8"))
+        used = int((_CGROUP / "memory.current").read_text(encoding="utf-8"))
+        sizes.append(limit - used + _page_cache())
     return min(sizes, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    """What the kernel tells in a file of `/proc`, line by line; nothing where it has no such file."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def total_memory() -> int:
@@ -62,9 +70,7 @@ def total_memory() -> int:
 
 def _page_cache() -> int:
     """Bytes of a container's memory that hold files, and are given up when memory is needed."""
-    words = (
-        line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
-    )
+    words = map(str.split, _lines(os.fspath(_CGROUP / "memory.stat")))
     return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
 
 
@@ -178,22 +184,15 @@ def guest_identity(accelerator: str) -> Identity | None:
 
 def _all_users_mapped() -> bool:
     """Whether `_UIDS` exist in this user namespace (in a container they may not)."""
-    try:
-        lines = Path("/proc/self/uid_map").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
     return any(
         int(first) <= _UIDS.start and _UIDS.stop <= int(first) + int(count)
-        for first, _, count in (line.split() for line in lines)
+        for first, _, count in map(str.split, _lines("/proc/self/uid_map"))
     )
 
 
 def _may_change_user() -> bool:
     """Whether we may become another user (in a container root may not)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
+    lines = _lines("/proc/self/status")
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
     needed = 1 << _SETUID | 1 << _SETGID
     return effective & needed == needed
@@ -202,10 +201,7 @@ def _may_change_user() -> bool:
 @cache
 def processor() -> str:
     """The model of this host's processors and what they can do; a state saved here needs the same."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
+    lines = _lines("/proc/cpuinfo")
     names = ("vendor_id", "model", "model name", "stepping", "microcode", "flags", "Features")
     found = dict(line.split("\t", 1) for line in lines if line.startswith(names))
     return "\n".join(f"{name}{value}" for name, value in found.items())
@@ -213,8 +209,41 @@ def processor() -> str:
 
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has taken, in seconds; 0 where the host does not tell."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    words = " ".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else 0.0
+
+
+class Pace:
+    """What one process has seen of its machine; used from any thread.
+
+    Attributes:
+        slowness: by how much this machine is slower than one on which the usual limits do; at least 1.
+
+    Example:
+        >>> pace = Pace()
+        >>> pace.took(2.0, usual=0.25)
+        >>> pace.stretch(30.0)
+        240.0
+    """
+
+    def __init__(self) -> None:
+        self.slowness = 1.0
+        self._lock = threading.Lock()
+
+    def took(self, seconds: float, *, usual: float) -> None:
+        """Learn from something that took so many seconds, and at most `usual` elsewhere."""
+        with self._lock:
+            self.slowness = min(max(self.slowness, seconds / usual), MOST_SLOWNESS)
+
+    def was_late(self) -> None:
+        """Learn from a limit that has just passed: it was too short, or what it was for hangs."""
+        self.took(2 * self.slowness, usual=1.0)
+
+    def stretch(self, seconds: float, scale: float = 1.0) -> float:
+        """A limit for this machine.
+
+        Args:
+            seconds: the limit on a usual one.
+            scale: by how much guests are slower than natively, as far as the accelerator's name tells.
+        """
+        return seconds * max(scale, min(scale * self.slowness, MOST_SLOWNESS))

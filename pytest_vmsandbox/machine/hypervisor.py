@@ -17,7 +17,6 @@ from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.process import Launcher
 
 _LOCK = ".lock"
@@ -40,7 +39,7 @@ class Hypervisor:
     cache: Path
     launcher: Launcher
     loop: LoopThread
-    pace: Pace = field(default_factory=Pace)
+    pace: host.Pace = field(default_factory=host.Pace)
 
     def own(self, folder: Path) -> None:
         """Have a folder that lies elsewhere removed when this process is killed.
@@ -51,22 +50,19 @@ class Hypervisor:
 
     @classmethod
     @contextmanager
-    def running(
-        cls, *, runtime: Path | None = None, cache: Path | None = None
-    ) -> Iterator[Hypervisor]:
+    def running(cls, *, runtime: Path | None, cache: Path) -> Iterator[Hypervisor]:
         """A running launcher and loop; at the end every guest is gone, and so are they.
 
         Raises:
             ConfigError: one of the folders cannot be used.
         """
-        cache = cache or paths.cache_dir()
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         host.raise_descriptor_limit()
         with ExitStack() as stack:
             folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
-            launcher = stack.enter_context(Launcher.running(folder))
-            loop = stack.enter_context(LoopThread.running())
+            launcher = stack.enter_context(Launcher(folder))
+            loop = stack.enter_context(LoopThread())
             yield cls(folder=folder, cache=cache, launcher=launcher, loop=loop)
 
 
@@ -112,18 +108,15 @@ def _guarded(root: Path) -> Iterator[None]:
 
 
 def _sweep(root: Path) -> list[Path]:
-    dead = [entry for entry in root.iterdir() if _is_run_folder(entry) and not is_alive(entry)]
+    named_so = (entry for entry in root.iterdir() if _RUN.fullmatch(entry.name))
+    folders = (entry for entry in named_so if entry.is_dir() and not entry.is_symlink())
+    dead = [folder for folder in folders if not is_alive(folder)]
     for folder in dead:
         with suppress(OSError):  # its launcher may be removing it, too
             for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
                 shutil.rmtree(link.readlink(), ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)
     return [folder for folder in dead if not folder.exists()]
-
-
-def _is_run_folder(entry: Path) -> bool:
-    named_so = _RUN.fullmatch(entry.name) is not None
-    return named_so and entry.is_dir() and not entry.is_symlink()
 
 
 def is_alive(folder: Path) -> bool:

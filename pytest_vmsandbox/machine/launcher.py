@@ -9,7 +9,7 @@ so the signal cannot come early).
 
 The control socket carries one JSON message per packet, host to launcher only:
 
-* ``{"spawn": ID, "argv": […], "fds": [N, …], "uid": N|null, "gid": N|null, "groups": […],
+* ``{"spawn": ID, "argv": […], "fds": [N, …], "identity": {"uid": N, "gid": N, "groups": […]}|null,
   "small_pages": BOOL}`` with the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
   pipe gets a line ``{"pid": N}`` or ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
 * ``{"more": true}`` carries the first descriptors of the ``spawn`` that follows: Linux takes 253 with
@@ -56,39 +56,29 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
     poller = select.poll()
     poller.register(control, select.POLLIN)
     poller.register(wake_read, select.POLLIN)
-    owner: int | None = None
-    if hasattr(os, "pidfd_open"):
-        try:
-            owner = os.pidfd_open(owner_pid)
-        except OSError:
-            if os.getppid() != owner_pid:  # it was gone before we looked
-                control.close()
-                return
-        else:
-            poller.register(owner, select.POLLIN)
+    try:
+        owner = os.pidfd_open(owner_pid)
+        poller.register(owner, select.POLLIN)
+    except OSError:
+        owner = -1
+        if os.getppid() != owner_pid:  # it was gone before we looked
+            control.close()
+            return
     guests: Guests = {}
     early: list[int] = []
     try:
         while True:
             ready = {fd for fd, _ in poller.poll()}
             if wake_read in ready:
-                drain(wake_read)
+                os.read(wake_read, 4096)
                 reap(guests)
-            if owner is not None and owner in ready:
+            if owner in ready:
                 break
             if control.fileno() in ready and not obey(control, guests, early):
                 break
     finally:
         end_all(guests)
         remove(folder)
-
-
-def drain(fd: int) -> None:
-    try:
-        while os.read(fd, 4096):
-            pass
-    except BlockingIOError:
-        pass
 
 
 def obey(control: socket.socket, guests: Guests, early: list[int]) -> bool:
@@ -122,28 +112,23 @@ def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
     """Start a guest. When the host has no room for it, its status pipe is told."""
     moved: list[int] = []
     first = max(FIRST_FREE_FD, *(number + 1 for number in request["fds"]))  # above all its numbers
+    launcher_pid = os.getpid()
+    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         for fd in fds:
             moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first))  # noqa: PERF401  # those before an error are closed
         if len(moved) != 1 + len(request["fds"]):  # there were no numbers left to receive them
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        pid = os.fork()
     except OSError as error:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if fds:
             report(fds[0], {"error": str(error)})
         close(moved + fds)
         return
-    close(fds)
+    close(fds)  # in both processes
     status, *given = moved
-    launcher_pid = os.getpid()
-    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-    except OSError as error:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        report(status, {"error": str(error)})
-        close(moved)
-        return
     if pid == 0:
         try:
             become(request, given, launcher_pid)
@@ -169,22 +154,18 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
     for number, fd in targets.items():
         os.dup2(fd, number)  # dup2 makes it inheritable
     signal.set_wakeup_fd(-1)
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            try:
-                signal.signal(number, signal.SIG_DFL)
-            except (OSError, ValueError):
-                pass
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write("500")  # let the host's OOM killer take a guest before a test run
     except OSError:
         pass
-    if request["uid"] is not None:
-        os.setgroups(request["groups"])
-        os.setresgid(request["gid"], request["gid"], request["gid"])
-        os.setresuid(request["uid"], request["uid"], request["uid"])
+    if identity := request["identity"]:
+        os.setgroups(identity["groups"])
+        os.setresgid(identity["gid"], identity["gid"], identity["gid"])
+        os.setresuid(identity["uid"], identity["uid"], identity["uid"])
     library = ctypes.CDLL(None, use_errno=True)
     if request["small_pages"]:
         library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, more memory is used

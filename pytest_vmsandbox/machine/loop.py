@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
 _CHUNK = 65_536
@@ -16,25 +16,26 @@ _CALL_SECONDS = 10.0
 
 
 class LoopThread:
-    """An asyncio event loop in a thread of its own, used from other threads."""
+    """An asyncio event loop in a thread of its own, used from other threads.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    It runs as long as its context; at the end its tasks are cancelled and the thread is gone.
+    """
 
-    @classmethod
-    @contextmanager
-    def running(cls) -> Iterator[LoopThread]:
-        """A running loop; at the end its tasks are cancelled and the thread is gone."""
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="vmsandbox-loop", daemon=True)
-        thread.start()
-        try:
-            yield cls(loop)
-        finally:
-            asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result(_CALL_SECONDS)
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="vmsandbox-loop", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.submit(_cancel_all()).result(_CALL_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Start a coroutine on the loop.
@@ -65,14 +66,11 @@ class LoopThread:
             else:
                 self._loop.remove_reader(sock)
 
-        async def start() -> None:
-            self._loop.add_reader(sock, on_readable)
-
         async def end() -> None:
             if self._loop.remove_reader(sock):
                 on_readable()  # what arrived last
 
-        self.submit(start()).result(_CALL_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.add_reader, sock, on_readable)
         try:
             yield
         finally:

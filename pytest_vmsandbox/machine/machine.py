@@ -7,20 +7,19 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_vmsandbox.core.deadline import Deadline, monotonic
+from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.machine import cmdline, host
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
-from pytest_vmsandbox.machine.pace import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.qmp import Monitor
@@ -29,19 +28,17 @@ GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
 _LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
-_SOON_SECONDS = 0.002
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
 _BANDWIDTH = 1 << 40  # bytes a second at which a state is written: as fast as it goes
 
 # What the console shows once a stage is reached. `kernel` is what a kernel prints first, also
 # when it is told to be quiet; `init` and `ssh` are printed by our images.
-_STAGES = (
-    ("ssh", re.compile(r"^vmsandbox: ssh$", re.MULTILINE)),
-    ("init", re.compile(r"^vmsandbox: init$", re.MULTILINE)),
-    ("kernel", re.compile(r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]", re.MULTILINE)),
-)
-SSH_ANNOUNCED, INIT_REACHED = _STAGES[0][1].pattern, _STAGES[1][1].pattern
+_STAGES = {
+    "ssh": r"^vmsandbox: ssh$",
+    "init": r"^vmsandbox: init$",
+    "kernel": r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]",
+}
 # Why QEMU stops a guest by itself, and what helps, by its status.
 _STOPPED = {
     "io-error": (
@@ -59,28 +56,19 @@ _PANIC_END = "---[ end Kernel panic - not syncing"
 _PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
 
 
+@dataclass(eq=False, repr=False)
 class Machine:
     """A QEMU process that we drive. Made by `running`, which ends it."""
 
-    def __init__(
-        self,
-        spec: MachineSpec,
-        process: OwnedProcess,
-        monitor: Monitor,
-        console: Console,
-        helper: Port,
-        tops: list[str],
-        pace: Pace,
-    ) -> None:
-        self.spec = spec
-        self.process = process
-        self.monitor = monitor
-        self.console = console
-        self.helper = helper
-        self._tops = tops  # what each disk writes into
-        self._pace = pace
-        self._nodes = itertools.count(1)
-        self._is_over = False  # whether we have ended it
+    spec: MachineSpec
+    process: OwnedProcess
+    monitor: Monitor
+    console: Console
+    helper: Port
+    _tops: list[str]  # what each disk writes into
+    _pace: host.Pace
+    _nodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _is_over: bool = False  # whether we have ended it
 
     @classmethod
     @contextmanager
@@ -109,27 +97,28 @@ class Machine:
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         loop = hypervisor.loop
         with ExitStack() as stack:
-            log = _Logs(stack, logs)
-            console = Console(log.console)
             fds, given = _descriptors(stack, spec, memory, disks)
             argv = cmdline.argv(spec, fds)
-            log.argv(argv)
+            console_log, monitor_log = _logs(stack, logs, argv)
+            console = Console(console_log)
             with ExitStack() as theirs:
                 our_monitor, our_console, our_helper = (
                     _channel(stack, theirs, given, number)
                     for number in (fds.monitor, fds.console, fds.helper)
                 )
+                helper = Port(our_helper)
                 stack.enter_context(loop.reading(our_console, console.feed))
-                helper = stack.enter_context(Port.open(loop, our_helper))
+                stack.enter_context(loop.reading(our_helper, helper.feed))
                 process = stack.enter_context(_spawned(hypervisor.launcher, spec, argv, given))
-            monitor = stack.enter_context(
-                _connected(hypervisor, process, our_monitor, log=log.monitor)
-            )
-            # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
-            stack.callback(process.wait, _TERM_SECONDS)
-            stack.callback(process.signal, signal.SIGKILL)
+            monitor = Monitor(loop, monitor_log, hypervisor.pace)
+            try:
+                stack.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
+            except MonitorError as error:
+                raise _did_not_start(process) from error
             tops = cmdline.disk_names(spec, has_base=disks.base is not None)
             machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace)
+            # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
+            stack.callback(machine.kill)
             stack.callback(setattr, machine, "_is_over", True)
             if state is not None:
                 machine._load(state, has_memory=memory is None)
@@ -141,10 +130,16 @@ class Machine:
     def stage(self) -> str:
         """How far the guest has got: launch, kernel, init or ssh."""
         text = self.console.this_boot
-        for stage, pattern in _STAGES:
-            if pattern.search(text):
-                return stage
-        return "firmware"
+        reached = (stage for stage in _STAGES if re.search(_STAGES[stage], text, re.MULTILINE))
+        return next(reached, "firmware")
+
+    def reaches(self, stage: str, timeout: float) -> bool:
+        """Whether the guest gets to a stage, ``init`` or ``ssh``, within `timeout` seconds."""
+        try:
+            self.console.wait_for(_STAGES[stage], timeout, this_boot=True)
+        except TimeoutError:
+            return False
+        return True
 
     def ended(self) -> int | None:
         """QEMU's exit status, or None while it runs."""
@@ -204,17 +199,24 @@ class Machine:
                 stage="launch",
             )
 
-    def check_booting(self) -> None:
-        """Look closer while a guest boots.
+    def check_booting(self, seconds: float) -> None:
+        """Look as `check` does, and closer, while a guest boots.
 
         A kernel that panics before it has the driver which tells QEMU says so on the console.
         Later that text is no proof: any program of the guest can write it.
 
+        Args:
+            seconds: since it was switched on.
+
         Raises:
-            GuestLost: the kernel panicked.
+            BootError: what `check` raises, or the kernel panicked.
         """
-        if _PANIC_END in self.console.this_boot:
-            raise self._panic()
+        try:
+            self.check()
+            if _PANIC_END in self.console.this_boot:
+                raise self._panic()
+        except GuestLost as lost:
+            raise self.boot_error(lost, seconds) from lost
 
     def boot_error(self, error: GuestLost, seconds: float) -> BootError:
         """The same loss, as one of a guest that has not come up yet."""
@@ -230,18 +232,11 @@ class Machine:
 
     def _panic(self) -> GuestLost:
         """The panic that QEMU has told of; the console says which, where it came so far."""
-        text = self.console.text
-        found = list(_PANIC_TEXT.finditer(text))
-        if not found:
-            return GuestLost(
-                f"{self.spec.name}: kernel panic", details=self.console_lines(), stage="kernel"
-            )
-        lines = text[found[-1].start() :].split("\n")[:_PANIC_LINES]
-        return GuestLost(
-            f"{self.spec.name}: kernel panic: {found[-1][1]}",
-            details="\n".join(["--- on the console", *lines]),
-            stage="kernel",
-        )
+        text, brief, details = self.console.text, "kernel panic", self.console_lines()
+        for found in list(_PANIC_TEXT.finditer(text))[-1:]:
+            lines = text[found.start() :].split("\n")[:_PANIC_LINES]
+            brief, details = f"kernel panic: {found[1]}", "\n".join(["--- on the console", *lines])
+        return GuestLost(f"{self.spec.name}: {brief}", details=details, stage="kernel")
 
     def console_lines(self) -> str:
         """The last lines of the console, for the details of an error."""
@@ -334,9 +329,6 @@ class Machine:
         """
         self.pause()
         self._transfer("migrate", state, has_memory=with_memory)
-        deadline = Deadline(_TERM_SECONDS)  # QEMU says so a moment before it is done
-        while self.execute("query-status")["status"] != "postmigrate" and not deadline.expired:
-            deadline.pause(_SOON_SECONDS)
 
     def _load(self, state: IO[bytes], *, has_memory: bool) -> None:
         try:
@@ -350,15 +342,11 @@ class Machine:
             ) from error
 
     def _transfer(self, command: str, state: IO[bytes], *, has_memory: bool) -> None:
-        capabilities = {"events": True, "x-ignore-shared": not has_memory}
-        self.execute(
-            "migrate-set-capabilities",
-            {
-                "capabilities": [
-                    {"capability": name, "state": value} for name, value in capabilities.items()
-                ]
-            },
-        )
+        capabilities = [
+            {"capability": "events", "state": True},
+            {"capability": "x-ignore-shared", "state": not has_memory},
+        ]
+        self.execute("migrate-set-capabilities", {"capabilities": capabilities})
         if command == "migrate":
             self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         since = len(self.monitor.events())
@@ -370,25 +358,27 @@ class Machine:
         ):
             self.execute(command, {"uri": uri})
         deadline = Deadline(self._pace.stretch(_STATE_SECONDS))
-        while not deadline.expired:
-            event = self.monitor.wait_event(
+        while not (
+            event := self.monitor.wait_event(
                 "MIGRATION",
                 since=since,
                 timeout=deadline.remaining(_LOOK_SECONDS),
                 among=lambda event: event["data"]["status"] in {"completed", "failed"},
             )
-            if event is not None and command == "migrate":
-                self._finish(deadline)
-            if event is not None and event["data"]["status"] == "completed":
-                return
-            if event is not None:
-                why = str(self.execute("query-migrate").get("error-desc", ""))
-                raise MonitorError("QEMU did not transfer the guest's state", details=why)
+        ):
             self.check()
-        self._pace.was_late()
-        raise MonitorError(
-            f"QEMU did not transfer the guest's state in {deadline.seconds:g} s", transient=True
-        )
+            if deadline.expired:
+                self._pace.was_late()
+                raise MonitorError(
+                    f"QEMU did not transfer the guest's state in {deadline.seconds:g} s",
+                    transient=True,
+                )
+        if command == "migrate":  # it tells of the end before it lets the processors go on again
+            while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
+                deadline.pause(_FINISH_SECONDS)
+        if event["data"]["status"] == "failed":
+            why = str(self.execute("query-migrate").get("error-desc", ""))
+            raise MonitorError("QEMU did not transfer the guest's state", details=why)
 
     @contextmanager
     def _state_address(self, file: IO[bytes]) -> Iterator[str]:
@@ -411,11 +401,6 @@ class Machine:
             with suppress(MonitorError):  # QEMU is gone, as the next command will tell
                 self.monitor.execute("remove-fd", {"fdset-id": number})
 
-    def _finish(self, deadline: Deadline) -> None:
-        """QEMU tells of the end of a transfer before it lets the processors go on again."""
-        while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
-            deadline.pause(_FINISH_SECONDS)
-
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.
 
@@ -436,13 +421,10 @@ class Machine:
         """
         if self.process.wait(timeout) is not None:
             return True
-        try:
+        with suppress(MonitorError):  # then by signals
             self.monitor.execute("quit", timeout=_TERM_SECONDS)
-        except MonitorError:
-            pass  # then by signals
-        for number in (None, signal.SIGTERM, signal.SIGKILL):
-            if number is not None:
-                self.process.signal(number)
+        for number in (0, signal.SIGTERM, signal.SIGKILL):  # first none: it may be about to end
+            self.process.signal(number)
             if self.process.wait(_TERM_SECONDS) is not None:
                 break
         return False
@@ -452,38 +434,21 @@ class Machine:
         self.process.signal(signal.SIGKILL)
         self.process.wait(_TERM_SECONDS)
 
-    def wait_for_ssh(self, timeout: float) -> bool:
-        """Whether the guest announces its SSH server on the console within `timeout` seconds."""
-        try:
-            self.console.wait_for(SSH_ANNOUNCED, timeout, this_boot=True)
-        except TimeoutError:
-            return False
-        return True
 
-
-class _Logs:
-    """The files that a machine writes beside its work."""
-
-    def __init__(self, stack: ExitStack, folder: Path | None) -> None:
-        self._folder = folder
-        self.console: IO[bytes] | None = None
-        self._monitor: IO[str] | None = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: else closing it would fail once more where the disk is full.
-            self.console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
-            self._monitor = stack.enter_context(
-                (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
-            )
-
-    def monitor(self, line: str) -> None:
-        if self._monitor is not None and not self._monitor.closed:
-            self._monitor.write(line)
-
-    def argv(self, argv: list[str]) -> None:
-        if self._folder is not None:
-            text = "\n".join(argv) + "\n"  # names of files in it may be no UTF-8
-            (self._folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
+def _logs(
+    stack: ExitStack, folder: Path | None, argv: list[str]
+) -> tuple[IO[bytes] | None, IO[str] | None]:
+    """The files that a machine writes beside its work: of its console, and of its monitor."""
+    if folder is None:
+        return None, None
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(argv) + "\n"  # names of files in it may be no UTF-8
+    (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
+    # Unbuffered: else closing it would fail once more where the disk is full.
+    console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
+    return console, stack.enter_context(
+        (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
+    )
 
 
 def _descriptors(
@@ -492,22 +457,22 @@ def _descriptors(
     """The numbers for QEMU, and which of our descriptors is behind each."""
     given: dict[int, int] = {}
 
-    def give(fd: int) -> int:
+    def give(file: IO[bytes]) -> int:
         number = _LAST_FIXED_FD + 1 + len(given)
-        given[number] = fd
+        given[number] = file.fileno()
         return number
 
-    fds = Descriptors()
-    if spec.kernel is not None:
-        fds = replace(fds, kernel=give(stack.enter_context(image_file(spec.kernel)).fileno()))
-    if spec.initrd is not None:
-        fds = replace(fds, initrd=give(stack.enter_context(image_file(spec.initrd)).fileno()))
-    if memory is not None:
-        fds = replace(fds, memory=give(memory.fileno()))
-    if disks.base is not None:
-        fds = replace(fds, base=give(disks.base.fileno()))
-    overlays = tuple(tuple(give(layer.fileno()) for layer in layers) for layers in disks.overlays)
-    return replace(fds, overlays=overlays), given
+    def give_image_file(path: Path | None) -> int | None:
+        return give(stack.enter_context(image_file(path))) if path is not None else None
+
+    fds = Descriptors(
+        kernel=give_image_file(spec.kernel),
+        initrd=give_image_file(spec.initrd),
+        memory=give(memory) if memory is not None else None,
+        base=give(disks.base) if disks.base is not None else None,
+        overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
+    )
+    return fds, given
 
 
 def _channel(
@@ -534,25 +499,6 @@ def _spawned(
         # There may be many clones; under emulation, huge pages gain nothing.
         small_pages=is_emulated_clone,
     )
-
-
-@contextmanager
-def _connected(
-    hypervisor: Hypervisor, process: OwnedProcess, sock: socket.socket, log: Callable[[str], None]
-) -> Iterator[Monitor]:
-    """The monitor of a QEMU that has just been started."""
-    started, pace = monotonic(), hypervisor.pace
-    with ExitStack() as stack:
-        try:
-            monitor = stack.enter_context(
-                Monitor.connected(
-                    hypervisor.loop, sock, log=log, timeout=GREETING_SECONDS, pace=pace
-                )
-            )
-        except MonitorError as error:
-            raise _did_not_start(process) from error
-        pace.took(monotonic() - started, usual=USUAL_GREETING)
-        yield monitor
 
 
 def _did_not_start(process: OwnedProcess) -> LaunchError:

@@ -23,15 +23,12 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # modes of Linux's fallocate
 _PIECE = 1 << 16  # bytes that are given back together
 
 
-def create(path: Path, size: int) -> IO[bytes]:
+@contextmanager
+def create(path: Path, size: int) -> Iterator[IO[bytes]]:
     """A new file for a guest's memory; what the guest never touches takes no room."""
-    file = path.open("x+b", buffering=0)
-    try:
+    with path.open("x+b", buffering=0) as file:
         os.ftruncate(file.fileno(), size)
-    except BaseException:
-        file.close()
-        raise
-    return file
+        yield file
 
 
 @contextmanager
@@ -114,28 +111,21 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def for_clones(path: Path, version: tuple[int, ...]) -> IO[bytes]:
+@contextmanager
+def for_clones(path: Path, version: tuple[int, ...]) -> Iterator[IO[bytes]]:
     """An open file with that memory which a clone's QEMU cannot change.
 
     A QEMU that insists on opening it for writing gets a copy of ours, in a sealed memfd.
     """
-    file = path.open("rb", buffering=0)
-    if can_map_read_only(version):
-        return file
-    with file:
-        sealed = os.fdopen(
-            os.memfd_create("vmsandbox-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING),
-            "r+b",
-            buffering=0,
-        )
-        try:
+    with path.open("rb", buffering=0) as file:
+        if can_map_read_only(version):
+            yield file
+            return
+        number = os.memfd_create("vmsandbox-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(number, "r+b", buffering=0) as sealed:
             copy(file, sealed)
-            seals = sum(getattr(fcntl, name) for name in _SEALS)
-            fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, seals)
-        except BaseException:
-            sealed.close()
-            raise
-    return sealed
+            fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, sum(getattr(fcntl, name) for name in _SEALS))
+            yield sealed
 
 
 def copy(source: IO[bytes], dest: IO[bytes]) -> None:

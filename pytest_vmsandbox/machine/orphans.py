@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,18 +19,20 @@ _END_SECONDS = 10.0
 
 def end_ownerless(proc: Path = Path("/proc")) -> list[int]:
     """End the launchers of this user whose run is gone, and so their guests; their numbers."""
-    return [pid for pid in _launchers(proc) if _is_ownerless(proc, pid) and _end(proc, pid)]
+    processes = filter(_is_ownerless, proc.glob("[0-9]*"))
+    return [int(process.name) for process in processes if _end(process)]
 
 
-def _launchers(proc: Path) -> Iterator[int]:
-    for entry in proc.glob("[0-9]*"):
-        with suppress(OSError):
-            if (
-                entry.stat().st_uid == os.geteuid()
-                and _folder_of(entry) is not None
-                and _sees_our_files(entry)
-            ):
-                yield int(entry.name)
+def _is_ownerless(process: Path) -> bool:
+    """Whether that is a launcher of this user whose run is gone."""
+    with suppress(OSError):
+        return (
+            process.stat().st_uid == os.geteuid()
+            and (folder := _folder_of(process)) is not None
+            and _sees_our_files(process)
+            and not is_alive(folder)
+        )
+    return False
 
 
 def _sees_our_files(process: Path) -> bool:
@@ -48,20 +49,13 @@ def _folder_of(process: Path) -> Path | None:
     return Path(argv[-1]) if is_ours else None
 
 
-def _is_ownerless(proc: Path, pid: int) -> bool:
-    with suppress(OSError):
-        folder = _folder_of(proc / str(pid))
-        return folder is not None and not is_alive(folder)
-    return False
-
-
-def _end(proc: Path, pid: int) -> bool:
+def _end(process: Path) -> bool:
     try:
-        descriptor = os.pidfd_open(pid)
+        descriptor = os.pidfd_open(int(process.name))
     except OSError:  # it has just ended by itself
         return False
     try:
-        if not _is_ownerless(proc, pid):  # another process has got that number
+        if not _is_ownerless(process):  # another process has got that number
             return False
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)

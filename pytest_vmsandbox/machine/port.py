@@ -5,12 +5,10 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.machine.loop import LoopThread
 
 _MAX_EARLY = 1 << 20  # bytes that are kept before anybody listens
 
@@ -19,38 +17,32 @@ class Port:
     """A port of the guest. What arrives before anybody listens is kept.
 
     Args:
-        sock: our end of a socket pair; it stays the caller's.
+        sock: our end of a socket pair; it stays the caller's, who also has `feed` called with what
+            arrives there.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._feed: Callable[[bytes], object] | None = None
+        self._listener: Callable[[bytes], object] | None = None
         self._early = b""
         self._receiving = threading.Lock()
         self._sending = threading.Lock()
 
-    @classmethod
-    @contextmanager
-    def open(cls, loop: LoopThread, sock: socket.socket) -> Iterator[Port]:
-        """A port whose bytes are read on the loop's thread."""
-        port = cls(sock)
-        with loop.reading(sock, port._arrived):
-            yield port
-
     def listen(self, feed: Callable[[bytes], object]) -> None:
         """Hand what arrives from now on, and what has arrived before, to `feed`."""
         with self._receiving:
-            self._feed = feed
+            self._listener = feed
             early, self._early = self._early, b""
             if early:
                 feed(early)
 
-    def _arrived(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
+        """Take what the guest wrote."""
         with self._receiving:
-            if self._feed is None:
+            if self._listener is None:
                 self._early += data[: _MAX_EARLY - len(self._early)]
             else:
-                self._feed(data)
+                self._listener(data)
 
     def send(self, data: bytes, timeout: float) -> None:
         """Send all of `data`.

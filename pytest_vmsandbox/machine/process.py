@@ -12,9 +12,9 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import LaunchError, TeardownError
@@ -37,44 +37,33 @@ class LauncherError(LaunchError):
     """The launcher is gone, or could not start a program: no fault of what was to run."""
 
 
+@dataclass(eq=False, repr=False)
 class OwnedProcess:
     """A process that the launcher has spawned. Made by `Launcher.spawn`, which ends it.
 
     Attributes:
-        pid: its process number.
         argv: its command line.
+        pid: its process number.
     """
 
-    def __init__(
-        self,
-        launcher: Launcher,
-        parent: subprocess.Popen[bytes],
-        number: int,
-        argv: tuple[str, ...],
-        status: int,
-        stderr: IO[bytes],
-    ) -> None:
-        self.argv = argv
-        self.pid = 0
-        self._launcher = launcher
-        self._parent = parent  # a launcher; the next process may have another one
-        self._number = number
-        self._status = status
-        self._stderr = stderr
-        self._lines = b""
-        self._tail: str | None = None  # known at the end; until then it is in the file
-        self._returncode: int | None = None
-        self._lock = threading.Lock()
+    argv: tuple[str, ...]
+    _launcher: Launcher
+    _parent: subprocess.Popen[bytes]  # a launcher; the next process may have another one
+    _number: int
+    _status: int
+    _stderr: IO[bytes]
+    pid: int = 0
+    _lines: bytes = b""
+    _tail: str | None = None  # known at the end; until then it is in the file
+    _returncode: int | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def _await_start(self) -> None:
         message = self._read(Deadline(_REAP_SECONDS))
         if message is None or "pid" not in message:
-            reason = "the launcher did not answer"
-            if message is not None:
-                reason = str(message.get("error", "the launcher is gone"))
+            reason = "did not answer" if message is None else "is gone"
             raise LauncherError(
-                f"{self.argv[0]} could not be started: {reason}",
-                transient="error" not in (message or {}),
+                f"{self.argv[0]} could not be started: the launcher {reason}", transient=True
             )
         self.pid = int(message["pid"])
 
@@ -88,9 +77,7 @@ class OwnedProcess:
                 message = self._read(deadline)
                 if message is None:
                     return None
-                if "error" in message:
-                    raise LauncherError(f"{self.argv[0]} could not be started: {message['error']}")
-                self._returncode = int(message.get("exit", -9))
+                self._returncode = int(message["exit"])
             return self._returncode
         finally:
             self._lock.release()
@@ -111,11 +98,14 @@ class OwnedProcess:
             self._lines += data
         line, _, self._lines = self._lines.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
+        if "error" in message:
+            raise LauncherError(f"{self.argv[0]} could not be started: {message['error']}")
         return message
 
     def signal(self, number: int) -> None:
         """Send a signal; nothing happens if the process is gone."""
-        self._launcher.signal(self._number, number)
+        with suppress(LaunchError):  # the launcher is gone, and took the process with it
+            self._launcher.send({"id": self._number, "signal": number})
 
     @property
     def stderr_tail(self) -> str:
@@ -127,15 +117,12 @@ class OwnedProcess:
         # The process writes where this file is: it must not be moved.
         return os.pread(fd, _STDERR_TAIL, start).decode(errors="replace")
 
-    def _end(self) -> None:
-        """Its descriptors are about to be closed: keep what can still be asked for."""
-        self._tail = self.stderr_tail
-
 
 class Launcher:
     """This process's end of the launcher. One for each process that runs guests.
 
-    A launcher that something has killed took its guests with it. The next guest gets a new one.
+    It runs as long as its context; at the end it and all that it still owns is killed. A launcher that
+    something has killed took its guests with it. The next guest gets a new one.
 
     Args:
         folder: of the run; the launcher removes it when this process is gone.
@@ -147,15 +134,8 @@ class Launcher:
         self._count = 0
         self._control, self._process = self._start()
 
-    @classmethod
-    @contextmanager
-    def running(cls, folder: Path) -> Iterator[Launcher]:
-        """A running launcher; at the end it and all that it still owns is killed."""
-        launcher = cls(folder)
-        try:
-            yield launcher
-        finally:
-            launcher._end()
+    def __enter__(self) -> Self:
+        return self
 
     def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -175,7 +155,7 @@ class Launcher:
                 raise
         return ours, process
 
-    def _end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._control:
             self._control.shutdown(socket.SHUT_RDWR)
         try:
@@ -184,12 +164,6 @@ class Launcher:
             self._process.kill()
             self._process.wait()
             raise TeardownError("the launcher did not end and was killed") from error
-
-    def _replace_if_gone(self) -> None:
-        """Start a new launcher if the former one was killed; the lock is held."""
-        if self._process.poll() is not None:
-            self._control.close()
-            self._control, self._process = self._start()
 
     @contextmanager
     def spawn(
@@ -218,20 +192,20 @@ class Launcher:
         with tempfile.TemporaryFile() as stderr, os.fdopen(status_read, "rb", buffering=0):
             given = {1: stderr.fileno(), 2: stderr.fileno(), **fds}
             with self._lock:
-                self._replace_if_gone()
+                if self._process.poll() is not None:  # something has killed it
+                    self._control.close()
+                    self._control, self._process = self._start()
                 self._count += 1
                 number, parent = self._count, self._process
-            process = OwnedProcess(self, parent, number, tuple(argv), status_read, stderr)
+            process = OwnedProcess(tuple(argv), self, parent, number, status_read, stderr)
             try:
-                self._send(
+                self.send(
                     {
                         "spawn": number,
                         "argv": list(argv),
                         "fds": list(given),
                         "env": dict(env),
-                        "uid": identity.uid if identity else None,
-                        "gid": identity.gid if identity else None,
-                        "groups": list(identity.groups) if identity else [],
+                        "identity": asdict(identity) if identity else None,
                         "small_pages": small_pages,
                     },
                     [status_write, *given.values()],
@@ -242,12 +216,13 @@ class Launcher:
                 process._await_start()  # noqa: SLF001  # ours, just above
                 yield process
             finally:
-                self.signal(number, 9)
+                process.signal(9)
                 try:
                     if process.pid and process.wait(_REAP_SECONDS) is None:
                         raise TeardownError(f"process {process.pid} ({argv[0]}) cannot be killed")
                 finally:
-                    process._end()  # noqa: SLF001  # likewise
+                    # Its descriptors are about to be closed: keep what can still be asked for.
+                    process._tail = process.stderr_tail  # noqa: SLF001  # likewise
 
     def check(self) -> None:
         """Look whether the launcher is still there.
@@ -255,16 +230,14 @@ class Launcher:
         Raises:
             LauncherError: it is gone.
         """
-        self._send({"id": 0, "signal": 0}, [])  # numbers of processes begin at 1
+        self.send({"id": 0, "signal": 0})  # numbers of processes begin at 1
 
-    def signal(self, number: int, signum: int) -> None:
-        """Send a signal to a process by the number that `spawn` gave it."""
-        try:
-            self._send({"id": number, "signal": signum}, [])
-        except LaunchError:
-            pass  # the launcher is gone, and took the process with it
+    def send(self, message: object, fds: Sequence[int] = ()) -> None:
+        """Send a message, as `launcher.py` tells, with descriptors.
 
-    def _send(self, message: object, fds: Sequence[int]) -> None:
+        Raises:
+            LauncherError: the launcher is gone.
+        """
         with self._lock:
             try:
                 while len(fds) > _MAX_DESCRIPTORS:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import BootError, GuestLost
-from pytest_vmsandbox.machine.machine import INIT_REACHED, Machine
+from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.machine.machine import Machine
 
 _LOOK_SECONDS = 0.5
 _GUEST_TIME = 43  # of /proc/PID/stat, counted from 1; see proc(5)
@@ -23,30 +23,18 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
         BootError: the guest hangs, is gone, or is not there in time.
     """
     deadline = Deadline(at_most)
-    still = Standstill()
-    while not _runs_programs(machine, deadline):
+    signs, since = None, 0.0
+    while not machine.reaches("init", deadline.remaining(_LOOK_SECONDS)):
+        machine.check_booting(deadline.elapsed)
         if deadline.expired:
             raise _never_ran(machine, f"no program ran in {at_most:g} s", deadline.elapsed)
         # While QEMU waits for a processor of the host, nobody can expect progress.
         clock = deadline.elapsed - time_waited(machine.process.pid)
-        still.look(_signs_of_progress(machine), clock)
-        if still.seconds >= standstill:
+        if (now := _signs_of_progress(machine)) != signs:
+            signs, since = now, clock
+        elif clock - since >= standstill:
             why = f"the guest made no progress for {standstill:g} s"
             raise _never_ran(machine, why, deadline.elapsed)
-
-
-def _runs_programs(machine: Machine, deadline: Deadline) -> bool:
-    """Wait a moment for a guest's first program; whether it has been started."""
-    try:
-        machine.console.wait_for(INIT_REACHED, deadline.remaining(_LOOK_SECONDS))
-    except TimeoutError:
-        try:
-            machine.check()
-            machine.check_booting()
-        except GuestLost as lost:
-            raise machine.boot_error(lost, deadline.elapsed) from lost
-        return False
-    return True
 
 
 def _never_ran(machine: Machine, why: str, seconds: float) -> BootError:
@@ -66,30 +54,6 @@ def _signs_of_progress(machine: Machine) -> object:
     """
     time = guest_time(machine.process.pid) if machine.spec.accelerator == "kvm" else None
     return (machine.console.size, machine.human("info registers")) if time is None else time
-
-
-class Standstill:
-    """Measures how long nothing has changed.
-
-    Attributes:
-        seconds: since the last change.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._signs: object = None
-        self._since = 0.0
-
-    def look(self, signs: object, clock: float) -> None:
-        """Note what is seen now.
-
-        Args:
-            signs: whatever differs as long as the guest gets on.
-            clock: seconds on a clock of the caller's.
-        """
-        if signs != self._signs:
-            self._signs, self._since = signs, clock
-        self.seconds = clock - self._since
 
 
 def guest_time(pid: int) -> int | None:

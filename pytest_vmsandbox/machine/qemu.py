@@ -64,7 +64,6 @@ def _inspect(path: str, _mtime: int, _size: int) -> Qemu:
         done = subprocess.run(
             [path, "--version"],
             capture_output=True,
-            text=True,
             timeout=_VERSION_SECONDS,
             check=False,
             stdin=subprocess.DEVNULL,

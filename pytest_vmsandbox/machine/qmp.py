@@ -6,23 +6,15 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import IO, Any
 
-from qemu.qmp import (
-    EventListener,
-    ExecInterruptedError,
-    ExecuteError,
-    QMPClient,
-    QMPError,
-    Runstate,
-)
+from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError, Runstate
 
-from pytest_vmsandbox.core.deadline import Deadline, wall
+from pytest_vmsandbox.core.deadline import Deadline, monotonic, wall
 from pytest_vmsandbox.core.errors import MonitorError
+from pytest_vmsandbox.machine.host import USUAL_GREETING, Pace
 from pytest_vmsandbox.machine.loop import LoopThread
-from pytest_vmsandbox.machine.pace import Pace
 
 Event = Mapping[str, Any]
 _ANSWER_SECONDS = 30.0
@@ -33,11 +25,11 @@ class Monitor:
     """A connection to QEMU's monitor, used from any thread.
 
     Args:
-        log: called with each line of the protocol's log.
+        log: a file for the protocol's log, or None.
         pace: what is known of this host's speed.
     """
 
-    def __init__(self, loop: LoopThread, log: Callable[[str], None], pace: Pace) -> None:
+    def __init__(self, loop: LoopThread, log: IO[str] | None, pace: Pace) -> None:
         self._loop = loop
         self._log = log
         self._pace = pace
@@ -49,40 +41,31 @@ class Monitor:
         self._arrived = threading.Condition()
         self._passing = threading.Lock()  # QEMU keeps one descriptor until a command takes it
 
-    @classmethod
     @contextmanager
-    def connected(
-        cls,
-        loop: LoopThread,
-        sock: socket.socket,
-        *,
-        log: Callable[[str], None],
-        timeout: float,
-        pace: Pace,
-    ) -> Iterator[Monitor]:
-        """A monitor on our end of a socket pair; it takes the socket over.
+    def connected(self, sock: socket.socket, *, timeout: float) -> Iterator[None]:
+        """Talk to a QEMU that has just been started, on our end of a socket pair.
+
+        It takes the socket over.
 
         Args:
-            log: called with each line of the protocol's log.
             timeout: seconds for QEMU to greet us, on a usual machine.
-            pace: what is known of this host's speed.
 
         Raises:
             MonitorError: QEMU did not greet us in time.
         """
-        monitor = cls(loop, log, pace)
+        started = monotonic()
         try:
-            monitor._await(monitor._client.connect(sock), timeout, "greeting")
-            pump = loop.submit(monitor._pump())
+            self._await(self._client.connect(sock), timeout, "greeting")
+            self._pace.took(monotonic() - started, usual=USUAL_GREETING)
+            pump = self._loop.submit(self._pump())
             try:
-                yield monitor
+                yield
             finally:
                 pump.cancel()
         finally:
-            try:
-                monitor._await(monitor._client.disconnect(), _CLOSE_SECONDS, "disconnect")
-            except MonitorError:
-                pass  # QEMU ended first: then disconnect() raises what ended the connection
+            # If QEMU ended first, disconnect() raises what ended the connection.
+            with suppress(MonitorError):
+                self._await(self._client.disconnect(), _CLOSE_SECONDS, "disconnect")
 
     def execute(
         self,
@@ -157,14 +140,15 @@ class Monitor:
                 self._arrived.notify_all()
 
     def _record(self, direction: str, message: object) -> None:
-        self._log(f"{wall():.3f} {direction} {json.dumps(message, default=str)}\n")
+        if self._log is not None and not self._log.closed:
+            self._log.write(f"{wall():.3f} {direction} {json.dumps(message, default=str)}\n")
 
     def _await(self, work: Any, timeout: float, what: str) -> Any:
         timeout = self._pace.stretch(timeout)
         future = self._loop.submit(work)
         try:
             return future.result(timeout)
-        except FutureTimeoutError as error:
+        except TimeoutError as error:
             future.cancel()
             self._pace.was_late()
             raise MonitorError(
@@ -175,5 +159,5 @@ class Monitor:
                 f"QEMU refused {what!r}: {error}", error_class=error.error_class
             ) from error
         # It asserts that QEMU, which has just greeted us, has not ended since: it may have.
-        except (QMPError, ExecInterruptedError, EOFError, OSError, AssertionError) as error:
+        except (QMPError, EOFError, OSError, AssertionError) as error:
             raise MonitorError(f"QEMU's monitor is gone ({what!r}): {error}") from error

@@ -300,7 +300,7 @@ def vm_artifacts(
 
 
 @pytest.fixture(scope="session")
-def vm_prepared() -> Base:
+def vm_prepared() -> Base | None:
     """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
     return None
 

@@ -18,7 +18,6 @@ from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_model
 from pytest_vmsandbox.machine.disk import NO_DISKS
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
-from pytest_vmsandbox.machine.pace import Pace
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 FAKE = Path(__file__).with_name("fake_qemu.py")
@@ -66,7 +65,7 @@ class Stand:
         )
         with Machine.running(
             replace(
-                self.hypervisor, pace=Pace()
+                self.hypervisor, pace=host.Pace()
             ),  # what faults are slow at is no fault of the host
             spec,
             disks=disks or NO_DISKS,

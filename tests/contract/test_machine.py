@@ -182,7 +182,7 @@ class TestEnd:
             pid = machine.process.pid
             assert machine.ended() is None
             machine.check()
-            machine.check_booting()
+            machine.check_booting(0)
         assert gone(pid)
 
     def test_nothing_stays_open(self, stand):
@@ -702,9 +702,7 @@ class TestOnTop:
         """And goes on with other files on top of what they had by then, twice."""
         with stand.machine(disks=disks) as machine, ExitStack() as stack:
             machine.pause()
-            frozen = disks.frozen
-            for file in (it for files in frozen for it in files):
-                stack.enter_context(file)
+            frozen = disks.frozen(stack)
             machine.put_on_top(fresh())
             machine.save(state, with_memory=True)
             machine.resume()

@@ -537,7 +537,7 @@ def launcher_of(path):
 
 
 def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
-    monkeypatch.setattr("pytest_vmsandbox.guests.idle._RUNNING_PER_PROCESSOR", 1)
+    monkeypatch.setattr("pytest_vmsandbox.guests.backend._RUNNING_PER_PROCESSOR", 1)
     one = factory()
     with ExitStack() as stack:
         guests = [stack.enter_context(one.boot("tiny", **TINY)) for _ in range(6)]

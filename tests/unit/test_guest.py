@@ -208,7 +208,7 @@ class FakeMachine:
     def wait_event(self, name, *, since, timeout):
         return name if name in self.names[since:] else None
 
-    def wait_for_ssh(self, timeout):
+    def reaches(self, stage, timeout):
         self.platform.booting(self)
         return self.platform.answer
 
@@ -218,11 +218,13 @@ class FakeMachine:
         if self.status is not None:
             raise GuestLost("it is switched off")
 
-    def check_booting(self):
-        pass
-
-    def boot_error(self, error, seconds):
-        return BootError(f"{error.brief} while booting", stage=error.stage, seconds=seconds)
+    def check_booting(self, seconds):
+        try:
+            self.check()
+        except GuestLost as lost:
+            raise BootError(
+                f"{lost.brief} while booting", stage=lost.stage, seconds=seconds
+            ) from lost
 
     def ended(self):
         return self.status

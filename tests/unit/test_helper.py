@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -49,8 +49,16 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loop():
-    with LoopThread.running() as loop:
+    with LoopThread() as loop:
         yield loop
+
+
+@contextmanager
+def opened(loop, sock):
+    """A port that takes what arrives."""
+    port = Port(sock)
+    with loop.reading(sock, port.feed):
+        yield port
 
 
 def fine():
@@ -68,7 +76,7 @@ class Real:
                 [program, str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         stack.callback(self.end)
-        self.port = stack.enter_context(Port.open(loop, ours))
+        self.port = stack.enter_context(opened(loop, ours))
         self.helper = Helper(self.port, check=fine, patience=SECONDS, quiet_seconds=QUIET)
         wait_for(lambda: self.helper.is_there)
 
@@ -695,7 +703,7 @@ class Fake:
         stack.enter_context(theirs)
         theirs.settimeout(SECONDS)
         self.peer = Peer(theirs)
-        port = stack.enter_context(Port.open(loop, ours))
+        port = stack.enter_context(opened(loop, ours))
         self.helper = Helper(port, check=fine, patience=patience, quiet_seconds=QUIET)
 
     def during(self, work, play):
@@ -945,7 +953,7 @@ class TestHello:
             ours, theirs = socket.socketpair()
             stack.enter_context(ours)
             stack.enter_context(theirs)
-            port = stack.enter_context(Port.open(loop, ours))
+            port = stack.enter_context(opened(loop, ours))
             theirs.sendall(frame("H", 0, struct.pack("<I", 1)))
             wait_for(lambda: port._early)
             helper = Helper(port, check=fine, patience=SECONDS, quiet_seconds=QUIET)
@@ -1194,7 +1202,7 @@ class TestNonsense:
 class TestPort:
     def test_keeps_what_comes_before_anybody_listens(self, loop):
         ours, theirs = socket.socketpair()
-        with ours, theirs, Port.open(loop, ours) as port:
+        with ours, theirs, opened(loop, ours) as port:
             theirs.sendall(b"early")
             wait_for(lambda: port._early == b"early")
             got = bytearray()
@@ -1206,7 +1214,7 @@ class TestPort:
     def test_frames_of_several_threads_do_not_mix(self, loop):
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with ours, theirs, Port.open(loop, ours) as port:
+        with ours, theirs, opened(loop, ours) as port:
             words = [bytes([65 + number]) * 50_000 for number in range(6)]
             threads = [threading.Thread(target=port.send, args=(it, SECONDS)) for it in words]
             for thread in threads:
@@ -1228,7 +1236,7 @@ class TestPort:
 
     def test_the_other_end_is_gone(self, loop):
         ours, theirs = socket.socketpair()
-        with ours, Port.open(loop, ours) as port:
+        with ours, opened(loop, ours) as port:
             theirs.close()
             with pytest.raises(GuestLost, match="machine is gone"):
                 port.send(b"x", SECONDS)

@@ -266,9 +266,12 @@ class TestDisks:
         assert below.closed
 
     def test_on_top_of_what_is_frozen(self, tmp_path):
-        with Disks.open(base=None, root_size=None, blank=[MIB], folder=tmp_path) as disks:
-            frozen = disks.frozen
-            with disk_module.empty_overlay(MIB, tmp_path) as fresh, frozen[0][0] as below:
+        with (
+            Disks.open(base=None, root_size=None, blank=[MIB], folder=tmp_path) as disks,
+            ExitStack() as stack,
+        ):
+            ((below,),) = frozen = disks.frozen(stack)
+            with disk_module.empty_overlay(MIB, tmp_path) as fresh:
                 assert below.mode == "rb"
                 later = disks.on_top(frozen, [fresh])
                 assert later.overlays == ((below, fresh),)

@@ -51,8 +51,8 @@ class TestCreate:
 
     def test_does_not_take_a_file_that_is_there(self, tmp_path):
         (tmp_path / "file").write_bytes(b"mine")
-        with pytest.raises(FileExistsError):
-            memory.create(tmp_path / "file", MIB)
+        with pytest.raises(FileExistsError), memory.create(tmp_path / "file", MIB):
+            pass
         assert (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -220,8 +220,8 @@ class TestForClones:
 
     @pytest.mark.parametrize("version", [OLD, NEW])
     def test_one_that_is_gone(self, tmp_path, version):
-        with pytest.raises(FileNotFoundError):
-            memory.for_clones(tmp_path / "none", version)
+        with pytest.raises(FileNotFoundError), memory.for_clones(tmp_path / "none", version):
+            pass
 
     def test_nothing_stays_open_when_it_cannot_be_copied(self, file, monkeypatch):
         def copy(source, dest):
@@ -229,8 +229,8 @@ class TestForClones:
 
         monkeypatch.setattr(memory, "copy", copy)
         before = os.listdir("/proc/self/fd")
-        with pytest.raises(OSError, match="full"):
-            memory.for_clones(file, OLD)
+        with pytest.raises(OSError, match="full"), memory.for_clones(file, OLD):
+            pass
         assert os.listdir("/proc/self/fd") == before
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytest_vmsandbox.machine.pace import MOST, Pace
+from pytest_vmsandbox.machine.host import MOST_SLOWNESS, Pace
 
 
 class TestPace:
@@ -34,7 +34,7 @@ class TestPace:
         pace = Pace()
         pace.took(1e6, usual=0.25)
         pace.was_late()
-        assert pace.stretch(1.0, scale) == MOST
+        assert pace.stretch(1.0, scale) == MOST_SLOWNESS
 
     def test_no_limit_is_shorter_than_the_accelerator_asks_for(self):
-        assert Pace().stretch(1.0, 2 * MOST) == 2 * MOST
+        assert Pace().stretch(1.0, 2 * MOST_SLOWNESS) == 2 * MOST_SLOWNESS

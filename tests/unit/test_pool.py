@@ -141,13 +141,13 @@ def quota(tmp_path, monkeypatch):
 def running(quota, fillers=2):
     count = iter(range(1, 10_000))
     backend = SimpleNamespace(name=lambda image: f"{image}.{next(count)}")
-    with FakePool.running(anything(backend), quota, fillers=fillers) as pool:
+    with FakePool(anything(backend), quota, fillers=fillers) as pool:
         assert isinstance(pool, FakePool)
         try:
             yield pool
         finally:
             pool.gate.set()
-    names = [clone.name for clone in pool.made]
+    names = [clone.machines.name for clone in pool.made]
     assert sorted(pool.closed) == sorted(names)  # each once
     assert quota._claimed == 0
     assert not [it for it in threading.enumerate() if it.name == "vmsandbox-filler"]
@@ -198,7 +198,7 @@ class TestAhead:
             for _ in range(DEPTH):
                 with lease(pool):
                     pass
-            assert pool.closed == [clone.name for clone in pool.made]
+            assert pool.closed == [clone.machines.name for clone in pool.made]
 
     def test_expectations_add_up(self, pool):
         for _ in range(2):
@@ -244,7 +244,7 @@ class TestAhead:
         with lease(pool) as (clone, was_armed):
             assert clone is last
             assert was_armed
-            assert pool.closed == [clone.name for clone in dead]
+            assert pool.closed == [clone.machines.name for clone in dead]
 
     def test_kinds_do_not_mix(self, pool):
         """Other templates, and other networks of the same."""
@@ -308,7 +308,7 @@ class TestWithoutOne:
 
         def use():
             with lease(pool) as (clone, _):
-                got.append(clone.name)
+                got.append(clone.machines.name)
                 wait_for(lambda: len(got) == 4)  # all at a time
 
         threads = [threading.Thread(target=use) for _ in range(4)]
@@ -384,13 +384,13 @@ class TestFailure:
         pool.armed(OPENED, 1)
         with pytest.raises(GuestLost, match="does not answer"), lease(pool):
             pass
-        assert pool.closed == [pool.made[0].name]
+        assert pool.closed == [pool.made[0].machines.name]
         assert quota._claimed == 0
 
     def test_of_its_user(self, pool, quota):
         with pytest.raises(KeyError), lease(pool):
             raise KeyError
-        assert pool.closed == [pool.made[0].name]
+        assert pool.closed == [pool.made[0].machines.name]
         assert quota._claimed == 0
 
 
@@ -481,10 +481,10 @@ def test_many_at_once(pool, quota, expected):
         try:
             for _ in range(5):
                 with lease(pool, more=True) as (clone, _):
-                    got.append(clone.name)
-                    assert clone.name not in pool.closed
+                    got.append(clone.machines.name)
+                    assert clone.machines.name not in pool.closed
                     time.sleep(0.001)
-                assert clone.name in pool.closed
+                assert clone.machines.name in pool.closed
         except BaseException as error:
             failures.append(error)
             raise
@@ -506,11 +506,14 @@ class TestArm:
     def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, quota, monkeypatch):
         """In each run, also where another one has made the template."""
         looked = []
-        monkeypatch.setattr(
-            pool_module, "_check_network", lambda machine, *_: looked.append(machine)
-        )
+
+        def refusal(address, _timeout):
+            looked.append(address)
+            return True
+
+        monkeypatch.setattr(pool_module, "refusal", refusal)
         monkeypatch.setattr(pool_module, "Machines", MagicMock())
-        with Pool.running(MagicMock(), quota, fillers=0) as pool:
+        with Pool(MagicMock(), quota, fillers=0) as pool:
             opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
             for _ in range(2):
                 pool._clone(opened, blueprint, arm=True).stack.close()
@@ -522,5 +525,6 @@ class TestArm:
         monkeypatch.setattr(pool_module, "refusal", lambda address, _: address and refused)
         greeted = MagicMock()
         monkeypatch.setattr(pool_module, "check_network", greeted)
-        pool_module._check_network(MagicMock(), MagicMock(), lambda: None)
+        opened = MagicMock(checked=threading.Event())
+        pool_module._put_right(MagicMock(), opened, MagicMock())
         assert greeted.called is not refused

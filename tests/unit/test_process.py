@@ -32,7 +32,7 @@ AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become som
 def launcher(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with Launcher.running(folder) as launcher:
+    with Launcher(folder) as launcher:
         with sh(launcher, "exit 0") as process:  # from here on it is up
             process.wait(10)
         yield launcher
@@ -315,7 +315,7 @@ class TestLauncher:
         folder.mkdir()
         (folder / "key").touch()
         with ExitStack() as stack:
-            with Launcher.running(folder) as launcher:
+            with Launcher(folder) as launcher:
                 process = stack.enter_context(launcher.spawn(PAUSE, fds={}, env=ENV))
                 fds = stack.enter_context(watched(process.pid, launcher_pid(os.getpid())))
             assert ends(*fds)
@@ -332,7 +332,7 @@ class TestLauncher:
         source = f"""
             from pathlib import Path
             from pytest_vmsandbox.machine.process import Launcher
-            with Launcher.running(Path({str(tmp_path / "run")!r})) as launcher:
+            with Launcher(Path({str(tmp_path / "run")!r})) as launcher:
                 with launcher.spawn(["/bin/sleep", "0"], fds={{}}, env={{}}) as process:
                     process.wait(10)
                 print("up", flush=True)
@@ -466,7 +466,7 @@ class TestLoop:
                 arrived.set()
 
         ours, theirs = socket.socketpair()
-        with ours, theirs, LoopThread.running() as loop, loop.reading(ours, feed):
+        with ours, theirs, LoopThread() as loop, loop.reading(ours, feed):
             theirs.sendall(b"x" * 100_000 + b"\n")
             assert arrived.wait(10)
         assert len(got) == 100_001
@@ -474,7 +474,7 @@ class TestLoop:
     def test_nothing_that_arrived_before_the_end_is_lost(self):
         got = bytearray()
         ours, theirs = socket.socketpair()
-        with ours, theirs, LoopThread.running() as loop:
+        with ours, theirs, LoopThread() as loop:
             with loop.reading(ours, got.extend):
                 theirs.sendall(b"last words")
             assert got == b"last words"
@@ -482,13 +482,13 @@ class TestLoop:
     def test_the_other_end_may_close(self):
         got = bytearray()
         ours, theirs = socket.socketpair()
-        with ours, LoopThread.running() as loop, loop.reading(ours, got.extend):
+        with ours, LoopThread() as loop, loop.reading(ours, got.extend):
             theirs.sendall(b"bye")
             theirs.close()
         assert got == b"bye"
 
     def test_its_thread_is_gone_afterwards(self):
-        with LoopThread.running():
+        with LoopThread():
             assert any(thread.name == "vmsandbox-loop" for thread in threading.enumerate())
         assert not any(thread.name == "vmsandbox-loop" for thread in threading.enumerate())
 
@@ -497,7 +497,7 @@ class TestLoop:
         async def work():
             pass
 
-        with LoopThread.running() as loop:
+        with LoopThread() as loop:
             pass
         with pytest.raises(RuntimeError, match="closed"):
             loop.submit(work())

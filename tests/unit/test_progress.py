@@ -5,20 +5,10 @@ import shutil
 import subprocess
 
 from pytest_vmsandbox.machine.progress import (
-    Standstill,
     guest_time,
     parse_guest_time,
     time_waited,
 )
-
-
-def test_a_change_begins_anew():
-    still = Standstill()
-    seen = []
-    for signs, clock in [(0, 0.0), (0, 2.0), (1, 2.5), (1, 2.5), (1, 4.0), (2, 9.0)]:
-        still.look(signs, clock)
-        seen.append(still.seconds)
-    assert seen == [0.0, 2.0, 0.0, 0.0, 1.5, 0.0]
 
 
 def test_the_field_of_the_guest():

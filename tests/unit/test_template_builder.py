@@ -56,7 +56,7 @@ def said():
 @pytest.fixture
 def builder(tmp_path, said):
     backend: Any = SimpleNamespace(cache=tmp_path / "cache", callbacks=Announcer(said.append))
-    with TemplateBuilder.open(backend) as builder:
+    with TemplateBuilder(backend) as builder:
         yield builder
 
 
