@@ -1,10 +1,11 @@
-"""Looks at this machine and has `checks` judge it."""
+"""Looks at this machine: has `checks` judge it, and describes it."""
 
 from __future__ import annotations
 
 import os
 import platform
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from pytest_vmsandbox.catalogue.builder import ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
-from pytest_vmsandbox.cli.benchmark.machine import system_name
 from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
@@ -150,6 +150,32 @@ class Examination:
             needed=ROOM_FOR_A_DISK,
             variable=variable,
         )
+
+
+def describe() -> dict[str, object]:
+    """This machine, and how much it has to do."""
+    return {
+        "system": system_name(),
+        "processor": processor_name(),
+        "processors": os.cpu_count(),
+        "memory_bytes": host.total_memory(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def system_name() -> str:
+    """The operating system and its architecture, for people."""
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
+    except (OSError, KeyError):
+        return platform.platform(terse=True)
+
+
+def processor_name() -> str:
+    """The processor's model, for people."""
+    found = re.search(r"^model name\s*: *(.+)", host.processor(), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _user_name() -> str:

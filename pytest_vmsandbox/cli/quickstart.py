@@ -15,7 +15,7 @@ import click
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageStore
-from pytest_vmsandbox.cli import checks, foreground, packages, pytest_runs
+from pytest_vmsandbox.cli import checks, foreground, packages
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import show
 from pytest_vmsandbox.cli.examine import Examination
@@ -166,9 +166,9 @@ def _run_suite(screen: Screen, image: str) -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
-        environment = {**pytest_runs.environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**foreground.pytest_variables(), "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [
-            *(sys.executable, "-m", "pytest", "-p", pytest_runs.PLUGIN, "-v", f"--vm={image}"),
+            *(sys.executable, "-m", "pytest", "-p", foreground.PLUGIN, "-v", f"--vm={image}"),
             *("--durations=0", "--durations-min=1"),  # what it spends its time on
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),

@@ -1,17 +1,17 @@
-"""What is measured with guests."""
+"""What is measured with guests, and what a measurement gives."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, median, percentiles
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
@@ -19,6 +19,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
+P99_SAMPLES = 100  # fewer have no 99th percentile
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
 _ARM_SECONDS = 300.0  # for the pool, to arm what it wants
 _SERVICES_SECONDS = 600.0
@@ -26,6 +27,47 @@ _PUSH_BYTES = 16 * MIB
 _BUSY = ["sh", "-c", "while :; do sleep 0.1; done"]
 _TOGETHER = 8  # clones that share a template's memory while it is looked at how much each takes
 _UNCOUNTED = 4  # guests at the start that the pool has made ahead
+
+
+class CannotMeasureError(VMSandboxError):
+    """Something cannot be measured here; its brief line tells why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The result of one measurement.
+
+    Attributes:
+        value: the number, or its parts by name; None where it cannot be measured.
+        samples: how many it is made of.
+        reason: why it, or a part of it, cannot be measured.
+        details: what else was seen.
+    """
+
+    value: float | Mapping[str, float | None] | None
+    samples: int = 0
+    reason: str = ""
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+def median(samples: Sequence[float], digits: int = 1) -> Result:
+    """The median of samples."""
+    return Result(value=round(statistics.median(samples), digits), samples=len(samples))
+
+
+def percentiles(samples: Sequence[float]) -> Result:
+    """The median, and the 99th percentile where there are enough samples for one."""
+    ordered = sorted(samples)
+    enough = len(ordered) >= P99_SAMPLES
+    return Result(
+        value={
+            "p50": round(statistics.median(ordered), 2),
+            "p99": round(ordered[math.ceil(0.99 * len(ordered)) - 1], 2) if enough else None,
+        },
+        samples=len(ordered),
+        reason="" if enough else f"p99 takes {P99_SAMPLES} samples or more",
+        details={"max": round(ordered[-1], 2)},
+    )
 
 
 @dataclass(kw_only=True)
@@ -57,27 +99,17 @@ class Setup:
     only_for_ratios: bool = False
     say: Callable[[str], None] = lambda _: None
 
-    def __post_init__(self) -> None:
-        self._told = ""  # what did not go as it should, last
-
     def at_most(self, number: int) -> int:
         """How many samples to take where it would be so many by itself."""
         return number if self.count is None else min(number, self.count)
 
-    @contextmanager
-    def factory(self, clones: Clones) -> Iterator[GuestFactory]:
+    def factory(self, clones: Clones) -> AbstractContextManager[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
-        settings = replace(self.settings, clones=clones)
-        with GuestFactory.open(settings, Announcer(self.say, self._note)) as factory:
-            yield factory
+        return GuestFactory.open(replace(self.settings, clones=clones), Announcer(self.say))
 
     def expect(self, factory: GuestFactory, count: int) -> None:
         """Tell a factory how many guests it is going to be asked for."""
         factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
-
-    def _note(self, text: str) -> None:
-        self._told = text
-        self.say(text)
 
     @contextmanager
     def guest(self, factory: GuestFactory, *origins: str) -> Iterator[Guest]:
@@ -87,11 +119,8 @@ class Setup:
             CannotMeasureError: it has come to be in another one.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if guest.engine.origin not in origins:
-                told = f": {self._told}" if self._told else ""
-                raise CannotMeasureError(
-                    f"guests are {guest.engine.origin} here, not {' or '.join(origins)}{told}"
-                )
+            if (origin := guest.engine.origin) not in origins:
+                raise CannotMeasureError(f"guests are {origin} here, not {' or '.join(origins)}")
             yield guest
 
     @cached_property
@@ -100,7 +129,21 @@ class Setup:
 
         Two results come from this one measurement.
         """
-        return _measure_throughput(self)
+        number = self.count or 50
+        processor_seconds = 0.0
+        began = ours = 0.0
+        with self.factory("armed") as factory:
+            self.expect(factory, number + _UNCOUNTED)
+            for counted in range(-_UNCOUNTED, number):
+                if counted == 0:
+                    began, ours = time.perf_counter(), time.process_time()
+                with self.guest(factory, "armed", "cloned") as guest:
+                    first_command(guest)
+                    if counted >= 0:
+                        processor_seconds += guest.engine.processor_seconds
+            seconds = time.perf_counter() - began
+            processor_seconds += time.process_time() - ours
+        return number, seconds, processor_seconds
 
 
 def first_command(guest: Guest) -> None:
@@ -203,24 +246,6 @@ def push(setup: Setup) -> Result:
 # -- one after the other ---------------------------------------------------------------------------
 
 
-def _measure_throughput(setup: Setup) -> tuple[int, float, float]:
-    number = setup.count or 50
-    processor_seconds = 0.0
-    began = ours = 0.0
-    with setup.factory("armed") as factory:
-        setup.expect(factory, number + _UNCOUNTED)
-        for counted in range(-_UNCOUNTED, number):
-            if counted == 0:
-                began, ours = time.perf_counter(), time.process_time()
-            with setup.guest(factory, "armed", "cloned") as guest:
-                first_command(guest)
-                if counted >= 0:
-                    processor_seconds += guest.engine.processor_seconds
-        seconds = time.perf_counter() - began
-        processor_seconds += time.process_time() - ours
-    return number, seconds, processor_seconds
-
-
 def guests_per_s(setup: Setup) -> Result:
     """Fresh guests, one after the other, each with a command, the pool never full."""
     number, seconds, _ = setup.throughput
@@ -284,10 +309,10 @@ def _at_once(setup: Setup, *, busy: bool) -> Result:
         while len(guests) < setup.most:
             try:
                 guests.append(stack.enter_context(setup.guest(factory, "cloned")))
-            except (VMSandboxError, CannotMeasureError) as error:
+            except VMSandboxError as error:
                 if not guests:
                     raise
-                limit = error.brief if isinstance(error, VMSandboxError) else str(error)
+                limit = error.brief
                 break
         if busy:  # only now: to clone guests beside those that run would take minutes
             for number, guest in enumerate(guests, 1):
