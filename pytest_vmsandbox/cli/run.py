@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import os
+import select
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.cli.guests import fresh_guest
 from pytest_vmsandbox.cli.options import guest_options
-from pytest_vmsandbox.cli.streams import attach
+from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import CommandTimeout
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.transport import Command
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.process import RemoteProcess
+
+_STDOUT, _STDERR = 1, 2
+_CHUNK = 1 << 16
+_LOOK_MS = 50  # how often it is looked whether the program still runs
+_LONGEST_SECONDS = 3600.0  # that poll waits at a time
 
 
 def _read_copies(
@@ -104,10 +121,84 @@ def run(
     with fresh_guest(image, settings, hardware) as guest:
         for source, dest in push:
             guest.push(source, dest)
-        status = attach(guest, command, stdin=_input(), timeout=timeout)
+        status = attach(guest, command, timeout)
     ctx.exit(status if status >= 0 else 128 - status)
 
 
-def _input() -> int | None:
-    """Our standard input, if there is one that is not a person."""
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.fileno()
+@contextmanager
+def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) -> Iterator[Guest]:
+    """A guest that answers, and is gone at the end. What we say goes to the standard error.
+
+    Raises:
+        VMSandboxError: see `GuestFactory.boot`.
+    """
+    screen = Screen(stderr=True)
+    with ExitStack() as stack:
+        factory = stack.enter_context(GuestFactory.open(settings, Announcer(screen.say)))
+        with screen.waiting(f"starting {image}"):
+            guest = stack.enter_context(factory.boot(image, **hardware))
+        yield guest
+
+
+def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
+    """Run a program in a guest on our standard streams, to its end.
+
+    Its input is empty if ours is a person's.
+
+    Args:
+        timeout: seconds.
+
+    Returns:
+        Its exit status, −N if signal N ended it; −SIGPIPE if our own reader went away before.
+
+    Raises:
+        CommandTimeout: it did not end in time, and was killed; or nobody took its output in time.
+        GuestLost: the guest is gone.
+        OSError: one of our streams cannot be read or written.
+    """
+    deadline = Deadline(timeout)
+    has_input = sys.stdin is not None and not sys.stdin.isatty()
+    with guest.engine.explained():
+        process = guest.engine.start(Command(argv=tuple(argv)))
+        try:
+            return process.communicate(
+                _Input(sys.stdin.fileno(), process) if has_input else None,
+                partial(_write, _STDOUT, deadline),
+                partial(_write, _STDERR, deadline),
+                timeout,
+            )
+        except BrokenPipeError:
+            return -signal.SIGPIPE
+        finally:
+            process.close()
+
+
+class _Input(io.BufferedIOBase):
+    """What there is in a descriptor, as long as a program runs."""
+
+    def __init__(self, descriptor: int, process: RemoteProcess) -> None:
+        self._descriptor = descriptor
+        self._process = process
+
+    def read(self, _: int | None = -1, /) -> bytes:
+        """What has come, at least a byte; nothing at its end, or that of the program."""
+        poller = select.poll()
+        poller.register(self._descriptor, select.POLLIN)
+        while not poller.poll(_LOOK_MS):
+            if self._process.poll() is not None:
+                return b""
+        return os.read(self._descriptor, _CHUNK)
+
+
+def _write(target: int, deadline: Deadline, data: bytes) -> None:
+    """Write all of `data`, in pieces that a pipe takes at once."""
+    poller = select.poll()
+    poller.register(target, select.POLLOUT)
+    view = memoryview(data)
+    while view:
+        if poller.poll(deadline.remaining(_LONGEST_SECONDS) * 1000):
+            view = view[os.write(target, view[: select.PIPE_BUF]) :]
+        elif deadline.expired:
+            raise CommandTimeout(
+                f"nobody took the output within {deadline.seconds:g} s", seconds=deadline.seconds
+            )

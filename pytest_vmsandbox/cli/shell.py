@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import click
 
 from pytest_vmsandbox.cli import foreground
-from pytest_vmsandbox.cli.guests import fresh_guest
 from pytest_vmsandbox.cli.options import guest_options
+from pytest_vmsandbox.cli.run import fresh_guest
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.settings import Settings

@@ -130,11 +130,10 @@ class Run:
         Raises:
             ConfigError: a definition is not well-formed.
         """
-        from pytest_vmsandbox.catalogue import listing
-        from pytest_vmsandbox.catalogue.store import ImageStore
+        from pytest_vmsandbox.catalogue.store import ImageStore, columns
         from pytest_vmsandbox.core.paths import cache_dir
 
-        return listing.lines(listing.entries(self.catalogue, ImageStore(cache_dir())))
+        return ["  ".join(row) for row in columns(ImageStore(cache_dir()).entries(self.catalogue))]
 
     @cached_property
     def hardware(self) -> Hardware:
