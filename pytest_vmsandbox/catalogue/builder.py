@@ -30,7 +30,7 @@ ROOM_FOR_A_DISK = 3 * GIB
 PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
 
 _SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
-_LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
+LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
 
 
@@ -95,7 +95,7 @@ def _fill(
     _check_programs(definition)
     log = store.failed_log(definition.name)
     # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
-    base = Path(os.environ.get("TMPDIR") or _LARGE_TMP)
+    base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
     with store.work_folder(definition.name, base) as work:
         if definition.disk_size is not None:
             check_room((out, work), ROOM_FOR_A_DISK)

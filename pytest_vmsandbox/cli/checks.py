@@ -12,7 +12,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.cli import packages
 from pytest_vmsandbox.core.spec import MIB, format_size
 
 OLDEST_QEMU = (7, 2)  # of those that were tested
@@ -66,7 +65,7 @@ def _bad(name: str, found: str, remedy: str, *, needed: bool = True) -> Check:
 
 def _missing(name: str, found: str, *wanted: str, needed: bool = True) -> Check:
     """Something that the packages `wanted` bring."""
-    return replace(_bad(name, found, packages.install_line(wanted), needed=needed), install=wanted)
+    return replace(_bad(name, found, programs.install_line(wanted), needed=needed), install=wanted)
 
 
 def operating_system(platform: str, name: str) -> Check:

@@ -15,10 +15,9 @@ import click
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageStore
-from pytest_vmsandbox.cli import checks, foreground, packages
+from pytest_vmsandbox.cli import checks, foreground
 from pytest_vmsandbox.cli.checks import Check, Status
-from pytest_vmsandbox.cli.doctor import show
-from pytest_vmsandbox.cli.examine import Examination
+from pytest_vmsandbox.cli.doctor import examine, show
 from pytest_vmsandbox.cli.images import build_one
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
@@ -75,7 +74,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
 def _check(screen: Screen) -> list[Check]:
     """Look at the machine and say what is not as it should be."""
     with screen.waiting("looking"):
-        found = list(Examination(Settings(), screen.say).checks())
+        found = list(examine(Settings(), screen))
     for check in found:
         # That no image is built is what we are here for.
         if check.status is not Status.OK and check.name != "images":
@@ -90,7 +89,7 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
         Stop: it was not installed, or something else is wrong with the machine.
     """
     wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
-    commands = [packages.as_root(argv) for check in found for argv in check.commands]
+    commands = [programs.as_root(argv) for check in found for argv in check.commands]
     if wanted or commands:
         _install(screen, wanted, commands, yes=yes)
         screen.say("Checking again", "bold")
@@ -111,13 +110,13 @@ def _install(
     """
     if wanted and programs.find("apt-get") is None:
         screen.say("Packages are installed with apt-get only; here it is up to you:")
-        screen.say(f"  {packages.install_line(wanted)}")
+        screen.say(f"  {programs.install_line(wanted)}")
         raise Stop
-    install = packages.apt_install(wanted)
+    install = programs.apt_install(wanted)
     plan = [*([install] if wanted else []), *commands]
     screen.say("This is missing, and can be installed:")
     for argv in plan:
-        screen.say(f"  {packages.shown(argv)}")
+        screen.say(f"  {programs.shown(argv)}")
     if not yes:
         if not sys.stdin.isatty():
             screen.say("There is nobody to ask: add --yes, or run that by hand.")
@@ -135,19 +134,19 @@ def _install(
 
 
 def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
-    install = packages.apt_install(wanted)
+    install = programs.apt_install(wanted)
     screen.say(f"Installing {', '.join(wanted)}")
-    if packages.apt_knows(wanted) and foreground.run(install) == 0:
+    if programs.apt_knows(wanted) and foreground.run(install) == 0:
         return
     screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
-    _run(screen, packages.apt_update())
+    _run(screen, programs.apt_update())
     _run(screen, install)
 
 
 def _run(screen: Screen, argv: list[str]) -> None:
     status = foreground.run(argv)
     if status != 0:
-        screen.say(f"{packages.shown(argv)} ended with status {status}", "red")
+        screen.say(f"{programs.shown(argv)} ended with status {status}", "red")
         raise Stop
 
 
