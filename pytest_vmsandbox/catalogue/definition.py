@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware, format_size, parse_size
+from pytest_vmsandbox.core.spec import Hardware, format_size
 
 DEFINITION_FILE = "image.toml"
 SCHEMA = 1
@@ -91,25 +93,29 @@ class ImageDefinition:
         except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
             raise ConfigError(f"{file} cannot be read: {error}") from error
         top = _Table(file, "", content, _KEYS, optional=("disk",))
-        top.read("schema", f"the number {SCHEMA}", _schema)
+        top.choice("schema", SCHEMA)
         boot = top.table("boot", ("append", "memory_min"))
         system = top.table("system", ("python", "init", "user"))
+        disk = top.table("disk", ("size",)) if "disk" in content else None
+        size = "a size such as '256MiB'"
         return cls(
             name=folder.name,
             folder=folder,
             description=top.read("description", "one line of text", _line),
-            architecture=top.choice("architecture", ARCHITECTURES),
-            recipe=top.read("recipe", "an executable file in this folder", _executable(folder)),
-            uses=top.read("uses", "a list of paths, relative to this folder", _paths(folder)),
+            architecture=top.choice("architecture", *ARCHITECTURES),
+            recipe=top.read(
+                "recipe", "an executable file in this folder", partial(_executable, folder)
+            ),
+            uses=top.read(
+                "uses", "a list of paths, relative to this folder", partial(_paths, folder)
+            ),
             requires=top.read("requires", "a list of names of programs", _programs),
             append=boot.read("append", "one line of text, or ''", _line_or_empty),
-            memory_min=boot.read("memory_min", "a size such as '256MiB'", _size),
-            disk_size=top.table("disk", ("size",)).read("size", "a size such as '8GiB'", _size)
-            if "disk" in content
-            else None,
-            python=system.read("python", "true or false", _boolean),
-            init=system.choice("init", INITS),
-            user=system.read("user", "the name of a user", _user),
+            memory_min=boot.read("memory_min", size, partial(_hardware, "memory")),
+            disk_size=disk.read("size", size, partial(_hardware, "disk")) if disk else None,
+            python=system.choice("python", True, False),
+            init=system.choice("init", *INITS),
+            user=system.read("user", "the name of a user", partial(_hardware, "user")),
         )
 
     def hardware(self, defaults: Hardware, arguments: Mapping[str, object]) -> Hardware:
@@ -185,60 +191,50 @@ def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:
             yield f"{label}/{file.relative_to(source)}", file
 
 
+@dataclass(frozen=True)
 class _Table:
     """A table of a TOML file, with exactly the keys that it must have."""
 
-    def __init__(
-        self,
-        file: Path,
-        prefix: str,
-        values: dict[str, Any],
-        keys: Sequence[str],
-        optional: Sequence[str] = (),
-    ) -> None:
-        self._file = file
-        self._prefix = prefix
-        self._values = values
-        remedy = f"allowed here: {', '.join((*keys, *optional))}"
+    file: Path
+    prefix: str
+    values: dict[str, Any]
+    keys: Sequence[str]
+    optional: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        allowed = (*self.keys, *self.optional)
         for word, names in (
-            ("unknown", [key for key in values if key not in (*keys, *optional)]),
-            ("missing", [key for key in keys if key not in values]),
+            ("unknown", [key for key in self.values if key not in allowed]),
+            ("missing", [key for key in self.keys if key not in self.values]),
         ):
             if names:
-                listed = ", ".join(repr(prefix + name) for name in names)
-                raise ConfigError(f"{file}: {word} key {listed}", remedy=remedy)
+                listed = ", ".join(repr(self.prefix + name) for name in names)
+                remedy = f"allowed here: {', '.join(allowed)}"
+                raise ConfigError(f"{self.file}: {word} key {listed}", remedy=remedy)
 
     def read(self, key: str, allowed: str, reader: Callable[[Any], _T | None]) -> _T:
         """The value of `key` as `reader` returns it; None from it stands for a wrong value."""
-        value = self._values[key]
+        value = self.values[key]
         if (result := reader(value)) is None:
             raise ConfigError(
-                f"{self._file}: {self._prefix}{key} = {value!r} is not allowed",
-                remedy=f"{self._prefix}{key} must be {allowed}",
+                f"{self.file}: {self.prefix}{key} = {value!r} is not allowed",
+                remedy=f"{self.prefix}{key} must be {allowed}",
             )
         return result
 
-    def choice(self, key: str, choices: Sequence[str]) -> str:
+    def choice(self, key: str, *choices: _T) -> _T:
         """The value of `key`, one of `choices`."""
-        allowed = " or ".join(map(repr, choices))
-        return self.read(
-            key,
-            allowed,
-            lambda value: next((choice for choice in choices if choice == value), None),
-        )
+
+        def read(value: object) -> _T | None:
+            equal = (choice for choice in choices if choice == value)  # 1 == True, too
+            return next((choice for choice in equal if type(choice) is type(value)), None)
+
+        return self.read(key, " or ".join(map(json.dumps, choices)), read)
 
     def table(self, key: str, keys: Sequence[str]) -> _Table:
         """The table `key`, with exactly `keys`."""
         values = self.read(key, "a table", lambda table: table if isinstance(table, dict) else None)
-        return _Table(self._file, f"{self._prefix}{key}.", values, keys)
-
-
-def _schema(value: object) -> int | None:
-    return SCHEMA if type(value) is int and value == SCHEMA else None  # True == 1, too
-
-
-def _boolean(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
+        return _Table(self.file, f"{self.prefix}{key}.", values, keys)
 
 
 def _line_or_empty(value: object) -> str | None:
@@ -249,18 +245,11 @@ def _line(value: object) -> str | None:
     return _line_or_empty(value) or None
 
 
-def _size(value: object) -> int | None:
-    try:
-        return parse_size(value, "")
-    except ConfigError:
-        return None
-
-
-def _user(value: object) -> str | None:
-    try:
-        return Hardware().changed({"user": value}).user if value is not None else None
-    except ConfigError:
-        return None
+def _hardware(name: str, value: object) -> Any:
+    """What a guest has of that name, if `value` stands for it."""
+    with suppress(ConfigError):
+        return getattr(Hardware().changed({name: value}), name)
+    return None
 
 
 def _texts(value: object, good: Callable[[str], bool]) -> tuple[str, ...] | None:
@@ -273,25 +262,19 @@ def _programs(value: object) -> tuple[str, ...] | None:
     return _texts(value, lambda name: re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name) is not None)
 
 
-def _paths(folder: Path) -> Callable[[object], tuple[str, ...] | None]:
-    def read(value: object) -> tuple[str, ...] | None:
-        paths = _texts(value, lambda path: path.isprintable() and not Path(path).is_absolute())
-        for path in paths or ():
-            if not (folder / path).exists():
-                raise ConfigError(
-                    f"{folder / DEFINITION_FILE}: uses names {path!r}, which does not exist",
-                    remedy=f"paths in uses are relative to {folder}",
-                )
-        return paths
-
-    return read
+def _paths(folder: Path, value: object) -> tuple[str, ...] | None:
+    paths = _texts(value, lambda path: path.isprintable() and not Path(path).is_absolute())
+    for path in paths or ():
+        if not (folder / path).exists():
+            raise ConfigError(
+                f"{folder / DEFINITION_FILE}: uses names {path!r}, which does not exist",
+                remedy=f"paths in uses are relative to {folder}",
+            )
+    return paths
 
 
-def _executable(folder: Path) -> Callable[[object], str | None]:
-    def read(value: object) -> str | None:
-        if not isinstance(value, str) or not value.isprintable() or Path(value).name != value:
-            return None
-        file = folder / value
-        return value if file.is_file() and os.access(file, os.X_OK) else None
-
-    return read
+def _executable(folder: Path, value: object) -> str | None:
+    name = _line(value)
+    if name is None or Path(name).name != name:
+        return None
+    return name if (folder / name).is_file() and os.access(folder / name, os.X_OK) else None
