@@ -10,6 +10,7 @@ import click
 
 from pytest_vmsandbox.catalogue.builder import build as build_image
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageStore, columns
 from pytest_vmsandbox.cli.options import image_path_option
 from pytest_vmsandbox.cli.screen import Screen, write_json
@@ -80,27 +81,25 @@ def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) 
 
     A NAME may be a glob such as 'debian-*', or 'all'. All are tried, also after one has failed.
     """
-    catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
+    catalogue = Catalogue(image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     errors: list[Exception] = []
     for definition in definitions:
         try:
-            build_one(Screen(), catalogue, store, definition.name, force=force)
+            build_one(definition, force=force)
         except VMSandboxError as error:
             errors.append(error)
     if errors:
         raise ExceptionGroup("images", errors)
 
 
-def build_one(
-    screen: Screen, catalogue: Catalogue, store: ImageStore, name: str, *, force: bool = False
-) -> None:
+def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
     """Build one image and show how it goes.
 
     Raises:
         VMSandboxError: it cannot be built, or not be kept.
     """
-    definition = catalogue.get(name)
+    screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
     if not force and store.state(definition) == "built":
         screen.say(f"{name} is built")
         return

@@ -14,14 +14,12 @@ import click
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli import checks, foreground
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import examine, show
 from pytest_vmsandbox.cli.images import build_one
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 
 _SUITE = Path(__file__).with_name("quickstart_suite")
@@ -32,7 +30,7 @@ More: the README, and the suite that ran just now:    {suite}"""
 
 
 class Stop(Exception):
-    """It cannot go on; the reason has been said."""
+    """It cannot go on; the text says why."""
 
 
 @click.command
@@ -50,19 +48,19 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
     left alone.
     """
     screen = Screen()
-    catalogue = Catalogue()
-    catalogue.get(image)  # an unknown one is an error now, not later
+    definition = Catalogue().get(image)  # an unknown one is an error now, not later
     try:
         screen.say("Checking this machine", "bold")
         _prepare(screen, _check(screen), yes=yes)
         if only_install:
             return
         screen.say()
-        build_one(screen, catalogue, ImageStore(cache_dir()), image)
+        build_one(definition)
         screen.say()
         screen.say("Running a small suite in guests; each test gets one of its own", "bold")
         _run_suite(screen, image)
-    except Stop:
+    except Stop as reason:
+        screen.say(str(reason), "bold red")
         ctx.exit(1)
     screen.say()
     screen.say(_NEXT.format(suite=_SUITE))
@@ -95,8 +93,7 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
         screen.say("Checking again", "bold")
         found = _check(screen)
     if checks.worst(found) is Status.FAILED:
-        screen.say("No guest can run on this machine as it is; the remedies are above.", "red")
-        raise Stop
+        raise Stop("No guest can run on this machine as it is; the remedies are above.")
     screen.say("This machine can run guests.", "green")
 
 
@@ -109,9 +106,8 @@ def _install(
         Stop: nobody could be asked, the answer was no, or it failed.
     """
     if wanted and programs.find("apt-get") is None:
-        screen.say("Packages are installed with apt-get only; here it is up to you:")
-        screen.say(f"  {programs.install_line(wanted)}")
-        raise Stop
+        line = programs.install_line(wanted)
+        raise Stop(f"Packages are installed with apt-get only; here it is up to you:\n  {line}")
     install = programs.apt_install(wanted)
     plan = [*([install] if wanted else []), *commands]
     screen.say("This is missing, and can be installed:")
@@ -119,18 +115,15 @@ def _install(
         screen.say(f"  {programs.shown(argv)}")
     if not yes:
         if not sys.stdin.isatty():
-            screen.say("There is nobody to ask: add --yes, or run that by hand.")
-            raise Stop
+            raise Stop("There is nobody to ask: add --yes, or run that by hand.")
         if not click.confirm("Install it now?", default=False):
-            screen.say("Nothing was installed.")
-            raise Stop
+            raise Stop("Nothing was installed.")
     if os.geteuid() != 0 and programs.find("sudo") is None:
-        screen.say("That needs root, and there is no sudo: run it as root.", "red")
-        raise Stop
+        raise Stop("That needs root, and there is no sudo: run it as root.")
     if wanted:
         _apt_install(screen, wanted)
     for argv in commands:
-        _run(screen, argv)
+        _run(argv)
 
 
 def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
@@ -139,15 +132,14 @@ def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
     if programs.apt_knows(wanted) and foreground.run(install) == 0:
         return
     screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
-    _run(screen, programs.apt_update())
-    _run(screen, install)
+    _run(programs.apt_update())
+    _run(install)
 
 
-def _run(screen: Screen, argv: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     status = foreground.run(argv)
     if status != 0:
-        screen.say(f"{programs.shown(argv)} ended with status {status}", "red")
-        raise Stop
+        raise Stop(f"{programs.shown(argv)} ended with status {status}")
 
 
 # -- the suite -------------------------------------------------------------------------------------
@@ -176,9 +168,7 @@ def _run_suite(screen: Screen, image: str) -> None:
         screen.say()
         if status != 0:
             stack.pop_all()  # somebody may look at what is there
-            failure = f"The suite failed, status {status}; it and its artifacts are in {folder}"
-            screen.say(failure, "bold red")
-            raise Stop
+            raise Stop(f"The suite failed, status {status}; it and its artifacts are in {folder}")
     screen.say(
         f"Real machines were started, restarted, destroyed and filled up in "
         f"{monotonic() - began:.0f} s; nothing of them is left.",

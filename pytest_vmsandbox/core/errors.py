@@ -25,7 +25,7 @@ the command `vmsandbox` ends with status 69.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from pytest_vmsandbox.core.text import printable
 
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pytest_vmsandbox.core.transport import CommandResult
+
+
+class _More(TypedDict, total=False):
+    details: str
+    remedy: str
+    stage: str
+    transient: bool
 
 
 class VMSandboxError(Exception):
@@ -123,19 +130,11 @@ class BootError(VMSandboxError):
         brief: one line.
         stage: the last stage that was reached: launch, firmware, kernel, init or ssh.
         seconds: how long we waited.
+        more: as for `VMSandboxError`.
     """
 
-    def __init__(
-        self,
-        brief: str,
-        *,
-        stage: str,
-        seconds: float,
-        details: str = "",
-        remedy: str = "",
-        transient: bool = False,
-    ) -> None:
-        super().__init__(brief, details=details, remedy=remedy, stage=stage, transient=transient)
+    def __init__(self, brief: str, *, seconds: float, **more: Unpack[_More]) -> None:
+        super().__init__(brief, **more)
         self.seconds = seconds
 
 
@@ -209,10 +208,8 @@ class MonitorError(VMSandboxError):
 
     default_stage = "command"
 
-    def __init__(
-        self, brief: str, *, error_class: str = "", details: str = "", transient: bool = False
-    ) -> None:
-        super().__init__(brief, details=details, transient=transient)
+    def __init__(self, brief: str, *, error_class: str = "", **more: Unpack[_More]) -> None:
+        super().__init__(brief, **more)
         self.error_class = error_class
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
@@ -106,14 +107,6 @@ def _cpus(value: object) -> int:
     return int(text)
 
 
-def _memory(value: object) -> int:
-    return parse_size(value, "memory")
-
-
-def _disk(value: object) -> int:
-    return parse_size(value, "disk")
-
-
 def _disks(value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(
@@ -146,10 +139,10 @@ def _user(value: object) -> str:
 
 
 MAX_DISKS = 8
-_READERS = {
+_READERS: Mapping[str, Callable[[object], object]] = {
     "cpus": _cpus,
-    "memory": _memory,
-    "disk": _disk,
+    "memory": partial(parse_size, what="memory"),
+    "disk": partial(parse_size, what="disk"),
     "disks": _disks,
     "network": parse_network,
     "user": _user,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from pytest_vmsandbox.cli import foreground
@@ -117,14 +116,7 @@ def second_run(setup: Setup) -> Result:
 def in_guest_overhead(setup: Setup) -> Result:
     """What a test inside a guest takes more than by plain pytest there."""
     pairs = inside_pairs(setup, number=setup.at_most(_PAIRS), tests=_EMPTY_TESTS)
-    return replace(
-        median(pairs.differences, digits=2),
-        details={
-            "tests": _EMPTY_TESTS,
-            "inside_ms": round(pairs.first, 2),
-            "plain_ms": round(pairs.second, 2),
-        },
-    )
+    return median(pairs.differences, digits=2)
 
 
 def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
