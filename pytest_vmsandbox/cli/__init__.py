@@ -35,8 +35,7 @@ class Application(click.Group):
             return None
         if sys.platform == "win32" and cmd_name != "doctor":
             raise LaunchError("guests run on Linux and macOS, not on Windows")
-        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
+        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

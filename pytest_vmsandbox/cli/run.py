@@ -133,8 +133,7 @@ def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) 
         VMSandboxError: see `GuestFactory.boot`.
     """
     screen = Screen(stderr=True)
-    with ExitStack() as stack:
-        factory = stack.enter_context(GuestFactory.open(settings, Announcer(screen.say)))
+    with GuestFactory.open(settings, Announcer(screen.say)) as factory, ExitStack() as stack:
         with screen.waiting(f"starting {image}"):
             guest = stack.enter_context(factory.boot(image, **hardware))
         yield guest
