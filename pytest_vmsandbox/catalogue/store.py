@@ -246,11 +246,7 @@ class ImageStore(Store[BuiltImage]):
 
     def folders_of(self, name: str) -> list[Path]:
         """The folders of the images that are built of `name`."""
-        return [
-            folder
-            for folder in self.folders()
-            if folder.parent.name == name and (folder / IMAGES.record).exists()
-        ]
+        return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
 
     def entries(self, catalogue: Catalogue) -> list[ImageEntry]:
         """All images of a catalogue, in its order, then those of which only a build is here.

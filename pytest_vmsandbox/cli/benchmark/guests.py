@@ -231,10 +231,7 @@ def push(setup: Setup) -> Result:
     source = setup.folder / "random"
     source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
     samples = []
-    with (
-        setup.factory("demand") as factory,
-        factory.boot(setup.image, **setup.hardware) as guest,
-    ):
+    with setup.factory("demand") as factory, factory.boot(setup.image, **setup.hardware) as guest:
         for _ in range(setup.at_most(5)):
             began = time.perf_counter()
             guest.push(source, "/tmp/random")  # noqa: S108  # in the guest
