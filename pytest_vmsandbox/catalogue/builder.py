@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,

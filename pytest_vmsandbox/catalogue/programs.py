@@ -8,28 +8,21 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 
-PACKAGES = {  # Debian's and Ubuntu's, of programs that are not called like their package
-    "awk": "mawk",
-    "debugfs": "e2fsprogs",
-    "dpkg-deb": "dpkg",
-    "e2fsck": "e2fsprogs",
-    "gpg": "gnupg",
-    "losetup": "mount",
-    "mke2fs": "e2fsprogs",
-    "mkfs.ext4": "e2fsprogs",
-    "newgidmap": "uidmap",
-    "newuidmap": "uidmap",
-    "qemu-img": "qemu-utils",
-    "qemu-system-aarch64": "qemu-system-arm",
-    "qemu-system-x86_64": "qemu-system-x86",
-    "resize2fs": "e2fsprogs",
-    "setpriv": "util-linux",
-    "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client",
-    "tune2fs": "e2fsprogs",
-    "unshare": "util-linux",
-    "xz": "xz-utils",
+_HELD = {  # programs that are not called like their package, by the package of Debian and Ubuntu
+    "dpkg": ["dpkg-deb"],
+    "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
+    "gnupg": ["gpg"],
+    "mawk": ["awk"],
+    "mount": ["losetup"],
+    "openssh-client": ["ssh", "ssh-keygen"],
+    "qemu-system-arm": ["qemu-system-aarch64"],
+    "qemu-system-x86": ["qemu-system-x86_64"],
+    "qemu-utils": ["qemu-img"],
+    "uidmap": ["newgidmap", "newuidmap"],
+    "util-linux": ["setpriv", "unshare"],
+    "xz-utils": ["xz"],
 }
+PACKAGES = {program: package for package, held in _HELD.items() for program in held}
 _OTHER_SYSTEMS = {  # what brings QEMU there; the image tools have other names on each
     "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
     "openssh-clients shadow-utils debian-keyring",

@@ -15,8 +15,7 @@ from typing import Any
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
 from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store
-from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition, check_name
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import format_size
 
