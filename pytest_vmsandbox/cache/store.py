@@ -61,15 +61,10 @@ _MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes, so only a comm
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Something in a store, and the record of it."""
+    """Something in a store, and the record of it, which has the digests of its files by path."""
 
     folder: Path
     record: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Of each of its files, by path."""
-        return dict(self.record["digests"])
 
     @property
     def size_on_disk(self) -> int:
@@ -80,7 +75,7 @@ class Entry:
         """Which file is not as it was made; empty if all are."""
         if not (self.folder / IN_USE).exists():
             return f"{IN_USE} is missing"
-        return integrity.damage(self.folder, self.digests)
+        return integrity.damage(self.folder, self.record["digests"])
 
 
 class Discarded(NamedTuple):

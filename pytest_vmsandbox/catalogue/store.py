@@ -142,10 +142,8 @@ class BuiltImage:
         Raises:
             ImageError: it was removed before it could be held.
         """
-        lock = self.folder / IN_USE
-        if not lock.exists():
-            with suppress(OSError):  # there is nothing in it that could have been lost
-                lock.touch(mode=0o600)
+        with suppress(OSError):  # there is nothing in it that could have been lost
+            (self.folder / IN_USE).touch(mode=0o600)
         with ExitStack() as stack:
             try:
                 stack.enter_context(Store.hold(self.folder))

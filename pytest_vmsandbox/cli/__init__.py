@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -56,7 +56,8 @@ class Application(click.Group):
             if not all(isinstance(leaf, VMSandboxError | OSError) for leaf in leaves):
                 raise
             for leaf in leaves:
-                show_error(leaf)
+                for line in (f"vmsandbox: {leaf}", *getattr(leaf, "__notes__", ())):
+                    click.echo(line, err=True)
             ctx.exit(max(map(exit_status, leaves)))
 
 
@@ -65,13 +66,6 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, ConfigError):
         return USAGE
     return UNAVAILABLE if isinstance(error, (*INFRASTRUCTURE, OSError)) else FAILED
-
-
-def show_error(error: BaseException) -> None:
-    """Write an error to the standard error, for people."""
-    click.echo(f"vmsandbox: {error}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(note, err=True)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -92,7 +86,7 @@ def application() -> None:
     """Fresh virtual machines, for tests and by hand."""
 
 
-def main() -> NoReturn:
+def main() -> None:
     """The entry point ``vmsandbox``."""
     for descriptor in (0, 1, 2):
         try:
@@ -104,4 +98,3 @@ def main() -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     application(prog_name="vmsandbox")
-    raise AssertionError  # click has ended the process

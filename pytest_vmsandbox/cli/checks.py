@@ -63,8 +63,9 @@ def _bad(name: str, found: str, remedy: str, *, needed: bool = True) -> Check:
     return Check(name=name, status=status, found=found, remedy=remedy)
 
 
-def _missing(name: str, found: str, *wanted: str, needed: bool = True) -> Check:
-    """Something that the packages `wanted` bring."""
+def _missing(name: str, found: str, *lacking: str, needed: bool = True) -> Check:
+    """Something that the packages of programs bring, or packages of these names."""
+    wanted = tuple(sorted({programs.package_of(program) for program in lacking}))
     return replace(_bad(name, found, programs.install_line(wanted), needed=needed), install=wanted)
 
 
@@ -107,13 +108,13 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
         return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
         return _bad("QEMU", problem, "mend or unset VMSANDBOX_QEMU")
-    return _missing("QEMU", problem, programs.package_of(program))
+    return _missing("QEMU", problem, program)
 
 
 def qemu_img(path: str | None) -> Check:
     if path is not None:
         return _ok("qemu-img", path)
-    return _missing("qemu-img", "missing: guests get no disks", programs.package_of("qemu-img"))
+    return _missing("qemu-img", "missing: guests get no disks", "qemu-img")
 
 
 def accelerator(kvm: str, verdict: tuple[str, str] | None) -> Check:
@@ -160,8 +161,7 @@ def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
     """
     if not missing:
         return _ok("image tools", "all here")
-    wanted = sorted({programs.package_of(program) for program in missing})
-    return _missing("image tools", f"missing: {', '.join(missing)}", *wanted, needed=needed)
+    return _missing("image tools", f"missing: {', '.join(missing)}", *missing, needed=needed)
 
 
 def keyring(exists: bool, *, needed: bool) -> Check:
@@ -296,8 +296,7 @@ def images(states: Mapping[str, str], default: str) -> Check:
 def ssh_client(path: str | None) -> Check:
     if path is not None:
         return _ok("SSH client", path)
-    found = "missing: 'vmsandbox shell' needs it"
-    return _missing("SSH client", found, programs.package_of("ssh"), needed=False)
+    return _missing("SSH client", "missing: 'vmsandbox shell' needs it", "ssh", needed=False)
 
 
 def worst(checks: Sequence[Check]) -> Status:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
 
@@ -14,6 +14,7 @@ KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
+_T = TypeVar("_T")
 
 
 def parse_size(value: object, what: str) -> int:
@@ -124,11 +125,23 @@ def parse_network(value: object) -> Network:
     Raises:
         ConfigError: there is none of that name.
     """
-    for network in NETWORKS:
-        if value == network:
-            return network
+    return one_of(NETWORKS, value, "network")
+
+
+def one_of(choices: Sequence[_T], value: object, what: str) -> _T:
+    """The one of `choices` that `value` is.
+
+    Args:
+        what: the choice is of, for the error.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
     raise ConfigError(
-        f"network={value!r} is unknown", remedy=f"use {' or '.join(map(repr, NETWORKS))}"
+        f"{what}={value!r} is unknown", remedy=f"use {' or '.join(map(repr, choices))}"
     )
 
 
