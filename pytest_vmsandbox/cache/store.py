@@ -103,7 +103,6 @@ class Store(Generic[E]):
 
     def __init__(self, cache: Path, kind: Kind, entry: Callable[..., E]) -> None:
         self.root = cache / kind.folder
-        self._cache = cache
         self._kind = kind
         self._entry = entry
 
@@ -159,7 +158,7 @@ class Store(Generic[E]):
                 f"something cannot be kept in {files.private_folder(self.root)}",
                 remedy=f"make room there, or name another folder in {CACHE}",
             ),
-            files.locked(self._lock(name), on_busy=on_busy) as lock,
+            files.locked(self.root / f"{name}.lock", on_busy=on_busy) as lock,
         ):
             place = self.root / key
             if replace:
@@ -289,7 +288,7 @@ class Store(Generic[E]):
         for prefix in (_NEW, _FORMERLY_NEW, _WORK):
             names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
         for name in names:
-            lock = self._lock(name)
+            lock = self.root / f"{name}.lock"
             # An OSError: it is being made, or the cache is only read.
             with suppress(OSError), files.locked(lock):
                 freed += self._clear(name)
@@ -298,9 +297,6 @@ class Store(Generic[E]):
                 if not (self.root / name).exists():
                     lock.unlink()  # who waits for it sees that, and makes a new one
         return freed
-
-    def _lock(self, name: str) -> Path:
-        return self.root / f"{name}.lock"
 
     def _clear(self, name: str) -> int:
         """Remove what was left when something was made; the lock of that name is held."""
@@ -324,7 +320,7 @@ class Store(Generic[E]):
         Args:
             keep: the folder of something that stays.
         """
-        stores = [Store(self._cache, kind, Entry) for kind in _MADE_ANEW]
+        stores = [Store(self.root.parent, kind, Entry) for kind in _MADE_ANEW]
         found = [(folder, store) for store in stores for folder in store.folders()]
         sizes = {folder: files.size_on_disk(folder) for folder, _ in found}
         total = sum(sizes.values())

@@ -109,7 +109,7 @@ class BuiltImage:
         try:  # the record has the time of the build, and the digests of what came out
             return hashlib.sha256((self.folder / IMAGES.record).read_bytes()).hexdigest()
         except OSError as error:
-            raise self._damaged(f"{IMAGES.record}: {error}") from error
+            raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
     def verified(self) -> dict[str, str]:
         """The digests of the files that guests need; all of them are read, once per object.
@@ -123,16 +123,19 @@ class BuiltImage:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
+        digests: dict[str, str] = {}
+        name = ""
         try:
-            built = _record(self.folder).get("digests")
-            digests = {
-                name: built[name] if built else integrity.file_digest(self.folder / name)
-                for name in files_of(self.definition)
-            }
-        except (OSError, ValueError, KeyError) as error:
-            raise self._damaged(f"{IMAGES.record}: {error}") from error
-        if built and (what := integrity.damage(self.folder, digests)):
-            raise self._damaged(what)
+            for name in files_of(self.definition):
+                digests[name] = integrity.file_digest(self.folder / name)
+            name = IMAGES.record
+            built = _record(self.folder).get("digests", digests)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise self._damaged(f"{name} cannot be read: {why}") from error
+        for name, digest in digests.items():
+            if digest != built.get(name):
+                raise self._damaged(f"{name} has changed since it was built")
         return digests
 
     @contextmanager

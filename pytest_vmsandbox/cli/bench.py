@@ -111,7 +111,6 @@ def bench(
             count=count,
             most=most,
             python=definition.python,
-            systemd=definition.init == "systemd",
             only_for_ratios=bool(only) and COLD not in only,
             say=screen.say,
         )

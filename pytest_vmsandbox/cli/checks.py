@@ -282,11 +282,8 @@ def images(states: Mapping[str, str], default: str) -> Check:
     """The states of the images by name, as `ImageStore` tells them."""
     built = [name for name, state in states.items() if state == "built"]
     stale = [name for name, state in states.items() if state == "stale"]
-    found = ", ".join(
-        f"{', '.join(names)} {word}"
-        for names, word in ((built, "built"), (stale, "stale"))
-        if names
-    )
+    there = {"built": built, "stale": stale}
+    found = ", ".join(f"{', '.join(names)} {state}" for state, names in there.items() if names)
     if built and not stale:
         return _ok("images", found)
     remedy = f"vmsandbox images build {' '.join(stale or [default])}"

@@ -45,8 +45,11 @@ def runtime_dir() -> Path:
     """
     if override := os.environ.get(RUNTIME):
         return Path(override).absolute()
-    if (base := os.environ.get("XDG_RUNTIME_DIR")) and _is_our_folder(Path(base)):
-        return Path(base) / APP
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        with suppress(OSError):
+            status = Path(base).stat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                return Path(base) / APP
     return Path(tempfile.gettempdir()) / f"{APP}-{os.getuid()}"
 
 
@@ -64,11 +67,3 @@ def usable(folder: Path, variable: str) -> Iterator[None]:
             f"{folder} cannot be used: {error.strerror or error}",
             remedy=f"name another folder in {variable}",
         ) from error
-
-
-def _is_our_folder(folder: Path) -> bool:
-    try:
-        status = folder.stat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()

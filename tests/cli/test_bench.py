@@ -285,15 +285,6 @@ def test_a_cold_boot_that_is_only_compared_with_is_measured_once(site):
     assert made.asked == "never"
 
 
-def test_when_services_are_started_is_told_of_a_cold_boot_that_was_asked_for(site):
-    factory = FakeFactory("booted")
-    figure = guests.cold_boot(site(factory, systemd=True, count=1))
-    assert list(figure.details) == ["services_started_s"]
-    assert [guest.done[0][0] for guest in factory.guests] == ["true", "systemctl"]
-    figure = guests.cold_boot(site(FakeFactory("booted"), systemd=True, only_for_ratios=True))
-    assert figure.details == {}
-
-
 def test_two_figures_of_one_measurement(site):
     factory = FakeFactory("armed")
     made = site(factory, count=6)

@@ -22,7 +22,6 @@ from pytest_vmsandbox.guests.guest import Guest
 P99_SAMPLES = 100  # fewer have no 99th percentile
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
 _ARM_SECONDS = 300.0  # for the pool, to arm what it wants
-_SERVICES_SECONDS = 600.0
 _PUSH_BYTES = 16 * MIB
 _BUSY = ["sh", "-c", "while :; do sleep 0.1; done"]
 _TOGETHER = 8  # clones that share a template's memory while it is looked at how much each takes
@@ -83,7 +82,6 @@ class Setup:
         most: guests at once.
         folder: an empty one, for files that are needed meanwhile.
         python: whether the guests have a Python.
-        systemd: whether it is what starts their services.
         only_for_ratios: whether the cold boot is measured only to compare others with it.
         say: told of long waits.
     """
@@ -95,7 +93,6 @@ class Setup:
     count: int | None = None
     most: int = 60
     python: bool = True
-    systemd: bool = False
     only_for_ratios: bool = False
     say: Callable[[str], None] = lambda _: None
 
@@ -155,24 +152,11 @@ def first_command(guest: Guest) -> None:
 
 
 def cold_boot(setup: Setup) -> Result:
-    """A guest is booted, to the end of its first command.
-
-    A guest may answer long before it has started all of its services. A clone has started them, so
-    how long that takes is told, too.
-    """
+    """A guest is booted, to the end of its first command."""
     number = 1 if setup.only_for_ratios else setup.at_most(3)
-    details = {}
     with setup.factory("never") as factory:
         samples = [_timed(setup, factory, "booted", first_command) for _ in range(number)]
-        if setup.systemd and not setup.only_for_ratios:
-            settled = _timed(setup, factory, "booted", _await_services)
-            details["services_started_s"] = round(settled, 2)
-    return replace(median(samples, digits=2), details=details)
-
-
-def _await_services(guest: Guest) -> None:
-    waiting = ["systemctl", "is-system-running", "--wait"]
-    guest.run(waiting, check=False, timeout=_SERVICES_SECONDS, user="root")
+    return median(samples, digits=2)
 
 
 def clone_on_demand(setup: Setup) -> Result:
@@ -324,7 +308,6 @@ def _at_once(setup: Setup, *, busy: bool) -> Result:
         value=in_time,
         samples=len(answers),
         details={
-            "answer_ms": round(statistics.median(answers) * 1000, 1),
             "slowest_answer_ms": round(max(answers) * 1000, 1),
             "limit": limit,
         },

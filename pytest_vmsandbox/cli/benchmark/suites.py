@@ -101,7 +101,6 @@ def _run_empty(folder: Path, *more: str) -> float:
 def second_run(setup: Setup) -> Result:
     """Pytest is started where templates are there, until its first test has its guest."""
     folder = _folder(setup, "second")
-    _write_ini(setup, folder)
     (folder / "test_first.py").write_text(_FIRST_TEST, encoding="utf-8")
     samples = []
     for _ in range(setup.at_most(5) + 1):
@@ -149,7 +148,6 @@ def write_empty_tests(setup: Setup, name: str, number: int) -> Path:
     if not setup.python:
         raise CannotMeasureError(f"the image {setup.image} has no Python")
     folder = _folder(setup, name)
-    _write_ini(setup, folder)
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     tests = (f"def test_{index}():\n    pass\n\n\n" for index in range(number))
     (folder / "test_empty.py").write_text("".join(tests), encoding="utf-8")
@@ -172,6 +170,7 @@ def _seconds_plain(setup: Setup, folder: Path) -> float:
 def _folder(setup: Setup, name: str) -> Path:
     folder = setup.folder / name / "suite"
     folder.mkdir(parents=True)
+    _write_ini(setup, folder)
     return folder
 
 
