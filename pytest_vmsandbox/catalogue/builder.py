@@ -105,7 +105,9 @@ class _Maker:
             except OSError as error:
                 raise ImageError(f"building {definition.name!r} failed: {error}") from error
             except ImageError as error:
-                error.details = f"{error.details}\n{_tail(log)}".strip()
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                end = "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))
+                error.details = f"{error.details}\n{end}".strip()
                 error.remedy = error.remedy or f"read {log}"
                 raise
         log.replace(out / LOG)
@@ -235,11 +237,3 @@ def _check(out: Path, definition: ImageDefinition) -> None:
         wrong.append(f"{DISK} is there, but image.toml has no [disk]")
     if wrong:
         raise ImageError(f"the image {definition.name!r} is not complete", details="\n".join(wrong))
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))

@@ -30,7 +30,7 @@ _OTHER_SYSTEMS = {  # what brings QEMU there; the image tools have other names o
     "zypper": "sudo zypper install qemu-x86 qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh",
     "brew": "brew install qemu",
 }
-_APT_GET = (
+APT_GET = (
     *("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"),
     *("-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120"),
 )
@@ -76,18 +76,13 @@ def as_root(argv: Sequence[str]) -> list[str]:
 
 def apt_install(packages: Sequence[str]) -> list[str]:
     """The command line that installs packages without questions."""
-    return as_root([*_APT_GET, "install", "--yes", "--no-install-recommends", *packages])
-
-
-def apt_update() -> list[str]:
-    """The command line that fetches the lists of packages."""
-    return as_root([*_APT_GET, "update"])
+    return as_root([*APT_GET, "install", "--yes", "--no-install-recommends", *packages])
 
 
 def apt_knows(packages: Sequence[str]) -> bool:
     """Whether the lists of packages that are here are enough to install `packages`."""
     simulated = subprocess.run(
-        [*_APT_GET, "install", "--simulate", "--no-install-recommends", *packages],
+        [*APT_GET, "install", "--simulate", "--no-install-recommends", *packages],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
@@ -97,5 +92,5 @@ def apt_knows(packages: Sequence[str]) -> bool:
 
 def shown(argv: Sequence[str]) -> str:
     """A command line for people: without what only keeps it quiet."""
-    words = [word for word in argv if word not in _APT_GET or word == "apt-get"]
+    words = [word for word in argv if word not in APT_GET or word == "apt-get"]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""The command ``vmsandbox``. Each subcommand is a module here, imported when it is called."""
+"""The command ``vmsandbox``. Subcommands are in modules here, imported when one is called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError, LaunchErro
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
 
-_COMMANDS = {  # module and function of the same name; what it does
+_COMMANDS = {  # what they do
     "quickstart": "Make this machine ready, and show a small suite running in guests.",
     "doctor": "Say what works on this machine, and what does not.",
     "images": "List, build and remove images.",
@@ -22,6 +22,7 @@ _COMMANDS = {  # module and function of the same name; what it does
     "clean": "End and delete what is ours and ownerless.",
     "bench": "Measure on this machine what guests cost.",
 }
+_MODULES = {"run": "guests", "shell": "guests"}  # of those that are not called like theirs
 
 
 class Application(click.Group):
@@ -35,7 +36,8 @@ class Application(click.Group):
             return None
         if sys.platform == "win32" and cmd_name != "doctor":
             raise LaunchError("guests run on Linux and macOS, not on Windows")
-        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        module = import_module(f"{__name__}.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -185,7 +185,8 @@ def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bo
     lacking = [option for option, text in options.items() if not _has_range(user, uid, text)]
     if not lacking:
         return _ok(name, f"{user} has them")
-    first = _free_id(subuid, subgid)
+    taken = [first + count for text in options.values() for _, first, count in _ranges(text)]
+    first = max([_FIRST_SUBORDINATE_ID, *taken])
     chosen = f"{first}-{first + SUBORDINATE_IDS - 1}"
     command = ("usermod", *(word for option in lacking for word in (option, chosen)), user)
     files = " and ".join(f"/etc/{option.removeprefix('--add-')[:-1]}" for option in lacking)
@@ -203,11 +204,6 @@ def _has_range(user: str, uid: int, text: str) -> bool:
     return any(
         name in (user, str(uid)) and count >= SUBORDINATE_IDS for name, _, count in _ranges(text)
     )
-
-
-def _free_id(*texts: str) -> int:
-    ends = [first + count for text in texts for _, first, count in _ranges(text)]
-    return max([_FIRST_SUBORDINATE_ID, *ends])
 
 
 def user_namespaces(problem: str, *, needed: bool) -> Check:

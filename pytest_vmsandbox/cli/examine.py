@@ -128,9 +128,10 @@ def _disk(name: str, folder: Path, variable: str) -> Check:
 
 def describe() -> dict[str, object]:
     """This machine, and how much it has to do."""
+    model = re.search(r"^model name\s*: *(.+)", host.processor(), re.MULTILINE)
     return {
         "system": system_name(),
-        "processor": processor_name(),
+        "processor": model[1] if model else platform.processor() or platform.machine(),
         "processors": os.cpu_count(),
         "memory_bytes": host.total_memory(),
         "python": platform.python_version(),
@@ -144,12 +145,6 @@ def system_name() -> str:
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.machine()}"
     except (OSError, KeyError):
         return platform.platform(terse=True)
-
-
-def processor_name() -> str:
-    """The processor's model, for people."""
-    found = re.search(r"^model name\s*: *(.+)", host.processor(), re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _user_name() -> str:

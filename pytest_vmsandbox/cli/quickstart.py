@@ -132,7 +132,7 @@ def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
     if programs.apt_knows(wanted) and foreground.run(install) == 0:
         return
     screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
-    _run(programs.apt_update())
+    _run(programs.as_root([*programs.APT_GET, "update"]))
     _run(install)
 
 

@@ -1,10 +1,12 @@
-"""``vmsandbox run``: one command in a fresh guest, as if it ran here."""
+"""A fresh guest for one command (``vmsandbox run``), or for a person (``vmsandbox shell``)."""
 
 from __future__ import annotations
 
 import io
 import os
 import select
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +16,11 @@ from pathlib import Path
 
 import click
 
+from pytest_vmsandbox.cli import foreground
 from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import CommandTimeout
+from pytest_vmsandbox.core.errors import CommandTimeout, LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.transport import Command
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -122,6 +125,32 @@ def run(
         for source, dest in push:
             guest.push(source, dest)
         status = attach(guest, command, timeout)
+    ctx.exit(status if status >= 0 else 128 - status)
+
+
+@click.command
+@click.argument("image")
+@guest_options
+@click.pass_context
+def shell(
+    ctx: click.Context, /, *, image: str, settings: Settings, hardware: Mapping[str, str]
+) -> None:
+    """Open an interactive shell in a fresh guest.
+
+    The guest is gone when you leave; so is all that you did in it. The exit status is that of the
+    shell, or 255 when the connection broke.
+    """
+    if shutil.which("ssh") is None:
+        raise LaunchError(
+            "there is no SSH client on this machine",
+            remedy="apt-get install openssh-client (Debian, Ubuntu); "
+            f"without one: vmsandbox run {shlex.quote(image)} -- COMMAND",
+        )
+    with fresh_guest(image, settings, hardware) as guest:
+        screen = Screen(stderr=True)
+        if screen.lively:
+            screen.say(f"{guest.name}: this guest is gone when you leave", "dim")
+        status = foreground.run(shlex.split(guest.ssh_command))
     ctx.exit(status if status >= 0 else 128 - status)
 
 
