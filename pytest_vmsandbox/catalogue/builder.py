@@ -83,6 +83,8 @@ def build(
 
 @dataclasses.dataclass
 class _Maker:
+    """Makes an image for a store, if that asks for it."""
+
     definition: ImageDefinition
     store: ImageStore
     progress: Callable[[str], None]
@@ -162,9 +164,8 @@ class _Maker:
                 process.terminate()
                 process.wait()
         if status != 0:
-            killed = (
-                status - 128 if status > 128 else -status
-            )  # the latter is the supervisor itself
+            # Below 0 it is the supervisor itself that was killed.
+            killed = status - 128 if status > 128 else -status
             ended = f"signal {killed}" if killed > 0 else f"status {status}"
             raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
 
