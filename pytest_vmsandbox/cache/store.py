@@ -322,13 +322,12 @@ class Store(Generic[E]):
         """
         stores = [Store(self.root.parent, kind, Entry) for kind in _MADE_ANEW]
         found = [(folder, store) for store in stores for folder in store.folders()]
-        sizes = {folder: files.size_on_disk(folder) for folder, _ in found}
-        total = sum(sizes.values())
+        total = sum(files.size_on_disk(folder) for folder, _ in found)
         for folder, store in sorted(found, key=lambda pair: _last_use(pair[0])):
             if total <= limit:
                 return
-            if folder != keep and store.discard([folder]).removed:
-                total -= sizes[folder]
+            if folder != keep:
+                total -= store.discard([folder]).freed
 
 
 def tidy(cache: Path, say: Callable[[str], object]) -> int:
