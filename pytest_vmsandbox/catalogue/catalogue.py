@@ -105,18 +105,15 @@ class ImageDefinition:
         boot = top.table("boot", ("append", "memory_min"))
         system = top.table("system", ("python", "init", "user"))
         disk = top.table("disk", ("size",)) if "disk" in content else None
+        executable, paths = partial(_executable, folder), partial(_paths, folder)
         size = "a size such as '256MiB'"
         return cls(
             name=folder.name,
             folder=folder,
             description=top.read("description", "one line of text", _line),
             architecture=top.choice("architecture", *ARCHITECTURES),
-            recipe=top.read(
-                "recipe", "an executable file in this folder", partial(_executable, folder)
-            ),
-            uses=top.read(
-                "uses", "a list of paths, relative to this folder", partial(_paths, folder)
-            ),
+            recipe=top.read("recipe", "an executable file in this folder", executable),
+            uses=top.read("uses", "a list of paths, relative to this folder", paths),
             requires=top.read("requires", "a list of names of programs", _programs),
             append=boot.read("append", "one line of text, or ''", _line_or_empty),
             memory_min=boot.read("memory_min", size, partial(_hardware, "memory")),
