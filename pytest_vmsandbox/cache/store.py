@@ -22,15 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pytest_vmsandbox.cache import integrity
-from pytest_vmsandbox.cache.files import (
-    locked,
-    private_folder,
-    remove_tree,
-    removed_afterwards,
-    size_on_disk,
-    sync_tree,
-)
+from pytest_vmsandbox.cache import files, integrity
 from pytest_vmsandbox.core.errors import CacheError
 from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import GIB, format_size
@@ -69,26 +61,21 @@ _MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes, so only a comm
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Something in a store, and the record of it."""
+    """Something in a store, and the record of it, which has the digests of its files by path."""
 
     folder: Path
     record: Mapping[str, Any] = field(repr=False)
 
     @property
-    def digests(self) -> dict[str, str]:
-        """Of each of its files, by path."""
-        return dict(self.record["digests"])
-
-    @property
     def size_on_disk(self) -> int:
         """Bytes that it takes on the disk, holes not counted."""
-        return size_on_disk(self.folder)
+        return files.size_on_disk(self.folder)
 
     def damage(self) -> str:
         """Which file is not as it was made; empty if all are."""
         if not (self.folder / IN_USE).exists():
             return f"{IN_USE} is missing"
-        return integrity.damage(self.folder, self.digests)
+        return integrity.damage(self.folder, self.record["digests"])
 
 
 class Discarded(NamedTuple):
@@ -116,7 +103,6 @@ class Store(Generic[E]):
 
     def __init__(self, cache: Path, kind: Kind, entry: Callable[..., E]) -> None:
         self.root = cache / kind.folder
-        self._cache = cache
         self._kind = kind
         self._entry = entry
 
@@ -169,10 +155,10 @@ class Store(Generic[E]):
         name = key.partition("/")[0]
         with (
             _told(
-                f"something cannot be kept in {private_folder(self.root)}",
+                f"something cannot be kept in {files.private_folder(self.root)}",
                 remedy=f"make room there, or name another folder in {CACHE}",
             ),
-            locked(self._lock(name), on_busy=on_busy) as lock,
+            files.locked(self.root / f"{name}.lock", on_busy=on_busy) as lock,
         ):
             place = self.root / key
             if replace:
@@ -180,7 +166,7 @@ class Store(Generic[E]):
             elif (found := self.get(key)) is not None:
                 return found
             self._clear(name)
-            with removed_afterwards(self.root / f"{_NEW}{name}") as folder:
+            with files.removed_afterwards(self.root / f"{_NEW}{name}") as folder:
                 folder.mkdir(mode=0o700)
                 record = self._recorded(folder, fill(folder, lock))
                 if replace:
@@ -188,7 +174,7 @@ class Store(Generic[E]):
                 self._throw_away(place)
                 place.parent.mkdir(mode=0o700, exist_ok=True)
                 folder.rename(place)
-            sync_tree(place.parent)
+            files.sync_tree(place.parent)
             self.shrink(keep=place)
             return self._entry(folder=place, record=record)
 
@@ -200,7 +186,7 @@ class Store(Generic[E]):
         (folder / IN_USE).touch(mode=0o600)
         content = {"schema": self._kind.schema, **content, "digests": digests}
         record = integrity.write_record(folder / self._kind.record, content)
-        sync_tree(folder)
+        files.sync_tree(folder)
         return record
 
     @contextmanager
@@ -222,7 +208,7 @@ class Store(Generic[E]):
         try:
             with _told("there is no folder for temporary files", remedy="set TMPDIR"):
                 work.mkdir(mode=0o700)
-            with removed_afterwards(work):
+            with files.removed_afterwards(work):
                 work.chmod(0o711)
                 yield work
         finally:
@@ -239,7 +225,7 @@ class Store(Generic[E]):
         Raises:
             FileNotFoundError: it was removed before it could be held.
         """
-        with locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
+        with files.locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
             with suppress(OSError):  # the cache may be one that is only read
                 os.utime(folder / IN_USE)
                 _let_others_read(folder)  # a copy of the cache may have lost that
@@ -254,7 +240,7 @@ class Store(Generic[E]):
         freed, in_use = [], []
         for folder in folders:
             try:
-                with locked(folder / IN_USE):
+                with files.locked(folder / IN_USE):
                     freed.append(self._throw_away(folder))
             except FileNotFoundError:  # somebody else was faster
                 pass
@@ -276,13 +262,13 @@ class Store(Generic[E]):
         if not folder.exists():
             return 0
         # Out of the way first: what is half removed must not look like a whole one.
-        size = size_on_disk(folder)
+        size = files.size_on_disk(folder)
         try:
             folder.rename(tempfile.mkdtemp(prefix=_GONE, dir=self.root))
         except FileNotFoundError:  # somebody else was faster
             size = 0
         for gone in self.root.glob(f"{_GONE}*"):
-            remove_tree(gone)
+            files.remove_tree(gone)
         return size
 
     def sweep(self) -> int:
@@ -294,7 +280,7 @@ class Store(Generic[E]):
         Raises:
             TeardownError: something of it cannot be removed.
         """
-        freed = sum(map(remove_tree, self.root.glob(f"{_GONE}*")))
+        freed = sum(map(files.remove_tree, self.root.glob(f"{_GONE}*")))
         locks = {lock.stem for lock in self.root.glob("[!.]*.lock")}
         names = {name for name in locks if not (self.root / name).exists()}
         if self._kind is IMAGES:  # older versions made images beside those that are built
@@ -302,8 +288,9 @@ class Store(Generic[E]):
         for prefix in (_NEW, _FORMERLY_NEW, _WORK):
             names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
         for name in names:
-            lock = self._lock(name)
-            with suppress(OSError), locked(lock):  # it is being made, or the cache is only read
+            lock = self.root / f"{name}.lock"
+            # An OSError: it is being made, or the cache is only read.
+            with suppress(OSError), files.locked(lock):
                 freed += self._clear(name)
                 with suppress(OSError):
                     (self.root / name).rmdir()  # of the images of that name, if there are none
@@ -311,20 +298,17 @@ class Store(Generic[E]):
                     lock.unlink()  # who waits for it sees that, and makes a new one
         return freed
 
-    def _lock(self, name: str) -> Path:
-        return self.root / f"{name}.lock"
-
     def _clear(self, name: str) -> int:
         """Remove what was left when something was made; the lock of that name is held."""
         link = self.root / f"{_WORK}{name}"
         former = (self.root / f"{_FORMERLY_NEW}{name}", *(self.root / name).glob(".*"))
-        freed = sum(map(remove_tree, (self.root / f"{_NEW}{name}", *former)))
+        freed = sum(map(files.remove_tree, (self.root / f"{_NEW}{name}", *former)))
         with suppress(OSError):
             work = link.readlink()
             status = work.lstat()
             ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
             if ours and work.name.startswith(_WORK_NAME):
-                freed += remove_tree(work)
+                freed += files.remove_tree(work)
         link.unlink(missing_ok=True)
         return freed
 
@@ -336,15 +320,14 @@ class Store(Generic[E]):
         Args:
             keep: the folder of something that stays.
         """
-        stores = [Store(self._cache, kind, Entry) for kind in _MADE_ANEW]
+        stores = [Store(self.root.parent, kind, Entry) for kind in _MADE_ANEW]
         found = [(folder, store) for store in stores for folder in store.folders()]
-        sizes = {folder: size_on_disk(folder) for folder, _ in found}
-        total = sum(sizes.values())
+        total = sum(files.size_on_disk(folder) for folder, _ in found)
         for folder, store in sorted(found, key=lambda pair: _last_use(pair[0])):
             if total <= limit:
                 return
-            if folder != keep and store.discard([folder]).removed:
-                total -= sizes[folder]
+            if folder != keep:
+                total -= store.discard([folder]).freed
 
 
 def tidy(cache: Path, say: Callable[[str], object]) -> int:
@@ -398,7 +381,7 @@ def _let_others_read(folder: Path) -> None:
 
 def _check_unused(folder: Path) -> None:
     try:
-        with suppress(FileNotFoundError), locked(folder / IN_USE):
+        with suppress(FileNotFoundError), files.locked(folder / IN_USE):
             pass
     except BlockingIOError as error:
         remedy = "end the test runs, and the vmsandbox commands, that use it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -30,8 +31,10 @@ ROOM_FOR_A_DISK = 3 * GIB
 PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
 
 _SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
-_LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
+LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
+# One line, as ssh-keygen writes it. What each key of that kind begins with is its name and size.
+_HOST_KEY = re.compile(rb"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-P][A-Za-z0-9+/]{42}( [^\n]*)?\n")
 
 
 def build(
@@ -65,56 +68,106 @@ def build(
     if not force and store.state(definition) is ImageState.BUILT:  # perhaps damaged, and in use
         progress(f"{name} is built")
         return store.require(definition)
-    is_made = False
-
-    def fill(out: Path, lock: int) -> dict[str, object]:
-        nonlocal is_made
-        is_made = True
-        return _fill(definition, store, out, lock, progress)
-
+    maker = _Maker(definition, store, progress)
     image = store.make(
         store.key(definition),
-        fill,
+        maker.fill,
         on_busy=lambda: progress(f"waiting: another process builds {name}"),
         replace=force,
     )
-    if not is_made:
+    if not maker.is_used:
         progress(f"{name} is built")
     store.discard(folder for folder in store.folders_of(name) if folder != image.folder)
     return image
 
 
-def _fill(
-    definition: ImageDefinition,
-    store: ImageStore,
-    out: Path,
-    lock: int,
-    progress: Callable[[str], None],
-) -> dict[str, object]:
-    """Put the files of an image into a folder; returns what is recorded of it."""
-    _check_programs(definition)
-    log = store.failed_log(definition.name)
-    # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
-    base = Path(os.environ.get("TMPDIR") or _LARGE_TMP)
-    with store.work_folder(definition.name, base) as work:
-        if definition.disk_size is not None:
-            check_room((out, work), ROOM_FOR_A_DISK)
-        try:
-            _run(definition, out, work, log, lock, progress)
-            _check(out, definition)
-        except OSError as error:
-            raise ImageError(f"building {definition.name!r} failed: {error}") from error
-        except ImageError as error:
-            error.details = f"{error.details}\n{_tail(log)}".strip()
-            error.remedy = error.remedy or f"read {log}"
-            raise
-    log.replace(out / LOG)
-    return {
-        "name": definition.name,
-        "digest": definition.digest,
-        "built": deadline.wall(),
-        "definition": dataclasses.asdict(definition),
-    }
+@dataclasses.dataclass
+class _Maker:
+    """Makes an image for a store, if that asks for it."""
+
+    definition: ImageDefinition
+    store: ImageStore
+    progress: Callable[[str], None]
+    is_used: bool = False
+
+    def fill(self, out: Path, lock: int) -> dict[str, object]:
+        """Put the files of an image into a folder; returns what is recorded of it."""
+        self.is_used = True
+        definition = self.definition
+        _check_programs(definition)
+        log = self.store.failed_log(definition.name)
+        # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
+        base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
+        with self.store.work_folder(definition.name, base) as work:
+            if definition.disk_size is not None:
+                check_room((out, work), ROOM_FOR_A_DISK)
+            try:
+                self._run(out, work, log, lock)
+                _check(out, definition)
+            except OSError as error:
+                raise ImageError(f"building {definition.name!r} failed: {error}") from error
+            except ImageError as error:
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                end = "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))
+                error.details = f"{error.details}\n{end}".strip()
+                error.remedy = error.remedy or f"read {log}"
+                raise
+        log.replace(out / LOG)
+        return {
+            "name": definition.name,
+            "digest": definition.digest,
+            "built": deadline.wall(),
+            "definition": dataclasses.asdict(definition),
+        }
+
+    def _run(self, out: Path, work: Path, log: Path, lock: int) -> None:
+        """Run the recipe. When this returns or raises, nothing that it started is left.
+
+        Raises:
+            ImageError: it failed.
+        """
+        definition = self.definition
+        environment = {
+            **os.environ,
+            "LC_ALL": "C.UTF-8",
+            "PATH": programs.search_path(),
+            "TMPDIR": os.fspath(work),
+            "VMSANDBOX_OUT": os.fspath(out),
+            "VMSANDBOX_WORK": os.fspath(work),
+        }
+        argv = [
+            *(sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(lock)),
+            *_own_namespaces(),
+            os.fspath(definition.folder.absolute() / definition.recipe),
+        ]
+        with (
+            log.open("wb", buffering=0) as output,
+            subprocess.Popen(
+                argv,
+                cwd=definition.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal is ours alone
+                pass_fds=(lock,),
+                umask=0o022,
+            ) as process,
+        ):
+            try:
+                for line in process.stdout or ():
+                    output.write(line)
+                    if line.startswith(PROGRESS):
+                        self.progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
+                status = process.wait()
+            finally:
+                process.terminate()
+                process.wait()
+        if status != 0:
+            # Below 0 it is the supervisor itself that was killed.
+            killed = status - 128 if status > 128 else -status
+            ended = f"signal {killed}" if killed > 0 else f"status {status}"
+            raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:
@@ -145,62 +198,6 @@ def _check_programs(definition: ImageDefinition) -> None:
             f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",
             remedy=f"sudo apt-get install {' '.join(packages)} (on Debian and Ubuntu)",
         )
-
-
-def _run(
-    definition: ImageDefinition,
-    out: Path,
-    work: Path,
-    log: Path,
-    lock: int,
-    progress: Callable[[str], None],
-) -> None:
-    """Run the recipe. When this returns or raises, nothing that it started is left.
-
-    Raises:
-        ImageError: it failed.
-    """
-    name = definition.name
-    environment = {
-        **os.environ,
-        "LC_ALL": "C.UTF-8",
-        "PATH": programs.search_path(),
-        "TMPDIR": os.fspath(work),
-        "VMSANDBOX_OUT": os.fspath(out),
-        "VMSANDBOX_WORK": os.fspath(work),
-    }
-    argv = [
-        *(sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(lock)),
-        *_own_namespaces(),
-        os.fspath(definition.folder.absolute() / definition.recipe),
-    ]
-    with (
-        log.open("wb", buffering=0) as output,
-        subprocess.Popen(
-            argv,
-            cwd=definition.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal is ours alone
-            pass_fds=(lock,),
-            umask=0o022,
-        ) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                output.write(line)
-                if line.startswith(PROGRESS):
-                    progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
-            status = process.wait()
-        finally:
-            process.terminate()
-            process.wait()
-    if status != 0:
-        killed = status - 128 if status > 128 else -status  # the latter is the supervisor itself
-        ended = f"signal {killed}" if killed > 0 else f"status {status}"
-        raise ImageError(f"building {name!r} failed: its recipe ended with {ended}")
 
 
 def _own_namespaces() -> list[str]:
@@ -235,31 +232,9 @@ def _check(out: Path, definition: ImageDefinition) -> None:
             wrong.append(f"{name} is missing or not a regular file")
         elif file.stat().st_size == 0 or not os.access(file, os.R_OK):
             wrong.append(f"{name} is empty or cannot be read")
-        elif name == HOST_KEY and not _is_host_key(file.read_bytes()):
+        elif name == HOST_KEY and not _HOST_KEY.fullmatch(file.read_bytes()):
             wrong.append(f"{name} is not one line with an ssh-ed25519 key")
     if definition.disk_size is None and (out / DISK).exists():
         wrong.append(f"{DISK} is there, but image.toml has no [disk]")
     if wrong:
         raise ImageError(f"the image {definition.name!r} is not complete", details="\n".join(wrong))
-
-
-def _is_host_key(content: bytes) -> bool:
-    """Whether `content` is one line with an Ed25519 key, as ssh-keygen writes it."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_ssh_public_key
-
-    try:
-        key = load_ssh_public_key(content)
-    except (ValueError, UnsupportedAlgorithm):
-        return False
-    is_line = content.count(b"\n") == 1 and content.endswith(b"\n")
-    return isinstance(key, Ed25519PublicKey) and is_line
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))

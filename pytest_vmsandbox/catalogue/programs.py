@@ -1,33 +1,39 @@
-"""The programs that we need of this machine: where they lie, and which package holds them."""
+"""The programs that we need of this machine: where they lie, and how their packages are installed."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Sequence
 
-PACKAGES = {  # Debian's and Ubuntu's, of programs that are not called like their package
-    "awk": "mawk",
-    "debugfs": "e2fsprogs",
-    "dpkg-deb": "dpkg",
-    "e2fsck": "e2fsprogs",
-    "gpg": "gnupg",
-    "losetup": "mount",
-    "mke2fs": "e2fsprogs",
-    "mkfs.ext4": "e2fsprogs",
-    "newgidmap": "uidmap",
-    "newuidmap": "uidmap",
-    "qemu-img": "qemu-utils",
-    "qemu-system-aarch64": "qemu-system-arm",
-    "qemu-system-x86_64": "qemu-system-x86",
-    "resize2fs": "e2fsprogs",
-    "setpriv": "util-linux",
-    "ssh": "openssh-client",
-    "ssh-keygen": "openssh-client",
-    "tune2fs": "e2fsprogs",
-    "unshare": "util-linux",
-    "xz": "xz-utils",
+_HELD = {  # programs that are not called like their package, by the package of Debian and Ubuntu
+    "dpkg": ["dpkg-deb"],
+    "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
+    "gnupg": ["gpg"],
+    "mawk": ["awk"],
+    "mount": ["losetup"],
+    "openssh-client": ["ssh", "ssh-keygen"],
+    "qemu-system-arm": ["qemu-system-aarch64"],
+    "qemu-system-x86": ["qemu-system-x86_64"],
+    "qemu-utils": ["qemu-img"],
+    "uidmap": ["newgidmap", "newuidmap"],
+    "util-linux": ["setpriv", "unshare"],
+    "xz-utils": ["xz"],
 }
+PACKAGES = {program: package for package, held in _HELD.items() for program in held}
+_OTHER_SYSTEMS = {  # what brings QEMU there; the image tools have other names on each
+    "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
+    "openssh-clients shadow-utils debian-keyring",
+    "pacman": "sudo pacman -S qemu-system-x86 qemu-img debootstrap e2fsprogs cpio zstd xz openssh",
+    "zypper": "sudo zypper install qemu-x86 qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh",
+    "brew": "brew install qemu",
+}
+APT_GET = (
+    *("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"),
+    *("-o", "Dpkg::Use-Pty=0", "-o", "DPkg::Lock::Timeout=120"),
+)
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in an ordinary user's PATH
 
 
@@ -50,3 +56,41 @@ def find(program: str) -> str | None:
 def missing(programs: Iterable[str]) -> tuple[str, ...]:
     """Those of `programs` that are not on this machine, each once."""
     return tuple(program for program in dict.fromkeys(programs) if find(program) is None)
+
+
+def install_line(packages: Sequence[str]) -> str:
+    """What a person types to install packages of Debian's names, on this machine."""
+    if find("apt-get"):
+        sudo = "" if os.geteuid() == 0 else "sudo "
+        return f"{sudo}apt-get install {' '.join(packages)}"
+    for manager, line in _OTHER_SYSTEMS.items():
+        if find(manager):
+            return line
+    return f"install what Debian calls {', '.join(packages)}"
+
+
+def as_root(argv: Sequence[str]) -> list[str]:
+    """`argv`, through sudo for an ordinary user."""
+    return [*([] if os.geteuid() == 0 else ["sudo"]), *argv]
+
+
+def apt_install(packages: Sequence[str]) -> list[str]:
+    """The command line that installs packages without questions."""
+    return as_root([*APT_GET, "install", "--yes", "--no-install-recommends", *packages])
+
+
+def apt_knows(packages: Sequence[str]) -> bool:
+    """Whether the lists of packages that are here are enough to install `packages`."""
+    simulated = subprocess.run(
+        [*APT_GET, "install", "--simulate", "--no-install-recommends", *packages],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    return simulated.returncode == 0
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command line for people: without what only keeps it quiet."""
+    words = [word for word in argv if word not in APT_GET or word == "apt-get"]
+    return shlex.join(words)

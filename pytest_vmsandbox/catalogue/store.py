@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,8 +15,9 @@ from typing import Any
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
 from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store
-from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition, check_name
 from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.spec import format_size
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
 LOG = "build.log"
@@ -29,6 +30,26 @@ class ImageState(StrEnum):
     BUILT = "built"
     STALE = "stale"
     MISSING = "missing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEntry:
+    """One image, for people and programs.
+
+    Attributes:
+        name: of the image.
+        state: an `ImageState`: ``built``, ``stale`` (only from an older definition) or
+            ``missing``; or ``other``, for one that is built and of which no definition is here.
+        size_bytes: on the disk, of everything that is built of that name.
+        architecture: such as ``x86_64``.
+        description: one line.
+    """
+
+    name: str
+    state: str
+    size_bytes: int
+    architecture: str
+    description: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +145,8 @@ class BuiltImage:
         Raises:
             ImageError: it was removed before it could be held.
         """
-        lock = self.folder / IN_USE
-        if not lock.exists():
-            with suppress(OSError):  # there is nothing in it that could have been lost
-                lock.touch(mode=0o600)
+        with suppress(OSError):  # there is nothing in it that could have been lost
+            (self.folder / IN_USE).touch(mode=0o600)
         with ExitStack() as stack:
             try:
                 stack.enter_context(Store.hold(self.folder))
@@ -156,10 +175,6 @@ class ImageStore(Store[BuiltImage]):
         with suppress(OSError, ValueError, TypeError, KeyError):
             return _built(folder=self.root / key, record=_record(self.root / key))
         return None
-
-    def all(self) -> list[BuiltImage]:
-        """All images that are built, by name, stale ones and those of other projects included."""
-        return sorted(super().all(), key=lambda image: image.folder)
 
     def key(self, definition: ImageDefinition) -> str:
         """What the image of `definition` is called here.
@@ -231,11 +246,45 @@ class ImageStore(Store[BuiltImage]):
 
     def folders_of(self, name: str) -> list[Path]:
         """The folders of the images that are built of `name`."""
+        return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
+
+    def entries(self, catalogue: Catalogue) -> list[ImageEntry]:
+        """All images of a catalogue, in its order, then those of which only a build is here.
+
+        Raises:
+            ConfigError: a definition is not well-formed.
+        """
+        definitions = {name: catalogue.get(name) for name in catalogue.names()}
+        states = {name: self.state(image).value for name, image in definitions.items()}
+        sizes = dict.fromkeys(definitions, 0)
+        for image in sorted(self.all(), key=lambda image: image.folder):
+            name = image.definition.name
+            sizes[name] = sizes.get(name, 0) + image.size_on_disk
+            definitions.setdefault(name, image.definition)
         return [
-            folder
-            for folder in self.folders()
-            if folder.parent.name == name and (folder / IMAGES.record).exists()
+            ImageEntry(
+                name=name,
+                state=states.get(name, "other"),
+                size_bytes=sizes[name],
+                architecture=image.architecture,
+                description=image.description,
+            )
+            for name, image in definitions.items()
         ]
+
+
+def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
+    """Name, state, size and description of each image, padded so that they form columns."""
+    width = max((len(image.name) for image in images), default=0)
+    return [
+        (
+            f"{image.name:{width}}",
+            f"{image.state:7}",
+            f"{format_size(image.size_bytes) if image.size_bytes else '-':>9}",
+            image.description,
+        )
+        for image in images
+    ]
 
 
 def files_of(definition: ImageDefinition) -> list[str]:

@@ -1,11 +1,11 @@
-"""The command ``vmsandbox``. Each subcommand is a module here, imported when it is called."""
+"""The command ``vmsandbox``. Subcommands are in modules here, imported when one is called."""
 
 from __future__ import annotations
 
 import os
 import sys
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -13,7 +13,7 @@ from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError, LaunchErro
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
 
-_COMMANDS = {  # module and function of the same name; what it does
+_COMMANDS = {  # what they do
     "quickstart": "Make this machine ready, and show a small suite running in guests.",
     "doctor": "Say what works on this machine, and what does not.",
     "images": "List, build and remove images.",
@@ -22,6 +22,7 @@ _COMMANDS = {  # module and function of the same name; what it does
     "clean": "End and delete what is ours and ownerless.",
     "bench": "Measure on this machine what guests cost.",
 }
+_MODULES = {"run": "guests", "shell": "guests"}  # of those that are not called like theirs
 
 
 class Application(click.Group):
@@ -35,8 +36,8 @@ class Application(click.Group):
             return None
         if sys.platform == "win32" and cmd_name != "doctor":
             raise LaunchError("guests run on Linux and macOS, not on Windows")
-        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
+        module = import_module(f"{__name__}.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -57,7 +58,8 @@ class Application(click.Group):
             if not all(isinstance(leaf, VMSandboxError | OSError) for leaf in leaves):
                 raise
             for leaf in leaves:
-                show_error(leaf)
+                for line in (f"vmsandbox: {leaf}", *getattr(leaf, "__notes__", ())):
+                    click.echo(line, err=True)
             ctx.exit(max(map(exit_status, leaves)))
 
 
@@ -66,13 +68,6 @@ def exit_status(error: BaseException) -> int:
     if isinstance(error, ConfigError):
         return USAGE
     return UNAVAILABLE if isinstance(error, (*INFRASTRUCTURE, OSError)) else FAILED
-
-
-def show_error(error: BaseException) -> None:
-    """Write an error to the standard error, for people."""
-    click.echo(f"vmsandbox: {error}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(note, err=True)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -93,7 +88,7 @@ def application() -> None:
     """Fresh virtual machines, for tests and by hand."""
 
 
-def main() -> NoReturn:
+def main() -> None:
     """The entry point ``vmsandbox``."""
     for descriptor in (0, 1, 2):
         try:
@@ -105,4 +100,3 @@ def main() -> NoReturn:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     application(prog_name="vmsandbox")
-    raise AssertionError  # click has ended the process

@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.cli.benchmark import guests, machine, suites
-from pytest_vmsandbox.cli.benchmark.guests import Setup
-from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, ratios, seconds_of
+from pytest_vmsandbox.cli.benchmark import guests, suites
+from pytest_vmsandbox.cli.benchmark.guests import Result, Setup
+from pytest_vmsandbox.cli.examine import describe
 from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import VMSandboxError
@@ -111,7 +111,6 @@ def bench(
             count=count,
             most=most,
             python=definition.python,
-            systemd=definition.init == "systemd",
             only_for_ratios=bool(only) and COLD not in only,
             say=screen.say,
         )
@@ -140,8 +139,6 @@ def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Re
             stage(f"{key}: {meaning(key)}")
             try:
                 results[key] = MEASUREMENTS[key](setup)
-            except CannotMeasureError as error:
-                results[key] = Result(value=None, reason=str(error))
             except VMSandboxError as error:
                 results[key] = Result(value=None, reason=error.brief)
     return results
@@ -156,7 +153,7 @@ def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
     with setup.factory("never") as factory:
         verdict = factory.backend.accelerator(setup.image)
     return {
-        "machine": machine.describe(),
+        "machine": describe(),
         "qemu": find_qemu(architecture).release,
         "accelerator": verdict.accelerator,
     }
@@ -167,10 +164,42 @@ def _content(results: Mapping[str, Result]) -> dict[str, object]:
     return {
         **{key: result.value for key, result in results.items()},
         "samples": {key: result.samples for key, result in results.items()},
-        "ratios": ratios(results, COLD),
+        "ratios": ratios(results),
         "reasons": {key: result.reason for key, result in results.items() if result.reason},
         "details": {key: dict(result.details) for key, result in results.items() if result.details},
     }
+
+
+def seconds_of(key: str) -> float | None:
+    """The seconds in the unit of a measurement of time; None for the others.
+
+    Args:
+        key: what is measured; its name ends with the unit.
+    """
+    if key in ("guests_per_s", "push_mib_s"):
+        return None
+    return 0.001 if "_ms" in key else 1.0 if key.endswith("_s") else None
+
+
+def ratios(results: Mapping[str, Result]) -> dict[str, object]:
+    """How many times each measured time goes into the cold boot."""
+    whole = results[COLD].value if COLD in results else None
+    if not isinstance(whole, float | int):
+        return {}
+    return {
+        key: _ratio_of(whole, result.value, unit)
+        for key, result in results.items()
+        if result.value is not None and (unit := seconds_of(key)) is not None
+    }
+
+
+def _ratio_of(whole: float, value: object, unit: float) -> object:
+    if isinstance(value, Mapping):
+        return {name: _ratio_of(whole, part, unit) for name, part in value.items()}
+    if not isinstance(value, float | int) or value <= 0:
+        return None
+    ratio = whole / (value * unit)
+    return round(ratio) if ratio >= 100 else float(f"{ratio:.3g}")
 
 
 # -- for people ------------------------------------------------------------------------------------
@@ -183,7 +212,7 @@ def _show(screen: Screen, about: Mapping[str, Any], results: Mapping[str, Result
         f"{about['accelerator']}; {where['processors']} × {where['processor']}, "
         f"{format_size(where['memory_bytes'])}, load {where['load']:g}"
     )
-    compared = ratios(results, COLD)
+    compared = ratios(results)
     width = max(map(len, results))
     for key, result in results.items():
         screen.parts(

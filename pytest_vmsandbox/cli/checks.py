@@ -12,7 +12,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.cli import packages
 from pytest_vmsandbox.core.spec import MIB, format_size
 
 OLDEST_QEMU = (7, 2)  # of those that were tested
@@ -64,9 +63,10 @@ def _bad(name: str, found: str, remedy: str, *, needed: bool = True) -> Check:
     return Check(name=name, status=status, found=found, remedy=remedy)
 
 
-def _missing(name: str, found: str, *wanted: str, needed: bool = True) -> Check:
-    """Something that the packages `wanted` bring."""
-    return replace(_bad(name, found, packages.install_line(wanted), needed=needed), install=wanted)
+def _missing(name: str, found: str, *lacking: str, needed: bool = True) -> Check:
+    """Something that the packages of programs bring, or packages of these names."""
+    wanted = tuple(sorted({programs.package_of(program) for program in lacking}))
+    return replace(_bad(name, found, programs.install_line(wanted), needed=needed), install=wanted)
 
 
 def operating_system(platform: str, name: str) -> Check:
@@ -108,13 +108,13 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
         return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
         return _bad("QEMU", problem, "mend or unset VMSANDBOX_QEMU")
-    return _missing("QEMU", problem, programs.package_of(program))
+    return _missing("QEMU", problem, program)
 
 
 def qemu_img(path: str | None) -> Check:
     if path is not None:
         return _ok("qemu-img", path)
-    return _missing("qemu-img", "missing: guests get no disks", programs.package_of("qemu-img"))
+    return _missing("qemu-img", "missing: guests get no disks", "qemu-img")
 
 
 def accelerator(kvm: str, verdict: tuple[str, str] | None) -> Check:
@@ -161,8 +161,7 @@ def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
     """
     if not missing:
         return _ok("image tools", "all here")
-    wanted = sorted({programs.package_of(program) for program in missing})
-    return _missing("image tools", f"missing: {', '.join(missing)}", *wanted, needed=needed)
+    return _missing("image tools", f"missing: {', '.join(missing)}", *missing, needed=needed)
 
 
 def keyring(exists: bool, *, needed: bool) -> Check:
@@ -186,7 +185,8 @@ def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bo
     lacking = [option for option, text in options.items() if not _has_range(user, uid, text)]
     if not lacking:
         return _ok(name, f"{user} has them")
-    first = _free_id(subuid, subgid)
+    taken = [first + count for text in options.values() for _, first, count in _ranges(text)]
+    first = max([_FIRST_SUBORDINATE_ID, *taken])
     chosen = f"{first}-{first + SUBORDINATE_IDS - 1}"
     command = ("usermod", *(word for option in lacking for word in (option, chosen)), user)
     files = " and ".join(f"/etc/{option.removeprefix('--add-')[:-1]}" for option in lacking)
@@ -204,11 +204,6 @@ def _has_range(user: str, uid: int, text: str) -> bool:
     return any(
         name in (user, str(uid)) and count >= SUBORDINATE_IDS for name, _, count in _ranges(text)
     )
-
-
-def _free_id(*texts: str) -> int:
-    ends = [first + count for text in texts for _, first, count in _ranges(text)]
-    return max([_FIRST_SUBORDINATE_ID, *ends])
 
 
 def user_namespaces(problem: str, *, needed: bool) -> Check:
@@ -283,11 +278,8 @@ def images(states: Mapping[str, str], default: str) -> Check:
     """The states of the images by name, as `ImageStore` tells them."""
     built = [name for name, state in states.items() if state == "built"]
     stale = [name for name, state in states.items() if state == "stale"]
-    found = ", ".join(
-        f"{', '.join(names)} {word}"
-        for names, word in ((built, "built"), (stale, "stale"))
-        if names
-    )
+    there = {"built": built, "stale": stale}
+    found = ", ".join(f"{', '.join(names)} {state}" for state, names in there.items() if names)
     if built and not stale:
         return _ok("images", found)
     remedy = f"vmsandbox images build {' '.join(stale or [default])}"
@@ -297,8 +289,7 @@ def images(states: Mapping[str, str], default: str) -> Check:
 def ssh_client(path: str | None) -> Check:
     if path is not None:
         return _ok("SSH client", path)
-    found = "missing: 'vmsandbox shell' needs it"
-    return _missing("SSH client", found, programs.package_of("ssh"), needed=False)
+    return _missing("SSH client", "missing: 'vmsandbox shell' needs it", "ssh", needed=False)
 
 
 def worst(checks: Sequence[Check]) -> Status:

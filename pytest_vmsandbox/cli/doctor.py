@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -29,28 +28,22 @@ def doctor(ctx: click.Context, *, as_json: bool, image_path: tuple[Path, ...]) -
     A warning is something that guests can run without; where something has failed, no guest can
     run, and the exit status is 1.
     """
-    screen = Screen()
-    settings = Settings(image_path=image_path)
-    if as_json:
-        found = list(examine(settings, Screen(stderr=True)))
-        write_json(
-            {
-                "ok": checks.worst(found) is not Status.FAILED,
-                "checks": [
-                    {name: asdict(check)[name] for name in ("name", "status", "found", "remedy")}
-                    for check in found
-                ],
-            }
-        )
-    else:
-        found = []
-        with screen.waiting("looking at this machine"):
-            for check in examine(settings, screen):
+    screen = Screen(stderr=as_json)
+    found: list[Check] = []
+    with screen.waiting("looking at this machine"):
+        for check in examine(Settings(image_path=image_path), screen):
+            found.append(check)
+            if not as_json:
                 show(screen, check)
-                found.append(check)
+    worst = checks.worst(found)
+    if as_json:
+        told = ("name", "status", "found", "remedy")
+        content = [{name: getattr(check, name) for name in told} for check in found]
+        write_json({"ok": worst is not Status.FAILED, "checks": content})
+    else:
         screen.say()
-        screen.say(*_SUMMARIES[checks.worst(found)])
-    ctx.exit(1 if checks.worst(found) is Status.FAILED else 0)
+        screen.say(*_SUMMARIES[worst])
+    ctx.exit(1 if worst is Status.FAILED else 0)
 
 
 _SUMMARIES = {
@@ -67,9 +60,9 @@ def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
     """The checks of this machine. `screen` is told when something takes long."""
     if sys.platform == "win32":  # nothing else of ours can be imported there
         return [checks.operating_system(sys.platform, "Windows")]
-    from pytest_vmsandbox.cli.examine import Examination  # not on Windows
+    from pytest_vmsandbox.cli import examine as examination  # not on Windows
 
-    return Examination(settings, screen.say).checks()
+    return examination.examine(settings, screen.say)
 
 
 def show(screen: Screen, check: Check) -> None:

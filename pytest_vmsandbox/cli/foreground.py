@@ -1,12 +1,15 @@
-"""Programs that are in front of the person for a while."""
+"""Programs that are in front of the person for a while, and the variables of a pytest among them."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+PLUGIN = "vmsandbox"  # the name of our entry point
 
 
 def run(
@@ -30,3 +33,14 @@ def run(
     if interrupts:
         raise KeyboardInterrupt
     return status
+
+
+def pytest_variables() -> dict[str, str]:
+    """Variables for a pytest with our plugin that keep other plugins and options out."""
+    return {**without_options(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def without_options() -> dict[str, str]:
+    """Our own variables, without those that give options to any pytest, or to its Python."""
+    options = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if name not in options}

@@ -1,15 +1,157 @@
-"""A fresh guest for a command, and what is seen while it boots."""
+"""A fresh guest for one command (``vmsandbox run``), or for a person (``vmsandbox shell``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import io
+import os
+import select
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 
+import click
+
+from pytest_vmsandbox.cli import foreground
+from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import CommandTimeout, LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.process import RemoteProcess
+
+_STDOUT, _STDERR = 1, 2
+_CHUNK = 1 << 16
+_LOOK_MS = 50  # how often it is looked whether the program still runs
+_LONGEST_SECONDS = 3600.0  # that poll waits at a time
+
+
+def _read_copies(
+    _: click.Context, __: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[Path, str], ...]:
+    """Read ``SRC:DEST``: a path of this machine, which exists, and one of the guest."""
+    copies = []
+    for value in values:
+        source, colon, dest = value.rpartition(":")
+        if not (source and colon and dest):
+            raise click.BadParameter(f"{value!r} is not of the form SRC:DEST")
+        if not Path(source).exists():
+            raise click.BadParameter(f"{source!r} does not exist on this machine")
+        copies.append((Path(source), dest))
+    return tuple(copies)
+
+
+def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what SSH could not carry."""
+    for word in words:
+        if not word.isascii() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            raise click.BadParameter(f"{word!r} is not UTF-8")
+    return words
+
+
+class _Run(click.Command):
+    """Tells where the command begins, if an option of it was taken for one of ours."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ours = list(args)  # it is used up
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if "--" in ours[:-1]:
+                raise
+            raise click.UsageError(
+                f"{error.format_message()} Put -- before the command: {ctx.command_path} IMAGE -- "
+                "COMMAND...",
+                ctx,
+            ) from error
+
+
+@click.command(cls=_Run)
+@click.argument("image")
+@click.argument(
+    "command",
+    nargs=-1,
+    required=True,
+    type=click.UNPROCESSED,
+    callback=_read_words,
+    metavar="-- COMMAND...",
+)
+@guest_options
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=float("inf"),
+    show_default="none",
+    metavar="SECONDS",
+    help="For the command, once the guest is up. It is killed then, and the status is 1.",
+)
+@click.option(
+    "--push",
+    multiple=True,
+    callback=_read_copies,
+    metavar="SRC:DEST",
+    help="Copy a file or folder into the guest before; repeatable.",
+)
+@click.pass_context
+def run(
+    ctx: click.Context,
+    /,
+    *,
+    image: str,
+    command: tuple[str, ...],
+    timeout: float,
+    push: tuple[tuple[Path, str], ...],
+    settings: Settings,
+    hardware: Mapping[str, str],
+) -> None:
+    """Run one command in a fresh guest; no shell reads it.
+
+    Its standard streams are those of this command (its input only where that is no terminal), and
+    so is its exit status; 128 + N if signal N ended it. The guest is gone afterwards.
+
+    \b
+    vmsandbox run debian-13 -- uname -a
+    tar c src | vmsandbox run debian-13 --memory 1GiB -- sh -c 'tar x && make -C src'
+    """  # noqa: D301  # a mark for click
+    with fresh_guest(image, settings, hardware) as guest:
+        for source, dest in push:
+            guest.push(source, dest)
+        status = attach(guest, command, timeout)
+    ctx.exit(status if status >= 0 else 128 - status)
+
+
+@click.command
+@click.argument("image")
+@guest_options
+@click.pass_context
+def shell(
+    ctx: click.Context, /, *, image: str, settings: Settings, hardware: Mapping[str, str]
+) -> None:
+    """Open an interactive shell in a fresh guest.
+
+    The guest is gone when you leave; so is all that you did in it. The exit status is that of the
+    shell, or 255 when the connection broke.
+    """
+    if shutil.which("ssh") is None:
+        raise LaunchError(
+            "there is no SSH client on this machine",
+            remedy="apt-get install openssh-client (Debian, Ubuntu); "
+            f"without one: vmsandbox run {shlex.quote(image)} -- COMMAND",
+        )
+    with fresh_guest(image, settings, hardware) as guest:
+        screen = Screen(stderr=True)
+        if screen.lively:
+            screen.say(f"{guest.name}: this guest is gone when you leave", "dim")
+        status = foreground.run(shlex.split(guest.ssh_command))
+    ctx.exit(status if status >= 0 else 128 - status)
 
 
 @contextmanager
@@ -20,8 +162,71 @@ def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) 
         VMSandboxError: see `GuestFactory.boot`.
     """
     screen = Screen(stderr=True)
-    with ExitStack() as stack:
-        factory = stack.enter_context(GuestFactory.open(settings, Announcer(screen.say)))
+    with GuestFactory.open(settings, Announcer(screen.say)) as factory, ExitStack() as stack:
         with screen.waiting(f"starting {image}"):
             guest = stack.enter_context(factory.boot(image, **hardware))
         yield guest
+
+
+def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
+    """Run a program in a guest on our standard streams, to its end.
+
+    Its input is empty if ours is a person's.
+
+    Args:
+        timeout: seconds.
+
+    Returns:
+        Its exit status, −N if signal N ended it; −SIGPIPE if our own reader went away before.
+
+    Raises:
+        CommandTimeout: it did not end in time, and was killed; or nobody took its output in time.
+        GuestLost: the guest is gone.
+        OSError: one of our streams cannot be read or written.
+    """
+    deadline = Deadline(timeout)
+    has_input = sys.stdin is not None and not sys.stdin.isatty()
+    with guest.engine.explained():
+        process = guest.engine.start(Command(argv=tuple(argv)))
+        try:
+            return process.communicate(
+                _Input(sys.stdin.fileno(), process) if has_input else None,
+                partial(_write, _STDOUT, deadline),
+                partial(_write, _STDERR, deadline),
+                timeout,
+            )
+        except BrokenPipeError:
+            return -signal.SIGPIPE
+        finally:
+            process.close()
+
+
+class _Input(io.BufferedIOBase):
+    """What there is in a descriptor, as long as a program runs."""
+
+    def __init__(self, descriptor: int, process: RemoteProcess) -> None:
+        self._descriptor = descriptor
+        self._process = process
+
+    def read(self, _: int | None = -1, /) -> bytes:
+        """What has come, at least a byte; nothing at its end, or that of the program."""
+        poller = select.poll()
+        poller.register(self._descriptor, select.POLLIN)
+        while not poller.poll(_LOOK_MS):
+            if self._process.poll() is not None:
+                return b""
+        return os.read(self._descriptor, _CHUNK)
+
+
+def _write(target: int, deadline: Deadline, data: bytes) -> None:
+    """Write all of `data`, in pieces that a pipe takes at once."""
+    poller = select.poll()
+    poller.register(target, select.POLLOUT)
+    view = memoryview(data)
+    while view:
+        if poller.poll(deadline.remaining(_LONGEST_SECONDS) * 1000):
+            view = view[os.write(target, view[: select.PIPE_BUF]) :]
+        elif deadline.expired:
+            raise CommandTimeout(
+                f"nobody took the output within {deadline.seconds:g} s", seconds=deadline.seconds
+            )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.catalogue import builder, listing
-from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.catalogue.builder import build as build_image
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition
+from pytest_vmsandbox.catalogue.store import ImageStore, columns
 from pytest_vmsandbox.cli.options import image_path_option
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.deadline import monotonic
@@ -41,32 +42,19 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
     Below are the templates: guests that were booted once and saved, of which clones are made. How many
     there are of an image, and their size on the disk.
     """  # noqa: D301  # a mark for click
-    found = listing.entries(Catalogue(image_path), ImageStore(cache_dir()))
+    found = ImageStore(cache_dir()).entries(Catalogue(image_path))
     saved: dict[str, list[int]] = {}
-    for template in TemplateStore(cache_dir()).all():
+    for template in sorted(TemplateStore(cache_dir()).all(), key=lambda template: template.image):
         saved.setdefault(template.image, []).append(template.size_on_disk)
     if as_json:
-        write_json(
-            {
-                "images": [
-                    {
-                        "name": image.name,
-                        "state": image.state,
-                        "size_bytes": image.size,
-                        "architecture": image.architecture,
-                        "description": image.description,
-                    }
-                    for image in found
-                ],
-                "templates": [
-                    {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}
-                    for name, sizes in sorted(saved.items())
-                ],
-            }
-        )
+        templates = [
+            {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}
+            for name, sizes in saved.items()
+        ]
+        write_json({"images": [asdict(image) for image in found], "templates": templates})
         return
     screen = Screen()
-    for image, (name, state, size, description) in zip(found, listing.cells(found), strict=True):
+    for image, (name, state, size, description) in zip(found, columns(found), strict=True):
         screen.parts(
             (name, "bold"),
             (f"  {state}", _STYLES[image.state]),
@@ -74,7 +62,7 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
             (f"  {description}", ""),
         )
     width = max((len(image.name) for image in found), default=0)
-    for name, sizes in sorted(saved.items()):
+    for name, sizes in saved.items():
         screen.parts(
             (f"{name:{width}}", "bold"),
             ("  saved  ", "cyan"),
@@ -92,34 +80,32 @@ def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) 
 
     A NAME may be a glob such as 'debian-*', or 'all'. All are tried, also after one has failed.
     """
-    catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
+    catalogue = Catalogue(image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     errors: list[Exception] = []
     for definition in definitions:
         try:
-            build_one(Screen(), catalogue, store, definition.name, force=force)
+            build_one(definition, force=force)
         except VMSandboxError as error:
             errors.append(error)
     if errors:
         raise ExceptionGroup("images", errors)
 
 
-def build_one(
-    screen: Screen, catalogue: Catalogue, store: ImageStore, name: str, *, force: bool = False
-) -> None:
+def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
     """Build one image and show how it goes.
 
     Raises:
         VMSandboxError: it cannot be built, or not be kept.
     """
-    definition = catalogue.get(name)
+    screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
     if not force and store.state(definition) == "built":
         screen.say(f"{name} is built")
         return
     screen.say(f"building {name}: {definition.description}", "bold")
     began = monotonic()
     with screen.stages() as stage:
-        image = builder.build(definition, store, progress=stage, force=force)
+        image = build_image(definition, store, progress=stage, force=force)
     screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {monotonic() - began:.0f} s")
 
 
@@ -142,22 +128,17 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     screen = Screen()
     errors: list[Exception] = []
     for name in chosen:
-        removed, freed_too, _ = templates.discard(templates.of_image(name))
-        with_templates = f", with {removed} of its templates" if removed else ""
+        removed, freed, _ = templates.discard(templates.of_image(name))
+        said = f"{name} is removed{f', with {removed} of its templates' if removed else ''}"
         try:
-            freed = store.remove(name) + freed_too
+            freed += store.remove(name)
         except VMSandboxError as error:
             errors.append(error)
-            if removed:
-                screen.say(
-                    f"{removed} templates of {name} are removed: "
-                    f"{format_size(freed_too)} are free again"
-                )
+            said = f"{removed} templates of {name} are removed"
         else:
-            screen.say(
-                f"{name} is removed{with_templates}: {format_size(freed)} are free again"
-                if freed
-                else f"{name} was not built"
-            )
+            if not freed:
+                screen.say(f"{name} was not built")
+        if freed:
+            screen.say(f"{said}: {format_size(freed)} are free again")
     if errors:
         raise ExceptionGroup("images", errors)

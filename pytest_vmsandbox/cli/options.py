@@ -21,33 +21,6 @@ image_path_option = click.option(
     help="A folder with further image definitions; repeatable. Also VMSANDBOX_IMAGE_PATH.",
 )
 
-_GUEST_OPTIONS = (
-    click.option("--cpus", metavar="N", help="Processors (default: 1)."),
-    click.option("--memory", metavar="SIZE", help="Such as 1GiB (default: 512MiB)."),
-    click.option("--disk", metavar="SIZE", help="Of the root disk (default: the image's)."),
-    click.option(
-        "--network",
-        metavar="|".join(NETWORKS),
-        help="Whether the guest reaches the world (default: isolated).",
-    ),
-    click.option("--user", metavar="NAME", help="Who it is in the guest (default: the image's)."),
-    click.option(
-        "--accel",
-        type=click.Choice(ACCELERATORS),
-        default="auto",
-        help="The accelerator (default: auto, the best that is proven to work here).",
-    ),
-    click.option(
-        "--boot-timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        default=Settings.boot_timeout,
-        show_default=True,
-        metavar="SECONDS",
-        help="For KVM; longer by itself where there is only emulation.",
-    ),
-    image_path_option,
-)
-
 
 def guest_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say what a guest is to be.
@@ -55,6 +28,30 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
     The function gets `settings` for the factory, and `hardware` for `GuestFactory.boot`.
     """
 
+    @click.option("--cpus", metavar="N", help="Processors (default: 1).")
+    @click.option("--memory", metavar="SIZE", help="Such as 1GiB (default: 512MiB).")
+    @click.option("--disk", metavar="SIZE", help="Of the root disk (default: the image's).")
+    @click.option(
+        "--network",
+        metavar="|".join(NETWORKS),
+        help="Whether the guest reaches the world (default: isolated).",
+    )
+    @click.option("--user", metavar="NAME", help="Who it is in the guest (default: the image's).")
+    @click.option(
+        "--accel",
+        type=click.Choice(ACCELERATORS),
+        default="auto",
+        help="The accelerator (default: auto, the best that is proven to work here).",
+    )
+    @click.option(
+        "--boot-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=Settings.boot_timeout,
+        show_default=True,
+        metavar="SECONDS",
+        help="For KVM; longer by itself where there is only emulation.",
+    )
+    @image_path_option
     @wraps(function)
     def command(
         *args: Any,
@@ -68,6 +65,4 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
         hardware = {name: value for name, value in asked.items() if value is not None}
         function(*args, settings=settings, hardware=hardware, **others)
 
-    for option in reversed(_GUEST_OPTIONS):
-        command = option(command)
     return command

@@ -14,15 +14,12 @@ import click
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.store import ImageStore
-from pytest_vmsandbox.cli import checks, foreground, packages, pytest_runs
+from pytest_vmsandbox.cli import checks, foreground
 from pytest_vmsandbox.cli.checks import Check, Status
-from pytest_vmsandbox.cli.doctor import show
-from pytest_vmsandbox.cli.examine import Examination
+from pytest_vmsandbox.cli.doctor import examine, show
 from pytest_vmsandbox.cli.images import build_one
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 
 _SUITE = Path(__file__).with_name("quickstart_suite")
@@ -33,7 +30,7 @@ More: the README, and the suite that ran just now:    {suite}"""
 
 
 class Stop(Exception):
-    """It cannot go on; the reason has been said."""
+    """It cannot go on; the text says why."""
 
 
 @click.command
@@ -51,19 +48,19 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
     left alone.
     """
     screen = Screen()
-    catalogue = Catalogue()
-    catalogue.get(image)  # an unknown one is an error now, not later
+    definition = Catalogue().get(image)  # an unknown one is an error now, not later
     try:
         screen.say("Checking this machine", "bold")
         _prepare(screen, _check(screen), yes=yes)
         if only_install:
             return
         screen.say()
-        build_one(screen, catalogue, ImageStore(cache_dir()), image)
+        build_one(definition)
         screen.say()
         screen.say("Running a small suite in guests; each test gets one of its own", "bold")
         _run_suite(screen, image)
-    except Stop:
+    except Stop as reason:
+        screen.say(str(reason), "bold red")
         ctx.exit(1)
     screen.say()
     screen.say(_NEXT.format(suite=_SUITE))
@@ -75,7 +72,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
 def _check(screen: Screen) -> list[Check]:
     """Look at the machine and say what is not as it should be."""
     with screen.waiting("looking"):
-        found = list(Examination(Settings(), screen.say).checks())
+        found = list(examine(Settings(), screen))
     for check in found:
         # That no image is built is what we are here for.
         if check.status is not Status.OK and check.name != "images":
@@ -90,14 +87,13 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
         Stop: it was not installed, or something else is wrong with the machine.
     """
     wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
-    commands = [packages.as_root(argv) for check in found for argv in check.commands]
+    commands = [programs.as_root(argv) for check in found for argv in check.commands]
     if wanted or commands:
         _install(screen, wanted, commands, yes=yes)
         screen.say("Checking again", "bold")
         found = _check(screen)
     if checks.worst(found) is Status.FAILED:
-        screen.say("No guest can run on this machine as it is; the remedies are above.", "red")
-        raise Stop
+        raise Stop("No guest can run on this machine as it is; the remedies are above.")
     screen.say("This machine can run guests.", "green")
 
 
@@ -110,45 +106,40 @@ def _install(
         Stop: nobody could be asked, the answer was no, or it failed.
     """
     if wanted and programs.find("apt-get") is None:
-        screen.say("Packages are installed with apt-get only; here it is up to you:")
-        screen.say(f"  {packages.install_line(wanted)}")
-        raise Stop
-    install = packages.apt_install(wanted)
+        line = programs.install_line(wanted)
+        raise Stop(f"Packages are installed with apt-get only; here it is up to you:\n  {line}")
+    install = programs.apt_install(wanted)
     plan = [*([install] if wanted else []), *commands]
     screen.say("This is missing, and can be installed:")
     for argv in plan:
-        screen.say(f"  {packages.shown(argv)}")
+        screen.say(f"  {programs.shown(argv)}")
     if not yes:
         if not sys.stdin.isatty():
-            screen.say("There is nobody to ask: add --yes, or run that by hand.")
-            raise Stop
+            raise Stop("There is nobody to ask: add --yes, or run that by hand.")
         if not click.confirm("Install it now?", default=False):
-            screen.say("Nothing was installed.")
-            raise Stop
+            raise Stop("Nothing was installed.")
     if os.geteuid() != 0 and programs.find("sudo") is None:
-        screen.say("That needs root, and there is no sudo: run it as root.", "red")
-        raise Stop
+        raise Stop("That needs root, and there is no sudo: run it as root.")
     if wanted:
         _apt_install(screen, wanted)
     for argv in commands:
-        _run(screen, argv)
+        _run(argv)
 
 
 def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
-    install = packages.apt_install(wanted)
+    install = programs.apt_install(wanted)
     screen.say(f"Installing {', '.join(wanted)}")
-    if packages.apt_knows(wanted) and foreground.run(install) == 0:
+    if programs.apt_knows(wanted) and foreground.run(install) == 0:
         return
     screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
-    _run(screen, packages.apt_update())
-    _run(screen, install)
+    _run(programs.as_root([*programs.APT_GET, "update"]))
+    _run(install)
 
 
-def _run(screen: Screen, argv: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     status = foreground.run(argv)
     if status != 0:
-        screen.say(f"{packages.shown(argv)} ended with status {status}", "red")
-        raise Stop
+        raise Stop(f"{programs.shown(argv)} ended with status {status}")
 
 
 # -- the suite -------------------------------------------------------------------------------------
@@ -166,9 +157,9 @@ def _run_suite(screen: Screen, image: str) -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
-        environment = {**pytest_runs.environment(), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**foreground.pytest_variables(), "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [
-            *(sys.executable, "-m", "pytest", "-p", pytest_runs.PLUGIN, "-v", f"--vm={image}"),
+            *(sys.executable, "-m", "pytest", "-p", foreground.PLUGIN, "-v", f"--vm={image}"),
             *("--durations=0", "--durations-min=1"),  # what it spends its time on
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
@@ -177,9 +168,7 @@ def _run_suite(screen: Screen, image: str) -> None:
         screen.say()
         if status != 0:
             stack.pop_all()  # somebody may look at what is there
-            failure = f"The suite failed, status {status}; it and its artifacts are in {folder}"
-            screen.say(failure, "bold red")
-            raise Stop
+            raise Stop(f"The suite failed, status {status}; it and its artifacts are in {folder}")
     screen.say(
         f"Real machines were started, restarted, destroyed and filled up in "
         f"{monotonic() - began:.0f} s; nothing of them is left.",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 SCHEMA = 1  # of every --json
@@ -51,18 +51,14 @@ class Screen:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
     @contextmanager
-    def waiting(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Show that something is going on and since when, on a terminal, while the block runs.
-
-        Yields:
-            A function that writes a line meanwhile.
-        """
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show that something is going on and since when, on a terminal, while the block runs."""
         if not self.lively:
-            yield self.say
+            yield
             return
         with self._progress(transient=True) as progress:
             progress.add_task(text)
-            yield self.say
+            yield
 
     @contextmanager
     def stages(self) -> Iterator[Callable[[str], None]]:
@@ -75,15 +71,14 @@ class Screen:
             yield lambda text: self.say(f"  {text}")
             return
         with self._progress(transient=False) as progress:
-            present: list[TaskID] = []
+
+            def end() -> None:
+                for task in progress.task_ids:
+                    progress.update(task, completed=100)
 
             def begin(text: str) -> None:
                 end()
-                present.append(progress.add_task(text))
-
-            def end() -> None:
-                if present:
-                    progress.update(present.pop(), completed=100)
+                progress.add_task(text)
 
             yield begin
             end()  # what has failed stays as it is

@@ -25,11 +25,22 @@ the command `vmsandbox` ends with status 69.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import AnyStr, Generic
+from typing import TYPE_CHECKING, AnyStr, Generic
 
 from pytest_vmsandbox.core.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import TypedDict, Unpack
+
+    class More(TypedDict, total=False):
+        """What an error tells besides its first line, as attributes; see `VMSandboxError`."""
+
+        details: str
+        remedy: str
+        stage: str
+        transient: bool
 
 
 class VMSandboxError(Exception):
@@ -45,23 +56,13 @@ class VMSandboxError(Exception):
             a fresh guest may do.
     """
 
-    default_stage = ""
+    details = remedy = stage = ""
+    transient = False
 
-    def __init__(
-        self,
-        brief: str,
-        *,
-        details: str = "",
-        remedy: str = "",
-        stage: str = "",
-        transient: bool = False,
-    ) -> None:
-        self.brief = brief
-        self.details = details
-        self.remedy = remedy
-        self.stage = stage or self.default_stage
-        self.transient = transient
+    def __init__(self, brief: str, **more: Unpack[More]) -> None:
         super().__init__(brief)
+        self.brief = brief
+        vars(self).update(more)
 
     def __str__(self) -> str:
         lines = [f"[{self.stage}] {self.brief}" if self.stage else self.brief]
@@ -98,19 +99,19 @@ class ConfigError(VMSandboxError):
 class ImageError(VMSandboxError):
     """An image is missing or stale, or building it failed."""
 
-    default_stage = "image"
+    stage = "image"
 
 
 class CacheError(VMSandboxError):
     """Something cannot be kept in the cache: its folder cannot be used, or the disk is full."""
 
-    default_stage = "image"
+    stage = "image"
 
 
 class LaunchError(VMSandboxError):
     """QEMU is missing, refused to start, or the host has no room for the guest."""
 
-    default_stage = "launch"
+    stage = "launch"
 
 
 class BootError(VMSandboxError):
@@ -120,26 +121,18 @@ class BootError(VMSandboxError):
         brief: one line.
         stage: the last stage that was reached: launch, firmware, kernel, init or ssh.
         seconds: how long we waited.
+        more: as for `VMSandboxError`.
     """
 
-    def __init__(
-        self,
-        brief: str,
-        *,
-        stage: str,
-        seconds: float,
-        details: str = "",
-        remedy: str = "",
-        transient: bool = False,
-    ) -> None:
-        super().__init__(brief, details=details, remedy=remedy, stage=stage, transient=transient)
+    def __init__(self, brief: str, *, seconds: float, **more: Unpack[More]) -> None:
+        super().__init__(brief, **more)
         self.seconds = seconds
 
 
 class GuestLost(VMSandboxError):
     """A guest that had been up is gone: kernel panic, power-off from inside, QEMU exit."""
 
-    default_stage = "command"
+    stage = "command"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +160,7 @@ class CommandError(VMSandboxError):
         result: the `CommandResult`, with both streams.
     """
 
-    default_stage = "command"
+    stage = "command"
 
     def __init__(
         self, brief: str, *, result: CommandResult[str] | CommandResult[bytes], remedy: str = ""
@@ -185,7 +178,7 @@ class CommandTimeout(VMSandboxError):
         stderr: likewise.
     """
 
-    default_stage = "command"
+    stage = "command"
 
     def __init__(
         self,
@@ -205,13 +198,13 @@ class CommandTimeout(VMSandboxError):
 class InterpreterLost(VMSandboxError):
     """The interpreter that ran a test in a guest ended in the middle, or had to be killed."""
 
-    default_stage = "command"
+    stage = "command"
 
 
 class TransferError(VMSandboxError):
     """Files could not be copied to or from the guest."""
 
-    default_stage = "transfer"
+    stage = "transfer"
 
 
 class MonitorError(VMSandboxError):
@@ -222,19 +215,17 @@ class MonitorError(VMSandboxError):
             monitor is gone.
     """
 
-    default_stage = "command"
+    stage = "command"
 
-    def __init__(
-        self, brief: str, *, error_class: str = "", details: str = "", transient: bool = False
-    ) -> None:
-        super().__init__(brief, details=details, transient=transient)
+    def __init__(self, brief: str, *, error_class: str = "", **more: Unpack[More]) -> None:
+        super().__init__(brief, **more)
         self.error_class = error_class
 
 
 class TeardownError(VMSandboxError):
     """Something of ours could not be ended or removed."""
 
-    default_stage = "teardown"
+    stage = "teardown"
 
 
 # Their public home is the package itself, and so they are called in a report's short summary.

@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
@@ -25,12 +25,14 @@ def cache_dir() -> Path:
     """
     if override := os.environ.get(CACHE):
         return Path(override).absolute()
-    try:
+    folder = Path("~")  # what is left where there is no home
+    with suppress(RuntimeError):
         folder = platformdirs.user_cache_path(APP, appauthor=False)
-    except RuntimeError as error:
-        raise _homeless() from error
-    if folder.parts[0] == "~":  # what is left of it where there is no home
-        raise _homeless()
+    if folder.parts[0] == "~":
+        raise ConfigError(
+            "there is no place for the cache: HOME is not set, and this user has no home",
+            remedy=f"name a folder in {CACHE}",
+        )
     return folder
 
 
@@ -43,8 +45,11 @@ def runtime_dir() -> Path:
     """
     if override := os.environ.get(RUNTIME):
         return Path(override).absolute()
-    if (base := os.environ.get("XDG_RUNTIME_DIR")) and _is_our_folder(Path(base)):
-        return Path(base) / APP
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        with suppress(OSError):
+            status = Path(base).stat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                return Path(base) / APP
     return Path(tempfile.gettempdir()) / f"{APP}-{os.getuid()}"
 
 
@@ -62,18 +67,3 @@ def usable(folder: Path, variable: str) -> Iterator[None]:
             f"{folder} cannot be used: {error.strerror or error}",
             remedy=f"name another folder in {variable}",
         ) from error
-
-
-def _is_our_folder(folder: Path) -> bool:
-    try:
-        status = folder.stat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-
-
-def _homeless() -> ConfigError:
-    return ConfigError(
-        "there is no place for the cache: HOME is not set, and this user has no home",
-        remedy=f"name a folder in {CACHE}",
-    )

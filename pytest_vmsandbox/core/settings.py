@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.core.spec import Hardware, one_of
 
 Accelerator = Literal["auto", "kvm", "hvf", "tcg"]
 Isolation = Literal["test", "module", "session"]
@@ -26,11 +25,7 @@ def clones_wanted() -> Clones:
     Raises:
         ConfigError: its value is invalid.
     """
-    wanted = os.environ.get(CLONES_VARIABLE) or "armed"
-    for clones in CLONES:
-        if clones == wanted:
-            return clones
-    raise ConfigError(f"{CLONES_VARIABLE}={wanted!r} is unknown", remedy=f"use {', '.join(CLONES)}")
+    return one_of(CLONES, os.environ.get(CLONES_VARIABLE) or "armed", CLONES_VARIABLE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
 
@@ -13,6 +14,7 @@ KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
+_T = TypeVar("_T")
 
 
 def parse_size(value: object, what: str) -> int:
@@ -106,14 +108,6 @@ def _cpus(value: object) -> int:
     return int(text)
 
 
-def _memory(value: object) -> int:
-    return parse_size(value, "memory")
-
-
-def _disk(value: object) -> int:
-    return parse_size(value, "disk")
-
-
 def _disks(value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(
@@ -131,11 +125,23 @@ def parse_network(value: object) -> Network:
     Raises:
         ConfigError: there is none of that name.
     """
-    for network in NETWORKS:
-        if value == network:
-            return network
+    return one_of(NETWORKS, value, "network")
+
+
+def one_of(choices: Sequence[_T], value: object, what: str) -> _T:
+    """The one of `choices` that `value` is.
+
+    Args:
+        what: the choice is of, for the error.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    for choice in choices:
+        if value == choice:
+            return choice
     raise ConfigError(
-        f"network={value!r} is unknown", remedy=f"use {' or '.join(map(repr, NETWORKS))}"
+        f"{what}={value!r} is unknown", remedy=f"use {' or '.join(map(repr, choices))}"
     )
 
 
@@ -146,10 +152,10 @@ def _user(value: object) -> str:
 
 
 MAX_DISKS = 8
-_READERS = {
+_READERS: Mapping[str, Callable[[object], object]] = {
     "cpus": _cpus,
-    "memory": _memory,
-    "disk": _disk,
+    "memory": partial(parse_size, what="memory"),
+    "disk": partial(parse_size, what="disk"),
     "disks": _disks,
     "network": parse_network,
     "user": _user,

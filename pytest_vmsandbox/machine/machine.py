@@ -220,7 +220,7 @@ class Machine:
 
     def boot_error(self, error: GuestLost, seconds: float) -> BootError:
         """The same loss, as one of a guest that has not come up yet."""
-        stage = self.stage if error.stage == GuestLost.default_stage else error.stage
+        stage = self.stage if error.stage == GuestLost.stage else error.stage
         return BootError(
             f"{error.brief} while booting, {seconds:.0f} s after power-on",
             stage=stage,

@@ -67,15 +67,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
-    from pytest_vmsandbox.catalogue import listing
-    from pytest_vmsandbox.catalogue.store import ImageStore
+    from pytest_vmsandbox.catalogue.store import ImageStore, columns
     from pytest_vmsandbox.core.paths import cache_dir
 
     try:
         # pytest does not configure itself for this, so there is no other `Run`.
-        images = listing.entries(Run(config).catalogue, ImageStore(cache_dir()))
-        for line in listing.lines(images):
-            print(line)  # noqa: T201  # what was asked for
+        for row in columns(ImageStore(cache_dir()).entries(Run(config).catalogue)):
+            print("  ".join(row))  # noqa: T201  # what was asked for
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
     return 0
@@ -309,7 +307,7 @@ def vm_prepared() -> Base | None:
 def vm(
     request: pytest.FixtureRequest,
     vm_factory: GuestFactory,
-    vm_prepared: Base,
+    vm_prepared: Base | None,
     _vm_image: str | None,
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""

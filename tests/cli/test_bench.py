@@ -16,10 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
-from pytest_vmsandbox.cli import bench
-from pytest_vmsandbox.cli.benchmark import guests, machine, result as results, suites
-from pytest_vmsandbox.cli.benchmark.guests import Setup
-from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result
+from pytest_vmsandbox.cli import bench, examine
+from pytest_vmsandbox.cli.benchmark import guests, suites
+from pytest_vmsandbox.cli.benchmark.guests import CannotMeasureError, Result, Setup
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
@@ -35,12 +34,12 @@ class TestResults:
         )  # fmt: skip
 
     def test_the_99th_percentile_is_a_sample(self):
-        figure = results.percentiles([float(number) for number in range(200, 0, -1)])
+        figure = guests.percentiles([float(number) for number in range(200, 0, -1)])
         assert figure.value == {"p50": 100.5, "p99": 198.0}
         assert (figure.samples, figure.reason, figure.details) == (200, "", {"max": 200.0})
 
     def test_there_is_none_of_few_samples(self):
-        figure = results.percentiles([1.0, 2.0, 9.0])
+        figure = guests.percentiles([1.0, 2.0, 9.0])
         assert figure.value == {"p50": 2.0, "p99": None}
         assert figure.reason == "p99 takes 100 samples or more"
 
@@ -57,7 +56,7 @@ class TestResults:
             "in_guest_isolated_s": Result(value=None),
             "in_guest_overhead_ms": Result(value=-0.1),  # noise: plain pytest was slower
         }
-        assert results.ratios(figures, bench.COLD) == {
+        assert bench.ratios(figures) == {
             "cold_boot_s": 1.0,
             "armed_run_ms": {"p50": 2500, "p99": None},
             "second_run_s": 20.0,
@@ -67,14 +66,14 @@ class TestResults:
 
     def test_pairs_are_measured_in_turn(self):
         turns = iter([5.0, 1.0, 4.0, 2.0, 9.0, 3.0])
-        pairs = results.Pairs(3, lambda: next(turns), lambda: next(turns))
+        pairs = suites.Pairs(3, lambda: next(turns), lambda: next(turns))
         assert (pairs.first, pairs.second, pairs.ratio) == (5.0, 2.0, 3.0)
         assert pairs.differences == [4.0, 2.0, 6.0]
 
     def test_there_are_none_without_a_cold_boot(self):
-        assert results.ratios({"second_run_s": Result(value=2.0)}, bench.COLD) == {}
+        assert bench.ratios({"second_run_s": Result(value=2.0)}) == {}
         figures = {"cold_boot_s": Result(value=None), "second_run_s": Result(value=2.0)}
-        assert results.ratios(figures, bench.COLD) == {}
+        assert bench.ratios(figures) == {}
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -85,12 +84,12 @@ def invoke(tmp_path, monkeypatch):
     """Run the command in this process, with results that are made up."""
     monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VMSANDBOX_RUNTIME", str(tmp_path / "run"))
-    where = {"machine": machine.describe(), "qemu": "9.9", "accelerator": "tcg"}
+    where = {"machine": examine.describe(), "qemu": "9.9", "accelerator": "tcg"}
     monkeypatch.setattr(bench, "_environment", lambda *_: where)
     made_up: dict[str, Any] = dict.fromkeys(
         bench.MEASUREMENTS, lambda _: Result(value=2.0, samples=3)
     )
-    made_up["armed_run_ms"] = lambda _: results.percentiles([10.0] * 150)
+    made_up["armed_run_ms"] = lambda _: guests.percentiles([10.0] * 150)
     made_up["leased_at_once"] = refuse(LaunchError("no room", details="none at all"))
     made_up["idle_cost_ms"] = refuse(CannotMeasureError("not\ninstalled"))
     measurements = {
@@ -286,15 +285,6 @@ def test_a_cold_boot_that_is_only_compared_with_is_measured_once(site):
     assert made.asked == "never"
 
 
-def test_when_services_are_started_is_told_of_a_cold_boot_that_was_asked_for(site):
-    factory = FakeFactory("booted")
-    figure = guests.cold_boot(site(factory, systemd=True, count=1))
-    assert list(figure.details) == ["services_started_s"]
-    assert [guest.done[0][0] for guest in factory.guests] == ["true", "systemctl"]
-    figure = guests.cold_boot(site(FakeFactory("booted"), systemd=True, only_for_ratios=True))
-    assert figure.details == {}
-
-
 def test_two_figures_of_one_measurement(site):
     factory = FakeFactory("armed")
     made = site(factory, count=6)
@@ -388,8 +378,7 @@ def test_pytest_has_the_same_guests(tmp_path):
 def test_a_suite_tells_how_long_its_tests_take(site, tmp_path, monkeypatch):
     """The generated files, by plain pytest."""
     made = site(FakeFactory("armed"))
-    folder = suites._folder(made, "x")
-    suites.write_empty_tests(made, folder, 3)
+    folder = suites.write_empty_tests(made, "x", 3)
     (folder / "pytest.ini").write_text("[pytest]\n")
     took = tmp_path / "took"
     suites._pytest(folder, {**os.environ, suites.TOOK: str(took)}, "-p", "no:vmsandbox")
@@ -407,7 +396,7 @@ def test_a_pytest_that_gets_guests_as_by_itself(site, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     with pytest.raises(CannotMeasureError, match="has not said"):
-        suites._run_with_plugin(site(FakeFactory("armed")), tmp_path, tmp_path / "took", "--in-vm")
+        suites._run_with_plugin(site(FakeFactory("armed")), tmp_path / "suite", "--in-vm")
     assert seen.more[-2:] == ("--vm=x", "--in-vm")
     names = set(seen.variables)
     assert not names & {"VMSANDBOX_CLONES", "PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.cli import checks, packages
+from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.core.spec import GIB, MIB
 
@@ -138,7 +138,7 @@ def test_every_program_that_a_definition_requires_has_a_package():
 
 
 def test_what_people_see_of_a_command_line(monkeypatch):
-    assert packages.shown(packages.apt_install(["cpio"])) == (
+    assert programs.shown(programs.apt_install(["cpio"])) == (
         "sudo apt-get install --yes --no-install-recommends cpio"
     )
 
@@ -150,4 +150,4 @@ def test_what_people_see_of_a_command_line(monkeypatch):
 )  # fmt: skip
 def test_how_packages_are_installed_elsewhere(monkeypatch, manager, line):
     monkeypatch.setattr(programs, "find", lambda name: name if name == manager else None)
-    assert line in packages.install_line(["cpio"])
+    assert line in programs.install_line(["cpio"])

@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from pytest_vmsandbox.catalogue import catalogue as catalogue_module
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 
 TOML = f"""\

@@ -19,4 +19,4 @@ def test_what_a_program_said_plays_no_tricks_on_the_terminal():
 
 
 def test_what_is_not_the_fault_of_the_test_names_its_stage():
-    assert all(kind.default_stage for kind in INFRASTRUCTURE if kind is not BootError)
+    assert all(kind.stage for kind in INFRASTRUCTURE if kind is not BootError)

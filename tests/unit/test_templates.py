@@ -105,7 +105,7 @@ class TestAdopt:
         assert template.private_key == CONTENT["key"].decode()
         with template.state() as state:
             assert state.read() == CONTENT["state"]
-        assert template.digests.keys() == CONTENT.keys()
+        assert template.record["digests"].keys() == CONTENT.keys()
 
     def test_keeps_holes(self, store):
         template = make(store)

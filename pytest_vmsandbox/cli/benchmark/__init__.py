@@ -1,5 +1,5 @@
 """Measures what guests cost on this machine, for ``vmsandbox bench``.
 
-`guests` measures with guests of its own, `suites` with a pytest that it starts; `result` has what
-both give, and `machine` says where that was.
+`guests` measures with guests of its own, and has what a measurement gives; `suites` measures with a
+pytest that it starts.
 """

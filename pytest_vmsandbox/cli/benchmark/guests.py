@@ -1,17 +1,17 @@
-"""What is measured with guests."""
+"""What is measured with guests, and what a measurement gives."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Result, median, percentiles
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import MIB
@@ -19,13 +19,54 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
+P99_SAMPLES = 100  # fewer have no 99th percentile
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
 _ARM_SECONDS = 300.0  # for the pool, to arm what it wants
-_SERVICES_SECONDS = 600.0
 _PUSH_BYTES = 16 * MIB
 _BUSY = ["sh", "-c", "while :; do sleep 0.1; done"]
 _TOGETHER = 8  # clones that share a template's memory while it is looked at how much each takes
 _UNCOUNTED = 4  # guests at the start that the pool has made ahead
+
+
+class CannotMeasureError(VMSandboxError):
+    """Something cannot be measured here; its brief line tells why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The result of one measurement.
+
+    Attributes:
+        value: the number, or its parts by name; None where it cannot be measured.
+        samples: how many it is made of.
+        reason: why it, or a part of it, cannot be measured.
+        details: what else was seen.
+    """
+
+    value: float | Mapping[str, float | None] | None
+    samples: int = 0
+    reason: str = ""
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+def median(samples: Sequence[float], digits: int = 1) -> Result:
+    """The median of samples."""
+    return Result(value=round(statistics.median(samples), digits), samples=len(samples))
+
+
+def percentiles(samples: Sequence[float]) -> Result:
+    """The median, and the 99th percentile where there are enough samples for one."""
+    ordered = sorted(samples)
+    enough = len(ordered) >= P99_SAMPLES
+    return Result(
+        value={
+            "p50": round(statistics.median(ordered), 2),
+            "p99": round(ordered[math.ceil(0.99 * len(ordered)) - 1], 2) if enough else None,
+        },
+        samples=len(ordered),
+        reason="" if enough else f"p99 takes {P99_SAMPLES} samples or more",
+        details={"max": round(ordered[-1], 2)},
+    )
 
 
 @dataclass(kw_only=True)
@@ -41,7 +82,6 @@ class Setup:
         most: guests at once.
         folder: an empty one, for files that are needed meanwhile.
         python: whether the guests have a Python.
-        systemd: whether it is what starts their services.
         only_for_ratios: whether the cold boot is measured only to compare others with it.
         say: told of long waits.
     """
@@ -53,31 +93,20 @@ class Setup:
     count: int | None = None
     most: int = 60
     python: bool = True
-    systemd: bool = False
     only_for_ratios: bool = False
     say: Callable[[str], None] = lambda _: None
-
-    def __post_init__(self) -> None:
-        self._told = ""  # what did not go as it should, last
 
     def at_most(self, number: int) -> int:
         """How many samples to take where it would be so many by itself."""
         return number if self.count is None else min(number, self.count)
 
-    @contextmanager
-    def factory(self, clones: Clones) -> Iterator[GuestFactory]:
+    def factory(self, clones: Clones) -> AbstractContextManager[GuestFactory]:
         """A factory that makes guests in this way; see `Settings.clones`."""
-        settings = replace(self.settings, clones=clones)
-        with GuestFactory.open(settings, Announcer(self.say, self._note)) as factory:
-            yield factory
+        return GuestFactory.open(replace(self.settings, clones=clones), Announcer(self.say))
 
     def expect(self, factory: GuestFactory, count: int) -> None:
         """Tell a factory how many guests it is going to be asked for."""
         factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
-
-    def _note(self, text: str) -> None:
-        self._told = text
-        self.say(text)
 
     @contextmanager
     def guest(self, factory: GuestFactory, *origins: str) -> Iterator[Guest]:
@@ -87,11 +116,8 @@ class Setup:
             CannotMeasureError: it has come to be in another one.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if guest.engine.origin not in origins:
-                told = f": {self._told}" if self._told else ""
-                raise CannotMeasureError(
-                    f"guests are {guest.engine.origin} here, not {' or '.join(origins)}{told}"
-                )
+            if (origin := guest.engine.origin) not in origins:
+                raise CannotMeasureError(f"guests are {origin} here, not {' or '.join(origins)}")
             yield guest
 
     @cached_property
@@ -100,7 +126,21 @@ class Setup:
 
         Two results come from this one measurement.
         """
-        return _measure_throughput(self)
+        number = self.count or 50
+        processor_seconds = 0.0
+        began = ours = 0.0
+        with self.factory("armed") as factory:
+            self.expect(factory, number + _UNCOUNTED)
+            for counted in range(-_UNCOUNTED, number):
+                if counted == 0:
+                    began, ours = time.perf_counter(), time.process_time()
+                with self.guest(factory, "armed", "cloned") as guest:
+                    first_command(guest)
+                    if counted >= 0:
+                        processor_seconds += guest.engine.processor_seconds
+            seconds = time.perf_counter() - began
+            processor_seconds += time.process_time() - ours
+        return number, seconds, processor_seconds
 
 
 def first_command(guest: Guest) -> None:
@@ -112,24 +152,11 @@ def first_command(guest: Guest) -> None:
 
 
 def cold_boot(setup: Setup) -> Result:
-    """A guest is booted, to the end of its first command.
-
-    A guest may answer long before it has started all of its services. A clone has started them, so
-    how long that takes is told, too.
-    """
+    """A guest is booted, to the end of its first command."""
     number = 1 if setup.only_for_ratios else setup.at_most(3)
-    details = {}
     with setup.factory("never") as factory:
         samples = [_timed(setup, factory, "booted", first_command) for _ in range(number)]
-        if setup.systemd and not setup.only_for_ratios:
-            settled = _timed(setup, factory, "booted", _await_services)
-            details["services_started_s"] = round(settled, 2)
-    return replace(median(samples, digits=2), details=details)
-
-
-def _await_services(guest: Guest) -> None:
-    waiting = ["systemctl", "is-system-running", "--wait"]
-    guest.run(waiting, check=False, timeout=_SERVICES_SECONDS, user="root")
+    return median(samples, digits=2)
 
 
 def clone_on_demand(setup: Setup) -> Result:
@@ -188,10 +215,7 @@ def push(setup: Setup) -> Result:
     source = setup.folder / "random"
     source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
     samples = []
-    with (
-        setup.factory("demand") as factory,
-        factory.boot(setup.image, **setup.hardware) as guest,
-    ):
+    with setup.factory("demand") as factory, factory.boot(setup.image, **setup.hardware) as guest:
         for _ in range(setup.at_most(5)):
             began = time.perf_counter()
             guest.push(source, "/tmp/random")  # noqa: S108  # in the guest
@@ -201,24 +225,6 @@ def push(setup: Setup) -> Result:
 
 
 # -- one after the other ---------------------------------------------------------------------------
-
-
-def _measure_throughput(setup: Setup) -> tuple[int, float, float]:
-    number = setup.count or 50
-    processor_seconds = 0.0
-    began = ours = 0.0
-    with setup.factory("armed") as factory:
-        setup.expect(factory, number + _UNCOUNTED)
-        for counted in range(-_UNCOUNTED, number):
-            if counted == 0:
-                began, ours = time.perf_counter(), time.process_time()
-            with setup.guest(factory, "armed", "cloned") as guest:
-                first_command(guest)
-                if counted >= 0:
-                    processor_seconds += guest.engine.processor_seconds
-        seconds = time.perf_counter() - began
-        processor_seconds += time.process_time() - ours
-    return number, seconds, processor_seconds
 
 
 def guests_per_s(setup: Setup) -> Result:
@@ -284,10 +290,10 @@ def _at_once(setup: Setup, *, busy: bool) -> Result:
         while len(guests) < setup.most:
             try:
                 guests.append(stack.enter_context(setup.guest(factory, "cloned")))
-            except (VMSandboxError, CannotMeasureError) as error:
+            except VMSandboxError as error:
                 if not guests:
                     raise
-                limit = error.brief if isinstance(error, VMSandboxError) else str(error)
+                limit = error.brief
                 break
         if busy:  # only now: to clone guests beside those that run would take minutes
             for number, guest in enumerate(guests, 1):
@@ -302,7 +308,6 @@ def _at_once(setup: Setup, *, busy: bool) -> Result:
         value=in_time,
         samples=len(answers),
         details={
-            "answer_ms": round(statistics.median(answers) * 1000, 1),
             "slowest_answer_ms": round(max(answers) * 1000, 1),
             "limit": limit,
         },

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytest_vmsandbox.cli import pytest_runs
-from pytest_vmsandbox.cli.benchmark.guests import Setup
-from pytest_vmsandbox.cli.benchmark.result import CannotMeasureError, Pairs, Result, median
+from pytest_vmsandbox.cli import foreground
+from pytest_vmsandbox.cli.benchmark.guests import CannotMeasureError, Result, Setup, median
 from pytest_vmsandbox.core.settings import CLONES_VARIABLE
 from pytest_vmsandbox.inside.install import Payload, install
 
@@ -48,6 +47,29 @@ def test_first(vm):
 """
 
 
+class Pairs:
+    """Two things measured in turn, so that what slows the machine down meets both.
+
+    Args:
+        number: of pairs.
+        first, second: each measures once.
+
+    Attributes:
+        first, second: the median of each.
+        ratio: the median of how many times the first one was the second.
+        differences: by how much the first one was more, in each pair.
+    """
+
+    def __init__(
+        self, number: int, first: Callable[[], float], second: Callable[[], float]
+    ) -> None:
+        pairs = [(first(), second()) for _ in range(number)]
+        self.first = statistics.median(a for a, _ in pairs)
+        self.second = statistics.median(b for _, b in pairs)
+        self.ratio = statistics.median(a / b for a, b in pairs)
+        self.differences = [a - b for a, b in pairs]
+
+
 # -- the plugin's own cost -------------------------------------------------------------------------
 
 
@@ -69,7 +91,7 @@ def idle_pairs(folder: Path, number: int) -> Pairs:
 
 def _run_empty(folder: Path, *more: str) -> float:
     began = time.perf_counter()
-    _pytest(folder, _compiling(pytest_runs.without_options()), *more)
+    _pytest(folder, foreground.without_options(), *more)
     return (time.perf_counter() - began) * 1000
 
 
@@ -79,16 +101,12 @@ def _run_empty(folder: Path, *more: str) -> float:
 def second_run(setup: Setup) -> Result:
     """Pytest is started where templates are there, until its first test has its guest."""
     folder = _folder(setup, "second")
-    _write_ini(setup, folder)
     (folder / "test_first.py").write_text(_FIRST_TEST, encoding="utf-8")
     samples = []
-    for counted in range(setup.at_most(5) + 1):
-        took = folder.parent / "took"
+    for _ in range(setup.at_most(5) + 1):
         began = time.monotonic()
-        _run_with_plugin(setup, folder, took)
-        if counted:  # the first one may have to build a template
-            samples.append(float(took.read_text(encoding="utf-8")) - began)
-    return median(samples, digits=2)
+        samples.append(_run_with_plugin(setup, folder) - began)
+    return median(samples[1:], digits=2)  # the first one may have to build a template
 
 
 # -- inside guests ---------------------------------------------------------------------------------
@@ -97,14 +115,7 @@ def second_run(setup: Setup) -> Result:
 def in_guest_overhead(setup: Setup) -> Result:
     """What a test inside a guest takes more than by plain pytest there."""
     pairs = inside_pairs(setup, number=setup.at_most(_PAIRS), tests=_EMPTY_TESTS)
-    return replace(
-        median(pairs.differences, digits=2),
-        details={
-            "tests": _EMPTY_TESTS,
-            "inside_ms": round(pairs.first, 2),
-            "plain_ms": round(pairs.second, 2),
-        },
-    )
+    return median(pairs.differences, digits=2)
 
 
 def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
@@ -112,32 +123,35 @@ def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
 
     From the end of the first test, which boots a guest, to the end of the last one.
     """
-    _require_python(setup)
-    folder = _folder(setup, "inside")
-    write_empty_tests(setup, folder, tests)
+    folder = write_empty_tests(setup, "inside", tests)
     return Pairs(
         number,
-        lambda: _seconds_inside(setup, folder) / (tests - 1) * 1000,
+        lambda: _run_with_plugin(setup, folder, "--in-vm") / (tests - 1) * 1000,
         lambda: _seconds_plain(setup, folder) / (tests - 1) * 1000,
     )
 
 
 def in_guest_isolated(setup: Setup) -> Result:
     """A test inside a guest of its own (isolation="test"), but for the first of the run."""
-    _require_python(setup)
-    folder = _folder(setup, "isolated")
-    tests = max(2, setup.at_most(_ISOLATED_TESTS) + 1)
-    write_empty_tests(setup, folder, tests)
-    seconds = _seconds_inside(setup, folder, "--vm-isolation=test") / (tests - 1)
-    return Result(value=round(seconds, 3), samples=tests - 1)
+    counted = setup.at_most(_ISOLATED_TESTS)
+    folder = write_empty_tests(setup, "isolated", counted + 1)
+    seconds = _run_with_plugin(setup, folder, "--in-vm", "--vm-isolation=test") / counted
+    return Result(value=round(seconds, 3), samples=counted)
 
 
-def write_empty_tests(setup: Setup, folder: Path, number: int) -> None:
-    """A suite that tells how long its tests take."""
-    _write_ini(setup, folder)
+def write_empty_tests(setup: Setup, name: str, number: int) -> Path:
+    """A suite for guests that tells how long its tests take.
+
+    Raises:
+        CannotMeasureError: guests cannot run it.
+    """
+    if not setup.python:
+        raise CannotMeasureError(f"the image {setup.image} has no Python")
+    folder = _folder(setup, name)
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     tests = (f"def test_{index}():\n    pass\n\n\n" for index in range(number))
     (folder / "test_empty.py").write_text("".join(tests), encoding="utf-8")
+    return folder
 
 
 def _seconds_plain(setup: Setup, folder: Path) -> float:
@@ -150,23 +164,13 @@ def _seconds_plain(setup: Setup, folder: Path) -> float:
         return float(guest.read_text(took))
 
 
-def _seconds_inside(setup: Setup, folder: Path, *more: str) -> float:
-    took = folder.parent / "took"
-    _run_with_plugin(setup, folder, took, "--in-vm", *more)
-    return float(took.read_text(encoding="utf-8"))
-
-
-def _require_python(setup: Setup) -> None:
-    if not setup.python:
-        raise CannotMeasureError(f"the image {setup.image} has no Python")
-
-
 # -- pytest ----------------------------------------------------------------------------------------
 
 
 def _folder(setup: Setup, name: str) -> Path:
     folder = setup.folder / name / "suite"
     folder.mkdir(parents=True)
+    _write_ini(setup, folder)
     return folder
 
 
@@ -181,24 +185,16 @@ def _write_ini(setup: Setup, folder: Path) -> None:
     (folder / "pytest.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _run_with_plugin(setup: Setup, folder: Path, took: Path, *more: str) -> None:
-    variables = _compiling(pytest_runs.environment())
-    variables.pop(CLONES_VARIABLE, None)  # clones as pytest has them by itself
+def _run_with_plugin(setup: Setup, folder: Path, *more: str) -> float:
+    """The seconds that a suite tells."""
+    took = folder.parent / "took"
     took.unlink(missing_ok=True)
-    _pytest(
-        folder,
-        {**variables, TOOK: str(took)},
-        "-p",
-        pytest_runs.PLUGIN,
-        f"--vm={setup.image}",
-        *more,
-    )
+    variables = {**foreground.pytest_variables(), TOOK: str(took)}
+    variables.pop(CLONES_VARIABLE, None)  # clones as pytest has them by itself
+    _pytest(folder, variables, "-p", foreground.PLUGIN, f"--vm={setup.image}", *more)
     if not took.exists():
         raise CannotMeasureError("the suite has not said how long it took")
-
-
-def _compiling(variables: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in variables.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return float(took.read_text(encoding="utf-8"))
 
 
 def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
@@ -210,7 +206,7 @@ def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
         done = subprocess.run(
             argv,
             cwd=folder,
-            env=dict(variables),
+            env=variables,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             errors="replace",
