@@ -1,11 +1,16 @@
-"""The Python distributions that are installed on this machine, and which of them stay here."""
+"""The Python distributions of this machine: which stay here, and what a guest gets of the others."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -16,6 +21,10 @@ from packaging.utils import canonicalize_name
 
 OURSELVES = "pytest-vmsandbox"
 SITES = {"site-packages", "dist-packages"}
+ENV = "/opt/vmsandbox/env"  # the virtual environment in the guest
+_FIRST_LINE = f"#!{ENV}/bin/python\n"
+# What the installation of a wheel has added.
+_OF_THE_INSTALLER = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 
 # A guest gets none of these, and nothing that only they need.
 LEFT_OUT = frozenset(
@@ -94,3 +103,107 @@ def is_imported(name: str) -> bool:
 def providers(module: str) -> list[str]:
     """The names of the distributions that installed a top-level module here."""
     return sorted(set(importlib.metadata.packages_distributions().get(module, ())))
+
+
+# -- programs, made for the Python of a guest -------------------------------------------------------
+
+
+def console_scripts(distribution: Distribution) -> dict[str, bytes]:
+    """The programs of a distribution as files for the folder bin of `ENV`, by name."""
+    return {
+        entry.name: (
+            f"{_FIRST_LINE}import sys\n"
+            f"from {entry.module} import {entry.attr.partition('.')[0]}\n"
+            'if __name__ == "__main__":\n'
+            f"    sys.exit({entry.attr}())\n"
+        ).encode()
+        for entry in distribution.entry_points.select(group="console_scripts")
+        if "/" not in entry.name and entry.attr  # else: no file name, or nothing to call
+    }
+
+
+def move_programs(site_packages: Path, folder: Path) -> None:
+    """Make the programs of all distributions in `site_packages`, in a new folder.
+
+    uv has put them into a folder there, for this machine's Python.
+    """
+    folder.mkdir()
+    theirs = site_packages / "bin"
+    programs = {}
+    if theirs.is_dir():
+        files = [file for file in theirs.iterdir() if file.is_file()]
+        programs = {file.name: _for_the_guest(file.read_bytes()) for file in files}
+        shutil.rmtree(theirs)
+    for distribution in importlib.metadata.distributions(path=[os.fspath(site_packages)]):
+        programs |= console_scripts(distribution)
+    for name, content in programs.items():
+        (folder / name).write_bytes(content)
+        (folder / name).chmod(0o755)
+
+
+def _for_the_guest(script: bytes) -> bytes:
+    """A program with the guest's Python in its first line, if that names a Python."""
+    first, _, rest = script.partition(b"\n")
+    if first == b"#!/bin/sh" and rest.startswith(b"'''exec'"):  # for a path that is too long
+        rest = rest.split(b"\n", 2)[-1]
+    elif not (first.startswith(b"#!") and b"python" in first):
+        return script
+    return _FIRST_LINE.encode() + rest
+
+
+# -- wheels of what lies unpacked here --------------------------------------------------------------
+#
+# Some packages are published as sources only. What was built of them for this environment fits any
+# guest, as long as nothing in it is compiled.
+
+
+def is_pure(distribution: Distribution) -> bool:
+    """Whether all of a distribution is Python for any system, and its metadata say so."""
+    lines = (distribution.read_text("WHEEL") or "").splitlines()
+    tags = [line.partition(":")[2].strip() for line in lines if line.startswith("Tag:")]
+    return "Root-Is-Purelib: true" in lines and any(
+        tag.startswith(("py3-", "py2.py3-")) and tag.endswith("-none-any") for tag in tags
+    )
+
+
+def make_wheel(distribution: Distribution, folder: Path) -> Path | None:
+    """Pack a distribution again as a wheel in `folder`; None if it is not pure, or not whole."""
+    if not is_pure(distribution):
+        return None
+    files = dict(_files(distribution))
+    info = next((path.parts[0] for path in files if path.parts[0].endswith(".dist-info")), None)
+    if info is None:
+        return None
+    wheel = folder / f"{info.removesuffix('.dist-info')}-py3-none-any.whl"
+    try:
+        contents = {str(path): place.read_bytes() for path, place in files.items()}
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in with_record(contents, info).items():
+                archive.writestr(name, content)
+    except OSError:
+        wheel.unlink(missing_ok=True)
+        return None
+    return wheel
+
+
+def with_record(files: Mapping[str, bytes], info: str) -> dict[str, bytes]:
+    """The files of a distribution by path, and the RECORD of them in its folder `info`."""
+    lines = []
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{path},sha256={digest},{len(content)}\n")
+    return {**files, f"{info}/RECORD": "".join([*lines, f"{info}/RECORD,,\n"]).encode()}
+
+
+def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:
+    """The files of a distribution by their paths below site-packages, but for programs and bytecode."""
+    for path in distribution.files or ():
+        name = Path(path)
+        if (
+            not name.is_absolute()
+            and ".." not in name.parts
+            and "__pycache__" not in name.parts
+            and name.parts[0] != "bin"  # where uv puts programs; they are made anew
+            and not (name.parent.suffix == ".dist-info" and name.name in _OF_THE_INSTALLER)
+        ):
+            yield name, Path(str(distribution.locate_file(path)))

@@ -17,14 +17,13 @@ from pathlib import Path, PurePosixPath
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.inside import pushable, tree_copy
+from pytest_vmsandbox.inside import tree_copy
 from pytest_vmsandbox.inside.connection import GuestPaths
-from pytest_vmsandbox.inside.environment import Environment, prepare
-from pytest_vmsandbox.inside.guest_python import GuestPython
-from pytest_vmsandbox.inside.programs import ENV
+from pytest_vmsandbox.inside.distributions import ENV
+from pytest_vmsandbox.inside.environment import prepare, probe
 from pytest_vmsandbox.inside.project import Project
 from pytest_vmsandbox.inside.requirements import Requirements
-from pytest_vmsandbox.inside.tree import Tree
+from pytest_vmsandbox.inside.tree import Tree, divide_push
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
@@ -80,7 +79,7 @@ class Payload:
             ConfigError: an entry, or the tree, is invalid.
             TransferError: a module that is installed here is not in the tree.
         """
-        inner, outside = pushable.divide(root, more)
+        inner, outside = divide_push(root, more)
         project = Project.of(root, outside=outside)
         if entries:
             requirements = Requirements.of_entries(root, entries, project.names)
@@ -180,7 +179,7 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
-    python, executable = GuestPython.probe(guest)
+    python, executable = probe(guest)
     packages = "lib/python{}.{}/site-packages".format(*python.version)
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
@@ -196,9 +195,9 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
         (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
-        _make_environment(base / "env", packages, executable, environment)
+        _make_environment(base / "env", packages, executable, environment.folder / "bin")
         guest.push(base, BASE)
-        guest.push(environment.site_packages, f"{ENV}/{packages}")
+        guest.push(environment.folder / "site-packages", f"{ENV}/{packages}")
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
@@ -229,11 +228,9 @@ def _folder() -> Iterator[Path]:
         yield base
 
 
-def _make_environment(
-    folder: Path, packages: str, executable: str, environment: Environment
-) -> None:
+def _make_environment(folder: Path, packages: str, executable: str, programs: Path) -> None:
     """A virtual environment, but for its packages; none of the guest's own tools is needed."""
-    shutil.copytree(environment.scripts, folder / "bin")
+    shutil.copytree(programs, folder / "bin")
     for name in ("python", "python3"):
         (folder / "bin" / name).unlink(missing_ok=True)
         (folder / "bin" / name).symlink_to(executable)

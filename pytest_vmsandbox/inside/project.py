@@ -18,9 +18,14 @@ from urllib.parse import unquote, urlsplit
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.core.errors import TransferError
-from pytest_vmsandbox.inside.distributions import SITES, home, installed, origin
-from pytest_vmsandbox.inside.programs import console_scripts
-from pytest_vmsandbox.inside.wheels import with_record
+from pytest_vmsandbox.inside.distributions import (
+    SITES,
+    console_scripts,
+    home,
+    installed,
+    origin,
+    with_record,
+)
 
 _SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
 _METADATA = ("entry_points.txt", "top_level.txt")

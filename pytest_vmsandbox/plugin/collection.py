@@ -291,9 +291,9 @@ def _check_tree(config: pytest.Config) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    from pytest_vmsandbox.inside import pushable
+    from pytest_vmsandbox.inside.tree import check_push
 
-    pushable.check(config.rootpath, options.push(config))
+    check_push(config.rootpath, options.push(config))
 
 
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:

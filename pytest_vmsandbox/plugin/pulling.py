@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.inside.harvest import Outcome, Patterns
     from pytest_vmsandbox.inside.tree import Tree
+    from pytest_vmsandbox.inside.tree_copy import Outcome, Patterns
     from pytest_vmsandbox.plugin.run import Run
 
 Found = defaultdict[str, dict[str, None]]
@@ -56,7 +56,7 @@ def patterns(config: pytest.Config) -> Patterns:
     Raises:
         ConfigError: a pattern of the ini key is not allowed.
     """
-    from pytest_vmsandbox.inside.harvest import Patterns
+    from pytest_vmsandbox.inside.tree_copy import Patterns
 
     of_plugins = [
         glob
@@ -99,18 +99,18 @@ def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outco
         tree: what went there.
 
     Raises:
-        VMSandboxError: see `inside.harvest.bring_back`.
+        VMSandboxError: see `inside.tree_copy.bring_back`.
     """
-    from pytest_vmsandbox.inside import harvest
+    from pytest_vmsandbox.inside import tree_copy
 
-    found = harvest.bring_back(
+    found = tree_copy.bring_back(
         guest.engine.stream_script,
         tree,
         folder,
         patterns=patterns(run.config),
         since=run.begun,
     )
-    run.failed |= bool(found[harvest.Outcome.UNWRITABLE])
+    run.failed |= bool(found[tree_copy.Outcome.UNWRITABLE])
     return found
 
 
