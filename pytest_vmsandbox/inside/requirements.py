@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,8 @@ class Requirements:
             )
         dropped = {*local, *projects, OURSELVES} - {"pytest"}
         trees = here.keys() & {*local, *projects}
-        needs = _Needs(here)
-        roots = needs.roots() - LEFT_OUT - dropped
-        kept = needs.reached({"pytest", *roots, *trees})
+        roots = _roots(here) - LEFT_OUT - dropped
+        kept = set(map(_bare, _graph(here, {"pytest", *roots, *trees})))
         lines = roots.union(*(_base_requirements(here[name]) for name in trees))
         return cls(
             root=root,
@@ -188,63 +188,47 @@ class Requirements:
 # -- what is installed here -------------------------------------------------------------------------
 
 
-class _Needs:
-    """Which of the distributions here need which.
+# Which distributions need which is a graph. Its nodes are names, and for what an extra of one
+# needs, ``name[extra]``.
 
-    A node is a name, or for what an extra of it needs, ``name[extra]``.
-    """
 
-    def __init__(self, here: Mapping[str, Distribution]) -> None:
-        self._here = here
-        self._needs: dict[str, set[str]] = {}
-        parsed = {name: list(requirements_of(here[name])) for name in here}
-        todo = [*here]
-        while todo:
-            node = todo.pop()
-            if node not in self._needs:
-                name, _, extra = node.rstrip("]").partition("[")
-                self._needs[node] = self._nodes(parsed[name], extra)
-                todo += self._needs[node]
+def _graph(here: Mapping[str, Distribution], nodes: Iterable[str]) -> dict[str, set[str]]:
+    """Those of some nodes that are here, and all that they need; each with what it needs."""
+    graph: dict[str, set[str]] = {}
+    todo = [*nodes]
+    while todo:
+        node = todo.pop()
+        name, _, extra = node.rstrip("]").partition("[")
+        if name in here and node not in graph:
+            graph[node] = _needed(here[name], extra)
+            todo += graph[node]
+    return graph
 
-    def _nodes(self, requirements: Iterable[Requirement], extra: str) -> set[str]:
-        """The nodes that a node with these requirements needs, with markers seen from here."""
-        found = set()
-        for needed in requirements:
+
+@cache  # metadata is read, and `_graph` asks several times
+def _needed(distribution: Distribution, extra: str) -> set[str]:
+    """The nodes that a distribution needs, with markers seen from here."""
+    found = set()
+    for needed in requirements_of(distribution):
+        if not needed.marker or needed.marker.evaluate({"extra": extra}):
             name = canonicalize_name(needed.name)
-            if name in self._here and (
-                not needed.marker or needed.marker.evaluate({"extra": extra})
-            ):
-                found |= {name, *(f"{name}[{canonicalize_name(extra)}]" for extra in needed.extras)}
-        return found
+            found |= {name, *(f"{name}[{canonicalize_name(more)}]" for more in needed.extras)}
+    return found
 
-    def reached(self, nodes: Iterable[str]) -> set[str]:
-        """The names of `nodes` that are here, and of all that they need."""
-        seen: set[str] = set()
-        todo = [node for node in nodes if node in self._needs]
-        while todo:
-            node = todo.pop()
-            if node not in seen:
-                seen.add(node)
-                todo += self._needs[node]
-        return set(map(_bare, seen))
 
-    def roots(self) -> set[str]:
-        """Names that nobody else needs; of those that need each other in a ring, the first."""
-        needed = {
-            _bare(target)
-            for node, targets in self._needs.items()
-            for target in targets
-            if _bare(target) != _bare(node)
-        }
-        roots = self._here.keys() - needed
-        covered = self.reached(roots)
-        for name in sorted(self._here):
-            if name not in covered:
-                roots.add(name)
-                covered |= self.reached({name})
-        if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
-            roots.discard("setuptools")
-        return roots
+def _roots(here: Mapping[str, Distribution]) -> set[str]:
+    """Names that nobody else needs; of those that need each other in a ring, the first."""
+    graph = _graph(here, here)
+    needed = {(_bare(node), _bare(target)) for node, targets in graph.items() for target in targets}
+    roots = here.keys() - {target for node, target in needed if target != node}
+    covered = _graph(here, roots)
+    for name in sorted(here):
+        if name not in covered:
+            roots.add(name)
+            covered |= _graph(here, {name})
+    if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
+        roots.discard("setuptools")
+    return roots
 
 
 def _bare(node: str) -> str:
