@@ -26,7 +26,7 @@ from pytest_vmsandbox.plugin.leases import Leases
 from pytest_vmsandbox.plugin.messages import Messages, Record
 from pytest_vmsandbox.plugin.plan import plan_of
 from pytest_vmsandbox.plugin.remote_reports import colourless
-from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, report_without_plugins
+from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 from pytest_vmsandbox.plugin.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class Inside:
         """A report that plugins of this side make; they count on that of the setup before others."""
         if call.when != "setup":
             self._passed(item, "setup")
-        return self._hooks.make_report(item, call, lambda: report_without_plugins(item, call))
+        return self._hooks.make_report(item, call)
 
     def _is_timed(self, item: pytest.Item) -> bool:
         """Whether a guest is to tell when a test's function begins and ends.
