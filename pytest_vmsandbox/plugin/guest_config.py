@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import entry_points, packages_distributions
@@ -68,38 +68,31 @@ _RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no worke
 _ONLY_HERE = HOST_ONLY | LEFT_OUT
 
 
-def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, object]:
+def options(
+    config: pytest.Config, translate: Callable[[str], str]
+) -> tuple[dict[str, object], list[str]]:
     """The options that pytest's core, the project's conftest files and plugins have: name → value.
 
     Args:
         translate: from a path of this machine to the guest's, where it is one of the project.
+
+    Returns:
+        Those, and what was set to a value that cannot be told: the guest has its own default there.
     """
-    found: dict[str, object] = dict(_SILENCED)
-    for name, value in _options(config):
-        with suppress(TypeError):
-            found[name] = _packed(value, translate)
-    if beside.benchmarks_are_off(config):  # xdist does that
-        found["benchmark_disable"] = True
-    return found
-
-
-def lost_options(config: pytest.Config) -> list[str]:
-    """What was set, and has a value that cannot be told: the guest has its own default there."""
     parser = getattr(config._parser, "optparser", None)  # noqa: SLF001  # pytest has no list
+    found: dict[str, object] = dict(_SILENCED)
     lost = []
-    for name, value in _options(config):
+    for name, value in vars(config.option).items():
+        if name in _OURS_OPTIONS or name.startswith("vm_"):
+            continue
         try:
-            _packed(value, str)
+            found[name] = _packed(value, translate)
         except TypeError:
             if parser is not None and value is not parser.get_default(name):
                 lost.append(f"{name}={value!r}")
-    return lost
-
-
-def _options(config: pytest.Config) -> Iterator[tuple[str, object]]:
-    for name, value in vars(config.option).items():
-        if name not in _OURS_OPTIONS and not name.startswith("vm_"):
-            yield name, value
+    if beside.benchmarks_are_off(config):  # xdist does that
+        found["benchmark_disable"] = True
+    return found, lost
 
 
 def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[str]:

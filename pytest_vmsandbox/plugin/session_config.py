@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,7 +39,8 @@ def session_config(
     results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
     measuring = Measuring.of(config)
     xml = config.stash.get(xml_key, None)
-    _tell_of_losses(run)
+    given, lost = guest_config.options(config, translate)
+    _tell_of_losses(run, lost)
     return {
         "args": [
             *(f"--rootdir={tree}", "-c", f"{install.BASE}/session.ini"),
@@ -49,7 +50,7 @@ def session_config(
         ],
         "wanted": options.guest_plugins(config),
         "plugins": guest_config.plugins(config),
-        "options": {**guest_config.options(config, translate), "allure_report_dir": results},
+        "options": {**given, "allure_report_dir": results},
         "ini": [(["cache_dir"], f"{install.BASE}/cache"), *guest_config.ini(config, translate)],
         "fixtures": guest_config.fixtures(config),
         "path": list(installed.path),
@@ -69,13 +70,13 @@ def session_config(
     }
 
 
-def _tell_of_losses(run: Run) -> None:
+def _tell_of_losses(run: Run, options: Sequence[str]) -> None:
     """Tell what of this run's configuration no guest can have."""
     for name in guest_config.only_here(run.config):
         run.tell(
             f"the plugin {name} stays on this side: it is neither in the project nor installed"
         )
-    if lost := guest_config.lost_options(run.config):
+    if options:
         run.tell_problem(
-            f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
+            f"options that no guest can be told, so it has its defaults there: {', '.join(options)}"
         )
