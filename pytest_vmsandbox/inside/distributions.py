@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,13 +126,11 @@ def move_programs(site_packages: Path, folder: Path) -> None:
 
     uv has put them into a folder there, for this machine's Python.
     """
-    folder.mkdir()
     theirs = site_packages / "bin"
-    programs = {}
-    if theirs.is_dir():
-        files = [file for file in theirs.iterdir() if file.is_file()]
-        programs = {file.name: _for_the_guest(file.read_bytes()) for file in files}
-        shutil.rmtree(theirs)
+    theirs.mkdir(exist_ok=True)
+    theirs.rename(folder)
+    files = [file for file in folder.iterdir() if file.is_file()]
+    programs = {file.name: _for_the_guest(file.read_bytes()) for file in files}
     for distribution in importlib.metadata.distributions(path=[os.fspath(site_packages)]):
         programs |= console_scripts(distribution)
     for name, content in programs.items():

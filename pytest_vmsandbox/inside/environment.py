@@ -247,7 +247,6 @@ class Uv:
         """
         self._run(
             "install",
-            *self._links(),
             *("--no-deps", "--no-compile-bytecode"),
             *("--link-mode", "copy"),  # uv's cache shares no file with ours
             *("--target", os.fspath(target)),
@@ -295,7 +294,6 @@ class Uv:
         resolved = self._write("resolved.txt", requirements.preferred)
         self._run(
             "compile",
-            *self._links(),
             *("--no-header", "--no-annotate", "--no-universal"),
             *("--overrides", os.fspath(self._write("drop.txt", dropped))),
             *("--output-file", os.fspath(resolved)),
@@ -310,20 +308,18 @@ class Uv:
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return file
 
-    def _links(self) -> list[str]:
-        """The folders of wheels besides the index; for uv, an argument would replace the variable."""
-        theirs = filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))
-        folders = (*theirs, os.fspath(self._wheels))
-        return [word for folder in folders for word in ("--find-links", folder)]
-
     def _run(self, command: str, *arguments: str, only_wheels: bool = True) -> None:
         wheels = ["--only-binary", ":all:", "--python-version", str(self.python)]
         wheels += ["--python-platform", self.python.platform]
+        # Folders of wheels besides the index. For uv, an argument would replace the variable.
+        theirs = filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))
+        folders = (*theirs, os.fspath(self._wheels))
         done = subprocess.run(
             [
                 *(_find_uv(), "pip", command, "--quiet", "--no-progress", "--color", "never"),
                 *("--python", sys.executable, "--no-python-downloads"),
                 *(wheels if only_wheels else []),
+                *(word for folder in folders for word in ("--find-links", folder)),
                 *(["--offline"] if self.offline else []),
                 *arguments,
             ],

@@ -59,12 +59,7 @@ class Requirements:
 
     @classmethod
     def of_host(
-        cls,
-        root: Path,
-        projects: Collection[str] = (),
-        *,
-        say: Callable[[str], object],
-        sys_path: Sequence[str] | None = None,
+        cls, root: Path, projects: Collection[str] = (), *, say: Callable[[str], object]
     ) -> Requirements:
         """The same distributions as here, in the same versions if the guest's Python allows it.
 
@@ -77,9 +72,8 @@ class Requirements:
                 mirrored.
             say: is told the distributions that cannot be had again: those that were installed
                 from a folder, a file or a repository.
-            sys_path: where the distributions are; default: where Python finds them.
         """
-        here = installed(sys_path)
+        here = installed()
         local = {name for name in here.keys() - LEFT_OUT if is_local(here[name])}
         local -= {*projects, "pytest"}
         if local:
@@ -101,12 +95,7 @@ class Requirements:
 
     @classmethod
     def of_entries(
-        cls,
-        root: Path,
-        entries: Sequence[str],
-        projects: Collection[str] = (),
-        *,
-        sys_path: Sequence[str] | None = None,
+        cls, root: Path, entries: Sequence[str], projects: Collection[str] = ()
     ) -> Requirements:
         """What the setting `vm_requirements` names, and pytest.
 
@@ -117,12 +106,11 @@ class Requirements:
                 group of its pyproject.toml), the path of a file of requirements relative to
                 `root`, or a requirement such as ``requests>=2``.
             projects: canonical names of the distributions that come as a tree.
-            sys_path: where this machine's pytest is; default: where Python finds it.
 
         Raises:
             ConfigError: an entry is none of these, or what it names does not exist.
         """
-        lines = [_pytest_requirement(installed(sys_path).get("pytest"))]
+        lines = [_pytest_requirement(installed().get("pytest"))]
         files: dict[str, None] = {}
         contents: list[str] = []
         # A tree is not installed a second time, but what it needs is, also by way of `-e .`.

@@ -36,7 +36,6 @@ _MAX_LISTING = 64 * MIB
 _FORMAT = r"%y\0%s\0%T@\0%P\0"  # of GNU find; `_RECORD` reads it
 _RECORD = re.compile(rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0([^\0]*)\0")
 
-SETTING = "vm_pull"
 MAX_FILES = 20_000  # of one guest
 MAX_FILE = 64 * MIB
 MAX_TOTAL = 256 * MIB  # of one guest
@@ -100,7 +99,7 @@ class Patterns:
             pure = PurePosixPath(glob.removeprefix("!"))
             if not pure.parts or pure.is_absolute() or ".." in pure.parts or ".git" in pure.parts:
                 raise ConfigError(
-                    f"{SETTING}: {glob!r} is not allowed",
+                    f"vm_pull: {glob!r} is not allowed",
                     remedy="name files and folders below the rootdir, relative to it",
                 )
 

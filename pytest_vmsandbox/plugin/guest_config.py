@@ -210,7 +210,7 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
         Those of the command line, and all others. pytest leaves out the former so early that their
         options do not exist, but not the latter.
     """
-    stay = {*_host_only(), *_OURS_PLUGINS}
+    stay = {*_host_only(), *_OURS_PLUGINS, *only_here(config)}
     if hasattr(config, "workerinput"):
         stay.add("terminal")  # no worker of xdist has one
     words = config.invocation_params.args
@@ -219,38 +219,31 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
     found: tuple[list[str], list[str]] = ([], [])
     for name in _asked_for(config):
         bare = name.removeprefix("no:")
-        if (
-            bare not in stay
-            and not bare.startswith("vmsandbox")
-            and not _is_only_here(config, name)
-        ):
+        if bare not in stay and not bare.startswith("vmsandbox"):
             found[name not in typed].append(name)
     return found
 
 
 def only_here(config: pytest.Config) -> list[str]:
-    """The plugins, named for this run, that no guest can have; those of ours do not count."""
-    return [
-        name
-        for name in dict.fromkeys(_asked_for(config))
-        if not name.startswith("vmsandbox") and _is_only_here(config, name)
-    ]
+    """The plugins, named for this run, that no guest can have; those of ours do not count.
+
+    They are neither in the project, nor installed, nor pytest's: an editor's, for instance.
+    """
+    found = []
+    for name in dict.fromkeys(_asked_for(config)):
+        plugin = config.pluginmanager.get_plugin(name)
+        file = getattr(plugin, "__file__", None)
+        if name.startswith("vmsandbox") or not file or Path(file).is_relative_to(config.rootpath):
+            continue
+        if getattr(plugin, "__name__", "").partition(".")[0] not in _installed():
+            found.append(name)
+    return found
 
 
 def _asked_for(config: pytest.Config) -> list[str]:
     """The plugins, or ``no:NAME``, of the command line, and of the environment."""
     of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
     return [name for name in (*config.option.plugins, *of_environment) if name]
-
-
-def _is_only_here(config: pytest.Config, name: str) -> bool:
-    """Whether a plugin is neither in the project, nor installed, nor pytest's: an editor's, for instance."""
-    plugin = config.pluginmanager.get_plugin(name)
-    file = getattr(plugin, "__file__", None)
-    if plugin is None or file is None or Path(file).is_relative_to(config.rootpath):
-        return False
-    top: str = plugin.__name__.partition(".")[0]
-    return top not in _installed()
 
 
 @cache  # reading what is installed takes long, and each guest asks

@@ -82,9 +82,7 @@ class Hooks:
             return report
         return report_without_plugins(item, call)
 
-    def _call(
-        self, hook: Any, arguments: Mapping[str, object]
-    ) -> tuple[object, BaseException | None]:
+    def _call(self, hook: Any, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
         """The result of a hook, or what it raises, which is told."""
         try:
             with warnings.catch_warnings():

@@ -25,9 +25,9 @@ Found = defaultdict[str, dict[str, None]]
 _KNOWN = ("**/__snapshots__", "!**/__snapshots__/*.lock", "**/cassettes", ".hypothesis/examples")
 # Likewise, where a plugin with that name is loaded: the names of its files are less telling.
 _KNOWN_OF = {
-    "regressions": ("**/test_*/test_*",),
-    "datadir": ("**/test_*/test_*",),  # pytest-regressions' files are of that plugin
-    "snapshot": ("**/snapshots",),
+    "regressions": "**/test_*/test_*",
+    "datadir": "**/test_*/test_*",  # pytest-regressions' files are of that plugin
+    "snapshot": "**/snapshots",
 }
 _MOST_NAMES = 5  # in one line
 _MOST_KEPT = 10_000  # of one kind
@@ -58,12 +58,8 @@ def patterns(config: pytest.Config) -> Patterns:
     """
     from pytest_vmsandbox.inside.tree_copy import Patterns
 
-    of_plugins = [
-        glob
-        for plugin, globs in _KNOWN_OF.items()
-        if config.pluginmanager.has_plugin(plugin)
-        for glob in globs
-    ]
+    is_loaded = config.pluginmanager.has_plugin
+    of_plugins = [glob for plugin, glob in _KNOWN_OF.items() if is_loaded(plugin)]
     return Patterns([*_KNOWN, *of_plugins, *options.pull(config)])
 
 
@@ -104,11 +100,7 @@ def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outco
     from pytest_vmsandbox.inside import tree_copy
 
     found = tree_copy.bring_back(
-        guest.engine.stream_script,
-        tree,
-        folder,
-        patterns=patterns(run.config),
-        since=run.begun,
+        guest.engine.stream_script, tree, folder, patterns=patterns(run.config), since=run.begun
     )
     run.failed |= bool(found[tree_copy.Outcome.UNWRITABLE])
     return found

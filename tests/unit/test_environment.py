@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from contextlib import contextmanager
 from importlib.metadata import Distribution, version
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,11 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
-from pytest_vmsandbox.inside import distributions, environment as environment_module
+from pytest_vmsandbox.inside import (
+    distributions,
+    environment as environment_module,
+    requirements as requirements_module,
+)
 from pytest_vmsandbox.inside.distributions import console_scripts, installed
 from pytest_vmsandbox.inside.environment import GuestPython, prepare
 from pytest_vmsandbox.inside.requirements import Requirements
@@ -79,8 +84,16 @@ class Host:
             (info / file.replace("__", ".")).write_text(text)
         return info
 
-    def mirror(self, *projects, say=pytest.fail):
-        return Requirements.of_host(Path("/p"), projects, say=say, sys_path=self.path)
+    def mirror(self, *projects, root=Path("/p"), say=pytest.fail):
+        with installed_here(*self.path):
+            return Requirements.of_host(root, projects, say=say)
+
+
+@contextmanager
+def installed_here(*folders):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requirements_module, "installed", lambda: installed(folders))
+        yield
 
 
 class FakeUv:
@@ -305,7 +318,8 @@ def root(tmp_path):
 
 
 def named(root, *entries, projects=()):
-    return Requirements.of_entries(root, entries, projects, sys_path=[])
+    with installed_here():
+        return Requirements.of_entries(root, entries, projects)
 
 
 def test_entries(root):
@@ -418,7 +432,7 @@ def test_a_guest_without_wheels(make, uv, fields, why):
 
 
 def test_an_environment_is_made_once(make, uv, tmp_path, host):
-    requirements = Requirements.of_host(tmp_path, ["me"], say=print, sys_path=host.path)
+    requirements = host.mirror("me", root=tmp_path, say=print)
     made = make(requirements)
     compiled, install = uv.calls()
     for call in (compiled, install):
