@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, distributions, packages_distributions
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -55,31 +55,48 @@ def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
 @cache  # reading all metadata takes a tenth of a second, and nothing is installed during a run
 def _installed(path: tuple[str, ...]) -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
-    for distribution in importlib.metadata.distributions(path=list(path)):
+    for distribution in distributions(path=list(path)):
         # A removal may leave metadata without a name. Asking for its key makes Python 3.12 warn.
         if name := dict(distribution.metadata.items()).get("Name"):  # type: ignore[attr-defined]
             found.setdefault(canonicalize_name(name), distribution)
     return found
 
 
-def origin(distribution: Distribution) -> dict[str, Any]:
+def sources(distribution: Distribution) -> Iterator[str]:
+    """The folders of this machine that a distribution may be the project in.
+
+    The first is the one that holds its metadata, an entry of ``sys.path``.
+    """
+    yield str(distribution.locate_file(""))
+    found = _origin(distribution)
+    url = urlsplit(str(found.get("url", "")))
+    if url.scheme == "file" and "dir_info" in found:
+        yield unquote(url.path)
+
+
+def is_editable(distribution: Distribution) -> bool:
+    """Whether a distribution is imported from where its project is."""
+    editable = _origin(distribution).get("dir_info", {}).get("editable", False)
+    return bool(editable) or _is_developed(distribution)
+
+
+def is_local(distribution: Distribution) -> bool:
+    """Whether a distribution did not come from a package index."""
+    is_egg = _is_developed(distribution) and bool(distribution.read_text("PKG-INFO"))
+    return is_egg or bool(_origin(distribution))
+
+
+def _is_developed(distribution: Distribution) -> bool:
+    return Path(str(distribution.locate_file(""))).name not in SITES
+
+
+def _origin(distribution: Distribution) -> dict[str, Any]:
     """What ``direct_url.json`` says (PEP 610); empty for what came from a package index."""
     try:
         found = json.loads(distribution.read_text("direct_url.json") or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def home(distribution: Distribution) -> Path:
-    """The folder that holds a distribution's metadata: an entry of ``sys.path``."""
-    return Path(str(distribution.locate_file("")))
-
-
-def is_local(distribution: Distribution) -> bool:
-    """Whether a distribution did not come from a package index."""
-    developed = home(distribution).name not in SITES
-    return bool(origin(distribution)) or (developed and bool(distribution.read_text("PKG-INFO")))
 
 
 def requirements_of(distribution: Distribution) -> Iterator[Requirement]:
@@ -94,14 +111,14 @@ def requirements_of(distribution: Distribution) -> Iterator[Requirement]:
 def is_imported(name: str) -> bool:
     """Whether this process has imported anything of a distribution."""
     return any(
-        module in sys.modules and any(canonicalize_name(one) == name for one in distributions)
-        for module, distributions in importlib.metadata.packages_distributions().items()
+        module in sys.modules and name in set(map(canonicalize_name, names))
+        for module, names in packages_distributions().items()
     )
 
 
 def providers(module: str) -> list[str]:
     """The names of the distributions that installed a top-level module here."""
-    return sorted(set(importlib.metadata.packages_distributions().get(module, ())))
+    return sorted(set(packages_distributions().get(module, ())))
 
 
 # -- programs, made for the Python of a guest -------------------------------------------------------
@@ -131,7 +148,7 @@ def move_programs(site_packages: Path, folder: Path) -> None:
     theirs.rename(folder)
     files = [file for file in folder.iterdir() if file.is_file()]
     programs = {file.name: _for_the_guest(file.read_bytes()) for file in files}
-    for distribution in importlib.metadata.distributions(path=[os.fspath(site_packages)]):
+    for distribution in distributions(path=[os.fspath(site_packages)]):
         programs |= console_scripts(distribution)
     for name, content in programs.items():
         (folder / name).write_bytes(content)

@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.inside.distributions import installed, is_imported, make_wheel, move_programs
@@ -140,7 +141,6 @@ def prepare(
     requirements: Requirements,
     python: GuestPython,
     *,
-    cache: Path,
     offline: bool,
     say: Callable[[str], object],
     tell: Callable[[str], object] = lambda _: None,
@@ -153,7 +153,6 @@ def prepare(
     Args:
         requirements: what it holds.
         python: what it is for.
-        cache: the user's cache.
         offline: use only what uv has in its own cache.
         say: is told what takes long.
         tell: is told that it was damaged, and is made anew.
@@ -164,7 +163,7 @@ def prepare(
         CacheError: it cannot be kept.
         TeardownError: what was made in vain cannot be removed.
     """
-    store = Store(cache, ENVIRONMENTS, Entry)
+    store = Store(cache_dir(), ENVIRONMENTS, Entry)
     digest = requirements.digest(python)
 
     def fill(folder: Path, lock: int) -> dict[str, object]:

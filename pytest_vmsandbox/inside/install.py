@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,10 +10,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.inside import tree_copy
@@ -165,8 +163,8 @@ def environment_step(payload: Payload) -> Step:
 
 def project_digest(payload: Payload) -> str:
     """SHA-256, in hex, of what `install_project` puts there; of files, not their content but their times."""
-    trees = [dataclasses.asdict(tree) for tree in (payload.tree, *payload.outside)]
-    parts = [dataclasses.asdict(payload.project), *trees]
+    trees = [asdict(tree) for tree in (payload.tree, *payload.outside)]
+    parts = [asdict(payload.project), *trees]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -184,18 +182,24 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
     prepared = prepare(
-        payload.requirements,
-        python,
-        cache=cache_dir(),
-        offline=payload.offline,
-        say=payload.say,
-        tell=payload.tell,
+        payload.requirements, python, offline=payload.offline, say=payload.say, tell=payload.tell
     )
     with prepared as environment, _folder() as base:
         shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
-        # Not pytest.ini: a pytest that a test starts in the tree would find it above.
-        (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
-        _make_environment(base / "env", packages, executable, environment.folder / "bin")
+        # A virtual environment, but for its packages; none of the guest's own tools is needed.
+        shutil.copytree(environment.folder / "bin", base / "env" / "bin")
+        for name in ("python", "python3"):
+            (base / "env" / "bin" / name).unlink(missing_ok=True)
+            (base / "env" / "bin" / name).symlink_to(executable)
+        home = posixpath.dirname(executable)
+        files = {
+            # Not pytest.ini: a pytest that a test starts in the tree would find it above.
+            "session.ini": "[pytest]\n",
+            "env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = true\n",
+            # The project's own files lie beside it, whatever Python this is.
+            f"env/{packages}/vmsandbox.pth": f"import site; site.addsitedir('{BASE}/project')\n",
+        }
+        _write(base, {name: text.encode() for name, text in files.items()})
         guest.push(base, BASE)
         guest.push(environment.folder / "site-packages", f"{ENV}/{packages}")
 
@@ -226,21 +230,6 @@ def _folder() -> Iterator[Path]:
         base = Path(folder)
         base.chmod(0o755)
         yield base
-
-
-def _make_environment(folder: Path, packages: str, executable: str, programs: Path) -> None:
-    """A virtual environment, but for its packages; none of the guest's own tools is needed."""
-    shutil.copytree(programs, folder / "bin")
-    for name in ("python", "python3"):
-        (folder / "bin" / name).unlink(missing_ok=True)
-        (folder / "bin" / name).symlink_to(executable)
-    home = PurePosixPath(executable).parent
-    (folder / "pyvenv.cfg").write_text(
-        f"home = {home}\ninclude-system-site-packages = true\n", encoding="utf-8"
-    )
-    # The project's own files lie beside it, whatever Python this is.
-    line = f"import site; site.addsitedir({f'{BASE}/project'!r})\n"
-    _write(folder, {f"{packages}/vmsandbox.pth": line.encode()})
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
@@ -21,13 +20,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.inside.distributions import (
-    LEFT_OUT,
-    OURSELVES,
-    installed,
-    is_local,
-    requirements_of,
-)
+from pytest_vmsandbox.inside import distributions
+from pytest_vmsandbox.inside.distributions import LEFT_OUT, OURSELVES
 
 SETTING = "vm_requirements"
 _FORMAT = 2  # goes into each digest: raise it when what is made of the same input changes
@@ -73,8 +67,8 @@ class Requirements:
             say: is told the distributions that cannot be had again: those that were installed
                 from a folder, a file or a repository.
         """
-        here = installed()
-        local = {name for name in here.keys() - LEFT_OUT if is_local(here[name])}
+        here = distributions.installed()
+        local = {name for name in here.keys() - LEFT_OUT if distributions.is_local(here[name])}
         local -= {*projects, "pytest"}
         if local:
             say(
@@ -110,7 +104,7 @@ class Requirements:
         Raises:
             ConfigError: an entry is none of these, or what it names does not exist.
         """
-        lines = [_pytest_requirement(installed().get("pytest"))]
+        lines = [_pytest_requirement(distributions.installed().get("pytest"))]
         files: dict[str, None] = {}
         contents: list[str] = []
         # A tree is not installed a second time, but what it needs is, also by way of `-e .`.
@@ -142,8 +136,8 @@ class Requirements:
         """These, and one more distribution, in the version of this environment if it can be had."""
         if name in self.dropped:
             return self
-        here = installed().get(name)
-        return dataclasses.replace(
+        here = distributions.installed().get(name)
+        return replace(
             self,
             lines=(*self.lines, name),
             preferred=(*self.preferred, *([f"{name}=={here.version}"] if here else [])),
@@ -156,7 +150,7 @@ class Requirements:
     def without(self, name: str) -> Requirements:
         """These, but for one distribution, whoever needs it."""
         gone = self.lines_of(name)
-        return dataclasses.replace(
+        return replace(
             self,
             lines=tuple(line for line in self.lines if line not in gone),
             dropped=(*self.dropped, name),
@@ -168,8 +162,8 @@ class Requirements:
         Args:
             more: what else plays a part: values that JSON has, and dataclasses of those.
         """
-        fields = {**dataclasses.asdict(self), "root": None}
-        text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=dataclasses.asdict)
+        fields = {**asdict(self), "root": None}
+        text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=asdict)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -197,7 +191,7 @@ def _graph(here: Mapping[str, Distribution], nodes: Iterable[str]) -> dict[str, 
 def _needed(distribution: Distribution, extra: str) -> set[str]:
     """The nodes that a distribution needs, with markers seen from here."""
     found = set()
-    for needed in requirements_of(distribution):
+    for needed in distributions.requirements_of(distribution):
         if not needed.marker or needed.marker.evaluate({"extra": extra}):
             name = canonicalize_name(needed.name)
             found |= {name, *(f"{name}[{canonicalize_name(more)}]" for more in needed.extras)}
@@ -225,7 +219,7 @@ def _bare(node: str) -> str:
 
 def _base_requirements(distribution: Distribution) -> list[str]:
     """What a distribution needs without any extra, for all Pythons and platforms."""
-    needed = requirements_of(distribution)
+    needed = distributions.requirements_of(distribution)
     return [str(line) for line in needed if "extra" not in str(line.marker or "")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import pwd
 import stat
 import subprocess
@@ -136,8 +137,8 @@ class _Gatherer:
         others = _listed(place, "--others", "--exclude-standard")
         if not tracked and not others and not os.path.lexists(place / ".git"):
             return False  # a folder that a work tree around it ignores
-        paths = [_join(folder, name) for name in tracked]
-        paths += [path for name in others if not self._skips(path := _join(folder, name))]
+        paths = [posixpath.join(folder, name) for name in tracked]
+        paths += [path for name in others if not self._skips(path := posixpath.join(folder, name))]
         for path in paths:
             # A repository in a repository comes as a folder, and goes by its own rules.
             if (
@@ -159,7 +160,7 @@ class _Gatherer:
             here = folders.pop()
             try:
                 with os.scandir(self._root / here) as found:
-                    paths = sorted(_join(here, entry.name) for entry in found)
+                    paths = sorted(posixpath.join(here, entry.name) for entry in found)
             except OSError as error:
                 raise _unreadable(self._root / here, error) from error
             folders += [
@@ -189,7 +190,7 @@ class _Gatherer:
             raise _unreadable(self._root / path, error) from error
         if entry is None or ".git" in path.split("/"):
             return ""
-        if self.add(_parent(path), folders=True) != "dir":
+        if self.add(posixpath.dirname(path), folders=True) != "dir":
             return ""
         if entry.kind != "dir":
             self._count(path, entry.size)
@@ -200,7 +201,7 @@ class _Gatherer:
     def _skips(self, path: str) -> bool:
         """Whether a path that git does not track is in a cache or an environment, or is one."""
         if path not in self._skipped:
-            self._skipped[path] = self._skips(_parent(path)) or self._is_skipped(path)
+            self._skipped[path] = self._skips(posixpath.dirname(path)) or self._is_skipped(path)
         return self._skipped[path]
 
     def _is_skipped(self, path: str) -> bool:
@@ -251,14 +252,6 @@ def _entry(place: str) -> TreeEntry | None:
     if stat.S_ISDIR(status.st_mode):
         return TreeEntry(kind="dir", mode=mode | 0o700)
     return None
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
 
 
 def _unreadable(place: Path, error: OSError) -> ConfigError:

@@ -289,9 +289,8 @@ def _packed(value: Any, translate: Callable[[str], str]) -> Any:
     Raises:
         TypeError: JSON has no such value.
     """
-    if (
-        type(value) is str
-    ):  # and no enumeration that is one, too: its members are compared by identity
+    # An enumeration's member that is a string, too, is compared by identity.
+    if type(value) is str:
         return translate(value)
     if value is None or type(value) in {bool, int, float}:
         return value

@@ -12,14 +12,12 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import pluggy
 import pytest
+from pluggy import HookCaller, HookImpl, PluggyTeardownRaisedWarning
 
 from pytest_vmsandbox.plugin.reporting import report_without_plugins
 
 if TYPE_CHECKING:
-    from pluggy import HookCaller, HookImpl
-
     from pytest_vmsandbox.plugin.run import Run
 
 ENDING: tuple[type[BaseException], ...] = (
@@ -87,7 +85,7 @@ class Hooks:
         try:
             with warnings.catch_warnings():
                 # `tell` says so, once.
-                warnings.simplefilter("ignore", pluggy.PluggyTeardownRaisedWarning)
+                warnings.simplefilter("ignore", PluggyTeardownRaisedWarning)
                 if hook.is_historic():
                     hook.call_historic(kwargs=arguments)
                     return None, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,7 +80,8 @@ def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pyt
 
 def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     report: pytest.TestReport | None = None
-    with suppress(Exception):  # the item's class may be a plugin's and not know this error
+    # The item's class may be a plugin's and not know this error.
+    with contextlib.suppress(Exception):
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
         assert call.excinfo is not None

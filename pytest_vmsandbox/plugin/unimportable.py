@@ -108,16 +108,13 @@ def _collected(
 
 def _describe(item: RemoteItem, details: Any) -> None:
     """Give a test the place, the keywords and the marks that the guest has told of."""
-    try:
+    with suppress(TypeError, ValueError):  # it is run all the same
         (_, line, _), keywords, marks = details
         if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
         item.extra_keyword_matches.update(map(str, keywords))
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
-                with suppress(
-                    pytest.fail.Exception
-                ):  # it is none of this side's, and those are strict
+                # If it is none of this side's, those may be strict.
+                with suppress(pytest.fail.Exception):
                     item.add_marker(mark)
-    except (TypeError, ValueError):
-        return  # it is run all the same

@@ -18,13 +18,13 @@ OLD = GuestPython(version=(3, 9, 2), machine="aarch64", libc=(2, 31))
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     with ExitStack() as stack:
 
         def make(requirements, python=NEW, *, offline=False):
-            cache = tmp_path / "cache"
             return stack.enter_context(
-                prepare(requirements, python, cache=cache, offline=offline, say=lambda _: None)
+                prepare(requirements, python, offline=offline, say=lambda _: None)
             )
 
         yield make

@@ -20,11 +20,7 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
-from pytest_vmsandbox.inside import (
-    distributions,
-    environment as environment_module,
-    requirements as requirements_module,
-)
+from pytest_vmsandbox.inside import distributions, environment as environment_module
 from pytest_vmsandbox.inside.distributions import console_scripts, installed
 from pytest_vmsandbox.inside.environment import GuestPython, prepare
 from pytest_vmsandbox.inside.requirements import Requirements
@@ -92,7 +88,7 @@ class Host:
 @contextmanager
 def installed_here(*folders):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requirements_module, "installed", lambda: installed(folders))
+        patch.setattr(distributions, "installed", lambda: installed(folders))
         yield
 
 
@@ -145,12 +141,16 @@ class Maker:
         with prepare(
             requirements,
             python,
-            cache=self.folder / "cache",
             offline=offline,
             say=self.said.append,
             tell=self.told.append,
         ) as prepared:
             return prepared
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -784,7 +784,7 @@ def test_uv_is_missing(make, monkeypatch, tmp_path):
 def test_no_place_for_it(tmp_path, uv):
     (tmp_path / "cache").touch()
     requirements = Requirements(root=tmp_path, lines=())
-    prepared = prepare(requirements, PYTHON, cache=tmp_path / "cache", offline=False, say=print)
+    prepared = prepare(requirements, PYTHON, offline=False, say=print)
     with pytest.raises(CacheError, match="the cache cannot be used") as caught, prepared:
         pass
     assert "VMSANDBOX_CACHE" in caught.value.remedy
