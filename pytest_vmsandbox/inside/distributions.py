@@ -215,8 +215,7 @@ def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:
         name = Path(path)
         if (
             not name.is_absolute()
-            and ".." not in name.parts
-            and "__pycache__" not in name.parts
+            and {"..", "__pycache__"}.isdisjoint(name.parts)
             and name.parts[0] != "bin"  # where uv puts programs; they are made anew
             and not (name.parent.suffix == ".dist-info" and name.name in _OF_THE_INSTALLER)
         ):

@@ -338,6 +338,11 @@ class Uv:
         no_network = self.offline and "network was disabled" in text.replace("\n", " ")
         found = {name for match in _NO_WHEEL.findall(text) for name in match if name}
         self._without_wheel = set() if no_network else {*map(canonicalize_name, found)}
+        brief = "the packages for the guest cannot be had"
+        remedy = (
+            f"name other requirements in {SETTING}, or another package index in"
+            " UV_DEFAULT_INDEX or uv.toml"
+        )
         if no_network:
             brief = "the run is offline, and uv's cache does not hold all packages for the guest"
             remedy = "run these tests once with the network"
@@ -348,12 +353,6 @@ class Uv:
             remedy = (
                 f"name in {SETTING} what the tests need in the guest, without it, or build a wheel"
                 " of it for that Python and name its folder in UV_FIND_LINKS"
-            )
-        else:
-            brief = "the packages for the guest cannot be had"
-            remedy = (
-                f"name other requirements in {SETTING}, or another package index in"
-                " UV_DEFAULT_INDEX or uv.toml"
             )
         details = text if len(text) <= _DETAILS_LIMIT else f"{text[:_DETAILS_LIMIT]}…"
         return TransferError(brief, details=details, remedy=remedy)

@@ -72,19 +72,17 @@ class Project:
         found = {
             name: one for name, one in distributions.installed(path).items() if tree.has(name, one)
         }
-        roots = dict.fromkeys(map(tree.relative, path))
-        import_roots = [folder for folder in roots if folder is not None]
+        places = map(tree.relative, path)
+        import_roots = dict.fromkeys(place for place in places if place is not None)
         modules: dict[str, None] = {}
         metadata: dict[str, bytes] = {}
         scripts: dict[str, bytes] = {}
         for name, distribution in found.items():
             for module in _modules(distribution, name):
                 where = tree.where(module, import_roots, distribution)
-                if where is None:
-                    continue
-                if where not in import_roots:
-                    import_roots.append(where)
-                modules |= dict.fromkeys(tree.places(where, module))
+                if where is not None:
+                    import_roots[where] = None
+                    modules |= dict.fromkeys(tree.places(where, module))
             metadata |= _metadata(name, distribution)
             scripts |= distributions.console_scripts(distribution)
         return cls(

@@ -79,7 +79,9 @@ class Requirements:
         trees = here.keys() & {*local, *projects}
         roots = _roots(here) - LEFT_OUT - dropped
         kept = set(map(_bare, _graph(here, {"pytest", *roots, *trees})))
-        lines = roots.union(*(_base_requirements(here[name]) for name in trees))
+        # What they need without any extra, for all Pythons and platforms.
+        needs = [need for name in trees for need in distributions.requirements_of(here[name])]
+        lines = {*roots, *(str(need) for need in needs if "extra" not in str(need.marker or ""))}
         return cls(
             root=root,
             lines=(_pytest_requirement(here.get("pytest")), *sorted(lines)),
@@ -215,12 +217,6 @@ def _roots(here: Mapping[str, Distribution]) -> set[str]:
 
 def _bare(node: str) -> str:
     return node.partition("[")[0]
-
-
-def _base_requirements(distribution: Distribution) -> list[str]:
-    """What a distribution needs without any extra, for all Pythons and platforms."""
-    needed = distributions.requirements_of(distribution)
-    return [str(line) for line in needed if "extra" not in str(line.marker or "")]
 
 
 def _pytest_requirement(pytest: Distribution | None) -> str:

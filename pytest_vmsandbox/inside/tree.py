@@ -122,7 +122,6 @@ class _Gatherer:
         self._root = root
         self._files = self._bytes = 0
         self._tops: dict[str, list[int]] = {}  # name in the root: files, bytes
-        self._skipped: dict[str, bool] = {"": False}
 
     def git(self, folder: str) -> bool:
         """Gather what git tracks or does not ignore; False if there is no git work tree.
@@ -141,11 +140,8 @@ class _Gatherer:
         paths += [path for name in others if not self._skips(path := posixpath.join(folder, name))]
         for path in paths:
             # A repository in a repository comes as a folder, and goes by its own rules.
-            if (
-                self.add(path) == "dir"
-                and os.path.lexists(self._root / path / ".git")
-                and not self.git(path)
-            ):
+            is_one = self.add(path) == "dir" and os.path.lexists(self._root / path / ".git")
+            if is_one and not self.git(path):
                 self.walk(path)
         return True
 
@@ -163,11 +159,8 @@ class _Gatherer:
                     paths = sorted(posixpath.join(here, entry.name) for entry in found)
             except OSError as error:
                 raise _unreadable(self._root / here, error) from error
-            folders += [
-                path
-                for path in paths
-                if not self._is_skipped(path) and self.add(path, folders=True) == "dir"
-            ]
+            wanted = [path for path in paths if not self._is_skipped(path)]
+            folders += [path for path in wanted if self.add(path, folders=True) == "dir"]
 
     def add(self, path: str, *, folders: bool = False) -> str:
         """Add one path, and the folders that it is in; returns its kind, or nothing if it has none.
@@ -200,9 +193,8 @@ class _Gatherer:
 
     def _skips(self, path: str) -> bool:
         """Whether a path that git does not track is in a cache or an environment, or is one."""
-        if path not in self._skipped:
-            self._skipped[path] = self._skips(posixpath.dirname(path)) or self._is_skipped(path)
-        return self._skipped[path]
+        above = posixpath.dirname(path)
+        return self._is_skipped(path) or (above != "" and self._skips(above))
 
     def _is_skipped(self, path: str) -> bool:
         place = self._root / path

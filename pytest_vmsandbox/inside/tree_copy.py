@@ -218,16 +218,9 @@ def _script(dest: str, command: str) -> str:
 
 
 def _receive(
-    stream: Streamer,
-    dest: str,
-    command: str,
-    file: IO[bytes],
-    *,
-    limit: int,
-    what: str,
-    stdin: IO[bytes] | None = None,
+    stream: Streamer, script: str, stdin: IO[bytes] | None, file: IO[bytes], limit: int, what: str
 ) -> None:
-    """Write into a file what a command says about a folder of the guest.
+    """Write into a file what a script says about a folder of the guest.
 
     Args:
         limit: bytes; what is more than that is an error.
@@ -247,7 +240,7 @@ def _receive(
         file.write(data)
 
     try:
-        stream(_script(dest, command), stdin=stdin, stdout=take)
+        stream(script, stdin=stdin, stdout=take)
     except CommandError as error:
         # With 1, find and tar say that they could not read all: what they saw is right.
         if error.result.returncode != 1 or not file.tell():
@@ -260,9 +253,9 @@ def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
     Raises:
         TransferError: the guest cannot tell, or what it tells cannot be.
     """
-    listing, command = io.BytesIO(), f"find . -printf '{_FORMAT}'"
+    listing, script = io.BytesIO(), _script(dest, f"find . -printf '{_FORMAT}'")
     what = f"the guest cannot list its folder {dest}"
-    _receive(stream, dest, command, listing, limit=_MAX_LISTING, what=what)
+    _receive(stream, script, None, listing, _MAX_LISTING, what)
     return _parsed(listing.getvalue(), dest)
 
 
@@ -377,11 +370,8 @@ def _is_of_git(path: str) -> bool:
 
 def _is_code(path: str) -> bool:
     name = PurePosixPath(path.casefold())
-    return (
-        name.suffix in _CODE_SUFFIXES
-        or name.name in _CODE_NAMES
-        or any(part.startswith(".git") for part in name.parts)
-    )
+    is_for_git = any(part.startswith(".git") for part in name.parts)
+    return is_for_git or name.suffix in _CODE_SUFFIXES or name.name in _CODE_NAMES
 
 
 def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch: Path) -> None:
@@ -397,7 +387,7 @@ def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch
     tar = "tar --null --no-recursion --hard-dereference --ignore-failed-read -cf - -T -"
     what = f"what tests have written in {dest} could not be brought back"
     with tempfile.TemporaryFile() as archive:
-        _receive(stream, dest, tar, archive, limit=limit, what=what, stdin=listed)
+        _receive(stream, _script(dest, tar), listed, archive, limit, what)
         archive.seek(0)
         try:
             transfer.extract(cast("IO[bytes]", archive), scratch)

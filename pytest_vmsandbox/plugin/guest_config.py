@@ -128,7 +128,9 @@ def ini(config: pytest.Config, translate: Callable[[str], str]) -> list[tuple[li
     for key, called in sorted(names.items()):
         if key in _OURS_INI or key.startswith(_OURS_INI_FAMILIES):
             continue
-        value, (_, _, default) = _value(config, key), parser._inidict[key]  # noqa: SLF001
+        value, (_, _, default) = config.getini(key), parser._inidict[key]  # noqa: SLF001
+        if value is None and key.startswith("strict_"):  # those follow from ``strict``
+            value = config.getini("strict") or None
         # Lines that plugins add do not make a key set. A guest lacks some of those plugins, and
         # would warn of their markers.
         if value is not default or not written.isdisjoint(called) or key == "markers":
@@ -187,10 +189,8 @@ def translator(places: Mapping[str, str]) -> Callable[[str], str]:
 
     def translate(text: str) -> str:
         for here, there in places.items():
-            if text == here:
-                return there
-            if text.startswith(f"{here}/"):
-                return str(PurePosixPath(there, text.removeprefix(f"{here}/")))
+            if f"{text}/".startswith(f"{here}/"):
+                return str(PurePosixPath(there, text[len(here) + 1 :]))
         return text
 
     return translate
@@ -273,14 +273,6 @@ def _written(config: pytest.Config) -> set[str]:
     if in_file is None:
         in_file = config.inicfg  # type: ignore[deprecated]
     return {*in_file, *(text.partition("=")[0] for text in config.option.override_ini or ())}
-
-
-def _value(config: pytest.Config, key: str) -> Any:
-    """What counts for an ini key. Those of strictness follow from ``strict`` if they are not set."""
-    value = config.getini(key)
-    if value is None and key.startswith("strict_"):
-        return config.getini("strict") or None
-    return value
 
 
 def _packed(value: Any, translate: Callable[[str], str]) -> Any:

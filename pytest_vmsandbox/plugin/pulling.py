@@ -111,7 +111,9 @@ def note(found: Found, kind: str, names: Iterable[str]) -> None:
     kept = found[kind]
     for name in names:
         if len(kept) < _MOST_KEPT:
-            kept[_shown(name)] = None  # xdist sends no half characters
+            # xdist sends no half characters.
+            text = printable(name.encode(errors="replace").decode())
+            kept[text.replace("\n", " ").replace("\t", " ")] = None
 
 
 def lines(found: Found) -> Iterator[str]:
@@ -125,7 +127,3 @@ def lines(found: Found) -> Iterator[str]:
                 names=", ".join([*some, *more]),
                 patterns=" ".join([*map(shlex.quote, some), *(["…"] if more else [])]),
             )
-
-
-def _shown(name: str) -> str:
-    return printable(name.encode(errors="replace").decode()).replace("\n", " ").replace("\t", " ")

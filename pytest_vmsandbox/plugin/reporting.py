@@ -75,17 +75,13 @@ def _told_once(
 def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     """The report of a phase, made by nobody but pytest and us."""
     only_text = before_report(item, call)
-    return after_report(item, call, _plain_report(item, call), only_text=only_text)
-
-
-def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     report: pytest.TestReport | None = None
     # The item's class may be a plugin's and not know this error.
     with contextlib.suppress(Exception):
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
         assert call.excinfo is not None
-        return pytest.TestReport(
+        report = pytest.TestReport(
             nodeid=item.nodeid,
             location=item.location,
             keywords=dict.fromkeys(item.keywords, 1),
@@ -93,7 +89,7 @@ def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestR
             longrepr=call.excinfo.getrepr(style="no"),
             when=call.when,  # type: ignore[arg-type]
         )
-    return report
+    return after_report(item, call, report, only_text=only_text)
 
 
 def is_lost_guest(report: pytest.TestReport) -> bool:
