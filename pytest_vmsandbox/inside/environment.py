@@ -262,7 +262,8 @@ class Uv:
         """Make the wheel of a distribution that the index does not have, or leave it out."""
         here = installed().get(name)
         wanted = self.requirements.lines_of(name)
-        if here is None or not all(_allows(line, here.version) for line in wanted):
+        allowed = [Requirement(line).specifier for line in wanted]
+        if not here or not all(one.contains(here.version, prereleases=True) for one in allowed):
             return not self.offline and self._build(name, wanted or [name])
         if make_wheel(here, self._wheels) is not None:
             return True
@@ -356,10 +357,6 @@ class Uv:
             )
         details = text if len(text) <= _DETAILS_LIMIT else f"{text[:_DETAILS_LIMIT]}…"
         return TransferError(brief, details=details, remedy=remedy)
-
-
-def _allows(requirement: str, version: str) -> bool:
-    return Requirement(requirement).specifier.contains(version, prereleases=True)
 
 
 def _find_uv() -> str:

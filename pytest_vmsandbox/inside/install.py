@@ -184,22 +184,22 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     prepared = prepare(
         payload.requirements, python, offline=payload.offline, say=payload.say, tell=payload.tell
     )
-    with prepared as environment, _folder() as base:
-        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    home = posixpath.dirname(executable)
+    files = {
+        # Not pytest.ini: a pytest that a test starts in the tree would find it above.
+        "session.ini": "[pytest]\n",
         # A virtual environment, but for its packages; none of the guest's own tools is needed.
+        "env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = true\n",
+        # The project's own files lie beside it, whatever Python this is.
+        f"env/{packages}/vmsandbox.pth": f"import site; site.addsitedir('{BASE}/project')\n",
+    }
+    contents = {name: text.encode() for name, text in files.items()}
+    with prepared as environment, _folder(contents) as base:
+        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(environment.folder / "bin", base / "env" / "bin")
         for name in ("python", "python3"):
             (base / "env" / "bin" / name).unlink(missing_ok=True)
             (base / "env" / "bin" / name).symlink_to(executable)
-        home = posixpath.dirname(executable)
-        files = {
-            # Not pytest.ini: a pytest that a test starts in the tree would find it above.
-            "session.ini": "[pytest]\n",
-            "env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = true\n",
-            # The project's own files lie beside it, whatever Python this is.
-            f"env/{packages}/vmsandbox.pth": f"import site; site.addsitedir('{BASE}/project')\n",
-        }
-        _write(base, {name: text.encode() for name, text in files.items()})
         guest.push(base, BASE)
         guest.push(environment.folder / "site-packages", f"{ENV}/{packages}")
 
@@ -212,11 +212,10 @@ def install_project(guest: Guest, payload: Payload) -> None:
         GuestLost: the guest is gone.
     """
     project, there = payload.project, layout(guest, payload)
-    with _folder() as base:
-        files = {f"project/{name}": data for name, data in project.metadata.items()}
-        files["project/vmsandbox.pth"] = "".join(f"{folder}\n" for folder in there.path).encode()
-        files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
-        _write(base, files)
+    files = {f"project/{name}": data for name, data in project.metadata.items()}
+    files["project/vmsandbox.pth"] = "".join(f"{folder}\n" for folder in there.path).encode()
+    files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
+    with _folder(files) as base:
         guest.push(base, BASE)
     tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
@@ -224,17 +223,14 @@ def install_project(guest: Guest, payload: Payload) -> None:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """An empty folder, whose mode is right for a guest."""
+def _folder(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder with some files, whose modes are right for a guest."""
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
         base = Path(folder)
         base.chmod(0o755)
+        for name, data in files.items():
+            file = base / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            file.chmod(0o755 if "/bin/" in f"/{name}" else 0o644)
         yield base
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-        file.chmod(0o755 if "/bin/" in f"/{name}" else 0o644)

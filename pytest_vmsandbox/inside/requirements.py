@@ -170,8 +170,7 @@ class Requirements:
 
 
 # -- what is installed here -------------------------------------------------------------------------
-
-
+#
 # Which distributions need which is a graph. Its nodes are names, and for what an extra of one
 # needs, ``name[extra]``.
 

@@ -70,9 +70,8 @@ def spare_unused(run: Run, inside: Sequence[pytest.Item]) -> None:
     not selected here, or run in another guest.
     """
     option = run.config.option
-    if not run.config.pluginmanager.has_plugin("syrupy") or not any(
-        "snapshot" in getattr(item, "fixturenames", ()) for item in inside
-    ):
+    is_used = any("snapshot" in getattr(item, "fixturenames", ()) for item in inside)
+    if not is_used or not run.config.pluginmanager.has_plugin("syrupy"):
         return
     run.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
     if hasattr(option, "disable_unused_snapshots"):
