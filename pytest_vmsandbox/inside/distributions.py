@@ -1,21 +1,29 @@
-"""The Python distributions that are installed on this machine, and which of them stay here."""
+"""The Python distributions of this machine: which stay here, and what a guest gets of the others."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import base64
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, distributions, packages_distributions
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 OURSELVES = "pytest-vmsandbox"
 SITES = {"site-packages", "dist-packages"}
+ENV = "/opt/vmsandbox/env"  # the virtual environment in the guest
+_FIRST_LINE = f"#!{ENV}/bin/python\n"
+# What the installation of a wheel has added.
+_OF_THE_INSTALLER = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 
 # A guest gets none of these, and nothing that only they need.
 LEFT_OUT = frozenset(
@@ -47,31 +55,48 @@ def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
 @cache  # reading all metadata takes a tenth of a second, and nothing is installed during a run
 def _installed(path: tuple[str, ...]) -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
-    for distribution in importlib.metadata.distributions(path=list(path)):
+    for distribution in distributions(path=list(path)):
         # A removal may leave metadata without a name. Asking for its key makes Python 3.12 warn.
         if name := dict(distribution.metadata.items()).get("Name"):  # type: ignore[attr-defined]
             found.setdefault(canonicalize_name(name), distribution)
     return found
 
 
-def origin(distribution: Distribution) -> dict[str, Any]:
+def sources(distribution: Distribution) -> Iterator[str]:
+    """The folders of this machine that a distribution may be the project in.
+
+    The first is the one that holds its metadata, an entry of ``sys.path``.
+    """
+    yield str(distribution.locate_file(""))
+    found = _origin(distribution)
+    url = urlsplit(str(found.get("url", "")))
+    if url.scheme == "file" and "dir_info" in found:
+        yield unquote(url.path)
+
+
+def is_editable(distribution: Distribution) -> bool:
+    """Whether a distribution is imported from where its project is."""
+    editable = _origin(distribution).get("dir_info", {}).get("editable", False)
+    return bool(editable) or _is_developed(distribution)
+
+
+def is_local(distribution: Distribution) -> bool:
+    """Whether a distribution did not come from a package index."""
+    is_egg = _is_developed(distribution) and bool(distribution.read_text("PKG-INFO"))
+    return is_egg or bool(_origin(distribution))
+
+
+def _is_developed(distribution: Distribution) -> bool:
+    return Path(str(distribution.locate_file(""))).name not in SITES
+
+
+def _origin(distribution: Distribution) -> dict[str, Any]:
     """What ``direct_url.json`` says (PEP 610); empty for what came from a package index."""
     try:
         found = json.loads(distribution.read_text("direct_url.json") or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def home(distribution: Distribution) -> Path:
-    """The folder that holds a distribution's metadata: an entry of ``sys.path``."""
-    return Path(str(distribution.locate_file("")))
-
-
-def is_local(distribution: Distribution) -> bool:
-    """Whether a distribution did not come from a package index."""
-    developed = home(distribution).name not in SITES
-    return bool(origin(distribution)) or (developed and bool(distribution.read_text("PKG-INFO")))
 
 
 def requirements_of(distribution: Distribution) -> Iterator[Requirement]:
@@ -86,11 +111,112 @@ def requirements_of(distribution: Distribution) -> Iterator[Requirement]:
 def is_imported(name: str) -> bool:
     """Whether this process has imported anything of a distribution."""
     return any(
-        module in sys.modules and any(canonicalize_name(one) == name for one in distributions)
-        for module, distributions in importlib.metadata.packages_distributions().items()
+        module in sys.modules and name in set(map(canonicalize_name, names))
+        for module, names in packages_distributions().items()
     )
 
 
 def providers(module: str) -> list[str]:
     """The names of the distributions that installed a top-level module here."""
-    return sorted(set(importlib.metadata.packages_distributions().get(module, ())))
+    return sorted(set(packages_distributions().get(module, ())))
+
+
+# -- programs, made for the Python of a guest -------------------------------------------------------
+
+
+def console_scripts(distribution: Distribution) -> dict[str, bytes]:
+    """The programs of a distribution as files for the folder bin of `ENV`, by name."""
+    return {
+        entry.name: (
+            f"{_FIRST_LINE}import sys\n"
+            f"from {entry.module} import {entry.attr.partition('.')[0]}\n"
+            'if __name__ == "__main__":\n'
+            f"    sys.exit({entry.attr}())\n"
+        ).encode()
+        for entry in distribution.entry_points.select(group="console_scripts")
+        if "/" not in entry.name and entry.attr  # else: no file name, or nothing to call
+    }
+
+
+def move_programs(site_packages: Path, folder: Path) -> None:
+    """Make the programs of all distributions in `site_packages`, in a new folder.
+
+    uv has put them into a folder there, for this machine's Python.
+    """
+    theirs = site_packages / "bin"
+    theirs.mkdir(exist_ok=True)
+    theirs.rename(folder)
+    files = [file for file in folder.iterdir() if file.is_file()]
+    programs = {file.name: _for_the_guest(file.read_bytes()) for file in files}
+    for distribution in distributions(path=[os.fspath(site_packages)]):
+        programs |= console_scripts(distribution)
+    for name, content in programs.items():
+        (folder / name).write_bytes(content)
+        (folder / name).chmod(0o755)
+
+
+def _for_the_guest(script: bytes) -> bytes:
+    """A program with the guest's Python in its first line, if that names a Python."""
+    first, _, rest = script.partition(b"\n")
+    if first == b"#!/bin/sh" and rest.startswith(b"'''exec'"):  # for a path that is too long
+        rest = rest.split(b"\n", 2)[-1]
+    elif not (first.startswith(b"#!") and b"python" in first):
+        return script
+    return _FIRST_LINE.encode() + rest
+
+
+# -- wheels of what lies unpacked here --------------------------------------------------------------
+#
+# Some packages are published as sources only. What was built of them for this environment fits any
+# guest, as long as nothing in it is compiled.
+
+
+def is_pure(distribution: Distribution) -> bool:
+    """Whether all of a distribution is Python for any system, and its metadata say so."""
+    lines = (distribution.read_text("WHEEL") or "").splitlines()
+    tags = [line.partition(":")[2].strip() for line in lines if line.startswith("Tag:")]
+    return "Root-Is-Purelib: true" in lines and any(
+        tag.startswith(("py3-", "py2.py3-")) and tag.endswith("-none-any") for tag in tags
+    )
+
+
+def make_wheel(distribution: Distribution, folder: Path) -> Path | None:
+    """Pack a distribution again as a wheel in `folder`; None if it is not pure, or not whole."""
+    if not is_pure(distribution):
+        return None
+    files = dict(_files(distribution))
+    info = next((path.parts[0] for path in files if path.parts[0].endswith(".dist-info")), None)
+    if info is None:
+        return None
+    wheel = folder / f"{info.removesuffix('.dist-info')}-py3-none-any.whl"
+    try:
+        contents = {str(path): place.read_bytes() for path, place in files.items()}
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in with_record(contents, info).items():
+                archive.writestr(name, content)
+    except OSError:
+        wheel.unlink(missing_ok=True)
+        return None
+    return wheel
+
+
+def with_record(files: Mapping[str, bytes], info: str) -> dict[str, bytes]:
+    """The files of a distribution by path, and the RECORD of them in its folder `info`."""
+    lines = []
+    for path, content in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{path},sha256={digest},{len(content)}\n")
+    return {**files, f"{info}/RECORD": "".join([*lines, f"{info}/RECORD,,\n"]).encode()}
+
+
+def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:
+    """The files of a distribution by their paths below site-packages, but for programs and bytecode."""
+    for path in distribution.files or ():
+        name = Path(path)
+        if (
+            not name.is_absolute()
+            and {"..", "__pycache__"}.isdisjoint(name.parts)
+            and name.parts[0] != "bin"  # where uv puts programs; they are made anew
+            and not (name.parent.suffix == ".dist-info" and name.name in _OF_THE_INSTALLER)
+        ):
+            yield name, Path(str(distribution.locate_file(path)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,20 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.inside import pushable, tree_copy
+from pytest_vmsandbox.inside import tree_copy
 from pytest_vmsandbox.inside.connection import GuestPaths
-from pytest_vmsandbox.inside.environment import Environment, prepare
-from pytest_vmsandbox.inside.guest_python import GuestPython
-from pytest_vmsandbox.inside.programs import ENV
+from pytest_vmsandbox.inside.distributions import ENV
+from pytest_vmsandbox.inside.environment import prepare, probe
 from pytest_vmsandbox.inside.project import Project
 from pytest_vmsandbox.inside.requirements import Requirements
-from pytest_vmsandbox.inside.tree import Tree
+from pytest_vmsandbox.inside.tree import Tree, divide_push
 
 BASE = "/opt/vmsandbox"
 _FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
@@ -80,7 +77,7 @@ class Payload:
             ConfigError: an entry, or the tree, is invalid.
             TransferError: a module that is installed here is not in the tree.
         """
-        inner, outside = pushable.divide(root, more)
+        inner, outside = divide_push(root, more)
         project = Project.of(root, outside=outside)
         if entries:
             requirements = Requirements.of_entries(root, entries, project.names)
@@ -166,8 +163,8 @@ def environment_step(payload: Payload) -> Step:
 
 def project_digest(payload: Payload) -> str:
     """SHA-256, in hex, of what `install_project` puts there; of files, not their content but their times."""
-    trees = [dataclasses.asdict(tree) for tree in (payload.tree, *payload.outside)]
-    parts = [dataclasses.asdict(payload.project), *trees]
+    trees = [asdict(tree) for tree in (payload.tree, *payload.outside)]
+    parts = [asdict(payload.project), *trees]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -180,25 +177,31 @@ def install_environment(guest: Guest, payload: Payload) -> None:
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
-    python, executable = GuestPython.probe(guest)
+    python, executable = probe(guest)
     packages = "lib/python{}.{}/site-packages".format(*python.version)
     if guest.spec.user != "root":
         guest.run(["install", "-d", "-o", guest.spec.user, BASE], user="root")
     prepared = prepare(
-        payload.requirements,
-        python,
-        cache=cache_dir(),
-        offline=payload.offline,
-        say=payload.say,
-        tell=payload.tell,
+        payload.requirements, python, offline=payload.offline, say=payload.say, tell=payload.tell
     )
-    with prepared as environment, _folder() as base:
-        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+    home = posixpath.dirname(executable)
+    files = {
         # Not pytest.ini: a pytest that a test starts in the tree would find it above.
-        (base / "session.ini").write_text("[pytest]\n", encoding="utf-8")
-        _make_environment(base / "env", packages, executable, environment)
+        "session.ini": "[pytest]\n",
+        # A virtual environment, but for its packages; none of the guest's own tools is needed.
+        "env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = true\n",
+        # The project's own files lie beside it, whatever Python this is.
+        f"env/{packages}/vmsandbox.pth": f"import site; site.addsitedir('{BASE}/project')\n",
+    }
+    contents = {name: text.encode() for name, text in files.items()}
+    with prepared as environment, _folder(contents) as base:
+        shutil.copytree(RUNNER, base / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(environment.folder / "bin", base / "env" / "bin")
+        for name in ("python", "python3"):
+            (base / "env" / "bin" / name).unlink(missing_ok=True)
+            (base / "env" / "bin" / name).symlink_to(executable)
         guest.push(base, BASE)
-        guest.push(environment.site_packages, f"{ENV}/{packages}")
+        guest.push(environment.folder / "site-packages", f"{ENV}/{packages}")
 
 
 def install_project(guest: Guest, payload: Payload) -> None:
@@ -209,11 +212,10 @@ def install_project(guest: Guest, payload: Payload) -> None:
         GuestLost: the guest is gone.
     """
     project, there = payload.project, layout(guest, payload)
-    with _folder() as base:
-        files = {f"project/{name}": data for name, data in project.metadata.items()}
-        files["project/vmsandbox.pth"] = "".join(f"{folder}\n" for folder in there.path).encode()
-        files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
-        _write(base, files)
+    files = {f"project/{name}": data for name, data in project.metadata.items()}
+    files["project/vmsandbox.pth"] = "".join(f"{folder}\n" for folder in there.path).encode()
+    files |= {f"env/bin/{name}": data for name, data in project.scripts.items()}
+    with _folder(files) as base:
         guest.push(base, BASE)
     tree_copy.push(guest.engine.stream_script, payload.tree, there.tree)
     for tree in payload.outside:
@@ -221,34 +223,14 @@ def install_project(guest: Guest, payload: Payload) -> None:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """An empty folder, whose mode is right for a guest."""
+def _folder(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A folder with some files, whose modes are right for a guest."""
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
         base = Path(folder)
         base.chmod(0o755)
+        for name, data in files.items():
+            file = base / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            file.chmod(0o755 if "/bin/" in f"/{name}" else 0o644)
         yield base
-
-
-def _make_environment(
-    folder: Path, packages: str, executable: str, environment: Environment
-) -> None:
-    """A virtual environment, but for its packages; none of the guest's own tools is needed."""
-    shutil.copytree(environment.scripts, folder / "bin")
-    for name in ("python", "python3"):
-        (folder / "bin" / name).unlink(missing_ok=True)
-        (folder / "bin" / name).symlink_to(executable)
-    home = PurePosixPath(executable).parent
-    (folder / "pyvenv.cfg").write_text(
-        f"home = {home}\ninclude-system-site-packages = true\n", encoding="utf-8"
-    )
-    # The project's own files lie beside it, whatever Python this is.
-    line = f"import site; site.addsitedir({f'{BASE}/project'!r})\n"
-    _write(folder, {f"{packages}/vmsandbox.pth": line.encode()})
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, data in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-        file.chmod(0o755 if "/bin/" in f"/{name}" else 0o644)

@@ -10,17 +10,15 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.core.errors import TransferError
-from pytest_vmsandbox.inside.distributions import SITES, home, installed, origin
-from pytest_vmsandbox.inside.programs import console_scripts
-from pytest_vmsandbox.inside.wheels import with_record
+from pytest_vmsandbox.inside import distributions
 
 _SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
 _METADATA = ("entry_points.txt", "top_level.txt")
@@ -71,22 +69,22 @@ class Project:
         """
         path = sys.path if sys_path is None else sys_path
         tree = _ProjectFolder(root, outside)
-        found = {name: one for name, one in installed(path).items() if tree.has(name, one)}
-        roots = dict.fromkeys(map(tree.relative, path))
-        import_roots = [folder for folder in roots if folder is not None]
+        found = {
+            name: one for name, one in distributions.installed(path).items() if tree.has(name, one)
+        }
+        places = map(tree.relative, path)
+        import_roots = dict.fromkeys(place for place in places if place is not None)
         modules: dict[str, None] = {}
         metadata: dict[str, bytes] = {}
         scripts: dict[str, bytes] = {}
         for name, distribution in found.items():
             for module in _modules(distribution, name):
                 where = tree.where(module, import_roots, distribution)
-                if where is None:
-                    continue
-                if where not in import_roots:
-                    import_roots.append(where)
-                modules |= dict.fromkeys(tree.places(where, module))
+                if where is not None:
+                    import_roots[where] = None
+                    modules |= dict.fromkeys(tree.places(where, module))
             metadata |= _metadata(name, distribution)
-            scripts |= console_scripts(distribution)
+            scripts |= distributions.console_scripts(distribution)
         return cls(
             root=root,
             names=tuple(sorted(found)),
@@ -106,17 +104,17 @@ def foreign_folder(module: str, root: Path) -> Path | None:
     known = [root, *(Path(paths[name]) for name in ("stdlib", "platstdlib", "scripts"))]
     tops = [os.path.realpath(folder) for folder in known]
     for folder in _folders_of(module):
-        if SITES.isdisjoint(folder.parts) and not any(map(folder.is_relative_to, tops)):
+        is_installed = not distributions.SITES.isdisjoint(folder.parts)
+        if not is_installed and not any(map(folder.is_relative_to, tops)):
             return folder
     return None
 
 
 def _folders_of(module: str) -> list[Path]:
     """The folders, without links, that a top-level module is imported from here."""
-    try:
+    spec = None
+    with suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
     if spec is None:
         return []
     places: Iterable[str | None] = spec.submodule_search_locations or [spec.origin]
@@ -141,7 +139,7 @@ class _ProjectFolder:
         above = {folder, *folder.parents} - {tops[0], *tops[0].parents}
         prefixes = {Path(os.path.realpath(prefix)) for prefix in (sys.prefix, sys.base_prefix)}
         if (
-            not SITES.isdisjoint(folder.relative_to(tops[0]).parts)
+            not distributions.SITES.isdisjoint(folder.relative_to(tops[0]).parts)
             or not prefixes.isdisjoint(above)
             or any((place / "pyvenv.cfg").exists() for place in above)
         ):
@@ -150,15 +148,8 @@ class _ProjectFolder:
 
     def has(self, name: str, distribution: Distribution) -> bool:
         """Whether the tree is the source of an installed distribution."""
-        if name == self._name or self.relative(str(home(distribution))) is not None:
-            return True
-        found = origin(distribution)
-        url = urlsplit(str(found.get("url", "")))
-        return (
-            url.scheme == "file"
-            and "dir_info" in found
-            and self.relative(unquote(url.path)) is not None
-        )
+        sources = map(self.relative, distributions.sources(distribution))
+        return name == self._name or any(source is not None for source in sources)
 
     def where(
         self, module: str, import_roots: Iterable[str], distribution: Distribution
@@ -171,7 +162,7 @@ class _ProjectFolder:
             TransferError: it is installed here, and is not in the tree.
         """
         folders: Iterable[str | None] = (*import_roots, *_SOURCES)
-        if is_editable := _is_editable(distribution):  # a finder may find it
+        if is_editable := distributions.is_editable(distribution):  # a finder may find it
             folders = (*folders, *(self.relative(str(place)) for place in _folders_of(module)))
         for folder in folders:
             if folder is not None and self._holds(folder, module):
@@ -206,25 +197,16 @@ def _files(base: Path, module: str) -> Iterator[Path]:
 def _declared_name(root: Path) -> str | None:
     """The canonical name that a project gives itself."""
     name: object = None
-    try:
+    with suppress(OSError, ValueError, AttributeError):  # missing, or not for us to judge
         tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
         poetry = tables.get("tool", {}).get("poetry", {})
         name = tables.get("project", {}).get("name") or poetry.get("name")
-    except (OSError, ValueError, AttributeError):
-        pass  # missing, or not for us to judge
     if name is None:
         parser = configparser.ConfigParser(interpolation=None)
-        try:
+        with suppress(configparser.Error, UnicodeDecodeError):
             parser.read(root / "setup.cfg", encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError):
-            return None
         name = parser.get("metadata", "name", fallback=None)
     return canonicalize_name(name) if isinstance(name, str) else None
-
-
-def _is_editable(distribution: Distribution) -> bool:
-    editable = origin(distribution).get("dir_info", {}).get("editable", False)
-    return bool(editable) or home(distribution).name not in SITES
 
 
 def _modules(distribution: Distribution, name: str) -> list[str]:
@@ -235,7 +217,7 @@ def _modules(distribution: Distribution, name: str) -> list[str]:
         files = distribution.files or ()  # paths, from site-packages on
         found = {file.parts[0].partition(".")[0] for file in files if file.suffix in _CODE}
     found = {module for module in found if module.isidentifier() and not _EDITABLE.match(module)}
-    if not found and _is_editable(distribution):
+    if not found and distributions.is_editable(distribution):
         found = {name.replace("-", "_")}
     return sorted(found)
 
@@ -248,4 +230,4 @@ def _metadata(name: str, distribution: Distribution) -> dict[str, bytes]:
     texts["WHEEL"] = distribution.read_text("WHEEL") or _WHEEL
     texts["INSTALLER"] = "pytest-vmsandbox\n"
     files = {f"{folder}/{file}": text.encode() for file, text in texts.items() if text}
-    return with_record(files, folder)
+    return distributions.with_record(files, folder)

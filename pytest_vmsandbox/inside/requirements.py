@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +9,8 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import Distribution
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.inside.distributions import (
-    LEFT_OUT,
-    OURSELVES,
-    installed,
-    is_local,
-    requirements_of,
-)
+from pytest_vmsandbox.inside import distributions
+from pytest_vmsandbox.inside.distributions import LEFT_OUT, OURSELVES
 
 SETTING = "vm_requirements"
 _FORMAT = 2  # goes into each digest: raise it when what is made of the same input changes
@@ -58,12 +53,7 @@ class Requirements:
 
     @classmethod
     def of_host(
-        cls,
-        root: Path,
-        projects: Collection[str] = (),
-        *,
-        say: Callable[[str], object],
-        sys_path: Sequence[str] | None = None,
+        cls, root: Path, projects: Collection[str] = (), *, say: Callable[[str], object]
     ) -> Requirements:
         """The same distributions as here, in the same versions if the guest's Python allows it.
 
@@ -76,10 +66,9 @@ class Requirements:
                 mirrored.
             say: is told the distributions that cannot be had again: those that were installed
                 from a folder, a file or a repository.
-            sys_path: where the distributions are; default: where Python finds them.
         """
-        here = installed(sys_path)
-        local = {name for name in here.keys() - LEFT_OUT if is_local(here[name])}
+        here = distributions.installed()
+        local = {name for name in here.keys() - LEFT_OUT if distributions.is_local(here[name])}
         local -= {*projects, "pytest"}
         if local:
             say(
@@ -88,10 +77,11 @@ class Requirements:
             )
         dropped = {*local, *projects, OURSELVES} - {"pytest"}
         trees = here.keys() & {*local, *projects}
-        needs = _Needs(here)
-        roots = needs.roots() - LEFT_OUT - dropped
-        kept = needs.reached({"pytest", *roots, *trees})
-        lines = roots.union(*(_base_requirements(here[name]) for name in trees))
+        roots = _roots(here) - LEFT_OUT - dropped
+        kept = set(map(_bare, _graph(here, {"pytest", *roots, *trees})))
+        # What they need without any extra, for all Pythons and platforms.
+        needs = [need for name in trees for need in distributions.requirements_of(here[name])]
+        lines = {*roots, *(str(need) for need in needs if "extra" not in str(need.marker or ""))}
         return cls(
             root=root,
             lines=(_pytest_requirement(here.get("pytest")), *sorted(lines)),
@@ -101,12 +91,7 @@ class Requirements:
 
     @classmethod
     def of_entries(
-        cls,
-        root: Path,
-        entries: Sequence[str],
-        projects: Collection[str] = (),
-        *,
-        sys_path: Sequence[str] | None = None,
+        cls, root: Path, entries: Sequence[str], projects: Collection[str] = ()
     ) -> Requirements:
         """What the setting `vm_requirements` names, and pytest.
 
@@ -117,12 +102,11 @@ class Requirements:
                 group of its pyproject.toml), the path of a file of requirements relative to
                 `root`, or a requirement such as ``requests>=2``.
             projects: canonical names of the distributions that come as a tree.
-            sys_path: where this machine's pytest is; default: where Python finds it.
 
         Raises:
             ConfigError: an entry is none of these, or what it names does not exist.
         """
-        lines = [_pytest_requirement(installed(sys_path).get("pytest"))]
+        lines = [_pytest_requirement(distributions.installed().get("pytest"))]
         files: dict[str, None] = {}
         contents: list[str] = []
         # A tree is not installed a second time, but what it needs is, also by way of `-e .`.
@@ -154,8 +138,8 @@ class Requirements:
         """These, and one more distribution, in the version of this environment if it can be had."""
         if name in self.dropped:
             return self
-        here = installed().get(name)
-        return dataclasses.replace(
+        here = distributions.installed().get(name)
+        return replace(
             self,
             lines=(*self.lines, name),
             preferred=(*self.preferred, *([f"{name}=={here.version}"] if here else [])),
@@ -168,7 +152,7 @@ class Requirements:
     def without(self, name: str) -> Requirements:
         """These, but for one distribution, whoever needs it."""
         gone = self.lines_of(name)
-        return dataclasses.replace(
+        return replace(
             self,
             lines=tuple(line for line in self.lines if line not in gone),
             dropped=(*self.dropped, name),
@@ -180,81 +164,58 @@ class Requirements:
         Args:
             more: what else plays a part: values that JSON has, and dataclasses of those.
         """
-        fields = {**dataclasses.asdict(self), "root": None}
-        text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=dataclasses.asdict)
+        fields = {**asdict(self), "root": None}
+        text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=asdict)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 # -- what is installed here -------------------------------------------------------------------------
+#
+# Which distributions need which is a graph. Its nodes are names, and for what an extra of one
+# needs, ``name[extra]``.
 
 
-class _Needs:
-    """Which of the distributions here need which.
+def _graph(here: Mapping[str, Distribution], nodes: Iterable[str]) -> dict[str, set[str]]:
+    """Those of some nodes that are here, and all that they need; each with what it needs."""
+    graph: dict[str, set[str]] = {}
+    todo = [*nodes]
+    while todo:
+        node = todo.pop()
+        name, _, extra = node.rstrip("]").partition("[")
+        if name in here and node not in graph:
+            graph[node] = _needed(here[name], extra)
+            todo += graph[node]
+    return graph
 
-    A node is a name, or for what an extra of it needs, ``name[extra]``.
-    """
 
-    def __init__(self, here: Mapping[str, Distribution]) -> None:
-        self._here = here
-        self._needs: dict[str, set[str]] = {}
-        parsed = {name: list(requirements_of(here[name])) for name in here}
-        todo = [*here]
-        while todo:
-            node = todo.pop()
-            if node not in self._needs:
-                name, _, extra = node.rstrip("]").partition("[")
-                self._needs[node] = self._nodes(parsed[name], extra)
-                todo += self._needs[node]
-
-    def _nodes(self, requirements: Iterable[Requirement], extra: str) -> set[str]:
-        """The nodes that a node with these requirements needs, with markers seen from here."""
-        found = set()
-        for needed in requirements:
+@cache  # metadata is read, and `_graph` asks several times
+def _needed(distribution: Distribution, extra: str) -> set[str]:
+    """The nodes that a distribution needs, with markers seen from here."""
+    found = set()
+    for needed in distributions.requirements_of(distribution):
+        if not needed.marker or needed.marker.evaluate({"extra": extra}):
             name = canonicalize_name(needed.name)
-            if name in self._here and (
-                not needed.marker or needed.marker.evaluate({"extra": extra})
-            ):
-                found |= {name, *(f"{name}[{canonicalize_name(extra)}]" for extra in needed.extras)}
-        return found
+            found |= {name, *(f"{name}[{canonicalize_name(more)}]" for more in needed.extras)}
+    return found
 
-    def reached(self, nodes: Iterable[str]) -> set[str]:
-        """The names of `nodes` that are here, and of all that they need."""
-        seen: set[str] = set()
-        todo = [node for node in nodes if node in self._needs]
-        while todo:
-            node = todo.pop()
-            if node not in seen:
-                seen.add(node)
-                todo += self._needs[node]
-        return set(map(_bare, seen))
 
-    def roots(self) -> set[str]:
-        """Names that nobody else needs; of those that need each other in a ring, the first."""
-        needed = {
-            _bare(target)
-            for node, targets in self._needs.items()
-            for target in targets
-            if _bare(target) != _bare(node)
-        }
-        roots = self._here.keys() - needed
-        covered = self.reached(roots)
-        for name in sorted(self._here):
-            if name not in covered:
-                roots.add(name)
-                covered |= self.reached({name})
-        if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
-            roots.discard("setuptools")
-        return roots
+def _roots(here: Mapping[str, Distribution]) -> set[str]:
+    """Names that nobody else needs; of those that need each other in a ring, the first."""
+    graph = _graph(here, here)
+    needed = {(_bare(node), _bare(target)) for node, targets in graph.items() for target in targets}
+    roots = here.keys() - {target for node, target in needed if target != node}
+    covered = _graph(here, roots)
+    for name in sorted(here):
+        if name not in covered:
+            roots.add(name)
+            covered |= _graph(here, {name})
+    if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
+        roots.discard("setuptools")
+    return roots
 
 
 def _bare(node: str) -> str:
     return node.partition("[")[0]
-
-
-def _base_requirements(distribution: Distribution) -> list[str]:
-    """What a distribution needs without any extra, for all Pythons and platforms."""
-    needed = requirements_of(distribution)
-    return [str(line) for line in needed if "extra" not in str(line.marker or "")]
 
 
 def _pytest_requirement(pytest: Distribution | None) -> str:

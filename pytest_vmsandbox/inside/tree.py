@@ -1,16 +1,18 @@
-"""The project's tree on this machine: what of it goes to a guest where its tests run."""
+"""The project's tree on this machine: which folders may go to a guest, and what of them does."""
 
 from __future__ import annotations
 
 import os
+import posixpath
+import pwd
 import stat
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.inside import git, pushable
 
 MAX_FILES = 20_000
 MAX_BYTES = 256 * MIB
@@ -23,6 +25,14 @@ _CACHES = frozenset(
     }
 )
 _WRITTEN_BY_RUNS = frozenset({".coverage"})  # files; with each run they would be others
+_FIRST_PERSON, _NOBODY = 1000, 65534  # user numbers of people are between these
+# A git hook sets these for the repository that it serves; ours is the one around the folder.
+_OF_ANOTHER_REPOSITORY = frozenset(
+    {
+        *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR"),
+        *("GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_INTERNAL_SUPER_PREFIX"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +86,8 @@ class Tree:
                 are more than `MAX_FILES` files or `MAX_BYTES` bytes.
         """
         root = Path(os.path.realpath(root))
-        pushable.check_root(root)
-        wanted = [pushable.relative(root, path) for path in more]
+        _check_root(root)
+        wanted = [_relative(root, path) for path in more]
         gatherer = _Gatherer(root)
         if not gatherer.git(""):
             gatherer.walk("")
@@ -112,7 +122,6 @@ class _Gatherer:
         self._root = root
         self._files = self._bytes = 0
         self._tops: dict[str, list[int]] = {}  # name in the root: files, bytes
-        self._skipped: dict[str, bool] = {"": False}
 
     def git(self, folder: str) -> bool:
         """Gather what git tracks or does not ignore; False if there is no git work tree.
@@ -121,20 +130,18 @@ class _Gatherer:
             ConfigError: git refuses, or there is too much.
         """
         place = self._root / folder
-        if not git.is_work_tree(place):
+        if not _is_work_tree(place):
             return False
-        tracked, others = git.tracked(place), git.untracked(place)
+        tracked = _listed(place, "--cached", "--recurse-submodules")
+        others = _listed(place, "--others", "--exclude-standard")
         if not tracked and not others and not os.path.lexists(place / ".git"):
             return False  # a folder that a work tree around it ignores
-        paths = [_join(folder, name) for name in tracked]
-        paths += [path for name in others if not self._skips(path := _join(folder, name))]
+        paths = [posixpath.join(folder, name) for name in tracked]
+        paths += [path for name in others if not self._skips(path := posixpath.join(folder, name))]
         for path in paths:
             # A repository in a repository comes as a folder, and goes by its own rules.
-            if (
-                self.add(path) == "dir"
-                and os.path.lexists(self._root / path / ".git")
-                and not self.git(path)
-            ):
+            is_one = self.add(path) == "dir" and os.path.lexists(self._root / path / ".git")
+            if is_one and not self.git(path):
                 self.walk(path)
         return True
 
@@ -149,14 +156,11 @@ class _Gatherer:
             here = folders.pop()
             try:
                 with os.scandir(self._root / here) as found:
-                    paths = sorted(_join(here, entry.name) for entry in found)
+                    paths = sorted(posixpath.join(here, entry.name) for entry in found)
             except OSError as error:
                 raise _unreadable(self._root / here, error) from error
-            folders += [
-                path
-                for path in paths
-                if not self._is_skipped(path) and self.add(path, folders=True) == "dir"
-            ]
+            wanted = [path for path in paths if not self._is_skipped(path)]
+            folders += [path for path in wanted if self.add(path, folders=True) == "dir"]
 
     def add(self, path: str, *, folders: bool = False) -> str:
         """Add one path, and the folders that it is in; returns its kind, or nothing if it has none.
@@ -179,7 +183,7 @@ class _Gatherer:
             raise _unreadable(self._root / path, error) from error
         if entry is None or ".git" in path.split("/"):
             return ""
-        if self.add(_parent(path), folders=True) != "dir":
+        if self.add(posixpath.dirname(path), folders=True) != "dir":
             return ""
         if entry.kind != "dir":
             self._count(path, entry.size)
@@ -189,9 +193,8 @@ class _Gatherer:
 
     def _skips(self, path: str) -> bool:
         """Whether a path that git does not track is in a cache or an environment, or is one."""
-        if path not in self._skipped:
-            self._skipped[path] = self._skips(_parent(path)) or self._is_skipped(path)
-        return self._skipped[path]
+        above = posixpath.dirname(path)
+        return self._is_skipped(path) or (above != "" and self._skips(above))
 
     def _is_skipped(self, path: str) -> bool:
         place = self._root / path
@@ -243,16 +246,160 @@ def _entry(place: str) -> TreeEntry | None:
     return None
 
 
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
-
-
-def _parent(path: str) -> str:
-    return path.rpartition("/")[0]
-
-
 def _unreadable(place: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"{shown(place)} cannot be pushed to a guest: {error.strerror}",
         remedy="make it readable, or list it in .gitignore",
     )
+
+
+# -- git --------------------------------------------------------------------------------------------
+
+
+def _is_work_tree(folder: Path) -> bool:
+    """Whether a folder is in a work tree of git; no if there is no git.
+
+    Raises:
+        ConfigError: git refuses, for instance since the folder belongs to another user.
+    """
+    return _git(folder, "rev-parse", "--is-inside-work-tree") == b"true\n"
+
+
+def _listed(folder: Path, *options: str) -> list[str]:
+    """The files that git lists in a folder of a work tree; a repository in it comes as a folder.
+
+    Returns:
+        Paths relative to the folder, in the file system's encoding with surrogate escapes.
+
+    Raises:
+        ConfigError: git refuses.
+    """
+    listing = _git(folder, "ls-files", "-z", *options)
+    return [os.fsdecode(name).rstrip("/") for name in listing.split(b"\0") if name]
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    """What git says about a folder; nothing where there is no git, or no repository."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY
+    }
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            env=environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    except OSError:
+        return b""
+    if done.returncode and b"not a git repository" not in done.stderr:
+        raise ConfigError(
+            f"git does not tell which files of {folder} belong to the project",
+            details=done.stderr.decode(errors="replace"),
+            remedy="do what git says: `git status` has to work there, also for this user",
+        )
+    return done.stdout
+
+
+# -- which folders may go ---------------------------------------------------------------------------
+
+
+def check_push(root: Path, entries: Sequence[str]) -> None:
+    """Look whether git and ``vm_push`` let a tree go to a guest; the rest is seen when it goes.
+
+    Args:
+        root: pytest's rootdir.
+        entries: the values of ``vm_push``.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    root = Path(os.path.realpath(root))
+    inner, outside = divide_push(root, entries)
+    for entry in inner:
+        _relative(root, entry)
+    for folder in (root, *outside):
+        _is_work_tree(folder)
+
+
+def divide_push(root: Path, entries: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The entries of ``vm_push`` below `root`, and the folders elsewhere, without links.
+
+    The former are as they were written, and not checked; `_relative` does that.
+
+    Raises:
+        ConfigError: one that is elsewhere is no folder, or holds `root`.
+    """
+    root = Path(os.path.realpath(root))
+    inner: list[str] = []
+    outside: dict[Path, None] = {}
+    for entry in entries:
+        place = os.path.normpath(os.path.join(root, entry))  # noqa: PTH118  # `..`
+        if not entry or "\0" in entry or Path(place).is_relative_to(root):
+            inner.append(entry)
+            continue
+        folder = Path(os.path.realpath(root / entry))
+        if not folder.is_dir():
+            raise ConfigError(
+                f"vm_push: {entry!r} is no folder of this machine",
+                remedy="outside of the rootdir, vm_push takes folders only",
+            )
+        if root.is_relative_to(folder):
+            raise ConfigError(
+                f"vm_push: {entry!r} holds the rootdir, {root}",
+                remedy="name a folder beside the rootdir",
+            )
+        outside[folder] = None
+    return inner, list(outside)
+
+
+def _relative(root: Path, entry: str) -> str:
+    """An entry of ``vm_push`` as a path of the tree at `root`; empty for the root itself.
+
+    Raises:
+        ConfigError: it does not exist, leads out of the root or through a link, or is git's.
+    """
+    remedy = "vm_push takes files and folders, relative to the rootdir"
+    pure = PurePosixPath(entry)
+    if not entry or "\0" in entry or pure.is_absolute() or ".." in pure.parts:
+        raise ConfigError(f"vm_push: {entry!r} leads out of {root}", remedy=remedy)
+    if ".git" in pure.parts:
+        raise ConfigError(f"vm_push: {entry!r} is git's own; it never goes to a guest")
+    place = root / pure
+    if not os.path.lexists(place):
+        raise ConfigError(f"vm_push: there is no {entry!r} in {root}", remedy=remedy)
+    if pure.parts and Path(os.path.realpath(place.parent)) != place.parent:
+        raise ConfigError(f"vm_push: {entry!r} leads through a symbolic link", remedy=remedy)
+    return "" if not pure.parts else str(pure)
+
+
+def _check_root(root: Path) -> None:
+    """Refuse a folder, named without links, that is no project.
+
+    Raises:
+        ConfigError: it is missing, a home folder, or holds one.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"{root} is not a folder of this machine")
+    for home in _homes():
+        if root == home or root in home.parents:
+            what = "is a home folder" if root == home else f"holds the home folder {home}"
+            raise ConfigError(
+                f"{root} {what}: it is not pushed to a guest",
+                remedy="start in the project's folder, or name it with --rootdir",
+            )
+
+
+def _homes() -> set[Path]:
+    """The home folders of this machine's people, without links."""
+    homes = {os.environ.get("HOME", "/")}
+    try:
+        homes.add(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        pass  # a container may run as a user without a name
+    for user in pwd.getpwall():
+        if user.pw_uid == 0 or _FIRST_PERSON <= user.pw_uid < _NOBODY:
+            homes.add(user.pw_dir)
+    return {Path(os.path.realpath(home)) for home in homes if home.startswith("/")} | {Path("/")}

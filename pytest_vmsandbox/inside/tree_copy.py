@@ -1,27 +1,57 @@
-"""The copy of a tree in a guest: how it gets there, and what has changed in it since."""
+"""The copy of a tree in a guest: how it gets there, and how what has changed in it comes back.
+
+The guest is not trusted. Nothing is written outside the project's folder or through a symbolic
+link, nothing that git, Python or pytest would read as code unless its exact name was given, and
+nothing without a limit.
+"""
 
 from __future__ import annotations
 
+import enum
 import gzip
+import io
 import os
 import re
+import secrets
 import stat
 import tarfile
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
-from pytest_vmsandbox.core.errors import CommandError, TransferError
+from pytest_vmsandbox.cache.files import locked
+from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.archive import extract
 from pytest_vmsandbox.guests.transfer import Streamer
-from pytest_vmsandbox.inside.tree import Tree, TreeEntry, shown
+from pytest_vmsandbox.inside.tree import Tree, TreeEntry, is_cache, shown
 
 _MAX_LISTING = 64 * MIB
 _FORMAT = r"%y\0%s\0%T@\0%P\0"  # of GNU find; `_RECORD` reads it
 _RECORD = re.compile(rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0([^\0]*)\0")
+
+MAX_FILES = 20_000  # of one guest
+MAX_FILE = 64 * MIB
+MAX_TOTAL = 256 * MIB  # of one guest
+_PER_FILE = 8_192  # bytes that an archive may have for a file beside its content and its name
+
+_CODE_SUFFIXES = frozenset(
+    {".py", ".pyc", ".pyd", ".pyi", ".pyo", ".pyw", ".pyx", ".pth", ".so", ".egg-link"}
+)
+# What is read at the start of pytest, of a tool that it loads, or of Python.
+_CODE_NAMES = frozenset(
+    {
+        *("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml"),
+        *("tox.ini", "setup.cfg", ".coveragerc", "pyvenv.cfg"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +67,53 @@ class Changes:
     removed: tuple[str, ...]
 
 
+class Outcome(enum.Enum):
+    """What became of a file that a guest has written or removed."""
+
+    BROUGHT = "brought"
+    LEFT = "left"  # nobody has asked for it
+    DIFFERENT = "different"  # somebody else has written another content here meanwhile
+    IS_CODE = "code"
+    TOO_LARGE = "large"
+    UNWRITABLE = "unwritable"  # here; the reason follows the path, in parentheses
+    IN_THE_WAY = "way"  # here is a link, or something else that is no file
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Which files come back.
+
+    Args:
+        globs: matched against paths relative to the project's folder. ``*`` matches ``/``, too, and
+            a folder stands for all that is in it. The last one that fits decides; ``!`` in front
+            of it says that the file stays in the guest, and that nobody needs to be told.
+
+    Raises:
+        ConfigError: one of them leads out of the project, or into git's folder.
+    """
+
+    globs: Sequence[str]
+
+    def __post_init__(self) -> None:
+        for glob in self.globs:
+            pure = PurePosixPath(glob.removeprefix("!"))
+            if not pure.parts or pure.is_absolute() or ".." in pure.parts or ".git" in pure.parts:
+                raise ConfigError(
+                    f"vm_pull: {glob!r} is not allowed",
+                    remedy="name files and folders below the rootdir, relative to it",
+                )
+
+    def outcome(self, path: str) -> Outcome | None:
+        """What is to become of a file; None if it stays in the guest and nobody needs to know."""
+        for glob in reversed(self.globs):
+            if _fits(path, glob.removeprefix("!")):
+                if glob.startswith("!") or _is_of_git(path):
+                    return None
+                return Outcome.IS_CODE if _is_code(path) and glob != path else Outcome.BROUGHT
+        return None if is_cache(path) else Outcome.LEFT
+
+
 def push(stream: Streamer, tree: Tree, dest: str) -> None:
     """Copy a tree into the folder `dest` of a guest, which is made if need be.
 
@@ -46,14 +123,11 @@ def push(stream: Streamer, tree: Tree, dest: str) -> None:
     Raises:
         TransferError: the guest cannot take it; a file changes or vanishes meanwhile.
     """
-    folder = transfer.quoted(transfer.guest_path(dest))
+    transfer.guest_path(dest)  # it is one
     try:
         with transfer.written_by(partial(_pack, tree)) as archive:
-            stream(
-                f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && "
-                "tar -xpzo --warning=no-timestamp --warning=no-unknown-keyword -f -",
-                stdin=archive,
-            )
+            tar = "tar -xpzo --warning=no-timestamp --warning=no-unknown-keyword -f -"
+            stream(_script(dest, tar), stdin=archive)
     except CommandError as error:
         raise transfer.refused(f"{tree.root} could not be pushed to {dest}", error) from error
 
@@ -83,7 +157,95 @@ def _version(entry: TreeEntry | None) -> object:
     return entry and (entry.kind, entry.size, entry.mtime_ns // 1000)
 
 
+def bring_back(
+    stream: Streamer, tree: Tree, dest: str, *, patterns: Patterns, since: float
+) -> dict[Outcome, list[str]]:
+    """Bring back what has been written in a guest's copy of the tree, as far as it is wanted.
+
+    A file here that somebody has written since the guest got its copy, or since the run began, is
+    left as it is, unless the guest's has the same content.
+
+    Args:
+        stream: runs scripts in the guest.
+        tree: what went there.
+        dest: the folder in the guest that it went to.
+        patterns: what is wanted.
+        since: when the run began, seconds since the epoch.
+
+    Returns:
+        The paths of files, by what became of them.
+
+    Raises:
+        TransferError: the guest does not tell what it has, or does not hand it out.
+    """
+    changed = changes(stream, tree, dest)
+    found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    wanted: dict[str, TreeEntry] = {}
+    total = 0
+    for path, entry in sorted(changed.written.items()):
+        outcome = patterns.outcome(path)
+        if outcome is Outcome.BROUGHT:
+            total += entry.size
+            if entry.size > MAX_FILE or total > MAX_TOTAL or len(wanted) >= MAX_FILES:
+                outcome = Outcome.TOO_LARGE
+            else:
+                wanted[path] = entry
+                continue
+        if outcome is not None:
+            found[outcome].append(path)
+    for path in changed.removed:
+        if patterns.outcome(path) in (Outcome.BROUGHT, Outcome.IS_CODE):
+            found[Outcome.REMOVED].append(path)
+    if wanted:
+        with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
+            _fetch(stream, dest, wanted, Path(scratch))
+            with locked(tree.root, on_busy=lambda: None):  # other workers of xdist write here, too
+                for path in wanted:
+                    try:
+                        if outcome := _put(path, Path(scratch), tree, since):
+                            found[outcome].append(path)
+                    except OSError as error:  # others may be written nevertheless
+                        found[Outcome.UNWRITABLE].append(f"{path} ({error.strerror})")
+    return found
+
+
 # -- what the guest has -------------------------------------------------------------------------
+
+
+def _script(dest: str, command: str) -> str:
+    """A script that runs a command in a folder of the guest, which is made if need be."""
+    folder = transfer.quoted(dest)
+    return f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && {command}"
+
+
+def _receive(
+    stream: Streamer, script: str, stdin: IO[bytes] | None, file: IO[bytes], limit: int, what: str
+) -> None:
+    """Write into a file what a script says about a folder of the guest.
+
+    Args:
+        limit: bytes; what is more than that is an error.
+        what: the first line of an error.
+
+    Raises:
+        TransferError: it says too much, or fails.
+    """
+
+    def take(data: bytes) -> None:
+        if file.tell() + len(data) > limit:
+            raise TransferError(
+                what,
+                details=f"the guest sent more than {limit} bytes",
+                remedy="there is far more than the project in that folder, or a file there grows",
+            )
+        file.write(data)
+
+    try:
+        stream(script, stdin=stdin, stdout=take)
+    except CommandError as error:
+        # With 1, find and tar say that they could not read all: what they saw is right.
+        if error.result.returncode != 1 or not file.tell():
+            raise transfer.refused(what, error) from error
 
 
 def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
@@ -92,27 +254,10 @@ def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
     Raises:
         TransferError: the guest cannot tell, or what it tells cannot be.
     """
-    folder = transfer.quoted(dest)
-    listing = bytearray()
-
-    def collect(data: bytes) -> None:
-        listing.extend(data)
-        if len(listing) > _MAX_LISTING:
-            raise TransferError(
-                f"the guest's listing of {dest} has more than {_MAX_LISTING // MIB} MiB",
-                remedy="there is far more than the project in that folder",
-            )
-
-    script = (
-        f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && find . -printf '{_FORMAT}'"
-    )
-    try:
-        stream(script, stdout=collect)
-    except CommandError as error:
-        # With 1, find says that it could not look everywhere: what it saw is right.
-        if error.result.returncode != 1 or not listing:
-            raise transfer.refused(f"the guest cannot list its folder {dest}", error) from error
-    return _parsed(bytes(listing), dest)
+    listing, script = io.BytesIO(), _script(dest, f"find . -printf '{_FORMAT}'")
+    what = f"the guest cannot list its folder {dest}"
+    _receive(stream, script, None, listing, _MAX_LISTING, what)
+    return _parsed(listing.getvalue(), dest)
 
 
 def _parsed(listing: bytes, dest: str) -> dict[str, TreeEntry]:
@@ -204,3 +349,147 @@ def _stamp(member: tarfile.TarInfo, mtime_ns: int) -> None:
     seconds, nanoseconds = divmod(mtime_ns, 1_000_000_000)
     member.mtime = seconds
     member.pax_headers = {"mtime": f"{seconds}.{nanoseconds:09}"}
+
+
+# -- the way back -------------------------------------------------------------------------------
+
+
+def _fits(path: str, glob: str) -> bool:
+    """Whether a path, or a folder that it is in, is one that a glob names."""
+    glob = glob.rstrip("/")
+    return path == glob or any(
+        fnmatchcase(name, pattern)
+        for name in (path, f"/{path}")  # «**/x» is also «x»
+        for pattern in (glob, f"{glob}/*")
+    )
+
+
+def _is_of_git(path: str) -> bool:
+    """Also where a file system does not tell capital letters from small ones."""
+    return ".git" in path.casefold().split("/")
+
+
+def _is_code(path: str) -> bool:
+    name = PurePosixPath(path.casefold())
+    is_for_git = any(part.startswith(".git") for part in name.parts)
+    return is_for_git or name.suffix in _CODE_SUFFIXES or name.name in _CODE_NAMES
+
+
+def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch: Path) -> None:
+    """Copy files of the guest's folder `dest` into the empty folder `scratch`.
+
+    Raises:
+        TransferError: it does not hand them out, or sends more than it has announced.
+    """
+    names = [os.fsencode(path) for path in wanted]
+    limit = sum(entry.size for entry in wanted.values()) + sum(map(len, names))
+    limit += _PER_FILE * (len(names) + 2)
+    listed = io.BytesIO(b"".join(b"./%s\0" % name for name in names))
+    tar = "tar --null --no-recursion --hard-dereference --ignore-failed-read -cf - -T -"
+    what = f"what tests have written in {dest} could not be brought back"
+    with tempfile.TemporaryFile() as archive:
+        _receive(stream, _script(dest, tar), listed, archive, limit, what)
+        archive.seek(0)
+        try:
+            extract(cast("IO[bytes]", archive), scratch)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise TransferError(what, details=f"the guest's archive: {error}") from error
+
+
+def _put(path: str, scratch: Path, tree: Tree, since: float) -> Outcome | None:
+    """Write one file of `scratch` into the tree; None if it is there already.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = _content(scratch, path, MAX_FILE)
+    if content is None:  # gone in the guest since it was listed, or no file any more
+        return None
+    *folders, name = path.split("/")
+    try:
+        with _folder(tree.root, folders, make=True) as folder:
+            here = _status(folder, name)
+            if here is not None and not stat.S_ISREG(here.st_mode):
+                return Outcome.IN_THE_WAY
+            if here is not None and _content(tree.root, path, len(content)) == content:
+                return None
+            if _is_written_by_others(here, tree.entries.get(path), since):
+                return Outcome.DIFFERENT
+            _write(folder, name, content, here)
+    except NotADirectoryError:
+        return Outcome.IN_THE_WAY
+    return Outcome.BROUGHT
+
+
+@contextmanager
+def _folder(root: Path, names: Iterable[str], *, make: bool = False) -> Iterator[int]:
+    """A descriptor of a folder below `root`, to which no link leads.
+
+    Raises:
+        NotADirectoryError: there is something else, or a link.
+        FileNotFoundError: it is missing, and is not to be made.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(root, flags)
+    try:
+        for name in names:
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _content(root: Path, path: str, most: int) -> bytes | None:
+    """The content of a file below `root`; None if there is none, no link leads to it, or it is longer."""
+    *folders, name = path.split("/")
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with suppress(OSError), _folder(root, folders) as folder:
+        descriptor = os.open(name, flags, dir_fd=folder)
+        with open(descriptor, "rb") as file:  # noqa: PTH123  # a descriptor
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                content = file.read(most + 1)
+                return content if len(content) <= most else None
+    return None
+
+
+def _status(folder: int, name: str) -> os.stat_result | None:
+    with suppress(FileNotFoundError):
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return None
+
+
+def _is_written_by_others(
+    here: os.stat_result | None, pushed: TreeEntry | None, since: float
+) -> bool:
+    """Whether somebody has written, made or removed a file here that the guest has not seen."""
+    if here is None:
+        return pushed is not None
+    if pushed is not None and (here.st_size, here.st_mtime_ns) == (pushed.size, pushed.mtime_ns):
+        return False
+    return here.st_ctime >= since
+
+
+def _write(folder: int, name: str, content: bytes, former: os.stat_result | None) -> None:
+    """Write a file beside its place, and rename it: nobody sees half of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    scratch = f".vmsandbox-{secrets.token_hex(8)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(scratch, flags, 0o666, dir_fd=folder)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123  # a descriptor
+            if former is not None:
+                os.fchmod(descriptor, stat.S_IMODE(former.st_mode) & 0o777)
+            file.write(content)
+        os.rename(scratch, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(scratch, dir_fd=folder)
+        raise

@@ -222,9 +222,9 @@ def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
         try:
             pulling.patterns(run.config)
             if not run.config.getoption("collectonly"):
-                from pytest_vmsandbox.inside import pushable
+                from pytest_vmsandbox.inside.tree import check_push
 
-                pushable.check(run.config.rootpath, options.entries(run.config, "vm_push"))
+                check_push(run.config.rootpath, options.entries(run.config, "vm_push"))
         except ConfigError as error:
             run.usage_errors.append(str(error))
         for about in _without_effect(run.config, inside):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import entry_points, packages_distributions
@@ -68,38 +68,31 @@ _RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no worke
 _ONLY_HERE = HOST_ONLY | LEFT_OUT
 
 
-def options(config: pytest.Config, translate: Callable[[str], str]) -> dict[str, object]:
+def options(
+    config: pytest.Config, translate: Callable[[str], str]
+) -> tuple[dict[str, object], list[str]]:
     """The options that pytest's core, the project's conftest files and plugins have: name → value.
 
     Args:
         translate: from a path of this machine to the guest's, where it is one of the project.
+
+    Returns:
+        Those, and what was set to a value that cannot be told: the guest has its own default there.
     """
-    found: dict[str, object] = dict(_SILENCED)
-    for name, value in _options(config):
-        with suppress(TypeError):
-            found[name] = _packed(value, translate)
-    if beside.benchmarks_are_off(config):  # xdist does that
-        found["benchmark_disable"] = True
-    return found
-
-
-def lost_options(config: pytest.Config) -> list[str]:
-    """What was set, and has a value that cannot be told: the guest has its own default there."""
     parser = getattr(config._parser, "optparser", None)  # noqa: SLF001  # pytest has no list
+    found: dict[str, object] = dict(_SILENCED)
     lost = []
-    for name, value in _options(config):
+    for name, value in vars(config.option).items():
+        if name in _OURS_OPTIONS or name.startswith("vm_"):
+            continue
         try:
-            _packed(value, str)
+            found[name] = _packed(value, translate)
         except TypeError:
             if parser is not None and value is not parser.get_default(name):
                 lost.append(f"{name}={value!r}")
-    return lost
-
-
-def _options(config: pytest.Config) -> Iterator[tuple[str, object]]:
-    for name, value in vars(config.option).items():
-        if name not in _OURS_OPTIONS and not name.startswith("vm_"):
-            yield name, value
+    if beside.benchmarks_are_off(config):  # xdist does that
+        found["benchmark_disable"] = True
+    return found, lost
 
 
 def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[str]:
@@ -135,7 +128,9 @@ def ini(config: pytest.Config, translate: Callable[[str], str]) -> list[tuple[li
     for key, called in sorted(names.items()):
         if key in _OURS_INI or key.startswith(_OURS_INI_FAMILIES):
             continue
-        value, (_, _, default) = _value(config, key), parser._inidict[key]  # noqa: SLF001
+        value, (_, _, default) = config.getini(key), parser._inidict[key]  # noqa: SLF001
+        if value is None and key.startswith("strict_"):  # those follow from ``strict``
+            value = config.getini("strict") or None
         # Lines that plugins add do not make a key set. A guest lacks some of those plugins, and
         # would warn of their markers.
         if value is not default or not written.isdisjoint(called) or key == "markers":
@@ -194,10 +189,8 @@ def translator(places: Mapping[str, str]) -> Callable[[str], str]:
 
     def translate(text: str) -> str:
         for here, there in places.items():
-            if text == here:
-                return there
-            if text.startswith(f"{here}/"):
-                return str(PurePosixPath(there, text.removeprefix(f"{here}/")))
+            if f"{text}/".startswith(f"{here}/"):
+                return str(PurePosixPath(there, text[len(here) + 1 :]))
         return text
 
     return translate
@@ -217,7 +210,7 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
         Those of the command line, and all others. pytest leaves out the former so early that their
         options do not exist, but not the latter.
     """
-    stay = {*_host_only(), *_OURS_PLUGINS}
+    stay = {*_host_only(), *_OURS_PLUGINS, *only_here(config)}
     if hasattr(config, "workerinput"):
         stay.add("terminal")  # no worker of xdist has one
     words = config.invocation_params.args
@@ -226,38 +219,31 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
     found: tuple[list[str], list[str]] = ([], [])
     for name in _asked_for(config):
         bare = name.removeprefix("no:")
-        if (
-            bare not in stay
-            and not bare.startswith("vmsandbox")
-            and not _is_only_here(config, name)
-        ):
+        if bare not in stay and not bare.startswith("vmsandbox"):
             found[name not in typed].append(name)
     return found
 
 
 def only_here(config: pytest.Config) -> list[str]:
-    """The plugins, named for this run, that no guest can have; those of ours do not count."""
-    return [
-        name
-        for name in dict.fromkeys(_asked_for(config))
-        if not name.startswith("vmsandbox") and _is_only_here(config, name)
-    ]
+    """The plugins, named for this run, that no guest can have; those of ours do not count.
+
+    They are neither in the project, nor installed, nor pytest's: an editor's, for instance.
+    """
+    found = []
+    for name in dict.fromkeys(_asked_for(config)):
+        plugin = config.pluginmanager.get_plugin(name)
+        file = getattr(plugin, "__file__", None)
+        if name.startswith("vmsandbox") or not file or Path(file).is_relative_to(config.rootpath):
+            continue
+        if getattr(plugin, "__name__", "").partition(".")[0] not in _installed():
+            found.append(name)
+    return found
 
 
 def _asked_for(config: pytest.Config) -> list[str]:
     """The plugins, or ``no:NAME``, of the command line, and of the environment."""
     of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
     return [name for name in (*config.option.plugins, *of_environment) if name]
-
-
-def _is_only_here(config: pytest.Config, name: str) -> bool:
-    """Whether a plugin is neither in the project, nor installed, nor pytest's: an editor's, for instance."""
-    plugin = config.pluginmanager.get_plugin(name)
-    file = getattr(plugin, "__file__", None)
-    if plugin is None or file is None or Path(file).is_relative_to(config.rootpath):
-        return False
-    top: str = plugin.__name__.partition(".")[0]
-    return top not in _installed()
 
 
 @cache  # reading what is installed takes long, and each guest asks
@@ -289,23 +275,14 @@ def _written(config: pytest.Config) -> set[str]:
     return {*in_file, *(text.partition("=")[0] for text in config.option.override_ini or ())}
 
 
-def _value(config: pytest.Config, key: str) -> Any:
-    """What counts for an ini key. Those of strictness follow from ``strict`` if they are not set."""
-    value = config.getini(key)
-    if value is None and key.startswith("strict_"):
-        return config.getini("strict") or None
-    return value
-
-
 def _packed(value: Any, translate: Callable[[str], str]) -> Any:
     """A value as JSON has it; the runner's `unpacked` is the way back.
 
     Raises:
         TypeError: JSON has no such value.
     """
-    if (
-        type(value) is str
-    ):  # and no enumeration that is one, too: its members are compared by identity
+    # An enumeration's member that is a string, too, is compared by identity.
+    if type(value) is str:
         return translate(value)
     if value is None or type(value) in {bool, int, float}:
         return value

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import CodeType, TracebackType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import pluggy
 import pytest
+from pluggy import HookCaller, HookImpl, PluggyTeardownRaisedWarning
 
 from pytest_vmsandbox.plugin.reporting import report_without_plugins
 
 if TYPE_CHECKING:
-    from pluggy import HookCaller, HookImpl
-
     from pytest_vmsandbox.plugin.run import Run
 
 ENDING: tuple[type[BaseException], ...] = (
@@ -67,55 +63,48 @@ class Hooks:
             hook: one of ``item.ihook`` or ``config.hook``.
         """
         self._reached.called = False
-        try:
-            with _told_by_us():
-                if hook.is_historic():
-                    hook.call_historic(kwargs=arguments)
-                else:
-                    hook(**arguments)
-        except ENDING:
-            raise
-        except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
-            self._run.failed = True  # something may have been lost
-            tell(self._run, hook.name, error)
-            if left := self._not_reached(hook.get_hookimpls(), error):
-                keep = {id(impl.plugin) for impl in left} | {id(self._reached)}
-                others = [
-                    plugin for plugin in self._manager.get_plugins() if id(plugin) not in keep
-                ]
-                self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
+        _, error = self._call(hook, arguments)
+        if error is None:
+            return
+        self._run.failed = True  # something may have been lost
+        if left := self._not_reached(hook.get_hookimpls(), error):
+            keep = [self._reached, *(impl.plugin for impl in left)]
+            others = [plugin for plugin in self._manager.get_plugins() if plugin not in keep]
+            self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
 
     def make_report(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
-        """The report that plugins make of a phase which ran here; one without them if they make none."""
-        try:
-            with _told_by_us():
-                report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        except ENDING:
-            raise
-        except BaseException as error:  # noqa: BLE001  # likewise
-            tell(self._run, "pytest_runtest_makereport", error)
-            report = None
+        """The report that plugins make of a phase which ran here; else one without them."""
+        hook = item.ihook.pytest_runtest_makereport
+        report, _ = self._call(hook, {"item": item, "call": call})
         if isinstance(report, pytest.TestReport):
             return report
         return report_without_plugins(item, call)
 
+    def _call(self, hook: Any, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
+        """The result of a hook, or what it raises, which is told."""
+        try:
+            with warnings.catch_warnings():
+                # `tell` says so, once.
+                warnings.simplefilter("ignore", PluggyTeardownRaisedWarning)
+                if hook.is_historic():
+                    hook.call_historic(kwargs=arguments)
+                    return None, None
+                return hook(**arguments), None
+        except ENDING:
+            raise
+        except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
+            tell(self._run, hook.name, error)
+            return None, error
+
     def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:
         """The implementations that a hook's call had not come to when one raised."""
-        order = [impl for impl in reversed(impls) if not _is_wrapper(impl)]
-        raised = _last_of(error.__traceback__, [_code(impl) for impl in order])
+        order = [impl for impl in reversed(impls) if not (impl.wrapper or impl.hookwrapper)]
+        raised = _guilty(error, order)
         if raised is not None:
             return order[raised + 1 :]
         # A wrapper has raised: before all of them, or after its yield, when all had been called.
         is_before = not self._reached.called and len(order) < len(impls)
         return order if is_before else []
-
-
-@contextmanager
-def _told_by_us() -> Iterator[None]:
-    """While pluggy does not warn of a hook that raises: `tell` says so, once."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", pluggy.PluggyTeardownRaisedWarning)
-        yield
 
 
 def tell(run: Run, name: str, error: BaseException) -> None:
@@ -147,7 +136,7 @@ def result_of_others(
         run.failed = True
         tell(run, hook.name, error)
         impls = [impl for impl in hook.get_hookimpls() if impl.plugin not in left_out]
-        guilty = _last_of(error.__traceback__, [_code(impl) for impl in impls])
+        guilty = _guilty(error, impls)
         if guilty is None:
             raise error
         left_out.append(impls[guilty].plugin)
@@ -158,17 +147,10 @@ def result_of_others(
             error = another
 
 
-def _is_wrapper(impl: HookImpl) -> bool:
-    return impl.wrapper or impl.hookwrapper
-
-
-def _code(impl: HookImpl) -> CodeType | None:
-    return getattr(impl.function, "__code__", None)
-
-
-def _last_of(trace: TracebackType | None, codes: list[CodeType | None]) -> int | None:
-    """The place in `codes` of the innermost frame that runs one of them; None if none does."""
-    frames = traceback.walk_tb(trace)
+def _guilty(error: BaseException, impls: list[HookImpl]) -> int | None:
+    """The place in `impls` of the one that has raised an error; None if none has."""
+    codes = [getattr(impl.function, "__code__", None) for impl in impls]
+    frames = traceback.walk_tb(error.__traceback__)
     found = [codes.index(frame.f_code) for frame, _ in frames if frame.f_code in codes]
     return found[-1] if found else None
 

@@ -184,7 +184,7 @@ class Provisioner:
             self._run.tell(
                 f"the plugin {name} stays on this side: it is neither in the project nor installed"
             )
-        if lost := guest_config.lost_options(config):
+        if lost := guest_config.options(config, str)[1]:
             self._run.tell_problem(
                 f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
             )
@@ -269,7 +269,7 @@ class Provisioner:
             ],
             "wanted": options.entries(config, "vm_guest_plugins"),
             "plugins": guest_config.plugins(config),
-            "options": {**guest_config.options(config, translate), "allure_report_dir": results},
+            "options": {**guest_config.options(config, translate)[0], "allure_report_dir": results},
             "ini": [(["cache_dir"], f"{install.BASE}/cache"), *guest_config.ini(config, translate)],
             "fixtures": guest_config.fixtures(config),
             "path": list(installed.path),

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.inside.harvest import Outcome, Patterns
     from pytest_vmsandbox.inside.tree import Tree
+    from pytest_vmsandbox.inside.tree_copy import Outcome, Patterns
     from pytest_vmsandbox.plugin.run import Run
 
 Found = defaultdict[str, dict[str, None]]
@@ -25,9 +25,9 @@ Found = defaultdict[str, dict[str, None]]
 _KNOWN = ("**/__snapshots__", "!**/__snapshots__/*.lock", "**/cassettes", ".hypothesis/examples")
 # Likewise, where a plugin with that name is loaded: the names of its files are less telling.
 _KNOWN_OF = {
-    "regressions": ("**/test_*/test_*",),
-    "datadir": ("**/test_*/test_*",),  # pytest-regressions' files are of that plugin
-    "snapshot": ("**/snapshots",),
+    "regressions": "**/test_*/test_*",
+    "datadir": "**/test_*/test_*",  # pytest-regressions' files are of that plugin
+    "snapshot": "**/snapshots",
 }
 _MOST_NAMES = 5  # in one line
 _MOST_KEPT = 10_000  # of one kind
@@ -56,14 +56,10 @@ def patterns(config: pytest.Config) -> Patterns:
     Raises:
         ConfigError: a pattern of the ini key is not allowed.
     """
-    from pytest_vmsandbox.inside.harvest import Patterns
+    from pytest_vmsandbox.inside.tree_copy import Patterns
 
-    of_plugins = [
-        glob
-        for plugin, globs in _KNOWN_OF.items()
-        if config.pluginmanager.has_plugin(plugin)
-        for glob in globs
-    ]
+    is_loaded = config.pluginmanager.has_plugin
+    of_plugins = [glob for plugin, glob in _KNOWN_OF.items() if is_loaded(plugin)]
     return Patterns([*_KNOWN, *of_plugins, *options.entries(config, "vm_pull")])
 
 
@@ -74,9 +70,8 @@ def spare_unused(run: Run, inside: Sequence[pytest.Item]) -> None:
     not selected here, or run in another guest.
     """
     option = run.config.option
-    if not run.config.pluginmanager.has_plugin("syrupy") or not any(
-        "snapshot" in getattr(item, "fixturenames", ()) for item in inside
-    ):
+    is_used = any("snapshot" in getattr(item, "fixturenames", ()) for item in inside)
+    if not is_used or not run.config.pluginmanager.has_plugin("syrupy"):
         return
     run.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
     if hasattr(option, "disable_unused_snapshots"):
@@ -99,18 +94,14 @@ def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outco
         tree: what went there.
 
     Raises:
-        VMSandboxError: see `inside.harvest.bring_back`.
+        VMSandboxError: see `inside.tree_copy.bring_back`.
     """
-    from pytest_vmsandbox.inside import harvest
+    from pytest_vmsandbox.inside import tree_copy
 
-    found = harvest.bring_back(
-        guest.engine.stream_script,
-        tree,
-        folder,
-        patterns=patterns(run.config),
-        since=run.begun,
+    found = tree_copy.bring_back(
+        guest.engine.stream_script, tree, folder, patterns=patterns(run.config), since=run.begun
     )
-    run.failed |= bool(found[harvest.Outcome.UNWRITABLE])
+    run.failed |= bool(found[tree_copy.Outcome.UNWRITABLE])
     return found
 
 
@@ -119,7 +110,9 @@ def note(found: Found, kind: str, names: Iterable[str]) -> None:
     kept = found[kind]
     for name in names:
         if len(kept) < _MOST_KEPT:
-            kept[_shown(name)] = None  # xdist sends no half characters
+            # xdist sends no half characters.
+            text = printable(name.encode(errors="replace").decode())
+            kept[text.replace("\n", " ").replace("\t", " ")] = None
 
 
 def lines(found: Found) -> Iterator[str]:
@@ -133,7 +126,3 @@ def lines(found: Found) -> Iterator[str]:
                 names=", ".join([*some, *more]),
                 patterns=" ".join([*map(shlex.quote, some), *(["…"] if more else [])]),
             )
-
-
-def _shown(name: str) -> str:
-    return printable(name.encode(errors="replace").decode()).replace("\n", " ").replace("\t", " ")

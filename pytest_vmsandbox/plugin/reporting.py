@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,17 +75,14 @@ def _told_once(
 def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     """The report of a phase, made by nobody but pytest and us."""
     only_text = before_report(item, call)
-    return after_report(item, call, _plain_report(item, call), only_text=only_text)
-
-
-def _plain_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
     report: pytest.TestReport | None = None
-    with suppress(Exception):  # the item's class may be a plugin's and not know this error
+    # The item's class may be a plugin's and not know this error.
+    with contextlib.suppress(Exception):
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
         assert call.excinfo is not None
-        return bare_report(item, call.when, "failed", call.excinfo.getrepr(style="no"))
-    return report
+        report = bare_report(item, call.when, "failed", call.excinfo.getrepr(style="no"))
+    return after_report(item, call, report, only_text=only_text)
 
 
 def bare_report(item: pytest.Item, when: Any, outcome: Any, longrepr: Any) -> pytest.TestReport:

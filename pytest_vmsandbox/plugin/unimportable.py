@@ -7,7 +7,7 @@ reported by that item.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -51,12 +51,8 @@ def stand_in(
 ) -> pytest.CollectReport:
     """A file's report; one with items for the guest instead of its failure, where that helps."""
     config = collector.config
-    if (
-        report.passed
-        or not isinstance(collector, pytest.Module)
-        or config.option.collectonly
-        or not options.inside(config)
-    ):
+    is_here = report.passed or config.option.collectonly or not options.inside(config)
+    if is_here or not isinstance(collector, pytest.Module):
         return report
     try:
         images = run.images()
@@ -85,38 +81,33 @@ def replace(
 
 def _collected(
     run: Run, item: pytest.Item, collected: Callable[[pytest.Item], Collected]
-) -> Iterator[pytest.Item]:
+) -> Sequence[pytest.Item]:
     if not isinstance(item, RemoteItem):
-        yield item
-        return
+        return [item]
     try:
         found = collected(item)
     except (VMSandboxError, pytest.skip.Exception):  # by --vm-missing=skip
-        yield item  # it tells so when it is run
-        return
+        return [item]  # it tells so when it is run
     plan = plan_of(item)
     assert item.parent is not None
-    plains = [nodeid for nodeid in found.items if nodeid.partition("::")[0] == plan.plain]
-    for plain in plains:
-        one = RemoteItem.of(run, item.parent, image=plan.image, plain=plain)
-        _describe(one, found.details.get(plain))
-        yield one
-    if not plains:
-        yield item
+    tests = []
+    for plain in found.items:
+        if plain.partition("::")[0] == plan.plain:
+            test = RemoteItem.of(run, item.parent, image=plan.image, plain=plain)
+            _describe(test, found.details.get(plain))
+            tests.append(test)
+    return tests or [item]
 
 
 def _describe(item: RemoteItem, details: Any) -> None:
     """Give a test the place, the keywords and the marks that the guest has told of."""
-    try:
+    with suppress(TypeError, ValueError):  # it is run all the same
         (_, line, _), keywords, marks = details
         if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
         item.extra_keyword_matches.update(map(str, keywords))
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
-                with suppress(
-                    pytest.fail.Exception
-                ):  # it is none of this side's, and those are strict
+                # If it is none of this side's, those may be strict.
+                with suppress(pytest.fail.Exception):
                     item.add_marker(mark)
-    except (TypeError, ValueError):
-        return  # it is run all the same

@@ -10,8 +10,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import TransferError
 from pytest_vmsandbox.inside import environment
-from pytest_vmsandbox.inside.environment import prepare
-from pytest_vmsandbox.inside.guest_python import GuestPython
+from pytest_vmsandbox.inside.environment import GuestPython, prepare
 from pytest_vmsandbox.inside.requirements import Requirements
 
 NEW = GuestPython(version=(3, 13, 5), machine="x86_64", libc=(2, 41))
@@ -19,13 +18,13 @@ OLD = GuestPython(version=(3, 9, 2), machine="aarch64", libc=(2, 31))
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     with ExitStack() as stack:
 
         def make(requirements, python=NEW, *, offline=False):
-            cache = tmp_path / "cache"
             return stack.enter_context(
-                prepare(requirements, python, cache=cache, offline=offline, say=lambda _: None)
+                prepare(requirements, python, offline=offline, say=lambda _: None)
             )
 
         yield make
@@ -37,7 +36,7 @@ def wanted(root: Path, *lines: str, preferred=(), dropped=()) -> Requirements:
 
 
 def versions(made) -> dict[str, str]:
-    found = importlib.metadata.distributions(path=[str(made.site_packages)])
+    found = importlib.metadata.distributions(path=[str(made.folder / "site-packages")])
     return {it.name.lower(): it.version for it in found}
 
 
@@ -46,9 +45,11 @@ def test_an_old_python_gets_the_backports(make, tmp_path):
     found = versions(made)
     assert found["pytest"].startswith("8.4.")
     assert {"exceptiongroup", "tomli", "typing_extensions"} <= {*found}
-    assert (made.scripts / "pytest").read_text().startswith("#!/opt/vmsandbox/env/bin/python\n")
-    assert not (made.site_packages / "bin").exists()
-    assert not (made.site_packages / ".lock").exists()
+    assert (
+        (made.folder / "bin" / "pytest").read_text().startswith("#!/opt/vmsandbox/env/bin/python\n")
+    )
+    assert not (made.folder / "site-packages" / "bin").exists()
+    assert not (made.folder / "site-packages" / ".lock").exists()
 
 
 def test_preferences_are_kept_where_they_can_be(make, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from uv import find_uv_bin
 
-from pytest_vmsandbox.inside.guest_python import OLDEST_PYTHON, parse_probe
+from pytest_vmsandbox.inside.environment import OLDEST_PYTHON, parse_probe
 from pytest_vmsandbox.inside.install import RUNNER
 from support.inside import Suite
 
@@ -104,7 +104,7 @@ def test_runner(python, version, tmp_path_factory, monkeypatch):
         [python, "-I", "-S", "-W", "error", "-"],
         input=(RUNNER / "probe.py").read_text(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "{}.{}".format(*parse_probe(done.stdout)["version"]) == version
+    assert "{}.{}".format(*parse_probe(done.stdout)[0].version) == version
 
     suite = Suite(tmp_path_factory.mktemp("s"))
     (suite.path / "pytest.ini").write_text(f"[pytest]\nvm_env = WANTED={version}\n")

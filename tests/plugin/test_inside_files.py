@@ -295,9 +295,9 @@ def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
 def test_what_cannot_be_written_here_fails_the_run(suite):
     suite.write("test_it.py", WRITES.replace("one.ambr", "a"))
     (suite.folder / "host_plugin.py").write_text(
-        "from pytest_vmsandbox.inside import harvest\n"
+        "from pytest_vmsandbox.inside import tree_copy\n"
         "def fail(*_): raise PermissionError(13, 'Permission denied')\n"
-        "harvest._write = fail\n"
+        "tree_copy._write = fail\n"
     )
     status, output = suite.run("--in-vm")
     assert status == 1, output

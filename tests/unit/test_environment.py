@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from contextlib import contextmanager
 from importlib.metadata import Distribution, version
 from itertools import pairwise
 from pathlib import Path
@@ -19,11 +20,9 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
-from pytest_vmsandbox.inside import uv as uv_module, wheels
-from pytest_vmsandbox.inside.distributions import installed
-from pytest_vmsandbox.inside.environment import Environment, prepare
-from pytest_vmsandbox.inside.guest_python import GuestPython
-from pytest_vmsandbox.inside.programs import console_scripts
+from pytest_vmsandbox.inside import distributions, environment as environment_module
+from pytest_vmsandbox.inside.distributions import console_scripts, installed
+from pytest_vmsandbox.inside.environment import GuestPython, prepare
 from pytest_vmsandbox.inside.requirements import Requirements
 from support import damage
 
@@ -81,8 +80,16 @@ class Host:
             (info / file.replace("__", ".")).write_text(text)
         return info
 
-    def mirror(self, *projects, say=pytest.fail):
-        return Requirements.of_host(Path("/p"), projects, say=say, sys_path=self.path)
+    def mirror(self, *projects, root=Path("/p"), say=pytest.fail):
+        with installed_here(*self.path):
+            return Requirements.of_host(root, projects, say=say)
+
+
+@contextmanager
+def installed_here(*folders):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributions, "installed", lambda: installed(folders))
+        yield
 
 
 class FakeUv:
@@ -117,7 +124,7 @@ def host(tmp_path):
 @pytest.fixture
 def uv(tmp_path, monkeypatch):
     uv = FakeUv(tmp_path / "fake")
-    monkeypatch.setattr(uv_module, "_find_uv", lambda: str(uv.program))
+    monkeypatch.setattr(environment_module, "_find_uv", lambda: str(uv.program))
     return uv
 
 
@@ -134,12 +141,16 @@ class Maker:
         with prepare(
             requirements,
             python,
-            cache=self.folder / "cache",
             offline=offline,
             say=self.said.append,
             tell=self.told.append,
         ) as prepared:
             return prepared
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -307,7 +318,8 @@ def root(tmp_path):
 
 
 def named(root, *entries, projects=()):
-    return Requirements.of_entries(root, entries, projects, sys_path=[])
+    with installed_here():
+        return Requirements.of_entries(root, entries, projects)
 
 
 def test_entries(root):
@@ -420,7 +432,7 @@ def test_a_guest_without_wheels(make, uv, fields, why):
 
 
 def test_an_environment_is_made_once(make, uv, tmp_path, host):
-    requirements = Requirements.of_host(tmp_path, ["me"], say=print, sys_path=host.path)
+    requirements = host.mirror("me", root=tmp_path, say=print)
     made = make(requirements)
     compiled, install = uv.calls()
     for call in (compiled, install):
@@ -433,7 +445,7 @@ def test_an_environment_is_made_once(make, uv, tmp_path, host):
     assert uv.read("preferred") == ["pluggy==1.6.0", "pytest==9.2.0"]
     assert uv.read("overrides")[0] == "me ; python_version < '3'"
     assert (made.folder / "requirements.txt").read_text().splitlines() == uv.read("preferred")
-    assert list(made.site_packages.iterdir()) == []
+    assert list((made.folder / "site-packages").iterdir()) == []
     assert make.said == ["preparing the packages for the guest's Python 3.13.5"]
     assert make(requirements) == made
     assert len(uv.calls()) == 2
@@ -480,7 +492,7 @@ def test_programs_are_the_guests(make, uv):
     )
     made = make()
     head = "#!/opt/vmsandbox/env/bin/python\n"
-    texts = {it.name: it.read_bytes() for it in made.scripts.iterdir()}
+    texts = {it.name: it.read_bytes() for it in (made.folder / "bin").iterdir()}
     assert texts.keys() == {"tool", "script", "long", "shell", "elf"}
     assert texts["tool"].decode() == (
         f"{head}import sys\nfrom tool.cli import App\n"
@@ -488,8 +500,10 @@ def test_programs_are_the_guests(make, uv):
     )
     assert texts["script"] == texts["long"] == f"{head}data()\n".encode()
     assert (texts["shell"], texts["elf"]) == (b"#!/bin/sh\necho\n", b"\x7fELFpython")
-    assert {it.stat().st_mode & 0o777 for it in made.scripts.iterdir()} == {0o755}
-    assert sorted(it.name for it in made.site_packages.iterdir()) == ["tool-1.dist-info"]
+    assert {it.stat().st_mode & 0o777 for it in (made.folder / "bin").iterdir()} == {0o755}
+    assert sorted(it.name for it in (made.folder / "site-packages").iterdir()) == [
+        "tool-1.dist-info"
+    ]
 
 
 def test_a_generated_program_runs(tmp_path):
@@ -540,13 +554,13 @@ def test_use_keeps_an_environment(make, room_for_two, tmp_path):
 def test_another_run_makes_room_meanwhile(make, uv, tmp_path, monkeypatch):
     """It is held while it is looked at, and then it stays."""
     store, made = Store(tmp_path / "cache", ENVIRONMENTS, Entry), make()
-    damage_of, freed = Environment.damage, []
+    damage_of, freed = Entry.damage, []
 
     def look(environment):
         freed.append(store.discard([environment.folder]).removed)
         return damage_of(environment)
 
-    monkeypatch.setattr(Environment, "damage", look)
+    monkeypatch.setattr(Entry, "damage", look)
     assert make() == made
     assert freed == [0]
     assert len(make.said) == 1
@@ -682,11 +696,11 @@ def test_what_is_pure_and_installed_here_needs_no_wheel_of_the_index(
     seen: list[Any] = []
 
     def make_wheel(*args):
-        seen.append(wheels.make_wheel(*args))
+        seen.append(distributions.make_wheel(*args))
         shutil.copy(seen[0], tmp_path)
         return seen[0]
 
-    monkeypatch.setattr(uv_module, "make_wheel", make_wheel)
+    monkeypatch.setattr(environment_module, "make_wheel", make_wheel)
     uv.refuse(SOURCES_ONLY)
     make()
     assert [it.name for it in seen] == ["plain-1.0-py3-none-any.whl"]
@@ -770,7 +784,7 @@ def test_uv_is_missing(make, monkeypatch, tmp_path):
 def test_no_place_for_it(tmp_path, uv):
     (tmp_path / "cache").touch()
     requirements = Requirements(root=tmp_path, lines=())
-    prepared = prepare(requirements, PYTHON, cache=tmp_path / "cache", offline=False, say=print)
+    prepared = prepare(requirements, PYTHON, offline=False, say=print)
     with pytest.raises(CacheError, match="the cache cannot be used") as caught, prepared:
         pass
     assert "VMSANDBOX_CACHE" in caught.value.remedy

@@ -10,10 +10,9 @@ import time
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, TransferError
-from pytest_vmsandbox.inside import harvest
-from pytest_vmsandbox.inside.harvest import Outcome, Patterns, bring_back
+from pytest_vmsandbox.inside import tree_copy
 from pytest_vmsandbox.inside.tree import Tree
-from pytest_vmsandbox.inside.tree_copy import changes, push
+from pytest_vmsandbox.inside.tree_copy import Outcome, Patterns, bring_back, changes, push
 from support.local import LocalGuest
 
 ALL = Patterns(["*"])
@@ -219,14 +218,14 @@ def test_no_link_is_followed_or_made(sides, tmp_path):
 
 
 def test_limits(sides, monkeypatch):
-    monkeypatch.setattr(harvest, "MAX_FILE", 10)
-    monkeypatch.setattr(harvest, "MAX_TOTAL", 15)
+    monkeypatch.setattr(tree_copy, "MAX_FILE", 10)
+    monkeypatch.setattr(tree_copy, "MAX_TOTAL", 15)
     sides.write("a", "x" * 10)
     sides.write("b", "x" * 11)
     sides.write("c", "x" * 3)
     assert sides.bring_back() == {Outcome.BROUGHT: ["a"], Outcome.TOO_LARGE: ["b", "c"]}
-    monkeypatch.setattr(harvest, "MAX_FILES", 1)
-    monkeypatch.setattr(harvest, "MAX_TOTAL", 100)
+    monkeypatch.setattr(tree_copy, "MAX_FILES", 1)
+    monkeypatch.setattr(tree_copy, "MAX_TOTAL", 100)
     assert sides.bring_back(Patterns(["c", "d"])) == {
         Outcome.BROUGHT: ["c"], Outcome.LEFT: ["a", "b"]
     }  # fmt: skip

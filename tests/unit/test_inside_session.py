@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
 from pytest_vmsandbox.inside import connection, session
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
-from pytest_vmsandbox.inside.guest_python import parse_probe
+from pytest_vmsandbox.inside.environment import parse_probe
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
 from support.local import LocalGuest
