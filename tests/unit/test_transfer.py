@@ -931,12 +931,12 @@ def test_an_archive_that_breaks_off_is_a_transfer_error(here, there):
     whole = subprocess.run(
         ["tar", "-C", there, "-czf", "-", "./file"], check=True, capture_output=True
     ).stdout
+
+    def sends(script, *, stdin=None, stdout=None):
+        stdout(b"tree\n" + whole[: len(whole) // 2])
+
     with pytest.raises(TransferError):
-        transfer.pull(
-            lambda _script, stdin=None, stdout=None: stdout(b"tree\n" + whole[: len(whole) // 2]),
-            "/file",
-            here / "copy",
-        )
+        transfer.pull(sends, "/file", here / "copy")
     assert list(here.iterdir()) == []
 
 
