@@ -3,15 +3,16 @@
 It is a program of its own (``python -I -S launcher.py CONTROL-FD OWNER-PID FOLDER``): the standard
 library only, one thread, imported by nobody. Two things tell it that its owner is gone, however
 that went: the end of the control socket, and a pidfd of the owner (a process that the owner forked
-may still hold the socket). Then it kills every guest, waits for each, removes the run's folder, and
-what links in it lead to, and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the launcher has one thread,
-so the signal cannot come early).
+may still hold the socket). Then it kills every guest, waits for each, removes the run's folder and what
+links in it lead to, and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the
+launcher has one thread, so the signal cannot come early).
 
 The control socket carries one JSON message per packet, host to launcher only:
 
-* ``{"spawn": ID, "argv": […], "fds": [N, …], "identity": {"uid": N, "gid": N, "groups": […]}|null,
-  "small_pages": BOOL}`` with the descriptors attached: first the status pipe, then one for each number in ``fds``. The status
-  pipe gets a line ``{"pid": N}`` or ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
+* ``{"spawn": ID, "argv": […], "fds": [N, …], "env": {NAME: VALUE}, "identity": {"uid": N, "gid": N,
+  "groups": […]}|null, "small_pages": BOOL}`` with the descriptors attached: first the status pipe,
+  then one for each number in ``fds``. The status pipe gets a line ``{"pid": N}`` or
+  ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
 * ``{"more": true}`` carries the first descriptors of the ``spawn`` that follows: Linux takes 253 with
   a message.
 * ``{"signal": NUMBER, "id": ID}`` sends a signal to a guest that has not been reaped yet, so a

@@ -1,4 +1,4 @@
-"""Tests and their images while pytest collects."""
+"""Makes the plan of each test while pytest collects, and tells what is invalid."""
 
 from __future__ import annotations
 

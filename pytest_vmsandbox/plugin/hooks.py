@@ -68,8 +68,9 @@ class Hooks:
             return
         self._run.failed = True  # something may have been lost
         if left := self._not_reached(hook.get_hookimpls(), error):
-            keep = [self._reached, *(impl.plugin for impl in left)]
-            others = [plugin for plugin in self._manager.get_plugins() if plugin not in keep]
+            # By identity: a plugin may define what it is equal to.
+            keep = {id(self._reached), *(id(impl.plugin) for impl in left)}
+            others = [plugin for plugin in self._manager.get_plugins() if id(plugin) not in keep]
             self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
 
     def make_report(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:

@@ -127,11 +127,11 @@ class Run:
         """The images that a test with these `vm` markers runs on.
 
         Raises:
-            ConfigError: a name or glob matches nothing in the catalogue.
+            ConfigError: a marker is wrong, or a name or glob matches nothing in the catalogue.
         """
+        request = plans.read_marks(marks)  # first: what is wrong with it is told in any case
         if isinstance(self.selection, ConfigError):
             raise self.selection
-        request = plans.read_marks(marks)
         for glob in (*request.skip, *request.xfail):
             self.catalogue.select([glob])
         return plans.applicable(request, self.selection, self.catalogue.select)
