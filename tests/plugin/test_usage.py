@@ -56,6 +56,13 @@ def test_several_are_reported_together(suite):
     assert "test_c" not in text
 
 
+def test_a_marker_beside_a_typo_on_the_command_line(suite):
+    suite.write("import pytest\n@pytest.mark.vm(colour='red')\ndef test_x(vm): pass")
+    text = suite.usage_error("--vm=alpah-1")
+    assert "there is no image 'alpah-1'" in text
+    assert "test_x: pytest.mark.vm has no argument 'colour'" in text
+
+
 @pytest.mark.parametrize("option", ["--vm=alpah-1", "--vm=!gamma", "--vm=gamma-*"])
 def test_a_typo_on_the_command_line(suite, option):
     suite.write("def test_x(vm): pass")
