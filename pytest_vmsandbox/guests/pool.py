@@ -1,72 +1,28 @@
-"""Clones of templates: whether a guest can be one, and which; armed ahead of demand.
-
-What a test waits for is a few milliseconds.
-
-A clone maps its template's memory and shares it until it writes. To arm it is to wake it, to run a
-program in it, and to pause it again: under emulation, the first program in a clone takes ten times
-as long as the next ones, since all code is translated anew.
-"""
+"""Clones that are armed ahead of demand: what a test waits for is a few milliseconds."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import GuestLost, LaunchError, MonitorError, VMSandboxError
-from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.access import refusal
-from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.machines import Machines, Running, check_network
-from pytest_vmsandbox.guests.provision import PreparedImage, Step
-from pytest_vmsandbox.guests.template_builder import (
-    NoTemplateError,
-    OpenTemplate,
-    TemplateBuilder,
-    template_key,
-)
-from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.guests.cloning import Clone
+from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
 _HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more are armed
 _IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
-_EXERCISE = Command(argv=("true",))
-_EXERCISE_SECONDS = 60.0
-_UNUSED_PORT = 1  # nobody listens there
-_REFUSAL_SECONDS = 2.0
 _STOP_SECONDS = 30.0
-_MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clone:
-    """A guest that was cloned, and nobody has used.
-
-    Attributes:
-        is_armed: whether a program has run in it, and it is paused; else it runs.
-        machines: its own; they have switched it on.
-        running: its machine now.
-        helper: the one in it.
-        stack: ends all of it.
-    """
-
-    is_armed: bool
-    machines: Machines
-    running: Running
-    helper: Helper
-    stack: ExitStack
 
 
 @dataclass(kw_only=True)
@@ -100,15 +56,22 @@ class _Kind:
         return self.head_start.remaining() if self.armed else 0.0
 
 
+class MakeClone(Protocol):
+    """Makes a clone of a template: an armed one, or one that runs."""
+
+    def __call__(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone: ...
+
+
 class Pool:
     """Arms clones ahead of demand; at the end of its context all that nobody took are gone.
 
     Args:
-        fillers: threads that do so.
+        clone: makes one; see `cloning.cloned`.
+        fillers: threads that do so ahead of demand.
     """
 
-    def __init__(self, backend: Backend, quota: Quota, fillers: int = 2) -> None:
-        self._backend = backend
+    def __init__(self, clone: MakeClone, quota: Quota, fillers: int = 2) -> None:
+        self._clone = clone
         self._quota = quota
         self._kinds: dict[tuple[str, str], _Kind] = {}  # by template and network
         self._changed = threading.Condition()
@@ -299,191 +262,3 @@ class Pool:
     def _give_up(self, clone: Clone) -> None:
         clone.stack.close()
         self._quota.release(CLAIM)
-
-    def _clone(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
-        """A clone of a template.
-
-        Args:
-            arm: whether it is armed; else it runs.
-
-        Raises:
-            VMSandboxError: it cannot be made, or something in it cannot be put right.
-        """
-        hypervisor, template = self._backend.hypervisor, opened.template
-        name = self._backend.name(blueprint.image)
-        logs = self._backend.callbacks.logs(name)
-        with ExitStack() as stack:
-            try:
-                state = stack.enter_context(template.state())
-                disks = stack.enter_context(blueprint.disks(hypervisor.cache, template.layers))
-            except OSError as error:
-                raise LaunchError(
-                    f"the template of {blueprint.image} cannot be read: {error}"
-                ) from error
-            opened.check_current()
-            machines = Machines(
-                blueprint, hypervisor, name=name, key=opened.key, disks=disks, logs=logs
-            )
-            # A clone of a damaged template may not answer for minutes.
-            running = machines.clone(opened.memory, state, opened.check)
-            stack.push(running.stack)
-            state.close()  # it is loaded
-            helper = _put_right(running, opened, blueprint)
-            if arm:
-                _arm(running.machine, helper, blueprint)
-            return Clone(
-                is_armed=arm,
-                machines=machines,
-                running=running,
-                helper=helper,
-                stack=stack.pop_all(),
-            )
-
-
-def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Give a clone what is its own, and see that the first one is reached through its network.
-
-    Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
-    so that is waited for only where nothing is refused, as by a firewall.
-
-    Returns:
-        Its helper.
-
-    Raises:
-        GuestLost: it is not reached, or something in it cannot be put right.
-    """
-    machine, helper = running.machine, running.helper
-    if helper is None:
-        raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
-    if not opened.checked.is_set():
-
-        def check() -> None:
-            machine.check()
-            opened.check()
-
-        if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
-            check_network(machine, blueprint, check)
-        opened.checked.set()
-    is_systemd = blueprint.built.definition.init == "systemd"
-    resume.rename(helper, machine.spec.name, in_files=is_systemd)
-    return helper
-
-
-def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
-    """Run a program in a clone, and pause it."""
-    process = helper.start(_EXERCISE)
-    process.communicate(None, _ignore, _ignore, blueprint.stretch(_EXERCISE_SECONDS))
-    process.close()
-    machine.pause()
-
-
-def _ignore(_: bytes) -> None:
-    """Output that nobody wants."""
-
-
-class Clones:
-    """The clones of one run. Guests of a kind that cannot be cloned have to be booted."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._impossible: set[str] = set()  # keys of templates that cannot be
-        self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
-
-    def expect(self, prepared: PreparedImage, hardware: Hardware, count: int) -> None:
-        """Be told that so many guests of a kind are going to be asked for."""
-        self._expected[prepared, hardware] += count
-
-    def build_template(self, blueprint: Blueprint, steps: Sequence[Step]) -> None:
-        """See that guests can be cloned, where any can."""
-        if self._may_clone(blueprint, steps):
-            try:
-                self._builder.obtain(blueprint, steps)
-            except NoTemplateError as error:
-                self._fall_back(blueprint, steps, error)
-
-    def guest(
-        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
-    ) -> Guest | None:
-        """A guest that is a clone, running; None where it has to be booted.
-
-        Args:
-            stack: ends it.
-
-        Raises:
-            VMSandboxError: the host or chance took it away, or it cannot be prepared.
-        """
-        if not self._may_clone(blueprint, prepared.steps):
-            return None
-        try:
-            opened, clone, was_armed = self._lease(blueprint, prepared, stack)
-        except (LaunchError, GuestLost, MonitorError) as error:
-            if error.transient:
-                raise
-            self._fall_back(blueprint, prepared.steps, error)
-            return None
-        self._backend.callbacks.guest_begun(clone.machines.name)
-        engine = self._backend.engine(clone.machines)
-        engine.spec = blueprint.hardware  # its user may be another one
-        engine.origin = "armed" if was_armed else "cloned"
-        engine.facts = opened.template.facts
-        return Guest(stack.enter_context(engine))
-
-    def _lease(
-        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
-    ) -> tuple[OpenTemplate, Clone, bool]:
-        """A clone of a template that is what it was when it was built."""
-        ahead = self._backend.settings.clones == "armed"
-        kind = prepared, blueprint.hardware
-        lost: list[VMSandboxError] = []
-        while len(lost) < _MOST_LOST:
-            opened = self._builder.obtain(blueprint, prepared.steps)
-            count = self._expected.pop(kind, 0)
-            if ahead and count:
-                self.pool.expect(opened, blueprint, count)
-            own = stack.enter_context(ExitStack())
-            try:
-                leased = own.enter_context(self.pool.lease(opened, blueprint, more=ahead))
-            except VMSandboxError as error:
-                failure, fault = error, opened.fault(anew=True)
-                # A host with too much to do may lose one.
-                if not (fault or failure.transient or isinstance(failure, GuestLost)):
-                    raise
-            else:
-                if not (fault := opened.fault(anew=False)):
-                    return opened, *leased
-                failure = LaunchError("its template was damaged", details=fault)
-            lost.append(failure)
-            if fault:
-                own.close()
-                self._expected[kind] = self.pool.forget(opened) + 1  # this one
-                self._builder.drop(opened, fault)
-        raise LaunchError(
-            f"{len(lost)} clones in a row were lost, the last one so: {lost[-1].brief}",
-            details=lost[-1].details,
-            remedy=lost[-1].remedy,
-        ) from lost[-1]
-
-    def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
-        is_possible = template_key(blueprint, steps) not in self._impossible
-        return self._backend.settings.clones != "never" and is_possible
-
-    def _fall_back(
-        self, blueprint: Blueprint, steps: Sequence[Step], error: VMSandboxError
-    ) -> None:
-        """Let guests of a kind be booted from now on, and say so once."""
-        self._impossible.add(template_key(blueprint, steps))
-        self._backend.callbacks.tell(
-            f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
-        )
-
-    @cached_property
-    def _builder(self) -> TemplateBuilder:
-        """Made once, and ended after the pool."""
-        self._backend.clean()
-        return self._backend.stack.enter_context(TemplateBuilder(self._backend))
-
-    @cached_property
-    def pool(self) -> Pool:
-        """Arms clones ahead of demand."""
-        quota = Quota(self._backend.hypervisor.folder)
-        return self._backend.stack.enter_context(Pool(self._backend, quota))

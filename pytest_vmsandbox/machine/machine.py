@@ -26,7 +26,6 @@ from pytest_vmsandbox.machine.qmp import Monitor
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
-_LAST_FIXED_FD = 5
 _LOOK_SECONDS = 1.0
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
@@ -458,7 +457,7 @@ def _descriptors(
     given: dict[int, int] = {}
 
     def give(file: IO[bytes]) -> int:
-        number = _LAST_FIXED_FD + 1 + len(given)
+        number = Descriptors.helper + 1 + len(given)  # the last one that is always there
         given[number] = file.fileno()
         return number
 

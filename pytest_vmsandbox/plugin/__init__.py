@@ -14,14 +14,14 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import (
-    collection,
     config as options,
     hookspecs,
     naming,
-    pulling,
+    planning,
     reporting,
     unimportable,
 )
+from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import limit, plan_of
 from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pytest_vmsandbox.guests.factory import Base, GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.plugin.inside import Inside as Inside
+    from pytest_vmsandbox.plugin.in_vm.protocol import Inside as Inside
 
 RUN = pytest.StashKey[Run]()
 _INSIDE = pytest.StashKey["Inside"]()  # of a run that has tests inside guests
@@ -84,8 +84,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)  # the image is the first part of a test's id
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if collection.needs_parameter(metafunc):
-        collection.parametrize(metafunc.config.stash[RUN], metafunc)
+    if planning.needs_parameter(metafunc):
+        planning.parametrize(metafunc.config.stash[RUN], metafunc)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,26 +105,26 @@ def pytest_collection_modifyitems(
     session: pytest.Session, items: list[pytest.Item]
 ) -> Generator[None, object, object]:
     run = session.config.stash[RUN]
-    without = collection.plan(run, items)
-    collection.check(run, items)
+    without = planning.plan(run, items)
+    planning.check(run, items)
     _refuse(run, items)
     if any(plan_of(item).is_inside for item in items):
-        from pytest_vmsandbox.plugin.inside import Inside
+        from pytest_vmsandbox.plugin.in_vm.protocol import Inside
 
         run.config.stash[_INSIDE] = inside = Inside(run, session)
         run.config.pluginmanager.register(inside, "vmsandbox-inside")
         unimportable.replace(run, items, inside.collected)
-    collection.deselect(run, items, without)
+    planning.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(run.config, items)
     result = yield
     naming.give_full_names(everything)
     for item in items:
-        collection.plan_again(run, item)
-    collection.check_run(run, items)
+        planning.plan_again(run, item)
+    planning.check_run(run, items)
     _refuse(run, items)
-    collection.group(items)
+    planning.group(items)
     return result
 
 
@@ -139,7 +139,7 @@ def _refuse(run: Run, items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
 def pytest_collection_finish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
-    run.coming = collection.guests_to_come(run, session.items)
+    run.coming = planning.guests_to_come(run, session.items)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -182,7 +182,7 @@ def pytest_report_collectionfinish(
 ) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return config.stash[RUN].about([plan.image for plan in collection.with_guests(items)])
+    return config.stash[RUN].about([plan.image for plan in planning.with_guests(items)])
 
 
 def pytest_terminal_summary(
@@ -270,7 +270,7 @@ def pytest_report_teststatus(
     except Exception as error:
         if not getattr(report, "vm_inside", False):
             raise
-        from pytest_vmsandbox.plugin import hooks
+        from pytest_vmsandbox.plugin.in_vm import hooks
 
         hook, ours = config.hook.pytest_report_teststatus, sys.modules[__name__]
         status = hooks.result_of_others(
@@ -312,7 +312,7 @@ def vm(
 ) -> Iterator[Guest]:
     """A running `Guest` in a known-clean state."""
     run = request.config.stash[RUN]
-    plan = collection.plan_now(run, request.node)
+    plan = planning.plan_now(run, request.node)
     if not plan.image:
         pytest.skip("no selected image applies to this test")
     if (other := getattr(vm_prepared, "image", plan.image)) != plan.image:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.plugin import collection, config as options, naming
+from pytest_vmsandbox.plugin import config as options, naming, planning
 from pytest_vmsandbox.plugin.plan import plan_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class RemoteItem(pytest.Item):
         """An item for what the guest calls `plain`."""
         name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
-        collection.store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
+        planning.store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
         return item
 
     def runtest(self) -> None:
@@ -75,7 +75,7 @@ def replace(
     Args:
         collected: what the guest for a test has collected.
     """
-    if run.unimportable and collection.refused(run.config) is None:
+    if run.unimportable and planning.refused(run.config) is None:
         items[:] = [test for item in items for test in _collected(run, item, collected)]
 
 

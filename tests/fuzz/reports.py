@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["pytest_vmsandbox"]) if atheris else nu
     from pytest_vmsandbox.inside import session
     from pytest_vmsandbox.inside.connection import Connection
     from pytest_vmsandbox.inside.wire import Decoder, encode
-    from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
+    from pytest_vmsandbox.plugin.in_vm.remote_reports import harmless, recorded_warning
     from support.reports import EVIL_TEXT, JSON, KEYS, Host, check_text, nearly_right, samples, sent
 
 

@@ -12,10 +12,10 @@ import pytest
 from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.plugin import leases, messages, provisioning
+from pytest_vmsandbox.plugin.in_vm import leases, provisioning, side_messages
+from pytest_vmsandbox.plugin.in_vm.provisioning import Lease
+from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import plan_of
-from pytest_vmsandbox.plugin.provisioning import Lease
-from pytest_vmsandbox.plugin.remote_reports import Reader
 from support.reports import check_text
 
 ONE, TWO = "test_suite.py::test_one", "test_suite.py::test_two"
@@ -89,7 +89,7 @@ def told(suite, monkeypatch):
                 script: Any = Script(said)
                 outcomes = ["rerun"] if "pytest_rerunfailures" in args else []
                 lease.guest = script
-                lease.reader = Reader("/there", suite.path, {}, outcomes=outcomes)
+                lease.reader = ReportReader("/there", suite.path, {}, outcomes=outcomes)
                 lease.connection = Connection(script, script, patience=1.0)
                 lease.session = GuestSession(lease.connection)
                 lease.session.collected = Collected(items=dict.fromkeys(items), failed=dict(failed))
@@ -241,7 +241,7 @@ def test_a_file_that_was_not_collected(told, failed):
 
 def test_live_output_that_the_terminal_cannot_show(told, monkeypatch):
     file = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(messages, "sys", SimpleNamespace(stdout=file, stderr=file))
+    monkeypatch.setattr(side_messages, "sys", SimpleNamespace(stdout=file, stderr=file))
     told(SETUP, {"output": "ü€\n", "of": 1}, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)
     assert file.buffer.getvalue() == rb"\xfc\u20ac" + b"\n"
 
@@ -266,7 +266,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             payload=payload,
             tree="/there",
             connection=Connection(script, script, patience=1.0),
-            reader=Reader("/there", suite.path, {}),
+            reader=ReportReader("/there", suite.path, {}),
             config={},
             stack=ExitStack(),
         )

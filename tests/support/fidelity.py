@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pytest_vmsandbox.plugin.remote_reports import harmless
+from pytest_vmsandbox.plugin.in_vm.remote_reports import harmless
 
 OUTCOMES = Path(__file__).with_name("outcomes")
 # What a run has to be told so that more of it can be compared.

@@ -22,7 +22,7 @@ from _pytest.terminal import TerminalReporter
 from hypothesis import strategies as st
 
 from pytest_vmsandbox.inside.wire import Decoder
-from pytest_vmsandbox.plugin.remote_reports import Reader
+from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 
 SUITE = '''
 import unittest
@@ -310,7 +310,7 @@ class Host:
             patch.delenv("PYTEST_ADDOPTS", raising=False)
             self.config = _prepareconfig(args)
         self.config._do_configure()
-        self.reader = Reader(THERE, HERE, {})
+        self.reader = ReportReader(THERE, HERE, {})
         self.folder = Path(tempfile.mkdtemp())
 
     def item(self, nodeid: str) -> pytest.Item:

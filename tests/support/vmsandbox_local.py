@@ -20,7 +20,8 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree_copy
 from pytest_vmsandbox.inside.connection import GuestPaths
-from pytest_vmsandbox.plugin import RUN, pulling, reporting
+from pytest_vmsandbox.plugin import RUN, reporting
+from pytest_vmsandbox.plugin.in_vm import pulling
 from support.local import LocalGuest
 
 LAYOUT = install.layout

@@ -6,7 +6,7 @@ import pytest
 from coverage import Coverage, CoverageData
 
 from pytest_vmsandbox.inside.tree import Tree, TreeEntry
-from pytest_vmsandbox.plugin.measuring import Measuring
+from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
 
 
 @pytest.fixture

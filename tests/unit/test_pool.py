@@ -12,8 +12,9 @@ import pytest
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.core.spec import GIB, Hardware
-from pytest_vmsandbox.guests import pool as pool_module
-from pytest_vmsandbox.guests.pool import CLAIM, Clone, Pool
+from pytest_vmsandbox.guests import cloning, pool as pool_module
+from pytest_vmsandbox.guests.cloning import Clone
+from pytest_vmsandbox.guests.pool import CLAIM, Pool
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -68,8 +69,9 @@ class FakePool(Pool):
         tries: how often anything was to be armed.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, backend, *args, **kwargs):
+        super().__init__(self._arm_nothing, *args, **kwargs)
+        self._backend = backend
         self.made, self.makers, self.closed = [], [], []
         self.gate = threading.Event()
         self.gate.set()
@@ -77,7 +79,7 @@ class FakePool(Pool):
         self.tries = 0
         self.resume_fault = None
 
-    def _clone(self, opened, blueprint, *, arm):
+    def _arm_nothing(self, opened, blueprint, *, arm):
         self.tries += 1
         assert self.gate.wait(SECONDS)
         if self.fault is not None:
@@ -503,7 +505,7 @@ def test_many_at_once(pool, quota, expected):
 
 
 class TestArm:
-    def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, quota, monkeypatch):
+    def test_the_network_of_the_first_clone_of_a_template_is_looked_at(self, monkeypatch):
         """In each run, also where another one has made the template."""
         looked = []
 
@@ -511,20 +513,19 @@ class TestArm:
             looked.append(address)
             return True
 
-        monkeypatch.setattr(pool_module, "refusal", refusal)
-        monkeypatch.setattr(pool_module, "Machines", MagicMock())
-        with Pool(MagicMock(), quota, fillers=0) as pool:
-            opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
-            for _ in range(2):
-                pool._clone(opened, blueprint, arm=True).stack.close()
+        monkeypatch.setattr(cloning, "refusal", refusal)
+        monkeypatch.setattr(cloning, "Machines", MagicMock())
+        opened, blueprint = MagicMock(checked=threading.Event()), MagicMock()
+        for _ in range(2):
+            cloning.cloned(MagicMock(), opened, blueprint, arm=True).stack.close()
         assert len(looked) == 1
 
     @pytest.mark.parametrize("refused", [True, False])
     def test_a_guest_that_refuses_a_connection_is_reached(self, monkeypatch, refused):
         """Where none is refused, its SSH server has to greet."""
-        monkeypatch.setattr(pool_module, "refusal", lambda address, _: address and refused)
+        monkeypatch.setattr(cloning, "refusal", lambda address, _: address and refused)
         greeted = MagicMock()
-        monkeypatch.setattr(pool_module, "check_network", greeted)
+        monkeypatch.setattr(cloning, "check_network", greeted)
         opened = MagicMock(checked=threading.Event())
-        pool_module._put_right(MagicMock(), opened, MagicMock())
+        cloning._put_right(MagicMock(), opened, MagicMock())
         assert greeted.called is not refused

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.plugin.remote_reports import harmless, log_record, recorded_warning
+from pytest_vmsandbox.plugin.in_vm.remote_reports import harmless, log_record, recorded_warning
 from support.reports import (
     COLOUR,
     EVIL,

@@ -1,8 +1,9 @@
-"""How large a function, a class and a module may be, counted with docstrings and comments."""
+"""How large functions, classes and modules are, with docstrings; and whether the page about them is complete."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,25 @@ def test_nothing_is_too_large():
     sizes = [size for path in PACKAGE.rglob("*.py") for size in _sizes(path)]
     assert {kind for kind, *_ in sizes} == set(LIMITS)
     assert [size for size in sizes if size[2] > LIMITS[size[0]]] == []
+
+
+def test_the_architecture_page_names_every_module_in_its_layer():
+    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text(encoding="utf-8")
+    modules = page.partition("## Modules")[2].partition("\n## ")[0]
+    named: dict[str, set[str]] = {}
+    for section in modules.split("\n### ")[1:]:
+        title, _, text = section.partition("\n")
+        named["/".join(re.findall(r"`(\w+)/`", title))] = set(
+            re.findall(r"`(?:\w+/)?(\w+\.py)`", text)
+        )
+    assert len(named) > 1
+    for layers, names in named.items():
+        files = [path for layer in layers.split("/") for path in (PACKAGE / layer).rglob("*.py")]
+        there = {path.name for path in files}
+        assert names - there == set(), f"{layers}: the page names what is not there"
+        assert there - names - {"__init__.py"} == set(), f"{layers}: the page leaves out"
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {layer for layers in named for layer in layers.split("/")} == folders
 
 
 def _sizes(path: Path) -> Iterator[tuple[str, str, int]]:

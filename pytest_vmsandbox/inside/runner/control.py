@@ -14,7 +14,7 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from .apart import aside, keep_apart
-from .beside import JUnit, send_benchmarks, send_records, send_results
+from .other_plugins import JUnit, send_benchmarks, send_records, send_results
 from .reporter import Calls, InAnotherGuest, Reporter
 from .serialize import serialized
 from .wire import Wire, clean

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from .apart import keep_apart
-from .beside import scenario_of
+from .other_plugins import scenario_of
 from .serialize import attributes_of, bounded, serialized, text_of
 from .wire import Wire, clean, portable
 

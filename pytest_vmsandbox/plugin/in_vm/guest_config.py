@@ -20,8 +20,8 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
-from pytest_vmsandbox.plugin import beside
-from pytest_vmsandbox.plugin.remote_reports import RERUN, RETRIED
+from pytest_vmsandbox.plugin.in_vm import other_plugins
+from pytest_vmsandbox.plugin.in_vm.remote_reports import RERUN, RETRIED
 
 # Told by arguments of pytest's command line, since pytest reads them before it configures itself.
 # Each with its argument, and the plugin without which pytest does not know it.
@@ -90,7 +90,7 @@ def options(
         except TypeError:
             if parser is not None and value is not parser.get_default(name):
                 lost.append(f"{name}={value!r}")
-    if beside.benchmarks_are_off(config):  # xdist does that
+    if other_plugins.benchmarks_are_off(config):  # xdist does that
         found["benchmark_disable"] = True
     return found, lost
 

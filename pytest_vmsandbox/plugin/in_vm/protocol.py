@@ -19,13 +19,14 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.inside.session import Collected, GuestSession, How
 from pytest_vmsandbox.inside.wire import broken
-from pytest_vmsandbox.plugin import beside, config as options, plan as plans
-from pytest_vmsandbox.plugin.hooks import ENDING, Hooks, end_run
-from pytest_vmsandbox.plugin.leases import Leases
-from pytest_vmsandbox.plugin.messages import Messages, Record
+from pytest_vmsandbox.plugin import config as options, plan as plans
+from pytest_vmsandbox.plugin.in_vm import other_plugins
+from pytest_vmsandbox.plugin.in_vm.hooks import ENDING, Hooks, end_run
+from pytest_vmsandbox.plugin.in_vm.leases import Leases
+from pytest_vmsandbox.plugin.in_vm.provisioning import Lease, remedy
+from pytest_vmsandbox.plugin.in_vm.remote_reports import PHASES, RERUN, colourless
+from pytest_vmsandbox.plugin.in_vm.side_messages import Record, SideMessages
 from pytest_vmsandbox.plugin.plan import Place, plan_of
-from pytest_vmsandbox.plugin.provisioning import Lease, remedy
-from pytest_vmsandbox.plugin.remote_reports import PHASES, RERUN, colourless
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, bare_report
 from pytest_vmsandbox.plugin.run import Run
 
@@ -39,7 +40,7 @@ class Inside:
     def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
         self._hooks = Hooks(run)
-        self._messages = Messages(run, self._hooks)
+        self._messages = SideMessages(run, self._hooks)
         self.leases = Leases(run, session, self._messages)
         self._schedule = Schedule(session)
         self._retried: set[str] = set()  # tests whose guest something else took away
@@ -223,7 +224,7 @@ class Inside:
             if "report" in message:
                 data = message["report"]
                 report = lease.reader.test_report(item, nodeid, data)
-                beside.keep_scenario(report, data.get("scenario"), lease.reader)
+                other_plugins.keep_scenario(report, data.get("scenario"), lease.reader)
                 attempts[-1].add(report, is_subtest=lease.reader.is_subtest(data))
             elif "call" in message:
                 attempts[-1].has_called = True

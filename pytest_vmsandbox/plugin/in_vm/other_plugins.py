@@ -1,6 +1,6 @@
 """What tests inside guests leave for other plugins of this side, beside the attributes of reports.
 
-The runner's `beside.py` sends it, in the same order.
+The runner's `other_plugins.py` sends it, in the same order.
 """
 
 from __future__ import annotations
@@ -21,65 +21,14 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.inside.wire import Message, broken
-from pytest_vmsandbox.plugin.remote_reports import Reader, colourless, log_record
+from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader, log_record
 
-_MAX_NAME = 200  # characters of a name in a note
 _PHASES = ("start", "setup", "call", "teardown", "finish")  # as pytest's live log calls them
-
-# -- notes: what could not come as it is --------------------------------------------------------
-
-# What a guest may note, for people.
-_NOTES = {
-    "attribute kind": (
-        "the attribute {name} that a hook gives to reports stays in the guest: JSON has no such value"
-    ),
-    "attribute size": (
-        "{nodeid}: the attribute {name} of a report stays in the guest: it is too large "
-        "(6 MiB and 100 attributes for a report; 100,000 values and 20 levels for one)"
-    ),
-    "attribute texts": (
-        "the attribute {name} that a hook gives to reports holds values that JSON does not have: "
-        "they come from the guest as texts"
-    ),
-    "renamed": (
-        "a hook in the guest renames reports, here {nodeid} to {name}: on this side they keep the "
-        "name of their test"
-    ),
-    "outcome": "{nodeid}: a plugin in the guest reports the outcome {name}, which is left out here",
-    "twice": (
-        "{nodeid}: its {name} was reported twice in the guest. Only the first report counts\n"
-        "  A plugin or a conftest.py there calls pytest_runtest_logreport itself"
-    ),
-    "properties": (
-        "{nodeid}: it has {name} user properties. 10,000 of them, or 4 MiB together with its "
-        "output, come from a guest; the rest is lost"
-    ),
-    "result": "{nodeid}: allure's file {name} stays in the guest: it has more than 12 MiB",
-    "rounds": (
-        "{nodeid}: its benchmark is left out, since it has {name} rounds. 500,000 come from a "
-        "guest: lower --benchmark-max-time, or raise --benchmark-min-time"
-    ),
-}
-_PROBLEMS = {"twice", "properties", "rounds", "result"}  # something is lost that counts
-
-
-def note(message: Message, nodeid: str) -> tuple[str, bool]:
-    """What a guest could not tell as it is, for people; and whether it is a problem.
-
-    Raises:
-        GuestLost: there is no such note.
-    """
-    kind = " ".join(str(message[field]) for field in ("note", "why") if field in message)
-    if kind not in _NOTES:
-        raise broken("a note of an unknown kind", message)
-    name = colourless(message.get("name"))[:_MAX_NAME]
-    return _NOTES[kind].format(nodeid=nodeid, name=name), kind in _PROBLEMS
-
 
 # -- pytest-bdd ---------------------------------------------------------------------------------
 
 
-def keep_scenario(report: pytest.TestReport, data: Any, reader: Reader) -> None:
+def keep_scenario(report: pytest.TestReport, data: Any, reader: ReportReader) -> None:
     """Note what pytest-bdd looks for when it is told of a report of a scenario."""
     bdd: Any = sys.modules.get("pytest_bdd.reporting")
     if isinstance(data, dict) and hasattr(bdd, "test_report_context_registry"):
@@ -109,7 +58,7 @@ class Benchmarks:
         self._machines: dict[str, dict[str, Any]] = {}  # by image
 
     def read(
-        self, item: pytest.Item, image: str, message: Message, reader: Reader
+        self, item: pytest.Item, image: str, message: Message, reader: ReportReader
     ) -> Callable[[], None]:
         """How to add the one that a message has.
 
@@ -248,7 +197,7 @@ class Logs:
         has_file = getattr(stream, "name", os.devnull) != os.devnull
         return has_file or hasattr(self._plugin.log_cli_handler, "stream")
 
-    def show(self, message: Message, reader: Reader) -> None:
+    def show(self, message: Message, reader: ReportReader) -> None:
         """Show one record.
 
         Raises:

@@ -16,11 +16,11 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.plugin import pulling
-from pytest_vmsandbox.plugin.measuring import Measuring
-from pytest_vmsandbox.plugin.messages import Messages
+from pytest_vmsandbox.plugin.in_vm import pulling
+from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
+from pytest_vmsandbox.plugin.in_vm.provisioning import COLLECT_SECONDS, Lease, Provisioner
+from pytest_vmsandbox.plugin.in_vm.side_messages import SideMessages
 from pytest_vmsandbox.plugin.plan import Place, plan_of
-from pytest_vmsandbox.plugin.provisioning import COLLECT_SECONDS, Lease, Provisioner
 from pytest_vmsandbox.plugin.run import Run
 
 _MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
@@ -34,7 +34,7 @@ class Leases:
         messages: is told what a session says before it runs tests, and when it is interrupted.
     """
 
-    def __init__(self, run: Run, session: pytest.Session, messages: Messages) -> None:
+    def __init__(self, run: Run, session: pytest.Session, messages: SideMessages) -> None:
         self._run = run
         self._messages = messages
         self._provisioner = Provisioner(run, session)

@@ -10,25 +10,61 @@ from functools import partial
 import pytest
 from _pytest.junitxml import xml_key
 
-from pytest_vmsandbox.inside.wire import Message
-from pytest_vmsandbox.plugin import beside
-from pytest_vmsandbox.plugin.hooks import Hooks
-from pytest_vmsandbox.plugin.provisioning import Lease
-from pytest_vmsandbox.plugin.remote_reports import harmless, recorded_warning
+from pytest_vmsandbox.inside.wire import Message, broken
+from pytest_vmsandbox.plugin.in_vm import other_plugins
+from pytest_vmsandbox.plugin.in_vm.hooks import Hooks
+from pytest_vmsandbox.plugin.in_vm.provisioning import Lease
+from pytest_vmsandbox.plugin.in_vm.remote_reports import colourless, harmless, recorded_warning
 from pytest_vmsandbox.plugin.run import Run
 
 Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
 
+_MAX_NAME = 200  # characters of a name in a note
 
-class Messages:
+# What a guest may note, for people.
+_NOTES = {
+    "attribute kind": (
+        "the attribute {name} that a hook gives to reports stays in the guest: JSON has no such value"
+    ),
+    "attribute size": (
+        "{nodeid}: the attribute {name} of a report stays in the guest: it is too large "
+        "(6 MiB and 100 attributes for a report; 100,000 values and 20 levels for one)"
+    ),
+    "attribute texts": (
+        "the attribute {name} that a hook gives to reports holds values that JSON does not have: "
+        "they come from the guest as texts"
+    ),
+    "renamed": (
+        "a hook in the guest renames reports, here {nodeid} to {name}: on this side they keep the "
+        "name of their test"
+    ),
+    "outcome": "{nodeid}: a plugin in the guest reports the outcome {name}, which is left out here",
+    "twice": (
+        "{nodeid}: its {name} was reported twice in the guest. Only the first report counts\n"
+        "  A plugin or a conftest.py there calls pytest_runtest_logreport itself"
+    ),
+    "properties": (
+        "{nodeid}: it has {name} user properties. 10,000 of them, or 4 MiB together with its "
+        "output, come from a guest; the rest is lost"
+    ),
+    "result": "{nodeid}: allure's file {name} stays in the guest: it has more than 12 MiB",
+    "rounds": (
+        "{nodeid}: its benchmark is left out, since it has {name} rounds. 500,000 come from a "
+        "guest: lower --benchmark-max-time, or raise --benchmark-min-time"
+    ),
+}
+_PROBLEMS = {"twice", "properties", "rounds", "result"}  # something is lost that counts
+
+
+class SideMessages:
     """Passes on what sessions in guests say."""
 
     def __init__(self, run: Run, hooks: Hooks) -> None:
         self._run = run
         self._hooks = hooks
-        self._logs = beside.Logs(run.config)
-        self._allure = beside.AllureResults(run.config)
-        self.benchmarks = beside.Benchmarks(run.config)
+        self._logs = other_plugins.Logs(run.config)
+        self._allure = other_plugins.AllureResults(run.config)
+        self.benchmarks = other_plugins.Benchmarks(run.config)
 
     def tell(self, lease: Lease, message: Message, nodeid: str = "") -> None:
         """Pass on a message at once.
@@ -54,7 +90,7 @@ class Messages:
         elif "allure" in message:
             self._allure.keep(message, lease.guest.image, nodeid)
         elif "note" in message:
-            about, is_problem = beside.note(message, nodeid)
+            about, is_problem = _note(message, nodeid)
             self._run.failed |= is_problem
             self._run.tell(about)
 
@@ -80,3 +116,16 @@ class Messages:
             xml.add_global_property(name, value)
         elif re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII):
             xml.node_reporter(nodeid).add_attribute(name, value)
+
+
+def _note(message: Message, nodeid: str) -> tuple[str, bool]:
+    """What a guest could not tell as it is, for people; and whether it is a problem.
+
+    Raises:
+        GuestLost: there is no such note.
+    """
+    kind = " ".join(str(message[field]) for field in ("note", "why") if field in message)
+    if kind not in _NOTES:
+        raise broken("a note of an unknown kind", message)
+    name = colourless(message.get("name"))[:_MAX_NAME]
+    return _NOTES[kind].format(nodeid=nodeid, name=name), kind in _PROBLEMS

@@ -1,4 +1,4 @@
-"""What plugins of others keep beside reports, for those of the host; `plugin/beside.py` takes it there."""
+"""What plugins of others keep beside reports, for those of the host; `plugin/in_vm/other_plugins.py` takes it there."""
 
 from __future__ import annotations
 

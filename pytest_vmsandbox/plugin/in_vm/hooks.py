@@ -30,7 +30,7 @@ ENDING: tuple[type[BaseException], ...] = (
 
 def end_run(message: Mapping[str, Any]) -> NoReturn:
     """End the run as a test or a hook in a guest has ended it there."""
-    from pytest_vmsandbox.plugin.remote_reports import colourless
+    from pytest_vmsandbox.plugin.in_vm.remote_reports import colourless
 
     how, why = message.get("how"), colourless(str(message.get("interrupted")))
     if how == "left":

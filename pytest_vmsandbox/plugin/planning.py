@@ -9,7 +9,8 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin import config as options, plan as plans, pulling
+from pytest_vmsandbox.plugin import config as options, plan as plans
+from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
 from pytest_vmsandbox.plugin.run import Run
 

@@ -24,11 +24,12 @@ from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.install import Installed, Payload
 from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
-from pytest_vmsandbox.plugin import beside, config as options, guest_config
-from pytest_vmsandbox.plugin.hooks import end_run
-from pytest_vmsandbox.plugin.measuring import Measuring
+from pytest_vmsandbox.plugin import config as options
+from pytest_vmsandbox.plugin.in_vm import guest_config, other_plugins
+from pytest_vmsandbox.plugin.in_vm.hooks import end_run
+from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
+from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
-from pytest_vmsandbox.plugin.remote_reports import Reader
 from pytest_vmsandbox.plugin.run import Run
 
 COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
@@ -53,7 +54,7 @@ class Lease:
     payload: Payload
     tree: str
     connection: Connection
-    reader: Reader
+    reader: ReportReader
     config: Mapping[str, object]
     stack: ExitStack
     session: GuestSession | None = None
@@ -151,7 +152,7 @@ class Provisioner:
                 payload=payload,
                 tree=installed.tree,
                 connection=connection,
-                reader=Reader(
+                reader=ReportReader(
                     installed.tree,
                     self._config.rootpath,
                     installed.outside,
@@ -257,7 +258,9 @@ class Provisioner:
         translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
         files = list(dict.fromkeys(each.file for each in alike(self._session.items, plan)))
         where = translate(str(config.invocation_params.dir))
-        results = f"{install.BASE}/allure" if beside.AllureResults(config).are_wanted else None
+        results = (
+            f"{install.BASE}/allure" if other_plugins.AllureResults(config).are_wanted else None
+        )
         measuring = Measuring.of(config)
         xml = config.stash.get(xml_key, None)
         return {
@@ -281,9 +284,9 @@ class Provisioner:
             "details": [file for file in files if file in self._run.unimportable],
             "measure": measuring and measuring.settings(translate),
             "tree": tree,
-            "logs": beside.Logs(config).are_wanted,
+            "logs": other_plugins.Logs(config).are_wanted,
             "allure": results,
-            "machine": beside.machine_is_wanted(config),
+            "machine": other_plugins.machine_is_wanted(config),
             "junit": xml.family if xml else None,
             "live": config.getoption("capture", default="no") == "no",
         }

@@ -60,7 +60,7 @@ def colourless(text: object) -> str:
     return _COLOUR.sub("", harmless(text))
 
 
-class Reader:
+class ReportReader:
     """Makes reports of what a guest sends.
 
     Args:
@@ -244,7 +244,7 @@ class _Text(TerminalRepr):
             tw.line(line)
 
 
-def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
+def recorded_warning(message: Message, reader: ReportReader) -> dict[str, Any]:
     """The arguments of ``pytest_warning_recorded`` for a warning from a guest.
 
     Raises:
@@ -266,7 +266,7 @@ def recorded_warning(message: Message, reader: Reader) -> dict[str, Any]:
     }
 
 
-def log_record(value: object, reader: Reader) -> logging.LogRecord:
+def log_record(value: object, reader: ReportReader) -> logging.LogRecord:
     """A record of `logging` from a guest; its message is complete.
 
     Raises:
