@@ -1,4 +1,4 @@
-"""Cloning: one clone of a template is started, put right, and armed if it is wanted later.
+"""Cloning: one clone of a template is started, named, and armed if it is wanted later.
 
 A clone maps its template's memory and shares it until it writes. To arm it is to resume it, to run a
 program in it, and to pause it again: under emulation, the first program in a clone takes ten times
@@ -74,7 +74,11 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         running = machines.clone(opened.memory, state, opened.check)
         stack.push(running.stack)
         state.close()  # it is loaded
-        helper = _put_right(running, opened, blueprint)
+        if (helper := running.helper) is None:
+            raise GuestLost(f"the helper in {name} is gone", stage="command")
+        _check_reachable(running, opened, blueprint)
+        is_systemd = blueprint.built.definition.init == "systemd"
+        resume.rename(helper, name, in_files=is_systemd)
         if arm:
             _arm(running.machine, helper, blueprint)
         return Clone(
@@ -86,33 +90,26 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         )
 
 
-def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Give a clone what is its own, and see that the first one is reached through its network.
+def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> None:
+    """See that a template's first clone is reached through its network.
 
     Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
     so that is waited for only where nothing is refused, as by a firewall.
 
-    Returns:
-        Its helper.
-
     Raises:
-        GuestLost: it is not reached, or something in it cannot be put right.
+        GuestLost: it is not reached.
     """
-    machine, helper = running.machine, running.helper
-    if helper is None:
-        raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
-    if not opened.checked.is_set():
+    if opened.checked.is_set():
+        return
+    machine = running.machine
 
-        def check() -> None:
-            machine.check()
-            opened.check()
+    def check() -> None:
+        machine.check()
+        opened.check()
 
-        if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
-            check_network(machine, blueprint, check)
-        opened.checked.set()
-    is_systemd = blueprint.built.definition.init == "systemd"
-    resume.rename(helper, machine.spec.name, in_files=is_systemd)
-    return helper
+    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+        check_network(machine, blueprint, check)
+    opened.checked.set()
 
 
 def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:

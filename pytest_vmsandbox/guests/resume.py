@@ -50,7 +50,7 @@ def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
 
 
 def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> None:
-    """Pause a machine that somebody uses; `resume` keeps what was done to its clock.
+    """Pause a machine that somebody uses; `from_pause` keeps what was done to its clock.
 
     Args:
         timeout: seconds for its helper to answer; None for the helper's patience.
