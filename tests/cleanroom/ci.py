@@ -62,31 +62,32 @@ def recipe(name: str) -> dict[str, Any]:
 
 def told(step: str, how: str, script: str) -> str:
     """A command that says which step it is before it does it."""
-    return f"echo '--- {step}: {how}'; {script}"
+    return f"echo {shlex.quote(f'--- {step}: {how}')}; {script}"
 
 
 # -- GitHub ---------------------------------------------------------------------------------------
 
 OUTPUT = "~/output"
 CACHE = "~/the-cache"  # stands for GitHub's: a file for each key
-KEY = f"$(sed -n 's/^key=//p' {OUTPUT})"
+KEPT = f"{CACHE}/$(sed -n 's/^key=//p' {OUTPUT})"
 IN_SUITE = f"cd ~/suite && export PATH=~/python/bin:$PATH GITHUB_OUTPUT={OUTPUT} && "
-# What stands for an action, and why that will do.
+# What stands for an action.
 ACTIONS = {
-    "actions/checkout": ("replaced by a copy of tests/support/suites/ci", f"rm -rf ~/suite; {SUITE}"),
+    "actions/checkout": ("replaced by a copy of a small project", f"rm -rf ~/suite; {SUITE}"),
     "actions/setup-python": (
-        "replaced by a virtual environment of the system's Python, with the package from this checkout",
-        "[ -d ~/python ] || { python3 -m venv ~/python && ~/python/bin/pip install --quiet ~/project; }",
+        "replaced by a virtual environment, with the package from this checkout",
+        "[ -d ~/python ] || "
+        "{ python3 -m venv ~/python && ~/python/bin/pip install --quiet ~/project; }",
     ),
     "actions/cache/restore": (
-        "replaced by a copy of a file, if there is one of that key",
-        f"if [ -e {CACHE}/{KEY} ]; then cp {CACHE}/{KEY} ~/images.tar && echo 'found'; else echo 'not found'; fi",
+        "replaced by a copy of the file of that key",
+        f"cp {KEPT} ~/images.tar 2>/dev/null && echo found || echo 'there is none'",
     ),
     "actions/cache/save": (
         "replaced by a copy to a file of that key, if there is none",
-        f'mkdir -p {CACHE} && [ -e {CACHE}/"{KEY}" ] || {{ cp ~/images.tar {CACHE}/"{KEY}" && ls -lh {CACHE}; }}',
+        f"mkdir -p {CACHE} && {{ [ -e {KEPT} ] || cp ~/images.tar {KEPT}; }} && ls -lh {CACHE}",
     ),
-    "actions/upload-artifact": ("nothing failed, so there is nothing to keep but", "ls ~/suite/junit.xml"),
+    "actions/upload-artifact": ("replaced by a look", "ls -l ~/suite/junit.xml"),
 }
 HOSTS_OWN = "udevadm"  # a step with it needs the host's udev and AppArmor, which no clean root has
 
@@ -101,9 +102,9 @@ def github(found: dict[str, Any]) -> Iterator[str]:
     for number in (1, 2):
         yield f"echo '=== run {number} of the job'; rm -rf ~/images.tar ~/.cache/vmsandbox {OUTPUT}"
         yield from map(github_step, steps)
-    yield "echo '=== a test fails'; " + f"echo {shlex.quote(FAILING)} >>~/suite/tests/test_greeting.py"
+    yield f"echo '=== a test fails'; echo {shlex.quote(FAILING)} >>~/suite/tests/test_greeting.py"
     run = next(step["run"] for step in steps if "pytest " in step.get("run", ""))
-    yield from kept(f"{IN_SUITE}bash -e -c {shlex.quote(run)}", "~/suite")
+    yield from kept(f"{IN_SUITE}bash -e -c {shlex.quote(run)}")
 
 
 def github_step(step: dict[str, Any]) -> str:
@@ -129,23 +130,31 @@ def gitlab(found: dict[str, Any]) -> Iterator[str]:
     `after_script`.
     """
     job = found["tests"]
-    yield f"echo '--- (before) the runner copies the project'; apt-get update -qq && apt-get install -qq git >/dev/null; {SUITE}"
-    # `pip install` is to find the package where it would find it in the index.
-    wheel = "python3 -m venv /tmp/build && /tmp/build/bin/pip wheel --quiet --no-deps --wheel-dir /wheels ~/project"
-    yield told(
-        "(before)", "the package comes from this checkout, not from the index",
-        f"apt-get install -qq --no-install-recommends python3-venv >/dev/null && {wheel}",
-    )  # fmt: skip
-    first = "\n".join(["export PIP_FIND_LINKS=/wheels", *map(shown, job["before_script"])])
-    last = "\n".join(map(shown, job["after_script"]))
-    tests = "\n".join(map(shown, job["script"]))
-    bash = "cd ~/suite && bash -eo pipefail -c "
+    before, tests, after = (
+        "\n".join(map(shown, job[key])) for key in ("before_script", "script", "after_script")
+    )
+    copied = f"apt-get update -qq && apt-get install -qq git >/dev/null && {SUITE}"
+    yield told("(before)", "the runner copies the project", copied)
+    # pip is to find the package where it would find it in the index.
+    wheel = (
+        "apt-get install -qq --no-install-recommends python3-venv >/dev/null && "
+        "python3 -m venv /tmp/build && "
+        "/tmp/build/bin/pip wheel --quiet --no-deps --wheel-dir /wheels ~/project"
+    )
+    yield told("(before)", "the package comes from this checkout, not from the index", wheel)
+    fresh = "rm -rf ~/.cache/vmsandbox; cd ~/suite && git clean -ffdxq -e images.tar; ls -lh"
     for number in (1, 2):
-        yield f"echo '=== run {number} of the job'; rm -rf ~/.cache/vmsandbox; cd ~/suite && ls -lh images.tar 2>/dev/null || echo 'there is no cache'"
-        yield f"{bash}{shlex.quote(f'{first}\n{tests}')}"
-        yield f"{bash}{shlex.quote(last)}"
+        yield f"echo '=== run {number} of the job'; {fresh}"
+        yield in_one_shell("export PIP_FIND_LINKS=/wheels", before, tests)
+        yield in_one_shell(after)
     yield f"echo '=== a test fails'; echo {shlex.quote(FAILING)} >>~/suite/tests/test_greeting.py"
-    yield from kept(f"{bash}{shlex.quote(f'. .venv/bin/activate\n{tests}')}", "~/suite")
+    yield from kept(in_one_shell(". .venv/bin/activate", tests))
+
+
+def in_one_shell(*lines: str) -> str:
+    """A command that runs lines as GitLab's runner does."""
+    script = "\n".join(lines)
+    return f"cd ~/suite && bash -eo pipefail -c {shlex.quote(script)}"
 
 
 def shown(line: str) -> str:
@@ -153,10 +162,11 @@ def shown(line: str) -> str:
     return f"echo {shlex.quote(f'$ {line}')}\n{line}"
 
 
-def kept(command: str, folder: str) -> Iterator[str]:
+def kept(command: str) -> Iterator[str]:
     """The tests once more: they have to fail, and to leave what the recipe keeps."""
     yield f"if {command}; then echo 'the job should have failed'; exit 1; fi"
-    yield f"cd {folder} && grep -q '<failure' junit.xml && find vm-artifacts -name console.log | grep . && echo 'kept: junit.xml, vm-artifacts'"
+    look = "grep -q '<failure' junit.xml && find vm-artifacts -name console.log | grep ."
+    yield f"cd ~/suite && {look} && echo 'kept: junit.xml, vm-artifacts'"
 
 
 if __name__ == "__main__":
