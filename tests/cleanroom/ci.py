@@ -28,10 +28,7 @@ HERE = Path(__file__).resolve().parent
 RECIPES = HERE.parents[1] / "docs" / "how-to" / "ci"
 ROOTS = {"github": ("noble", "user"), "gitlab": ("trixie", "root")}
 FAILING = "def test_that_fails(vm): vm.run(['false'])"
-SUITE = (
-    "cp -r tests/support/suites/ci ~/suite && "
-    "cd ~/suite && git init --quiet && git add ."
-)
+SUITE = "cp -r tests/support/suites/ci ~/suite && cd ~/suite && git init --quiet && git add ."
 
 
 def main() -> None:
@@ -76,8 +73,7 @@ ACTIONS = {
     "actions/checkout": ("replaced by a copy of a small project", f"rm -rf ~/suite; {SUITE}"),
     "actions/setup-python": (
         "replaced by a virtual environment, with the package from this checkout",
-        "[ -d ~/python ] || "
-        "{ python3 -m venv ~/python && ~/python/bin/pip install --quiet ~/project; }",
+        "[ -d ~/python ] || { python3 -m venv ~/python; ~/python/bin/pip install -q ~/project; }",
     ),
     "actions/cache/restore": (
         "replaced by a copy of the file of that key",
