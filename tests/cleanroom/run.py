@@ -1,4 +1,4 @@
-"""The README's first commands, literally, on a clean Debian that has nothing but Python.
+"""The README's commands for installing, literally, on a clean Debian that has nothing but Python.
 
 It makes a clean root with mmdebstrap, enters it by pivot_root in mount, PID, UTS and IPC
 namespaces of its own (in a plain chroot the kernel refuses user namespaces, which building an
@@ -101,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--commands",
         nargs="+",
         metavar="COMMAND",
-        help="run these instead of the README's first two",
+        help="run these instead of the README's",
     )
     parser.add_argument("--dirty", action="store_true", help="take what is not committed yet along")
     parser.add_argument(
@@ -115,16 +115,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def readme_commands() -> list[str]:
-    """The lines of the README's first two console blocks."""
+    """The commands of the README that its comments leave to us."""
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:console|sh|shell)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    commands = []
-    for block in blocks[:2]:
-        lines = [line.strip() for line in block.splitlines()]
-        prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        commands += prompted or [line for line in lines if line and not line.startswith("#")]
+    blocks = re.findall(
+        r"^<!-- not run: .*tests/cleanroom.*-->\n```console\n(.*?)^```$",
+        text,
+        re.MULTILINE | re.DOTALL,
+    )
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     if not commands:
-        sys.exit("cleanroom: README.md has no console block")
+        sys.exit("cleanroom: README.md has no console block that is left to tests/cleanroom")
     return commands
 
 
