@@ -109,7 +109,7 @@ class _Generated(SphinxDirective):
 
 class _Fixtures(_Generated):
     def lines(self) -> Iterator[str]:
-        for name, (scope, doc) in fixtures().items():
+        for name, (scope, doc) in sorted(fixtures().items()):
             text = f"{GoogleDocstring(doc, self.config)}\n\nScope: {scope}."
             yield from self.entry("fixture", name, text)
 
@@ -145,8 +145,9 @@ class _Figures(_Generated):
 
 
 def escape(_: Sphinx, __: click.Context, lines: list[str]) -> None:
-    """Take the help of a command as it is: it is no reStructuredText."""
-    lines[:] = [re.sub(r"([*`])", r"\\\1", line) for line in lines]
+    """Take the help of a command as it is: it is no reStructuredText. Names of options are code."""
+    escaped = [re.sub(r"([*`])", r"\\\1", line) for line in lines]
+    lines[:] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"``\g<0>``", line) for line in escaped]
 
 
 def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
