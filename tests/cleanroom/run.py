@@ -37,7 +37,8 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = "vmsandbox-cleanroom-"
-SUITES = ("bookworm", "trixie")
+SUITES = ("bookworm", "noble", "trixie")
+COMPONENTS = {"noble": "main,universe"}  # Ubuntu's; the image tools are in the second one
 USER = "tester"
 USER_ID = 1000
 SUBORDINATE_IDS = "100000-165535"
@@ -282,11 +283,12 @@ def inside(options: argparse.Namespace) -> NoReturn:
 
 
 def make_root(root: Path, suite: str, *, with_sudo: bool) -> float:
-    """A minimal Debian with python3, certificates, and sudo for who needs it; seconds taken."""
+    """A minimal Debian (or Ubuntu) with python3, certificates, and sudo for who needs it; seconds taken."""
     started = time.monotonic()
     packages = ["python3", "ca-certificates", *(["sudo"] if with_sudo else [])]
     say(f"making a clean root: {suite} with {' '.join(packages)}")
     mmdebstrap = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
+    mmdebstrap += [f"--components={COMPONENTS[suite]}"] if suite in COMPONENTS else []
     call([*mmdebstrap, suite, str(root)])
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     (root / "etc/hostname").write_text("cleanroom\n", encoding="utf-8")
