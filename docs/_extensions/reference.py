@@ -28,10 +28,11 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import pytest_vmsandbox
-from pytest_vmsandbox import plugin
+from pytest_vmsandbox import Guest, Process, SSHAccess, plugin
 from pytest_vmsandbox.cli import bench
 from pytest_vmsandbox.plugin import config, hookspecs
 
+_WHOLE = (Guest, Process, SSHAccess)  # all of their methods and properties are public
 _LOG = logging.getLogger(__name__)
 _TYPES = {  # of ini keys, as pytest calls them
     None: "",
@@ -154,8 +155,14 @@ def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
     """Warn of each public name that no page documents."""
     documented = set(env.domains.python_domain.objects)
     hooks = [name for name in vars(hookspecs) if name.startswith("pytest_vmsandbox_")]
+    members = [
+        f"{kind.__name__}.{name}"
+        for kind in _WHOLE
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and (callable(value) or isinstance(value, property))
+    ]
     wanted = {
-        *(f"pytest_vmsandbox.{name}" for name in pytest_vmsandbox.__all__),
+        *(f"pytest_vmsandbox.{name}" for name in (*pytest_vmsandbox.__all__, *members)),
         *(f"{hookspecs.__name__}.{name}" for name in hooks),
     }
     for name in sorted(wanted - documented):
