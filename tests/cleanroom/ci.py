@@ -143,7 +143,8 @@ def gitlab(found: dict[str, Any]) -> Iterator[str]:
         yield f"echo '=== run {number} of the job'; {fresh}"
         yield in_one_shell("export PIP_FIND_LINKS=/wheels", before, tests)
         yield in_one_shell(after)
-    yield f"echo '=== a test fails'; echo {shlex.quote(FAILING)} >>~/suite/tests/test_greeting.py"
+    fails = f"echo {shlex.quote(FAILING)} >>~/suite/tests/test_greeting.py"
+    yield f"echo '=== a test fails'; rm ~/suite/images.tar; {fails}"  # as `before_script` does
     yield from kept(in_one_shell(". .venv/bin/activate", tests))
 
 

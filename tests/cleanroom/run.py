@@ -285,7 +285,7 @@ def inside(options: argparse.Namespace) -> NoReturn:
 def make_root(root: Path, suite: str, *, with_sudo: bool) -> float:
     """A minimal Debian (or Ubuntu) with python3, certificates, and sudo for who needs it; seconds taken."""
     started = time.monotonic()
-    packages = ["python3", "ca-certificates", *(["sudo"] if with_sudo else [])]
+    packages = ["apt", "python3", "ca-certificates", *(["sudo"] if with_sudo else [])]
     say(f"making a clean root: {suite} with {' '.join(packages)}")
     mmdebstrap = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
     mmdebstrap += [f"--components={COMPONENTS[suite]}"] if suite in COMPONENTS else []
