@@ -43,7 +43,7 @@ autodoc_typehints = "none"  # signatures as short as those of `subprocess`; the 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # an attribute is described once, in its class
-python_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 120
 
 html_theme = "furo"
 html_title = project

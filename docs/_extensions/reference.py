@@ -21,23 +21,25 @@ from typing import Any
 import click
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.domains.python import PythonDomain
 from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import pytest_vmsandbox
-from pytest_vmsandbox import plugin
+from pytest_vmsandbox import Guest, Process, SSHAccess, plugin
 from pytest_vmsandbox.cli import bench
 from pytest_vmsandbox.plugin import config, hookspecs
 
+_WHOLE = (Guest, Process, SSHAccess)  # all of their methods and properties are public
 _LOG = logging.getLogger(__name__)
 _TYPES = {  # of ini keys, as pytest calls them
-    None: "text",
-    "args": "words; quote one that has blanks",
-    "bool": "bool",
-    "linelist": "lines",
-    "paths": "paths, relative to the ini file",
+    None: "",
+    "args": "Words, separated by blanks. Quote a word that has blanks.",
+    "bool": "``true`` or ``false``.",
+    "linelist": "One per line.",
+    "paths": "Relative to the ini file, separated by blanks.",
 }
 
 
@@ -100,24 +102,23 @@ class _Generated(SphinxDirective):
         """The text."""
         raise NotImplementedError
 
-    def entry(self, directive: str, name: str, options: Mapping[str, str], text: str) -> list[str]:
+    def entry(self, directive: str, name: str, text: str) -> list[str]:
         """A directive with content."""
-        lines = [f":{option}: {value}" for option, value in options.items()]
-        lines += ["", *text.splitlines(), ""]
+        lines = ["", *text.splitlines(), ""]
         return [f".. {directive}:: {name}", *(f"   {line}" if line else "" for line in lines)]
 
 
 class _Fixtures(_Generated):
     def lines(self) -> Iterator[str]:
-        for name, (scope, doc) in fixtures().items():
+        for name, (scope, doc) in sorted(fixtures().items()):
             text = f"{GoogleDocstring(doc, self.config)}\n\nScope: {scope}."
-            yield from self.entry("fixture", name, {}, text)
+            yield from self.entry("fixture", name, text)
 
 
 class _Options(_Generated):
     def lines(self) -> Iterator[str]:
         registered = Registered.now()
-        yield from (".. program:: pytest", "")
+        yield from (".. program:: pytest", "")  # what other pages link to is `pytest --vm`
         for name, arguments in registered.options.items():
             value = arguments.get("metavar") or "|".join(arguments.get("choices", ()))
             signature = f"{name}={value}" if value else name
@@ -128,14 +129,14 @@ class _Options(_Generated):
             ]
             text = registered.text(re.sub(r" Ini key: \w+$", "", arguments["help"]).rstrip("."))
             text += "".join(f"\n\nIni key: :confval:`{key}`" for key in keys)
-            yield from self.entry("option", signature, {}, text)
+            yield from self.entry("option", signature, text)
 
 
 class _IniKeys(_Generated):
     def lines(self) -> Iterator[str]:
         registered = Registered.now()
         for name, (kind, about) in registered.ini_keys.items():
-            yield from self.entry("confval", name, {"type": _TYPES[kind]}, registered.text(about))
+            yield from self.entry("confval", name, f"{registered.text(about)} {_TYPES[kind]}")
 
 
 class _Figures(_Generated):
@@ -145,16 +146,23 @@ class _Figures(_Generated):
 
 
 def escape(_: Sphinx, __: click.Context, lines: list[str]) -> None:
-    """Take the help of a command as it is: it is no reStructuredText."""
-    lines[:] = [re.sub(r"([*`])", r"\\\1", line) for line in lines]
+    """Take the help of a command as it is: it is no reStructuredText. Names of options are code."""
+    escaped = [re.sub(r"([*`])", r"\\\1", line) for line in lines]
+    lines[:] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"``\g<0>``", line) for line in escaped]
 
 
 def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
     """Warn of each public name that no page documents."""
     documented = set(env.domains.python_domain.objects)
     hooks = [name for name in vars(hookspecs) if name.startswith("pytest_vmsandbox_")]
+    members = [
+        f"{kind.__name__}.{name}"
+        for kind in _WHOLE
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and (callable(value) or isinstance(value, property))
+    ]
     wanted = {
-        *(f"pytest_vmsandbox.{name}" for name in pytest_vmsandbox.__all__),
+        *(f"pytest_vmsandbox.{name}" for name in (*pytest_vmsandbox.__all__, *members)),
         *(f"{hookspecs.__name__}.{name}" for name in hooks),
     }
     for name in sorted(wanted - documented):
@@ -162,6 +170,10 @@ def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    for directive in PythonDomain.directives.values():
+        for kind in getattr(directive, "doc_field_types", ()):
+            if kind.name == "variable":
+                kind.label = "Attributes"  # as docstrings say
     app.add_object_type("fixture", "fixture", "%s (fixture)", objname="fixture")
     app.add_directive("pytest-fixtures", _Fixtures)
     app.add_directive("pytest-options", _Options)

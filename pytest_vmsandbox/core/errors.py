@@ -46,10 +46,6 @@ if TYPE_CHECKING:
 class VMSandboxError(Exception):
     """The base class of all errors of this package.
 
-    Args:
-        brief: one line that says what happened.
-        more: the other attributes, by name.
-
     Attributes:
         brief: one line that says what happened.
         details: more lines, for instance what a program wrote to standard error.

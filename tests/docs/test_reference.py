@@ -186,5 +186,5 @@ def test_the_page_on_the_environment_has_each_variable():
     assert {"VMSANDBOX_CACHE", "VMSANDBOX_QEMU", "TMPDIR", "CI"} <= names
     # There they are those of pytest-xdist, and those that users name in `vm_env`.
     assert computed == {"plugin/config.py", "plugin/in_vm/guest_config.py"}
-    named = set(re.findall(r"`([A-Z][A-Z_]+)`", page("environment")))
+    named = set(re.findall(r"(?:`|^|} )([A-Z][A-Z_]+)(?:`|$)", page("environment"), re.MULTILINE))
     assert {*names, *guest_config._XDIST_VARIABLES} - named == set()
