@@ -93,7 +93,7 @@ def github(found: dict[str, Any]) -> Iterator[str]:
     steps = found["jobs"]["tests"]["steps"]
     yield told(
         "(before)", "what GitHub's runners have", "sudo apt-get update -qq && "
-        "sudo apt-get install -qq --no-install-recommends git gnupg python3-venv >/dev/null"
+        "sudo apt-get install -qq --no-install-recommends git python3-venv >/dev/null"
     )  # fmt: skip
     for number in (1, 2):
         yield f"echo '=== run {number} of the job'; rm -rf ~/images.tar ~/.cache/vmsandbox {OUTPUT}"
