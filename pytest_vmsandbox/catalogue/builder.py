@@ -192,7 +192,7 @@ def _check_programs(definition: ImageDefinition) -> None:
             remedy="build it on a Linux machine, and copy the folder "
             f"images/{definition.name} from its cache to the one here",
         )
-    if missing := programs.missing(definition.requires):
+    if missing := programs.missing(programs.with_theirs(definition.requires)):
         packages = sorted({programs.package_of(program) for program in missing})
         raise ImageError(
             f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",
