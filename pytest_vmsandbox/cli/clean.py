@@ -12,7 +12,6 @@ from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine import orphans
-from pytest_vmsandbox.machine.hypervisor import remove_dead_runs
 
 
 @click.command
@@ -34,7 +33,7 @@ def clean(*, templates: bool, environments: bool) -> None:
     said: list[str] = []
     if ended := orphans.end_ownerless():
         said.append(f"ended: {_number(len(ended), 'launcher')} of killed runs, with all guests")
-    if folders := remove_dead_runs(paths.runtime_dir()):
+    if folders := orphans.remove_dead_runs(paths.runtime_dir()):
         said.append(f"removed: {_number(len(folders), 'folder')} of killed runs")
     if freed := tidy(cache, said.append):
         said.append(f"removed: incomplete files in the cache; freed {format_size(freed)}")

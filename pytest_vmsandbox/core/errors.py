@@ -11,10 +11,10 @@
     ├── GuestLost          a guest that ran is gone: panic, power-off from inside, QEMU exit
     ├── CommandError       a program in the guest returned non-zero, or could not be started
     ├── CommandTimeout     a program in the guest did not end in time, and was killed
-    ├── InterpreterLost    a test that ran in a guest took its interpreter along, or had to be killed
+    ├── InterpreterLost    a test inside a guest crashed its interpreter, or it was killed
     ├── TransferError      files could not be copied to or from the guest
     ├── MonitorError       QEMU refused a monitor command, or its monitor is gone
-    └── TeardownError      something of ours could not be ended or removed
+    └── TeardownError      something that the run had made could not be ended or removed
 
 The text of an error is its brief first line, then details, then the remedy. Errors of third-party
 libraries do not leave the module that uses the library; they are the `__cause__` of one of these.
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 
 
 class VMSandboxError(Exception):
-    """The root of all errors of this package.
+    """The base class of all errors of this package.
 
-    Args:
+    Attributes:
         brief: one line that says what happened.
-        details: further lines, for instance what a program wrote to its standard error.
-        remedy: what the reader can do about it.
-        stage: where it happened: image, launch, firmware, kernel, init, ssh, command, transfer,
-            teardown.
-        transient: the evidence says that the host or chance was at fault, and nothing in the guest:
-            a fresh guest may do.
+        details: more lines, for instance what a program wrote to standard error.
+        remedy: what you can do about it.
+        stage: where it happened: ``image``, ``launch``, ``firmware``, ``kernel``, ``init``, ``ssh``,
+            ``command``, ``transfer`` or ``teardown``; empty if it happened in none of them.
+        transient: whether the host or chance is to blame, and nothing in the guest. Then a fresh
+            guest may work.
     """
 
     details = remedy = stage = ""
@@ -93,11 +93,11 @@ def in_brief(error: VMSandboxError, where: str) -> VMSandboxError:
 
 
 class ConfigError(VMSandboxError):
-    """An option, a marker's argument or an image definition is invalid."""
+    """An option, an argument of a marker, or an image definition is invalid."""
 
 
 class ImageError(VMSandboxError):
-    """An image is missing or stale, or building it failed."""
+    """An image is missing or stale, or its build failed."""
 
     stage = "image"
 
@@ -109,19 +109,16 @@ class CacheError(VMSandboxError):
 
 
 class LaunchError(VMSandboxError):
-    """QEMU is missing, refused to start, or the host has no room for the guest."""
+    """QEMU is missing or refused to start, or the host has no room for the guest."""
 
     stage = "launch"
 
 
 class BootError(VMSandboxError):
-    """A guest did not come up.
+    """A guest did not come up. Its ``stage`` is the last one that it reached.
 
-    Args:
-        brief: one line.
-        stage: the last stage that was reached: launch, firmware, kernel, init or ssh.
-        seconds: how long we waited.
-        more: as for `VMSandboxError`.
+    Attributes:
+        seconds: how long it was waited for.
     """
 
     def __init__(self, brief: str, *, seconds: float, **more: Unpack[More]) -> None:
@@ -130,7 +127,7 @@ class BootError(VMSandboxError):
 
 
 class GuestLost(VMSandboxError):
-    """A guest that had been up is gone: kernel panic, power-off from inside, QEMU exit."""
+    """A guest that was up is gone: its kernel panicked, it switched itself off, or QEMU ended."""
 
     stage = "command"
 
@@ -141,9 +138,10 @@ class CommandResult(Generic[AnyStr]):
 
     Attributes:
         argv: the program and its arguments.
-        returncode: its exit status; −N when signal N ended it, as in `subprocess`.
-        stdout, stderr: what it wrote: `str`, or `bytes` with ``text=False``.
-        duration: seconds from its start to its end, seen from here.
+        returncode: its exit status; −N if signal N ended it, as in `subprocess`.
+        stdout: what it wrote to standard output: `str`, or `bytes` with ``text=False``.
+        stderr: what it wrote to standard error.
+        duration: seconds from its start to its end, seen from the host.
     """
 
     argv: tuple[str, ...]
@@ -154,7 +152,7 @@ class CommandResult(Generic[AnyStr]):
 
 
 class CommandError(VMSandboxError):
-    """A program in the guest returned non-zero, or could not be started at all.
+    """A program in the guest returned non-zero, or could not be started.
 
     Attributes:
         result: the `CommandResult`, with both streams.
@@ -173,9 +171,9 @@ class CommandTimeout(VMSandboxError):
     """A program in the guest did not end in time. Its process group was killed.
 
     Attributes:
-        seconds: the time-out.
-        stdout: what it had written by then (bytes).
-        stderr: likewise.
+        seconds: the timeout.
+        stdout: what it had written to standard output, as `bytes`.
+        stderr: what it had written to standard error.
     """
 
     stage = "command"
@@ -196,7 +194,7 @@ class CommandTimeout(VMSandboxError):
 
 
 class InterpreterLost(VMSandboxError):
-    """The interpreter that ran a test in a guest ended in the middle, or had to be killed."""
+    """A test inside a guest crashed its interpreter, or its interpreter was killed."""
 
     stage = "command"
 
@@ -211,8 +209,8 @@ class MonitorError(VMSandboxError):
     """QEMU refused a monitor command, or its monitor is gone.
 
     Attributes:
-        error_class: QMP's class of the error, such as ``CommandNotFound``; empty when the
-            monitor is gone.
+        error_class: QMP's class of the error, such as ``CommandNotFound``; empty if the monitor is
+            gone.
     """
 
     stage = "command"
@@ -223,7 +221,7 @@ class MonitorError(VMSandboxError):
 
 
 class TeardownError(VMSandboxError):
-    """Something of ours could not be ended or removed."""
+    """Something that the run had started or made could not be ended or removed."""
 
     stage = "teardown"
 

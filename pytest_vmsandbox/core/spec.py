@@ -61,13 +61,12 @@ class Hardware:
     """The hardware of a guest.
 
     Attributes:
-        cpus: number of processors, at least 1.
+        cpus: the number of processors, at least 1.
         memory: bytes.
         disk: bytes of the root disk; None for the size that the image has.
         disks: bytes of each further, blank disk, in order.
         network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
-        user: who runs commands in the guest where a call names nobody; empty for the one that
-            the image names.
+        user: who runs commands in the guest if a call names nobody; empty for the image's user.
     """
 
     cpus: int = 1

@@ -64,13 +64,13 @@ class KeyPair:
 
 @dataclass(frozen=True, kw_only=True)
 class SSHAccess:
-    """What an SSH client needs to get into a guest, as long as the guest is switched on.
+    """What an SSH client needs to log in to a guest, as long as the guest is switched on.
 
     Attributes:
         host: an address of this host.
         port: a port there, which is the guest's SSH server.
         user: who logs in.
-        key_file: the private key, readable by this user only.
+        key_file: the private key. Only this user can read it.
         known_hosts_file: the guest's host key, for that address and port.
     """
 
@@ -82,12 +82,12 @@ class SSHAccess:
 
     @property
     def command(self) -> str:
-        """The line that a person types to get in."""
+        """The command line that logs in."""
         options = [part for option in self._options.items() for part in ("-o", "=".join(option))]
         return shlex.join(["ssh", "-F", "none", *options, f"{self.user}@{self.host}"])
 
     def config(self, name: str) -> str:
-        """A section of OpenSSH's configuration, in which the guest is called `name`."""
+        """A section of OpenSSH's configuration that calls the guest ``name``."""
         options = {"HostName": self.host, "User": self.user, **self._options}
         lines = [f"    {option} {value}\n" for option, value in options.items()]
         return f"Host {name}\n{''.join(lines)}"

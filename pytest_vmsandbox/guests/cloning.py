@@ -1,4 +1,4 @@
-"""Makes one clone of a template, corrects it, and arms it if it is for later.
+"""Makes one clone of a template, gives it its name, and arms it if it is for later.
 
 A clone maps its template's memory, and shares each page until it writes to it. To arm a clone, we resume
 it, run a program in it, and pause it again. Under emulation, the first program in a clone takes ten
@@ -74,7 +74,11 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         running = machines.clone(opened.memory, state, opened.check)
         stack.push(running.stack)
         state.close()  # QEMU has loaded it
-        helper = _put_right(running, opened, blueprint)
+        if (helper := running.helper) is None:
+            raise GuestLost(f"the helper in {name} is gone", stage="command")
+        _check_reachable(running, opened, blueprint)
+        is_systemd = blueprint.built.definition.init == "systemd"
+        resume.rename(helper, name, in_files=is_systemd)
         if arm:
             _arm(running.machine, helper, blueprint)
         return Clone(
@@ -86,33 +90,26 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         )
 
 
-def _put_right(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> Helper:
-    """Give a clone its own name. For a template's first clone, check that the network works.
+def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> None:
+    """Check that the network of a template's first clone works.
 
     A kernel refuses a connection to an unused port at once. An emulated SSH server takes 0.25 s to greet.
     So we wait for the SSH server only if nothing is refused, for instance because of a firewall.
 
-    Returns:
-        The clone's helper.
-
     Raises:
-        GuestLost: the clone cannot be reached, or something in it cannot be corrected.
+        GuestLost: the clone cannot be reached.
     """
-    machine, helper = running.machine, running.helper
-    if helper is None:
-        raise GuestLost(f"the helper in {machine.spec.name} is gone", stage="command")
-    if not opened.checked.is_set():
+    if opened.checked.is_set():
+        return
+    machine = running.machine
 
-        def check() -> None:
-            machine.check()
-            opened.check()
+    def check() -> None:
+        machine.check()
+        opened.check()
 
-        if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
-            check_network(machine, blueprint, check)
-        opened.checked.set()
-    is_systemd = blueprint.built.definition.init == "systemd"
-    resume.rename(helper, machine.spec.name, in_files=is_systemd)
-    return helper
+    if not refusal(machine.forward(_UNUSED_PORT), _REFUSAL_SECONDS):
+        check_network(machine, blueprint, check)
+    opened.checked.set()
 
 
 def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:

@@ -27,13 +27,13 @@ Base = str | PreparedImage | PreparedLayer  # what guests are made of, for users
 
 
 class GuestFactory:
-    """Gives out guests; pytest's fixture `vm_factory` is one.
+    """Makes guests. The fixture `vm_factory` is one.
 
-    They are clones of templates, which it builds where there are none, or are booted where there
-    can be none. Nothing is started before the first guest is asked for.
+    Guests are clones of templates. It builds a template if there is none, and boots guests where there
+    can be no clones. Nothing starts before you ask for the first guest.
 
     Attributes:
-        backend: what runs them.
+        backend: what runs the guests. Not part of the public interface: it changes without notice.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -51,25 +51,25 @@ class GuestFactory:
 
     @contextmanager
     def boot(self, image: Base, **hardware: object) -> Iterator[Guest]:
-        """A fresh guest, running and answering; it is gone at the end.
+        """A context manager: a fresh guest, which runs and answers. It is gone at the end.
 
-        It is a clone of a guest that was booted once, on this machine, and saved: that takes
-        milliseconds, but the first time a boot and some seconds, which people are told. Where there
-        can be none it is booted, and prepared, each time. If the host or chance takes the guest away
-        before anybody has it, a second one is tried.
+        The guest is a clone of a template, made in milliseconds. The first time, the template is built:
+        a guest boots, is prepared and is saved, and a line on the terminal says so. Where there can be no
+        clones, each guest is booted and prepared. If the host or chance takes the guest away before you
+        have it, a second one is tried.
 
         Args:
             image: a name of the catalogue, or what `prepare` returned. What ``prepare(None, …)``
                 returned is booted on the image of the test that runs now.
-            hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``; sizes are
-                strings with a unit. What is not given is the run's default.
+            hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``, as in the marker
+                ``vm``. What you leave out is the run's default.
 
         Raises:
             ConfigError: there is no such image or hardware, or no test that has an image.
-            ImageError: the image is not built, or damaged.
+            ImageError: the image is not built, or is damaged.
             LaunchError: QEMU cannot be started, or this host has no room.
             BootError: the guest does not come up.
-            VMSandboxError: it cannot be prepared. Whatever a preparation raises comes through.
+            VMSandboxError: the guest cannot be prepared. What a preparation raises is passed on.
 
         Example::
 
@@ -149,27 +149,31 @@ class GuestFactory:
         depends_on: Sequence[str | os.PathLike[str]],
         network: Network | None = None,
     ) -> PreparedImage | PreparedLayer:
-        """An image with more in it, which `boot` takes.
+        """Make an image with more in it, for `boot`. ``run`` is called once, and again if its inputs change.
 
-        It is prepared now, for the run's default hardware, unless it was since something of what it
-        depends on has changed, in this run or another. For other hardware, and for the images of
-        other tests, that is done when the first such guest is asked for.
+        The image is prepared now, for the run's default hardware, unless this run or an earlier one has
+        done so. For other hardware, and for the images of other tests, it is prepared when the first such
+        guest is asked for. What ``run`` leaves running goes on running in every guest of the image.
+
+        The preparation lies in the cache and in all of its guests: put no secret into it.
 
         Args:
-            image: a name of the catalogue, or what was prepared before; None for whatever image a
-                test runs on.
-            run: called with a guest, prepares it. What runs in the guest then goes on in each clone.
-            depends_on: texts (names, versions), and paths, whose names and content count. The code of
-                `run` counts, too; what it calls, or takes from around it, does not.
-            network: that the preparation needs: ``isolated`` or ``nat``; None for the run's default.
-                Guests have the one that `boot` is told.
+            image: a name of the catalogue, or what an earlier `prepare` returned; None for whatever image
+                a test runs on.
+            run: called with a guest, which it prepares. The guest's user is the image's.
+            depends_on: the inputs: texts (names, versions), and paths (`pathlib.Path`) of files and
+                folders, whose names and content count. ``__pycache__`` does not count. The code of
+                ``run`` counts by itself, with the arguments that `functools.partial` holds. What it
+                calls and the variables around it do not count: name them here.
+            network: what the preparation needs: ``isolated`` or ``nat``; None for the run's default. It
+                does not affect guests booted from the image: pass ``network=`` to `boot` for those.
 
         Returns:
-            What `boot`, or `prepare` once more, takes as an image.
+            What `boot` and `prepare` take as an image.
 
         Raises:
-            ConfigError: there is no such image or network, or it cannot depend on that.
-            VMSandboxError: a guest does not come up. What `run` raises comes through, and nothing is
+            ConfigError: there is no such image or network, or ``depends_on`` is invalid.
+            VMSandboxError: a guest does not come up. What ``run`` raises is passed on, and nothing is
                 kept.
 
         Example::

@@ -33,23 +33,23 @@ _POLL_SECONDS = 0.25
 
 
 class Guest:
-    """A running virtual machine. Made by `GuestFactory.boot`, which ends it.
+    """A running virtual machine. `GuestFactory.boot` makes it and ends it.
 
-    Every method that talks to the guest raises `GuestLost` when it is gone.
+    Every method that talks to the guest raises `GuestLost` if the guest is gone.
 
-    Methods may be called from any thread, also several at a time. A call that waits does not keep
-    others waiting; when one of them takes the guest's power away, those that wait raise `GuestLost`.
+    You may call methods from any thread, also several at a time. A call that waits does not block
+    other calls. If one of them takes the guest's power away, calls that wait raise `GuestLost`.
     Snapshots of several threads must not overlap.
 
-    Where many guests run, one that nobody uses may be paused; the next call lets it go on, with the
-    right time. A guest is in use while a call waits for something in it. It is never paused again,
-    until it is switched off, once something of it is used without a call: after `popen`, `forward`,
-    `ssh`, `ssh_command`, `ssh_config`, `console` and `qmp`.
+    With more than eight guests per CPU, a guest that has been idle for half a second is paused. The
+    next call resumes it, with the right time. A guest is never paused while a call waits for something
+    in it. After `popen`, `forward`, `ssh`, `ssh_command`, `ssh_config`, `console` or `qmp`, it is not
+    paused any more until it is switched off.
 
     Attributes:
-        name: unique among the guests of this process; also the guest's hostname.
+        name: unique among the guests of this process. It is also the guest's hostname.
         image: the name of its image.
-        engine: what it runs on. No part of the public interface: it changes without notice.
+        engine: what it runs on. Not part of the public interface: it changes without notice.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -63,12 +63,12 @@ class Guest:
 
     @property
     def spec(self) -> Hardware:
-        """Its hardware; sizes in bytes."""
+        """The guest's hardware. Sizes are in bytes."""
         return self.engine.spec
 
     @property
     def alive(self) -> bool:
-        """Whether it is switched on and has neither ended nor panicked."""
+        """Whether the guest is switched on, and has neither ended nor panicked."""
         return self.engine.loss is None
 
     # -- commands -------------------------------------------------------------------------------
@@ -95,27 +95,30 @@ class Guest:
         user: str | None = None,
         text: bool = True,
     ) -> CommandResult[str] | CommandResult[bytes]:
-        r"""Run one program to its end; no shell reads its arguments.
+        r"""Run one program and wait until it ends. No shell reads the arguments.
 
         Args:
             argv: the program and its arguments.
-            check: raise `CommandError` when it returns non-zero.
-            timeout: seconds; None for the setting ``vm_command_timeout``.
-            input: for its standard input, which is empty otherwise.
+            check: raise `CommandError` if it returns non-zero.
+            timeout: seconds; None for the ini key ``vm_command_timeout``.
+            input: what it reads from standard input. Without it, standard input is empty.
             cwd: the folder it starts in; None for the user's home.
-            env: variables added to the user's environment.
-            user: who runs it; None for the guest's own.
-            text: streams as `str` (UTF-8; what cannot be decoded is replaced), else `bytes`.
+            env: variables to add to the user's environment.
+            user: who runs it; None for the guest's user.
+            text: streams are `str` (UTF-8; undecodable bytes are replaced), else `bytes`.
+
+        Returns:
+            A `CommandResult`. Its ``returncode`` is −N if signal N ended the program.
 
         Raises:
-            CommandError: it returned non-zero, or the folder or user does not exist.
-            CommandTimeout: it was not over in time; its process group was killed.
-            OSError: a word has 128 KiB or more, there are more than 65,535 words, or all together
-                take about 2 MiB («Argument list too long», as of `subprocess`).
+            CommandError: it returned non-zero, or the folder or the user does not exist.
+            CommandTimeout: it did not end in time. Its process group was killed.
+            OSError: a word has 128 KiB or more, there are more than 65,535 words, or all words together
+                take about 2 MiB («Argument list too long», as with `subprocess`).
             TypeError: a word, the folder or a variable is neither a `str` nor a path.
 
-        A program that leaves something in the background which holds its streams open is over
-        when it is itself over, and nothing more has come for half a second.
+        A program may leave something in the background that holds its streams open. Then the call
+        returns when the program has ended and no output has come for half a second.
 
         Example::
 
@@ -146,7 +149,9 @@ class Guest:
               user: str | None = ..., text: Literal[False]) -> CommandResult[bytes]: ...  # fmt: skip
 
     def shell(self, script: str, **same: Any) -> CommandResult[str] | CommandResult[bytes]:
-        r"""Run a script with the guest's ``/bin/sh``; the arguments are those of `run`.
+        r"""Run a script with the guest's ``/bin/sh``. The arguments are those of `run`.
+
+        This is the only method in which a shell reads a string.
 
         Example::
 
@@ -171,17 +176,20 @@ class Guest:
         user: str | None = None,
         text: bool = True,
     ) -> Process:
-        """Start a program and leave it running; the arguments are those of `run`.
+        """Start a program and leave it running. The arguments are those of `run`.
 
-        It ends with the guest at the latest. Whoever starts a program that writes much has to
-        read its streams, or it stops when two MiB wait to be read.
+        The program ends with the guest at the latest. Read its streams if it writes much: it stops when
+        2 MiB wait to be read.
 
         Args:
-            check, timeout, input: only `run`, which waits for the program's end, has these.
+            check: not allowed, like ``timeout`` and ``input``. Only `run` has these.
+
+        Returns:
+            A `Process`.
 
         Raises:
             CommandError: the folder or the user does not exist.
-            ConfigError: it was given one of those.
+            ConfigError: you passed ``check``, ``timeout`` or ``input``.
         """
         for name, value in (("check", check), ("timeout", timeout), ("input", input)):
             if value is not None:
@@ -198,10 +206,10 @@ class Guest:
 
         Args:
             argv: the program and its arguments.
-            timeout: seconds for all the tries together.
+            timeout: seconds for all tries together.
 
         Raises:
-            CommandTimeout: it did not; the text has the last try's streams.
+            CommandTimeout: it never returned 0. The error has the output of the last try.
         """
         deadline = Deadline(commands.seconds(timeout))
         while True:
@@ -228,65 +236,64 @@ class Guest:
     # -- files ----------------------------------------------------------------------------------
 
     def push(self, source: StrPath, dest: StrPath) -> None:
-        """Copy a file or a tree into the guest.
+        """Copy a file or a folder into the guest.
 
-        `dest` names the copy. A file goes into `dest` if that is a folder; a tree is merged into
-        `dest` if that is there. A `dest` that ends in ``/`` is a folder to put the copy into.
-        Missing folders are made. If `source` is a link, what it points to is copied.
+        ``dest`` is the name of the copy. If it is an existing folder, a file is copied into it, and a
+        folder is merged with it. A ``dest`` that ends in ``/`` is a folder to put the copy into. Missing
+        folders are created. If ``source`` is a link, its target is copied.
 
-        Modes (with setuid bits), times, holes, and the links in a tree stay; the owner is the
-        guest's user. A file takes its place at once, whole. It is written in place where no file
-        can be made beside it (`/proc`, `/sys`, a read-only folder), and to a device; then only the
-        content is copied. If `dest` is a link, the file that it points to is written.
+        Modes (with setuid bits), times, holes, and links in a folder are kept. The owner is the guest's
+        user. A file is replaced atomically. It is written in place where no file can be made beside it
+        (``/proc``, ``/sys``, a read-only folder), and if it is a device. Then only the content is
+        copied. If ``dest`` is a link, its target is written.
 
-        A tree may change meanwhile: it is copied as it was read. Pipes, sockets and devices in it
-        are left out, with one warning.
+        The folder may change meanwhile: each file is copied as it was read, also a log that grows. Pipes,
+        sockets and devices are left out, with one warning.
 
         Raises:
-            TransferError: `source` does not exist, or the guest cannot take it.
+            TransferError: ``source`` does not exist, or the guest cannot take it.
         """
         with self.engine.explained():
             left_out = transfer.push(self.engine.stream_script, Path(source), dest)
         _warn_of("pushed", source, left_out)
 
     def pull(self, source: StrPath, dest: StrPath) -> None:
-        """Copy a file or a tree out of the guest; `dest` is understood as in `push`.
+        """Copy a file or a folder out of the guest. ``dest`` means the same as in `push`.
 
-        Symbolic links are copied as links, never followed. Modes and times stay, and long runs of
-        zeros become holes. A setuid bit stays if no other user of this machine can enter the folder
-        of `dest`.
+        Symbolic links are copied as links and never followed. Modes and times are kept, and long runs of
+        zeros become holes. Setuid bits are kept only if no other user of this machine can enter the
+        folder of ``dest``.
 
-        A file is read to its end, also one that grows, or one of `/proc`. A tree may change
-        meanwhile: it is copied as it was read. Pipes, sockets and devices in it, and setuid bits
-        that do not stay, are left out, with one warning.
+        A file is read to its end, also a log that grows or a file of ``/proc``. The folder may change
+        meanwhile: each file is copied as it was read. Pipes, sockets, devices, and setuid bits that are
+        not kept are left out, with one warning.
 
         Raises:
-            TransferError: `source` does not exist, or `dest` cannot be written.
+            TransferError: ``source`` does not exist, or ``dest`` cannot be written.
         """
         with self.engine.explained():
             left_out = transfer.pull(self.engine.stream_script, source, dest)
         _warn_of("pulled", source, left_out)
 
     def read_text(self, path: StrPath) -> str:
-        """The content of a file in the guest, as UTF-8.
+        """Return the content of a file in the guest, decoded as UTF-8.
 
         Raises:
-            TransferError: it cannot be read, has more than 256 MiB, or is a pipe or a device.
+            TransferError: it cannot be read, is larger than 256 MiB, or is a pipe or a device.
         """
         with self.engine.explained():
             return transfer.read_text(self.engine.stream_script, path)
 
     def write_text(self, path: StrPath, text: str) -> None:
-        """Write a file in the guest, as UTF-8; missing folders are made.
+        """Write a file in the guest, encoded as UTF-8. Missing folders are created.
 
-        A file that is there keeps its mode and its owner; a new one has mode 0644. A file takes its
-        place at once, whole. It is written in place where no file can be made beside it (`/proc`,
-        `/sys`, a read-only folder), and to a device. If `path` is a link, the file that it points
-        to is written.
+        An existing file keeps its mode and its owner; a new one has mode 0644. A file is replaced
+        atomically. It is written in place where no file can be made beside it (``/proc``, ``/sys``, a
+        read-only folder), and if it is a device. If ``path`` is a link, its target is written.
 
         Raises:
             TransferError: it cannot be written.
-            TypeError: `text` is no `str`.
+            TypeError: ``text`` is not a `str`.
         """
         if not isinstance(text, str):
             raise TypeError(
@@ -298,10 +305,11 @@ class Guest:
     # -- power ----------------------------------------------------------------------------------
 
     def reboot(self, *, timeout: float | None = None) -> None:
-        """Restart in an orderly way, and wait until the guest answers again.
+        """Restart the guest in an orderly way, and wait until it answers. Its services may start later:
+        use `wait_until`.
 
         Args:
-            timeout: seconds for going down and coming up; None for twice the boot time-out.
+            timeout: seconds for going down and coming up; None for twice the boot timeout.
 
         Raises:
             BootError: it did not come back.
@@ -313,7 +321,7 @@ class Guest:
             self.engine.reboot(deadline)
 
     def power_off(self) -> None:
-        """Switch off in an orderly way. A guest that is not off after the boot time-out is ended.
+        """Shut the guest down in an orderly way. If it is still on after the boot timeout, it is killed.
 
         Raises:
             CommandError: it refuses to go down.
@@ -322,12 +330,13 @@ class Guest:
             self.engine.power_off()
 
     def power_cut(self) -> None:
-        """Pull the plug: what the guest had not yet written to its disk is lost."""
+        """Pull the plug. What the guest had not written to its disk is lost."""
         with self.engine.explained():
             self.engine.power_cut()
 
     def power_on(self) -> None:
-        """Switch on again, with the disks as they were, and wait until the guest answers.
+        """Switch the guest on, with the disks as they were, and wait until it answers. Its services may
+        start later: use `wait_until`.
 
         Raises:
             ConfigError: it is on.
@@ -337,18 +346,19 @@ class Guest:
             self.engine.power_on()
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """Roll memory and disks back at the end of the context to what they are now.
+        """A context manager that restores memory and disks at its end to what they are now.
 
-        That is done however the context ends, also for a guest that was lost or switched off in it.
-        Contexts may lie in each other. What runs in the guest then is what runs now, with the right
-        time and random numbers of its own. A clock that was set to another time, by two seconds or more,
-        stays as far from this host's. Connections are made anew: a process of `popen` goes on in
-        the guest, but is no longer heard of, and a port that was forwarded has to be forwarded again.
+        It does so however the context ends, even if the guest was lost or switched off. Contexts can be
+        nested. After the restore, what runs now runs again, with the right time and its own random numbers.
+        If a test has set the clock off by two seconds or more, it stays that far off.
+
+        Connections are not restored. A process of `popen` goes on in the guest, but nothing more is heard
+        of it. A forwarded port has to be forwarded again.
 
         Raises:
-            ConfigError: there is no helper in the guest, so its time could not be set right.
+            ConfigError: the guest has no helper, so its time could not be set right.
             MonitorError: the state of the guest cannot be saved.
-            LaunchError: at the end; this host has no room for all of the guest's memory.
+            LaunchError: at the end: this host has no room for all of the guest's memory.
 
         Example::
 
@@ -367,28 +377,28 @@ class Guest:
         protocol: forwarding.Protocol = "tcp",
         timeout: float | None = None,
     ) -> tuple[str, int]:
-        """A loopback address of this host that reaches a port of the guest.
+        """Make a port of the guest reachable on a loopback address of this host.
 
-        It works for an isolated guest too, but for UDP. The guest's service has to listen on its
-        network address (``0.0.0.0``), not only on its own loopback. It ends with the guest's power, and with a
-        snapshot that is rolled back.
+        It also works for an isolated guest, except for UDP. The service in the guest has to listen on
+        ``0.0.0.0``, not only on the guest's own loopback. The forwarding ends when the guest is
+        switched off or a snapshot is restored. Every user of this machine can reach the port.
 
-        QEMU takes every connection at once, also for a port where nothing listens. Such a
-        connection ends without a byte, so it is better not made: see `timeout`. Without it, such a
-        port is told in the log (a failed test shows it), and may be used later.
+        QEMU accepts each connection at once, even if nothing listens in the guest. Such a connection ends
+        without a byte. Pass ``timeout`` to wait for the service. Without it, the log tells if nothing
+        listens yet (a failed test shows it), and you may use the port later.
 
         Args:
             port: of the guest.
             protocol: ``tcp`` or ``udp``.
-            timeout: seconds to wait until a service of the guest listens; 0 to look once.
+            timeout: seconds to wait until a service in the guest listens; 0 to look once.
 
         Returns:
-            Address and port, as `socket.create_connection` takes them; the same ones if asked again.
+            Address and port, as `socket.create_connection` takes them. Asked again, they are the same.
 
         Raises:
-            ConnectionRefusedError: nothing listens there within `timeout` seconds.
-            ConfigError: `port` or `protocol` is none, or UDP is wanted of an isolated guest.
-            MonitorError: QEMU cannot.
+            ConnectionRefusedError: nothing listens there within ``timeout`` seconds.
+            ConfigError: ``port`` or ``protocol`` is invalid, or the guest is isolated and you want UDP.
+            MonitorError: QEMU cannot do it.
         """
         with self.engine.explained():
             return forwarding.forward(self.engine, port, protocol, timeout)
@@ -403,8 +413,8 @@ class Guest:
         """Save the display to a file, as PNG.
 
         Raises:
-            MonitorError: QEMU cannot (before 7.1, or built without PNG). Nothing is written then.
-            OSError: `path` cannot be written.
+            MonitorError: QEMU cannot do it (older than 7.1, or built without PNG). No file is written.
+            OSError: ``path`` cannot be written.
         """
         with self.engine.explained(), tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
             picture = Path(folder, "picture")
@@ -422,7 +432,7 @@ class Guest:
         """Execute a command of the QEMU machine protocol, and return its answer.
 
         Raises:
-            MonitorError: QEMU refused it; `error_class` has the protocol's class.
+            MonitorError: QEMU refused it; ``error_class`` has the protocol's class.
 
         Example::
 
@@ -434,9 +444,9 @@ class Guest:
 
     @property
     def ssh(self) -> SSHAccess:
-        """What other tools need to get in: address, port, user, and the files with the keys.
+        """What other tools need to log in, such as the address, the user and the key.
 
-        It is true as long as the guest is switched on, and until a snapshot is rolled back.
+        It is valid until the guest is switched off or a snapshot is restored.
 
         Raises:
             GuestLost: it does not answer on SSH.
@@ -446,7 +456,7 @@ class Guest:
 
     @property
     def ssh_command(self) -> str:
-        """The line that a person types to get in, likewise.
+        """The command line that logs in to the guest. It is valid as long as `ssh`.
 
         Raises:
             GuestLost: it does not answer on SSH.
@@ -454,11 +464,12 @@ class Guest:
         return self.ssh.command
 
     def ssh_config(self, path: StrPath) -> None:
-        """Write a configuration of OpenSSH for other tools, in which the guest is called by its name.
+        """Write an OpenSSH configuration for other tools. It calls the guest by its `name`, and is valid as
+        long as `ssh`.
 
         Raises:
             GuestLost: it does not answer on SSH.
-            OSError: `path` cannot be written.
+            OSError: ``path`` cannot be written.
 
         Example::
 

@@ -373,11 +373,15 @@ class _Writer(_Droppable, io.RawIOBase):
 
 
 class Process:
-    """A program that was started and left running; made by `Guest.popen`.
+    """A program that was started and left running. `Guest.popen` makes it.
+
+    As a context manager it kills the program at its end, if it still runs.
 
     Attributes:
         argv: the program and its arguments.
-        stdin, stdout, stderr: its streams, text or bytes as `popen` was told.
+        stdin: its standard input, to write to and close; text, or bytes with ``text=False``.
+        stdout: its standard output, to read.
+        stderr: its standard error, to read.
     """
 
     def __init__(self, remote: RemoteProcess, argv: tuple[str, ...], *, text: bool) -> None:
@@ -396,7 +400,7 @@ class Process:
         return self._remote.poll()
 
     def wait(self, timeout: float) -> int:
-        """Wait for its end, at most `timeout` seconds; its exit status.
+        """Wait until it ends, at most ``timeout`` seconds, and return its exit status.
 
         Raises:
             CommandTimeout: it still runs, and is left running.

@@ -24,19 +24,19 @@ Facts = Mapping[str, object] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Provision:
-    """A layer on top of an image: something that is done to a guest before it becomes a template.
+    """A layer on top of an image: what is done to a guest before it becomes a template.
 
-    It is done anew when something of what it depends on has changed, and not once per run.
+    It is done once, and again if its inputs change.
 
     Attributes:
         name: what it is, for people.
-        depends_on: texts (names, versions), and paths (`pathlib.Path`) of files and folders, whose
-            names and content count. The code of `run` counts, too; what it calls, or takes from
-            around it, does not.
-        run: called with the guest, which is nobody's yet; its user is the image's. What it returns is of no interest. What it
-            raises is an error of each test that would have had such a guest.
-        network: that it needs: ``isolated`` or ``nat``; None for that of the guest. A guest that is
-            booted, not cloned, has to have the same.
+        depends_on: the inputs: texts (names, versions), and paths (`pathlib.Path`) of files and folders,
+            whose names and content count. The code of ``run`` counts by itself. What it calls and the
+            variables around it do not count: name them here.
+        run: called with the guest, which no test has used. The guest's user is the image's. The return
+            value is ignored. What it raises is an error of each test that needs such a guest.
+        network: what the layer needs: ``isolated`` or ``nat``; None for the network of the guest. A
+            guest that is booted, not cloned, must have the same.
 
     Example::
 
@@ -93,11 +93,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """An image with more in it; made by `GuestFactory.prepare`.
+    """An image with more in it. `GuestFactory.prepare` makes it.
 
     Attributes:
         image: the name of the image below.
-        steps: what is done to its guests, in order.
+        steps: what is done to its guests, in order. Not part of the public interface.
     """
 
     image: str
@@ -106,10 +106,10 @@ class PreparedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedLayer:
-    """A preparation for whatever image a test runs on; made by ``GuestFactory.prepare(None, …)``.
+    """A preparation for whatever image a test runs on. ``GuestFactory.prepare(None, …)`` makes it.
 
     Attributes:
-        steps: what is done to guests of that image, in order.
+        steps: what is done to guests of that image, in order. Not part of the public interface.
     """
 
     steps: tuple[Step, ...]

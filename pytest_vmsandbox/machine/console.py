@@ -18,10 +18,10 @@ _LOG_LIMIT = 64 << 20  # bytes in the log file
 class Console:
     """What a guest has written to its serial console.
 
-    Kept are the first and the last MiB, without control sequences and carriage returns.
+    It keeps the first and the last MiB, without control sequences and carriage returns.
 
     Args:
-        log: a file for the raw bytes, or None. Its first 64 MiB are kept; less, when the disk is full.
+        log: a file for the raw bytes, or None. It gets the first 64 MiB, or less if the disk is full.
     """
 
     def __init__(self, log: IO[bytes] | None) -> None:
@@ -70,14 +70,14 @@ class Console:
 
     @property
     def text(self) -> str:
-        """All of it; where the middle is left out, a line says how much."""
+        """All of the text. If the middle is left out, a line says how much."""
         with self._grew:
             gap = f"\n[{self._dropped} characters left out]\n" if self._dropped else ""
             raw = self._head.getvalue() + gap + self._tail.getvalue()
         return printable(raw)
 
     def tail(self, n: int = 20) -> str:
-        """The last `n` lines."""
+        """The last ``n`` lines."""
         return "\n".join(self.text.rstrip("\n").split("\n")[-n:]) if n > 0 else ""
 
     def wait_for(self, pattern: str, timeout: float, *, this_boot: bool = False) -> re.Match[str]:
@@ -86,10 +86,10 @@ class Console:
         Args:
             pattern: searched in all of the text, with ``re.MULTILINE``.
             timeout: seconds.
-            this_boot: only what was written since the last reset counts.
+            this_boot: search only in what was written since the last reset.
 
         Raises:
-            TimeoutError: it was not found in time; the text names the last lines.
+            TimeoutError: it was not found in time. The error has the last lines.
         """
         deadline = Deadline(timeout)
         compiled = re.compile(pattern, re.MULTILINE)

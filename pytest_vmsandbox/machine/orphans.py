@@ -1,20 +1,83 @@
-"""What a run has left that was killed: processes and folders that nobody owns any more.
+"""What killed runs have left: folders and launchers that nobody owns any more.
 
-Usually there is none: a launcher ends with its run, and takes guests and folder along.
+The folder of a run has a lock, which is held as long as the run is there. Usually nothing is left:
+a launcher ends with its run, and takes guests and folder along.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import select
+import shutil
 import signal
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pytest_vmsandbox.machine.hypervisor import is_alive
+from pytest_vmsandbox.cache.files import locked
+from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.errors import ConfigError
 
+LOCK = ".lock"
+_RUN = re.compile(r"\d+-[0-9a-f]{8}")  # names of folders of runs
 _LAUNCHER = Path("pytest_vmsandbox", "machine", "launcher.py")
 _END_SECONDS = 10.0
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def remove_dead_runs(root: Path) -> list[Path]:
+    """Remove the folders of runs that are gone; those that were removed.
+
+    Raises:
+        ConfigError: `root` is not private to this user.
+    """
+    if not root.exists():
+        return []
+    with paths.usable(root, paths.RUNTIME), guarded(root):
+        return sweep(root)
+
+
+@contextmanager
+def guarded(root: Path) -> Iterator[None]:
+    """Be the only one who makes or removes folders of runs."""
+    status = root.lstat()  # a link that somebody else has put there is none of ours
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if not private or status.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{root} is not private to this user",
+            remedy=f"remove it, or name another folder in {paths.RUNTIME}",
+        )
+    with locked(root / LOCK, on_busy=lambda: None):
+        yield
+
+
+def sweep(root: Path) -> list[Path]:
+    """Remove the folders of runs that are gone, under the guard; those that were removed."""
+    named_so = (entry for entry in root.iterdir() if _RUN.fullmatch(entry.name))
+    folders = (entry for entry in named_so if entry.is_dir() and not entry.is_symlink())
+    dead = [folder for folder in folders if not is_alive(folder)]
+    for folder in dead:
+        with suppress(OSError):  # its launcher may be removing it, too
+            for link in filter(Path.is_symlink, folder.iterdir()):  # see `Hypervisor.own`
+                shutil.rmtree(link.readlink(), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for folder in dead if not folder.exists()]
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether the run that made this folder still holds its lock."""
+    try:
+        with locked(folder / LOCK, shared=True):
+            return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+
+
+# -- launchers -------------------------------------------------------------------------------------
 
 
 def end_ownerless(proc: Path = Path("/proc")) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.machine import host
-from pytest_vmsandbox.machine.hypervisor import is_alive
+from pytest_vmsandbox.machine.orphans import is_alive
 
 _SHARE = 0.7  # of the host's memory, up to which guests are kept that nobody has asked for yet
 _CLAIM, _LOCK, _SLOT = "memory", ".quota", ".arming"

@@ -286,7 +286,12 @@ def pytest_report_teststatus(
 
 @pytest.fixture(scope="session")
 def vm_factory(pytestconfig: pytest.Config) -> GuestFactory:
-    """Boots guests: ``with vm_factory.boot("debian-13", memory="1GiB") as guest: …``."""
+    """Makes guests, for tests that need several and for your own fixtures.
+
+    `boot <GuestFactory.boot>` is a context manager:
+    ``with vm_factory.boot("debian-13", memory="1GiB") as guest: …``.
+    `prepare <GuestFactory.prepare>` makes an image with more in it.
+    """
     return pytestconfig.stash[RUN].factory
 
 
@@ -295,13 +300,22 @@ def vm_artifacts(
     request: pytest.FixtureRequest,
     vm_factory: GuestFactory,  # noqa: ARG001  # a test with artifacts is one that has guests
 ) -> Path:
-    """The folder of this test's artifacts; it is kept if the test fails."""
+    """The folder (a `Path`) of this test's artifacts. It is kept if the test fails.
+
+    It holds the console log, the QMP log, QEMU's command line and a screenshot, also of guests that the
+    test shares with others.
+    """
     return request.config.stash[RUN].artifacts_of(request.node)
 
 
 @pytest.fixture(scope="session")
 def vm_prepared() -> Base | None:
-    """What `vm` is booted from, for users to override: what ``vm_factory.prepare(None, …)`` returns."""
+    """What `vm` is made of, for you to override: return what ``vm_factory.prepare(None, …)`` returned.
+
+    In a conftest.py, the override applies to all tests beside it and below. In a file or a class, it
+    applies to the tests there. Images, hardware and ``isolation`` stay as the markers say. The
+    fixture can have ``params``, such as one for each old version.
+    """
     return None
 
 
@@ -312,7 +326,10 @@ def vm(
     vm_prepared: Base | None,
     _vm_image: str | None,
 ) -> Iterator[Guest]:
-    """A running `Guest` in a known-clean state."""
+    """A running `Guest` that no other test has touched, and none will.
+
+    The marker ``vm`` says which image and which hardware, and whether tests share the guest.
+    """
     run = request.config.stash[RUN]
     plan = planning.plan_now(run, request.node)
     if not plan.image:

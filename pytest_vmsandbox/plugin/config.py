@@ -28,68 +28,89 @@ _TEST_SECONDS = 600.0
 _MOST_SECONDS = 86_400
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
-# Name, type and help of each ini key.
+# Name, type and help of each ini key. «Like --X» says which option it belongs to.
 _INI: tuple[tuple[str, Any, str], ...] = (
-    ("vm_images", "args", "images to run on, like --vm"),
-    ("vm_accel", None, "accelerator, like --vm-accel"),
+    ("vm_images", "args", "like --vm"),
+    ("vm_accel", None, "like --vm-accel"),
     ("vm_missing", None, "like --vm-missing"),
-    ("vm_artifacts_dir", None, "like --vm-artifacts"),
-    ("vm_boot_timeout", None, "like --vm-boot-timeout"),
-    ("vm_image_path", "paths", "folders with image definitions"),
-    ("vm_command_timeout", None, "seconds for a command in a guest (60)"),
     ("vm_inside", "bool", "like --in-vm"),
     ("vm_isolation", None, "like --vm-isolation"),
     ("vm_offline", "bool", "like --vm-offline"),
-    ("vm_test_timeout", None, "seconds for a test inside a guest (600)"),
-    ("vm_push", "args", "what goes to a guest although git ignores it"),
-    ("vm_pull", "args", "files of the project that tests in a guest write: globs"),
-    ("vm_requirements", "linelist", "what is installed in a guest for tests"),
-    ("vm_guest_plugins", "args", ("the pytest plugins that a guest loads for tests inside, by "
-     "module or entry point; without it, those that are loaded here and that it has")),
-    ("vm_env", "linelist", "variables for tests in a guest: NAME or NAME=VALUE"),
-    *((f"vm_{name}", None, f"default {name} of a guest") for name in _HARDWARE_KEYS),
+    ("vm_artifacts_dir", None, "like --vm-artifacts, relative to the rootdir"),
+    ("vm_boot_timeout", None, "like --vm-boot-timeout"),
+    ("vm_image_path", "paths", "folders with image definitions of your own"),
+    ("vm_command_timeout", None, ("seconds for a command that names no timeout, under KVM (default: 60); "
+     "longer under emulation")),
+    ("vm_test_timeout", None, ("seconds for a test inside a guest, under KVM (default: 600); longer under "
+     "emulation")),
+    ("vm_push", "args", ("files and folders to copy to guests although git ignores them, or they lie "
+     "outside of the rootdir")),
+    ("vm_pull", "args", ("files that tests inside guests write and that are copied back: globs, relative "
+     "to the rootdir; '!' excludes")),
+    ("vm_requirements", "linelist", ("what to install for tests inside guests: a requirement, a file of "
+     "requirements, group:NAME, extra:NAME, or '.', which is what the project needs (default: what this "
+     "environment has)")),
+    ("vm_guest_plugins", "args", ("the pytest plugins to load for tests inside guests, by module or entry "
+     "point (default: those that are loaded here, as far as the guest has them)")),
+    ("vm_env", "linelist", "environment variables of tests inside guests: NAME or NAME=VALUE"),
+    ("vm_cpus", None, "processors of a guest (default: 1)"),
+    ("vm_memory", None, "memory of a guest (default: 512MiB)"),
+    ("vm_disk", None, "size of a guest's root disk (default: the image's)"),
+    ("vm_network", None, "network of a guest: isolated (the default) or nat"),
+    ("vm_user", None, "who runs commands in a guest (default: the image's user)"),
 )  # fmt: skip
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Register everything. Defaults are None, so that an ini key counts where no option is given."""
+    """Register everything. Defaults are None, so that an ini key counts where no option is given.
+
+    The reference in docs/ is generated from what is registered here.
+    """
     group = parser.getgroup("vmsandbox", "virtual machines (pytest-vmsandbox)")
     group.addoption(
         "--vm",
         action="append",
         metavar="NAME",
-        help="image to run on; repeatable; globs, '!' negates, 'all'. Ini key: vm_images",
+        help="image to run on (default: debian-13); repeatable; takes globs; '!' in front excludes; "
+        "'all' stands for all images. Ini key: vm_images",
     )
     group.addoption(
-        "--vm-list", action="store_true", help="list the images, their state and size, and exit"
+        "--vm-list",
+        action="store_true",
+        help="list the images with their state and size, then exit",
     )
     group.addoption(
         "--vm-accel",
         choices=ACCELERATORS,
-        help="accelerator; auto (the default) is the best one proven to run a kernel here",
+        help="how guests run; auto (the default) takes the best accelerator that is proven to run a "
+        "kernel on this machine",
     )
     group.addoption(
-        "--vm-missing", choices=MISSING, help="what a missing QEMU or image does (default: error)"
+        "--vm-missing",
+        choices=MISSING,
+        help="if QEMU or an image is missing, the test is an error (the default) or is skipped",
     )
     group.addoption(
         "--in-vm",
         action="store_true",
         default=None,
-        help="run all tests inside guests, but for those that drive one. Ini key: vm_inside",
+        help="run all tests inside guests, except those that drive a guest. Ini key: vm_inside",
     )
     group.addoption(
         "--vm-isolation",
         choices=ISOLATIONS,
-        help="what shares a guest, of the tests that run inside (default: session)",
+        help="which tests inside guests share one: none, those of a module, or all (default: session)",
     )
+    group.addoption("--vm-offline", action="store_true", default=None, help="never use the network")
     group.addoption(
-        "--vm-offline", action="store_true", default=None, help="never touch the network"
+        "--vm-artifacts",
+        metavar="DIR",
+        help="folder for the artifacts of failed tests (default: beside pytest's temporary folders)",
     )
-    group.addoption("--vm-artifacts", metavar="DIR", help="where the artifacts of failed tests go")
     group.addoption(
         "--vm-boot-timeout",
         metavar="SECONDS",
-        help="for a boot under KVM (default: 60); scaled by itself where there is only emulation",
+        help="for a boot under KVM (default: 60); ten times as long under emulation",
     )
     for key, kind, about in _INI:
         parser.addini(key, about, type=kind, default=None)

@@ -15,29 +15,30 @@ if TYPE_CHECKING:
 
 
 def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: ignore[empty-body]
-    """Return folders with further image definitions, as the ini key `vm_image_path` names them."""
+    """Return folders with more image definitions, like the ini key ``vm_image_path``."""
 
 
 def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:
-    """Return what is done to guests of an image before they become a template, or None; once for each image.
+    """Return a layer for all guests of an image, or None. It is called once for each image.
 
-    The layers of several plugins lie one on the other, in the order in which they registered, and
-    below those of `vm_factory.prepare` and of tests that run inside.
+    The layer is done to a guest before it becomes a template. It is the way to prepare guests for tests
+    that run inside. Layers of several plugins are done in the order in which the plugins registered.
+    Those of ``vm_factory.prepare``, and what tests inside need, come after them.
     """
 
 
 def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
     config: pytest.Config, spec: MachineSpec
 ) -> Sequence[str]:
-    """Return arguments to add to the end of QEMU's command line for a guest."""
+    """Return arguments to add at the end of QEMU's command line for a guest."""
 
 
 def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:
-    """Called when a guest answers, clone or not, before a test gets it.
+    """Called when a guest answers, cloned or booted, before a test gets it.
 
-    Guests that only become a template, and clones that nobody has asked for yet, are not told of.
+    It is not called for guests that only become a template, nor for clones that no test has asked for.
     """
 
 
 def pytest_vmsandbox_guest_stopping(config: pytest.Config, guest: Guest, failed: bool) -> None:
-    """Called before a guest is ended; `failed` tells whether a test that used it has failed."""
+    """Called before a guest is ended. ``failed`` says whether a test that used it has failed."""

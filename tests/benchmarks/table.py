@@ -3,7 +3,7 @@
     vmsandbox bench --json > figures.json
     python tests/benchmarks/table.py figures.json docs/performance.md
 
-The last three cells of each row that begins with a figure's name are replaced, and the line that begins with
+The last three cells of each row that begins with a figure's name are replaced, and the line that ends with
 ``<!-- machine -->``. A figure that was not measured keeps its row.
 """
 
@@ -27,8 +27,8 @@ def main() -> None:
 
 def filled(line: str, content: dict[str, Any]) -> str:
     """A line of the document with what was measured."""
-    if line.startswith(_MARK):
-        return f"{_MARK} {about(content)}"
+    if line.endswith(_MARK):  # at its beginning, it would keep the line from being Markdown
+        return f"{about(content)} {_MARK}"
     cells = line.split(" | ")
     key = cells[0].removeprefix("| ").strip("`")
     if not line.startswith("| `") or key not in content:

@@ -1,4 +1,4 @@
-"""The README's first commands, literally, on a clean Debian that has nothing but Python.
+"""The README's commands for installing, literally, on a clean Debian that has nothing but Python.
 
 It makes a clean root with mmdebstrap, enters it by pivot_root in mount, PID, UTS and IPC
 namespaces of its own (in a plain chroot the kernel refuses user namespaces, which building an
@@ -37,7 +37,8 @@ from typing import NoReturn
 
 PROJECT = Path(__file__).resolve().parents[2]
 PREFIX = "vmsandbox-cleanroom-"
-SUITES = ("bookworm", "trixie")
+SUITES = ("bookworm", "noble", "trixie")
+COMPONENTS = {"noble": "main,universe"}  # Ubuntu's; the image tools are in the second one
 USER = "tester"
 USER_ID = 1000
 SUBORDINATE_IDS = "100000-165535"
@@ -100,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
         "--commands",
         nargs="+",
         metavar="COMMAND",
-        help="run these instead of the README's first two",
+        help="run these instead of the README's",
     )
     parser.add_argument("--dirty", action="store_true", help="take what is not committed yet along")
     parser.add_argument(
@@ -114,16 +115,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def readme_commands() -> list[str]:
-    """The lines of the README's first two console blocks."""
+    """The commands of the README that its comments leave to us."""
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:console|sh|shell)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    commands = []
-    for block in blocks[:2]:
-        lines = [line.strip() for line in block.splitlines()]
-        prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-        commands += prompted or [line for line in lines if line and not line.startswith("#")]
+    blocks = re.findall(
+        r"^<!-- not run: .*tests/cleanroom.*-->\n```console\n(.*?)^```$",
+        text,
+        re.MULTILINE | re.DOTALL,
+    )
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     if not commands:
-        sys.exit("cleanroom: README.md has no console block")
+        sys.exit("cleanroom: README.md has no console block that is left to tests/cleanroom")
     return commands
 
 
@@ -281,11 +283,12 @@ def inside(options: argparse.Namespace) -> NoReturn:
 
 
 def make_root(root: Path, suite: str, *, with_sudo: bool) -> float:
-    """A minimal Debian with python3, certificates, and sudo for who needs it; seconds taken."""
+    """A minimal Debian (or Ubuntu) with python3, certificates, and sudo for who needs it; seconds taken."""
     started = time.monotonic()
-    packages = ["python3", "ca-certificates", *(["sudo"] if with_sudo else [])]
+    packages = ["apt", "python3", "ca-certificates", *(["sudo"] if with_sudo else [])]
     say(f"making a clean root: {suite} with {' '.join(packages)}")
     mmdebstrap = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={','.join(packages)}"]
+    mmdebstrap += [f"--components={COMPONENTS[suite]}"] if suite in COMPONENTS else []
     call([*mmdebstrap, suite, str(root)])
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     (root / "etc/hostname").write_text("cleanroom\n", encoding="utf-8")

@@ -249,7 +249,7 @@ ROWS = [
         "flaky",
         "test_flaky.py",
         verdict=DIFFERS,
-        remark="its report of the attempts that failed stays in the guest",
+        remark="its report of failed attempts stays in the guest",
     ),
     Row("hypothesis", "together", "test_hypothesis.py", output=_examples),
     Row("pytest-asyncio", "together", "test_asyncio.py"),
@@ -328,8 +328,8 @@ ROWS = [
         "test_randomly.py",
         args=("--randomly-seed=3",),
         verdict=DIFFERS,
-        remark="a seed gives another order than without guests, since ids of tests carry the image. What it makes "
-        "random in tests is the same",
+        remark="a seed gives another order than without guests, since test ids contain the image. Random values in "
+        "tests are the same",
     ),
     Row(
         "pytest-recording",
@@ -358,15 +358,15 @@ ROWS = [
         "together",
         "test_rerunfailures.py",
         verdict=DIFFERS,
-        remark="junit's file leaves out the subtests of attempts that failed. A test that crashes its "
-        "interpreter, or is killed by a limit, does not run again",
+        remark="the JUnit file leaves out subtests of failed attempts. A test that crashes its interpreter, or "
+        "exceeds a time limit, does not run again",
     ),
     Row(
         "pytest-retry",
         "retry",
         "test_retry.py",
         verdict=DIFFERS,
-        remark="its report of the attempts that failed stays in the guest",
+        remark="its report of failed attempts stays in the guest",
         output=_retried,
     ),
     Row(
@@ -384,7 +384,7 @@ ROWS = [
         "test_testmon.py",
         args=("--testmon",),
         verdict=REFUSED,
-        remark="it cannot see what tests inside depend on. Use `--testmon-nocollect`, or leave out `--testmon`",
+        remark="it cannot see what tests inside depend on. Use `--testmon-nocollect`, or do not use `--testmon`",
         refusal="testmon cannot see what tests inside a guest depend on",
     ),
     Row(
@@ -392,8 +392,8 @@ ROWS = [
         "others",
         "test_timeout.py",
         verdict=DIFFERS,
-        remark="a test that takes too long fails with our message, and its interpreter ends: fixtures of "
-        "modules and of the session are set up again",
+        remark="a test that takes too long fails with a message of pytest-vmsandbox. Its interpreter ends, so "
+        "module and session fixtures are set up again",
         compared="outcome",
     ),
     Row(
@@ -409,8 +409,8 @@ ROWS = [
         args=("--snapshot-update",),
         output=_files("__snapshots__/*"),
         verdict=DIFFERS,
-        remark="its line of passed and updated snapshots stays in the guest, and it looks for no unused "
-        "ones. To remove those, use `--snapshot-update` without `--in-vm`",
+        remark="its summary line stays in the guest, and it does not look for unused snapshots. To remove those, "
+        "run `--snapshot-update` without `--in-vm`",
     ),
 ]
 

@@ -527,5 +527,5 @@ class TestArm:
         greeted = MagicMock()
         monkeypatch.setattr(cloning, "check_network", greeted)
         opened = MagicMock(checked=threading.Event())
-        cloning._put_right(MagicMock(), opened, MagicMock())
+        cloning._check_reachable(MagicMock(), opened, MagicMock())
         assert greeted.called is not refused

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_vmsandbox.core.spec import GIB, MIB
 from pytest_vmsandbox.machine import host, quota as ledger_module
-from pytest_vmsandbox.machine.hypervisor import is_alive
+from pytest_vmsandbox.machine.orphans import is_alive
 from pytest_vmsandbox.machine.quota import Quota
 
 SECONDS = 20  # more than anything here takes

@@ -38,6 +38,22 @@ def test_the_architecture_page_names_every_module_in_its_layer():
     assert {layer for layers in named for layer in layers.split("/")} == folders
 
 
+def test_the_architecture_page_points_to_what_is_there():
+    page = (Path(__file__).parents[2] / "docs/architecture.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+\.py):([\w.]+)`", page)
+    assert places
+    assert [f"{file}:{name}" for file, name in places if not _defines(PACKAGE / file, name)] == []
+
+
+def _defines(path: Path, name: str) -> bool:
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    for part in name.split("."):
+        inner = [child for node in nodes for child in ast.iter_child_nodes(node)]
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        nodes = [child for child in inner if isinstance(child, kinds) and child.name == part]
+    return bool(nodes)
+
+
 def _sizes(path: Path) -> Iterator[tuple[str, str, int]]:
     """The kind, the name and the lines of a module, and of all that is defined in it."""
     text = path.read_text(encoding="utf-8")
