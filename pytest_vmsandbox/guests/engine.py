@@ -412,8 +412,9 @@ class Engine:
             MonitorError: QEMU cannot.
             ConfigError: there is no helper in the guest.
         """
-        # Once it has the lock, it may have been rolled back meanwhile.
-        with self.use(), self._lock, self.use() as running:
+        # Not while the guest goes down: nobody would answer in what goes on from there. Once it has
+        # the lock, it may have been rolled back meanwhile.
+        with self._orderly, self.use(), self._lock, self.use() as running:
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
