@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""From a checkout to tests in virtual machines, on a machine that has nothing but Python.
+"""Run tests in virtual machines from a checkout, on a machine that has only Python.
 
-It makes `.venv` in the checkout with this project and tox in it, and hands over to
-`.venv/bin/vmsandbox quickstart`, which installs QEMU and the image tools, builds the default
-image and runs a small suite in guests. What is there already is left alone.
+The script makes `.venv` in the checkout, and installs this project and tox into it. Then it runs
+`.venv/bin/vmsandbox quickstart`, which installs QEMU and the image tools, builds the default image and
+runs a small test suite in guests. You can run it again: it changes only what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REQUIREMENTS = ["--editable", str(ROOT), "tox>=4.23"]
 
 
 class Failure(Exception):
-    """What went wrong, and its remedy, for a person to read."""
+    """What went wrong, and the remedy."""
 
     def __init__(self, brief: str, remedy: str) -> None:
         super().__init__(f"quickstart: {brief}\nRemedy: {remedy}")
@@ -36,16 +36,14 @@ def main() -> None:
     """Parse the arguments, make `.venv`, and become `vmsandbox quickstart`."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n", maxsplit=1)[1],
-        epilog="Any other argument goes to `.venv/bin/vmsandbox quickstart`.",
+        epilog="Other arguments are passed to `.venv/bin/vmsandbox quickstart`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--yes", "-y", action="store_true", help="install what is missing without asking"
+        "--yes", "-y", action="store_true", help="install missing packages without asking"
     )
-    parser.add_argument(
-        "--only-install", action="store_true", help="install what is missing, and no more"
-    )
+    parser.add_argument("--only-install", action="store_true", help="only install missing packages")
     options, _ = parser.parse_known_args()
     try:
         check_machine()
@@ -61,7 +59,7 @@ def main() -> None:
 
 
 def check_machine() -> None:
-    """Refuse what cannot work, before anything is touched."""
+    """Refuse a machine that cannot work, before anything changes."""
     if sys.version_info < OLDEST_PYTHON:
         raise Failure(
             f"this is Python {sys.version.split()[0]}, which is too old",
@@ -70,27 +68,30 @@ def check_machine() -> None:
     if os.name != "posix":
         raise Failure(
             "guests do not run on this system",
-            "use Linux or macOS; elsewhere the plugin installs and stays inert",
+            "use Linux: on other systems, the plugin loads and does nothing",
         )
     if not (ROOT / "pyproject.toml").exists():
-        raise Failure(f"{ROOT} is not a checkout of the project", "run quickstart.py where it lies")
+        raise Failure(
+            f"{ROOT} is not a checkout of the project",
+            "run the quickstart.py that is in the checkout",
+        )
 
 
 def make_venv(*, yes: bool) -> None:
-    """Make `.venv`, or complete one that was left half-made; a good one is left alone."""
+    """Make `.venv`, or complete an incomplete one. A good one stays as it is."""
     if runs([BIN / "python", "-m", "pip", "--version"]):
         check_venv_python()
         return
     if os.path.lexists(str(BIN / "python")) and not runs([BIN / "python", "--version"]):
         raise Failure(
-            f"{VENV} is there, but its Python does not run", "remove that folder and start again"
+            f"{VENV} exists, but its Python does not run", "remove that folder and start again"
         )
     if not has_venv_module():
         install_venv_module(yes=yes)
     say(f"Making {VENV}")
     result = subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=False)
     if result.returncode:
-        raise Failure(f"{VENV} could not be made", "see above; then start again")
+        raise Failure(f"{VENV} could not be made", "see the error above, and start again")
     check_venv_python()
 
 
@@ -102,12 +103,12 @@ def check_venv_python() -> None:
 
 
 def has_venv_module() -> bool:
-    """Whether this Python can make a venv with pip in it. Debian's cannot, as shipped."""
+    """Whether this Python can make a venv with pip. Debian's default installation cannot."""
     return runs([sys.executable, "-c", "import venv, ensurepip; ensurepip.version()"])
 
 
 def install_venv_module(*, yes: bool) -> None:
-    """Install what makes venvs, with apt-get."""
+    """Install Python's module venv with apt-get."""
     version = "{}.{}".format(*sys.version_info)
     package = f"python{version}-venv"
     if sys.executable not in (f"/usr/bin/python{version}", "/usr/bin/python3"):
@@ -117,13 +118,16 @@ def install_venv_module(*, yes: bool) -> None:
         )
     if not shutil.which("apt-get"):
         raise Failure(
-            "Python's module venv is missing, and this is not Debian or one of its kin",
-            "install Python's modules venv and ensurepip by your system's own means, "
+            "Python's module venv is missing, and there is no apt-get to install it",
+            "install Python's modules venv and ensurepip with your system's package manager, "
             "and start again",
         )
     apt = apt_command()
     install = [*apt, "install", "--yes", "--no-install-recommends", package]
-    ask(f"To make {VENV}, this is needed: {package}\n  {' '.join(install)}", yes=yes)
+    ask(
+        f"{package} is needed to make {VENV}. This command installs it:\n  {' '.join(install)}",
+        yes=yes,
+    )
     updated = False
     if not runs([*apt, "install", "--simulate", package]):
         update(apt)
@@ -135,7 +139,7 @@ def install_venv_module(*, yes: bool) -> None:
         update(apt)
         if succeeds(install):
             return
-    raise Failure(f"apt-get could not install {package}", "see above; then start again")
+    raise Failure(f"apt-get could not install {package}", "see the error above, and start again")
 
 
 def apt_command() -> list[str]:
@@ -149,25 +153,27 @@ def apt_command() -> list[str]:
     if not shutil.which("sudo"):
         raise Failure(
             "installing packages needs root, and there is no sudo",
-            "run this as root, or install python3-venv as root and start again",
+            "start again as root, or install python3-venv as root and start again",
         )
     return ["sudo", *apt]
 
 
 def update(apt: list[str]) -> None:
-    """Fetch the lists of packages."""
-    say("Fetching the lists of packages")
+    """Update the package lists."""
+    say("Updating the package lists")
     if not succeeds([*apt, "update"]):
-        raise Failure("apt-get update failed", "see above: is the network there?")
+        raise Failure(
+            "apt-get update failed", "see the error above, check the network, and start again"
+        )
 
 
 def succeeds(argv: Sequence[str]) -> bool:
-    """Whether a program ends well; only its complaints are shown."""
+    """Whether a program ends with status 0. Only its standard error is shown."""
     return not subprocess.run(argv, check=False, stdout=subprocess.DEVNULL).returncode
 
 
 def install_project() -> None:
-    """Install the project and tox into `.venv`, unless that was done for just this state."""
+    """Install the project and tox into `.venv`, unless this state is already installed."""
     state = fingerprint()
     if (
         STAMP.exists()
@@ -179,12 +185,12 @@ def install_project() -> None:
     say("Installing the project and tox")
     pip = [str(BIN / "python"), "-m", "pip", "--disable-pip-version-check"]
     if subprocess.run([*pip, "install", "--quiet", *REQUIREMENTS], check=False).returncode:
-        raise Failure("pip could not install the project", "see above; then start again")
+        raise Failure("pip could not install the project", "see the error above, and start again")
     STAMP.write_text(state, encoding="utf-8")
 
 
 def fingerprint() -> str:
-    """Of all that decides what is installed in `.venv`."""
+    """A digest of everything that decides what is installed in `.venv`."""
     python = subprocess.run(
         [str(BIN / "python"), "--version"], check=True, stdout=subprocess.PIPE
     ).stdout
@@ -200,13 +206,16 @@ def ask(what: str, *, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise Failure("there is nobody to ask", "add --yes, or install it by hand")
-    if input("Install it now? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise Failure("nothing was installed", "install it by hand, and start again")
+        raise Failure(
+            "standard input is no terminal, so nobody can confirm",
+            "add --yes, or run that command yourself",
+        )
+    if input("Run it now? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Failure("nothing was installed", "run that command yourself, and start again")
 
 
 def runs(argv: Sequence[object]) -> bool:
-    """Whether a program can be started and ends well; its output is dropped."""
+    """Whether a program can be started and ends with status 0. Its output is dropped."""
     try:
         return not subprocess.run(
             [str(argument) for argument in argv],
@@ -220,7 +229,7 @@ def runs(argv: Sequence[object]) -> bool:
 
 
 def say(text: str) -> None:
-    """One thing that is happening."""
+    """Print what is happening now."""
     print(f"==> {text}", flush=True)
 
 

@@ -1,7 +1,7 @@
 """A pytest plugin that hands every test a fresh virtual machine.
 
-The names here are the public ones, for annotations and ``except``. They are loaded when they are
-first used: the plugin costs a run that needs no guest next to nothing.
+The names here are public: use them in annotations and in ``except``. Each is loaded on first use, so
+the plugin costs almost nothing in a run without guests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
-_MODULES = (  # where they are, the cheapest to import first
+_MODULES = (  # the modules that define them, the cheapest to import first
     "core.errors",
     "core.spec",
     "guests.process",

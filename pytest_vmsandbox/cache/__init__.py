@@ -1,1 +1,1 @@
-"""What lies in the user's cache: how it is made, found, checked and removed."""
+"""The user's cache: how things in it are made, found, checked and removed."""

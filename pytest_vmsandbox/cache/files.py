@@ -1,4 +1,4 @@
-"""Folders, locks and removal: what the cache needs of the file system."""
+"""What the cache needs from the file system: folders, locks and removal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def problem(folder: Path, *, private: bool = False) -> str:
     """Why a folder cannot be used, or made; empty if it can.
 
     Args:
-        private: other users must have no access to it.
+        private: whether other users must have no access to it.
     """
     if not os.path.lexists(folder):
         parent = next(path for path in folder.absolute().parents if os.path.lexists(path))
         if not parent.is_dir():
-            return f"cannot be made, since {parent} is not a folder"
-        return "" if os.access(parent, os.W_OK | os.X_OK) else f"cannot be made in {parent}"
+            return f"cannot be made, because {parent} is not a folder"
+        can_make = os.access(parent, os.W_OK | os.X_OK)
+        return "" if can_make else f"cannot be made, because you cannot write to {parent}"
     if not folder.is_dir():
         return "is not a folder"
     status = folder.stat()
@@ -35,10 +36,10 @@ def problem(folder: Path, *, private: bool = False) -> str:
 
 
 def private_folder(folder: Path) -> Path:
-    """Make `folder`, and those above it that are missing, for this user alone (mode 0700).
+    """Make `folder` and its missing parents, for this user only (mode 0700).
 
     Raises:
-        CacheError: it cannot be made, or it belongs to somebody else.
+        CacheError: it cannot be made, or another user owns it.
     """
     if why := problem(folder):
         raise unusable(folder, why)
@@ -55,7 +56,7 @@ def unusable(folder: Path, why: str) -> CacheError:
     """The error for a folder of the cache that cannot be used."""
     return CacheError(
         f"the cache cannot be used: {folder} {why}",
-        remedy=f"change that, or name another folder in {CACHE}",
+        remedy=f"correct that, or set the environment variable {CACHE} to another folder",
     )
 
 
@@ -63,17 +64,17 @@ def unusable(folder: Path, why: str) -> CacheError:
 def locked(
     file: Path, *, shared: bool = False, on_busy: Callable[[], object] | None = None
 ) -> Iterator[int]:
-    """Hold a lock on `file`, or a folder (flock), and hand out its descriptor.
+    """Hold a lock (flock) on a file or a folder, and yield its descriptor.
 
     A process that inherits the descriptor keeps the lock as long as it lives.
 
     Args:
-        file: made where it is missing, unless the lock is a shared one.
-        shared: several may hold it at a time.
+        file: is made if it is missing, except for a shared lock.
+        shared: whether several processes may hold the lock at a time.
         on_busy: called once before waiting for others; None to not wait.
 
     Raises:
-        BlockingIOError: others hold it, and `on_busy` is None.
+        BlockingIOError: another process holds the lock, and `on_busy` is None.
         FileNotFoundError: the file (for a shared lock) or its folder does not exist.
     """
     import fcntl  # Windows has none, and this module can be imported there
@@ -97,13 +98,13 @@ def locked(
             if current:
                 yield descriptor
                 return
-            # Else it was removed or replaced while we waited: what we locked is nobody's.
+            # Otherwise it was removed or replaced while we waited: we locked a file without a name.
         finally:
             os.close(descriptor)
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes that the files in `folder` take on the disk, holes not counted."""
+    """Bytes that the files in `folder` take on the disk, without holes."""
     return sum(
         (Path(parent) / name).lstat().st_blocks * 512
         for parent, _, names in os.walk(folder)
@@ -116,7 +117,7 @@ def removed_afterwards(folder: Path) -> Iterator[Path]:
     """Remove `folder` at the end, if it is still there.
 
     Raises:
-        TeardownError: it cannot be removed. An error of the caller's gets that as a note instead.
+        TeardownError: it cannot be removed. If the block raised an error, that gets a note instead.
     """
     try:
         yield folder
@@ -130,18 +131,18 @@ def removed_afterwards(folder: Path) -> Iterator[Path]:
 
 
 def remove_tree(folder: Path) -> int:
-    """Remove `folder` and all in it, also what belongs to this user's subordinate users.
+    """Remove `folder` and its content, including files of this user's subordinate ids.
 
     Returns:
-        Bytes that are free now.
+        Bytes that were freed.
 
     Raises:
-        TeardownError: something of it cannot be removed.
+        TeardownError: something in it cannot be removed.
     """
     size = size_on_disk(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    # What mmdebstrap unpacks for an ordinary user belongs to that user's range in /etc/subuid.
-    # Only root of a user namespace may remove it, as well as what is in read-only folders.
+    # Files that mmdebstrap unpacks for an ordinary user belong to that user's range in /etc/subuid.
+    # Only root in a user namespace can remove these, and files in read-only folders.
     for mapping in (["--map-root-user", "--map-auto"], ["--map-root-user"]):
         if not os.path.lexists(folder):
             return size
@@ -158,7 +159,7 @@ def remove_tree(folder: Path) -> int:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring `folder` and the files directly in it to the disk."""
+    """Write `folder` and the files directly in it to the disk (fsync)."""
     for path in (*(path for path in folder.iterdir() if path.is_file()), folder):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

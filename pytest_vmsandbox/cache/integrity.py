@@ -1,4 +1,4 @@
-"""Whether what lies in the cache is what was put there: digests of files, and records with a digest."""
+"""Detects changed files in the cache: digests of files, and records with a digest of their own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 _CHUNK = 1 << 20
-_DIGEST = "seal"  # its name in the files of earlier versions, too
+_DIGEST = "seal"  # earlier versions called it so in their files
 
 
 def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
-    """Write values to a file as JSON, with a digest of them.
+    """Write values and their digest to a file, as JSON.
 
     Returns:
-        The values as `read_record` will find them.
+        The values as `read_record` will return them.
     """
     kept: dict[str, Any] = json.loads(json.dumps(content, default=os.fspath))
     path.write_text(json.dumps({**kept, _DIGEST: _digest(kept)}, indent=1) + "\n", encoding="utf-8")
@@ -27,11 +27,11 @@ def write_record(path: Path, content: Mapping[str, object]) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` has written.
+    """Read the values that `write_record` has written.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it has changed since.
+        ValueError: the file has changed since.
     """
     content: Any = None
     with suppress(ValueError):
@@ -46,7 +46,7 @@ def _digest(content: Mapping[str, object]) -> str:
 
 
 def damage(folder: Path, digests: Mapping[str, str]) -> str:
-    """Which file of a folder does not have the digest that it should; empty if all have it."""
+    """Which file of a folder does not have its digest; empty if all have it."""
     for name, digest in digests.items():
         try:
             found = file_digest(folder / name)
@@ -58,7 +58,7 @@ def damage(folder: Path, digests: Mapping[str, str]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256, in hex, of all of a file but what is zero, and of its size."""
+    """SHA-256, in hex, of a file's size and of its content without zeros."""
     total = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         total.update(b"%d\n" % os.fstat(file.fileno()).st_size)
@@ -69,13 +69,13 @@ def file_digest(path: Path) -> str:
 
 
 def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are there: where each begins and ends, in bytes."""
+    """The parts of a file that are no holes: where each begins and ends, in bytes."""
     fd, end = file.fileno(), 0
     while True:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # that is: nothing but a hole is left
+            if error.errno != errno.ENXIO:  # ENXIO: only a hole is left
                 raise
             return
         end = os.lseek(fd, start, os.SEEK_HOLE)
@@ -83,13 +83,13 @@ def extents(file: IO[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def chunks(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """All of a file but what is zero: where each piece, of at most a MiB, begins, and its bytes.
+    """The pieces of a file that are not zero: where each begins, and its bytes.
 
-    The pieces are the same however the file's holes lie.
+    A piece has at most 1 MiB. Where the file has holes makes no difference.
     """
     zero = bytes(_CHUNK)
     done = 0
-    # Listed first: reading ahead may turn what is reserved after a part into a part of its own.
+    # List the parts first: reading ahead can turn reserved space after a part into a part.
     for begin, end in list(extents(file)):
         start = max(done, begin - begin % _CHUNK)
         while start < end:

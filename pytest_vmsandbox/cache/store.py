@@ -1,12 +1,12 @@
-"""What is kept in the user's cache: made once, by one process at a time, and used by many.
+"""Keeps things in the user's cache: one process makes a thing, and many use it.
 
-The cache has a store for each kind of things. A thing is a folder that has a key, and in it files
-and a record with the digests of them. Nothing in it depends on where the cache lies, whose it is,
-or when a file was written: a cache can be copied. In the folder of a store there are, besides::
+The cache has one store for each kind of thing. A thing is a folder with a key. It holds files and a
+record with their digests. Nothing in it depends on the cache's path, its owner or the times of its
+files, so you can copy a cache. The folder of a store also has::
 
-    NAME.lock     held by who makes something whose key begins with NAME
+    NAME.lock     held by the process that makes something whose key begins with NAME
     .new-NAME     what is being made
-    .work-NAME    a link to a folder elsewhere, for what is needed meanwhile
+    .work-NAME    a link to a temporary folder elsewhere
     .gone-…       what is being removed
 """
 
@@ -27,24 +27,24 @@ from pytest_vmsandbox.core.errors import CacheError
 from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import GIB, format_size
 
-IN_USE = "in-use.lock"  # users hold a shared lock on it; its time is that of the last use
-PRIVATE_KEY = "key"  # the one file that QEMU, which may run as another user, does not open
-LIMIT = 12 * GIB  # bytes of all that is made anew when it is needed
+IN_USE = "in-use.lock"  # users hold a shared lock on it; its time is the last use
+PRIVATE_KEY = "key"  # the only file that QEMU, which may run as another user, does not open
+LIMIT = 12 * GIB  # bytes of all that can be made again
 _NEW, _WORK, _GONE = ".new-", ".work-", ".gone-"
-# As older versions called them: what is being made, a template, and the record of an environment.
+# Names of older versions: for what is being made, a template, and the record of an environment.
 _FORMERLY_NEW, _FORMER_TEMPLATE, _FORMER_RECORD = ".incoming-", "?" * 32, "digests.json"
 _WORK_NAME = "vmsandbox-work-"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of things in the cache.
+    """A kind of thing in the cache.
 
     Attributes:
-        folder: in the cache, where they lie.
-        record: the name of the file with the record of each.
-        schema: of that record; raise it when older ones cannot be used any more.
-        pattern: of their folders, below the store's.
+        folder: its folder in the cache.
+        record: the name of the file with the record.
+        schema: of that record; raise it when older records can no longer be used.
+        pattern: matches the folders of its things, below the store's folder.
     """
 
     folder: str
@@ -56,30 +56,30 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
-_MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes, so only a command removes it
+_MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes to build: only a command removes it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Something in a store, and the record of it, which has the digests of its files by path."""
+    """Something in a store, with its record. The record has the digests of its files by path."""
 
     folder: Path
     record: Mapping[str, Any] = field(repr=False)
 
     @property
     def size_on_disk(self) -> int:
-        """Bytes that it takes on the disk, holes not counted."""
+        """Bytes that it takes on the disk, without holes."""
         return files.size_on_disk(self.folder)
 
     def damage(self) -> str:
-        """Which file is not as it was made; empty if all are."""
+        """Which file has changed since it was made; empty if none has."""
         if not (self.folder / IN_USE).exists():
             return f"{IN_USE} is missing"
         return integrity.damage(self.folder, self.record["digests"])
 
 
 class Discarded(NamedTuple):
-    """What was removed: how many things, how many bytes they took, and which are in use."""
+    """What was removed: how many things, how many bytes, and which are in use and stay."""
 
     removed: int
     freed: int
@@ -93,12 +93,12 @@ class Store(Generic[E]):
     """All things of one kind.
 
     Args:
-        cache: the user's cache. Its folder is made when something is made, not before.
-        kind: what they are.
-        entry: what stands for one of them here, from its folder and its record.
+        cache: the user's cache folder. It is made only when something is made in it.
+        kind: the kind.
+        entry: makes an object from a folder and its record.
 
     Attributes:
-        root: the folder in which they lie.
+        root: the folder that holds them.
     """
 
     def __init__(self, cache: Path, kind: Kind, entry: Callable[..., E]) -> None:
@@ -107,7 +107,7 @@ class Store(Generic[E]):
         self._entry = entry
 
     def get(self, key: str) -> E | None:
-        """What has that key, if it is there and can be read."""
+        """The thing with that key, if it is there and can be read."""
         folder = self.root / key
         with suppress(OSError, ValueError, TypeError, KeyError):
             record = integrity.read_record(folder / self._kind.record)
@@ -116,17 +116,17 @@ class Store(Generic[E]):
         return None
 
     def all(self) -> list[E]:
-        """All that can be read, the least recently used first."""
+        """All things that can be read, the least recently used first."""
         found = (self.get(os.fspath(folder.relative_to(self.root))) for folder in self.folders())
         return [entry for entry in found if entry is not None]
 
     def folders(self) -> list[Path]:
-        """Where all lie, also what cannot be read, the least recently used first."""
+        """The folders of all things, readable or not, the least recently used first."""
         folders = (folder for folder in self.root.glob(self._kind.pattern) if folder.is_dir())
         return sorted(folders, key=_last_use)
 
     def unreadable(self, key: str) -> str:
-        """What is wrong with something that is there, and that `get` does not find; else empty."""
+        """Why `get` does not return something that is there; otherwise empty."""
         there = (self.root / key).exists() and self.get(key) is None
         return f"{self._kind.record} cannot be read" if there else ""
 
@@ -138,31 +138,31 @@ class Store(Generic[E]):
         on_busy: Callable[[], object],
         replace: bool = False,
     ) -> E:
-        """Make something, unless another process does so meanwhile.
+        """Make something, unless another process makes it meanwhile.
 
         Args:
-            fill: puts files into an empty folder, and returns what is to be in the record. It also
-                gets the descriptor of the lock: a process that inherits it, and outlives us, keeps
-                others from what it writes.
+            fill: puts files into an empty folder, and returns the content of the record. It also
+                gets the descriptor of the lock. A child process that inherits it and outlives us
+                still holds the lock, so nobody else touches its files.
             on_busy: called before waiting for another process.
-            replace: make it also if it is there.
+            replace: make it even if it is there.
 
         Raises:
-            CacheError: it cannot be kept: the cache cannot be used, the disk is full, or what is
-                to be replaced is in use.
-            TeardownError: what was made in vain cannot be removed.
+            CacheError: the cache cannot be used, the disk is full, or the thing to be replaced is in
+                use.
+            TeardownError: making it failed, and what was made cannot be removed.
         """
         name = key.partition("/")[0]
         with (
             _told(
-                f"something cannot be kept in {files.private_folder(self.root)}",
-                remedy=f"make room there, or name another folder in {CACHE}",
+                f"{files.private_folder(self.root)} cannot be written",
+                remedy=f"make room there, or set the environment variable {CACHE} to another folder",
             ),
             files.locked(self.root / f"{name}.lock", on_busy=on_busy) as lock,
         ):
             place = self.root / key
             if replace:
-                _check_unused(place)  # now, too: it may take long to make
+                _check_unused(place)  # before, too: making it can take long
             elif (found := self.get(key)) is not None:
                 return found
             self._clear(name)
@@ -179,7 +179,7 @@ class Store(Generic[E]):
             return self._entry(folder=place, record=record)
 
     def _recorded(self, folder: Path, content: Mapping[str, object]) -> Mapping[str, Any]:
-        """Complete what was made: with its record and its lock, and on the disk."""
+        """Complete what was made: add its record and its lock, and sync it to the disk."""
         names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         digests = {os.fspath(name): integrity.file_digest(folder / name) for name in names}
         _let_others_read(folder)
@@ -191,12 +191,12 @@ class Store(Generic[E]):
 
     @contextmanager
     def work_folder(self, name: str, base: Path) -> Iterator[Path]:
-        """An empty folder outside of the cache, while something of that name is being made.
+        """An empty folder outside of the cache, for use while something of that name is made.
 
         Its mode is 0711. If this process is killed, `sweep` removes it.
 
         Args:
-            base: where to make it.
+            base: where to make the folder.
 
         Raises:
             CacheError: it cannot be made.
@@ -204,9 +204,12 @@ class Store(Generic[E]):
         """
         link = self.root / f"{_WORK}{name}"
         work = base.absolute() / f"{_WORK_NAME}{secrets.token_hex(4)}"
-        link.symlink_to(work)  # first, so that `sweep` finds it in any case
+        link.symlink_to(work)  # first, so that `sweep` always finds the folder
         try:
-            with _told("there is no folder for temporary files", remedy="set TMPDIR"):
+            with _told(
+                f"no temporary folder can be made in {base}",
+                remedy="set the environment variable TMPDIR to a folder with room",
+            ):
                 work.mkdir(mode=0o700)
             with files.removed_afterwards(work):
                 work.chmod(0o711)
@@ -226,13 +229,13 @@ class Store(Generic[E]):
             FileNotFoundError: it was removed before it could be held.
         """
         with files.locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
-            with suppress(OSError):  # the cache may be one that is only read
+            with suppress(OSError):  # the cache may be read-only
                 os.utime(folder / IN_USE)
-                _let_others_read(folder)  # a copy of the cache may have lost that
+                _let_others_read(folder)  # a copy of the cache may have lost these modes
             yield descriptor
 
     def discard(self, folders: Iterable[Path]) -> Discarded:
-        """Remove what nobody uses.
+        """Remove those of `folders` that nobody uses.
 
         Raises:
             TeardownError: files cannot be removed.
@@ -244,24 +247,24 @@ class Store(Generic[E]):
                     freed.append(self._throw_away(folder))
             except FileNotFoundError:  # somebody else was faster
                 pass
-            except OSError:  # or it is in a cache that is only read
+            except OSError:  # in use, or the cache is read-only
                 in_use.append(folder)
         return Discarded(len(freed), sum(freed), in_use)
 
     def throw_away(self, key: str, damaged: E) -> bool:
-        """Remove what is damaged, also from under those who use it.
+        """Remove something damaged, even while others use it.
 
-        They go on with what they have open, and find it gone when they want more.
+        They go on with the files that they have open, and cannot open further ones.
 
         Returns:
-            Whether it was there. Another process may have thrown it away, and made it anew.
+            Whether it was there. Another process may have removed it and made it again.
         """
         return self.get(key) == damaged and self._throw_away(self.root / key) > 0
 
     def _throw_away(self, folder: Path) -> int:
         if not folder.exists():
             return 0
-        # Out of the way first: what is half removed must not look like a whole one.
+        # Rename it first: a half-removed folder must not look like a whole one.
         size = files.size_on_disk(folder)
         try:
             folder.rename(tempfile.mkdtemp(prefix=_GONE, dir=self.root))
@@ -272,34 +275,34 @@ class Store(Generic[E]):
         return size
 
     def sweep(self) -> int:
-        """Remove what killed processes left, and locks that nobody needs.
+        """Remove files that killed processes left behind, and locks that nobody needs.
 
         Returns:
-            Bytes that are free now.
+            Bytes that were freed.
 
         Raises:
-            TeardownError: something of it cannot be removed.
+            TeardownError: something cannot be removed.
         """
         freed = sum(map(files.remove_tree, self.root.glob(f"{_GONE}*")))
         locks = {lock.stem for lock in self.root.glob("[!.]*.lock")}
         names = {name for name in locks if not (self.root / name).exists()}
-        if self._kind is IMAGES:  # older versions made images beside those that are built
+        if self._kind is IMAGES:  # older versions built images beside the finished ones
             names |= {path.parent.name for path in self.root.glob("*/.*")}
         for prefix in (_NEW, _FORMERLY_NEW, _WORK):
             names |= {path.name.removeprefix(prefix) for path in self.root.glob(f"{prefix}*")}
         for name in names:
             lock = self.root / f"{name}.lock"
-            # An OSError: it is being made, or the cache is only read.
+            # OSError: somebody is making it, or the cache is read-only.
             with suppress(OSError), files.locked(lock):
                 freed += self._clear(name)
                 with suppress(OSError):
-                    (self.root / name).rmdir()  # of the images of that name, if there are none
+                    (self.root / name).rmdir()  # the folder of an image without any build
                 if not (self.root / name).exists():
-                    lock.unlink()  # who waits for it sees that, and makes a new one
+                    lock.unlink()  # a process that waits for it notices, and makes a new one
         return freed
 
     def _clear(self, name: str) -> int:
-        """Remove what was left when something was made; the lock of that name is held."""
+        """Remove what a killed process left while it made something. We hold the lock of that name."""
         link = self.root / f"{_WORK}{name}"
         former = (self.root / f"{_FORMERLY_NEW}{name}", *(self.root / name).glob(".*"))
         freed = sum(map(files.remove_tree, (self.root / f"{_NEW}{name}", *former)))
@@ -313,12 +316,12 @@ class Store(Generic[E]):
         return freed
 
     def shrink(self, *, keep: Path | None = None, limit: int = LIMIT) -> None:
-        """Remove what is made anew when it is needed until it takes no more than `limit` bytes.
+        """Remove templates and environments until they take at most `limit` bytes together.
 
-        That is of all kinds, the least recently used first, and nothing that is in use.
+        The least recently used go first. What is in use stays.
 
         Args:
-            keep: the folder of something that stays.
+            keep: a folder that stays in any case.
         """
         stores = [Store(self.root.parent, kind, Entry) for kind in _MADE_ANEW]
         found = [(folder, store) for store in stores for folder in store.folders()]
@@ -331,18 +334,18 @@ class Store(Generic[E]):
 
 
 def tidy(cache: Path, say: Callable[[str], object]) -> int:
-    """Remove what killed processes left in a cache, and what older versions of this package made.
+    """Remove files of killed processes from a cache, and files of older versions of this package.
 
     Built images stay.
 
     Args:
-        say: told what of older versions was removed.
+        say: is told which files of older versions were removed.
 
     Returns:
-        Bytes of what was left that are free now.
+        Bytes of killed processes' files that were freed.
 
     Raises:
-        TeardownError: something of it cannot be removed.
+        TeardownError: something cannot be removed.
     """
     freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, *_MADE_ANEW))
     old = [
@@ -356,15 +359,15 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
     if any(discarded.removed for discarded in old):
         size = format_size(sum(discarded.freed for discarded in old))
         say(
-            f"removed {size} of templates and environments that an older version had made: they are "
-            "made anew when they are needed"
+            f"removed {size} of templates and environments of an older version. New ones are made "
+            "when they are needed"
         )
     return freed
 
 
 @contextmanager
 def _told(brief: str, *, remedy: str) -> Iterator[None]:
-    """An error of the system becomes one of ours."""
+    """Turn an OSError into a `CacheError`."""
     try:
         yield
     except OSError as error:
@@ -372,7 +375,7 @@ def _told(brief: str, *, remedy: str) -> Iterator[None]:
 
 
 def _let_others_read(folder: Path) -> None:
-    """Let a QEMU that runs as another user open the files, whatever the umask was."""
+    """Let a QEMU that runs as another user read the files, whatever the umask was."""
     for file in folder.iterdir():
         mode = stat.S_IMODE(file.lstat().st_mode)
         if file.is_file() and file.name not in (IN_USE, PRIVATE_KEY) and mode & 0o444 != 0o444:
@@ -384,7 +387,7 @@ def _check_unused(folder: Path) -> None:
         with suppress(FileNotFoundError), files.locked(folder / IN_USE):
             pass
     except BlockingIOError as error:
-        remedy = "end the test runs, and the vmsandbox commands, that use it"
+        remedy = "end the test runs and the vmsandbox commands that use it, then try again"
         raise CacheError(f"{folder} is in use", remedy=remedy) from error
 
 

@@ -1,1 +1,1 @@
-"""The images that guests boot: how they are described, found, built and kept."""
+"""Images: how they are described, found, built and kept."""

@@ -1,4 +1,4 @@
-"""Building an image: its recipe runs under watch, and its result is taken into the store."""
+"""Builds an image: runs its recipe under a supervisor, and puts the result into the store."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import GIB, format_size
 
 ROOM_FOR_A_DISK = 3 * GIB
-PROGRESS = b"== "  # how lines of a recipe's output start that tell people how far it is
+PROGRESS = b"== "  # starts those lines of a recipe's output that tell people about progress
 
 _SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
-# One line, as ssh-keygen writes it. What each key of that kind begins with is its name and size.
+# One line, as ssh-keygen writes it. Each key of that type begins with its name and size.
 _HOST_KEY = re.compile(rb"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-P][A-Za-z0-9+/]{42}( [^\n]*)?\n")
 
 
@@ -46,33 +46,33 @@ def build(
 ) -> BuiltImage:
     """Build an image, unless it is built.
 
-    When several processes build the same one, the first does and the others wait for it.
+    If several processes build the same image, one builds it and the others wait.
 
     Args:
         definition: what to build.
-        store: where to.
-        progress: told, in lines for people, how far it is.
-        force: build it again.
+        store: where to put it.
+        progress: gets lines for people about the progress.
+        force: build it even if it is built.
 
     Returns:
-        The built image. Older ones of its name are removed, unless guests use them.
+        The built image. Older builds with its name are removed, unless guests use them.
 
     Raises:
         ImageError: a program that the recipe needs is missing, the disk is too full, the recipe
-            failed or did not deliver, or guests use the image that is to be replaced.
+            failed or left files out, or guests use the image to be replaced.
         CacheError: the image cannot be kept.
         ConfigError: a file of the definition cannot be read.
-        TeardownError: temporary files or older images cannot be removed.
+        TeardownError: temporary files or older builds cannot be removed.
     """
     name = definition.name
-    if not force and store.state(definition) is ImageState.BUILT:  # perhaps damaged, and in use
+    if not force and store.state(definition) is ImageState.BUILT:  # it may be damaged and in use
         progress(f"{name} is built")
         return store.require(definition)
     maker = _Maker(definition, store, progress)
     image = store.make(
         store.key(definition),
         maker.fill,
-        on_busy=lambda: progress(f"waiting: another process builds {name}"),
+        on_busy=lambda: progress(f"waiting: another process is building {name}"),
         replace=force,
     )
     if not maker.is_used:
@@ -83,7 +83,7 @@ def build(
 
 @dataclasses.dataclass
 class _Maker:
-    """Makes an image for a store, if that asks for it."""
+    """Makes an image if the store asks for it."""
 
     definition: ImageDefinition
     store: ImageStore
@@ -91,12 +91,12 @@ class _Maker:
     is_used: bool = False
 
     def fill(self, out: Path, lock: int) -> dict[str, object]:
-        """Put the files of an image into a folder; returns what is recorded of it."""
+        """Put the files of an image into a folder. Returns the content of the record."""
         self.is_used = True
         definition = self.definition
         _check_programs(definition)
         log = self.store.failed_log(definition.name)
-        # The user namespaces of mmdebstrap must be able to reach it, and they cannot reach the cache.
+        # The user namespaces of mmdebstrap must reach this folder, and they cannot reach the cache.
         base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
         with self.store.work_folder(definition.name, base) as work:
             if definition.disk_size is not None:
@@ -108,9 +108,9 @@ class _Maker:
                 raise ImageError(f"building {definition.name!r} failed: {error}") from error
             except ImageError as error:
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-                end = "\n".join((f"--- the end of {log}", *lines[-_TAIL:]))
+                end = "\n".join((f"--- last lines of {log}", *lines[-_TAIL:]))
                 error.details = f"{error.details}\n{end}".strip()
-                error.remedy = error.remedy or f"read {log}"
+                error.remedy = error.remedy or f"read {log}, correct the cause, and build it again"
                 raise
         log.replace(out / LOG)
         return {
@@ -121,10 +121,10 @@ class _Maker:
         }
 
     def _run(self, out: Path, work: Path, log: Path, lock: int) -> None:
-        """Run the recipe. When this returns or raises, nothing that it started is left.
+        """Run the recipe. Afterwards nothing that it started is left.
 
         Raises:
-            ImageError: it failed.
+            ImageError: the recipe failed.
         """
         definition = self.definition
         environment = {
@@ -164,65 +164,66 @@ class _Maker:
                 process.terminate()
                 process.wait()
         if status != 0:
-            # Below 0 it is the supervisor itself that was killed.
+            # A status below 0: the supervisor itself was killed.
             killed = status - 128 if status > 128 else -status
             ended = f"signal {killed}" if killed > 0 else f"status {status}"
             raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:
-    """Check that there are `needed` bytes free on the disk of each of `folders`.
+    """Check that `needed` bytes are free on the disk of each folder.
 
     Raises:
-        ImageError: there are less.
+        ImageError: fewer bytes are free.
     """
     for folder in folders:
         if (free := shutil.disk_usage(folder).free) < needed:
             raise ImageError(
                 f"only {format_size(free)} are free in {folder}; a build needs "
                 f"{format_size(needed)}",
-                remedy="make room, or set VMSANDBOX_CACHE and TMPDIR to a larger disk",
+                remedy="make room there, or set the environment variables VMSANDBOX_CACHE and TMPDIR "
+                "to folders on a larger disk",
             )
 
 
 def _check_programs(definition: ImageDefinition) -> None:
     if sys.platform != "linux":
         raise ImageError(
-            f"images such as {definition.name!r} can be built on Linux only",
-            remedy="build it on a Linux machine, and copy the folder "
-            f"images/{definition.name} from its cache to the one here",
+            f"image {definition.name!r} can be built on Linux only",
+            remedy=f"build it on a Linux machine, and copy the folder images/{definition.name} from "
+            "that machine's cache to the cache here",
         )
     if missing := programs.missing(programs.with_theirs(definition.requires)):
         packages = sorted({programs.package_of(program) for program in missing})
         raise ImageError(
             f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",
-            remedy=f"sudo apt-get install {' '.join(packages)} (on Debian and Ubuntu)",
+            remedy=programs.install_line(packages),
         )
 
 
 def _own_namespaces() -> list[str]:
-    """The start of a command line that gives a program processes and mounts of its own.
+    """The start of a command line that gives a program its own process and mount namespaces.
 
-    It is for root. Other users' recipes have no mounts outside of user namespaces, and these
-    would not work in one: newuidmap refuses to.
+    It is for root only. Recipes of other users make no mounts outside of user namespaces, and
+    newuidmap would refuse to run in this one.
     """
     command = ["unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child", "--"]
     if os.geteuid() != 0 or shutil.which(command[0]) is None:
         return []
     works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
-    return command if works else []  # it does not in most containers
+    return command if works else []  # most containers do not allow it
 
 
 def _check(out: Path, definition: ImageDefinition) -> None:
     """Check the files of an image.
 
     Raises:
-        ImageError: one is missing, empty, unreadable or more than was asked for; or the definition
-            has changed meanwhile.
+        ImageError: a file is missing, empty, unreadable or unexpected; or the definition has changed
+            meanwhile.
     """
     if ImageDefinition.read(definition.folder).digest != definition.digest:
         raise ImageError(
-            f"the definition of {definition.name!r} has changed while it was being built",
+            f"the definition of {definition.name!r} changed while it was being built",
             remedy=build_command(definition.name),
         )
     wrong = []
@@ -237,4 +238,8 @@ def _check(out: Path, definition: ImageDefinition) -> None:
     if definition.disk_size is None and (out / DISK).exists():
         wrong.append(f"{DISK} is there, but image.toml has no [disk]")
     if wrong:
-        raise ImageError(f"the image {definition.name!r} is not complete", details="\n".join(wrong))
+        raise ImageError(
+            f"the recipe of {definition.name!r} ended, but its image is not complete",
+            details="\n".join(wrong),
+            remedy=f"correct the recipe, {definition.folder / definition.recipe}",
+        )

@@ -1,6 +1,6 @@
-"""The images that there are: our own, and those in the folders that the user names.
+"""The definitions of images: our own, and those in folders that the user names.
 
-What an image is, its ``image.toml`` says; all that goes into it has a digest.
+An image is described by its ``image.toml``. A digest covers everything that goes into it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pytest_vmsandbox.core.spec import Hardware, format_size
 
 DEFINITION_FILE = "image.toml"
 SCHEMA = 1
-BUILD_FORMAT = 1  # goes into each digest: raise it when what a recipe must deliver changes
+BUILD_FORMAT = 1  # part of each digest: raise it when the files that a recipe must make change
 ARCHITECTURES = ("x86_64", "aarch64")
 INITS = ("systemd", "busybox")
 ALL = "all"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 _KEYS = ("schema", "description", "architecture", "recipe", "uses", "requires", "boot", "system")
-_NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # as macOS and Windows call architectures
-_IGNORED = {"__pycache__"}  # folders that appear by themselves
+_NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
+_IGNORED = {"__pycache__"}  # folders that Python makes
 _T = TypeVar("_T")
 
 
@@ -42,12 +42,12 @@ def check_name(name: str, where: object) -> None:
     """Check the name of an image, which is the name of its folder.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: the name is invalid.
     """
     if not NAME.fullmatch(name) or name == ALL:
         raise ConfigError(
             f"{where}: {name!r} is not a name for an image",
-            remedy="use small letters, digits, dots, underscores and hyphens; not the word 'all'",
+            remedy="use lower-case letters, digits, dots, underscores and hyphens, but not 'all'",
         )
 
 
@@ -57,18 +57,18 @@ class ImageDefinition:
 
     Attributes:
         name: the name of its folder.
-        folder: where ``image.toml``, the recipe and its files lie.
+        folder: holds ``image.toml``, the recipe and the recipe's files.
         description: one line for people.
         architecture: one of `ARCHITECTURES`.
-        recipe: the executable in `folder` that builds it.
-        uses: further files and folders the recipe reads, relative to `folder`.
-        requires: programs of the host that the recipe calls.
+        recipe: the executable in `folder` that builds the image.
+        uses: further files and folders that the recipe reads, relative to `folder`.
+        requires: programs of this machine that the recipe calls.
         append: the kernel's command line.
-        memory_min: bytes of memory below which it does not boot.
-        disk_size: bytes of its root disk; None when it has none.
-        python: whether the guest has a Python.
+        memory_min: bytes of memory that a guest needs to boot.
+        disk_size: bytes of its root disk; None for an image without one.
+        python: whether the guest has Python.
         init: one of `INITS`.
-        user: who runs commands in the guest where nobody is named.
+        user: the default user of commands in the guest.
     """
 
     name: str
@@ -90,8 +90,8 @@ class ImageDefinition:
         """The definition in `folder`.
 
         Raises:
-            ConfigError: a key is missing, unknown or has a value that is not allowed; the
-                recipe cannot be executed; or a file named in ``uses`` does not exist.
+            ConfigError: a key is missing or unknown, or its value is not allowed; the recipe cannot be
+                executed; or a file named in ``uses`` does not exist.
         """
         check_name(folder.name, folder)
         file = folder / DEFINITION_FILE
@@ -99,7 +99,9 @@ class ImageDefinition:
             with file.open("rb") as stream:
                 content = tomllib.load(stream)
         except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
-            raise ConfigError(f"{file} cannot be read: {error}") from error
+            raise ConfigError(
+                f"{file} cannot be read: {error}", remedy="make it a readable TOML file in UTF-8"
+            ) from error
         top = _Table(file, "", content, _KEYS, optional=("disk",))
         top.choice("schema", SCHEMA)
         boot = top.table("boot", ("append", "memory_min"))
@@ -124,14 +126,14 @@ class ImageDefinition:
         )
 
     def hardware(self, defaults: Hardware, arguments: Mapping[str, object]) -> Hardware:
-        """The hardware of a guest of this image; its user is the image's where nobody names one.
+        """The hardware of a guest of this image. Without another name, its user is the image's.
 
         Args:
-            defaults: of the run.
-            arguments: that differ from them, as `Hardware.changed` takes them.
+            defaults: the run's default hardware.
+            arguments: what differs, as `Hardware.changed` takes it.
 
         Raises:
-            ConfigError: there is no such argument, or its value is invalid.
+            ConfigError: an argument is unknown, or its value is invalid.
         """
         hardware = defaults.changed(arguments)
         return replace(hardware, user=hardware.user or self.user)
@@ -145,29 +147,30 @@ class ImageDefinition:
         if hardware.memory < self.memory_min:
             raise ConfigError(
                 f"{format_size(hardware.memory)} of memory is too little for {self.name}",
-                remedy=f"it needs at least {format_size(self.memory_min)}",
+                remedy=f"give it at least {format_size(self.memory_min)}: memory= (marker vm, boot), "
+                "vm_memory (ini file), --memory (vmsandbox)",
             )
         if hardware.disk is not None and self.disk_size is None:
             raise ConfigError(
-                f"{self.name} has no disk of its own",
-                remedy="a test can add blank ones: disks=['1GiB']",
+                f"disk= cannot be used with {self.name}: this image has no root disk",
+                remedy="leave disk= out. To add blank disks, use disks=['1GiB']",
             )
         if hardware.disk is not None and hardware.disk < (self.disk_size or 0):
             raise ConfigError(
-                f"a disk of {format_size(hardware.disk)} is smaller than the image's",
-                remedy=f"{self.name} has {format_size(self.disk_size or 0)}",
+                f"a disk of {format_size(hardware.disk)} is smaller than that of the image "
+                f"{self.name}",
+                remedy=f"use at least {format_size(self.disk_size or 0)}",
             )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that goes into the image: every file of its folder and of
-        ``uses``, and which of them are executable. Read once for each object.
+        """SHA-256, in hex, of everything that goes into the image. Computed once for each object.
 
-        The other bits of a file's mode stay out, as in git: they differ from one checkout to
-        the next.
+        It covers every file in the image's folder and in ``uses``, and which of them are executable.
+        It ignores the other bits of a file's mode, as git does: they differ between checkouts.
 
         Raises:
-            ConfigError: one of the files cannot be read, or is not a regular file.
+            ConfigError: a file cannot be read, or is not a regular file.
         """
         total = hashlib.sha256(f"{BUILD_FORMAT} {self.name}\n".encode())
         sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
@@ -175,30 +178,37 @@ class ImageDefinition:
             try:
                 mode = file.stat().st_mode
                 if not stat.S_ISREG(mode):  # reading a FIFO would wait for its writer
-                    raise ConfigError(f"{file} goes into {self.name}, but is not a regular file")
+                    raise ConfigError(
+                        f"{file} belongs to the image {self.name}, but is not a regular file",
+                        remedy="remove it, or move it out of the image's folder",
+                    )
                 content = hashlib.sha256(file.read_bytes()).hexdigest()
             except OSError as error:
-                raise ConfigError(f"{file} goes into {self.name}, but: {error}") from error
+                raise ConfigError(
+                    f"{file} belongs to the image {self.name}, but cannot be read: "
+                    f"{error.strerror or error}",
+                    remedy="make it readable, or remove it",
+                ) from error
             kind = "x" if mode & stat.S_IXUSR else "-"
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
         return total.hexdigest()
 
 
 def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:
-    """The files in or at `source`, each with the path by which it goes into the digest."""
+    """The files in or at `source`, each with the path that the digest covers."""
     if not source.is_dir():
         yield label, source
     for folder, subfolders, files in os.walk(source):
         subfolders[:] = (name for name in subfolders if name not in _IGNORED)
         links = (name for name in subfolders if (Path(folder) / name).is_symlink())
-        for name in (*files, *links):  # a link to a folder is refused later: no regular file
+        for name in (*files, *links):  # a link to a folder is refused later: it is no regular file
             file = Path(folder) / name
             yield f"{label}/{file.relative_to(source)}", file
 
 
 @dataclass(frozen=True)
 class _Table:
-    """A table of a TOML file, with exactly the keys that it must have."""
+    """A table of a TOML file. It must have exactly the required keys, and may have the optional."""
 
     file: Path
     prefix: str
@@ -214,11 +224,11 @@ class _Table:
         ):
             if names:
                 listed = ", ".join(repr(self.prefix + name) for name in names)
-                remedy = f"allowed here: {', '.join(allowed)}"
+                remedy = f"the keys here are: {', '.join(allowed)}"
                 raise ConfigError(f"{self.file}: {word} key {listed}", remedy=remedy)
 
     def read(self, key: str, allowed: str, reader: Callable[[Any], _T | None]) -> _T:
-        """The value of `key` as `reader` returns it; None from it stands for a wrong value."""
+        """The value of `key` as `reader` returns it. None from `reader` means a wrong value."""
         value = self.values[key]
         if (result := reader(value)) is None:
             raise ConfigError(
@@ -237,7 +247,7 @@ class _Table:
         return self.read(key, " or ".join(map(json.dumps, choices)), read)
 
     def table(self, key: str, keys: Sequence[str]) -> _Table:
-        """The table `key`, with exactly `keys`."""
+        """The table `key`, which must have exactly `keys`."""
         values = self.read(key, "a table", lambda table: table if isinstance(table, dict) else None)
         return _Table(self.file, f"{self.prefix}{key}.", values, keys)
 
@@ -251,7 +261,7 @@ def _line(value: object) -> str | None:
 
 
 def _hardware(name: str, value: object) -> Any:
-    """What a guest has of that name, if `value` stands for it."""
+    """`value` as the attribute `name` of `Hardware`; None if it is invalid."""
     with suppress(ConfigError):
         return getattr(Hardware().changed({name: value}), name)
     return None
@@ -295,10 +305,10 @@ def native_architecture() -> str:
 
 
 class Catalogue:
-    """The definitions of all images. Folders are listed, and definitions read, when needed.
+    """The definitions of all images. Folders are listed and definitions are read on demand.
 
     Args:
-        image_path: folders that hold further images, each a folder with an ``image.toml``.
+        image_path: folders with further images, each a folder with an ``image.toml``.
     """
 
     def __init__(self, image_path: Sequence[Path] = ()) -> None:
@@ -306,10 +316,10 @@ class Catalogue:
         self._definitions: dict[str, ImageDefinition] = {}
 
     def names(self) -> list[str]:
-        """The names of all images: our own first, then folder by folder, each by name.
+        """The names of all images: our own first, then folder by folder, sorted in each.
 
         Raises:
-            ConfigError: a folder does not exist, a name cannot be one or is there twice.
+            ConfigError: a folder does not exist, or a name is invalid or used twice.
         """
         return list(self._folders)
 
@@ -317,7 +327,7 @@ class Catalogue:
         """The definition of an image.
 
         Raises:
-            ConfigError: there is none of that name, or it is not well-formed.
+            ConfigError: there is no image with that name, or its definition is invalid.
         """
         if name not in self._folders:
             raise self._unknown(name)
@@ -329,9 +339,9 @@ class Catalogue:
         """The names that `patterns` select, in the order of the catalogue.
 
         Args:
-            patterns: names or globs; ``all`` for the images of this machine's architecture.
-                With ``!`` in front, what is selected so far and matches is left out; as the
-                first pattern, of ``all``.
+            patterns: names or globs; ``all`` for the images of this machine's architecture. A
+                pattern that begins with ``!`` removes matching names. If it comes first, it removes
+                them from ``all``.
 
         Raises:
             ConfigError: a pattern matches nothing in the catalogue.
@@ -360,8 +370,8 @@ class Catalogue:
                 )
             except OSError as error:
                 raise ConfigError(
-                    f"images cannot be looked for in {parent}: {error.strerror}",
-                    remedy="mend vm_image_path (pytest), "
+                    f"the folder of images {parent} cannot be read: {error.strerror}",
+                    remedy="correct vm_image_path (pytest), "
                     "--image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
                 ) from error
             for folder in entries:
@@ -392,7 +402,7 @@ class Catalogue:
         known = ", ".join(self._folders) or "none"
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        return ConfigError(f"there is no image {name!r}", remedy=f"{guess}there are: {known}")
+        return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
 
 
 def _own_folders() -> list[Path]:

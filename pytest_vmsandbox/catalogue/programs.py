@@ -1,4 +1,4 @@
-"""The programs that we need of this machine: where they lie, and how their packages are installed."""
+"""The programs that we need on this machine: where they are, and how to install their packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 
-_HELD = {  # programs that are not called like their package, by the package of Debian and Ubuntu
+_HELD = {  # package of Debian and Ubuntu → its programs, where the names differ
     "dpkg": ["dpkg-deb"],
     "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
     "gnupg": ["gpg"],
@@ -24,7 +24,7 @@ _HELD = {  # programs that are not called like their package, by the package of 
     "xz-utils": ["xz"],
 }
 PACKAGES = {program: package for package, held in _HELD.items() for program in held}
-_OTHER_SYSTEMS = {  # what brings QEMU there; the image tools have other names on each
+_OTHER_SYSTEMS = {  # package manager → the command that installs QEMU and the image tools
     "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
     "openssh-clients shadow-utils debian-keyring",
     "pacman": "sudo pacman -S qemu-system-x86 qemu-img debootstrap e2fsprogs cpio zstd xz openssh",
@@ -39,23 +39,23 @@ SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not in an ordinary user's PA
 
 
 def package_of(program: str) -> str:
-    """The package of Debian and Ubuntu that holds a program."""
+    """The package of Debian and Ubuntu that contains a program."""
     return PACKAGES.get(program, program)
 
 
 def search_path() -> str:
-    """PATH, and behind it the folders that only root has there."""
+    """PATH, followed by the folders that usually only root has in PATH."""
     path = os.environ.get("PATH") or os.defpath
     return os.pathsep.join(dict.fromkeys((*path.split(os.pathsep), *SBIN)))
 
 
 def find(program: str) -> str | None:
-    """The path of a program, also where only root has its folder in PATH."""
+    """The path of a program, even if only root has its folder in PATH."""
     return shutil.which(program, path=search_path())
 
 
 def missing(programs: Iterable[str]) -> tuple[str, ...]:
-    """Those of `programs` that are not on this machine, each once."""
+    """The members of `programs` that are not on this machine, each once."""
     return tuple(program for program in dict.fromkeys(programs) if find(program) is None)
 
 
@@ -76,14 +76,18 @@ def _system() -> str:
 
 
 def install_line(packages: Sequence[str]) -> str:
-    """What a person types to install packages of Debian's names, on this machine."""
+    """The command that installs some packages on this machine, to type by hand.
+
+    Args:
+        packages: by their names in Debian.
+    """
     if find("apt-get"):
         sudo = "" if os.geteuid() == 0 else "sudo "
         return f"{sudo}apt-get install {' '.join(packages)}"
     for manager, line in _OTHER_SYSTEMS.items():
         if find(manager):
             return line
-    return f"install what Debian calls {', '.join(packages)}"
+    return f"install what these packages of Debian contain: {', '.join(packages)}"
 
 
 def as_root(argv: Sequence[str]) -> list[str]:
@@ -92,12 +96,12 @@ def as_root(argv: Sequence[str]) -> list[str]:
 
 
 def apt_install(packages: Sequence[str]) -> list[str]:
-    """The command line that installs packages without questions."""
+    """The command line that installs packages without asking."""
     return as_root([*APT_GET, "install", "--yes", "--no-install-recommends", *packages])
 
 
 def apt_knows(packages: Sequence[str]) -> bool:
-    """Whether the lists of packages that are here are enough to install `packages`."""
+    """Whether apt's package lists on this machine have all of `packages`."""
     simulated = subprocess.run(
         [*APT_GET, "install", "--simulate", "--no-install-recommends", *packages],
         stdin=subprocess.DEVNULL,
@@ -108,6 +112,6 @@ def apt_knows(packages: Sequence[str]) -> bool:
 
 
 def shown(argv: Sequence[str]) -> str:
-    """A command line for people: without what only keeps it quiet."""
+    """A command line for people, without the options that only keep it quiet."""
     words = [word for word in argv if word not in APT_GET or word == "apt-get"]
     return shlex.join(words)

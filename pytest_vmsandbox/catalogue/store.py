@@ -1,4 +1,4 @@
-"""The images that are built: where they lie, whether they are current, who uses them."""
+"""The built images: where they are, whether they are current, and who uses them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were
 
 
 class ImageState(StrEnum):
-    """What the store has of a definition: it as it is now, only an older one, or nothing."""
+    """What the store has for a definition: the current build, only an older one, or nothing."""
 
     BUILT = "built"
     STALE = "stale"
@@ -38,9 +38,9 @@ class ImageEntry:
 
     Attributes:
         name: of the image.
-        state: an `ImageState`: ``built``, ``stale`` (only from an older definition) or
-            ``missing``; or ``other``, for one that is built and of which no definition is here.
-        size_bytes: on the disk, of everything that is built of that name.
+        state: an `ImageState`: ``built``, ``stale`` (built from an older definition) or ``missing``;
+            or ``other`` for a build without a definition here.
+        size_bytes: on the disk, of all builds with that name.
         architecture: such as ``x86_64``.
         description: one line.
     """
@@ -59,7 +59,7 @@ class BuiltImage:
     Attributes:
         definition: what it was built from.
         digest: the digest of the definition at that time.
-        folder: where its files lie.
+        folder: holds its files.
     """
 
     definition: ImageDefinition
@@ -78,12 +78,12 @@ class BuiltImage:
 
     @property
     def disk(self) -> Path | None:
-        """The raw root disk, never to be written; None when the image has none."""
+        """The raw root disk, which is never written; None for an image without one."""
         return self.folder / DISK if self.definition.disk_size is not None else None
 
     @property
     def host_key(self) -> str:
-        """The public half of the guest's SSH host key, as in ``known_hosts``: type and key.
+        """The public SSH host key of the guest, as in ``known_hosts``: type and key.
 
         Raises:
             ImageError: the image is gone.
@@ -96,28 +96,28 @@ class BuiltImage:
 
     @property
     def size_on_disk(self) -> int:
-        """Bytes that it takes on the disk, holes not counted."""
+        """Bytes that it takes on the disk, without holes."""
         return size_on_disk(self.folder)
 
     @property
     def build_id(self) -> str:
-        """What differs between two builds of the same definition, and not between copies of one.
+        """Identifies a build. It differs between builds of one definition, not between copies.
 
         Raises:
             ImageError: the image is damaged.
         """
-        try:  # the record has the time of the build, and the digests of what came out
+        try:  # the record has the time of the build and the digests of its files
             return hashlib.sha256((self.folder / IMAGES.record).read_bytes()).hexdigest()
         except OSError as error:
             raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
     def verified(self) -> dict[str, str]:
-        """The digests of the files that guests need; all of them are read, once per object.
+        """Check the files that guests need, and return their digests. They are read once per object.
 
-        An image that was built before digests were kept may have changed unnoticed.
+        Changes of an image that was built before digests were kept go unnoticed.
 
         Raises:
-            ImageError: one of them cannot be read, or is not as it was when the image was built.
+            ImageError: a file cannot be read, or has changed since the image was built.
         """
         return self._digests
 
@@ -145,7 +145,7 @@ class BuiltImage:
         Raises:
             ImageError: it was removed before it could be held.
         """
-        with suppress(OSError):  # there is nothing in it that could have been lost
+        with suppress(OSError):  # the file is empty: a copy of the cache may lack it
             (self.folder / IN_USE).touch(mode=0o600)
         with ExitStack() as stack:
             try:
@@ -160,7 +160,8 @@ class BuiltImage:
     def _gone(self) -> ImageError:
         name = self.definition.name
         return ImageError(
-            f"the image {name!r} was removed from {self.folder}", remedy=build_command(name)
+            f"the image {name!r} was removed from {self.folder}",
+            remedy=build_command(name),
         )
 
 
@@ -177,7 +178,7 @@ class ImageStore(Store[BuiltImage]):
         return None
 
     def key(self, definition: ImageDefinition) -> str:
-        """What the image of `definition` is called here.
+        """The key of the image of `definition` in this store.
 
         Raises:
             ConfigError: a file of the definition cannot be read.
@@ -185,7 +186,7 @@ class ImageStore(Store[BuiltImage]):
         return f"{definition.name}/{definition.digest[:16]}"
 
     def failed_log(self, name: str) -> Path:
-        """The output of a build that is under way or has failed."""
+        """The file with the output of a build that is running or has failed."""
         return self.root / f"{name}.{LOG}"
 
     def state(self, definition: ImageDefinition) -> ImageState:
@@ -202,8 +203,8 @@ class ImageStore(Store[BuiltImage]):
         """The built image of `definition`.
 
         Raises:
-            ImageError: it is not built, or only from an older state of its definition.
-            CacheError: there is no image, and the cache cannot be used.
+            ImageError: it is not built, or was built from an older definition.
+            CacheError: it is not built, and the cache cannot be used.
             ConfigError: a file of the definition cannot be read.
         """
         name = definition.name
@@ -224,14 +225,14 @@ class ImageStore(Store[BuiltImage]):
         raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
 
     def remove(self, name: str) -> int:
-        """Remove all images that are built of a name.
+        """Remove all builds of an image.
 
         Returns:
-            Bytes that are free now.
+            Bytes that were freed.
 
         Raises:
-            ImageError: guests use it. What nobody uses of that name is removed all the same.
-            ConfigError: that is no name.
+            ImageError: guests use a build. The unused builds are removed nevertheless.
+            ConfigError: `name` is no name of an image.
             TeardownError: files cannot be removed.
         """
         check_name(name, "remove")
@@ -240,19 +241,19 @@ class ImageStore(Store[BuiltImage]):
             raise ImageError(
                 f"the image {name!r} is in use",
                 details="\n".join(map(str, discarded.in_use)),
-                remedy="end the test runs, and the vmsandbox commands, that use it",
+                remedy="end the test runs and the vmsandbox commands that use it, then try again",
             )
         return discarded.freed
 
     def folders_of(self, name: str) -> list[Path]:
-        """The folders of the images that are built of `name`."""
+        """The folders of all builds of an image."""
         return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
 
     def entries(self, catalogue: Catalogue) -> list[ImageEntry]:
-        """All images of a catalogue, in its order, then those of which only a build is here.
+        """All images of a catalogue in its order, then builds without a definition.
 
         Raises:
-            ConfigError: a definition is not well-formed.
+            ConfigError: a definition is invalid.
         """
         definitions = {name: catalogue.get(name) for name in catalogue.names()}
         states = {name: self.state(image).value for name, image in definitions.items()}
@@ -274,7 +275,7 @@ class ImageStore(Store[BuiltImage]):
 
 
 def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
-    """Name, state, size and description of each image, padded so that they form columns."""
+    """Name, state, size and description of each image, padded to columns."""
     width = max((len(image.name) for image in images), default=0)
     return [
         (
@@ -315,9 +316,10 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def damaged(name: str, what: str) -> ImageError:
-    """The error for an image that is not as it was built."""
+    """The error for an image whose files have changed since it was built."""
     return ImageError(
-        f"the image {name!r} is damaged: {what}", remedy=f"{build_command(name)} --force"
+        f"the image {name!r} is damaged: {what}",
+        remedy=f"{build_command(name)} --force",
     )
 
 

@@ -1,14 +1,13 @@
-"""A process that keeps watch over a program, and ends after all that the program started.
+"""Supervises a program, and ends only after everything that the program started.
 
-It is a file that stands alone and is executed, never imported::
+This file stands alone. It is executed and never imported::
 
     python -I -S supervisor.py PARENT LOCK PROGRAM ARGUMENT...
 
-It adopts whoever loses a parent among the program's descendants. When the program ends, when the
-process PARENT ends in any way at all, or at SIGTERM, it kills all of them, and ends itself only
-when they are gone. So whoever waits for the supervisor knows that nothing is left, and the descriptor
-LOCK (an inherited flock) stays held until then, also when PARENT is long dead. Its exit status is
-the program's; 128 + N for signal N.
+It adopts the program's orphaned descendants. It kills all of them when the program ends, when the
+process PARENT ends, or at SIGTERM. It ends when they are gone. So if the supervisor has ended, nothing
+is left. Until then it holds the descriptor LOCK (an inherited flock), even if PARENT is dead. Its exit
+status is the program's; 128 + N for signal N.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def main(parent: int, lock: int, argv: list[str]) -> int:
-    """Run `argv` until its end or ours, and return the exit status."""
+    """Run `argv` until it ends or we are told to end. Returns the exit status."""
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     os.set_inheritable(lock, False)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before we asked to be told
+    if os.getppid() != parent:  # it died before prctl
         return 128 + signal.SIGTERM
     program = os.fork()
     if program == 0:
@@ -56,7 +55,7 @@ def main(parent: int, lock: int, argv: list[str]) -> int:
 
 
 def reap(ended: dict[int, int]) -> bool:
-    """Add the exit statuses of children that have ended. Whether any children are left."""
+    """Add the exit statuses of ended children to `ended`. Returns whether children are left."""
     while True:
         try:
             child, status = os.waitpid(-1, os.WNOHANG)
@@ -69,17 +68,17 @@ def reap(ended: dict[int, int]) -> bool:
 
 
 def end_all() -> None:
-    """Kill our children, and theirs as they become ours, until there are none."""
+    """Kill our children until there are none. Their children become ours."""
     listing = Path(f"/proc/self/task/{os.getpid()}/children")
     while reap({}):
         children = [int(child) for child in listing.read_text(encoding="utf-8").split()]
         if children and not sum(kill(child) for child in children):
-            return  # those that are left are another user's, by sudo for instance
+            return  # the rest runs as another user, for instance by sudo
         signal.sigtimedwait({signal.SIGCHLD}, 0.02)
 
 
 def kill(child: int) -> bool:
-    """Kill a child. Whether we may."""
+    """Kill a child. Returns False if we are not allowed to."""
     try:
         os.kill(child, signal.SIGKILL)
     except PermissionError:

@@ -13,20 +13,20 @@ from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError, LaunchErro
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
 
-_COMMANDS = {  # what they do
-    "quickstart": "Make this machine ready, and show a small suite running in guests.",
-    "doctor": "Say what works on this machine, and what does not.",
+_COMMANDS = {  # name → help
+    "quickstart": "Prepare this machine, and run a small test suite in guests.",
+    "doctor": "Check this machine, and print a remedy for each problem.",
     "images": "List, build and remove images.",
     "run": "Run one command in a fresh guest.",
     "shell": "Open an interactive shell in a fresh guest.",
-    "clean": "End and delete what is ours and ownerless.",
+    "clean": "Remove processes and files that killed runs left behind.",
     "bench": "Measure on this machine what guests cost.",
 }
-_MODULES = {"run": "guests", "shell": "guests"}  # of those that are not called like theirs
+_MODULES = {"run": "guests", "shell": "guests"}  # commands whose module has another name
 
 
 class Application(click.Group):
-    """The group of all commands: loads them when needed, and turns errors into exit statuses."""
+    """The group of all commands. It loads them on demand, and turns errors into exit statuses."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
@@ -35,13 +35,13 @@ class Application(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         if sys.platform == "win32" and cmd_name != "doctor":
-            raise LaunchError("guests run on Linux and macOS, not on Windows")
+            raise LaunchError("guests do not run on Windows", remedy="run vmsandbox on Linux")
         module = import_module(f"{__name__}.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """Write their names and what they do; no command has to be loaded for that."""
+        """Write the names and help of the commands, without loading them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
@@ -52,7 +52,7 @@ class Application(click.Group):
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
-            raise  # click ends quietly then
+            raise  # click handles it quietly
         except (VMSandboxError, BaseExceptionGroup, OSError) as error:
             leaves = _leaves(error)
             if not all(isinstance(leaf, VMSandboxError | OSError) for leaf in leaves):
@@ -64,7 +64,7 @@ class Application(click.Group):
 
 
 def exit_status(error: BaseException) -> int:
-    """The exit status that an error stands for."""
+    """The exit status for an error."""
     if isinstance(error, ConfigError):
         return USAGE
     return UNAVAILABLE if isinstance(error, (*INFRASTRUCTURE, OSError)) else FAILED
@@ -80,8 +80,9 @@ def _leaves(error: BaseException) -> list[BaseException]:
     cls=Application,
     name="vmsandbox",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done, 1 the thing asked for failed, 2 wrong usage, 69 the "
-    "infrastructure failed. 'run' passes the guest's own status on.",
+    epilog="Exit status: 0 for success, 1 if the command failed, 2 for wrong usage, 69 if the "
+    "infrastructure (QEMU, an image, a guest) failed. 'run' and 'shell' return the status of the "
+    "program in the guest.",
 )
 @click.version_option(package_name="pytest-vmsandbox", message="vmsandbox %(version)s")
 def application() -> None:
@@ -93,10 +94,10 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by whoever started us; the next file would get its number
+        except OSError:  # it is closed, and the next file that we open would get its number
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal lacks must not hide what is said.
+        # A character that the terminal lacks must not be an error.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     application(prog_name="vmsandbox")

@@ -41,13 +41,13 @@ MEASUREMENTS: dict[str, Callable[[Setup], Result]] = {
 
 
 def meaning(key: str) -> str:
-    """What is measured, for people: the first sentence of the function that does it."""
+    """A description of a figure: the first sentence of the docstring of its function."""
     first = (getdoc(MEASUREMENTS[key]) or key).splitlines()[0].removesuffix(".")
     return first[0].lower() + first[1:]
 
 
 class _Help(click.Command):
-    """Its help ends with what is measured."""
+    """Adds the list of figures to the help."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Figures"):
@@ -56,19 +56,19 @@ class _Help(click.Command):
 
 @click.command(cls=_Help)
 @click.argument("image", default=DEFAULT_IMAGE)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--only",
     multiple=True,
     type=click.Choice(list(MEASUREMENTS)),
     metavar="KEY",
-    help="Measure this figure; repeatable. A time takes a cold boot along, for its ratio.",
+    help="Measure only this figure. Repeatable. For a time, a cold boot is measured, too, for the ratio.",
 )
 @click.option(
     "--count",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Samples of a figure, instead of as many as it takes to be trusted.",
+    help="Number of samples of each figure (default: enough to be reliable).",
 )
 @click.option(
     "--most",
@@ -76,7 +76,7 @@ class _Help(click.Command):
     default=60,
     show_default=True,
     metavar="N",
-    help="Guests at once, for the figures that are about many.",
+    help="Number of guests at once, for figures about many guests.",
 )
 @guest_options
 @click.pass_context
@@ -94,10 +94,10 @@ def bench(
 ) -> None:
     """Measure on this machine what guests cost.
 
-    Figures are medians, in the unit that their name ends with. Each time comes with how many times
-    it goes into the cold boot of the same run: that compares with other machines, the time does not.
-    What cannot be measured here is left out, and why is said; with --only the exit status is 1 then.
-    All figures together take minutes under KVM, and much longer where there is only emulation.
+    Figures are medians. Their unit is at the end of their name. Each time is also shown as a ratio to
+    the cold boot of the same run: use the ratio to compare machines. If a figure cannot be measured, the
+    reason is shown, and with --only the exit status is 1. All figures together take minutes under KVM,
+    and much longer under emulation.
     """
     spec = settings.hardware.changed(hardware)
     definition = Catalogue(settings.image_path).get(image)
@@ -129,7 +129,7 @@ def bench(
 
 
 def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Result]:
-    """The results that are wanted, and the cold boot where one of them is a time."""
+    """The wanted results, and the cold boot if one of them is a time."""
     keys = set(wanted)
     if any(seconds_of(key) is not None for key in keys):
         keys.add(COLD)
@@ -145,7 +145,7 @@ def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Re
 
 
 def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
-    """Where it is measured.
+    """The machine, QEMU and accelerator of a measurement.
 
     Raises:
         VMSandboxError: no guest of that image can run here.
@@ -160,7 +160,7 @@ def _environment(setup: Setup, architecture: str) -> dict[str, Any]:
 
 
 def _content(results: Mapping[str, Result]) -> dict[str, object]:
-    """What ``--json`` says of the results."""
+    """The results for ``--json``."""
     return {
         **{key: result.value for key, result in results.items()},
         "samples": {key: result.samples for key, result in results.items()},
@@ -171,10 +171,10 @@ def _content(results: Mapping[str, Result]) -> dict[str, object]:
 
 
 def seconds_of(key: str) -> float | None:
-    """The seconds in the unit of a measurement of time; None for the others.
+    """The unit of a time in seconds; None for a figure that is no time.
 
     Args:
-        key: what is measured; its name ends with the unit.
+        key: the name of the figure, which ends with its unit.
     """
     if key in ("guests_per_s", "push_mib_s"):
         return None
@@ -182,7 +182,7 @@ def seconds_of(key: str) -> float | None:
 
 
 def ratios(results: Mapping[str, Result]) -> dict[str, object]:
-    """How many times each measured time goes into the cold boot."""
+    """The ratio of the cold boot to each measured time."""
     whole = results[COLD].value if COLD in results else None
     if not isinstance(whole, float | int):
         return {}
@@ -236,7 +236,7 @@ def _ratio(ratio: object) -> str:
 
 
 def _samples(result: Result) -> str:
-    """How many there were, or why there is no value: the first line of it."""
+    """The number of samples, or the first line of the reason why there is no value."""
     reason = result.reason.splitlines()[0] if result.reason else ""
     if result.value is None:
         return reason

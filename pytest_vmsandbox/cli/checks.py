@@ -1,6 +1,6 @@
-"""What is good and bad about a machine: one plain function for each thing that is looked at.
+"""Judges a machine: one plain function for each check.
 
-They judge what they are given; `examine` looks at the machine.
+They judge their arguments. `examine` looks at the machine.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core.spec import MIB, format_size
 
-OLDEST_QEMU = (7, 2)  # of those that were tested
+OLDEST_QEMU = (7, 2)  # the oldest tested version
 SUBORDINATE_IDS = 65536
 _FIRST_SUBORDINATE_ID = 100000
 _LITTLE_DISK = 256 * MIB
 
 
 class Status(StrEnum):
-    """How a check ended, from good to bad: `FAILED` means that no guest can run because of it."""
+    """The result of a check, from good to bad. `FAILED` means that it keeps guests from running."""
 
     OK = "ok"
     WARNING = "warning"
@@ -30,15 +30,15 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was found about one thing.
+    """A check of one thing.
 
     Attributes:
         name: of the thing.
-        status: how good it is.
-        found: what there is, in a line.
-        remedy: what to do about it; empty where there is nothing to do.
-        install: the Debian packages that mend it.
-        commands: command lines for root that mend it.
+        status: the result.
+        found: what was found, in one line.
+        remedy: what you can do; empty if there is nothing to do.
+        install: the Debian packages that solve the problem.
+        commands: command lines for root that solve the problem.
     """
 
     name: str
@@ -54,17 +54,17 @@ def _ok(name: str, found: str) -> Check:
 
 
 def _bad(name: str, found: str, remedy: str, *, needed: bool = True) -> Check:
-    """Something that is not as it should be.
+    """A check that found a problem.
 
     Args:
-        needed: no guest can run because of it.
+        needed: whether no guest can run because of it.
     """
     status = Status.FAILED if needed else Status.WARNING
     return Check(name=name, status=status, found=found, remedy=remedy)
 
 
 def _missing(name: str, found: str, *lacking: str, needed: bool = True) -> Check:
-    """Something that the packages of programs bring, or packages of these names."""
+    """A check that found missing programs, or missing packages with these names."""
     wanted = tuple(sorted({programs.package_of(program) for program in lacking}))
     return replace(_bad(name, found, programs.install_line(wanted), needed=needed), install=wanted)
 
@@ -75,23 +75,21 @@ def operating_system(platform: str, name: str) -> Check:
     if platform == "linux":
         return _ok(check, name)
     if platform == "darwin":
-        return _bad(check, name, "images cannot be built here: build them on Linux", needed=False)
-    return _bad(
-        check, name, "guests run on Linux and macOS; elsewhere the plugin loads and stays inert"
-    )
+        return _bad(check, name, "build images on Linux: they cannot be built here", needed=False)
+    return _bad(check, name, "use Linux: on other systems, the plugin loads and does nothing")
 
 
 def python(version: str, path: str) -> Check:
-    """The Python that runs this: pip installs us on those only that are new enough."""
+    """The Python that runs this. pip installs the package only on supported versions."""
     return _ok("Python", f"{version}, {path}")
 
 
 def qemu(path: Path, version: Sequence[int]) -> Check:
-    """A QEMU that is there and runs."""
+    """A QEMU that runs."""
     found = f"{'.'.join(map(str, version))}, {path}"
     if tuple(version) < OLDEST_QEMU:
         oldest = ".".join(map(str, OLDEST_QEMU))
-        remedy = f"use {oldest} or newer; older ones were not tested"
+        remedy = f"install QEMU {oldest} or newer. Older versions are not tested"
         return _bad("QEMU", found, remedy, needed=False)
     return _ok("QEMU", found)
 
@@ -101,82 +99,85 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
 
     Args:
         problem, remedy: what `find_qemu` says.
-        program: the one that was looked for.
-        missing: there is none.
+        program: the program that it looked for.
+        missing: whether the program is missing.
     """
     if not missing:
         return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
-        return _bad("QEMU", problem, "mend or unset VMSANDBOX_QEMU")
+        return _bad(
+            "QEMU", problem, "set the environment variable VMSANDBOX_QEMU to a QEMU, or unset it"
+        )
     return _missing("QEMU", problem, program)
 
 
 def qemu_img(path: str | None) -> Check:
     if path is not None:
         return _ok("qemu-img", path)
-    return _missing("qemu-img", "missing: guests get no disks", "qemu-img")
+    return _missing("qemu-img", "missing: guests need it for their disks", "qemu-img")
 
 
 def accelerator(kvm: str, verdict: tuple[str, str] | None) -> Check:
-    """Which accelerator guests have.
+    """The accelerator of guests.
 
     Args:
-        kvm: why KVM cannot even be tried; empty where it can.
-        verdict: the accelerator that is known to run guests, and why it is that one.
+        kvm: why KVM cannot be tried; empty if it can.
+        verdict: the accelerator that is known to run guests, and the reason for it.
     """
     name = "accelerator"
     if verdict is None and not kvm:
-        return _ok(name, "/dev/kvm is here; whether it runs guests is proven with the first one")
+        return _ok(name, "/dev/kvm is there. The first guest will show whether it works")
     accelerator, reason = verdict or ("tcg", kvm)
     if accelerator != "tcg":
         return _ok(name, f"{accelerator}: {reason}")
-    if "usermod" in kvm:  # it is in what was found
-        remedy = "do that, and log in anew"
+    if "usermod" in kvm:  # the reason has the command
+        remedy = "run that command, and log in again"
     elif kvm:
         remedy = (
-            "switch virtualization on in the firmware, or nested virtualization in the hypervisor"
+            "turn on virtualization in the firmware. In a virtual machine, turn on nested virtualization "
+            "in its hypervisor"
         )
     else:
         remedy = (
-            "use a machine whose hardware virtualization works (in a virtual machine: one "
-            "with nested virtualization)"
+            "use a machine with working hardware virtualization. In a virtual machine, use one with "
+            "nested virtualization"
         )
-    found = f"guests run under emulation, several times slower: {reason}"
+    found = f"guests are emulated, which is 10 to 20 times slower: {reason}"
     return _bad(name, found, remedy, needed=False)
 
 
 def loopback(problem: str, remedy: str) -> Check:
-    """`problem`: why a connection of this machine to itself fails; empty if it works."""
+    """`problem`: why this machine cannot connect to itself; empty if it can."""
     if not problem:
         return _ok("loopback", "works")
     return _bad("loopback", f"127.0.0.1 cannot be reached: {problem}", remedy)
 
 
 def image_tools(missing: Sequence[str], *, needed: bool) -> Check:
-    """The programs that building images takes.
+    """The programs that build images.
 
     Args:
-        missing: those that are not here.
-        needed: no image is built, so that no guest can run without them.
+        missing: those that are not installed.
+        needed: whether guests cannot run without them, because no image is built.
     """
     if not missing:
-        return _ok("image tools", "all here")
+        return _ok("image tools", "all installed")
     return _missing("image tools", f"missing: {', '.join(missing)}", *missing, needed=needed)
 
 
 def keyring(exists: bool, *, needed: bool) -> Check:
-    """The keys that Debian's packages are signed with."""
+    """The keys that sign Debian's packages."""
     if exists:
-        return _ok("Debian's keys", "here")
+        return _ok("Debian's keys", "installed")
     found = "missing: images cannot be built from Debian's packages"
     return _missing("Debian's keys", found, "debian-archive-keyring", needed=needed)
 
 
 def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bool) -> Check:
-    """What an ordinary user needs to build images.
+    """The subordinate ids that an ordinary user needs to build images.
 
     Args:
-        user, uid: who.
+        user, uid: the user.
         subuid, subgid: the content of ``/etc/subuid`` and ``/etc/subgid``.
         needed: as in `image_tools`.
     """
@@ -190,7 +191,7 @@ def subordinate_ids(user: str, uid: int, subuid: str, subgid: str, *, needed: bo
     chosen = f"{first}-{first + SUBORDINATE_IDS - 1}"
     command = ("usermod", *(word for option in lacking for word in (option, chosen)), user)
     files = " and ".join(f"/etc/{option.removeprefix('--add-')[:-1]}" for option in lacking)
-    found = f"{user} has no {SUBORDINATE_IDS} of them in {files}"
+    found = f"{user} has no range of {SUBORDINATE_IDS} ids in {files}; building images needs one"
     check = _bad(name, found, f"sudo {' '.join(command)}", needed=needed)
     return replace(check, commands=(command,))
 
@@ -207,43 +208,58 @@ def _has_range(user: str, uid: int, text: str) -> bool:
 
 
 def user_namespaces(problem: str, *, needed: bool) -> Check:
-    """`problem`: what the kernel says when an ordinary user makes one; empty if it works."""
+    """`problem`: the error when an ordinary user makes a user namespace; empty if it works."""
     name = "user namespaces"
     if not problem:
         return _ok(name, "work")
     return _bad(
         name,
-        f"refused, and building images needs them: {problem}",
+        f"the kernel refuses them, and building images needs them: {problem}",
         "sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), "
-        "sudo sysctl kernel.unprivileged_userns_clone=1 (older Debian), or build as root",
+        "sudo sysctl kernel.unprivileged_userns_clone=1 (older Debian), or build images as root",
         needed=needed,
     )
 
 
 def memory(available: int | None, *, default: int, smallest: int, overhead: int) -> Check:
-    """Bytes that are free; what a guest has by default, and at least; what QEMU itself takes."""
+    """The free memory.
+
+    Args:
+        available: bytes that are free; None if unknown.
+        default, smallest: bytes of a guest by default, and at least.
+        overhead: bytes that QEMU itself takes.
+    """
     name = "free memory"
     if available is None:
-        return _ok(name, "this system does not tell")
+        return _ok(name, "unknown on this system")
     found = format_size(max(0, available))
     if count := max(0, available) // (default + overhead):
         guests = "one guest" if count == 1 else f"{count} guests"
         return _ok(name, f"{found}: room for {guests} of the default size")
     found += f"; a guest of the default size takes {format_size(default + overhead)}"
     if available < smallest + overhead:
-        return _bad(name, found, "end what else runs on this machine")
-    remedy = "end what else runs here, or give guests less: --memory, vm_memory"
+        return _bad(name, found, "stop other programs on this machine")
+    remedy = (
+        "stop other programs on this machine, or give guests less memory: vm_memory (pytest), "
+        "--memory (vmsandbox)"
+    )
     return _bad(name, found, remedy, needed=False)
 
 
 def disk(name: str, folder: Path, free: int, *, needed: int, variable: str) -> Check:
-    """Bytes that are free in `folder`; what a build takes; the variable that moves the folder."""
+    """The free disk space in a folder.
+
+    Args:
+        free: bytes that are free.
+        needed: bytes that a build takes.
+        variable: the environment variable that can name another folder.
+    """
     found = f"{format_size(free)} in {folder}"
     if free >= needed:
         return _ok(name, found)
-    remedy = f"make room, or set {variable} to a folder on a larger disk"
+    remedy = f"make room, or set the environment variable {variable} to a folder on a larger disk"
     if free < _LITTLE_DISK:
-        return _bad(name, f"{found}; guests write there, too", remedy)
+        return _bad(name, f"{found}; guests need at least {format_size(_LITTLE_DISK)}", remedy)
     return _bad(
         name, f"{found}; building an image takes {format_size(needed)}", remedy, needed=False
     )
@@ -253,29 +269,30 @@ def folder(name: str, path: Path, problem: str, *, variable: str) -> Check:
     """`problem`: why the folder cannot be used; empty if it can."""
     if not problem:
         return _ok(name, str(path))
-    return _bad(name, f"{path} {problem}", f"mend it, or name another folder in {variable}")
+    remedy = f"correct that, or set the environment variable {variable} to another folder"
+    return _bad(name, f"{path} {problem}", remedy)
 
 
 def qemu_user(euid: int, user: str, identity: tuple[int, int] | None) -> Check:
-    """Who QEMU runs as.
+    """The user that QEMU runs as.
 
     Args:
-        euid, user: we ourselves.
-        identity: user and group of an unprivileged one; None for ourselves.
+        euid, user: our own user.
+        identity: ids of an unprivileged user and group; None for our own.
     """
     name = "QEMU runs as"
     if identity is not None:
         uid, gid = identity
-        return _ok(name, f"user {uid}, group {gid}, who own nothing")
+        return _ok(name, f"user {uid} and group {gid}, which own no files")
     if euid != 0:
         return _ok(name, f"{user}, an ordinary user")
-    found = "root: there is no other user here who could"
-    remedy = "run as an ordinary user, or open /dev/kvm to a group"
+    found = "root, because no other user can run it here"
+    remedy = "run the tests as an ordinary user, or make /dev/kvm accessible to a group"
     return _bad(name, found, remedy, needed=False)
 
 
 def images(states: Mapping[str, str], default: str) -> Check:
-    """The states of the images by name, as `ImageStore` tells them."""
+    """The states of the images by name, as `ImageStore` returns them."""
     built = [name for name, state in states.items() if state == "built"]
     stale = [name for name, state in states.items() if state == "stale"]
     there = {"built": built, "stale": stale}
@@ -289,7 +306,7 @@ def images(states: Mapping[str, str], default: str) -> Check:
 def ssh_client(path: str | None) -> Check:
     if path is not None:
         return _ok("SSH client", path)
-    return _missing("SSH client", "missing: 'vmsandbox shell' needs it", "ssh", needed=False)
+    return _missing("SSH client", "missing: 'vmsandbox shell' needs one", "ssh", needed=False)
 
 
 def worst(checks: Sequence[Check]) -> Status:

@@ -1,4 +1,4 @@
-"""``vmsandbox clean``: what is ours and nobody's."""
+"""``vmsandbox clean``: removes what killed runs left behind."""
 
 from __future__ import annotations
 
@@ -19,27 +19,24 @@ from pytest_vmsandbox.machine import orphans
 @click.option(
     "--environments",
     is_flag=True,
-    help="Also remove all packages for tests in guests that no run uses now.",
+    help="Also remove all cached Python packages for tests inside guests that no run uses now.",
 )
 def clean(*, templates: bool, environments: bool) -> None:
-    """End and delete what is ours and ownerless.
+    """Remove processes and files that killed runs and builds left behind.
 
-    That is what runs and builds left that were killed. With --templates also the saved guests that
-    clones are made of, and with --environments the Python packages for tests in guests: the next run
-    that needs one makes it again.
+    Running tests are not touched. With --templates, clean also removes the saved guests from which
+    clones are made. With --environments, it also removes the Python packages for tests inside guests.
+    The next run that needs these makes them again.
     """
     screen = Screen()
     cache = paths.cache_dir()
     said: list[str] = []
     if ended := orphans.end_ownerless():
-        said.append(f"ended: {_number(len(ended), 'launcher')} whose run is gone, with its guests")
+        said.append(f"ended: {_number(len(ended), 'launcher')} of killed runs, with all guests")
     if folders := orphans.remove_dead_runs(paths.runtime_dir()):
-        said.append(f"removed: {_number(len(folders), 'folder')} of runs that are gone")
+        said.append(f"removed: {_number(len(folders), 'folder')} of killed runs")
     if freed := tidy(cache, said.append):
-        said.append(
-            f"removed: what was left in the cache half made or half removed; "
-            f"{format_size(freed)} are free again"
-        )
+        said.append(f"removed: incomplete files in the cache; freed {format_size(freed)}")
     if templates:
         said += _emptied(cache, TEMPLATES, "template")
     if environments:
@@ -49,14 +46,14 @@ def clean(*, templates: bool, environments: bool) -> None:
 
 
 def _emptied(cache: Path, kind: Kind, what: str) -> Iterator[str]:
-    """Remove all of a kind that nobody uses, and the locks of what is gone."""
+    """Remove all things of a kind that nobody uses, and their locks."""
     store = Store(cache, kind, Entry)
     removed, freed, in_use = store.discard(store.folders())
     store.sweep()
     if removed:
-        yield f"removed: {_number(removed, what)}; {format_size(freed)} are free again"
+        yield f"removed: {_number(removed, what)}; freed {format_size(freed)}"
     if in_use:
-        yield f"left alone: {_number(len(in_use), what)} in use"
+        yield f"kept: {_number(len(in_use), what)} in use"
 
 
 def _number(count: int, what: str) -> str:

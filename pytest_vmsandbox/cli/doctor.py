@@ -19,18 +19,17 @@ _INDENT = 28  # of what was found
 
 
 @click.command
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @image_path_option
 @click.pass_context
 def doctor(ctx: click.Context, *, as_json: bool, image_path: tuple[Path, ...]) -> None:
-    """Say what works on this machine and what does not, each with its remedy.
+    """Check this machine, and print a remedy for each problem.
 
-    A warning is something that guests can run without; where something has failed, no guest can
-    run, and the exit status is 1.
+    Guests can run despite warnings. If a check has failed, no guest can run, and the exit status is 1.
     """
     screen = Screen(stderr=as_json)
     found: list[Check] = []
-    with screen.waiting("looking at this machine"):
+    with screen.waiting("checking this machine"):
         for check in examine(Settings(image_path=image_path), screen):
             found.append(check)
             if not as_json:
@@ -48,16 +47,16 @@ def doctor(ctx: click.Context, *, as_json: bool, image_path: tuple[Path, ...]) -
 
 _SUMMARIES = {
     Status.OK: ("Guests can run here.", "bold green"),
-    Status.WARNING: ("Guests can run here; see the warnings.", "bold"),
+    Status.WARNING: ("Guests can run here, but see the warnings above.", "bold"),
     Status.FAILED: (
-        "No guest can run here as it is. 'vmsandbox quickstart' installs what is missing.",
+        "No guest can run here yet. Run 'vmsandbox quickstart' to install what is missing.",
         "bold red",
     ),
 }
 
 
 def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
-    """The checks of this machine. `screen` is told when something takes long."""
+    """Check this machine. `screen` shows lines about long waits."""
     if sys.platform == "win32":  # nothing else of ours can be imported there
         return [checks.operating_system(sys.platform, "Windows")]
     from pytest_vmsandbox.cli import examine as examination  # not on Windows
@@ -66,7 +65,7 @@ def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
 
 
 def show(screen: Screen, check: Check) -> None:
-    """A check for people: what was found, and below it the remedy."""
+    """Show a check: what was found, and below it the remedy."""
     remedy = f"Remedy: {check.remedy}" if check.remedy else ""
     first, *further = [*screen.wrapped(check.found, _INDENT), *screen.wrapped(remedy, _INDENT)]
     screen.parts(

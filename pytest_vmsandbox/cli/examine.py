@@ -1,4 +1,4 @@
-"""Looks at this machine: has `checks` judge it, and describes it."""
+"""Looks at this machine, lets `checks` judge it, and describes it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _NAMESPACE_SECONDS = 20.0
 
 
 def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
-    """Everything that can be checked, most basic first.
+    """All checks, the most basic first.
 
     Args:
-        settings: of the guests that are to run here.
-        say: told of long waits, for people.
+        settings: of the guests that will run here.
+        say: gets lines about long waits.
     """
     native, cache, runtime = native_architecture(), paths.cache_dir(), paths.runtime_dir()
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache)
     definitions = [catalogue.get(name) for name in catalogue.names()]
     definitions = [image for image in definitions if image.architecture == native]
     states = {image.name: store.state(image) for image in definitions}
-    building = sys.platform == "linux"  # there are no recipes for other systems
+    building = sys.platform == "linux"  # recipes run on Linux only
     yield checks.operating_system(sys.platform, system_name())
     yield checks.python(platform.python_version(), sys.executable)
     yield (qemu := _qemu(native))
@@ -88,7 +88,7 @@ def _qemu(architecture: str) -> Check:
 def _verdict(
     settings: Settings, states: Mapping[str, ImageState], say: Callable[[str], None]
 ) -> tuple[str, str] | None:
-    """The accelerator that is proven with an image that is built, and why; None without one."""
+    """The accelerator that a built image has proven, and the reason; None without a built image."""
     built = [name for name, state in states.items() if state is ImageState.BUILT]
     if not built:
         return None
@@ -97,16 +97,16 @@ def _verdict(
             image = DEFAULT_IMAGE if DEFAULT_IMAGE in built else min(built)
             verdict = factory.backend.accelerator(image)
     except (VMSandboxError, OSError):
-        return None  # another check tells why: QEMU, the cache or the runtime folder
+        return None  # another check has the reason: QEMU, the cache or the runtime folder
     return verdict.accelerator, verdict.reason
 
 
 def _building(required: list[str], needed: bool) -> Iterator[Check]:
-    """What building images takes.
+    """The checks of what building images needs.
 
     Args:
         required: programs.
-        needed: no guest can run without it.
+        needed: whether guests cannot run without it.
     """
     root = os.geteuid() == 0
     wanted = [*programs.with_theirs(required), *([] if root else ["newuidmap"])]
@@ -127,7 +127,7 @@ def _disk(name: str, folder: Path, variable: str) -> Check:
 
 
 def describe() -> dict[str, object]:
-    """This machine, and how much it has to do."""
+    """A description of this machine, with its load."""
     model = re.search(r"^model name\s*: *(.+)", host.processor(), re.MULTILINE)
     return {
         "system": system_name(),
@@ -150,7 +150,7 @@ def system_name() -> str:
 def _user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a number without a name, as in containers
+    except KeyError:  # an id without a name, as in containers
         return str(os.geteuid())
 
 
@@ -162,9 +162,9 @@ def _text(path: str) -> str:
 
 
 def _namespace_problem() -> str:
-    """What is said when we make a user namespace as builds do; empty if it works."""
+    """The error when we make a user namespace as builds do; empty if it works."""
     if shutil.which("unshare") is None:
-        return ""  # it is among the image tools
+        return ""  # the check of image tools reports it
     try:
         done = subprocess.run(
             ["unshare", "--user", "--map-root-user", "--mount", "true"],

@@ -1,4 +1,4 @@
-"""Programs that are in front of the person for a while, and the variables of a pytest among them."""
+"""Runs programs in the foreground, and makes the environment for pytest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PLUGIN = "vmsandbox"  # the name of our entry point
 def run(
     argv: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> int:
-    """Run a program with our streams, to its end; its exit status, −N if signal N ended it.
+    """Run a program on our streams. Returns its exit status, −N if signal N ended it.
 
-    Ctrl-C reaches it, too: it is not killed for that, but given the time to end in good order.
+    Ctrl-C reaches the program, too. We wait until it has ended in good order.
 
     Raises:
         KeyboardInterrupt: there was a Ctrl-C; the program has ended.
@@ -36,11 +36,11 @@ def run(
 
 
 def pytest_variables() -> dict[str, str]:
-    """Variables for a pytest with our plugin that keep other plugins and options out."""
+    """An environment for pytest without other plugins and options."""
     return {**without_options(), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def without_options() -> dict[str, str]:
-    """Our own variables, without those that give options to any pytest, or to its Python."""
+    """Our environment without variables that give options to pytest or its Python."""
     options = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if name not in options}

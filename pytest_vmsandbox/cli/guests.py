@@ -1,4 +1,4 @@
-"""A fresh guest for one command (``vmsandbox run``), or for a person (``vmsandbox shell``)."""
+"""``vmsandbox run`` and ``vmsandbox shell``: a fresh guest for one command, or for a person."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ from pytest_vmsandbox.guests.process import RemoteProcess
 
 _STDOUT, _STDERR = 1, 2
 _CHUNK = 1 << 16
-_LOOK_MS = 50  # how often it is looked whether the program still runs
-_LONGEST_SECONDS = 3600.0  # that poll waits at a time
+_LOOK_MS = 50  # how often we check whether the program still runs
+_LONGEST_SECONDS = 3600.0  # for one call of poll
 
 
 def _read_copies(
     _: click.Context, __: click.Parameter, values: tuple[str, ...]
 ) -> tuple[tuple[Path, str], ...]:
-    """Read ``SRC:DEST``: a path of this machine, which exists, and one of the guest."""
+    """Read ``SRC:DEST``: an existing path of this machine, and a path in the guest."""
     copies = []
     for value in values:
         source, colon, dest = value.rpartition(":")
         if not (source and colon and dest):
-            raise click.BadParameter(f"{value!r} is not of the form SRC:DEST")
+            raise click.BadParameter(
+                f"{value!r} is not of the form SRC:DEST, such as dist/app:/usr/local/bin/app"
+            )
         if not Path(source).exists():
             raise click.BadParameter(f"{source!r} does not exist on this machine")
         copies.append((Path(source), dest))
@@ -50,26 +52,26 @@ def _read_copies(
 
 
 def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse what SSH could not carry."""
+    """Refuse words that SSH cannot carry."""
     for word in words:
         if not word.isascii() and any("\udc80" <= letter <= "\udcff" for letter in word):
-            raise click.BadParameter(f"{word!r} is not UTF-8")
+            raise click.BadParameter(f"{word!r} is not UTF-8. Commands must be UTF-8")
     return words
 
 
 class _Run(click.Command):
-    """Tells where the command begins, if an option of it was taken for one of ours."""
+    """Explains ``--`` if an option of the guest's command is mistaken for one of ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ours = list(args)  # it is used up
+        ours = list(args)  # click empties `args`
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if "--" in ours[:-1]:
                 raise
             raise click.UsageError(
-                f"{error.format_message()} Put -- before the command: {ctx.command_path} IMAGE -- "
-                "COMMAND...",
+                f"{error.format_message()} If it belongs to the command for the guest, put -- before that "
+                f"command: {ctx.command_path} IMAGE -- COMMAND...",
                 ctx,
             ) from error
 
@@ -91,14 +93,14 @@ class _Run(click.Command):
     default=float("inf"),
     show_default="none",
     metavar="SECONDS",
-    help="For the command, once the guest is up. It is killed then, and the status is 1.",
+    help="Timeout of the command, after the guest is up. Then it is killed, and the exit status is 1.",
 )
 @click.option(
     "--push",
     multiple=True,
     callback=_read_copies,
     metavar="SRC:DEST",
-    help="Copy a file or folder into the guest before; repeatable.",
+    help="Copy a file or folder into the guest before the command runs. Repeatable.",
 )
 @click.pass_context
 def run(
@@ -112,10 +114,10 @@ def run(
     settings: Settings,
     hardware: Mapping[str, str],
 ) -> None:
-    """Run one command in a fresh guest; no shell reads it.
+    """Run one command in a fresh guest. No shell reads it.
 
-    Its standard streams are those of this command (its input only where that is no terminal), and
-    so is its exit status; 128 + N if signal N ended it. The guest is gone afterwards.
+    The command gets the standard streams of vmsandbox, but standard input only if that is no terminal.
+    Its exit status is passed through: 128 + N if signal N ended it. The guest is removed afterwards.
 
     \b
     vmsandbox run debian-13 -- uname -a
@@ -137,26 +139,26 @@ def shell(
 ) -> None:
     """Open an interactive shell in a fresh guest.
 
-    The guest is gone when you leave; so is all that you did in it. The exit status is that of the
-    shell, or 255 when the connection broke.
+    When you leave the shell, the guest and everything in it is removed. The exit status is that of the
+    shell, or 255 if the connection breaks.
     """
     if shutil.which("ssh") is None:
         raise LaunchError(
             "there is no SSH client on this machine",
-            remedy="apt-get install openssh-client (Debian, Ubuntu); "
-            f"without one: vmsandbox run {shlex.quote(image)} -- COMMAND",
+            remedy="install one: apt-get install openssh-client (Debian, Ubuntu). Without one, you can use "
+            f"vmsandbox run {shlex.quote(image)} -- COMMAND",
         )
     with fresh_guest(image, settings, hardware) as guest:
         screen = Screen(stderr=True)
         if screen.lively:
-            screen.say(f"{guest.name}: this guest is gone when you leave", "dim")
+            screen.say(f"{guest.name}: this guest is removed when you leave the shell", "dim")
         status = foreground.run(shlex.split(guest.ssh_command))
     ctx.exit(status if status >= 0 else 128 - status)
 
 
 @contextmanager
 def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) -> Iterator[Guest]:
-    """A guest that answers, and is gone at the end. What we say goes to the standard error.
+    """A guest that answers. It is removed at the end. Our own lines go to standard error.
 
     Raises:
         VMSandboxError: see `GuestFactory.boot`.
@@ -169,18 +171,18 @@ def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) 
 
 
 def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
-    """Run a program in a guest on our standard streams, to its end.
+    """Run a program in a guest on our standard streams, until it ends.
 
-    Its input is empty if ours is a person's.
+    Its input is empty if ours is a terminal.
 
     Args:
         timeout: seconds.
 
     Returns:
-        Its exit status, −N if signal N ended it; −SIGPIPE if our own reader went away before.
+        Its exit status, −N if signal N ended it; −SIGPIPE if the reader of our output went away.
 
     Raises:
-        CommandTimeout: it did not end in time, and was killed; or nobody took its output in time.
+        CommandTimeout: it did not end in time and was killed, or nobody read its output in time.
         GuestLost: the guest is gone.
         OSError: one of our streams cannot be read or written.
     """
@@ -202,14 +204,14 @@ def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
 
 
 class _Input(io.BufferedIOBase):
-    """What there is in a descriptor, as long as a program runs."""
+    """Reads a descriptor as long as a program in the guest runs."""
 
     def __init__(self, descriptor: int, process: RemoteProcess) -> None:
         self._descriptor = descriptor
         self._process = process
 
     def read(self, _: int | None = -1, /) -> bytes:
-        """What has come, at least a byte; nothing at its end, or that of the program."""
+        """At least one byte; nothing at the end of the input or of the program."""
         poller = select.poll()
         poller.register(self._descriptor, select.POLLIN)
         while not poller.poll(_LOOK_MS):
@@ -219,7 +221,7 @@ class _Input(io.BufferedIOBase):
 
 
 def _write(target: int, deadline: Deadline, data: bytes) -> None:
-    """Write all of `data`, in pieces that a pipe takes at once."""
+    """Write all of `data`, in pieces small enough for a pipe."""
     poller = select.poll()
     poller.register(target, select.POLLOUT)
     view = memoryview(data)
@@ -228,5 +230,7 @@ def _write(target: int, deadline: Deadline, data: bytes) -> None:
             view = view[os.write(target, view[: select.PIPE_BUF]) :]
         elif deadline.expired:
             raise CommandTimeout(
-                f"nobody took the output within {deadline.seconds:g} s", seconds=deadline.seconds
+                f"nobody read the command's output within {deadline.seconds:g} s",
+                seconds=deadline.seconds,
+                remedy="read the output of vmsandbox run, or give it more time: --timeout",
             )

@@ -1,4 +1,4 @@
-"""``vmsandbox images``: the catalogue, and what is built of it."""
+"""``vmsandbox images``: lists, builds and removes images."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def images() -> None:
 
 
 @images.command("list")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @image_path_option
 def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
-    """List the images: their state, their size on the disk, and what they are.
+    """List the images with their state, their size on the disk and a description.
 
     \b
     built     ready
-    stale     its definition has changed since it was built
+    stale     the definition has changed since it was built
     missing   not built
-    other     built here, but its definition is not in the catalogue
+    other     built, but there is no definition of it
 
-    Below are the templates: guests that were booted once and saved, of which clones are made. How many
-    there are of an image, and their size on the disk.
+    Below the images are their templates: guests that were booted once and saved, from which clones are
+    made. Each line has the number of an image's templates and their size on the disk.
     """  # noqa: D301  # a mark for click
     found = ImageStore(cache_dir()).entries(Catalogue(image_path))
     saved: dict[str, list[int]] = {}
@@ -67,18 +67,18 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
             (f"{name:{width}}", "bold"),
             ("  saved  ", "cyan"),
             (f"  {format_size(sum(sizes)):>9}", ""),
-            (f"  {len(sizes)} template{'' if len(sizes) == 1 else 's'}, for clones", ""),
+            (f"  {_number(len(sizes))}, for clones", ""),
         )
 
 
 @images.command
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--force", is_flag=True, help="Build again what is built.")
+@click.option("--force", is_flag=True, help="Build images again even if they are built.")
 @image_path_option
 def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) -> None:
     """Build images, unless they are built.
 
-    A NAME may be a glob such as 'debian-*', or 'all'. All are tried, also after one has failed.
+    A NAME may be a glob such as 'debian-*', or 'all'. If one build fails, the others are still tried.
     """
     catalogue = Catalogue(image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
@@ -93,10 +93,10 @@ def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) 
 
 
 def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
-    """Build one image and show how it goes.
+    """Build one image and show the progress.
 
     Raises:
-        VMSandboxError: it cannot be built, or not be kept.
+        VMSandboxError: the image cannot be built or kept.
     """
     screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
     if not force and store.state(definition) == "built":
@@ -113,7 +113,7 @@ def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @image_path_option
 def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
-    """Remove what is built of images, and their templates, unless guests use it.
+    """Remove built images and their templates, unless guests use them.
 
     A NAME may be a glob.
     """
@@ -129,16 +129,20 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     errors: list[Exception] = []
     for name in chosen:
         removed, freed, _ = templates.discard(templates.of_image(name))
-        said = f"{name} is removed{f', with {removed} of its templates' if removed else ''}"
+        said = f"removed {name}{f' and {_number(removed)}' if removed else ''}"
         try:
             freed += store.remove(name)
         except VMSandboxError as error:
             errors.append(error)
-            said = f"{removed} templates of {name} are removed"
+            said = f"removed {_number(removed)} of {name}"
         else:
             if not freed:
-                screen.say(f"{name} was not built")
+                screen.say(f"{name} is not built, so there is nothing to remove")
         if freed:
-            screen.say(f"{said}: {format_size(freed)} are free again")
+            screen.say(f"{said}: freed {format_size(freed)}")
     if errors:
         raise ExceptionGroup("images", errors)
+
+
+def _number(templates: int) -> str:
+    return f"{templates} template{'' if templates == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The options that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ image_path_option = click.option(
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     envvar="VMSANDBOX_IMAGE_PATH",
-    help="A folder with further image definitions; repeatable. Also VMSANDBOX_IMAGE_PATH.",
+    help="A folder with your own image definitions. Repeatable. VMSANDBOX_IMAGE_PATH sets it, too.",
 )
 
 
 def guest_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say what a guest is to be.
+    """Add the options for a guest.
 
     The function gets `settings` for the factory, and `hardware` for `GuestFactory.boot`.
     """
 
-    @click.option("--cpus", metavar="N", help="Processors (default: 1).")
-    @click.option("--memory", metavar="SIZE", help="Such as 1GiB (default: 512MiB).")
-    @click.option("--disk", metavar="SIZE", help="Of the root disk (default: the image's).")
+    @click.option("--cpus", metavar="N", help="Number of CPUs (default: 1).")
+    @click.option("--memory", metavar="SIZE", help="Memory, such as 1GiB (default: 512MiB).")
+    @click.option(
+        "--disk", metavar="SIZE", help="Size of the root disk (default: that of the image's disk)."
+    )
     @click.option(
         "--network",
         metavar="|".join(NETWORKS),
-        help="Whether the guest reaches the world (default: isolated).",
+        help="Network: isolated, or nat to reach your network (default: isolated).",
     )
-    @click.option("--user", metavar="NAME", help="Who it is in the guest (default: the image's).")
+    @click.option(
+        "--user", metavar="NAME", help="User who runs commands in the guest (default: the image's)."
+    )
     @click.option(
         "--accel",
         type=click.Choice(ACCELERATORS),
         default="auto",
-        help="The accelerator (default: auto, the best that is proven to work here).",
+        help="Accelerator (default: auto, the best one that is proven to work here).",
     )
     @click.option(
         "--boot-timeout",
@@ -49,7 +53,7 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
         default=Settings.boot_timeout,
         show_default=True,
         metavar="SECONDS",
-        help="For KVM; longer by itself where there is only emulation.",
+        help="Timeout of a boot; ten times as long under emulation.",
     )
     @image_path_option
     @wraps(function)

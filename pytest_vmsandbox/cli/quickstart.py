@@ -1,4 +1,4 @@
-"""``vmsandbox quickstart``: from a bare machine to tests that run in guests."""
+"""``vmsandbox quickstart``: prepares a machine, and runs a small test suite in guests."""
 
 from __future__ import annotations
 
@@ -24,28 +24,27 @@ from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 
 _SUITE = Path(__file__).with_name("quickstart_suite")
 _NEXT = """\
-A test that asks for the fixture 'vm' gets a guest:   def test_it(vm): vm.run(["uname", "-a"])
-Which guests it runs on, and all options:             pytest --vm='debian-*', pytest --help
-More: the README, and the suite that ran just now:    {suite}"""
+Next, ask for the fixture 'vm' in a test:   def test_it(vm): vm.run(["uname", "-a"])
+Choose images, and list all options:        pytest --vm='debian-*', pytest --help
+Read the suite that has just run:           {suite}"""
 
 
 class Stop(Exception):
-    """It cannot go on; the text says why."""
+    """The quickstart cannot go on; the text has the reason."""
 
 
 @click.command
-@click.option("--yes", "-y", is_flag=True, help="Install what is missing without asking.")
+@click.option("--yes", "-y", is_flag=True, help="Install missing packages without asking.")
 @click.option(
     "--image", default=DEFAULT_IMAGE, show_default=True, metavar="NAME", help="The image to use."
 )
-@click.option("--only-install", is_flag=True, help="Install what is missing, and no more.")
+@click.option("--only-install", is_flag=True, help="Only install missing packages.")
 @click.pass_context
 def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool) -> None:
-    """Make this machine ready for guests, and show a small suite running in them.
+    """Prepare this machine for guests, and run a small test suite in guests.
 
-    It checks this machine, installs the system packages that are missing (it asks before), builds
-    an image, and runs a small suite of real tests in guests. It can be repeated: what is there is
-    left alone.
+    The command checks this machine, asks before it installs missing system packages, builds an image,
+    and runs a small suite of real tests in guests. You can run it again: it changes only what is missing.
     """
     screen = Screen()
     definition = Catalogue().get(image)  # an unknown one is an error now, not later
@@ -57,7 +56,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
         screen.say()
         build_one(definition)
         screen.say()
-        screen.say("Running a small suite in guests; each test gets one of its own", "bold")
+        screen.say("Running a small test suite. Each test gets a guest of its own", "bold")
         _run_suite(screen, image)
     except Stop as reason:
         screen.say(str(reason), "bold red")
@@ -70,21 +69,21 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
 
 
 def _check(screen: Screen) -> list[Check]:
-    """Look at the machine and say what is not as it should be."""
-    with screen.waiting("looking"):
+    """Check the machine and show the problems."""
+    with screen.waiting("checking this machine"):
         found = list(examine(Settings(), screen))
     for check in found:
-        # That no image is built is what we are here for.
+        # A missing image is built later.
         if check.status is not Status.OK and check.name != "images":
             show(screen, check)
     return found
 
 
 def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
-    """Install what is missing, and look again.
+    """Install what is missing, and check again.
 
     Raises:
-        Stop: it was not installed, or something else is wrong with the machine.
+        Stop: it was not installed, or the machine has another problem.
     """
     wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
     commands = [programs.as_root(argv) for check in found for argv in check.commands]
@@ -93,7 +92,9 @@ def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
         screen.say("Checking again", "bold")
         found = _check(screen)
     if checks.worst(found) is Status.FAILED:
-        raise Stop("No guest can run on this machine as it is; the remedies are above.")
+        raise Stop(
+            "No guest can run on this machine yet. Follow the remedies above and start again."
+        )
     screen.say("This machine can run guests.", "green")
 
 
@@ -103,23 +104,29 @@ def _install(
     """Install packages and run commands, after asking.
 
     Raises:
-        Stop: nobody could be asked, the answer was no, or it failed.
+        Stop: there is nobody to ask, the answer was no, or a command failed.
     """
     if wanted and programs.find("apt-get") is None:
         line = programs.install_line(wanted)
-        raise Stop(f"Packages are installed with apt-get only; here it is up to you:\n  {line}")
+        raise Stop(
+            "The quickstart can install packages with apt-get only. Install them yourself and start "
+            f"again:\n  {line}"
+        )
     install = programs.apt_install(wanted)
     plan = [*([install] if wanted else []), *commands]
-    screen.say("This is missing, and can be installed:")
+    screen.say("Some packages or settings are missing. These commands will add them:")
     for argv in plan:
         screen.say(f"  {programs.shown(argv)}")
     if not yes:
         if not sys.stdin.isatty():
-            raise Stop("There is nobody to ask: add --yes, or run that by hand.")
-        if not click.confirm("Install it now?", default=False):
-            raise Stop("Nothing was installed.")
+            raise Stop(
+                "Standard input is no terminal, so nobody can confirm. Add --yes, or run these commands "
+                "yourself."
+            )
+        if not click.confirm("Run them now?", default=False):
+            raise Stop("Nothing was installed. Run these commands yourself, or start again.")
     if os.geteuid() != 0 and programs.find("sudo") is None:
-        raise Stop("That needs root, and there is no sudo: run it as root.")
+        raise Stop("These commands need root, and there is no sudo. Start again as root.")
     if wanted:
         _apt_install(screen, wanted)
     for argv in commands:
@@ -131,7 +138,7 @@ def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
     screen.say(f"Installing {', '.join(wanted)}")
     if programs.apt_knows(wanted) and foreground.run(install) == 0:
         return
-    screen.say("Fetching the lists of packages")  # those here are older than what the mirror has
+    screen.say("Updating the package lists")  # they may be older than what the mirror has
     _run(programs.as_root([*programs.APT_GET, "update"]))
     _run(install)
 
@@ -139,17 +146,19 @@ def _apt_install(screen: Screen, wanted: tuple[str, ...]) -> None:
 def _run(argv: list[str]) -> None:
     status = foreground.run(argv)
     if status != 0:
-        raise Stop(f"{programs.shown(argv)} ended with status {status}")
+        raise Stop(
+            f"{programs.shown(argv)} ended with status {status}. Correct the cause and start again."
+        )
 
 
 # -- the suite -------------------------------------------------------------------------------------
 
 
 def _run_suite(screen: Screen, image: str) -> None:
-    """Run the tests where no configuration of anybody else is found.
+    """Run the tests in a folder where pytest finds no other configuration.
 
     Raises:
-        Stop: one of them failed.
+        Stop: a test failed.
     """
     began = monotonic()
     with ExitStack() as stack:
@@ -160,17 +169,19 @@ def _run_suite(screen: Screen, image: str) -> None:
         environment = {**foreground.pytest_variables(), "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [
             *(sys.executable, "-m", "pytest", "-p", foreground.PLUGIN, "-v", f"--vm={image}"),
-            *("--durations=0", "--durations-min=1"),  # what it spends its time on
+            *("--durations=0", "--durations-min=1"),  # shows what takes time
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),
         ]
         status = foreground.run(argv, cwd=suite, env=environment)
         screen.say()
         if status != 0:
-            stack.pop_all()  # somebody may look at what is there
-            raise Stop(f"The suite failed, status {status}; it and its artifacts are in {folder}")
+            stack.pop_all()  # keep the folder
+            raise Stop(
+                f"The suite failed with status {status}. You find it, and its artifacts, in {folder}"
+            )
     screen.say(
-        f"Real machines were started, restarted, destroyed and filled up in "
-        f"{monotonic() - began:.0f} s; nothing of them is left.",
+        f"The tests started, restarted and destroyed real machines in {monotonic() - began:.0f} s. "
+        "Nothing of these is left.",
         "bold green",
     )

@@ -1,7 +1,7 @@
-"""What people see: lines, and how long something has been going on.
+"""Output for people: lines and progress.
 
-On a terminal there are colours and a line that moves; elsewhere there is plain text, one line for
-each thing that happens, and no escape codes.
+On a terminal it has colours and a moving line. Elsewhere it is plain text with one line for each event,
+without escape codes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 SCHEMA = 1  # of every --json
-_NARROW = 20  # columns in which wrapping helps nobody
+_NARROW = 20  # columns; we do not wrap lines for less
 
 
 class Screen:
     """One of the two standard streams.
 
     Args:
-        stderr: it is the standard error, not the standard output.
+        stderr: whether it is the standard error; if not, it is the standard output.
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
@@ -32,11 +32,11 @@ class Screen:
 
     @property
     def lively(self) -> bool:
-        """Whether somebody is looking at it, on something that can show movement."""
+        """Whether it is a terminal that can show moving lines."""
         return self._console.is_terminal and self._console.is_interactive
 
     def say(self, text: str = "", style: str = "") -> None:
-        """Write a line; a long one is left to the terminal to wrap."""
+        """Write a line. The terminal wraps a long one."""
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def parts(self, *parts: tuple[str, str]) -> None:
@@ -44,7 +44,7 @@ class Screen:
         self._console.print(Text.assemble(*parts), soft_wrap=True)
 
     def wrapped(self, text: str, indent: int) -> list[str]:
-        """`text` in lines that fit behind `indent` columns; in one line but on a terminal."""
+        """`text` in lines that fit behind `indent` columns. Without a terminal it is one line."""
         width = self._console.width - indent
         if not self._console.is_terminal or width < _NARROW:
             return [text] if text else []
@@ -52,7 +52,7 @@ class Screen:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Show that something is going on and since when, on a terminal, while the block runs."""
+        """While the block runs, show on a terminal what is going on and for how long."""
         if not self.lively:
             yield
             return
@@ -62,10 +62,10 @@ class Screen:
 
     @contextmanager
     def stages(self) -> Iterator[Callable[[str], None]]:
-        """Show something that goes on in stages, each with the time that it takes.
+        """Show the stages of something, each with its time.
 
         Yields:
-            A function that tells which stage begins.
+            A function that begins a stage, and gets its name.
         """
         if not self.lively:
             yield lambda text: self.say(f"  {text}")
@@ -81,7 +81,7 @@ class Screen:
                 progress.add_task(text)
 
             yield begin
-            end()  # what has failed stays as it is
+            end()  # after an error, the last stage stays unfinished
 
     def _progress(self, *, transient: bool) -> Progress:
         return Progress(
@@ -94,5 +94,5 @@ class Screen:
 
 
 def write_json(content: Mapping[str, object]) -> None:
-    """Write what a program asked for with ``--json``."""
+    """Write the output of ``--json``."""
     click.echo(json.dumps({"schema": SCHEMA, **content}, indent=2))

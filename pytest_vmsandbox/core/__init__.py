@@ -1,1 +1,1 @@
-"""Values, errors, time and paths: what every other layer stands on."""
+"""Values, errors, time and paths. Every other layer uses them."""

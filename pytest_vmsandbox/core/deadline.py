@@ -10,7 +10,7 @@ _LOOK_SECONDS = 0.25
 
 
 def monotonic() -> float:
-    """Seconds of a clock that only goes forward."""
+    """The time in seconds, from a clock that never goes back."""
     return time.monotonic()
 
 
@@ -38,11 +38,11 @@ class Deadline:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was set."""
+        """Seconds since the deadline was set."""
         return time.monotonic() - self._start
 
     def remaining(self, at_most: float | None = None) -> float:
-        """Seconds that are left, never negative; `at_most` caps them."""
+        """Seconds left, never negative and never more than `at_most`."""
         left = max(0.0, self.seconds - self.elapsed)
         return left if at_most is None else min(left, at_most)
 
@@ -59,15 +59,15 @@ class Deadline:
 def within(
     seconds: float, work: Callable[[], object], check: Callable[[], None] | None = None
 ) -> bool:
-    """Do what may block for ever, in a thread that is left behind then.
+    """Run `work` in a thread. If it takes too long, leave the thread behind.
 
     Args:
-        seconds: how long it is waited for.
-        work: what to do; what it raises is raised here.
-        check: called now and then meanwhile; what it raises ends the waiting.
+        seconds: how long to wait.
+        work: what to run. Its exception is raised here.
+        check: called a few times a second while waiting. Its exception ends the wait.
 
     Returns:
-        Whether it ended in time.
+        Whether `work` ended in time.
 
     Example:
         >>> within(10, lambda: None)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing import TypedDict, Unpack
 
     class More(TypedDict, total=False):
-        """What an error tells besides its first line, as attributes; see `VMSandboxError`."""
+        """Optional attributes of an error; see `VMSandboxError`."""
 
         details: str
         remedy: str
@@ -74,21 +74,21 @@ class VMSandboxError(Exception):
 
 
 def add_hints(error: VMSandboxError, hints: Callable[[], Iterable[str]]) -> None:
-    """Add notes for whoever reads an error, unless it has some."""
+    """Add `hints` to an error as notes, unless it already has notes."""
     if not getattr(error, "__notes__", None):
         for hint in hints():
             error.add_note(hint)
 
 
 def in_brief(error: VMSandboxError, where: str) -> VMSandboxError:
-    """The same error in one line, for who meets it again.
+    """The same error in one line, for a test that meets it again.
 
     Args:
-        where: it is told in full.
+        where: the test whose report has the full text.
     """
     brief: VMSandboxError = type(error).__new__(type(error), error.brief)
     brief.__dict__ |= error.__dict__ | {"details": "", "remedy": "", "__notes__": []}
-    brief.add_note(f"The same happened to {where}: see there.")
+    brief.add_note(f"{where} failed with the same error. Its report has the full text.")
     return brief.with_traceback(error.__traceback__)
 
 
@@ -226,7 +226,7 @@ class TeardownError(VMSandboxError):
     stage = "teardown"
 
 
-# Their public home is the package itself, and so they are called in a report's short summary.
+# They are public names of the package. pytest's short summary shows them with that module.
 for _error in (VMSandboxError, *VMSandboxError.__subclasses__()):
     _error.__module__ = "pytest_vmsandbox"
 
@@ -240,7 +240,7 @@ INFRASTRUCTURE = (
     TeardownError,
 )
 
-_STREAM_LIMIT = 8_000  # characters of each stream in an error's text; the error object has them all
+_STREAM_LIMIT = 8_000  # characters of each stream in an error's text; the error object has all
 
 
 def _streams(stdout: str | bytes, stderr: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""Where our files lie on this machine."""
+"""Where we keep files on this machine."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ def cache_dir() -> Path:
     """The user's cache: images, templates and so on. ``VMSANDBOX_CACHE`` overrides it.
 
     Raises:
-        ConfigError: this user has no home.
+        ConfigError: this user has no home folder.
     """
     if override := os.environ.get(CACHE):
         return Path(override).absolute()
-    folder = Path("~")  # what is left where there is no home
+    folder = Path("~")  # stands for a missing home folder
     with suppress(RuntimeError):
         folder = platformdirs.user_cache_path(APP, appauthor=False)
     if folder.parts[0] == "~":
         raise ConfigError(
-            "there is no place for the cache: HOME is not set, and this user has no home",
-            remedy=f"name a folder in {CACHE}",
+            "there is no place for the cache: HOME is not set, and this user has no home folder",
+            remedy=f"set the environment variable {CACHE} to a folder",
         )
     return folder
 
 
 def runtime_dir() -> Path:
-    """The folder of what lives as long as a run, private to the user.
+    """The folder for files of the current runs. It is private to the user.
 
-    It is ``$XDG_RUNTIME_DIR/vmsandbox`` where that is a folder of this user (after ``su`` it may
-    be another's), else one under the folder for temporary files. ``VMSANDBOX_RUNTIME`` overrides
-    it.
+    It is ``$XDG_RUNTIME_DIR/vmsandbox`` if this user owns that folder. After ``su``, somebody else may
+    own it. Otherwise it is below the folder for temporary files. ``VMSANDBOX_RUNTIME`` overrides it.
     """
     if override := os.environ.get(RUNTIME):
         return Path(override).absolute()
@@ -55,15 +54,15 @@ def runtime_dir() -> Path:
 
 @contextmanager
 def usable(folder: Path, variable: str) -> Iterator[None]:
-    """While something is made or opened in a folder that an environment variable can name.
+    """Report errors of a folder together with the environment variable that can name another one.
 
     Raises:
-        ConfigError: instead of an OSError.
+        ConfigError: the block raised an OSError.
     """
     try:
         yield
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be used: {error.strerror or error}",
-            remedy=f"name another folder in {variable}",
+            remedy=f"set the environment variable {variable} to another folder",
         ) from error

@@ -1,4 +1,4 @@
-"""What a run was asked for, whoever asked: pytest's options or the command line."""
+"""The settings of a run. They come from pytest's options or from the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLONES_VARIABLE = "VMSANDBOX_CLONES"
 
 
 def clones_wanted() -> Clones:
-    """Where fresh guests come from, as the environment says.
+    """How fresh guests are made, from the variable ``VMSANDBOX_CLONES``.
 
     Raises:
         ConfigError: its value is invalid.
@@ -33,16 +33,16 @@ class Settings:
     """The settings of one run.
 
     Attributes:
-        image_path: folders with image definitions besides our own.
-        accelerator: what runs guests; ``auto`` is the best that is proven to work here.
-        boot_timeout: seconds for a boot under KVM; scaled where there is only emulation.
-        command_timeout: seconds for a command in a guest that names no time-out of its own.
-        hardware: of a guest that names nothing of its own.
-        offline: no guest may reach the network.
-        clones: where fresh guests come from: clones that are armed ahead of demand, clones that are
-            made on demand, or a boot for each. ``VMSANDBOX_CLONES`` sets it.
-        cache: folder for images and verdicts; None for the user's cache folder.
-        runtime: folder for what lives as long as a run; None for the user's own.
+        image_path: folders with further image definitions.
+        accelerator: what runs guests; ``auto`` is the best one that is proven to work here.
+        boot_timeout: seconds for a boot under KVM; ten times as long under emulation.
+        command_timeout: seconds for a command in a guest without a timeout of its own.
+        hardware: the default hardware of guests.
+        offline: whether the network is off limits for guests, too.
+        clones: how fresh guests are made: ``armed`` clones ahead of demand, ``demand`` clones on
+            demand, ``never`` boots each guest. ``VMSANDBOX_CLONES`` sets it.
+        cache: folder for images, templates and verdicts; None for the user's cache folder.
+        runtime: folder for files of the current runs; None for the user's own.
     """
 
     image_path: tuple[Path, ...] = ()

@@ -1,4 +1,4 @@
-"""What a guest is made of: frozen values, and how they are read from what users write."""
+"""The hardware of a guest as frozen values, and how we read what users write."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def parse_size(value: object, what: str) -> int:
 
     Args:
         value: a positive number and one of the units KiB, MiB, GiB, TiB.
-        what: what the size is of, for the error.
+        what: the name of the argument, for the error.
 
     Raises:
-        ConfigError: it is anything else.
+        ConfigError: `value` is not such a size.
 
     Example:
         >>> parse_size("1.5GiB", "memory")
@@ -77,12 +77,13 @@ class Hardware:
     user: str = ""
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
-        """This hardware with `arguments` as users write them: sizes are strings with a unit.
+        """This hardware with some arguments changed.
 
-        An argument that is None changes nothing.
+        Args:
+            arguments: sizes are strings with a unit. None changes nothing.
 
         Raises:
-            ConfigError: there is no such argument, or its value is invalid.
+            ConfigError: an argument is unknown, or its value is invalid.
 
         Example:
             >>> Hardware().changed({"cpus": 2, "memory": "1GiB"}).cpus
@@ -93,7 +94,7 @@ class Hardware:
             if name not in _READERS:
                 raise ConfigError(
                     f"there is no hardware called {name!r}",
-                    remedy=f"use {', '.join(_READERS)}",
+                    remedy=f"use one of {', '.join(_READERS)}",
                 )
             if value is not None:
                 values[name] = _READERS[name](value)
@@ -103,14 +104,14 @@ class Hardware:
 def _cpus(value: object) -> int:
     text = str(value)
     if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= 255:
-        raise ConfigError(f"cpus={value!r} is not a number of processors", remedy="use 1 to 255")
+        raise ConfigError(f"cpus={value!r} is not a number of CPUs", remedy="use 1 to 255")
     return int(text)
 
 
 def _disks(value: object) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(
-            f"disks={value!r} is not a list of sizes", remedy="write for instance disks=['1GiB']"
+            f"disks={value!r} is not a list of sizes", remedy="write a list, such as disks=['1GiB']"
         )
     sizes = tuple(parse_size(size, "disks") for size in value)
     if len(sizes) > MAX_DISKS:
@@ -122,19 +123,19 @@ def parse_network(value: object) -> Network:
     """The name of a network.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no network with that name.
     """
     return one_of(NETWORKS, value, "network")
 
 
 def one_of(choices: Sequence[_T], value: object, what: str) -> _T:
-    """The one of `choices` that `value` is.
+    """The member of `choices` that equals `value`.
 
     Args:
-        what: the choice is of, for the error.
+        what: the name of the setting, for the error.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: no choice equals `value`.
     """
     for choice in choices:
         if value == choice:
@@ -146,7 +147,10 @@ def one_of(choices: Sequence[_T], value: object, what: str) -> _T:
 
 def _user(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", value):
-        raise ConfigError(f"user={value!r} is not a user name")
+        raise ConfigError(
+            f"user={value!r} is not a user name",
+            remedy="use letters, digits, '.', '_' and '-', such as 'tester'",
+        )
     return value
 
 

@@ -1,4 +1,4 @@
-"""What opens guests by SSH: keys, and a way in for other tools; and whether anybody answers there."""
+"""Access to guests by SSH: keys, settings for other tools, and checks whether a server answers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class KeyPair:
 
     @classmethod
     def of(cls, private: str) -> KeyPair:
-        """The key of which that is the private part.
+        """The key with this private part.
 
         Raises:
-            ValueError: it is none.
+            ValueError: `private` is no key.
         """
         try:
             key = serialization.load_ssh_private_key(private.encode(), None)
@@ -53,7 +53,7 @@ class KeyPair:
 
     @property
     def name(self) -> str:
-        """What tells it from other keys, short enough for the name of a file."""
+        """A unique name for the key, short enough for the name of a file."""
         return hashlib.sha256(self.public.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -106,7 +106,7 @@ class SSHAccess:
 
 
 def greeting(address: tuple[str, int], timeout: float) -> bool:
-    """Whether an SSH server greets us there within `timeout` seconds."""
+    """Whether an SSH server at `address` greets us within `timeout` seconds."""
     try:
         with socket.create_connection(address, timeout) as sock:
             return sock.recv(4) == b"SSH-"
@@ -115,11 +115,11 @@ def greeting(address: tuple[str, int], timeout: float) -> bool:
 
 
 def refusal(address: tuple[str, int], timeout: float) -> bool:
-    """Whether a guest refuses a connection there within `timeout` seconds.
+    """Whether a guest refuses a connection to `address` within `timeout` seconds.
 
     Args:
-        address: what QEMU forwards to a port of the guest. QEMU takes a connection itself, and drops
-            it when the guest's kernel refuses it.
+        address: is forwarded by QEMU to a port of the guest. QEMU accepts a connection itself, and drops
+            it if the guest's kernel refuses it.
     """
     try:
         with socket.create_connection(address, timeout) as sock:
@@ -129,6 +129,6 @@ def refusal(address: tuple[str, int], timeout: float) -> bool:
 
 
 def _quoted(path: Path) -> str:
-    """A path as OpenSSH's options take it."""
+    """A path in the syntax of OpenSSH's options."""
     text = str(path).replace("%", "%%")
     return f'"{text}"' if " " in text else text

@@ -1,4 +1,4 @@
-"""Trees as tar archives: packed from trees that may change, unpacked from guests, which are not trusted."""
+"""Folders as tar archives. We pack folders that may change, and unpack archives of untrusted guests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 _CHUNK = 1 << 18
-_MAX_READ = 1 << 18  # bytes; more is read at once only of a header, and none is that long
-_RUN = 1 << 16  # bytes; so many zeros in a row become a hole
+_MAX_READ = 1 << 18  # bytes; only a forged header makes tarfile read more at once
+_RUN = 1 << 16  # bytes; this many zeros in a row become a hole
 _SPECIAL = stat.S_ISUID | stat.S_ISGID
 _KINDS = {tarfile.FIFOTYPE: "pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: "device"}
 
@@ -25,13 +25,12 @@ _KINDS = {tarfile.FIFOTYPE: "pipe", tarfile.CHRTYPE: "device", tarfile.BLKTYPE: 
 def pack(source: Path, file: IO[bytes], *, apart: Container[str] = ()) -> list[str]:
     """Write an archive of a folder, which may change meanwhile.
 
-    What is removed while it is read is not in the archive. Owners have no meaning in a guest and are
-    left out.
+    Files that are removed meanwhile are left out. So are owners, which mean nothing in a guest.
 
     Args:
         source: the folder.
-        file: what is written to.
-        apart: files that are not packed, named as in the archive; hard links to them are.
+        file: where to write the archive.
+        apart: names in the archive of files that are not packed. Hard links to them are.
 
     Returns:
         What was left out: pipes, sockets and devices.
@@ -44,7 +43,7 @@ def pack(source: Path, file: IO[bytes], *, apart: Container[str] = ()) -> list[s
         for path, name in paths(source):
             with suppress(FileNotFoundError):
                 member: tarfile.TarInfo | None = archive.gettarinfo(path, name)
-                if member is None:  # there is no type for it
+                if member is None:  # tar has no type for sockets
                     left_out.append(f"{name} (socket)")
                 elif member.type in _KINDS:
                     left_out.append(f"{name} ({_KINDS[member.type]})")
@@ -54,7 +53,7 @@ def pack(source: Path, file: IO[bytes], *, apart: Container[str] = ()) -> list[s
 
 
 def paths(source: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and all in it: each path, and its name in the archive. No link is followed."""
+    """A folder and everything in it: each path, and its name in the archive. Links are not followed."""
     for parent, folders, files in os.walk(source, onerror=_unless_gone):
         folder = Path(parent)
         name = "." if folder == source else f"./{folder.relative_to(source)}"
@@ -76,8 +75,8 @@ def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
         archive.addfile(member)
         return
     with path.open("rb") as file, tempfile.SpooledTemporaryFile(_CHUNK) as spool:
-        # A header tells the size first. So small files are read before; so are those of /proc, which
-        # have more in them than their size says.
+        # The header comes first and has the size. So small files are read before. Files of /proc are
+        # longer than their size.
         start = file.read(_CHUNK)
         if len(start) == _CHUNK and member.size > _CHUNK:
             file.seek(0)
@@ -92,7 +91,7 @@ def _add(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
 
 
 class _Padded(io.RawIOBase):
-    """A file with zeros after its end, for one that becomes shorter while it is read."""
+    """A file with zeros after its end, in case it becomes shorter while it is read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -107,17 +106,17 @@ class _Padded(io.RawIOBase):
 def extract(file: IO[bytes], folder: Path, *, special: bool = False) -> list[str]:
     """Unpack an archive that is not trusted.
 
-    Names that leave `folder` are refused. Symbolic links are made last, so nothing is written
-    through one; they keep what they say, wherever it points. Long runs of zeros become holes.
+    Names that lead out of `folder` are refused. Symbolic links are made last, so nothing is written
+    through one. They may point anywhere. Long runs of zeros become holes.
 
     Args:
-        special: keep setuid and setgid bits.
+        special: whether to keep setuid and setgid bits.
 
     Returns:
         What was left out: pipes, devices, and without `special` those bits.
 
     Raises:
-        tarfile.TarError: something in it is refused.
+        tarfile.TarError: something in the archive is refused.
     """
     try:
         with tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
@@ -129,7 +128,7 @@ def extract(file: IO[bytes], folder: Path, *, special: bool = False) -> list[str
 def receive(
     file: IO[bytes], path: Path, *, mode: int, mtime: float, special: bool = False
 ) -> list[str]:
-    """Write a new file, with holes where it has long runs of zeros.
+    """Write a new file. Long runs of zeros become holes.
 
     Returns:
         What was left out: its setuid and setgid bits, without `special`.
@@ -150,7 +149,7 @@ def receive(
 
 
 class _Bounded(io.RawIOBase):
-    """Reads a stream forward; no header of an archive can make one read a long one."""
+    """Reads a stream forward, with a limit for the size that a header can ask for."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -158,7 +157,7 @@ class _Bounded(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _MAX_READ:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+            raise tarfile.ReadError(f"it has a header of {size} bytes")
         data = self._file.read(size)
         self._position += len(data)
         return data
@@ -168,7 +167,7 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence != os.SEEK_SET or offset < self._position:
-            raise tarfile.ReadError("the archive leads backwards")
+            raise tarfile.ReadError("it needs reading backwards")
         while self._position < offset and self.read(min(_CHUNK, offset - self._position)):
             pass
         return self._position
@@ -188,17 +187,19 @@ class _Unpacking:
     def run(self, archive: tarfile.TarFile) -> list[str]:
         for member in archive:
             self._take(archive, member)
-        for path, _ in self._links:  # all folders before the first link: none is found through one
+        for path, _ in self._links:  # make all folders before the first link
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, link in self._links:
             path.symlink_to(link)
-        for path, mode in reversed(self._modes):  # the innermost first: a folder may be read-only
+        for path, mode in reversed(
+            self._modes
+        ):  # inner folders first: an outer one may be read-only
             path.chmod(mode)
         return self._left_out
 
     def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         path = self._inside(member.name, f"{member.name!r} leads out of the folder")
-        if member.issparse():  # a few bytes could stand for any number of them
+        if member.issparse():  # a few bytes could expand to any size
             raise tarfile.TarError(f"{member.name!r} is a sparse file")
         if member.isdir():
             path.mkdir(parents=True, exist_ok=True)

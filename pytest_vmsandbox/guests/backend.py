@@ -1,4 +1,4 @@
-"""What runs the guests of one run on this machine: images, QEMU, its accelerator, one hypervisor."""
+"""What the guests of one run share: images, QEMU, the accelerator and one hypervisor."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
-_RUNNING_PER_PROCESSOR = 8  # guests; an idle one takes about 0.04 of a processor, emulated
+_RUNNING_PER_PROCESSOR = 8  # guests; an idle, emulated one takes about 0.04 of a CPU
 _IDLE_SECONDS = 0.5  # before a guest may be paused
-_LONGEST_LABEL = 55  # of the 63 characters a hostname may have; the rest is for the number
+_LONGEST_LABEL = 55  # of the 63 characters of a hostname; the rest is for the number
 
 
 class Backend:
-    """What the guests of one run share. Nothing is started, or held, before it is needed.
+    """What the guests of one run share. Everything is started on demand.
 
     Attributes:
         settings: of the run.
         callbacks: of the run.
         stack: ends what was started.
-        catalogue: the images that there are.
-        idle: the guests that somebody has.
+        catalogue: the images.
+        idle: the guests that are leased.
     """
 
     def __init__(self, settings: Settings, callbacks: Callbacks, stack: ExitStack) -> None:
@@ -58,7 +58,7 @@ class Backend:
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
         self._count: Counter[str] = Counter()
-        self._naming = threading.Lock()  # fillers of the pool name guests, too
+        self._naming = threading.Lock()  # threads of the pool also name guests
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -68,13 +68,13 @@ class Backend:
         return self.settings.cache or cache_dir()
 
     def require(self, image: str) -> tuple[BuiltImage, Qemu]:
-        """The built image and its QEMU; `Callbacks.missing` says what a missing one does.
+        """The built image and its QEMU. If one is missing, `Callbacks.missing` decides.
 
         Raises:
             ConfigError: there is no such image.
         """
         try:
-            # First QEMU: an image is no help without it.
+            # QEMU first: without it, an image does not help.
             qemu = find_qemu(self.catalogue.get(image).architecture)
             return self.built(image), qemu
         except (LaunchError, ImageError) as error:
@@ -85,7 +85,7 @@ class Backend:
 
         Raises:
             ConfigError: there is no such image.
-            ImageError: it is not built, or its recipe has changed since.
+            ImageError: it is not built, or its definition has changed since.
         """
         if image not in self._held:
             built = ImageStore(self.cache).require(self.catalogue.get(image))
@@ -94,15 +94,15 @@ class Backend:
         return self._held[image]
 
     def accelerator(self, image: str) -> Verdict:
-        """The accelerator for guests of this image; the first time, it may have to be proven."""
+        """The accelerator for guests of this image. The first time, it may need a proof."""
         if image not in self._verdicts:
             self._verdicts[image] = verdict = self._choose(self.built(image))
-            if verdict.accelerator != "tcg":  # that one was proven
+            if verdict.accelerator != "tcg":  # there was a proof
                 self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
         return self._verdicts[image]
 
     def _choose(self, built: BuiltImage) -> Verdict:
-        host.require_loopback()  # or a guest would wait in vain to be reached
+        host.require_loopback()  # without it, we cannot reach guests
         try:
             return accelerator.choose(
                 self.settings.accelerator,
@@ -116,35 +116,35 @@ class Backend:
                 tell=self.callbacks.tell,
             )
         except ImageError:
-            built.verified()  # it knows the remedy
+            built.verified()  # its error has the remedy
             raise
 
     def _to_prove(self, built: BuiltImage) -> Hypervisor:
-        """What a proof runs on; a damaged image would prove nothing, and be remembered."""
+        """The hypervisor for a proof. A damaged image would make a wrong verdict, which is cached."""
         built.verified()
         return self.hypervisor
 
     @property
     def images_used(self) -> list[str]:
-        """The images for which there is an accelerator, since guests of them were asked for."""
+        """The images whose guests were asked for."""
         return list(self._verdicts)
 
     def patience(self, image: str) -> float:
-        """By how much limits on guests of this image are longer than natively on a usual host."""
+        """The factor for timeouts of guests of this image, compared to a usual host with KVM."""
         return self.hypervisor.pace.stretch(1.0, self.accelerator(image).time_scale)
 
     def describe(self, image: str) -> str:
-        """One short line on what runs guests of this image; ``vmsandbox doctor`` has the details.
+        """One short line about QEMU and the accelerator. ``vmsandbox doctor`` has the details.
 
         Raises:
-            VMSandboxError: nothing does; its text tells why.
+            VMSandboxError: guests of this image cannot run.
         """
         qemu = find_qemu(self.catalogue.get(image).architecture)
         verdict = self.accelerator(image)
         brief = re.split("[:;] ", verdict.reason)[0]
         line = f"vmsandbox: QEMU {qemu.release}, {verdict.accelerator} ({brief})"
         if verdict.time_scale != 1:
-            line += f"; time-outs ×{verdict.time_scale:g}"
+            line += f"; timeouts ×{verdict.time_scale:g}"
             line += "; see 'vmsandbox doctor'" if brief != verdict.reason else ""
         return line
 
@@ -158,17 +158,17 @@ class Backend:
         )
 
     def clean(self) -> None:
-        """Remove what killed runs have left; the first guest that is asked for does so, too."""
-        _ = self.hypervisor
-        with suppress(TeardownError):  # it is tried again when something of that name is made
+        """Remove what killed runs have left."""
+        _ = self.hypervisor  # which removes their folders
+        with suppress(TeardownError):  # it is tried again when something with that name is made
             tidy(self.cache, self.callbacks.say)
 
     def own(self, folder: Path) -> None:
-        """Have a folder for logs removed if this process is killed; else its maker removes it."""
+        """Have a folder for logs removed if this process is killed. Otherwise its maker removes it."""
         self.hypervisor.own(folder)
 
     def blueprint(self, image: str, hardware: Hardware) -> Blueprint:
-        """What a guest is made of.
+        """The blueprint of a guest.
 
         Raises:
             ConfigError: there is no such image, or it cannot have this hardware.
@@ -186,7 +186,7 @@ class Backend:
         )
 
     def engine(self, machines: Machines) -> Engine:
-        """An engine over these machines; it is started when its context is entered."""
+        """An engine for these machines. It starts when you enter its context."""
         self._check_network(machines.blueprint.hardware)
         return Engine(
             machines,
@@ -196,16 +196,16 @@ class Backend:
         )
 
     def _check_network(self, hardware: Hardware) -> None:
-        """See that no guest reaches the network of a run that must not."""
+        """Refuse a guest that could reach the network, if the run is offline."""
         if self.settings.offline and hardware.network == "nat":
             raise ConfigError(
-                "a guest with network='nat' reaches the network, and this run is offline",
-                remedy="isolate it, or leave out --vm-offline; what was prepared before, and is the "
-                "same, needs no network",
+                "network='nat' is not allowed, because this run is offline (--vm-offline)",
+                remedy="use network='isolated', or leave out --vm-offline. A preparation with "
+                "network='nat' works offline if it was made before and has not changed",
             )
 
     def name(self, image: str) -> str:
-        """A name for a guest that is its hostname, too: in full and short, so it has no dots."""
+        """A name for a guest. It is also the hostname, so it has no dots."""
         label = re.sub(r"[^a-z0-9-]", "-", image)[:_LONGEST_LABEL]
         with self._naming:
             self._count[label] += 1
@@ -213,14 +213,14 @@ class Backend:
 
 
 class IdleGuests:
-    """Pauses guests that are idle, if more run than the host's processors can bear."""
+    """Pauses idle guests if more guests run than the host's CPUs can handle."""
 
     def __init__(self) -> None:
         self._engines: list[Engine] = []
 
     @contextmanager
     def holding(self, engine: Engine) -> Iterator[None]:
-        """Let a guest be paused while this lasts, and others for it."""
+        """While this lasts, the guest may be paused, and others may be paused for it."""
         self._engines.append(engine)
         try:
             self.pause_some()
@@ -229,10 +229,10 @@ class IdleGuests:
             self._engines.remove(engine)
 
     def pause_some(self) -> None:
-        """Pause guests that nobody has talked to for longest, until few enough run.
+        """Pause the guests that were unused for longest, until few enough run.
 
-        They go on when somebody asks them for something. A guest is never paused in which something
-        was started that goes on, or of which a port is open.
+        A paused guest goes on when it is used. A guest is never paused while something that was started
+        in it goes on, or while one of its ports is forwarded.
         """
         engines = list(self._engines)
         running = len(engines) - sum(engine.resting for engine in engines)
@@ -240,6 +240,6 @@ class IdleGuests:
         for engine in sorted(engines, key=lambda engine: engine.idle_seconds, reverse=True):
             if running <= most or engine.idle_seconds < _IDLE_SECONDS:
                 return
-            with suppress(VMSandboxError):  # whoever asks it for something next is told
+            with suppress(VMSandboxError):  # the next use of the guest reports it
                 engine.rest()
                 running -= 1

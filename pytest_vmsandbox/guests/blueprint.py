@@ -1,4 +1,4 @@
-"""What a guest is made of, and the digest of all that a saved state of it depends on."""
+"""What a guest is made of, and a digest of everything that its saved state depends on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 3  # of templates; raise it when what is done to a guest before it is saved changes
+FORMAT = 3  # of templates; raise it when we change what we do to a guest before we save it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """What guests that could stand in for each other have in common.
+    """What interchangeable guests have in common.
 
     Attributes:
         built: their image.
         qemu: the program that runs them.
-        verdict: the accelerator, and the processor's model.
-        hardware: theirs.
-        qemu_args: further arguments for QEMU, by what it is started with.
-        pace: what is known of this host's speed.
+        verdict: the accelerator and the CPU model.
+        hardware: of the guests.
+        qemu_args: returns further arguments for QEMU.
+        pace: what we know about this host's speed.
     """
 
     built: BuiltImage
@@ -47,10 +47,10 @@ class Blueprint:
         return self.built.definition.name
 
     def stretch(self, seconds: float) -> float:
-        """A limit on what a guest does, in seconds, for this host and accelerator.
+        """A timeout for something in a guest, in seconds, on this host and accelerator.
 
         Args:
-            seconds: the limit on a usual host, natively.
+            seconds: the timeout on a usual host with KVM.
         """
         return self.pace.stretch(seconds, self.verdict.time_scale)
 
@@ -58,7 +58,7 @@ class Blueprint:
         """The machine of one guest.
 
         Args:
-            public_key: of the key that opens it, as in ``authorized_keys``.
+            public_key: opens the guest; as in ``authorized_keys``.
         """
         key = public_key.split()[1]
         spec = MachineSpec(
@@ -78,7 +78,7 @@ class Blueprint:
     def disks(
         self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
     ) -> AbstractContextManager[Disks]:
-        """Fresh disks for one guest, gone at the end. `frozen` is what was written before."""
+        """Fresh disks for one guest, removed at the end. `frozen` has what was written before."""
         return Disks.open(
             base=self.built.disk,
             root_size=self.hardware.disk,
@@ -88,18 +88,18 @@ class Blueprint:
         )
 
     def with_network(self, network: Network) -> Blueprint:
-        """The same, on another network."""
+        """The same blueprint with another network."""
         return replace(self, hardware=replace(self.hardware, network=network))
 
     def with_user(self, user: str) -> Blueprint:
-        """The same, for another user."""
+        """The same blueprint for another user."""
         return replace(self, hardware=replace(self.hardware, user=user))
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of all that a saved state depends on: image, machine, QEMU, processor.
+        """SHA-256, in hex, of everything that a saved state depends on: image, machine, QEMU and CPU.
 
-        The network is no part of it, since its isolation is a matter of this side alone.
+        The network is no part of it, because only this side knows whether it is isolated.
         """
         count = len(self.hardware.disks) + (self.built.disk is not None)
         spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)

@@ -1,6 +1,6 @@
-"""What a factory of guests asks of whoever has opened it, and what it tells them."""
+"""What a guest factory asks its owner, and what it tells its owner."""
 
-# ruff: noqa: ARG002  # these methods do nothing by themselves
+# ruff: noqa: ARG002  # these methods do nothing by default
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ if TYPE_CHECKING:
 
 
 class Callbacks(Protocol):
-    """What a run adds to its guests and to their errors, and what it is told of them.
+    """What a run adds to its guests and their errors, and what it hears about them.
 
-    The methods here add nothing and listen to nothing: whoever derives from this class overrides
-    those that it needs.
+    These methods do nothing. A subclass overrides those that it needs.
     """
 
     def logs(self, guest: str) -> Path | None:
-        """The folder for the logs of a guest of that name; None for no logs.
+        """The folder for the logs of a guest; None for no logs.
 
-        Called from any thread, also for guests that nobody may ever get.
+        Called from any thread, and also for guests that no test may ever use.
         """
         return None
 
     def image(self) -> str | None:
-        """The image of the test that runs now; None where there is none."""
+        """The image of the current test; None without one."""
         return None
 
     def hints(self) -> Sequence[str]:
-        """Lines for an error of a guest: where the artifacts are, how to reproduce it."""
+        """Lines for an error of a guest: where the artifacts are, and how to reproduce it."""
         return ()
 
     def qemu_args(self, spec: MachineSpec) -> Sequence[str]:
@@ -43,19 +42,19 @@ class Callbacks(Protocol):
         return ()
 
     def provisions(self, image: str) -> Sequence[Provision]:
-        """What is done to all guests of an image before they become a template."""
+        """The preparations for all guests of an image."""
         return ()
 
     def missing(self, error: VMSandboxError) -> NoReturn:
-        """QEMU or an image is missing: raise what is to be raised."""
+        """QEMU or an image is missing. Raise `error`, or something else."""
         raise error
 
     def say(self, text: str) -> None:
-        """Tell people of a long wait."""
+        """Print a line about a long wait."""
         return
 
     def tell(self, text: str) -> None:
-        """Tell people, once, of what does not go as it should."""
+        """Print a line about a problem, once."""
         return
 
     def note_retry(self, error: VMSandboxError) -> None:
@@ -63,7 +62,7 @@ class Callbacks(Protocol):
         return
 
     def guest_begun(self, guest: str) -> None:
-        """A guest of that name is going to be somebody's."""
+        """A guest with that name will be handed out."""
         return
 
     def guest_ready(self, guest: Guest) -> None:
@@ -74,17 +73,17 @@ class Callbacks(Protocol):
         """A guest is about to be ended.
 
         Args:
-            failed: whether an error passes through its use.
+            failed: whether the block that used the guest raised an error.
         """
         return
 
 
 class Announcer(Callbacks):
-    """Callbacks that tell people by a function, and do nothing else.
+    """Callbacks that pass lines for people to a function, and do nothing else.
 
     Args:
-        say: told of long waits.
-        tell: told of what does not go as it should; None for `say`.
+        say: gets lines about long waits.
+        tell: gets lines about problems; None for `say`.
     """
 
     def __init__(
@@ -96,9 +95,9 @@ class Announcer(Callbacks):
         self._tell = tell or say
 
     def say(self, text: str) -> None:
-        """Tell people of a long wait."""
+        """Pass on a line about a long wait."""
         self._say(text)
 
     def tell(self, text: str) -> None:
-        """Tell people of what does not go as it should."""
+        """Pass on a line about a problem."""
         self._tell(text)

@@ -1,4 +1,4 @@
-"""Whether a guest can be a clone, and of which template. If it cannot, it has to be booted."""
+"""Decides whether a guest can be a clone, and of which template. If not, it must be booted."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from pytest_vmsandbox.guests.template_builder import (
 )
 from pytest_vmsandbox.machine.quota import Quota
 
-_MOST_LOST = 3  # clones in a row that are lost before anybody has them; then guests are booted
+_MOST_LOST = 3  # clones lost in a row before a test has one; after that, guests are booted
 
 
 class Clones:
-    """The clones of one run. Guests of a kind that cannot be cloned have to be booted."""
+    """The clones of one run. Kinds of guests that cannot be cloned must be booted."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._impossible: set[str] = set()  # keys of templates that cannot be
+        self._impossible: set[str] = set()  # keys of templates that cannot be built
         self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
 
     def expect(self, prepared: PreparedImage, hardware: Hardware, count: int) -> None:
-        """Be told that so many guests of a kind are going to be asked for."""
+        """Note that `count` guests of a kind will be asked for."""
         self._expected[prepared, hardware] += count
 
     def build_template(self, blueprint: Blueprint, steps: Sequence[Step]) -> None:
-        """See that guests can be cloned, where any can."""
+        """Build the template of these guests, if they can be cloned."""
         if self._may_clone(blueprint, steps):
             try:
                 self._builder.obtain(blueprint, steps)
@@ -49,13 +49,13 @@ class Clones:
     def guest(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
     ) -> Guest | None:
-        """A guest that is a clone, running; None where it has to be booted.
+        """A running clone; None if the guest must be booted.
 
         Args:
-            stack: ends it.
+            stack: ends the guest.
 
         Raises:
-            VMSandboxError: the host or chance took it away, or it cannot be prepared.
+            VMSandboxError: the guest was lost because of the host or chance, or cannot be prepared.
         """
         if not self._may_clone(blueprint, prepared.steps):
             return None
@@ -68,7 +68,7 @@ class Clones:
             return None
         self._backend.callbacks.guest_begun(clone.machines.name)
         engine = self._backend.engine(clone.machines)
-        engine.spec = blueprint.hardware  # its user may be another one
+        engine.spec = blueprint.hardware  # its user may differ from the template's
         engine.origin = "armed" if was_armed else "cloned"
         engine.facts = opened.template.facts
         return Guest(stack.enter_context(engine))
@@ -76,7 +76,7 @@ class Clones:
     def _lease(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
     ) -> tuple[OpenTemplate, Clone, bool]:
-        """A clone of a template that is what it was when it was built."""
+        """A clone of an undamaged template."""
         ahead = self._backend.settings.clones == "armed"
         kind = prepared, blueprint.hardware
         lost: list[VMSandboxError] = []
@@ -90,7 +90,7 @@ class Clones:
                 leased = own.enter_context(self.pool.lease(opened, blueprint, more=ahead))
             except VMSandboxError as error:
                 failure, fault = error, opened.fault(anew=True)
-                # A host with too much to do may lose one.
+                # An overloaded host may lose a clone.
                 if not (fault or failure.transient or isinstance(failure, GuestLost)):
                     raise
             else:
@@ -103,7 +103,7 @@ class Clones:
                 self._expected[kind] = self.pool.forget(opened) + 1  # this one
                 self._builder.drop(opened, fault)
         raise LaunchError(
-            f"{len(lost)} clones in a row were lost, the last one so: {lost[-1].brief}",
+            f"{len(lost)} clones in a row were lost. The last error: {lost[-1].brief}",
             details=lost[-1].details,
             remedy=lost[-1].remedy,
         ) from lost[-1]
@@ -115,15 +115,16 @@ class Clones:
     def _fall_back(
         self, blueprint: Blueprint, steps: Sequence[Step], error: VMSandboxError
     ) -> None:
-        """Let guests of a kind be booted from now on, and say so once."""
+        """Boot guests of a kind from now on, and report that once."""
         self._impossible.add(template_key(blueprint, steps))
         self._backend.callbacks.tell(
-            f"guests of {blueprint.image} are booted one by one, not cloned: {error.brief}"
+            f"guests of {blueprint.image} are booted, because they cannot be cloned: {error.brief}. Tests "
+            "give the same results, but are slower"
         )
 
     @cached_property
     def _builder(self) -> TemplateBuilder:
-        """Made once, and ended after the pool."""
+        """Builds and opens templates. It ends after the pool."""
         self._backend.clean()
         return self._backend.stack.enter_context(TemplateBuilder(self._backend))
 

@@ -1,8 +1,8 @@
-"""Cloning: one clone of a template is started, named, and armed if it is wanted later.
+"""Makes one clone of a template, gives it its name, and arms it if it is for later.
 
-A clone maps its template's memory and shares it until it writes. To arm it is to resume it, to run a
-program in it, and to pause it again: under emulation, the first program in a clone takes ten times
-as long as the next ones, since all code is translated anew.
+A clone maps its template's memory, and shares each page until it writes to it. To arm a clone, we resume
+it, run a program in it, and pause it again. Under emulation, the first program in a clone takes ten
+times as long as the next ones, because QEMU has to translate all code.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pytest_vmsandbox.machine.machine import Machine
 
 _EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0
-_UNUSED_PORT = 1  # nobody listens there
+_UNUSED_PORT = 1  # nothing listens there
 _REFUSAL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clone:
-    """A guest that was cloned, and nobody has used.
+    """A cloned guest that nobody has used.
 
     Attributes:
-        is_armed: whether a program has run in it, and it is paused; else it runs.
-        machines: its own; they have switched it on.
-        running: its machine now.
-        helper: the one in it.
-        stack: ends all of it.
+        is_armed: whether a program has run in it and it is paused; if not, it runs.
+        machines: of the guest.
+        running: its current machine.
+        helper: in the guest.
+        stack: ends everything.
     """
 
     is_armed: bool
@@ -50,10 +50,10 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
     """A clone of a template.
 
     Args:
-        arm: whether it is armed; else it runs.
+        arm: whether to arm it; if not, it runs.
 
     Raises:
-        VMSandboxError: it cannot be made, or something in it cannot be put right.
+        VMSandboxError: it cannot be made, or something in it cannot be corrected.
     """
     hypervisor, template = backend.hypervisor, opened.template
     name = backend.name(blueprint.image)
@@ -73,7 +73,7 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         # A clone of a damaged template may not answer for minutes.
         running = machines.clone(opened.memory, state, opened.check)
         stack.push(running.stack)
-        state.close()  # it is loaded
+        state.close()  # QEMU has loaded it
         if (helper := running.helper) is None:
             raise GuestLost(f"the helper in {name} is gone", stage="command")
         _check_reachable(running, opened, blueprint)
@@ -91,13 +91,13 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
 
 
 def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> None:
-    """See that a template's first clone is reached through its network.
+    """Check that the network of a template's first clone works.
 
-    Its kernel refuses a connection at once. Its SSH server takes 0.25 s to greet where it is emulated,
-    so that is waited for only where nothing is refused, as by a firewall.
+    A kernel refuses a connection to an unused port at once. An emulated SSH server takes 0.25 s to greet.
+    So we wait for the SSH server only if nothing is refused, for instance because of a firewall.
 
     Raises:
-        GuestLost: it is not reached.
+        GuestLost: the clone cannot be reached.
     """
     if opened.checked.is_set():
         return

@@ -1,4 +1,4 @@
-"""Commands: as users write them, the shell lines they become, and what came of them (pure)."""
+"""Commands: what users write, the shell lines for it, and the results (pure)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, ConfigError
 
-Sink = Callable[[bytes], object]  # takes a program's output as it comes
-StrPath = str | os.PathLike[str]  # in the guest a PurePosixPath, for instance
+Sink = Callable[[bytes], object]  # gets a program's output as it comes
+StrPath = str | os.PathLike[str]  # for a path in the guest, for instance a PurePosixPath
 STARTED = "vmsandbox-started"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_FOUND = 127
-_MAX_WORD = 131_072  # bytes with the NUL at its end; Linux takes no longer one
-_MAX_WORDS = 65_535  # the helper's protocol counts no further
-_MAX_BYTES = (2 << 20) - (1 << 16)  # Linux's usual limit, but for the guest's own environment
-_POINTER = 8  # bytes that Linux counts for each word besides
+_MAX_WORD = 131_072  # bytes, with the NUL at its end; the limit of Linux
+_MAX_WORDS = 65_535  # the limit of the helper's protocol
+_MAX_BYTES = (2 << 20) - (1 << 16)  # the usual limit of Linux, minus the guest's own environment
+_POINTER = 8  # bytes that Linux adds for each word
 _BLOCK = 4096
 
 
@@ -28,10 +28,10 @@ class Command:
     """A program to run in a guest.
 
     Attributes:
-        argv: the program and its arguments; no shell reads them.
-        cwd: the folder it starts in; None for the user's home.
-        env: variables added to the user's environment.
-        user: who runs it; None for the user of the connection.
+        argv: the program and its arguments. No shell reads them.
+        cwd: the folder that it starts in; None for the user's home.
+        env: variables to add to the user's environment.
+        user: runs the command; None for the user of the connection.
     """
 
     argv: tuple[str, ...]
@@ -50,19 +50,21 @@ def command(
     env: Mapping[str, StrPath] | None = None,
     user: str | None = None,
 ) -> Command:
-    """What `Guest.run` is told, as values of the right types.
+    """Check the arguments of `Guest.run`, and make a `Command` from them.
 
     Raises:
-        TypeError: something is of another type.
+        TypeError: an argument has the wrong type.
         ValueError: `argv` is empty.
     """
     if isinstance(argv, str | bytes):
-        raise TypeError("argv is a list of words; vm.shell() takes a script")
+        raise TypeError(
+            f"argv must be a list of words, not {type(argv).__name__}; for a script, use vm.shell()"
+        )
     words = tuple(word(part, "a word of argv") for part in argv)
     if not words:
-        raise ValueError("argv is empty")
+        raise ValueError("argv is empty: it must begin with a program")
     if user is not None and not isinstance(user, str):
-        raise TypeError(f"user is the name of one, a str, not {type(user).__name__}")
+        raise TypeError(f"user must be a str, not {type(user).__name__}")
     return Command(
         argv=words,
         cwd=None if cwd is None else word(cwd, "cwd"),
@@ -75,18 +77,20 @@ def command(
 
 
 def seconds(timeout: float) -> float:
-    """A time-out as a user writes it.
+    """A timeout as users write it.
 
     Raises:
-        ConfigError: it is no number of seconds.
+        ConfigError: it is not a number of seconds.
     """
     if not is_number(timeout, int, float) or not timeout >= 0:
-        raise ConfigError(f"timeout={timeout!r} is not a number of seconds")
+        raise ConfigError(
+            f"timeout={timeout!r} is not a number of seconds", remedy="use a number of at least 0"
+        )
     return float(timeout)
 
 
 def is_number(value: object, *kinds: type) -> bool:
-    """Whether a value is of one of `kinds`; True and False are no numbers here."""
+    """Whether a value has one of the types `kinds`. True and False are no numbers here."""
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
@@ -94,11 +98,11 @@ def word(value: object, what: str) -> str:
     """A word or a path as text.
 
     Raises:
-        TypeError: it is neither; `what` begins the message.
+        TypeError: it is neither. `what` begins the message.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        raise TypeError(f"{what} is a str or a path, not {type(value).__name__}")
+        raise TypeError(f"{what} must be a str or a path, not {type(value).__name__}")
     return text
 
 
@@ -106,24 +110,24 @@ def word(value: object, what: str) -> str:
 
 
 def too_long(command: Command) -> OSError:
-    """The error of `subprocess` for a command that is too long."""
+    """The error for a command that is too long, like that of `subprocess`."""
     return OSError(errno.E2BIG, os.strerror(errno.E2BIG), command.argv[0])
 
 
 def check_command(command: Command) -> None:
-    """Check that a command can be started at all.
+    """Check that a command can be started.
 
     Raises:
-        ValueError: a NUL in a word, or an impossible name of a variable.
-        OSError: it is longer than Linux, or a way into a guest, can take (E2BIG).
+        ValueError: a word has a NUL, or the name of a variable is invalid.
+        OSError: the command is too long for Linux or for the helper's protocol (E2BIG).
     """
     _check_length(command)
     words = (*command.argv, command.cwd or "", *command.env.values())
     if any("\0" in text for text in words):
-        raise ValueError("a NUL character cannot be part of a command")
+        raise ValueError("a command cannot contain a NUL character")
     for name in command.env:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of an environment variable")
+            raise ValueError(f"env: {name!r} is not a name for an environment variable")
 
 
 def _check_length(command: Command) -> None:
@@ -140,9 +144,9 @@ def _check_length(command: Command) -> None:
 def command_line(command: Command, token: str) -> str:
     """The line for the login shell that runs `command`.
 
-    Just before the program takes over the shell's process, the shell writes
-    ``vmsandbox-started TOKEN PID`` to standard output: what comes before is the login shell's
-    noise, what comes after is the program's, and PID is the process group to end.
+    Just before the program replaces the shell, the shell writes ``vmsandbox-started TOKEN PID`` to
+    standard output. Text before that line comes from the login shell, text after it from the program.
+    PID is the process group to kill.
 
     Raises:
         ValueError: see `check_command`.
@@ -152,10 +156,10 @@ def command_line(command: Command, token: str) -> str:
 
 
 def shipped(command: Command, token: str) -> tuple[str, bytes]:
-    """A short line that reads the rest from standard input first, and what to send there.
+    """A short line that first reads the rest of the command from standard input, and that rest.
 
-    Some servers drop a connection on which a long command is asked for; and a shell takes no script
-    of more than 128 KiB as an argument.
+    Some servers drop a connection that requests a long command. And a shell accepts no script of more
+    than 128 KiB as an argument.
 
     Raises:
         ValueError: see `check_command`.
@@ -184,10 +188,10 @@ def _script(command: Command, token: str) -> str:
 
 
 def _as_leader(command: Command, script: str) -> str:
-    """The line that runs a script as the user of a command, in a process group of its own."""
+    """The line that runs a script as the command's user, in a process group of its own."""
     if command.user is not None:
         script = _as_user(command.user, script)
-    # OpenSSH makes a process group, other servers do not.
+    # OpenSSH makes a process group. Other servers do not.
     return (
         f"s={shlex.quote(script)}; "
         "read -r _ _ _ _ group _ </proc/$$/stat 2>/dev/null || group=$$; "
@@ -211,11 +215,11 @@ def _as_user(user: str, script: str) -> str:
     )
 
 
-# -- what came of them ------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------------
 
 
 def text_of(result: CommandResult[bytes]) -> CommandResult[str]:
-    """The same with its streams as text; what cannot be decoded is replaced."""
+    """The same result with its streams as text. Undecodable bytes are replaced."""
     return CommandResult(
         argv=result.argv,
         returncode=result.returncode,
@@ -235,25 +239,27 @@ def check_status(result: CommandResult[str] | CommandResult[bytes]) -> None:
         return
     program, remedy = result.argv[0], ""
     brief = f"{shlex.join(result.argv)} returned {result.returncode}"
-    if len(brief) > 500:  # a script; its first line is enough
+    if len(brief) > 500:  # a script
         brief = f"{brief[:500]}… returned {result.returncode}"
     said = result.stderr
     text = said if isinstance(said, str) else said.decode(errors="replace")
     if result.returncode == _NOT_FOUND and program in text:
         brief = f"command not found in the guest: {program}"
-        remedy = "install it in the guest, or push it there; vm.shell() runs shell scripts"
+        remedy = "install it in the guest, or copy it there with vm.push(). To run a script, use vm.shell()"
     raise CommandError(brief, result=result, remedy=remedy)
 
 
 def cannot_log_in(user: str) -> ConfigError:
-    """A user of guests who does not exist in one."""
+    """The error for a user who does not exist in the guest."""
     return ConfigError(
-        f"{user} cannot log in to the guest", remedy="name a user that exists in the guest"
+        f"user {user!r} cannot log in to the guest",
+        remedy="use a user that exists in the guest: user= (marker vm, boot), vm_user (ini file), --user "
+        "(vmsandbox)",
     )
 
 
 def could_not_start(command: Command, status: int, stderr: str, stdout: str = "") -> CommandError:
-    """A command whose folder or user does not exist."""
+    """The error for a command whose folder or user does not exist."""
     what = f"{command.argv[0]} could not be started"
     if command.user is not None:
         what += f" as {command.user}"
@@ -262,5 +268,5 @@ def could_not_start(command: Command, status: int, stderr: str, stdout: str = ""
     result = CommandResult(
         argv=command.argv, returncode=status, stdout=stdout, stderr=stderr, duration=0.0
     )
-    remedy = "check that the folder and the user exist in the guest"
+    remedy = "check that the folder (cwd=) and the user (user=) exist in the guest"
     return CommandError(what, result=result, remedy=remedy)

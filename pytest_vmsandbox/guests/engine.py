@@ -1,7 +1,7 @@
-"""What a guest runs on: its machine, its power, and the ways into it.
+"""The engine of a guest: its machine, its power, and the ways into it.
 
-`Engine.use` is the only way to the machine of others than the engine itself. It counts its users, so
-`Engine.rest` pauses a guest only while nobody uses it.
+Others get at the machine only by `Engine.use`. It counts the users, so `Engine.rest` pauses a guest only
+while nobody uses it.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ _POLL_SECONDS = 0.25
 
 
 class Engine:
-    """The machine of one guest, and what is done to it from here.
+    """The machine of one guest, and what this side does to it.
 
-    A context manager: the guest is switched on, and gone at the end. All methods may be called from
-    any thread. What raises `GuestLost` does so when the guest is gone, or switched off.
+    A context manager: it switches the guest on, and removes it at the end. You may call all methods from
+    any thread. `GuestLost` means that the guest is gone or switched off.
 
     Args:
-        machines: starts its machine each time that it is switched on.
-        settings: have the limits on a boot and on a command.
-        hints: lines for its errors: where the artifacts are, and so on.
-        on_resume: called when it goes on after a rest.
+        machines: starts a machine each time that the guest is switched on.
+        settings: have the timeouts of boots and commands.
+        hints: lines for errors: where the artifacts are, and so on.
+        on_resume: called when the guest goes on after a pause.
 
     Attributes:
         spec: the guest's hardware.
-        origin: how it came to be: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
+        origin: how the guest was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
             ``booted``.
-        facts: what the last layer of its preparation has told, as values that JSON keeps; empty for
-            layers that users have made.
+        facts: what its last preparation has returned, as JSON values; empty for preparations of users.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class Engine:
         self._hints = hints
         self._on_resume = on_resume
         self._running: Running | None = None
-        self._lock = threading.RLock()  # of what runs, and who uses it
-        self._orderly = threading.Lock()  # held while the guest goes down by itself
+        self._lock = threading.RLock()  # protects what runs, and who uses it
+        self._orderly = threading.Lock()  # held while the guest shuts itself down
 
     def __enter__(self) -> Self:
         with self.explained():
@@ -89,14 +88,14 @@ class Engine:
 
     @contextmanager
     def use(self, *, hold: bool = False) -> Iterator[Running]:
-        """The guest, not paused by `rest` as long as this lasts. One that rests goes on first.
+        """Use the guest. It is resumed first if need be, and not paused while this lasts.
 
         Args:
-            hold: do not pause it later either, until it is switched off: something is started that
-                goes on, or somebody is given a way in.
+            hold: whether it must not be paused later either, until it is switched off. This is for
+                programs that go on, and for ways in that others use.
 
         Raises:
-            GuestLost: it is switched off, or does not go on.
+            GuestLost: the guest is switched off, or does not resume.
         """
         with self._lock:
             running = self._on()
@@ -116,11 +115,11 @@ class Engine:
 
     @property
     def idle_seconds(self) -> float:
-        """How long nobody has used the guest; 0 where it must not be paused.
+        """Seconds since the guest was last used; 0 if it must not be paused.
 
-        That is so while a call uses it (a program that is waited for, a transfer, a boot), and once
-        it is held: by a program that was left running, a forwarded port, access by SSH, a command to
-        QEMU, or its console. It is held until it is switched off.
+        It must not be paused while a call uses it, nor once it is held: by a program that was left
+        running, a forwarded port, access by SSH, a QMP command or its console. It is held until it is
+        switched off.
         """
         running = self._running
         if running is None or running.resting or running.held or running.users:
@@ -128,7 +127,7 @@ class Engine:
         return monotonic() - running.last_use
 
     def rest(self) -> None:
-        """Pause the guest until somebody uses it, if it may be paused; see `idle_seconds`.
+        """Pause the guest until the next use, if it may be paused; see `idle_seconds`.
 
         Raises:
             GuestLost: it does not answer.
@@ -139,16 +138,18 @@ class Engine:
 
     @property
     def resting(self) -> bool:
-        """Whether it is paused until somebody uses it."""
+        """Whether it is paused until the next use."""
         return self._running is not None and self._running.resting
 
     def _on(self) -> Running:
-        """What runs; it may be resting."""
+        """What runs. It may be paused."""
         if (running := self._running) is None:
-            raise GuestLost(f"{self.name} is switched off", remedy="vm.power_on() switches it on")
+            raise GuestLost(
+                f"{self.name} is switched off", remedy="call vm.power_on() to switch it on"
+            )
         return running
 
-    # -- how it is doing; a resting guest goes on resting ------------------------------------------
+    # -- its state; this does not resume a paused guest ---------------------------------------------
 
     @property
     def is_on(self) -> bool:
@@ -157,7 +158,7 @@ class Engine:
 
     @property
     def loss(self) -> GuestLost | None:
-        """Why it is gone; None if it is switched on and has neither ended nor panicked."""
+        """Why the guest is gone; None if it is switched on, and has neither ended nor panicked."""
         try:
             self._on().machine.check()
         except GuestLost as lost:
@@ -166,27 +167,27 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        """The process number of its QEMU."""
+        """The process id of its QEMU."""
         return self._on().machine.process.pid
 
     @property
     def processor_seconds(self) -> float:
-        """Processor time, in seconds, that it has taken of this host since it was switched on."""
+        """CPU time of this host, in seconds, since it was switched on."""
         return host.processor_seconds(self.pid)
 
     @property
     def boot_seconds(self) -> float:
-        """The limit on a boot, as far as it is known how slow this host is."""
+        """The timeout of a boot, scaled to what we know about this host's speed."""
         return self.stretch(self._settings.boot_timeout)
 
     @property
     def command_seconds(self) -> float:
-        """The limit on a command that names none, likewise."""
+        """The default timeout of a command, scaled likewise."""
         return self.stretch(self._settings.command_timeout)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Add to errors what the guest's maker knows: where the artifacts are, and so on."""
+        """Add hints to errors: where the artifacts are, and so on."""
         try:
             yield
         except VMSandboxError as error:
@@ -196,9 +197,9 @@ class Engine:
     # -- programs ---------------------------------------------------------------------------------
 
     def start(self, command: Command) -> RemoteProcess:
-        """Start a program, on streams that its starter reads and closes. It holds the guest.
+        """Start a program. The caller reads and closes its streams. It holds the guest.
 
-        It runs as its user: root becomes another one, anybody else logs in as them.
+        If the guest's user is root, root becomes the program's user. If not, that user logs in.
 
         Raises:
             CommandError: the folder or the user does not exist.
@@ -220,12 +221,12 @@ class Engine:
         """Run a program to its end.
 
         Args:
-            stdout: takes its output as it comes, which is missing in the result then.
-            timeout: seconds; None for the setting.
-            idle: seconds in which nothing goes either way.
+            stdout: gets its output as it comes. The result has no output then.
+            timeout: seconds; None for the default.
+            idle: seconds without any input or output after which it is killed.
 
         Raises:
-            CommandTimeout: it did not end in time; with what it had written.
+            CommandTimeout: it did not end in time. The error has its output so far.
         """
         written, said = bytearray(), bytearray()
         started = monotonic()
@@ -245,7 +246,8 @@ class Engine:
                     seconds=late.seconds,
                     stdout=bytes(written),
                     stderr=bytes(said),
-                    remedy="give it more with timeout=…, or vm_command_timeout for all",
+                    remedy="give it more time with timeout=, or all commands with vm_command_timeout (ini "
+                    "file)",
                 ) from late
             finally:
                 process.close()
@@ -262,11 +264,11 @@ class Engine:
     ) -> str:
         """Run a script with the guest's ``/bin/sh``.
 
-        It has all the time it needs as long as something moves: `CommandTimeout` comes when
-        nothing went either way for the seconds of ``vm_command_timeout``.
+        It has no timeout while data moves. `CommandTimeout` is raised when there was no input or output
+        for as long as ``vm_command_timeout``.
 
         Returns:
-            What it wrote to its standard error.
+            Its standard error.
 
         Raises:
             CommandError: it returned non-zero.
@@ -282,10 +284,10 @@ class Engine:
             return result.stderr
 
     def connect(self, path: str) -> RemoteProcess | None:
-        """A connection to a Unix socket in the guest, as the streams of a program. It holds the guest.
+        """Connect to a Unix socket in the guest. It holds the guest.
 
         Returns:
-            None where there is no way but a program that relays them.
+            The connection, like a program with streams; None if only a program in the guest can relay it.
 
         Raises:
             CommandError: nothing listens there.
@@ -295,19 +297,22 @@ class Engine:
             return None if (helper := running.helper) is None else helper.connect(path)
 
     def ping(self) -> None:
-        """Have the guest's helper answer, which does nothing else.
+        """Wait until the guest's helper answers.
 
         Raises:
-            ConfigError: there is no helper in the guest.
+            ConfigError: the guest has no helper.
         """
         with self.use() as running:
             running.machine.check()
             if (helper := running.helper) is None:
-                raise ConfigError(f"{self.name} has no helper")
+                raise ConfigError(
+                    f"there is no helper in {self.name}",
+                    remedy="use an image with the helper, such as debian-13",
+                )
             helper.ping()
 
     def ssh_access(self) -> SSHAccess:
-        """What an SSH client needs to get in. It holds the guest.
+        """What an SSH client needs to log in. It holds the guest.
 
         Raises:
             GuestLost: the guest does not answer on SSH.
@@ -321,19 +326,20 @@ class Engine:
         """Switch on, with the disks as they are, and wait until the guest answers.
 
         Raises:
-            ConfigError: it is on.
-            BootError: it did not come up.
+            ConfigError: it is already on.
+            BootError: it did not boot.
         """
         with ExitStack() as stack:
             with self._lock:
                 if self._running is not None and self._running.machine.ended() is None:
                     raise ConfigError(
-                        f"{self.name} is on", remedy="vm.power_off() or vm.power_cut() first"
+                        f"{self.name} is already on",
+                        remedy="call vm.power_off() or vm.power_cut() first",
                     )
                 self._switch_off(self._running)
                 self._running = self._machines.switch_on()
                 running = stack.enter_context(self.use())
-            try:  # QEMU's start has shown how slow this host is
+            try:  # QEMU's start has shown how fast this host is
                 running.await_answer(Deadline(self.boot_seconds))
             except BaseException:
                 self._switch_off(running)
@@ -353,20 +359,21 @@ class Engine:
                 machine.check()
                 if deadline.expired:
                     raise BootError(
-                        f"{self.name} did not go down to reboot",
+                        f"{self.name} did not shut down to reboot within {deadline.seconds:g} s",
                         stage="init",
                         seconds=deadline.elapsed,
                         details=machine.console.tail(),
+                        remedy="give it more time: vm.reboot(timeout=…)",
                     ) from lost
             machine.console.begin_boot()
             running.hang_up()
             running.await_answer(deadline)
 
     def power_off(self) -> None:
-        """Switch off in an orderly way. A guest that is not off after the boot time-out is ended.
+        """Shut down in an orderly way. A guest that is still on after the boot timeout is killed.
 
         Raises:
-            CommandError: it refuses to go down.
+            CommandError: it refuses to shut down.
         """
         with self._orderly, self.use() as running:
             self._ask("poweroff")
@@ -374,30 +381,32 @@ class Engine:
         self._switch_off(running)
 
     def power_cut(self) -> None:
-        """Pull the plug; this does not wait for others who use the guest."""
+        """Pull the plug. This does not wait for others who use the guest."""
         running = self._on()
         running.machine.kill()
         self._switch_off(running)
 
     def _ask(self, program: str) -> GuestLost | None:
-        """Ask the guest to go down; the connection may break before it answers.
+        """Ask the guest to shut down. The connection may break before the answer.
 
         Returns:
-            How the connection broke, for whom waits in vain; None if there was an answer.
+            The error of the broken connection; None if there was an answer.
 
         Raises:
-            CommandError: the guest cannot go down.
+            CommandError: the guest cannot shut down.
         """
         try:
             result = self.run(Command(argv=(program,), user="root"))
         except GuestLost as lost:
             return lost
-        if result.returncode > 0:  # ended by a signal, it is one of the first to go
+        if (
+            result.returncode > 0
+        ):  # a signal may end the program: it is among the first that are killed
             check_status(text_of(result))
         return None
 
     def _switch_off(self, running: Running | None) -> None:
-        """End what runs, unless that is done already."""
+        """End what runs, unless it has ended."""
         with self._lock:
             if running is not None and running is self._running:
                 self._running = None
@@ -406,18 +415,19 @@ class Engine:
     # -- its state --------------------------------------------------------------------------------
 
     def save(self) -> Saved:
-        """The state of the guest now, its memory and its disks; it goes on afterwards.
+        """Save the guest's memory and disks. It goes on afterwards.
 
         Raises:
-            MonitorError: QEMU cannot.
-            ConfigError: there is no helper in the guest.
+            MonitorError: QEMU cannot do it.
+            ConfigError: the guest has no helper.
         """
-        # Once it has the lock, it may have been rolled back meanwhile.
-        with self.use(), self._lock, self.use() as running:
+        # Not while the guest shuts down: nobody would answer in a state that was saved then.
+        # Use it again under the lock: another thread may have rolled it back meanwhile.
+        with self._orderly, self.use(), self._lock, self.use() as running:
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
-        """Go on from a saved state, also if the guest was lost or switched off.
+        """Go on from a saved state, even if the guest was lost or switched off.
 
         Raises:
             LaunchError: this host has no room for all of the guest's memory.
@@ -430,16 +440,16 @@ class Engine:
 
     @property
     def has_helper(self) -> bool:
-        """Whether the guest has a helper that is there now."""
+        """Whether the guest has a helper that answers now."""
         return self._on().helper is not None
 
     def save_devices(self, state: IO[bytes]) -> None:
-        """Write the state of its devices to an open file, and end it; its memory is a file.
+        """Write the state of the devices to an open file, and end the guest. Its memory is a file.
 
-        Nobody is connected to it then.
+        Connections to the guest are closed before.
 
         Raises:
-            MonitorError: QEMU cannot.
+            MonitorError: QEMU cannot do it.
         """
         with self.use() as running:
             running.hang_up()

@@ -1,4 +1,4 @@
-"""Guests on demand: what `vm_factory` is."""
+"""Makes guests on demand. The fixture `vm_factory` is a `GuestFactory`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GuestFactory:
         self.backend = backend
         self._clones = Clones(backend)
         self._provisioned: dict[str, PreparedImage] = {}
-        self._key = KeyPair.generate()  # opens guests that are booted; clones have their template's
+        self._key = KeyPair.generate()  # opens booted guests; clones have the key of their template
 
     @classmethod
     @contextmanager
@@ -99,7 +99,7 @@ class GuestFactory:
             except Exception:
                 callbacks.guest_stopping(guest, True)
                 raise
-            else:  # an interrupted run is in a hurry, and nobody asks how its guest was
+            else:  # not for KeyboardInterrupt, where there is no time
                 callbacks.guest_stopping(guest, False)
 
     def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
@@ -112,8 +112,8 @@ class GuestFactory:
             return guest
 
     def _retrying(self, work: Callable[[], T]) -> T:
-        """Do what needs a guest, and once more if the host or chance took the guest away."""
-        _ = self.backend.hypervisor  # with as many descriptors as it may have
+        """Call `work`, and call it again if the host or chance took its guest away."""
+        _ = self.backend.hypervisor  # it raises the limit on open files
         host.require_descriptors()
         try:
             return work()
@@ -197,24 +197,24 @@ class GuestFactory:
         return layer
 
     def _build_template(self, prepared: PreparedImage) -> None:
-        """See that guests of the default hardware can be cloned, where any can."""
+        """Build the template for the default hardware, if guests can be cloned."""
         blueprint = self.backend.blueprint(prepared.image, self.hardware(prepared.image, {}))
         self._retrying(lambda: self._clones.build_template(blueprint, prepared.steps))
 
     def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
-        """Likewise, prepared when the first guest of it is asked for."""
+        """The image with one more step, done when the first such guest is asked for."""
         prepared = self._prepared(image)
         return replace(prepared, steps=(*prepared.steps, step))
 
     def _prepared(self, image: Base) -> PreparedImage:
-        """The image with what is done to all guests of it."""
+        """The image with the preparations for all guests of it."""
         if isinstance(image, PreparedImage):
             return image
         if isinstance(image, PreparedLayer):
             if (of_test := self.backend.callbacks.image()) is None:
                 raise ConfigError(
-                    "what was prepared for no image in particular can be booted only while a test runs "
-                    "to which one of the selected images applies",
+                    "vm_factory.prepare(None, …) works only while a test runs to which a selected image "
+                    "applies",
                     remedy="name the image: vm_factory.prepare('debian-13', …)",
                 )
             below = self._prepared(of_test)
@@ -222,7 +222,8 @@ class GuestFactory:
         if not isinstance(image, str):  # what a fixture returned, perhaps
             raise ConfigError(
                 f"{image!r} is not an image",
-                remedy="use a name of the catalogue, or what vm_factory.prepare() returned",
+                remedy="use the name of an image ('vmsandbox images list' shows them), or what "
+                "vm_factory.prepare() returned",
             )
         if image not in self._provisioned:
             steps = tuple(
@@ -232,15 +233,15 @@ class GuestFactory:
         return self._provisioned[image]
 
     def expect(self, image: str | PreparedImage, hardware: Hardware, count: int = 1) -> None:
-        """Be told that so many guests of a kind are going to be asked for.
+        """Note that `count` guests of a kind will be asked for.
 
         Raises:
-            ConfigError: what is to be done to each guest of the image is invalid.
+            ConfigError: a preparation for all guests of the image is invalid.
         """
         self._clones.expect(self._prepared(image), hardware, count)
 
     def await_armed(self, timeout: float) -> bool:
-        """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+        """Wait until the pool of armed clones is full. Returns whether it is."""
         return self._clones.pool.await_armed(timeout)
 
     def _booted(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Guest:
@@ -249,9 +250,10 @@ class GuestFactory:
         for step in steps:
             if step.network == "nat" != network:
                 raise LaunchError(
-                    f"{step.about} needs network='nat', and {network!r} afterwards, which only a "
-                    "clone can have",
-                    remedy="boot it with network='nat'",
+                    f"the preparation {step.about!r} needs network='nat', but the guest has {network!r}. "
+                    "Only clones can have another network than their preparation, and guests cannot be "
+                    "cloned here",
+                    remedy="boot the guest with network='nat'",
                 )
         blueprint.built.verified()
         name = backend.name(blueprint.image)

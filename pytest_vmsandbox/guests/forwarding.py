@@ -1,4 +1,4 @@
-"""A port of a guest, reached from this host; and who listens in the guest, as its kernel tells."""
+"""Forwards a port of a guest to this host, and checks whether something in the guest listens there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pytest_vmsandbox.guests.engine import Engine
 Protocol = Literal["tcp", "udp"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_STATES = {"tcp": "0A", "udp": "07"}  # of a socket that waits for anybody
+_STATES = {"tcp": "0A", "udp": "07"}  # of a socket that listens
 _LOG = logging.getLogger("pytest_vmsandbox")
 _POLL_SECONDS = 0.25
 _LISTENERS_SECONDS = 5.0
@@ -25,12 +25,12 @@ _LISTENERS_SECONDS = 5.0
 def forward(
     engine: Engine, port: int, protocol: Protocol, timeout: float | None
 ) -> tuple[str, int]:
-    """Forward a port, as `Guest.forward` tells. It holds the guest.
+    """Forward a port, as `Guest.forward` describes. It holds the guest.
 
     Raises:
         ConnectionRefusedError: nothing listens there within `timeout` seconds.
-        ConfigError: `port` or `protocol` is none, or UDP is wanted of an isolated guest.
-        MonitorError: QEMU cannot.
+        ConfigError: `port` or `protocol` is invalid, or the guest is isolated and UDP is wanted.
+        MonitorError: QEMU cannot do it.
     """
     if protocol not in ("tcp", "udp"):
         raise ConfigError(f"protocol={protocol!r} is unknown", remedy="use 'tcp' or 'udp'")
@@ -38,15 +38,19 @@ def forward(
         raise ConfigError(f"{port!r} is not a {protocol.upper()} port", remedy="use 1 to 65535")
     if protocol == "udp" and engine.spec.network == "isolated":
         raise ConfigError(
-            f"UDP does not reach {engine.name}: QEMU drops what an isolated guest answers",
-            remedy="give it network='nat', or use TCP",
+            f"UDP does not work with {engine.name}: QEMU drops the answers of an isolated guest",
+            remedy="use a guest with network='nat', or use TCP",
         )
     deadline = Deadline(0 if timeout is None else seconds(timeout))
     with engine.use(hold=True) as running:
         here = running.machine.forward(port, protocol)
         while refusal := _refusal(engine, port, protocol):
             if timeout is None:
-                _LOG.warning("%s: a connection to %s:%d ends at once", refusal, *here)
+                _LOG.warning(
+                    "%s. A connection to %s:%d ends at once; to wait for the service, pass timeout= to "
+                    "forward()",
+                    *(refusal, *here),
+                )
                 break
             if deadline.expired:
                 raise ConnectionRefusedError(errno.ECONNREFUSED, refusal)
@@ -55,7 +59,7 @@ def forward(
 
 
 def _refusal(engine: Engine, port: int, protocol: Protocol) -> str:
-    """Why a connection to a port would be refused; empty if it would not, or who knows."""
+    """Why a connection to a port would be refused; empty if it would not, or we cannot know."""
     command = Command(argv=("cat", *files(protocol)))
     try:
         result = engine.run(command, timeout=engine.stretch(_LISTENERS_SECONDS))
@@ -65,35 +69,38 @@ def _refusal(engine: Engine, port: int, protocol: Protocol) -> str:
     found = addresses(table, port, protocol)
     if not table or any(map(is_reached, found)):
         return ""
-    text = f"nothing listens on {protocol.upper()} port {port} of {engine.name}"
+    where = f"{protocol.upper()} port {port} of {engine.name}"
     if found:
-        text += f" but on {found[0]}, which no network reaches; have it listen on 0.0.0.0"
-    return text
+        return (
+            f"the service on {where} listens only on {found[0]}, which cannot be reached from outside: let "
+            "it listen on 0.0.0.0"
+        )
+    return f"nothing listens on {where}"
 
 
 def files(protocol: Protocol) -> tuple[str, str]:
-    """The files to read; the second one is missing where there is no IPv6."""
+    """The files to read. The second one is missing without IPv6."""
     return f"/proc/net/{protocol}", f"/proc/net/{protocol}6"
 
 
 def addresses(text: str, port: int, protocol: Protocol) -> list[Address]:
-    """The addresses at which sockets wait for anybody at a port.
+    """The addresses of sockets that listen on a port.
 
     Args:
-        text: the content of `files`. Lines in it that are none of the kernel's are skipped.
+        text: the content of `files`. Other lines are skipped.
     """
     pattern = rf"^ *\d+: ([0-9A-F]{{8}}|[0-9A-F]{{32}}):{port:04X} [0-9A-F:]+ {_STATES[protocol]} "
     return [_address(digits) for digits in re.findall(pattern, text, re.MULTILINE)]
 
 
 def is_reached(address: Address) -> bool:
-    """Whether a socket at this address hears the guest's network."""
+    """Whether the guest's network reaches a socket at this address."""
     mapped = getattr(address, "ipv4_mapped", None)
     return not (mapped or address).is_loopback
 
 
 def _address(digits: str) -> Address:
-    """An address as the kernel writes it: words of 32 bits, each with its lowest byte first."""
+    """An address in the kernel's notation: words of 32 bits, each with its lowest byte first."""
     data = bytes.fromhex(digits)
     words = [data[start : start + 4][::-1] for start in range(0, len(data), 4)]
     return ipaddress.ip_address(b"".join(words))

@@ -1,4 +1,4 @@
-"""A running guest, as tests hold it."""
+"""A running guest, as tests use it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pytest_vmsandbox.guests.process import Process
 from pytest_vmsandbox.machine.console import Console
 
 Streams = bytes | str | None
-_INSTEAD = {  # of what `popen` lacks
-    "check": "compare what .wait(timeout) or .poll() returns",
+_INSTEAD = {  # what to do instead of the arguments that `popen` does not take
+    "check": "check the result of .wait(timeout) or .poll()",
     "timeout": "call .wait(timeout)",
-    "input": "write it to .stdin, and close that",
+    "input": "write to .stdin, and close it",
 }
 _POLL_SECONDS = 0.25
 
@@ -159,7 +159,9 @@ class Guest:
             '>2\n'
         """
         if not isinstance(script, str):
-            raise TypeError(f"a script is a str, not {type(script).__name__}; vm.run() takes lists")
+            raise TypeError(
+                f"a script must be a str, not {type(script).__name__}; for a list of words, use vm.run()"
+            )
         return self.run(["/bin/sh", "-c", script], **same)
 
     def popen(
@@ -192,7 +194,7 @@ class Guest:
         for name, value in (("check", check), ("timeout", timeout), ("input", input)):
             if value is not None:
                 raise ConfigError(
-                    f"popen does not wait for the program's end, so it has no {name}=",
+                    f"popen takes no {name}=, because it does not wait for the program",
                     remedy=_INSTEAD[name],
                 )
         with self.engine.explained():
@@ -295,7 +297,7 @@ class Guest:
         """
         if not isinstance(text, str):
             raise TypeError(
-                f"a text is a str, not {type(text).__name__}; vm.push() copies any file"
+                f"text must be a str, not {type(text).__name__}; to copy any file, use vm.push()"
             )
         with self.engine.explained():
             transfer.write_text(self.engine.stream_script, path, text)
@@ -420,7 +422,10 @@ class Guest:
                 running.machine.screenshot(file)
             data = picture.read_bytes()
             if not data:
-                raise MonitorError("QEMU has written no picture")
+                raise MonitorError(
+                    "QEMU has written an empty screenshot",
+                    remedy="use QEMU 7.1 or newer, built with PNG support",
+                )
         Path(path).write_bytes(data)
 
     def qmp(self, command: str, **arguments: object) -> Any:
@@ -475,7 +480,7 @@ class Guest:
 
 
 class _Snapshot:
-    """What `Guest.snapshot` returns: no generator, which would roll back when it is dropped."""
+    """The result of `Guest.snapshot`. A generator would roll back if it were dropped."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -491,7 +496,7 @@ class _Snapshot:
 
 
 def _warn_of(what: str, source: StrPath, left_out: Sequence[str]) -> None:
-    """Warn whoever called the method that calls this, if something was left out."""
+    """Warn the caller of the method that calls this, if something was left out."""
     if left_out:
         text = f"{os.fspath(source)} was {what} without {transfer.in_words(left_out)}"
         warnings.warn(text, stacklevel=3)

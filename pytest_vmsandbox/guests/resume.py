@@ -1,8 +1,8 @@
-"""Resumes guests: what is wrong in one that was saved, or paused, is put right, and checked.
+"""Resumes guests that were saved or paused. It corrects what is wrong in them, and checks that.
 
-Its clock stands at the moment in which it was saved, and its random numbers are those of every
-other guest that goes on from there. What a test has done to its clock is kept: that is noted before
-its processors stop.
+The clock of such a guest shows when it was saved. Its random numbers are the same as in other guests
+that go on from there. If a test has set the clock, it keeps its difference to this host's clock. We
+note that difference before the guest's CPUs stop.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.machine.machine import Machine
 
-CLOCK_SECONDS = 0.05  # by which a guest's clock may be wrong when a test gets it
+CLOCK_SECONDS = 0.05  # allowed error of a guest's clock when a test gets the guest
 _CLOCK_TRIES = 20
 _LEAD_TRIES = 3
-_MEANT_SECONDS = 2.0  # by which a clock is wrong because somebody has set it; a boot makes less
+_MEANT_SECONDS = 2.0  # a larger error means that a test has set the clock; a boot causes less
 _SEED_BYTES = 64
 _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n"
 
 
 def from_state(machine: Machine, helper: Helper) -> None:
-    """Let a machine go on whose state was loaded; its helper knows the lead of its clock.
+    """Resume a machine whose state was loaded. Its helper knows the lead of its clock.
 
     Raises:
-        GuestLost: it does not answer, or something in it cannot be put right.
+        GuestLost: it does not answer, or something in it cannot be corrected.
     """
     helper.assume()
     machine.resume()
@@ -35,13 +35,13 @@ def from_state(machine: Machine, helper: Helper) -> None:
 
 
 def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
-    """Give a guest a name other than that of the guest that was saved.
+    """Rename a guest that has the name of the saved guest.
 
     Args:
-        in_files: whether a boot gives the system its name in files, too.
+        in_files: whether the system also has its name in files.
 
     Raises:
-        GuestLost: it could not be given.
+        GuestLost: the guest could not be renamed.
     """
     helper.set_hostname(hostname)
     if in_files:
@@ -50,10 +50,10 @@ def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
 
 
 def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> None:
-    """Pause a machine that somebody uses; `from_pause` keeps what was done to its clock.
+    """Pause a machine that is in use. `from_pause` keeps the difference of its clock.
 
     Args:
-        timeout: seconds for its helper to answer; None for the helper's patience.
+        timeout: seconds for its helper to answer; None for the helper's default.
 
     Raises:
         GuestLost: it does not answer.
@@ -63,7 +63,7 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
 
 
 def _lead(helper: Helper, timeout: float | None) -> float:
-    """By how many seconds somebody has set a guest's clock ahead of this host's."""
+    """The seconds by which a test has set a guest's clock ahead of this host's."""
     least, most = helper.read_lead(timeout)
     for _ in range(_LEAD_TRIES - 1):
         if most - least <= CLOCK_SECONDS:
@@ -78,22 +78,22 @@ def _width(span: tuple[float, float]) -> float:
 
 
 def from_pause(machine: Machine, helper: Helper) -> None:
-    """Let a machine go on that ran before and has been paused since.
+    """Resume a paused machine.
 
     Raises:
         GuestLost: it does not answer, or its clock cannot be set.
     """
-    started, number = wall(), helper.send_clock()  # it waits there when the processors go on
+    started, number = wall(), helper.send_clock()  # the request waits there until the CPUs run
     machine.resume()
     if helper.clock_error(number, started) > CLOCK_SECONDS:
         set_clock(helper)
 
 
 def set_clock(helper: Helper) -> None:
-    """Set a guest's clock to this host's, or as far ahead as it was, and see that it is right.
+    """Set a guest's clock to this host's time plus its lead, and check it.
 
     Raises:
-        GuestLost: it cannot be set.
+        GuestLost: the clock cannot be set.
     """
     errors = []
     for _ in range(_CLOCK_TRIES):
@@ -101,7 +101,7 @@ def set_clock(helper: Helper) -> None:
         if errors[-1] <= CLOCK_SECONDS:
             return
     raise GuestLost(
-        f"the clock of the guest is wrong by {min(errors):.3f} s, and cannot be set right",
+        f"the guest's clock is wrong by {min(errors):.3f} s and cannot be corrected",
         stage="command",
-        remedy="the host may have too much to do",
+        remedy="this machine may be overloaded: run fewer guests or workers at a time",
     )

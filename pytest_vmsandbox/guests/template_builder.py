@@ -1,4 +1,4 @@
-"""Builds templates: a guest is booted once, prepared, and saved when it is quiet."""
+"""Builds templates: boots a guest once, prepares it, and saves it when it is quiet."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from pytest_vmsandbox.guests.templates import MEMORY, STATE, Template, TemplateS
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
 
-_QUIET_SECONDS = 0.5  # how long a guest is watched
-_QUIET_SHARE = 0.15  # of a processor; an idle one takes about 0.04 under emulation
-_SETTLE_SECONDS = 120.0  # after which a guest that is never quiet is saved all the same
+_QUIET_SECONDS = 0.5  # the interval in which we measure a guest's CPU time
+_QUIET_SHARE = 0.15  # of a CPU; an idle guest takes about 0.04 under emulation
+_SETTLE_SECONDS = 120.0  # after which a guest is saved even if it is not quiet
 _SYSTEMD_SECONDS = 300.0
-_TRIES = 3  # to have a template that is not damaged, and that nobody else throws away
+_TRIES = 3  # to get a template that is not damaged, and that nobody else removes
 
 
 class NoTemplateError(LaunchError):
-    """There can be no template of these guests here; they can be booted all the same."""
+    """There can be no template of these guests here. They can still be booted."""
 
 
 class _StepError(Exception):
-    """What a step has raised is its argument: no fault of the builder's."""
+    """A step raised an error, which is the argument. The builder is not to blame."""
 
 
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
-    """What the template of guests to which these steps were done is called."""
+    """The key of the template of guests after these steps."""
     hardware, user = blueprint.hardware, blueprint.built.definition.user
     parts: list[object] = [blueprint.digest]
     for step in steps:
@@ -65,14 +65,14 @@ class OpenTemplate:
 
     Attributes:
         template: the template.
-        about: what it is of, for people.
-        key: the key that opens them.
-        memory: their memory, which they cannot change.
-        lock: the descriptor of its lock.
-        damage: what of the template is damaged, once that is known; see `Template.damage`. It raises
-            `ImageError` if the image below it is.
-        checked: set when its first clone was seen to be reached through its network.
-        stack: lets go of it.
+        about: its name for people.
+        key: opens the clones.
+        memory: the clones' memory, which they cannot change.
+        lock: the descriptor of the template's lock.
+        damage: what is damaged, once that is known; see `Template.damage`. It raises `ImageError` if
+            the image below is damaged.
+        checked: is set when the network of its first clone was checked.
+        stack: closes the template.
     """
 
     template: Template
@@ -85,41 +85,41 @@ class OpenTemplate:
     checked: threading.Event = field(default_factory=threading.Event)
 
     def fault(self, *, anew: bool) -> str:
-        """What is wrong with the template, once all of it was read; empty if nothing is.
+        """What is wrong with the template, after all of it was read; empty if nothing is.
 
         Args:
-            anew: read it once more, since a clone could not be had.
+            anew: read it again, because a clone failed.
 
         Raises:
             ImageError: the image below it is damaged.
         """
         if error := self.damage.exception():
-            raise error.with_traceback(None)  # or it would grow with each test
+            raise error.with_traceback(None)  # else it would grow with each test
         return self.damage.result() or (self.template.damage() if anew else "")
 
     def check(self) -> None:
-        """Look whether it is worth going on with a clone; quick enough to be called often.
+        """Check for known damage. It is quick enough to be called often.
 
         Raises:
-            LaunchError: the template is known to be damaged, or the image below it.
+            LaunchError: the template, or the image below it, is known to be damaged.
         """
         if self.damage.done() and (self.damage.exception() or self.damage.result()):
             raise LaunchError(f"the template of {self.about} is damaged")
 
     def check_current(self) -> None:
-        """Look whether what was opened by name since belongs to this template.
+        """Check that files that were opened by name belong to this template.
 
         Raises:
-            LaunchError: another run has thrown it away, and may have made it anew.
+            LaunchError: another run has removed it, and may have built it again.
         """
         with suppress(OSError):
             if os.path.samestat(os.fstat(self.lock), (self.template.folder / IN_USE).stat()):
                 return
-        raise LaunchError(f"another run has thrown away the template of {self.about}")
+        raise LaunchError(f"another run has removed the template of {self.about}")
 
 
 class TemplateBuilder:
-    """Builds templates, and opens those that are there, until the end of its context."""
+    """Builds and opens templates, until the end of its context."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -137,10 +137,10 @@ class TemplateBuilder:
         self._digests.shutdown(wait=False, cancel_futures=True)
 
     def obtain(self, blueprint: Blueprint, steps: Sequence[Step] = ()) -> OpenTemplate:
-        """The open template of guests to which `steps` were done; it is made if there is none.
+        """The open template of guests after `steps`. It is built if it is missing.
 
         Raises:
-            NoTemplateError: there can be none.
+            NoTemplateError: it cannot be built.
             ImageError: the image is damaged.
             VMSandboxError: the guest does not boot, or a step failed.
         """
@@ -150,7 +150,7 @@ class TemplateBuilder:
         return self._open[key]
 
     def drop(self, opened: OpenTemplate, fault: str) -> None:
-        """Let go of a template with a fault; it is made anew when it is asked for."""
+        """Close and remove a template with a fault. It is built again when it is needed."""
         self._open.pop(opened.template.key, None)
         opened.stack.close()
         self._throw_away(opened.template, opened.about, fault)
@@ -160,7 +160,7 @@ class TemplateBuilder:
             self._tell_of_damage(about, fault)
 
     def _tell_of_damage(self, about: str, fault: str) -> None:
-        self._callbacks.tell(f"the template of {about} was damaged ({fault}); it is made anew")
+        self._callbacks.tell(f"the template of {about} was damaged ({fault}), so it is built again")
 
     def _opened(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
         about = _about(blueprint, steps)
@@ -186,7 +186,7 @@ class TemplateBuilder:
                             f"the template of {about} cannot be opened: {error}"
                         ) from error
                     self._throw_away(template, about, fault)
-        raise NoTemplateError(f"the template of {about} is damaged again and again")
+        raise NoTemplateError(f"the template of {about} was damaged {_TRIES} times in a row")
 
     def _damage(self, template: Template, blueprint: Blueprint) -> str:
         if damage := template.damage():
@@ -200,12 +200,12 @@ class TemplateBuilder:
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
         blueprint.built.verified()
         about = _about(blueprint, steps)
-        waits = f"another run is building the template of {about}; waiting for it"
+        waits = f"waiting: another run is building the template of {about}"
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             if why := self._store.unreadable(key):
                 self._tell_of_damage(about, why)
-            self._callbacks.say(f"preparing {about}: once, until something of it changes")
+            self._callbacks.say(f"preparing {about} (once, and again when its inputs change)")
             with ExitStack() as stack:
                 below = self._below(blueprint, steps[:-1], stack) if steps else None
                 return self._build(folder, blueprint, steps, below)
@@ -223,18 +223,18 @@ class TemplateBuilder:
             ) from error
 
     def _below(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Template:
-        """The template that another one is made from: held, and as it was when it was built."""
+        """The undamaged template that another one is made from. `stack` holds it."""
         key, about = template_key(blueprint, steps), _about(blueprint, steps)
         for _ in range(_TRIES):
             template = self._store.get(key) or self._made(key, blueprint, steps)
             with ExitStack() as own:
-                with suppress(FileNotFoundError):  # then it is gone, or its lock
+                with suppress(FileNotFoundError):  # it, or its lock, is gone
                     own.enter_context(self._store.hold(template.folder))
                 if not (fault := template.damage()):
                     stack.push(own.pop_all())
                     return template
             self._throw_away(template, about, fault)
-        raise NoTemplateError(f"the template of {about} is damaged again and again")
+        raise NoTemplateError(f"the template of {about} was damaged {_TRIES} times in a row")
 
     def _build(
         self, folder: Path, blueprint: Blueprint, steps: Sequence[Step], below: Template | None
@@ -250,7 +250,7 @@ class TemplateBuilder:
             if below is not None:
                 with below.memory.open("rb", buffering=0) as source:
                     memory.copy(source, ram)
-            if identity is not None:  # QEMU opens it by itself
+            if identity is not None:  # QEMU opens the file itself, as that user
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
                 blueprint.disks(hypervisor.cache, below.layers if below is not None else ())
@@ -261,14 +261,16 @@ class TemplateBuilder:
                 name=name,
                 key=pair,
                 disks=disks,
-                logs=self._callbacks.logs(known_as),  # for who waits for the template
+                logs=self._callbacks.logs(known_as),  # for the test that waits for the template
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
             )
             facts: Facts = None
             with self._backend.engine(machines) as engine:
                 if not engine.has_helper:
-                    raise NoTemplateError(f"{blueprint.image} has no helper in its guests")
+                    raise NoTemplateError(
+                        f"the image {blueprint.image} does not have the helper (images/helper)"
+                    )
                 guest = Guest(engine)
                 if steps:
                     try:
@@ -293,12 +295,12 @@ class TemplateBuilder:
 
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:
-    """What a template is of, for people."""
+    """The name of a template for people."""
     return f"{blueprint.image} ({steps[-1].about})" if steps else blueprint.image
 
 
 def _as_built(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
-    """The guest that becomes a template: with the last step's network, and who does that step."""
+    """The blueprint for building a template: with the network and the user of the last step."""
     if not steps:
         return blueprint.with_user(blueprint.built.definition.user)
     network = steps[-1].network
@@ -308,14 +310,14 @@ def _as_built(blueprint: Blueprint, steps: Sequence[Step]) -> Blueprint:
 
 
 def doer(blueprint: Blueprint, step: Step) -> str:
-    """The user of the guest who does a step."""
+    """The guest's user who does a step."""
     return blueprint.hardware.user if step.personal else blueprint.built.definition.user
 
 
 def settle(guest: Guest, blueprint: Blueprint) -> None:
-    """Wait until a guest is quiet, so that its clones are.
+    """Wait until a guest is quiet, so its clones are quiet, too.
 
-    What every test needs is run once before, so that it lies in the guest's memory.
+    Before that, run once what every test needs, so it is in the guest's memory.
     """
     if blueprint.built.definition.init == "systemd":
         with suppress(CommandTimeout):
@@ -341,14 +343,14 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
 
 
 def grow(guest: Guest, blueprint: Blueprint) -> None:
-    """Let the root file system use all of a disk that is larger than the image's."""
+    """Grow the root file system to a disk that is larger than the image's."""
     size = blueprint.hardware.disk
     if size is not None and size != blueprint.built.definition.disk_size:
         guest.run(["resize2fs", "/dev/vda"], user="root", timeout=_SETTLE_SECONDS)
 
 
 def _keep_layers(folder: Path, disks: Disks, below: Template | None) -> list[list[str]]:
-    """Put what was written to each disk into the folder: what is below it, and what is new."""
+    """Put into the folder what was written to each disk: linked lower layers, and the new layer."""
     layers = []
     for disk, files in enumerate(disks.overlays):
         names = [layer_name(disk, depth) for depth in range(len(files))]

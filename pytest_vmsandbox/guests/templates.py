@@ -1,8 +1,8 @@
-"""Templates: guests whose state was saved while they were quiet, in the user's cache.
+"""Templates: saved guests in the user's cache. They were saved while they were quiet.
 
-A template is a folder: the guest's memory, the state of its devices, what it had written to each
-disk, and the key that opens it. Nobody writes to it. It is named by the digest of all that it
-depends on, so it is never stale, only unused.
+A template is a folder with the guest's memory, the state of its devices, what it had written to each
+disk, and the key that opens it. Nobody writes to it. Its name is a digest of everything that it depends
+on, so it is never stale, only unused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Template(Entry):
 
     @property
     def key(self) -> str:
-        """What it is called: the digest of all that it depends on."""
+        """Its name: the digest of everything that it depends on."""
         return self.folder.name
 
     @property
@@ -35,22 +35,22 @@ class Template(Entry):
 
     @property
     def name(self) -> str:
-        """What the guest was called when it booted."""
+        """The guest's name when it booted."""
         return str(self.record["name"])
 
     @property
     def layers(self) -> tuple[tuple[Path, ...], ...]:
-        """For each disk the files with what was written to it, lowest first."""
+        """For each disk, the files with what was written to it, lowest first."""
         return tuple(tuple(self.folder / name for name in names) for names in self.record["layers"])
 
     @property
     def disk(self) -> str:
-        """The digest of the image's disk below them; empty where there is none."""
+        """The digest of the image's disk below them; empty without a disk."""
         return str(self.record["disk"])
 
     @property
     def facts(self) -> dict[str, object]:
-        """What whoever saved it wants to know of it."""
+        """Values that its builder has kept with it."""
         return dict(self.record["facts"])
 
     @property
@@ -64,7 +64,7 @@ class Template(Entry):
         return (self.folder / PRIVATE_KEY).read_text(encoding="utf-8")
 
     def state(self) -> IO[bytes]:
-        """The state of its devices, to be read once."""
+        """The state of its devices, open for reading."""
         return (self.folder / STATE).open("rb", buffering=0)
 
 
@@ -75,5 +75,5 @@ class TemplateStore(Store[Template]):
         super().__init__(cache, TEMPLATES, Template)
 
     def of_image(self, image: str) -> list[Path]:
-        """Where the templates of an image lie."""
+        """The folders of an image's templates."""
         return [template.folder for template in self.all() if template.image == image]

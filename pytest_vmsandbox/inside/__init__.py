@@ -1,1 +1,1 @@
-"""Tests that run inside a guest: what goes there, and the session that runs them."""
+"""Tests inside guests: what goes to a guest, and the session that runs the tests there."""

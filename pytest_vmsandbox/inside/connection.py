@@ -1,4 +1,4 @@
-"""The connection to the supervisor in a guest, which starts sessions of pytest and passes on what they say."""
+"""The connection to the supervisor in a guest. It starts sessions of pytest and relays their messages."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
-_PING_SECONDS = 15.0  # of silence, after which it is asked whether the guest is still there
-_ANSWER_SECONDS = 5.0  # that it then has; scaled
-_ATTACH_SECONDS = 30.0  # for the supervisor to greet; scaled
-_MAX_MESSAGES = 100_000  # that answer one request; live output does not count
-_MAX_BYTES = 256 << 20  # of them
-# A supervisor that is there already is left alone. $0: Python, $1: the runner, $2: the folder.
+_PING_SECONDS = 15.0  # of silence, after which we check that the guest answers
+_ANSWER_SECONDS = 5.0  # for that answer; longer on a slow host
+_ATTACH_SECONDS = 30.0  # for the supervisor to greet; longer on a slow host
+_MAX_MESSAGES = 100_000  # in answer to one request; live output does not count
+_MAX_BYTES = 256 << 20  # of these messages
+# Does nothing if there is a supervisor. $0: Python, $1: the runner, $2: the folder.
 _SERVE = '[ -S "$2/socket" ] || "$0" "$1" serve "$2"'
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestPaths:
-    """Where things lie in a guest.
+    """Where things are in a guest.
 
     Attributes:
         python: the interpreter that runs tests.
         runner: the folder `runner`.
-        folder: of the supervisor's socket, for the user alone.
+        folder: of the supervisor's socket, private to the user.
     """
 
     python: str
@@ -60,10 +60,10 @@ class Connection:
     ) -> Iterator[Connection]:
         """Start a supervisor in the guest unless there is one, and attach to it.
 
-        Args:
-            serve: start one; else there is one.
+        The supervisor goes on after the context, and you can attach to it again.
 
-        At the end it is let go of; it goes on, and can be attached to again.
+        Args:
+            serve: whether to start one if there is none.
 
         Raises:
             GuestLost: the guest is gone.
@@ -88,14 +88,14 @@ class Connection:
         except TimeoutError:
             raise self._silent() from None
         if "attached" not in message:
-            raise broken("no greeting", message)
+            raise broken("its first message was no greeting", message)
 
     def expect(self) -> None:
-        """From here on, so many messages are heard, and no more, until this is called again."""
+        """Begin to count messages. Their number is limited until the next call."""
         self._answers, self._weight = 0, self._decoder.weight
 
     def ask(self, message: Mapping[str, object]) -> None:
-        """Send a message that others answer; see `expect`.
+        """Send a message that the session will answer; see `expect`.
 
         Raises:
             GuestLost: the guest, or the way to it, is gone.
@@ -120,8 +120,8 @@ class Connection:
         """The next message.
 
         Raises:
-            TimeoutError: none came within `timeout` seconds, but the guest is there.
-            GuestLost: the guest, or the way to it, is gone, or what came is no message.
+            TimeoutError: no message came within `timeout` seconds, but the guest answers.
+            GuestLost: the guest or the way to it is gone, or the message is invalid.
         """
         deadline = Deadline(timeout)
         while not self._waiting:
@@ -130,20 +130,20 @@ class Connection:
             except TimeoutError:
                 if not deadline.expired:
                     self._ping()
-            if deadline.expired and not self._waiting:  # it may speak, but says nothing
+            if deadline.expired and not self._waiting:  # pongs may have come, but no message
                 raise TimeoutError
         message = self._waiting.popleft()
         self._answers += "output" not in message
         if self._answers > _MAX_MESSAGES or self._decoder.weight - self._weight > _MAX_BYTES:
-            raise broken("more messages than there can be")
+            raise broken(f"it sent more than {_MAX_MESSAGES:,} messages, or {_MAX_BYTES >> 20} MiB")
         return message
 
     def signal(self, name: str) -> None:
-        """Send a signal to the session's process group; DUMP lets it write all its stacks."""
+        """Send a signal to the session's process group. DUMP lets it write all its stacks."""
         self.say({"do": "signal", "name": name})
 
     def _receive(self, timeout: float) -> bool:
-        """Take what comes next; whether that were messages, or only a part of one."""
+        """Read the next bytes. Returns whether they completed a message."""
         data = self._process.receive(timeout)
         if not data:
             raise self._lost()
@@ -152,7 +152,7 @@ class Connection:
         return bool(messages)
 
     def _ping(self) -> None:
-        """Look whether the guest still answers; a test may be silent for as long as it likes."""
+        """Check that the guest still answers. A test may be silent for any time."""
         self.say({"do": "ping", "n": 0})
         deadline = Deadline(_ANSWER_SECONDS * self.patience)
         try:
@@ -165,19 +165,19 @@ class Connection:
         return GuestLost(
             f"{self.guest.name} does not answer any more",
             stage="ssh",
-            remedy="did the test take the guest's network down, or stop all of its processes?",
+            remedy="check whether the test takes the guest's network down, or stops all processes",
         )
 
     def _lost(self) -> GuestLost:
         try:
             self.guest.run(["true"], timeout=_ANSWER_SECONDS * self.patience)
         except GuestLost as lost:
-            if lost.stage != "ssh":  # the machine itself tells why
+            if lost.stage != "ssh":  # QEMU knows the reason
                 return lost
         except VMSandboxError:
             pass
         return GuestLost(
             f"the process in {self.guest.name} that runs the tests is gone",
             stage="command",
-            remedy="did the test kill all processes, or delete what it did not make?",
+            remedy="check whether the test kills all processes, or deletes files that it did not make",
         )

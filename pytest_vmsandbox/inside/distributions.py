@@ -1,4 +1,4 @@
-"""The Python distributions of this machine: which stay here, and what a guest gets of the others."""
+"""The Python distributions of this machine: which stay here, and what guests get of the others."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ OURSELVES = "pytest-vmsandbox"
 SITES = {"site-packages", "dist-packages"}
 ENV = "/opt/vmsandbox/env"  # the virtual environment in the guest
 _FIRST_LINE = f"#!{ENV}/bin/python\n"
-# What the installation of a wheel has added.
+# Files that are added when a wheel is installed.
 _OF_THE_INSTALLER = frozenset({"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"})
 
-# A guest gets none of these, and nothing that only they need.
+# Guests do not get these, nor what only these need.
 LEFT_OUT = frozenset(
     {
         OURSELVES,
-        # They install, and nothing can be installed from within a guest.
+        # They install packages. Guests have no network for that.
         *("pip", "uv", "wheel"),
-        # They start test runs, or look at the sources.
+        # They start test runs, or check sources.
         *("mypy", "nox", "pre-commit", "ruff", "tox"),
-        # Plugins that select tests, which is done here.
+        # Plugins that select tests. That happens here.
         *("pytest-picked", "pytest-shard", "pytest-split", "pytest-testmon"),
     }
 )
-# Plugins that do their work where the run is: here. They are installed in the guest, for conftest
-# files that import them, and not loaded there.
+# Plugins that work on this side. They are installed in guests, because conftest files may import them,
+# but not loaded there.
 HOST_ONLY = frozenset(
     {"pytest-cov", "pytest-forked", "pytest-reportlog", "pytest-timeout", "pytest-xdist"}
 )
 
 
 def installed(sys_path: Sequence[str] | None = None) -> dict[str, Distribution]:
-    """The distributions on `sys_path` (default: Python's own) by canonical name.
+    """The distributions on `sys_path` (default: ``sys.path``) by canonical name.
 
-    Of several with one name, the first counts, as it does for an import.
+    If several have one name, the first counts, as for an import.
     """
     return _installed(tuple(sys.path if sys_path is None else sys_path))
 
 
-@cache  # reading all metadata takes a tenth of a second, and nothing is installed during a run
+@cache  # reading all metadata takes 0.1 s, and nothing is installed during a run
 def _installed(path: tuple[str, ...]) -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
     for distribution in distributions(path=list(path)):
-        # A removal may leave metadata without a name. Asking for its key makes Python 3.12 warn.
+        # An uninstall may leave metadata without a name. Python 3.12 warns if we ask for its key.
         if name := dict(distribution.metadata.items()).get("Name"):  # type: ignore[attr-defined]
             found.setdefault(canonicalize_name(name), distribution)
     return found
 
 
 def sources(distribution: Distribution) -> Iterator[str]:
-    """The folders of this machine that a distribution may be the project in.
+    """The folders on this machine that may hold the project of a distribution.
 
-    The first is the one that holds its metadata, an entry of ``sys.path``.
+    The first holds its metadata. It is an entry of ``sys.path``.
     """
     yield str(distribution.locate_file(""))
     found = _origin(distribution)
@@ -75,7 +75,7 @@ def sources(distribution: Distribution) -> Iterator[str]:
 
 
 def is_editable(distribution: Distribution) -> bool:
-    """Whether a distribution is imported from where its project is."""
+    """Whether a distribution is imported from its project's folder."""
     editable = _origin(distribution).get("dir_info", {}).get("editable", False)
     return bool(editable) or _is_developed(distribution)
 
@@ -91,7 +91,7 @@ def _is_developed(distribution: Distribution) -> bool:
 
 
 def _origin(distribution: Distribution) -> dict[str, Any]:
-    """What ``direct_url.json`` says (PEP 610); empty for what came from a package index."""
+    """The content of ``direct_url.json`` (PEP 610); empty for a distribution from an index."""
     try:
         found = json.loads(distribution.read_text("direct_url.json") or "{}")
     except ValueError:
@@ -100,12 +100,12 @@ def _origin(distribution: Distribution) -> dict[str, Any]:
 
 
 def requirements_of(distribution: Distribution) -> Iterator[Requirement]:
-    """What a distribution needs, with all its extras, on all Pythons and platforms."""
+    """The requirements of a distribution, with all extras, for all Pythons and platforms."""
     for line in distribution.requires or ():
         try:
             yield Requirement(line)
         except InvalidRequirement:
-            continue  # it is older than PEP 508; pip ignores it, too
+            continue  # older than PEP 508; pip ignores it, too
 
 
 def is_imported(name: str) -> bool:
@@ -125,7 +125,7 @@ def providers(module: str) -> list[str]:
 
 
 def console_scripts(distribution: Distribution) -> dict[str, bytes]:
-    """The programs of a distribution as files for the folder bin of `ENV`, by name."""
+    """The programs of a distribution by name, as files for the folder bin of `ENV`."""
     return {
         entry.name: (
             f"{_FIRST_LINE}import sys\n"
@@ -134,14 +134,14 @@ def console_scripts(distribution: Distribution) -> dict[str, bytes]:
             f"    sys.exit({entry.attr}())\n"
         ).encode()
         for entry in distribution.entry_points.select(group="console_scripts")
-        if "/" not in entry.name and entry.attr  # else: no file name, or nothing to call
+        if "/" not in entry.name and entry.attr  # otherwise no file name, or nothing to call
     }
 
 
 def move_programs(site_packages: Path, folder: Path) -> None:
     """Make the programs of all distributions in `site_packages`, in a new folder.
 
-    uv has put them into a folder there, for this machine's Python.
+    uv has put programs for this machine's Python into a folder there.
     """
     theirs = site_packages / "bin"
     theirs.mkdir(exist_ok=True)
@@ -158,21 +158,21 @@ def move_programs(site_packages: Path, folder: Path) -> None:
 def _for_the_guest(script: bytes) -> bytes:
     """A program with the guest's Python in its first line, if that names a Python."""
     first, _, rest = script.partition(b"\n")
-    if first == b"#!/bin/sh" and rest.startswith(b"'''exec'"):  # for a path that is too long
+    if first == b"#!/bin/sh" and rest.startswith(b"'''exec'"):  # for long paths
         rest = rest.split(b"\n", 2)[-1]
     elif not (first.startswith(b"#!") and b"python" in first):
         return script
     return _FIRST_LINE.encode() + rest
 
 
-# -- wheels of what lies unpacked here --------------------------------------------------------------
+# -- wheels made from installed distributions -------------------------------------------------------
 #
-# Some packages are published as sources only. What was built of them for this environment fits any
-# guest, as long as nothing in it is compiled.
+# Some packages are published as sources only. What was built for this environment works in any guest,
+# if nothing in it is compiled.
 
 
 def is_pure(distribution: Distribution) -> bool:
-    """Whether all of a distribution is Python for any system, and its metadata say so."""
+    """Whether a distribution is pure Python for any system, according to its metadata."""
     lines = (distribution.read_text("WHEEL") or "").splitlines()
     tags = [line.partition(":")[2].strip() for line in lines if line.startswith("Tag:")]
     return "Root-Is-Purelib: true" in lines and any(
@@ -181,7 +181,7 @@ def is_pure(distribution: Distribution) -> bool:
 
 
 def make_wheel(distribution: Distribution, folder: Path) -> Path | None:
-    """Pack a distribution again as a wheel in `folder`; None if it is not pure, or not whole."""
+    """Pack an installed distribution as a wheel in `folder`; None if it is not pure or not complete."""
     if not is_pure(distribution):
         return None
     files = dict(_files(distribution))
@@ -201,7 +201,7 @@ def make_wheel(distribution: Distribution, folder: Path) -> Path | None:
 
 
 def with_record(files: Mapping[str, bytes], info: str) -> dict[str, bytes]:
-    """The files of a distribution by path, and the RECORD of them in its folder `info`."""
+    """The files of a distribution by path, with their RECORD in its folder `info`."""
     lines = []
     for path, content in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
@@ -210,13 +210,13 @@ def with_record(files: Mapping[str, bytes], info: str) -> dict[str, bytes]:
 
 
 def _files(distribution: Distribution) -> Iterator[tuple[Path, Path]]:
-    """The files of a distribution by their paths below site-packages, but for programs and bytecode."""
+    """The files of a distribution by path below site-packages, without programs and bytecode."""
     for path in distribution.files or ():
         name = Path(path)
         if (
             not name.is_absolute()
             and {"..", "__pycache__"}.isdisjoint(name.parts)
-            and name.parts[0] != "bin"  # where uv puts programs; they are made anew
+            and name.parts[0] != "bin"  # uv puts programs there; we make them again
             and not (name.parent.suffix == ".dist-info" and name.name in _OF_THE_INSTALLER)
         ):
             yield name, Path(str(distribution.locate_file(path)))

@@ -1,12 +1,11 @@
-"""What is installed in a guest for the tests that run there, prepared on this machine.
+"""Prepares on this machine what is installed in guests for tests inside.
 
-A guest has Python, but neither pip nor a network. So the distributions that tests need are resolved
-and unpacked here, kept in the cache, and pushed as files. uv does that, for the guest's Python and
-platform, from wheels: nothing of them is run, and this process's own environment is not touched.
-Where there are sources only, the wheel is made here, of what is installed here or of what uv builds.
+A guest has Python, but neither pip nor a network. So uv resolves and unpacks the distributions here,
+for the guest's Python and platform. We keep them in the cache and push them as files. uv uses wheels:
+it runs none of their code, and does not touch this process's environment. For a distribution without
+wheels, we make a wheel from what is installed here or from what uv builds.
 
-A failure is a `TransferError`: files that the guest needs could not be brought there. What is
-invalid is a `ConfigError`.
+A failure is a `TransferError`. Invalid input is a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from pytest_vmsandbox.inside.wire import broken
 
 OLDEST_PYTHON = (3, 9)
 _PROBE = Path(__file__).with_name("runner") / "probe.py"
-_GLIBC = (17, 28, *range(31, 41))  # minor versions that uv has a platform of
+_GLIBC = (17, 28, *range(31, 41))  # minor versions for which uv has a platform
 _MACHINES = ("x86_64", "aarch64")
 _DETAILS_LIMIT = 8_000  # characters of uv's own text in an error
-# uv's variables that contradict the arguments it is given here.
+# uv's variables that contradict our arguments.
 _NOT_FOR_UV = ("UV_COMPILE_BYTECODE", "UV_REQUIRE_HASHES", "UV_WORKING_DIR")
 _NO_WHEEL = re.compile(
     r"wheels are (?:required|available) for `(?P<a>[^`]+)`"
@@ -70,51 +69,51 @@ class GuestPython:
 
     @property
     def platform(self) -> str:
-        """What uv calls it. The newest glibc that uv knows stands for newer ones.
+        """The name of this platform for uv. For a newer glibc it is that of the newest known one.
 
         Raises:
-            TransferError: there are no wheels for it, or no pytest.
+            TransferError: there are no wheels or no pytest for it.
         """
         if self.version < OLDEST_PYTHON:
             raise TransferError(
-                f"the guest's Python {self} is too old:"
-                f" tests in a guest need {_dotted(OLDEST_PYTHON)} or newer",
-                remedy="choose an image with a newer Python",
+                f"Python {self} in the guest is too old: tests inside guests need Python"
+                f" {_dotted(OLDEST_PYTHON)} or newer",
+                remedy="use an image with a newer Python",
             )
         known = [minor for minor in _GLIBC if (2, minor) <= self.libc]
         if self.machine not in _MACHINES or not known:
             libc = f"glibc {_dotted(self.libc)}" if self.libc else "no glibc"
             raise TransferError(
                 f"there are no wheels for the guest: it is {self.machine} with {libc}",
-                remedy=f"choose an image for {' or '.join(_MACHINES)}, with glibc 2.{_GLIBC[0]} or newer",
+                remedy=f"use an image for {' or '.join(_MACHINES)} with glibc 2.{_GLIBC[0]} or newer",
             )
         return f"{self.machine}-manylinux_2_{known[-1]}"
 
 
 def probe(guest: Guest) -> tuple[GuestPython, str]:
-    """Ask a guest for its Python, and the path of it.
+    """The Python of a guest, and its path.
 
     Raises:
-        TransferError: it has no Python that works.
+        TransferError: the guest has no Python that works.
         GuestLost: the guest is gone.
     """
     try:
         done = guest.run(["python3", "-I", "-S", "-"], input=_PROBE.read_text("utf-8"))
     except CommandError as error:
         raise TransferError(
-            f"{guest.name} has no Python that works",
+            f"python3 does not work in {guest.name}",
             details=error.details,
-            remedy="tests run inside guests that have Python 3.9 or newer. Other guests can be "
-            "driven from here, with the fixture vm",
+            remedy="use an image with Python 3.9 or newer. Without Python, you can drive a guest by the "
+            "fixture vm",
         ) from error
     return parse_probe(done.stdout)
 
 
 def parse_probe(text: str) -> tuple[GuestPython, str]:
-    """What ``runner/probe.py`` has printed.
+    """Parse the output of ``runner/probe.py``.
 
     Raises:
-        GuestLost: it is anything else.
+        GuestLost: the output is invalid.
     """
     try:
         facts = json.loads(text)
@@ -126,7 +125,7 @@ def parse_probe(text: str) -> tuple[GuestPython, str]:
         )
         return python, str(facts["executable"])
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise broken("no facts about its Python", text) from error
+        raise broken("it did not describe its Python", text) from error
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -145,29 +144,28 @@ def prepare(
     say: Callable[[str], object],
     tell: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Entry]:
-    """Have a guest's environment in the cache, and keep it there. If it is there, uv is not needed.
+    """Hold a guest's environment in the cache. It is made with uv if it is not there.
 
-    What goes into the folders site-packages and bin of `distributions.ENV` is in folders of these
-    names.
+    Its folders site-packages and bin go into the folders with these names in `distributions.ENV`.
 
     Args:
-        requirements: what it holds.
-        python: what it is for.
-        offline: use only what uv has in its own cache.
-        say: is told what takes long.
-        tell: is told that it was damaged, and is made anew.
+        requirements: what to install.
+        python: the Python to install it for.
+        offline: use only uv's own cache.
+        say: gets lines about long waits.
+        tell: gets a line if the environment was damaged and is made again.
 
     Raises:
-        TransferError: it cannot be made: uv is missing, a distribution has no wheel for the guest,
+        TransferError: it cannot be made: uv is missing, a distribution has no wheel for the guest, or
             the package index cannot be reached.
         CacheError: it cannot be kept.
-        TeardownError: what was made in vain cannot be removed.
+        TeardownError: making it failed, and what was made cannot be removed.
     """
     store = Store(cache_dir(), ENVIRONMENTS, Entry)
     digest = requirements.digest(python)
 
     def fill(folder: Path, lock: int) -> dict[str, object]:
-        say(f"preparing the packages for the guest's Python {python}")
+        say(f"preparing packages for Python {python} in guests")
         with tempfile.TemporaryDirectory(dir=folder) as work:
             uv = Uv(requirements, python, offline=offline, lock=lock, work=Path(work), tell=tell)
             resolved = uv.resolve()
@@ -179,15 +177,15 @@ def prepare(
     with ExitStack() as stack:
         environment, why = store.get(digest), store.unreadable(digest)
         if environment is not None:
-            with suppress(FileNotFoundError):  # another run removes it, to make room
+            with suppress(FileNotFoundError):  # another run has removed it to make room
                 stack.enter_context(store.hold(environment.folder))
             if why := environment.damage():
                 store.throw_away(digest, environment)
                 environment = None
         if why:
-            tell(f"the packages for the guest were damaged ({why}); they are made anew")
+            tell(f"the cached packages for guests were damaged ({why}), so they are prepared again")
         if environment is None:
-            on_busy = "waiting for another run that is preparing packages for a guest"
+            on_busy = "waiting: another run is preparing packages for guests"
             environment = store.make(digest, fill, on_busy=lambda: say(on_busy))
             stack.enter_context(store.hold(environment.folder))
         yield environment
@@ -198,15 +196,15 @@ def prepare(
 
 @dataclass
 class Uv:
-    """uv, as a program, which finds out which distributions a guest needs, and unpacks them.
+    """Runs the program uv, which resolves and unpacks distributions for a guest.
 
     Args:
-        requirements: what is resolved.
-        python: for whom.
+        requirements: what to resolve.
+        python: the Python to resolve it for.
         offline: use only uv's cache.
-        lock: a descriptor that uv inherits: while it runs, the lock is held.
-        work: an empty folder for files of ours.
-        tell: is told what is left out.
+        lock: a descriptor that uv inherits, so the lock is held while uv runs.
+        work: an empty folder for our files.
+        tell: gets a line for each distribution that is left out.
     """
 
     requirements: Requirements
@@ -215,17 +213,16 @@ class Uv:
     lock: int
     work: Path
     tell: Callable[[str], object]
-    _without_wheel: set[str] = field(default_factory=set, init=False)  # uv complained of them last
+    _without_wheel: set[str] = field(default_factory=set, init=False)  # from uv's last error
 
     def resolve(self) -> Path:
-        """Write the versions of all that is to be installed into a file.
+        """Resolve the requirements to versions. Returns a file with them.
 
-        Where something has no wheel, one is made here if it is pure Python; else it is left out if
-        nobody has imported it here.
+        If a distribution has no wheel, we make one here if it is pure Python. If not, it is left out,
+        unless somebody has imported it here.
 
         Raises:
-            TransferError: the requirements cannot be met, uv is missing, or it has nothing for that
-                Python.
+            TransferError: the requirements cannot be met, uv is missing, or it knows no such Python.
         """
         self._wheels.mkdir()
         tried: set[str] = set()
@@ -239,15 +236,15 @@ class Uv:
                 tried |= names
 
     def install(self, resolved: Path, target: Path) -> None:
-        """Unpack the wheels of what `resolve` found into the folder `target`, which is made.
+        """Unpack the wheels that `resolve` found into the new folder `target`.
 
         Raises:
-            TransferError: one of them cannot be had.
+            TransferError: a wheel cannot be downloaded.
         """
         self._run(
             "install",
             *("--no-deps", "--no-compile-bytecode"),
-            *("--link-mode", "copy"),  # uv's cache shares no file with ours
+            *("--link-mode", "copy"),  # our cache must not share files with uv's
             *("--target", os.fspath(target)),
             *("--requirements", os.fspath(resolved)),
         )
@@ -259,7 +256,7 @@ class Uv:
         return self.work / "wheels"
 
     def _do_without_index(self, name: str) -> bool:
-        """Make the wheel of a distribution that the index does not have, or leave it out."""
+        """Make a wheel that the index does not have, or leave the distribution out."""
         here = installed().get(name)
         wanted = self.requirements.lines_of(name)
         allowed = [Requirement(line).specifier for line in wanted]
@@ -271,13 +268,13 @@ class Uv:
             return False
         self.requirements = self.requirements.without(name)
         self.tell(
-            f"{name} is not in the guest: it has no wheel for the guest's Python, and no test here "
-            "has imported it yet"
+            f"{name} is not installed in guests: it has no wheel for their Python, and nothing has "
+            "imported it on this machine"
         )
         return True
 
     def _build(self, name: str, wanted: Sequence[str]) -> bool:
-        """Let uv build a distribution here; False if that does not work, or it is not pure Python."""
+        """Let uv build a distribution here. Returns False if that fails, or it is not pure Python."""
         target = self.work / f"built-{name}"
         arguments = ["--no-deps", "--no-binary", name, "--target", os.fspath(target), *wanted]
         try:
@@ -290,7 +287,7 @@ class Uv:
     def _compile(self) -> Path:
         requirements = self.requirements
         dropped = [f"{name} ; python_version < '3'" for name in requirements.dropped]
-        # uv keeps to the versions that its output names already, as far as it can.
+        # uv prefers the versions that are in its output file already.
         resolved = self._write("resolved.txt", requirements.preferred)
         self._run(
             "compile",
@@ -311,7 +308,7 @@ class Uv:
     def _run(self, command: str, *arguments: str, only_wheels: bool = True) -> None:
         wheels = ["--only-binary", ":all:", "--python-version", str(self.python)]
         wheels += ["--python-platform", self.python.platform]
-        # Folders of wheels besides the index. For uv, an argument would replace the variable.
+        # Folders with further wheels. The argument replaces uv's variable, so we repeat its value.
         theirs = filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))
         folders = (*theirs, os.fspath(self._wheels))
         done = subprocess.run(
@@ -339,21 +336,21 @@ class Uv:
         no_network = self.offline and "network was disabled" in text.replace("\n", " ")
         found = {name for match in _NO_WHEEL.findall(text) for name in match if name}
         self._without_wheel = set() if no_network else {*map(canonicalize_name, found)}
-        brief = "the packages for the guest cannot be had"
+        brief = "uv cannot get the packages for the guest"
         remedy = (
-            f"name other requirements in {SETTING}, or another package index in"
+            f"change the requirements in {SETTING} (ini file), or set another package index in"
             " UV_DEFAULT_INDEX or uv.toml"
         )
         if no_network:
-            brief = "the run is offline, and uv's cache does not hold all packages for the guest"
-            remedy = "run these tests once with the network"
+            brief = "the run is offline, and uv's cache does not have all packages for the guest"
+            remedy = "run these tests once without --vm-offline"
         elif found:
             python = "{}.{}".format(*self.python.version)
             names = ", ".join(sorted(found))
             brief = f"no wheel for the guest (Python {python}, {self.python.machine}) of: {names}"
             remedy = (
-                f"name in {SETTING} what the tests need in the guest, without it, or build a wheel"
-                " of it for that Python and name its folder in UV_FIND_LINKS"
+                f"list in {SETTING} (ini file) what the tests need in the guest, without {names}; or"
+                " build a wheel for that Python and name its folder in UV_FIND_LINKS"
             )
         details = text if len(text) <= _DETAILS_LIMIT else f"{text[:_DETAILS_LIMIT]}…"
         return TransferError(brief, details=details, remedy=remedy)
@@ -371,7 +368,7 @@ def _find_uv() -> str:
         return find_uv_bin()
     except (ImportError, FileNotFoundError) as error:
         raise TransferError(
-            "uv is missing: it gets the packages for tests in a guest",
+            "uv is missing. It is needed to get the packages for tests inside guests",
             details=str(error),
-            remedy=f"{sys.executable} -m pip install uv",
+            remedy=f"install it: {sys.executable} -m pip install uv",
         ) from error

@@ -1,4 +1,4 @@
-"""What tests need in a guest, put there: its Python environment, the project, the runner."""
+"""Puts into a guest what tests inside need: the Python environment, the project and the runner."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from pytest_vmsandbox.inside.requirements import Requirements
 from pytest_vmsandbox.inside.tree import Tree, divide_push
 
 BASE = "/opt/vmsandbox"
-_FORMAT = 1  # goes into each digest: raise it when what is made of the same input changes
+_FORMAT = 1  # part of each digest: raise it when the same input gives another result
 RUNNER = Path(__file__).with_name("runner")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What tests need.
+    """What tests inside need.
 
     Attributes:
         tree: the project's files.
         outside: files of folders outside of the project.
         project: how it is imported, and its metadata.
-        requirements: what is installed besides.
-        offline: never touch the network.
-        say: told of long waits.
-        tell: told of what does not go as it should.
+        requirements: what else is installed.
+        offline: never use the network.
+        say: gets lines about long waits.
+        tell: gets lines about problems.
     """
 
     tree: Tree
@@ -65,13 +65,13 @@ class Payload:
 
         Args:
             root: pytest's rootdir.
-            entries: what is installed, see `Requirements.of_entries`; without any, what is
-                installed here.
-            more: see `Tree.of`; the project's modules go in any case. Folders outside of `root`
-                may be among them.
-            offline: never touch the network.
-            say: told of long waits.
-            tell: told of what does not go as it should; default: `say`.
+            entries: what to install, see `Requirements.of_entries`; without any, what is installed
+                here.
+            more: see `Tree.of`; may contain folders outside of `root`. The project's modules go in any
+                case.
+            offline: never use the network.
+            say: gets lines about long waits.
+            tell: gets lines about problems; default: `say`.
 
         Raises:
             ConfigError: an entry, or the tree, is invalid.
@@ -88,8 +88,8 @@ class Payload:
         for tree in trees:
             files = sum(entry.kind == "file" for entry in tree.entries.values())
             tell(
-                f"vm_push sends {tree.root}, which is outside of the rootdir, to guests: "
-                f"{files:,} file{'s' * (files != 1)}"
+                f"vm_push sends {files:,} file{'s' * (files != 1)} of {tree.root}, outside of the "
+                "rootdir, to guests"
             )
         return cls(
             tree=Tree.of(root, more=[*inner, *project.modules]),
@@ -104,13 +104,13 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """A guest that has what tests need.
+    """Where things are in a guest that has what tests need.
 
     Attributes:
         place: of the interpreter and the runner.
         tree: the project's folder in the guest.
-        outside: folders outside of the project: from what each is called here to what it is there.
-        path: what stands first on `sys.path`.
+        outside: folders outside of the project: path here → path there.
+        path: the first entries of ``sys.path``.
         programs: the folder of installed programs, the first on ``PATH``.
     """
 
@@ -133,10 +133,10 @@ def install(guest: Guest, payload: Payload) -> Installed:
 
 
 def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
-    """Where in a guest things lie, once both steps were taken; the same in every guest."""
+    """Where things are in a guest after both steps. It is the same in every guest."""
     project, folders = payload.project, [tree.root for tree in payload.outside]
     there, outside = f"{BASE}/src/{project.root.name}", {}
-    if folders:  # all lie there as they lie here, so that relative paths lead to them
+    if folders:  # relative paths between folders are the same there and here
         common = os.path.commonpath([payload.tree.root, *folders])
         there = f"{BASE}/src/{payload.tree.root.relative_to(common)}"
         outside = {str(here): f"{BASE}/src/{here.relative_to(common)}" for here in folders}
@@ -150,7 +150,7 @@ def layout(guest: Guest | None, payload: Payload) -> Installed:  # noqa: ARG001
 
 
 def environment_step(payload: Payload) -> Step:
-    """The Python environment in a guest, without the project: it seldom changes."""
+    """The step that installs the Python environment, without the project. It seldom changes."""
     runner = [file.read_text(encoding="utf-8") for file in sorted(RUNNER.rglob("*.py"))]
     return Step(
         digest=payload.requirements.digest(_FORMAT, runner),
@@ -162,7 +162,7 @@ def environment_step(payload: Payload) -> Step:
 
 
 def project_digest(payload: Payload) -> str:
-    """SHA-256, in hex, of what `install_project` puts there; of files, not their content but their times."""
+    """SHA-256, in hex, of what `install_project` puts there. For files it covers times, not content."""
     trees = [asdict(tree) for tree in (payload.tree, *payload.outside)]
     parts = [asdict(payload.project), *trees]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -172,8 +172,8 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     """Put the Python environment of the tests into a guest, and the runner.
 
     Raises:
-        TransferError: the guest has no usable Python, or something cannot be had for it.
-        CacheError: that cannot be kept.
+        TransferError: the guest has no usable Python, or its packages cannot be prepared.
+        CacheError: the packages cannot be kept.
         ConfigError: the requirements are invalid.
         GuestLost: the guest is gone.
     """
@@ -186,11 +186,11 @@ def install_environment(guest: Guest, payload: Payload) -> None:
     )
     home = posixpath.dirname(executable)
     files = {
-        # Not pytest.ini: a pytest that a test starts in the tree would find it above.
+        # Not called pytest.ini: a pytest that a test starts in the tree would find it.
         "session.ini": "[pytest]\n",
-        # A virtual environment, but for its packages; none of the guest's own tools is needed.
+        # A virtual environment without packages. Making it takes no tool of the guest.
         "env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = true\n",
-        # The project's own files lie beside it, whatever Python this is.
+        # The project's files are outside of it, so they do not depend on the Python's version.
         f"env/{packages}/vmsandbox.pth": f"import site; site.addsitedir('{BASE}/project')\n",
     }
     contents = {name: text.encode() for name, text in files.items()}
@@ -224,7 +224,7 @@ def install_project(guest: Guest, payload: Payload) -> None:
 
 @contextmanager
 def _folder(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A folder with some files, whose modes are right for a guest."""
+    """A temporary folder with some files, with modes for a guest."""
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
         base = Path(folder)
         base.chmod(0o755)

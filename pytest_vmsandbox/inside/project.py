@@ -1,4 +1,4 @@
-"""The project under test as this machine has it: what a guest needs besides its tree."""
+"""The project under test on this machine: what a guest needs besides its tree."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from packaging.utils import canonicalize_name
 from pytest_vmsandbox.core.errors import TransferError
 from pytest_vmsandbox.inside import distributions
 
-_SOURCES = ("src", "", "lib", "python")  # where a project's modules may lie, likeliest first
+_SOURCES = (
+    "src",
+    "",
+    "lib",
+    "python",
+)  # folders that may hold a project's modules, likeliest first
 _METADATA = ("entry_points.txt", "top_level.txt")
 _WHEEL = (
     "Wheel-Version: 1.0\nGenerator: pytest-vmsandbox\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 )
 _CODE = {".py", ".so"}
-_EDITABLE = re.compile(r"_*editable")  # the start of what build backends call their finders
+_EDITABLE = re.compile(r"_*editable")  # the start of the names of build backends' finders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +40,13 @@ class Project:
 
     Args:
         root: pytest's rootdir.
-        names: canonical names of the installed distributions whose source is the tree at `root`;
-            several in a workspace, none if none of it is installed.
-        import_roots: POSIX paths relative to `root` that stand first on ``sys.path`` in the guest;
+        names: canonical names of the installed distributions whose source is the tree at `root`.
+            A workspace has several. If nothing of it is installed, there are none.
+        import_roots: POSIX paths relative to `root` that come first on ``sys.path`` in the guest.
             ``""`` is `root` itself, and ``..`` leads to folders outside of it.
-        modules: POSIX paths relative to `root` of the distributions' modules, folders and files. All
-            that is in them is imported or read here, also what git ignores: a file with the version
-            that a build has written, what is compiled, catalogues of translations.
+        modules: POSIX paths relative to `root` of the distributions' modules, files and folders. They
+            go to the guest completely, including what git ignores: generated versions, compiled
+            modules, translations.
         metadata: files for site-packages by path: the distributions' ``.dist-info`` folders.
         scripts: files for the folder bin by name: the distributions' programs.
     """
@@ -61,8 +66,8 @@ class Project:
 
         Args:
             root: pytest's rootdir.
-            sys_path: what it is imported from here; default: ``sys.path``.
-            outside: folders elsewhere that go to the guest, too, without links.
+            sys_path: the import path on this machine; default: ``sys.path``.
+            outside: folders elsewhere that also go to the guest, with links resolved.
 
         Raises:
             TransferError: a module that is installed here is not in the tree.
@@ -96,9 +101,9 @@ class Project:
 
 
 def foreign_folder(module: str, root: Path) -> Path | None:
-    """The folder that a top-level module is imported from here, if no guest has it.
+    """The folder of a top-level module on this machine, if guests do not have it.
 
-    That is one that is neither in the project at `root` nor installed.
+    Guests have modules of the project at `root` and installed ones.
     """
     paths = sysconfig.get_paths()
     known = [root, *(Path(paths[name]) for name in ("stdlib", "platstdlib", "scripts"))]
@@ -111,7 +116,7 @@ def foreign_folder(module: str, root: Path) -> Path | None:
 
 
 def _folders_of(module: str) -> list[Path]:
-    """The folders, without links, that a top-level module is imported from here."""
+    """The folders, with links resolved, from which a top-level module is imported here."""
     spec = None
     with suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(module)
@@ -123,7 +128,7 @@ def _folders_of(module: str) -> list[Path]:
 
 
 class _ProjectFolder:
-    """A project's folder, and others that go along, apart from the virtual environments in them."""
+    """A project's folder and further folders, without the virtual environments in them."""
 
     def __init__(self, root: Path, outside: Sequence[Path] = ()) -> None:
         self.root = Path(os.path.realpath(root))
@@ -131,7 +136,7 @@ class _ProjectFolder:
         self._name = _declared_name(self.root)
 
     def relative(self, path: str) -> str | None:
-        """The POSIX path of a folder of the tree, relative to the root; None for what is none."""
+        """The POSIX path of a folder of the tree, relative to the root; None if it is not in the tree."""
         folder = Path(os.path.realpath(path or "."))
         tops = [top for top in (self.root, *self._outside) if folder.is_relative_to(top)]
         if not tops or not folder.is_dir():
@@ -154,12 +159,12 @@ class _ProjectFolder:
     def where(
         self, module: str, import_roots: Iterable[str], distribution: Distribution
     ) -> str | None:
-        """The folder that a top-level module of a distribution is imported from.
+        """The folder from which a top-level module of a distribution is imported.
 
-        None if it has none: it is built at its import, or is not what its name says.
+        None without a folder: an import hook builds it, or it has another name.
 
         Raises:
-            TransferError: it is installed here, and is not in the tree.
+            TransferError: the module is installed here, but is not in the tree.
         """
         folders: Iterable[str | None] = (*import_roots, *_SOURCES)
         if is_editable := distributions.is_editable(distribution):  # a finder may find it
@@ -170,16 +175,16 @@ class _ProjectFolder:
         if is_editable:
             return None
         raise TransferError(
-            f"{module!r} of {canonicalize_name(distribution.name)} is installed here, but "
-            f"{self.root} does not have it: a guest gets the tree",
-            remedy="what is compiled must be built in the tree (`pip install -e .`), by a Python of"
-            " the guest's version",
+            f"the module {module!r} of {canonicalize_name(distribution.name)} is installed on this"
+            f" machine, but not in {self.root}. Guests get only what is in that folder",
+            remedy="if the module is compiled, build it in that folder (`pip install -e .`), with the"
+            " guest's version of Python",
         )
 
     def places(self, where: str, module: str) -> list[str]:
         """The POSIX paths of a top-level module, relative to the root; none behind a link."""
         base = self.root / where
-        if Path(os.path.realpath(base)) != base:  # nor of a folder outside, which goes as it is
+        if Path(os.path.realpath(base)) != base:  # also for folders outside: they go completely
             return []
         folder = [base / module] if (base / module).is_dir() else []
         places = (*folder, *_files(base, module))
@@ -195,9 +200,9 @@ def _files(base: Path, module: str) -> Iterator[Path]:
 
 
 def _declared_name(root: Path) -> str | None:
-    """The canonical name that a project gives itself."""
+    """The canonical name in a project's metadata."""
     name: object = None
-    with suppress(OSError, ValueError, AttributeError):  # missing, or not for us to judge
+    with suppress(OSError, ValueError, AttributeError):  # missing or invalid: not our concern
         tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
         poetry = tables.get("tool", {}).get("poetry", {})
         name = tables.get("project", {}).get("name") or poetry.get("name")
@@ -214,7 +219,7 @@ def _modules(distribution: Distribution, name: str) -> list[str]:
     if (listed := distribution.read_text("top_level.txt")) is not None:
         found = set(listed.split())
     else:
-        files = distribution.files or ()  # paths, from site-packages on
+        files = distribution.files or ()  # paths relative to site-packages
         found = {file.parts[0].partition(".")[0] for file in files if file.suffix in _CODE}
     found = {module for module in found if module.isidentifier() and not _EDITABLE.match(module)}
     if not found and distributions.is_editable(distribution):
@@ -223,7 +228,7 @@ def _modules(distribution: Distribution, name: str) -> list[str]:
 
 
 def _metadata(name: str, distribution: Distribution) -> dict[str, bytes]:
-    """The files of a ``.dist-info`` without code, by path below site-packages."""
+    """The files of a ``.dist-info`` folder by path below site-packages."""
     folder = f"{name.replace('-', '_')}-{distribution.version}.dist-info"
     texts = {file: distribution.read_text(file) for file in _METADATA}
     texts["METADATA"] = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO")

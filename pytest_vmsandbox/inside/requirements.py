@@ -1,4 +1,4 @@
-"""What is to be installed in a guest for the tests that run there."""
+"""What has to be installed in a guest for tests inside."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from pytest_vmsandbox.inside import distributions
 from pytest_vmsandbox.inside.distributions import LEFT_OUT, OURSELVES
 
 SETTING = "vm_requirements"
-_FORMAT = 2  # goes into each digest: raise it when what is made of the same input changes
+_FORMAT = 2  # part of each digest: raise it when the same input gives another result
 _OLDEST_PYTEST = "8.4"
 _NESTED = re.compile(r"^\s*(?:-r|-c|--requirement|--constraint)[=\s]*(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """What a guest's environment is to hold; `of_host` and `of_entries` make it.
+    """The requirements of a guest's environment. `of_host` and `of_entries` make them.
 
     Args:
-        root: the project's folder. uv is started there and finds its settings from there.
-        lines: PEP 508 requirements; the first is that of pytest.
-        preferred: ``name==version`` of what is taken where nothing speaks against it.
-        dropped: names that are not installed, whoever needs them.
+        root: the project's folder. uv runs there and finds its settings from there.
+        lines: PEP 508 requirements; the first is pytest's.
+        preferred: ``name==version`` of preferred versions.
+        dropped: names that are not installed, even if others need them.
         files: further sources for uv (files of requirements, pyproject.toml), relative to `root`.
         options: further arguments of ``uv pip compile``.
-        contents: what stands in those files, for the digest.
+        contents: the content of those files, for the digest.
     """
 
     root: Path
@@ -57,29 +57,29 @@ class Requirements:
     ) -> Requirements:
         """The same distributions as here, in the same versions if the guest's Python allows it.
 
-        What this environment was asked for is asked for again: everything that nothing else needs,
-        except for `LEFT_OUT`. The rest follows from it.
+        We require everything here that nothing else needs, except `LEFT_OUT`. The rest follows from
+        that.
 
         Args:
             root: the project's folder.
-            projects: canonical names of the distributions that come as a tree. What they need is
-                mirrored.
-            say: is told the distributions that cannot be had again: those that were installed
-                from a folder, a file or a repository.
+            projects: canonical names of the distributions that come as a tree. Their requirements are
+                included.
+            say: gets a line about distributions that no index has, because they were installed from a
+                folder, a file or a repository.
         """
         here = distributions.installed()
         local = {name for name in here.keys() - LEFT_OUT if distributions.is_local(here[name])}
         local -= {*projects, "pytest"}
         if local:
             say(
-                f"not in the guest, since no package index has them: {', '.join(sorted(local))}"
-                f" (installed here from a folder, a file or a repository)"
+                f"not installed in guests, because they do not come from a package index:"
+                f" {', '.join(sorted(local))} (installed here from a folder, a file or a repository)"
             )
         dropped = {*local, *projects, OURSELVES} - {"pytest"}
         trees = here.keys() & {*local, *projects}
         roots = _roots(here) - LEFT_OUT - dropped
         kept = set(map(_bare, _graph(here, {"pytest", *roots, *trees})))
-        # What they need without any extra, for all Pythons and platforms.
+        # Their requirements without extras, for all Pythons and platforms.
         needs = [need for name in trees for need in distributions.requirements_of(here[name])]
         lines = {*roots, *(str(need) for need in needs if "extra" not in str(need.marker or ""))}
         return cls(
@@ -93,23 +93,22 @@ class Requirements:
     def of_entries(
         cls, root: Path, entries: Sequence[str], projects: Collection[str] = ()
     ) -> Requirements:
-        """What the setting `vm_requirements` names, and pytest.
+        """The requirements in the ini key `vm_requirements`, and pytest.
 
         Args:
             root: the project's folder.
-            entries: each is ``.`` (what the project in `root` needs), ``extra:NAME`` (that, and
-                what its optional dependencies of that name need), ``group:NAME`` (a dependency
-                group of its pyproject.toml), the path of a file of requirements relative to
-                `root`, or a requirement such as ``requests>=2``.
+            entries: each is ``.`` (the requirements of the project in `root`), ``extra:NAME`` (these
+                and the extra's), ``group:NAME`` (a dependency group of its pyproject.toml), the path of
+                a file of requirements relative to `root`, or a requirement such as ``requests>=2``.
             projects: canonical names of the distributions that come as a tree.
 
         Raises:
-            ConfigError: an entry is none of these, or what it names does not exist.
+            ConfigError: an entry is invalid, or what it names does not exist.
         """
         lines = [_pytest_requirement(distributions.installed().get("pytest"))]
         files: dict[str, None] = {}
         contents: list[str] = []
-        # A tree is not installed a second time, but what it needs is, also by way of `-e .`.
+        # A tree is not installed a second time, but its requirements are, even by `-e .`.
         options = [word for name in sorted(projects) for word in ("--no-emit-package", name)]
         tables: dict[str, Any] = {}
         for entry in entries:
@@ -135,7 +134,7 @@ class Requirements:
         )
 
     def with_one(self, name: str) -> Requirements:
-        """These, and one more distribution, in the version of this environment if it can be had."""
+        """These and one more distribution, in this environment's version if possible."""
         if name in self.dropped:
             return self
         here = distributions.installed().get(name)
@@ -146,11 +145,11 @@ class Requirements:
         )
 
     def lines_of(self, name: str) -> list[str]:
-        """What is required of one distribution."""
+        """The requirements for one distribution."""
         return [line for line in self.lines if canonicalize_name(Requirement(line).name) == name]
 
     def without(self, name: str) -> Requirements:
-        """These, but for one distribution, whoever needs it."""
+        """These without one distribution, even if others need it."""
         gone = self.lines_of(name)
         return replace(
             self,
@@ -159,10 +158,10 @@ class Requirements:
         )
 
     def digest(self, *more: object) -> str:
-        """SHA-256, in hex, of all that decides what is installed, but for the package index.
+        """SHA-256, in hex, of everything that decides what is installed, except the package index.
 
         Args:
-            more: what else plays a part: values that JSON has, and dataclasses of those.
+            more: further parts of the digest: JSON values, and dataclasses of these.
         """
         fields = {**asdict(self), "root": None}
         text = json.dumps([_FORMAT, fields, *more], sort_keys=True, default=asdict)
@@ -171,12 +170,11 @@ class Requirements:
 
 # -- what is installed here -------------------------------------------------------------------------
 #
-# Which distributions need which is a graph. Its nodes are names, and for what an extra of one
-# needs, ``name[extra]``.
+# A graph of distributions and what they need. A node is a name, or ``name[extra]``.
 
 
 def _graph(here: Mapping[str, Distribution], nodes: Iterable[str]) -> dict[str, set[str]]:
-    """Those of some nodes that are here, and all that they need; each with what it needs."""
+    """Some nodes that are installed here, with all that they need: node → nodes that it needs."""
     graph: dict[str, set[str]] = {}
     todo = [*nodes]
     while todo:
@@ -188,9 +186,9 @@ def _graph(here: Mapping[str, Distribution], nodes: Iterable[str]) -> dict[str, 
     return graph
 
 
-@cache  # metadata is read, and `_graph` asks several times
+@cache  # it reads metadata, and `_graph` asks several times
 def _needed(distribution: Distribution, extra: str) -> set[str]:
-    """The nodes that a distribution needs, with markers seen from here."""
+    """The nodes that a distribution needs, with markers evaluated on this machine."""
     found = set()
     for needed in distributions.requirements_of(distribution):
         if not needed.marker or needed.marker.evaluate({"extra": extra}):
@@ -200,7 +198,7 @@ def _needed(distribution: Distribution, extra: str) -> set[str]:
 
 
 def _roots(here: Mapping[str, Distribution]) -> set[str]:
-    """Names that nobody else needs; of those that need each other in a ring, the first."""
+    """Names that no other distribution needs. Of a cycle, the first name."""
     graph = _graph(here, here)
     needed = {(_bare(node), _bare(target)) for node, targets in graph.items() for target in targets}
     roots = here.keys() - {target for node, target in needed if target != node}
@@ -209,7 +207,7 @@ def _roots(here: Mapping[str, Distribution]) -> set[str]:
         if name not in covered:
             roots.add(name)
             covered |= _graph(here, {name})
-    if sys.version_info < (3, 12):  # a new environment has it by itself: nobody asked for it
+    if sys.version_info < (3, 12):  # a new environment has it by default: nobody asked for it
         roots.discard("setuptools")
     return roots
 
@@ -219,7 +217,7 @@ def _bare(node: str) -> str:
 
 
 def _pytest_requirement(pytest: Distribution | None) -> str:
-    """pytest, not newer than here: the guest's reports must be understood."""
+    """pytest, not newer than here, because this side must understand the guest's reports."""
     wanted = f"pytest>={_OLDEST_PYTEST}"
     try:
         return f"{wanted},<={Version(pytest.version).public}" if pytest else wanted
@@ -231,10 +229,10 @@ def _pytest_requirement(pytest: Distribution | None) -> str:
 
 
 def _pyproject(root: Path, entry: str) -> dict[str, Any]:
-    """What pyproject.toml says of requirements.
+    """The tables of pyproject.toml about requirements.
 
     Raises:
-        ConfigError: it is missing or cannot be read.
+        ConfigError: the file is missing or cannot be read.
     """
     try:
         tables = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
@@ -245,10 +243,10 @@ def _pyproject(root: Path, entry: str) -> dict[str, Any]:
 
 
 def _pyproject_options(tables: Mapping[str, Any], entry: str, kind: str, name: str) -> list[str]:
-    """Arguments of uv for an entry that is about pyproject.toml.
+    """Arguments of uv for an entry that refers to pyproject.toml.
 
     Raises:
-        ConfigError: the file has no such thing.
+        ConfigError: the file does not have what the entry names.
     """
     if kind == "group":
         _check_known(entry, name, tables.get("dependency-groups", {}))
@@ -256,7 +254,9 @@ def _pyproject_options(tables: Mapping[str, Any], entry: str, kind: str, name: s
     if "project" not in tables:
         raise _bad_entry(entry, "pyproject.toml has no table [project]")
     if "dependencies" in tables["project"].get("dynamic", ()):
-        raise _bad_entry(entry, "only a build would tell: they are `dynamic`")
+        raise _bad_entry(
+            entry, "pyproject.toml has `dynamic` dependencies, known only after a build"
+        )
     if kind != "extra":
         return []
     _check_known(entry, name, tables["project"].get("optional-dependencies", {}))
@@ -266,12 +266,12 @@ def _pyproject_options(tables: Mapping[str, Any], entry: str, kind: str, name: s
 def _check_known(entry: str, name: str, known: Collection[str]) -> None:
     if canonicalize_name(name) not in map(canonicalize_name, known):
         those = ", ".join(sorted(known)) or "none"
-        raise _bad_entry(entry, f"pyproject.toml has no such name, but: {those}")
+        raise _bad_entry(entry, f"pyproject.toml does not have {name!r}. It has: {those}")
 
 
 def _plain_requirement(entry: str) -> str:
     if entry.endswith((".txt", ".in", ".toml")):
-        raise _bad_entry(entry, "there is no such file")
+        raise _bad_entry(entry, "this file does not exist")
     try:
         return str(Requirement(entry))
     except InvalidRequirement as error:
@@ -282,17 +282,16 @@ def _bad_entry(entry: str, why: str) -> ConfigError:
     return ConfigError(
         f"{SETTING}: {entry!r} is invalid",
         details=why,
-        remedy="name a file of requirements, relative to the project's root; group:NAME or"
-        " extra:NAME of the project's pyproject.toml; `.` for what the project itself needs;"
-        " or a requirement such as requests>=2",
+        remedy="use a file of requirements, relative to the rootdir; group:NAME or extra:NAME of"
+        " pyproject.toml; `.` for the project's own requirements; or a requirement such as requests>=2",
     )
 
 
 def _with_nested(file: Path, entry: str) -> list[str]:
-    """The text of a file of requirements, and of those that it includes.
+    """The text of a file of requirements, and of the files that it includes.
 
     Raises:
-        ConfigError: one of them cannot be read.
+        ConfigError: a file cannot be read.
     """
     found: dict[Path, str] = {}
     todo = [file]

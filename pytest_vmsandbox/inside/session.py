@@ -1,6 +1,6 @@
-"""A pytest session in a guest, driven item by item from here.
+"""A pytest session in a guest. This side tells it which item to run next.
 
-The supervisor in the guest starts it, and another one when the interpreter of the first has died.
+The supervisor in the guest starts it. If its interpreter dies, the supervisor starts another one.
 """
 
 from __future__ import annotations
@@ -20,25 +20,33 @@ from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.inside.connection import Connection
 from pytest_vmsandbox.inside.wire import Message, broken
 
-_DUMP_SECONDS = 2.0  # before a test is killed, all its stacks are asked for
-_FEW = 4  # tests that a guest has before it: it is told of more, several at once
-_EXIT_SECONDS = 5.0  # from a kill until it is told
-_MAX_OUTPUT = 16 << 20  # characters of live output that are kept, of what nobody waits for
+_DUMP_SECONDS = 2.0  # before its timeout, a test is asked for all stacks
+_FEW = 4  # announced tests; when a guest has fewer, we send it more, several at once
+_EXIT_SECONDS = 5.0  # from a kill until the message about it
+_MAX_OUTPUT = 16 << 20  # characters of live output that we keep while nobody waits for it
 _MAX_ITEMS = 1_000_000
-_MAX_TAIL = 64 << 10  # characters of what was written last
+_MAX_TAIL = 64 << 10  # characters of the last output
 _MAX_FRAME = 5_000  # characters of a line of a stack
 _MACHINERY = re.compile(r'  File ".*/(?:_pytest|pluggy|vmsandbox/runner)\b.*", line \d+ in ')
+_COLLECT, _WAKE = "the session did not collect the tests", "the session did not wake up"
+_RUN, _FINISH = "the test did not end", "the session did not tear down its fixtures"
+_REMEDIES = {  # of what took too long
+    _COLLECT: "make test files and conftest.py files quicker to import. This timeout is fixed",
+    _RUN: "give it more time: vm_test_timeout (ini file), test_timeout= of the marker vm, or the timeout "
+    "of pytest-timeout",
+    _FINISH: "make the teardown of session fixtures quicker. This timeout is fixed",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What a session has found.
+    """What a session has collected.
 
     Attributes:
         items: node id → the indices of its parameters (None for an item without any).
-        details: node id → location, keywords and marks, for files of which they were asked for.
-        failed: node id of a file or folder → the serialized report of why it could not be
-            collected, or was skipped as a whole.
+        details: node id → location, keywords and marks, for files where we asked for them.
+        failed: node id of a file or folder that could not be collected, or was skipped as a whole → the
+            serialized report.
     """
 
     items: dict[str, Mapping[str, int] | None] = field(default_factory=dict)
@@ -47,19 +55,19 @@ class Collected:
 
     @property
     def has_errors(self) -> bool:
-        """Whether there was an error, for which pytest ends with status 1."""
+        """Whether there was an error. pytest ends with status 1 then."""
         return any(report.get("outcome") == "failed" for report in self.failed.values())
 
 
 class How(TypedDict, total=False):
-    """How an item is run.
+    """How to run an item.
 
     Attributes:
-        next: the item that comes next, for whose sake fixtures stay.
-        more: whether any may come.
+        next: the next item, whose fixtures must stay.
+        more: whether more items may come.
         marks: name and reason of marks to add.
-        timed: whether the session is to tell when the item's function begins and ends.
-        attempt: how many attempts at it there were in other guests.
+        timed: whether the session tells us when the item's function begins and ends.
+        attempt: the number of earlier attempts in other guests.
     """
 
     next: str | None
@@ -70,15 +78,15 @@ class How(TypedDict, total=False):
 
 
 class RunEnded(Exception):
-    """A session has said that its run is to end before it had collected: its argument is the message."""
+    """A session ended the run before it had collected. The argument is its message."""
 
 
 class GuestSession:
-    """A pytest session in a guest that has collected, and runs what it is told to.
+    """A pytest session in a guest that has collected, and runs the items that we name.
 
     Attributes:
-        collected: what it has found.
-        announced: the items that are announced and not run yet, in order.
+        collected: what it has collected.
+        announced: the announced items that have not run yet, in order.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -88,7 +96,7 @@ class GuestSession:
         self._unsent: list[Message] = []  # the last of them
         self._running = False
         self._over = False
-        self._ending = False  # it tears all down already
+        self._ending = False  # it is already tearing everything down
         self._dumped: Deadline | None = None
         self._output = 0
 
@@ -100,14 +108,14 @@ class GuestSession:
 
         Args:
             config: see ``run`` in the runner's `process.py`.
-            timeout: seconds until it has collected.
+            timeout: seconds for collecting.
 
         Returns:
-            The session, and what it said besides: warnings, output.
+            The session, and its other messages: warnings, output.
 
         Raises:
-            InterpreterLost: it ended before it had collected, as it does after a usage error.
-            RunEnded: something there has ended the run.
+            InterpreterLost: it ended before it had collected, for instance with a usage error.
+            RunEnded: something in the guest ended the run.
             GuestLost: the guest is gone.
         """
         session = cls(connection)
@@ -115,7 +123,7 @@ class GuestSession:
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
-            message = session._hear(deadline, "collect the tests")
+            message = session._hear(deadline, _COLLECT)
             if "ready" in message:
                 return session, said
             if "interrupted" in message:
@@ -132,16 +140,16 @@ class GuestSession:
         fixtures: Mapping[str, str | None],
         timeout: float,
     ) -> tuple[GuestSession, list[Message]]:
-        """The session that waits in a guest that was cloned.
+        """The session that waits in a cloned guest.
 
         Args:
-            collected: what it has found, the attributes of `Collected`.
+            collected: what it has collected: the attributes of `Collected`.
             environment: variables that differ in each clone.
-            fixtures: values of those that are this side's.
-            timeout: seconds that it has to answer.
+            fixtures: values of this side's fixtures.
+            timeout: seconds for its answer.
 
         Returns:
-            The session, and what it said besides: what had not left the guest when that was saved.
+            The session, and its other messages that were still in the guest when it was saved.
 
         Raises:
             InterpreterLost: it does not answer.
@@ -154,11 +162,11 @@ class GuestSession:
         said: list[Message] = []
         deadline = Deadline(timeout)
         while True:
-            message = session._hear(deadline, "wake up")
+            message = session._hear(deadline, _WAKE)
             if "awake" in message:
                 return session, said
             if "output" not in message and "warning" not in message:
-                raise broken("no answer of a session that wakes up", message)
+                raise broken("a session that was woken did not answer", message)
             session._note(message, said)
 
     def _take(self, message: Message, said: list[Message]) -> None:
@@ -167,12 +175,12 @@ class GuestSession:
             if "items" in message:
                 for nodeid, indices, *details in message["items"]:
                     if printable(str(nodeid)) != str(nodeid):
-                        continue  # pytest gives no such names, and those of this side are shown
+                        continue  # pytest makes no such names, and we show those of this side
                     found.items[str(nodeid)] = indices if isinstance(indices, dict) else None
                     if details:
                         found.details[str(nodeid)] = details[0]
                 if len(found.items) > _MAX_ITEMS:
-                    raise broken(f"more than {_MAX_ITEMS} tests")
+                    raise broken(f"it collected more than {_MAX_ITEMS:,} tests")
             elif "failed" in message:
                 nodeid, report = message["failed"]
                 if not report or not isinstance(report, dict):
@@ -181,23 +189,23 @@ class GuestSession:
             else:
                 self._note(message, said)
         except (TypeError, ValueError) as error:
-            raise broken("a list of tests that is none", message) from error
+            raise broken("it sent an invalid list of tests", message) from error
 
     def announce(self, nodeid: str, **how: Unpack[How]) -> None:
-        """Let it run an item as soon as it is done with those before; `run` has to follow, and sends this."""
+        """Let it run an item right after the ones before. You must call `run` afterwards, which sends this."""
         self._unsent.append({"do": "run", "id": nodeid, **how})
         self.announced.append(nodeid)
 
     def run(
         self, nodeid: str, *, limit: float, call_limit: float | None = None, **how: Unpack[How]
     ) -> Iterator[Message]:
-        """Run one item; what the session says until it is done, ``done`` included.
+        """Run one item. Yields what the session says, up to and including ``done``.
 
         Args:
             nodeid: one of `collected`.
-            limit: seconds that it has.
-            call_limit: seconds that its function has, if it tells that.
-            how: unless it was announced.
+            limit: the item's timeout in seconds.
+            call_limit: the timeout of its function in seconds, if the item is `timed`.
+            how: unless the item was announced.
 
         Raises:
             InterpreterLost: the interpreter ended in the middle, or had to be killed.
@@ -208,7 +216,8 @@ class GuestSession:
         if self.announced.popleft() != nodeid:
             self.kill()
             raise InterpreterLost(
-                "it was to run the tests in another order", remedy="which plugin changes the order?"
+                "the tests were requested in a different order than announced to the guest",
+                remedy="look for a plugin that changes the order of tests while they run",
             )
         if self._unsent and len(self.announced) - len(self._unsent) < _FEW:
             self._connection.say(*self._unsent)
@@ -217,22 +226,22 @@ class GuestSession:
         self._running = True
         deadline = whole = Deadline(limit)
         while self._running:
-            message = self._hear(deadline, "end")
+            message = self._hear(deadline, _RUN)
             if "call" in message:
                 deadline = whole
                 if message["call"] and call_limit is not None and call_limit < whole.remaining():
                     deadline = Deadline(call_limit)
             if "done" in message:
                 if message["done"] != nodeid:
-                    raise broken("the end of a test that was not asked for", message["done"])
+                    raise broken("it ended another test", message["done"])
                 self._running = False
             yield message
 
     def interrupt(self, seconds: float) -> list[Message]:
-        """Let the session tear all down, as after Ctrl-C; kill it if it takes longer.
+        """Let the session tear everything down, as after Ctrl-C. Kill it after `seconds`.
 
         Returns:
-            What it said meanwhile.
+            Its messages meanwhile.
         """
         said: list[Message] = []
         with suppress(VMSandboxError, TimeoutError):
@@ -247,24 +256,24 @@ class GuestSession:
         """Let the session tear down what is left, and end.
 
         Returns:
-            What it said meanwhile.
+            Its messages meanwhile.
 
         Raises:
-            InterpreterLost: it did not end in `seconds`, and was killed.
+            InterpreterLost: it did not end within `seconds`, and was killed.
             GuestLost: the guest is gone.
         """
         if self._over:
             return []
-        if self._running or self.announced:  # nobody waits for what is in the middle of it
+        if self._running or self.announced:  # it is in the middle of a test: do not wait for that
             return self.interrupt(seconds)
         self._connection.ask({"do": "finish"})
         try:
             return self._until_exit(Deadline(seconds))
         except TimeoutError:
-            raise self._killed("tear down", seconds) from None
+            raise self._killed(_FINISH, seconds) from None
 
     def kill(self) -> str:
-        """End the interpreter and all of its process group; what it had written last."""
+        """Kill the interpreter and its process group. Returns its last output."""
         tail = ""
         if not self._over:
             with suppress(VMSandboxError, TimeoutError):
@@ -286,14 +295,14 @@ class GuestSession:
                 raise TimeoutError
 
     def _note(self, message: Message, said: list[Message]) -> None:
-        """Remember what was said; of output, which may have no end, so much and no more."""
+        """Remember a message. Output may be endless, so its size is limited."""
         if "output" in message:
             self._output += 100 + len(str(message["output"]))
         if "output" not in message or "exit" in message or self._output <= _MAX_OUTPUT:
             said.append(message)
 
     def _hear(self, deadline: Deadline, what: str) -> Message:
-        """The next message; a session that is late is asked for its stacks and killed."""
+        """The next message. After the deadline, the session is asked for its stacks and killed."""
         try:
             message = self._next(deadline)
         except TimeoutError:
@@ -307,6 +316,7 @@ class GuestSession:
             raise InterpreterLost(
                 "pytest in the guest failed: INTERNALERROR",
                 details=printable(str(message["internal"])),
+                remedy="the traceback shows which plugin or conftest.py raised the error: correct that",
             )
         return message
 
@@ -321,37 +331,36 @@ class GuestSession:
             self._dumped = deadline
             self._connection.signal("DUMP")
         message = self._connection.hear(deadline.remaining())
-        if deadline.expired and "output" in message:  # there may be no end of it
+        if deadline.expired and "output" in message:  # output may be endless
             raise TimeoutError
         return message
 
     def _killed(self, what: str, seconds: float) -> InterpreterLost:
         return InterpreterLost(
-            f"it did not {what} within {seconds:g} s, and its interpreter was killed",
+            f"{what} within {seconds:g} s, and its interpreter was killed",
             details=_stacks(self.kill()),
-            remedy="give it more time: vm_test_timeout, test_timeout= of the marker vm, or what "
-            "pytest-timeout is told",
+            remedy=_REMEDIES.get(what, ""),
         )
 
     def _ended(self, message: Message) -> InterpreterLost:
         try:
             status, tail = int(message["exit"]), printable(str(message["tail"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise broken("an end that is none", message) from error
+            raise broken("it sent an invalid exit status", message) from error
         if status == -signal.SIGKILL and (memory := self._out_of_memory()):
             return InterpreterLost(
-                "the guest ran out of memory, and its kernel ended the interpreter",
+                "the guest ran out of memory, and its kernel killed the interpreter",
                 details="\n".join(filter(None, [memory, tail])),
-                remedy="give it more: @pytest.mark.vm(memory='1GiB'), or vm_memory",
+                remedy="give it more memory: @pytest.mark.vm(memory='1GiB'), or vm_memory in the ini file",
             )
         if status < 0:
-            how = f"was ended by {_signal_name(-status)}"
+            how = f"was killed by {_signal_name(-status)}"
         else:
             how = f"ended with status {status}{'' if status else ' (os._exit?)'}"
         return InterpreterLost(f"the interpreter {how}", details=_stacks(tail))
 
     def _out_of_memory(self) -> str:
-        """What the guest's kernel tells of a lack of memory; empty where it tells of none."""
+        """The guest kernel's last messages about a lack of memory; empty without any."""
         with suppress(VMSandboxError):
             script = "dmesg 2>/dev/null | grep -E 'Out of memory|oom-kill' | tail -n 2"
             return printable(self._connection.guest.run(["sh", "-c", script], user="root").stdout)
@@ -359,10 +368,10 @@ class GuestSession:
 
 
 def _stacks(tail: str) -> str:
-    """What a session wrote last; of stacks, the lines that are no affair of the test are left out."""
+    """The last output of a session. Frames of pytest and of the runner are left out of stacks."""
     lines = printable(tail[-_MAX_TAIL:]).splitlines()
     lines = [line for line in lines if len(line) > _MAX_FRAME or not _MACHINERY.match(line)]
-    return "\n".join(["--- what it wrote last", *lines]) if any(lines) else ""
+    return "\n".join(["--- last output of the session", *lines]) if any(lines) else ""
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""The project's tree on this machine: which folders may go to a guest, and what of them does."""
+"""The project's tree on this machine: which folders may go to guests, and which files in them do."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pytest_vmsandbox.core.spec import MIB
 MAX_FILES = 20_000
 MAX_BYTES = 256 * MIB
 
-# Folders that are never the project, unless git tracks something in them.
+# Folders that never belong to the project, unless git tracks something in them.
 _CACHES = frozenset(
     {
         *(".hg", ".svn", "__pycache__", "node_modules", ".tox", ".nox", ".venv"),
         *(".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
     }
 )
-_WRITTEN_BY_RUNS = frozenset({".coverage"})  # files; with each run they would be others
-_FIRST_PERSON, _NOBODY = 1000, 65534  # user numbers of people are between these
-# A git hook sets these for the repository that it serves; ours is the one around the folder.
+_WRITTEN_BY_RUNS = frozenset({".coverage"})  # files that each run writes anew
+_FIRST_PERSON, _NOBODY = 1000, 65534  # user ids of people are between these
+# git sets these for its hooks. We want the repository that the folder is in.
 _OF_ANOTHER_REPOSITORY = frozenset(
     {
         *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR"),
@@ -42,10 +42,10 @@ class TreeEntry:
     Attributes:
         kind: ``"file"``, ``"link"`` or ``"dir"``; in a guest ``"file"`` or ``"other"``.
         size: bytes of a file, else 0.
-        mtime_ns: when a file was last written, nanoseconds since 1970 and never before; else 0.
-        mode: the bits 0o777 of a file or folder; 0 for a link. A folder is always one that its
-            owner can change.
-        target: of a link, as it is written there.
+        mtime_ns: the modification time of a file in nanoseconds since 1970, at least 0; else 0.
+        mode: the bits 0o777 of a file or folder; 0 for a link. The owner can always write to a
+            folder.
+        target: of a link, unresolved.
     """
 
     kind: str
@@ -57,12 +57,12 @@ class TreeEntry:
 
 @dataclass(frozen=True)
 class Tree:
-    """What of a project goes to a guest.
+    """The part of a project that goes to guests.
 
     Attributes:
-        root: the project's folder, without links.
-        entries: everything by its path relative to `root` with ``/`` between the names, in the
-            file system's encoding with surrogate escapes; a folder comes before what is in it.
+        root: the project's folder, with links resolved.
+        entries: path relative to `root` → entry. Paths have ``/`` between names, and are in the file
+            system's encoding with surrogate escapes. A folder comes before its content.
     """
 
     root: Path
@@ -72,18 +72,18 @@ class Tree:
     def of(cls, root: Path, *, more: Sequence[str] = ()) -> Tree:
         """The tree at `root`.
 
-        In a git work tree these are the files that git tracks, those of submodules too, and those
-        that it does not ignore, but for caches and environments. Elsewhere it is all that is
-        there, likewise. Git's own folders, sockets, pipes and devices never go.
+        In a git work tree it has the files that git tracks, also in submodules, and those that git
+        does not ignore. Elsewhere it has all files. Caches and virtual environments are left out, and
+        so are git's own folders, sockets, pipes and devices.
 
         Args:
             root: the project's folder.
             more: paths relative to `root` of files and folders that go although git ignores them.
 
         Raises:
-            ConfigError: `root` is no project but a home or the like; a path of `more` does not
-                exist or leads out of `root`; git refuses; something cannot be looked at; there
-                are more than `MAX_FILES` files or `MAX_BYTES` bytes.
+            ConfigError: `root` is a home folder or the like; a path of `more` does not exist or leads
+                out of `root`; git fails; something cannot be read; there are more than `MAX_FILES`
+                files or `MAX_BYTES` bytes.
         """
         root = Path(os.path.realpath(root))
         _check_root(root)
@@ -98,23 +98,23 @@ class Tree:
 
 
 def is_cache(path: str) -> bool:
-    """Whether a path of a tree is in a cache, is git's own, or is what each run writes anew."""
+    """Whether a path of a tree is in a cache, belongs to git, or is written anew by each run."""
     *_, name = parts = path.split("/")
     return ".git" in parts or not _CACHES.isdisjoint(parts) or name in _WRITTEN_BY_RUNS
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can be printed."""
+    """A path as printable text."""
     return os.fsencode(path).decode(errors="replace")
 
 
 class _Gatherer:
-    """Gathers the entries of a tree, and stops at the limits.
+    """Gathers the entries of a tree, up to the limits.
 
-    Paths are relative to the root; the root's own is empty.
+    Paths are relative to the root; the root's own path is empty.
 
     Attributes:
-        entries: what was found, in no order.
+        entries: the entries so far, unsorted.
     """
 
     def __init__(self, root: Path) -> None:
@@ -124,10 +124,10 @@ class _Gatherer:
         self._tops: dict[str, list[int]] = {}  # name in the root: files, bytes
 
     def git(self, folder: str) -> bool:
-        """Gather what git tracks or does not ignore; False if there is no git work tree.
+        """Gather what git tracks or does not ignore. Returns False outside of a git work tree.
 
         Raises:
-            ConfigError: git refuses, or there is too much.
+            ConfigError: git fails, or there is too much.
         """
         place = self._root / folder
         if not _is_work_tree(place):
@@ -135,18 +135,18 @@ class _Gatherer:
         tracked = _listed(place, "--cached", "--recurse-submodules")
         others = _listed(place, "--others", "--exclude-standard")
         if not tracked and not others and not os.path.lexists(place / ".git"):
-            return False  # a folder that a work tree around it ignores
+            return False  # the work tree around the folder ignores it
         paths = [posixpath.join(folder, name) for name in tracked]
         paths += [path for name in others if not self._skips(path := posixpath.join(folder, name))]
         for path in paths:
-            # A repository in a repository comes as a folder, and goes by its own rules.
+            # git lists a repository in a repository as a folder. Its own rules apply.
             is_one = self.add(path) == "dir" and os.path.lexists(self._root / path / ".git")
             if is_one and not self.git(path):
                 self.walk(path)
         return True
 
     def walk(self, folder: str) -> None:
-        """Gather all that is below a folder, but for caches and environments.
+        """Gather everything below a folder, except caches and virtual environments.
 
         Raises:
             ConfigError: a folder cannot be read, or there is too much.
@@ -163,13 +163,15 @@ class _Gatherer:
             folders += [path for path in wanted if self.add(path, folders=True) == "dir"]
 
     def add(self, path: str, *, folders: bool = False) -> str:
-        """Add one path, and the folders that it is in; returns its kind, or nothing if it has none.
+        """Add a path and its parent folders. Returns its kind; empty if it is left out.
 
-        Folders are added only on demand: for git there are no empty ones. What is gone is left
-        out, and what is found through a link.
+        A missing path is left out, and so is one behind a link.
+
+        Args:
+            folders: whether to add the path if it is a folder. git knows no empty folders.
 
         Raises:
-            ConfigError: it cannot be looked at, or there is too much.
+            ConfigError: it cannot be read, or there is too much.
         """
         if not path:
             return "dir"
@@ -192,7 +194,7 @@ class _Gatherer:
         return entry.kind
 
     def _skips(self, path: str) -> bool:
-        """Whether a path that git does not track is in a cache or an environment, or is one."""
+        """Whether an untracked path is, or is in, a cache or a virtual environment."""
         above = posixpath.dirname(path)
         return self._is_skipped(path) or (above != "" and self._skips(above))
 
@@ -217,22 +219,21 @@ class _Gatherer:
     def _stop(self, limit: str, column: int) -> None:
         largest = sorted(self._tops.items(), key=lambda top: top[1][column], reverse=True)[:3]
         raise ConfigError(
-            f"{self._root} has more than {limit}: that is too much to go to a guest",
-            details="the largest, counted up to the limit:\n"
+            f"{self._root} is too large to be sent to a guest: it has more than {limit}",
+            details="the largest files and folders, counted up to the limit:\n"
             + "\n".join(
                 f"  {shown(name)}: {files:,} files, {size / MIB:.1f} MiB"
                 for name, (files, size) in largest
             ),
-            remedy="list in .gitignore what the tests do not need, "
-            "or name the project's own folder with --rootdir",
+            remedy="add what the tests do not need to .gitignore, or set --rootdir to the project's own folder",
         )
 
 
 def _entry(place: str) -> TreeEntry | None:
-    """What is at a place of this machine; None for sockets and the like.
+    """The entry for a path of this machine; None for sockets and the like.
 
     Raises:
-        OSError: nothing is, or it cannot be looked at.
+        OSError: there is nothing, or it cannot be read.
     """
     status = os.lstat(place)
     mode = status.st_mode & 0o777
@@ -240,7 +241,7 @@ def _entry(place: str) -> TreeEntry | None:
         mtime = max(0, status.st_mtime_ns)
         return TreeEntry(kind="file", size=status.st_size, mtime_ns=mtime, mode=mode)
     if stat.S_ISLNK(status.st_mode):
-        return TreeEntry(kind="link", target=os.readlink(place))  # noqa: PTH115  # as it is written
+        return TreeEntry(kind="link", target=os.readlink(place))  # noqa: PTH115  # unresolved
     if stat.S_ISDIR(status.st_mode):
         return TreeEntry(kind="dir", mode=mode | 0o700)
     return None
@@ -248,8 +249,8 @@ def _entry(place: str) -> TreeEntry | None:
 
 def _unreadable(place: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{shown(place)} cannot be pushed to a guest: {error.strerror}",
-        remedy="make it readable, or list it in .gitignore",
+        f"{shown(place)} cannot be sent to a guest: {error.strerror}",
+        remedy="make it readable, or add it to .gitignore",
     )
 
 
@@ -257,29 +258,29 @@ def _unreadable(place: Path, error: OSError) -> ConfigError:
 
 
 def _is_work_tree(folder: Path) -> bool:
-    """Whether a folder is in a work tree of git; no if there is no git.
+    """Whether a folder is in a git work tree. Without git, it is not.
 
     Raises:
-        ConfigError: git refuses, for instance since the folder belongs to another user.
+        ConfigError: git fails, for instance because the folder belongs to another user.
     """
     return _git(folder, "rev-parse", "--is-inside-work-tree") == b"true\n"
 
 
 def _listed(folder: Path, *options: str) -> list[str]:
-    """The files that git lists in a folder of a work tree; a repository in it comes as a folder.
+    """The files that git lists in a folder of a work tree. It lists a nested repository as a folder.
 
     Returns:
         Paths relative to the folder, in the file system's encoding with surrogate escapes.
 
     Raises:
-        ConfigError: git refuses.
+        ConfigError: git fails.
     """
     listing = _git(folder, "ls-files", "-z", *options)
     return [os.fsdecode(name).rstrip("/") for name in listing.split(b"\0") if name]
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    """What git says about a folder; nothing where there is no git, or no repository."""
+    """The output of git for a folder; empty without git, or without a repository."""
     environment = {
         name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY
     }
@@ -296,9 +297,9 @@ def _git(folder: Path, *arguments: str) -> bytes:
         return b""
     if done.returncode and b"not a git repository" not in done.stderr:
         raise ConfigError(
-            f"git does not tell which files of {folder} belong to the project",
+            f"git failed to list the files of the project in {folder}",
             details=done.stderr.decode(errors="replace"),
-            remedy="do what git says: `git status` has to work there, also for this user",
+            remedy="follow git's message until `git status` works in that folder, as this user",
         )
     return done.stdout
 
@@ -307,14 +308,14 @@ def _git(folder: Path, *arguments: str) -> bytes:
 
 
 def check_push(root: Path, entries: Sequence[str]) -> None:
-    """Look whether git and ``vm_push`` let a tree go to a guest; the rest is seen when it goes.
+    """Check git and ``vm_push`` before the first test. Other checks follow when the tree is sent.
 
     Args:
         root: pytest's rootdir.
         entries: the values of ``vm_push``.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: git fails, or an entry is invalid.
     """
     root = Path(os.path.realpath(root))
     inner, outside = divide_push(root, entries)
@@ -325,12 +326,12 @@ def check_push(root: Path, entries: Sequence[str]) -> None:
 
 
 def divide_push(root: Path, entries: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The entries of ``vm_push`` below `root`, and the folders elsewhere, without links.
+    """The entries of ``vm_push`` below `root`, and folders elsewhere with links resolved.
 
-    The former are as they were written, and not checked; `_relative` does that.
+    The former are returned as they were written. `_relative` checks them.
 
     Raises:
-        ConfigError: one that is elsewhere is no folder, or holds `root`.
+        ConfigError: an entry elsewhere is no folder, or contains `root`.
     """
     root = Path(os.path.realpath(root))
     inner: list[str] = []
@@ -343,12 +344,12 @@ def divide_push(root: Path, entries: Sequence[str]) -> tuple[list[str], list[Pat
         folder = Path(os.path.realpath(root / entry))
         if not folder.is_dir():
             raise ConfigError(
-                f"vm_push: {entry!r} is no folder of this machine",
-                remedy="outside of the rootdir, vm_push takes folders only",
+                f"vm_push: {entry!r} is outside of the rootdir, and is not a folder",
+                remedy="name a folder: outside of the rootdir, vm_push takes only folders",
             )
         if root.is_relative_to(folder):
             raise ConfigError(
-                f"vm_push: {entry!r} holds the rootdir, {root}",
+                f"vm_push: {entry!r} contains the rootdir, {root}",
                 remedy="name a folder beside the rootdir",
             )
         outside[folder] = None
@@ -359,14 +360,17 @@ def _relative(root: Path, entry: str) -> str:
     """An entry of ``vm_push`` as a path of the tree at `root`; empty for the root itself.
 
     Raises:
-        ConfigError: it does not exist, leads out of the root or through a link, or is git's.
+        ConfigError: it does not exist, leads out of the root or through a link, or belongs to git.
     """
-    remedy = "vm_push takes files and folders, relative to the rootdir"
+    remedy = "name a file or a folder, relative to the rootdir"
     pure = PurePosixPath(entry)
     if not entry or "\0" in entry or pure.is_absolute() or ".." in pure.parts:
         raise ConfigError(f"vm_push: {entry!r} leads out of {root}", remedy=remedy)
     if ".git" in pure.parts:
-        raise ConfigError(f"vm_push: {entry!r} is git's own; it never goes to a guest")
+        raise ConfigError(
+            f"vm_push: {entry!r} belongs to git, and is never sent to a guest",
+            remedy="remove it from vm_push",
+        )
     place = root / pure
     if not os.path.lexists(place):
         raise ConfigError(f"vm_push: there is no {entry!r} in {root}", remedy=remedy)
@@ -376,24 +380,27 @@ def _relative(root: Path, entry: str) -> str:
 
 
 def _check_root(root: Path) -> None:
-    """Refuse a folder, named without links, that is no project.
+    """Refuse a folder that is no project. Links in its path are resolved.
 
     Raises:
-        ConfigError: it is missing, a home folder, or holds one.
+        ConfigError: it is missing, is a home folder, or contains one.
     """
     if not root.is_dir():
-        raise ConfigError(f"{root} is not a folder of this machine")
+        raise ConfigError(
+            f"{root} is not a folder on this machine",
+            remedy="set --rootdir to the project's folder",
+        )
     for home in _homes():
         if root == home or root in home.parents:
-            what = "is a home folder" if root == home else f"holds the home folder {home}"
+            what = "is a home folder" if root == home else f"contains the home folder {home}"
             raise ConfigError(
-                f"{root} {what}: it is not pushed to a guest",
-                remedy="start in the project's folder, or name it with --rootdir",
+                f"{root} {what}, so it is not sent to a guest",
+                remedy="start pytest in the project's folder, or set --rootdir to it",
             )
 
 
 def _homes() -> set[Path]:
-    """The home folders of this machine's people, without links."""
+    """The home folders of this machine's users, with links resolved."""
     homes = {os.environ.get("HOME", "/")}
     try:
         homes.add(pwd.getpwuid(os.getuid()).pw_dir)

@@ -1,8 +1,8 @@
-"""The copy of a tree in a guest: how it gets there, and how what has changed in it comes back.
+"""The copy of a tree in a guest: how it gets there, and how changed files come back.
 
-The guest is not trusted. Nothing is written outside the project's folder or through a symbolic
-link, nothing that git, Python or pytest would read as code unless its exact name was given, and
-nothing without a limit.
+The guest is not trusted. Nothing is written outside of the project's folder or through a symbolic link.
+Files that git, Python or pytest would read as code are written only if `vm_pull` has their exact path.
+Everything has a limit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _RECORD = re.compile(rb"([A-Za-z?])\0(\d{1,19})\0(-?\d{1,19})(?:\.(\d{1,12}))?\0
 MAX_FILES = 20_000  # of one guest
 MAX_FILE = 64 * MIB
 MAX_TOTAL = 256 * MIB  # of one guest
-_PER_FILE = 8_192  # bytes that an archive may have for a file beside its content and its name
+_PER_FILE = 8_192  # bytes in an archive for each file, besides its content and name
 
 _CODE_SUFFIXES = frozenset(
     {".py", ".pyc", ".pyd", ".pyi", ".pyo", ".pyw", ".pyx", ".pth", ".so", ".egg-link"}
 )
-# What is read at the start of pytest, of a tool that it loads, or of Python.
+# Files that pytest, a tool that it loads, or Python reads when it starts.
 _CODE_NAMES = frozenset(
     {
         *("pytest.ini", ".pytest.ini", "pytest.toml", ".pytest.toml", "pyproject.toml"),
@@ -59,8 +59,8 @@ class Changes:
     """What has changed in a guest's copy of a tree since it went there.
 
     Attributes:
-        written: files that are new or have other content, by path.
-        removed: paths of files that are gone.
+        written: new files, and files with other content, by path.
+        removed: paths of removed files.
     """
 
     written: Mapping[str, TreeEntry]
@@ -71,12 +71,12 @@ class Outcome(enum.Enum):
     """What became of a file that a guest has written or removed."""
 
     BROUGHT = "brought"
-    LEFT = "left"  # nobody has asked for it
-    DIFFERENT = "different"  # somebody else has written another content here meanwhile
+    LEFT = "left"  # no pattern selects it
+    DIFFERENT = "different"  # somebody else has written other content here meanwhile
     IS_CODE = "code"
     TOO_LARGE = "large"
-    UNWRITABLE = "unwritable"  # here; the reason follows the path, in parentheses
-    IN_THE_WAY = "way"  # here is a link, or something else that is no file
+    UNWRITABLE = "unwritable"  # on this machine; the reason follows the path in parentheses
+    IN_THE_WAY = "way"  # a link, or something else that is no file, is in its place here
     REMOVED = "removed"
 
 
@@ -85,12 +85,12 @@ class Patterns:
     """Which files come back.
 
     Args:
-        globs: matched against paths relative to the project's folder. ``*`` matches ``/``, too, and
-            a folder stands for all that is in it. The last one that fits decides; ``!`` in front
-            of it says that the file stays in the guest, and that nobody needs to be told.
+        globs: matched against paths relative to the project's folder. ``*`` also matches ``/``, and a
+            folder stands for everything in it. The last match decides. With ``!`` in front, the file
+            stays in the guest, and is not reported.
 
     Raises:
-        ConfigError: one of them leads out of the project, or into git's folder.
+        ConfigError: a glob leads out of the project, or into git's folder.
     """
 
     globs: Sequence[str]
@@ -101,11 +101,12 @@ class Patterns:
             if not pure.parts or pure.is_absolute() or ".." in pure.parts or ".git" in pure.parts:
                 raise ConfigError(
                     f"vm_pull: {glob!r} is not allowed",
-                    remedy="name files and folders below the rootdir, relative to it",
+                    remedy="use globs of files and folders below the rootdir, relative to it, without '..' "
+                    "and '.git'",
                 )
 
     def outcome(self, path: str) -> Outcome | None:
-        """What is to become of a file; None if it stays in the guest and nobody needs to know."""
+        """What to do with a file; None if it stays in the guest and is not reported."""
         for glob in reversed(self.globs):
             if _fits(path, glob.removeprefix("!")):
                 if glob.startswith("!") or _is_of_git(path):
@@ -115,15 +116,14 @@ class Patterns:
 
 
 def push(stream: Streamer, tree: Tree, dest: str) -> None:
-    """Copy a tree into the folder `dest` of a guest, which is made if need be.
+    """Copy a tree into the folder `dest` of a guest. The folder is made if it is missing.
 
-    The guest's user owns what goes over. What is in the folder already stays, unless something of
-    the tree takes its place.
+    The guest's user owns the copy. Files in the folder stay, unless the tree has the same path.
 
     Raises:
-        TransferError: the guest cannot take it; a file changes or vanishes meanwhile.
+        TransferError: the guest cannot write it, or a file here changes or vanishes meanwhile.
     """
-    transfer.guest_path(dest)  # it is one
+    transfer.guest_path(dest)  # checks it
     try:
         with transfer.written_by(partial(_pack, tree)) as archive:
             tar = "tar -xpzo --warning=no-timestamp --warning=no-unknown-keyword -f -"
@@ -133,12 +133,12 @@ def push(stream: Streamer, tree: Tree, dest: str) -> None:
 
 
 def changes(stream: Streamer, tree: Tree, dest: str) -> Changes:
-    """What differs in the guest's folder `dest` from the tree that `push` has put there.
+    """The differences between the guest's folder `dest` and the tree that `push` has put there.
 
-    Costs one command in the guest. A file whose size and time are right is taken for the same.
+    It takes one command in the guest. Files with the same size and time count as unchanged.
 
     Raises:
-        TransferError: the guest does not tell what it has.
+        TransferError: the guest cannot list its files.
     """
     there = _listing(stream, dest)
     written = {
@@ -153,30 +153,30 @@ def changes(stream: Streamer, tree: Tree, dest: str) -> Changes:
 
 
 def _version(entry: TreeEntry | None) -> object:
-    """What two entries of the same content have in common: a file's time to the microsecond."""
+    """Equal for entries with the same content. Times count to the microsecond."""
     return entry and (entry.kind, entry.size, entry.mtime_ns // 1000)
 
 
 def bring_back(
     stream: Streamer, tree: Tree, dest: str, *, patterns: Patterns, since: float
 ) -> dict[Outcome, list[str]]:
-    """Bring back what has been written in a guest's copy of the tree, as far as it is wanted.
+    """Bring back the files that tests wrote in a guest's copy of the tree and that patterns select.
 
-    A file here that somebody has written since the guest got its copy, or since the run began, is
-    left as it is, unless the guest's has the same content.
+    A file here stays as it is if somebody has written it since the guest got its copy, or since the run
+    began.
 
     Args:
         stream: runs scripts in the guest.
-        tree: what went there.
-        dest: the folder in the guest that it went to.
-        patterns: what is wanted.
+        tree: what was sent.
+        dest: its folder in the guest.
+        patterns: which files come back.
         since: when the run began, seconds since the epoch.
 
     Returns:
         The paths of files, by what became of them.
 
     Raises:
-        TransferError: the guest does not tell what it has, or does not hand it out.
+        TransferError: the guest cannot list or send its files.
     """
     changed = changes(stream, tree, dest)
     found: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
@@ -199,12 +199,12 @@ def bring_back(
     if wanted:
         with tempfile.TemporaryDirectory(prefix="vmsandbox-") as scratch:
             _fetch(stream, dest, wanted, Path(scratch))
-            with locked(tree.root, on_busy=lambda: None):  # other workers of xdist write here, too
+            with locked(tree.root, on_busy=lambda: None):  # other workers of xdist also write here
                 for path in wanted:
                     try:
                         if outcome := _put(path, Path(scratch), tree, since):
                             found[outcome].append(path)
-                    except OSError as error:  # others may be written nevertheless
+                    except OSError as error:  # try the other files
                         found[Outcome.UNWRITABLE].append(f"{path} ({error.strerror})")
     return found
 
@@ -213,7 +213,7 @@ def bring_back(
 
 
 def _script(dest: str, command: str) -> str:
-    """A script that runs a command in a folder of the guest, which is made if need be."""
+    """A script that runs a command in a folder of the guest. The folder is made if it is missing."""
     folder = transfer.quoted(dest)
     return f"LC_ALL=C; export LC_ALL; mkdir -p {folder} && cd {folder} && {command}"
 
@@ -221,14 +221,14 @@ def _script(dest: str, command: str) -> str:
 def _receive(
     stream: Streamer, script: str, stdin: IO[bytes] | None, file: IO[bytes], limit: int, what: str
 ) -> None:
-    """Write into a file what a script says about a folder of the guest.
+    """Write the output of a script in the guest to a file.
 
     Args:
-        limit: bytes; what is more than that is an error.
+        limit: bytes; more output is an error.
         what: the first line of an error.
 
     Raises:
-        TransferError: it says too much, or fails.
+        TransferError: the output is too long, or the script fails.
     """
 
     def take(data: bytes) -> None:
@@ -236,23 +236,24 @@ def _receive(
             raise TransferError(
                 what,
                 details=f"the guest sent more than {limit} bytes",
-                remedy="there is far more than the project in that folder, or a file there grows",
+                remedy="check what tests write into the project's folder in the guest: it has too many files, "
+                "or a file there grows",
             )
         file.write(data)
 
     try:
         stream(script, stdin=stdin, stdout=take)
     except CommandError as error:
-        # With 1, find and tar say that they could not read all: what they saw is right.
+        # Status 1 of find and tar: they could not read everything. Their output is correct.
         if error.result.returncode != 1 or not file.tell():
             raise transfer.refused(what, error) from error
 
 
 def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
-    """What is in a folder of the guest, which is made if need be.
+    """The entries in a folder of the guest. The folder is made if it is missing.
 
     Raises:
-        TransferError: the guest cannot tell, or what it tells cannot be.
+        TransferError: the guest cannot list it, or its listing is invalid.
     """
     listing, script = io.BytesIO(), _script(dest, f"find . -printf '{_FORMAT}'")
     what = f"the guest cannot list its folder {dest}"
@@ -261,10 +262,10 @@ def _listing(stream: Streamer, dest: str) -> dict[str, TreeEntry]:
 
 
 def _parsed(listing: bytes, dest: str) -> dict[str, TreeEntry]:
-    """The entries of a guest's listing, which is not trusted.
+    """Parse a guest's listing, which is not trusted.
 
     Raises:
-        TransferError: it is not one.
+        TransferError: the listing is invalid.
     """
     there: dict[str, TreeEntry] = {}
     position = 0
@@ -280,9 +281,9 @@ def _parsed(listing: bytes, dest: str) -> dict[str, TreeEntry]:
         there[os.fsdecode(path)] = entry
     if position < len(listing) or there.pop("", None) is None:  # the folder itself is listed, too
         raise TransferError(
-            f"the guest's listing of {dest} makes no sense",
+            f"the guest's listing of {dest} is invalid",
             details=f"at byte {position}: {listing[position : position + 100]!r}",
-            remedy="the guest's `find` has to be GNU's",
+            remedy="the guest needs GNU find: use an image that has it",
         )
     return there
 
@@ -305,12 +306,13 @@ def _pack(tree: Tree, file: IO[bytes]) -> None:
             try:
                 _add(archive, f"{tree.root}/{path}", f"./{path}", entry)
             except BrokenPipeError:
-                raise  # the guest takes no more, and tells why
+                raise  # the guest reads no more, and reports why
             except OSError as error:
                 raise TransferError(
-                    f"{shown(tree.root / path)} changed while it was pushed to a guest: "
+                    f"{shown(tree.root / path)} changed while it was sent to a guest: "
                     f"{error.strerror or error}",
-                    remedy="run again; what is written during a run belongs into .gitignore",
+                    remedy="run the tests again. If something writes this file during runs, add it to "
+                    ".gitignore",
                 ) from error
 
 
@@ -318,19 +320,19 @@ def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> N
     """Add a file, a link or a folder to an archive.
 
     Raises:
-        OSError: it is no longer what it was, or cannot be read.
+        OSError: it has changed meanwhile, or cannot be read.
     """
     member = tarfile.TarInfo(name)
     member.mode = entry.mode
     if entry.kind != "file":
-        _stamp(member, time.time_ns())  # a time it had before would hide news from importlib
+        _stamp(member, time.time_ns())  # with an older time, importlib would miss new files
         member.type = tarfile.DIRTYPE
         if entry.kind == "link":
             member.type = tarfile.SYMTYPE
-            member.linkname = os.readlink(place)  # noqa: PTH115  # as it is written
+            member.linkname = os.readlink(place)  # noqa: PTH115  # unresolved
         archive.addfile(member)
         return
-    # Neither a link nor a pipe that took its place is read, or waited for.
+    # If a link or a pipe has taken its place, we neither read it nor wait for it.
     descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as content:  # noqa: PTH123  # a descriptor
         status = os.fstat(descriptor)
@@ -345,7 +347,7 @@ def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> N
 
 
 def _stamp(member: tarfile.TarInfo, mtime_ns: int) -> None:
-    """Give it a time, nanoseconds since 1970; tarfile's own way rounds it."""
+    """Set the time, in nanoseconds since 1970. tarfile alone would round it."""
     seconds, nanoseconds = divmod(mtime_ns, 1_000_000_000)
     member.mtime = seconds
     member.pax_headers = {"mtime": f"{seconds}.{nanoseconds:09}"}
@@ -355,7 +357,7 @@ def _stamp(member: tarfile.TarInfo, mtime_ns: int) -> None:
 
 
 def _fits(path: str, glob: str) -> bool:
-    """Whether a path, or a folder that it is in, is one that a glob names."""
+    """Whether a glob matches a path, or a folder that it is in."""
     glob = glob.rstrip("/")
     return path == glob or any(
         fnmatchcase(name, pattern)
@@ -365,7 +367,7 @@ def _fits(path: str, glob: str) -> bool:
 
 
 def _is_of_git(path: str) -> bool:
-    """Also where a file system does not tell capital letters from small ones."""
+    """Whether git reads the file, also on a file system that ignores case."""
     return ".git" in path.casefold().split("/")
 
 
@@ -379,14 +381,14 @@ def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch
     """Copy files of the guest's folder `dest` into the empty folder `scratch`.
 
     Raises:
-        TransferError: it does not hand them out, or sends more than it has announced.
+        TransferError: the guest cannot send them, or sends more than it has announced.
     """
     names = [os.fsencode(path) for path in wanted]
     limit = sum(entry.size for entry in wanted.values()) + sum(map(len, names))
     limit += _PER_FILE * (len(names) + 2)
     listed = io.BytesIO(b"".join(b"./%s\0" % name for name in names))
     tar = "tar --null --no-recursion --hard-dereference --ignore-failed-read -cf - -T -"
-    what = f"what tests have written in {dest} could not be brought back"
+    what = f"the files that tests wrote in {dest} could not be brought back"
     with tempfile.TemporaryFile() as archive:
         _receive(stream, _script(dest, tar), listed, archive, limit, what)
         archive.seek(0)
@@ -397,13 +399,13 @@ def _fetch(stream: Streamer, dest: str, wanted: Mapping[str, TreeEntry], scratch
 
 
 def _put(path: str, scratch: Path, tree: Tree, since: float) -> Outcome | None:
-    """Write one file of `scratch` into the tree; None if it is there already.
+    """Write one file of `scratch` into the tree. Returns None if the tree has the same content.
 
     Raises:
         OSError: it cannot be written.
     """
     content = _content(scratch, path, MAX_FILE)
-    if content is None:  # gone in the guest since it was listed, or no file any more
+    if content is None:  # since it was listed, it was removed or is no file any more
         return None
     *folders, name = path.split("/")
     try:
@@ -423,11 +425,14 @@ def _put(path: str, scratch: Path, tree: Tree, since: float) -> Outcome | None:
 
 @contextmanager
 def _folder(root: Path, names: Iterable[str], *, make: bool = False) -> Iterator[int]:
-    """A descriptor of a folder below `root`, to which no link leads.
+    """A descriptor of a folder below `root`, without links on the way.
+
+    Args:
+        make: whether to make missing folders.
 
     Raises:
-        NotADirectoryError: there is something else, or a link.
-        FileNotFoundError: it is missing, and is not to be made.
+        NotADirectoryError: a name is a link, or something else.
+        FileNotFoundError: a folder is missing, and `make` is False.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     descriptor = os.open(root, flags)
@@ -445,7 +450,10 @@ def _folder(root: Path, names: Iterable[str], *, make: bool = False) -> Iterator
 
 
 def _content(root: Path, path: str, most: int) -> bytes | None:
-    """The content of a file below `root`; None if there is none, no link leads to it, or it is longer."""
+    """The content of a file below `root`; None if there is no such file, or it has more than `most` bytes.
+
+    A file behind a link does not count.
+    """
     *folders, name = path.split("/")
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with suppress(OSError), _folder(root, folders) as folder:
@@ -466,7 +474,7 @@ def _status(folder: int, name: str) -> os.stat_result | None:
 def _is_written_by_others(
     here: os.stat_result | None, pushed: TreeEntry | None, since: float
 ) -> bool:
-    """Whether somebody has written, made or removed a file here that the guest has not seen."""
+    """Whether somebody here has written, made or removed a file since the guest got its copy."""
     if here is None:
         return pushed is not None
     if pushed is not None and (here.st_size, here.st_mtime_ns) == (pushed.size, pushed.mtime_ns):
@@ -475,7 +483,7 @@ def _is_written_by_others(
 
 
 def _write(folder: int, name: str, content: bytes, former: os.stat_result | None) -> None:
-    """Write a file beside its place, and rename it: nobody sees half of it.
+    """Write a file beside its place, and rename it, so nobody sees half of it.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""The wire to a guest's test session: JSON objects, one a line. The guest is not trusted (pure)."""
+"""Messages of a guest's test session: JSON objects, one a line. The guest is not trusted (pure)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from pytest_vmsandbox.core.errors import GuestLost
 
 MAX_LINE = 32 << 20  # bytes; the runner's own limit is lower
-MAX_DEPTH = 60  # of lists and objects in each other
+MAX_DEPTH = 60  # levels of nested lists and objects
 MAX_DIGITS = 400  # of a number
-MAX_VALUES = 1_000_000  # in a message: a short one can be much to keep
-_LONG = 1 << 20  # bytes of a message whose values are counted
-# What is between strings, each time with the string that follows.
+MAX_VALUES = 1_000_000  # in a message: values take more memory than their text
+_LONG = 1 << 20  # bytes; we count the values of longer messages
+# The text between strings, each time with the string that follows.
 _BETWEEN = re.compile(rb'([^"]++)(?:"(?:[^"\\]++|\\.)*+"?)?', re.DOTALL)
 
 Message = dict[str, Any]
 
 
 class Decoder:
-    """Makes messages of the bytes that arrive.
+    """Decodes the bytes that arrive to messages.
 
     Attributes:
-        weight: bytes of all messages so far but live output, which nobody keeps.
+        weight: bytes of all messages so far, except live output, which we do not keep.
 
     Example:
         >>> decoder = Decoder()
@@ -43,8 +43,7 @@ class Decoder:
         """The messages that are complete now.
 
         Raises:
-            GuestLost: what came is no message: too long, not JSON, not an object, nested too
-                deeply.
+            GuestLost: a message is invalid: too long, not JSON, not an object, or nested too deeply.
         """
         *lines, rest = data.split(b"\n")
         if lines:
@@ -53,7 +52,7 @@ class Decoder:
         else:
             self._rest += rest
         if len(self._rest) > MAX_LINE:
-            raise broken(f"a line of more than {MAX_LINE} bytes", bytes(self._rest[:300]))
+            raise broken(f"it sent a line of more than {MAX_LINE} bytes", bytes(self._rest[:300]))
         messages = [_decode(line) for line in lines]
         for line, message in zip(lines, messages, strict=True):
             self.weight += 0 if "output" in message else len(line)
@@ -66,18 +65,19 @@ def encode(message: Mapping[str, object]) -> bytes:
 
 
 def broken(why: str, what: object = None) -> GuestLost:
-    """The error for a guest that does not keep to the protocol."""
+    """The error for an unexpected or invalid message from a guest."""
     return GuestLost(
-        f"the guest's test session does not keep to its protocol: {why}",
+        f"protocol error in the guest's test session: {why}",
         details="" if what is None else f"it sent: {what!r:.300}",
         stage="transfer",
-        remedy="something in the guest disturbs the session; its console may tell",
+        remedy="a test, a conftest.py or a plugin in the guest may disturb the session: look at the console "
+        "log among the artifacts. If it happens to a test that does nothing special, report a bug",
     )
 
 
 def _decode(line: bytes) -> Message:
     if len(line) > MAX_LINE:
-        raise broken(f"a line of {len(line)} bytes", line)
+        raise broken(f"it sent a line of {len(line)} bytes", line)
     if len(line) > _LONG:
         _check_values(line)
     try:
@@ -85,11 +85,11 @@ def _decode(line: bytes) -> Message:
             line.decode(), parse_constant=_float, parse_int=_integer, parse_float=_float
         )
     except (ValueError, RecursionError) as error:
-        raise broken("a line that is not JSON", line) from error
+        raise broken("it sent a line that is not JSON", line) from error
     if not isinstance(message, dict):
-        raise broken("a line that is not an object", line)
+        raise broken("it sent a line that is not an object", line)
     if _depth(message) > MAX_DEPTH:
-        raise broken(f"more than {MAX_DEPTH} levels of lists and objects", line)
+        raise broken(f"it sent more than {MAX_DEPTH} levels of lists and objects", line)
     return message
 
 
@@ -107,12 +107,12 @@ def _float(digits: str) -> float:
 
 
 def _check_values(line: bytes) -> None:
-    """Count what separates values, between strings."""
+    """Count the characters between strings that separate values."""
     count = 0
     for between in _BETWEEN.finditer(line):
         count += sum(map(between[1].count, (b",", b"[", b"{")))
         if count > MAX_VALUES:
-            raise broken(f"more than {MAX_VALUES} values", line[:300])
+            raise broken(f"it sent more than {MAX_VALUES} values", line[:300])
 
 
 def _depth(value: object) -> int:

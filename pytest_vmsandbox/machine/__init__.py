@@ -1,1 +1,1 @@
-"""One QEMU process and all that belongs to it: who owns it, what its command line is, how it is driven."""
+"""One QEMU process: its owner, its command line, and how we control it."""

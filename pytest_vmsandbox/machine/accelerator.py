@@ -1,8 +1,8 @@
-"""Which accelerator runs guests here: proven by running a kernel, not assumed.
+"""Chooses the accelerator. KVM is chosen only after it has run a kernel here.
 
-``/dev/kvm`` can exist, open and create a virtual machine, and still not run a guest. So `auto`
-takes an accelerator only after the image's own kernel has started its first program with it. The
-verdict is remembered for this boot of the host, this build of QEMU and this kernel.
+``/dev/kvm`` may exist, open and create a virtual machine, and still run no guest. So `auto` takes KVM
+only after the image's own kernel has started its first program with it. The verdict is cached for this
+boot of the host, this build of QEMU and this kernel.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pytest_vmsandbox.machine.process import LauncherError
 from pytest_vmsandbox.machine.progress import wait_for_user_space
 from pytest_vmsandbox.machine.qemu import Qemu
 
-STANDSTILL_SECONDS = 3.0  # without progress; a kernel that runs natively needs about one for all
-PROOF_SECONDS = 180.0  # however much progress there is; KVM in an emulated host needs about 20
+STANDSTILL_SECONDS = 3.0  # without progress; a native kernel needs about 1 s in all
+PROOF_SECONDS = 180.0  # in all, even with progress; KVM in an emulated host needs about 20
 EMULATION_SCALE = 10.0
-_FORMAT = "3"  # of what is kept; raise it when that changes
+_FORMAT = "3"  # of the cached verdict; raise it when that changes
 _PROOF_MEMORY = 512 * MIB
-_REMEDY = "use the best one that works here: --vm-accel=auto (pytest), --accel=auto (vmsandbox)"
+_REMEDY = "use --vm-accel=auto (pytest) or --accel=auto (vmsandbox) to detect what works here"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class Verdict:
 
     Attributes:
         accelerator: ``kvm`` or ``tcg`` (emulation).
-        processor: the processor model that runs with it.
-        reason: why it is that one, for people.
-        seconds: what the guest that proved it took, now or formerly; 0 where none did.
+        processor: QEMU's CPU model that works with it.
+        reason: why it was chosen, for people.
+        seconds: how long the proof took, now or earlier; 0 without a proof.
     """
 
     accelerator: str
@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def time_scale(self) -> float:
-        """By how much time-outs have to be longer than on real hardware."""
+        """The factor for timeouts, compared to real hardware."""
         return EMULATION_SCALE if self.accelerator == "tcg" else 1.0
 
 
@@ -73,52 +73,55 @@ def choose(
     """The accelerator for guests with this kernel.
 
     Args:
-        wanted: ``auto``, or the one to take unproven.
+        wanted: ``auto``, or the accelerator to take without a proof.
         append: the kernel's command line.
-        cache: the user's cache folder; verdicts are kept there.
-        hypervisor: called when there is something to prove.
-        say: told when a proof begins. It takes seconds, and at most three minutes for each model.
-        tell: told that the verdict was damaged, which is made anew then.
+        cache: the user's cache folder, which keeps verdicts.
+        hypervisor: called when a proof is needed.
+        say: gets a line when a proof begins. It takes seconds, and at most three minutes for each CPU
+            model.
+        tell: gets a line if the cached verdict was damaged and is made again.
 
     Raises:
         ImageError: the kernel cannot be read.
-        LaunchError: the wanted one cannot be used by this user on this machine, or nothing can be
-            proven now.
+        LaunchError: this user cannot use the wanted accelerator on this machine, or a proof is not
+            possible now.
         ConfigError: the cache folder cannot be used.
     """
     if wanted == "kvm" and (problem := host.kvm_problem()):
-        raise LaunchError(f"KVM was asked for: {problem}", remedy=_REMEDY)
+        raise LaunchError(f"the accelerator kvm cannot be used: {problem}", remedy=_REMEDY)
     if wanted == "hvf":
-        raise LaunchError("HVF was asked for: guests run on Linux only", remedy=_REMEDY)
+        raise LaunchError(
+            "the accelerator hvf cannot be used: guests run on Linux only", remedy=_REMEDY
+        )
     folder = cache / "accelerator"
     if wanted != "auto":
         asked = _unproven(wanted, qemu, "as asked for")
         known = recall(folder / f"{_key(wanted, qemu, kernel)}.json") if wanted != "tcg" else None
-        return replace(asked, seconds=known.seconds) if known else asked  # limits suit this host
+        return replace(asked, seconds=known.seconds) if known else asked  # timeouts fit this host
     if problem := host.kvm_problem():
         return _unproven("tcg", qemu, problem)
     with ExitStack() as stack:
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
-            # Several processes prove once.
+            # Of several processes, only one makes the proof.
             stack.enter_context(locked(folder / ".lock", on_busy=lambda: None))
         path = folder / f"{_key('kvm', qemu, kernel)}.json"
         if verdict := recall(path):
             return verdict
         if path.exists():
-            tell("the verdict on kvm was damaged; it is made anew")
-        say("trying whether kvm runs guests here; this is done once, and takes seconds")
+            tell("the cached verdict on kvm was damaged, so kvm is tried again")
+        say("checking whether kvm runs guests here (once after each boot of this machine)")
         verdict = _prove(qemu, kernel, initrd, append, hypervisor())
         with paths.usable(cache, paths.CACHE):
-            part = folder / ".part"  # one name, under the lock: what a kill leaves is overwritten
+            part = folder / ".part"  # under the lock; the next proof overwrites what a kill leaves
             integrity.write_record(part, asdict(verdict))
             part.replace(path)
         return verdict
 
 
 def recall(path: Path) -> Verdict | None:
-    """A remembered verdict; None where there is none that can be read."""
+    """The cached verdict; None if it is missing or cannot be read."""
     try:
         return Verdict(**integrity.read_record(path))
     except (OSError, ValueError, TypeError):
@@ -131,7 +134,7 @@ def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
 
 
 def _prove(qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hypervisor) -> Verdict:
-    """Whether KVM runs this kernel; what is no fault of KVM is raised.
+    """The verdict on whether KVM runs this kernel. Other problems are raised.
 
     Raises:
         LaunchError: there is no room for a guest now, or the launcher failed.
@@ -158,7 +161,7 @@ def _prove(qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hype
         except LauncherError:
             raise
         except VMSandboxError as error:
-            hypervisor.launcher.check()  # QEMU dies with it
+            hypervisor.launcher.check()  # if the launcher is gone, that is the cause
             (refused if isinstance(error, LaunchError) else ran).append(error.brief)
         else:
             return Verdict(
@@ -179,5 +182,5 @@ def _key(accelerator: str, qemu: Qemu, kernel: Path) -> str:
 
 
 def _host_boot() -> str:
-    """What differs after each boot of this host."""
+    """An id that changes with each boot of this host."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()

@@ -1,8 +1,7 @@
-"""From what a guest is to QEMU's command line: pure functions, one for each device.
+"""Makes QEMU's command line from a `MachineSpec`: pure functions, one for each device.
 
-The set of devices is the same for every guest: saved states of guests fit together only then.
-QEMU opens no file by name: all it needs is given to it as descriptors, so it runs as a user who
-can read nothing of ours.
+Every guest has the same set of devices, because a saved state can be loaded only then. QEMU opens no
+file by name. It gets descriptors, so it can run as a user who cannot read our files.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ HELPER_PORT = "vmsandbox.helper"
 
 @dataclass(frozen=True, kw_only=True)
 class Descriptors:
-    """The numbers under which QEMU finds its descriptors.
+    """The numbers of QEMU's descriptors.
 
     Attributes:
         monitor, console, helper: sockets.
-        kernel, initrd: files, or None for a guest that is only firmware.
-        memory: a file that is the guest's memory; None for memory of its own.
-        base: the image's disk, only read; None without one.
-        overlays: for the root disk, if there is a base, and for each further disk its qcow2 files,
-            each on the one before it. Only the last one is written.
+        kernel, initrd: files, or None for a guest with firmware only.
+        memory: a file with the guest's memory; None for memory of its own.
+        base: the image's disk, read-only; None without one.
+        overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
+            file is on top of the one before. Only the last one is written.
     """
 
     monitor: int = 3
@@ -43,18 +42,13 @@ class Descriptors:
 
 
 class Start(Enum):
-    """How a machine starts.
+    """How a machine starts."""
 
-    It is switched on, with memory of its own; or so that it can be saved, writing its memory to a
-    file; or it goes on where another one was saved, with all of its memory read from there, with a
-    memory file that it goes on writing, or with one that it sees and never changes.
-    """
-
-    POWER_ON = "power on"
-    TO_BE_SAVED = "to be saved"
-    RESTORED = "restored"
-    CONTINUED = "continued"
-    CLONED = "cloned"
+    POWER_ON = "power on"  # boots, with memory of its own
+    TO_BE_SAVED = "to be saved"  # boots, with its memory in a file
+    RESTORED = "restored"  # loads a state that contains the memory
+    CONTINUED = "continued"  # loads a state, and goes on writing the memory file
+    CLONED = "cloned"  # loads a state, and maps the memory file without changing it
 
     @property
     def is_loaded(self) -> bool:
@@ -64,18 +58,18 @@ class Start(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpec:
-    """Everything that QEMU's command line is made from.
+    """Everything that decides QEMU's command line.
 
     Attributes:
-        name: the guest's.
+        name: the guest's name.
         qemu: the path of the program.
         version: of QEMU.
         accelerator: ``kvm`` or ``tcg`` (emulation).
-        processor: model, one of `processor_models`.
+        processor: the CPU model, one of `processor_models`.
         hardware: of the guest.
         append: the kernel's command line.
-        start: how it starts.
-        kernel, initrd: files to boot directly; None for a guest that is only firmware.
+        start: how the machine starts.
+        kernel, initrd: files to boot directly; None for a guest with firmware only.
         more_args: added to QEMU's command line.
     """
 
@@ -117,13 +111,13 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def machine(spec: MachineSpec) -> list[str]:
-    """The board, a versioned one, and its accelerator.
+    """The board, with its version, and the accelerator.
 
-    Without its disk controller that nothing is attached to, a guest has less to load and to wait for.
+    The unused SATA controller is off, so a guest boots faster.
 
-    QEMU before 8.1 may keep the translation of code that one processor has just changed for another
-    one: Linux, which changes its own, then panics in a boot in a hundred. So such a QEMU emulates
-    all processors of a guest in one thread.
+    Linux changes its own code. In QEMU before 8.1, one CPU may go on with the old translation of code
+    that another CPU has changed. Linux then panics in about one boot of a hundred. So such a QEMU
+    emulates all CPUs of a guest in one thread.
     """
     major, minor = spec.version[:2]
     board = f"pc-q35-{major}.{minor},graphics=off,sata=off,memory-backend=ram"
@@ -134,11 +128,11 @@ def machine(spec: MachineSpec) -> list[str]:
 
 
 def processor_models(accelerator: str, version: tuple[int, ...]) -> tuple[str, ...]:
-    """The models to try, the best one first.
+    """The CPU models to try, the best one first.
 
-    Emulated, a model that offers less is faster: what a guest is offered has to be emulated.
-    QEMU before 8.0 corrupts flags after cmpxchg16b, which Debian 13's kernel notices. On some
-    hosts, virtual machines themselves, QEMU aborts on the register of arch-capabilities.
+    Under emulation, a model with fewer features is faster, because QEMU emulates all that a guest uses.
+    QEMU before 8.0 corrupts flags after cmpxchg16b, which breaks Debian 13's kernel. On some hosts that
+    are virtual machines, QEMU aborts on the register of arch-capabilities.
     """
     if accelerator != "tcg":
         return ("host", "host,-arch-capabilities")
@@ -146,15 +140,15 @@ def processor_models(accelerator: str, version: tuple[int, ...]) -> tuple[str, .
 
 
 def processors(spec: MachineSpec) -> list[str]:
-    """The processors' model and number."""
+    """The model and the number of CPUs."""
     return ["-cpu", spec.processor, "-smp", str(spec.hardware.cpus)]
 
 
 def memory(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The guest's memory: its own, or a file.
 
-    A clone maps the file privately: what it writes is seen by nobody else. QEMU before 8.2 opens
-    the file for writing all the same.
+    A clone maps the file privately, so nobody else sees what it writes. QEMU before 8.2 opens the file
+    for writing nevertheless.
     """
     size = f"{spec.hardware.memory // MIB}M"
     if fds.memory is None:
@@ -171,23 +165,23 @@ def memory(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def can_map_read_only(version: tuple[int, ...]) -> bool:
-    """Whether this QEMU maps a clone's memory from a file that it can only read."""
+    """Whether this QEMU can map a clone's memory from a read-only file."""
     return version >= (8, 2)
 
 
 def saves_to_file_addresses(version: tuple[int, ...]) -> bool:
     """Whether this QEMU saves and loads a state by an address ``file:``.
 
-    QEMU 11 takes no other one for a regular file. The address exists since 8.2, and since 9.1 it
-    works with a descriptor that is passed to QEMU.
+    QEMU 11 accepts no other address for a regular file. The address exists since 8.2. Since 9.1, it
+    works with a descriptor that we pass to QEMU.
     """
     return version >= (9, 1)
 
 
 def monitor(spec: MachineSpec, fds: Descriptors) -> list[str]:
-    """The machine protocol on a socket that we hold the other end of.
+    """The machine protocol on a socket, whose other end we hold.
 
-    Since 11.1, QEMU warns of ``-mon``.
+    Since 11.1, QEMU warns about ``-mon``.
     """
     if spec.version >= (11, 1):
         protocol = ["-object", "monitor-qmp,id=monitor,chardev=qmp"]
@@ -197,12 +191,12 @@ def monitor(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def console(fds: Descriptors) -> list[str]:
-    """The serial console, likewise."""
+    """The serial console on a socket."""
     return ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
 
 
 def helper(fds: Descriptors) -> list[str]:
-    """A port through which the helper in the guest is talked to, without the network."""
+    """The serial port for the helper in the guest. It needs no network."""
     return [
         *("-device", "virtio-serial-pci"),
         *("-chardev", f"socket,id=helper,fd={fds.helper}"),
@@ -211,15 +205,15 @@ def helper(fds: Descriptors) -> list[str]:
 
 
 def display() -> list[str]:
-    """A graphics card that nobody looks at but `Guest.screenshot`."""
+    """A graphics card for `Guest.screenshot`."""
     return ["-display", "none", "-device", "VGA,vgamem_mb=4"]
 
 
 def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
-    """The kernel that is booted directly, without a boot loader, and its command line.
+    """The kernel, which QEMU boots without a boot loader, and its command line.
 
-    QEMU before 9.0 translates a program anew at each address that it is loaded to, which is most
-    of what a process costs. So where such a QEMU emulates, addresses are not randomized.
+    QEMU before 9.0 translates a program again for each address that it is loaded at. That is most of
+    the cost of a process. So under emulation by such a QEMU, addresses are not randomized.
     """
     if fds.kernel is None:
         return []
@@ -230,7 +224,7 @@ def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
-    """The root disk, an overlay on the image's, and the further, blank disks."""
+    """The root disk, which is an overlay on the image's disk, and the blank disks."""
     args: list[str] = []
     names = disk_names(spec, has_base=fds.base is not None)
     if fds.base is not None:
@@ -255,7 +249,7 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 
 def disk_names(spec: MachineSpec, *, has_base: bool) -> list[str]:
-    """What the disks are called, the root disk first if there is one."""
+    """The names of the disks. The root disk comes first if there is one."""
     blank = [f"disk{number}" for number in range(len(spec.hardware.disks))]
     return [ROOT_DISK, *blank] if has_base else blank
 
@@ -265,7 +259,7 @@ def overlay(
 ) -> dict[str, object]:
     """A block device: a qcow2 file in a set of descriptors, on top of another device."""
     options: dict[str, object] = {"discard": "unmap", "cache": {"no-flush": True}}
-    options["read-only"] = read_only  # no flush: the host's own crash loses the guest anyway
+    options["read-only"] = read_only  # no-flush: if the host crashes, the guest is lost anyway
     device = {
         "node-name": node,
         "driver": "qcow2",
@@ -280,10 +274,10 @@ def _descriptor_set(number: int) -> list[str]:
 
 
 def network(spec: MachineSpec) -> list[str]:
-    """One network card on a network of its own inside QEMU.
+    """One network card, on a network inside QEMU.
 
-    Isolated, nothing leaves it; ports of the guest are opened to here by the monitor. A clone has
-    nobody to announce itself to.
+    If it is isolated, nothing leaves it, and we forward ports by the monitor. A clone does not announce
+    itself, because nobody else is on the network.
     """
     restrict = "on" if spec.hardware.network == "isolated" else "off"
     card = f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
@@ -291,21 +285,21 @@ def network(spec: MachineSpec) -> list[str]:
 
 
 def entropy() -> list[str]:
-    """Random numbers, and a generation number by which a kernel knows that it was cloned."""
+    """Random numbers, and a generation id that tells a kernel that it was cloned."""
     return ["-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]
 
 
 def panic() -> list[str]:
-    """A kernel's panic becomes an event of the monitor, and the guest stays as it is."""
+    """A kernel panic becomes an event of the monitor, and the guest is paused."""
     return ["-device", "pvpanic-pci", "-action", "panic=pause"]
 
 
 def confinement() -> list[str]:
-    """QEMU may not start programs nor change its user; most unusual system calls kill it."""
+    """QEMU's seccomp sandbox: it may not start programs or change its user."""
     deny = ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
     return ["-sandbox", ",".join(["on", *(f"{what}=deny" for what in deny)])]
 
 
 def loading(spec: MachineSpec) -> list[str]:
-    """A machine that is not switched on waits for its state, and then to be let go."""
+    """Let a machine with a saved state wait, first for the state and then for our command."""
     return ["-incoming", "defer", "-S"] if spec.start.is_loaded else []

@@ -1,4 +1,4 @@
-"""A guest's serial console: everything it wrote, bounded."""
+"""A guest's serial console: everything that it wrote, within limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.text import printable
 
-HEAD, TAIL = 1 << 20, 1 << 20  # characters that are kept of the beginning and of the end
+HEAD, TAIL = 1 << 20, 1 << 20  # characters that we keep of the beginning and the end
 _LOG_LIMIT = 64 << 20  # bytes in the log file
 
 
@@ -42,14 +42,14 @@ class Console:
                 self._log.flush()
                 self._logged += len(data)
             except OSError:
-                self._log = None  # the text is worth more
+                self._log = None  # we still have the text
         text = self._decoder.decode(data).replace("\r", "")
         with self._grew:
             self._this_boot.write(text[: HEAD - self._this_boot.tell()])
             room = HEAD - self._head.tell()
             self._head.write(text[:room])
             self._tail.write(text[room:])
-            if self._tail.tell() > 2 * TAIL:  # cut seldom, so that a chatty guest costs little
+            if self._tail.tell() > 2 * TAIL:  # cut rarely, so much output costs little
                 self._dropped += self._tail.tell() - TAIL
                 kept = self._tail.getvalue()[-TAIL:]
                 self._tail = StringIO()
@@ -57,13 +57,13 @@ class Console:
             self._grew.notify_all()
 
     def begin_boot(self) -> None:
-        """From here on it is another boot of the same machine."""
+        """Begin another boot of the same machine."""
         with self._grew:
             self._this_boot = StringIO()
 
     @property
     def this_boot(self) -> str:
-        """The first MiB of what the guest wrote since it was last reset."""
+        """The first MiB that the guest wrote since it was last reset."""
         with self._grew:
             raw = self._this_boot.getvalue()
         return printable(raw)
@@ -109,5 +109,5 @@ class Console:
 
     @property
     def size(self) -> int:
-        """How many characters the guest has written so far."""
+        """The number of characters that the guest has written so far."""
         return self._dropped + self._head.tell() + self._tail.tell()

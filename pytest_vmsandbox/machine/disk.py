@@ -1,4 +1,4 @@
-"""Disks of a guest: the image's, only read, and an overlay that takes what the guest writes."""
+"""Disks of a guest: the image's disk, which is read-only, and an overlay that the guest writes to."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CREATE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Disks:
-    """The open files of a guest's disks. They have no names, so no crash leaves one behind.
+    """The open files of a guest's disks. They have no names, so a crash leaves none behind.
 
     Attributes:
         base: the image's disk, or None.
-        overlays: for the root disk, if there is a base, then for each further disk, its qcow2 files
-            from the lowest to the one that takes what the guest writes.
+        overlays: the qcow2 files of the root disk, if there is a base, then of each further disk. The
+            lowest file comes first. The guest writes to the last one.
         sizes: bytes of each disk, as the guest sees it.
     """
 
@@ -47,14 +47,14 @@ class Disks:
         folder: Path,
         frozen: Sequence[Sequence[Path]] = (),
     ) -> Iterator[Disks]:
-        """Fresh disks; what the guest has written is gone at the end.
+        """Fresh disks. What the guest writes to them is removed at the end.
 
         Args:
             base: the image's disk, a raw file, or None for a guest without one.
             root_size: bytes of the root disk; None for the size of `base`.
             blank: bytes of each further disk.
-            folder: on a file system that has room for what the guest writes.
-            frozen: what was written to each disk before, lowest first; only read.
+            folder: on a file system with room for what the guest writes.
+            frozen: read-only files with what was written to each disk before, lowest first.
 
         Raises:
             ImageError: `base` cannot be read.
@@ -73,12 +73,12 @@ class Disks:
             yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes))
 
     def on_top(self, frozen: Sequence[Sequence[IO[bytes]]], fresh: Sequence[IO[bytes]]) -> Disks:
-        """The same disks: what they held once, and an empty file on top of each."""
+        """The same disks with the content in `frozen`, and an empty file on top of each."""
         layers = tuple((*below, top) for below, top in zip(frozen, fresh, strict=True))
         return Disks(base=self.base, overlays=layers, sizes=self.sizes)
 
     def frozen(self, stack: ExitStack) -> tuple[tuple[IO[bytes], ...], ...]:
-        """All files of each disk, opened anew to be only read; `stack` closes them."""
+        """All files of each disk, opened again read-only. `stack` closes them."""
         return tuple(
             tuple(
                 stack.enter_context(Path(f"/proc/self/fd/{file.fileno()}").open("rb"))
@@ -92,7 +92,7 @@ NO_DISKS = Disks(base=None, overlays=())
 
 
 def image_file(path: Path) -> BufferedReader:
-    """A file of an image, open to be read.
+    """A file of an image, open for reading.
 
     Raises:
         ImageError: it cannot be opened.
@@ -121,8 +121,8 @@ def empty_overlay(size: int, folder: Path) -> IO[bytes]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise LaunchError(
-                f"no disk could be made in {folder}: {error.strerror}",
-                remedy=f"make room there, or name another folder in {paths.CACHE}",
+                f"no disk for the guest could be made in {folder}: {error.strerror}",
+                remedy=f"make room there, or set the environment variable {paths.CACHE} to another folder",
             ) from error
         stack.pop_all()
         return overlay
@@ -130,8 +130,8 @@ def empty_overlay(size: int, folder: Path) -> IO[bytes]:
 
 @cache
 def _empty_qcow2(size: int) -> bytes:
-    """A qcow2 file of `size` bytes that holds nothing and names no base."""
-    with tempfile.TemporaryDirectory() as folder:  # on failure, qemu-img removes the file itself
+    """The content of an empty qcow2 file of `size` bytes without a base."""
+    with tempfile.TemporaryDirectory() as folder:  # if it fails, qemu-img removes the file
         file = Path(folder, "empty.qcow2")
         argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=off", str(file)]
         try:
@@ -146,11 +146,14 @@ def _empty_qcow2(size: int) -> bytes:
             )
         except FileNotFoundError as error:
             raise LaunchError(
-                "there is no qemu-img on this machine", remedy="apt-get install qemu-utils"
+                "there is no qemu-img on this machine",
+                remedy="run 'vmsandbox quickstart', or install it: apt-get install qemu-utils (Debian, "
+                "Ubuntu)",
             ) from error
         except (subprocess.SubprocessError, OSError) as error:
             raise LaunchError(
-                f"a disk of {format_size(size)} could not be made",
+                f"qemu-img could not make a disk of {format_size(size)}",
                 details=str(getattr(error, "stderr", None) or error),
+                remedy="'vmsandbox doctor' checks this machine",
             ) from error
         return file.read_bytes()

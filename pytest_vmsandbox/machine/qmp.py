@@ -1,4 +1,4 @@
-"""The QEMU machine protocol: the only module that knows `qemu.qmp`."""
+"""The QEMU machine protocol. Only this module uses `qemu.qmp`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Monitor:
 
     Args:
         log: a file for the protocol's log, or None.
-        pace: what is known of this host's speed.
+        pace: what we know about this host's speed.
     """
 
     def __init__(self, loop: LoopThread, log: IO[str] | None, pace: Pace) -> None:
@@ -34,7 +34,7 @@ class Monitor:
         self._log = log
         self._pace = pace
         self._client = QMPClient("vmsandbox")
-        self._client.logger.disabled = True  # raises what it logs
+        self._client.logger.disabled = True  # it raises what it logs
         self._listener = EventListener()
         self._client.register_listener(self._listener)
         self._events: list[Event] = []
@@ -43,9 +43,7 @@ class Monitor:
 
     @contextmanager
     def connected(self, sock: socket.socket, *, timeout: float) -> Iterator[None]:
-        """Talk to a QEMU that has just been started, on our end of a socket pair.
-
-        It takes the socket over.
+        """Talk to a QEMU that was just started, on our end of a socket pair. It takes over the socket.
 
         Args:
             timeout: seconds for QEMU to greet us, on a usual machine.
@@ -114,7 +112,7 @@ class Monitor:
         """The first event called `name` from number `since` on; None after `timeout` seconds.
 
         Args:
-            among: which of them count.
+            among: selects the events that count.
         """
         deadline = Deadline(timeout)
         with self._arrived:
@@ -152,12 +150,14 @@ class Monitor:
             future.cancel()
             self._pace.was_late()
             raise MonitorError(
-                f"QEMU's monitor: no answer to {what!r} in {timeout:g} s", transient=True
+                f"QEMU's monitor did not answer to {what!r} within {timeout:g} s",
+                remedy="this machine may be overloaded: run fewer guests or workers at a time",
+                transient=True,
             ) from error
         except ExecuteError as error:
             raise MonitorError(
                 f"QEMU refused {what!r}: {error}", error_class=error.error_class
             ) from error
-        # It asserts that QEMU, which has just greeted us, has not ended since: it may have.
+        # AssertionError: the library asserts that QEMU still runs after its greeting, but it may not.
         except (QMPError, EOFError, OSError, AssertionError) as error:
             raise MonitorError(f"QEMU's monitor is gone ({what!r}): {error}") from error

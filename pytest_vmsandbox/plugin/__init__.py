@@ -1,7 +1,7 @@
-"""The pytest plugin: hook implementations and fixtures; what they do lies in the modules beside this one.
+"""The pytest plugin: its hooks and fixtures. The modules beside this one do the work.
 
-It is imported by every pytest run on a machine where it is installed, so nothing that drives
-guests is imported before a guest is asked for.
+Every pytest run imports this module where the package is installed. So code that drives guests is
+imported only when a test asks for a guest.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytest_vmsandbox.plugin.plan import limit, plan_of
 from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_vmsandbox.guests.factory import Base, GuestFactory
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.plugin.in_vm.protocol import Inside as Inside
 
 RUN = pytest.StashKey[Run]()
-_INSIDE = pytest.StashKey["Inside"]()  # of a run that has tests inside guests
+_INSIDE = pytest.StashKey["Inside"]()  # set in a run that has tests inside guests
 _FOUND = "vmsandbox"  # what an xdist worker has found, in its output
 
 
@@ -50,10 +50,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "vm(*images, cpus, memory, disk, disks, network, isolation, user, test_timeout, skip, "
-        "xfail): which images (names or globs) and which hardware the guest of a test has",
+        "xfail): run the test on these images (names or globs), in a guest with this hardware",
     )
     config.addinivalue_line(
-        "markers", "in_vm: run this test inside its guest; in_vm(False) keeps it here under --in-vm"
+        "markers",
+        "in_vm: run this test inside a guest; in_vm(False) keeps it on this machine under --in-vm",
     )
     config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
@@ -71,9 +72,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     from pytest_vmsandbox.core.paths import cache_dir
 
     try:
-        # pytest does not configure itself for this, so there is no other `Run`.
+        # pytest has not run `pytest_configure`, so there is no other `Run`.
         for row in columns(ImageStore(cache_dir()).entries(Run(config).catalogue)):
-            print("  ".join(row))  # noqa: T201  # what was asked for
+            print("  ".join(row))  # noqa: T201  # the list
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
     return 0
@@ -108,35 +109,45 @@ def pytest_collection_modifyitems(
     without = planning.plan(run, items)
     planning.check(run, items)
     _refuse(run, items)
-    if any(plan_of(item).is_inside for item in items):
-        from pytest_vmsandbox.plugin.in_vm.protocol import Inside
-
-        run.config.stash[_INSIDE] = inside = Inside(run, session)
-        run.config.pluginmanager.register(inside, "vmsandbox-inside")
+    if (inside := _inside(session, items)) is not None:
         unimportable.replace(run, items, inside.collected)
     planning.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(run.config, items)
     result = yield
-    naming.give_full_names(everything)
+    naming.give_full_names([*everything, *items])
     for item in items:
         planning.plan_again(run, item)
+    # Hooks may have added tests, or the marker `in_vm`.
+    planning.deselect(run, items, planning.plan(run, items))
+    _inside(session, items)
     planning.check_run(run, items)
     _refuse(run, items)
     planning.group(items)
     return result
 
 
+def _inside(session: pytest.Session, items: Iterable[pytest.Item]) -> Inside | None:
+    """What runs tests inside guests; None while there is no such test."""
+    stash = session.config.stash
+    if _INSIDE not in stash and any(plan_of(item).is_inside for item in items):
+        from pytest_vmsandbox.plugin.in_vm.protocol import Inside
+
+        stash[_INSIDE] = Inside(stash[RUN], session)
+        session.config.pluginmanager.register(stash[_INSIDE], "vmsandbox-inside")
+    return stash.get(_INSIDE, None)
+
+
 def _refuse(run: Run, items: list[pytest.Item]) -> None:
-    """Let a run end before its first test if there is anything invalid in it."""
+    """End a run before its first test if anything in it is invalid."""
     if run.usage_errors:
         items.clear()
-        if not hasattr(run.config, "workeroutput"):  # else xdist's controller raises them
+        if not hasattr(run.config, "workeroutput"):  # for workers, xdist's controller raises them
             raise pytest.UsageError(*run.usage_errors)
 
 
-@pytest.hookimpl(tryfirst=True)  # then the header asks for the factory, which wants to know
+@pytest.hookimpl(tryfirst=True)  # before the header asks for the factory, which needs this
 def pytest_collection_finish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
     run.coming = planning.guests_to_come(run, session.items)
@@ -144,13 +155,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
-    """Let xdist's controller, which collects nothing, remember which tests failed."""
+    """Let xdist's controller, which collects nothing, know the tests of former runs."""
     naming.know_again(node.config.stash[RUN], ids)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over what an xdist worker has found; all of them find the same."""
+    """Take over what an xdist worker has found. All workers find the same."""
     run, found = node.config.stash[RUN], getattr(node, "workeroutput", {}).get(_FOUND, {})
     run.usage_errors = found.get("usage_errors") or run.usage_errors
     run.failed |= found.get("failed", False)
@@ -188,7 +199,7 @@ def pytest_report_collectionfinish(
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Tell what xdist's workers ran guests with; they have no terminal of their own."""
+    """Write our lines to the summary, including those of xdist's workers."""
     run = config.stash[RUN]
     for line in pulling.lines(run.pulled):
         run.tell(line)
@@ -212,7 +223,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 class _Protocol:
     """Takes over the protocol of tests that run inside guests.
 
-    It is registered late, so that it comes before other plugins that take over a protocol.
+    It is registered late, so that it runs before other plugins that take over a protocol.
     """
 
     @pytest.hookimpl(tryfirst=True)
@@ -227,12 +238,13 @@ class _Protocol:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let no test run on this machine that is meant for a guest."""
-    if plan_of(item).runs_inside:
+    """Refuse to run a test on this machine that belongs inside a guest."""
+    if planning.is_for_guest(item):
         raise ConfigError(
-            "this test is to run inside a guest, and a plugin or a conftest.py is about to run it on this "
+            "this test must run inside a guest, but a plugin or a conftest.py tried to run it on this "
             "machine",
-            remedy="look for hooks pytest_runtest_protocol and pytest_runtestloop that run tests themselves",
+            remedy="look for a hook pytest_runtest_protocol or pytest_runtestloop that runs tests itself, "
+            "and leave that plugin out (-p no:NAME)",
         )
 
 
@@ -241,7 +253,7 @@ pytest_runtest_call = pytest_runtest_setup
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
-    """Take over pytest-timeout's limit: its alarm would end the whole run. What is not set it does not cancel."""
+    """Take over pytest-timeout's limit. Its own alarm would end the whole run."""
     if not plan_of(item).is_inside:
         return None
     if settings.timeout:
@@ -261,9 +273,9 @@ def pytest_runtest_makereport(
 def pytest_report_teststatus(
     report: pytest.TestReport, config: pytest.Config
 ) -> Generator[None, object, object]:
-    """A test that fails is FAILED; a guest that fails is an ERROR, also while the test runs.
+    """Report a lost guest as ERROR, even while the test's function runs.
 
-    No test is lost from the count because a plugin cannot tell its status.
+    If another plugin's hook fails here, the test is still counted.
     """
     try:
         status = yield
@@ -334,9 +346,9 @@ def vm(
         pytest.skip("no selected image applies to this test")
     if (other := getattr(vm_prepared, "image", plan.image)) != plan.image:
         raise ConfigError(
-            f"this test runs on {plan.image}, and the fixture vm_prepared has something for {other} "
-            "alone",
-            remedy="let it return vm_factory.prepare(None, …), which fits each image",
+            f"this test runs on {plan.image}, but the fixture vm_prepared returned an image that was "
+            f"prepared from {other}",
+            remedy="let vm_prepared return vm_factory.prepare(None, …), which works for every image",
         )
     base = vm_prepared or plan.image
     if plan.isolation == "test":
@@ -349,7 +361,7 @@ def vm(
 
 @pytest.fixture(scope="session")
 def _vm_image(request: pytest.FixtureRequest) -> str | None:
-    """The image of this test; None where pytest cannot parametrize (unittest's classes)."""
+    """The image of this test; None if pytest cannot parametrize it (unittest's classes)."""
     image: str | None = getattr(request, "param", None)
     return image
 

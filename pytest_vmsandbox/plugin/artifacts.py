@@ -1,4 +1,4 @@
-"""Artifacts: what is left of a failed test's guests."""
+"""Artifacts: what we keep of a failed test's guests."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-_LOGS = "guests-"  # what folders for logs are called, and something more
+_LOGS = "guests-"  # the start of the names of folders for logs
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
-# Node ids of which no two become the same name: nothing in them but separators is changed.
+# Node ids whose folder names are unique: only separators in them are replaced.
 _PLAIN = re.compile(r"(?:\w[\w.]*/)*\w[\w.]*(?:::\w+)*(?:\[\w+(?:[.-]\w+)*\])?", re.ASCII)
 
 
 class Artifacts:
-    """The folders of one run's artifacts: one for each test, in it one for each guest.
+    """The folders of one run's artifacts: one for each test, and in it one for each guest.
 
-    A guest may outlive the test that booted it, so guests log into folders of their own; a test's
+    A guest may outlive the test that booted it. So guests log into folders of their own, and a test's
     folder gets links to the logs.
 
     Args:
         root: made when it is first needed.
-        own: called with the folder of the logs, which is to go also if this process is killed.
+        own: called with the folder of the logs. That folder is removed even if this process is killed.
     """
 
     def __init__(self, root: Path, own: Callable[[Path], None] = lambda _: None) -> None:
@@ -36,35 +36,35 @@ class Artifacts:
         self._stack = ExitStack()
 
     def of_test(self, nodeid: str) -> Path:
-        """The folder of a test; it exists."""
+        """The folder of a test. It is made if it is missing."""
         folder = self._root / folder_name(nodeid)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def of_guest(self, nodeid: str, guest: str) -> Path:
-        """The folder of a guest of a test; it exists."""
+        """The folder of a guest in the folder of a test. It is made if it is missing."""
         folder = self.of_test(nodeid) / guest
         folder.mkdir(exist_ok=True)
         return folder
 
     def of_logs(self, guest: str) -> Path:
-        """The folder that a guest logs into; it exists, and is of this run alone."""
+        """The folder that a guest logs into, private to this run. It is made if it is missing."""
         folder = self._guests / guest
         folder.mkdir(exist_ok=True)
         return folder
 
     def keep_logs(self, nodeid: str, guest: str) -> None:
-        """Let the folder of a test have what a guest has logged, and goes on to log."""
+        """Link a guest's logs into the folder of a test. The guest may go on logging."""
         place = self.of_test(nodeid) / guest
-        with suppress(OSError):  # a full disk is no reason to fail, too
+        with suppress(OSError):  # the test must not fail because of a full disk
             shutil.copytree(self._guests / guest, place, copy_function=_link, dirs_exist_ok=True)
 
     def discard_logs(self, guest: str) -> None:
-        """Remove the folder that a guest has logged into; tests keep what they have of it."""
+        """Remove the folder that a guest has logged into. Links in tests' folders stay."""
         shutil.rmtree(self._guests / guest, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove what guests have logged, but for what is kept with tests."""
+        """Remove the logs of guests. Links in tests' folders stay."""
         if self._logs is not None:
             shutil.rmtree(self._logs, ignore_errors=True)
         self._stack.close()
@@ -73,15 +73,15 @@ class Artifacts:
     def _guests(self) -> Path:
         from pytest_vmsandbox.cache.files import locked
 
-        with self._making:  # guests are made ahead of demand, by other threads
+        with self._making:  # other threads make guests ahead of demand
             if self._logs is None:
                 self._root.mkdir(parents=True, exist_ok=True)
                 with locked(self._root, on_busy=lambda: None):
-                    for folder in self._root.glob(f"{_LOGS}*"):  # of runs that were killed
+                    for folder in self._root.glob(f"{_LOGS}*"):  # left by killed runs
                         with suppress(OSError), locked(folder):
                             shutil.rmtree(folder)
                     logs = self._root / f"{_LOGS}{os.urandom(4).hex()}"
-                    self._own(logs)  # first: we may be killed at any moment
+                    self._own(logs)  # before mkdir: we may be killed at any moment
                     logs.mkdir(mode=0o700)
                     self._stack.enter_context(locked(logs))
                     self._logs = logs
@@ -101,7 +101,7 @@ def _link(source: str, dest: str) -> None:
 
 
 def folder_name(nodeid: str) -> str:
-    """A node id as the name of a folder: readable, and different for different tests.
+    """A node id as the name of a folder: readable and unique.
 
     Example:
         >>> folder_name("tests/test_a.py::test_b[debian-13]")

@@ -1,4 +1,4 @@
-"""Our options and ini keys, and how they are read."""
+"""Our options and ini keys, and how we read them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def settings(config: pytest.Config) -> Settings:
 
 
 def _values(config: pytest.Config) -> dict[str, Any]:
-    """Settings that are plain values. Those that are not set are left out."""
+    """Settings that are plain values, without those that are not set."""
     values: dict[str, Any] = {
         "hardware": hardware(config),
         "accelerator": _choice(config, "--vm-accel", "vm_accel", ACCELERATORS),
@@ -141,7 +141,7 @@ def _values(config: pytest.Config) -> dict[str, Any]:
 
 
 def hardware(config: pytest.Config) -> Hardware:
-    """The hardware of guests for which nobody says otherwise.
+    """The default hardware of guests.
 
     Raises:
         pytest.UsageError: a value is invalid.
@@ -154,16 +154,16 @@ def hardware(config: pytest.Config) -> Hardware:
 
 
 def share(config: pytest.Config, count: int) -> int:
-    """How many of some tests this process runs, if it is one of several workers of xdist."""
+    """How many of `count` tests this process runs, if it is one of several workers of xdist."""
     workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
     return -(-count // workers)
 
 
 def check_values(config: pytest.Config) -> None:
-    """Read all values, so that one which is out of range is an error in each run, whatever it runs.
+    """Read all values, so that an invalid value is an error in every run.
 
     Raises:
-        pytest.UsageError: a value is out of range.
+        pytest.UsageError: a value is invalid.
     """
     _values(config)
     skip_missing(config)
@@ -175,7 +175,7 @@ def check_values(config: pytest.Config) -> None:
 
 
 def check_places(config: pytest.Config) -> None:
-    """Look at what guests need of this machine, before the first test.
+    """Check the folders that guests need on this machine, before the first test.
 
     Raises:
         pytest.UsageError: a folder cannot be used.
@@ -183,30 +183,30 @@ def check_places(config: pytest.Config) -> None:
     settings(config)
     if (folder := artifacts_dir(config)) is not None:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        try:  # root may write to all, and in `/proc` makes no file
+        try:  # checking permissions is not enough: root passes, but cannot make a file in /proc
             tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             raise pytest.UsageError(
-                f"{folder} cannot hold artifacts: {there} is no folder that you can write to\n"
-                "Remedy: name another one: --vm-artifacts, vm_artifacts_dir"
+                f"artifacts cannot be kept in {folder}: {there} is not a folder that you can write to\n"
+                "Remedy: name another folder: --vm-artifacts, or vm_artifacts_dir in the ini file"
             ) from error
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:
-    """Folders with image definitions: the ini key's, and the hook's."""
+    """Folders with image definitions, from the ini key and from the hook."""
     of_hooks = config.hook.pytest_vmsandbox_images(config=config)
     return tuple(map(Path, chain(entries(config, "vm_image_path"), *of_hooks)))
 
 
 def selected_patterns(config: pytest.Config) -> tuple[list[str], bool]:
-    """Which images were asked for, and whether the command line did."""
+    """The patterns of the selected images, and whether they come from the command line."""
     if patterns := config.getoption("--vm"):
         return list(patterns), True
     return entries(config, "vm_images") or [DEFAULT_IMAGE], False
 
 
 def which_guest(config: pytest.Config) -> list[str]:
-    """The options of the command line that decide where a test runs, as they are written."""
+    """The options of the command line that decide where a test runs, in order to repeat them."""
     isolation = config.getoption("--vm-isolation")
     return [
         *(f"--vm={pattern}" for pattern in config.getoption("--vm") or ()),
@@ -221,32 +221,32 @@ def skip_missing(config: pytest.Config) -> bool:
 
 
 def inside(config: pytest.Config) -> bool:
-    """Whether tests run inside guests without a marker that says so."""
+    """Whether tests without a marker run inside guests."""
     return bool(_ini(config, "vm_inside") or config.getoption("--in-vm"))
 
 
 def isolation(config: pytest.Config) -> Isolation:
-    """What shares a guest, of the tests that run inside."""
+    """Which tests inside share a guest."""
     return _choice(config, "--vm-isolation", "vm_isolation", ISOLATIONS) or "session"
 
 
 def offline(config: pytest.Config) -> bool:
-    """Whether the network must not be touched."""
+    """Whether the run must not use the network."""
     return bool(_ini(config, "vm_offline") or config.getoption("--vm-offline"))
 
 
 def test_timeout(config: pytest.Config) -> float:
-    """Seconds that a test inside a guest has, on real hardware."""
+    """The timeout of a test inside a guest, in seconds, on real hardware."""
     return _seconds(config, "vm_test_timeout") or _TEST_SECONDS
 
 
 def entries(config: pytest.Config, key: str) -> list[str]:
-    """The entries of an ini key that has several; none where it is not set."""
+    """The entries of an ini key that takes several; none if it is not set."""
     return list(_ini(config, key) or ())
 
 
 def guest_environment(config: pytest.Config) -> dict[str, str]:
-    """The variables that tests in a guest get: what `vm_env` names, and CI, which pytest reads.
+    """The environment of tests inside: the variables that `vm_env` names, and CI, which pytest reads.
 
     Raises:
         pytest.UsageError: a line names no variable.
@@ -256,20 +256,24 @@ def guest_environment(config: pytest.Config) -> dict[str, str]:
         name, given, value = line.partition("=")
         name = name.strip()
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise pytest.UsageError(f"vm_env: {line!r}: write NAME or NAME=VALUE")
+            raise pytest.UsageError(
+                f"vm_env: {line!r} names no environment variable\nRemedy: write NAME or NAME=VALUE"
+            )
         found[name] = value.strip() if given else os.environ.get(name, found.get(name))
     return {name: value for name, value in found.items() if value is not None}
 
 
 def artifacts_dir(config: pytest.Config) -> Path | None:
-    """The folder for artifacts of failed tests, if one was named.
+    """The folder for artifacts of failed tests, if the user names one.
 
     Raises:
-        pytest.UsageError: it has no name.
+        pytest.UsageError: the name is empty.
     """
     if (option := config.getoption("--vm-artifacts")) is not None:
         if not option:
-            raise pytest.UsageError("--vm-artifacts='' names no folder")
+            raise pytest.UsageError(
+                "--vm-artifacts='' names no folder\nRemedy: name a folder, or leave the option out"
+            )
         return Path(config.invocation_params.dir, option)
     if ini := _ini(config, "vm_artifacts_dir"):
         return Path(config.rootpath, ini)
@@ -279,7 +283,7 @@ def artifacts_dir(config: pytest.Config) -> Path | None:
 def _ini(config: pytest.Config, key: str) -> Any:
     try:
         return config.getini(key) or None
-    except (ValueError, pytest.UsageError) as error:  # which do not name the key
+    except (ValueError, pytest.UsageError) as error:  # the message does not name the key
         raise pytest.UsageError(f"{key}: {error}") from error
 
 
@@ -288,12 +292,14 @@ def _choice(
 ) -> Choice | None:
     value: Choice | None = config.getoption(option) or _ini(config, key)
     if value is not None and value not in allowed:
-        raise pytest.UsageError(f"{key} = {value!r}: use one of {', '.join(allowed)}")
+        raise pytest.UsageError(
+            f"{key} = {value!r} is invalid\nRemedy: use one of {', '.join(allowed)}"
+        )
     return value
 
 
 def _seconds(config: pytest.Config, key: str, option: str = "") -> float | None:
-    """The time-out of an option, or of an ini key; None where neither is set."""
+    """The timeout from an option or an ini key; None if neither is set."""
     name, value = option, config.getoption(option) if option else None
     if value is None:
         name, value = key, _ini(config, key)
@@ -308,15 +314,15 @@ def _seconds(config: pytest.Config, key: str, option: str = "") -> float | None:
 
 
 def seconds(value: object, name: str) -> float:
-    """A time-out that a user has written.
+    """A timeout as users write it.
 
     Raises:
-        ConfigError: it is no number of seconds, or is out of range.
+        ConfigError: it is not a number of seconds, or out of range.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= _MOST_SECONDS:  # type: ignore[operator]
         raise ConfigError(
             f"{name}={value!r} is not a positive number of seconds",
-            remedy=f"use more than 0 and at most {_MOST_SECONDS}, which is a day",
+            remedy=f"use more than 0 and at most {_MOST_SECONDS} (a day)",
         )
     return float(value)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""What a test is called: its id carries its image, and its plain id, without it, means it too.
+"""The ids of tests. An id has the image in it, and users can also write the plain id without it.
 
-``test_x[2]`` of a plain run is ``test_x[debian-13-2]`` of a run inside guests. Ids that are shown keep
-the image. pytest compares ids and names itself, in five places; here it is told of both.
+``test_x[2]`` in a plain run is ``test_x[debian-13-2]`` in a run inside guests. Ids that are shown
+always have the image. pytest compares ids and names in five places. Here we make both match.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_vmsandbox.plugin.run import Run
 
 
 class _Name(str):
-    """A test's name while pytest selects: the command line can say it with and without the image."""
+    """A test's name while pytest selects tests. It equals the name with and without the image."""
 
     __slots__ = ("image", "plain")
     image: str
@@ -33,14 +33,14 @@ class _Name(str):
     __hash__ = str.__hash__
 
     def lower(self) -> str:
-        """What ``-k`` looks for its words in."""
+        """The text in which ``-k`` looks for its words."""
         words = _Words(str.lower(self))
         words.plain, words.image = self.plain.lower(), self.image.lower()
         return words
 
 
 class _Words(_Name):
-    """A test's name for ``-k``: the image counts only for a word that has all of its name."""
+    """A test's name for ``-k``. The image matches only a word that has the image's whole name."""
 
     __slots__ = ()
 
@@ -53,7 +53,7 @@ class _Words(_Name):
 
 
 def give_both_names(items: Iterable[object]) -> None:
-    """Let pytest select tests by their plain names, too, until `give_full_names`."""
+    """Let pytest also select tests by their plain names, until `give_full_names`."""
     for item in items:
         if isinstance(item, pytest.Item) and (image := plans.image_of(item)) is not None:
             plain = plans.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
@@ -62,13 +62,13 @@ def give_both_names(items: Iterable[object]) -> None:
 
 
 def give_full_names(items: Iterable[pytest.Item]) -> None:
-    """Let tests have ordinary names again."""
+    """Give tests their ordinary names back."""
     for item in items:
         item.name = str.__str__(item.name)
 
 
 def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
-    """Let ``--deselect`` know tests by the beginnings of their plain ids."""
+    """Let ``--deselect`` also match the beginnings of plain ids."""
     if prefixes := tuple(config.getoption("deselect", default=None) or ()):
         config.option.deselect += [
             item.nodeid for item in items if plans.plain_nodeid(item).startswith(prefixes)
@@ -76,12 +76,12 @@ def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -
 
 
 def know_again(run: Run, nodeids: Sequence[str]) -> None:
-    """Let ``--lf``, ``--ff``, ``--nf`` and ``--sw`` know tests by what former runs called them.
+    """Let ``--lf``, ``--ff``, ``--nf`` and ``--sw`` recognize tests by their ids in former runs.
 
-    A former run may have been a plain one, and this one inside guests, or the other way round.
+    The former run may have been a plain one and this one inside guests, or the other way round.
 
     Args:
-        nodeids: tests of this run. It may be called several times, with some of them each.
+        nodeids: some or all tests of this run. You may call this several times.
     """
     plugins: Any = run.config.pluginmanager
     last_failed = plugins.get_plugin("lfplugin")
@@ -100,16 +100,16 @@ def know_again(run: Run, nodeids: Sequence[str]) -> None:
 
 
 def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[Any, list[Any]]:
-    """The ids of former runs that none of these tests has, but that mean some → their ids now.
+    """Former ids of these tests → their ids now, where the two differ.
 
     Args:
-        known: as pytest keeps them: texts, or since pytest 9.2 objects that are made of texts.
+        known: ids as pytest keeps them: texts, or since pytest 9.2 objects made from texts.
     """
     by_text = {str(nodeid): nodeid for nodeid in known}
     found: dict[Any, list[Any]] = {}
     images: Sequence[str] = ()
     if by_text:
-        with suppress(ConfigError):  # told where it matters
+        with suppress(ConfigError):  # reported where it matters
             images = run.catalogue.names()
     for nodeid in nodeids:
         for other in _namesakes(nodeid, images):
@@ -120,13 +120,13 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
 
 
 def _namesakes(nodeid: str, images: Iterable[str]) -> set[str]:
-    """What a test with this id is called where it has no image, or got one."""
+    """The ids of the same test without an image, and with one."""
     calls = (with_image, _without_image)
     return {call(nodeid, image) for image in images for call in calls} - {nodeid}
 
 
 def with_image(nodeid: str, image: str) -> str:
-    """The id of a test that has a plain id, on an image.
+    """The id of a test on an image.
 
     Example:
         >>> with_image("test_x.py::test_x[2]", "tiny"), with_image("test_x.py::test_y", "tiny")
@@ -146,7 +146,7 @@ def _without_image(nodeid: str, image: str) -> str:
 
 
 def _at_bracket(nodeid: str) -> tuple[str, str]:
-    """A node id before and after the bracket that begins its parameters; a path may have some, too."""
+    """A node id before and after the bracket of its parameters. The path may have brackets, too."""
     path, colons, names = nodeid.partition("::")
     base, _, rest = names.partition("[")
     return f"{path}{colons}{base}", rest

@@ -1,4 +1,4 @@
-"""The plan of a test: where it runs, and in which guest. It is made once, at collection, of what its markers say."""
+"""The plan of a test: where it runs, and in which guest. Collection makes it from the test's markers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 from pytest_vmsandbox.plugin import config as options
 
-NO_IMAGE = "no-image"  # the id of a parameter of tests to which no selected image applies
-# Fixtures of tests that drive guests from here.
+NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image applies
+# Fixtures of tests that drive guests from this machine.
 _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
 _GLOB = frozenset("*?[!")
 _USUAL = Hardware()
@@ -40,16 +40,16 @@ class Plan:
 
     Attributes:
         image: empty for a test that needs no guest.
-        is_inside: whether it belongs inside its guest; else it drives the guest from here.
-        isolation: what shares the guest.
+        is_inside: whether it belongs inside its guest; if not, it drives the guest from here.
+        isolation: which tests share the guest.
         plain: the test's id without the image.
         is_remote: whether only the guest could collect it.
-        indices: of its parameters, but for the image; None without any.
+        indices: of its parameters, without that of the image; None if it has none.
         skip, xfail: the marker's reason for this image; None without one.
-        is_rerun: whether a plugin may run it again when it fails.
+        is_rerun: whether a plugin may run the test again when it fails.
         timeout: seconds for the test inside its guest; None for the run's default.
-        call_timeout: seconds for its function alone; None for no such limit.
-        marks: the test's marks that this was made of.
+        call_timeout: seconds for the test's function alone; None for no limit.
+        marks: the test's marks at that time.
     """
 
     image: str
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def runs_inside(self) -> bool:
-        """Whether the guest carries out its protocol; one that is skipped needs no guest for that."""
+        """Whether the test runs in the guest. A test that is skipped needs no guest."""
         return self.is_inside and self.skip is None
 
     @property
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def place(self) -> Place:
-        """Which guest it runs inside."""
+        """The place of the guest that it runs inside."""
         shared = {"session": "session", "module": self.file, "test": self.plain}
         return Place(self.image, self.hardware, shared[self.isolation])
 
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def kind(self) -> Place:
-        """The same for all tests that have a guest each of the same image and hardware."""
+        """The kind of its guest: equal for tests with one guest each of the same image and hardware."""
         return self.place._replace(shared="") if self.isolation == "test" else self.place
 
 
@@ -97,12 +97,16 @@ _NO_GUEST = Plan(image="", hardware=_USUAL, is_inside=False, isolation="test", p
 
 
 def plan_of(item: pytest.Item) -> Plan:
-    """The plan of a test; one without an image if it needs no guest, or before it has been collected."""
+    """The plan of a test. It has no image if the test needs no guest, or is not collected yet."""
     return item.stash.get(PLAN, _NO_GUEST)
 
 
 def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:
-    """Give a test a time limit of a plugin's, also for its function alone; of two, the shorter counts."""
+    """Give a test the timeout of a plugin. The shorter of two timeouts applies.
+
+    Args:
+        of_call: whether the timeout is for the test's function alone.
+    """
     plan = plan_of(item)
     if of_call:
         plan = replace(plan, call_timeout=float(seconds))
@@ -112,12 +116,12 @@ def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:
 
 
 def alike(items: Iterable[pytest.Item], plan: Plan) -> Iterator[Plan]:
-    """The plans of all tests that belong inside the same kind of guest."""
+    """The plans of all tests that belong inside the same kind of guest as `plan`."""
     return (other for other in map(plan_of, items) if other.is_inside and other.kind == plan.kind)
 
 
 def image_of(item: pytest.Item) -> str | None:
-    """The image of a test, also before it has a plan; None if it needs none, or none applies."""
+    """The image of a test, even before it has a plan; None if it needs none or none applies."""
     if PLAN not in item.stash and has_parameter(item):
         image: str | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
         return image
@@ -125,18 +129,18 @@ def image_of(item: pytest.Item) -> str | None:
 
 
 def plain_nodeid(item: pytest.Item) -> str:
-    """What a test is called where it has no parameter for its image; also before it has a plan."""
+    """The id of a test without its image, even before it has a plan."""
     if PLAN in item.stash or not has_parameter(item):
         return plan_of(item).plain or item.nodeid
     identity: str = item.callspec.id  # type: ignore[attr-defined]
     base = item.nodeid.removesuffix(f"[{identity}]")
-    # What is left is of other parameters, which may be "".
+    # The rest is for other parameters. Their id may be "".
     rest = identity.removeprefix(image_of(item) or NO_IMAGE)
     return f"{base}[{rest[1:]}]" if rest else base
 
 
 def plain_indices(item: pytest.Item) -> dict[str, int] | None:
-    """The indices of a test's parameters, but for its image; None for a test without any."""
+    """The indices of a test's parameters, without that of its image; None if it has none."""
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return None
@@ -144,7 +148,7 @@ def plain_indices(item: pytest.Item) -> dict[str, int] | None:
 
 
 def has_parameter(item: pytest.Item) -> bool:
-    """Whether a test is one of several, one for each image."""
+    """Whether a test has a parameter for its image."""
     callspec = getattr(item, "callspec", None)
     return callspec is not None and "_vm_image" in callspec.params
 
@@ -160,7 +164,7 @@ class GuestRequest:
         images: names and globs; empty for those of the run.
         isolation: None for the default.
         test_timeout: seconds for a test inside a guest; None for the default.
-        skip, xfail: image glob → reason, the closest marker's first.
+        skip, xfail: image glob → reason; those of the closest marker come first.
     """
 
     images: tuple[str, ...] = ()
@@ -174,11 +178,11 @@ class GuestRequest:
 def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> GuestRequest:
     """What the `vm` markers of a test ask for.
 
-    Each argument is resolved from the closest marker that sets it; `skip` and `xfail` add up.
+    Each argument comes from the closest marker that sets it; `skip` and `xfail` add up.
 
     Args:
         marks: the closest first.
-        defaults: the hardware where no marker says otherwise.
+        defaults: the hardware without any marker.
 
     Raises:
         ConfigError: an argument is unknown or invalid.
@@ -190,7 +194,7 @@ def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> Gue
         if name not in _ARGUMENTS:
             raise ConfigError(
                 f"pytest.mark.vm has no argument {name!r}",
-                remedy=f"use image names or globs, and {', '.join(_ARGUMENTS)}",
+                remedy=f"use names or globs of images, and the arguments {', '.join(_ARGUMENTS)}",
             )
         if name in reasons:
             for glob, why in _reasons(name, value).items():
@@ -217,9 +221,9 @@ def applicable(
 
     Args:
         request: of the test.
-        selection: the images of the run, and whether `--vm` named them. If not, a literal name in
-            a marker also runs where it was not selected.
-        select: the names that patterns match in the catalogue.
+        selection: the images of the run, and whether `--vm` named them. If not, the test also runs on
+            an image that a marker names exactly.
+        select: returns the names in the catalogue that some patterns match.
 
     Raises:
         ConfigError: a pattern matches nothing in the catalogue.
@@ -251,13 +255,14 @@ def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
     are_right = all(isinstance(arg, bool) for arg in mark.args)
     if mark.kwargs or len(mark.args) > 1 or not are_right:
         raise ConfigError(
-            "pytest.mark.in_vm takes no argument, or False",
-            remedy="images and hardware are the arguments of pytest.mark.vm",
+            "pytest.mark.in_vm takes no argument but True or False",
+            remedy="give images and hardware to pytest.mark.vm",
         )
     if drives and mark.args != (False,):
         raise ConfigError(
-            "a test that runs inside a guest cannot drive one from here: it asks for the fixture vm",
-            remedy="take away the marker in_vm, or the fixture",
+            "a test that runs inside a guest cannot drive a guest: it has the marker in_vm, and asks for "
+            "the fixture vm or another one that drives guests",
+            remedy="remove the marker in_vm or that fixture",
         )
     return mark.args != (False,)
 
@@ -273,7 +278,8 @@ def _isolation(value: object) -> object:
 def _image(arg: object) -> str:
     if not isinstance(arg, str) or not arg:
         raise ConfigError(
-            f"pytest.mark.vm({arg!r}): an image is named by a str", remedy="for instance 'debian-*'"
+            f"pytest.mark.vm({arg!r}): an image is a name or a glob, which is a str",
+            remedy="write for instance pytest.mark.vm('debian-*')",
         )
     return arg
 
@@ -284,7 +290,7 @@ def _reasons(name: str, value: object) -> dict[str, str]:
     ):
         raise ConfigError(
             f"{name}={value!r} does not map image globs to reasons",
-            remedy=f"for instance {name}={{'debian-12': 'no nftables'}}",
+            remedy=f"write for instance {name}={{'debian-12': 'no nftables'}}",
         )
     return dict(value)
 

@@ -1,4 +1,4 @@
-"""Makes the plan of each test while pytest collects, and tells what is invalid."""
+"""Makes the plan of each test while pytest collects, and reports what is invalid."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
-# Options that have no meaning for tests inside guests; and those that do nothing for them.
+# Options that are refused for tests inside guests; and those that have no effect on them.
 _REFUSED = ("--pdb", "--trace", "--setup-plan", "--setup-only")
 _WITHOUT_EFFECT = ("--setup-show", "--benchmark-cprofile")
+_THOSE = "tests that run inside a guest"
 
 
 # -- one parameter for each image -------------------------------------------------------------------
@@ -27,9 +28,9 @@ def needs_parameter(metafunc: pytest.Metafunc) -> bool:
     names = metafunc.fixturenames
     if "_vm_image" in names:
         return True
-    with suppress(ConfigError):  # told with the tests' plans
+    with suppress(ConfigError):  # reported with the tests' plans
         if plans.belongs_inside(metafunc.definition, names):
-            names.append("_vm_image")  # which lets pytest parametrize it; nobody asks for its value
+            names.append("_vm_image")  # so pytest lets us parametrize it; nobody uses its value
             return True
     return False
 
@@ -37,7 +38,7 @@ def needs_parameter(metafunc: pytest.Metafunc) -> bool:
 def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
     """Give a test one parameter for each of its images.
 
-    A test without any gets a placeholder, to be deselected. What is invalid is noted in
+    A test without an image gets a placeholder, and is deselected later. Errors go to
     `run.usage_errors`.
     """
     images: list[str] = []
@@ -50,7 +51,7 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
         [pytest.param(image, id=image) for image in images]
         or [pytest.param(None, id=plans.NO_IMAGE)],
         indirect=True,
-        scope="function",  # so that pytest leaves the order as it is without it; see `group`
+        scope="function",  # so pytest keeps the tests in order; see `group`
     )
 
 
@@ -60,7 +61,7 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
 def plan(run: Run, items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Make the plan of each test that needs a guest.
 
-    What is invalid is noted in `run.usage_errors`.
+    Errors go to `run.usage_errors`.
 
     Returns:
         The tests to which no selected image applies.
@@ -76,7 +77,7 @@ def plan(run: Run, items: Iterable[pytest.Item]) -> set[pytest.Item]:
 
 
 def _plan(run: Run, item: pytest.Item) -> bool:
-    """Make the plan of a test if it needs a guest; whether it can be run."""
+    """Make the plan of a test if it needs a guest. Returns False if no selected image applies."""
     names = getattr(item, "fixturenames", ())
     is_inside = plans.belongs_inside(item, names)
     if plans.has_parameter(item):
@@ -92,20 +93,31 @@ def _plan(run: Run, item: pytest.Item) -> bool:
 
 
 def _only_image(run: Run, item: pytest.Item) -> str | None:
-    """The image of a test that pytest cannot parametrize (unittest's)."""
+    """The image of a test that pytest cannot parametrize (unittest's classes, doctests)."""
     images = run.images(item.iter_markers("vm"))
     if len(images) > 1:
         run.tell(
-            "tests of unittest's classes and doctests cannot be parametrized: of the selected "
-            f"images they ran on {images[0]} only"
+            f"unittest's classes and doctests ran on {images[0]} only, the first of the selected "
+            "images: pytest cannot parametrize them. To run them on another image, select only that one"
         )
     return next(iter(images), None)
 
 
-def plan_now(run: Run, item: pytest.Item) -> Plan:
-    """The plan of a test that asks for `vm`; without an image if none applies to it.
+def is_for_guest(item: pytest.Item) -> bool:
+    """Whether a test must not run on this machine; also for one that came too late to have a plan.
 
-    A test may ask only while it runs, and it may have got marks until then.
+    Raises:
+        ConfigError: its marker `in_vm` is wrong, or contradicts its fixtures.
+    """
+    if PLAN in item.stash:
+        return plan_of(item).runs_inside
+    return plans.belongs_inside(item, getattr(item, "fixturenames", ()))
+
+
+def plan_now(run: Run, item: pytest.Item) -> Plan:
+    """The plan of a test that asks for `vm` now. It has no image if none applies.
+
+    A test can ask for `vm` while it runs, and can have new marks by then.
 
     Raises:
         ConfigError: its markers are wrong.
@@ -118,9 +130,10 @@ def plan_now(run: Run, item: pytest.Item) -> Plan:
 
 
 def plan_again(run: Run, item: pytest.Item) -> None:
-    """Bring the plan of a test up to date if the test has got other marks since."""
+    """Update the plan of a test if its marks have changed since."""
     old = plan_of(item)
-    if old.image and old.marks != tuple(item.iter_markers()):
+    # The same objects: what a mark's arguments are compared with, such as an array, may raise.
+    if old.image and [*map(id, old.marks)] != [*map(id, item.iter_markers())]:
         same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
         store(run, item, **same)
 
@@ -134,7 +147,7 @@ def store(
     is_inside: bool,
     is_remote: bool = False,
 ) -> None:
-    """Make a plan of what the marks of a test say, and let pytest know of its skip and xfail."""
+    """Make a plan from the marks of a test, and add pytest's marks for skip and xfail."""
     request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
@@ -160,16 +173,16 @@ def store(
 
 
 def deselect(run: Run, items: list[pytest.Item], without: set[pytest.Item]) -> None:
-    """Take out the tests to which no selected image applies."""
+    """Deselect the tests to which no selected image applies."""
     if gone := [item for item in items if item in without]:
         run.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
-        if hasattr(run.config, "workerinput"):  # of xdist, which counts no deselected tests
-            run.tell(f"deselected, since no selected image applies: {len(gone)}")
+        if hasattr(run.config, "workerinput"):  # xdist does not count deselected tests
+            run.tell(f"deselected {len(gone)} tests to which no selected image applies")
 
 
 def group(items: list[pytest.Item]) -> None:
-    """Put tests of the same image one after the other; their order is left as it is otherwise."""
+    """Group tests by image. Within a group their order stays."""
     numbers = {
         image: place for place, image in enumerate(dict.fromkeys(map(plans.image_of, items)))
     }
@@ -178,9 +191,9 @@ def group(items: list[pytest.Item]) -> None:
 
 
 def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Hardware]]:
-    """Image and hardware of the fresh guest of each test that has one.
+    """Image and hardware of each fresh guest that the tests will ask for.
 
-    A worker of xdist runs its share of all tests; which, nobody knows yet.
+    A worker of xdist runs only a share of the tests. Nobody knows yet which.
     """
     guests = [
         (plan.image, plan.hardware)
@@ -191,7 +204,7 @@ def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Ha
 
 
 def with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
-    """The plans of the tests that are going to run with guests."""
+    """The plans of the tests that will run with guests."""
     for item in items:
         if plan_of(item).image and item.get_closest_marker("skip") is None:
             yield plan_of(item)
@@ -201,7 +214,7 @@ def with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
 
 
 def check(run: Run, items: list[pytest.Item]) -> None:
-    """Note what is invalid in any value, and in the places that the tests need."""
+    """Note invalid values of options, and folders that the tests need and cannot use."""
     config = run.config
     try:
         options.check_values(config)
@@ -217,7 +230,7 @@ def check(run: Run, items: list[pytest.Item]) -> None:
 
 
 def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
-    """Note what is invalid in the way in which the tests that are left are to be run."""
+    """Note what is invalid for the tests inside that are left after selection."""
     if inside := [item for item in items if plan_of(item).is_inside]:
         run.usage_errors += _refused_for(run.config)
         try:
@@ -229,41 +242,41 @@ def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
         except ConfigError as error:
             run.usage_errors.append(str(error))
         for about in _without_effect(run.config, inside):
-            run.tell(f"{about} tests that run inside a guest")
+            run.tell(about)
         pulling.spare_unused(run, inside)
 
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:
-    """What cannot be done with tests inside guests, and was asked for."""
+    """Errors for options that tests inside guests cannot have."""
     if option := refused(config):
         yield (
-            f"{option} cannot reach tests that run inside a guest\nRemedy: leave out --in-vm, and "
-            "tests that are marked, with -m 'not in_vm'; 'vmsandbox shell IMAGE' is a way to "
-            "look around in a guest"
+            f"{option} does not work for tests that run inside a guest\nRemedy: leave out --in-vm, and "
+            "deselect tests with the marker in_vm by -m 'not in_vm'. To look around in a guest, run "
+            "'vmsandbox shell IMAGE'"
         )
     if config.pluginmanager.has_plugin("TestmonCollect"):
         yield (
-            "testmon cannot see what tests that run inside a guest depend on, and would leave them "
-            "out when it changes\nRemedy: --testmon-nocollect, or no --testmon"
+            "testmon cannot see what tests inside a guest depend on, so it would deselect tests whose "
+            "code has changed\nRemedy: add --testmon-nocollect, or leave out --testmon"
         )
 
 
 def refused(config: pytest.Config) -> str | None:
-    """An option that was given, and has no meaning for tests inside guests; None without any."""
+    """The first given option that tests inside guests cannot have; None without one."""
     return next((option for option in _REFUSED if config.getoption(option, default=False)), None)
 
 
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:
-    """The options and plugins that do nothing for tests inside guests, and were asked for."""
+    """Lines about what the user asked for and has no effect on tests inside guests."""
     for option in _WITHOUT_EFFECT:
         if config.getoption(option, default=False):
-            yield f"{option} shows nothing of"
+            yield f"{option} shows nothing for {_THOSE}"
     there = options.entries(config, "vm_guest_plugins")
     is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)
     if is_absent and any(map(_is_rerun, inside)):
-        yield "pytest-rerunfailures does nothing for"
+        yield f"pytest-rerunfailures has no effect on {_THOSE}: add it to vm_guest_plugins"
     if any(_asks(item, "forked", "forked") for item in inside):
-        yield "pytest-forked does nothing for"
+        yield f"pytest-forked has no effect on {_THOSE}"
 
 
 def _is_rerun(item: pytest.Item) -> bool:
@@ -272,13 +285,13 @@ def _is_rerun(item: pytest.Item) -> bool:
 
 
 def _asks(item: pytest.Item, marker: str, *names: str) -> bool:
-    """Whether a plugin is asked, by its options, an ini key or its marker, to run a test its way."""
+    """Whether an option, an ini key or a marker asks a plugin to run a test its way."""
     config = item.config
     if not hasattr(config.option, names[0]):
-        return False  # it is not there
+        return False  # the plugin is not loaded
     if any(getattr(config.option, name, None) for name in names):
         return True
-    with suppress(ValueError):  # older ones have no such key
+    with suppress(ValueError):  # older versions have no such key
         if config.getini(names[0]):
             return True
     return item.get_closest_marker(marker) is not None

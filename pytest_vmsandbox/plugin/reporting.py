@@ -17,20 +17,20 @@ from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError, in_brie
 
 FAILED = pytest.StashKey[bool]()
 _TOLD = pytest.StashKey[dict[str, str]]()  # the text of an error → the first test that met it
-RETRIED = "vm_retried"  # the property of a test, in junit, that a fresh guest was tried for
+RETRIED = "vm_retried"  # the property, in junit's file, of a test that was retried in a fresh guest
 
-# Frames that say nothing to a reader: ours, and those of the context managers between ours.
+# Frames that do not help the reader: ours, and those of context managers between ours.
 _HIDDEN: tuple[str, ...] = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
 _STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
-_PACKAGES = {"site-packages", "dist-packages"}  # where libraries of others are installed
+_PACKAGES = {"site-packages", "dist-packages"}  # folders of installed libraries
 _PYTESTS = (_pytest.__path__[0], pluggy.__path__[0])
 
 
 def before_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> bool:
-    """Before pytest makes a report: hide our lines from it, unless ``--full-trace`` asks for them.
+    """Before pytest makes a report: hide our own frames, unless ``--full-trace`` asks for them.
 
     Returns:
-        Whether no line of the user's is left, so that the report is to have the error's text alone.
+        Whether no frame of the user is left. The report has only the error's text then.
     """
     if call.excinfo is None or not isinstance(call.excinfo.value, VMSandboxError):
         return False
@@ -40,13 +40,13 @@ def before_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> bool:
 def after_report(
     item: pytest.Item, call: pytest.CallInfo[Any], report: pytest.TestReport, *, only_text: bool
 ) -> pytest.TestReport:
-    """After pytest has made a report: what a test's failure, or its guest's, looks like.
+    """After pytest has made a report: adapt it for failures of guests.
 
     Args:
-        only_text: what `before_report` has returned.
+        only_text: the result of `before_report`.
     """
     if call.excinfo is not None and isinstance(call.excinfo.value, INFRASTRUCTURE):
-        if hasattr(report, "wasxfail"):  # a guest that is lost is not what was expected to fail
+        if hasattr(report, "wasxfail"):  # a lost guest is not the expected failure
             del report.wasxfail
             report.outcome = "failed"
             report.longrepr = item.repr_failure(call.excinfo)
@@ -61,7 +61,7 @@ def after_report(
 def _told_once(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> pytest.ExceptionInfo[BaseException]:
-    """An error of ours as it is told: in full the first time, if it keeps many tests from a guest."""
+    """Our error as it is shown. If it hits many tests in setup, only the first shows it in full."""
     assert call.excinfo is not None
     error = call.excinfo.value
     if call.when != "setup" or not isinstance(error, VMSandboxError):
@@ -73,10 +73,10 @@ def _told_once(
 
 
 def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
-    """The report of a phase, made by nobody but pytest and us."""
+    """The report of a phase, made without other plugins."""
     only_text = before_report(item, call)
     report: pytest.TestReport | None = None
-    # The item's class may be a plugin's and not know this error.
+    # The item's class may come from a plugin, and fail for this error.
     with contextlib.suppress(Exception):
         report = pytest.TestReport.from_item_and_call(item, call)
     if report is None or (report.failed and report.longrepr is None):
@@ -86,7 +86,7 @@ def report_without_plugins(item: pytest.Item, call: pytest.CallInfo[Any]) -> pyt
 
 
 def bare_report(item: pytest.Item, when: Any, outcome: Any, longrepr: Any) -> pytest.TestReport:
-    """The report of a phase, with no more in it than its outcome and why."""
+    """A minimal report of a phase: its outcome and the reason."""
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
@@ -98,17 +98,15 @@ def bare_report(item: pytest.Item, when: Any, outcome: Any, longrepr: Any) -> py
 
 
 def is_lost_guest(report: pytest.TestReport) -> bool:
-    """Whether a test's own code failed because of its guest: an error, not a failure."""
+    """Whether the call of a test failed because of its guest. That is an error, not a failure."""
     return report.when == "call" and report.failed and getattr(report, "vm_infrastructure", False)
 
 
 def hide_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
-    """Let a report show the test's line that led to an error of ours, not ours behind it.
-
-    ``--full-trace`` shows all.
+    """Let a report end at the user's line that led to an error of ours.
 
     Returns:
-        Whether any line of the user's is left to be shown.
+        Whether any frame of the user is left to be shown.
     """
     outside = _without_ours(excinfo.tb)
     if outside is not None:
@@ -119,7 +117,7 @@ def hide_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
 
 
 def _hide_behind(error: BaseException) -> None:
-    """Hide what led to an error of ours within us, not what had failed in the user's code before."""
+    """Hide the causes of our error within our code. Earlier failures in the user's code stay."""
     behind = error.__context__
     if error.__cause__ is not None:
         behind = error.__cause__.__context__
@@ -135,7 +133,7 @@ def _hide_behind(error: BaseException) -> None:
 
 
 def _is_users(trace: TracebackType | None) -> bool:
-    """Whether any line of it is neither ours nor a library's."""
+    """Whether any frame is neither ours nor a library's."""
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
     return any(
         not file.startswith((*_HIDDEN, *_STANDARD)) and not _PACKAGES & {*Path(file).parts}

@@ -1,4 +1,4 @@
-"""What one pytest run has of ours: the guests of its tests, and what is told about them."""
+"""The state of one pytest run: the guests of its tests, and the lines for its end."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Known:
-    """What is known of a guest.
+    """What we know about a guest.
 
     Attributes:
-        guest: itself, while it runs.
-        is_noted: whether each use of it is noted; no use by fixtures of users is.
-        is_used: whether the test that runs now has used it.
-        has_failed: whether a test has failed that had used it.
+        guest: the guest, while it runs.
+        is_noted: whether we note each use of it. We cannot note uses by fixtures of users.
+        is_used: whether the current test has used it.
+        has_failed: whether a test that used it has failed.
     """
 
     guest: Guest | None = None
@@ -48,19 +48,19 @@ class _Known:
 
 
 class Run:
-    """The state of one run, and the `Callbacks` of its guests. It costs nothing until a test asks for a guest.
+    """The state of one run, and the `Callbacks` of its guests. It costs nothing without guests.
 
     Attributes:
-        usage_errors: what is invalid of what tests ask for; found while they are collected.
-        begun: when the run did, seconds since the epoch.
-        failed: whether something has gone wrong that is no test's failure or error.
-        told: lines for the end of the run; those of xdist's workers are among them.
-        pulled: what became of files that tests inside guests have written; likewise.
-        unimportable: files of tests that this side could not collect, relative to the rootdir, and who
-            tried first: with ``--doctest-modules``, two collectors do.
-        failed_hooks: hooks of others that have failed for tests inside, and were told.
-        item: the test that runs now.
-        coming: image and hardware of the fresh guest of each test that has one.
+        usage_errors: errors in markers and options, found during collection.
+        begun: when the run began, seconds since the epoch.
+        failed: whether something went wrong that is neither a test's failure nor its error.
+        told: lines for the end of the run, including those of xdist's workers.
+        pulled: what became of files that tests inside guests have written, likewise.
+        unimportable: test files that could not be collected here, relative to the rootdir, and the
+            type of the first collector that tried: with ``--doctest-modules`` there are two.
+        failed_hooks: hooks of other plugins that failed for tests inside, and were reported.
+        item: the current test.
+        coming: image and hardware of each fresh guest that tests will ask for.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -78,7 +78,7 @@ class Run:
         self._stack = ExitStack()
 
     def close(self) -> None:
-        """End every guest that is left."""
+        """End all remaining guests."""
         try:
             self._stack.close()
         finally:
@@ -86,30 +86,30 @@ class Run:
                 self.artifacts.close()
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
-        """Note what is invalid of what a test asks for; a wrong `--vm` is told once, not by each."""
+        """Note an error in the markers of a test. A wrong `--vm` is noted once, not for each test."""
         text = f"{nodeid}: {error}" if self.selection is not error else str(error)
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
     def tell(self, text: str) -> None:
-        """Tell people something at the end of the run, once. No warning: it fails no test."""
-        text = text.encode(errors="replace").decode()  # xdist sends no half characters
+        """Print a line at the end of the run, once. It is no warning, so it fails no test."""
+        text = text.encode(errors="replace").decode()  # xdist cannot send lone surrogates
         self.told[f"vmsandbox: {text}"] = None
 
     def tell_problem(self, text: str) -> None:
-        """Tell people what went wrong that is no test's failure or error: the run is not green."""
+        """Print a line about a problem that is no test's failure or error. The run fails then."""
         self.failed = True
         self.tell(text)
 
     def note_retry(self, error: VMSandboxError, item: pytest.Item | None = None) -> None:
-        """Tell that a fresh guest is tried after an error; the test's reports, and junit, say so, too."""
+        """Report that a fresh guest is tried after an error: at the end, and in the test's properties."""
         if (item := item or self.item) is not None:
             item.user_properties.append((RETRIED, error.brief))
         where = f" ({item.nodeid})" if item is not None else ""
         self.tell(f"retried in a fresh guest{where}: {error.brief}")
 
     def note_use(self, guest: Guest) -> None:
-        """Note that the test that runs now uses a guest which others may use, too."""
+        """Note that the current test uses a guest that other tests may share."""
         known = self._guests[guest.name]
         known.is_noted = True
         known.is_used |= self.item is not None
@@ -118,7 +118,7 @@ class Run:
 
     @cached_property
     def catalogue(self) -> Catalogue:
-        """The images that there are."""
+        """All images."""
         from pytest_vmsandbox.catalogue.catalogue import Catalogue
 
         return Catalogue(options.image_path(self.config))
@@ -129,7 +129,7 @@ class Run:
         Raises:
             ConfigError: a marker is wrong, or a name or glob matches nothing in the catalogue.
         """
-        request = plans.read_marks(marks)  # first: what is wrong with it is told in any case
+        request = plans.read_marks(marks)  # first: errors in markers are reported in any case
         if isinstance(self.selection, ConfigError):
             raise self.selection
         for glob in (*request.skip, *request.xfail):
@@ -137,9 +137,9 @@ class Run:
         return plans.applicable(request, self.selection, self.catalogue.select)
 
     def image(self) -> str | None:
-        """The image of the test that runs now; None where there is none.
+        """The image of the current test; None without one.
 
-        For a test that does not run once for each of its images, it is the first of them.
+        A test that has no parameter for its image gets the first image that applies.
 
         Raises:
             ConfigError: its markers are wrong.
@@ -151,7 +151,7 @@ class Run:
 
     @cached_property
     def selection(self) -> tuple[list[str], bool] | ConfigError:
-        """The images that the run was asked for, and whether the command line did; or what is wrong with them."""
+        """The selected images, and whether `--vm` named them; or what is wrong with the selection."""
         patterns, from_command_line = options.selected_patterns(self.config)
         try:
             return self.catalogue.select(patterns), from_command_line
@@ -162,7 +162,7 @@ class Run:
 
     @cached_property
     def factory(self) -> GuestFactory:
-        """Boots guests for this run."""
+        """Makes the guests of this run."""
         from pytest_vmsandbox.guests.factory import GuestFactory
 
         factory = self._stack.enter_context(GuestFactory.open(options.settings(self.config), self))
@@ -172,25 +172,25 @@ class Run:
 
     @cached_property
     def artifacts(self) -> Artifacts:
-        """Where artifacts go; without an option, beside pytest's other temporary folders."""
+        """The artifacts. Without an option, they go beside pytest's other temporary folders."""
         root = options.artifacts_dir(self.config) or self._temporary()
         return Artifacts(root, own=self.factory.backend.own)
 
     def _temporary(self) -> Path:
-        """Make a folder. pytest removes it some runs later, unless its plugin `tmpdir` is off."""
+        """Make a temporary folder. pytest removes it some runs later, unless its `tmpdir` is off."""
         factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
         if factory is None:
             return Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
         return factory.mktemp("vm-artifacts")
 
     def artifacts_of(self, item: pytest.Item) -> Path:
-        """The folder of a test; it has the logs of the guests that the test may have used."""
+        """The folder of a test, with the logs of the guests that the test may have used."""
         for guest in self._used_by(item):
             self.artifacts.keep_logs(item.nodeid, guest)
         return self.artifacts.of_test(item.nodeid)
 
     def _used_by(self, item: pytest.Item) -> list[str]:
-        """The guests that a test may have used: of users' own fixtures, nobody knows which do."""
+        """The guests that a test may have used. Fixtures of users may use guests unnoticed."""
         asks = "vm_factory" in getattr(item, "fixturenames", ())
         return [
             name
@@ -199,7 +199,7 @@ class Run:
         ]
 
     def finish(self, item: pytest.Item) -> None:
-        """Forget a test; its artifacts stay only if it failed."""
+        """Forget a test. Its artifacts stay only if it failed."""
         self.item = None
         used = self._used_by(item)
         for known in self._guests.values():
@@ -221,11 +221,11 @@ class Run:
 
     @property
     def images_used(self) -> list[str]:
-        """The images of which guests were asked for."""
+        """The images whose guests were asked for."""
         return self.factory.backend.images_used if "factory" in self.__dict__ else []
 
     def about(self, images: Iterable[str]) -> list[str]:
-        """Lines on what runs the guests of this run, for pytest's header."""
+        """Lines about QEMU and the accelerator of this run, for pytest's header."""
         lines: dict[str, None] = {}
         for image in dict.fromkeys(images):
             try:
@@ -242,7 +242,7 @@ class Run:
             self._guests[guest].is_used = True
 
     def hints(self) -> list[str]:
-        """Lines for an error of a guest: where the artifacts are, and how to see it again."""
+        """Lines for an error of a guest: where the artifacts are, and how to reproduce it."""
         if self.item is None:
             return []
         plan = plans.plan_of(self.item)
@@ -254,11 +254,11 @@ class Run:
         ]
 
     def say(self, text: str) -> None:
-        """Tell of a long wait, for people: on the terminal, also while pytest captures output."""
+        """Print a line about a long wait on the terminal, even while pytest captures output."""
         plugin = self.config.pluginmanager.get_plugin
         capture, reporter = plugin("capturemanager"), plugin("terminalreporter")
         with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            if hasattr(self.config, "workerinput"):  # nobody sees what a worker of xdist reports
+            if hasattr(self.config, "workerinput"):  # a worker of xdist has no terminal
                 print(f"vmsandbox: {text}", file=sys.stderr, flush=True)  # noqa: T201
             elif reporter is not None:
                 reporter.write_line(f"vmsandbox: {text}")
@@ -295,12 +295,12 @@ class Run:
 
     def _keep_picture(self, item: pytest.Item, guest: Guest) -> None:
         folder = self.artifacts.of_guest(item.nodeid, guest.name)
-        with suppress(VMSandboxError, OSError):  # it may be gone, and that is the failure
+        with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
             guest.screenshot(folder / "screenshot.png")
 
 
 class SharedGuests:
-    """Guests that live as long as a module or a run, by image and hardware."""
+    """Guests that tests of a module or of a run share, by image and hardware."""
 
     def __init__(self, run: Run, stack: ExitStack) -> None:
         self._run = run
@@ -308,7 +308,7 @@ class SharedGuests:
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
 
     def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
-        """The guest for this image and hardware; a lost one is replaced by a fresh one."""
+        """The guest for this image and hardware. A lost guest is replaced by a fresh one."""
         key = (image, self._run.image(), hardware)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()

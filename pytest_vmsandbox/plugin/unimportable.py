@@ -1,8 +1,8 @@
-"""Test files that this machine cannot collect, or skips as a whole, and a guest may not.
+"""Test files that this machine cannot collect, or skips as a whole. A guest may collect them.
 
-Under ``--in-vm`` such a file is represented by one item for each image, until the guest has
-collected it: then its tests take that item's place. What the guest cannot collect either is
-reported by that item.
+Under ``--in-vm``, one item for each image stands for such a file until the guest has collected it.
+Then the file's tests replace the item. If the guest cannot collect the file either, the item reports
+that.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class RemoteItem(pytest.Item):
 
     @classmethod
     def of(cls, run: Run, parent: pytest.Collector, *, image: str, plain: str) -> Self:
-        """An item for what the guest calls `plain`."""
+        """An item for the test, or the file, with the id `plain` in the guest."""
         name = naming.with_image(plain, image)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
         planning.store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
         return item
 
     def runtest(self) -> None:
-        raise NotImplementedError("it runs inside a guest")
+        raise NotImplementedError("this test runs inside a guest")
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         return self.place or (self.path, None, self.name)
@@ -49,7 +49,7 @@ class RemoteItem(pytest.Item):
 def stand_in(
     run: Run, collector: pytest.Collector, report: pytest.CollectReport
 ) -> pytest.CollectReport:
-    """A file's report; one with items for the guest instead of its failure, where that helps."""
+    """A file's report. If the file failed here, it has items for the guest instead, where possible."""
     config = collector.config
     is_here = report.passed or config.option.collectonly or not options.inside(config)
     if is_here or not isinstance(collector, pytest.Module):
@@ -57,10 +57,10 @@ def stand_in(
     try:
         images = run.images()
     except ConfigError:
-        return report  # told by what uses it
+        return report  # reported elsewhere
     first = run.unimportable.setdefault(collector.nodeid, type(collector))
     if first is not type(collector):
-        images = []  # the guest tells of tests and doctests in one
+        images = []  # the guest reports tests and doctests together
     items: list[pytest.Item | pytest.Collector] = [
         RemoteItem.of(run, collector, image=image, plain=collector.nodeid) for image in images
     ]
@@ -70,10 +70,10 @@ def stand_in(
 def replace(
     run: Run, items: list[pytest.Item], collected: Callable[[pytest.Item], Collected]
 ) -> None:
-    """Put the tests that guests have collected into the places of the files.
+    """Replace the items of files by the tests that guests have collected.
 
     Args:
-        collected: what the guest for a test has collected.
+        collected: returns what the guest for an item has collected.
     """
     if run.unimportable and planning.refused(run.config) is None:
         items[:] = [test for item in items for test in _collected(run, item, collected)]
@@ -87,7 +87,7 @@ def _collected(
     try:
         found = collected(item)
     except (VMSandboxError, pytest.skip.Exception):  # by --vm-missing=skip
-        return [item]  # it tells so when it is run
+        return [item]  # the item reports it when it runs
     plan = plan_of(item)
     assert item.parent is not None
     tests = []
@@ -100,14 +100,14 @@ def _collected(
 
 
 def _describe(item: RemoteItem, details: Any) -> None:
-    """Give a test the place, the keywords and the marks that the guest has told of."""
-    with suppress(TypeError, ValueError):  # it is run all the same
+    """Give a test the location, the keywords and the marks that it has in the guest."""
+    with suppress(TypeError, ValueError):  # the test runs without them, too
         (_, line, _), keywords, marks = details
         if isinstance(line, int | None) and abs(line or 0) < _MAX_LINE:
             item.place = (item.path, line, item.name.replace("::", "."))
         item.extra_keyword_matches.update(map(str, keywords))
         for mark in marks:
             if isinstance(mark, str) and mark.isidentifier() and not mark.startswith("_"):
-                # If it is none of this side's, those may be strict.
+                # With strict markers, pytest refuses a marker that is unknown here.
                 with suppress(pytest.fail.Exception):
                     item.add_marker(mark)

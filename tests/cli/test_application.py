@@ -151,7 +151,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
         (["run", "tinny", "--", "true"], 2, "did you mean 'tiny'"),
         (["run", "tiny"], 2, "Missing argument"),
         (["run", "tiny", "--", "\udcff"], 2, "is not UTF-8"),
-        (["run", "tiny", "uname", "-s"], 2, "Put -- before the command"),
+        (["run", "tiny", "uname", "-s"], 2, "put -- before that command"),
         (["run", "tiny", "--memroy", "1GiB", "--", "ls", "-l"], 2, "Did you mean"),
         (["run", "tiny", "--memory", "lots", "--", "true"], 2, "memory='lots' is not a size"),
         (["run", "tiny", "--cpus", "0", "--", "true"], 2, "cpus='0'"),
@@ -181,7 +181,9 @@ def test_wrong_usage(invoke, arguments, status, said):
 def test_as_a_program(tmp_path):
     done = start("run", "nothing", "--", "true")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("vmsandbox: there is no image 'nothing'\nRemedy: there are: ")
+    assert done.stderr.startswith(
+        "vmsandbox: there is no image 'nothing'\nRemedy: The images are: "
+    )
 
 
 def test_without_an_ssh_client(tmp_path):
@@ -259,9 +261,12 @@ def test_images_come_and_go(invoke, cakes):
 
     result = invoke("images", "rm", "cake-*")
     assert result.exit_code == 0
-    assert "cake-1 is removed" in result.stdout
+    assert "removed cake-1: freed" in result.stdout
     assert states(invoke)["cake-1"] == "missing"
-    assert invoke("images", "rm", "cake-1").stdout == "cake-1 was not built\n"
+    assert (
+        invoke("images", "rm", "cake-1").stdout
+        == "cake-1 is not built, so there is nothing to remove\n"
+    )
 
 
 def test_list_for_people(invoke, cakes):

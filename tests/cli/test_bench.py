@@ -41,7 +41,7 @@ class TestResults:
     def test_there_is_none_of_few_samples(self):
         figure = guests.percentiles([1.0, 2.0, 9.0])
         assert figure.value == {"p50": 2.0, "p99": None}
-        assert figure.reason == "p99 takes 100 samples or more"
+        assert figure.reason == "p99 needs 100 samples or more"
 
     def test_ratios_are_those_of_times(self):
         figures = {
@@ -303,7 +303,7 @@ def test_memory_is_that_of_the_processes(site):
 
 
 def test_memory_of_a_process_that_is_not_there():
-    with pytest.raises(CannotMeasureError, match="does not tell Pss"):
+    with pytest.raises(CannotMeasureError, match="does not report Pss"):
         guests.memory_of(2**30)
 
 
@@ -312,7 +312,7 @@ def test_as_many_as_there_is_room_for(site, room, most, value):
     made = site(FakeFactory("cloned", room=room), most=most)
     figure = guests.leased_at_once(made)
     assert (figure.value, figure.samples) == (value, value)
-    limit = "there is no room" if room < most else "no more than 5 were tried"
+    limit = "there is no room" if room < most else "no more than 5 were tried (--most)"
     assert figure.details["limit"] == limit
 
 
@@ -395,7 +395,7 @@ def test_a_pytest_that_gets_guests_as_by_itself(site, tmp_path, monkeypatch):
     monkeypatch.setenv("VMSANDBOX_CLONES", "never")
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    with pytest.raises(CannotMeasureError, match="has not said"):
+    with pytest.raises(CannotMeasureError, match="has not written its time"):
         suites._run_with_plugin(site(FakeFactory("armed")), tmp_path / "suite", "--in-vm")
     assert seen.more[-2:] == ("--vm=x", "--in-vm")
     names = set(seen.variables)

@@ -73,7 +73,7 @@ class TestImages:
         made_templates.add(cache, "debian-13")
         result = invoke("images", "rm", "tiny")
         assert result.exit_code == 0
-        assert "tiny is removed, with 2 of its templates: " in result.stdout
+        assert "removed tiny and 2 templates: " in result.stdout
         assert templates(cache) == ["debian-13"]
 
     def test_rm_knows_the_name_of_an_image_that_only_templates_are_left_of(self, invoke, cache):
@@ -100,7 +100,7 @@ class TestClean:
             (folder / ".lock").touch()
         with (alive / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert invoke("clean").stdout == "removed: 1 folder of runs that are gone\n"
+            assert invoke("clean").stdout == "removed: 1 folder of killed runs\n"
             assert alive.exists()
             assert not dead.exists()
             assert invoke("clean").stdout == NOTHING
@@ -113,7 +113,7 @@ class TestClean:
         stale = cache / "templates" / "89ab.lock"
         stale.touch()
         output = invoke("clean").stdout
-        assert "half made or half removed" in output
+        assert "incomplete files in the cache" in output
         left = {it.name for it in (cache / "templates").iterdir()}
         assert left == {kept.folder.name, f"{kept.folder.name}.lock"}
         assert not (cache / "images" / "tiny").exists()
@@ -125,8 +125,8 @@ class TestClean:
             (environments / name).mkdir(parents=True)
             (environments / name / "part").write_bytes(b"x" * 8192)
         with locked(environments / "1.lock"):
-            assert "half made or half removed; 8KiB are free" in invoke("clean").stdout
-        assert "half made or half removed; 8KiB are free" in invoke("clean").stdout
+            assert "incomplete files in the cache; freed 8KiB" in invoke("clean").stdout
+        assert "incomplete files in the cache; freed 8KiB" in invoke("clean").stdout
         assert [it.name for it in environments.iterdir() if it.is_dir()] == ["whole"]
         assert invoke("clean").stdout == NOTHING
 
@@ -152,7 +152,7 @@ class TestClean:
         (image / "image.json").write_text("{}")
         (cache / "images" / "tiny.lock").touch()
         output = invoke("clean").stdout
-        assert " of templates and environments that an older version had made" in output
+        assert " of templates and environments of an older version" in output
         assert [folder.exists() for folder in (template, environment, image)] == [
             False,
             False,
@@ -169,7 +169,7 @@ class TestClean:
         with environments.hold(environments.all()[0].folder):
             output = invoke("clean", "--environments").stdout
         assert "removed: 1 environment; " in output
-        assert "left alone: 1 environment in use" in output
+        assert "kept: 1 environment in use" in output
         assert len(environments.all()) == 1
 
     def test_templates_only_when_asked_to(self, invoke, cache):
@@ -181,8 +181,8 @@ class TestClean:
         with TemplateStore(cache).hold(used.folder):
             output = invoke("clean", "--templates").stdout
         assert "removed: 2 templates; " in output
-        assert "are free again" in output
-        assert "left alone: 1 template in use" in output
+        assert "freed" in output
+        assert "kept: 1 template in use" in output
         assert [it.folder for it in TemplateStore(cache).all()] == [used.folder]
         assert not broken.folder.exists()
 

@@ -257,7 +257,7 @@ def test_testmon_is_refused(suite):
     args = ["--in-vm", "-p", "cacheprovider"]  # testmon needs its options
     status, output = suite.run(*args, "--testmon")
     assert status == pytest.ExitCode.USAGE_ERROR, output
-    assert "Remedy: --testmon-nocollect" in output
+    assert "Remedy: add --testmon-nocollect" in output
     status, output = suite.run(*args, "--testmon-nocollect")
     assert status == 0, output
 

@@ -257,7 +257,7 @@ class TestTemplates:
         one = factory()
         with pytest.raises(CommandError, match="false returned 1"):
             one.prepare("tiny", lambda vm: vm.run(["false"]), depends_on=[])
-        assert one.told.about("booted one by one") == []
+        assert one.told.about("are booted, because they cannot be cloned") == []
 
     def test_a_guest_that_is_prepared_logs_for_who_waits_for_it(self, factory, tmp_path):
         begun = []
@@ -355,7 +355,7 @@ class TestFallback:
             with one.boot("tiny", **TINY) as vm:
                 assert vm.engine.origin == "booted"
                 vm.run(["true"])
-        (line,) = one.told.about("booted one by one")
+        (line,) = one.told.about("are booted, because they cannot be cloned")
         assert "x-ignore-shared" in line
 
     def test_a_cache_without_room(self, factory, cache, tmp_path):
@@ -367,7 +367,7 @@ class TestFallback:
             with one.boot("tiny", **TINY) as vm:
                 assert vm.engine.origin == "booted"
                 vm.run(["true"])
-            (line,) = one.told.about("booted one by one")
+            (line,) = one.told.about("are booted, because they cannot be cloned")
             assert "the cache has no room for 160MiB of memory" in line
 
     def test_a_template_that_no_clone_can_be_made_of(self, factory, cache):
@@ -382,7 +382,7 @@ class TestFallback:
         one = factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "booted"
-        assert one.told.about("booted one by one")
+        assert one.told.about("are booted, because they cannot be cloned")
 
     def test_without_clones(self, factory, cache):
         one = factory("never")
@@ -450,7 +450,7 @@ class TestChance:
         one = factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.engine.origin == "cloned"
-        assert one.told.about("booted one by one") == []
+        assert one.told.about("are booted, because they cannot be cloned") == []
 
     @pytest.mark.parametrize("command", ["migrate-incoming", "cont"])
     def test_one_late_answer_of_qemu(self, factory, monkeypatch, command):
@@ -470,7 +470,7 @@ class TestChance:
             with one.boot("tiny", **TINY) as vm:
                 assert vm.engine.origin == "cloned"
         assert late == [command]
-        assert one.told.about("booted one by one") == []
+        assert one.told.about("are booted, because they cannot be cloned") == []
 
     def test_a_qemu_that_is_stopped_for_a_while(self, factory, first, monkeypatch):
         """It does not greet in time. The next one is given longer, and is cloned, too."""
@@ -485,7 +485,7 @@ class TestChance:
             assert vm.engine.origin == "cloned"
         assert spawned
         assert one.backend.hypervisor.pace.slowness >= 2
-        assert one.told.about("booted one by one") == []
+        assert one.told.about("are booted, because they cannot be cloned") == []
 
     def test_the_launcher_is_killed(self, factory):
         """All guests of the run are gone, also those that were armed; the next ones come up."""
@@ -501,7 +501,7 @@ class TestChance:
             with one.boot("tiny", **TINY) as vm:
                 assert vm.engine.origin != "booted"
                 vm.run(["true"])
-        assert one.told.about("booted one by one") == []
+        assert one.told.about("are booted, because they cannot be cloned") == []
 
 
 def machine_of(guest):

@@ -167,7 +167,7 @@ def test_the_rest_goes_on(crashes, name):
 @pytest.mark.parametrize(
     ("name", "outcome", "text"),
     [
-        ("test_first_is_killed", "FAILED", "the interpreter was ended by SIGKILL"),
+        ("test_first_is_killed", "FAILED", "the interpreter was killed by SIGKILL"),
         ("test_leaves", "FAILED", "the interpreter ended with status 0"),
         ("test_crashes_in_setup", "ERROR", "the interpreter ended with status 3"),
         ("test_crashes_in_teardown", "ERROR", "the interpreter ended with status 4"),
@@ -194,8 +194,8 @@ def test_a_guest_without_python(tmp_path):
         [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"],
         cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert "tiny has no Python, so no test can run inside it" in done.stdout
-    assert "run it inside debian-12 or debian-13; tests that drive a guest" in done.stdout
+    assert "tests cannot run inside tiny: this image has no Python" in done.stdout
+    assert "run them inside debian-12 or debian-13. Tests that drive a guest" in done.stdout
     assert "1 error" in done.stdout
 
 

@@ -269,7 +269,7 @@ def test_a_failure_is_reported_as_usual(first):
 
 @pytest.mark.parametrize(
     ("name", "cause"),
-    [("test_is_killed", "the interpreter was ended by SIGKILL"),
+    [("test_is_killed", "the interpreter was killed by SIGKILL"),
      ("test_panics", "kernel panic: sysrq triggered crash")],
 )  # fmt: skip
 def test_a_loss_is_reported_and_the_rest_goes_on(first, name, cause):

@@ -117,7 +117,7 @@ def test_runner(python, version, tmp_path_factory, monkeypatch):
     assert "record_property is incompatible with junit_family" in output
     assert "WARNING  its:test_it.py:24 log of bad" in output
     assert "SKIPPED [1] test_it.py:27: no reason" in output
-    assert "the interpreter was ended by SIGKILL" in output
+    assert "the interpreter was killed by SIGKILL" in output
     assert f'<property name="version" value="{version}"' in (suite.path / "junit").read_text()
     assert suite.guests == ["debian-13-1", "debian-13-2"]
     covered = json.loads((suite.path / "coverage.json").read_text())["files"]["test_it.py"]

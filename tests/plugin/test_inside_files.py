@@ -99,7 +99,7 @@ def test_workers_tell_of_names_that_are_no_unicode(suite):
     )
     status, output = suite.run("--in-vm", "-n1")
     assert status == 1, output
-    assert "its pytest ended with status 3" in output
+    assert "pytest in this guest ended with status 3" in output
     assert "brought back 2 files that tests inside guests wrote: __snapshots__/one.ambr, " in output
     assert "wrote 1 file that stayed there: ?/?.log" in output
     assert (suite.path / os.fsdecode(b"cassettes/\xff")).exists()
@@ -116,7 +116,10 @@ def test_a_guest_that_is_lost(suite):
     status, output = suite.run("--in-vm", "-x")
     assert status == 1, output
     assert not (suite.path / "__snapshots__").exists()
-    assert "in a guest that was lost is lost with it: debian-13-1" in output
+    assert (
+        "these guests were lost, and with them the files that tests wrote there: debian-13-1"
+        in output
+    )
 
 
 @pytest.mark.parametrize("pattern", ["../x", "/etc/*", "!../x", ".git/hooks/*"])
@@ -249,7 +252,7 @@ def test_plugins_can_come_and_go(suite, isolation):
     assert status == 1, output
     assert "1 failed, 1 rerun" in output
     assert "INTERNALERROR" not in output
-    assert "its pytest ended with status" not in output
+    assert "pytest in this guest ended with status" not in output
 
 
 def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
@@ -289,7 +292,7 @@ def test_a_clone_in_which_nothing_was_written_is_not_looked_through(suite):
     assert "listed: debian-13-3 debian-13-4 debian-13-5\n" in output
     assert (suite.path / "sub/late.snap").read_text() == "late"
     assert (suite.path / "sub/kept.snap").read_text() == "4321"
-    assert "deleted by tests inside guests, but not here: sub/kept.snap" in output
+    assert "deleted by tests inside guests, but kept on this machine: sub/kept.snap" in output
 
 
 def test_what_cannot_be_written_here_fails_the_run(suite):
@@ -301,4 +304,7 @@ def test_what_cannot_be_written_here_fails_the_run(suite):
     )
     status, output = suite.run("--in-vm")
     assert status == 1, output
-    assert "wrote what cannot be written here: __snapshots__/a (Permission denied)" in output
+    assert (
+        "because the file cannot be written on this machine: __snapshots__/a (Permission denied)"
+        in output
+    )

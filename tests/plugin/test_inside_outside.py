@@ -56,18 +56,16 @@ def test_such_a_folder_goes_to_a_guest(suite):
     assert status == 1, output
     assert "1 failed, 3 passed" in output
     assert f"AssertionError: assert '{suite.folder}/shared/common.py' == 1" in output
-    told = (
-        f"vm_push sends {suite.folder}/shared, which is outside of the rootdir, to guests: 2 files"
-    )
+    told = f"vm_push sends 2 files of {suite.folder}/shared, outside of the rootdir, to guests"
     assert output.count(told) == 1
 
 
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        ("..", "holds the rootdir"),
-        ("../nothere", "is no folder of this machine"),
-        ("../shared/data.txt", "is no folder of this machine"),
+        ("..", "contains the rootdir"),
+        ("../nothere", "is outside of the rootdir, and is not a folder"),
+        ("../shared/data.txt", "is outside of the rootdir, and is not a folder"),
     ],
 )
 def test_what_is_refused(suite, entry, why):
@@ -84,4 +82,4 @@ def test_a_module_that_is_only_installed_here(suite):
     )
     status, output = suite.run("--in-vm", "test_late.py")
     assert status == 1
-    assert "pluggy is installed here, by pluggy, but not in the guest" in output
+    assert "pluggy is installed by pluggy, but it is not installed in the guest" in output

@@ -53,7 +53,7 @@ def test_a_limit_of_pytest_timeout(suite, mark, args, ini):
     status, output = suite.run("--in-vm", *args)
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "1 failed, 2 passed" in output
-    assert "it did not end within 1 s, and its interpreter was killed" in output
+    assert "the test did not end within 1 s, and its interpreter was killed" in output
     assert 'test_it.py", line 7 in hang\n' in output
     assert suite.guests == ["debian-13-1"]
 
@@ -73,7 +73,7 @@ def test_a_limit_of_the_function_alone(suite, mark, ini):
     status, output = suite.run("--in-vm")
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "1 failed, 2 passed" in output
-    assert "it did not end within 1 s, and its interpreter was killed" in output
+    assert "the test did not end within 1 s, and its interpreter was killed" in output
 
 
 def test_a_limit_of_the_function_alone_leaves_fixtures_their_time(suite):
@@ -134,7 +134,7 @@ def test_fails():
 
 def test_next(): pass
 """
-DOES_NOTHING = "vmsandbox: {} does nothing for tests that run inside a guest"
+DOES_NOTHING = "vmsandbox: {} has no effect on tests that run inside a guest"
 NO_RERUNS = "vm_guest_plugins = pytest_cov"
 ASKED = {
     "reruns": ("pytest-rerunfailures", "", ("--reruns=2",), NO_RERUNS),
@@ -254,7 +254,7 @@ def test_a(): pass
     status, output = suite.run("--in-vm", "--vm=debian-13", "--vm=debian-12", "-n1")
     assert status == pytest.ExitCode.TESTS_FAILED, output
     assert "2 passed in" in output
-    assert "vmsandbox: at the end of the tests inside: debian-12-1: " in output
+    assert "vmsandbox: ending the guests of tests inside failed: debian-12-1: " in output
     assert "RuntimeError: late" in output
 
 

@@ -79,10 +79,18 @@ def test_attributes_of_reports(suite):
         "outcome": "passed",
     }
     for name in ("an_object", "a_function"):
-        assert output.count(f"the attribute {name} that a hook gives to reports stays in") == 1
-    assert output.count("the attribute members that a hook gives to reports holds values that") == 1
+        assert (
+            output.count(
+                f"a hook gives reports the attribute {name}, which does not come back from guests"
+            )
+            == 1
+        )
+    assert output.count("a hook gives reports the attribute members with values that") == 1
     for name in ("too_deep", "too_much"):
-        assert f"the attribute {name} of a report stays in the guest: it is too large" in output
+        assert (
+            f"the attribute {name} of a report does not come back from the guest, because it is too large"
+            in output
+        )
     assert "the attribute mine" not in output
 
 
@@ -147,9 +155,9 @@ def pytest_runtest_makereport(item, call):
 TOLD = {
     "renamed": "a hook in the guest renames reports, here {} to test_it.py::test_renamed (changed):",
     "twice": "{}: its call was reported twice in the guest. Only the first report counts",
-    "many": "{}: it has 12000 user properties. 10,000 of them, or 4 MiB together with its output,",
-    "long": "{}: it has 9000 user properties. 10,000 of them, or 4 MiB together with its output,",
-    "retried": "{}: a plugin in the guest reports the outcome retried, which is left out here",
+    "many": "{}: it has 12000 user properties, and some of them are lost. A guest sends at most 10,000",
+    "long": "{}: it has 9000 user properties, and some of them are lost. A guest sends at most 10,000",
+    "retried": "{}: a plugin in the guest reports the outcome retried. No plugin on this side knows it, so that report is left out",
 }
 
 

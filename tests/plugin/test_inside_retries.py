@@ -137,7 +137,7 @@ def test_each_time_while_it_collects(suite):
     assert status == 1, output
     assert "5 errors" in output
     assert suite.guests == [f"debian-13-{number}" for number in range(1, 7)]
-    again = "The same happened to test_it.py::test_three[debian-13]: see there."
+    again = "test_it.py::test_three[debian-13] failed with the same error. Its report has the full text."
     assert output.count(again) == 2, output
     assert output.count("reproduce: pytest") == 3
 
@@ -237,7 +237,7 @@ def test_a_session_that_cannot_start_is_told_once_in_full(suite):
     assert "3 errors" in output
     assert output.count("could not collect the tests") == 3
     assert output.count("reproduce: pytest") == 1
-    assert output.count("see there") == 2
+    assert output.count("failed with the same error") == 2
 
 
 def test_a_loss_that_does_not_come_again_is_no_green_run(suite):

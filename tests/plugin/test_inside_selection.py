@@ -68,19 +68,19 @@ def test_a_whole_suite(suite, how):
 def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
     suite.write(SUITE)
     result = suite.run("--collect-only", "--in-vm", "--vm=alpha-1", "--vm=alpha-2")
-    result.stdout.fnmatch_lines(["*of the selected images they ran on alpha-1 only*"])
+    result.stdout.fnmatch_lines(["*ran on alpha-1 only, the first of the selected images*"])
 
 
 @pytest.mark.parametrize(
     ("source", "args", "text"),
     [
-        ("@pytest.mark.in_vm\ndef test_it(vm): pass", (), "cannot drive one from here"),
-        ("@pytest.mark.in_vm('tiny')\ndef test_it(): pass", (), "takes no argument, or False"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--pdb",), "--pdb cannot reach tests"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--trace",), "--trace cannot reach tests"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-plan",), "--setup-plan cannot reach"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-only",), "--setup-only cannot reach"),
-        ("import nothing_of_that_name", ("--in-vm", "--setup-plan"), "--setup-plan cannot reach"),
+        ("@pytest.mark.in_vm\ndef test_it(vm): pass", (), "cannot drive a guest"),
+        ("@pytest.mark.in_vm('tiny')\ndef test_it(): pass", (), "takes no argument but True or False"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--pdb",), "--pdb does not work for tests"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--trace",), "--trace does not work for tests"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-plan",), "--setup-plan does not work for"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-only",), "--setup-only does not work for"),
+        ("import nothing_of_that_name", ("--in-vm", "--setup-plan"), "--setup-plan does not work for"),
         (
             "@pytest.mark.in_vm\n@pytest.mark.vm(test_timeout=0)\ndef test_it(): pass", (),
             "test_timeout=0 is not a positive number",
@@ -92,7 +92,7 @@ def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("-ovm_env=a b",), "write NAME or NAME=VALUE"),
         (
             "@pytest.mark.in_vm\ndef test_it(): pass", ("-ovm_isolation=all",),
-            "vm_isolation = 'all': use one of test, module, session",
+            "vm_isolation = 'all' is invalid\nRemedy: use one of test, module, session",
         ),
         (
             "@pytest.mark.in_vm\ndef test_it(): pass", ("-ovm_test_timeout=soon",),
@@ -115,7 +115,7 @@ def test_what_cannot_reach_a_guest_is_no_error_where_no_test_is_left(suite, opti
 
 def test_setup_show_shows_nothing_of_a_guest(suite):
     suite.write("import pytest\n\n@pytest.mark.in_vm\ndef test_it(): pass\n\ndef test_here(): pass")
-    text = "vmsandbox: --setup-show shows nothing of tests that run inside a guest"
+    text = "vmsandbox: --setup-show shows nothing for tests that run inside a guest"
     assert text in suite.run("--setup-show").outlines
     assert text not in suite.run("--setup-show", "-k", "here").outlines
 
@@ -125,7 +125,7 @@ def test_an_image_without_python(suite):
     suite.write("import pytest\n\n@pytest.mark.in_vm\ndef test_it(): pass\n\ndef test_here(): pass")
     result = suite.run()
     result.assert_outcomes(errors=1, passed=1)
-    result.stdout.fnmatch_lines(["*alpha-1 has no Python, so no test can run inside it"])
+    result.stdout.fnmatch_lines(["*tests cannot run inside alpha-1: this image has no Python"])
     assert suite.guests == []
 
 

@@ -29,7 +29,7 @@ def test_git_refuses_the_project(suite, monkeypatch, args):
     status, output = suite.run("--in-vm", *args)
     assert status == pytest.ExitCode.USAGE_ERROR, output
     assert output.count("dubious ownership") == 1
-    assert "git does not tell which files of" in output
+    assert "git failed to list the files of" in output
     assert not suite.guests
 
 
@@ -69,7 +69,7 @@ def test_a_plugin_that_no_guest_has_is_named_with_its_key(suite, isolation):
     (suite.path / "pytest.ini").write_text("[pytest]\nvm_guest_plugins = no_such_plugin\n")
     status, output = suite.run("--in-vm", f"--vm-isolation={isolation}")
     assert status == pytest.ExitCode.TESTS_FAILED, output
-    assert "vm_guest_plugins names no_such_plugin, which pytest in the guest cannot" in output
+    assert "vm_guest_plugins names no_such_plugin, but pytest in the guest cannot" in output
     assert output.count("Error importing plugin") == 1
     assert "2 errors" in output
 

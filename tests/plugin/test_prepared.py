@@ -162,8 +162,8 @@ def test_what_is_for_another_image_is_refused(run, bare):
 
         def test_a(vm): pass
     """, "--vm=alpha-*", passed=1, errors=1).stdout.fnmatch_lines(
-        ["*this test runs on alpha-2, and the fixture vm_prepared has something for alpha-1 alone*",
-         "*Remedy: let it return vm_factory.prepare(None, …)*"]
+        ["*this test runs on alpha-2, but the fixture vm_prepared returned an image that was prepared from alpha-1*",
+         "*Remedy: let vm_prepared return vm_factory.prepare(None, …)*"]
     )  # fmt: skip
     assert [line for line in bare.guests if line.startswith("boot")] == ["boot alpha-1 below old"]
 
@@ -176,5 +176,5 @@ def test_a_test_to_which_no_image_applies(run, bare):
         def test_a(vm_factory, layer):
             with vm_factory.boot(layer): pass
     """, "--vm=alpha-1", failed=1).stdout.fnmatch_lines(
-        ["*can be booted only while a test runs to which one of the selected images applies*"]
+        ["*works only while a test runs to which a selected image applies*"]
     )  # fmt: skip

@@ -130,7 +130,7 @@ class TestTraceback:
         suite.write(self.SOURCE)
         text = suite.run().stdout.str()
         assert "the line of the test" in text
-        assert "cpus=0 is not a number of processors" in text
+        assert "cpus=0 is not a number of CPUs" in text
         assert "spec.py" not in text
 
     def test_shows_all_with_full_trace(self, suite):
@@ -167,7 +167,7 @@ class TestTraceback:
         """)
         text = suite.run().stdout.str()
         assert "failed first" in text
-        assert "cpus=0 is not a number of processors" in text
+        assert "cpus=0 is not a number of CPUs" in text
         assert "memory=" in text
         assert "spec.py" not in text
 

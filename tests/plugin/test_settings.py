@@ -150,7 +150,7 @@ def test_test_timeout(inside):
     inside.write("test_it.py", "import time\n\ndef test_hangs(): time.sleep(90)\n")
     status, output = inside.run("--in-vm")
     assert status == pytest.ExitCode.TESTS_FAILED, output
-    assert "it did not end within 1.5 s, and its interpreter was killed" in output
+    assert "the test did not end within 1.5 s, and its interpreter was killed" in output
 
 
 NAMES_ITS_PLUGINS = """

@@ -385,7 +385,7 @@ ROWS = [
         args=("--testmon",),
         verdict=REFUSED,
         remark="it cannot see what tests inside depend on. Use `--testmon-nocollect`, or do not use `--testmon`",
-        refusal="testmon cannot see what tests that run inside a guest depend on",
+        refusal="testmon cannot see what tests inside a guest depend on",
     ),
     Row(
         "pytest-timeout",

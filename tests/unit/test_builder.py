@@ -294,7 +294,7 @@ class TestBuild:
 
     def test_definition_that_changes_meanwhile(self, tmp_path, make, store):
         definition = define(tmp_path / "mine", f"{DELIVER}\ntouch extra")
-        with pytest.raises(ImageError, match="has changed while it was being built"):
+        with pytest.raises(ImageError, match="changed while it was being built"):
             make(definition)
         assert store.all() == []
         assert make(ImageDefinition.read(definition.folder))
@@ -458,7 +458,7 @@ class TestTwoAtOnce:
         first = start(definition)
         assert first.stdout.readline() == "go\n"
         second = start(definition)
-        assert second.stdout.readline() == "waiting: another process builds mine\n"
+        assert second.stdout.readline() == "waiting: another process is building mine\n"
         gate.write_text("\n")
         assert second.stdout.read() == "mine is built\n"
         assert (first.wait(), second.wait()) == (0, 0)

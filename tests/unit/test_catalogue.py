@@ -112,7 +112,7 @@ class TestDefinition:
         (folder / "image.toml").write_text(toml)
         with pytest.raises(ConfigError, match=f"unknown key '{key}'") as raised:
             ImageDefinition.read(folder)
-        assert "allowed here: " in raised.value.remedy
+        assert "the keys here are: " in raised.value.remedy
 
     @pytest.mark.parametrize(
         ("key", "values"),
@@ -251,7 +251,7 @@ class TestDigest:
     )
     def test_refuses_what_is_no_file(self, folder, make):
         make(folder)
-        with pytest.raises(ConfigError, match="odd goes into mine, but"):
+        with pytest.raises(ConfigError, match="odd belongs to the image mine, but"):
             _ = ImageDefinition.read(folder).digest
 
 
@@ -311,7 +311,7 @@ class TestCatalogue:
     def test_unknown_name(self, image_path):
         with pytest.raises(ConfigError, match="there is no image 'b-3'") as raised:
             Catalogue([image_path]).get("b-3")
-        assert raised.value.remedy == "did you mean 'b-2'? there are: a, b, b-2"
+        assert raised.value.remedy == "did you mean 'b-2'? The images are: a, b, b-2"
 
     def test_finds_our_own_images_in_a_checkout(self):
         assert "tiny" in Catalogue().names()
@@ -349,4 +349,4 @@ class TestSelect:
     def test_a_typo_is_an_error(self, image_path, pattern):
         with pytest.raises(ConfigError, match="there is no image") as raised:
             Catalogue([image_path]).select(["a", pattern])
-        assert "there are: a, b, b-2" in raised.value.remedy
+        assert "The images are: a, b, b-2" in raised.value.remedy

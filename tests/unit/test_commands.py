@@ -158,7 +158,7 @@ def test_a_nul_is_refused(command):
 
 @pytest.mark.parametrize("name", ["", "1A", "A-B", "A B", "A=B", "A;id", "é", "A\n", "a.b"])
 def test_an_impossible_name_is_refused(name):
-    with pytest.raises(ValueError, match="name of an environment variable"):
+    with pytest.raises(ValueError, match="name for an environment variable"):
         command_line(Command(argv=("a",), env={name: "x"}), "t")
 
 

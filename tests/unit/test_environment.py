@@ -341,9 +341,9 @@ def test_a_group_does_not_bring_what_the_project_needs(root):
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        ("group:nope", "no such name, but: test"),
-        ("extra:nope", "no such name, but: fast"),
-        ("nope.txt", "no such file"),
+        ("group:nope", "does not have 'nope'. It has: test"),
+        ("extra:nope", "does not have 'nope'. It has: fast"),
+        ("nope.txt", "this file does not exist"),
         ("what is this", "what is this"),
         ("", "Expected"),
     ],
@@ -416,7 +416,7 @@ def test_platforms(machine, libc, platform):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"version": (3, 8, 20)}, "3.8.20 is too old"),
+        ({"version": (3, 8, 20)}, "3.8.20 in the guest is too old"),
         ({"machine": "riscv64"}, "riscv64 with glibc 2.41"),
         ({"libc": (2, 12)}, "glibc 2.12"),
     ],
@@ -446,7 +446,7 @@ def test_an_environment_is_made_once(make, uv, tmp_path, host):
     assert uv.read("overrides")[0] == "me ; python_version < '3'"
     assert (made.folder / "requirements.txt").read_text().splitlines() == uv.read("preferred")
     assert list((made.folder / "site-packages").iterdir()) == []
-    assert make.said == ["preparing the packages for the guest's Python 3.13.5"]
+    assert make.said == ["preparing packages for Python 3.13.5 in guests"]
     assert make(requirements) == made
     assert len(uv.calls()) == 2
     assert left_in(tmp_path / "cache") == [made.folder.name]
@@ -619,7 +619,7 @@ def test_another_process_makes_it(make, uv, tmp_path):
     thread.join()
     assert made[0].folder.name == digest
     assert uv.calls() == []
-    assert "waiting for another run" in make.said[0]
+    assert "another run is preparing packages" in make.said[0]
 
 
 def test_uv_holds_the_lock(make, uv, tmp_path):
@@ -720,7 +720,7 @@ def test_what_is_compiled_is_left_out_if_nobody_imports_it(make, uv, tmp_path, m
     make(Requirements(root=tmp_path, lines=("pytest>=8.4", "Plain>=1")))
     assert uv.read("asked") == ["pytest>=8.4"]
     assert uv.read("overrides") == ["plain ; python_version < '3'"]
-    assert [it.partition(":")[0] for it in make.told] == ["plain is not in the guest"]
+    assert [it.partition(":")[0] for it in make.told] == ["plain is not installed in guests"]
 
 
 def test_what_is_compiled_and_imported_is_an_error(make, uv, tmp_path, monkeypatch):
@@ -760,7 +760,7 @@ def test_offline(make, uv):
     text = "Packages were unavailable because the network was disabled. When the"
     error = failing(make, uv, text, offline=True)
     assert "offline" in error.brief
-    assert "with the network" in error.remedy
+    assert "without --vm-offline" in error.remedy
     assert "--offline" in uv.calls()[0]
 
 

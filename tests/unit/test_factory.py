@@ -82,21 +82,21 @@ class TestDescription:
         ("accelerator", "reason", "line"),
         [
             ("kvm", "proven: a kernel ran its first program", "kvm (proven)"),
-            ("tcg", "as asked for", "tcg (as asked for); time-outs ×10"),
+            ("tcg", "as asked for", "tcg (as asked for); timeouts ×10"),
             (
                 "tcg",
                 "kvm is here but does not run guests: proof: QEMU stopped, 18 s after power-on",
-                "tcg (kvm is here but does not run guests); time-outs ×10; see 'vmsandbox doctor'",
+                "tcg (kvm is here but does not run guests); timeouts ×10; see 'vmsandbox doctor'",
             ),
             (
                 "tcg",
                 "/dev/kvm is not open to this user; add them to its group: sudo usermod -aG kvm $USER",
-                "tcg (/dev/kvm is not open to this user); time-outs ×10; see 'vmsandbox doctor'",
+                "tcg (/dev/kvm is not open to this user); timeouts ×10; see 'vmsandbox doctor'",
             ),
             (
                 "tcg",
                 "there is no /dev/kvm: virtualization is switched off, or this is a virtual machine",
-                "tcg (there is no /dev/kvm); time-outs ×10; see 'vmsandbox doctor'",
+                "tcg (there is no /dev/kvm); timeouts ×10; see 'vmsandbox doctor'",
             ),
         ],
     )

@@ -377,12 +377,12 @@ class TestRun:
     @pytest.mark.parametrize(
         ("how", "text"),
         [
-            ({"env": {"A": 1}}, r"env\['A'\] is a str or a path, not int"),
-            ({"env": {"A": None}}, r"env\['A'\] is a str or a path, not NoneType"),
-            ({"env": {1: "A"}}, "the name of a variable is a str or a path, not int"),
-            ({"cwd": 1}, "cwd is a str or a path, not int"),
-            ({"cwd": b"/"}, "cwd is a str or a path, not bytes"),
-            ({"user": 0}, "user is the name of one, a str, not int"),
+            ({"env": {"A": 1}}, r"env\['A'\] must be a str or a path, not int"),
+            ({"env": {"A": None}}, r"env\['A'\] must be a str or a path, not NoneType"),
+            ({"env": {1: "A"}}, "the name of a variable must be a str or a path, not int"),
+            ({"cwd": 1}, "cwd must be a str or a path, not int"),
+            ({"cwd": b"/"}, "cwd must be a str or a path, not bytes"),
+            ({"user": 0}, "user must be a str, not int"),
         ],
     )
     def test_what_is_no_text(self, vm, how, text):
@@ -453,7 +453,7 @@ class TestShell:
         assert (result.returncode, result.stdout) == (3, b"x")
 
     def test_takes_no_list(self, vm):
-        with pytest.raises(TypeError, match=r"vm\.run\(\) takes lists"):
+        with pytest.raises(TypeError, match=r"for a list of words, use vm\.run\(\)"):
             vm.shell(["ls"])
 
 
@@ -493,7 +493,7 @@ class TestPopen:
     @pytest.mark.parametrize(
         ("same", "remedy"),
         [
-            ({"check": True}, "returns"),
+            ({"check": True}, "check the result"),
             ({"timeout": 3}, ".wait(timeout)"),
             ({"input": "x"}, ".stdin"),
         ],
@@ -569,7 +569,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("text", [b"x", 1, None])
     def test_what_is_no_text(self, vm, text):
-        with pytest.raises(TypeError, match="a text is a str"):
+        with pytest.raises(TypeError, match="text must be a str"):
             vm.write_text("file", text)
 
     def test_text_that_is_none(self, vm, platform):
@@ -657,7 +657,7 @@ class TestPower:
         assert not vm.alive
 
     def test_on_while_it_is_on(self, vm):
-        with pytest.raises(ConfigError, match="tiny-1 is on"):
+        with pytest.raises(ConfigError, match="tiny-1 is already on"):
             vm.power_on()
 
     def test_on_after_it_ended_by_itself(self, vm, platform):
@@ -709,7 +709,7 @@ class TestPower:
 
     def test_a_reboot_that_does_not_happen(self, vm, platform):
         platform.machines[0].obeys = False
-        with pytest.raises(BootError, match="did not go down to reboot"):
+        with pytest.raises(BootError, match="did not shut down to reboot"):
             vm.reboot(timeout=0.05)
 
     def test_a_guest_that_does_not_answer(self, platform):
@@ -898,6 +898,29 @@ class TestSnapshot:
         gc.collect()
         assert platform.events == ["save"]
 
+    def test_one_waits_until_a_guest_that_reboots_is_up(self, platform, vm):
+        """What is saved while it goes down could never be talked to again."""
+        is_down, may_boot = threading.Event(), threading.Event()
+
+        def boots(machine):
+            is_down.set()
+            assert may_boot.wait(10)
+
+        platform.booting, platform.has_helper = boots, False
+        reboot = threading.Thread(target=vm.reboot)
+        reboot.start()
+        assert is_down.wait(10)
+        platform.has_helper = True
+        snapshot = threading.Thread(target=vm.snapshot().__enter__)
+        snapshot.start()
+        snapshot.join(0.2)
+        saved = "save" in platform.events
+        may_boot.set()
+        for thread in (reboot, snapshot):
+            thread.join(10)
+        assert not saved
+        assert platform.events[-1] == "save"
+
     def test_not_of_a_guest_that_is_off(self, vm):
         vm.power_cut()
         with pytest.raises(GuestLost, match="switched off"), vm.snapshot():
@@ -915,7 +938,7 @@ class TestFromOutside:
         assert vm.forward(80) == ("127.0.0.1", 40_080)
 
     def test_forward_of_udp(self, vm, platform):
-        with pytest.raises(ConfigError, match="QEMU drops what an isolated guest answers"):
+        with pytest.raises(ConfigError, match="QEMU drops the answers of an isolated guest"):
             vm.forward(80, protocol="udp")
         with make(platform, network="nat") as other:
             assert other.forward(80, protocol="udp") == ("127.0.0.1", 50_080)
@@ -945,14 +968,16 @@ class TestFromOutside:
         ("text", "said"),
         [
             (NOBODY, "nothing listens on TCP port 80 of tiny-1"),
-            (ON_LOOPBACK, "nothing listens on TCP port 80 of tiny-1 but on 127.0.0.1"),
+            (ON_LOOPBACK, "the service on TCP port 80 of tiny-1 listens only on 127.0.0.1"),
         ],
     )
     def test_forward_to_a_port_where_nobody_listens(self, vm, listeners, caplog, text, said):
         listeners.append(text)
         assert vm.forward(80) == ("127.0.0.1", 40_080)
         assert caplog.messages[0].startswith(said)
-        assert caplog.messages[0].endswith("a connection to 127.0.0.1:40080 ends at once")
+        assert caplog.messages[0].endswith(
+            "A connection to 127.0.0.1:40080 ends at once; to wait for the service, pass timeout= to forward()"
+        )
         for timeout in (0, 0.01):
             with pytest.raises(ConnectionRefusedError, match=said):
                 vm.forward(80, timeout=timeout)
@@ -1037,7 +1062,7 @@ class TestPathsInTheGuest:
             lambda: vm.pull(path, tmp_path),
             lambda: vm.push(tmp_path, path),
         ):
-            with pytest.raises(TypeError, match="a path in the guest is a str or a path"):
+            with pytest.raises(TypeError, match="a path in the guest must be a str or a path"):
                 use()
 
     def test_what_is_left_out_is_one_warning(self, vm, tmp_path):

@@ -196,7 +196,7 @@ class TestStart:
 
     def test_no_such_login(self, helper):
         """It is one user of a guest for all commands: a mistake in what the guest is told to be."""
-        with pytest.raises(ConfigError, match="who-is-it cannot log in"):
+        with pytest.raises(ConfigError, match="user 'who-is-it' cannot log in"):
             helper.start(Command(argv=("true",)), "who-is-it")
         assert helper._channels == {}
 
@@ -218,7 +218,9 @@ class TestStart:
         ],
     )
     def test_what_cannot_be_a_command(self, helper, command):
-        with pytest.raises(ValueError, match="cannot be"):
+        with pytest.raises(
+            ValueError, match="cannot contain a NUL|is not a name for an environment variable"
+        ):
             helper.start(command, USER)
         assert helper._channels == {}
 
@@ -1007,7 +1009,7 @@ class TestAssume:
             assert fed.helper._broken == ""
 
     @given(data=st.data(), stale=st.binary(max_size=200))
-    @settings(max_examples=50)
+    @settings(deadline=None, max_examples=50)
     def test_in_any_pieces(self, data, stale):
         fed = Fed()
         fed.helper.assume()
@@ -1144,7 +1146,7 @@ class TestNonsense:
         assert len(it.helper._rest) <= 65536
 
     @given(data=st.lists(st.binary(max_size=300), max_size=10))
-    @settings(max_examples=100)
+    @settings(deadline=None, max_examples=100)
     def test_any_bytes(self, data):
         """Nothing is raised where they are read: that thread is everybody's."""
         it = fed()
@@ -1159,7 +1161,7 @@ class TestNonsense:
             max_size=20,
         )
     )
-    @settings(max_examples=200)
+    @settings(deadline=None, max_examples=200)
     def test_any_frames(self, frames):
         it = fed()
         channels = [it.channel() for _ in range(2)]

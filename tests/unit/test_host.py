@@ -286,7 +286,7 @@ class TestDisks:
 
     def test_a_size_that_is_refused(self, tmp_path):
         with (
-            pytest.raises(LaunchError, match="could not be made") as caught,
+            pytest.raises(LaunchError, match="could not make a disk of") as caught,
             Disks.open(base=None, root_size=None, blank=[1 << 62], folder=tmp_path),
         ):
             pass

@@ -227,10 +227,12 @@ class TestChoose:
 
     def test_what_cannot_be_is_refused(self, decide, monkeypatch):
         monkeypatch.setattr(host, "kvm_problem", lambda: "it is switched off")
-        with pytest.raises(LaunchError, match="KVM was asked for: it is switched off") as caught:
+        with pytest.raises(
+            LaunchError, match="the accelerator kvm cannot be used: it is switched off"
+        ) as caught:
             decide("kvm")
         assert "--vm-accel=auto" in caught.value.remedy
-        with pytest.raises(LaunchError, match="HVF was asked for"):
+        with pytest.raises(LaunchError, match="the accelerator hvf cannot be used"):
             decide("hvf")
 
     def test_without_kvm_it_is_emulation(self, decide, proofs, monkeypatch):
@@ -271,7 +273,7 @@ class TestChoose:
         assert told == (
             []  # nobody can know that there was one
             if harm == "removed"
-            else ["the verdict on kvm was damaged; it is made anew"]
+            else ["the cached verdict on kvm was damaged, so kvm is tried again"]
         )
 
     def test_a_kernel_that_is_gone(self, decide, proofs, kernel):

@@ -97,7 +97,7 @@ def test_what_older_versions_have_made_is_removed_and_told_once(tmp_path):
     assert not old.exists()
     assert new.damage() == ""
     (line,) = said
-    assert line.startswith("removed 8KiB of templates and environments that an older version")
+    assert line.startswith("removed 8KiB of templates and environments of an older version")
 
 
 def test_one_limit_holds_for_all_that_is_made_anew(tmp_path):
@@ -183,7 +183,7 @@ class TestUnusable:
 
     def test_a_folder_below_a_file(self, tmp_path):
         (tmp_path / "file").touch()
-        assert "cannot be made, since" in self.told(tmp_path / "file" / "cache")
+        assert "cannot be made, because" in self.told(tmp_path / "file" / "cache")
 
     def test_one_that_cannot_be_written(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "access", lambda *_: False)

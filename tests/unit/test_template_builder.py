@@ -162,10 +162,10 @@ class TestFault:
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
         store.throw_away(opened.template.key, opened.template)
-        with pytest.raises(LaunchError, match="another run has thrown away"):
+        with pytest.raises(LaunchError, match="another run has removed"):
             opened.check_current()
         keep("")
-        with pytest.raises(LaunchError, match="another run has thrown away"):
+        with pytest.raises(LaunchError, match="another run has removed"):
             opened.check_current()
         fault = opened.fault(anew=True)
         assert fault
@@ -178,5 +178,5 @@ class TestFault:
         builder.drop(opened, "state has changed on the disk")
         assert store.all() == []
         assert said == [
-            "the template of mine was damaged (state has changed on the disk); it is made anew"
+            "the template of mine was damaged (state has changed on the disk), so it is built again"
         ]

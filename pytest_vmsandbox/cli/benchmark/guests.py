@@ -1,4 +1,4 @@
-"""What is measured with guests, and what a measurement gives."""
+"""Measurements with guests, and their results."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 
-P99_SAMPLES = 100  # fewer have no 99th percentile
+P99_SAMPLES = 100  # the least for a 99th percentile
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
-_ARM_SECONDS = 300.0  # for the pool, to arm what it wants
+_ARM_SECONDS = 300.0  # for the pool to fill
 _PUSH_BYTES = 16 * MIB
 _BUSY = ["sh", "-c", "while :; do sleep 0.1; done"]
-_TOGETHER = 8  # clones that share a template's memory while it is looked at how much each takes
-_UNCOUNTED = 4  # guests at the start that the pool has made ahead
+_TOGETHER = 8  # clones that share a template's memory while we measure each one's memory
+_UNCOUNTED = 4  # guests at the start, which the pool has made ahead
 
 
 class CannotMeasureError(VMSandboxError):
-    """Something cannot be measured here; its brief line tells why."""
+    """Something cannot be measured here; the brief line has the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Result:
     """The result of one measurement.
 
     Attributes:
-        value: the number, or its parts by name; None where it cannot be measured.
-        samples: how many it is made of.
+        value: the number, or its parts by name; None if it cannot be measured.
+        samples: the number of samples.
         reason: why it, or a part of it, cannot be measured.
-        details: what else was seen.
+        details: further observations.
     """
 
     value: float | Mapping[str, float | None] | None
@@ -55,7 +55,7 @@ def median(samples: Sequence[float], digits: int = 1) -> Result:
 
 
 def percentiles(samples: Sequence[float]) -> Result:
-    """The median, and the 99th percentile where there are enough samples for one."""
+    """The median, and the 99th percentile if there are enough samples."""
     ordered = sorted(samples)
     enough = len(ordered) >= P99_SAMPLES
     return Result(
@@ -64,7 +64,7 @@ def percentiles(samples: Sequence[float]) -> Result:
             "p99": round(ordered[math.ceil(0.99 * len(ordered)) - 1], 2) if enough else None,
         },
         samples=len(ordered),
-        reason="" if enough else f"p99 takes {P99_SAMPLES} samples or more",
+        reason="" if enough else f"p99 needs {P99_SAMPLES} samples or more",
         details={"max": round(ordered[-1], 2)},
     )
 
@@ -77,13 +77,13 @@ class Setup:
         image: of the guests.
         settings: of the factories that make them.
         hardware: of the guests, as `GuestFactory.boot` takes it.
-        count: the most samples that are taken, or, where a measurement takes few guests, just so many;
-            None for as many as each takes by itself.
-        most: guests at once.
-        folder: an empty one, for files that are needed meanwhile.
-        python: whether the guests have a Python.
-        only_for_ratios: whether the cold boot is measured only to compare others with it.
-        say: told of long waits.
+        count: the number of samples, or the limit for measurements that take long; None for the default
+            of each measurement.
+        most: the limit for guests at once.
+        folder: an empty folder for temporary files.
+        python: whether the guests have Python.
+        only_for_ratios: whether the cold boot is measured only for ratios.
+        say: gets lines about long waits.
     """
 
     image: str
@@ -97,23 +97,23 @@ class Setup:
     say: Callable[[str], None] = lambda _: None
 
     def at_most(self, number: int) -> int:
-        """How many samples to take where it would be so many by itself."""
+        """The number of samples to take if `number` is the default."""
         return number if self.count is None else min(number, self.count)
 
     def factory(self, clones: Clones) -> AbstractContextManager[GuestFactory]:
-        """A factory that makes guests in this way; see `Settings.clones`."""
+        """A factory with this value of `Settings.clones`."""
         return GuestFactory.open(replace(self.settings, clones=clones), Announcer(self.say))
 
     def expect(self, factory: GuestFactory, count: int) -> None:
-        """Tell a factory how many guests it is going to be asked for."""
+        """Tell a factory how many guests we will ask for."""
         factory.expect(self.image, factory.hardware(self.image, self.hardware), count)
 
     @contextmanager
     def guest(self, factory: GuestFactory, *origins: str) -> Iterator[Guest]:
-        """A guest that has come to be in one of these ways.
+        """A guest with one of these origins.
 
         Raises:
-            CannotMeasureError: it has come to be in another one.
+            CannotMeasureError: the guest has another origin.
         """
         with factory.boot(self.image, **self.hardware) as guest:
             if (origin := guest.engine.origin) not in origins:
@@ -122,9 +122,9 @@ class Setup:
 
     @cached_property
     def throughput(self) -> tuple[int, float, float]:
-        """Guests one after the other: their number, seconds, and processor seconds.
+        """Guests one after the other: their number, seconds and CPU seconds.
 
-        Two results come from this one measurement.
+        Two results use this one measurement.
         """
         number = self.count or 50
         processor_seconds = 0.0
@@ -144,7 +144,7 @@ class Setup:
 
 
 def first_command(guest: Guest) -> None:
-    """What most measurements end with."""
+    """Run the command that ends most measurements."""
     guest.run(["true"])
 
 
@@ -152,7 +152,7 @@ def first_command(guest: Guest) -> None:
 
 
 def cold_boot(setup: Setup) -> Result:
-    """A guest is booted, to the end of its first command."""
+    """Boot a guest, until its first command ends."""
     number = 1 if setup.only_for_ratios else setup.at_most(3)
     with setup.factory("never") as factory:
         samples = [_timed(setup, factory, "booted", first_command) for _ in range(number)]
@@ -160,9 +160,9 @@ def cold_boot(setup: Setup) -> Result:
 
 
 def clone_on_demand(setup: Setup) -> Result:
-    """Nothing is armed: a guest is cloned, to the end of its first command."""
+    """Clone a guest on demand, until its first command ends."""
     with setup.factory("demand") as factory:
-        _timed(setup, factory, "cloned", first_command)  # the template is opened, and read once
+        _timed(setup, factory, "cloned", first_command)  # opens the template and reads it once
         samples = [
             _timed(setup, factory, "cloned", first_command) * 1000 for _ in range(setup.at_most(20))
         ]
@@ -170,12 +170,12 @@ def clone_on_demand(setup: Setup) -> Result:
 
 
 def armed_noop(setup: Setup) -> Result:
-    """An armed guest is leased, to the answer of its helper."""
+    """Lease an armed guest, until its helper answers."""
     return _armed(setup, lambda guest: guest.engine.ping())
 
 
 def armed_run(setup: Setup) -> Result:
-    """An armed guest is leased, to the end of run(["true"]), its clock set."""
+    """Lease an armed guest and set its clock, until run(["true"]) ends."""
     return _armed(setup, first_command)
 
 
@@ -189,7 +189,9 @@ def _armed(setup: Setup, act: Callable[[Guest], object]) -> Result:
             act(guest)
         while len(samples) < number:
             if not factory.await_armed(_ARM_SECONDS):
-                raise CannotMeasureError(f"the pool was not full after {_ARM_SECONDS:g} s")
+                raise CannotMeasureError(
+                    f"the pool of armed clones did not fill within {_ARM_SECONDS:g} s"
+                )
             try:
                 samples.append(_timed(setup, factory, "armed", act) * 1000)
             except CannotMeasureError:
@@ -203,7 +205,7 @@ def _armed(setup: Setup, act: Callable[[Guest], object]) -> Result:
 def _timed(
     setup: Setup, factory: GuestFactory, origin: str, act: Callable[[Guest], object]
 ) -> float:
-    """Seconds from asking for a guest until it has done something."""
+    """Seconds from asking for a guest until `act` has ended."""
     began = time.perf_counter()
     with setup.guest(factory, origin) as guest:
         act(guest)
@@ -211,7 +213,7 @@ def _timed(
 
 
 def push(setup: Setup) -> Result:
-    """A file of random bytes is pushed."""
+    """Push a file of random bytes."""
     source = setup.folder / "random"
     source.write_bytes(random.Random(0).randbytes(_PUSH_BYTES))  # noqa: S311  # no secret
     samples = []
@@ -228,13 +230,13 @@ def push(setup: Setup) -> Result:
 
 
 def guests_per_s(setup: Setup) -> Result:
-    """Fresh guests, one after the other, each with a command, the pool never full."""
+    """Fresh guests one after the other, each with one command."""
     number, seconds, _ = setup.throughput
     return Result(value=round(number / seconds, 2), samples=number)
 
 
 def cpu_per_guest(setup: Setup) -> Result:
-    """Processor time of each fresh guest, arming included."""
+    """CPU time of each fresh guest, arming included."""
     number, _, processor_seconds = setup.throughput
     return Result(value=round(processor_seconds / number * 1000, 1), samples=number)
 
@@ -243,7 +245,7 @@ def cpu_per_guest(setup: Setup) -> Result:
 
 
 def pss_per_clone(setup: Setup) -> Result:
-    """Memory of an armed clone, shared pages in proportion."""
+    """Memory of an armed clone, with its share of shared pages."""
     number = setup.at_most(_TOGETHER)
     with setup.factory("armed") as factory, ExitStack() as stack:
         setup.expect(factory, number + 1)
@@ -260,31 +262,31 @@ def pss_per_clone(setup: Setup) -> Result:
 
 
 def memory_of(pid: int) -> dict[str, int]:
-    """Bytes of memory of a process, by what the system calls them.
+    """Bytes of memory of a process, by the kernel's names.
 
     Raises:
-        CannotMeasureError: this system does not tell.
+        CannotMeasureError: the kernel does not report it.
     """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
         return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     except (OSError, ValueError, IndexError) as error:
-        raise CannotMeasureError(f"this system does not tell Pss: {error}") from error
+        raise CannotMeasureError(f"the kernel does not report Pss: {error}") from error
 
 
 def leased_at_once(setup: Setup) -> Result:
-    """Guests held at a time, each of which answers within 2 s."""
+    """Guests held at once that answer within 2 s."""
     return _at_once(setup, busy=False)
 
 
 def running_at_once(setup: Setup) -> Result:
-    """Guests held at a time, in each of which a program runs all the time."""
+    """Guests held at once that answer within 2 s while a program runs in each."""
     return _at_once(setup, busy=True)
 
 
 def _at_once(setup: Setup, *, busy: bool) -> Result:
-    """Take guests until there is no room, or as many as are allowed; then ask each in turn."""
-    limit = f"no more than {setup.most} were tried"
+    """Take guests until there is no room or the limit is reached. Then ask each in turn."""
+    limit = f"no more than {setup.most} were tried (--most)"
     with setup.factory("demand") as factory, ExitStack() as stack:
         guests: list[Guest] = []
         while len(guests) < setup.most:
@@ -295,7 +297,7 @@ def _at_once(setup: Setup, *, busy: bool) -> Result:
                     raise
                 limit = error.brief
                 break
-        if busy:  # only now: to clone guests beside those that run would take minutes
+        if busy:  # only now: cloning beside busy guests would take minutes
             for number, guest in enumerate(guests, 1):
                 guest.popen(_BUSY)
                 if (took := _answer(guest)) > ANSWER_SECONDS:

@@ -1,4 +1,4 @@
-"""What is measured with a pytest that is started for it, on suites that are made for it."""
+"""Measurements with a pytest that we start on suites that we write."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def test_first(vm):
 
 
 class Pairs:
-    """Two things measured in turn, so that what slows the machine down meets both.
+    """Two things measured in turn, so a load on the machine affects both.
 
     Args:
         number: of pairs.
-        first, second: each measures once.
+        first, second: functions that measure once.
 
     Attributes:
         first, second: the median of each.
-        ratio: the median of how many times the first one was the second.
-        differences: by how much the first one was more, in each pair.
+        ratio: the median of first divided by second, over all pairs.
+        differences: first minus second, in each pair.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Pairs:
 
 
 def idle_cost(setup: Setup) -> Result:
-    """What the plugin costs a suite that does not use it."""
+    """Time that the plugin adds to a suite that does not use it."""
     folder = _folder(setup, "idle")
     return median(idle_pairs(folder, setup.at_most(20)).differences)
 
@@ -84,7 +84,7 @@ def idle_pairs(folder: Path, number: int) -> Pairs:
     (folder / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
     (folder / "test_nothing.py").write_text("def test_nothing():\n    pass\n", encoding="utf-8")
     without = ("-p", "no:vmsandbox")
-    _run_empty(folder)  # byte code is compiled, caches are warm
+    _run_empty(folder)  # compiles byte code and warms caches
     _run_empty(folder, *without)
     return Pairs(number, lambda: _run_empty(folder), lambda: _run_empty(folder, *without))
 
@@ -99,29 +99,29 @@ def _run_empty(folder: Path, *more: str) -> float:
 
 
 def second_run(setup: Setup) -> Result:
-    """Pytest is started where templates are there, until its first test has its guest."""
+    """Start pytest with existing templates, until its first test has its guest."""
     folder = _folder(setup, "second")
     (folder / "test_first.py").write_text(_FIRST_TEST, encoding="utf-8")
     samples = []
     for _ in range(setup.at_most(5) + 1):
         began = time.monotonic()
         samples.append(_run_with_plugin(setup, folder) - began)
-    return median(samples[1:], digits=2)  # the first one may have to build a template
+    return median(samples[1:], digits=2)  # the first run may have to build a template
 
 
 # -- inside guests ---------------------------------------------------------------------------------
 
 
 def in_guest_overhead(setup: Setup) -> Result:
-    """What a test inside a guest takes more than by plain pytest there."""
+    """Time that a test inside a guest takes longer than with plain pytest there."""
     pairs = inside_pairs(setup, number=setup.at_most(_PAIRS), tests=_EMPTY_TESTS)
     return median(pairs.differences, digits=2)
 
 
 def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
-    """Milliseconds of an empty test inside a guest, and by plain pytest there.
+    """Milliseconds of an empty test inside a guest, and with plain pytest there.
 
-    From the end of the first test, which boots a guest, to the end of the last one.
+    We measure from the end of the first test, which boots a guest, to the end of the last one.
     """
     folder = write_empty_tests(setup, "inside", tests)
     return Pairs(
@@ -132,7 +132,7 @@ def inside_pairs(setup: Setup, *, number: int, tests: int) -> Pairs:
 
 
 def in_guest_isolated(setup: Setup) -> Result:
-    """A test inside a guest of its own (isolation="test"), but for the first of the run."""
+    """A test inside a guest of its own (isolation="test"), without the first of the run."""
     counted = setup.at_most(_ISOLATED_TESTS)
     folder = write_empty_tests(setup, "isolated", counted + 1)
     seconds = _run_with_plugin(setup, folder, "--in-vm", "--vm-isolation=test") / counted
@@ -140,7 +140,7 @@ def in_guest_isolated(setup: Setup) -> Result:
 
 
 def write_empty_tests(setup: Setup, name: str, number: int) -> Path:
-    """A suite for guests that tells how long its tests take.
+    """A suite for guests that measures how long its tests take.
 
     Raises:
         CannotMeasureError: guests cannot run it.
@@ -175,7 +175,7 @@ def _folder(setup: Setup, name: str) -> Path:
 
 
 def _write_ini(setup: Setup, folder: Path) -> None:
-    """The same guests as those that are measured without pytest."""
+    """Write an ini file that makes the same guests as without pytest."""
     lines = ["[pytest]", f"vm_accel = {setup.settings.accelerator}"]
     lines += [f"vm_boot_timeout = {setup.settings.boot_timeout}"]
     lines += [f"vm_{name} = {value}" for name, value in setup.hardware.items()]
@@ -186,14 +186,14 @@ def _write_ini(setup: Setup, folder: Path) -> None:
 
 
 def _run_with_plugin(setup: Setup, folder: Path, *more: str) -> float:
-    """The seconds that a suite tells."""
+    """Run a suite with the plugin. Returns the seconds that the suite has measured."""
     took = folder.parent / "took"
     took.unlink(missing_ok=True)
     variables = {**foreground.pytest_variables(), TOOK: str(took)}
-    variables.pop(CLONES_VARIABLE, None)  # clones as pytest has them by itself
+    variables.pop(CLONES_VARIABLE, None)  # the default of pytest
     _pytest(folder, variables, "-p", foreground.PLUGIN, f"--vm={setup.image}", *more)
     if not took.exists():
-        raise CannotMeasureError("the suite has not said how long it took")
+        raise CannotMeasureError("pytest ended, but the suite has not written its time")
     return float(took.read_text(encoding="utf-8"))
 
 
@@ -215,7 +215,7 @@ def _pytest(folder: Path, variables: Mapping[str, str], *more: str) -> None:
             encoding="utf-8",
         )
     except subprocess.TimeoutExpired as error:
-        raise CannotMeasureError(f"pytest was not done after {_RUN_SECONDS:g} s") from error
+        raise CannotMeasureError(f"pytest did not end within {_RUN_SECONDS:g} s") from error
     if done.returncode != 0:
         said = (done.stdout + done.stderr)[-_TAIL:]
         raise CannotMeasureError(f"pytest ended with status {done.returncode}: {said}")

@@ -1,10 +1,10 @@
 """First steps: what a test can do with a machine of its own.
 
-``vmsandbox quickstart`` runs a copy of this file. Each test asks for the fixture `vm` and gets a
-guest that nobody has used before, and that nobody will use after it.
+``vmsandbox quickstart`` runs a copy of this file. Each test asks for the fixture `vm`, and gets a guest
+that no other test uses.
 """
 
-# ruff: noqa: INP001  # no package: it is copied before it is run
+# ruff: noqa: INP001  # no package: the file is copied before it runs
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pytest_vmsandbox import CommandError, Guest, VMSandboxError
 
 SERVICE = """\
 [Unit]
-Description=Serves what lies in /srv
+Description=Serves the files in /srv
 
 [Service]
 ExecStart=/usr/bin/python3 -m http.server 8000 --directory /srv
@@ -29,18 +29,18 @@ WantedBy=multi-user.target
 """
 MARK = "/var/lib/i-was-here"
 
-# Guests of one kind are clones of one template, so all of them have the small disk that one needs.
+# All guests here are clones of one template. So all of them have the small disk that one test needs.
 pytestmark = pytest.mark.vm(disks=["64MiB"])
 
 
 def test_it_is_another_machine(vm: Guest) -> None:
-    """It has a kernel of its own, that was started for this test, and no way out."""
+    """The guest has a kernel of its own, and cannot reach this machine."""
     boot_id = "/proc/sys/kernel/random/boot_id"
     assert vm.read_text(boot_id) != Path(boot_id).read_text(encoding="utf-8")
     assert vm.run(["hostname"]).stdout.strip() != socket.gethostname()
     assert vm.run(["uname", "-r"]).stdout.strip() != platform.release()
-    # The network is isolated unless a test asks for more: this machine, which a guest could call
-    # 10.0.2.2, cannot be reached from there.
+    # By default the network is isolated. With network="nat", the guest would reach this machine at
+    # 10.0.2.2.
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         port = str(server.getsockname()[1])
@@ -51,7 +51,7 @@ def test_it_is_another_machine(vm: Guest) -> None:
 
 
 def test_a_service_survives_a_reboot(vm: Guest) -> None:
-    """A machine can be set up, restarted, and its services reached from here."""
+    """A test can install a service, restart the guest, and reach the service from this machine."""
     if vm.run(["test", "-d", "/run/systemd/system"], check=False).returncode != 0:
         pytest.skip("this image has no systemd")
     vm.write_text("/srv/index.html", "hello")
@@ -65,16 +65,16 @@ def test_a_service_survives_a_reboot(vm: Guest) -> None:
 
 
 def test_destroying_everything(vm: Guest) -> None:
-    """Do not try this at home. Here it is one more test: the guest is gone after it."""
+    """Do not try this at home. Here the guest is thrown away after the test."""
     vm.run(["mkdir", "-p", "/var/lib"])
     vm.write_text(MARK, "before the end")
     vm.run(["rm", "-rf", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64"], check=False)
     with pytest.raises(VMSandboxError):
-        vm.run(["ls", "/usr/bin"])  # there is no `ls`, nor anything else
+        vm.run(["ls", "/usr/bin"])  # there is no `ls` any more
 
 
 def test_the_next_guest_is_whole_and_its_disk_full(vm: Guest) -> None:
-    """Nothing of the test before is left; and a full disk is easily had."""
+    """The next guest is whole again, and a test can fill its disk."""
     assert vm.run(["test", "-e", MARK], check=False).returncode != 0
     disk = vm.shell("ls /dev/vd? | tail -n 1").stdout.strip()
     vm.shell(f"mkfs.ext4 -q {disk} && mkdir -p /mnt/small && mount {disk} /mnt/small")

@@ -1,7 +1,7 @@
-"""What pytest in a guest is told of this run: options, ini keys, plugins.
+"""The configuration of pytest in a guest: options, ini keys and plugins of this run.
 
-The guest's run has to see what this one would: a lost ``asyncio_mode`` or ``--runslow`` makes tests
-skip in silence. What is about selecting, ordering, reporting or ending tests stays here.
+Tests in the guest must see the same values: without ``asyncio_mode`` or ``--runslow``, some would skip
+in silence. Options about selecting, ordering, reporting or ending tests stay here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
 from pytest_vmsandbox.plugin.in_vm import other_plugins
 from pytest_vmsandbox.plugin.in_vm.remote_reports import RERUN, RETRIED
 
-# Told by arguments of pytest's command line, since pytest reads them before it configures itself.
-# Each with its argument, and the plugin without which pytest does not know it.
+# Options that go by the command line, because pytest reads them before it configures itself: name →
+# the argument, and the plugin that defines it.
 _EARLY = {
     "assertmode": ("--assert", "assertion"),
     "capture": ("--capture", "capture"),
     "importmode": ("--import-mode", "main"),
 }
 
-# pytest's own that are this side's affair. What host-only plugins have is not known in the guest.
+# pytest's own options that apply on this side only. The guest does not know those of host-only plugins.
 _OURS_OPTIONS = {
     *_EARLY, "noconftest", "pythonwarnings",
     "basetemp", "cacheclear", "cacheshow", "code_highlight", "collectonly", "color", "confcutdir",
@@ -43,9 +43,9 @@ _OURS_OPTIONS = {
     "setupplan", "setupshow", "show_fixtures_per_test", "showfixtures", "stepwise",
     "stepwise_reset", "stepwise_skip", "strict_config", "trace", "traceconfig", "usepdb",
     "usepdb_cls", "version", "xmlpath",
-    "fail_on_flaky",  # of pytest-rerunfailures: how the run ends
-    "loadgroup",  # of xdist's workers alone
-    # Of other plugins, those by which tests are selected, and reports written and compared.
+    "fail_on_flaky",  # pytest-rerunfailures: how the run ends
+    "loadgroup",  # only for xdist's workers
+    # Options of other plugins that select tests, or write and compare reports.
     "allure_epics", "allure_features", "allure_ids", "allure_labels", "allure_report_dir",
     "allure_severities",
     "allure_stories", "clean_alluredir",
@@ -53,31 +53,31 @@ _OURS_OPTIONS = {
     "benchmark_cprofile_dump", "benchmark_histogram", "benchmark_json", "benchmark_save",
     "cucumber_json_path", "gherkin_terminal_reporter", "htmlpath", "json_report_file",
 }  # fmt: skip
-# Options of plugins that would write a report of their own in the guest, by default.
+# Options of plugins that would write a report in the guest by default.
 _SILENCED = {"json_report_file": None}
 _OURS_INI = {
     "addopts", "cache_dir", "console_output_style", "log_file", "log_file_mode", "max_warnings",
     "minversion", "required_plugins", "strict_config", "testpaths",
 }  # fmt: skip
 _OURS_INI_FAMILIES = ("junit_", "vm_")
-# Plugins that stay as they are in the guest: its reports need the one, and nobody looks at the other.
+# Plugins that are never turned off in the guest: we need `reports`, and `terminalprogress` is not seen.
 _OURS_PLUGINS = {"reports", "terminalprogress"}
 _XDIST_VARIABLES = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
 _OUTCOMES = {"rerunfailures": RERUN, "pytest-retry": RETRIED}
-_RUN = pytest.StashKey[str]()  # what pytest-xdist calls a run that has no workers
+_RUN = pytest.StashKey[str]()  # pytest-xdist's id of a run without workers
 _ONLY_HERE = HOST_ONLY | LEFT_OUT
 
 
 def options(
     config: pytest.Config, translate: Callable[[str], str]
 ) -> tuple[dict[str, object], list[str]]:
-    """The options that pytest's core, the project's conftest files and plugins have: name → value.
+    """The options of pytest, the project's conftest files and plugins: name → value.
 
     Args:
-        translate: from a path of this machine to the guest's, where it is one of the project.
+        translate: turns a path of the project on this machine into the guest's path.
 
     Returns:
-        Those, and what was set to a value that cannot be told: the guest has its own default there.
+        The options, and those whose value JSON cannot carry: the guest uses its default for them.
     """
     parser = getattr(config._parser, "optparser", None)  # noqa: SLF001  # pytest has no list
     found: dict[str, object] = dict(_SILENCED)
@@ -90,13 +90,13 @@ def options(
         except TypeError:
             if parser is not None and value is not parser.get_default(name):
                 lost.append(f"{name}={value!r}")
-    if other_plugins.benchmarks_are_off(config):  # xdist does that
+    if other_plugins.benchmarks_are_off(config):  # xdist turns them off
         found["benchmark_disable"] = True
     return found, lost
 
 
 def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[str]:
-    """Arguments for pytest in the guest: the options that are read early, and the plugins."""
+    """Arguments for pytest in the guest: options that it reads early, and plugins."""
     typed, _ = _named_plugins(config)
     args = [
         f"{flag}={getattr(config.option, name)}"
@@ -111,10 +111,10 @@ def arguments(config: pytest.Config, translate: Callable[[str], str]) -> list[st
 
 
 def ini(config: pytest.Config, translate: Callable[[str], str]) -> list[tuple[list[str], object]]:
-    """The ini keys that are set: their names (aliases are names, too), and their values.
+    """The ini keys that are set: their names with aliases, and their values.
 
-    The guest has the value that `pytest.Config.getini` gives here, whatever it comes from. A key
-    that is not set keeps the guest's own default, which may be about that machine.
+    The guest gets the value that `pytest.Config.getini` returns here. A key that is not set keeps the
+    guest's own default, which may depend on that machine.
     """
     parser = config._parser  # noqa: SLF001  # pytest has no list
     names = {key: [key] for key in parser._inidict}  # noqa: SLF001
@@ -122,25 +122,25 @@ def ini(config: pytest.Config, translate: Callable[[str], str]) -> list[tuple[li
         names[key].append(alias)
     written = _written(config)
     rows: list[tuple[list[str], object]] = [
-        (["strict_config"], False),  # what this side's pytest has accepted, no guest is to refuse
+        (["strict_config"], False),  # pytest here has accepted the configuration
         (["addopts"], _loading(_named_plugins(config)[1])),
     ]
     for key, called in sorted(names.items()):
         if key in _OURS_INI or key.startswith(_OURS_INI_FAMILIES):
             continue
         value, (_, _, default) = config.getini(key), parser._inidict[key]  # noqa: SLF001
-        if value is None and key.startswith("strict_"):  # those follow from ``strict``
+        if value is None and key.startswith("strict_"):  # ``strict`` sets these
             value = config.getini("strict") or None
-        # Lines that plugins add do not make a key set. A guest lacks some of those plugins, and
-        # would warn of their markers.
+        # Lines that plugins add do not make a key set. The guest lacks some of these plugins. It needs
+        # their lines of `markers`, or it would warn about them.
         if value is not default or not written.isdisjoint(called) or key == "markers":
-            with suppress(TypeError):  # no file holds such a value: it is a default
+            with suppress(TypeError):  # a file cannot hold such a value: it is a default
                 rows.append((called, _packed(value, translate)))
     return rows
 
 
 def plugins(config: pytest.Config) -> list[str]:
-    """Names of the plugins that are loaded here, and by the guest as far as it has them."""
+    """Names of the plugins that are loaded here. The guest loads those that it has."""
     manager = config.pluginmanager
     names: dict[str, None] = {}
     for _, distribution in manager.list_plugin_distinfo():
@@ -153,10 +153,9 @@ def plugins(config: pytest.Config) -> list[str]:
 
 
 def fixtures(config: pytest.Config) -> dict[str, str | None]:
-    """Values of fixtures that host-only plugins have: pytest-xdist, and pytest-cov.
+    """Values of the fixtures of host-only plugins: pytest-xdist and pytest-cov.
 
-    They are the same in all guests of a run. Where a guest measures coverage, it has a fixture `cov`
-    of its own.
+    They are the same in all guests of a run. A guest that measures coverage has its own fixture `cov`.
     """
     found: dict[str, str | None] = {}
     if config.pluginmanager.has_plugin("pytest_cov"):
@@ -170,21 +169,21 @@ def fixtures(config: pytest.Config) -> dict[str, str | None]:
 
 
 def outcomes(config: pytest.Config) -> list[str]:
-    """The outcomes of tests that plugins of this side know, besides those of pytest."""
+    """Further outcomes of tests that plugins of this side know."""
     manager = config.pluginmanager
     return [outcome for plugin, outcome in _OUTCOMES.items() if manager.has_plugin(plugin)]
 
 
 def environment() -> dict[str, str]:
-    """Variables that pytest-xdist has set for this process: which worker it is."""
+    """Variables in which pytest-xdist tells this process which worker it is."""
     return {name: os.environ[name] for name in _XDIST_VARIABLES if name in os.environ}
 
 
 def translator(places: Mapping[str, str]) -> Callable[[str], str]:
-    """From a path of this machine to the guest's, where it is one of the project.
+    """A function that turns a path of the project on this machine into the guest's path.
 
     Args:
-        places: folders that went to the guest: from what each is called here to what it is there.
+        places: folders that went to the guest: path here → path there.
     """
 
     def translate(text: str) -> str:
@@ -197,22 +196,22 @@ def translator(places: Mapping[str, str]) -> Callable[[str], str]:
 
 
 def _confcutdir(config: pytest.Config) -> Path:
-    """The folder above which no conftest.py counts, or the project's where that is above it."""
+    """The folder above which pytest ignores conftest.py files; at most the project's folder."""
     given = Path(config.invocation_params.dir, config.known_args_namespace.confcutdir)
     folder = Path(os.path.normpath(given))
     return folder if folder.is_relative_to(config.rootpath) else config.rootpath
 
 
 def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
-    """The plugins that this run was told to load, or (``no:NAME``) to leave out.
+    """The plugins that the user wants loaded, or left out (``no:NAME``).
 
     Returns:
         Those of the command line, and all others. pytest leaves out the former so early that their
-        options do not exist, but not the latter.
+        options do not exist. It leaves out the latter later.
     """
     stay = {*_host_only(), *_OURS_PLUGINS, *only_here(config)}
     if hasattr(config, "workerinput"):
-        stay.add("terminal")  # no worker of xdist has one
+        stay.add("terminal")  # workers of xdist have no terminal
     words = config.invocation_params.args
     typed = {word[2:] for word in map(str, words) if word.startswith("-p")}
     typed.update(str(name) for word, name in pairwise(words) if word == "-p")
@@ -225,9 +224,9 @@ def _named_plugins(config: pytest.Config) -> tuple[list[str], list[str]]:
 
 
 def only_here(config: pytest.Config) -> list[str]:
-    """The plugins, named for this run, that no guest can have; those of ours do not count.
+    """The plugins that the user names and that no guest can have, for instance an editor's.
 
-    They are neither in the project, nor installed, nor pytest's: an editor's, for instance.
+    They are neither in the project, nor installed, nor pytest's. Ours do not count.
     """
     found = []
     for name in dict.fromkeys(_asked_for(config)):
@@ -241,14 +240,14 @@ def only_here(config: pytest.Config) -> list[str]:
 
 
 def _asked_for(config: pytest.Config) -> list[str]:
-    """The plugins, or ``no:NAME``, of the command line, and of the environment."""
+    """The plugins, or ``no:NAME``, from the command line and from the environment."""
     of_environment = os.environ.get("PYTEST_PLUGINS", "").split(",")
     return [name for name in (*config.option.plugins, *of_environment) if name]
 
 
 @cache  # reading what is installed takes long, and each guest asks
 def _host_only() -> frozenset[str]:
-    """What plugins that stay on the host are called, by their entry points and their modules."""
+    """The names of host-only plugins: of their entry points and of their modules."""
     return frozenset(
         name
         for point in entry_points(group="pytest11")
@@ -276,12 +275,12 @@ def _written(config: pytest.Config) -> set[str]:
 
 
 def _packed(value: Any, translate: Callable[[str], str]) -> Any:
-    """A value as JSON has it; the runner's `unpacked` is the way back.
+    """A value in a form that JSON can carry; the runner's `unpacked` restores it.
 
     Raises:
-        TypeError: JSON has no such value.
+        TypeError: JSON cannot carry it.
     """
-    # An enumeration's member that is a string, too, is compared by identity.
+    # Compare types: a member of an enumeration may also be a `str`, and its identity matters.
     if type(value) is str:
         return translate(value)
     if value is None or type(value) in {bool, int, float}:

@@ -1,8 +1,8 @@
-"""Other plugins' hooks, called for tests that run inside guests: what one raises ends nothing.
+"""Calls hooks of other plugins for tests that run inside guests. An exception in a hook ends nothing.
 
-Such a hook may rely on what another hook of its plugin did before, which was called in the guest and
-not here. In plain pytest a hook that raises ends the run; here the test goes on, all other plugins
-are told of it, and what was raised is told once.
+Such a hook may need what another hook of its plugin did before. That one may have been called in the
+guest and not here. In plain pytest, an exception in a hook ends the run. Here the test goes on, the
+hooks of all other plugins are called, and the exception is reported once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENDING: tuple[type[BaseException], ...] = (
 
 
 def end_run(message: Mapping[str, Any]) -> NoReturn:
-    """End the run as a test or a hook in a guest has ended it there."""
+    """End the run in the same way as a test or a hook in a guest has ended it there."""
     from pytest_vmsandbox.plugin.in_vm.remote_reports import colourless
 
     how, why = message.get("how"), colourless(str(message.get("interrupted")))
@@ -47,7 +47,7 @@ class Hooks:
     """Calls hooks of all plugins.
 
     Args:
-        run: is told what a hook raises.
+        run: gets a line about each exception.
     """
 
     def __init__(self, run: Run) -> None:
@@ -57,7 +57,7 @@ class Hooks:
         self._manager.register(self._reached, "vmsandbox-reached")
 
     def notify(self, hook: Any, **arguments: Any) -> None:
-        """Call a hook whose results nobody needs; plugins after one that raises are called, too.
+        """Call a hook whose results nobody needs. If a plugin's hook raises, the others are called, too.
 
         Args:
             hook: one of ``item.ihook`` or ``config.hook``.
@@ -68,13 +68,13 @@ class Hooks:
             return
         self._run.failed = True  # something may have been lost
         if left := self._not_reached(hook.get_hookimpls(), error):
-            # By identity: a plugin may define what it is equal to.
+            # Compare identities: a plugin may define `__eq__`.
             keep = {id(self._reached), *(id(impl.plugin) for impl in left)}
             others = [plugin for plugin in self._manager.get_plugins() if id(plugin) not in keep]
             self.notify(self._manager.subset_hook_caller(hook.name, others), **arguments)
 
     def make_report(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
-        """The report that plugins make of a phase which ran here; else one without them."""
+        """The report that plugins make for a phase that ran here. If they fail, one without them."""
         hook = item.ihook.pytest_runtest_makereport
         report, _ = self._call(hook, {"item": item, "call": call})
         if isinstance(report, pytest.TestReport):
@@ -82,10 +82,10 @@ class Hooks:
         return report_without_plugins(item, call)
 
     def _call(self, hook: Any, arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
-        """The result of a hook, or what it raises, which is told."""
+        """The result of a hook, or its exception, which is reported."""
         try:
             with warnings.catch_warnings():
-                # `tell` says so, once.
+                # `tell` reports this once.
                 warnings.simplefilter("ignore", PluggyTeardownRaisedWarning)
                 if hook.is_historic():
                     hook.call_historic(kwargs=arguments)
@@ -93,44 +93,44 @@ class Hooks:
                 return hook(**arguments), None
         except ENDING:
             raise
-        except BaseException as error:  # noqa: BLE001  # also what pytest.fail and the like raise
+        except BaseException as error:  # noqa: BLE001  # pytest.fail and others raise no Exception
             tell(self._run, hook.name, error)
             return None, error
 
     def _not_reached(self, impls: list[HookImpl], error: BaseException) -> list[HookImpl]:
-        """The implementations that a hook's call had not come to when one raised."""
+        """The implementations of a hook that were not called because another one raised."""
         order = [impl for impl in reversed(impls) if not (impl.wrapper or impl.hookwrapper)]
         raised = _guilty(error, order)
         if raised is not None:
             return order[raised + 1 :]
-        # A wrapper has raised: before all of them, or after its yield, when all had been called.
+        # A wrapper has raised: before its yield, so none was called, or after it, so all were called.
         is_before = not self._reached.called and len(order) < len(impls)
         return order if is_before else []
 
 
 def tell(run: Run, name: str, error: BaseException) -> None:
-    """Tell people, once, what a hook has raised."""
+    """Print a line, once, about the exception of a hook."""
     where = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
-        where = f" ({frame.f_code.co_filename}:{line})"  # the innermost counts
+        where = f" ({frame.f_code.co_filename}:{line})"  # the innermost frame
     if (name, type(error), where) in run.failed_hooks:
         return
     run.failed_hooks.add((name, type(error), where))
     run.tell(
-        f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest, and the run "
-        f"goes on: {type(error).__name__}: {error}{where}\n  Such a test was not set up on this side: "
-        "hooks that need what others made there have to do without"
+        f"the hook {name} of a plugin or a conftest.py failed for a test inside a guest: "
+        f"{type(error).__name__}: {error}{where}\n  The tests go on, but the run fails. A test inside a "
+        "guest is not set up on this machine: a hook here cannot rely on what another hook did in setup"
     )
 
 
 def result_of_others(
     run: Run, hook: HookCaller, error: BaseException, ours: object, **arguments: Any
 ) -> Any:
-    """The result of a hook, one for all plugins, from those that do not raise.
+    """The result of a hook from the plugins that do not raise.
 
     Args:
-        error: what one of them has raised.
-        ours: the plugin that asks, which is not called again.
+        error: the exception of one of them.
+        ours: our plugin, which asks and is not called again.
     """
     left_out = [ours]
     while True:
@@ -149,7 +149,7 @@ def result_of_others(
 
 
 def _guilty(error: BaseException, impls: list[HookImpl]) -> int | None:
-    """The place in `impls` of the one that has raised an error; None if none has."""
+    """The index in `impls` of the implementation that has raised an error; None if none has."""
     codes = [getattr(impl.function, "__code__", None) for impl in impls]
     frames = traceback.walk_tb(error.__traceback__)
     found = [codes.index(frame.f_code) for frame, _ in frames if frame.f_code in codes]
@@ -157,7 +157,7 @@ def _guilty(error: BaseException, impls: list[HookImpl]) -> int | None:
 
 
 class _Reached:
-    """Sees that the call of a hook has come to its ordinary implementations."""
+    """Notices when a hook's call reaches the ordinary implementations, behind all wrappers."""
 
     called = False
 

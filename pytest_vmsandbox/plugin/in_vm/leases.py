@@ -1,4 +1,4 @@
-"""Which guest a test runs inside: each place has one, which is opened, replaced and ended."""
+"""The guests that tests run inside. Each place has one guest, which is opened, replaced and ended."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pytest_vmsandbox.plugin.in_vm.side_messages import SideMessages
 from pytest_vmsandbox.plugin.plan import Place, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
-_MOST_UNLUCKY = 3  # tests in a row whose guests, also the fresh ones, the host or chance took away
-_TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; scaled
+_MOST_UNLUCKY = 3  # tests in a row that lose their guest, and a fresh one, to the host or chance
+_TEAR_DOWN_SECONDS = 10.0  # after Ctrl-C; longer on a slow host
 
 
 class Leases:
     """The guests of one run that tests run inside.
 
     Args:
-        messages: is told what a session says before it runs tests, and when it is interrupted.
+        messages: gets what a session says before it runs tests, and when it is interrupted.
     """
 
     def __init__(self, run: Run, session: pytest.Session, messages: SideMessages) -> None:
@@ -41,29 +41,29 @@ class Leases:
         self._leases: dict[Place, Lease] = {}
         self._failures: dict[Place, VMSandboxError] = {}
         self._unlucky: dict[Place, int] = {}
-        self._finished_badly: set[Place] = set()  # kinds of guests, of which one session ended so
+        self._finished_badly: set[Place] = set()  # kinds of guests with a session that ended badly
 
     # -- having one ---------------------------------------------------------------------------
 
     def lease(self, item: pytest.Item) -> Lease:
         """The guest for a test, with a session that has collected.
 
-        If the host or chance takes the guest away meanwhile, a fresh one is tried, once.
+        If the guest is lost because of the host or chance, a fresh one is tried, once.
 
         Raises:
-            VMSandboxError: there can be none.
+            VMSandboxError: no guest can be made ready.
         """
         kind = plan_of(item).kind
         any_kind = kind._replace(shared="any")  # of this image and hardware
         for failed in (any_kind, kind):
             if failed in self._failures:
-                raise self._failures[failed].with_traceback(None)  # or it grows with each test
+                raise self._failures[failed].with_traceback(None)  # else it grows with each test
         try:
             lease = self._ready_or_retried(item)
         except VMSandboxError as error:
             self._unlucky[kind] = self._unlucky.get(kind, 0) + 1
             if not error.transient or self._unlucky[kind] == _MOST_UNLUCKY:
-                # The next one would fail as this one.
+                # The next guest would fail in the same way.
                 is_general = isinstance(error, TransferError | CacheError)
                 self._failures[any_kind if is_general else kind] = error
             raise
@@ -80,7 +80,7 @@ class Leases:
         return self._ready(item)
 
     def _ready(self, item: pytest.Item) -> Lease:
-        """The guest for a test, with a session that has collected; it is there, or is opened."""
+        """The guest for a test, with a session that has collected. It is opened if need be."""
         self._drop_lost(item)
         plan = plan_of(item)
         if plan.place not in self._leases:
@@ -94,9 +94,9 @@ class Leases:
                 self._messages.tell(lease, lease.said.pop(0))
         except (GuestLost, InterpreterLost) as error:
             self._abandon(lease, error)
-            if not lease.has_collected:  # what it collects does that, and would do it again
+            if not lease.has_collected:  # collecting did this, and would do it again
                 raise
-            return self._ready(item)  # it was well once: a fresh one will be
+            return self._ready(item)  # it worked once: a fresh guest will work
         lease.has_collected = True
         return lease
 
@@ -107,7 +107,7 @@ class Leases:
             return
         self._note_loss(lease)
         self._end(item)
-        if loss.transient:  # the test may have run in it, ahead of its reports
+        if loss.transient:  # the test may already have run in it, ahead of its reports
             self._run.note_retry(loss, item)
         else:
             self._run.tell_problem(f"between two tests: {loss.brief}")
@@ -115,12 +115,12 @@ class Leases:
     # -- the end of one -----------------------------------------------------------------------
 
     def lose(self, lease: Lease, error: VMSandboxError) -> None:
-        """A session is over in the middle of a test; its guest goes too, unless it is well."""
+        """Handle a session that ended in the middle of a test. A broken guest is ended, too."""
         error.details = lease.reader.text(error.details)
         if lease.session is not None and Measuring.of(self._run.config) is not None:
             self._run.tell(
-                f"coverage of tests inside {lease.guest.name} is not complete: they took their "
-                "interpreter along, or their guest"
+                f"coverage of tests inside {lease.guest.name} is not complete: a test crashed its "
+                "interpreter or lost its guest"
             )
         if isinstance(error, InterpreterLost):
             lease.session = None
@@ -133,23 +133,23 @@ class Leases:
         self._note_loss(lease)
         try:
             with lease.stack:
-                raise error  # through its use
+                raise error  # the guest's context sees the error
         except Exception as raised:  # noqa: BLE001  # a user's hook may raise anything
             if raised is not error:
-                self._run.tell_problem(f"while {lease.guest.name} was ended: {raised!r}")
+                self._run.tell_problem(f"ending the guest {lease.guest.name} failed: {raised!r}")
 
     def interrupt(self, item: pytest.Item) -> None:
-        """Let the session of a test tear all down, as after Ctrl-C, if there is one."""
+        """Let the session of a test, if there is one, tear everything down, as after Ctrl-C."""
         lease = self._leases.get(plan_of(item).place)
         if lease is not None and lease.session is not None:
             for message in lease.session.interrupt(_TEAR_DOWN_SECONDS * lease.connection.patience):
-                with suppress(VMSandboxError):  # of no interest now
+                with suppress(VMSandboxError):  # not important now
                     self._messages.tell(lease, message)
             lease.session = None
 
     @contextmanager
     def ending(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-        """While this side's fixtures are torn down; then the guest ends, unless the next test needs it."""
+        """Tear down this side's fixtures in the block. Then end the guest, unless the next test needs it."""
         place = plan_of(item).place
         with ExitStack() as stack:
             is_over = place.shared != "session" and not plan_of(item).shares_with(nextitem)
@@ -159,9 +159,9 @@ class Leases:
             yield
 
     def _wind_up(self, item: pytest.Item) -> None:
-        """Let a session end, and take what it has left.
+        """Let a session end, and bring back what its tests have left.
 
-        Of guests that have one test each, only the first is told whose session ended badly.
+        If each test has a guest of its own, only the first session that ends badly is reported.
         """
         plan = plan_of(item)
         lease = self._leases[plan.place]
@@ -176,7 +176,7 @@ class Leases:
         self._leases.pop(plan_of(item).place).stack.close()
 
     def close(self) -> None:
-        """Let every session tear down what is left, and end the guests."""
+        """Let all sessions tear down what is left, and end the guests."""
         problems = []
         for place, lease in list(self._leases.items()):
             try:
@@ -190,7 +190,7 @@ class Leases:
             except Exception as error:  # noqa: BLE001  # a user's hook may raise anything
                 problems.append(str(error) if isinstance(error, VMSandboxError) else repr(error))
         for problem in problems:
-            self._run.tell_problem(f"at the end of the tests inside: {problem}")
+            self._run.tell_problem(f"ending the guests of tests inside failed: {problem}")
 
     def _finish(self, lease: Lease) -> list[str]:
         """Let a session tear down what is left, and end.
@@ -199,12 +199,12 @@ class Leases:
             What went wrong, for people.
 
         Raises:
-            VMSandboxError: it does not end as it should.
+            VMSandboxError: the session does not end properly.
         """
         if lease.session is None:
             return []
         if (loss := lease.guest.engine.loss) is not None:
-            return [f"after the last test in it: {loss.brief}"]
+            return [f"{lease.guest.name} was lost after its last test: {loss.brief}"]
         said = lease.session.finish(COLLECT_SECONDS * lease.connection.patience)
         lease.is_untouched = any("untouched" in message for message in said)
         if (measuring := Measuring.of(self._run.config)) is not None:
@@ -213,18 +213,18 @@ class Leases:
         allowed = {0, 1} if has_failed else {0, 5}  # as pytest ends: 5 is «no tests»
         problems = []
         for message in said:
-            if "allure" in message:  # of fixtures that the session's end has torn down
+            if "allure" in message:  # results of fixtures that were torn down just now
                 self._messages.tell(lease, message)
             if "exit" in message and message["exit"] not in allowed:
                 tail = lease.reader.text(printable(str(message.get("tail", ""))))
                 problems.append(
-                    f"{lease.guest.name}: {tail}\n  its pytest ended with status {message['exit']}, "
-                    "which no test there has caused: a conftest.py or a plugin has"
+                    f"{lease.guest.name}: {tail}\n  pytest in this guest ended with status "
+                    f"{message['exit']}. No test caused that, but a conftest.py or a plugin did"
                 )
         return problems
 
     def _bring_back(self, lease: Lease) -> None:
-        """Bring back what tests have written into the project in a guest whose session is over."""
+        """Bring back files that tests have written into the project. The guest's session is over."""
         if not lease.has_collected or lease.is_untouched:
             return
         if lease.guest.engine.loss is not None:
@@ -233,13 +233,13 @@ class Leases:
         try:
             found = pulling.bring_back(self._run, lease.guest, lease.tree, lease.payload.tree)
         except VMSandboxError as error:
-            about = f"what tests wrote in {lease.guest.name} does not come back: {error}"
+            about = f"files that tests wrote in {lease.guest.name} were not brought back: {error}"
             self._run.tell_problem(about)
             return
         for outcome, paths in found.items():
             pulling.note(self._run.pulled, outcome.value, paths)
 
     def _note_loss(self, lease: Lease) -> None:
-        """Tell, at the end, that what was written in a guest is lost, if tests can have run there."""
+        """Report at the end that files written in a guest are lost, if tests may have run there."""
         if lease.has_collected:
             pulling.note(self._run.pulled, pulling.LOST, [lease.guest.name])

@@ -1,6 +1,7 @@
-"""Coverage of what runs inside guests: measured there, and told to this side's pytest-cov.
+"""Coverage of code that runs inside guests. It is measured there, and pytest-cov here gets the result.
 
-Guests send numbers of lines, not a file of coverage's, which would be a database to be opened.
+Guests send line numbers. They send no data file of coverage, because we would have to open an untrusted
+database.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.inside.tree import Tree
     from pytest_vmsandbox.inside.wire import Message
 
-# What decides which lines are measured. Coverage's plugins are not among them: guests may lack them.
+# Options that decide which lines are measured. Guests may lack coverage's plugins, so `plugins` is out.
 _OPTIONS = ("branch", "concurrency", "cover_pylib", "include", "omit", "patch", "source",
             "source_dirs", "source_pkgs")  # fmt: skip
 _MAX_LINE = 10_000_000  # the number of one
 
 
 class Measuring:
-    """What pytest-cov measures on this side.
+    """Gives pytest-cov on this side what guests have measured.
 
     Args:
         controller: pytest-cov's.
@@ -36,20 +37,20 @@ class Measuring:
 
     @classmethod
     def of(cls, config: pytest.Config) -> Measuring | None:
-        """That of this run; None for one without coverage."""
+        """The one of this run; None for a run without coverage."""
         controller = getattr(config.pluginmanager.get_plugin("_cov"), "cov_controller", None)
         return None if controller is None or controller.cov is None else cls(controller)
 
     def settings(self, translate: Callable[[str], str]) -> dict[str, object]:
-        """How a guest has to measure: coverage's options, name → value.
+        """How guests must measure: coverage's options, name → value.
 
         Args:
-            translate: from a path of this machine to the guest's, where it is one of the project.
+            translate: turns a path of the project on this machine into the guest's path.
         """
         found: dict[str, object] = {}
         for option in _OPTIONS:
             value = None
-            with suppress(Exception):  # coverage's own, from a version without that option
+            with suppress(Exception):  # this version of coverage does not have the option
                 value = self._cov.get_option(f"run:{option}")
             if isinstance(value, list | tuple):
                 found[option] = [translate(str(text)) for text in value]
@@ -58,12 +59,12 @@ class Measuring:
         return found
 
     def keep(self, said: Iterable[Message], tree: Tree, guest: str) -> None:
-        """Write what a guest has measured into a file that pytest-cov combines with its own.
+        """Write what a guest has measured to a file that pytest-cov will combine with its own.
 
         Args:
             said: messages of a session that has ended.
-            tree: what went to the guest; coverage of all else is left out.
-            guest: its name.
+            tree: what went to the guest. Coverage of other files is left out.
+            guest: the guest's name.
         """
         from coverage import CoverageData
 
@@ -91,7 +92,7 @@ def _is_line(number: object) -> bool:
 
 
 def _is_arc(pair: object) -> bool:
-    """Whether it is a jump from line to line; the ends of functions have negative numbers."""
+    """Whether `pair` is a jump from line to line. Negative numbers are ends of functions."""
     return (
         isinstance(pair, list)
         and len(pair) == 2

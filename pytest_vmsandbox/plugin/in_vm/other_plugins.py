@@ -1,6 +1,6 @@
-"""What tests inside guests leave for other plugins of this side, beside the attributes of reports.
+"""Gives other plugins of this side what tests inside guests left for them, besides reports.
 
-The runner's `other_plugins.py` sends it, in the same order.
+The runner's `other_plugins.py` sends it. Both files have the plugins in the same order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PHASES = ("start", "setup", "call", "teardown", "finish")  # as pytest's live l
 
 
 def keep_scenario(report: pytest.TestReport, data: Any, reader: ReportReader) -> None:
-    """Note what pytest-bdd looks for when it is told of a report of a scenario."""
+    """Keep what pytest-bdd looks up for the report of a scenario."""
     bdd: Any = sys.modules.get("pytest_bdd.reporting")
     if isinstance(data, dict) and hasattr(bdd, "test_report_context_registry"):
         scenario, name = reader.value(data.get("scenario")), reader.value(data.get("name"))
@@ -40,18 +40,18 @@ def keep_scenario(report: pytest.TestReport, data: Any, reader: ReportReader) ->
 
 
 def benchmarks_are_off(config: pytest.Config) -> bool:
-    """Whether pytest-benchmark runs what it should measure, and does not measure."""
+    """Whether pytest-benchmark runs benchmarks without measuring them."""
     return bool(getattr(getattr(config, "_benchmarksession", None), "disabled", False))
 
 
 def machine_is_wanted(config: pytest.Config) -> bool:
-    """Whether pytest-benchmark saves what it measures, with what it was measured on."""
+    """Whether pytest-benchmark saves its results, which include the machine."""
     session = getattr(config, "_benchmarksession", None)
     return any(getattr(session, name, None) for name in ("json", "save", "autosave"))
 
 
 class Benchmarks:
-    """What pytest-benchmark has measured in guests, for its table and its files."""
+    """Results of pytest-benchmark from guests, for its table and its files."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._session = getattr(config, "_benchmarksession", None)
@@ -60,10 +60,10 @@ class Benchmarks:
     def read(
         self, item: pytest.Item, image: str, message: Message, reader: ReportReader
     ) -> Callable[[], None]:
-        """How to add the one that a message has.
+        """A function that adds the benchmark in a message.
 
         Raises:
-            GuestLost: it has none.
+            GuestLost: the message has no valid benchmark.
         """
         if self._session is None:
             return lambda: None
@@ -82,7 +82,7 @@ class Benchmarks:
             for seconds in data["data"]:
                 made.stats.update(float(seconds))
         except (KeyError, TypeError, ValueError) as error:
-            raise broken("a benchmark that is none") from error
+            raise broken("it sent an invalid benchmark") from error
         return partial(self._add, made, image, reader.value(message.get("machine")))
 
     def _add(self, made: Any, image: str, machine: Any) -> None:
@@ -92,7 +92,7 @@ class Benchmarks:
             self._machines[image] = machine
 
     def machine(self) -> dict[str, Any] | None:
-        """What the benchmarks ran on; None where no guest tells it, or several differ."""
+        """The machine of the benchmarks; None if no guest has sent one, or they ran on several."""
         here = self._session is not None and any(
             not isinstance(one.fixture, SimpleNamespace) for one in self._session.benchmarks
         )
@@ -105,10 +105,10 @@ class Benchmarks:
 
 
 class AllureResults:
-    """Files that allure writes in guests, for its folder on this side.
+    """Puts the files that allure writes in guests into its folder on this side.
 
-    A guest is not trusted: a file is a new one of that folder, called as allure calls its files, and
-    names no file outside of it.
+    A guest is not trusted. Its file must be new in the folder, have a name that allure would give it,
+    and refer to no file outside of the folder.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -117,24 +117,24 @@ class AllureResults:
 
     @property
     def are_wanted(self) -> bool:
-        """Whether this run has a folder for them."""
+        """Whether this run has a folder for such files."""
         return self._listener is not None
 
     def keep(self, message: Message, image: str, nodeid: str) -> None:
-        """Write one. The result of a test replaces the one that allure would write here.
+        """Write a file. The result of a test replaces the one that allure would write here.
 
         Raises:
-            GuestLost: it is none.
+            GuestLost: the message has no valid file.
         """
         name = message.get("allure")
         if self._listener is None or not isinstance(name, str) or not _is_result(name):
-            raise broken("a file of allure's with another name", name)
+            raise broken("it sent a file that allure does not write", name)
         try:
             data = base64.b64decode(message.get("data", ""), validate=True)
             if name.endswith(".json"):
                 data = json.dumps(_of_image(json.loads(data), image)).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise broken("a file of allure's that is none") from error
+            raise broken("it sent an invalid file of allure") from error
         with suppress(FileExistsError), (self._folder / name).open("xb") as file:
             file.write(data)
         if name.endswith("-result.json"):
@@ -148,10 +148,10 @@ def _is_result(name: str) -> bool:
 
 
 def _of_image(value: Any, image: str) -> Any:
-    """A result that says where it comes from, or allure takes two images' for one test's retries."""
+    """A result that names its image. Otherwise allure would see two images as retries of one test."""
     value = _without_foreign_files(value)
     if isinstance(value, dict) and "historyId" in value:
-        value["historyId"] = hashlib.md5(  # allure's own kind of id
+        value["historyId"] = hashlib.md5(  # as allure makes its ids
             f"{value['historyId']}{image}".encode(), usedforsecurity=False
         ).hexdigest()
         parameters = value.get("parameters")
@@ -183,7 +183,7 @@ _RESULT = re.compile(
 
 
 class Logs:
-    """Shows what tests inside guests log, where pytest does so for others."""
+    """Shows log records of tests inside guests in pytest's live log and log file."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._plugin: Any = config.pluginmanager.get_plugin("logging-plugin")
@@ -201,13 +201,13 @@ class Logs:
         """Show one record.
 
         Raises:
-            GuestLost: it is none.
+            GuestLost: the message has no valid record.
         """
         if self._plugin is None:
             return
         record = log_record(message.get("logged"), reader)
         when, live = message.get("when"), self._plugin.log_cli_handler
-        if when in _PHASES and when != getattr(live, "_when", None):  # or it begins a section again
+        if when in _PHASES and when != getattr(live, "_when", None):  # else it repeats the heading
             live.set_when(when)
         for handler in (live, self._plugin.log_file_handler):
             if record.levelno >= handler.level:

@@ -1,4 +1,4 @@
-"""Tests that run inside a guest: their protocol is carried out there, and its reports told here."""
+"""Runs the protocol of tests inside guests, and passes their reports to pytest here."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from pytest_vmsandbox.plugin.plan import Place, plan_of
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED, bare_report
 from pytest_vmsandbox.plugin.run import Run
 
-_AHEAD = 8  # tests that a guest may run before the reports of one are here
-_MOST_ATTEMPTS = 1_000  # at a test, each in a guest of its own
+_AHEAD = 8  # tests that a guest may run before we have the reports of the first
+_MOST_ATTEMPTS = 1_000  # of one test, each in a guest of its own
 
 
 class Inside:
-    """The tests of one run that run inside guests; a plugin of runs that have any."""
+    """Runs the tests inside guests. It is registered as a plugin if a run has such tests."""
 
     def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
@@ -43,16 +43,16 @@ class Inside:
         self._messages = SideMessages(run, self._hooks)
         self.leases = Leases(run, session, self._messages)
         self._schedule = Schedule(session)
-        self._retried: set[str] = set()  # tests whose guest something else took away
-        self._ids: set[str] = set()  # of the tests of this side, without the image
-        # Image and file: the first test that cannot run since that cannot be collected.
+        self._retried: set[str] = set()  # tests that lost a guest to the host or chance
+        self._ids: set[str] = set()  # ids of this side's tests, without the image
+        # Image and file → the first test that cannot run because that file cannot be collected.
         self._uncollected: dict[tuple[str, str], str] = {}
 
     def collected(self, item: pytest.Item) -> Collected:
-        """What the session for a test has found.
+        """What the session for a test has collected.
 
         Raises:
-            VMSandboxError: there can be none.
+            VMSandboxError: no guest can be made ready.
         """
         session = self.leases.lease(item).session
         assert session is not None
@@ -68,16 +68,16 @@ class Inside:
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any] | None:
-        """What benchmarks ran on: the guest, where they ran in one."""
+        """The machine that benchmarks ran on: the guest, if they ran in one."""
         return self._messages.benchmarks.machine()
 
     # -- the protocol of one test ------------------------------------------------------------
 
     def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        """Carry out a test's protocol in its guest."""
+        """Run a test's protocol in its guest."""
         known = self._run.config.pluginmanager.has_plugin("faulthandler")
         if known and self._run.config.getini("faulthandler_timeout"):
-            # The guest has this limit, and booting is no part of it.
+            # The guest has this timeout. Booting does not count.
             faulthandler.cancel_dump_traceback_later()
         try:
             self._carry_out(item, nextitem)
@@ -101,7 +101,7 @@ class Inside:
                     last = report
                 else:
                     self._log(item, report)
-        # This side's own fixtures, of tests that ran here, may be over; and the guest.
+        # Fixtures of this side, used by tests that ran here, may end now; and so may the guest.
         call = pytest.CallInfo.from_call(
             lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=ENDING
         )
@@ -116,7 +116,7 @@ class Inside:
         report.user_properties.append(("vm", plan_of(item).image))
         if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
-        for name, value in item.user_properties:  # what this side has noted
+        for name, value in item.user_properties:  # added on this side
             if name == RETRIED and (name, value) not in report.user_properties:
                 report.user_properties.append((name, value))
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
@@ -129,10 +129,10 @@ class Inside:
     def _attempts(
         self, item: pytest.Item, nextitem: pytest.Item | None, attempt: int = 0
     ) -> Iterator[list[pytest.TestReport]]:
-        """The reports of each attempt at a test, whatever happens: setup, call if that was reached, teardown.
+        """The reports of each attempt at a test: setup, call if it was reached, and always teardown.
 
         Args:
-            attempt: how many there were, in guests of their own.
+            attempt: the number of earlier attempts in guests of their own.
         """
         call = pytest.CallInfo.from_call(
             lambda: self.leases.lease(item), when="setup", reraise=ENDING
@@ -156,8 +156,8 @@ class Inside:
             if not attempts[-1].is_rerun:
                 attempts[-1].check()
             elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
-                raise broken("a test is done that was to run again")
-        except ENDING:  # what the test has told before counts
+                raise broken("a test ended although it had to run again")
+        except ENDING:  # the reports so far count
             self._keep(lease, attempts, records)
             yield from (each.reports for each in attempts)
             raise
@@ -179,26 +179,26 @@ class Inside:
             yield from self._attempts(item, nextitem, attempt + 1)
 
     def _keep(self, lease: Lease, attempts: list[Attempt], records: list[Record]) -> None:
-        """Note what a test has left, which counts from now on: it is not lost with its guest."""
+        """Keep the results of a test. From now on they are not lost with its guest."""
         lease.has_failed |= any(each.has_failed for each in attempts)
         for record in records:
             record()
 
     def _runs_again(self, item: pytest.Item, error: GuestLost, ahead: list[str]) -> bool:
-        """Whether a test is run in a fresh guest, since it may not be the one that lost the former."""
+        """Whether to run a test again in a fresh guest, because another test may have lost the guest."""
         nodeid = plan_of(item).plain
-        if error.transient:  # none of these tests is at fault
+        if error.transient:  # no test caused it
             if item.nodeid in self._retried:
                 return False
             self._retried.add(item.nodeid)
             self._run.note_retry(error, item)
             return True
-        if ahead:  # any of them may have done it, while reports were on their way: one by one, then
+        if ahead:  # any of them may have caused it while reports were on their way
             self._schedule.alone.update([nodeid, *ahead])
-            self._run.failed = True  # it may not happen again, and it has happened
+            self._run.failed = True  # it may not happen again, but it has happened
             self._run.tell(
-                f"{error.brief}\n  One of these tests has done it. They run again, one by one: "
-                f"{', '.join([nodeid, *ahead])}"
+                f"{error.brief}\n  One of these tests caused it. They run again one by one, in fresh "
+                f"guests, to find out which: {', '.join([nodeid, *ahead])}"
             )
         return bool(ahead)
 
@@ -212,7 +212,7 @@ class Inside:
         attempts: list[Attempt],
         records: list[Record],
     ) -> None:
-        """Let a test run: its reports go to `attempts`, what is for others to `records`."""
+        """Run a test. Its reports go to `attempts`, data for other plugins to `records`."""
         assert lease.session is not None
         how = self._how(item, nextitem, attempt)
         if not attempt:
@@ -242,16 +242,16 @@ class Inside:
                 self._messages.tell(lease, message, item.nodeid)
 
     def _announce(self, session: GuestSession, item: pytest.Item) -> None:
-        """Let the guest go on with what comes next, while the reports are on their way here."""
+        """Let the guest go on with the next tests, while reports are on their way here."""
         for place, ahead in enumerate(self._schedule.ahead(item)):
             plain = plan_of(ahead).plain
             if plain not in session.collected.items:
                 return
-            if place >= len(session.announced):  # not by name: a test may be there twice
+            if place >= len(session.announced):  # compare numbers: a test may be there twice
                 session.announce(plain, **self._how(ahead))
 
     def _how(self, item: pytest.Item, nextitem: pytest.Item | None = None, attempt: int = 0) -> How:
-        """What a session is told of a test."""
+        """How a session has to run a test."""
         following, more = self._schedule.next(item, nextitem)
         plan = plan_of(item)
         return {
@@ -270,7 +270,7 @@ class Inside:
     def _report(
         self, item: pytest.Item, phase: Any, error: VMSandboxError | None = None
     ) -> pytest.TestReport:
-        """The report of a phase that has passed, or failed with an error."""
+        """The report of a phase that passed, or failed with `error`."""
 
         def happen() -> None:
             if error is not None:
@@ -280,13 +280,13 @@ class Inside:
         return self._made(item, pytest.CallInfo.from_call(happen, when=phase))
 
     def _made(self, item: pytest.Item, call: pytest.CallInfo[Any]) -> pytest.TestReport:
-        """A report that plugins of this side make; they count on that of the setup before others."""
+        """A report made by the plugins of this side. They expect the setup's report before others."""
         if call.when != "setup":
             self._report(item, "setup")
         return self._hooks.make_report(item, call)
 
     def _call_limit(self, item: pytest.Item) -> float | None:
-        """How long a test's function may take, in seconds; pytest-timeout tells it where that would run."""
+        """The timeout of a test's function, in seconds. pytest-timeout sets it when the call begins."""
         manager = self._run.config.pluginmanager
         if (timeout := manager.get_plugin("timeout")) is not None:
             others = [plugin for plugin in manager.get_plugins() if plugin is not timeout]
@@ -296,7 +296,7 @@ class Inside:
     # -- which item that is in the guest --------------------------------------------------------
 
     def _guest_id(self, lease: Lease, item: pytest.Item) -> str | pytest.TestReport:
-        """What the guest calls a test; or the report of why it has none."""
+        """The id of a test in the guest; or a report, if the guest could not collect it."""
         assert lease.session is not None
         found = lease.session.collected
         plan = plan_of(item)
@@ -321,14 +321,14 @@ class Inside:
                     if other in self._ids:  # it is another test: the sets differ
                         break
                     self._run.tell(
-                        f"{nodeid} is {other} in {lease.guest.image}: the ids of its parameters "
-                        "differ between the two Pythons"
+                        f"{nodeid} is called {other} in {lease.guest.image}, because the ids of its "
+                        "parameters differ between the two Pythons"
                     )
                     return other
         raise TransferError(
-            f"pytest in {lease.guest.name} has not collected {nodeid}",
-            remedy="it is there on this machine, so something decides otherwise in the guest: "
-            "a conftest.py, a plugin that is not installed there (vm_requirements), the system",
+            f"pytest in {lease.guest.name} has not collected {nodeid}, but pytest on this machine has",
+            remedy="look for a difference in the guest: a condition on the system in the test file or a "
+            "conftest.py, or a plugin that is not installed there (vm_requirements)",
         )
 
 
@@ -336,36 +336,44 @@ class Schedule:
     """Knows which test comes after another in the same guest.
 
     Attributes:
-        alone: ids, without the image, of tests that run while no other is announced.
+        alone: ids, without the image, of tests that must run while no other test is announced.
     """
 
     def __init__(self, session: pytest.Session) -> None:
         option = session.config.option
         self._session = session
         self.alone: set[str] = set()
-        # Of xdist: nobody knows what is to come.
-        self._is_worker = hasattr(session.config, "workerinput")
-        # A result could end the run, and then nothing may have been run too much.
+        # A result can end the run. Then no further test may have run.
         self._may_end = option.maxfail or getattr(option, "stepwise", False)
 
     def next(
         self, item: pytest.Item, nextitem: pytest.Item | None = None
     ) -> tuple[str | None, bool]:
-        """The id of the next test of the same guest, and whether there may be any.
+        """The id of the next test in the same guest, and whether there may be one.
 
         Args:
-            nextitem: what pytest runs next.
+            nextitem: the test that pytest runs next.
         """
         plan = plan_of(item)
-        if not self._is_worker:
+        if self._is_known:
             nextitem = self._following.get(item)
         if nextitem is not None and plan.shares_with(nextitem):
             return plan_of(nextitem).plain, True
         return None, plan.isolation == "session" and nextitem is not None
 
     @cached_property
+    def _is_known(self) -> bool:
+        """Whether it is known what is to come.
+
+        Workers of xdist do not know it. Of an item that some hook has put there several times, it is not
+        known which time it is.
+        """
+        items = self._session.items
+        return not hasattr(self._session.config, "workerinput") and len({*items}) == len(items)
+
+    @cached_property
     def _following(self) -> dict[pytest.Item, pytest.Item]:
-        """From each test to the next one of the same guest."""
+        """Test → the next test in the same guest."""
         last: dict[Place, pytest.Item] = {}
         following = {}
         for item in reversed(self._session.items):
@@ -377,8 +385,8 @@ class Schedule:
         return following
 
     def ahead(self, item: pytest.Item) -> Iterator[pytest.Item]:
-        """The test, and those after it that may run while its reports are on their way here."""
-        following: pytest.Item | None = None if self._may_end or self._is_worker else item
+        """The test, and the following tests that may run while its reports are on their way here."""
+        following = item if self._is_known and not self._may_end else None
         for _ in range(1 + _AHEAD):
             if following is None or plan_of(following).plain in self.alone:
                 return
@@ -387,11 +395,11 @@ class Schedule:
 
 
 class Attempt:
-    """One attempt at a test; pytest-rerunfailures, flaky and their like may make others.
+    """One attempt at a test. Plugins such as pytest-rerunfailures and flaky may make several.
 
     Attributes:
-        due: the phases of which no report is here yet.
-        missing: those that were left out.
+        due: the phases whose reports are still to come.
+        missing: the phases whose reports were left out.
         has_called: whether the test's function has begun.
     """
 
@@ -404,49 +412,49 @@ class Attempt:
 
     @property
     def is_rerun(self) -> bool:
-        """Whether another one follows."""
+        """Whether another attempt follows."""
         return not self._is_lost and any(report.outcome == RERUN for report, _ in self._reports)
 
     @property
     def has_failed(self) -> bool:
-        """Whether the test has failed in it."""
+        """Whether the test has failed in this attempt."""
         return any(report.failed for report in self.reports)
 
     @property
     def reports(self) -> list[pytest.TestReport]:
-        """What it has come to; of subtests, those count that the last attempt has."""
+        """The reports. Those of subtests count for the last attempt only."""
         is_rerun = self.is_rerun
         return [report for report, is_subtest in self._reports if not (is_subtest and is_rerun)]
 
     def add(self, report: pytest.TestReport, *, is_subtest: bool = False) -> None:
-        """Take the report of a phase, or of a subtest.
+        """Add the report of a phase or a subtest.
 
         Raises:
-            GuestLost: it is of a phase that is not due.
+            GuestLost: the phase is not due.
         """
         if not is_subtest:
             if report.when not in self.due:
-                raise broken(f"a report of {report.when} where none was due")
-            while (phase := self.due.pop(0)) != report.when:  # right if another attempt follows
+                raise broken(f"an unexpected report of {report.when}")
+            while (phase := self.due.pop(0)) != report.when:  # correct if another attempt follows
                 self.missing.append(phase)
             if report.when == "setup" and not report.passed:
                 self.due = ["teardown"]
         self._reports.append((report, is_subtest))
 
     def check(self) -> None:
-        """Look whether all reports are here.
+        """Check that all reports are here.
 
         Raises:
-            GuestLost: one is not.
+            GuestLost: one is missing.
         """
         if lacking := [*self.missing, *self.due]:
-            raise broken(f"a test is done without {lacking[0]}")
+            raise broken(f"a test ended without a report of {lacking[0]}")
 
     def fail(self, error: VMSandboxError, report: Callable[..., pytest.TestReport]) -> None:
-        """End with an error in the phase that is due, or is missing.
+        """Let the phase that is due, or missing, fail with an error.
 
         Args:
-            report: makes the report of a phase: one that has passed, or failed with an error.
+            report: makes the report of a phase that passed, or failed with an error.
         """
         if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
             self.add(report("setup"))

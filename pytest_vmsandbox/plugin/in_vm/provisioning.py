@@ -1,4 +1,4 @@
-"""Guests for tests inside: each gets an environment, the project, and a session."""
+"""Makes guests ready for tests inside: each gets an environment, the project and a session."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
-COLLECT_SECONDS = 60.0  # for pytest in the guest until it has collected; scaled
+COLLECT_SECONDS = 60.0  # for pytest in the guest to collect; longer on a slow host
 _NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
 _NO_MODULE = re.compile(r"No module named '(\w+)")
 
 
 @dataclass(kw_only=True)
 class Lease:
-    """A guest that runs tests inside, as long as those of its place may come.
+    """A guest that runs tests inside. It stays while tests of its place may come.
 
     Attributes:
-        payload: what went there.
+        payload: what was sent to the guest.
         tree: the project's folder in the guest.
-        said: what its session has said that was not passed on yet.
-        has_collected: whether a session there has, and what it said was heard out.
-        has_failed: whether a test there has.
-        is_untouched: whether its session says that nothing was written there.
+        said: messages of its session that were not passed on yet.
+        has_collected: whether a session there has collected, and its messages were passed on.
+        has_failed: whether a test there has failed.
+        is_untouched: whether its session says that no file was written there.
     """
 
     guest: Guest
@@ -86,11 +86,11 @@ class Lease:
 def started(
     connection: Connection, config: Mapping[str, object]
 ) -> tuple[GuestSession, list[Message]]:
-    """A session that has collected, and what it said besides; the run ends if it says so.
+    """A session that has collected, and its other messages. If it ends the run, the run ends here.
 
     Raises:
-        ConfigError: the guest has no such plugin.
-        InterpreterLost: it could not collect.
+        ConfigError: the guest does not have a plugin that `vm_guest_plugins` names.
+        InterpreterLost: the session could not collect.
         GuestLost: the guest is gone.
     """
     try:
@@ -103,31 +103,31 @@ def started(
         if found is None or found[1] not in str(config["wanted"]):
             raise
         raise ConfigError(
-            f"vm_guest_plugins names {found[1]}, which pytest in the guest cannot import",
+            f"vm_guest_plugins names {found[1]}, but pytest in the guest cannot import it",
             details=lost.details,
-            remedy="correct the name. If it is a distribution's, name that in vm_requirements",
+            remedy="correct the name, or add the plugin's package to vm_requirements",
         ) from None
 
 
 class Provisioner:
     """Makes guests ready for tests inside.
 
-    Environment and, where each test has a guest of its own, session are layers: they are made once
-    for all clones.
+    The environment is a layer of the template, so it is made once for all clones. So is the session, if
+    each test has a guest of its own.
     """
 
     def __init__(self, run: Run, session: pytest.Session) -> None:
         self._run = run
         self._config = run.config
         self._session = session
-        self._expected: set[Place] = set()  # kinds of guests of which the factory knows
-        self._heard: set[Place] = set()  # kinds of guests whose waiting sessions were heard out
+        self._expected: set[Place] = set()  # kinds of guests that the factory knows about
+        self._heard: set[Place] = set()  # kinds of guests whose session's messages were passed on
 
     def open(self, plan: Plan) -> Lease:
-        """A guest for a test; where it has one of its own, its session has collected already.
+        """A guest for a test. If the test has a guest of its own, the session has already collected.
 
         Raises:
-            VMSandboxError: there can be none.
+            VMSandboxError: no guest can be made ready.
         """
         self._check_python(plan.image)
         factory = self._run.factory
@@ -171,31 +171,32 @@ class Provisioner:
         if not catalogue.get(image).python:
             others = [name for name in catalogue.names() if catalogue.get(name).python]
             raise TransferError(
-                f"{image} has no Python, so no test can run inside it",
-                remedy=f"run it inside {' or '.join(others)}; tests that drive a guest, "
-                f"with the fixture vm, run with {image}, too",
+                f"tests cannot run inside {image}: this image has no Python",
+                remedy=f"run them inside {' or '.join(others)}. Tests that drive a guest by the fixture vm "
+                f"work with {image}, too",
             )
 
     @cached_property
     def _payload(self) -> Payload:
-        """What goes to each guest of this run; what cannot go is told."""
+        """What goes to each guest of this run. What cannot go there is reported."""
         config = self._config
         root = config.rootpath
         for name in guest_config.only_here(config):
             self._run.tell(
-                f"the plugin {name} stays on this side: it is neither in the project nor installed"
+                f"the plugin {name} is not loaded in guests: it is neither in the project nor installed"
             )
         if lost := guest_config.options(config, str)[1]:
             self._run.tell_problem(
-                f"options that no guest can be told, so it has its defaults there: {', '.join(lost)}"
+                "these options have their default values in guests, because their values cannot be sent "
+                f"as JSON: {', '.join(lost)}"
             )
         tests = [item for item in self._session.items if plan_of(item).is_inside]
         files = dict.fromkeys(item.path for item in tests if item.path.is_file())
         for file in files:
             if not file.is_relative_to(root):
                 raise ConfigError(
-                    f"{file} is not below the rootdir, {root}, so it does not go to the guest",
-                    remedy="name a folder above all tests: --rootdir",
+                    f"{file} is not below pytest's rootdir {root}, so it cannot be sent to the guest",
+                    remedy="set --rootdir to a folder that contains all tests",
                 )
         wanted = [str(file.relative_to(root)) for file in files]
         listed = options.entries(config, "vm_requirements")
@@ -215,14 +216,14 @@ class Provisioner:
         return payload
 
     def _expect(self, plan: Plan, image: PreparedImage) -> None:
-        """Tell the factory, once, how many guests of a kind are to come."""
+        """Tell the factory, once, how many guests of a kind the tests will need."""
         if plan.kind not in self._expected:
             self._expected.add(plan.kind)
             count = sum(each.runs_inside for each in alike(self._session.items, plan))
             self._run.factory.expect(image, plan.hardware, options.share(self._config, count))
 
     def _session_step(self, plan: Plan) -> Step:
-        """A session that has collected, and waits in the guest until that becomes a template."""
+        """A layer with a session that has collected, and waits until the guest becomes a template."""
         payload = self._payload
 
         def collect(guest: Guest) -> dict[str, object]:
@@ -235,7 +236,9 @@ class Provisioner:
             return {"collected": vars(found.collected), "said": said}
 
         known = self._session_config(plan, install.layout(None, payload), {})
-        known["fixtures"] = sorted(guest_config.fixtures(self._config))  # their values come later
+        known["fixtures"] = sorted(
+            guest_config.fixtures(self._config)
+        )  # names only: values come later
         parts = [install.project_digest(payload), known]
         return Step(
             digest=hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest(),
@@ -248,11 +251,11 @@ class Provisioner:
     def _session_config(
         self, plan: Plan, installed: Installed, own: Mapping[str, str]
     ) -> dict[str, object]:
-        """What a session in a guest is told; see `run` in the runner's `process.py`.
+        """The configuration of a session in a guest; see `run` in the runner's `process.py`.
 
         Args:
-            plan: of one of its tests: it has those that belong into the same kind of guest.
-            own: variables that differ between guests.
+            plan: of one of its tests. The session has all tests that belong inside this kind of guest.
+            own: environment variables that differ between guests.
         """
         config, tree = self._config, installed.tree
         translate = guest_config.translator({str(config.rootpath): tree, **installed.outside})
@@ -303,34 +306,36 @@ class Provisioner:
                 timeout=COLLECT_SECONDS * lease.connection.patience,
             )
         except InterpreterLost as error:
-            error.transient = True  # it was well when it became a template
+            error.transient = True  # it worked when it became a template
             raise
-        if kind not in self._heard:  # all of them have said the same
+        if kind not in self._heard:  # all clones have said the same
             self._heard.add(kind)
             lease.said[:0] = facts["said"]
 
 
 def _own(guest: Guest) -> dict[str, str]:
-    """Variables of the environment that differ between guests, or between workers."""
+    """Environment variables that differ between guests, or between workers."""
     return {**guest_config.environment(), "VMSANDBOX_GUEST": guest.name}
 
 
 def remedy(root: Path, text: str) -> str:
-    """What to do about an error of Python: a module that is here, but not in the guest; or nothing.
+    """A remedy for a missing module that exists on this machine; empty for other errors.
 
     Args:
-        root: the rootdir.
+        root: pytest's rootdir.
+        text: the error's text.
     """
     for name in _NO_MODULE.findall(text):
         if (folder := project.foreign_folder(name, root)) is not None:
             path = os.path.relpath(folder, root)
             return (
-                f"{name} is in {folder} here. That folder is on sys.path, but outside of the "
-                f"rootdir, so no guest gets it. To send it, write `vm_push = {path}` in the ini file"
+                f"on this machine, {name} is in {folder}. That folder is on sys.path but outside of the "
+                f"rootdir, so it is not sent to guests. To send it, add `vm_push = {path}` to the ini file"
             )
         if names := distributions.providers(name):
             return (
-                f"{name} is installed here, by {' and '.join(names)}, but not in the guest: "
-                f"it was left out, or {requirements.SETTING} does not name it"
+                f"on this machine, {name} is installed by {' and '.join(names)}, but it is not installed in "
+                f"the guest. If your ini file has {requirements.SETTING}, add it there. Otherwise the "
+                "output of this run says why it was left out"
             )
     return ""

@@ -1,4 +1,4 @@
-"""Files that tests inside guests write into the project: which come back, and what is told of them."""
+"""Brings back files that tests inside guests write into the project, and reports about them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.plugin.run import Run
 
 Found = defaultdict[str, dict[str, None]]
-"""What is told at the end: names of files (or guests) as they are shown, in order, by what became of them."""
+"""What became of files (or guests) → their names, as we show them at the end, in order."""
 
-# What comes back without being asked for.
+# Globs of files that always come back.
 _KNOWN = ("**/__snapshots__", "!**/__snapshots__/*.lock", "**/cassettes", ".hypothesis/examples")
-# Likewise, where a plugin with that name is loaded: the names of its files are less telling.
+# Likewise, if the plugin with that name is loaded: the names of its files are too general.
 _KNOWN_OF = {
     "regressions": "**/test_*/test_*",
-    "datadir": "**/test_*/test_*",  # pytest-regressions' files are of that plugin
+    "datadir": "**/test_*/test_*",  # pytest-regressions uses this plugin for its files
     "snapshot": "**/snapshots",
 }
 _MOST_NAMES = 5  # in one line
@@ -36,17 +36,20 @@ LOST = "lost"
 _LINES = {
     "brought": "brought back {files} that tests inside guests wrote: {names}",
     "left": "tests inside guests wrote {files} that stayed there: {names}\n"
-    "  to bring that back, add to the ini file: `vm_pull = {patterns}`; `!` in front of a name hides it here",
-    "different": "not brought back, since another guest or somebody on this machine wrote other "
-    "content meanwhile: {names}\n  let one guest run all tests that write a file "
+    "  To bring them back, add to the ini file: `vm_pull = {patterns}`. To hide a name here, put `!` in "
+    "front of it",
+    "different": "not brought back, because another guest or somebody on this machine wrote other "
+    "content meanwhile: {names}\n  Let one guest run all tests that write the same file "
     "(--vm-isolation=session or module, --dist=loadfile)",
-    "code": "not brought back, since a guest may change code only where vm_pull has its exact name: "
+    "code": "not brought back, because a guest may change code only if vm_pull has the exact path: "
     "{names}",
-    "large": "not brought back, since it is more than a guest may send: {names}",
-    "unwritable": "tests inside guests wrote what cannot be written here: {names}",
-    "way": "not brought back, since a link or a folder is in its place here: {names}",
-    "removed": "deleted by tests inside guests, but not here: {names}",
-    LOST: "what tests wrote into the project in a guest that was lost is lost with it: {names}",
+    "large": "not brought back, because a guest may send at most 64 MiB in a file, and 256 MiB and "
+    "20,000 files in all: {names}\n  Exclude files that you do not need: `!` in front of a glob in "
+    "vm_pull",
+    "unwritable": "not brought back, because the file cannot be written on this machine: {names}",
+    "way": "not brought back, because a link or a folder has that name on this machine: {names}",
+    "removed": "deleted by tests inside guests, but kept on this machine: {names}",
+    LOST: "these guests were lost, and with them the files that tests wrote there: {names}",
 }
 
 
@@ -64,33 +67,36 @@ def patterns(config: pytest.Config) -> Patterns:
 
 
 def spare_unused(run: Run, inside: Sequence[pytest.Item]) -> None:
-    """Let syrupy neither remove nor count unused snapshots.
+    """Keep syrupy from removing or counting unused snapshots.
 
-    On this side, it would take all of tests inside for unused. In a guest, those of tests that were
-    not selected here, or run in another guest.
+    On this side, it would see all snapshots of tests inside as unused. In a guest, it would see those
+    of other tests as unused.
     """
     option = run.config.option
     is_used = any("snapshot" in getattr(item, "fixturenames", ()) for item in inside)
     if not is_used or not run.config.pluginmanager.has_plugin("syrupy"):
         return
-    run.tell("syrupy does not look for unused snapshots, since tests run inside a guest")
+    run.tell(
+        "syrupy does not look for unused snapshots, because tests run inside guests. To remove unused "
+        "ones, use --snapshot-update without --in-vm"
+    )
     if hasattr(option, "disable_unused_snapshots"):
         option.disable_unused_snapshots = True
         return
-    option.warn_unused_snapshots = True  # which fails no run
+    option.warn_unused_snapshots = True  # a warning fails no run
     if option.update_snapshots:
         run.usage_errors.append(
-            "this version of syrupy would remove all snapshots of tests that run inside a guest\n"
-            "Remedy: install one that has --snapshot-disable-unused, or update the snapshots "
-            "without --in-vm"
+            "--snapshot-update: this version of syrupy would remove all snapshots of tests that run "
+            "inside a guest\nRemedy: install a version that has --snapshot-disable-unused, or update "
+            "the snapshots without --in-vm"
         )
 
 
 def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outcome, Iterable[str]]:
-    """Bring back what tests have written in a guest, as far as it is wanted.
+    """Bring back those files of a guest that the patterns select.
 
     Args:
-        folder: the project's in the guest.
+        folder: the project's folder in the guest.
         tree: what went there.
 
     Raises:
@@ -106,17 +112,17 @@ def bring_back(run: Run, guest: Guest, folder: str, tree: Tree) -> Mapping[Outco
 
 
 def note(found: Found, kind: str, names: Iterable[str]) -> None:
-    """Remember what is told at the end, as it is shown; of very many, so many and no more."""
+    """Remember names for the lines at the end, as they are shown. Their number has a limit."""
     kept = found[kind]
     for name in names:
         if len(kept) < _MOST_KEPT:
-            # xdist sends no half characters.
+            # xdist cannot send lone surrogates.
             text = printable(name.encode(errors="replace").decode())
             kept[text.replace("\n", " ").replace("\t", " ")] = None
 
 
 def lines(found: Found) -> Iterator[str]:
-    """What is told at the end of the run, a line for each kind."""
+    """The lines for the end of the run, one for each kind."""
     for kind, text in _LINES.items():
         if names := [*found.get(kind, ())]:
             some = names[:_MOST_NAMES]

@@ -1,7 +1,7 @@
-"""Reports that come from a guest: checked, and made into pytest's own.
+"""Checks the reports that a guest sends, and makes pytest's reports from them.
 
-A guest is not trusted, so of what it sends only what has the right shape is taken, and only a few
-things by name; texts lose what could play tricks on a terminal, but keep their colours.
+A guest is not trusted. We accept only the right shape, and look up only a few things by name. Texts
+lose what could deceive you on a terminal, but keep their colours.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from pytest_vmsandbox.inside.wire import Message, broken
 
 PHASES = ("setup", "call", "teardown")
 OUTCOMES = ("passed", "failed", "skipped")
-# The outcomes of what pytest-rerunfailures and pytest-retry try again.
+# The outcomes of attempts that pytest-rerunfailures and pytest-retry repeat.
 RERUN, RETRIED = "rerun", "retried"
-_SUBTEST = "SubTestReport"  # pytest's own since 9.0, and pytest-subtests', call it so
+_SUBTEST = "SubTestReport"  # the name in pytest since 9.0, and in pytest-subtests
 _MAX_SECTIONS, _MAX_PROPERTIES, _MAX_ENTRIES = 1_000, 10_000, 10_000
 _MAX_ATTRIBUTES = 100
-_MAX_SOURCE = 200_000  # characters in a report that pytest highlights: that can take seconds
-# Control characters and sequences, but for colours, tabs and line ends; characters that let a
-# terminal show a line in another order; half characters, which cannot be written.
+_MAX_SOURCE = 200_000  # characters in a report for pytest to highlight, which can take seconds
+# Control characters and sequences, except colours, tabs and line ends; characters that change the
+# order of a line on a terminal; lone surrogates, which cannot be written.
 _TRICKS = re.compile(
     r"\x1b(?!\[[0-9;]*m)(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])?"
     r"|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _RETURN = re.compile(r"\r(?!\n)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_FAILURE = "E   "  # starts the first of an entry's lines that is no source
+_FAILURE = "E   "  # starts the first line of an entry that is no source
 
 
 def harmless(text: object) -> str:
-    r"""A text without what could play tricks on a terminal; colours stay.
+    r"""A text without anything that could deceive you on a terminal. Colours stay.
 
-    A carriage return, which would let a line be written over, becomes a line end.
+    A carriage return, with which a line could be overwritten, becomes a line end.
 
     Example:
         >>> harmless("\x1b[31mred\x1b[0m\x1b[2J")
         '\x1b[31mred\x1b[0m'
     """
     if not isinstance(text, str):
-        raise broken("something else where a text should be", text)
+        raise broken("expected a text", text)
     return _RETURN.sub("\n", _TRICKS.sub("", text))
 
 
 def colourless(text: object) -> str:
-    """Likewise, for what pytest cuts, wraps or highlights: colours would be cut through."""
+    """A harmless text without colours, for texts that pytest cuts, wraps or highlights."""
     return _COLOUR.sub("", harmless(text))
 
 
 class ReportReader:
-    """Makes reports of what a guest sends.
+    """Makes reports from what a guest sends.
 
     Args:
         there, here: the project's folder in the guest, and on this machine.
-        outside: folders outside of it: from what each is called here to what it is there.
-        outcomes: those of tests that plugins of this side know, besides pytest's.
+        outside: folders outside of it: path here → path there.
+        outcomes: further outcomes of tests that plugins of this side know.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class ReportReader:
         """The report of a phase of `item`, which is called `nodeid` in the guest.
 
         Raises:
-            GuestLost: it is of another test, or no report.
+            GuestLost: `data` is no report, or the report of another test.
         """
         fields = _object(data)
         if fields.get("nodeid") != nodeid:
-            raise broken("a report of a test that was not asked for", fields.get("nodeid"))
+            raise broken("it sent a report of another test", fields.get("nodeid"))
         clean: dict[str, Any] = {
             "nodeid": item.nodeid,
             "location": item.location,
@@ -103,39 +103,39 @@ class ReportReader:
         if "wasxfail" in fields:
             clean["wasxfail"] = colourless(fields["wasxfail"])
         elif clean["outcome"] == "skipped" and not isinstance(clean["longrepr"], tuple):
-            raise broken("a skipped test without a reason", fields.get("longrepr"))
+            raise broken("it sent a skipped test without a reason", fields.get("longrepr"))
         if clean["outcome"] == "failed" and clean["longrepr"] is None:
             clean["longrepr"] = ""  # pytest's own code relies on one
         if fields.get("_report_type") == _SUBTEST:
             if clean["when"] != "call":
-                raise broken("a subtest that is no part of a test's call", clean["when"])
+                raise broken("it sent a subtest outside of a test's call", clean["when"])
             report = self._subtest(item, clean, _context(fields.get(_CONTEXT)))
         else:
             report = _made(pytest.TestReport._from_json, clean)  # noqa: SLF001  # xdist's way, too
         attributes = _object(fields.get("attributes", {}))
         self._hang(report, attributes)
-        if RERUN in self._outcomes and RERUN in attributes:  # how many attempts there were before
+        if RERUN in self._outcomes and RERUN in attributes:  # the number of earlier attempts
             vars(report)[RERUN] = _integer(attributes[RERUN])
         return report
 
     def _hang(self, report: pytest.TestReport, attributes: dict[str, Any]) -> None:
         """Give a report the attributes that plugins gave it in the guest.
 
-        None of them replaces anything that a report has, or that pytest looks for on one.
+        They replace no attribute of the report, and none that pytest looks for.
         """
         if len(attributes) > _MAX_ATTRIBUTES:
-            raise broken(f"a report with more than {_MAX_ATTRIBUTES} attributes")
+            raise broken(f"it sent a report with more than {_MAX_ATTRIBUTES} attributes")
         for name, value in attributes.items():
             if _is_free(report, name):
                 clean = self.value(value)
                 setattr(report, name, _extras(clean) if name in _OF_HTML else clean)
 
     def value(self, value: object) -> Any:
-        """A JSON value without tricks in its texts; paths of the project are those of here."""
+        """A JSON value with harmless texts, in which paths of the project are those of this machine."""
         return _plain(value, self._local)
 
     def is_subtest(self, data: object) -> bool:
-        """Whether a report is one beside those of a test's phases: of a subtest, or a call that is retried."""
+        """Whether a report comes beside those of a test's phases: for a subtest, or a retried call."""
         fields = _object(data)
         return fields.get("_report_type") == _SUBTEST or fields.get("outcome") == RETRIED
 
@@ -147,15 +147,15 @@ class ReportReader:
 
         more = {"_report_type": _SUBTEST, _CONTEXT: context, "$report_type": "TestReport"}
         report: pytest.TestReport = _made(make, {**clean, **more})
-        if hasattr(report, "context"):  # pytest takes their repr, and the guest's has done so
+        if hasattr(report, "context"):  # pytest in the guest has already taken the repr of these
             object.__setattr__(report.context, "kwargs", context["kwargs"])
         return report
 
     def collect_failure(self, data: object) -> Any:
-        """Why a file could not be collected: what `pytest.CollectReport.longrepr` can be.
+        """Why a file could not be collected, as a value for `pytest.CollectReport.longrepr`.
 
         Raises:
-            GuestLost: it is no report.
+            GuestLost: `data` is no report.
         """
         fields = _object(data)
         clean = {
@@ -169,11 +169,11 @@ class ReportReader:
         return "" if made.longrepr is None else made.longrepr
 
     def path(self, path: object) -> str:
-        """A path, or a text that pytest cuts, with paths of the project as they are on this machine."""
+        """A path, or a text that pytest cuts. Paths of the project are those of this machine."""
         return self.text(colourless(path))
 
     def text(self, text: str) -> str:
-        """A text with paths of the project as they are on this machine."""
+        """A text in which paths of the project are those of this machine."""
         return self._mention.sub(lambda found: self._here[found[1]], text)
 
     def _local(self, text: object) -> str:
@@ -228,12 +228,12 @@ class ReportReader:
             clean["reprlocals"] = local and _checked(local, lines=_lines)
             clean["reprfileloc"] = self._crash(data.get("reprfileloc"))
         elif kind != "ReprEntryNative":
-            raise broken("a traceback's entry of an unknown kind", kind)
+            raise broken("it sent an unknown kind of entry in a traceback", kind)
         return {"type": kind, "data": clean}
 
 
 class _Text(TerminalRepr):
-    """A reason of which only the text is known; unlike a `str`, no summary is made of it."""
+    """A reason that is only a text. Unlike for a `str`, pytest makes no summary of it."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -248,7 +248,7 @@ def recorded_warning(message: Message, reader: ReportReader) -> dict[str, Any]:
     """The arguments of ``pytest_warning_recorded`` for a warning from a guest.
 
     Raises:
-        GuestLost: it is none.
+        GuestLost: the message is no warning.
     """
     category = _category(*_row(message.get("category"), harmless, harmless))
     location = message.get("location")
@@ -267,10 +267,10 @@ def recorded_warning(message: Message, reader: ReportReader) -> dict[str, Any]:
 
 
 def log_record(value: object, reader: ReportReader) -> logging.LogRecord:
-    """A record of `logging` from a guest; its message is complete.
+    """A record of `logging` from a guest. Its message is already formatted.
 
     Raises:
-        GuestLost: it is none.
+        GuestLost: `value` is no record.
     """
     path = Path(reader.path(_object(value).get("pathname")))
     place = {"pathname": str(path), "filename": path.name, "module": path.stem}
@@ -278,7 +278,7 @@ def log_record(value: object, reader: ReportReader) -> logging.LogRecord:
 
 
 def _category(module: str, name: str) -> type[Warning]:
-    """A class of that name; none is imported because a guest says so."""
+    """A class with that name. Nothing is imported because a guest says so."""
     known = getattr({"builtins": builtins, "pytest": pytest}.get(module), name, None)
     if isinstance(known, type) and issubclass(known, Warning):
         return known
@@ -286,8 +286,8 @@ def _category(module: str, name: str) -> type[Warning]:
     return type(name, (Warning,), {"__module__": module[:200]})
 
 
-# What attributes of a report may not be called, beside all that it has: pytest keeps it in a report
-# or passes it by name, xdist and plugins of reruns add it.
+# Names that a guest may not give to attributes of a report, besides those that it has: pytest, xdist or
+# plugins for reruns use them.
 _TAKEN = {
     *dir(pytest.CollectReport), "_id", "_report_type", "cls", "context", "id", "item_index", "node",
     "rerun", "result", "self", "testrun_uid", "wasxfail", "worker_id",
@@ -295,14 +295,14 @@ _TAKEN = {
 
 
 def _is_free(report: pytest.TestReport, name: str) -> bool:
-    """Whether an attribute can be called so: it hides nothing. Names with ``vm_`` are ours."""
+    """Whether a guest may use the name for an attribute. Names that begin with ``vm_`` are ours."""
     if not name.isidentifier() or name.startswith(("__", "vm_")):
         return False
     return name not in _TAKEN and not hasattr(report, name)
 
 
 def _extras(value: object) -> list[dict[str, Any]]:
-    """What pytest-html shows beside a test. It writes files, and the extension ends their names."""
+    """The valid extras of pytest-html. It writes files for them, whose names end with `extension`."""
     return [extra for extra in value if _is_extra(extra)] if isinstance(value, list) else []
 
 
@@ -320,7 +320,7 @@ def _is_extra(value: object) -> bool:
 _EXTRA = {"name", "format_type", "content", "mime_type", "extension"}
 _EXTRAS = ("html", "image", "json", "text", "url", "video")
 _EXTENSION = re.compile(r"[\w.+-]{0,20}", re.ASCII)
-_OF_HTML = ("extras", "extra")  # attributes of which pytest-html makes more than text
+_OF_HTML = ("extras", "extra")  # attributes for pytest-html, which writes files for them
 
 _CONTEXT = "_subtest.context"
 
@@ -339,13 +339,13 @@ def _context(value: object) -> dict[str, Any]:
 
 
 def _made(make: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
-    """A report of pytest's, which has its own idea of what is well-formed."""
+    """A report of pytest, made by pytest's own code, which may refuse the data."""
     longrepr = data["longrepr"]
     plain = not isinstance(longrepr, dict)
-    try:  # pytest takes a text with certain words in it for a traceback
+    try:  # pytest mistakes a text with certain words in it for a traceback
         report = make({**data, "longrepr": None} if plain else data)
     except Exception as error:
-        raise broken("a report that pytest does not take") from error
+        raise broken("it sent a report that pytest does not accept") from error
     if plain:
         report.longrepr = longrepr
     return report
@@ -353,24 +353,24 @@ def _made(make: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
 
 def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise broken("something else where an object should be", value)
+        raise broken("expected an object", value)
     return value
 
 
 def _checked(value: object, **checks: Callable[[Any], Any]) -> dict[str, Any]:
-    """The fields of an object, what each check makes of its own."""
+    """The fields of an object, each converted by its check."""
     fields = _object(value)
     return {name: check(fields.get(name)) for name, check in checks.items()}
 
 
 def _list(value: object, most: int, least: int = 0) -> list[Any]:
     if not isinstance(value, list) or not least <= len(value) <= most:
-        raise broken("something else where a list should be, or one of the wrong length", value)
+        raise broken("expected a list, or a list of another length", value)
     return value
 
 
 def _row(value: object, *checks: Callable[[Any], Any]) -> tuple[Any, ...]:
-    """The members of a list, what each check makes of its own."""
+    """The members of a list, each converted by its check."""
     cells = _list(value, len(checks), len(checks))
     return tuple(check(cell) for check, cell in zip(checks, cells, strict=True))
 
@@ -393,19 +393,19 @@ def _optional(text: object) -> str | None:
 
 def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise broken("something else where a line's number should be", value)
+        raise broken("expected the number of a line", value)
     return value
 
 
 def _number(value: object, limit: float = 1e12) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < limit:
-        raise broken("something else where a number should be", value)
+        raise broken("expected a number", value)
     return float(value) if math.isfinite(value) else 0.0
 
 
 def _one_of(value: object, allowed: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in allowed:
-        raise broken(f"something else where one of {', '.join(allowed)} should be", value)
+        raise broken(f"expected one of {', '.join(allowed)}", value)
     return value
 
 
@@ -419,7 +419,7 @@ def _separator(value: object) -> str:
 
 
 def _plain(value: object, text: Callable[[str], str] = harmless) -> Any:
-    """Any JSON value, its texts without tricks. Numbers that xdist does not send become texts."""
+    """Any JSON value with harmless texts. Numbers that xdist cannot send become texts."""
     if isinstance(value, dict):
         return {harmless(name): _plain(member, text) for name, member in value.items()}
     if isinstance(value, list):
@@ -432,11 +432,11 @@ def _plain(value: object, text: Callable[[str], str] = harmless) -> Any:
 
 
 def _identity(value: object) -> int:
-    """The number of a process or a thread; 0 where it has none."""
+    """The number of a process or a thread; 0 without one."""
     return int(_number(value or 0, 1e20))
 
 
-# What a record of `logging` has, besides its place.
+# The fields of a record of `logging`, without its place.
 _RECORD: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("name", "levelname", "msg"), harmless),
     **dict.fromkeys(("funcName", "processName", "threadName", "taskName"), _optional),

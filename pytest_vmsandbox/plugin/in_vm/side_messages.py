@@ -1,4 +1,4 @@
-"""What sessions in guests say beside reports, for plugins and people of this side."""
+"""Passes on what sessions in guests say besides reports: to plugins, and to people."""
 
 from __future__ import annotations
 
@@ -17,43 +17,50 @@ from pytest_vmsandbox.plugin.in_vm.provisioning import Lease
 from pytest_vmsandbox.plugin.in_vm.remote_reports import colourless, harmless, recorded_warning
 from pytest_vmsandbox.plugin.run import Run
 
-Record = Callable[[], None]  # tells a plugin of this side what a test has left for it
+Record = Callable[[], None]  # gives a plugin of this side what a test has left for it
 
 _MAX_NAME = 200  # characters of a name in a note
 
-# What a guest may note, for people.
+# Notes of a guest, for people.
 _NOTES = {
     "attribute kind": (
-        "the attribute {name} that a hook gives to reports stays in the guest: JSON has no such value"
+        "a hook gives reports the attribute {name}, which does not come back from guests: JSON cannot "
+        "carry its value"
     ),
     "attribute size": (
-        "{nodeid}: the attribute {name} of a report stays in the guest: it is too large "
-        "(6 MiB and 100 attributes for a report; 100,000 values and 20 levels for one)"
+        "{nodeid}: the attribute {name} of a report does not come back from the guest, because it is "
+        "too large. Limits: 6 MiB and 100 attributes for a report, 100,000 values and 20 levels for an "
+        "attribute"
     ),
     "attribute texts": (
-        "the attribute {name} that a hook gives to reports holds values that JSON does not have: "
-        "they come from the guest as texts"
+        "a hook gives reports the attribute {name} with values that JSON cannot carry: they come back "
+        "from guests as texts"
     ),
     "renamed": (
-        "a hook in the guest renames reports, here {nodeid} to {name}: on this side they keep the "
-        "name of their test"
+        "a hook in the guest renames reports, here {nodeid} to {name}. On this side they keep the name "
+        "of their test"
     ),
-    "outcome": "{nodeid}: a plugin in the guest reports the outcome {name}, which is left out here",
+    "outcome": (
+        "{nodeid}: a plugin in the guest reports the outcome {name}. No plugin on this side knows it, so "
+        "that report is left out"
+    ),
     "twice": (
         "{nodeid}: its {name} was reported twice in the guest. Only the first report counts\n"
-        "  A plugin or a conftest.py there calls pytest_runtest_logreport itself"
+        "  Look for a plugin or a conftest.py that calls pytest_runtest_logreport itself"
     ),
     "properties": (
-        "{nodeid}: it has {name} user properties. 10,000 of them, or 4 MiB together with its "
-        "output, come from a guest; the rest is lost"
+        "{nodeid}: it has {name} user properties, and some of them are lost. A guest sends at most "
+        "10,000 properties, and 4 MiB together with the test's output"
     ),
-    "result": "{nodeid}: allure's file {name} stays in the guest: it has more than 12 MiB",
+    "result": (
+        "{nodeid}: allure's file {name} does not come back from the guest, because it has more than 12 MiB"
+    ),
     "rounds": (
-        "{nodeid}: its benchmark is left out, since it has {name} rounds. 500,000 come from a "
-        "guest: lower --benchmark-max-time, or raise --benchmark-min-time"
+        "{nodeid}: its benchmark is lost, because it has {name} rounds. A guest sends at most 500,000: "
+        "lower --benchmark-max-time, or raise --benchmark-min-time"
     ),
 }
-_PROBLEMS = {"twice", "properties", "rounds", "result"}  # something is lost that counts
+_PROBLEMS = {"twice", "properties", "rounds", "result"}  # a result is lost, so the run fails
 
 
 class SideMessages:
@@ -70,11 +77,11 @@ class SideMessages:
         """Pass on a message at once.
 
         Raises:
-            GuestLost: it is not well-formed.
+            GuestLost: the message is invalid.
         """
         if "warning" in message:
             arguments = recorded_warning(message, lease.reader) | {"nodeid": nodeid}
-            # This side has collected, too, but for some files, and has told what it saw.
+            # This side has collected most files itself, and has shown their warnings.
             only_there = {str(self._run.config.rootpath / file) for file in self._run.unimportable}
             is_of_test = arguments["when"] == "runtest"
             if is_of_test or arguments["warning_message"].filename in only_there:
@@ -95,10 +102,10 @@ class SideMessages:
             self._run.tell(about)
 
     def record(self, lease: Lease, item: pytest.Item, message: Message) -> Record | None:
-        """How to tell a plugin what a message has for it; None for another message.
+        """A function that gives a plugin the content of a message; None for other messages.
 
         Raises:
-            GuestLost: it is not well-formed.
+            GuestLost: the message is invalid.
         """
         if "junit" in message:
             name, value = harmless(message.get("name")), harmless(message.get("value"))
@@ -108,7 +115,7 @@ class SideMessages:
         return None
 
     def _to_junit(self, kind: str, name: str, value: str, nodeid: str) -> None:
-        """Tell junit's file what a test has recorded, other than by its reports."""
+        """Write to junit's file what a test has recorded besides its reports."""
         xml = self._run.config.stash.get(xml_key, None)
         if xml is None:
             return
@@ -119,13 +126,13 @@ class SideMessages:
 
 
 def _note(message: Message, nodeid: str) -> tuple[str, bool]:
-    """What a guest could not tell as it is, for people; and whether it is a problem.
+    """The text of a guest's note, and whether it is a problem that fails the run.
 
     Raises:
-        GuestLost: there is no such note.
+        GuestLost: the note is unknown.
     """
     kind = " ".join(str(message[field]) for field in ("note", "why") if field in message)
     if kind not in _NOTES:
-        raise broken("a note of an unknown kind", message)
+        raise broken("it sent an unknown kind of note", message)
     name = colourless(message.get("name"))[:_MAX_NAME]
     return _NOTES[kind].format(nodeid=nodeid, name=name), kind in _PROBLEMS
