@@ -312,7 +312,7 @@ def test_as_many_as_there_is_room_for(site, room, most, value):
     made = site(FakeFactory("cloned", room=room), most=most)
     figure = guests.leased_at_once(made)
     assert (figure.value, figure.samples) == (value, value)
-    limit = "there is no room" if room < most else "no more than 5 were tried"
+    limit = "there is no room" if room < most else "no more than 5 were tried (--most)"
     assert figure.details["limit"] == limit
 
 
