@@ -23,10 +23,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     # A word in single backquotes links to what has that name; most words name nothing.
     ("py:obj", r".*"),
-    # Python's own pages are not at hand where there is no network.
-    ("py:class", r"(collections\.abc|os|pathlib)\..*"),
-    # They are no part of the public interface.
-    ("py:class", r"pytest_vmsandbox\.guests\.provision\.Step"),
 ]
 
 # Pages are Markdown, and links such as `files.md#what-comes-back` are those of GitHub.
@@ -42,6 +38,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures as short as those of `subprocess`; the text has the types
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True  # an attribute is described once, in its class
 python_maximum_signature_line_length = 120
 

@@ -193,7 +193,7 @@ def _check_programs(definition: ImageDefinition) -> None:
             remedy=f"build it on a Linux machine, and copy the folder images/{definition.name} from "
             "that machine's cache to the cache here",
         )
-    if missing := programs.missing(definition.requires):
+    if missing := programs.missing(programs.with_theirs(definition.requires)):
         packages = sorted({programs.package_of(program) for program in missing})
         raise ImageError(
             f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",

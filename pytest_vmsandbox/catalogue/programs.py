@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -56,6 +57,22 @@ def find(program: str) -> str | None:
 def missing(programs: Iterable[str]) -> tuple[str, ...]:
     """The members of `programs` that are not on this machine, each once."""
     return tuple(program for program in dict.fromkeys(programs) if find(program) is None)
+
+
+def with_theirs(programs: Iterable[str]) -> list[str]:
+    """`programs`, and those that they need in turn on this system."""
+    wanted = list(programs)
+    if "mmdebstrap" in wanted and _system() != "debian":
+        wanted.append("gpg")  # it finds the keys of a suite that is not of this system
+    return wanted
+
+
+def _system() -> str:
+    """What this system calls itself, such as ``debian`` or ``ubuntu``."""
+    try:
+        return platform.freedesktop_os_release()["ID"]
+    except (OSError, KeyError):
+        return ""
 
 
 def install_line(packages: Sequence[str]) -> str:

@@ -109,7 +109,7 @@ def _building(required: list[str], needed: bool) -> Iterator[Check]:
         needed: whether guests cannot run without it.
     """
     root = os.geteuid() == 0
-    wanted = required if root else [*required, "newuidmap"]
+    wanted = [*programs.with_theirs(required), *([] if root else ["newuidmap"])]
     yield checks.image_tools(programs.missing(wanted), needed=needed)
     if "mmdebstrap" in required:
         yield checks.keyring(any(map(os.path.exists, _KEYRINGS)), needed=needed)

@@ -421,8 +421,9 @@ class Engine:
             MonitorError: QEMU cannot do it.
             ConfigError: the guest has no helper.
         """
+        # Not while the guest shuts down: nobody would answer in a state that was saved then.
         # Use it again under the lock: another thread may have rolled it back meanwhile.
-        with self.use(), self._lock, self.use() as running:
+        with self._orderly, self.use(), self._lock, self.use() as running:
             return self._machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:

@@ -26,7 +26,7 @@ from pytest_vmsandbox.plugin.plan import limit, plan_of
 from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_vmsandbox.guests.factory import Base, GuestFactory
@@ -109,24 +109,34 @@ def pytest_collection_modifyitems(
     without = planning.plan(run, items)
     planning.check(run, items)
     _refuse(run, items)
-    if any(plan_of(item).is_inside for item in items):
-        from pytest_vmsandbox.plugin.in_vm.protocol import Inside
-
-        run.config.stash[_INSIDE] = inside = Inside(run, session)
-        run.config.pluginmanager.register(inside, "vmsandbox-inside")
+    if (inside := _inside(session, items)) is not None:
         unimportable.replace(run, items, inside.collected)
     planning.deselect(run, items, without)
     everything = items[:]
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(run.config, items)
     result = yield
-    naming.give_full_names(everything)
+    naming.give_full_names([*everything, *items])
     for item in items:
         planning.plan_again(run, item)
+    # Hooks may have added tests, or the marker `in_vm`.
+    planning.deselect(run, items, planning.plan(run, items))
+    _inside(session, items)
     planning.check_run(run, items)
     _refuse(run, items)
     planning.group(items)
     return result
+
+
+def _inside(session: pytest.Session, items: Iterable[pytest.Item]) -> Inside | None:
+    """What runs tests inside guests; None while there is no such test."""
+    stash = session.config.stash
+    if _INSIDE not in stash and any(plan_of(item).is_inside for item in items):
+        from pytest_vmsandbox.plugin.in_vm.protocol import Inside
+
+        stash[_INSIDE] = Inside(stash[RUN], session)
+        session.config.pluginmanager.register(stash[_INSIDE], "vmsandbox-inside")
+    return stash.get(_INSIDE, None)
 
 
 def _refuse(run: Run, items: list[pytest.Item]) -> None:
@@ -229,7 +239,7 @@ class _Protocol:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Refuse to run a test on this machine that belongs inside a guest."""
-    if plan_of(item).runs_inside:
+    if planning.is_for_guest(item):
         raise ConfigError(
             "this test must run inside a guest, but a plugin or a conftest.py tried to run it on this "
             "machine",

@@ -30,7 +30,10 @@ def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision |
 def pytest_vmsandbox_qemu_args(  # type: ignore[empty-body]
     config: pytest.Config, spec: MachineSpec
 ) -> Sequence[str]:
-    """Return arguments to add at the end of QEMU's command line for a guest."""
+    """Return arguments to add at the end of QEMU's command line for a guest.
+
+    ``spec`` describes the guest: ``spec.name``, ``spec.hardware``, ``spec.accelerator`` and so on.
+    """
 
 
 def pytest_vmsandbox_guest_ready(config: pytest.Config, guest: Guest) -> None:

@@ -103,6 +103,17 @@ def _only_image(run: Run, item: pytest.Item) -> str | None:
     return next(iter(images), None)
 
 
+def is_for_guest(item: pytest.Item) -> bool:
+    """Whether a test must not run on this machine; also for one that came too late to have a plan.
+
+    Raises:
+        ConfigError: its marker `in_vm` is wrong, or contradicts its fixtures.
+    """
+    if PLAN in item.stash:
+        return plan_of(item).runs_inside
+    return plans.belongs_inside(item, getattr(item, "fixturenames", ()))
+
+
 def plan_now(run: Run, item: pytest.Item) -> Plan:
     """The plan of a test that asks for `vm` now. It has no image if none applies.
 

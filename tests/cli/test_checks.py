@@ -137,6 +137,14 @@ def test_every_program_that_a_definition_requires_has_a_package():
     assert wanted - own <= set(programs.PACKAGES)
 
 
+@pytest.mark.parametrize(("system", "more"), [("debian", []), ("ubuntu", ["gpg"]), ("", ["gpg"])])
+def test_what_mmdebstrap_needs_on_other_systems(monkeypatch, system, more):
+    release = {"ID": system} if system else {}
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
+    assert programs.with_theirs(["cpio", "mmdebstrap"]) == ["cpio", "mmdebstrap", *more]
+    assert programs.with_theirs(["cpio"]) == ["cpio"]
+
+
 def test_what_people_see_of_a_command_line(monkeypatch):
     assert programs.shown(programs.apt_install(["cpio"])) == (
         "sudo apt-get install --yes --no-install-recommends cpio"

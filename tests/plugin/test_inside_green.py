@@ -150,6 +150,65 @@ def test_early_hooks_see_the_options(suite, hook):
     assert status == 0, output
 
 
+ADDED = """
+import pytest
+
+def pytest_collection_modifyitems(items):
+    first = items[0]
+    {}
+"""
+AGAIN = """type(first).from_parent(
+        first.parent, name=first.name, originalname=first.originalname, callobj=first.obj,
+        callspec=getattr(first, "callspec", None), fixtureinfo=first._fixtureinfo)"""
+
+
+@pytest.mark.parametrize(
+    ("marker", "hook", "count"),
+    [
+        ("in_vm", f"items.append({AGAIN})", 2),
+        ("other", "first.add_marker(pytest.mark.in_vm)", 1),
+    ],
+    ids=["a test", "the marker"],
+)
+def test_what_a_hook_has_added_runs_inside(suite, marker, hook, count):
+    suite.write("conftest.py", ADDED.format(hook))
+    suite.write("test_it.py", f"import os, pytest\n\n@pytest.mark.{marker}\n{THERE}")
+    status, output = suite.run()
+    assert status == 0, output
+    assert f"{count} passed" in output
+
+
+THERE = "def test_it(): assert 'VMSANDBOX_GUEST' in os.environ\n"
+LATE = f"""
+import pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    first = session.items[0]
+    session.items.append({AGAIN})
+"""
+
+
+def test_what_comes_too_late_does_not_run_here(suite):
+    suite.write("conftest.py", LATE)
+    suite.write("test_it.py", f"import os, pytest\n\n@pytest.mark.in_vm\n{THERE}")
+    status, output = suite.run()
+    assert status == 1, output
+    assert "1 passed, 1 error" in output
+    assert "is about to run it on this machine" in output
+
+
+def test_a_test_that_is_there_several_times_runs_so_often(suite):
+    """It is the same item each time."""
+    suite.write("conftest.py", "def pytest_collection_modifyitems(items): items *= 2\n")
+    ran = suite.folder / "ran"
+    test = f"def test_{{}}(): print('{{}}', file=open({str(ran)!r}, 'a'))\n"
+    suite.write("test_it.py", "".join(test.format(name, name) for name in "ab"))
+    status, output = suite.run("--in-vm")
+    assert status == 0, output
+    assert ran.read_text().split() == [*"abab"]
+
+
 LEVELS = """
 import enum
 

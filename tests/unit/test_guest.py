@@ -898,6 +898,29 @@ class TestSnapshot:
         gc.collect()
         assert platform.events == ["save"]
 
+    def test_one_waits_until_a_guest_that_reboots_is_up(self, platform, vm):
+        """What is saved while it goes down could never be talked to again."""
+        is_down, may_boot = threading.Event(), threading.Event()
+
+        def boots(machine):
+            is_down.set()
+            assert may_boot.wait(10)
+
+        platform.booting, platform.has_helper = boots, False
+        reboot = threading.Thread(target=vm.reboot)
+        reboot.start()
+        assert is_down.wait(10)
+        platform.has_helper = True
+        snapshot = threading.Thread(target=vm.snapshot().__enter__)
+        snapshot.start()
+        snapshot.join(0.2)
+        saved = "save" in platform.events
+        may_boot.set()
+        for thread in (reboot, snapshot):
+            thread.join(10)
+        assert not saved
+        assert platform.events[-1] == "save"
+
     def test_not_of_a_guest_that_is_off(self, vm):
         vm.power_cut()
         with pytest.raises(GuestLost, match="switched off"), vm.snapshot():

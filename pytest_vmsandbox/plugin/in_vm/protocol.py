@@ -343,8 +343,6 @@ class Schedule:
         option = session.config.option
         self._session = session
         self.alone: set[str] = set()
-        # A worker of xdist does not know its next tests.
-        self._is_worker = hasattr(session.config, "workerinput")
         # A result can end the run. Then no further test may have run.
         self._may_end = option.maxfail or getattr(option, "stepwise", False)
 
@@ -357,11 +355,21 @@ class Schedule:
             nextitem: the test that pytest runs next.
         """
         plan = plan_of(item)
-        if not self._is_worker:
+        if self._is_known:
             nextitem = self._following.get(item)
         if nextitem is not None and plan.shares_with(nextitem):
             return plan_of(nextitem).plain, True
         return None, plan.isolation == "session" and nextitem is not None
+
+    @cached_property
+    def _is_known(self) -> bool:
+        """Whether it is known what is to come.
+
+        Workers of xdist do not know it. Of an item that some hook has put there several times, it is not
+        known which time it is.
+        """
+        items = self._session.items
+        return not hasattr(self._session.config, "workerinput") and len({*items}) == len(items)
 
     @cached_property
     def _following(self) -> dict[pytest.Item, pytest.Item]:
@@ -378,7 +386,7 @@ class Schedule:
 
     def ahead(self, item: pytest.Item) -> Iterator[pytest.Item]:
         """The test, and the following tests that may run while its reports are on their way here."""
-        following: pytest.Item | None = None if self._may_end or self._is_worker else item
+        following = item if self._is_known and not self._may_end else None
         for _ in range(1 + _AHEAD):
             if following is None or plan_of(following).plain in self.alone:
                 return
