@@ -54,10 +54,10 @@ class Provision:
     network: Network | None = None
 
     def step(self) -> Step:
-        """The same with a digest of what it depends on.
+        """The layer with a digest of its inputs.
 
         Raises:
-            ConfigError: that is not what it can depend on, or a path does not exist.
+            ConfigError: `depends_on` is invalid, or a path does not exist.
         """
         if self.network is not None:
             parse_network(self.network)
