@@ -314,7 +314,9 @@ class TestFaults:
 
     def test_hangs(self, fake):
         with fake.machine(fault="hangs") as machine:
-            with pytest.raises(MonitorError, match=r"no answer to 'query-version' in 0\.1 s"):
+            with pytest.raises(
+                MonitorError, match=r"did not answer to 'query-version' within 0\.1 s"
+            ):
                 machine.monitor.execute("query-version", timeout=0.1)
             assert machine.monitor.execute("query-status")
 
@@ -655,7 +657,7 @@ class TestState:
         monkeypatch.setattr(machine_module, "_STATE_SECONDS", 0.1)
         with (
             fake.machine(fault="never-saves") as machine,
-            pytest.raises(MonitorError, match=r"state in 0\.1 s"),
+            pytest.raises(MonitorError, match=r"state in 0\.\d+ s"),
         ):
             machine.save(state, with_memory=True)
 

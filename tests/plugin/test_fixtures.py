@@ -112,6 +112,26 @@ class TestMarksAddedLate:
         suite.run(*self.add(suite, "pytest.mark.vm(memory='1GiB')")).assert_outcomes(passed=1)
         assert suite.guests[0] == "boot alpha-1-1 memory=1GiB"
 
+    def test_marks_with_arguments_that_cannot_be_compared(self, suite):
+        """As arrays of NumPy."""
+        suite.write("""
+            import pytest
+
+            class Array:
+                def __eq__(self, other): raise ValueError("ambiguous")
+                __hash__ = None
+
+            pytestmark = pytest.mark.data(Array())
+
+            @pytest.fixture(autouse=True)
+            def more(request):
+                request.node.add_marker(pytest.mark.data(Array()))
+
+            @pytest.mark.data(Array())
+            def test_a(vm): pass
+        """)
+        suite.run("-omarkers=data").assert_outcomes(passed=1)
+
     @pytest.mark.parametrize("how", [(), ("--in-vm",)], ids=["here", "inside"])
     def test_a_skip(self, suite, how):
         suite.write("def test_a(): assert False" if how else "def test_a(vm): assert False")

@@ -1009,7 +1009,7 @@ class TestAssume:
             assert fed.helper._broken == ""
 
     @given(data=st.data(), stale=st.binary(max_size=200))
-    @settings(max_examples=50)
+    @settings(deadline=None, max_examples=50)
     def test_in_any_pieces(self, data, stale):
         fed = Fed()
         fed.helper.assume()
@@ -1146,7 +1146,7 @@ class TestNonsense:
         assert len(it.helper._rest) <= 65536
 
     @given(data=st.lists(st.binary(max_size=300), max_size=10))
-    @settings(max_examples=100)
+    @settings(deadline=None, max_examples=100)
     def test_any_bytes(self, data):
         """Nothing is raised where they are read: that thread is everybody's."""
         it = fed()
@@ -1161,7 +1161,7 @@ class TestNonsense:
             max_size=20,
         )
     )
-    @settings(max_examples=200)
+    @settings(deadline=None, max_examples=200)
     def test_any_frames(self, frames):
         it = fed()
         channels = [it.channel() for _ in range(2)]

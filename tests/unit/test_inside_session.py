@@ -417,7 +417,7 @@ def test_whatever_is_said(steps, what):
         check_text(str(error))
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(st.text() | JSON.map(json.dumps))
 def test_what_probe_prints(text):
     with pytest.raises(GuestLost):

@@ -159,7 +159,9 @@ class TestExtents:
 
 class TestCopy:
     @given(size=SIZES, parts=PARTS)
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+    @settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30
+    )
     def test_is_the_same(self, tmp_path, size, parts):
         for name in ("source", "dest"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -238,7 +240,9 @@ class TestForClones:
 
 class TestChunks:
     @given(size=SIZES, parts=PARTS, holes=PARTS)
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+    @settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30
+    )
     def test_are_all_that_is_not_zero_wherever_holes_are(self, tmp_path, size, parts, holes):
         """A file with other holes, or with none, has the same pieces."""
         for name in ("a", "b"):
@@ -263,7 +267,9 @@ class TestChunks:
     @given(
         size=SIZES, parts=PARTS, place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255)
     )
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+    @settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50
+    )
     def test_the_digest_sees_any_byte(self, tmp_path, size, parts, place, bits):
         """Also one in a hole."""
         file = tmp_path / "file"

@@ -166,7 +166,9 @@ class TestFind:
         assert make(store).damage() == ""
 
     @given(place=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+    @settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200
+    )
     def test_any_changed_byte_of_the_metadata(self, store, place, bits):
         """It is not found then; unless it still says the same, with other white space."""
         template = store.get(key_of(1)) or make(store)
@@ -189,7 +191,9 @@ class TestDamage:
         place=st.floats(0, 1, exclude_max=True),
         bits=st.integers(1, 255),
     )
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+    @settings(
+        deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
+    )
     def test_any_changed_byte(self, store, name, place, bits):
         template = store.get(key_of(1)) or make(store)
         at = int(place * len(CONTENT[name]))
