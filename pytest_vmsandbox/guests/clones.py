@@ -89,12 +89,12 @@ class Clones:
             try:
                 leased = own.enter_context(self.pool.lease(opened, blueprint, more=ahead))
             except VMSandboxError as error:
-                failure, fault = error, opened.fault(anew=True)
+                failure, fault = error, opened.fault(again=True)
                 # An overloaded host may lose a clone.
                 if not (fault or failure.transient or isinstance(failure, GuestLost)):
                     raise
             else:
-                if not (fault := opened.fault(anew=False)):
+                if not (fault := opened.fault(again=False)):
                     return opened, *leased
                 failure = LaunchError("its template was damaged", details=fault)
             lost.append(failure)

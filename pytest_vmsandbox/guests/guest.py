@@ -356,7 +356,7 @@ class Guest:
         of it. A forwarded port has to be forwarded again.
 
         Raises:
-            ConfigError: the guest has no helper, so its time could not be set right.
+            ConfigError: the guest has no helper, so its clock would be wrong.
             MonitorError: the state of the guest cannot be saved.
             LaunchError: at the end: this host has no room for all of the guest's memory.
 

@@ -1,8 +1,8 @@
-"""The resident helper in a guest, seen from here: programs are started without the network.
+"""Our side of the resident helper in a guest. It starts programs without the network.
 
-The helper waits on a serial port of the guest (``images/helper/helper.c``, which also tells the
-protocol). So nothing has to be connected before the first program runs, and a guest that was
-cloned is talked to at once. The guest is not trusted: what comes is bounded, and checked.
+The helper waits on a serial port of the guest (``images/helper/helper.c``, which describes the protocol).
+So the first program needs no connection, and we can talk to a clone at once. The guest is not trusted:
+we check what it sends, and limit its size.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ VERSION = 1
 _HEAD = struct.Struct("<IBI")  # length of what follows it, kind, channel
 _MAX_PAYLOAD = 65_536
 _WINDOW = 1 << 20  # bytes of an output stream that may be on their way
-_TELL = 1 << 18  # bytes of it, taken, after which the helper is told so
+_TELL = 1 << 18  # bytes of output that we read before we tell the helper
 _INPUT_WINDOW = 65_536
 _MAX_SKIPPED = 4 << 20
-_LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
+_LOOK_SECONDS = 0.25  # how often we check the guest while we wait
 _SEND_SECONDS = 30.0
 _NO_USER, _NO_FOLDER, _NO_PROGRAM, _NO_ROOM = 1, 2, 3, 4  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
-_NONSENSE = "the helper in the guest answers nonsense"
+_NONSENSE = "the helper in the guest sent an invalid answer"
 _LATEST = 1 << 34  # seconds since 1970; no clock of Linux goes so far
 
 
@@ -44,14 +44,14 @@ class Helper:
     """The helper of one machine.
 
     Args:
-        port: the guest's port that it listens on.
-        check: called often while something is awaited; raises `GuestLost` when the guest is gone.
+        port: the guest's port that the helper listens on.
+        check: called often while we wait; raises `GuestLost` if the guest is gone.
         patience: seconds for an answer.
         quiet_seconds: see `Channel`.
 
     Attributes:
-        lead: by how many seconds the guest's clock is to be ahead of this host's.
-        changed: notified when anything has come.
+        lead: the seconds by which the guest's clock must be ahead of this host's.
+        changed: is notified when anything arrives.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class Helper:
         self._channels: dict[int, HelperChannel] = {}
         self._replies: dict[int, tuple[int, bytes] | None] = {}
         self._broken: str = ""
-        self._awaited = b""  # after which what comes is for us
+        self._awaited = b""  # the answer after which all that arrives is for us
         port.listen(self._feed)
 
     # -- what it can do ---------------------------------------------------------------------------
 
     @property
     def is_there(self) -> bool:
-        """Whether it has said hello, or was known to be there."""
+        """Whether it has said hello, or was there when the guest was saved."""
         return self._generation > 0
 
     def assume(self) -> None:
-        """Take it for there: it has said hello before the guest was saved.
+        """Note that the helper is there: it said hello before the guest was saved.
 
-        What it was about to say to somebody else then is skipped.
+        What it was sending to another process at that time is skipped.
         """
         with self.changed:
             self._generation = 1
@@ -94,34 +94,34 @@ class Helper:
         """Wait until it answers.
 
         Raises:
-            GuestLost: it does not, within `timeout` seconds.
+            GuestLost: it does not answer within `timeout` seconds.
         """
         self._await(self._send_request(b"p", b"vmsandbox"), timeout)
 
     def set_clock(self) -> float:
-        """Set the guest's clock to this host's and its lead.
+        """Set the guest's clock to this host's time plus the lead.
 
         Returns:
-            By how many seconds the guest's clock may be wrong at most, as seen from here.
+            The largest possible error of the guest's clock, in seconds.
 
         Raises:
-            GuestLost: it could not.
+            GuestLost: the helper could not set it.
         """
         started, number = wall(), self.send_clock()
         return self.clock_error(number, started)
 
     def send_clock(self) -> int:
-        """Ask to set the clock, without waiting; the answer is read by `clock_error`."""
+        """Ask to set the clock, without waiting. `clock_error` reads the answer."""
         now = wall() + self.lead
         return self._send_request(b"c", struct.pack("<qq", int(now), int(now % 1 * 1e9)))
 
     def clock_error(self, number: int, started: float) -> float:
-        """How wrong the guest's clock is, in seconds, after `send_clock` at the time `started`."""
+        """The error of the guest's clock, in seconds, after `send_clock` at the time `started`."""
         least, most = self._await_lead(number, started, None)
         return max(0.0, self.lead - least) if least < self.lead else max(0.0, most - self.lead)
 
     def read_lead(self, timeout: float | None = None) -> tuple[float, float]:
-        """By how many seconds the guest's clock is ahead of this host's: at least, and at most.
+        """The seconds by which the guest's clock is ahead of this host's: at least, and at most.
 
         Raises:
             GuestLost: it does not answer within `timeout` seconds.
@@ -137,30 +137,30 @@ class Helper:
         if not 0 <= seconds < _LATEST:
             raise GuestLost(_NONSENSE)
         theirs = float(seconds + nanoseconds / 1e9)
-        # It was read between `started` and `now`: that is all that is known of the right time.
+        # The guest has read it between `started` and `now`. We do not know more.
         return theirs - now, theirs - started
 
     def seed(self, data: bytes) -> None:
-        """Stir bytes into the kernel's random numbers, and let it start anew with them.
+        """Mix bytes into the kernel's random numbers, and reseed it.
 
         Raises:
-            GuestLost: it could not.
+            GuestLost: the helper could not do it.
         """
         self._do("reseed the random numbers", b"s", data)
 
     def set_hostname(self, name: str) -> None:
-        """Name the running system, until its next boot.
+        """Set the hostname, until the next boot.
 
         Raises:
-            GuestLost: it could not.
+            GuestLost: the helper could not do it.
         """
-        self._do("set its name", b"h", name.encode())
+        self._do("set the hostname", b"h", name.encode())
 
     def write_file(self, path: str, data: bytes) -> None:
-        """Have a file hold this; one that was not there can be read by all.
+        """Write a file. Everybody can read a new file.
 
         Raises:
-            GuestLost: it could not.
+            GuestLost: the helper could not do it.
         """
         self._do(f"write {path}", b"f", os.fsencode(path) + b"\0" + data)
 
@@ -168,7 +168,7 @@ class Helper:
         """Start a program.
 
         Args:
-            login: who runs it, if the command does not say so.
+            login: the user, if the command names none.
 
         Raises:
             ConfigError: `login` does not exist in the guest.
@@ -184,7 +184,7 @@ class Helper:
         return self._open(b"x", payload, command, login)
 
     def connect(self, path: str) -> RemoteProcess:
-        """A connection to a Unix socket in the guest, as the streams of a program.
+        """Connect to a Unix socket in the guest. The connection is like a program with streams.
 
         Raises:
             CommandError: nothing listens there.
@@ -195,23 +195,23 @@ class Helper:
     # -- for channels ------------------------------------------------------------------------------
 
     def is_current(self, generation: int) -> bool:
-        """Whether a program of this generation is one of the helper that is there now."""
+        """Whether a program of this generation belongs to the current helper."""
         return generation == self._generation and not self._broken
 
     def forget(self, number: int) -> bool:
-        """Forget a channel; whether it was known."""
+        """Forget a channel. Returns whether it was known."""
         with self.changed:
             return self._channels.pop(number, None) is not None
 
     def close(self) -> None:
-        """Forget every program, and let the helper forget it: the guest restarts, or is saved."""
+        """Forget all programs, and let the helper forget them. The guest restarts, or is saved."""
         with self.changed:
             numbers = list(self._channels)
             for channel in self._channels.values():
                 channel.was_left = True
             self._lose_channels()
             self._generation = 0
-        with suppress(VMSandboxError):  # it may be down already
+        with suppress(VMSandboxError):  # the guest may be down already
             for number in numbers:
                 self.post(b"d", number)
 
@@ -248,9 +248,16 @@ class Helper:
     def _look(self, deadline: Deadline) -> None:
         self.check()
         if self._broken:
-            raise GuestLost(f"the helper in the guest: {self._broken}")
+            raise GuestLost(
+                f"the helper in the guest cannot be used any more: {self._broken}",
+                remedy="check whether a test writes to the guest's virtio-serial port or kills the helper",
+            )
         if deadline.expired:
-            raise GuestLost(f"the helper in the guest did not answer in {deadline.seconds:g} s")
+            raise GuestLost(
+                f"the helper in the guest did not answer within {deadline.seconds:g} s",
+                remedy="check whether a test stops all processes in the guest. This machine may also be "
+                "overloaded: run fewer guests or workers at a time",
+            )
 
     def _do(self, what: str, kind: bytes, payload: bytes) -> None:
         self._answer(what, self._send_request(kind, payload))
@@ -258,7 +265,7 @@ class Helper:
     def _answer(
         self, what: str, number: int, form: str = "", timeout: float | None = None
     ) -> list[Any]:
-        """What a request has returned, besides that it was done."""
+        """The values in the answer to a request."""
         kind, payload = self._await(number, timeout)
         try:
             status, *values = struct.unpack(f"<i{form}", payload)
@@ -293,7 +300,7 @@ class Helper:
         return RemoteProcess(channel, command, check=self.check)
 
     def _failed(self, kind: bytes, channel: HelperChannel, command: Command, login: str) -> None:
-        """Tell why nothing was started; a program that is missing is one that ends as in a shell."""
+        """Report why nothing was started. A missing program ends with the same status as in a shell."""
         assert channel.failure is not None
         stage, number = channel.failure
         self.forget(channel.number)
@@ -316,10 +323,13 @@ class Helper:
             text = "no such user" if stage == _NO_USER else why
             raise commands.could_not_start(command, _NOT_EXECUTABLE, text)
         else:
-            raise GuestLost(f"the guest can start no further program: {why}")
+            raise GuestLost(
+                f"the guest cannot start another program: {why}",
+                remedy="end programs that a test has left running in the guest, or give it more memory",
+            )
 
     def _feed(self, data: bytes) -> None:
-        """Take what has come; on the thread that reads."""
+        """Take the bytes that have arrived. Called on the thread that reads."""
         if self._broken:
             return
         with self.changed:
@@ -330,24 +340,24 @@ class Helper:
                 while not self._awaited and len(self._rest) >= _HEAD.size:
                     length, kind, number = _HEAD.unpack_from(self._rest)
                     if not _HEAD.size - 4 <= length <= _MAX_PAYLOAD + _HEAD.size - 4:
-                        raise ValueError("a frame of an impossible length")
+                        raise ValueError("a frame with an invalid length")
                     if len(self._rest) < length + 4:
                         break
                     payload = bytes(self._rest[_HEAD.size : length + 4])
                     del self._rest[: length + 4]
                     self._take(chr(kind), number, payload)
             except (ValueError, IndexError, struct.error) as error:
-                self._broken = f"it answers nonsense ({error})"
+                self._broken = f"it sent invalid data ({error})"
                 self._lose_channels()
             self.changed.notify_all()
 
     def _skip(self) -> None:
-        """Skip what comes before the answer that tells that we are heard."""
+        """Skip everything before the answer that we wait for."""
         before, found, after = self._rest.partition(self._awaited)
         if found:
             self._rest, self._awaited = after, b""
         elif len(before) > _MAX_SKIPPED:
-            self._broken = "it does not stop talking to somebody else"
+            self._broken = "it did not answer, but went on sending old data"
 
     def _take(self, kind: str, number: int, payload: bytes) -> None:
         if kind == "H":
@@ -377,9 +387,9 @@ class HelperChannel:
     Attributes:
         number: of the channel.
         generation: of the helper that has it.
-        failure: stage and number of an error that kept it from being started.
-        was_left: whether it was closed from here because the guest goes down.
-        ended: whether it is known how the program ended, or that nobody will know.
+        failure: stage and number of the error, if the program could not be started.
+        was_left: whether we closed it because the guest goes down.
+        ended: whether the program's end is known, or will never be known.
     """
 
     def __init__(self, helper: Helper, number: int, generation: int) -> None:
@@ -397,12 +407,12 @@ class HelperChannel:
         self._changed = helper.changed
         self._streams = {STDOUT: bytearray(), STDERR: bytearray()}
         self._open_streams = {STDOUT, STDERR}
-        self._taken = {STDOUT: 0, STDERR: 0}  # bytes that the helper has not been told of
+        self._taken = {STDOUT: 0, STDERR: 0}  # bytes read that the helper does not know of yet
         self._room = _INPUT_WINDOW
         self._broken = False
         self._moved = False
 
-    # -- what programs' readers and writers use ----------------------------------------------------
+    # -- for readers and writers --------------------------------------------------------------------
 
     @property
     def output_ended(self) -> bool:
@@ -411,7 +421,7 @@ class HelperChannel:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more will come at all."""
+        """Whether nothing more will come."""
         return not self._open_streams and self.ended
 
     @property
@@ -453,19 +463,19 @@ class HelperChannel:
         return data
 
     def send(self, data: memoryview) -> int:
-        """Send a part of `data`, and tell how much."""
+        """Send a part of `data`. Returns the number of bytes."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._room or self._broken, _LOOK_SECONDS):
                 raise TimeoutError
             if self._broken:
-                raise BrokenPipeError("the program takes no more input")
+                raise BrokenPipeError("the program does not read its input any more")
             piece = bytes(data[: self._room])
             self._room -= len(piece)
         self._helper.post(b"i", self.number, piece)
         return len(piece)
 
     def end_input(self) -> None:
-        """Let the program find the end of its input."""
+        """Close the program's input."""
         if not self.is_done:
             self._helper.post(b"e", self.number)
 
@@ -476,7 +486,7 @@ class HelperChannel:
             self._helper.post(b"k", self.number, struct.pack("<i", number))
 
     def close(self) -> None:
-        """Let go of the program, and have the helper do so."""
+        """Forget the program, and let the helper forget it."""
         known = self._helper.forget(self.number)
         with self._changed:
             self.lose()
@@ -485,20 +495,20 @@ class HelperChannel:
             with suppress(VMSandboxError):  # the guest is gone, and its helper with it
                 self._helper.post(b"d", self.number)
 
-    # -- what comes from the helper; the condition is held -----------------------------------------
+    # -- from the helper; the condition is held ------------------------------------------------------
 
     def take(self, kind: str, payload: bytes) -> None:
         """Take a frame.
 
         Raises:
-            ValueError: it is none that may come now.
+            ValueError: the frame is invalid now.
             IndexError: likewise.
             struct.error: likewise.
         """
         if kind == "S":
             (self.group,) = struct.unpack("<I", payload)
             self.is_open = True
-            if not self.group:  # it is a connection to a socket
+            if not self.group:  # a connection to a socket
                 self._open_streams.discard(STDERR)
         elif kind == "F":
             stage, number = struct.unpack("<Bi", payload)
@@ -508,7 +518,7 @@ class HelperChannel:
             if stream not in self._open_streams or (
                 self._taken[stream] + len(self._streams[stream]) + len(data) > _WINDOW
             ):
-                raise ValueError("output that was not asked for")
+                raise ValueError("output beyond the window")
             self._streams[stream] += data
         elif kind == "q":
             self._open_streams.discard(payload[0])
@@ -531,13 +541,13 @@ class HelperChannel:
         self.ended = True
 
     def lose(self) -> None:
-        """The helper is gone, and with it all that was known of the program."""
+        """The helper is gone, and with it everything about the program."""
         self.closed = self._broken = self._moved = True
         self._open_streams.clear()
         self.ended = True
 
     def end_at_once(self, status: int, stderr: bytes) -> None:
-        """Be the channel of a program that has ended."""
+        """Become the channel of a program that has ended."""
         self.is_open = True
         self._streams[STDERR] += stderr
         self._open_streams.clear()

@@ -1,4 +1,4 @@
-"""The machines of one guest, one after the other: it gets another one each time it is switched on."""
+"""The machines of one guest. It gets a new one each time that it is switched on."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
-_PAUSE_SECONDS = 1.0  # after which a guest that does not answer is not paused
+_PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
 @dataclass(eq=False)
 class Running:
-    """A guest from when it is switched on until it is off: its machine, and the ways into it.
+    """A guest while it is switched on: its machine, and the ways into it.
 
     Attributes:
         machine: the machine.
         blueprint: what the guest is made of.
-        key: opens it.
-        resident: its helper, which has to say itself whether it is there.
+        key: opens the guest.
+        resident: its helper, which may not be there.
         stack: ends the machine.
-        users: calls that are using it.
-        held: whether something goes on in it that nobody waits for, so it must not be paused.
-        resting: whether it is paused until somebody uses it.
-        last_use: when somebody used it last.
-        left: programs that go on also if whoever has started them forgets them.
+        users: the number of calls that use it.
+        held: whether something goes on in it without a call, so it must not be paused.
+        resting: whether it is paused until the next use.
+        last_use: when it was last used.
+        left: programs that go on even if their starters forget them.
     """
 
     machine: Machine
@@ -74,8 +74,8 @@ class Running:
         """Start a program.
 
         Args:
-            user: the guest's own, who runs it unless the command names somebody. Root becomes
-                another user, anybody else logs in as them.
+            user: the guest's user, for commands that name none. If this is root, root becomes the
+                command's user. If not, that user logs in.
         """
         self.machine.check()
         login = user if user == "root" or command.user is None else command.user
@@ -90,7 +90,7 @@ class Running:
         return transport.start(command)
 
     def _transport(self, login: str) -> SSHTransport:
-        from pytest_vmsandbox.guests import ssh  # slow to import, and most guests have a helper
+        from pytest_vmsandbox.guests import ssh  # slow to import, and rarely needed
 
         return ssh.SSHTransport(
             address=lambda: self.machine.forward(_SSH_PORT),
@@ -103,25 +103,25 @@ class Running:
         )
 
     def answers(self, timeout: float) -> bool:
-        """Whether the guest can be talked to; waits at most `timeout` seconds."""
+        """Whether the guest answers. Waits at most `timeout` seconds."""
         if self.machine.spec.start.is_loaded and self.helper is not None:
             return True
-        # A connection made before the guest's network is up waits for a retransmission, so the
-        # console is asked first. An image that does not announce its server is just tried.
+        # If we connect before the guest's network is up, we wait for a retransmission. So we look at the
+        # console first. If an image does not announce its server there, we just try.
         announced = self.machine.reaches("ssh", timeout)
         if announced and self.helper is not None:
             return True
         try:
             address = self.machine.forward(_SSH_PORT)
         except VMSandboxError:
-            return False  # the caller looks at why
+            return False  # the caller finds out why
         return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
 
     def await_answer(self, deadline: Deadline) -> None:
-        """Wait until the guest can be talked to.
+        """Wait until the guest answers.
 
         Raises:
-            BootError: it cannot, or is gone.
+            BootError: it does not answer in time, or is gone.
         """
         machine = self.machine
         while not self.answers(deadline.remaining(_LOOK_SECONDS)):
@@ -133,12 +133,12 @@ class Running:
                     stage=machine.stage,
                     seconds=deadline.seconds,
                     details=f"--- last lines of the console\n{machine.console.tail()}",
-                    remedy="allow more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
+                    remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
 
     def pause(self) -> None:
-        """Pause the machine until somebody uses it.
+        """Pause the machine until the next use.
 
         Raises:
             GuestLost: it does not answer.
@@ -150,7 +150,7 @@ class Running:
         self.resting = True
 
     def resume(self) -> None:
-        """Let the paused machine go on, with the right time, or the one that was set there."""
+        """Resume the paused machine, with the right time or the time that a test has set."""
         if (helper := self.helper) is not None:
             resume.from_pause(self.machine, helper)
         else:
@@ -158,7 +158,7 @@ class Running:
         self.resting = False
 
     def hang_up(self) -> None:
-        """The guest restarts, or is switched off: what was known of its programs is void."""
+        """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
         with self._lock:
             transports, self._transports = self._transports, {}
@@ -173,9 +173,9 @@ class Saved:
 
     Attributes:
         state: a file.
-        frozen: what each disk had by then, lowest file first.
-        lead: by how many seconds its clock was set ahead of this host's.
-        held: whether something went on in it that must not be paused.
+        frozen: the files of each disk, lowest first.
+        lead: the seconds by which a test had set its clock ahead of this host's.
+        held: whether it must not be paused.
     """
 
     state: IO[bytes]
@@ -186,15 +186,15 @@ class Saved:
 
 @dataclass(eq=False)
 class Machines:
-    """Starts the machines of one guest, and saves what they are to go on from.
+    """Starts the machines of one guest, and saves its state.
 
     Attributes:
         key: opens the guest.
-        disks: its own.
+        disks: of the guest.
         logs: the folder for its logs, or None.
-        memory: the file that is its memory, if it becomes that of a template.
-        state: what it goes on from when it is switched on next; its memory is in `memory`, if that is
-            there, else in this file, too.
+        memory: the file for its memory, if it becomes a template.
+        state: the state that the next machine goes on from. The guest's memory is in `memory`, or
+            without that in this file.
     """
 
     blueprint: Blueprint
@@ -207,15 +207,15 @@ class Machines:
     memory: IO[bytes] | None = None
     state: IO[bytes] | None = None
     _lead: float = 0.0  # of the clock in that state
-    _ahead: Running | None = None  # a clone that is switched on already
-    _own: ExitStack = field(default_factory=ExitStack)  # what snapshots have added, and files
+    _ahead: Running | None = None  # a clone that is already switched on
+    _own: ExitStack = field(default_factory=ExitStack)  # files of snapshots and for SSH
 
     def close(self) -> None:
-        """Let go of what snapshots, and users of SSH, have needed; the guest is off."""
+        """Close the files of snapshots and for SSH. The guest is off."""
         self._own.close()
 
     def switch_on(self) -> Running:
-        """A machine that runs; its stack ends it."""
+        """A running machine. Its stack ends it."""
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             return ahead
@@ -226,11 +226,11 @@ class Machines:
         return self._started(start, self.memory)
 
     def clone(self, memory: IO[bytes], state: IO[bytes], check: Callable[[], None]) -> Running:
-        """Switch on a clone ahead of demand: what `switch_on` returns the first time.
+        """Switch on a clone ahead of demand. The first call of `switch_on` returns it.
 
         Args:
             memory, state: of its template.
-            check: called often while its helper is waited for; raises what ends the wait.
+            check: called often while we wait for its helper. Its exception ends the wait.
         """
         self.state = state
         self._ahead = self._started(Start.CLONED, memory, check)
@@ -271,19 +271,20 @@ class Machines:
             return running
 
     def save(self, running: Running) -> Saved:
-        """The state of the guest now, its memory and its disks; it goes on afterwards.
+        """Save the guest's memory and disks. It goes on afterwards.
 
         Raises:
-            MonitorError: QEMU cannot.
-            ConfigError: there is no helper in the guest.
+            MonitorError: QEMU cannot do it.
+            ConfigError: the guest has no helper.
         """
         machine = running.machine
         if (helper := running.helper) is None:
             raise ConfigError(
-                f"{self.name} has no helper, so its clock could not be set right after a rollback",
-                remedy="use an image that has one, such as debian-13",
+                f"snapshot() does not work with {self.name}: without a helper in the guest, its clock would "
+                "be wrong after the rollback",
+                remedy="use an image that has the helper, such as debian-13",
             )
-        resume.pause(machine, helper)  # it has taken all that was said so far
+        resume.pause(machine, helper)  # the helper has read everything so far
         try:
             frozen = self.disks.frozen(self._own)
             fresh = self._fresh_overlays()
@@ -307,7 +308,7 @@ class Machines:
         return [self._own.enter_context(empty_overlay(size, folder)) for size in self.disks.sizes]
 
     def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
-        """What an SSH client needs to get in as a user.
+        """What an SSH client needs to log in as a user.
 
         Raises:
             GuestLost: the guest does not answer on SSH.
@@ -323,10 +324,10 @@ class Machines:
 
 
 def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
-    """See that the guest is reached through its network.
+    """Check that we can reach the guest through its network.
 
     Args:
-        check: called often; raises what ends the wait.
+        check: called often. Its exception ends the wait.
 
     Raises:
         GuestLost: its SSH server does not greet.
@@ -337,8 +338,10 @@ def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], No
         check()
         if deadline.expired:
             raise GuestLost(
-                f"{machine.spec.name} is not reached through its network: its SSH server does not "
-                f"greet within {deadline.seconds:g} s",
+                f"{machine.spec.name} cannot be reached through its network: its SSH server does not "
+                f"answer within {deadline.seconds:g} s",
                 stage="ssh",
+                remedy="check the SSH server and the network in the guest: a test or a preparation may have "
+                "stopped or reconfigured them",
             )
         deadline.pause(_LOOK_SECONDS / 10)

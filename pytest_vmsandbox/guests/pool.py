@@ -1,4 +1,4 @@
-"""Clones that are armed ahead of demand: what a test waits for is a few milliseconds."""
+"""Arms clones ahead of demand, so a test waits only a few milliseconds."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone
-_DEPTH = 3  # clones that are kept ahead for each kind of guest, where so many are expected
-_HEAD_START_SECONDS = 0.03  # that a clone has the processors to itself, if more are armed
-_IDLE_SECONDS = 60.0  # after which clones that nobody took are given up
+_DEPTH = 3  # armed clones for each kind of guest, if that many are expected
+_HEAD_START_SECONDS = 0.03  # in which a leased clone has the CPUs to itself, if more are armed
+_IDLE_SECONDS = 60.0  # after which unused clones are ended
 _STOP_SECONDS = 30.0
 
 
 @dataclass(kw_only=True)
 class _Kind:
-    """Clones that could stand in for each other: of one template, on one network.
+    """Interchangeable clones: of one template, on one network.
 
     Attributes:
-        expected: how many more are going to be asked for, as far as is known.
-        leased: how many were.
-        arming: how many are under way.
+        expected: how many more will be asked for, as far as we know.
+        leased: how many were leased.
+        arming: how many are being armed.
         failure: why none can be armed.
-        last: when the last one was taken.
-        head_start: of who has taken it.
-        is_forgotten: the template is not to be used any more.
+        last: when the last one was leased.
+        head_start: of the last leased clone.
+        is_forgotten: whether the template must not be used any more.
     """
 
     opened: OpenTemplate
@@ -52,22 +52,22 @@ class _Kind:
 
     @property
     def pause(self) -> float:
-        """Seconds until a further clone should be armed."""
+        """Seconds until another clone should be armed."""
         return self.head_start.remaining() if self.armed else 0.0
 
 
 class MakeClone(Protocol):
-    """Makes a clone of a template: an armed one, or one that runs."""
+    """Makes a clone of a template, armed or running."""
 
     def __call__(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone: ...
 
 
 class Pool:
-    """Arms clones ahead of demand; at the end of its context all that nobody took are gone.
+    """Arms clones ahead of demand. At the end of its context, unused clones are ended.
 
     Args:
-        clone: makes one; see `cloning.cloned`.
-        fillers: threads that do so ahead of demand.
+        clone: makes a clone; see `cloning.cloned`.
+        fillers: the number of threads that arm clones.
     """
 
     def __init__(self, clone: MakeClone, quota: Quota, fillers: int = 2) -> None:
@@ -95,7 +95,7 @@ class Pool:
             self._empty(kind)
 
     def expect(self, opened: OpenTemplate, blueprint: Blueprint, count: int) -> None:
-        """Be told that so many more clones of a template are going to be asked for."""
+        """Note that `count` more clones of a template will be asked for."""
         with self._changed:
             kind = self._kind(opened, blueprint)
             kind.expected += count
@@ -106,18 +106,18 @@ class Pool:
     def lease(
         self, opened: OpenTemplate, blueprint: Blueprint, *, more: bool
     ) -> Iterator[tuple[Clone, bool]]:
-        """A clone of a template, running; it is gone at the end.
+        """A running clone of a template. It is ended at the end.
 
         Args:
-            more: whether it may be taken for a sign that more will be asked for.
-            blueprint: of the clone. It differs from the template's at most in what only this side
-                knows of, such as the network.
+            more: whether this lease means that more may follow.
+            blueprint: of the clone. It may differ from the template's only in what the guest does not
+                know, such as the network.
 
         Yields:
-            The clone, and whether it had been armed before it was asked for.
+            The clone, and whether it was armed before this call.
 
         Raises:
-            VMSandboxError: none can be made.
+            VMSandboxError: no clone can be made.
         """
         clone, was_armed = self._take(opened, blueprint, more=more)
         try:
@@ -129,7 +129,7 @@ class Pool:
             self._quota.release(CLAIM)
 
     def await_armed(self, timeout: float) -> bool:
-        """Wait until as many clones are armed as are to be kept ahead; whether they are."""
+        """Wait until as many clones are armed as wanted. Returns whether they are."""
 
         def all_armed() -> bool:
             under_way = any(kind.arming for kind in self._kinds.values())
@@ -139,7 +139,7 @@ class Pool:
             return self._changed.wait_for(all_armed, timeout)
 
     def forget(self, opened: OpenTemplate) -> int:
-        """Give up what was cloned from a template.
+        """End the unused clones of a template.
 
         Returns:
             How many more clones were expected.
@@ -154,7 +154,7 @@ class Pool:
         return expected
 
     def _start(self) -> None:
-        """Let the fillers look for something to do; the condition is held."""
+        """Wake the fillers. The condition is held."""
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
@@ -184,7 +184,10 @@ class Pool:
     def _made(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
         """A clone whose memory is claimed."""
         if not self._quota.claim(CLAIM, spare=arm):
-            raise LaunchError("there is no room for a further clone")
+            raise LaunchError(
+                "there is no memory left for another clone",
+                remedy="stop other programs on this machine, or use fewer guests at a time",
+            )
         try:
             with self._quota.processor() if arm else nullcontext():
                 return self._clone(opened, blueprint, arm=arm)
@@ -193,7 +196,7 @@ class Pool:
             raise
 
     def _pick(self, kind: _Kind) -> Clone | None:
-        """An armed clone that is still there; the condition is held."""
+        """An armed clone whose QEMU still runs. The condition is held."""
         while kind.armed:
             clone = kind.armed.popleft()
             if clone.running.machine.ended() is None:
@@ -208,7 +211,7 @@ class Pool:
     # -- filling ------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """What a filler does."""
+        """Arm clones. Runs in each filler."""
         while True:
             with self._changed:
                 kind = self._wanting()
@@ -231,16 +234,16 @@ class Pool:
                 self._changed.notify_all()
 
     def _armed(self, kind: _Kind) -> tuple[Clone | None, VMSandboxError | None]:
-        """An armed clone; or why there is none."""
+        """An armed clone, or the error."""
         try:
             return self._made(kind.opened, kind.blueprint, arm=True), None
         except VMSandboxError as error:
             return None, error
-        except Exception as error:  # noqa: BLE001  # else a filler would die without a word
+        except Exception as error:  # noqa: BLE001  # else a filler would end silently
             return None, LaunchError(f"a clone could not be armed: {error!r}")
 
     def _wanting(self) -> _Kind | None:
-        """The kind that wants a clone most, or None; the condition is held."""
+        """The kind that needs a clone most, or None. The condition is held."""
         best, need = None, 0
         for kind in self._kinds.values():
             ahead = min(_DEPTH, kind.expected) or (1 if kind.leased > 1 else 0)
@@ -250,7 +253,7 @@ class Pool:
         return best
 
     def _shrink(self) -> None:
-        """Give up clones that nobody takes; the condition is held."""
+        """End clones of kinds that are not in use any more. The condition is held."""
         for kind in self._kinds.values():
             if kind.last.expired:
                 self._empty(kind)

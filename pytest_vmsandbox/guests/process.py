@@ -1,4 +1,4 @@
-"""A program in a guest, on a channel of its own, whatever way it is reached."""
+"""A program in a guest, on a channel of its own, by helper or by SSH."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from _typeshed import SupportsRead
 
 _CHUNK = 1 << 18
-_ENDING_SECONDS = 0.02  # the same, when only the ends of its streams are awaited
-_CHECK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
-_DRAIN_SECONDS = 5.0  # how long the output of a program that has ended is waited for, at most
-_SLOW_SECONDS = 0.1  # after which whoever takes the output is slow: that time does not count then
+_ENDING_SECONDS = 0.02  # how often we look when we only wait for the ends of its streams
+_CHECK_SECONDS = 0.25  # how often we check the guest while we wait
+_DRAIN_SECONDS = 5.0  # the longest time that we wait for output of a program that has ended
+_SLOW_SECONDS = 0.1  # the time of a slower reader of the output does not count
 _KILL_SECONDS = 15.0
-_ALIVE_SECONDS = 2.0  # a connection that outlives a program so long was not the program's end
-_CAUSE_SECONDS = 10.0  # how long the cause of a broken connection is waited for
-UNKNOWN_SIGNAL = 127  # the server did not tell which; OpenSSH names only some of them
+_ALIVE_SECONDS = 2.0  # a connection that outlives a program by this was not the cause of its end
+_CAUSE_SECONDS = 10.0  # how long we wait for the cause of a broken connection
+UNKNOWN_SIGNAL = 127  # the server did not say which one; OpenSSH names only some signals
 
 
 STDOUT, STDERR = 1, 2
@@ -34,7 +34,8 @@ class Channel(Protocol):
     """The streams of one program in a guest, and how it ended; each way into a guest has its own.
 
     Attributes:
-        quiet_seconds: after which a stream that something else holds open is done.
+        quiet_seconds: without output, after which we stop reading a stream that another program holds
+            open.
     """
 
     quiet_seconds: float
@@ -45,19 +46,19 @@ class Channel(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether it is known how the program ended, or that nobody will know."""
+        """Whether the program's end is known, or will never be known."""
 
     @property
     def status(self) -> int | None:
-        """How it ended (−N: signal N); None where nobody knows."""
+        """Its exit status (−N: signal N); None if it is unknown."""
 
     @property
     def is_connected(self) -> bool:
-        """Whether it belongs to the connection that is in use now, and that is well."""
+        """Whether it belongs to the current connection, which works."""
 
     @property
     def was_left(self) -> bool:
-        """Whether it belongs to a connection that was closed from here."""
+        """Whether it belongs to a connection that this side has closed."""
 
     def has_output(self, stream: int) -> bool:
         """Whether `receive` has something of `STDOUT` or `STDERR` now."""
@@ -66,13 +67,13 @@ class Channel(Protocol):
         """At least a byte of a stream; nothing at its end; `TimeoutError` when none comes soon."""
 
     def send(self, data: memoryview) -> int:
-        """Send a part of `data`, and tell how much; `TimeoutError` when nothing can be sent soon."""
+        """Send a part of `data`. Returns the number of bytes; `TimeoutError` if none can be sent soon."""
 
     def end_input(self) -> None:
-        """Let the program find the end of its input."""
+        """Close the program's input."""
 
     def wait(self, seconds: float) -> None:
-        """Wait until something has come, or the program has ended, at most `seconds`."""
+        """Wait at most `seconds` for output, or for the program's end."""
 
     def wait_for_end(self, seconds: float) -> None:
         """Wait until the program has ended, at most `seconds`."""
@@ -81,14 +82,14 @@ class Channel(Protocol):
         """Send a signal to the program's process group, which may be gone already."""
 
     def close(self) -> None:
-        """Let go of the program."""
+        """Forget the program."""
 
 
 class RemoteProcess:
-    """A program in a guest, on a channel of its own. Whoever starts one closes it.
+    """A program in a guest, on a channel of its own. Its starter must close it.
 
     Args:
-        check: called often while something is awaited; raises `GuestLost`.
+        check: called often while we wait; raises `GuestLost`.
 
     Attributes:
         command: what was started.
@@ -110,11 +111,11 @@ class RemoteProcess:
         timeout: float,
         idle: float = math.inf,
     ) -> int:
-        """Feed `stdin`, hand on what is written, and return the exit status (−N: signal N).
+        """Feed `stdin`, pass on the output, and return the exit status (−N: signal N).
 
         Raises:
-            CommandTimeout: it did not end in `timeout` seconds, or not a byte went either way for
-                `idle` seconds; its process group was killed.
+            CommandTimeout: it did not end within `timeout` seconds, or there was no input or output for
+                `idle` seconds. Its process group was killed.
             GuestLost: the guest or the connection to it is gone.
         """
         with self._feeding(stdin):
@@ -141,9 +142,9 @@ class RemoteProcess:
                 if (over and not got) or now - ended > _DRAIN_SECONDS:
                     return self._status()
             elif deadline.expired:
-                self._kill(f"did not end in {deadline.seconds:g} s", deadline.seconds)
+                self._kill(f"did not end within {deadline.seconds:g} s", deadline.seconds)
             elif now - self._moved > idle:
-                self._kill(f"neither took nor gave anything for {idle:g} s", idle)
+                self._kill(f"had no input or output for {idle:g} s", idle)
             if now - checked > _CHECK_SECONDS:
                 self._check()
                 checked = now
@@ -156,16 +157,13 @@ class RemoteProcess:
         raise CommandTimeout(f"{self.command.argv[0]} {why} and was killed", seconds=seconds)
 
     def _try_to_kill(self) -> None:
-        """Kill it if the guest still takes orders; if not, that is not the news."""
+        """Kill it, and ignore errors if the guest does not answer."""
         with suppress(VMSandboxError, OSError):
             within(_KILL_SECONDS, lambda: self.signal("KILL"))
 
     @contextmanager
     def _feeding(self, stdin: SupportsRead[bytes] | None) -> Iterator[None]:
-        """Send `stdin` from a thread of its own, which is gone at the end.
-
-        What reading it raises is raised then.
-        """
+        """Send `stdin` from a thread, which is gone at the end. An error while reading is raised then."""
         if stdin is None:
             self._channel.end_input()
             yield
@@ -175,13 +173,13 @@ class RemoteProcess:
         def read() -> bytes:
             try:
                 return stdin.read(_CHUNK)
-            except Exception as error:  # noqa: BLE001  # of the caller's stream: theirs to see
+            except Exception as error:  # noqa: BLE001  # from the caller's stream
                 errors.append(error)
-                self._try_to_kill()  # it must not take what came so far for all
+                self._try_to_kill()  # it must not treat incomplete input as complete
                 return b""
 
         def feed() -> None:
-            # It may end without reading all, or be lost: whoever waits is told.
+            # The program may end without reading everything, or be lost. Others report that.
             with suppress(OSError, EOFError, VMSandboxError):
                 while data := read():
                     self.send(data)
@@ -196,7 +194,7 @@ class RemoteProcess:
             if not errors:
                 raise
         finally:
-            self._channel.close()  # also ends a send that waits for a reader
+            self._channel.close()  # also ends a blocked send
             thread.join()
         if errors:
             raise errors[0]
@@ -223,7 +221,7 @@ class RemoteProcess:
                     raise
 
     def receive(self, timeout: float) -> bytes:
-        """What of its standard output has come, at least a byte; nothing at its end.
+        """Read standard output: at least one byte; nothing at its end.
 
         Raises:
             TimeoutError: nothing came within `timeout` seconds.
@@ -232,7 +230,7 @@ class RemoteProcess:
         return self.read(STDOUT, _CHUNK, timeout)
 
     def read(self, stream: int, size: int, timeout: float = math.inf) -> bytes:
-        """Read what there is of a stream, at least a byte; nothing at its end.
+        """Read a stream: at least one byte; nothing at its end.
 
         Raises:
             TimeoutError: nothing came within `timeout` seconds.
@@ -248,7 +246,7 @@ class RemoteProcess:
                     raise
 
     def end_input(self) -> None:
-        """Let it find the end of its standard input; nothing happens if it is gone."""
+        """Close its standard input. Does nothing if it is gone."""
         with suppress(VMSandboxError, OSError, EOFError):
             self._channel.end_input()
 
@@ -272,7 +270,7 @@ class RemoteProcess:
                 raise CommandTimeout(
                     f"{self.command.argv[0]} still runs after {timeout:g} s",
                     seconds=timeout,
-                    remedy="it was left running; .terminate() or .kill() ends it",
+                    remedy="wait longer, or end it with .terminate() or .kill(). It was left running",
                 )
         return self._status()
 
@@ -297,24 +295,24 @@ class RemoteProcess:
         return io.BufferedReader(_Reader(self, STDERR), _CHUNK)
 
     def close(self) -> None:
-        """Let go of it. A program that still runs is left running."""
+        """Forget it. A program that still runs is left running."""
         self._channel.close()
 
     def _status(self) -> int:
         if (status := self._channel.status) is not None:
             return status
         deadline = Deadline(_CAUSE_SECONDS)
-        while not deadline.expired:  # a guest that goes down closes its connections first
+        while not deadline.expired:  # a guest that shuts down closes its connections first
             self._check()
             if self._channel.was_left:
                 break
             if self._channel.is_connected and deadline.elapsed > _ALIVE_SECONDS:
-                return -UNKNOWN_SIGNAL  # the connection is well: it was the program
+                return -UNKNOWN_SIGNAL  # the connection works, so a signal ended the program
             deadline.pause(_CHECK_SECONDS)
         raise GuestLost(
-            "the connection broke while a program ran",
+            "the connection to the guest broke while a program ran",
             stage="ssh",
-            remedy="did the guest restart? Restarted by vm.reboot(), it is waited for",
+            remedy="if the program restarts the guest, use vm.reboot(), which waits for it",
         )
 
 
@@ -335,10 +333,10 @@ class _Reader(io.RawIOBase):
 
 
 class _Droppable(io.IOBase):
-    """A stream that does nothing when it is dropped without having been closed.
+    """A stream that does nothing when it is garbage-collected without being closed.
 
-    A file would write what it has buffered, and close itself. But the guest may be gone by then, and
-    a finalizer must not fail; nor must it wait for a guest, on whichever thread it happens to run.
+    Other files write their buffer and close themselves. But the guest may be gone by then. A finalizer
+    must neither fail nor wait for a guest.
     """
 
     def __del__(self) -> None:

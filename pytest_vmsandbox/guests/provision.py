@@ -1,4 +1,4 @@
-"""What is done to guests once, before they become a template, and what its result depends on."""
+"""Preparations of guests, done once before they become a template, and digests of their inputs."""
 
 from __future__ import annotations
 
@@ -54,15 +54,18 @@ class Provision:
     network: Network | None = None
 
     def step(self) -> Step:
-        """The same with a digest of what it depends on.
+        """The layer with a digest of its inputs.
 
         Raises:
-            ConfigError: that is not what it can depend on, or a path does not exist.
+            ConfigError: `depends_on` is invalid, or a path does not exist.
         """
         if self.network is not None:
             parse_network(self.network)
         if not callable(self.run):
-            raise ConfigError(f"{self.name}: {self.run!r} cannot be called with a guest")
+            raise ConfigError(
+                f"{self.name}: run={self.run!r} cannot be called",
+                remedy="pass a function that takes a guest",
+            )
         parts = [self.name, self.network, *_code(self.run), *_contents(self.name, self.depends_on)]
         return Step(
             digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
@@ -116,11 +119,11 @@ class PreparedLayer:
 
 
 def _no_facts(_: object) -> None:
-    """What users' functions return is of no interest."""
+    """Ignore what users' functions return."""
 
 
 def _contents(name: str, entries: Sequence[str | os.PathLike[str]]) -> Iterator[str]:
-    """What each entry is at the moment."""
+    """The current content of each entry."""
     if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
         raise ConfigError(
             f"{name}: depends_on={entries!r} is not a list",
@@ -134,7 +137,8 @@ def _contents(name: str, entries: Sequence[str | os.PathLike[str]]) -> Iterator[
             yield from _files(name, Path(entry))
         else:
             raise ConfigError(
-                f"{name}: depends_on has {entry!r}, which is neither a text nor a path"
+                f"{name}: depends_on has {entry!r}, which is neither a text nor a path",
+                remedy="use texts, and paths such as Path('setup.sh')",
             )
 
 
@@ -152,13 +156,14 @@ def _files(name: str, path: Path) -> Iterator[str]:
             content = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise ConfigError(
-                f"{name} depends on {file}, which cannot be read: {error.strerror}"
+                f"{name}: depends_on has {file}, which cannot be read: {error.strerror}",
+                remedy="correct the path, or make the file readable. For a text, use a str",
             ) from error
         yield f"{file.relative_to(path)} {content}"
 
 
 def _code(run: Callable[..., Any]) -> Iterator[str]:
-    """What a function does, as far as its own code tells; of an object, what calling it does."""
+    """The code of a function, or of an object's ``__call__``."""
     if isinstance(run, functools.partial):
         yield _stable((run.args, sorted(run.keywords.items())))
         yield from _code(run.func)
@@ -182,10 +187,10 @@ def _instructions(code: CodeType) -> Iterator[str]:
 
 
 def _stable(value: object, around: tuple[int, ...] = ()) -> str:
-    """A value as text that is the same in each process: the order of a set is not, nor an address.
+    """A value as text that is the same in each process. It has no addresses, and sets are sorted.
 
     Args:
-        around: the identities of what the value is a part of.
+        around: the identities of the values that contain this one.
     """
 
     def inner(part: object) -> str:

@@ -1,6 +1,6 @@
-"""SSH into a guest: the only module that knows paramiko.
+"""SSH into a guest. Only this module uses paramiko.
 
-paramiko takes a fifth of a second to import, so this module is imported by those who connect.
+paramiko takes 0.2 s to import, so this module is imported only for a connection.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from pytest_vmsandbox.guests.process import STDERR, STDOUT, UNKNOWN_SIGNAL, Remo
 _KILL_SECONDS = 15.0
 _KEEPALIVE_SECONDS = 15
 _LINGER_SECONDS = 5.0
-_LOOK_SECONDS = 0.25  # how often the guest is looked at while something is awaited
+_LOOK_SECONDS = 0.25  # how often we check the guest while we wait
 _CHUNK = 1 << 18
 _MAX_GROUP = 20  # digits of a process number
 _MAX_NOISE = 1 << 16  # bytes that a login shell may write before the program starts
-_MAX_LINE = 8_000  # bytes of a command that every server takes; dropbear's limit is 9,000
-_LOG = "pytest_vmsandbox.ssh"  # paramiko also logs what it raises; tests need not see it twice
+_MAX_LINE = 8_000  # bytes of a command that every server accepts; dropbear's limit is 9,000
+_LOG = "pytest_vmsandbox.ssh"  # paramiko logs what it raises, and tests should see it only once
 logging.getLogger(_LOG).addHandler(logging.NullHandler())
 logging.getLogger(_LOG).propagate = False
 
 
 class _Session(paramiko.Transport):
-    """A connection that also notes which signal ended a program; paramiko itself drops it."""
+    """A connection that also notes the signal that ended a program. paramiko alone drops it."""
 
     def _note_signal(channel: Any, message: Any) -> None:  # noqa: N805  # called without self
         if message.get_text() == "exit-signal":
             message.get_boolean()
-            name = f"SIG{message.get_text()}"  # with the number that it has here, as in the guest
+            name = f"SIG{message.get_text()}"  # its number is the same here and in the guest
             channel.ended_by = signal.Signals.__members__.get(name, UNKNOWN_SIGNAL)
             channel.status_event.set()
         else:
@@ -62,14 +62,14 @@ class _Session(paramiko.Transport):
 
 @dataclass(kw_only=True, eq=False)
 class SSHTransport:
-    """Runs programs in a guest over one SSH connection, made when it is first needed.
+    """Runs programs in a guest over one SSH connection, which is made on demand.
 
     Attributes:
-        address: called for each connection; gives host and port.
+        address: called for each connection; returns host and port.
         user: who logs in.
         key: our key.
-        host_key: the server's, ``ssh-ed25519 AAAA…``; any other is refused.
-        check: called often while something is awaited; raises `GuestLost` when the guest is gone.
+        host_key: the server's key, ``ssh-ed25519 AAAA…``. Any other key is refused.
+        check: called often while we wait; raises `GuestLost` if the guest is gone.
         connect_timeout: seconds for a connection.
         quiet_seconds: see `Channel`.
     """
@@ -100,7 +100,7 @@ class SSHTransport:
         return process
 
     def signal(self, group: int, name: str) -> None:
-        """Send a signal to a process group of the guest; it may be gone already."""
+        """Send a signal to a process group in the guest, which may be gone already."""
         with closing(self._channel(commands.kill_line(group, name))) as channel:
             channel.status_event.wait(_KILL_SECONDS)
 
@@ -112,11 +112,11 @@ class SSHTransport:
             _close(session)
 
     def uses(self, session: paramiko.Transport) -> bool:
-        """Whether a connection is the one in use now; it is not once that was closed from here."""
+        """Whether a connection is the current one, which this side has not closed."""
         return session is self._session
 
     def _await_start(self, channel: SSHChannel, process: RemoteProcess, token: str) -> None:
-        """Read up to the line that says that the program starts, with its process group."""
+        """Read up to the line that says that the program starts. It has the process group."""
         mark, seen = f"{commands.STARTED} {token} ".encode(), b""
         deadline = Deadline(self.connect_timeout)
         while True:
@@ -127,15 +127,19 @@ class SSHTransport:
                 return
             if len(before) > _MAX_NOISE or len(group) > _MAX_GROUP:
                 raise GuestLost(
-                    "the guest's login shell does not stop talking",
+                    f"the login shell in the guest writes more than {_MAX_NOISE} bytes before the program "
+                    "starts",
                     stage="ssh",
                     details=seen[:500].decode(errors="replace"),
+                    remedy="let the shell's start files, such as ~/.profile, write nothing",
                 )
             try:
                 data = process.read(STDOUT, _CHUNK, deadline.remaining())
             except TimeoutError:
                 raise GuestLost(
-                    f"the guest did not start a program in {deadline.seconds:g} s", stage="ssh"
+                    f"the guest did not start a program within {deadline.seconds:g} s",
+                    stage="ssh",
+                    remedy="check whether the guest is overloaded, or the shell's start files take long",
                 ) from None
             if not data:
                 self._not_started(channel, process.command, seen)
@@ -145,7 +149,9 @@ class SSHTransport:
         channel.wait_for_end(_LINGER_SECONDS)
         if channel.status is None or channel.status < 0:
             self.check()
-            raise GuestLost("the connection broke while a program was started", stage="ssh")
+            raise GuestLost(
+                "the connection to the guest broke while a program was started", stage="ssh"
+            )
         stderr = b""
         while data := channel.receive(STDERR, _CHUNK):
             stderr += data
@@ -157,13 +163,13 @@ class SSHTransport:
             session = self._connected()
             try:
                 return self._execute(session, os.fsencode(line), ahead)
-            except paramiko.ChannelException as error:  # the connection itself is all right
-                raise _lost("the guest opens no further channel", error) from error
+            except paramiko.ChannelException as error:  # the connection itself works
+                raise _lost("the SSH server refuses another channel", error) from error
             except (paramiko.SSHException, OSError, EOFError) as error:
                 _close(session)
                 self.check()
                 if attempt == 2:
-                    raise _lost("no command can be started", error) from error
+                    raise _lost("no command can be started by SSH", error) from error
         raise AssertionError
 
     def _execute(self, session: _Session, line: bytes, ahead: bytes) -> Any:
@@ -174,7 +180,7 @@ class SSHTransport:
             channel.exec_command(line)
             channel.sendall(ahead)
 
-        # paramiko itself would wait for the answer for ever.
+        # paramiko alone would wait for ever.
         if not within(self.connect_timeout, ask, check=self.check):
             raise paramiko.SSHException("no answer to the request to start a program")
         return channel
@@ -193,7 +199,7 @@ class SSHTransport:
                 raise commands.cannot_log_in(self.user) from error
             except (paramiko.SSHException, OSError, EOFError) as error:
                 self.check()
-                raise _lost("no SSH connection", error) from error
+                raise _lost("the SSH connection failed", error) from error
             return self._session
 
     def _connect(self) -> _Session:
@@ -209,7 +215,7 @@ class SSHTransport:
             theirs = session.get_remote_server_key()
             if f"{theirs.get_name()} {theirs.get_base64()}" != self.host_key:
                 raise paramiko.SSHException(
-                    "the server's key is not the one of this image; something else answers there"
+                    "the server has another host key than the image, so another program answers there"
                 )
             key = paramiko.Ed25519Key.from_private_key(io.StringIO(self.key.private))
             session.auth_publickey(self.user, key)
@@ -221,11 +227,11 @@ class SSHTransport:
 
 
 class SSHChannel:
-    """The streams of a program that was started by SSH: a `Channel`, of one of paramiko's.
+    """The streams of a program that was started by SSH: a `Channel` around one of paramiko's.
 
     Attributes:
-        group: the program's process group, once that is known.
-        early: what of its output has come already by then.
+        group: the program's process group, once it is known.
+        early: output that came together with the process group.
     """
 
     def __init__(self, transport: SSHTransport, channel: Any) -> None:
@@ -245,24 +251,24 @@ class SSHChannel:
 
     @property
     def ended(self) -> bool:
-        """Whether it is known how the program ended, or that nobody will know."""
+        """Whether the program's end is known, or will never be known."""
         return bool(self._channel.status_event.is_set())
 
     @property
     def status(self) -> int | None:
-        """How it ended (−N: signal N); None where nobody knows."""
+        """Its exit status (−N: signal N); None if it is unknown."""
         if self._channel.ended_by is not None:
             return -int(self._channel.ended_by)
         return None if self._channel.exit_status == -1 else int(self._channel.exit_status)
 
     @property
     def is_connected(self) -> bool:
-        """Whether its connection is in use, and well."""
+        """Whether its connection is the current one, and works."""
         return not self.was_left and bool(self._channel.get_transport().is_active())
 
     @property
     def was_left(self) -> bool:
-        """Whether its connection was closed from here."""
+        """Whether this side has closed its connection."""
         return not self._transport.uses(self._channel.get_transport())
 
     def has_output(self, stream: int) -> bool:
@@ -277,15 +283,15 @@ class SSHChannel:
         return bytes(self._receive[stream](size))
 
     def send(self, data: memoryview) -> int:
-        """Send a part of `data`, and tell how much."""
+        """Send a part of `data`. Returns the number of bytes."""
         return int(self._channel.send(data))
 
     def end_input(self) -> None:
-        """Let the program find the end of its input."""
+        """Close the program's input."""
         self._channel.shutdown_write()
 
     def wait(self, seconds: float) -> None:
-        """Wait until something has come, or the program has ended."""
+        """Wait for output, or for the program's end."""
         if self.output_ended:  # then a poller does not wait
             self.wait_for_end(seconds)
         else:
@@ -302,7 +308,7 @@ class SSHChannel:
         self._transport.signal(self.group, name)
 
     def close(self) -> None:
-        """Let go of the program; if the guest does not even take that, of its connection."""
+        """Close the channel. If the guest does not react, close the connection."""
         if not within(_LINGER_SECONDS, self._channel.close):
             _close(self._channel.get_transport())
 
@@ -316,5 +322,6 @@ def _lost(what: str, error: Exception) -> GuestLost:
     return GuestLost(
         f"{what}: {str(error) or type(error).__name__}",
         stage="ssh",
-        remedy="the console's last lines may tell why; the user must exist in the guest",
+        remedy="look at the last lines of the console. The user must exist in the guest, and its SSH server "
+        "must run",
     )

@@ -84,18 +84,18 @@ class OpenTemplate:
     stack: ExitStack
     checked: threading.Event = field(default_factory=threading.Event)
 
-    def fault(self, *, anew: bool) -> str:
+    def fault(self, *, again: bool) -> str:
         """What is wrong with the template, after all of it was read; empty if nothing is.
 
         Args:
-            anew: read it again, because a clone failed.
+            again: read it again, because a clone failed.
 
         Raises:
             ImageError: the image below it is damaged.
         """
         if error := self.damage.exception():
             raise error.with_traceback(None)  # else it would grow with each test
-        return self.damage.result() or (self.template.damage() if anew else "")
+        return self.damage.result() or (self.template.damage() if again else "")
 
     def check(self) -> None:
         """Check for known damage. It is quick enough to be called often.
@@ -205,7 +205,9 @@ class TemplateBuilder:
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             if why := self._store.unreadable(key):
                 self._tell_of_damage(about, why)
-            self._callbacks.say(f"preparing {about} (once, and again when its inputs change)")
+            self._callbacks.say(
+                f"preparing {about}. This is done once, and again if its inputs change"
+            )
             with ExitStack() as stack:
                 below = self._below(blueprint, steps[:-1], stack) if steps else None
                 return self._build(folder, blueprint, steps, below)

@@ -1,9 +1,8 @@
-"""Files and trees into and out of a guest, as streams through a program there.
+"""Copies files and folders into and out of a guest, as streams through a program there.
 
-A file goes through ``cat``, a tree through ``tar``: every guest has both, and neither side holds
-more than a chunk in memory. Both may change meanwhile: a file is read to its end, and a tree comes as
-it was read. The guest is not trusted: what it sends is written beside the destination first, below a
-folder that it cannot get out of.
+A file goes through ``cat``, a folder through ``tar``. Every guest has both, and neither side holds more
+than a chunk in memory. Files may change meanwhile: each is copied as it was read. The guest is not
+trusted: what it sends is first written to a folder beside the destination, which it cannot leave.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _Parts = list[tuple[int, int]]  # of a file: the first block of each, and the on
 _CHUNK = 1 << 18
 _MAX_TEXT = 256 * MIB  # of a file that is read at once
 _BLOCK = 4096  # bytes; holes begin and end at multiples of it
-_MIN_HOLE = 16  # blocks; shorter ones are sent as zeros
-_MAX_HOLES = 256  # the largest of a file; each costs a program in the guest
-_NOT_REGULAR = 65  # what the script returns where holes cannot be made
+_MIN_HOLE = 16  # blocks; shorter holes are sent as zeros
+_MAX_HOLES = 256  # for each file; we keep the largest, and each takes one program in the guest
+_NOT_REGULAR = 65  # the script's exit status if holes cannot be made
 _MAX_HEADER = 100
 _HEADER = re.compile(rb"(?:file (?P<mode>[0-7]{1,5}) (?P<mtime>-?[0-9]{1,11})|tree)\n")
-_NAMED = 5  # of what was left out; the others are counted
-# What tar says of a tree that changes, and what it says besides.
+_NAMED = 5  # names of what was left out; the others are counted
+# Messages of tar about a folder that changes, and about what it leaves out.
 _CHANGED = re.compile(
     r"tar: .*(: No such file or directory|: File removed before we read it"
     r"|: file changed as we read it|: File shrank by .*|exit delayed from previous errors"
@@ -52,8 +51,8 @@ _CHANGED = re.compile(
 _LEFT_OUT = re.compile(
     r"(?:tar: (.*): (?:socket ignored|unknown file type)|(cp: .*)(?<!: No such file or directory))"
 )
-# Goes from a link ``$d`` to what it points to, which need not be there. busybox has a `readlink -f`, but
-# that takes what a link to nothing says from the working folder, not from the link's.
+# Follows a link ``$d`` to its target, which may be missing. We cannot use `readlink -f` of busybox: it
+# resolves a link to a missing target relative to the working folder.
 _FOLLOW = (
     'l=$d; i=0; while [ -L "$d" ]; do '
     'i=$((i + 1)); [ $i -le 40 ] || { echo "$l is a link that leads in a circle" >&2; exit 1; }; '
@@ -100,7 +99,9 @@ def push(stream: Streamer, source: Path, dest: StrPath) -> list[str]:
         if stat.S_ISDIR(mode):
             return _push_tree(stream, source, dest)
         if not stat.S_ISREG(mode):
-            raise TransferError(f"{source} is neither a file nor a folder")
+            raise TransferError(
+                f"{source} is neither a file nor a folder", remedy="push a file or a folder"
+            )
         into = (
             'case "$d" in */) mkdir -p "$d";; esac; '
             f'[ -d "$d" ] && d="${{d%/}}/"{shlex.quote(source.name)}; '
@@ -108,7 +109,8 @@ def push(stream: Streamer, source: Path, dest: StrPath) -> list[str]:
         _push_file(stream, source, dest, into=into)
     except OSError as error:
         raise TransferError(
-            f"{source} cannot be read: {error}", remedy="the path is one of this machine"
+            f"{source} cannot be read: {error}",
+            remedy="check the path: the source of push() is a path on this machine",
         ) from error
     except CommandError as error:
         raise refused(f"{source} could not be pushed to {dest}", error) from error
@@ -158,15 +160,15 @@ def read_text(stream: Streamer, source: StrPath) -> str:
         stream(script, stdout=data.extend)
         if len(data) > _MAX_TEXT:
             raise TransferError(
-                f"{source} is larger than {format_size(_MAX_TEXT)}",
-                remedy="vm.pull() copies any file",
+                f"{source} is larger than {format_size(_MAX_TEXT)}, the limit of read_text()",
+                remedy="use vm.pull(), which has no limit",
             )
         return data.decode()
     except CommandError as error:
         raise refused(f"{source} cannot be read", error) from error
     except UnicodeDecodeError as error:
         raise TransferError(
-            f"{source} is not UTF-8: {error}", remedy="vm.pull() copies any file"
+            f"{source} is not UTF-8: {error}", remedy="use vm.pull(), which copies any file"
         ) from error
 
 
@@ -177,7 +179,7 @@ def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> 
             f'chmod {stat.S_IMODE(status.st_mode):o} "$t" && touch -d @{int(status.st_mtime)} "$t"'
         )
         if (parts := _parts(file)) is not None:
-            # Where no holes can be made, as in a device, all is sent.
+            # If holes cannot be made, as in a device, send everything.
             only = f'[ -e "$d" ] && [ ! -f "$d" ] && exit {_NOT_REGULAR}; '
             receive = _receive_parts(parts, status.st_size)
             script = _write_script(dest, into=into + only, receive=receive, finish=finish)
@@ -195,9 +197,9 @@ def _push_file(stream: Streamer, source: Path, dest: str, *, into: str = "") -> 
 def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
     """A script that writes its input to a file.
 
-    A file is written beside its place and then renamed: nobody in the guest sees half of it. Where no
-    file can be made there (`/proc`, a read-only folder), and where something else than a file is
-    (a device, a pipe), it is written in place. Symbolic links are followed.
+    A file is written beside its place and then renamed, so nobody in the guest sees half of it. It is
+    written in place if no file can be made there (`/proc`, a read-only folder), or if the place is not a
+    file (a device, a pipe). Symbolic links are followed.
 
     Args:
         dest: the file, ``$d`` in the other arguments.
@@ -218,9 +220,9 @@ def _write_script(dest: str, *, into: str, receive: str, finish: str) -> str:
 
 
 def _receive_parts(parts: _Parts, size: int) -> str:
-    """The piece of a script that writes what `_send_parts` sends to the file ``$1``.
+    """The part of a script that writes what `_send_parts` sends to the file ``$1``.
 
-    Each part goes through a program that reads exactly that from the stream.
+    For each part, a program reads exactly that part from the stream.
     """
     words = " ".join(f"{first}:{last - first}" for first, last in parts)
     return (
@@ -231,7 +233,7 @@ def _receive_parts(parts: _Parts, size: int) -> str:
 
 
 def _send_parts(parts: _Parts, file: IO[bytes], sink: IO[bytes]) -> None:
-    """Write all parts, in whole blocks, also if the file has become shorter."""
+    """Write all parts, in whole blocks, even if the file has become shorter."""
     for first, last in parts:
         for start in range(first * _BLOCK, last * _BLOCK, _CHUNK):
             size = min(_CHUNK, last * _BLOCK - start)
@@ -239,31 +241,31 @@ def _send_parts(parts: _Parts, file: IO[bytes], sink: IO[bytes]) -> None:
 
 
 def _parts(file: IO[bytes]) -> _Parts | None:
-    """What there is of a file; None of one without holes that are worth it."""
+    """The parts of a file that are no holes; None if it has no large holes."""
     status = os.fstat(file.fileno())
     if status.st_blocks * 512 + _MIN_HOLE * _BLOCK > status.st_size:
         return None
     blocks = -(-status.st_size // _BLOCK)
     data = [(start // _BLOCK, -(-stop // _BLOCK)) for start, stop in integrity.extents(file)]
-    os.lseek(file.fileno(), 0, os.SEEK_SET)  # nothing was read of it yet
+    os.lseek(file.fileno(), 0, os.SEEK_SET)  # the caller reads from the beginning
     holes = [(first, last) for first, last in _between(data, blocks) if last - first >= _MIN_HOLE]
     largest = sorted(holes, key=lambda hole: hole[0] - hole[1])[:_MAX_HOLES]
     return _between(sorted(largest), blocks) if largest else None
 
 
 def _between(spans: _Parts, end: int) -> _Parts:
-    """What of the range from 0 to `end` lies between spans, which are in order."""
+    """The parts of the range from 0 to `end` between `spans`, which are in order."""
     edges = [0, *chain.from_iterable(spans), end]
     gaps = zip(edges[::2], edges[1::2], strict=True)
     return [(first, last) for first, last in gaps if first < last]
 
 
 def _push_tree(stream: Streamer, source: Path, dest: str) -> list[str]:
-    name, source = source.name, source.resolve()  # it may be a link to a folder
+    name, source = source.name, source.resolve()  # a link to a folder is followed
     if dest.endswith("/"):
         dest += source.name if name in {"", ".."} else name
     sparse = {name: path for path, name in archive.paths(source) if _has_holes(path)}
-    for name, path in sparse.items():  # before the archive, which gives the folders their modes
+    for name, path in sparse.items():  # before the archive, which sets the modes of folders
         _push_file(stream, path, f"{dest}/{name.removeprefix('./')}")
     left_out: list[str] = []
 
@@ -315,7 +317,8 @@ def pull(stream: Streamer, source: StrPath, dest: StrPath) -> list[str]:
             _move(got, target)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise TransferError(
-            f"{source} could not be pulled: the guest sent a damaged or unsafe archive: {error}"
+            f"{source} could not be pulled, because the guest sent a damaged or unsafe archive: {error}",
+            remedy="check whether `tar` in the guest works. vm.shell() can make an archive to pull as a file",
         ) from error
     except OSError as error:
         raise TransferError(f"{source} could not be pulled to {target}: {error}") from error
@@ -325,9 +328,9 @@ def pull(stream: Streamer, source: StrPath, dest: StrPath) -> list[str]:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether other users of this machine are kept from all that is in a folder.
+    """Whether other users of this machine cannot enter a folder.
 
-    Only there a program of the guest may keep a setuid bit.
+    Only in such a folder, setuid bits are kept.
     """
     folder = folder.resolve()
     return any(
@@ -337,7 +340,7 @@ def _is_private(folder: Path) -> bool:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move a file or a tree into its place, into a folder that is there already."""
+    """Move a file or a folder into its place. A folder is merged with an existing one."""
     if source.is_dir() and not source.is_symlink():
         mode = stat.S_IMODE(source.stat().st_mode)
         source.chmod(mode | 0o700)
@@ -345,10 +348,10 @@ def _move(source: Path, target: Path) -> None:
         target.mkdir(exist_ok=True)
         for entry in source.iterdir():
             place = target / entry.name
-            if place.is_symlink():  # the guest may have sent it before, to get out of `target`
+            if place.is_symlink():  # the guest may have sent it in order to get out of `target`
                 place.unlink()
             _move(entry, place)
-        if not there:  # a folder of the user's stays as it is
+        if not there:  # an existing folder keeps its mode
             target.chmod(mode)
     else:
         source.replace(target)
@@ -357,7 +360,7 @@ def _move(source: Path, target: Path) -> None:
 def _pull_into(
     stream: Streamer, source: str, scratch: Path, *, special: bool, copied: bool = False
 ) -> tuple[Path, list[str]]:
-    """Pull `source` into `scratch`: the path of what came, and what was left out."""
+    """Pull `source` into `scratch`. Returns the path of the copy, and what was left out."""
     path = PurePosixPath(source)
     parent, name = str(path.parent), path.name
     if not name:  # the guest's root folder, or «.»
@@ -374,21 +377,22 @@ def _pull_into(
     if failed is not None:
         if _CUT in said and not copied:
             return _pull_into(stream, source, scratch, special=special, copied=True)
-        if not _has_only_changed(said):  # of a file, tar says nothing
+        if not _has_only_changed(said):  # for a file there are no messages of tar
             raise failed
     left_out = [next(filter(None, found.groups())) for found in _LEFT_OUT.finditer(said)]
     return folder / name, [*received.result(), *left_out]
 
 
 def _read_script(folder: str, name: str, *, copied: bool) -> str:
-    """A script that writes a header, and then a file, or the archive of anything else.
+    """A script that writes a header, and then a file, or an archive of anything else.
+
+    It also archives a copy in a file system without blocks, such as `/proc`, whose files do not know
+    their size.
 
     Args:
-        folder: where it is.
-        name: what it is called there; it does not look like an option.
-        copied: archive a copy, which does not change.
-
-    It is a copy also in a file system without blocks, such as `/proc`: files there do not say their size.
+        folder: the folder that contains it.
+        name: its name there, which does not look like an option.
+        copied: whether to archive a copy, which does not change.
     """
     blocks = "*" if copied else "0"
     return (
@@ -405,7 +409,7 @@ def _read_script(folder: str, name: str, *, copied: bool) -> str:
 
 
 def _has_only_changed(said: str) -> bool:
-    """Whether tar complains of nothing but that the tree changes."""
+    """Whether tar only complains that the folder changes."""
     lines = said.splitlines()
     return bool(lines) and all(
         _CHANGED.fullmatch(line) or _LEFT_OUT.fullmatch(line) for line in lines
@@ -413,24 +417,24 @@ def _has_only_changed(said: str) -> bool:
 
 
 def _receive(folder: Path, name: str, special: bool, file: IO[bytes]) -> list[str]:
-    """Take all that comes of a script of `_read_script`: what of it was left out.
+    """Receive the output of `_read_script`. Returns what was left out.
 
     Raises:
-        tarfile.TarError: it is not what was asked for.
+        tarfile.TarError: the output is invalid.
     """
     header = _HEADER.fullmatch(file.readline(_MAX_HEADER))
     if header is None:
-        raise tarfile.ReadError("there is no header")
+        raise tarfile.ReadError("it has no header")
     if header["mode"] is not None:
         mode, mtime = int(header["mode"], 8), int(header["mtime"])
         return archive.receive(file, folder / name, mode=mode, mtime=mtime, special=special)
-    # tarfile's own way of reading gzip expands a block of zeros a thousandfold in memory.
+    # tarfile itself would expand a gzip block of zeros a thousandfold in memory.
     with gzip.GzipFile(fileobj=file, mode="rb") as packed:
         return archive.extract(cast("IO[bytes]", packed), folder, special=special)
 
 
 def in_words(left_out: Sequence[str]) -> str:
-    """What was left out, for people; a guest may have named it."""
+    """What was left out, for people. Names may come from a guest."""
     words = [printable(name) for name in left_out[:_NAMED]]
     if len(left_out) > _NAMED:
         words.append(f"and {len(left_out) - _NAMED} more")
@@ -442,14 +446,14 @@ def in_words(left_out: Sequence[str]) -> str:
 
 @contextmanager
 def written_by(work: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
-    """A file to read from, whose content a thread writes meanwhile.
+    """A file to read from, while a thread writes its content.
 
-    What `work` raises is raised by the read that would have found the end.
+    An error of `work` is raised by the read at the end.
     """
     read_fd, write_fd = os.pipe()
 
     def run() -> None:
-        # A reader that has stopped knows why.
+        # If the reader has stopped, it knows why.
         with suppress(BrokenPipeError), os.fdopen(write_fd, "wb") as file:
             work(file)
 
@@ -461,7 +465,7 @@ def written_by(work: Callable[[IO[bytes]], None]) -> Iterator[IO[bytes]]:
 
 
 class _CheckedReader(io.RawIOBase):
-    """Reads a pipe; its end is an error if the writer failed, so no half archive looks whole."""
+    """Reads a pipe. If the writer failed, its end is an error, so no partial archive looks complete."""
 
     def __init__(self, file: io.FileIO, written: Future[None]) -> None:
         self._file, self._written = file, written
@@ -475,7 +479,7 @@ class _CheckedReader(io.RawIOBase):
 
 @contextmanager
 def _read_by(work: Callable[[IO[bytes]], T]) -> Iterator[tuple[Sink, Future[T]]]:
-    """A function that hands data to a thread which reads it as a file, and what became of that."""
+    """A function that passes data to a thread, which reads it as a file; and the thread's result."""
     read_fd, write_fd = os.pipe()
 
     def run() -> T:
@@ -494,7 +498,7 @@ def _read_by(work: Callable[[IO[bytes]], T]) -> Iterator[tuple[Sink, Future[T]]]
 
 
 def quoted(path: str) -> str:
-    """A path of the guest as a word of a script; it does not look like an option."""
+    """A path in the guest as a word of a script. It does not look like an option."""
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
@@ -502,18 +506,21 @@ def guest_path(path: StrPath) -> str:
     """A path in the guest as text.
 
     Raises:
-        TypeError: it is none.
-        TransferError: it names nothing.
+        TypeError: it is neither a str nor a path.
+        TransferError: it is empty, or contains a NUL.
     """
     text = word(path, "a path in the guest")
     if not text or "\0" in text:
-        raise TransferError(f"{text!r} is not a path in the guest")
+        raise TransferError(
+            f"{text!r} is not a path in the guest",
+            remedy="use a path that is not empty and has no NUL",
+        )
     return text
 
 
 def refused(what: str, error: CommandError) -> TransferError:
-    """The error for a script of ours that failed in the guest; `what` is its first line."""
+    """The error for our script that failed in the guest. `what` is its first line."""
     remedy = ""
     if "No space left" in str(error):
-        remedy = "the guest's disk is full; ask for a larger one: disk='16GiB'"
+        remedy = "the guest's disk is full: use a larger one, for instance disk='16GiB'"
     return TransferError(what, details=error.details, remedy=remedy)

@@ -24,7 +24,7 @@ _CACHES = frozenset(
         *(".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
     }
 )
-_WRITTEN_BY_RUNS = frozenset({".coverage"})  # files that each run writes anew
+_WRITTEN_BY_RUNS = frozenset({".coverage"})  # files that each run writes
 _FIRST_PERSON, _NOBODY = 1000, 65534  # user ids of people are between these
 # git sets these for its hooks. We want the repository that the folder is in.
 _OF_ANOTHER_REPOSITORY = frozenset(
@@ -98,7 +98,7 @@ class Tree:
 
 
 def is_cache(path: str) -> bool:
-    """Whether a path of a tree is in a cache, belongs to git, or is written anew by each run."""
+    """Whether a path of a tree is in a cache, belongs to git, or is written by each run."""
     *_, name = parts = path.split("/")
     return ".git" in parts or not _CACHES.isdisjoint(parts) or name in _WRITTEN_BY_RUNS
 

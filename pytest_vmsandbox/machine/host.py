@@ -1,8 +1,8 @@
-"""What this host has and allows: memory, users, the device of its accelerator; and how slow it is.
+"""What this host has and allows: memory, users, KVM; and how fast it is.
 
-Limits on QEMU and on guests follow what was seen so far. A limit that suits most machines ends guests
-of a slow one that are well. The accelerator's name says only half of it: KVM inside an emulated host
-is as slow as emulation.
+Timeouts of QEMU and guests follow what we have seen so far. A timeout for usual machines would end good
+guests on a slow machine. The accelerator is not enough to know: KVM inside an emulated host is as slow
+as emulation.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.machine.process import Identity
 
 KVM = Path("/dev/kvm")
-QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, beside the guest's memory
-CLONE_GROWTH = 64 * MIB  # that a clone writes of memory that it shares at first
+QEMU_OVERHEAD = 96 * MIB  # of a QEMU process, besides the guest's memory
+CLONE_GROWTH = 64 * MIB  # shared memory that a clone typically writes
 LOOPBACK_REMEDY = (
-    "switch the loopback interface on: ip link set lo up. A network namespace (unshare -n, a "
-    "container without a network) begins without it"
+    "turn on the loopback interface: ip link set lo up. In a network namespace (unshare -n, a container "
+    "without a network), it is off at first"
 )
 USUAL_GREETING = 0.25  # seconds; QEMU greets within 0.04 s on an idle machine
-USUAL_PROOF = 3.0  # seconds; a kernel that runs natively starts its first program within about 1 s
-MOST_SLOWNESS = 30.0  # how far limits are stretched, emulation included
+USUAL_PROOF = 3.0  # seconds; a native kernel starts its first program within about 1 s
+MOST_SLOWNESS = 30.0  # the largest factor for timeouts, emulation included
 _LOOPBACK_SECONDS = 5.0
-_MANY_DESCRIPTORS = 65_536  # enough; and programs that close all there may be stay quick
-_FEWEST_DESCRIPTORS = 256  # with which the launcher starts a guest
-_SPARE_DESCRIPTORS = 64  # for a guest, and what is made ahead meanwhile; one that runs takes nine
+_MANY_DESCRIPTORS = 65_536  # enough; programs that close all possible descriptors stay quick
+_FEWEST_DESCRIPTORS = 256  # that the launcher needs to start a guest
+_SPARE_DESCRIPTORS = 64  # for a guest and clones made ahead; a running guest takes nine
 _CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
 _SETGID, _SETUID = 6, 7  # bits of a capability set
 _UIDS = range(61184, 65520)  # systemd's range for users that exist only while a service runs
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process can use without swapping; None where the host does not tell."""
+    """Bytes that a new process can use without swapping; None if unknown."""
     lines = _lines("/proc/meminfo")
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+    with suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit = int((_CGROUP / "memory.max").read_text(encoding="utf-8"))
         used = int((_CGROUP / "memory.current").read_text(encoding="utf-8"))
         sizes.append(limit - used + _page_cache())
@@ -52,7 +52,7 @@ def available_memory() -> int | None:
 
 
 def _lines(path: str) -> list[str]:
-    """What the kernel tells in a file of `/proc`, line by line; nothing where it has no such file."""
+    """The lines of a file of the kernel; none if it is missing."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def _lines(path: str) -> list[str]:
 
 
 def total_memory() -> int:
-    """Bytes of memory that this host, or the container we are in, has at all."""
+    """Bytes of memory of this host, or of the container that we are in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int((_CGROUP / "memory.max").read_text(encoding="utf-8")))
@@ -69,7 +69,7 @@ def total_memory() -> int:
 
 
 def _page_cache() -> int:
-    """Bytes of a container's memory that hold files, and are given up when memory is needed."""
+    """Bytes of a container's memory that cache files, and are freed on demand."""
     words = map(str.split, _lines(os.fspath(_CGROUP / "memory.stat")))
     return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
 
@@ -78,19 +78,20 @@ def require_memory(size: int) -> None:
     """Check that a guest with `size` bytes of memory fits.
 
     Raises:
-        LaunchError: it does not.
+        LaunchError: it does not fit.
     """
     available = available_memory()
     if available is not None and size + QEMU_OVERHEAD > available:
         raise LaunchError(
-            f"a guest with {format_size(size)} of memory does not fit: this host has "
-            f"{format_size(max(0, available))} left, QEMU itself takes {format_size(QEMU_OVERHEAD)}",
-            remedy="give it less: memory= (in a test), --memory (vmsandbox); or end what else runs here",
+            f"a guest with {format_size(size)} of memory does not fit: this machine has "
+            f"{format_size(max(0, available))} left, and QEMU itself takes {format_size(QEMU_OVERHEAD)}",
+            remedy="stop other programs on this machine, or give the guest less memory: memory= (marker vm, "
+            "boot), vm_memory (ini file), --memory (vmsandbox)",
         )
 
 
 def loopback_problem() -> str:
-    """Why a connection from this machine to itself fails; empty where it works."""
+    """Why this machine cannot connect to itself; empty if it can."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
             socket.create_connection(server.getsockname(), timeout=_LOOPBACK_SECONDS).close()
@@ -100,33 +101,33 @@ def loopback_problem() -> str:
 
 
 def require_loopback() -> None:
-    """Check that a port of a guest can be reached from here.
+    """Check that we can reach guests' ports.
 
     Raises:
-        LaunchError: it cannot.
+        LaunchError: we cannot.
     """
     if problem := loopback_problem():
         raise LaunchError(
-            f"127.0.0.1 cannot be reached: {problem}. Guests are reached through this address",
+            f"127.0.0.1 cannot be reached, but it is needed to reach guests: {problem}",
             remedy=LOOPBACK_REMEDY,
         )
 
 
 def raise_descriptor_limit() -> None:
-    """Let this process, and those that it starts, have as many files open as is allowed, within reason.
+    """Raise this process's limit on open files as far as allowed, up to 65,536.
 
-    The usual limit of 1,024 protects programs that call ``select``, and ends at some 100 guests. It is
-    not lowered again: guests and the launcher have it from here.
+    The usual limit of 1,024 protects programs that call ``select``, and is enough for about 100 guests.
+    We do not lower it again, because the launcher and guests inherit it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MANY_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MANY_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # then fewer guests fit, as `require_descriptors` tells
+        with suppress(OSError, ValueError):  # `require_descriptors` reports it if it matters
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def require_descriptors() -> None:
-    """Check that this process can open the files of a further guest.
+    """Check that this process can open the files of another guest.
 
     Raises:
         LaunchError: it cannot.
@@ -135,33 +136,35 @@ def require_descriptors() -> None:
     if limit == resource.RLIM_INFINITY:
         return
     try:
-        count = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # it is done for each guest
-    except OSError:  # the host does not tell, or there is no number left to look
+        count = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # called for each guest
+    except OSError:  # unknown, or there is no descriptor left
         count = limit
     if limit < max(_FEWEST_DESCRIPTORS, count + _SPARE_DESCRIPTORS):
         raise LaunchError(
-            f"this process may have {limit} files open and has {count}, which leaves too few for a guest",
-            remedy="allow it more: ulimit -n 65536 (a shell), LimitNOFILE=65536 (a service of systemd), "
-            "--ulimit nofile=65536 (a container); or use fewer guests at a time",
+            f"this process has {count} files open and may open {limit}, which is too few for another guest",
+            remedy="raise the limit: ulimit -n 65536 (shell), LimitNOFILE=65536 (systemd service), "
+            "--ulimit nofile=65536 (container). Or use fewer guests at a time",
         )
 
 
 def kvm_problem() -> str:
-    """Why KVM cannot even be tried here; empty where it can."""
+    """Why KVM cannot be tried here; empty if it can."""
     if sys.platform != "linux":
-        return "there is no KVM but on Linux"
+        return "KVM exists on Linux only"
     if not KVM.exists():
-        return f"there is no {KVM}: virtualization is switched off, or this is a virtual machine"
+        return f"there is no {KVM}: virtualization is turned off, or this is a virtual machine"
     if not os.access(KVM, os.R_OK | os.W_OK):
-        return f"{KVM} is not open to this user; add them to its group: sudo usermod -aG kvm $USER"
+        return (
+            f"{KVM} is not open to this user; add the user to its group: sudo usermod -aG kvm $USER"
+        )
     return ""
 
 
 def guest_identity(accelerator: str) -> Identity | None:
-    """Who QEMU runs as: where we are root, an unprivileged user of our own; None where not.
+    """The unprivileged user that QEMU runs as, if we are root; None for our own user.
 
-    With KVM the user is put into the group of its device. Where the device is open to root alone,
-    QEMU has to stay root.
+    For KVM, that user gets the group of its device. If the device is open to root only, QEMU must run as
+    root.
     """
     if os.geteuid() != 0:
         return None
@@ -183,7 +186,7 @@ def guest_identity(accelerator: str) -> Identity | None:
 
 
 def _all_users_mapped() -> bool:
-    """Whether `_UIDS` exist in this user namespace (in a container they may not)."""
+    """Whether `_UIDS` exist in this user namespace. In a container, they may not."""
     return any(
         int(first) <= _UIDS.start and _UIDS.stop <= int(first) + int(count)
         for first, _, count in map(str.split, _lines("/proc/self/uid_map"))
@@ -191,7 +194,7 @@ def _all_users_mapped() -> bool:
 
 
 def _may_change_user() -> bool:
-    """Whether we may become another user (in a container root may not)."""
+    """Whether we may become another user. In a container, root may not."""
     lines = _lines("/proc/self/status")
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
     needed = 1 << _SETUID | 1 << _SETGID
@@ -200,7 +203,7 @@ def _may_change_user() -> bool:
 
 @cache
 def processor() -> str:
-    """The model of this host's processors and what they can do; a state saved here needs the same."""
+    """The model and features of this host's CPUs. A state saved under KVM needs the same."""
     lines = _lines("/proc/cpuinfo")
     names = ("vendor_id", "model", "model name", "stepping", "microcode", "flags", "Features")
     found = dict(line.split("\t", 1) for line in lines if line.startswith(names))
@@ -208,16 +211,16 @@ def processor() -> str:
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time that a process has taken, in seconds; 0 where the host does not tell."""
+    """CPU time of a process, in seconds; 0 if unknown."""
     words = " ".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else 0.0
 
 
 class Pace:
-    """What one process has seen of its machine; used from any thread.
+    """What one process knows about this machine's speed. Any thread may use it.
 
     Attributes:
-        slowness: by how much this machine is slower than one on which the usual limits do; at least 1.
+        slowness: how many times slower this machine is than one for the usual timeouts; at least 1.
 
     Example:
         >>> pace = Pace()
@@ -231,19 +234,19 @@ class Pace:
         self._lock = threading.Lock()
 
     def took(self, seconds: float, *, usual: float) -> None:
-        """Learn from something that took so many seconds, and at most `usual` elsewhere."""
+        """Learn from something that took `seconds` here, and takes at most `usual` elsewhere."""
         with self._lock:
             self.slowness = min(max(self.slowness, seconds / usual), MOST_SLOWNESS)
 
     def was_late(self) -> None:
-        """Learn from a limit that has just passed: it was too short, or what it was for hangs."""
+        """Learn from a timeout that has just passed. It may have been too short."""
         self.took(2 * self.slowness, usual=1.0)
 
     def stretch(self, seconds: float, scale: float = 1.0) -> float:
-        """A limit for this machine.
+        """A timeout for this machine.
 
         Args:
-            seconds: the limit on a usual one.
-            scale: by how much guests are slower than natively, as far as the accelerator's name tells.
+            seconds: the timeout on a usual machine.
+            scale: how many times slower guests are with this accelerator.
         """
         return seconds * max(scale, min(scale * self.slowness, MOST_SLOWNESS))

@@ -1,4 +1,4 @@
-"""The one owner of everything that a process needs to run guests."""
+"""Owns everything that one process needs to run guests."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Hypervisor:
     """What all guests of one process share.
 
     Attributes:
-        folder: of this run, private to the user; gone after it, however it ends.
+        folder: of this run, private to the user. It is removed after the run, however that ends.
         cache: the user's cache folder, on a file system with room.
-        launcher: spawns and owns every QEMU.
-        loop: the thread that listens to them.
-        pace: what is known of this host's speed.
+        launcher: starts and owns every QEMU.
+        loop: the thread that reads from them.
+        pace: what we know about this host's speed.
     """
 
     folder: Path
@@ -37,16 +37,13 @@ class Hypervisor:
     pace: host.Pace = field(default_factory=host.Pace)
 
     def own(self, folder: Path) -> None:
-        """Have a folder that lies elsewhere removed when this process is killed.
-
-        Whoever has made it removes it otherwise.
-        """
+        """Have a folder elsewhere removed if this process is killed. Otherwise its maker removes it."""
         (self.folder / f"owned-{secrets.token_hex(4)}").symlink_to(folder.absolute())
 
     @classmethod
     @contextmanager
     def running(cls, *, runtime: Path | None, cache: Path) -> Iterator[Hypervisor]:
-        """A running launcher and loop; at the end every guest is gone, and so are they.
+        """A running launcher and loop. At the end they are gone, and so are all guests.
 
         Raises:
             ConfigError: one of the folders cannot be used.

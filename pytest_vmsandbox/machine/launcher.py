@@ -1,11 +1,11 @@
-"""The launcher: a process that spawns every guest of one run, and ends them when the run is gone.
+"""The launcher: a process that starts all guests of one run, and ends them when the run is gone.
 
-It is a program of its own (``python -I -S launcher.py CONTROL-FD OWNER-PID FOLDER``): the standard
-library only, one thread, imported by nobody. Two things tell it that its owner is gone, however
-that went: the end of the control socket, and a pidfd of the owner (a process that the owner forked
-may still hold the socket). Then it kills every guest, waits for each, removes the run's folder and what
-links in it lead to, and ends. Each guest in turn dies with the launcher (PR_SET_PDEATHSIG; the
-launcher has one thread, so the signal cannot come early).
+It is a separate program (``python -I -S launcher.py CONTROL-FD OWNER-PID FOLDER``). It uses only the
+standard library, has one thread, and is never imported. It knows in two ways that its owner is gone: the
+control socket ends, or the owner's pidfd says so. (A process that the owner forked may still hold the
+socket.) Then it kills all guests, waits for them, removes the run's folder and the targets of links in
+it, and ends. A guest also dies with the launcher, by PR_SET_PDEATHSIG. The launcher has one thread, so
+this signal cannot come early.
 
 The control socket carries one JSON message per packet, host to launcher only:
 
@@ -13,8 +13,8 @@ The control socket carries one JSON message per packet, host to launcher only:
   "groups": […]}|null, "small_pages": BOOL}`` with the descriptors attached: first the status pipe,
   then one for each number in ``fds``. The status pipe gets a line ``{"pid": N}`` or
   ``{"error": "…"}``, later ``{"exit": STATUS}``, then its end.
-* ``{"more": true}`` carries the first descriptors of the ``spawn`` that follows: Linux takes 253 with
-  a message.
+* ``{"more": true}`` carries the first descriptors of the following ``spawn``: Linux allows 253 in a
+  message.
 * ``{"signal": NUMBER, "id": ID}`` sends a signal to a guest that has not been reaped yet, so a
   process that merely got the same pid is never hit.
 """
@@ -32,7 +32,7 @@ import signal
 import socket
 import sys
 
-TYPE_CHECKING = False  # known to type checkers; importing typing would take longer than we do
+TYPE_CHECKING = False  # type checkers know it; importing typing would take too long
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
@@ -62,7 +62,7 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
         poller.register(owner, select.POLLIN)
     except OSError:
         owner = -1
-        if os.getppid() != owner_pid:  # it was gone before we looked
+        if os.getppid() != owner_pid:  # the owner is already gone
             control.close()
             return
     guests: Guests = {}
@@ -83,9 +83,9 @@ def main(control_fd: int, owner_pid: int, folder: str) -> None:
 
 
 def obey(control: socket.socket, guests: Guests, early: list[int]) -> bool:
-    """Carry out one message; False at the end of the control socket.
+    """Execute one message. Returns False at the end of the control socket.
 
-    `early` are the descriptors that came before the message that they belong to.
+    `early` has descriptors that came before their message.
     """
     try:
         message, fds, _, _ = socket.recv_fds(control, MAX_MESSAGE, MAX_DESCRIPTORS)
@@ -110,16 +110,16 @@ def obey(control: socket.socket, guests: Guests, early: list[int]) -> bool:
 
 
 def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
-    """Start a guest. When the host has no room for it, its status pipe is told."""
+    """Start a guest. If the host has no room for it, report that to its status pipe."""
     moved: list[int] = []
     first = max(FIRST_FREE_FD, *(number + 1 for number in request["fds"]))  # above all its numbers
     launcher_pid = os.getpid()
-    # Blocked until the child has set them to their defaults: none that is sent to it gets lost.
+    # Block signals until the child has reset its handlers, so none gets lost.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         for fd in fds:
             moved.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, first))  # noqa: PERF401  # those before an error are closed
-        if len(moved) != 1 + len(request["fds"]):  # there were no numbers left to receive them
+        if len(moved) != 1 + len(request["fds"]):  # we had no descriptors left to receive them
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         pid = os.fork()
     except OSError as error:
@@ -133,7 +133,7 @@ def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
     if pid == 0:
         try:
             become(request, given, launcher_pid)
-        except BaseException as error:  # noqa: BLE001  # the owner is told
+        except BaseException as error:  # noqa: BLE001  # the owner gets it
             report(status, {"error": str(error)})
         finally:
             os._exit(127)
@@ -144,7 +144,7 @@ def spawn(request: dict[str, Any], fds: list[int], guests: Guests) -> None:
 
 
 def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoReturn:
-    """In the child: set up descriptors, user and death signal, and become the program."""
+    """In the child: set up descriptors, user and death signal, then run the program."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -160,7 +160,7 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
-            file.write("500")  # let the host's OOM killer take a guest before a test run
+            file.write("500")  # the host's OOM killer should take a guest before a test run
     except OSError:
         pass
     if identity := request["identity"]:
@@ -169,8 +169,8 @@ def become(request: dict[str, Any], given: list[int], launcher_pid: int) -> NoRe
         os.setresuid(identity["uid"], identity["uid"], identity["uid"])
     library = ctypes.CDLL(None, use_errno=True)
     if request["small_pages"]:
-        library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, more memory is used
-    # After the change of user, which clears the death signal.
+        library.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # if it fails, the guest uses more memory
+    # After the change of user, because that clears the death signal.
     if library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != launcher_pid:
@@ -195,7 +195,7 @@ def end_all(guests: Guests) -> None:
 
 
 def remove(folder: str) -> None:
-    """Remove the run's folder, and the folders elsewhere that are the run's, too: it has links to them."""
+    """Remove the run's folder, and its folders elsewhere, to which it has links."""
     try:
         with os.scandir(folder) as entries:
             owned = [os.readlink(entry.path) for entry in entries if entry.is_symlink()]

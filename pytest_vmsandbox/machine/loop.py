@@ -1,4 +1,4 @@
-"""The one thread of ours that waits for descriptors: QEMU's monitors and serial consoles."""
+"""The thread that reads from QEMU's monitors and serial consoles."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _CALL_SECONDS = 10.0
 
 
 class LoopThread:
-    """An asyncio event loop in a thread of its own, used from other threads.
+    """An asyncio event loop in its own thread, for use from other threads.
 
-    It runs as long as its context; at the end its tasks are cancelled and the thread is gone.
+    It runs as long as its context. At the end, its tasks are cancelled and the thread ends.
     """
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class LoopThread:
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:
-            work.close()  # else Python would warn that nobody has awaited it
+            work.close()  # else Python warns that it was never awaited
             raise
 
     @contextmanager
     def reading(self, sock: socket.socket, feed: Callable[[bytes], None]) -> Iterator[None]:
-        """Hand what arrives on `sock` to `feed`, on the loop's thread, until its end."""
+        """Pass what arrives on `sock` to `feed`, on the loop's thread."""
         sock.setblocking(False)
 
         def on_readable() -> None:
@@ -68,7 +68,7 @@ class LoopThread:
 
         async def end() -> None:
             if self._loop.remove_reader(sock):
-                on_readable()  # what arrived last
+                on_readable()  # reads the last bytes
 
         self._loop.call_soon_threadsafe(self._loop.add_reader, sock, on_readable)
         try:

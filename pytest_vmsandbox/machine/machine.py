@@ -1,4 +1,4 @@
-"""One running QEMU: its process, monitor, console and disks, and how it is ended."""
+"""One running QEMU: its process, monitor, console and disks, and how we end it."""
 
 from __future__ import annotations
 
@@ -29,27 +29,30 @@ _TERM_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes milliseconds
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
-_BANDWIDTH = 1 << 40  # bytes a second at which a state is written: as fast as it goes
+_BANDWIDTH = 1 << 40  # bytes a second for writing a state: no limit
 
-# What the console shows once a stage is reached. `kernel` is what a kernel prints first, also
-# when it is told to be quiet; `init` and `ssh` are printed by our images.
+# What the console shows when a stage is reached. A kernel prints the text for `kernel` even if it is
+# quiet. Our images print those for `init` and `ssh`.
 _STAGES = {
     "ssh": r"^vmsandbox: ssh$",
     "init": r"^vmsandbox: init$",
     "kernel": r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]",
 }
-# Why QEMU stops a guest by itself, and what helps, by its status.
+# Why QEMU stops a guest by itself: status → cause and remedy.
 _STOPPED = {
     "io-error": (
-        "the host's disk is full",
-        "make room where the cache of vmsandbox lies, for what guests write to their disks",
+        "this machine's disk is full",
+        "make room on the disk of the cache: guests' disks are written there",
     ),
     "internal-error": (
-        "the accelerator gave up",
-        "do without the accelerator: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
+        "the accelerator failed",
+        "use emulation: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
     ),
 }
-_HOST_REASONS = {"host-signal", "host-error"}  # why QEMU ends that are no affair of the guest's
+_HOST_REASONS = {
+    "host-signal",
+    "host-error",
+}  # reasons for QEMU's end that lie outside of the guest
 _PANIC_LINES = 30
 _PANIC_END = "---[ end Kernel panic - not syncing"
 _PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
@@ -57,7 +60,7 @@ _PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)
 
 @dataclass(eq=False, repr=False)
 class Machine:
-    """A QEMU process that we drive. Made by `running`, which ends it."""
+    """A QEMU process that we control. `running` starts and ends it."""
 
     spec: MachineSpec
     process: OwnedProcess
@@ -81,16 +84,16 @@ class Machine:
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
     ) -> Iterator[Machine]:
-        """Start QEMU and connect to its monitor. At the end the process is killed and reaped.
+        """Start QEMU and connect to its monitor. At the end, the process is killed and reaped.
 
         Args:
             logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
-            memory: the file that is the guest's memory, where `spec.start` says so.
-            state: what is loaded, likewise, from its beginning; such a machine is paused.
+            memory: the file with the guest's memory, if `spec.start` needs one.
+            state: the state to load, if `spec.start` needs one. Such a machine is paused.
 
         Raises:
-            LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load
-                the state.
+            LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load the
+                state.
             ImageError: the kernel or the initial RAM disk cannot be read.
         """
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
@@ -116,7 +119,7 @@ class Machine:
                 raise _did_not_start(process) from error
             tops = cmdline.disk_names(spec, has_base=disks.base is not None)
             machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace)
-            # Killed before the monitor is disconnected, so that nothing waits for a dying QEMU.
+            # Kill QEMU before the monitor is disconnected, so nothing waits for a dying QEMU.
             stack.callback(machine.kill)
             stack.callback(setattr, machine, "_is_over", True)
             if state is not None:
@@ -127,13 +130,13 @@ class Machine:
 
     @property
     def stage(self) -> str:
-        """How far the guest has got: launch, kernel, init or ssh."""
+        """How far the guest has got: firmware, kernel, init or ssh."""
         text = self.console.this_boot
         reached = (stage for stage in _STAGES if re.search(_STAGES[stage], text, re.MULTILINE))
         return next(reached, "firmware")
 
     def reaches(self, stage: str, timeout: float) -> bool:
-        """Whether the guest gets to a stage, ``init`` or ``ssh``, within `timeout` seconds."""
+        """Whether the guest reaches a stage, ``init`` or ``ssh``, within `timeout` seconds."""
         try:
             self.console.wait_for(_STAGES[stage], timeout, this_boot=True)
         except TimeoutError:
@@ -145,17 +148,17 @@ class Machine:
         return self.process.wait(0)
 
     def check(self) -> None:
-        """Look whether the guest is still there; quick enough to be called often.
+        """Check that the guest is still there. It is quick enough to be called often.
 
         Raises:
-            GuestLost: QEMU is gone, the guest's kernel panicked, the accelerator gave up, or the
-                host's disk is full.
+            GuestLost: QEMU is gone, the guest's kernel panicked, the accelerator failed, or the host's
+                disk is full.
         """
         if self._is_over:
             raise GuestLost(
-                f"this belongs to {self.spec.name} as it was before it was switched off, or rolled back "
-                "by snapshot(): it is no longer heard of",
-                remedy="start the program again, or do this before",
+                f"{self.spec.name} was switched off or rolled back by snapshot() since then, so this "
+                "connection to it is gone",
+                remedy="start the program again, or do this before the guest is switched off or rolled back",
             )
         events = self.monitor.events()
         names = [event["event"] for event in events]
@@ -171,8 +174,8 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
                 details=self.console_lines(),
-                remedy="vm.power_on() switches it on again, in a test that drives the guest from outside "
-                "by the fixture vm",
+                remedy="if a test switches its guest off on purpose, drive the guest by the fixture vm, and "
+                "call vm.power_on() to switch it on again",
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(
@@ -183,11 +186,11 @@ class Machine:
         )
 
     def _check_stopped(self) -> None:
-        """Look who has stopped the processors: we, or QEMU by itself."""
+        """Check whether QEMU has stopped the CPUs by itself."""
         try:
             status = self.monitor.execute("query-status")["status"]
         except MonitorError:
-            return  # QEMU is ending; what ended it is seen in a moment
+            return  # QEMU is ending; the next check finds the reason
         if status in _STOPPED:
             cause, remedy = _STOPPED[status]
             raise GuestLost(
@@ -199,13 +202,13 @@ class Machine:
             )
 
     def check_booting(self, seconds: float) -> None:
-        """Look as `check` does, and closer, while a guest boots.
+        """Check a guest that boots, also for an early panic.
 
-        A kernel that panics before it has the driver which tells QEMU says so on the console.
-        Later that text is no proof: any program of the guest can write it.
+        A kernel that panics before it has loaded the driver for pvpanic reports that on the console only.
+        After the boot, that text proves nothing: any program in the guest can write it.
 
         Args:
-            seconds: since it was switched on.
+            seconds: since the guest was switched on.
 
         Raises:
             BootError: what `check` raises, or the kernel panicked.
@@ -218,7 +221,7 @@ class Machine:
             raise self.boot_error(lost, seconds) from lost
 
     def boot_error(self, error: GuestLost, seconds: float) -> BootError:
-        """The same loss, as one of a guest that has not come up yet."""
+        """The error for a guest that was lost while it booted."""
         stage = self.stage if error.stage == GuestLost.stage else error.stage
         return BootError(
             f"{error.brief} while booting, {seconds:.0f} s after power-on",
@@ -230,7 +233,7 @@ class Machine:
         )
 
     def _panic(self) -> GuestLost:
-        """The panic that QEMU has told of; the console says which, where it came so far."""
+        """The error for a kernel panic. The console may have its text."""
         text, brief, details = self.console.text, "kernel panic", self.console_lines()
         for found in list(_PANIC_TEXT.finditer(text))[-1:]:
             lines = text[found.start() :].split("\n")[:_PANIC_LINES]
@@ -247,7 +250,7 @@ class Machine:
     def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None
     ) -> Any:
-        """Execute a command of the machine protocol, with a descriptor passed along.
+        """Execute a QMP command, and pass a descriptor along.
 
         Raises:
             MonitorError: QEMU refused it.
@@ -256,7 +259,7 @@ class Machine:
         try:
             return self.monitor.execute(command, arguments, fd=fd)
         except MonitorError:
-            if self.monitor.closed:  # QEMU is ending; what ended it is seen in a moment
+            if self.monitor.closed:  # QEMU is ending; `check` finds the reason
                 self.process.wait(_TERM_SECONDS)
                 self.check()
             raise
@@ -268,7 +271,7 @@ class Machine:
     def forward(self, port: int, protocol: str = "tcp") -> tuple[str, int]:
         """A loopback address of this host that reaches a port of the guest.
 
-        The kernel picks the port on this side. Asked again for the same port, it gives the same.
+        The kernel chooses the port on this side. A second call for the same port returns the same address.
 
         Args:
             port: of the guest.
@@ -281,7 +284,9 @@ class Machine:
             answer = self.human(f"hostfwd_add {cmdline.NETDEV} {protocol}:127.0.0.1:0-:{port}")
             here = self._forwarded(port, protocol)
             if not here:
-                raise MonitorError(f"QEMU did not forward port {port}", details=answer)
+                raise MonitorError(
+                    f"QEMU could not forward {protocol.upper()} port {port}", details=answer
+                )
         return here
 
     def _forwarded(self, port: int, protocol: str) -> tuple[str, int] | None:
@@ -295,18 +300,18 @@ class Machine:
     # -- its state --------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop its processors."""
+        """Stop the CPUs."""
         self.execute("stop")
 
     def resume(self) -> None:
-        """Let its processors go on."""
+        """Let the CPUs go on."""
         self.execute("cont")
 
     def put_on_top(self, overlays: Sequence[IO[bytes]]) -> None:
-        """Let each disk write into a new, empty qcow2 file from now on; what it has stays as it is.
+        """Let each disk write to a new, empty qcow2 file from now on. Older files do not change any more.
 
         Raises:
-            MonitorError: QEMU cannot.
+            MonitorError: QEMU cannot do it.
         """
         for number, file in enumerate(overlays):
             below = self._tops[number]
@@ -318,13 +323,14 @@ class Machine:
             self._tops[number] = top
 
     def save(self, state: IO[bytes], *, with_memory: bool) -> None:
-        """Pause it and write its state to an open file, from the file's beginning.
+        """Pause the machine, and write its state to an open file.
 
         Args:
-            with_memory: its memory, too; else that is a file, which is complete now.
+            with_memory: whether to write its memory, too. If not, the memory is a file, which is complete
+                now.
 
         Raises:
-            MonitorError: QEMU cannot; for instance with a device whose state cannot be saved.
+            MonitorError: QEMU cannot do it, for instance because a device has a state that cannot be saved.
         """
         self.pause()
         self._transfer("migrate", state, has_memory=with_memory)
@@ -335,8 +341,9 @@ class Machine:
         except (MonitorError, GuestLost) as error:
             self.process.wait(_TERM_SECONDS)
             raise LaunchError(
-                "QEMU cannot load a saved state",
+                "QEMU cannot load the saved state of the guest",
                 details="\n".join(filter(None, [error.brief, self.process.stderr_tail])),
+                remedy="if this happens again, remove the saved states: vmsandbox clean --templates",
                 transient=error.transient,
             ) from error
 
@@ -349,7 +356,7 @@ class Machine:
         if command == "migrate":
             self.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         since = len(self.monitor.events())
-        # QEMU wants a descriptor that is open for exactly what it is about to do.
+        # QEMU needs a descriptor that is open for exactly what it will do.
         mode = "wb" if command == "migrate" else "rb"
         with (
             Path(f"/proc/self/fd/{state.fileno()}").open(mode, buffering=0) as own,
@@ -369,19 +376,20 @@ class Machine:
             if deadline.expired:
                 self._pace.was_late()
                 raise MonitorError(
-                    f"QEMU did not transfer the guest's state in {deadline.seconds:g} s",
+                    f"QEMU did not save or load the guest's state within {deadline.seconds:g} s",
+                    remedy="this machine may be overloaded: run fewer guests or workers at a time",
                     transient=True,
                 )
-        if command == "migrate":  # it tells of the end before it lets the processors go on again
+        if command == "migrate":  # the event comes before the CPUs go on again
             while self.execute("query-status")["status"] == _FINISHING and not deadline.expired:
                 deadline.pause(_FINISH_SECONDS)
         if event["data"]["status"] == "failed":
             why = str(self.execute("query-migrate").get("error-desc", ""))
-            raise MonitorError("QEMU did not transfer the guest's state", details=why)
+            raise MonitorError("QEMU failed to save or load the guest's state", details=why)
 
     @contextmanager
     def _state_address(self, file: IO[bytes]) -> Iterator[str]:
-        """The address by which QEMU finds an open file for a state, until it has opened that."""
+        """The address of an open file for a state. It is valid until QEMU has opened the file."""
         if not cmdline.saves_to_file_addresses(self.spec.version):
             self.execute("getfd", {"fdname": "state"}, fd=file.fileno())
             yield "fd:state"
@@ -391,38 +399,38 @@ class Machine:
 
     @contextmanager
     def _lent(self, file: IO[bytes]) -> Iterator[str]:
-        """A name by which QEMU can open a file that we have open, as long as this lasts."""
+        """A name by which QEMU can open a file that we have open, while this lasts."""
         added: Any = self.execute("add-fd", fd=file.fileno())
         number = added["fdset-id"]
         try:
             yield f"/dev/fdset/{number}"
         finally:
-            with suppress(MonitorError):  # QEMU is gone, as the next command will tell
+            with suppress(MonitorError):  # QEMU is gone; the next command reports it
                 self.monitor.execute("remove-fd", {"fdset-id": number})
 
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.
 
         Raises:
-            MonitorError: QEMU cannot (before 7.1, or built without PNG).
+            MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
         """
         with self._lent(file) as name:
             self.execute("screendump", {"filename": name, "format": "png"})
 
     def end(self, timeout: float) -> bool:
-        """Wait for an orderly end of QEMU, then insist: quit, SIGTERM, SIGKILL.
+        """Wait until QEMU ends by itself. After the timeout, end it: quit, SIGTERM, SIGKILL.
 
         Args:
-            timeout: seconds for the guest's own power-off, which somebody has asked for.
+            timeout: seconds for the guest to switch itself off.
 
         Returns:
             Whether the guest switched itself off.
         """
         if self.process.wait(timeout) is not None:
             return True
-        with suppress(MonitorError):  # then by signals
+        with suppress(MonitorError):  # signals follow
             self.monitor.execute("quit", timeout=_TERM_SECONDS)
-        for number in (0, signal.SIGTERM, signal.SIGKILL):  # first none: it may be about to end
+        for number in (0, signal.SIGTERM, signal.SIGKILL):  # first no signal: it may be ending
             self.process.signal(number)
             if self.process.wait(_TERM_SECONDS) is not None:
                 break
@@ -437,13 +445,13 @@ class Machine:
 def _logs(
     stack: ExitStack, folder: Path | None, argv: list[str]
 ) -> tuple[IO[bytes] | None, IO[str] | None]:
-    """The files that a machine writes beside its work: of its console, and of its monitor."""
+    """The log files of a machine: for its console, and for its monitor."""
     if folder is None:
         return None, None
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(argv) + "\n"  # names of files in it may be no UTF-8
+    text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
     (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
-    # Unbuffered: else closing it would fail once more where the disk is full.
+    # Unbuffered: on a full disk, closing a buffered file would fail again.
     console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
     return console, stack.enter_context(
         (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
@@ -453,11 +461,11 @@ def _logs(
 def _descriptors(
     stack: ExitStack, spec: MachineSpec, memory: IO[bytes] | None, disks: Disks
 ) -> tuple[Descriptors, dict[int, int]]:
-    """The numbers for QEMU, and which of our descriptors is behind each."""
+    """QEMU's descriptors, and its number → ours."""
     given: dict[int, int] = {}
 
     def give(file: IO[bytes]) -> int:
-        number = Descriptors.helper + 1 + len(given)  # the last one that is always there
+        number = Descriptors.helper + 1 + len(given)  # `helper` is the last fixed number
         given[number] = file.fileno()
         return number
 
@@ -477,7 +485,7 @@ def _descriptors(
 def _channel(
     ours: ExitStack, theirs: ExitStack, given: dict[int, int], number: int
 ) -> socket.socket:
-    """Our end of a socket pair; QEMU finds the other end under `number`."""
+    """Our end of a socket pair. QEMU gets the other end as descriptor `number`."""
     our, their = socket.socketpair()
     ours.enter_context(our)
     theirs.enter_context(their)
@@ -495,7 +503,7 @@ def _spawned(
         fds=given,
         env={"PATH": os.defpath, "LC_ALL": "C"},
         identity=host.guest_identity(spec.accelerator),
-        # There may be many clones; under emulation, huge pages gain nothing.
+        # There may be many clones, and under emulation huge pages do not help.
         small_pages=is_emulated_clone,
     )
 
@@ -506,20 +514,20 @@ def _did_not_start(process: OwnedProcess) -> LaunchError:
     return LaunchError(
         f"QEMU {how}",
         details=process.stderr_tail + "--- its command line\n" + " ".join(process.argv),
-        remedy="'vmsandbox doctor' checks this machine",
+        remedy="run 'vmsandbox doctor' to check this machine",
         transient=status is None or _was_killed(status),
     )
 
 
 def _was_killed(status: int) -> bool:
-    """Whether QEMU was ended by a signal, which nothing in a guest sends; not by its own sandbox."""
+    """Whether a signal from outside of the guest killed QEMU. Its own sandbox does not count."""
     return status < 0 and -status != signal.SIGSYS
 
 
 def _status_text(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
-    hint = " (a system call that -sandbox forbids)" if -status == signal.SIGSYS else ""
+    hint = " (its -sandbox forbids a system call)" if -status == signal.SIGSYS else ""
     name = signal.Signals(-status).name
     hint = " (an out-of-memory kill, or a kill from outside)" if name == "SIGKILL" else hint
     return f"signal {name}{hint}"

@@ -1,4 +1,4 @@
-"""A guest's memory in a file, and the file that clones see it in."""
+"""A guest's memory in a file, and the file that clones map."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pytest_vmsandbox.machine.cmdline import can_map_read_only
 
 _SEALS = ("F_SEAL_SEAL", "F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE")
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # modes of Linux's fallocate
-_PIECE = 1 << 16  # bytes that are given back together
+_PIECE = 1 << 16  # bytes; the unit in which we free space
 
 
 @contextmanager
 def create(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A new file for a guest's memory; what the guest never touches takes no room."""
+    """A new file for a guest's memory. Untouched memory takes no space."""
     with path.open("x+b", buffering=0) as file:
         os.ftruncate(file.fileno(), size)
         yield file
@@ -33,23 +33,23 @@ def create(path: Path, size: int) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def reserved(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """A new file for a guest's memory, on a file system that has room for all of it.
+    """A new file for a guest's memory, on a file system with room for all of it.
 
-    QEMU maps the file, and a write to a page that finds no room ends QEMU with SIGBUS. So the room is
-    taken before, and what the guest did not use is given back at the end.
+    QEMU maps the file. If a write to a page finds no room, SIGBUS kills QEMU. So we reserve the room
+    before, and free at the end what the guest did not use.
 
     Args:
         size: bytes.
 
     Raises:
-        LaunchError: this host has not so much memory left.
+        LaunchError: this host does not have that much memory left.
         OSError: the file system has no room.
     """
     host.require_memory(size)
     with create(path, size) as file:
         _reserve(file, size)
         yield file
-        with suppress(OSError):  # then it takes more room than it needs
+        with suppress(OSError):  # the file is larger then
             _give_back(file, size)
 
 
@@ -57,25 +57,25 @@ def _reserve(file: IO[bytes], size: int) -> None:
     status = os.fstatvfs(file.fileno())
     free = status.f_bavail * status.f_frsize
     no_room = OSError(
-        f"the cache has no room for {format_size(size)} of memory, {format_size(free)} are free; "
-        f"make room there, or name another folder in {paths.CACHE}"
+        f"the cache has no room for {format_size(size)} of memory ({format_size(free)} are free). Make "
+        f"room there, or set the environment variable {paths.CACHE} to another folder"
     )
-    # Asked first: a reservation that fails would take all that is left, for a moment.
-    if status.f_blocks and free < size:  # no blocks at all: this file system does not count them
+    # Check first: a reservation that fails would use up the disk for a moment.
+    if status.f_blocks and free < size:  # without blocks: this file system does not count them
         raise no_room
     try:
         _fallocate(file, 0, 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise no_room from error
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):  # here, nothing can be reserved
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):  # reserving is not supported
             raise
 
 
 def _give_back(file: IO[bytes], size: int) -> None:
-    """Make holes where there is nothing but zeros.
+    """Make holes where there are only zeros.
 
-    What counts is what is read: a file system may call a page used that was reserved and only read.
+    We read the content, because a file system may count a reserved page as used when it was only read.
     """
     zero, done = bytes(_PIECE), 0
     for start, data in chunks(file):
@@ -93,10 +93,10 @@ def _make_hole(file: IO[bytes], start: int, end: int) -> None:
 
 
 def _fallocate(file: IO[bytes], mode: int, start: int, length: int) -> None:
-    """Linux's own: `os.posix_fallocate` makes no holes, and writes where it cannot reserve.
+    """Linux's fallocate. `os.posix_fallocate` makes no holes, and writes if it cannot reserve.
 
     Raises:
-        OSError: the file system cannot.
+        OSError: the file system cannot do it.
     """
     while _libc().fallocate(file.fileno(), mode, start, length):
         if (number := ctypes.get_errno()) != errno.EINTR:
@@ -105,7 +105,7 @@ def _fallocate(file: IO[bytes], mode: int, start: int, length: int) -> None:
 
 @cache
 def _libc() -> ctypes.CDLL:
-    """The C library, opened once: a large memory has thousands of holes."""
+    """The C library. It is opened once, because a large memory has thousands of holes."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     return libc
@@ -113,9 +113,9 @@ def _libc() -> ctypes.CDLL:
 
 @contextmanager
 def for_clones(path: Path, version: tuple[int, ...]) -> Iterator[IO[bytes]]:
-    """An open file with that memory which a clone's QEMU cannot change.
+    """An open file with that memory, which a clone's QEMU cannot change.
 
-    A QEMU that insists on opening it for writing gets a copy of ours, in a sealed memfd.
+    A QEMU that always opens it for writing gets a copy in a sealed memfd.
     """
     with path.open("rb", buffering=0) as file:
         if can_map_read_only(version):
@@ -129,7 +129,7 @@ def for_clones(path: Path, version: tuple[int, ...]) -> Iterator[IO[bytes]]:
 
 
 def copy(source: IO[bytes], dest: IO[bytes]) -> None:
-    """Copy a file with holes; the holes stay."""
+    """Copy a file and keep its holes."""
     os.ftruncate(dest.fileno(), os.fstat(source.fileno()).st_size)
     for start, end in extents(source):
         os.lseek(dest.fileno(), start, os.SEEK_SET)

@@ -1,7 +1,7 @@
-"""What killed runs have left: folders and launchers that nobody owns any more.
+"""Removes what killed runs left behind: folders and launchers without an owner.
 
-The folder of a run has a lock, which is held as long as the run is there. Usually nothing is left:
-a launcher ends with its run, and takes guests and folder along.
+A run holds the lock of its folder. Usually nothing is left, because a launcher ends with its run, and
+removes the guests and the folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _END_SECONDS = 10.0
 
 
 def remove_dead_runs(root: Path) -> list[Path]:
-    """Remove the folders of runs that are gone; those that were removed.
+    """Remove the folders of runs that are gone. Returns the removed folders.
 
     Raises:
         ConfigError: `root` is not private to this user.
@@ -43,20 +43,20 @@ def remove_dead_runs(root: Path) -> list[Path]:
 
 @contextmanager
 def guarded(root: Path) -> Iterator[None]:
-    """Be the only one who makes or removes folders of runs."""
-    status = root.lstat()  # a link that somebody else has put there is none of ours
+    """Be the only process that makes or removes folders of runs."""
+    status = root.lstat()  # do not follow a link that somebody else may have put there
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
         raise ConfigError(
-            f"{root} is not private to this user",
-            remedy=f"remove it, or name another folder in {paths.RUNTIME}",
+            f"{root} is not private to this user: it must be a folder with mode 0700 that this user owns",
+            remedy=f"remove it, or set the environment variable {paths.RUNTIME} to another folder",
         )
     with locked(root / LOCK, on_busy=lambda: None):
         yield
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove the folders of runs that are gone, under the guard; those that were removed."""
+    """Remove the folders of runs that are gone, under the guard. Returns the removed folders."""
     named_so = (entry for entry in root.iterdir() if _RUN.fullmatch(entry.name))
     folders = (entry for entry in named_so if entry.is_dir() and not entry.is_symlink())
     dead = [folder for folder in folders if not is_alive(folder)]

@@ -1,4 +1,4 @@
-"""Our end of a serial port of the guest: bytes in both directions, no more."""
+"""Our end of a serial port of the guest. It carries bytes in both directions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from collections.abc import Callable
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost
 
-_MAX_EARLY = 1 << 20  # bytes that are kept before anybody listens
+_MAX_EARLY = 1 << 20  # bytes that we keep before there is a listener
 
 
 class Port:
-    """A port of the guest. What arrives before anybody listens is kept.
+    """A port of the guest. It keeps what arrives before there is a listener.
 
     Args:
-        sock: our end of a socket pair; it stays the caller's, who also has `feed` called with what
-            arrives there.
+        sock: our end of a socket pair. The caller owns it, and calls `feed` with what arrives there.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -29,7 +28,7 @@ class Port:
         self._sending = threading.Lock()
 
     def listen(self, feed: Callable[[bytes], object]) -> None:
-        """Hand what arrives from now on, and what has arrived before, to `feed`."""
+        """Pass what has arrived, and what will arrive, to `feed`."""
         with self._receiving:
             self._listener = feed
             early, self._early = self._early, b""
@@ -61,7 +60,10 @@ class Port:
                     poller.register(self._sock, select.POLLOUT)
                     if not poller.poll(deadline.remaining() * 1000):
                         raise GuestLost(
-                            f"the guest took nothing for {timeout:g} s", stage="command"
+                            f"the helper in the guest read nothing for {timeout:g} s",
+                            stage="command",
+                            remedy="check whether a test stops all processes in the guest. This machine may "
+                            "also be overloaded: run fewer guests or workers at a time",
                         ) from None
                 except OSError as error:
-                    raise GuestLost("the guest's machine is gone", stage="launch") from error
+                    raise GuestLost("the guest's QEMU is gone", stage="launch") from error

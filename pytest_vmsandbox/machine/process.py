@@ -1,4 +1,4 @@
-"""Processes of ours, spawned and owned by the launcher, which outlives any death of this process."""
+"""Processes that the launcher starts and owns. It outlives this process, and ends them then."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REAP_SECONDS = 10.0  # a killed process that is not gone by then is stuck in th
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Who a process runs as: numbers of user, group and further groups."""
+    """The user that a process runs as: ids of user, group and further groups."""
 
     uid: int
     gid: int
@@ -34,16 +34,16 @@ class Identity:
 
 
 class LauncherError(LaunchError):
-    """The launcher is gone, or could not start a program: no fault of what was to run."""
+    """The launcher is gone, or could not start a program. The program is not to blame."""
 
 
 @dataclass(eq=False, repr=False)
 class OwnedProcess:
-    """A process that the launcher has spawned. Made by `Launcher.spawn`, which ends it.
+    """A process that the launcher has started. `Launcher.spawn` makes and ends it.
 
     Attributes:
         argv: its command line.
-        pid: its process number.
+        pid: its process id.
     """
 
     argv: tuple[str, ...]
@@ -63,7 +63,10 @@ class OwnedProcess:
         if message is None or "pid" not in message:
             reason = "did not answer" if message is None else "is gone"
             raise LauncherError(
-                f"{self.argv[0]} could not be started: the launcher {reason}", transient=True
+                f"{self.argv[0]} could not be started: the launcher process {reason}",
+                remedy="this machine may be overloaded, or something killed the launcher: look for an "
+                "out-of-memory kill",
+                transient=True,
             )
         self.pid = int(message["pid"])
 
@@ -90,8 +93,8 @@ class OwnedProcess:
                 return None
             data = os.read(self._status, 4096)
             if not data:  # the launcher is gone, and its children with it
-                # Its descriptors close a moment before it ends. Who starts the next process must
-                # find it ended, or would talk to it.
+                # Its descriptors close a moment before it ends. Wait for its end, or the next process
+                # would still be sent to it.
                 with suppress(subprocess.TimeoutExpired):
                     self._parent.wait(_REAP_SECONDS)
                 return {"exit": -9}
@@ -103,7 +106,7 @@ class OwnedProcess:
         return message
 
     def signal(self, number: int) -> None:
-        """Send a signal; nothing happens if the process is gone."""
+        """Send a signal. Does nothing if the process is gone."""
         with suppress(LaunchError):  # the launcher is gone, and took the process with it
             self._launcher.send({"id": self._number, "signal": number})
 
@@ -114,18 +117,18 @@ class OwnedProcess:
             return self._tail
         fd = self._stderr.fileno()
         start = max(0, os.fstat(fd).st_size - _STDERR_TAIL)
-        # The process writes where this file is: it must not be moved.
+        # The process shares this file's position, so we must not move it.
         return os.pread(fd, _STDERR_TAIL, start).decode(errors="replace")
 
 
 class Launcher:
-    """This process's end of the launcher. One for each process that runs guests.
+    """This process's side of the launcher. Each process that runs guests has one.
 
-    It runs as long as its context; at the end it and all that it still owns is killed. A launcher that
-    something has killed took its guests with it. The next guest gets a new one.
+    The launcher runs as long as the context. At the end, it and everything that it owns is killed. If
+    something kills it, its guests die, too, and the next guest gets a new launcher.
 
     Args:
-        folder: of the run; the launcher removes it when this process is gone.
+        folder: of the run. The launcher removes it when this process is gone.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -163,7 +166,10 @@ class Launcher:
         except subprocess.TimeoutExpired as error:
             self._process.kill()
             self._process.wait()
-            raise TeardownError("the launcher did not end and was killed") from error
+            raise TeardownError(
+                f"the launcher process did not end within {_REAP_SECONDS:g} s, and was killed",
+                remedy="run 'vmsandbox clean' to remove what may be left",
+            ) from error
 
     @contextmanager
     def spawn(
@@ -175,14 +181,14 @@ class Launcher:
         identity: Identity | None = None,
         small_pages: bool = False,
     ) -> Iterator[OwnedProcess]:
-        """A process of ours; at the end it is killed, if it still runs, and reaped.
+        """Start a process. At the end it is killed, if it still runs, and reaped.
 
         Args:
             argv: absolute path of the program, and its arguments.
-            fds: descriptors for it: its number → ours.
+            fds: its descriptors: its number → ours.
             env: its whole environment.
-            identity: who it runs as; None for the user of this process.
-            small_pages: let it have no huge pages, which take more memory than is used of them.
+            identity: the user that it runs as; None for this process's user.
+            small_pages: whether to turn off huge pages, which take more memory than it uses.
 
         Raises:
             LaunchError: it could not be started.
@@ -219,21 +225,24 @@ class Launcher:
                 process.signal(9)
                 try:
                     if process.pid and process.wait(_REAP_SECONDS) is None:
-                        raise TeardownError(f"process {process.pid} ({argv[0]}) cannot be killed")
+                        raise TeardownError(
+                            f"process {process.pid} ({argv[0]}) does not end after SIGKILL",
+                            remedy="it is stuck in the kernel: check this machine's disks, or restart it",
+                        )
                 finally:
-                    # Its descriptors are about to be closed: keep what can still be asked for.
+                    # Its files are closed next: keep the end of its output.
                     process._tail = process.stderr_tail  # noqa: SLF001  # likewise
 
     def check(self) -> None:
-        """Look whether the launcher is still there.
+        """Check that the launcher is still there.
 
         Raises:
             LauncherError: it is gone.
         """
-        self.send({"id": 0, "signal": 0})  # numbers of processes begin at 1
+        self.send({"id": 0, "signal": 0})  # ids of processes begin at 1
 
     def send(self, message: object, fds: Sequence[int] = ()) -> None:
-        """Send a message, as `launcher.py` tells, with descriptors.
+        """Send a message and descriptors, in the protocol of `launcher.py`.
 
         Raises:
             LauncherError: the launcher is gone.
@@ -246,8 +255,8 @@ class Launcher:
                 socket.send_fds(self._control, [json.dumps(message).encode()], fds)
             except OSError as error:
                 raise LauncherError(
-                    "the launcher is gone, and every guest with it",
+                    "the launcher process is gone, and with it all guests",
                     details=str(error),
-                    remedy="something killed the launcher process; look for an out-of-memory kill",
+                    remedy="something killed the launcher process: look for an out-of-memory kill",
                     transient=True,
                 ) from error

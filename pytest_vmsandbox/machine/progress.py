@@ -1,4 +1,4 @@
-"""Whether a guest that boots gets on, by what its processors do and what it writes to its console."""
+"""Checks whether a booting guest makes progress, by its CPUs and its console."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
     """Wait until a guest's kernel has started its first program.
 
     Args:
-        standstill: seconds without any progress after which the guest hangs.
-        at_most: seconds for all of it, however much progress there is.
+        standstill: seconds without progress after which the guest counts as hanging.
+        at_most: seconds in all, even with progress.
 
     Raises:
-        BootError: the guest hangs, is gone, or is not there in time.
+        BootError: the guest hangs, is gone, or is too slow.
     """
     deadline = Deadline(at_most)
     signs, since = None, 0.0
     while not machine.reaches("init", deadline.remaining(_LOOK_SECONDS)):
         machine.check_booting(deadline.elapsed)
         if deadline.expired:
-            raise _never_ran(machine, f"no program ran in {at_most:g} s", deadline.elapsed)
-        # While QEMU waits for a processor of the host, nobody can expect progress.
+            raise _never_ran(machine, f"no program ran within {at_most:g} s", deadline.elapsed)
+        # While QEMU waits for a CPU of the host, there can be no progress.
         clock = deadline.elapsed - time_waited(machine.process.pid)
         if (now := _signs_of_progress(machine)) != signs:
             signs, since = now, clock
@@ -47,20 +47,19 @@ def _never_ran(machine: Machine, why: str, seconds: float) -> BootError:
 
 
 def _signs_of_progress(machine: Machine) -> object:
-    """What differs as long as the guest gets on.
+    """A value that changes while the guest makes progress.
 
-    Where the host's kernel tells how long it has run the guest's own code, that alone counts: KVM
-    that emulates instructions one by one lets firmware write to the console, and runs no kernel.
+    If the host's kernel reports how long it has run the guest's own code, only that counts. KVM that
+    emulates single instructions can run firmware, which writes to the console, but no kernel.
     """
     time = guest_time(machine.process.pid) if machine.spec.accelerator == "kvm" else None
     return (machine.console.size, machine.human("info registers")) if time is None else time
 
 
 def guest_time(pid: int) -> int | None:
-    """How long processors have run a guest's own code, in clock ticks; None where nobody tells.
+    """How long CPUs have run a guest's own code, in clock ticks; None if unknown.
 
-    It is what the host's kernel has accounted to the guest. Where KVM has to emulate a guest's
-    instructions one by one, it stays zero.
+    The host's kernel accounts it. If KVM has to emulate single instructions, it stays zero.
     """
     try:
         return parse_guest_time(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"))
@@ -69,13 +68,13 @@ def guest_time(pid: int) -> int | None:
 
 
 def parse_guest_time(stat: str) -> int:
-    """The guest's time, from what the kernel tells of a process."""
+    """The guest's time in the kernel's statistics of a process."""
     fields = stat.rpartition(")")[2].split()  # what follows the second one, the program's name
     return int(fields[_GUEST_TIME - 3])
 
 
 def time_waited(pid: int) -> float:
-    """Seconds that the thread of a process that waited longest has waited for a processor."""
+    """Seconds that a process has waited for a CPU: the longest of its threads."""
     waited = [0]
     for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         try:

@@ -1,4 +1,4 @@
-"""The QEMU of this machine."""
+"""Finds the QEMU of this machine."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class Qemu:
     Attributes:
         path: of the program.
         version: for instance ``(7, 2, 22)``.
-        build: what tells this build from any other, and is the same on another machine: version and
-            digest of the file.
+        build: identifies this build on any machine: version and digest of the file.
     """
 
     path: Path
@@ -40,10 +39,10 @@ class Qemu:
 def find_qemu(architecture: str = "x86_64") -> Qemu:
     """The QEMU for guests of an architecture.
 
-    The variable ``VMSANDBOX_QEMU`` names another program than the one on the path.
+    The variable ``VMSANDBOX_QEMU`` can name another program than the one on PATH.
 
     Raises:
-        LaunchError: there is none, or it does not run.
+        LaunchError: it is missing, or does not run.
     """
     wanted = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{architecture}"
     found = shutil.which(wanted)
@@ -76,7 +75,9 @@ def _inspect(path: str, _mtime: int, _size: int) -> Qemu:
     match = re.search(r"version (\d+(?:\.\d+)*)", output)
     if match is None:
         raise LaunchError(
-            f"{path} does not tell its version", details=output, remedy="install QEMU anew"
+            f"{path} --version does not print the version of a QEMU",
+            details=output,
+            remedy="install QEMU again, or set VMSANDBOX_QEMU to a QEMU that works",
         )
     version = tuple(int(part) for part in match[1].split("."))
     with Path(path).open("rb") as file:

@@ -1,7 +1,7 @@
 """What the guests of all runs of a user may take of this host together.
 
-Every run writes what it claims into its own folder; the claims of a run that is gone count no more,
-however it went, since its folder's lock is free.
+Each run writes its claims to its own folder. If a run is gone, nobody holds the lock of its folder, so
+its claims do not count any more.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.orphans import is_alive
 
-_SHARE = 0.7  # of the host's memory, up to which guests are kept that nobody has asked for yet
+_SHARE = 0.7  # of the host's memory; beyond this, no clones are made ahead of demand
 _CLAIM, _LOCK, _SLOT = "memory", ".quota", ".arming"
 
 
 class Quota:
-    """This run's claims, beside those of others.
+    """This run's claims, among those of other runs.
 
     Args:
         folder: of this run.
@@ -35,10 +35,10 @@ class Quota:
         """Claim `size` bytes of memory.
 
         Args:
-            spare: only if there is enough for all; else whether or not.
+            spare: whether to claim only if there is enough for all. If not, claim in any case.
 
         Returns:
-            Whether they are claimed.
+            Whether the memory is claimed.
         """
         with self._locked(_LOCK):
             if spare and self._all() + size > _SHARE * host.total_memory():
@@ -47,13 +47,13 @@ class Quota:
         return True
 
     def release(self, size: int) -> None:
-        """Give up what was claimed."""
+        """Release claimed memory."""
         with self._locked(_LOCK):
             self._write(-size)
 
     @contextmanager
     def processor(self) -> Iterator[None]:
-        """Wait for one of the host's processors, for what nobody waits for."""
+        """Wait for one of the host's CPUs, for work that nobody waits for."""
         count = os.cpu_count() or 1
         with ExitStack() as stack:
             for number in range(count):

@@ -140,7 +140,7 @@ class TestForward:
             sock.bind(udp)
 
     def test_is_refused(self, machine):
-        with pytest.raises(MonitorError, match="did not forward port 70000") as caught:
+        with pytest.raises(MonitorError, match="could not forward TCP port 70000") as caught:
             machine.forward(70000)
         assert "invalid" in caught.value.details.lower()
 
@@ -422,7 +422,7 @@ class TestUserSpace:
 
     def test_is_not_reached(self, stand):
         with stand.machine() as machine:
-            with pytest.raises(BootError, match=r"it: no program ran in 0\.1 s") as caught:
+            with pytest.raises(BootError, match=r"it: no program ran within 0\.1 s") as caught:
                 wait_for_user_space(machine, standstill=60, at_most=0.1)
             assert caught.value.stage == "firmware"
             assert caught.value.seconds >= 0.1
@@ -617,7 +617,7 @@ class TestState:
     def test_nothing_that_could_be_loaded(self, stand, state, content):
         state.write(content)
         with (
-            pytest.raises(LaunchError, match="cannot load a saved state") as caught,
+            pytest.raises(LaunchError, match="cannot load the saved state of the guest") as caught,
             stand.machine(start=Start.RESTORED, state=state),
         ):
             pass
@@ -628,7 +628,7 @@ class TestState:
             machine.save(state, with_memory=True)
         before = descriptors()
         with (
-            pytest.raises(LaunchError, match="cannot load a saved state"),
+            pytest.raises(LaunchError, match="cannot load the saved state of the guest"),
             stand.machine(start=Start.RESTORED, state=state, memory=96),
         ):
             pass
@@ -640,7 +640,7 @@ class TestState:
         fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         with (
             os.fdopen(number, "r+b", buffering=0) as full,
-            pytest.raises(MonitorError, match="did not transfer the guest's state") as caught,
+            pytest.raises(MonitorError, match="save or load the guest's state") as caught,
         ):
             machine.save(full, with_memory=True)
         assert caught.value.details
@@ -649,7 +649,7 @@ class TestState:
 
     def test_one_that_was_not_meant_to_be_loaded(self, machine, state, monkeypatch):
         monkeypatch.setattr(machine_module, "_TERM_SECONDS", 0.1)
-        with pytest.raises(LaunchError, match="cannot load a saved state") as caught:
+        with pytest.raises(LaunchError, match="cannot load the saved state of the guest") as caught:
             machine._load(state, has_memory=True)
         assert "refused 'migrate-incoming'" in caught.value.details
 

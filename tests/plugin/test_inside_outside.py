@@ -45,7 +45,7 @@ def test_an_error_names_the_folder_and_the_remedy(suite, in_conftest):
     assert status == 1
     assert "passed" not in output
     assert "No module named 'common'" in output
-    assert f"common is in {suite.folder}/shared here" in output
+    assert f"on this machine, common is in {suite.folder}/shared. That folder" in output
     assert "`vm_push = ../shared`" in output
 
 

@@ -153,7 +153,7 @@ def pytest_runtest_makereport(item, call):
     return report
 """
 TOLD = {
-    "renamed": "a hook in the guest renames reports, here {} to test_it.py::test_renamed (changed):",
+    "renamed": "a hook in the guest renames reports, here {} to test_it.py::test_renamed (changed).",
     "twice": "{}: its call was reported twice in the guest. Only the first report counts",
     "many": "{}: it has 12000 user properties, and some of them are lost. A guest sends at most 10,000",
     "long": "{}: it has 9000 user properties, and some of them are lost. A guest sends at most 10,000",

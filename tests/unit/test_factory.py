@@ -90,12 +90,12 @@ class TestDescription:
             ),
             (
                 "tcg",
-                "/dev/kvm is not open to this user; add them to its group: sudo usermod -aG kvm $USER",
+                "/dev/kvm is not open to this user; add the user to its group: sudo usermod -aG kvm $USER",
                 "tcg (/dev/kvm is not open to this user); timeouts ×10; see 'vmsandbox doctor'",
             ),
             (
                 "tcg",
-                "there is no /dev/kvm: virtualization is switched off, or this is a virtual machine",
+                "there is no /dev/kvm: virtualization is turned off, or this is a virtual machine",
                 "tcg (there is no /dev/kvm); timeouts ×10; see 'vmsandbox doctor'",
             ),
         ],

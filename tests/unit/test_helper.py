@@ -226,7 +226,7 @@ class TestStart:
 
     def test_more_than_there_is_room_for(self, helper):
         processes = [start(helper, "cat") for _ in range(256)]
-        with pytest.raises(GuestLost, match="can start no further program"):
+        with pytest.raises(GuestLost, match="cannot start another program"):
             start(helper, "cat")
         for process in processes:
             process.end_input()
@@ -446,7 +446,7 @@ class TestTimeouts:
     def test_the_whole_group_is_killed(self, helper, tmp_path):
         process = sh(helper, f"sleep 1000 & echo $! >{tmp_path}/pid; echo out; sleep 1000")
         out = bytearray()
-        with pytest.raises(CommandTimeout, match=r"sh did not end in 0\.3 s and was killed"):
+        with pytest.raises(CommandTimeout, match=r"sh did not end within 0\.3 s and was killed"):
             process.communicate(None, out.extend, fine_bytes, 0.3)
         assert out == b"out\n"
         child = int((tmp_path / "pid").read_text())
@@ -455,7 +455,7 @@ class TestTimeouts:
 
     def test_one_that_neither_takes_nor_gives(self, helper):
         process = sh(helper, "echo one; sleep 1000")
-        with pytest.raises(CommandTimeout, match=r"neither took nor gave anything for 0\.2 s"):
+        with pytest.raises(CommandTimeout, match=r"had no input or output for 0\.2 s"):
             process.communicate(None, fine_bytes, fine_bytes, SECONDS, idle=0.2)
         wait_for(lambda: not alive(process._channel.group))
         process.close()
@@ -623,7 +623,7 @@ class TestEnd:
         group = process._channel.group
         helper.close()
         assert not helper.is_there
-        with pytest.raises(GuestLost, match="connection broke"):
+        with pytest.raises(GuestLost, match="connection to the guest broke"):
             process.wait(SECONDS)
         with pytest.raises(GuestLost):
             process.communicate(None, fine_bytes, fine_bytes, SECONDS)
@@ -657,7 +657,7 @@ class TestEnd:
             lambda: process.send(b"x"),
             lambda: process.signal("KILL"),
         ):
-            with pytest.raises(GuestLost, match="machine is gone"):
+            with pytest.raises(GuestLost, match="the guest's QEMU is gone"):
                 use()
         process.close()
         real.helper.close()
@@ -785,7 +785,7 @@ class TestRequests:
         ("ask", "what"),
         [
             (lambda helper: helper.seed(b"x"), "reseed the random numbers"),
-            (lambda helper: helper.set_hostname("x"), "set its name"),
+            (lambda helper: helper.set_hostname("x"), "set the hostname"),
         ],
     )
     def test_refused(self, fake, ask, what):
@@ -803,7 +803,7 @@ class TestRequests:
         _, play = reply(fake, "R", payload)
         error = fake.during(lambda: ask(fake.helper), play)
         assert isinstance(error, GuestLost)
-        assert "answers nonsense" in error.brief
+        assert "invalid" in error.brief
 
     def test_an_answer_of_the_wrong_kind(self, fake):
         _, play = reply(fake, "P", struct.pack("<i", 0))
@@ -852,7 +852,7 @@ class TestRequests:
         _, play = reply(fake, "R", struct.pack("<iqq", 0, seconds, 0))
         error = fake.during(fake.helper.read_lead, play)
         assert isinstance(error, GuestLost)
-        assert "answers nonsense" in error.brief
+        assert "invalid" in error.brief
 
     def test_clock_is_refused(self, fake):
         _, play = reply(fake, "R", struct.pack("<iqq", errno.EPERM, 0, 0))
@@ -870,7 +870,7 @@ class TestRequests:
         assert len(fake.helper._rest) == 0
 
     def test_no_answer(self, fake):
-        with pytest.raises(GuestLost, match=r"did not answer in 0\.1 s"):
+        with pytest.raises(GuestLost, match=r"did not answer within 0\.1 s"):
             fake.helper.ping(0.1)
         assert fake.helper._replies == {}
         _, play = reply(fake, "P", b"vmsandbox")
@@ -894,7 +894,7 @@ class TestRequests:
         fake.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         process = fake.started()
         process._channel._room = 100 * MIB
-        with pytest.raises(GuestLost, match=r"took nothing for 0\.1 s"):
+        with pytest.raises(GuestLost, match=r"read nothing for 0\.1 s"):
             process.send(bytes(50 * MIB))
 
 
@@ -904,7 +904,7 @@ class TestHello:
         process = fake.started()
         fake.peer.hello()
         assert process.receive(SECONDS) == b""
-        with pytest.raises(GuestLost, match="connection broke while a program ran"):
+        with pytest.raises(GuestLost, match="connection to the guest broke while a program ran"):
             process.wait(SECONDS)
         with pytest.raises(BrokenPipeError):
             process.send(b"x")
@@ -940,7 +940,7 @@ class TestHello:
 
     def test_of_another_version(self, fake):
         fake.peer.hello(version=2)
-        with pytest.raises(GuestLost, match="nonsense"):
+        with pytest.raises(GuestLost, match="invalid data"):
             fake.helper.ping()
 
     def test_none(self, loop):
@@ -1035,7 +1035,7 @@ class TestAssume:
         for _ in range(50):
             fed.feed(bytes(10_000))
         assert len(fed.helper._rest) < 120_000
-        with pytest.raises(GuestLost, match="does not stop talking"):
+        with pytest.raises(GuestLost, match="went on sending old data"):
             fed.helper.ping()
 
 
@@ -1116,9 +1116,9 @@ class TestNonsense:
         assert channel.number == 1
         it.feed(data)
         assert channel.closed
-        with pytest.raises(GuestLost, match="nonsense"):
+        with pytest.raises(GuestLost, match="invalid data"):
             it.helper.ping()
-        with pytest.raises(GuestLost, match="nonsense"):
+        with pytest.raises(GuestLost, match="invalid data"):
             start(it.helper, "true")
         assert it.helper._channels == {}
 
@@ -1137,7 +1137,7 @@ class TestNonsense:
 
         error = fake.during(lambda: start(fake.helper, "true"), play)
         assert isinstance(error, GuestLost)
-        assert "nonsense" in error.brief
+        assert "invalid data" in error.brief
 
     def test_nothing_is_kept_after_it(self):
         it = fed()
@@ -1240,5 +1240,5 @@ class TestPort:
         ours, theirs = socket.socketpair()
         with ours, opened(loop, ours) as port:
             theirs.close()
-            with pytest.raises(GuestLost, match="machine is gone"):
+            with pytest.raises(GuestLost, match="the guest's QEMU is gone"):
                 port.send(b"x", SECONDS)

@@ -61,13 +61,13 @@ class TestQemu:
     )
     def test_one_that_does_not_tell(self, path, script):
         self.program(path, script)
-        with pytest.raises(LaunchError, match="does not tell its version"):
+        with pytest.raises(LaunchError, match="does not print the version of a QEMU"):
             find_qemu()
 
     def test_one_that_cannot_be_executed(self, path):
         (path / "qemu-system-x86_64").write_bytes(b"\x7fELF nonsense")
         (path / "qemu-system-x86_64").chmod(0o755)
-        with pytest.raises(LaunchError, match="does not tell its version"):
+        with pytest.raises(LaunchError, match="does not print the version of a QEMU"):
             find_qemu()
 
     def test_none(self):
@@ -114,7 +114,7 @@ class TestMemory:
         if fits:
             host.require_memory(size)
         else:
-            with pytest.raises(LaunchError, match="does not fit: this host has") as caught:
+            with pytest.raises(LaunchError, match="does not fit: this machine has") as caught:
                 host.require_memory(size)
             assert "memory=" in caught.value.remedy
 
@@ -366,8 +366,8 @@ class TestDescriptors:
     @pytest.mark.parametrize("limit", [64, 255])
     def test_too_few_for_a_guest(self, limited, limit):
         done = limited(limit, limit, "require_descriptors")
-        assert f"this process may have {limit} files open and has" in done.stderr
-        assert "Remedy: allow it more: ulimit -n 65536 (a shell)" in done.stderr
+        assert f"files open and may open {limit}, which is too few" in done.stderr
+        assert "Remedy: raise the limit: ulimit -n 65536 (shell)" in done.stderr
 
     def test_enough(self, limited):
         assert limited(300, 300, "require_descriptors").returncode == 0
@@ -379,5 +379,5 @@ class TestDescriptors:
         with ExitStack() as stack:
             for _ in range(350):
                 stack.enter_context(open(os.devnull, encoding="utf-8"))
-            with pytest.raises(LaunchError, match="too few for a guest"):
+            with pytest.raises(LaunchError, match="too few for another guest"):
                 host.require_descriptors()

@@ -327,7 +327,7 @@ class TestWithoutOne:
         monkeypatch.setattr(host, "total_memory", lambda: 0)
         pool.expect(OPENED, BLUEPRINT, 3)
         wait_for(lambda: pool.kind(OPENED).failure is not None)
-        assert "no room" in pool.kind(OPENED).failure.brief
+        assert "no memory left" in pool.kind(OPENED).failure.brief
         assert quota._claimed == 0
         with lease(pool) as (_, was_armed):
             assert not was_armed

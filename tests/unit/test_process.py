@@ -357,7 +357,7 @@ class TestLauncher:
                 os.kill(launcher_pid(os.getpid()), signal.SIGKILL)
                 assert ends(*fds)
             assert process.wait(10) == -9
-            with pytest.raises(LaunchError, match="the launcher is gone") as caught:
+            with pytest.raises(LaunchError, match="the launcher process is gone") as caught:
                 launcher.check()
             assert "out-of-memory" in caught.value.remedy
             assert caught.value.transient
@@ -387,7 +387,7 @@ class TestLauncher:
         killer = threading.Timer(0.05, kill)  # by then the message waits in the socket
         killer.start()
         with (
-            pytest.raises(LaunchError, match="could not be started: the launcher is gone"),
+            pytest.raises(LaunchError, match="could not be started: the launcher process is gone"),
             launcher.spawn(PAUSE, fds={}, env=ENV),
         ):
             pass

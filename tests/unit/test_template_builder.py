@@ -130,7 +130,7 @@ class TestTheImage:
         keep(digests["disk.raw"])
         damage.KINDS["flipped"](folder / name)
         with pytest.raises(ImageError, match=f"{name} has changed since it was built") as caught:
-            builder.obtain(blueprint).fault(anew=False)
+            builder.obtain(blueprint).fault(again=False)
         assert caught.value.remedy == "vmsandbox images build mine --force"
 
 
@@ -141,7 +141,7 @@ class TestFault:
         return builder.obtain(blueprint)
 
     def test_none(self, opened):
-        assert opened.fault(anew=False) == opened.fault(anew=True) == ""
+        assert opened.fault(again=False) == opened.fault(again=True) == ""
         opened.check()
         opened.check_current()
 
@@ -149,15 +149,15 @@ class TestFault:
         keep("")
         damage.KINDS["flipped"](store.all()[0].folder / "state")
         opened = builder.obtain(blueprint)
-        assert opened.fault(anew=False) == "state has changed on the disk"
+        assert opened.fault(again=False) == "state has changed on the disk"
         with pytest.raises(LaunchError, match="the template of mine is damaged"):
             opened.check()
 
     def test_of_now(self, opened):
-        assert opened.fault(anew=False) == ""
+        assert opened.fault(again=False) == ""
         damage.KINDS["removed"](opened.template.folder / "state")
-        assert opened.fault(anew=False) == ""
-        assert "state" in opened.fault(anew=True)
+        assert opened.fault(again=False) == ""
+        assert "state" in opened.fault(again=True)
 
     def test_another_run_has_made_it_anew(self, opened, builder, store, keep, said):
         """Its files are not those of the memory that is open here; they are left alone."""
@@ -167,7 +167,7 @@ class TestFault:
         keep("")
         with pytest.raises(LaunchError, match="another run has removed"):
             opened.check_current()
-        fault = opened.fault(anew=True)
+        fault = opened.fault(again=True)
         assert fault
         builder.drop(opened, fault)
         (template,) = store.all()

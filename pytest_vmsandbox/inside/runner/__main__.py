@@ -1,4 +1,4 @@
-"""Starts a program of this folder, which is a package wherever it lies."""
+"""Starts a program of this folder, which works as a package in any place."""
 
 import importlib
 import os

@@ -1,8 +1,8 @@
-"""Keeps this program apart from tests, which share its interpreter and may patch any name of any module.
+"""Shields this program from tests, which share its interpreter and may patch any name of any module.
 
-A module of this program calls `keep_apart` after its imports. Then each module in it is a copy. A
-function in a copy still looks up names in the module that it comes from. So while tests run, this
-program calls only functions that are written in C, and those of `json`, whose code is executed once more.
+A module of this program calls `keep_apart` after its imports. Then the modules that it uses are copies. A
+function in a copy still looks up names in its original module. So while tests run, this program calls
+only functions that are written in C, and those of `json`, whose code is executed a second time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import types
 
-# From here on, descriptors are out of the way of tests.
+# The first descriptor that is out of the way of tests.
 ASIDE = min(900, os.sysconf("SC_OPEN_MAX") // 2)
 BUILTINS = dict(vars(builtins))
 COPIES: dict[str, types.ModuleType] = {}
@@ -24,7 +24,7 @@ def keep_apart(names: dict[str, object]) -> None:
     """Let a module use modules and builtins that nobody else can patch.
 
     Args:
-        names: its globals; functions that are defined from now on use them.
+        names: its globals. Functions that are defined later use them.
     """
     names["__builtins__"] = BUILTINS
     for name, value in list(names.items()):
@@ -36,7 +36,7 @@ def keep_apart(names: dict[str, object]) -> None:
 
 
 def executed_again(module: types.ModuleType) -> types.ModuleType:
-    """A module with the same code, in which nobody else can patch a name."""
+    """A module with the same code, whose names nobody else can patch."""
     again = types.ModuleType(module.__name__)
     vars(again)["__builtins__"] = BUILTINS
     loader = vars(module)["__spec__"].loader
@@ -52,9 +52,9 @@ vars(COPIES["json"]).update(
 
 
 def leave_modules() -> None:
-    """Leave `sys.modules`: some tools patch all that is in there.
+    """Remove our modules from `sys.modules`, because some tools patch all modules in it.
 
-    ``__main__`` becomes what it is for ``python -m pytest``.
+    ``__main__`` becomes the same as for ``python -m pytest``.
     """
     import importlib.util
 

@@ -1,4 +1,4 @@
-"""How a pytest session is made to run what the host tells it to, and to have its options and ini keys."""
+"""Lets the host control a pytest session: which items it runs, and its options and ini keys."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ PIECE = 500  # collected items in one message
 
 
 class Pause(pytest.Item):
-    """The item that comes next where that is unknown: it needs the session's fixtures only."""
+    """Stands for an unknown next item. It needs only the session's fixtures."""
 
     def runtest(self) -> None:
         raise NotImplementedError
 
 
 class Control:
-    """The plugin that makes a pytest session run what it is told to.
+    """The plugin by which the host controls a pytest session.
 
-    It says ``{"failed": [node id, report]}`` for what could not be collected; ``{"items": […]}``, each
-    ``[node id, parameters' indices]``; ``{"ready": N}``; then, for each item that it
-    is told to run, reports, ``{"done": ID, "stop": reason or null}``; if it is ``timed``,
-    ``{"call": true}`` and ``{"call": false}`` around its function. ``{"again": true}`` begins another
-    attempt at it. At the end of a session that was woken, ``{"untouched": true}`` says that nothing in
-    ``tree`` is other than when the session began.
+    It sends ``{"failed": [node id, report]}`` for what could not be collected; ``{"items": […]}``, each
+    ``[node id, parameters' indices]``; ``{"ready": N}``. For each item that it runs, it sends reports and
+    ``{"done": ID, "stop": reason or null}``. If the item is ``timed``, ``{"call": true}`` and
+    ``{"call": false}`` come around its function. ``{"again": true}`` begins another attempt at it. At the
+    end of a woken session, ``{"untouched": true}`` says that nothing in ``tree`` has changed.
 
     Args:
         settings: see `process.run`.
@@ -57,9 +56,9 @@ class Control:
     # -- setting up ---------------------------------------------------------------------------
 
     def pytest_addhooks(self, pluginmanager: pytest.PytestPluginManager) -> None:
-        """The first hook, which comes before pytest reads its first ini key."""
+        """Set ini keys in the first hook, before pytest reads its first key."""
         let_ini_keys_be(pluginmanager.get_plugin("pytestconfig"), self.settings["ini"])
-        # Hooks of plugins that stay on the host are unknown here; the host has looked at them.
+        # Hooks of host-only plugins are unknown here. The host has checked them.
         vars(pluginmanager)["check_pending"] = lambda: None
 
     @pytest.hookimpl(tryfirst=True)
@@ -68,7 +67,7 @@ class Control:
 
     @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_cmdline_parse(self) -> Generator[None, Any, Any]:
-        """Set the options as soon as pytest has read its own: before any other hook looks at them."""
+        """Set the options right after pytest has read its own, before any other hook uses them."""
         config = yield
         set_options(config.option, self.settings["options"])
         return config
@@ -86,7 +85,7 @@ class Control:
     def pytest_sessionstart(self, session: pytest.Session) -> Iterator[None]:
         yield
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:  # it has to be there, but nobody reads it
+        if reporter is not None:  # plugins need it, but nobody reads its output
             nowhere = open(aside(os.open(os.devnull, os.O_WRONLY)), "w", encoding="utf-8")
             reporter._tw = TerminalWriter(nowhere)  # noqa: SLF001
 
@@ -117,7 +116,7 @@ class Control:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.pause = Pause.from_parent(session, name="vmsandbox-pause")
-        self.wire.say({"ready": len(session.items)})  # pytest has told warnings, too
+        self.wire.say({"ready": len(session.items)})  # after pytest's warnings
         while True:
             message = self.wire.hear()
             if message is None or message["do"] == "finish":
@@ -128,7 +127,7 @@ class Control:
                 return True
 
     def wake(self, config: pytest.Config, message: dict[str, Any]) -> None:
-        """The guest was cloned while the session waited: be another one than the other clones."""
+        """The guest was cloned while the session waited: make this session different from others."""
         self.awake = True
         seed = bytes.fromhex(message["seed"])
         random.seed(seed)
@@ -142,21 +141,21 @@ class Control:
             pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
-        # Nobody reads it, and what plugins import for it takes longer than a test does. It stays a hook,
-        # or pluggy could unregister no plugin any more.
+        # Nobody reads the summary, and plugins import modules for it, which takes longer than a test. It
+        # must stay a hook, or pluggy could not unregister plugins.
         name, manager = "pytest_terminal_summary", config.pluginmanager
         vars(config.hook)[name] = manager.subset_hook_caller(name, manager.get_plugins())
         self.wire.say({"awake": len(seed)})
 
     def run(self, session: pytest.Session, message: dict[str, Any]) -> bool:
-        """Run an item; whether the run is to end."""
+        """Run an item. Returns whether the run must end."""
         nodeid, config = message["id"], session.config
         item = self.items[nodeid]
-        item._report_sections.clear()  # noqa: SLF001  # the host may have it twice, and we once
+        item._report_sections.clear()  # noqa: SLF001  # the host may run an item twice
         self.reporter.begin(nodeid)
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(pytest.mark, name)(reason=reason))
-        if attempt := message.get("attempt", 0):  # those before were in other guests
+        if attempt := message.get("attempt", 0):  # earlier attempts were in other guests
             database: Any = config.failures_db  # type: ignore[attr-defined]
             database.get_test_failures = lambda _: attempt
         calls = Calls(self.wire) if message.get("timed") else None
@@ -177,7 +176,7 @@ class Control:
         return bool(stop)
 
     def next(self, message: dict[str, Any]) -> pytest.Item | None:
-        """The item for whose sake fixtures stay."""
+        """The next item, whose fixtures must stay."""
         if message["next"] in self.items:
             return self.items[message["next"]]
         return self.pause if message["more"] else None
@@ -188,33 +187,33 @@ class Control:
 
 
 def set_options(option: Any, wanted: dict[str, Any]) -> None:
-    """Set options that are known here."""
+    """Set those options that exist here."""
     for name, value in wanted.items():
         if hasattr(option, name):
             setattr(option, name, unpacked(value))
 
 
 def let_ini_keys_be(config: Any, rows: list[tuple[list[str], Any]]) -> None:
-    """Let ini keys have the host's values, as far as this side has such keys.
+    """Let ini keys have the host's values, if the keys exist here.
 
     Args:
         rows: the names of a key, and its value.
     """
     values: dict[str, Any] = {}
     for names, packed in rows:
-        # One object for all names: `addinivalue_line` adds to it.
+        # All names share one object, because `addinivalue_line` changes it.
         values.update(dict.fromkeys(names, unpacked(packed)))
     read = config.getini
 
     def getini(name: str) -> Any:
-        own = read(name)  # or it is unknown here
+        own = read(name)  # raises if the key is unknown here
         return values.get(name, own)
 
     config.getini = getini
 
 
 def unpacked(value: Any) -> Any:
-    """A value of an option or an ini key; JSON has paths and tuples as objects with one member."""
+    """The value of an option or an ini key. In JSON, paths and tuples are objects with one member."""
     if isinstance(value, list):
         return [unpacked(member) for member in value]
     if not isinstance(value, dict):
@@ -242,7 +241,7 @@ def installed_plugins(names: list[str]) -> list[str]:
 
 
 def fixtures_of(values: dict[str, object]) -> types.ModuleType:
-    """A plugin: fixtures for the whole session that are values of the host's."""
+    """A plugin with session fixtures that have values of the host."""
 
     def fixture_of(name: str) -> object:
         return pytest.fixture(scope="session", name=name)(lambda: values[name])

@@ -1,4 +1,4 @@
-"""Coverage of a session and of the processes that it starts; it begins before pytest is imported."""
+"""Coverage of a session and of the processes that it starts. It begins before pytest is imported."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ keep_apart(globals())
 
 
 class CoverageTracer:
-    """Measures from now on.
+    """Measures coverage from its creation on.
 
     Args:
-        options: coverage's: name → text, or list of texts.
+        options: of coverage: name → text, or list of texts.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.folder = tempfile.mkdtemp(prefix="vmsandbox-coverage-")
         settings = os.path.join(self.folder, "settings")
         self.data = os.path.join(self.folder, "data")
-        # A file, since processes that tests start read it, too.
+        # A file, because processes that tests start read it, too.
         with open(settings, "w", encoding="utf-8") as file:
             file.write("[run]\nparallel = true\ndata_file = %s\n" % self.data)
             for name, value in options.items():
@@ -38,7 +38,7 @@ class CoverageTracer:
         self.coverage.start()
 
     def plugin(self) -> types.ModuleType:
-        """What tests find of pytest-cov: its fixture that is coverage, and how not to be measured."""
+        """A plugin with pytest-cov's fixture `cov`, its fixture `no_cover` and its marker of that name."""
         import pytest
 
         @pytest.hookimpl(wrapper=True)
@@ -59,7 +59,7 @@ class CoverageTracer:
         return module
 
     def tell(self, wire: Wire, tree: str) -> None:
-        """Stop, and tell what was measured of the files of a tree."""
+        """Stop, and send what was measured for the files of a tree."""
         self.coverage.stop()
         self.coverage.save()
         whole = coverage.Coverage(data_file=self.data, config_file=False)

@@ -1,4 +1,4 @@
-"""What plugins of others keep beside reports, for those of the host; `plugin/in_vm/other_plugins.py` takes it there."""
+"""Sends what other plugins keep besides reports. On the host, `plugin/in_vm/other_plugins.py` takes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ keep_apart(globals())
 
 
 def scenario_of(report: Any) -> Any:
-    """What pytest-bdd 8 and newer note of a report beside it; older ones hang it on the report."""
+    """What pytest-bdd 8 and newer keep about a report. Older versions keep it on the report."""
     bdd = sys.modules.get("pytest_bdd.reporting")
     registry = getattr(bdd, "test_report_context_registry", None)
     context = registry.get(report) if registry is not None else None
@@ -31,10 +31,10 @@ KEPT = ("group", "param", "params", "extra_info", "iterations", "has_error")
 
 
 def send_benchmarks(config: Any, wire: Wire, *, about_machine: bool) -> None:
-    """Send what pytest-benchmark has measured since.
+    """Send new results of pytest-benchmark.
 
     Args:
-        about_machine: whether the host will save it, with what it was measured on.
+        about_machine: whether the host will save the results together with the machine.
     """
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
@@ -56,7 +56,7 @@ def send_benchmarks(config: Any, wire: Wire, *, about_machine: bool) -> None:
 
 
 def machine_of(session: Any) -> Any:
-    """What pytest-benchmark tells of this machine; that takes long, and is found out once."""
+    """pytest-benchmark's description of this machine. It takes long, so it is made once."""
     if not hasattr(session, "vmsandbox_machine"):
         session.vmsandbox_machine = Plain().of(session.get_machine_info())
     return session.vmsandbox_machine
@@ -68,10 +68,10 @@ MAX_FILE = 12 << 20  # bytes
 
 
 def send_results(folder: str | None, wire: Wire) -> None:
-    """Send what allure has written since, and remove it."""
+    """Send new files of allure, and remove them."""
     try:
         names = sorted(os.listdir(folder)) if folder else []
-    except FileNotFoundError:  # allure is not here
+    except FileNotFoundError:  # allure is not installed here
         return
     for name in names:
         path = "%s/%s" % (folder, name)
@@ -93,9 +93,9 @@ RECORD = (
 
 
 def send_records(config: Any, wire: Wire) -> None:
-    """Send the records of tests from now on.
+    """Send the log records of tests from now on.
 
-    They come by way of pytest's handler for the log file, which no test inside has.
+    We replace pytest's handler for the log file, because tests inside have none.
     """
     plugin = config.pluginmanager.get_plugin("logging-plugin")
     if plugin is None:
@@ -103,14 +103,14 @@ def send_records(config: Any, wire: Wire) -> None:
     formatter = logging.Formatter()
 
     class Records(type(plugin.log_file_handler)):  # type: ignore[misc]
-        def setLevel(self, level: object) -> None:  # noqa: N802  # the host looks at levels
+        def setLevel(self, level: object) -> None:  # noqa: N802  # the host checks levels
             pass
 
         def emit(self, record: logging.LogRecord) -> None:
             try:
                 text = record.getMessage()
                 trace = record.exc_info and formatter.formatException(record.exc_info)
-            except Exception as error:  # of the test, which pytest lets fail
+            except Exception as error:  # the test's fault; pytest lets it fail
                 text, trace = "%s (%r)" % (record.msg, error), None
             found = {name: getattr(record, name, None) for name in RECORD}
             found.update(msg=text, exc_text=trace or None)
@@ -126,7 +126,7 @@ def send_records(config: Any, wire: Wire) -> None:
 
 
 class JUnit:
-    """Stands in for that writer, which is the host's."""
+    """Stands for pytest's writer of the junit file, which is on the host."""
 
     def __init__(self, family: str, wire: Wire) -> None:
         self.family = family
@@ -139,7 +139,7 @@ class JUnit:
             )
         self.wire.note(clean({"junit": "property", "name": name, "value": str(value)}))
 
-    def node_reporter(self, report: object) -> JUnit:  # noqa: ARG002  # of the one that runs
+    def node_reporter(self, report: object) -> JUnit:  # noqa: ARG002  # always the current test's
         return self
 
     def add_attribute(self, name: str, value: object) -> None:

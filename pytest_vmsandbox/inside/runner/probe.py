@@ -1,4 +1,4 @@
-"""Prints what has to be known of a guest's Python. It comes by standard input, before all else."""
+"""Prints facts about a guest's Python. The guest gets this program by standard input, before all else."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""A session's process: what it is given, and pytest in it."""
+"""A session's process: sets it up, and runs pytest in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 shared_sys: Any = sys
 keep_apart(globals())
 
-MAX_SNAPSHOT = 5_000  # files and folders of a tree that a session looks through itself
+MAX_SNAPSHOT = 5_000  # files and folders of a tree; a session does not check larger trees
 DUMP = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
 
 
@@ -26,17 +26,18 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     """Run a session in this process, which the supervisor has forked, and return pytest's exit status.
 
     Args:
-        config: ``args`` for pytest, ``wanted`` (the plugins that it loads; empty for those of ``plugins``
-            that are installed), ``options`` (name → value) to set, ``ini`` (a list of
+        config: ``args`` for pytest, ``wanted`` (the plugins to load; empty for those of ``plugins`` that
+            are installed), ``options`` (name → value) to set, ``ini`` (a list of
             ``[names of a key, value]``), ``path`` for `sys.path`, ``junit`` (the family of the host's
-            junit file, if it writes one), ``outcomes`` (that plugins of the host know besides pytest's),
+            junit file, if it writes one), ``outcomes`` (further outcomes that plugins of the host know),
             ``alone`` (whether each attempt at a test has a guest of its own), ``measure`` (coverage's
-            options, if it is measured) and ``tree`` (of what), ``fixtures`` (name → value), ``programs``
-            for ``PATH``, ``cwd``, ``environment``, ``details`` (files of whose items all is told, since
-            the host could not collect them), ``logs`` (whether the host wants records of logs),
-            ``allure`` (the folder of its files), ``machine`` (whether benchmarks tell of theirs).
+            options, to measure coverage) and ``tree`` (of this folder), ``fixtures`` (name → value),
+            ``programs`` for ``PATH``, ``cwd``, ``environment``, ``details`` (files whose items are
+            described in full, because the host could not collect them), ``logs`` (whether the host wants
+            log records), ``allure`` (the folder of its files), ``machine`` (whether benchmarks include
+            the machine).
         sock, messages: see `Wire`.
-        outputs: the descriptors to which standard output and error go.
+        outputs: the descriptors of standard output and error.
     """
     wire = Wire(sock, messages)
     take_streams(*outputs)
@@ -66,24 +67,24 @@ def run(config: dict[str, Any], sock: socket.socket, messages: int, *outputs: in
     status = int(pytest.main(args, plugins=ours))
     if measuring is not None:
         measuring.tell(wire, os.path.realpath(config["tree"]))
-    # One that was not woken may be the second in its guest, and has not seen what the first has written.
+    # Only a woken session is surely the first in its guest, so it has seen all that was written.
     if control.awake and before is not None and snapshot(config["tree"]) == before:
         wire.say({"untouched": True})
     return status
 
 
 def take_streams(*outputs: int) -> None:
-    """Have descriptors, streams and signals as a program has that was just started."""
+    """Set up descriptors, streams and signals as in a new program."""
     os.setpgid(0, 0)
     protect("0")
     if os.geteuid() == 0:
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *outputs)):
         os.dup2(fd, number)
-    # A descriptor of its own: while a test runs, 2 is pytest's.
+    # A separate descriptor, because pytest uses 2 while a test runs.
     private = aside(os.dup(2))
     os.closerange(3, ASIDE)  # those of the supervisor
-    # As Python opens them, by the locale.
+    # Opened as Python does, by the locale.
     shared_sys.stdin = open(0, closefd=False)  # noqa: PLW1514
     shared_sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: PLW1514
     shared_sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: PLW1514
@@ -96,7 +97,7 @@ def take_streams(*outputs: int) -> None:
 
 
 def protect(score: str) -> None:
-    """Tell the kernel whom to kill when memory runs out."""
+    """Tell the kernel which process to kill if memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
             file.write(score)
@@ -105,9 +106,9 @@ def protect(score: str) -> None:
 
 
 def snapshot(folder: str) -> dict[str, tuple[int, ...]] | None:
-    """What tells whether anything in a folder has changed since; Python's caches are left out.
+    """A value that differs if anything in a folder has changed. Python's caches do not count.
 
-    None if there is too much, or it cannot be looked at: then somebody else has to look.
+    None if there are too many files, or they cannot be read: then the host has to check.
     """
     found: dict[str, tuple[int, ...]] = {}
     folders = [folder]

@@ -1,4 +1,4 @@
-"""What a session tells of the test that runs, and of how it ends."""
+"""Reports about the current test, and about the end of a session."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .wire import Wire, clean, portable
 keep_apart(globals())
 
 MAX_PROPERTIES = 10_000  # of a report: user_properties
-# The outcomes of what pytest-rerunfailures and pytest-retry try again.
+# The outcomes of attempts that pytest-rerunfailures and pytest-retry repeat.
 RERUN, RETRIED = "rerun", "retried"
 ENDINGS = ((pytest.exit.Exception, "left"), (pytest.Session.Interrupted, "stopped"))
 
 
 class InAnotherGuest(BaseException):
-    """The next attempt at a test has a guest of its own: pytest-rerunfailures is to begin none here."""
+    """The next attempt at a test has its own guest, so pytest-rerunfailures must not begin one here."""
 
 
 class Reporter:
-    """A plugin that tells the host what pytest tells here.
+    """A plugin that sends pytest's reports to the host.
 
     Args:
-        outcomes: that plugins of the host know besides pytest's.
+        outcomes: further outcomes that plugins of the host know.
         alone: whether each attempt at a test has a guest of its own.
     """
 
@@ -55,7 +55,7 @@ class Reporter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         data = serialized(report)
         when, outcome = data["when"], data["outcome"]
-        # Older pytest-rerunfailures tell no teardown of an attempt that is followed by another.
+        # Older pytest-rerunfailures report no teardown of an attempt before another one.
         if when == "setup" and (self.is_rerun or "teardown" in self.reported):
             self.is_rerun, self.reported = False, []
             self.wire.note({"again": True})
@@ -65,7 +65,7 @@ class Reporter:
         if outcome not in self.outcomes:
             self.note("outcome", outcome)
             return
-        # It ends a phase of its test; others are one more: subtests', and pytest-retry's.
+        # This report ends a phase of its test. Those of subtests and of pytest-retry do not.
         if "_report_type" not in data and outcome != RETRIED:
             if when in self.reported:
                 self.note("twice", when)
@@ -83,12 +83,12 @@ class Reporter:
             self.wire.note(note)
         if len(data["user_properties"]) < len(report.user_properties):
             self.note("properties", len(report.user_properties))
-        # A failure counts, even if the guest is lost right after it.
+        # Send a failure at once: it counts even if the guest is lost right after it.
         tell = self.wire.note if outcome == "passed" else self.wire.say
         tell({"report": data})
 
     def note(self, kind: str, name: object) -> None:
-        """Tell people what a hook has made of a report, which the host does not expect."""
+        """Send a note for people about an unexpected report."""
         self.wire.note({"note": kind, "name": clean(str(name))})
 
     def pytest_warning_recorded(
@@ -97,7 +97,7 @@ class Reporter:
         category = warning_message.category
         try:
             source = linecache.getline(warning_message.filename, warning_message.lineno)
-        except Exception:  # Python's own way to show warnings does without it, too
+        except Exception:  # Python shows warnings without it, too
             source = ""
         message = {
             "warning": str(warning_message.message),
@@ -113,7 +113,7 @@ class Reporter:
 
     @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_sessionstart(self) -> Generator[None, Any, Any]:
-        """Tell what fails the run as a whole; pytest has a hook for other ends only."""
+        """Report a failure of the whole run. For that, pytest has no hook."""
         try:
             return (yield)
         except pytest.Session.Failed as error:
@@ -133,9 +133,9 @@ class Reporter:
 
 
 class Calls:
-    """Tells when a test's function begins and ends, which the host may not see in time by reports.
+    """Reports when a test's function begins and ends. Reports of phases may come too late for that.
 
-    It is a plugin for the tests that need it: others might show it, in a traceback's arguments.
+    It is a plugin only for tests that need it, because a traceback's arguments may show it.
     """
 
     def __init__(self, wire: Wire) -> None:

@@ -1,7 +1,7 @@
-"""Reports of pytest's as values that JSON has.
+"""Makes JSON values from pytest's reports.
 
-pytest can tell what a report consists of, too, but uses modules that tests patch, and plain pytest
-does not do it.
+pytest can serialize reports, too. But it uses modules that tests may patch, and plain pytest does not
+serialize.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .wire import JSON, Plain, clean
 
 keep_apart(globals())
 
-MAX_REPORT = 4 << 20  # characters; as JSON, it may grow
-MAX_ATTRIBUTES = 100  # of a report, that plugins and conftest files have given it
-MAX_ATTRIBUTE_BYTES = 6 << 20  # of all of them together, as JSON
+MAX_REPORT = 4 << 20  # characters; JSON may be longer
+MAX_ATTRIBUTES = 100  # of a report, from plugins and conftest files
+MAX_ATTRIBUTE_BYTES = 6 << 20  # of all these attributes together, as JSON
 PLACE = ("path", "lineno", "message")
-# What pytest's own reports consist of. All else on one is from a plugin or a conftest file.
+# The attributes of pytest's own reports. All others come from plugins or conftest files.
 FIELDS = {
     "_id", "nodeid", "location", "keywords", "outcome", "longrepr", "when", "sections", "duration",
     "user_properties", "start", "stop", "wasxfail", "context", "result",
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def serialized(report: pytest.TestReport | pytest.CollectReport) -> dict[str, Any]:
-    """What a report consists of; on a `TestReport`, the host has its own keywords and location."""
+    """The content of a report. For a `TestReport`, the host adds keywords and location."""
     data: dict[str, Any] = {name: value for name, value in vars(report).items() if name in FIELDS}
     data["nodeid"] = str(data.pop("_id", None) or data["nodeid"])  # `_id` since pytest 9.2
     data["longrepr"] = longrepr(report.longrepr)
@@ -42,7 +42,7 @@ def serialized(report: pytest.TestReport | pytest.CollectReport) -> dict[str, An
 
 
 def longrepr(value: Any) -> Any:
-    """What went wrong, in the shape that pytest gives it when it serializes a report."""
+    """What went wrong, in the form of pytest's own serialized reports."""
     if not hasattr(value, "toterminal"):
         return value
     if not hasattr(value, "reprtraceback") or not hasattr(value, "reprcrash"):
@@ -63,7 +63,7 @@ SCREEN = TerminalWriter(SHOWN)
 
 
 def text_of(value: Any) -> str:
-    """What pytest would show of a representation of its own."""
+    """The text that pytest would show for one of its representations."""
     SHOWN.seek(0)
     SHOWN.truncate()
     try:
@@ -74,12 +74,12 @@ def text_of(value: Any) -> str:
 
 
 def fields(value: Any, *names: str) -> dict[str, Any] | None:
-    """Attributes of an object that may be missing."""
+    """Attributes of an object; None if there is no object."""
     return None if value is None else {name: getattr(value, name) for name in names}
 
 
 def trace(value: Any) -> dict[str, Any]:
-    """A traceback of pytest's."""
+    """A traceback of pytest."""
     return {
         "reprentries": [entry(each) for each in value.reprentries],
         "extraline": value.extraline,
@@ -88,7 +88,7 @@ def trace(value: Any) -> dict[str, Any]:
 
 
 def entry(value: Any) -> dict[str, Any]:
-    """An entry of a traceback of pytest's."""
+    """An entry of a traceback of pytest."""
     data: dict[str, Any] = {"lines": value.lines, "style": value.style}
     if not hasattr(value, "reprfileloc"):
         return {"type": "ReprEntryNative", "data": data}
@@ -99,10 +99,10 @@ def entry(value: Any) -> dict[str, Any]:
 
 
 def attributes_of(report: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What plugins and conftest files have hung on a report: name → value, as JSON has it.
+    """The attributes that plugins and conftest files have given a report: name → JSON value.
 
     Returns:
-        Those, and messages about what is lost.
+        The attributes, and messages about what is lost.
     """
     found: dict[str, Any] = {}
     notes: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def attributes_of(report: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def bounded(report: dict[str, Any]) -> dict[str, Any]:
-    """A report that fits into one message; its captured output goes first."""
+    """A report that fits into one message. Captured output is shortened first."""
     size = sum(len(text) for _, text in report["sections"]) + len(str(report["longrepr"]))
     if size + len(str(report["user_properties"])) > MAX_REPORT:
         report["sections"] = [

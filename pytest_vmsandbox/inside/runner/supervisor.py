@@ -1,4 +1,4 @@
-"""The supervisor: it starts sessions, stands between them and the host, and tells how they end."""
+"""The supervisor: it starts sessions, relays between them and the host, and reports how they end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import traceback
 from . import process
 from .wire import CHUNK, NICE, SOCKET, Lines
 
-MAX_QUEUED = 8 << 20  # bytes for the host that wait; more is not read from the session
-MAX_TAIL = 16_384  # bytes of what a session wrote last
+MAX_QUEUED = 8 << 20  # bytes that wait for the host; beyond this we do not read from the session
+MAX_TAIL = 16_384  # bytes of a session's last output
 
 
 class Supervisor:
@@ -25,15 +25,15 @@ class Supervisor:
         self.listener = listener
         self.host: socket.socket | None = None
         self.from_host = Lines()
-        # Each of whole lines; a connection that breaks gets the first one again.
+        # Each entry has whole lines. After a broken connection, the first entry is sent again.
         self.to_host: list[bytes] = []
-        self.sent = 0  # bytes of the first one
+        self.sent = 0  # bytes of the first entry
         self.pid = 0  # of the session
         self.session: socket.socket | None = None  # our end of its socket
         self.to_session = b""
-        self.messages = -1  # the pipe with what it says
+        self.messages = -1  # the pipe with its messages
         self.from_session = bytearray()  # the beginning of a line
-        self.has_called = False  # there may be something in the pipe
+        self.has_called = False  # whether there may be something in the pipe
         self.outputs: dict[int, tuple[int, codecs.IncrementalDecoder]] = {}  # 1 or 2, of a pipe
         self.tail = b""
         self.live = False
@@ -62,7 +62,7 @@ class Supervisor:
             self.flush_session()
 
     def wait(self) -> list[int | socket.socket]:
-        """Wait until something can be done: what can be read."""
+        """Wait until something can be done. Returns what can be read."""
         reads: list[int | socket.socket] = [self.wake, self.listener]
         writes = [self.host] if self.host is not None and self.to_host else []
         if self.host is not None:
@@ -83,10 +83,10 @@ class Supervisor:
 
     def attach(self) -> None:
         connection, _ = self.listener.accept()
-        self.detach()  # if somebody else attaches, the former one is gone or forgotten
+        self.detach()  # if there is an older connection, it is gone or forgotten
         connection.setblocking(False)
         self.host = connection
-        # Before what waits for whoever attaches.
+        # Before other messages that wait for the host.
         self.to_host.insert(0, line({"attached": os.getpid()}))
 
     def detach(self) -> None:
@@ -122,8 +122,8 @@ class Supervisor:
         elif what == "start":
             self.start(message["config"])
         elif what == "signal":
-            self.has_called = True  # whoever is impatient hears what there is
-            if self.pid and message["name"] == "DUMP":  # all stacks are the session's own affair
+            self.has_called = True  # the host is impatient, so send it what there is
+            if self.pid and message["name"] == "DUMP":  # only the session itself writes its stacks
                 os.kill(self.pid, process.DUMP)
             elif self.pid:
                 self.kill(getattr(signal, "SIG" + message["name"]))
@@ -156,7 +156,7 @@ class Supervisor:
     def kill(self, number: int) -> None:
         try:
             os.killpg(self.pid, number)
-        except ProcessLookupError:  # it is not in its group yet, or has gone into another one
+        except ProcessLookupError:  # it is not in its group yet, or has changed its group
             os.kill(self.pid, number)
 
     def hear_session(self) -> None:
@@ -172,10 +172,10 @@ class Supervisor:
         except BlockingIOError:
             pass
         except OSError:
-            self.to_session = b""  # it is gone; its exit is told
+            self.to_session = b""  # it is gone; we report its exit
 
     def take_messages(self) -> None:
-        """Pass on what the session has said."""
+        """Pass on messages of the session."""
         try:
             data = os.read(self.messages, CHUNK) if self.messages != -1 else b""
         except BlockingIOError:
@@ -202,11 +202,11 @@ class Supervisor:
             self.to_host.append(line({"output": decoder.decode(data), "of": number}))
 
     def reap(self) -> None:
-        """Tell the end of the session, if it has ended, and before that what it has said last."""
+        """If the session has ended, report its last messages and its end."""
         pid, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
         if not pid:
             return
-        # A process that it left behind may hold the ends open: no waiting.
+        # Do not wait: a process that it left behind may hold the pipes open.
         self.has_called = True
         while self.has_called:
             self.take_messages()
@@ -219,7 +219,7 @@ class Supervisor:
         self.to_host.append(line({"exit": code, "tail": tail}))
 
     def forget(self) -> None:
-        """Let go of all that belongs to a session that has ended."""
+        """Forget everything about a session that has ended."""
         self.hang_up()
         for fd in (*self.outputs, self.messages):
             if fd != -1:
@@ -255,7 +255,7 @@ def line(message: dict[str, object]) -> bytes:
 
 
 def receive(sock: socket.socket | None) -> bytes:
-    """What has come; nothing at the end."""
+    """The bytes that have arrived; nothing at the end."""
     assert sock is not None
     try:
         return sock.recv(CHUNK)
@@ -274,14 +274,14 @@ def serve(folder: str) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    process.protect("-900")  # a session that takes all memory is killed before its supervisor
-    if os.geteuid() == 0:  # who else could not give a session its share back
+    process.protect("-900")  # if memory runs out, the session is killed before its supervisor
+    if os.geteuid() == 0:  # only root can give a session its normal priority back
         os.nice(NICE)
     Supervisor(listener).run()
 
 
 def attach(folder: str) -> None:
-    """Connect standard input and output, for a host that cannot connect to sockets of the guest."""
+    """Relay standard input and output, for a host that cannot connect to sockets in the guest."""
     os.nice(NICE)
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(os.path.join(folder, SOCKET))

@@ -1,4 +1,4 @@
-"""The connection between a supervisor and its session, and the values that it carries: those of JSON."""
+"""The connection between a supervisor and its session, and the JSON values that it carries."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ keep_apart(globals())
 
 SOCKET = "socket"
 CHUNK = 1 << 16
-NICE = 5  # of what stands between tests and host: several messages then go in one
+NICE = 5  # for the relays between tests and host, so they send several messages at once
 MAX_TEXT = 4 << 20  # characters of one string in a message
-MAX_VALUES = 100_000  # in what a plugin has made
-MAX_DEPTH = 20  # of lists and objects in each other, in that
+MAX_VALUES = 100_000  # in a value from a plugin
+MAX_DEPTH = 20  # levels of lists and objects in such a value
 JSON = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -43,17 +43,17 @@ class Lines:
 class Wire:
     """The session's end.
 
-    What it says goes to a pipe, where the supervisor looks when it is called, and when the session has
-    ended: to let it run for each message costs more than the message.
+    Its messages go to a pipe. The supervisor reads the pipe when it is called, and when the session has
+    ended. Waking it for each message would cost more than the message.
 
     Args:
-        sock: what it is told comes from here, and calls go there.
+        sock: receives messages, and sends calls.
         pipe: the end to write to.
     """
 
     def __init__(self, sock: socket.socket, pipe: int) -> None:
         sock = socket.socket(fileno=aside(sock.detach()))
-        # Bound now: a test may patch the methods of sockets.
+        # Bind them now, because a test may patch the methods of sockets.
         self.call, self.receive = sock.send, sock.recv
         self.pipe = aside(pipe)
         os.set_blocking(self.pipe, False)
@@ -65,14 +65,14 @@ class Wire:
         self.lock = _thread.RLock()  # threads of tests log, too
 
     def say(self, message: dict[str, Any]) -> None:
-        """Say something that the host should hear now."""
+        """Send a message at once."""
         self.note(message)
         if os.getpid() == self.owner:
             self.ring()
 
     def note(self, message: dict[str, Any]) -> None:
-        """Say something that the host may hear with what comes next."""
-        if os.getpid() != self.owner:  # a test has forked, and its child reports: not to us
+        """Send a message together with the next one."""
+        if os.getpid() != self.owner:  # a test has forked: ignore messages of its child
             return
         data = json.dumps(message).encode() + b"\n"
         with self.lock:
@@ -80,7 +80,7 @@ class Wire:
                 data = data[self.write(data) :]
 
     def write(self, data: bytes) -> int:
-        """Write what there is room for, and tell how much that was."""
+        """Write as much as there is room for. Returns the number of bytes."""
         try:
             return os.write(self.pipe, data)
         except BlockingIOError:
@@ -97,8 +97,8 @@ class Wire:
             pass
 
     def hear(self) -> dict[str, Any] | None:
-        """The next message; None when there will be none."""
-        if os.getpid() != self.owner:  # the child of a test came back: what comes is not for it
+        """The next message; None at the end."""
+        if os.getpid() != self.owner:  # the child of a test came back: messages are not for it
             os._exit(0)
         while not self.waiting:
             data = self.receive(CHUNK)
@@ -110,7 +110,7 @@ class Wire:
 
 
 def clean(value: Any, depth: int = 0) -> Any:
-    """A value as JSON can carry it: what it cannot becomes its repr, what is long is cut."""
+    """A value that JSON can carry. Other values become their repr, and long ones are cut."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -138,11 +138,11 @@ def clean(value: Any, depth: int = 0) -> Any:
 
 
 class Plain:
-    """Makes a value one that JSON has; members that it does not have become texts."""
+    """Makes a JSON value. Members that JSON cannot carry become texts."""
 
     def __init__(self) -> None:
         self.values = 0
-        self.texts = False  # whether there was such a member
+        self.texts = False  # whether a member became a text
 
     def of(self, value: Any, depth: int = 0) -> Any:
         self.values += 1
@@ -164,7 +164,7 @@ class Plain:
 
 
 def portable(value: Any) -> Any:
-    """A value that JSON keeps as it is; of another, the text that junit's file has of it."""
+    """A value that JSON keeps unchanged. For another value, its text as in junit's file."""
     try:
         if json.loads(json.dumps(value)) == value:
             return value
