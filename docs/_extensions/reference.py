@@ -145,10 +145,21 @@ class _Figures(_Generated):
             yield from (f"``{key}``", f"   {bench.meaning(key)}", "")
 
 
-def escape(_: Sphinx, __: click.Context, lines: list[str]) -> None:
-    """Take the help of a command as it is: it is no reStructuredText. Names of options are code."""
-    escaped = [re.sub(r"([*`])", r"\\\1", line) for line in lines]
-    lines[:] = [re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"``\g<0>``", line) for line in escaped]
+def describe(_: Sphinx, __: click.Context, lines: list[str]) -> None:
+    """Take the help of a command as it is: it is no reStructuredText.
+
+    Names of options are code, and so is each line that click is not to wrap. In such a line, more
+    than one blank stands between a word and its meaning.
+    """
+    for number, line in enumerate(lines):
+        term, gap, meaning = re.sub(r" {2,}", "\0", line.removeprefix("| ")).partition("\0")
+        if line.startswith("| ") and gap:
+            lines[number] = f"| ``{term}``: {meaning}"
+        elif line.startswith("| "):
+            lines[number] = f"| ``{term}``"
+        else:
+            escaped = re.sub(r"([*`])", r"\\\1", line)
+            lines[number] = re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"``\g<0>``", escaped)
 
 
 def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
@@ -179,6 +190,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("pytest-options", _Options)
     app.add_directive("pytest-ini-keys", _IniKeys)
     app.add_directive("bench-figures", _Figures)
-    app.connect("sphinx-click-process-description", escape)
+    app.connect("sphinx-click-process-description", describe)
     app.connect("env-check-consistency", check_complete)
     return {"parallel_read_safe": True}
