@@ -95,7 +95,7 @@ def test_forward_where_nobody_listens(vm, caplog):
     vm.forward(8081)
     assert "nothing listens on TCP port 8081" in caplog.text
     vm.run(["httpd", "-p", "127.0.0.1:8081"])
-    with pytest.raises(ConnectionRefusedError, match=r"but on 127\.0\.0\.1"):
+    with pytest.raises(ConnectionRefusedError, match=r"listens only on 127\.0\.0\.1"):
         vm.forward(8081, timeout=0)
     vm.popen(["sh", "-c", "sleep 0.5; echo hello | nc -l -p 8082"])
     with socket.create_connection(vm.forward(8082, timeout=60), 30) as sock:
