@@ -17,6 +17,7 @@ Protocol = Literal["tcp", "udp"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _STATES = {"tcp": "0A", "udp": "07"}  # of a socket that listens
+_REMEDY = "\nRemedy: look in the guest whether the service runs (systemctl status NAME), or allow more time: timeout="
 _LOG = logging.getLogger("pytest_vmsandbox")
 _POLL_SECONDS = 0.25
 _LISTENERS_SECONDS = 5.0
@@ -53,7 +54,7 @@ def forward(
                 )
                 break
             if deadline.expired:
-                raise ConnectionRefusedError(errno.ECONNREFUSED, refusal)
+                raise ConnectionRefusedError(errno.ECONNREFUSED, f"{refusal}{_REMEDY}")
             deadline.pause(_POLL_SECONDS)
         return here
 

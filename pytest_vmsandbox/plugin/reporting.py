@@ -32,7 +32,7 @@ def before_report(item: pytest.Item, call: pytest.CallInfo[Any]) -> bool:
     Returns:
         Whether no frame of the user is left. The report has only the error's text then.
     """
-    if call.excinfo is None or not isinstance(call.excinfo.value, VMSandboxError):
+    if call.excinfo is None or not _is_ours(call.excinfo):
         return False
     return not item.config.getoption("fulltrace", default=False) and not hide_ours(call.excinfo)
 
@@ -100,6 +100,20 @@ def bare_report(item: pytest.Item, when: Any, outcome: Any, longrepr: Any) -> py
 def is_lost_guest(report: pytest.TestReport) -> bool:
     """Whether the call of a test failed because of its guest. That is an error, not a failure."""
     return report.when == "call" and report.failed and getattr(report, "vm_infrastructure", False)
+
+
+def _is_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether the error says all that a user needs: one of our own, or Python's, raised for the user.
+
+    `Guest` raises errors such as ConnectionRefusedError and FileNotFoundError. Any other error that comes
+    from our code may be a fault of ours, which only its frames explain.
+    """
+    if isinstance(excinfo.value, VMSandboxError):
+        return True
+    files = (entry.frame.code.raw.co_filename for entry in reversed(excinfo.traceback))
+    ours = _HIDDEN[0]
+    last = (file for file in files if file.startswith(ours) or not file.startswith(_STANDARD))
+    return isinstance(excinfo.value, OSError) and next(last, "").startswith(ours)
 
 
 def hide_ours(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:

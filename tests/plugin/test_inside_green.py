@@ -195,7 +195,7 @@ def test_what_comes_too_late_does_not_run_here(suite):
     status, output = suite.run()
     assert status == 1, output
     assert "1 passed, 1 error" in output
-    assert "is about to run it on this machine" in output
+    assert "tried to run it on this machine" in output
 
 
 def test_a_test_that_is_there_several_times_runs_so_often(suite):

@@ -152,6 +152,34 @@ class TestTraceback:
         assert "ValueError:" not in suite.run().stdout.str()
         assert "ValueError:" in suite.run("--full-trace").stdout.str()
 
+    @pytest.mark.parametrize(
+        ("text", "is_shown"),
+        [
+            ("integrity.file_digest(Path('missing'))", False),
+            ("open('missing')", True),
+            ("subprocess.run(['missing'])", True),
+        ],
+        ids=["ours", "the test's", "of the standard library"],
+    )
+    def test_python_s_own_errors_that_a_guest_raises_are_like_ours(self, suite, text, is_shown):
+        suite.write(f"""
+            import contextlib
+            import subprocess
+            from pathlib import Path
+
+            from pytest_vmsandbox.cache import integrity
+
+            def test_x():
+                with contextlib.ExitStack() as stack:
+                    {text}
+        """)
+        result = suite.run()
+        text = result.stdout.str()
+        assert "FileNotFoundError" in text
+        assert "stack:" in text
+        assert "integrity.py" not in text
+        assert ("subprocess.py" in text) is ("subprocess.run" in text and is_shown)
+
     def test_shows_what_failed_in_the_test_before(self, suite):
         suite.write("""
             from pytest_vmsandbox import Hardware
