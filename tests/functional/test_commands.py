@@ -300,6 +300,6 @@ def test_processes_from_before_a_restart_are_lost(vm_factory):
 def test_a_user_who_is_not_there(vm_factory):
     with (
         vm_factory.boot("tiny", memory="160MiB", user="stranger") as vm,
-        pytest.raises(ConfigError, match="stranger cannot log in"),
+        pytest.raises(ConfigError, match="user 'stranger' cannot log in"),
     ):
         vm.run(["true"])

@@ -41,7 +41,7 @@ def test_power(vm):
     assert second != first
     vm.shell("mkdir /mnt/d && mount /dev/vda /mnt/d")
     assert vm.read_text("/mnt/d/synced") == "kept\n"
-    with pytest.raises(ConfigError, match="is on"):
+    with pytest.raises(ConfigError, match="is already on"):
         vm.power_on()
     vm.shell("echo kept too > /mnt/d/orderly")
     vm.power_off()
