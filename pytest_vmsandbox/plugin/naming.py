@@ -75,6 +75,21 @@ def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -
         ]
 
 
+def not_selected(run: Run, args: Iterable[str]) -> list[str]:
+    """Remedies if pytest has not found one of these ids: it may name an image that is not selected."""
+    remedies = []
+    with suppress(ConfigError):
+        selected = run.images()
+        for arg in args:
+            named = [name for name in run.catalogue.names() if _without_image(arg, name) != arg]
+            if named and not {*named} & {*selected}:
+                image = max(named, key=len)
+                remedies.append(
+                    f"{arg} names the image {image}, which is not selected\nRemedy: add --vm={image}"
+                )
+    return remedies
+
+
 def know_again(run: Run, nodeids: Sequence[str]) -> None:
     """Let ``--lf``, ``--ff``, ``--nf`` and ``--sw`` recognize tests by their ids in former runs.
 

@@ -53,6 +53,22 @@ def test_words(inside, words, ids):
     assert inside.select("-k", words) == ids
 
 
+@pytest.mark.parametrize("name", ["test_f[alpha-2]", "test_p[alpha-2-1]"])
+def test_an_id_with_an_image_that_is_not_selected(inside, name):
+    result = inside.run("--in-vm", f"test_suite.py::{name}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    said = result.stderr.str()
+    assert f"test_suite.py::{name} names the image alpha-2, which is not selected" in said
+    assert "Remedy: add --vm=alpha-2" in said
+    assert inside.select("--vm=alpha-2", f"test_suite.py::{name}") == [name]
+
+
+def test_an_id_that_is_wrong_otherwise(inside):
+    result = inside.run("--in-vm", "test_suite.py::test_f[alpha-1-7]")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "is not selected" not in result.stderr.str()
+
+
 def test_words_choose_among_images(inside):
     found = inside.select("--vm=alpha-*", "-k", "alpha-2 and test_p")
     assert found == [f"test_p[alpha-2-{n}]" for n in range(3)]
