@@ -61,7 +61,7 @@ class Hardware:
     """The hardware of a guest.
 
     Attributes:
-        cpus: the number of processors, at least 1.
+        cpus: the number of CPUs, at least 1.
         memory: bytes.
         disk: bytes of the root disk; None for the size that the image has.
         disks: bytes of each further, blank disk, in order.

@@ -53,7 +53,7 @@ _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_guest_plugins", "args", ("the pytest plugins to load for tests inside guests, by module or entry "
      "point (default: those that are loaded here, as far as the guest has them)")),
     ("vm_env", "linelist", "environment variables of tests inside guests: NAME or NAME=VALUE"),
-    ("vm_cpus", None, "processors of a guest (default: 1)"),
+    ("vm_cpus", None, "CPUs of a guest (default: 1)"),
     ("vm_memory", None, "memory of a guest (default: 512MiB)"),
     ("vm_disk", None, "size of a guest's root disk (default: the image's)"),
     ("vm_network", None, "network of a guest: isolated (the default) or nat"),

@@ -215,7 +215,7 @@ class TestEnd:
         assert machine.monitor.wait_event("SHUTDOWN", since=0, timeout=5)
         with pytest.raises(GuestLost, match=r"is switched off \(host-qmp-quit\)") as caught:
             machine.check()
-        assert caught.value.remedy.startswith("vm.power_on()")
+        assert "vm.power_on()" in caught.value.remedy
         assert "by the fixture vm" in caught.value.remedy  # a test that runs inside has none
 
     def test_is_lost_when_it_is_killed(self, machine):
@@ -657,7 +657,7 @@ class TestState:
         monkeypatch.setattr(machine_module, "_STATE_SECONDS", 0.1)
         with (
             fake.machine(fault="never-saves") as machine,
-            pytest.raises(MonitorError, match=r"state in [\d.]+ s"),
+            pytest.raises(MonitorError, match=r"state within [\d.]+ s"),
         ):
             machine.save(state, with_memory=True)
 

@@ -30,7 +30,7 @@ def test_it(value, request, record_property):
 """
 
 
-DIFFER = "vmsandbox: test_it.py::test_it[{}] is test_it.py::test_it[{}] in debian-13"
+DIFFER = "vmsandbox: test_it.py::test_it[{}] is called test_it.py::test_it[{}] in debian-13"
 
 
 def ran(output):

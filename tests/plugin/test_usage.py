@@ -167,7 +167,7 @@ def test_a_value_is_wrong_whatever_is_run(bare):
 def test_help_tells_what_a_guest_loads(bare):
     text = " ".join(bare.run("--help").stdout.str().split())
     assert (
-        "the pytest plugins that a guest loads for tests inside, by module or entry point" in text
+        "the pytest plugins to load for tests inside guests, by module or entry point" in text
     )
 
 
