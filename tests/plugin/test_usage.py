@@ -166,9 +166,7 @@ def test_a_value_is_wrong_whatever_is_run(bare):
 
 def test_help_tells_what_a_guest_loads(bare):
     text = " ".join(bare.run("--help").stdout.str().split())
-    assert (
-        "the pytest plugins to load for tests inside guests, by module or entry point" in text
-    )
+    assert "the pytest plugins to load for tests inside guests, by module or entry point" in text
 
 
 def test_an_option_counts_more_than_an_ini_key(bare):
