@@ -95,7 +95,7 @@ def test_a_time_out():
     done = vmsandbox("run", "tiny", "--timeout", "2", "--", "sh", "-c", "echo first; sleep 1000")
     assert done.returncode == 1
     assert done.stdout == b"first\n"
-    assert b"did not end in 2 s and was killed" in done.stderr
+    assert b"did not end within 2 s and was killed" in done.stderr
     assert time.monotonic() - started < SECONDS / 2
 
 
@@ -179,7 +179,7 @@ def test_a_user_that_is_not_there():
     [
         (["--memory", "64MiB"], 2, b"at least 128MiB"),
         (["--memory", "1TiB"], 69, b"does not fit"),
-        (["--disk", "1GiB"], 2, b"no disk of its own"),
+        (["--disk", "1GiB"], 2, b"this image has no root disk"),
         (["--boot-timeout", "0.01"], 69, b"did not answer"),
     ],
     ids=["little", "much", "disk", "time"],
@@ -219,7 +219,7 @@ def test_shell_on_a_terminal():
         os.execve(sys.executable, [*VMSANDBOX, "shell", "tiny"], {**os.environ, "TERM": "xterm"})
     seen = read_until(terminal, b"# ")
     assert b"\x1b" in seen  # something moved while it booted
-    assert b"gone when you leave" in seen
+    assert b"removed when you leave" in seen
     os.write(terminal, b"echo $((6 * 7)); exit 5\r")
     assert re.search(rb"^42\r$", read_until(terminal, None), re.MULTILINE)
     _, status = os.waitpid(child, 0)
@@ -253,7 +253,7 @@ def test_quickstart_where_everything_is_there(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     assert b"test_destroying_everything[tiny] PASSED" in done.stdout
-    assert b"nothing of them is left" in done.stdout
+    assert b"Nothing of these is left" in done.stdout
     assert b"\x1b" not in done.stdout + done.stderr
     assert list(tmp_path.glob("vmsandbox-quickstart-*")) == []
 

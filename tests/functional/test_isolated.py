@@ -219,7 +219,7 @@ def second(first, run):
 
 
 def test_a_template_is_made_once(first, second):
-    told = "(a test session that has collected): once"
+    told = "(a test session that has collected). This is done once"
     assert first.output.count(told) == 1, first.output
     assert first.new_templates
     assert "preparing" not in second.output
