@@ -35,9 +35,13 @@ def write(files, folder):
 
 
 def environment():
-    """Ours, with the programs of this interpreter's environment first."""
+    """A user's, with the programs of this interpreter's environment first.
+
+    Without what is ours as a run of pytest under coverage, which examples measure, too.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path}
+    return {**kept, "PATH": path}
 
 
 @pytest.mark.parametrize("example", TESTS, ids=identity)
