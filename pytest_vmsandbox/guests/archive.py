@@ -191,9 +191,7 @@ class _Unpacking:
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, link in self._links:
             path.symlink_to(link)
-        for path, mode in reversed(
-            self._modes
-        ):  # inner folders first: an outer one may be read-only
+        for path, mode in reversed(self._modes):  # inner ones first: an outer one may be read-only
             path.chmod(mode)
         return self._left_out
 

@@ -12,6 +12,7 @@ import pytest
 
 from support import documentation
 from support.documentation import Commands, Example, Suite
+from support.environment import without_ours
 
 EXAMPLES = [example for page in documentation.pages() for example in page.examples]
 TESTS = [example for example in EXAMPLES if isinstance(example, Suite)]
@@ -39,9 +40,8 @@ def environment():
 
     Without what is ours as a run of pytest under coverage, which examples measure, too.
     """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**kept, "PATH": path}
+    return {**without_ours(), "PATH": path}
 
 
 @pytest.mark.parametrize("example", TESTS, ids=identity)

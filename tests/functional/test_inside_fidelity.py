@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import xml.etree.ElementTree as ET
 import zlib
 
 from support import fidelity
+from support.environment import without_ours
 from support.fidelity import Line, Said
 
 IMAGE = "debian-13"
@@ -49,9 +49,7 @@ def test_every_kind_of_outcome(tmp_path):
     folder = suite / "oracle"
     folder.mkdir()
     (folder / "test_oracle.py").write_text(ORACLE % json.dumps(line.arguments()))
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV")) and k != "CI"
-    }
+    kept = {name: value for name, value in without_ours().items() if name != "CI"}
 
     # One run, and so one guest.
     done = subprocess.run(

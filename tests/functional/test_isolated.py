@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests.templates import TemplateStore
+from support.environment import without_ours
 
 IMAGE = "debian-13"
 PASSED = ["passed"] * 3  # setup, call, teardown
@@ -131,13 +131,12 @@ class Run:
     def __init__(self, folder, *args):
         recorded, covered = folder.parent / "recorded", folder.parent / "coverage.json"
         recorded.unlink(missing_ok=True)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
         known = templates()
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider",
              f"--vm={IMAGE}", "--in-vm", "--vm-isolation=test",
              "--cov=library", f"--cov-report=json:{covered}", *args],
-            env={**kept, "PYTEST_PLUGINS": "recorder", "PYTHONPATH": str(folder.parent),
+            env={**without_ours(), "PYTEST_PLUGINS": "recorder", "PYTHONPATH": str(folder.parent),
                  "RECORDED": str(recorded)},
             cwd=folder, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip

@@ -1,10 +1,11 @@
 """Runs of pytest with tests inside guests that are no guests; see `vmsandbox_local`."""
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from support.environment import without_ours
 
 SUPPORT = Path(__file__).parent
 
@@ -33,14 +34,13 @@ class Suite:
         return file.read_text().split() if file.exists() else []
 
     def start(self, *args):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV"))}
         return subprocess.Popen(
             # Whatever started us in the background may have made us deaf to SIGINT.
             ["env", "--default-signal=INT",
              *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"),
              *("-p", "vmsandbox_local", "-p", "vmsandbox_host_plugin", *args)],
             cwd=self.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**kept, "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",
+            env={**without_ours(), "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",
                  "TMPDIR": str(self.folder), "VMSANDBOX_CACHE": str(self.folder / "c"),
                  "VMSANDBOX_RUNTIME": str(self.folder / "r")},
         )  # fmt: skip

@@ -11,7 +11,6 @@ import difflib
 import fcntl
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 import uv
 
 import pytest_vmsandbox
+from support.environment import without_ours
 from support.fidelity import Reader
 
 IMAGE = "debian-13"
@@ -463,10 +463,9 @@ class Lab:
         if project.is_repository:
             _commit(place, "pytest.ini", "test_old.py")
         kept = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("PYTEST_", "PYTHON", "COV", "GIT", "__TOX"))
-            and k not in ("CI", "GITHUB_ACTIONS")
+            name: value
+            for name, value in without_ours("PYTHON", "GIT", "__TOX").items()
+            if name not in ("CI", "GITHUB_ACTIONS")
         }
         done = subprocess.run(
             [python, "-m", "pytest", "-o", "junit_logging=all", "--junitxml=junit.xml", *args,

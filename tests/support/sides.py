@@ -5,13 +5,13 @@ The same programs, the same files, nothing in between but the wire.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from support import fidelity
+from support.environment import without_ours
 from support.fidelity import Line, Run, Said
 
 IMAGE = "debian-13"
@@ -74,9 +74,9 @@ class Sides:
         junit = self.folder / f"{side}.xml"
         junit.unlink(missing_ok=True)
         kept = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("PYTEST_", "PYTHON", "COV")) and k not in ("CI", "BUILD_NUMBER")
+            name: value
+            for name, value in without_ours("PYTHON").items()
+            if name not in ("CI", "BUILD_NUMBER")
         }
         environment = {
             **kept, "LC_ALL": "C.UTF-8", "COLUMNS": "300", "TMPDIR": str(self.folder), **line.environment,
