@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -117,7 +117,7 @@ class _Maker:
             "name": definition.name,
             "digest": definition.digest,
             "built": deadline.wall(),
-            "definition": dataclasses.asdict(definition),
+            "definition": definition.record(),
         }
 
     def _run(self, out: Path, work: Path, log: Path, lock: int) -> None:
@@ -221,7 +221,7 @@ def _check(out: Path, definition: ImageDefinition) -> None:
         ImageError: a file is missing, empty, unreadable or unexpected; or the definition has changed
             meanwhile.
     """
-    if ImageDefinition.read(definition.folder).digest != definition.digest:
+    if definition.reread().digest != definition.digest:
         raise ImageError(
             f"the definition of {definition.name!r} changed while it was being built",
             remedy=build_command(definition.name),
