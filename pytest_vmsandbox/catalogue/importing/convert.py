@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -51,7 +50,7 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
         packed = sum(file.size for file in disk.files)
 
         def check() -> None:
-            _check_growth(output, RATIO * packed + GRACE)
+            check_growth(output, RATIO * packed + GRACE)
 
         # The target is there, and all zero: nothing is created, and no format is guessed.
         argv = [program, "convert", "-n", "--target-is-zero", "-f", disk.format, "-O", "raw"]
@@ -59,7 +58,7 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
             [*argv, _INPUT, _OUTPUT],
             binds,
             root=root,
-            seconds=_LEAST_SECONDS + packed / _BYTES_PER_SECOND,
+            seconds=seconds_for(packed),
             file_size=disk.size,
             check=check,
         )
@@ -73,13 +72,31 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
         )
 
 
-def _check_growth(output: Path, limit: int) -> None:
-    """Check that an output neither fills the disk nor is a bomb."""
+def seconds_for(packed: int) -> float:
+    """How long a program may take for a file of that many bytes."""
+    return _LEAST_SECONDS + packed / _BYTES_PER_SECOND
+
+
+def check_growth(output: Path, limit: int) -> None:
+    """Check that an output neither fills the disk nor is a bomb.
+
+    Raises:
+        ImageError: it is one of both.
+    """
     if (written := output.stat().st_blocks * 512) > limit:
         raise bomb(output.name, written)
-    if shutil.disk_usage(output.parent).free < _ROOM_LEFT:
+    check_room(output.parent)
+
+
+def check_room(folder: Path) -> None:
+    """Check that the disk of a folder is not full.
+
+    Raises:
+        ImageError: it is.
+    """
+    if shutil.disk_usage(folder).free < _ROOM_LEFT:
         raise ImageError(
-            f"the disk is full: less than {format_size(_ROOM_LEFT)} are left in {output.parent}",
+            f"the disk is full: less than {format_size(_ROOM_LEFT)} are left in {folder}",
             remedy="make room there, or set the environment variables VMSANDBOX_CACHE and TMPDIR "
             "to folders on a larger disk",
         )

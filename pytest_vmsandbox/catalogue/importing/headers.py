@@ -84,7 +84,9 @@ def detect(file: SourceFile) -> str:
     )
 
 
-def check(file: SourceFile, name: str, others: Mapping[str, SourceFile] | None = None) -> CheckedDisk:
+def check(
+    file: SourceFile, name: str, others: Mapping[str, SourceFile] | None = None
+) -> CheckedDisk:
     """Check the header of a disk image.
 
     Args:
@@ -98,9 +100,7 @@ def check(file: SourceFile, name: str, others: Mapping[str, SourceFile] | None =
         return vmdk.check(file, others or {})
     if name == RAW:
         return CheckedDisk(RAW, check_size(file, -(-file.size // SECTOR) * SECTOR), file)
-    begins = [
-        kind for at, what, kind in _BEGINNINGS if file.head(at + len(what))[at:] == what
-    ]
+    begins = [kind for at, what, kind in _BEGINNINGS if file.head(at + len(what))[at:] == what]
     if name != "vpc" and name not in begins:
         other = f"it begins as {begins[0]}" if begins else "it begins as none"
         raise refused(file, f"is no {name} image: {other}", "name the right format, or none")

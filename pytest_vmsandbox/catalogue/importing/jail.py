@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.importing.source import SourceFile
@@ -114,11 +115,22 @@ def run(
     }
     with _Pipe() as failed, _Pipe() as alive, _Pipe() as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", _CELL, str(failed.writing), str(alive.reading), json.dumps(plan)],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                _CELL,
+                str(failed.writing),
+                str(alive.reading),
+                json.dumps(plan),
+            ],
             stdin=stdin,
             stdout=output.writing if stdout is None else stdout,
             stderr=output.writing,
-            pass_fds=(failed.writing, alive.reading),  # only we can write to `alive`: it closes with us
+            pass_fds=(
+                failed.writing,
+                alive.reading,
+            ),  # only we can write to `alive`: it closes with us
             start_new_session=True,
         )
         try:
@@ -137,7 +149,7 @@ def run(
 class _Pipe:
     """The two ends of a pipe, each closed once."""
 
-    def __enter__(self) -> _Pipe:
+    def __enter__(self) -> Self:
         self.reading, self.writing = os.pipe2(os.O_CLOEXEC)
         self._is_open = True
         return self

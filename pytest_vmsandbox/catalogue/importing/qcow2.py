@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
 import sys
+from array import array
 
 from pytest_vmsandbox.catalogue.importing.checked import (
     CheckedDisk,
@@ -99,7 +99,9 @@ def _check_extensions(file: SourceFile, offset: int, end: int) -> None:
 
 def _check_l1(file: SourceFile, size: int, cluster: int, offset: int, entries: int) -> None:
     """Check the first level of the table of clusters, where it lies and where it points."""
-    covered = cluster * (cluster // 8)  # bytes of the disk for an L2 table; half with extended entries
+    covered = cluster * (
+        cluster // 8
+    )  # bytes of the disk for an L2 table; half with extended entries
     if not size / covered <= entries <= 2 * (size // covered + 1) + 1024:
         raise damaged(file, f"an L1 table of {entries} entries")
     check_inside(file, "the L1 table", offset, entries * 8, unit=cluster)

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,11 +125,10 @@ def _open(path: Path, name: str) -> int:
             os.close(looked)
     except OSError as error:
         why = "it does not exist" if error.errno == errno.ENOENT else error.strerror
-        raise ImageError(f"{name} cannot be read: {why}", remedy=f"check the path {path}") from error
+        raise ImageError(
+            f"{name} cannot be read: {why}", remedy=f"check the path {path}"
+        ) from error
     raise ImageError(
         f"{name} is not a regular file, but {_KINDS.get(kind, 'something else')}",
         remedy="name the file that has the disk itself",
     )
-
-
-Progress = Callable[[str], None]

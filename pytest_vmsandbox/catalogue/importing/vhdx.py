@@ -87,7 +87,10 @@ def _regions(file: SourceFile, table: bytes) -> dict[uuid.UUID, tuple[int, int]]
     for position in range(count):
         entry = table[16 + 32 * position : 48 + 32 * position]
         name = uuid.UUID(bytes_le=entry[:16])
-        offset, length = int.from_bytes(entry[16:24], "little"), int.from_bytes(entry[24:28], "little")
+        offset, length = (
+            int.from_bytes(entry[16:24], "little"),
+            int.from_bytes(entry[24:28], "little"),
+        )
         if name not in (_BAT, _METADATA):
             raise flatten(file, "has an unknown region", "vhdx")
         if name in regions or length > _MAX_REGION or offset < MIB:

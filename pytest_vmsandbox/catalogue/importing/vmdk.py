@@ -183,7 +183,7 @@ def _check_several(file: SourceFile, others: Mapping[str, SourceFile]) -> Checke
             check_inside(part, "the disk", extent.offset * SECTOR, extent.sectors * SECTOR)
             place = f" {extent.offset}"
         lines.append(f'RW {extent.sectors} {extent.kind} "{ours[extent.name]}"{place}')
-    head = ['version=1', "CID=fffffffe", "parentCID=ffffffff", 'createType="twoGbMaxExtentSparse"']
+    head = ["version=1", "CID=fffffffe", "parentCID=ffffffff", 'createType="twoGbMaxExtentSparse"']
     text = "\n".join((TEXT.decode(), *head, "# Extent description", *lines, ""))
     size = check_size(file, sum(extent.sectors for extent in descriptor.extents) * SECTOR)
     parts = tuple((ours[name], others[name]) for name in names)
