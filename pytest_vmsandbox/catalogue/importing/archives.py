@@ -148,7 +148,7 @@ def choose(file: SourceFile, archive: Archive, kind: str) -> Chosen:
 
 
 def _ova(file: SourceFile, archive: Archive) -> Chosen:
-    chosen = _of_machine(file, archive, _only(file, archive, ".ovf"), ovf.read_ovf)
+    chosen = _of_machine(file, _only(file, archive, ".ovf"), ovf.read_ovf)
     _check_manifest(file, archive, chosen.name)
     return chosen
 
@@ -158,14 +158,14 @@ def _box(file: SourceFile, archive: Archive) -> Chosen:
     provider = metadata.get("provider") or ""
     architecture = _ARCHITECTURES.get(str(metadata.get("architecture")), "")
     if provider in _LIBVIRT:
-        chosen = _libvirt(file, archive, metadata)
+        chosen = _libvirt(file, metadata)
     elif provider == _VIRTUALBOX or (not provider and _named(archive, ".ovf")):
         provider = _VIRTUALBOX
-        chosen = _of_machine(file, archive, _only(file, archive, ".ovf"), ovf.read_ovf)
+        chosen = _of_machine(file, _only(file, archive, ".ovf"), ovf.read_ovf)
         _check_manifest(file, archive, chosen.name)
     elif str(provider).startswith(_VMWARE) or (not provider and _named(archive, ".vmx")):
         provider = _VMWARE
-        chosen = _of_machine(file, archive, _only(file, archive, ".vmx"), ovf.read_vmx)
+        chosen = _of_machine(file, _only(file, archive, ".vmx"), ovf.read_vmx)
     else:
         raise refused(
             file,
@@ -192,7 +192,7 @@ def _metadata(file: SourceFile, archive: Archive) -> dict[str, Any]:
     return metadata
 
 
-def _libvirt(file: SourceFile, archive: Archive, metadata: dict[str, Any]) -> Chosen:
+def _libvirt(file: SourceFile, metadata: dict[str, Any]) -> Chosen:
     name, image_format, others = "box.img", metadata.get("format") or "", list[str]()
     disks = metadata.get("disks")
     if isinstance(disks, list) and disks and all(isinstance(disk, dict) for disk in disks):
@@ -245,9 +245,7 @@ def _only(file: SourceFile, archive: Archive, ending: str) -> bytes:
     return archive.texts[names[0]]
 
 
-def _of_machine(
-    file: SourceFile, archive: Archive, text: bytes, reader: Callable[[bytes], ovf.Machine]
-) -> Chosen:
+def _of_machine(file: SourceFile, text: bytes, reader: Callable[[bytes], ovf.Machine]) -> Chosen:
     try:
         machine = reader(text)
     except ImageError as error:

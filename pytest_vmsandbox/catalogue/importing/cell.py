@@ -121,7 +121,7 @@ def enter_name_spaces() -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    """mount(2)."""
+    """Mount something, or change a mount."""
     words = (os.fsencode(word) for word in (source, target, kind))
     result = libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data))
     checked(f"mount {kind or 'bind'}", result)

@@ -91,28 +91,7 @@ def run(
     Raises:
         ImageError: the jail cannot be made here, or the time is over.
     """
-    plan = {
-        "root": os.fspath(root.absolute()),
-        "argv": list(argv),
-        "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"},
-        "limits": {
-            "FSIZE": file_size,
-            "AS": _MEMORY,
-            "CPU": int(seconds) + 1,
-            "CORE": 0,
-            "NOFILE": _DESCRIPTORS,
-        },
-        "binds": [
-            {
-                "path": os.fspath(bind.file.path.absolute()),
-                "device": bind.file.status.st_dev,
-                "inode": bind.file.status.st_ino,
-                "target": bind.target,
-                "writable": bind.writable,
-            }
-            for bind in binds
-        ],
-    }
+    plan = json.dumps(_plan(argv, binds, root, seconds, file_size))
     with _Pipe() as failed, _Pipe() as alive, _Pipe() as output:
         process = subprocess.Popen(
             [
@@ -122,7 +101,7 @@ def run(
                 _CELL,
                 str(failed.writing),
                 str(alive.reading),
-                json.dumps(plan),
+                plan,
             ],
             stdin=stdin,
             stdout=output.writing if stdout is None else stdout,
@@ -144,6 +123,34 @@ def run(
     if refused:
         raise _refused(json.loads(refused), argv[0])
     return Ended(code, text)
+
+
+def _plan(
+    argv: Sequence[str], binds: Sequence[Bind], root: Path, seconds: float, file_size: int
+) -> dict[str, object]:
+    """What cell.py is told."""
+    return {
+        "root": os.fspath(root.absolute()),
+        "argv": list(argv),
+        "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"},
+        "limits": {
+            "FSIZE": file_size,
+            "AS": _MEMORY,
+            "CPU": int(seconds) + 1,
+            "CORE": 0,
+            "NOFILE": _DESCRIPTORS,
+        },
+        "binds": [
+            {
+                "path": os.fspath(bind.file.path.absolute()),
+                "device": bind.file.status.st_dev,
+                "inode": bind.file.status.st_ino,
+                "target": bind.target,
+                "writable": bind.writable,
+            }
+            for bind in binds
+        ],
+    }
 
 
 class _Pipe:

@@ -22,14 +22,18 @@ from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import DISK, INITRD, KERNEL
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
-from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.spec import KIB, format_size
 
 _ARCHIVES = ("ova", "box")
 
 
-def make(build: Build, *, offline: bool = False) -> Mapping[str, object]:
+def make(build: Build, *, cache: Path, offline: bool = False) -> Mapping[str, object]:
     """Fill the folder of an image from its definition's source: the disk, the kernel, the initial RAM disk.
+
+    Args:
+        build: what is made.
+        cache: the user's cache folder, which keeps what was downloaded.
+        offline: whether the network must not be used.
 
     Returns:
         What the record of the image has about its source.
@@ -43,7 +47,7 @@ def make(build: Build, *, offline: bool = False) -> Mapping[str, object]:
     source = definition.source
     if source is None:
         raise ConfigError(f"{definition.name} has no [source]", remedy="add one to its image.toml")
-    fetcher = Fetcher(cache_dir(), definition.folder, build.say, offline=offline)
+    fetcher = Fetcher(cache, definition.folder, build.say, offline=offline)
     used: dict[str, object] = {}
     if source.url:
         digest = fetcher.digest(source)
