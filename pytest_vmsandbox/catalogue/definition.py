@@ -40,6 +40,7 @@ _KEYS = (
     *("add", "boot", "disk", "system", "login"),
 )
 _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
+_DISK_KEYS = ("size",)
 _SYSTEM_KEYS = ("name", "version", "python", "init", "user")
 _MEMORY_MIN = 256 * MIB
 _IGNORED = {"__pycache__"}  # folders that Python makes
@@ -416,7 +417,7 @@ def _check_firmware(
 def _disk_size(
     top: Table, source: Source | None, parent: ImageDefinition | None, firmware: Firmware
 ) -> int | None:
-    table = top.table("disk", ("size",))
+    table = top.table("disk", _DISK_KEYS)
     size: Callable[[object], int | None] = partial(hardware, "disk")
     if parent is not None:
         base_size = parent.disk_size or 0

@@ -87,7 +87,7 @@ OF_TABLES = {
     "source": Source.__annotations__,
     "add": Addition.__annotations__,
     "boot": definition_module._BOOT_KEYS,
-    "disk": ("size",),
+    "disk": definition_module._DISK_KEYS,
     "system": definition_module._SYSTEM_KEYS,
     "login": Login.__annotations__,
 }
