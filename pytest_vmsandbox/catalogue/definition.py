@@ -416,8 +416,8 @@ def _disk_size(
     if parent is not None:
         base_size = parent.disk_size
         if base_size is None:
-            why = f"with from = {parent.name!r}: that image has no disk"
-            top.only("disk", False, why, "remove it, or derive from an image with a disk")
+            why = f"with from = {parent.name!r}, because that image has no disk"
+            top.only("disk", False, why, "derive from an image with a disk")
             return None
         disk_size = table.read("size", _SIZE, size, base_size)
         if disk_size < base_size:
