@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
@@ -176,12 +176,17 @@ class Backend:
         self.catalogue.get(image).check(hardware)
         self._check_network(hardware)
         built, qemu = self.require(image)
+        try:
+            uefi = find_firmware(built, hardware)
+        except LaunchError as error:
+            self.callbacks.missing(error)
         return Blueprint(
             built=built,
             qemu=qemu,
             verdict=self.accelerator(image),
             hardware=hardware,
             qemu_args=self.callbacks.qemu_args,
+            uefi=uefi,
             pace=self.hypervisor.pace,
         )
 

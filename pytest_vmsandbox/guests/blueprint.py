@@ -10,12 +10,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core.spec import Hardware, Network
-from pytest_vmsandbox.machine import cmdline, host
+from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
+from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 3  # of templates; raise it when we change what we do to a guest before we save it
@@ -31,6 +35,7 @@ class Blueprint:
         verdict: the accelerator and the CPU model.
         hardware: of the guests.
         qemu_args: returns further arguments for QEMU.
+        uefi: the firmware that boots them, or None without UEFI.
         pace: what we know about this host's speed.
     """
 
@@ -39,12 +44,32 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
+    uefi: Uefi | None = None
     pace: host.Pace = field(default_factory=host.Pace, compare=False)
 
     @property
     def image(self) -> str:
         """The name of the image."""
         return self.built.definition.name
+
+    @property
+    def boots_directly(self) -> bool:
+        """Whether QEMU boots the kernel itself, so its command line can tell the guest something."""
+        return firmware_of(self.built.definition, self.hardware) == "kernel"
+
+    @cached_property
+    def key(self) -> KeyPair | None:
+        """The key that belongs to the image; None if its guests take any key from the command line.
+
+        Raises:
+            ImageError: the key cannot be read.
+        """
+        if (path := self.built.key) is None:
+            return None
+        try:
+            return KeyPair.of(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise damaged(self.image, f"{path} cannot be read: {error}") from error
 
     def stretch(self, seconds: float) -> float:
         """A timeout for something in a guest, in seconds, on this host and accelerator.
@@ -60,7 +85,9 @@ class Blueprint:
         Args:
             public_key: opens the guest; as in ``authorized_keys``.
         """
-        key = public_key.split()[1]
+        direct, key = self.boots_directly, public_key.split()[1]
+        append = f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}"
+        has_tpm = self.hardware.tpm
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -68,10 +95,14 @@ class Blueprint:
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
-            append=f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}",
+            append=append if direct else "",
             start=start,
-            kernel=self.built.kernel,
-            initrd=self.built.initrd,
+            kernel=self.built.kernel if direct else None,
+            initrd=self.built.initrd if direct else None,
+            uefi=self.uefi is not None,
+            secure_boot=self.uefi is not None and self.built.definition.secure_boot,
+            flash_format=self.uefi.format if self.uefi is not None else "raw",
+            tpm=self.built.definition.tpm if has_tpm is None else has_tpm,
         )
         return replace(spec, more_args=tuple(self.qemu_args(spec)))
 
@@ -85,6 +116,7 @@ class Blueprint:
             blank=self.hardware.disks,
             folder=folder,
             frozen=frozen,
+            uefi=self.uefi,
         )
 
     def with_network(self, network: Network) -> Blueprint:
@@ -104,13 +136,16 @@ class Blueprint:
         count = len(self.hardware.disks) + (self.built.disk is not None)
         spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)
         fds = Descriptors(
-            kernel=0,
-            initrd=0,
+            kernel=None if spec.kernel is None else 0,
+            initrd=None if spec.initrd is None else 0,
+            code=0 if spec.uefi else None,
+            variables=0 if spec.uefi else None,
+            tpm=0 if spec.tpm else None,
             memory=0,
             base=None if self.built.disk is None else 0,
             overlays=((0,),) * count,
         )
-        parts = {
+        parts: dict[str, object] = {
             "format": FORMAT,
             "image": self.built.digest,
             "built": self.built.build_id,
@@ -119,4 +154,49 @@ class Blueprint:
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
         }
+        if self.uefi is not None:
+            parts["uefi"] = self.uefi.digest
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:
+    """What boots a guest: what its hardware says, or else its image."""
+    return hardware.firmware or definition.firmware
+
+
+def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
+    """The UEFI firmware of a guest; None if something else boots it.
+
+    Raises:
+        ConfigError: the image cannot boot in this way.
+        LaunchError: this machine has no such firmware.
+    """
+    wanted, name = firmware_of(built.definition, hardware), built.definition.name
+    if wanted == "kernel":
+        if built.kernel is None:
+            raise ConfigError(
+                f"firmware='kernel' cannot be used with {name}: the image has no kernel outside of its disk",
+                remedy=f"leave firmware= out, or use firmware={built.definition.firmware!r}",
+            )
+        return None
+    if built.disk is None:
+        raise ConfigError(
+            f"firmware={wanted!r} cannot be used with {name}: this image has no disk to boot from",
+            remedy="leave firmware= out, or use an image whose disk has a boot loader",
+        )
+    try:
+        found = firmware.boot_loaders(built.disk)
+    except OSError as error:
+        raise damaged(name, f"{built.disk} cannot be read: {error.strerror}") from error
+    if wanted not in found:
+        lacks = "EFI system partition" if wanted == "uefi" else "boot loader in its first sector"
+        other = f"firmware={min(found)!r}" if found else "firmware='kernel'"
+        raise ConfigError(
+            f"firmware={wanted!r} cannot be used with {name}: its disk has no {lacks}",
+            remedy=f"use {other}, or an image whose disk boots by {wanted.upper()}",
+        )
+    if wanted == "bios":
+        return None
+    return firmware.find_uefi(
+        built.definition.architecture, secure_boot=built.definition.secure_boot
+    )

@@ -243,7 +243,9 @@ class TemplateBuilder:
     ) -> dict[str, object]:
         hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
-        pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
+        pair = blueprint.key or KeyPair.generate()
+        if below is not None:
+            pair = KeyPair.of(below.private_key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         known_as = self._backend.name(f"{blueprint.image}-prepared")
         self._callbacks.guest_begun(known_as)
