@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
@@ -103,18 +103,11 @@ class Backend:
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
-        if built.kernel is None:
-            raise ImageError(
-                f"{built.definition.name} boots by {built.definition.firmware!r}, which does not work yet",
-                remedy="use an image with boot.firmware = 'kernel'",
-            )
         try:
             return accelerator.choose(
                 self.settings.accelerator,
                 find_qemu(built.definition.architecture),
-                kernel=built.kernel,
-                initrd=built.initrd,
-                append=built.definition.append,
+                trial(built, self.cache),
                 cache=self.cache,
                 hypervisor=lambda: self._to_prove(built),
                 say=self.callbacks.say,
@@ -181,6 +174,7 @@ class Backend:
         self.catalogue.get(image).check(hardware)
         self._check_network(hardware)
         built, qemu = self.require(image)
+        verdict = self.accelerator(image)
         try:
             uefi = find_firmware(built, hardware)
         except LaunchError as error:
@@ -188,7 +182,7 @@ class Backend:
         return Blueprint(
             built=built,
             qemu=qemu,
-            verdict=self.accelerator(image),
+            verdict=verdict,
             hardware=hardware,
             qemu_args=self.callbacks.qemu_args,
             uefi=uefi,

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.cache.store import IMAGES
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.machine import cmdline, firmware, host
-from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.machine.accelerator import Trial, Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.firmware import Uefi
@@ -99,9 +100,7 @@ class Blueprint:
             start=start,
             kernel=self.built.kernel if direct else None,
             initrd=self.built.initrd if direct else None,
-            uefi=self.uefi is not None,
-            secure_boot=self.uefi is not None and self.built.definition.secure_boot,
-            flash_format=self.uefi.format if self.uefi is not None else "raw",
+            uefi=self.uefi,
             tpm=self.built.definition.tpm if has_tpm is None else has_tpm,
         )
         return replace(spec, more_args=tuple(self.qemu_args(spec)))
@@ -138,8 +137,8 @@ class Blueprint:
         fds = Descriptors(
             kernel=None if spec.kernel is None else 0,
             initrd=None if spec.initrd is None else 0,
-            code=0 if spec.uefi else None,
-            variables=0 if spec.uefi else None,
+            code=None if spec.uefi is None else 0,
+            variables=None if spec.uefi is None else 0,
             tpm=0 if spec.tpm else None,
             memory=0,
             base=None if self.built.disk is None else 0,
@@ -199,4 +198,29 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
         return None
     return firmware.find_uefi(
         built.definition.architecture, secure_boot=built.definition.secure_boot
+    )
+
+
+def trial(built: BuiltImage, cache: Path) -> Trial:
+    """What proves that an accelerator runs guests of this image.
+
+    Args:
+        cache: a folder with room for what the guest writes.
+
+    Raises:
+        ConfigError: the image cannot boot.
+        LaunchError: this machine lacks the firmware for it.
+    """
+    if built.kernel is not None:
+        append = built.definition.append
+        return Trial(content=built.kernel, kernel=built.kernel, initrd=built.initrd, append=append)
+    hardware = Hardware(memory=max(Trial.memory, built.definition.memory_min))
+    uefi = find_firmware(built, hardware)
+    return Trial(
+        content=built.folder / IMAGES.record,
+        memory=hardware.memory,
+        uefi=uefi,
+        disks=lambda: Disks.open(
+            base=built.disk, root_size=None, blank=(), folder=cache, uefi=uefi
+        ),
     )

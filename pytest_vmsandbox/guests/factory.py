@@ -263,7 +263,7 @@ class GuestFactory:
             blueprint,
             backend.hypervisor,
             name=name,
-            key=self._key,
+            key=blueprint.key or self._key,
             disks=disks,
             logs=backend.callbacks.logs(name),
         )

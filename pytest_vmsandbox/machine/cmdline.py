@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.machine.firmware import Uefi
 
 NETDEV = "n0"
 ROOT_DISK = "root"
@@ -75,9 +76,7 @@ class MachineSpec:
         append: the kernel's command line.
         start: how the machine starts.
         kernel, initrd: files to boot directly; None for a guest that firmware boots.
-        uefi: whether UEFI firmware boots the guest. Without it and without a kernel, BIOS does.
-        secure_boot: whether that firmware has Secure Boot.
-        flash_format: of the firmware's files, ``raw`` or ``qcow2``.
+        uefi: the firmware that boots the guest. Without it and without a kernel, BIOS does.
         tpm: whether the guest has a TPM.
         more_args: added to QEMU's command line.
     """
@@ -92,9 +91,7 @@ class MachineSpec:
     start: Start = Start.POWER_ON
     kernel: Path | None = None
     initrd: Path | None = None
-    uefi: bool = False
-    secure_boot: bool = False
-    flash_format: str = "raw"
+    uefi: Uefi | None = None
     tpm: bool = False
     more_args: tuple[str, ...] = ()
 
@@ -138,9 +135,9 @@ def machine(spec: MachineSpec) -> list[str]:
     """
     major, minor = spec.version[:2]
     board = f"pc-q35-{major}.{minor},graphics=off,sata=off,memory-backend=ram"
-    if spec.uefi:
+    if spec.uefi is not None:
         board += ",pflash0=code,pflash1=variables"
-        board += ",smm=on" if spec.secure_boot else ""
+        board += ",smm=on" if spec.uefi.secure_boot else ""
     accelerator = spec.accelerator
     if accelerator == "tcg" and spec.version < (8, 1) and spec.hardware.cpus > 1:
         accelerator = "tcg,thread=single"
@@ -249,22 +246,24 @@ def firmware(spec: MachineSpec, fds: Descriptors) -> list[str]:
     The guest boots from its root disk or not at all. Else firmware would try the network, which takes
     minutes. With Secure Boot, only the firmware may write its variables: the guest cannot in any mode.
     """
-    args: list[str] = []
-    for node, number in (("code", fds.code), ("variables", fds.variables)):
-        if number is not None:
-            args += _descriptor_set(number)
-            is_code = node == "code"
-            args += ["-blockdev", json.dumps(flash(node, number, spec, read_only=is_code))]
-    if spec.secure_boot:
-        args += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
-    return args if spec.kernel is not None else [*args, "-boot", "strict=on"]
+    args = [] if fds.kernel is not None else ["-boot", "strict=on"]
+    if spec.uefi is not None and fds.code is not None and fds.variables is not None:
+        for node, number, read_only in (
+            ("code", fds.code, True),
+            ("variables", fds.variables, False),
+        ):
+            device = flash(node, number, spec.uefi.format, read_only=read_only)
+            args += [*_descriptor_set(number), "-blockdev", json.dumps(device)]
+        if spec.uefi.secure_boot:
+            args += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+    return args
 
 
-def flash(node: str, number: int, spec: MachineSpec, *, read_only: bool) -> dict[str, object]:
-    """A block device for flash memory: a file in a set of descriptors."""
+def flash(node: str, number: int, kind: str, *, read_only: bool) -> dict[str, object]:
+    """A block device for flash memory: a file of a format, in a set of descriptors."""
     options = {"read-only": read_only, "cache": {"no-flush": True}}
     file = {"driver": "file", "filename": f"/dev/fdset/{number}", **options}
-    return {"node-name": node, "driver": spec.flash_format, **options, "file": file}
+    return {"node-name": node, "driver": kind, **options, "file": file}
 
 
 def tpm(fds: Descriptors) -> list[str]:
@@ -299,7 +298,7 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
-        boots = name == ROOT_DISK and spec.kernel is None
+        boots = name == ROOT_DISK and fds.kernel is None
         device = f"virtio-blk-pci,drive={name},serial={name}"
         args += ["-device", f"{device},bootindex=0" if boots else device]
     return args

@@ -76,9 +76,7 @@ class Disks:
                 layers: list[IO[bytes]] = [stack.enter_context(path.open("rb")) for path in below]
                 overlays.append((*layers, stack.enter_context(empty_overlay(size, folder))))
             flash = stack.enter_context(Flash.open(uefi, folder)) if uefi is not None else None
-            yield cls(
-                base=base_file, overlays=tuple(overlays), sizes=tuple(sizes), flash=flash
-            )
+            yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes), flash=flash)
 
     def on_top(self, frozen: Sequence[Sequence[IO[bytes]]], fresh: Sequence[IO[bytes]]) -> Disks:
         """The same disks with the content in `frozen`, and an empty file on top of each."""

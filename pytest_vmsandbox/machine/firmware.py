@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+import platformdirs
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core import paths
@@ -33,7 +34,10 @@ _USUAL_PLACES = {
         ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),  # Fedora
         ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),  # Arch
         ("/usr/share/edk2-ovmf/x64/OVMF_CODE.fd", "/usr/share/edk2-ovmf/x64/OVMF_VARS.fd"),
-        ("/usr/share/qemu/ovmf-x86_64-code.bin", "/usr/share/qemu/ovmf-x86_64-vars.bin"),  # openSUSE
+        (
+            "/usr/share/qemu/ovmf-x86_64-code.bin",
+            "/usr/share/qemu/ovmf-x86_64-vars.bin",
+        ),  # openSUSE
         ("/usr/share/qemu/edk2-x86_64-code.fd", "/usr/share/qemu/edk2-i386-vars.fd"),  # QEMU's own
     ),
     True: (
@@ -48,7 +52,9 @@ _USUAL_PLACES = {
 }
 _FORMATS = ("raw", "qcow2")
 _SECTOR = 512
-_GPT_HEADER = struct.Struct("<8x64xQII")  # of the part that we read: where the entries are, and how many
+_GPT_HEADER = struct.Struct(
+    "<8x64xQII"
+)  # of the part that we read: where the entries are, and how many
 _ESP = bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")  # the type of an EFI system partition
 _ESP_IN_MBR = 0xEF
 _MOST_ENTRIES = 1024
@@ -62,12 +68,14 @@ class Uefi:
         code: the file with its program.
         variables: the file with the variables of a new machine.
         format: of both files, ``raw`` or ``qcow2``.
+        secure_boot: whether it has Secure Boot. Then the machine needs SMM.
         digest: SHA-256, in hex, of both files.
     """
 
     code: Path
     variables: Path
     format: str
+    secure_boot: bool
     digest: str
 
 
@@ -97,7 +105,7 @@ def find_uefi(architecture: str, *, secure_boot: bool) -> Uefi:
             f"the UEFI firmware {error.filename or code} cannot be read: {error.strerror}",
             remedy="install its package again, or make the file readable",
         ) from error
-    return Uefi(code=code, variables=variables, format=kind, digest=digest)
+    return Uefi(code=code, variables=variables, format=kind, secure_boot=secure_boot, digest=digest)
 
 
 @cache
@@ -132,9 +140,9 @@ def description_files() -> list[Path]:
 
     A file hides those of the same name in the folders before.
     """
-    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    own = platformdirs.user_config_path("qemu", appauthor=False) / "firmware"
     files: dict[str, Path] = {}
-    for folder in (*_DESCRIPTORS, Path(config, "qemu/firmware")):
+    for folder in (*_DESCRIPTORS, own):
         files |= {file.name: file for file in Path(folder).glob("*.json")}
     return [files[name] for name in sorted(files)]
 
@@ -158,7 +166,9 @@ def matching(
         return None
     if mapping.get("mode", "split") != "split" or _MACHINES.get(architecture) not in machines:
         return None
-    if not (wanted <= set(features) if secure_boot else not {*wanted, "requires-smm"} & set(features)):
+    if not (
+        wanted <= set(features) if secure_boot else not {*wanted, "requires-smm"} & set(features)
+    ):
         return None
     code, variables = mapping["executable"], mapping["nvram-template"]
     if code["format"] not in _FORMATS or code["format"] != variables["format"]:
@@ -224,7 +234,9 @@ def boot_loaders(disk: Path) -> frozenset[str]:
             return frozenset()
         if any(first[:440]):
             found.add("bios")
-        if any(first[446 + 16 * number + 4] == _ESP_IN_MBR for number in range(4)) or _has_esp(file):
+        if any(first[446 + 16 * number + 4] == _ESP_IN_MBR for number in range(4)) or _has_esp(
+            file
+        ):
             found.add("uefi")
     return frozenset(found)
 

@@ -546,7 +546,9 @@ def _spawned(
 def _did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
     status = process.wait(_TERM_SECONDS)
     how = "does not answer" if status is None else f"ended with {_status_text(status)}"
-    more = f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
+    more = (
+        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
+    )
     return LaunchError(
         f"QEMU {how}",
         details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),
