@@ -15,7 +15,6 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Trial, Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
@@ -57,20 +56,6 @@ class Blueprint:
     def boots_directly(self) -> bool:
         """Whether QEMU boots the kernel itself, so its command line can tell the guest something."""
         return firmware_of(self.built.definition, self.hardware) == "kernel"
-
-    @cached_property
-    def key(self) -> KeyPair | None:
-        """The key that belongs to the image; None if its guests take any key from the command line.
-
-        Raises:
-            ImageError: the key cannot be read.
-        """
-        if (path := self.built.key) is None:
-            return None
-        try:
-            return KeyPair.of(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise damaged(self.image, f"{path} cannot be read: {error}") from error
 
     def stretch(self, seconds: float) -> float:
         """A timeout for something in a guest, in seconds, on this host and accelerator.

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue.origin import Login
 from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core.errors import ConfigError, ImageError
+from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -220,25 +218,6 @@ class TestFirmware:
         fds = cmdline.Descriptors(kernel=7, initrd=8, base=9, overlays=((10,), (11,)))
         argv = cmdline.argv(blueprint.machine("it", "- -"), fds)
         assert not [word for word in argv if re.search(r"pflash|tpm|bootindex|\bstrict|smm", word)]
-
-
-class TestKey:
-    def test_is_not_the_images(self, blueprint):
-        assert blueprint.key is None
-
-    def test_of_an_image(self, blueprint, folder):
-        built = with_image(blueprint, firmware="uefi", login=Login(method="vagrant")).built
-        key = KeyPair.generate()
-        key.save(folder / "key")
-        assert replace(blueprint, built=built).key == key
-
-    def test_that_is_damaged(self, blueprint, folder):
-        adopted = with_image(blueprint, firmware="uefi", login=Login(method="vagrant"))
-        with pytest.raises(ImageError, match="key cannot be read"):
-            _ = adopted.key
-        (folder / "key").write_text("no key")
-        with pytest.raises(ImageError, match="key cannot be read"):
-            _ = adopted.key
 
 
 class TestMachine:
