@@ -56,6 +56,7 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
+DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
 _MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes to build: only a command removes it
 
 
@@ -137,6 +138,7 @@ class Store(Generic[E]):
         *,
         on_busy: Callable[[], object],
         replace: bool = False,
+        is_current: Callable[[str], bool] = lambda _: True,
     ) -> E:
         """Make something, unless another process makes it meanwhile.
 
@@ -146,6 +148,7 @@ class Store(Generic[E]):
                 still holds the lock, so nobody else touches its files.
             on_busy: called before waiting for another process.
             replace: make it even if it is there.
+            is_current: whether the thing with that key may stay. Otherwise it is replaced.
 
         Raises:
             CacheError: the cache cannot be used, the disk is full, or the thing to be replaced is in
@@ -161,10 +164,12 @@ class Store(Generic[E]):
             files.locked(self.root / f"{name}.lock", on_busy=on_busy) as lock,
         ):
             place = self.root / key
+            if not replace and (found := self.get(key)) is not None:
+                if is_current(key):
+                    return found
+                replace = True
             if replace:
                 _check_unused(place)  # before, too: making it can take long
-            elif (found := self.get(key)) is not None:
-                return found
             self._clear(name)
             with files.removed_afterwards(self.root / f"{_NEW}{name}") as folder:
                 folder.mkdir(mode=0o700)
@@ -347,7 +352,7 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
     Raises:
         TeardownError: something cannot be removed.
     """
-    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, *_MADE_ANEW))
+    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, DOWNLOADS, *_MADE_ANEW))
     old = [
         Store(cache, TEMPLATES, Entry).discard(
             cache.glob(f"{TEMPLATES.folder}/{_FORMER_TEMPLATE}")

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytest_vmsandbox.catalogue.origin import (
-    FIRMWARES,
     Addition,
-    Firmware,
     Login,
     Source,
     hardware,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import MIB, Hardware, format_size
+from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
 
 Init = Literal["systemd", "busybox", "openrc", "sysvinit", "rc", "none"]
 DEFINITION_FILE = "image.toml"
@@ -40,6 +38,7 @@ _KEYS = (
     *("add", "boot", "disk", "system", "login"),
 )
 _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
+_DISK_KEYS = ("size",)
 _SYSTEM_KEYS = ("name", "version", "python", "init", "user")
 _MEMORY_MIN = 256 * MIB
 _IGNORED = {"__pycache__"}  # folders that Python makes
@@ -83,7 +82,7 @@ class ImageDefinition:
         base: the name of the image that it derives from; or empty.
         add: what it adds to its base; None without a base.
         source: where its files come from; None with another origin.
-        firmware: one of `FIRMWARES`. With ``kernel``, QEMU boots the kernel directly.
+        firmware: one of `core.spec.FIRMWARE`. With ``kernel``, QEMU boots the kernel directly.
         secure_boot: whether UEFI only boots what is signed.
         tpm: whether the guest has a TPM.
         login: how the first login works. A derived image has its base's.
@@ -335,13 +334,7 @@ def _parent(top: Table, base: Callable[[str], ImageDefinition] | None) -> ImageD
             f"{top.file}: from = {name!r}, but no other images are known here",
             remedy="read it through a Catalogue",
         )
-    parent = base(name)
-    if parent.disk_size is None:
-        raise ConfigError(
-            f"{top.file}: from = {name!r}, but that image has no disk, so nothing can be added to it",
-            remedy="derive from an image with a disk, or write a recipe",
-        )
-    return parent
+    return base(name)
 
 
 def _architecture(top: Table, parent: ImageDefinition | None) -> str:
@@ -360,7 +353,7 @@ def _architecture(top: Table, parent: ImageDefinition | None) -> str:
 def _boot(top: Table, source: Source | None, parent: ImageDefinition | None) -> dict[str, Any]:
     """The values that say how it boots."""
     table = top.table("boot", _BOOT_KEYS)
-    firmware = table.choice("firmware", FIRMWARES, "kernel" if parent is None else parent.firmware)
+    firmware = table.choice("firmware", FIRMWARE, "kernel" if parent is None else parent.firmware)
     _check_firmware(top, source, parent, firmware)
     direct, where = firmware == "kernel", f"with boot.firmware = {firmware!r}"
     secure_boot = table.choice(
@@ -416,10 +409,14 @@ def _check_firmware(
 def _disk_size(
     top: Table, source: Source | None, parent: ImageDefinition | None, firmware: Firmware
 ) -> int | None:
-    table = top.table("disk", ("size",))
+    table = top.table("disk", _DISK_KEYS)
     size: Callable[[object], int | None] = partial(hardware, "disk")
     if parent is not None:
-        base_size = parent.disk_size or 0
+        base_size = parent.disk_size
+        if base_size is None:
+            why = f"with from = {parent.name!r}, because that image has no disk"
+            top.only("disk", False, why, "derive from an image with a disk")
+            return None
         disk_size = table.read("size", _SIZE, size, base_size)
         if disk_size < base_size:
             raise ConfigError(

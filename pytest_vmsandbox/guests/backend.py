@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
@@ -52,7 +52,7 @@ class Backend:
     def __init__(self, settings: Settings, callbacks: Callbacks, stack: ExitStack) -> None:
         self.settings = settings
         self.callbacks = callbacks
-        self.catalogue = Catalogue(settings.image_path)
+        self.catalogue = Catalogue(settings.image_path, settings.cache)
         self.idle = IdleGuests()
         self.stack = stack
         self._verdicts: dict[str, Verdict] = {}
@@ -96,25 +96,22 @@ class Backend:
     def accelerator(self, image: str) -> Verdict:
         """The accelerator for guests of this image. The first time, it may need a proof."""
         if image not in self._verdicts:
-            self._verdicts[image] = verdict = self._choose(self.built(image))
-            if verdict.accelerator != "tcg":  # there was a proof
-                self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
+            self._accelerator(self.built(image))
         return self._verdicts[image]
+
+    def _accelerator(self, built: BuiltImage) -> Verdict:
+        verdict = self._verdicts[built.definition.name] = self._choose(built)
+        if verdict.accelerator != "tcg":  # there was a proof
+            self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
+        return verdict
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
-        if built.kernel is None:
-            raise ImageError(
-                f"{built.definition.name} boots by {built.definition.firmware!r}, which does not work yet",
-                remedy="use an image with boot.firmware = 'kernel'",
-            )
         try:
             return accelerator.choose(
                 self.settings.accelerator,
                 find_qemu(built.definition.architecture),
-                kernel=built.kernel,
-                initrd=built.initrd,
-                append=built.definition.append,
+                trial(built, self.cache),
                 cache=self.cache,
                 hypervisor=lambda: self._to_prove(built),
                 say=self.callbacks.say,
@@ -181,12 +178,28 @@ class Backend:
         self.catalogue.get(image).check(hardware)
         self._check_network(hardware)
         built, qemu = self.require(image)
+        return self._blueprint(built, qemu, self.accelerator(image), hardware)
+
+    def blueprint_of(self, built: BuiltImage, hardware: Hardware) -> Blueprint:
+        """The blueprint of a guest of an image that the catalogue need not have."""
+        self._check_network(hardware)
+        qemu = find_qemu(built.definition.architecture)
+        return self._blueprint(built, qemu, self._accelerator(built), hardware)
+
+    def _blueprint(
+        self, built: BuiltImage, qemu: Qemu, verdict: Verdict, hardware: Hardware
+    ) -> Blueprint:
+        try:
+            uefi = find_firmware(built, hardware)
+        except LaunchError as error:
+            self.callbacks.missing(error)
         return Blueprint(
             built=built,
             qemu=qemu,
-            verdict=self.accelerator(image),
+            verdict=verdict,
             hardware=hardware,
             qemu_args=self.callbacks.qemu_args,
+            uefi=uefi,
             pace=self.hypervisor.pace,
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.catalogue.importing.headers import begins_as
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.spec import format_size, parse_size
@@ -28,16 +29,7 @@ _SECTOR = 512  # bytes; a disk has a whole number of them
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,19}")  # a serial number has at most 20 characters
 _POLL_SECONDS = 0.05
 _UNDO_SECONDS = 5.0
-# Files that are no disks themselves, but describe one: how they begin, and the name of the format.
-_FORMATS = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "vmdk",
-    b"# Disk Des": "vmdk",
-    b"vhdxfile": "vhdx",
-    b"cone" + b"ctix": "vpc",
-    b"<<< ": "vdi",
-}
-_LONGEST_MAGIC = max(map(len, _FORMATS))
+_HEAD = 4096  # bytes that tell the format of a file
 # Prints the device with a serial number. Nothing but /sys is needed. If there is udev, its links are
 # there as well.
 _FIND = r"""
@@ -378,14 +370,12 @@ def _opened(path: Path) -> IO[bytes]:
             )
         closing.pop_all()
         file = stack.enter_context(os.fdopen(number, "rb", 0))
-        begin = os.pread(number, _LONGEST_MAGIC, 0)
-        for magic, form in _FORMATS.items():
-            if begin.startswith(magic):
-                raise ConfigError(
-                    f"{path} cannot be attached as a disk: its format is {form}, and attach_disk takes raw "
-                    "content only",
-                    remedy=f"convert it first: qemu-img convert -f {form} -O raw {path.name} disk.raw",
-                )
+        if form := begins_as(os.pread(number, _HEAD, 0)):
+            raise ConfigError(
+                f"{path} cannot be attached as a disk: its format is {form}, and attach_disk takes raw "
+                "content only",
+                remedy=f"convert it first: qemu-img convert -f {form} -O raw {path.name} disk.raw",
+            )
         stack.pop_all()
         return file
 

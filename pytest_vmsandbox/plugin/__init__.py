@@ -49,8 +49,8 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "vm(*images, cpus, memory, disk, disks, network, isolation, user, test_timeout, skip, "
-        "xfail): run the test on these images (names or globs), in a guest with this hardware",
+        "vm(*images, cpus, memory, disk, disks, network, firmware, tpm, isolation, user, "
+        "test_timeout, skip, xfail): run the test on these images (names or globs), in a guest with this hardware",
     )
     config.addinivalue_line(
         "markers",
@@ -73,8 +73,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     try:
         # pytest has not run `pytest_configure`, so there is no other `Run`.
-        for row in columns(ImageStore(cache_dir()).entries(Run(config).catalogue)):
+        found = ImageStore(cache_dir()).entries(Run(config).catalogue)
+        for row in columns(found):
             print("  ".join(row))  # noqa: T201  # the list
+        if problems := [image.problem for image in found if image.problem]:
+            raise pytest.UsageError(*problems)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
     return 0

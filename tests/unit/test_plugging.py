@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import AttachedDisk, CommandTimeout, ConfigError, GuestLost
+from pytest_vmsandbox.catalogue.importing import vmdk, vpc
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.machines import Machines
@@ -157,11 +158,8 @@ class TestAttach:
             (None, "No such file", "size='1GiB'"),
             (b"", "it is empty", "size='1GiB'"),
             (b"QFI\xfb\0\0\0\3", "its format is qcow2", "convert -f qcow2 -O raw disk"),
-            (b"KDMV" + bytes(600), "its format is vmdk", "convert -f vmdk"),
-            (b"# Disk DescriptorFile\n", "its format is vmdk", "convert -f vmdk"),
-            (b"vhdxfile" + bytes(600), "its format is vhdx", "convert -f vhdx"),
-            (b"conectix" + bytes(600), "its format is vpc", "convert -f vpc"),
-            (b"<<< Oracle VM VirtualBox", "its format is vdi", "convert -f vdi"),
+            (vmdk.MAGIC + bytes(600), "its format is vmdk", "convert -f vmdk"),
+            (vpc.COOKIE + bytes(600), "its format is vpc", "convert -f vpc"),
         ],
     )
     def test_a_file_that_is_no_disk(self, vm, tmp_path, content, told, remedy):
