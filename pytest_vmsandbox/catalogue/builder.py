@@ -1,4 +1,4 @@
-"""Builds an image: runs its recipe under a supervisor, and puts the result into the store."""
+"""Builds an image: has it made, by its recipe or otherwise, and puts the result into the store."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.making import Build, Maker
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -28,9 +29,6 @@ from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import GIB, format_size
 
 ROOM_FOR_A_DISK = 3 * GIB
-PROGRESS = b"== "  # starts those lines of a recipe's output that tell people about progress
-
-_SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
 # One line, as ssh-keygen writes it. Each key of that type begins with its name and size.
@@ -40,9 +38,11 @@ _HOST_KEY = re.compile(rb"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-P][A-Za-z0-9+/
 def build(
     definition: ImageDefinition,
     store: ImageStore,
+    make: Maker | None = None,
     *,
     progress: Callable[[str], None],
     force: bool = False,
+    read_again: Callable[[], ImageDefinition] | None = None,
 ) -> BuiltImage:
     """Build an image, unless it is built.
 
@@ -51,14 +51,17 @@ def build(
     Args:
         definition: what to build.
         store: where to put it.
+        make: fills the image's folder; None to run the definition's recipe.
         progress: gets lines for people about the progress.
         force: build it even if it is built.
+        read_again: reads the definition again afterwards, to see whether it has changed; None to read
+            its folder.
 
     Returns:
         The built image. Older builds with its name are removed, unless guests use them.
 
     Raises:
-        ImageError: a program that the recipe needs is missing, the disk is too full, the recipe
+        ImageError: a program that the recipe needs is missing, the disk is too full, the maker
             failed or left files out, or guests use the image to be replaced.
         CacheError: the image cannot be kept.
         ConfigError: a file of the definition cannot be read.
@@ -68,106 +71,110 @@ def build(
     if not force and store.state(definition) is ImageState.BUILT:  # it may be damaged and in use
         progress(f"{name} is built")
         return store.require(definition)
-    maker = _Maker(definition, store, progress)
+    again = read_again or (lambda: ImageDefinition.read(definition.folder))
+    filler = _Filler(definition, store, make or run_recipe, progress, again)
     image = store.make(
         store.key(definition),
-        maker.fill,
+        filler.fill,
         on_busy=lambda: progress(f"waiting: another process is building {name}"),
         replace=force,
     )
-    if not maker.is_used:
+    if not filler.is_used:
         progress(f"{name} is built")
     store.discard(folder for folder in store.folders_of(name) if folder != image.folder)
     return image
 
 
 @dataclasses.dataclass
-class _Maker:
-    """Makes an image if the store asks for it."""
+class _Filler:
+    """Has an image made if the store asks for it."""
 
     definition: ImageDefinition
     store: ImageStore
+    make: Maker
     progress: Callable[[str], None]
+    read_again: Callable[[], ImageDefinition]
     is_used: bool = False
 
     def fill(self, out: Path, lock: int) -> dict[str, object]:
         """Put the files of an image into a folder. Returns the content of the record."""
         self.is_used = True
-        definition = self.definition
-        _check_programs(definition)
-        log = self.store.failed_log(definition.name)
+        name = self.definition.name
+        log = self.store.failed_log(name)
         # The user namespaces of mmdebstrap must reach this folder, and they cannot reach the cache.
         base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
-        with self.store.work_folder(definition.name, base) as work:
-            if definition.disk_size is not None:
-                check_room((out, work), ROOM_FOR_A_DISK)
+        with (
+            self.store.work_folder(name, base) as work,
+            log.open("wb", buffering=0) as output,
+        ):
+            build = Build(
+                definition=self.definition,
+                out=out,
+                work=work,
+                log=output,
+                lock=lock,
+                progress=self.progress,
+            )
             try:
-                self._run(out, work, log, lock)
-                _check(out, definition)
+                more = self._made(build)
             except OSError as error:
-                raise ImageError(f"building {definition.name!r} failed: {error}") from error
+                raise ImageError(f"building {name!r} failed: {error}") from error
             except ImageError as error:
-                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-                end = "\n".join((f"--- last lines of {log}", *lines[-_TAIL:]))
-                error.details = f"{error.details}\n{end}".strip()
-                error.remedy = error.remedy or f"read {log}, correct the cause, and build it again"
+                _add_end_of(log, error)
                 raise
         log.replace(out / LOG)
         return {
-            "name": definition.name,
-            "digest": definition.digest,
+            **more,
+            "name": name,
+            "digest": self.definition.digest,
             "built": deadline.wall(),
-            "definition": dataclasses.asdict(definition),
+            "definition": dataclasses.asdict(self.definition),
         }
 
-    def _run(self, out: Path, work: Path, log: Path, lock: int) -> None:
-        """Run the recipe. Afterwards nothing that it started is left.
+    def _made(self, build: Build) -> Mapping[str, object]:
+        if self.definition.disk_size is not None:
+            check_room((build.out, build.work), ROOM_FOR_A_DISK)
+        more = self.make(build)
+        if self.read_again().digest != self.definition.digest:
+            raise ImageError(
+                f"the definition of {self.definition.name!r} changed while it was being built",
+                remedy=build_command(self.definition.name),
+            )
+        _check(build.out, self.definition)
+        return more
 
-        Raises:
-            ImageError: the recipe failed.
-        """
-        definition = self.definition
-        environment = {
-            **os.environ,
-            "LC_ALL": "C.UTF-8",
-            "PATH": programs.search_path(),
-            "TMPDIR": os.fspath(work),
-            "VMSANDBOX_OUT": os.fspath(out),
-            "VMSANDBOX_WORK": os.fspath(work),
-        }
-        argv = [
-            *(sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(lock)),
-            *_own_namespaces(),
-            os.fspath(definition.folder.absolute() / definition.recipe),
-        ]
-        with (
-            log.open("wb", buffering=0) as output,
-            subprocess.Popen(
-                argv,
-                cwd=definition.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in a terminal is ours alone
-                pass_fds=(lock,),
-                umask=0o022,
-            ) as process,
-        ):
-            try:
-                for line in process.stdout or ():
-                    output.write(line)
-                    if line.startswith(PROGRESS):
-                        self.progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
-                status = process.wait()
-            finally:
-                process.terminate()
-                process.wait()
-        if status != 0:
-            # A status below 0: the supervisor itself was killed.
-            killed = status - 128 if status > 128 else -status
-            ended = f"signal {killed}" if killed > 0 else f"status {status}"
-            raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
+
+def _add_end_of(log: Path, error: ImageError) -> None:
+    """Add the last lines of a build's log to the error that ended the build."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines:
+        end = "\n".join((f"--- last lines of {log}", *lines[-_TAIL:]))
+        error.details = f"{error.details}\n{end}".strip()
+        error.remedy = error.remedy or f"read {log}, correct the cause, and build it again"
+
+
+def run_recipe(build: Build) -> Mapping[str, object]:
+    """Make an image with the recipe of its definition. Afterwards nothing that it started is left.
+
+    Raises:
+        ImageError: a program is missing, or the recipe failed.
+    """
+    definition = build.definition
+    _check_programs(definition)
+    environment = {
+        **os.environ,
+        "LC_ALL": "C.UTF-8",
+        "PATH": programs.search_path(),
+        "TMPDIR": os.fspath(build.work),
+        "VMSANDBOX_OUT": os.fspath(build.out),
+        "VMSANDBOX_WORK": os.fspath(build.work),
+    }
+    recipe = os.fspath(definition.folder.absolute() / definition.recipe)
+    status = build.run([*_own_namespaces(), recipe], cwd=definition.folder, env=environment)
+    if status != 0:
+        ended = f"signal {status - 128}" if status > 128 else f"status {status}"
+        raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
+    return {}
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:
@@ -218,14 +225,8 @@ def _check(out: Path, definition: ImageDefinition) -> None:
     """Check the files of an image.
 
     Raises:
-        ImageError: a file is missing, empty, unreadable or unexpected; or the definition has changed
-            meanwhile.
+        ImageError: a file is missing, empty, unreadable or unexpected.
     """
-    if ImageDefinition.read(definition.folder).digest != definition.digest:
-        raise ImageError(
-            f"the definition of {definition.name!r} changed while it was being built",
-            remedy=build_command(definition.name),
-        )
     wrong = []
     for name in files_of(definition):
         file = out / name

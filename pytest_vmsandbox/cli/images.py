@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.catalogue.builder import build as build_image
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageStore, columns
 from pytest_vmsandbox.cli.options import image_path_option
@@ -16,7 +15,9 @@ from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.guests.image_maker import make_image
 from pytest_vmsandbox.guests.templates import TemplateStore
 
 _STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim"}
@@ -80,19 +81,19 @@ def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) 
 
     A NAME may be a glob such as 'debian-*', or 'all'. If one build fails, the others are still tried.
     """
-    catalogue = Catalogue(image_path)
+    catalogue, settings = Catalogue(image_path), Settings(image_path=image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     errors: list[Exception] = []
     for definition in definitions:
         try:
-            build_one(definition, force=force)
+            build_one(definition, settings, force=force)
         except VMSandboxError as error:
             errors.append(error)
     if errors:
         raise ExceptionGroup("images", errors)
 
 
-def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
+def build_one(definition: ImageDefinition, settings: Settings, *, force: bool = False) -> None:
     """Build one image and show the progress.
 
     Raises:
@@ -105,7 +106,7 @@ def build_one(definition: ImageDefinition, *, force: bool = False) -> None:
     screen.say(f"building {name}: {definition.description}", "bold")
     began = monotonic()
     with screen.stages() as stage:
-        image = build_image(definition, store, progress=stage, force=force)
+        image = make_image(definition, settings, progress=stage, force=force)
     screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {monotonic() - began:.0f} s")
 
 

@@ -54,7 +54,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
         if only_install:
             return
         screen.say()
-        build_one(definition)
+        build_one(definition, Settings())
         screen.say()
         screen.say("Running a small test suite. Each test gets a guest of its own", "bold")
         _run_suite(screen, image)

@@ -67,6 +67,11 @@ class Guest:
         return self.engine.spec
 
     @property
+    def origin(self) -> str:
+        """How it was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
+        return self.engine.origin
+
+    @property
     def alive(self) -> bool:
         """Whether the guest is switched on, and has neither ended nor panicked."""
         return self.engine.loss is None

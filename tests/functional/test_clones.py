@@ -89,11 +89,11 @@ class TestWhatIsPutRight:
         one = factory("armed")
         one.expect("tiny", one.hardware("tiny", TINY), 3)
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin in {"cloned", "armed"}
+            assert vm.origin in {"cloned", "armed"}
             assert abs(offset(vm)) < 0.05
         time.sleep(30)
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "armed"
+            assert vm.origin == "armed"
             assert abs(offset(vm)) < 0.05
 
     def test_random_numbers_differ(self, factory):
@@ -126,7 +126,7 @@ class TestWhatIsPutRight:
         """A clone that has waited is as quiet as when it was saved."""
         one = factory()
         with one.boot("debian-13") as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
             before = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
             time.sleep(5)
             after = vm.run(["ps", "-e", "--no-headers", "-o", "comm"]).stdout.split()
@@ -153,7 +153,7 @@ class TestKeepingAhead:
 
             @pytest.mark.parametrize("number", range(3))
             def test_next(vm, number):
-                assert vm.engine.origin == "armed"
+                assert vm.origin == "armed"
         """
         (tmp_path / "test_it.py").write_text(textwrap.dedent(suite))
         argv = [sys.executable, "-m", "pytest", "--vm=tiny", "-p", "no:cacheprovider", "-v"]
@@ -205,10 +205,10 @@ class TestSharingNothing:
 class TestTemplates:
     def test_a_second_run_boots_nothing(self, factory):
         with factory().boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
         again = factory()
         with again.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
             assert "Linux version" not in vm.console.text
         assert again.told == []
 
@@ -242,7 +242,7 @@ class TestTemplates:
             image = one.prepare(base, prepare, depends_on=depends_on, network="nat")
             with one.boot(image) as vm:
                 assert vm.image == "tiny"
-                assert vm.engine.origin == "cloned"
+                assert vm.origin == "cloned"
                 assert vm.spec.network == "isolated"
                 assert vm.read_text("/opt/made") == "here"
                 assert vm.run(["pidof", "sleep"]).stdout.strip()
@@ -353,7 +353,7 @@ class TestFallback:
         one = factory()
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.engine.origin == "booted"
+                assert vm.origin == "booted"
                 vm.run(["true"])
         (line,) = one.told.about("are booted, because they cannot be cloned")
         assert "x-ignore-shared" in line
@@ -365,7 +365,7 @@ class TestFallback:
                 (small / entry.name).symlink_to(entry)
             one = factory(cache=small)
             with one.boot("tiny", **TINY) as vm:
-                assert vm.engine.origin == "booted"
+                assert vm.origin == "booted"
                 vm.run(["true"])
             (line,) = one.told.about("are booted, because they cannot be cloned")
             assert "the cache has no room for 160MiB of memory" in line
@@ -381,13 +381,13 @@ class TestFallback:
         integrity.write_record(template.folder / "template.json", content)
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "booted"
+            assert vm.origin == "booted"
         assert one.told.about("are booted, because they cannot be cloned")
 
     def test_without_clones(self, factory, cache):
         one = factory("never")
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "booted"
+            assert vm.origin == "booted"
         assert not (cache / "templates").exists()
 
 
@@ -421,7 +421,7 @@ class TestChance:
         retried = []
         first(template_builder, "settle", lambda guest, _: self.kill(machine_of(guest).process))
         with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
         (error,) = retried
         assert "SIGKILL" in error.brief
 
@@ -429,7 +429,7 @@ class TestChance:
         retried = []
         first(Running, "answers", lambda running, _: self.kill(running.machine.process))
         with factory("never", note_retry=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "booted"
+            assert vm.origin == "booted"
         (error,) = retried
         assert "SIGKILL" in error.brief
         assert "while booting" in error.brief
@@ -442,14 +442,14 @@ class TestChance:
 
         first(template_builder, "settle", panic)
         with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "booted"
+            assert vm.origin == "booted"
         assert retried == []
 
     def test_a_clone_that_is_killed(self, factory, first):
         first(resume, "from_state", lambda machine, _: self.kill(machine.process))
         one = factory()
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
         assert one.told.about("are booted, because they cannot be cloned") == []
 
     @pytest.mark.parametrize("command", ["migrate-incoming", "cont"])
@@ -468,7 +468,7 @@ class TestChance:
         monkeypatch.setattr(Monitor, "execute", slow)
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.engine.origin == "cloned"
+                assert vm.origin == "cloned"
         assert late == [command]
         assert one.told.about("are booted, because they cannot be cloned") == []
 
@@ -482,7 +482,7 @@ class TestChance:
             Monitor, "_await", lambda *_: os.kill(started_by_the_launcher(), signal.SIGSTOP)
         )
         with one.boot("tiny", **TINY) as vm:
-            assert vm.engine.origin == "cloned"
+            assert vm.origin == "cloned"
         assert spawned
         assert one.backend.hypervisor.pace.slowness >= 2
         assert one.told.about("are booted, because they cannot be cloned") == []
@@ -499,7 +499,7 @@ class TestChance:
                 vm.run(["true"])
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
-                assert vm.engine.origin != "booted"
+                assert vm.origin != "booted"
                 vm.run(["true"])
         assert one.told.about("are booted, because they cannot be cloned") == []
 

@@ -27,6 +27,7 @@ def popen(vm):
 
 CALLS = {
     "alive": lambda vm, _: vm.alive,
+    "origin": lambda vm, _: vm.origin,
     "spec": lambda vm, _: vm.spec,
     "run": lambda vm, _: vm.run(["true"]),
     "shell": lambda vm, _: vm.shell("true"),
@@ -49,7 +50,7 @@ CALLS = {
     "power_on": lambda vm, _: vm.power_on(),
     "power_cut": lambda vm, _: vm.power_cut(),
 }
-LOOKS = {"alive", "spec"}  # they do not let it go on
+LOOKS = {"alive", "origin", "spec"}  # they do not let it go on
 SWITCHES = {"power_off", "power_on", "power_cut"}  # the second one comes too late
 
 

@@ -116,7 +116,7 @@ class Setup:
             CannotMeasureError: the guest has another origin.
         """
         with factory.boot(self.image, **self.hardware) as guest:
-            if (origin := guest.engine.origin) not in origins:
+            if (origin := guest.origin) not in origins:
                 raise CannotMeasureError(f"guests are {origin} here, not {' or '.join(origins)}")
             yield guest
 

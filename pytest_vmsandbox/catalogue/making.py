@@ -1,0 +1,100 @@
+"""What a maker of an image works with: one build, its folders, its log and its programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+
+PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
+
+_SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """One build of an image, while it lasts. The store's lock of that name is held.
+
+    Attributes:
+        definition: what is built.
+        out: the empty folder to fill, in the cache. It becomes the image.
+        work: an empty folder for temporary files, which is removed afterwards. Other users' name
+            spaces can reach it.
+        log: the open file of the build's output.
+        lock: the descriptor of the store's lock. A program that inherits it and outlives us still
+            holds the lock.
+        progress: gets lines for people.
+    """
+
+    definition: ImageDefinition
+    out: Path
+    work: Path
+    log: IO[bytes]
+    lock: int
+    progress: Callable[[str], None]
+
+    def say(self, text: str) -> None:
+        """Tell people about the progress, and write it into the log."""
+        self.write(PROGRESS + text.encode() + b"\n")
+
+    def write(self, line: bytes) -> None:
+        """Write a line into the log. If it begins with `PROGRESS`, people see it, too."""
+        self.log.write(line)
+        if line.startswith(PROGRESS):
+            self.progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> int:
+        """Run a program of this machine to its end. Its output goes into the log.
+
+        Afterwards nothing that it started is left. That holds even if this process is killed: the
+        program is killed then, and the lock is held until it is gone.
+
+        Args:
+            argv: the program and its arguments.
+            cwd: the folder that it starts in; None for `work`.
+            env: its environment; None for ours, with the language of the output set.
+            pass_fds: descriptors that it inherits.
+
+        Returns:
+            Its exit status; 128 + N for signal N.
+
+        Raises:
+            OSError: it cannot be started, or the log cannot be written.
+        """
+        supervised = [sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(self.lock)]
+        with subprocess.Popen(
+            [*supervised, *argv],
+            cwd=self.work if cwd is None else cwd,
+            env={**os.environ, "LC_ALL": "C.UTF-8"} if env is None else env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal is ours alone
+            pass_fds=(self.lock, *pass_fds),
+            umask=0o022,
+        ) as process:
+            try:
+                for line in process.stdout or ():
+                    self.write(line)
+                status = process.wait()
+            finally:
+                process.terminate()
+                process.wait()
+        return status if status >= 0 else 128 - status  # below 0: the supervisor itself was killed
+
+
+# Fills the folder of a build. Returns what its record has besides the definition.
+Maker = Callable[[Build], Mapping[str, object]]
