@@ -81,14 +81,16 @@ bootstrap() {
     fi
 }
 
-# archive: write down the archive that filled $ROOT: for each of its suites the date, and the keys that signed it.
-# apt has verified the signatures. Here they only tell their keys, where gpgv and the key ring are there; else "-".
+# archive: write down the archive that filled $ROOT: URL, suite and date of each release file, and the keys that signed it.
+# apt has verified the signatures.  Here they only tell their keys, where gpgv and the key ring are there; else "-".
 archive() {
     for release in "$ROOT.releases"/*Release; do
-        field() { sed -n "s/^$1: //p" "$release" | head -n1; }
+        suite=${release##*_dists_} suite=${suite%_*}
+        url=$(sed 's/\[[^]]*\]//' "$ROOT/etc/apt/sources.list" | awk -v suite="$suite" '$1 == "deb" && $3 == suite { print $2; exit }')
+        date=$(sed -n 's/^Date: //p' "$release" | head -n1)
         keys=$(gpgv --status-fd 1 --keyring /usr/share/keyrings/debian-archive-keyring.gpg "$release" 2>/dev/null |
             awk '$2 == "VALIDSIG" { printf "%s%s", n++ ? "," : "", $NF }') || :
-        echo "$(field Codename) $(date -u -d "$(field Date)" +%Y-%m-%dT%H:%M:%SZ) ${keys:--}"
+        echo "${url:--} $suite $(date -u -d "$date" +%Y-%m-%dT%H:%M:%SZ) ${keys:--}"
     done | LC_ALL=C sort >"$VMSANDBOX_OUT/archive.txt"
     [ -s "$VMSANDBOX_OUT/archive.txt" ] || fail "the archive's release files are missing"
 }
