@@ -13,7 +13,7 @@ import subprocess
 import urllib.request
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
@@ -116,12 +116,13 @@ def _listed(suite: Suite, release: str, architecture: str) -> Iterator[tuple[str
 
 def _is_newer(one: str, other: str) -> bool:
     try:
-        return subprocess.run(["dpkg", "--compare-versions", one, "gt", other]).returncode == 0
+        done = subprocess.run(["dpkg", "--compare-versions", one, "gt", other], check=False)
     except OSError as error:
         raise ImageError(
             f"versions of packages cannot be compared: dpkg: {error.strerror}",
             remedy="install dpkg, which the tools for building images need as well",
         ) from error
+    return done.returncode == 0
 
 
 def _unusable(url: str, why: str) -> ImageError:

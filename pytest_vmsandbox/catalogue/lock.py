@@ -21,7 +21,6 @@ from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, texts
 from pytest_vmsandbox.core.errors import ConfigError, LockError
 
-LOCK_FILE = "vm-images.lock"
 SCHEMA = 1
 PACKAGES, ARCHIVE = "packages.txt", "archive.txt"  # in an image's folder
 HEADER = """\
@@ -137,7 +136,9 @@ class LockedImage:
         name = top.read("name", "the name of an image", line)
         check_name(name, file)
         some = {key: top.read(key, "one line of text", line, "") for key in _PLACES}
-        digests = {key: top.read(key, "a SHA-256 in hexadecimal digits", _sha256, "") for key in _DIGESTS}
+        digests = {
+            key: top.read(key, "a SHA-256 in hexadecimal digits", _sha256, "") for key in _DIGESTS
+        }
         none: tuple[str, ...] = ()
         locked = top.read("locked", f"some of {', '.join(_LOCKABLE)}", _words(_LOCKABLE))
         if "definition" not in locked:
@@ -235,8 +236,12 @@ class Lock:
                 f"{file}: schema = {schema!r} is not known",
                 remedy=f"use a version of pytest-vmsandbox that knows it; this one knows {SCHEMA}",
             )
+        nothing: list[object] = []
         entries = top.read(
-            "image", "tables [[image]]", lambda value: value if isinstance(value, list) else None, []
+            "image",
+            "tables [[image]]",
+            lambda value: value if isinstance(value, list) else None,
+            nothing,
         )
         images: dict[str, LockedImage] = {}
         for number, values in enumerate(entries, 1):
@@ -349,12 +354,6 @@ class Lock:
                 f"{self.file} cannot be written: {error.strerror or error}",
                 remedy="make room there, or make the folder writable. The file is unchanged",
             ) from error
-
-
-def find(rootdir: Path) -> Path | None:
-    """The lock file of a project; None without one."""
-    file = rootdir / LOCK_FILE
-    return file if os.path.lexists(file) else None
 
 
 def read_or_empty(file: Path) -> Lock:

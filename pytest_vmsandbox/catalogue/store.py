@@ -121,6 +121,18 @@ class BuiltImage:
         except OSError as error:
             raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
+    def record(self) -> dict[str, Any]:
+        """What was recorded when it was made.
+
+        Raises:
+            ImageError: the record is damaged.
+        """
+        try:
+            return _record(self.folder)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise self._damaged(f"{IMAGES.record} cannot be read: {why}") from error
+
     def verified(self) -> dict[str, str]:
         """Check the files that guests need, and return their digests. They are read once per object.
 
