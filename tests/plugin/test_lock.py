@@ -14,7 +14,9 @@ from support import images
 assert factory  # imported once: see conftest.py
 USES = "def test_x(vm): pass"
 MISMATCH = "differs from vm-images.lock"
-LAUNCHED = "[launch]"  # the fake QEMU only says its version; a run that starts it has passed the check
+LAUNCHED = (
+    "[launch]"  # the fake QEMU only says its version; a run that starts it has passed the check
+)
 
 
 @pytest.fixture
