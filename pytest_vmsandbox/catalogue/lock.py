@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 from pytest_vmsandbox.cache import files, integrity
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
-from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
+from pytest_vmsandbox.catalogue.store import ARCHIVE, PACKAGES, BuiltImage, damaged
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, texts
 from pytest_vmsandbox.core.errors import ConfigError, LockError
 
 SCHEMA = 1
-PACKAGES, ARCHIVE = "packages.txt", "archive.txt"  # in an image's folder
 HEADER = """\
 # The images that this project's tests use. Commit this file. It is written by
 #     vmsandbox images lock      adds images

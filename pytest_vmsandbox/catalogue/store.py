@@ -22,6 +22,8 @@ from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import format_size
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
+PACKAGES = "packages.txt"  # a line for each package, with its version
+ARCHIVE = "archive.txt"  # a line for each suite that they came from: URL, name, date, keys
 LOG = "build.log"
 _WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were kept
 
@@ -122,16 +124,24 @@ class BuiltImage:
             raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
 
     def record(self) -> dict[str, Any]:
-        """What was recorded when it was made.
+        """What was noted when it was built.
 
         Raises:
-            ImageError: the record is damaged.
+            ImageError: the image is damaged.
         """
         try:
             return _record(self.folder)
         except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise self._damaged(f"{IMAGES.record} cannot be read: {why}") from error
+            raise self._damaged(f"{IMAGES.record} cannot be read: {error}") from error
+
+    def as_base(self) -> dict[str, str]:
+        """What the record of a derived image has of this one.
+
+        Raises:
+            ImageError: the image is damaged.
+        """
+        key = f"{self.folder.parent.name}/{self.folder.name}"
+        return {"key": key, "build": self.build_id}
 
     def verified(self) -> dict[str, str]:
         """Check the files that guests need, and return their digests. They are read once per object.
@@ -217,9 +227,25 @@ class ImageStore(Store[BuiltImage]):
         Raises:
             ConfigError: a file of the definition cannot be read.
         """
-        if (self.root / self.key(definition) / IMAGES.record).is_file():
+        key = self.key(definition)
+        if (self.root / key / IMAGES.record).is_file() and (
+            not definition.base or self.is_current(key)
+        ):
             return ImageState.BUILT
         return ImageState.STALE if self.folders_of(definition.name) else ImageState.MISSING
+
+    def is_current(self, key: str) -> bool:
+        """Whether no base of an image was built again since the image was made.
+
+        A base that was removed does not matter.
+        """
+        with suppress(OSError, ValueError):  # it is damaged, which others find out
+            base = _record(self.root / key).get("base")
+            if base is not None:
+                found = (self.root / base["key"] / IMAGES.record).read_bytes()
+                is_same = hashlib.sha256(found).hexdigest() == base["build"]
+                return is_same and self.is_current(base["key"])
+        return True
 
     def require(self, definition: ImageDefinition) -> BuiltImage:
         """The built image of `definition`.
@@ -233,6 +259,11 @@ class ImageStore(Store[BuiltImage]):
         state, folder = self.state(definition), self.root / self.key(definition)
         if state is ImageState.BUILT:
             return BuiltImage(definition=definition, digest=definition.digest, folder=folder)
+        if (folder / IMAGES.record).is_file():
+            raise ImageError(
+                f"the image {name!r} is stale: its base {definition.base!r} was built again since",
+                remedy=build_command(name),
+            )
         if folder.exists():
             raise damaged(name, f"{folder / IMAGES.record} is missing")
         if state is ImageState.STALE:

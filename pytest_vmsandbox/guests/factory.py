@@ -263,7 +263,7 @@ class GuestFactory:
             blueprint,
             backend.hypervisor,
             name=name,
-            key=self._key,
+            key=self._key if (own := blueprint.built.key) is None else KeyPair.for_image(own),
             disks=disks,
             logs=backend.callbacks.logs(name),
         )
