@@ -105,9 +105,12 @@ def _listed(suite: Suite, release: str, architecture: str) -> Iterator[tuple[str
     if hashlib.sha256(packed).hexdigest() not in digests:  # a mirror in the middle of its update
         raise _unusable(suite.url, f"{path} does not fit the release file. Try again later")
     try:
-        unpacked = lzma.LZMADecompressor().decompress(packed, _UNPACKED_LIMIT)
+        unpacker = lzma.LZMADecompressor()
+        unpacked = unpacker.decompress(packed, _UNPACKED_LIMIT)
     except lzma.LZMAError as error:
         raise _unusable(suite.url, f"{path} is damaged: {error}") from error
+    if not unpacker.eof:
+        raise _unusable(suite.url, f"{path} is too large, or incomplete")
     for paragraph in unpacked.decode(errors="replace").split("\n\n"):
         fields = dict(re.findall(r"(?m)^(Package|Version): (\S+)", paragraph))
         if len(fields) == 2:
