@@ -10,13 +10,11 @@ from pathlib import Path
 import click
 
 from pytest_vmsandbox.cache import integrity
-from pytest_vmsandbox.catalogue.archive import newer_packages
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Lock, LockedImage, changes, lock_command, shown
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageState, ImageStore, build_command
-from pytest_vmsandbox.cli.building import build_one
-from pytest_vmsandbox.cli.options import image_path_option
+from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.project import Project, ask, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, VMSandboxError
@@ -27,7 +25,6 @@ _SHOWN = 40  # lines of differences of one image
 _UPDATE = "vmsandbox images update"
 
 names_argument = click.argument("names", nargs=-1, metavar="[NAME...]")
-offline_option = click.option("--offline", is_flag=True, help="Never use the network.")
 
 
 @click.command
