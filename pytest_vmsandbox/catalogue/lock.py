@@ -12,6 +12,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ HEADER = """\
 _LOCKABLE, _DRIFTING = ("definition", "source", "packages"), ("archive", "files", "packages")
 _ORIGINS = ("recipe", "from", "source")
 _PLACES = ("url", "kernel", "initrd")
-_DIGESTS = ("sha256", "kernel_sha256", "initrd_sha256")
+_DIGESTS = {"sha256": 64, "sha512": 128, "kernel_sha256": 64, "initrd_sha256": 64}  # → digits
 _KEYS = (
     *("name", "origin", "base", "definition", *_PLACES, *_DIGESTS, "archive", "signature"),
     *("locked", "may_drift", "packages"),
@@ -76,7 +77,7 @@ class LockedImage:
         base: the image that it derives from; or empty.
         definition: the digest of its definition. It covers that of its base.
         places: where files from elsewhere came from: ``url``, ``kernel``, ``initrd``.
-        digests: of those files: ``sha256``, ``kernel_sha256``, ``initrd_sha256``.
+        digests: of those files: ``sha256`` or ``sha512``, ``kernel_sha256``, ``initrd_sha256``.
         archive: of each suite that packages came from: URL, name, and date.
         signature: what was checked of its origin, for people.
         packages: name and version of each.
@@ -116,7 +117,7 @@ class LockedImage:
             places={key: source[key] for key in _PLACES if source.get(key)},
             digests=digests,
             archive=tuple(" ".join(words[:3]) for words in suites),
-            signature=_signature(source, suites),
+            signature=_signature(definition, digests, suites),
             packages=tuple(packages),
             locked=("definition", *(["source"] * bool(digests)), *(["packages"] * bool(packages))),
             may_drift=(*(["archive"] * bool(archive)), "files"),
@@ -136,7 +137,8 @@ class LockedImage:
         check_name(name, file)
         some = {key: top.read(key, "one line of text", line, "") for key in _PLACES}
         digests = {
-            key: top.read(key, "a SHA-256 in hexadecimal digits", _sha256, "") for key in _DIGESTS
+            key: top.read(key, f"{digits} hexadecimal digits", partial(_hex, digits), "")
+            for key, digits in _DIGESTS.items()
         }
         none: tuple[str, ...] = ()
         locked = top.read("locked", f"some of {', '.join(_LOCKABLE)}", _words(_LOCKABLE))
@@ -146,7 +148,7 @@ class LockedImage:
             name=name,
             origin=top.choice("origin", _ORIGINS),
             base=top.read("base", "the name of an image", line, ""),
-            definition=top.read("definition", "a SHA-256 in hexadecimal digits", _sha256),
+            definition=top.read("definition", "64 hexadecimal digits", partial(_hex, 64)),
             places={key: value for key, value in some.items() if value},
             digests={key: value for key, value in digests.items() if value},
             archive=top.read("archive", "a list of lines", _listed, none),
@@ -307,9 +309,9 @@ class Lock:
         return locked.differences(found)
 
     def _differs(self, name: str, differences: Sequence[Difference], remedy: str) -> LockError:
-        whats = " and ".join(dict.fromkeys(difference.what for difference in differences))
+        kinds = " and ".join(dict.fromkeys(difference.what for difference in differences))
         return LockError(
-            f"the image {name!r} differs from {self.file.name}: {whats}",
+            f"the image {name!r} differs from {self.file.name}: {kinds}",
             details="\n".join(
                 (f"expected in {self.file} → found here:", *shown(differences, _SHOWN))
             ),
@@ -400,7 +402,7 @@ def _versions(packages: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _brief(text: str) -> str:
-    is_digest = _sha256(text) is not None
+    is_digest = re.fullmatch("[0-9a-f]{64,}", text)
     return f"{text[:_SHORT]}…" if is_digest else text or _NONE
 
 
@@ -424,8 +426,9 @@ def _content(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _sha256(value: object) -> str | None:
-    return value if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else None
+def _hex(digits: int, value: object) -> str | None:
+    is_right = isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value)
+    return str(value) if is_right else None
 
 
 def _listed(value: object) -> tuple[str, ...] | None:
@@ -462,11 +465,15 @@ def _source(record: Mapping[str, Any], definition: ImageDefinition) -> dict[str,
     return {key: value for key, value in given.items() if value}
 
 
-def _signature(source: Mapping[str, str], suites: Sequence[Sequence[str]]) -> str:
+def _signature(
+    definition: ImageDefinition, digests: Mapping[str, str], suites: Sequence[Sequence[str]]
+) -> str:
     """What was checked of an image's origin."""
-    if source:
-        return source.get("checked") or "none; the digest is given by the definition"
+    source = definition.source
+    if digests:
+        given = "the definition" if source is None or not source.checksums else source.checksums
+        return f"none; the digest comes from {given}"
     if not suites:
-        return "none"
+        return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})
     return "the archive's, checked by apt" + (f" with the keys {', '.join(keys)}" if keys else "")

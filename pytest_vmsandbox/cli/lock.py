@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,12 +105,11 @@ def update(
     if not changed or dry_run:
         return
     _confirm(yes=yes)
-    for one in changed:
-        if one.build:
-            build_one(one.definition, settings, force=True)
+    made = _make(changed, definitions, settings)
     entries = [
-        LockedImage.of(store.require(one.definition)).kept(before.images.get(one.definition.name))
-        for one in changed
+        LockedImage.of(store.require(definition)).kept(before.images.get(name))
+        for name, definition in made.items()
+        if name in chosen or name in before.images
     ]
     before.with_images(entries).write()
     for entry in entries:
@@ -125,17 +124,31 @@ class _Change:
         definition: of the image.
         lines: what changes, for people; none if nothing does.
         build: whether the image has to be made.
+        bases: whether its bases have to be made again before.
     """
 
     definition: ImageDefinition
     lines: list[str] = field(default_factory=list)
     build: bool = False
+    bases: bool = False
+
+    @property
+    def lineage(self) -> list[ImageDefinition]:
+        """The image, after the bases that have to be made before."""
+        found = [self.definition]
+        while self.bases and (parent := found[0].parent) is not None:
+            found.insert(0, parent)
+        return found
 
 
 def _look(
     definition: ImageDefinition, before: Lock, store: ImageStore, settings: Settings
 ) -> _Change:
     """Look for what changes of an image."""
+    from pytest_vmsandbox.catalogue.archive import (
+        newer_packages,
+    )  # other commands are quicker without
+
     entry, lines = before.images.get(definition.name), []
     is_built = store.state(definition) is ImageState.BUILT
     known = LockedImage.of(store.require(definition)) if is_built else entry
@@ -155,7 +168,49 @@ def _look(
         ]
     if not is_built:
         lines.append("is not built here, so it is built")
-    return _Change(definition=definition, lines=lines, build=bool(newer) or not is_built)
+    return _Change(
+        definition=definition,
+        lines=lines,
+        build=bool(newer) or not is_built,
+        bases=bool(newer),
+    )
+
+
+def _make(
+    changed: Iterable[_Change], chosen: Iterable[ImageDefinition], settings: Settings
+) -> dict[str, ImageDefinition]:
+    """Make the images that have to be made. If packages are newer, the bases are made again first.
+
+    Args:
+        changed: what changes.
+        chosen: all images that are updated. Those whose base was made again are made again, too.
+        settings: where images are kept.
+
+    Returns:
+        The definitions of all images that may differ now, by name.
+    """
+    from pytest_vmsandbox.cli.building import build_one
+
+    differing = {one.definition.name: one.definition for one in changed}
+    made: set[str] = set()
+    for one in changed:
+        for definition in one.lineage if one.build else ():
+            if definition.name not in made:
+                build_one(definition, settings, force=True)
+                made.add(definition.name)
+            differing[definition.name] = definition
+    for definition in chosen:
+        if definition.name not in made and made & set(_bases(definition)):
+            build_one(definition, settings)
+            differing[definition.name] = definition
+    return differing
+
+
+def _bases(definition: ImageDefinition) -> Iterator[str]:
+    parent = definition.parent
+    while parent is not None:
+        yield parent.name
+        parent = parent.parent
 
 
 def _show(screen: Screen, changed: Sequence[_Change], before: Lock) -> None:
@@ -170,12 +225,16 @@ def _show(screen: Screen, changed: Sequence[_Change], before: Lock) -> None:
 def _confirm(*, yes: bool) -> None:
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not _is_terminal():
         raise ConfigError(
             "nothing was changed, because there is no terminal to ask",
             remedy=f"add --yes, or only look: {_UPDATE} --dry-run",
         )
     click.confirm("Make these changes?", abort=True)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 @click.command

@@ -82,7 +82,7 @@ class TestEntry:
         entry = LockedImage.of(built(packages=None, archive=None, source=SOURCE))
         assert entry.places == {"url": SOURCE["url"]}
         assert entry.digests == {"sha256": SOURCE["sha256"]}
-        assert entry.signature == SOURCE["checked"]
+        assert entry.signature == "none; the digest comes from the definition"
         assert entry.locked == ("definition", "source")
 
     def test_a_changed_list_is_damage(self, built):
