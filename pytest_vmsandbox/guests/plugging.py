@@ -80,7 +80,7 @@ class TakesDisks:
     ) -> AttachedDisk:
         """Attach a disk while the guest runs, and wait until the guest has it.
 
-        The disk is blank, or has the content of a file or a block device of this host. Pass a ``size``,
+        The disk is blank, or has the content of a file of this host. Pass a ``size``,
         a ``source``, or both: then the disk is larger than the file. The source must have raw content. It
         is never written: what the guest writes is kept with the guest. Do not change the source while it
         is attached.
@@ -93,7 +93,7 @@ class TakesDisks:
         ``vm``. A preparation must detach its disks.
 
         Args:
-            source: a file or a block device of this host; None for a blank disk.
+            source: a file of this host; None for a blank disk.
             size: such as ``"1GiB"``. It is rounded up to whole sectors of 512 bytes.
             name: 1 to 20 letters, digits, ``-`` and ``_``. It becomes the disk's serial number, which the
                 guest shows in ``/sys/block/*/serial``. The default is ``attached0`` and so on.
@@ -346,7 +346,7 @@ def _checked_name(machines: Machines, name: object) -> str:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """A file or a block device of this host, open for reading.
+    """A file of this host, open for reading.
 
     Raises:
         ConfigError: it cannot be a disk.
@@ -363,10 +363,10 @@ def _opened(path: Path) -> IO[bytes]:
         closing = stack.enter_context(ExitStack())
         closing.callback(os.close, number)
         mode = os.fstat(number).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        if not stat.S_ISREG(mode):
             raise ConfigError(
-                f"{path} cannot be attached as a disk: it is neither a file nor a block device",
-                remedy="put the content into a file",
+                f"{path} cannot be attached as a disk: it is not a regular file",
+                remedy="copy its content into a file",
             )
         closing.pop_all()
         file = stack.enter_context(os.fdopen(number, "rb", 0))
@@ -389,7 +389,7 @@ def _size_for(path: Path, file: IO[bytes], wish: int | None) -> int:
     Raises:
         ConfigError: the file is empty, or larger than that.
     """
-    least = os.lseek(file.fileno(), 0, os.SEEK_END)
+    least = os.fstat(file.fileno()).st_size
     if least == 0:
         raise ConfigError(
             f"{path} cannot be attached as a disk: it is empty",

@@ -31,8 +31,7 @@ class PluggedDescriptors:
         name: of the disk.
         port: the root port.
         read_only: whether the guest can only read it.
-        base: a file or a device of this host, or None.
-        is_device: whether `base` is a device.
+        base: a file of this host, or None.
         layers: the qcow2 files, each on top of the one before.
     """
 
@@ -40,7 +39,6 @@ class PluggedDescriptors:
     port: str
     read_only: bool
     base: int | None
-    is_device: bool
     layers: tuple[int, ...]
 
 
@@ -377,9 +375,9 @@ def overlay(
     return device if below is None else {**device, "backing": below}
 
 
-def _base(node: str, number: int, driver: str = "file") -> dict[str, object]:
+def _base(node: str, number: int) -> dict[str, object]:
     """A block device: a file in a set of descriptors, which is only read."""
-    file = {"driver": driver, "filename": f"/dev/fdset/{number}", "read-only": True}
+    file = {"driver": "file", "filename": f"/dev/fdset/{number}", "read-only": True}
     return {"node-name": node, "driver": "raw", "read-only": True, "file": file}
 
 
@@ -398,8 +396,7 @@ def plugged_nodes(disk: PluggedDescriptors) -> list[tuple[int, dict[str, object]
     nodes: list[tuple[int, dict[str, object]]] = []
     top = plugged_node(disk.name)
     if disk.base is not None:
-        driver = "host_device" if disk.is_device else "file"
-        nodes.append((disk.base, _base(f"{top}.base", disk.base, driver)))
+        nodes.append((disk.base, _base(f"{top}.base", disk.base)))
     for depth, number in enumerate(disk.layers):
         is_top = depth == len(disk.layers) - 1
         below = str(nodes[-1][1]["node-name"]) if nodes else None

@@ -31,7 +31,7 @@ class PluggedDisk:
         port: the root port that it is in.
         size: bytes, as the guest sees it.
         read_only: whether the guest can only read it.
-        base: a file or a block device of this host, which is only read; None for a blank disk.
+        base: a file of this host, which is only read; None for a blank disk.
         layers: qcow2 files on top of that, lowest first. The guest writes to the last one.
         kept: whether a snapshot has its files, too.
     """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -216,12 +214,10 @@ def descriptors_of(disk: PluggedDisk, lend: Callable[[IO[bytes]], int]) -> Plugg
     Args:
         lend: passes a file to QEMU, and returns its number there.
     """
-    is_device = disk.base is not None and stat.S_ISBLK(os.fstat(disk.base.fileno()).st_mode)
     return PluggedDescriptors(
         name=disk.name,
         port=disk.port,
         read_only=disk.read_only,
         base=None if disk.base is None else lend(disk.base),
-        is_device=is_device,
         layers=tuple(map(lend, disk.layers)),
     )
