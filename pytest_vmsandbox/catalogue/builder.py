@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build, Maker
 from pytest_vmsandbox.catalogue.store import (
     DISK,
@@ -71,7 +71,7 @@ def build(
     if not force and store.state(definition) is ImageState.BUILT:  # it may be damaged and in use
         progress(f"{name} is built")
         return store.require(definition)
-    again = read_again or (lambda: ImageDefinition.read(definition.folder))
+    again = read_again or definition.reread
     filler = _Filler(definition, store, make or run_recipe, progress, again)
     image = store.make(
         store.key(definition),
@@ -128,7 +128,7 @@ class _Filler:
             "name": name,
             "digest": self.definition.digest,
             "built": deadline.wall(),
-            "definition": dataclasses.asdict(self.definition),
+            "definition": self.definition.record(),
         }
 
     def _made(self, build: Build) -> Mapping[str, object]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 
 PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
 

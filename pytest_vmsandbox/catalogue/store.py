@@ -14,8 +14,10 @@ from typing import Any
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
-from pytest_vmsandbox.cache.store import IMAGES, IN_USE, Store
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition, check_name
+from pytest_vmsandbox.cache.store import IMAGES, IN_USE, PRIVATE_KEY, Store
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
+from pytest_vmsandbox.catalogue.origin import ADOPTED
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import format_size
 
@@ -67,19 +69,27 @@ class BuiltImage:
     folder: Path
 
     @property
-    def kernel(self) -> Path:
-        """The Linux kernel."""
-        return self.folder / KERNEL
+    def kernel(self) -> Path | None:
+        """The Linux kernel; None for an image that a firmware boots."""
+        return self._path(KERNEL)
 
     @property
-    def initrd(self) -> Path:
-        """The initial RAM disk."""
-        return self.folder / INITRD
+    def initrd(self) -> Path | None:
+        """The initial RAM disk; None for an image without one."""
+        return self._path(INITRD)
 
     @property
     def disk(self) -> Path | None:
         """The raw root disk, which is never written; None for an image without one."""
-        return self.folder / DISK if self.definition.disk_size is not None else None
+        return self._path(DISK)
+
+    @property
+    def key(self) -> Path | None:
+        """The private SSH key of an image that does not take ours at each boot; None for others."""
+        return self._path(PRIVATE_KEY)
+
+    def _path(self, name: str) -> Path | None:
+        return self.folder / name if name in files_of(self.definition) else None
 
     @property
     def host_key(self) -> str:
@@ -290,14 +300,19 @@ def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
 
 def files_of(definition: ImageDefinition) -> list[str]:
     """The names of the files that guests of an image need."""
-    return [KERNEL, INITRD, HOST_KEY, *([DISK] if definition.disk_size is not None else [])]
+    direct, method = definition.firmware == "kernel", definition.login.method
+    needed = {
+        KERNEL: direct,
+        INITRD: direct and definition.has_initrd,
+        HOST_KEY: method != "none",
+        DISK: definition.disk_size is not None,
+        PRIVATE_KEY: method in ADOPTED,
+    }
+    return [name for name, is_needed in needed.items() if is_needed]
 
 
 def _built(*, folder: Path, record: Mapping[str, Any]) -> BuiltImage:
-    values = dict(record["definition"])
-    for key, kind in (("folder", Path), ("uses", tuple), ("requires", tuple)):
-        values[key] = kind(values[key])
-    definition = ImageDefinition(**values)
+    definition = ImageDefinition.from_record(record["definition"])
     return BuiltImage(definition=definition, digest=record["digest"], folder=folder)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageStore, columns
 from pytest_vmsandbox.cli.options import image_path_option
 from pytest_vmsandbox.cli.screen import Screen, write_json

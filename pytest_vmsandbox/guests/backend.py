@@ -103,6 +103,11 @@ class Backend:
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
+        if built.kernel is None:
+            raise ImageError(
+                f"{built.definition.name} boots by {built.definition.firmware!r}, which does not work yet",
+                remedy="use an image with boot.firmware = 'kernel'",
+            )
         try:
             return accelerator.choose(
                 self.settings.accelerator,

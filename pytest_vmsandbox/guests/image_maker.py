@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pytest_vmsandbox.catalogue.builder import build, run_recipe
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import Maker
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.paths import cache_dir

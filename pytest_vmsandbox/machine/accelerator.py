@@ -63,7 +63,7 @@ def choose(
     qemu: Qemu,
     *,
     kernel: Path,
-    initrd: Path,
+    initrd: Path | None,
     append: str,
     cache: Path,
     hypervisor: Callable[[], Hypervisor],
@@ -133,7 +133,9 @@ def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
     return Verdict(accelerator=accelerator, processor=model, reason=reason)
 
 
-def _prove(qemu: Qemu, kernel: Path, initrd: Path, append: str, hypervisor: Hypervisor) -> Verdict:
+def _prove(
+    qemu: Qemu, kernel: Path, initrd: Path | None, append: str, hypervisor: Hypervisor
+) -> Verdict:
     """The verdict on whether KVM runs this kernel. Other problems are raised.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.spec import GIB, MIB
 
 DEFINITION = ImageDefinition(

@@ -16,7 +16,8 @@ import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import native_architecture
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, ImageError
 from support import damage, images
@@ -32,7 +33,7 @@ import sys
 from pathlib import Path
 import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.catalogue.builder import build
-from pytest_vmsandbox.catalogue.catalogue import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageStore
 if "without-namespaces" in sys.argv:
     builder_module._own_namespaces = list

@@ -1,12 +1,14 @@
 """Definitions, their digests, and how images are found and selected."""
 
 import os
+import re
 import shutil
 
 import pytest
 
 from pytest_vmsandbox.catalogue import catalogue as catalogue_module
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, ImageDefinition, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.errors import ConfigError
 
 TOML = f"""\
@@ -82,8 +84,15 @@ class TestDefinition:
         with pytest.raises(ConfigError, match="is not a name for an image"):
             ImageDefinition.read(define(tmp_path / name))
 
-    @pytest.mark.parametrize("line", [line for line in TOML.splitlines() if "=" in line])
-    def test_every_key_is_needed(self, folder, line):
+    @pytest.mark.parametrize(
+        "line",
+        [
+            line
+            for line in TOML.splitlines()
+            if re.match(r"schema|description|architecture|append|size|python|init", line)
+        ],
+    )
+    def test_some_keys_are_needed(self, folder, line):
         (folder / "image.toml").write_text(TOML.replace(line + "\n", ""))
         with pytest.raises(ConfigError, match="missing key") as raised:
             ImageDefinition.read(folder)
