@@ -56,7 +56,12 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
-_MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes to build: only a command removes it
+KERNELS = Kind(folder="kernels", record="kernel.json", schema=1)
+_MADE_ANEW = (
+    TEMPLATES,
+    ENVIRONMENTS,
+    KERNELS,
+)  # an image takes minutes to build: only a command removes it
 
 
 @dataclass(frozen=True, kw_only=True)

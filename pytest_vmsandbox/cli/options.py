@@ -42,6 +42,12 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
         "--user", metavar="NAME", help="User who runs commands in the guest (default: the image's)."
     )
     @click.option(
+        "--kernel",
+        metavar="PATH",
+        help="Another kernel than the image's: its file, the folder in which you built it, a folder with "
+        "boot/vmlinuz-*, or a .deb file.",
+    )
+    @click.option(
         "--accel",
         type=click.Choice(ACCELERATORS),
         default="auto",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
@@ -14,6 +16,7 @@ KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
+OWN_KERNEL = "image"  # what users write for the kernel of the image
 _T = TypeVar("_T")
 
 
@@ -67,6 +70,8 @@ class Hardware:
         disks: bytes of each further, blank disk, in order.
         network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
         user: who runs commands in the guest if a call names nobody; empty for the image's user.
+        kernel: the absolute path of another kernel than the image's: its file, a folder or a package;
+            None for the image's own.
     """
 
     cpus: int = 1
@@ -75,6 +80,7 @@ class Hardware:
     disks: tuple[int, ...] = ()
     network: Network = "isolated"
     user: str = ""
+    kernel: Path | None = None
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
         """This hardware with some arguments changed.
@@ -154,6 +160,27 @@ def _user(value: object) -> str:
     return value
 
 
+def parse_kernel(value: object, folder: Path | None = None) -> Path | None:
+    """The absolute path of a kernel; None for the image's own.
+
+    Args:
+        value: a path, or ``image``.
+        folder: what a relative path is relative to; None for the current folder.
+
+    Raises:
+        ConfigError: `value` is no path.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(
+            f"kernel={value!r} is not the path of a kernel",
+            remedy=f"name a kernel, the folder in which you built one, a folder with boot/vmlinuz-*, a .deb "
+            f"file, or {OWN_KERNEL!r} for that of the image",
+        )
+    if value == OWN_KERNEL:
+        return None
+    return Path(folder or "", os.fspath(value)).expanduser().absolute()
+
+
 MAX_DISKS = 8
 _READERS: Mapping[str, Callable[[object], object]] = {
     "cpus": _cpus,
@@ -162,5 +189,6 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "disks": _disks,
     "network": parse_network,
     "user": _user,
+    "kernel": parse_kernel,
 }
 HARDWARE_NAMES = tuple(_READERS)

@@ -27,6 +27,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.kernels import KernelStore
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -162,6 +163,11 @@ class Backend:
             Hypervisor.running(runtime=self.settings.runtime, cache=self.cache)
         )
 
+    @cached_property
+    def kernels(self) -> KernelStore:
+        """The kernels that users bring."""
+        return KernelStore(self.cache, self.callbacks, self.stack)
+
     def clean(self) -> None:
         """Remove what killed runs have left."""
         _ = self.hypervisor  # which removes their folders
@@ -181,8 +187,10 @@ class Backend:
         self.catalogue.get(image).check(hardware)
         self._check_network(hardware)
         built, qemu = self.require(image)
+        kernel = None if hardware.kernel is None else self.kernels.get(hardware.kernel, built)
         return Blueprint(
             built=built,
+            kernel=kernel,
             qemu=qemu,
             verdict=self.accelerator(image),
             hardware=hardware,

@@ -25,6 +25,7 @@ class Descriptors:
     Attributes:
         monitor, console, helper: sockets.
         kernel, initrd: files, or None for a guest with firmware only.
+        modules: a file system with the kernel's modules; None without one.
         memory: a file with the guest's memory; None for memory of its own.
         base: the image's disk, read-only; None without one.
         overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
@@ -36,6 +37,7 @@ class Descriptors:
     helper: int = 5
     kernel: int | None = None
     initrd: int | None = None
+    modules: int | None = None
     memory: int | None = None
     base: int | None = None
     overlays: tuple[tuple[int, ...], ...] = ()
@@ -70,6 +72,7 @@ class MachineSpec:
         append: the kernel's command line.
         start: how the machine starts.
         kernel, initrd: files to boot directly; None for a guest with firmware only.
+        modules: a file system with the modules of a kernel that is not the image's; None without one.
         more_args: added to QEMU's command line.
     """
 
@@ -83,6 +86,7 @@ class MachineSpec:
     start: Start = Start.POWER_ON
     kernel: Path | None = None
     initrd: Path | None = None
+    modules: Path | None = None
     more_args: tuple[str, ...] = ()
 
 
@@ -101,6 +105,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *display(),
         *kernel(spec, fds),
         *disks(spec, fds),
+        *modules(fds),
         *network(spec),
         *entropy(),
         *panic(),
@@ -246,6 +251,17 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             below = node
         args += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
     return args
+
+
+def modules(fds: Descriptors) -> list[str]:
+    """A read-only disk, after all others, with the modules of a kernel that is not the image's own."""
+    if fds.modules is None:
+        return []
+    name = "modules"
+    file = {"driver": "file", "filename": f"/dev/fdset/{fds.modules}", "read-only": True}
+    block = {"node-name": name, "driver": "raw", "read-only": True, "file": file}
+    device = f"virtio-blk-pci,id={name},drive={name},serial={name}"
+    return [*_descriptor_set(fds.modules), "-blockdev", json.dumps(block), "-device", device]
 
 
 def disk_names(spec: MachineSpec, *, has_base: bool) -> list[str]:

@@ -475,6 +475,7 @@ def _descriptors(
     fds = Descriptors(
         kernel=give_image_file(spec.kernel),
         initrd=give_image_file(spec.initrd),
+        modules=give_image_file(spec.modules),
         memory=give(memory) if memory is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
