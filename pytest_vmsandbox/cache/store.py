@@ -142,6 +142,7 @@ class Store(Generic[E]):
         *,
         on_busy: Callable[[], object],
         replace: bool = False,
+        is_current: Callable[[str], bool] = lambda _: True,
     ) -> E:
         """Make something, unless another process makes it meanwhile.
 
@@ -151,6 +152,7 @@ class Store(Generic[E]):
                 still holds the lock, so nobody else touches its files.
             on_busy: called before waiting for another process.
             replace: make it even if it is there.
+            is_current: whether the thing with that key may stay. Otherwise it is replaced.
 
         Raises:
             CacheError: the cache cannot be used, the disk is full, or the thing to be replaced is in
@@ -166,10 +168,12 @@ class Store(Generic[E]):
             files.locked(self.root / f"{name}.lock", on_busy=on_busy) as lock,
         ):
             place = self.root / key
+            if not replace and (found := self.get(key)) is not None:
+                if is_current(key):
+                    return found
+                replace = True
             if replace:
                 _check_unused(place)  # before, too: making it can take long
-            elif (found := self.get(key)) is not None:
-                return found
             self._clear(name)
             with files.removed_afterwards(self.root / f"{_NEW}{name}") as folder:
                 folder.mkdir(mode=0o700)

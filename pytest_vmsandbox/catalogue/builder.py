@@ -42,7 +42,6 @@ def build(
     *,
     progress: Callable[[str], None],
     force: bool = False,
-    read_again: Callable[[], ImageDefinition] | None = None,
 ) -> BuiltImage:
     """Build an image, unless it is built.
 
@@ -54,8 +53,6 @@ def build(
         make: fills the image's folder; None to run the definition's recipe.
         progress: gets lines for people about the progress.
         force: build it even if it is built.
-        read_again: reads the definition again afterwards, to see whether it has changed; None to read
-            its folder.
 
     Returns:
         The built image. Older builds with its name are removed, unless guests use them.
@@ -71,13 +68,13 @@ def build(
     if not force and store.state(definition) is ImageState.BUILT:  # it may be damaged and in use
         progress(f"{name} is built")
         return store.require(definition)
-    again = read_again or definition.reread
-    filler = _Filler(definition, store, make or run_recipe, progress, again)
+    filler = _Filler(definition, store, make or run_recipe, progress)
     image = store.make(
         store.key(definition),
         filler.fill,
         on_busy=lambda: progress(f"waiting: another process is building {name}"),
         replace=force,
+        is_current=store.is_current,
     )
     if not filler.is_used:
         progress(f"{name} is built")
@@ -93,7 +90,6 @@ class _Filler:
     store: ImageStore
     make: Maker
     progress: Callable[[str], None]
-    read_again: Callable[[], ImageDefinition]
     is_used: bool = False
 
     def fill(self, out: Path, lock: int) -> dict[str, object]:
@@ -135,7 +131,7 @@ class _Filler:
         if self.definition.disk_size is not None:
             check_room((build.out, build.work), ROOM_FOR_A_DISK)
         more = self.make(build)
-        if self.read_again().digest != self.definition.digest:
+        if self.definition.reread().digest != self.definition.digest:
             raise ImageError(
                 f"the definition of {self.definition.name!r} changed while it was being built",
                 remedy=build_command(self.definition.name),

@@ -335,13 +335,7 @@ def _parent(top: Table, base: Callable[[str], ImageDefinition] | None) -> ImageD
             f"{top.file}: from = {name!r}, but no other images are known here",
             remedy="read it through a Catalogue",
         )
-    parent = base(name)
-    if parent.disk_size is None:
-        raise ConfigError(
-            f"{top.file}: from = {name!r}, but that image has no disk, so nothing can be added to it",
-            remedy="derive from an image with a disk, or write a recipe",
-        )
-    return parent
+    return base(name)
 
 
 def _architecture(top: Table, parent: ImageDefinition | None) -> str:
@@ -419,7 +413,11 @@ def _disk_size(
     table = top.table("disk", ("size",))
     size: Callable[[object], int | None] = partial(hardware, "disk")
     if parent is not None:
-        base_size = parent.disk_size or 0
+        base_size = parent.disk_size
+        if base_size is None:
+            why = f"with from = {parent.name!r}: that image has no disk"
+            top.only("disk", False, why, "remove it, or derive from an image with a disk")
+            return None
         disk_size = table.read("size", _SIZE, size, base_size)
         if disk_size < base_size:
             raise ConfigError(

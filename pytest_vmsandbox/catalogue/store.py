@@ -18,10 +18,11 @@ from pytest_vmsandbox.cache.store import IMAGES, IN_USE, PRIVATE_KEY, Store
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import format_size
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
+PACKAGES = "packages.txt"  # a line for each package, with its version
 LOG = "build.log"
 _WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were kept
 
@@ -41,17 +42,31 @@ class ImageEntry:
     Attributes:
         name: of the image.
         state: an `ImageState`: ``built``, ``stale`` (built from an older definition) or ``missing``;
-            or ``other`` for a build without a definition here.
+            ``other`` for a build without a definition here; or ``invalid`` if its definition is wrong.
         size_bytes: on the disk, of all builds with that name.
-        architecture: such as ``x86_64``.
+        architecture: such as ``x86_64``. This and what follows is empty if the definition is wrong.
         description: one line.
+        system: such as ``debian``, if the definition says so.
+        version: of the system, likewise.
+        origin: what makes it: ``recipe``, ``from`` or ``source``.
+        base: the image that it derives from.
+        firmware: what boots it: ``kernel``, ``uefi`` or ``bios``.
+        in_vm: whether tests can run inside. Otherwise it is host-driven.
+        problem: what is wrong with its definition, and the remedy.
     """
 
     name: str
     state: str
     size_bytes: int
-    architecture: str
-    description: str
+    architecture: str = ""
+    description: str = ""
+    system: str = ""
+    version: str = ""
+    origin: str = ""
+    base: str = ""
+    firmware: str = ""
+    in_vm: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +135,26 @@ class BuiltImage:
             return hashlib.sha256((self.folder / IMAGES.record).read_bytes()).hexdigest()
         except OSError as error:
             raise self._damaged(f"{IMAGES.record} cannot be read: {error.strerror}") from error
+
+    def record(self) -> dict[str, Any]:
+        """What was noted when it was built.
+
+        Raises:
+            ImageError: the image is damaged.
+        """
+        try:
+            return _record(self.folder)
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"{IMAGES.record} cannot be read: {error}") from error
+
+    def as_base(self) -> dict[str, str]:
+        """What the record of a derived image has of this one.
+
+        Raises:
+            ImageError: the image is damaged.
+        """
+        key = f"{self.folder.parent.name}/{self.folder.name}"
+        return {"key": key, "build": self.build_id}
 
     def verified(self) -> dict[str, str]:
         """Check the files that guests need, and return their digests. They are read once per object.
@@ -205,9 +240,25 @@ class ImageStore(Store[BuiltImage]):
         Raises:
             ConfigError: a file of the definition cannot be read.
         """
-        if (self.root / self.key(definition) / IMAGES.record).is_file():
+        key = self.key(definition)
+        if (self.root / key / IMAGES.record).is_file() and (
+            not definition.base or self.is_current(key)
+        ):
             return ImageState.BUILT
         return ImageState.STALE if self.folders_of(definition.name) else ImageState.MISSING
+
+    def is_current(self, key: str) -> bool:
+        """Whether no base of an image was built again since the image was made.
+
+        A base that was removed does not matter.
+        """
+        with suppress(OSError, ValueError):  # it is damaged, which others find out
+            base = _record(self.root / key).get("base")
+            if base is not None:
+                found = (self.root / base["key"] / IMAGES.record).read_bytes()
+                is_same = hashlib.sha256(found).hexdigest() == base["build"]
+                return is_same and self.is_current(base["key"])
+        return True
 
     def require(self, definition: ImageDefinition) -> BuiltImage:
         """The built image of `definition`.
@@ -221,6 +272,11 @@ class ImageStore(Store[BuiltImage]):
         state, folder = self.state(definition), self.root / self.key(definition)
         if state is ImageState.BUILT:
             return BuiltImage(definition=definition, digest=definition.digest, folder=folder)
+        if (folder / IMAGES.record).is_file():
+            raise ImageError(
+                f"the image {name!r} is stale: its base {definition.base!r} was built again since",
+                remedy=build_command(name),
+            )
         if folder.exists():
             raise damaged(name, f"{folder / IMAGES.record} is missing")
         if state is ImageState.STALE:
@@ -263,25 +319,27 @@ class ImageStore(Store[BuiltImage]):
         """All images of a catalogue in its order, then builds without a definition.
 
         Raises:
-            ConfigError: a definition is invalid.
+            ConfigError: a folder of the catalogue cannot be read.
         """
-        definitions = {name: catalogue.get(name) for name in catalogue.names()}
-        states = {name: self.state(image).value for name, image in definitions.items()}
-        sizes = dict.fromkeys(definitions, 0)
+        sizes: dict[str, int] = {}
+        built: dict[str, ImageDefinition] = {}
         for image in sorted(self.all(), key=lambda image: image.folder):
             name = image.definition.name
             sizes[name] = sizes.get(name, 0) + image.size_on_disk
-            definitions.setdefault(name, image.definition)
-        return [
-            ImageEntry(
-                name=name,
-                state=states.get(name, "other"),
-                size_bytes=sizes[name],
-                architecture=image.architecture,
-                description=image.description,
-            )
-            for name, image in definitions.items()
-        ]
+            built.setdefault(name, image.definition)
+        found = []
+        for name in catalogue.names():
+            built.pop(name, None)
+            size = sizes.get(name, 0)
+            try:
+                definition = catalogue.get(name)
+                found.append(_entry(definition, self.state(definition), size))
+            except ConfigError as error:
+                found.append(
+                    ImageEntry(name=name, state="invalid", size_bytes=size, problem=str(error))
+                )
+        others = (_entry(image, "other", sizes[name]) for name, image in built.items())
+        return [*found, *others]
 
 
 def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
@@ -292,10 +350,32 @@ def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
             f"{image.name:{width}}",
             f"{image.state:7}",
             f"{format_size(image.size_bytes) if image.size_bytes else '-':>9}",
-            image.description,
+            _about(image),
         )
         for image in images
     ]
+
+
+def _about(image: ImageEntry) -> str:
+    if image.problem:
+        return "its definition is wrong"
+    return image.description if image.in_vm else f"{image.description} (host-driven)"
+
+
+def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
+    return ImageEntry(
+        name=definition.name,
+        state=str(state),
+        size_bytes=size,
+        architecture=definition.architecture,
+        description=definition.description,
+        system=definition.system,
+        version=definition.version,
+        origin=definition.origin,
+        base=definition.base,
+        firmware=definition.firmware,
+        in_vm=definition.in_vm,
+    )
 
 
 def files_of(definition: ImageDefinition) -> list[str]:

@@ -12,6 +12,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from pytest_vmsandbox.core.errors import ImageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeyPair:
@@ -50,6 +52,27 @@ class KeyPair:
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
         return cls(private=private, public=public.decode())
+
+    @classmethod
+    def for_image(cls, key: Path | None) -> KeyPair:
+        """The key for guests of an image.
+
+        Args:
+            key: the file with the private part, if the image has a key of its own. Guests of other
+                images take any key at their boot.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        if key is None:
+            return cls.generate()
+        try:
+            return cls.of(key.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                f"the image is damaged: its key {key} cannot be read: {error}",
+                remedy="build the image again: vmsandbox images build NAME --force",
+            ) from error
 
     @property
     def name(self) -> str:

@@ -53,7 +53,7 @@ class Backend:
     def __init__(self, settings: Settings, callbacks: Callbacks, stack: ExitStack) -> None:
         self.settings = settings
         self.callbacks = callbacks
-        self.catalogue = Catalogue(settings.image_path)
+        self.catalogue = Catalogue(settings.image_path, settings.cache)
         self.idle = IdleGuests()
         self.stack = stack
         self._verdicts: dict[str, Verdict] = {}
@@ -97,10 +97,14 @@ class Backend:
     def accelerator(self, image: str) -> Verdict:
         """The accelerator for guests of this image. The first time, it may need a proof."""
         if image not in self._verdicts:
-            self._verdicts[image] = verdict = self._choose(self.built(image))
-            if verdict.accelerator != "tcg":  # there was a proof
-                self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
+            self._accelerator(self.built(image))
         return self._verdicts[image]
+
+    def _accelerator(self, built: BuiltImage) -> Verdict:
+        verdict = self._verdicts[built.definition.name] = self._choose(built)
+        if verdict.accelerator != "tcg":  # there was a proof
+            self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
+        return verdict
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
@@ -187,12 +191,23 @@ class Backend:
         self.catalogue.get(image).check(hardware)
         self._check_network(hardware)
         built, qemu = self.require(image)
+        return self._blueprint(built, qemu, self.accelerator(image), hardware)
+
+    def blueprint_of(self, built: BuiltImage, hardware: Hardware) -> Blueprint:
+        """The blueprint of a guest of an image that the catalogue need not have."""
+        self._check_network(hardware)
+        qemu = find_qemu(built.definition.architecture)
+        return self._blueprint(built, qemu, self._accelerator(built), hardware)
+
+    def _blueprint(
+        self, built: BuiltImage, qemu: Qemu, verdict: Verdict, hardware: Hardware
+    ) -> Blueprint:
         kernel = None if hardware.kernel is None else self.kernels.get(hardware.kernel, built)
         return Blueprint(
             built=built,
             kernel=kernel,
             qemu=qemu,
-            verdict=self.accelerator(image),
+            verdict=verdict,
             hardware=hardware,
             qemu_args=self.callbacks.qemu_args,
             pace=self.hypervisor.pace,

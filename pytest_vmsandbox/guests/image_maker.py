@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from pytest_vmsandbox.catalogue.builder import build, run_recipe
-from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.builder import build as build_image, run_recipe
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.making import Maker
+from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests.deriving import derive
 
 
 def make_image(
@@ -20,31 +20,24 @@ def make_image(
     progress: Callable[[str], None],
     force: bool = False,
 ) -> BuiltImage:
-    """Make an image, unless it is built.
+    """Make an image, unless it is built. Its base is made first, unless that is built.
 
     Args:
-        definition: what to make, from a catalogue with the folders of `settings`.
+        definition: what to make.
         settings: where images are kept, and how guests run that are needed for it.
         progress: gets lines for people about the progress.
-        force: make it even if it is built.
+        force: make it even if it is built. Its base is not made again.
 
     Raises:
-        VMSandboxError: see `build`; or a guest that is needed for it does not do what it should.
+        VMSandboxError: see `builder.build`; or a guest that is needed does not do what it should.
     """
 
-    def read_again() -> ImageDefinition:
-        return Catalogue(settings.image_path).get(definition.name)
+    def make(build: Build) -> Mapping[str, object]:
+        parent = definition.parent
+        if parent is None:
+            return run_recipe(build)
+        base = make_image(parent, settings, progress=build.say)
+        return derive(build, base, settings)
 
-    return build(
-        definition,
-        ImageStore(settings.cache or cache_dir()),
-        _maker(definition),
-        progress=progress,
-        force=force,
-        read_again=read_again,
-    )
-
-
-def _maker(_definition: ImageDefinition) -> Maker:
-    """What makes an image of that origin."""
-    return run_recipe
+    store = ImageStore(settings.cache or cache_dir())
+    return build_image(definition, store, make, progress=progress, force=force)

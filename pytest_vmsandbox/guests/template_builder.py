@@ -24,6 +24,7 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
+from pytest_vmsandbox.guests import root_disk
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -243,7 +244,7 @@ class TemplateBuilder:
     ) -> dict[str, object]:
         hypervisor, hardware = self._backend.hypervisor, blueprint.hardware
         name = below.name if below is not None else blueprint.image
-        pair = KeyPair.generate() if below is None else KeyPair.of(below.private_key)
+        pair = KeyPair.of(below.private_key) if below else KeyPair.for_image(blueprint.built.key)
         identity = host.guest_identity(blueprint.verdict.accelerator)
         known_as = self._backend.name(f"{blueprint.image}-prepared")
         self._callbacks.guest_begun(known_as)
@@ -348,7 +349,7 @@ def grow(guest: Guest, blueprint: Blueprint) -> None:
     """Grow the root file system to a disk that is larger than the image's."""
     size = blueprint.hardware.disk
     if size is not None and size != blueprint.built.definition.disk_size:
-        guest.run(["resize2fs", "/dev/vda"], user="root", timeout=_SETTLE_SECONDS)
+        root_disk.grow(guest)
 
 
 def _keep_layers(folder: Path, disks: Disks, below: Template | None) -> list[list[str]]:

@@ -1,0 +1,210 @@
+"""Boots an image to change it. What the guest writes becomes the disk of the image that is built."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
+from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ImageError
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import GIB, Hardware, Network
+from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.root_disk import grow as grow_root
+from pytest_vmsandbox.machine import memory
+from pytest_vmsandbox.machine.disk import Disks
+
+_MEMORY = GIB  # package managers need more than most tests
+_SILENT_SECONDS = 600.0  # of a program in the guest, on a usual host with KVM; then it is killed
+_FICLONE = 0x40049409  # of linux/fs.h: a file shares the blocks of another one
+
+
+def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Hardware:
+    """The hardware of a guest that is booted to be changed. Its user is root."""
+    memory = max(_MEMORY, image.definition.memory_min)
+    return Hardware(memory=memory, disk=disk, network=network, user="root")
+
+
+@contextmanager
+def changing(
+    build: Build, base: BuiltImage, hardware: Hardware, settings: Settings, key: KeyPair
+) -> Iterator[Guest]:
+    """A guest of `base`, which answers. At the end it is shut down.
+
+    Its disk is then the disk of the image that is built. If the block raises an error, nothing is kept.
+
+    Args:
+        build: what is built.
+        base: what the guest is booted from. Its disk does not change, unless it is in the folder of
+            the build.
+        hardware: of the guest.
+        settings: how guests run.
+        key: opens the guest.
+
+    Raises:
+        BootError: the guest does not come up.
+        ImageError: it does not shut down in an orderly way, or its disk cannot be kept.
+    """
+    with ExitStack() as stack:
+        backend = Backend(settings, Announcer(build.say), stack)
+        blueprint = backend.blueprint_of(base, hardware)
+        disks = stack.enter_context(blueprint.disks(backend.cache))
+        machines = Machines(
+            blueprint,
+            backend.hypervisor,
+            name=backend.name(f"{build.definition.name}-made"),
+            key=key,
+            disks=disks,
+            logs=build.work / "logs",
+        )
+        with backend.engine(machines) as engine:
+            yield Guest(engine)
+            build.say("shutting it down")
+            if not engine.power_off():
+                raise ImageError(
+                    f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
+                    remedy="look for what does not end in the guest",
+                )
+        if disks.base is not None:
+            build.say("making the disk")
+            _keep(build, base, disks)
+
+
+def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) -> None:
+    """Run a shell script in the guest. Its output goes into the log.
+
+    It may take as long as it writes something now and then.
+
+    Raises:
+        ImageError: it ended with another status than 0, or was silent for too long.
+    """
+    log = _Lines(build)
+    silent = guest.engine.stretch(_SILENT_SECONDS)
+    command = Command(argv=("/bin/sh", "-c", f"exec 2>&1\n{script}", "sh", *arguments))
+    name = build.definition.name
+    try:
+        result = guest.engine.run(command, stdout=log.feed, timeout=math.inf, idle=silent)
+    except CommandTimeout as late:
+        raise ImageError(f"making {name!r} failed: {late.brief}") from late
+    finally:
+        log.end()
+    if result.returncode != 0:
+        how = (
+            f"status {result.returncode}"
+            if result.returncode > 0
+            else f"signal {-result.returncode}"
+        )
+        raise ImageError(f"making {name!r} failed: a program in the guest ended with {how}")
+
+
+def grow(build: Build, guest: Guest) -> None:
+    """Grow the root file system to its disk, if the guest has the tools. Otherwise say so."""
+    try:
+        grow_root(guest)
+    except CommandError as error:
+        why = " ".join(str(error.result.stderr).split()) or error.brief
+        build.say(f"the disk has grown, but not the root file system: {why}")
+
+
+class _Lines:
+    """Passes output on to the log of a build, line by line."""
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take some output."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._build.write(line + b"\n")
+
+    def end(self) -> None:
+        """The output has ended, perhaps in the middle of a line."""
+        if self._rest:
+            self._build.write(self._rest + b"\n")
+
+
+def _keep(build: Build, base: BuiltImage, disks: Disks) -> None:
+    """Make one raw file of a guest's disk, which is an overlay on the disk of `base`.
+
+    If the raw file is already there, or can share the blocks of the base, only what has changed is
+    written.
+
+    Raises:
+        ImageError: it cannot be made.
+    """
+    assert disks.base is not None
+    assert base.disk is not None
+    ((top,), *_) = disks.overlays
+    target = build.out / DISK
+    is_there = base.disk == target or _shares(base.disk, target)
+    below = target if is_there else base.disk
+    status = build.run(
+        ["qemu-img", "commit", "-q", "-d", "--image-opts", _overlay(top, below)]
+        if is_there
+        else [
+            "qemu-img",
+            "convert",
+            "-q",
+            "-O",
+            "raw",
+            "--image-opts",
+            _overlay(top, below),
+            f"{target}",
+        ],
+        pass_fds=[top.fileno()],
+    )
+    if status != 0:
+        raise ImageError(f"the disk of {build.definition.name!r} cannot be made: qemu-img failed")
+
+
+def _overlay(top: IO[bytes], below: Path) -> str:
+    """What qemu-img reads: an open overlay on a raw file."""
+    parts = {
+        "driver": "qcow2",
+        "file.driver": "file",
+        "file.filename": f"/proc/self/fd/{top.fileno()}",
+        "backing.driver": "raw",
+        "backing.file.driver": "file",
+        "backing.file.filename": os.fspath(below),
+    }
+    return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in parts.items())
+
+
+def _shares(source: Path, dest: Path) -> bool:
+    """Make a copy that shares the blocks of a file. Returns False where the file system cannot do it."""
+    with source.open("rb") as old, dest.open("wb") as new:
+        try:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        except OSError:
+            shared = False
+        else:
+            shared = True
+    if not shared:
+        dest.unlink()
+    return shared
+
+
+def copy_file(source: Path, dest: Path) -> None:
+    """Copy a file with its mode and holes. The copy shares its blocks if the file system can do it.
+
+    Raises:
+        OSError: it cannot be copied.
+    """
+    if not _shares(source, dest):
+        with source.open("rb") as old, dest.open("xb", buffering=0) as new:
+            memory.copy(old, new)
+    dest.chmod(stat.S_IMODE(source.stat().st_mode))

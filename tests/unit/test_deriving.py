@@ -1,0 +1,163 @@
+"""Images that derive from others, as far as they need no guest; tests/functional/test_derived.py has the rest."""
+
+import threading
+
+import pytest
+
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.core.errors import CacheError, ImageError
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests import changing, deriving
+from pytest_vmsandbox.guests.image_maker import make_image
+from support import damage, images
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
+DELIVER = f"""#!/bin/sh
+echo kernel >$VMSANDBOX_OUT/vmlinuz
+od -A n -N 8 -t x8 /dev/urandom >$VMSANDBOX_OUT/initrd.img
+echo {KEY} vmsandbox >$VMSANDBOX_OUT/host_key.pub
+echo busybox 1.37 >$VMSANDBOX_OUT/packages.txt
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Two images, `lower` and `upper` on top of it, and what makes and looks up images."""
+
+    class World:
+        folder = tmp_path / "images"
+        cache = tmp_path / "cache"
+        store = ImageStore(cache)
+        settings = Settings(image_path=(folder,), cache=cache)
+
+        def __init__(self):
+            self.lines = []
+
+        def derive(self, name, base, more=""):
+            text = f'schema = 1\ndescription = "More"\nfrom = "{base}"\n{more}'
+            (self.folder / name).mkdir()
+            (self.folder / name / "image.toml").write_text(text)
+
+        def definition(self, name):
+            return Catalogue([self.folder]).get(name)
+
+        def make(self, name, **options):
+            return make_image(
+                self.definition(name), self.settings, progress=self.lines.append, **options
+            )
+
+        def state(self, name):
+            return self.store.state(self.definition(name))
+
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    world = World()
+    images.define(world.folder / "lower", images.toml(architecture=native_architecture()), DELIVER)
+    world.derive("upper", "lower", '[boot]\nappend = "quiet"\n')
+    yield world
+    assert list(temporary.iterdir()) == []
+    assert list(world.store.root.glob(".*")) == []
+
+
+class TestCopies:
+    def test_a_copy_with_another_command_line(self, world):
+        upper = world.make("upper")
+        lower = world.store.require(world.definition("lower"))  # it was built on the way
+        assert "lower is built" not in world.lines
+        assert upper.definition.append == "quiet"
+        for name in ("vmlinuz", "initrd.img", "host_key.pub", "packages.txt"):
+            assert (upper.folder / name).read_bytes() == (lower.folder / name).read_bytes()
+            assert not (upper.folder / name).samefile(lower.folder / name)
+        assert upper.record()["base"] == lower.as_base()
+        upper.verified()
+        world.make("upper")
+        assert world.lines[-1] == "upper is built"
+
+    def test_it_needs_its_base_no_more(self, world):
+        upper = world.make("upper")
+        assert world.store.remove("lower") > 0
+        assert world.state("upper") is ImageState.BUILT
+        assert world.make("upper") == upper
+        upper.verified()
+        assert world.state("lower") is ImageState.MISSING
+
+    def test_a_damaged_base_is_not_copied(self, world):
+        damage.KINDS["flipped"](world.make("lower").initrd)
+        with pytest.raises(ImageError, match="'lower' is damaged"):
+            world.make("upper")
+        assert world.state("upper") is ImageState.MISSING
+
+
+class TestStale:
+    def test_when_its_base_was_built_again(self, world):
+        world.derive("top", "upper")
+        first = world.make("top").build_id
+        world.make("lower", force=True)
+        for name in ("upper", "top"):
+            assert world.state(name) is ImageState.STALE
+            with pytest.raises(ImageError, match="its base '.*' was built again since"):
+                world.store.require(world.definition(name))
+        second = world.make("top")
+        lower = world.store.require(world.definition("lower"))
+        assert second.initrd.read_bytes() == lower.initrd.read_bytes()
+        assert second.build_id != first
+        assert {world.state(name) for name in ("lower", "upper", "top")} == {ImageState.BUILT}
+
+    def test_when_the_definition_of_its_base_changed(self, world):
+        world.make("upper")
+        (world.folder / "lower" / "more").write_text("x")
+        assert world.state("upper") is ImageState.STALE
+        world.make("upper")
+        assert world.state("upper") is world.state("lower") is ImageState.BUILT
+
+    @pytest.mark.parametrize("why", ["by force", "because its base was built again"])
+    def test_it_is_not_replaced_while_guests_use_it(self, world, why):
+        upper = world.make("upper")
+        if why != "by force":
+            world.make("lower", force=True)
+        with upper.hold(), pytest.raises(CacheError, match="in use"):
+            world.make("upper", force=why == "by force")
+        upper.verified()
+
+
+class TestTwoAtOnce:
+    def test_one_makes_it_and_the_other_waits(self, world, monkeypatch):
+        began, go_on, made = threading.Event(), threading.Event(), []
+        derive = deriving.derive
+
+        def slow(build, base, settings):
+            began.set()
+            assert go_on.wait(20)
+            made.append(build)
+            return derive(build, base, settings)
+
+        monkeypatch.setattr("pytest_vmsandbox.guests.image_maker.derive", slow)
+        results = []
+        threads = [
+            threading.Thread(target=lambda: results.append(world.make("upper"))) for _ in range(2)
+        ]
+        threads[0].start()
+        assert began.wait(20)
+        threads[1].start()
+        while "waiting: another process is building upper" not in world.lines:
+            threads[1].join(0.01)
+        go_on.set()
+        for thread in threads:
+            thread.join(20)
+        assert len(made) == 1
+        assert results[0] == results[1]
+
+
+def test_what_has_holes_is_copied_with_them(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    with source.open("r+b") as file:
+        file.truncate(1 << 30)
+    source.chmod(0o600)
+    changing.copy_file(source, tmp_path / "copy")
+    status = (tmp_path / "copy").stat()
+    assert status.st_size == 1 << 30
+    assert status.st_blocks * 512 < 1 << 20
+    assert status.st_mode & 0o777 == 0o600
