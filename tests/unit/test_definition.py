@@ -87,7 +87,7 @@ OF_TABLES = {
     "source": Source.__annotations__,
     "add": Addition.__annotations__,
     "boot": definition_module._BOOT_KEYS,
-    "disk": ("size",),
+    "disk": definition_module._DISK_KEYS,
     "system": definition_module._SYSTEM_KEYS,
     "login": Login.__annotations__,
 }
@@ -202,7 +202,7 @@ TOGETHER = [
         for method in ADOPTED
     ),
     # With a base, in the folder beside: "recipe" boots directly from 8 GiB, "kernel" has no disk.
-    (DERIVED, {"from": "kernel", "disk": None}, "that image has no disk", "recipe"),
+    (DERIVED, {"from": "kernel"}, "disk cannot be used with from = 'kernel'", "with a disk"),
     (
         DERIVED,
         {"disk.size": "7GiB"},
@@ -278,6 +278,12 @@ class TestDerived:
         assert definition.login == Login(method="password", user="admin", password="secret")
         assert definition.source is None
         assert definition.origin == "from"
+
+    def test_of_an_image_without_a_disk(self, tmp_path):
+        values = changed(DERIVED, {"from": "kernel", "disk": None})
+        definition = read(tmp_path / "mine", values)
+        assert (definition.disk_size, definition.has_initrd) == (None, True)
+        assert definition.login == Login(method="none", ready="login: $")
 
     @pytest.mark.parametrize(
         ("add", "network"),
