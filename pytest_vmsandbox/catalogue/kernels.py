@@ -347,8 +347,11 @@ def options_that_matter(config: Mapping[str, str]) -> dict[str, str]:
     return {name: config.get(name, "n") for name in needed} if config else {}
 
 
-def check_image(image: ImageDefinition) -> None:
+def check_image(image: ImageDefinition, firmware: str | None = None) -> None:
     """Check that guests of an image can boot another kernel than the image's own.
+
+    Args:
+        firmware: what boots them, if it is not what the image says.
 
     Raises:
         ConfigError: they cannot.
@@ -356,12 +359,13 @@ def check_image(image: ImageDefinition) -> None:
     origin = image
     while origin.parent is not None:
         origin = origin.parent
-    if image.firmware == "kernel" and image.has_initrd and origin.source is None:
+    if (firmware or image.firmware) == "kernel" and image.has_initrd and origin.source is None:
         return
     raise ConfigError(
         f"kernel= cannot be used with {image.name}: guests of it do not boot by an initial RAM file system "
         "of ours, which would load the modules of another kernel",
-        remedy="use an image that is built by a recipe, such as debian-13 or tiny",
+        remedy="use an image that is built by a recipe, such as debian-13 or tiny, and no firmware=; or let these "
+        "guests boot the image's own kernel: kernel='image'",
     )
 
 

@@ -15,8 +15,10 @@ from pytest_vmsandbox.core.errors import ConfigError
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
+Firmware = Literal["kernel", "uefi", "bios"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
 OWN_KERNEL = "image"  # what users write for the kernel of the image
+FIRMWARE: tuple[Firmware, ...] = get_args(Firmware)
 _T = TypeVar("_T")
 
 
@@ -72,6 +74,9 @@ class Hardware:
         user: who runs commands in the guest if a call names nobody; empty for the image's user.
         kernel: the absolute path of another kernel than the image's: its file, a folder or a package;
             None for the image's own.
+        firmware: what boots the guest: ``kernel`` (QEMU itself, without a boot loader), ``uefi`` or
+            ``bios``; None for what the image says.
+        tpm: whether the guest has a TPM 2.0; None for what the image says.
     """
 
     cpus: int = 1
@@ -81,6 +86,8 @@ class Hardware:
     network: Network = "isolated"
     user: str = ""
     kernel: Path | None = None
+    firmware: Firmware | None = None
+    tpm: bool | None = None
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
         """This hardware with some arguments changed.
@@ -181,6 +188,10 @@ def parse_kernel(value: object, folder: Path | None = None) -> Path | None:
     return Path(folder or "", os.fspath(value)).expanduser().absolute()
 
 
+def _tpm(value: object) -> bool:
+    return one_of((True, False), value, "tpm")
+
+
 MAX_DISKS = 8
 _READERS: Mapping[str, Callable[[object], object]] = {
     "cpus": _cpus,
@@ -190,5 +201,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "network": parse_network,
     "user": _user,
     "kernel": parse_kernel,
+    "firmware": partial(one_of, FIRMWARE, what="firmware"),
+    "tpm": _tpm,
 }
 HARDWARE_NAMES = tuple(_READERS)

@@ -74,8 +74,11 @@ class KernelStore:
         self._ready: dict[Path, ReadyKernel] = {}
         self._own: dict[tuple[Path, Path], OwnKernel] = {}
 
-    def get(self, path: Path, built: BuiltImage) -> OwnKernel:
+    def get(self, path: Path, built: BuiltImage, firmware: str | None = None) -> OwnKernel:
         """A kernel, ready to boot guests of an image.
+
+        Args:
+            firmware: what boots them, if it is not what the image says.
 
         Raises:
             ConfigError: there is no such kernel, or guests cannot run on it.
@@ -83,7 +86,7 @@ class KernelStore:
             ImageError: the image is damaged.
         """
         image = built.definition
-        kernels.check_image(image)
+        kernels.check_image(image, firmware)
         if path not in self._ready:
             self._ready[path] = self._obtained(kernels.find(path))
         ready = self._ready[path]

@@ -91,12 +91,14 @@ def with_vpc_sum(data: bytes, at: int, length: int, field: int) -> bytes:
     return patched(data, (at + field, be(~sum(header) & 0xFFFFFFFF, 4)))
 
 
-def descriptor(*extents: str, kind: str = "monolithicFlat", parent: str = "ffffffff", more: str = "") -> bytes:
+def descriptor(
+    *extents: str, kind: str = "monolithicFlat", parent: str = "ffffffff", more: str = ""
+) -> bytes:
     """A descriptor of a VMDK disk."""
     lines = "\n".join(extents)
     return (
         f'# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID={parent}\ncreateType="{kind}"\n{more}'
-        f"# Extent description\n{lines}\n# The Disk Data Base\n#DDB\nddb.adapterType = \"ide\"\n"
+        f'# Extent description\n{lines}\n# The Disk Data Base\n#DDB\nddb.adapterType = "ide"\n'
     ).encode()
 
 
@@ -120,7 +122,9 @@ def ovf(*names: str, more: str = "", attributes: str = "") -> bytes:
     """An OVF file of a machine with those disks, the last one in the first place."""
     places = list(enumerate(names))
     return OVF.format(
-        files="".join(f'<File ovf:id="f{n}" ovf:href="{name}" {attributes}/>' for n, name in places),
+        files="".join(
+            f'<File ovf:id="f{n}" ovf:href="{name}" {attributes}/>' for n, name in places
+        ),
         disks="".join(
             f'<Disk ovf:diskId="d{n}" ovf:fileRef="f{n}" ovf:capacity="3"/>' for n, _ in places
         ),
@@ -178,10 +182,17 @@ def box(provider: str, **metadata) -> dict[str, bytes]:
     if provider == "libvirt":
         return files | {"box.img": image("qcow2-v3")}
     if provider == "virtualbox":
-        return files | {"box.ovf": ovf("box-disk001.vmdk"), "box-disk001.vmdk": image("vmdk-stream")}
+        return files | {
+            "box.ovf": ovf("box-disk001.vmdk"),
+            "box-disk001.vmdk": image("vmdk-stream"),
+        }
     parts = made("vmdk-split")
     vmx = 'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "disk.vmdk"\nide0:0.deviceType = "cdrom-image"\n'
-    return files | {"machine.vmx": f'{vmx}ide0:0.fileName = "x.iso"\nfirmware = "efi"\n'.encode()} | parts
+    return (
+        files
+        | {"machine.vmx": f'{vmx}ide0:0.fileName = "x.iso"\nfirmware = "efi"\n'.encode()}
+        | parts
+    )
 
 
 def pax(key: str, value: str) -> bytes:

@@ -12,6 +12,8 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples/kernel"
 
 def _loaded():
     spec = importlib.util.spec_from_file_location("example_ktap", EXAMPLE / "ktap.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
