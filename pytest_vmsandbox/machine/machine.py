@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.machine import cmdline, host
@@ -22,7 +23,7 @@ from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
-from pytest_vmsandbox.machine.qmp import Monitor
+from pytest_vmsandbox.machine.qmp import Event, Monitor
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
@@ -38,12 +39,18 @@ _STAGES = {
     "init": r"^vmsandbox: init$",
     "kernel": r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]",
 }
+_DISK_FULL = (
+    "this machine's disk is full",
+    "make room on the disk of the cache: guests' disks are written there",
+)
+_NO_ROOM = {"No space left on device", "Disk quota exceeded"}  # in the C locale, as is QEMU
+_DISK_FAILED = (
+    "this machine's disk may be damaged",
+    f"look into this machine's kernel log (dmesg), or set {paths.CACHE} to a folder on another disk",
+)
 # Why QEMU stops a guest by itself: status → cause and remedy.
 _STOPPED = {
-    "io-error": (
-        "this machine's disk is full",
-        "make room on the disk of the cache: guests' disks are written there",
-    ),
+    "io-error": _DISK_FULL,  # a disk of ours does not stop it, but one that a hook has added may
     "internal-error": (
         "the accelerator failed",
         "use emulation: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
@@ -70,7 +77,13 @@ class Machine:
     _tops: list[str]  # what each disk writes into
     _pace: host.Pace
     _nodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _own: set[str] = field(
+        default_factory=set
+    )  # block devices that guests' disks have written into
     _is_over: bool = False  # whether we have ended it
+
+    def __post_init__(self) -> None:
+        self._own.update(self._tops)
 
     @classmethod
     @contextmanager
@@ -152,7 +165,7 @@ class Machine:
 
         Raises:
             GuestLost: QEMU is gone, the guest's kernel panicked, the accelerator failed, or the host's
-                disk is full.
+                disk is full or failed.
         """
         if self._is_over:
             raise GuestLost(
@@ -162,6 +175,8 @@ class Machine:
             )
         events = self.monitor.events()
         names = [event["event"] for event in events]
+        if "BLOCK_IO_ERROR" in names:
+            self._check_disk_errors(events)
         if "GUEST_PANICKED" in names:
             raise self._panic()
         status = self.ended()
@@ -184,6 +199,36 @@ class Machine:
             stage="launch",
             transient=_was_killed(status),
         )
+
+    def check_disks(self) -> None:
+        """Check that this machine could read and write all that the guest has asked for until now.
+
+        The guest got an error, and may have swallowed it. So what it did since proves nothing.
+
+        Raises:
+            GuestLost: it could not.
+        """
+        with suppress(MonitorError):  # QEMU answers when it has told us of all errors before
+            self.monitor.execute("query-status", timeout=_TERM_SECONDS)
+        self._check_disk_errors(self.monitor.events())
+
+    def _check_disk_errors(self, events: Sequence[Event]) -> None:
+        """Check for errors of the files of our disks. Other block devices may fail on purpose."""
+        for event in events:
+            if (
+                event["event"] != "BLOCK_IO_ERROR"
+                or event["data"].get("node-name") not in self._own
+            ):
+                continue
+            operation, reason = event["data"]["operation"], str(event["data"].get("reason", ""))
+            what = f"could not {operation} a disk of the guest: {reason}"
+            cause, remedy = _DISK_FULL if reason in _NO_ROOM else _DISK_FAILED
+            raise GuestLost(
+                f"{self.spec.name}: QEMU {what}: {cause}",
+                details=self.console_lines(),
+                remedy=remedy,
+                stage="launch",
+            )
 
     def _check_stopped(self) -> None:
         """Check whether QEMU has stopped the CPUs by itself."""
@@ -321,6 +366,7 @@ class Machine:
             self.execute("blockdev-add", {**device, "backing": None})
             self.execute("blockdev-snapshot", {"node": below, "overlay": top})
             self._tops[number] = top
+            self._own.add(top)
 
     def save(self, state: IO[bytes], *, with_memory: bool) -> None:
         """Pause the machine, and write its state to an open file.
