@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MIB = 1024 * 1024
 SECRET = b"HOST-SECRET-" + b"s3cr3t" * 100  # the content of a file of this machine
@@ -91,18 +92,29 @@ def with_vpc_sum(data: bytes, at: int, length: int, field: int) -> bytes:
     return patched(data, (at + field, be(~sum(header) & 0xFFFFFFFF, 4)))
 
 
-def descriptor(*extents: str, kind: str = "monolithicFlat", parent: str = "ffffffff", more: str = "") -> bytes:
+def descriptor(
+    *extents: str, kind: str = "monolithicFlat", parent: str = "ffffffff", more: str = ""
+) -> bytes:
     """A descriptor of a VMDK disk."""
     lines = "\n".join(extents)
     return (
         f'# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID={parent}\ncreateType="{kind}"\n{more}'
-        f"# Extent description\n{lines}\n# The Disk Data Base\n#DDB\nddb.adapterType = \"ide\"\n"
+        f'# Extent description\n{lines}\n# The Disk Data Base\n#DDB\nddb.adapterType = "ide"\n'
     ).encode()
 
 
 def sparse_vmdk(text: bytes) -> bytes:
     """A good sparse VMDK image with another descriptor inside."""
     return patched(image("vmdk-sparse"), (512, text.ljust(20 * 512, b"\0")))
+
+
+def with_footer(change: tuple[int, bytes] = (0, b"")) -> bytes:
+    """A VMDK image whose header names its grain directory at the end, as VMware streams it."""
+    data = image("vmdk-stream")
+    header = data[:512]
+    marker = bytes(12) + le(3, 4) + bytes(496)
+    data = patched(data, (56, le((1 << 64) - 1, 8)))
+    return data + marker + patched(header, change) + bytes(512)
 
 
 # -- archives ---------------------------------------------------------------------------------------
@@ -120,7 +132,9 @@ def ovf(*names: str, more: str = "", attributes: str = "") -> bytes:
     """An OVF file of a machine with those disks, the last one in the first place."""
     places = list(enumerate(names))
     return OVF.format(
-        files="".join(f'<File ovf:id="f{n}" ovf:href="{name}" {attributes}/>' for n, name in places),
+        files="".join(
+            f'<File ovf:id="f{n}" ovf:href="{name}" {attributes}/>' for n, name in places
+        ),
         disks="".join(
             f'<Disk ovf:diskId="d{n}" ovf:fileRef="f{n}" ovf:capacity="3"/>' for n, _ in places
         ),
@@ -134,7 +148,7 @@ def ovf(*names: str, more: str = "", attributes: str = "") -> bytes:
     ).encode()
 
 
-def tar(files: dict[str, bytes], mode: str = "w", **how) -> bytes:
+def tar(files: dict[str, bytes], mode: Any = "w", **how) -> bytes:
     """A tar archive of plain files, made by Python."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode, **how) as archive:
@@ -178,10 +192,17 @@ def box(provider: str, **metadata) -> dict[str, bytes]:
     if provider == "libvirt":
         return files | {"box.img": image("qcow2-v3")}
     if provider == "virtualbox":
-        return files | {"box.ovf": ovf("box-disk001.vmdk"), "box-disk001.vmdk": image("vmdk-stream")}
+        return files | {
+            "box.ovf": ovf("box-disk001.vmdk"),
+            "box-disk001.vmdk": image("vmdk-stream"),
+        }
     parts = made("vmdk-split")
     vmx = 'scsi0:0.present = "TRUE"\nscsi0:0.fileName = "disk.vmdk"\nide0:0.deviceType = "cdrom-image"\n'
-    return files | {"machine.vmx": f'{vmx}ide0:0.fileName = "x.iso"\nfirmware = "efi"\n'.encode()} | parts
+    return (
+        files
+        | {"machine.vmx": f'{vmx}ide0:0.fileName = "x.iso"\nfirmware = "efi"\n'.encode()}
+        | parts
+    )
 
 
 def pax(key: str, value: str) -> bytes:
