@@ -51,6 +51,7 @@ class Server(http.server.ThreadingHTTPServer):
     block_on_close = True
     requests: list
     answers: list
+    gone: threading.Event
 
 
 @pytest.fixture
