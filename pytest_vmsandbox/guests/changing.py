@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,7 @@ from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import GIB, Hardware, Network
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -39,7 +40,14 @@ def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Ha
 
 @contextmanager
 def changing(
-    build: Build, base: BuiltImage, hardware: Hardware, settings: Settings, key: KeyPair
+    build: Build,
+    base: BuiltImage,
+    hardware: Hardware,
+    settings: Settings,
+    key: KeyPair,
+    *,
+    further: Sequence[bytes] = (),
+    keep: bool = True,
 ) -> Iterator[Guest]:
     """A guest of `base`, which answers. At the end it is shut down.
 
@@ -52,6 +60,8 @@ def changing(
         hardware: of the guest.
         settings: how guests run.
         key: opens the guest.
+        further: the content of each further disk.
+        keep: whether the changed disk is kept.
 
     Raises:
         BootError: the guest does not come up.
@@ -59,8 +69,11 @@ def changing(
     """
     with ExitStack() as stack:
         backend = Backend(settings, Announcer(build.say), stack)
+        hardware = replace(hardware, disks=tuple(map(_whole_disk, further)))
         blueprint = backend.blueprint_of(base, hardware)
         disks = stack.enter_context(blueprint.disks(backend.cache))
+        for content, (overlay,) in zip(further, disks.overlays[-len(further) :], strict=False):
+            _write(build, content, overlay)
         machines = Machines(
             blueprint,
             backend.hypervisor,
@@ -77,7 +90,7 @@ def changing(
                     f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
                     remedy="look for what does not end in the guest",
                 )
-        if disks.base is not None:
+        if keep and disks.base is not None:
             build.say("making the disk")
             _keep(build, base, disks)
 
@@ -90,7 +103,7 @@ def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) 
     Raises:
         ImageError: it ended with another status than 0, or was silent for too long.
     """
-    log = _Lines(build)
+    log = Lines(build)
     silent = guest.engine.stretch(_SILENT_SECONDS)
     command = Command(argv=("/bin/sh", "-c", f"exec 2>&1\n{script}", "sh", *arguments))
     name = build.definition.name
@@ -118,7 +131,7 @@ def grow(build: Build, guest: Guest) -> None:
         build.say(f"the disk has grown, but not the root file system: {why}")
 
 
-class _Lines:
+class Lines:
     """Passes output on to the log of a build, line by line."""
 
     def __init__(self, build: Build) -> None:
@@ -169,6 +182,25 @@ def _keep(build: Build, base: BuiltImage, disks: Disks) -> None:
     )
     if status != 0:
         raise ImageError(f"the disk of {build.definition.name!r} cannot be made: qemu-img failed")
+
+
+def _whole_disk(content: bytes) -> int:
+    """The size of a disk with that content, in bytes."""
+    return -(-len(content) // MIB) * MIB
+
+
+def _write(build: Build, content: bytes, overlay: IO[bytes]) -> None:
+    """Write the content of a disk into its overlay.
+
+    Raises:
+        ImageError: it cannot be written.
+    """
+    raw = build.work / "further.raw"
+    raw.write_bytes(content)
+    target = f"driver=qcow2,file.driver=file,file.filename=/proc/self/fd/{overlay.fileno()}"
+    argv = ["qemu-img", "convert", "-q", "-n", "-f", "raw", "--target-image-opts", f"{raw}", target]
+    if build.run(argv, pass_fds=[overlay.fileno()]) != 0:
+        raise ImageError("a disk for the first boot cannot be written: qemu-img failed")
 
 
 def _overlay(top: IO[bytes], below: Path) -> str:

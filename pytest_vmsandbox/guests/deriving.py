@@ -34,12 +34,6 @@ else
     exit 1
 fi
 """
-_VERSIONS = """
-dpkg-query -W -f '${Package} ${Version}\n' 2>/dev/null && exit
-rpm -qa --queryformat '%{NAME} %{VERSION}-%{RELEASE}\n' 2>/dev/null && exit
-pacman -Q 2>/dev/null && exit
-apk info -v 2>/dev/null | sed 's/-\\([^-]*-r[0-9]*\\)$/ \1/'
-"""
 _ADD_USER = """
 id -u "$1" && exit 0
 if command -v useradd; then
@@ -145,12 +139,10 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
             _run_script(build, guest, definition.folder, add.script)
         _tell_of_kernels(build, before, guest.shell(_KERNELS, user="root").stdout)
         found = examining.check(guest, definition)
-        versions = guest.shell(_VERSIONS, user="root").stdout.splitlines(keepends=True)
-        if not versions and (base.folder / PACKAGES).exists():
-            versions = (
-                (base.folder / PACKAGES).read_text(encoding="utf-8").splitlines(keepends=True)
-            )
-        (build.out / PACKAGES).write_text("".join(sorted(versions)), encoding="utf-8")
+        packages = examining.packages(guest)
+        if not packages and (base.folder / PACKAGES).exists():
+            packages = (base.folder / PACKAGES).read_text(encoding="utf-8")
+        (build.out / PACKAGES).write_text(packages, encoding="utf-8")
         changing.run(build, guest, _CLEAN, [_FOLDER])
         if base.disk is None:
             build.say("making the initial RAM file system")

@@ -32,6 +32,7 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
+_SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
@@ -83,6 +84,14 @@ class Running:
             command = replace(command, user=None)
         if (helper := self.helper) is not None:
             return helper.start(command, login)
+        return self.start_by_ssh(command, login)
+
+    def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
+        """Start a program by SSH, even if the guest has a helper.
+
+        Args:
+            login: who logs in.
+        """
         with self._lock:
             if login not in self._transports:
                 self._transports[login] = self._transport(login)
@@ -136,6 +145,20 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
+
+    def introduce(self) -> None:
+        """Tell a guest its name after a boot, unless the kernel's command line does so.
+
+        Raises:
+            GuestLost: it cannot be told.
+        """
+        if self.blueprint.built.key is not None:
+            command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
+            process = self.start(command, "root")
+            try:
+                process.communicate(None, _ignore, _ignore, self.blueprint.stretch(_ANSWER_SECONDS))
+            finally:
+                process.close()
 
     def pause(self) -> None:
         """Pause the machine until the next use.
@@ -358,3 +381,7 @@ def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], No
                 "stopped or reconfigured them",
             )
         deadline.pause(_LOOK_SECONDS / 10)
+
+
+def _ignore(_: bytes) -> None:
+    """Output that nobody wants."""
