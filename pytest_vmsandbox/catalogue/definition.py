@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytest_vmsandbox.catalogue.origin import (
-    FIRMWARES,
     Addition,
-    Firmware,
     Login,
     Source,
     hardware,
@@ -24,7 +22,7 @@ from pytest_vmsandbox.catalogue.origin import (
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import MIB, Hardware, format_size
+from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
 
 Init = Literal["systemd", "busybox", "openrc", "sysvinit", "rc", "none"]
 DEFINITION_FILE = "image.toml"
@@ -86,7 +84,7 @@ class ImageDefinition:
         base: the name of the image that it derives from; or empty.
         add: what it adds to its base; None without a base.
         source: where its files come from; None with another origin.
-        firmware: one of `FIRMWARES`. With ``kernel``, QEMU boots the kernel directly.
+        firmware: one of `core.spec.FIRMWARE`. With ``kernel``, QEMU boots the kernel directly.
         secure_boot: whether UEFI only boots what is signed.
         tpm: whether the guest has a TPM.
         login: how the first login works. A derived image has its base's.
@@ -373,7 +371,7 @@ def _architecture(top: Table, parent: ImageDefinition | None) -> str:
 def _boot(top: Table, source: Source | None, parent: ImageDefinition | None) -> dict[str, Any]:
     """The values that say how it boots."""
     table = top.table("boot", _BOOT_KEYS)
-    firmware = table.choice("firmware", FIRMWARES, "kernel" if parent is None else parent.firmware)
+    firmware = table.choice("firmware", FIRMWARE, "kernel" if parent is None else parent.firmware)
     _check_firmware(top, source, parent, firmware)
     direct, where = firmware == "kernel", f"with boot.firmware = {firmware!r}"
     secure_boot = table.choice(

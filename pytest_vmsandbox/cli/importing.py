@@ -15,12 +15,13 @@ from pytest_vmsandbox.catalogue.definition import (
     ImageDefinition,
     check_name,
 )
-from pytest_vmsandbox.catalogue.origin import FIRMWARES, FORMATS, METHODS
+from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import FIRMWARE
 
 _FILE = click.Path(path_type=Path)
 
@@ -33,7 +34,7 @@ _FILE = click.Path(path_type=Path)
 )
 @click.option(
     "--firmware",
-    type=click.Choice(FIRMWARES),
+    type=click.Choice(FIRMWARE),
     help="What boots it (default: as the file says, or bios).",
 )
 @click.option(

@@ -39,7 +39,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(cache):
-    options: dict[str, Any] = {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    options: dict[str, Any] = (
+        {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    )
 
     def run(*arguments, status=0):
         done = CliRunner(**options).invoke(cli.application, ["images", *map(str, arguments)])
