@@ -56,6 +56,7 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
+DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
 _MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes to build: only a command removes it
 
 
@@ -351,7 +352,7 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
     Raises:
         TeardownError: something cannot be removed.
     """
-    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, *_MADE_ANEW))
+    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, DOWNLOADS, *_MADE_ANEW))
     old = [
         Store(cache, TEMPLATES, Entry).discard(
             cache.glob(f"{TEMPLATES.folder}/{_FORMER_TEMPLATE}")

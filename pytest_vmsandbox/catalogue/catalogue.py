@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytest_vmsandbox.catalogue.definition import (
     check_name,
 )
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
 _NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
 
@@ -31,15 +33,17 @@ class Catalogue:
 
     Args:
         image_path: folders with further images, each a folder with an ``image.toml``.
+        cache: the cache, which has the imported images; None for the user's cache.
     """
 
-    def __init__(self, image_path: Sequence[Path] = ()) -> None:
+    def __init__(self, image_path: Sequence[Path] = (), cache: Path | None = None) -> None:
         self._image_path = tuple(image_path)
+        self._cache = cache
         self._definitions: dict[str, ImageDefinition] = {}
         self._deriving: list[str] = []  # whose base is being read
 
     def names(self) -> list[str]:
-        """The names of all images: our own first, then folder by folder, sorted in each.
+        """The names of all images: our own, imported ones, then folder by folder, sorted in each.
 
         Raises:
             ConfigError: a folder does not exist, or a name is invalid or used twice.
@@ -81,6 +85,14 @@ class Catalogue:
         finally:
             self._deriving.pop()
 
+    def valid(self) -> Iterator[tuple[str, ImageDefinition]]:
+        """The names and definitions of the images for this machine, without those that are wrong."""
+        for name in self._folders:
+            with suppress(ConfigError):
+                definition = self.get(name)
+                if definition.architecture == native_architecture():
+                    yield name, definition
+
     def select(self, patterns: Sequence[str]) -> list[str]:
         """The names that `patterns` select, in the order of the catalogue.
 
@@ -109,15 +121,17 @@ class Catalogue:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         folders: dict[str, Path] = {}
-        for parent in (*_own_folders(), *self._image_path):
+        for parent in (*_own_folders(), *self._imported(), *self._image_path):
             try:
                 entries = sorted(
-                    folder for folder in parent.iterdir() if (folder / DEFINITION_FILE).is_file()
+                    folder
+                    for folder in parent.iterdir()
+                    if not folder.name.startswith(".") and (folder / DEFINITION_FILE).is_file()
                 )
             except OSError as error:
                 raise ConfigError(
                     f"the folder of images {parent} cannot be read: {error.strerror}",
-                    remedy="correct vm_image_path (pytest), "
+                    remedy="correct vm_image_path or the hook pytest_vmsandbox_images (pytest), "
                     "--image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
                 ) from error
             for folder in entries:
@@ -130,6 +144,13 @@ class Catalogue:
                         remedy="rename one of the folders",
                     )
         return folders
+
+    def _imported(self) -> list[Path]:
+        """The folder of imported images, if there is one."""
+        with suppress(ConfigError):  # without a home folder, there is no cache
+            folder = imported_dir(self._cache or cache_dir())
+            return [folder] if folder.is_dir() else []
+        return []
 
     def _native(self) -> set[str]:
         machine = native_architecture()

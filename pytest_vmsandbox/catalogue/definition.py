@@ -38,6 +38,7 @@ _KEYS = (
     *("add", "boot", "disk", "system", "login"),
 )
 _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
+_DISK_KEYS = ("size",)
 _SYSTEM_KEYS = ("name", "version", "python", "init", "user")
 _MEMORY_MIN = 256 * MIB
 _IGNORED = {"__pycache__"}  # folders that Python makes
@@ -408,13 +409,13 @@ def _check_firmware(
 def _disk_size(
     top: Table, source: Source | None, parent: ImageDefinition | None, firmware: Firmware
 ) -> int | None:
-    table = top.table("disk", ("size",))
+    table = top.table("disk", _DISK_KEYS)
     size: Callable[[object], int | None] = partial(hardware, "disk")
     if parent is not None:
         base_size = parent.disk_size
         if base_size is None:
-            why = f"with from = {parent.name!r}: that image has no disk"
-            top.only("disk", False, why, "remove it, or derive from an image with a disk")
+            why = f"with from = {parent.name!r}, because that image has no disk"
+            top.only("disk", False, why, "derive from an image with a disk")
             return None
         disk_size = table.read("size", _SIZE, size, base_size)
         if disk_size < base_size:

@@ -18,7 +18,7 @@ from pytest_vmsandbox.cache.store import IMAGES, IN_USE, PRIVATE_KEY, Store
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import format_size
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
@@ -42,17 +42,31 @@ class ImageEntry:
     Attributes:
         name: of the image.
         state: an `ImageState`: ``built``, ``stale`` (built from an older definition) or ``missing``;
-            or ``other`` for a build without a definition here.
+            ``other`` for a build without a definition here; or ``invalid`` if its definition is wrong.
         size_bytes: on the disk, of all builds with that name.
-        architecture: such as ``x86_64``.
+        architecture: such as ``x86_64``. This and what follows is empty if the definition is wrong.
         description: one line.
+        system: such as ``debian``, if the definition says so.
+        version: of the system, likewise.
+        origin: what makes it: ``recipe``, ``from`` or ``source``.
+        base: the image that it derives from.
+        firmware: what boots it: ``kernel``, ``uefi`` or ``bios``.
+        in_vm: whether tests can run inside. Otherwise it is host-driven.
+        problem: what is wrong with its definition, and the remedy.
     """
 
     name: str
     state: str
     size_bytes: int
-    architecture: str
-    description: str
+    architecture: str = ""
+    description: str = ""
+    system: str = ""
+    version: str = ""
+    origin: str = ""
+    base: str = ""
+    firmware: str = ""
+    in_vm: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,25 +319,27 @@ class ImageStore(Store[BuiltImage]):
         """All images of a catalogue in its order, then builds without a definition.
 
         Raises:
-            ConfigError: a definition is invalid.
+            ConfigError: a folder of the catalogue cannot be read.
         """
-        definitions = {name: catalogue.get(name) for name in catalogue.names()}
-        states = {name: self.state(image).value for name, image in definitions.items()}
-        sizes = dict.fromkeys(definitions, 0)
+        sizes: dict[str, int] = {}
+        built: dict[str, ImageDefinition] = {}
         for image in sorted(self.all(), key=lambda image: image.folder):
             name = image.definition.name
             sizes[name] = sizes.get(name, 0) + image.size_on_disk
-            definitions.setdefault(name, image.definition)
-        return [
-            ImageEntry(
-                name=name,
-                state=states.get(name, "other"),
-                size_bytes=sizes[name],
-                architecture=image.architecture,
-                description=image.description,
-            )
-            for name, image in definitions.items()
-        ]
+            built.setdefault(name, image.definition)
+        found = []
+        for name in catalogue.names():
+            built.pop(name, None)
+            size = sizes.get(name, 0)
+            try:
+                definition = catalogue.get(name)
+                found.append(_entry(definition, self.state(definition), size))
+            except ConfigError as error:
+                found.append(
+                    ImageEntry(name=name, state="invalid", size_bytes=size, problem=str(error))
+                )
+        others = (_entry(image, "other", sizes[name]) for name, image in built.items())
+        return [*found, *others]
 
 
 def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
@@ -334,10 +350,32 @@ def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
             f"{image.name:{width}}",
             f"{image.state:7}",
             f"{format_size(image.size_bytes) if image.size_bytes else '-':>9}",
-            image.description,
+            _about(image),
         )
         for image in images
     ]
+
+
+def _about(image: ImageEntry) -> str:
+    if image.problem:
+        return "its definition is wrong"
+    return image.description if image.in_vm else f"{image.description} (host-driven)"
+
+
+def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
+    return ImageEntry(
+        name=definition.name,
+        state=str(state),
+        size_bytes=size,
+        architecture=definition.architecture,
+        description=definition.description,
+        system=definition.system,
+        version=definition.version,
+        origin=definition.origin,
+        base=definition.base,
+        firmware=definition.firmware,
+        in_vm=definition.in_vm,
+    )
 
 
 def files_of(definition: ImageDefinition) -> list[str]:

@@ -110,7 +110,7 @@ def bench(
             folder=Path(folder),
             count=count,
             most=most,
-            python=definition.python,
+            python=definition.in_vm,
             only_for_ratios=bool(only) and COLD not in only,
             say=screen.say,
         )

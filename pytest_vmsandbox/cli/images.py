@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,18 +11,17 @@ import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.store import ImageStore, columns
+from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
 from pytest_vmsandbox.cli.options import image_path_option
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests.image_maker import make_image
 from pytest_vmsandbox.guests.templates import TemplateStore
 
-_STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim"}
+_STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim", "invalid": "red"}
 
 
 @click.group
@@ -40,6 +40,10 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
     stale     the definition has changed since it was built
     missing   not built
     other     built, but there is no definition of it
+    invalid   the definition is wrong: the error below the list says how
+
+    No tests run inside an image that is host-driven, because it has no Python 3.9 or newer. Tests that
+    drive a guest from outside work with it.
 
     Below the images are their templates: guests that were booted once and saved, from which clones are
     made. Each line has the number of an image's templates and their size on the disk.
@@ -54,7 +58,14 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
             for name, sizes in saved.items()
         ]
         write_json({"images": [asdict(image) for image in found], "templates": templates})
-        return
+    else:
+        _show(found, saved)
+    if problems := [ConfigError(image.problem) for image in found if image.problem]:
+        raise ExceptionGroup("images", problems)
+
+
+def _show(found: Sequence[ImageEntry], saved: Mapping[str, Sequence[int]]) -> None:
+    """Show images, and the sizes of their templates, for people."""
     screen = Screen()
     for image, (name, state, size, description) in zip(found, columns(found), strict=True):
         screen.parts(
@@ -100,6 +111,8 @@ def build_one(definition: ImageDefinition, settings: Settings, *, force: bool = 
     Raises:
         VMSandboxError: the image cannot be built or kept.
     """
+    from pytest_vmsandbox.guests.image_maker import make_image  # `images list` is quicker without
+
     screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
     if not force and store.state(definition) == "built":
         screen.say(f"{name} is built")

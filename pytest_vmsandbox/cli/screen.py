@@ -7,17 +7,26 @@ without escape codes.
 from __future__ import annotations
 
 import json
+import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
+
+if TYPE_CHECKING:  # importing rich takes longer than most commands that write a few lines
+    from rich.console import Console
+    from rich.progress import Progress
 
 SCHEMA = 1  # of every --json
 _NARROW = 20  # columns; we do not wrap lines for less
+_FORCE = (
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+)  # variables that make rich treat any stream as a terminal
 
 
 class Screen:
@@ -28,25 +37,39 @@ class Screen:
     """
 
     def __init__(self, *, stderr: bool = False) -> None:
-        self._console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+        self._stderr = stderr
+        stream = sys.stderr if stderr else sys.stdout
+        self._is_plain = not (stream.isatty() or any(map(os.environ.get, _FORCE)))
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console
+
+        return Console(stderr=self._stderr, highlight=False, markup=False, emoji=False)
 
     @property
     def lively(self) -> bool:
         """Whether it is a terminal that can show moving lines."""
-        return self._console.is_terminal and self._console.is_interactive
+        return not self._is_plain and self._console.is_terminal and self._console.is_interactive
 
     def say(self, text: str = "", style: str = "") -> None:
         """Write a line. The terminal wraps a long one."""
-        self._console.print(Text(text, style=style), soft_wrap=True)
+        self.parts((text, style))
 
     def parts(self, *parts: tuple[str, str]) -> None:
         """Write a line of pieces, each a text and a style."""
+        if self._is_plain:
+            click.echo("".join(text for text, _ in parts), err=self._stderr)
+            return
+        from rich.text import Text
+
         self._console.print(Text.assemble(*parts), soft_wrap=True)
 
     def wrapped(self, text: str, indent: int) -> list[str]:
         """`text` in lines that fit behind `indent` columns. Without a terminal it is one line."""
-        width = self._console.width - indent
-        if not self._console.is_terminal or width < _NARROW:
+        is_terminal = not self._is_plain and self._console.is_terminal
+        width = self._console.width - indent if is_terminal else 0
+        if width < _NARROW:
             return [text] if text else []
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
@@ -84,6 +107,8 @@ class Screen:
             end()  # after an error, the last stage stays unfinished
 
     def _progress(self, *, transient: bool) -> Progress:
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
         return Progress(
             SpinnerColumn("line", finished_text="*"),  # in ASCII, for any terminal
             TextColumn("{task.description}", markup=False),

@@ -36,6 +36,11 @@ def cache_dir() -> Path:
     return folder
 
 
+def imported_dir(cache: Path) -> Path:
+    """The folder for definitions of images that ``vmsandbox images import`` has brought in."""
+    return cache / "imported"
+
+
 def runtime_dir() -> Path:
     """The folder for files of the current runs. It is private to the user.
 

@@ -52,7 +52,7 @@ class Backend:
     def __init__(self, settings: Settings, callbacks: Callbacks, stack: ExitStack) -> None:
         self.settings = settings
         self.callbacks = callbacks
-        self.catalogue = Catalogue(settings.image_path)
+        self.catalogue = Catalogue(settings.image_path, settings.cache)
         self.idle = IdleGuests()
         self.stack = stack
         self._verdicts: dict[str, Verdict] = {}

@@ -21,7 +21,7 @@ from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 3  # of templates; raise it when we change what we do to a guest before we save it
+FORMAT = 4  # of templates; raise it when we change what we do to a guest before we save it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,9 @@ class Engine:
         self._hints = hints
         self._on_resume = on_resume
         self._running: Running | None = None
+        self._spoiled: GuestLost | None = (
+            None  # this machine's disk failed before it was switched off
+        )
         self._lock = threading.RLock()  # protects what runs, and who uses it
         self._orderly = threading.Lock()  # held while the guest shuts itself down
 
@@ -165,6 +168,15 @@ class Engine:
             return lost
         return None
 
+    def check_disks(self) -> None:
+        """Check that this machine could read and write all that the guest has asked for, until now.
+
+        Raises:
+            GuestLost: it could not. The guest got an error then, and tests of it prove nothing.
+        """
+        if (error := self._machines.disk_failure(self._running)) is not None:
+            raise error
+
     @property
     def pid(self) -> int:
         """The process id of its QEMU."""
@@ -187,11 +199,20 @@ class Engine:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Add hints to errors: where the artifacts are, and so on."""
+        """Add hints to errors: where the artifacts are, and so on.
+
+        If this machine's disk is the cause of an error, the error says so.
+        """
         try:
             yield
-        except VMSandboxError as error:
+        except GuestLost as error:
             add_hints(error, self._hints)
+            raise
+        except VMSandboxError as error:
+            cause = self._machines.disk_failure(self._running)
+            add_hints(cause or error, self._hints)
+            if cause is not None:
+                raise cause from error
             raise
 
     # -- programs ---------------------------------------------------------------------------------
@@ -336,6 +357,7 @@ class Engine:
                         f"{self.name} is already on",
                         remedy="call vm.power_off() or vm.power_cut() first",
                     )
+                self._machines.disk_failure(self._running)
                 self._switch_off(self._running)
                 self._running = self._machines.switch_on()
                 running = stack.enter_context(self.use())
@@ -382,6 +404,7 @@ class Engine:
             self._ask("poweroff")
             running.machine.end(self.boot_seconds)
             events = running.machine.monitor.events()
+        self._machines.disk_failure(running)
         self._switch_off(running)
         return any(event["event"] == "SHUTDOWN" and event["data"]["guest"] for event in events)
 
@@ -389,6 +412,7 @@ class Engine:
         """Pull the plug. This does not wait for others who use the guest."""
         running = self._on()
         running.machine.kill()
+        self._machines.disk_failure(running)
         self._switch_off(running)
 
     def _ask(self, program: str) -> GuestLost | None:
@@ -438,6 +462,7 @@ class Engine:
             LaunchError: this host has no room for all of the guest's memory.
         """
         with self._lock:
+            self._machines.disk_failure(self._running)
             self._switch_off(self._running)
             self._machines.roll_back(saved)
             self.power_on()
@@ -455,8 +480,10 @@ class Engine:
 
         Raises:
             MonitorError: QEMU cannot do it.
+            GuestLost: this machine's disk was full, or failed.
         """
         with self.use() as running:
             running.hang_up()
             running.machine.save(state, with_memory=False)
+            running.machine.check_disks()
             running.machine.end(0)

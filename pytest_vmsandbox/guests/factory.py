@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TypeVar, overload
 
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
@@ -86,6 +86,10 @@ class GuestFactory:
 
         Args:
             hardware: of the guest; `hardware` makes one.
+
+        Raises:
+            GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
+                the block made of that.
         """
         prepared = self._prepared(image)
         blueprint = self.backend.blueprint(prepared.image, hardware)
@@ -95,7 +99,8 @@ class GuestFactory:
             stack.enter_context(self.backend.idle.holding(guest.engine))
             callbacks.guest_ready(guest)
             try:
-                yield guest
+                with _on_sound_disks(guest):
+                    yield guest
             except Exception:
                 callbacks.guest_stopping(guest, True)
                 raise
@@ -286,3 +291,24 @@ class GuestFactory:
             ConfigError: there is no such image or hardware.
         """
         return self.backend.catalogue.get(image).hardware(self.backend.settings.hardware, arguments)
+
+
+@contextmanager
+def _on_sound_disks(guest: Guest) -> Iterator[None]:
+    """Check at the end that this machine could read and write the guest's disks.
+
+    Raises:
+        GuestLost: it could not. So nothing in the block proves anything, whether it failed or not.
+    """
+    with guest.engine.explained():
+        try:
+            yield
+        except GuestLost:
+            raise
+        except Exception as error:
+            try:
+                guest.engine.check_disks()
+            except GuestLost as lost:
+                raise lost from error
+            raise
+        guest.engine.check_disks()

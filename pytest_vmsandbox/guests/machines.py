@@ -209,6 +209,7 @@ class Machines:
     state: IO[bytes] | None = None
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
+    _disk_failure: GuestLost | None = None  # in one of the machines
     _own: ExitStack = field(default_factory=ExitStack)  # files of snapshots and for SSH
 
     def close(self) -> None:
@@ -281,6 +282,18 @@ class Machines:
         swtpm write.
         """
         return self._own.enter_context(self.hypervisor.scratch("tpm"))
+
+    def disk_failure(self, running: Running | None) -> GuestLost | None:
+        """The error if this host could not read or write the guest's disks, now or in an earlier machine.
+
+        Ask before a machine is switched off.
+        """
+        if self._disk_failure is None and running is not None:
+            try:
+                running.machine.check_disks()
+            except GuestLost as error:
+                self._disk_failure = error
+        return self._disk_failure
 
     def save(self, running: Running) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.

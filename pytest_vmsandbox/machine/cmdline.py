@@ -7,6 +7,7 @@ file by name. It gets descriptors, so it can run as a user who cannot read our f
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,8 +16,11 @@ from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine.firmware import Uefi
 
 NETDEV = "n0"
+NETWORK_CARD = "nic0"
 ROOT_DISK = "root"
 HELPER_PORT = "vmsandbox.helper"
+PORTS = ("port0", "port1", "port2", "port3")  # for devices that come while the guest runs
+_PORTS_SLOT = 0x1C  # on the board, as on real ones; a guest with eight disks fills 0x01 to 0x0e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *network(spec),
         *entropy(),
         *panic(),
+        *ports(),
         *confinement(),
         *loading(spec),
         *spec.more_args,
@@ -215,15 +220,15 @@ def console(fds: Descriptors) -> list[str]:
 def helper(fds: Descriptors) -> list[str]:
     """The serial port for the helper in the guest. It needs no network."""
     return [
-        *("-device", "virtio-serial-pci"),
+        *("-device", "virtio-serial-pci,id=serial"),
         *("-chardev", f"socket,id=helper,fd={fds.helper}"),
-        *("-device", f"virtserialport,chardev=helper,name={HELPER_PORT}"),
+        *("-device", f"virtserialport,id=helper,chardev=helper,name={HELPER_PORT}"),
     ]
 
 
 def display() -> list[str]:
     """A graphics card for `Guest.screenshot`."""
-    return ["-display", "none", "-device", "VGA,vgamem_mb=4"]
+    return ["-display", "none", "-device", "VGA,id=display,vgamem_mb=4"]
 
 
 def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -298,10 +303,39 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
-        boots = name == ROOT_DISK and fds.kernel is None
-        device = f"virtio-blk-pci,drive={name},serial={name}"
-        args += ["-device", f"{device},bootindex=0" if boots else device]
+        device = disk(name, node=name)
+        if name == ROOT_DISK and fds.kernel is None:
+            device["bootindex"] = "0"
+        args += ["-device", _device(device)]
     return args
+
+
+def disk(name: str, *, node: str) -> dict[str, str]:
+    """A disk as a device. Its name is also its serial number, which the guest sees.
+
+    It passes errors of its block device on to the guest: QEMU does not stop the guest then. With the
+    id, another block device can be put under it while the guest runs.
+    """
+    return {
+        "driver": "virtio-blk-pci",
+        "id": disk_id(name),
+        "drive": node,
+        "serial": name,
+        "werror": "report",
+        "rerror": "report",
+    }
+
+
+def disk_id(name: str) -> str:
+    """The id of a disk's device in the monitor."""
+    return f"disk-{name}"
+
+
+def _device(properties: Mapping[str, str]) -> str:
+    """The value of ``-device``. In the monitor, ``device_add`` takes the properties themselves."""
+    return ",".join(
+        [properties["driver"], *(f"{k}={v}" for k, v in properties.items() if k != "driver")]
+    )
 
 
 def disk_names(spec: MachineSpec, *, has_base: bool) -> list[str]:
@@ -336,18 +370,36 @@ def network(spec: MachineSpec) -> list[str]:
     itself, because nobody else is on the network.
     """
     restrict = "on" if spec.hardware.network == "isolated" else "off"
-    card = f"virtio-net-pci,netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
-    return ["-netdev", f"user,id={NETDEV},ipv6=off,restrict={restrict}", "-device", card]
+    card = f"id={NETWORK_CARD},netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
+    netdev = f"user,id={NETDEV},ipv6=off,restrict={restrict}"
+    return ["-netdev", netdev, "-device", f"virtio-net-pci,{card}"]
 
 
 def entropy() -> list[str]:
     """Random numbers, and a generation id that tells a kernel that it was cloned."""
-    return ["-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]
+    return ["-device", "virtio-rng-pci,id=entropy", "-device", "vmgenid,id=generation,guid=auto"]
 
 
 def panic() -> list[str]:
     """A kernel panic becomes an event of the monitor, and the guest is paused."""
-    return ["-device", "pvpanic-pci", "-action", "panic=pause"]
+    return ["-device", "pvpanic-pci,id=panic", "-action", "panic=pause"]
+
+
+def ports() -> list[str]:
+    """PCI Express root ports. Each takes one device while the guest runs.
+
+    The set of devices cannot change once a guest is saved, but what is in a port can. Four ports cost
+    nothing that we could measure. Their addresses do not depend on the number of disks. A guest needs
+    ACPI hot-plug (CONFIG_HOTPLUG_PCI_ACPI in Linux). Boards without PCI, such as s390x's with its
+    channel devices, have no such ports, and there a device is plugged without one.
+    """
+    args: list[str] = []
+    for number, name in enumerate(PORTS):
+        place = f"bus=pcie.0,addr={_PORTS_SLOT:#x}.{number}"
+        first = ",multifunction=on" if number == 0 else ""
+        slot = f"chassis={number + 1},slot={number + 1}"
+        args += ["-device", f"pcie-root-port,id={name},{place}{first},{slot}"]
+    return args
 
 
 def confinement() -> list[str]:

@@ -73,8 +73,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
     try:
         # pytest has not run `pytest_configure`, so there is no other `Run`.
-        for row in columns(ImageStore(cache_dir()).entries(Run(config).catalogue)):
+        found = ImageStore(cache_dir()).entries(Run(config).catalogue)
+        for row in columns(found):
             print("  ".join(row))  # noqa: T201  # the list
+        if problems := [image.problem for image in found if image.problem]:
+            raise pytest.UsageError(*problems)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ MISSING = ("error", "skip")
 Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
 _MOST_SECONDS = 86_400
+_IMAGE_PATH = pytest.StashKey[tuple[Path, ...]]()
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
 # Name, type and help of each ini key. «Like --X» says which option it belongs to.
@@ -193,9 +194,23 @@ def check_places(config: pytest.Config) -> None:
 
 
 def image_path(config: pytest.Config) -> tuple[Path, ...]:
-    """Folders with image definitions, from the ini key and from the hook."""
-    of_hooks = config.hook.pytest_vmsandbox_images(config=config)
-    return tuple(map(Path, chain(entries(config, "vm_image_path"), *of_hooks)))
+    """Folders with image definitions, from the ini key and from the hook, which is called once.
+
+    Raises:
+        ConfigError: the hook returned something else.
+    """
+    if _IMAGE_PATH not in config.stash:
+        folders = list(map(Path, entries(config, "vm_image_path")))
+        for returned in reversed(config.hook.pytest_vmsandbox_images(config=config)):
+            # A text is a sequence, too: of one-letter folders.
+            if isinstance(returned, str) or not isinstance(returned, Iterable):
+                raise ConfigError(
+                    f"pytest_vmsandbox_images returned {returned!r}, which is no list of folders",
+                    remedy="return a list, such as [pathlib.Path(__file__).with_name('images')]",
+                )
+            folders += [config.rootpath / folder for folder in returned]
+        config.stash[_IMAGE_PATH] = tuple(folders)
+    return config.stash[_IMAGE_PATH]
 
 
 def selected_patterns(config: pytest.Config) -> tuple[list[str], bool]:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def pytest_vmsandbox_images(config: pytest.Config) -> Sequence[Path]:  # type: ignore[empty-body]
-    """Return folders with more image definitions, like the ini key ``vm_image_path``."""
+    """Return folders with more image definitions, like the ini key ``vm_image_path``.
+
+    Relative paths start at the rootdir. The hook is called once, before tests are collected, in each
+    process of pytest-xdist, too. So implement it in a plugin, or in the conftest.py of the rootdir or of
+    a folder that the command line names.
+    """
 
 
 def pytest_vmsandbox_provision(config: pytest.Config, image: str) -> Provision | None:

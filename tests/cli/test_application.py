@@ -26,6 +26,7 @@ from pytest_vmsandbox.core.errors import (
     TransferError,
 )
 from support import images
+from support.definitions import DERIVED, DISK, RECIPE as PIE, changed, toml, write
 
 
 def runner():
@@ -240,6 +241,10 @@ def cakes(tmp_path, monkeypatch):
     return root
 
 
+def define(folder, values):
+    write(folder, toml(values))
+
+
 def states(invoke):
     content = json.loads(invoke("images", "list", "--json").stdout)
     assert content["schema"] == 1
@@ -274,7 +279,7 @@ def test_list_for_people(invoke, cakes):
     result = invoke("images", "list")
     lines = {line.split()[0]: line.split(None, 3) for line in result.stdout.splitlines()}
     assert lines["cake-1"][1] == "built"
-    assert lines["cake-2"][1:] == ["missing", "-", "A cake"]
+    assert lines["cake-2"][1:] == ["missing", "-", "A cake (host-driven)"]
     assert no_escapes(result.output)
 
 
@@ -284,6 +289,33 @@ def test_json_has_the_size(invoke, cakes):
     cake = next(image for image in images if image["name"] == "cake-1")
     assert cake["size_bytes"] > 0
     assert (cake["description"], cake["architecture"]) == ("A cake", "x86_64")
+
+
+def test_json_has_what_the_definition_says(invoke, cakes):
+    define(cakes / "pie", changed(PIE, {"system.python": "3.9"}))
+    define(cakes / "pie-2", changed(DERIVED, {"from": "pie", "system.python": "3.8"}))
+    define(cakes / "pie-3", DISK)
+    content = json.loads(invoke("images", "list", "--json").stdout)
+    images = {image["name"]: image for image in content["images"]}
+    keys = ("system", "version", "origin", "base", "firmware", "in_vm", "problem")
+    assert [images["pie"][key] for key in keys] == [
+        "debian",
+        "13",
+        "recipe",
+        "",
+        "kernel",
+        True,
+        "",
+    ]
+    assert [images["pie-2"][key] for key in keys] == (
+        ["debian", "13", "from", "pie", "kernel", False, ""]
+    )
+    assert [images["pie-3"][key] for key in keys] == ["", "", "source", "", "uefi", True, ""]
+
+
+def test_imported_images_are_listed(invoke, tmp_path):
+    define(tmp_path / "cache" / "imported" / "pie", DISK)
+    assert states(invoke)["pie"] == "missing"
 
 
 def test_an_image_without_a_definition_is_seen_and_removed(invoke, cakes, monkeypatch):
@@ -309,6 +341,15 @@ def test_a_definition_that_is_wrong_names_file_and_key(invoke, cakes):
     result = invoke("images", "list")
     assert result.exit_code == 2
     assert f"{file}: recipe = 'bake' is not allowed" in result.stderr
+    lines = [line.split(None, 3) for line in result.stdout.splitlines()]
+    assert ["cake-1", "invalid", "-", "its definition is wrong"] in lines
+    assert ["cake-2", "missing", "-", "A cake (host-driven)"] in lines
+
+    result = invoke("images", "list", "--json")
+    assert result.exit_code == 2
+    listed = {image["name"]: image for image in json.loads(result.stdout)["images"]}
+    assert str(file) in listed["cake-1"]["problem"]
+    assert "Remedy: " in listed["cake-1"]["problem"]
 
 
 # -- doctor ----------------------------------------------------------------------------------------

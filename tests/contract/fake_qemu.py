@@ -6,6 +6,7 @@ Which version it plays is the end of its own name, such as ``qemu-system-fake-11
 """
 
 import array
+import errno
 import fcntl
 import json
 import os
@@ -336,6 +337,14 @@ class FakeQemu:
         elif self.fault in {"internal-error", "io-error"}:
             self.status = self.fault
             self.event("STOP")
+        elif self.fault in {"disk-full", "over-quota", "disk-damaged", "disk-fails-on-purpose"}:
+            node = "f" if self.fault == "disk-fails-on-purpose" else self.files[-1]["node-name"]
+            number = {"disk-full": errno.ENOSPC, "over-quota": errno.EDQUOT}.get(
+                self.fault, errno.EIO
+            )
+            # With werror=report, QEMU does not say whether there was no room.
+            about = {"operation": "write", "action": "report", "reason": os.strerror(number)}
+            self.event("BLOCK_IO_ERROR", device="", **{"node-name": node}, **about)
         elif self.fault == "stops-and-falls-silent":
             self.event("STOP")
         elif self.fault == "greets-and-ends":

@@ -360,6 +360,33 @@ class TestFaults:
             assert caught.value.stage == "launch"
             assert remedy in caught.value.remedy
 
+    @pytest.mark.parametrize(
+        ("fault", "told", "remedy"),
+        [
+            ("disk-full", "No space left on device: this machine's disk is full", "make room"),
+            ("over-quota", "Disk quota exceeded: this machine's disk is full", "make room"),
+            ("disk-damaged", "Input/output error: this machine's disk may be", "dmesg"),
+        ],
+    )
+    def test_cannot_write_a_disk(self, fake, disks, fault, told, remedy):
+        """The guest was told, too. What it made of that is of no interest."""
+        with fake.machine(disks=disks, fault=fault) as machine:
+            for check in (machine.check_disks, machine.check):
+                with pytest.raises(GuestLost, match=f"write a disk of the guest: {told}") as caught:
+                    check()
+                assert caught.value.stage == "launch"
+                assert remedy in caught.value.remedy
+            machine.kill()
+            with pytest.raises(GuestLost, match=told):
+                machine.check_disks()
+
+    def test_cannot_write_another_block_device(self, fake, disks):
+        """Somebody has put it under a disk."""
+        with fake.machine(disks=disks, fault="disk-fails-on-purpose") as machine:
+            assert machine.monitor.wait_event("BLOCK_IO_ERROR", since=0, timeout=5)
+            machine.check_disks()
+            machine.check()
+
     def test_goes_on_after_it_has_stopped_by_itself(self, fake):
         with fake.machine(fault="io-error") as machine:
             machine.resume()

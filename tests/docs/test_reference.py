@@ -16,6 +16,8 @@ import pytest
 
 import pytest_vmsandbox
 from pytest_vmsandbox import cli, plugin
+from pytest_vmsandbox.catalogue import definition, origin
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.cli import Application, application
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError
 from pytest_vmsandbox.machine.console import Console
@@ -24,6 +26,14 @@ from pytest_vmsandbox.plugin.in_vm import guest_config
 
 PACKAGE = Path(pytest_vmsandbox.__file__).parent
 PAGES = Path(__file__).parents[2] / "docs/reference"
+TABLES = {
+    "add": origin.Addition.__annotations__,
+    "source": origin.Source.__annotations__,
+    "boot": definition._BOOT_KEYS,
+    "disk": definition._DISK_KEYS,
+    "system": definition._SYSTEM_KEYS,
+    "login": origin.Login.__annotations__,
+}
 
 
 def page(name):
@@ -127,6 +137,48 @@ def test_each_option_and_ini_key_has_a_help():
 def test_the_page_on_markers_has_each_argument():
     for name in plan._ARGUMENTS:
         assert re.search(rf"^\| `{name}` \|", page("marker"), re.MULTILINE), name
+
+
+def test_the_page_on_image_toml_has_each_key_in_its_section():
+    keys = {
+        "top": set(definition._KEYS) - {*TABLES},
+        **{table: set(keys) for table, keys in TABLES.items()},
+    }
+    sections = re.split(r"^## ", page("image-toml"), flags=re.MULTILINE)
+    named = {}
+    for section in sections:
+        title = re.match(r"`\[(\w+)\]`|At the (top)", section)
+        if title:
+            named[title[1] or title[2]] = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
+    assert named == keys
+    values = (*origin.FORMATS, *origin.METHODS, *origin.FIRMWARES, *definition.INITS)
+    for value in (*values, *definition.ARCHITECTURES):
+        assert f'`"{value}"`' in page("image-toml"), value
+
+
+def definitions():
+    """The definitions that pages have as examples: where, and their text."""
+    for path in sorted(PAGES.parent.rglob("*.md")):
+        for found in re.finditer(
+            r"^```toml\n(schema = .*?)^```", path.read_text(), re.MULTILINE | re.DOTALL
+        ):
+            name = re.search(r'description = "(\w+)', found[1])
+            yield pytest.param(found[1], id=f"{path.stem}-{name[1] if name else found.start()}")
+
+
+@pytest.mark.parametrize("text", [*definitions()])
+def test_definitions_in_the_documentation_are_valid_and_short(tmp_path, text):
+    folder = tmp_path / "images" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "image.toml").write_text(text)
+    (folder / "setup.sh").touch()
+    (folder / "build").touch(mode=0o755)
+    assert Catalogue([folder.parent]).get("mine").digest
+    assert len(text.splitlines()) < 25
+
+
+def test_there_are_such_definitions():
+    assert len([*definitions()]) >= 4
 
 
 def test_the_page_on_exit_statuses_has_each_of_the_command():

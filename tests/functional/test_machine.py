@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from pytest_vmsandbox import BootError, ConfigError, GuestLost, LaunchError, MonitorError
+from pytest_vmsandbox.machine import cmdline
 
 pytestmark = pytest.mark.vm("tiny")
 
@@ -200,6 +202,31 @@ def test_qemu_killed(vm):
     os.kill(vm.engine.pid, signal.SIGKILL)
     with pytest.raises(GuestLost, match="QEMU ended with signal SIGKILL"):
         vm.run(["sleep", "100"])
+
+
+@pytest.mark.origins("cloned")
+def test_full_disk_of_this_machine(vm_factory, monkeypatch):
+    """The guest gets an error, and swallows it; nobody else may."""
+    plain = cmdline.overlay
+
+    def without_room(node, number, *more, **options):
+        device = plain(node, number, *more, **options)
+        if node == "disk0" and number:  # not where a template's key is computed
+            full = {"event": "none", "iotype": "write", "errno": errno.ENOSPC}
+            device["file"] = {"driver": "blkdebug", "inject-error": [full], "image": device["file"]}
+        return device
+
+    def swallow(lost):
+        with vm_factory.boot("tiny", disks=["64MiB"]) as vm:
+            vm.run(["dd", "if=/dev/zero", "of=/dev/vda", "count=1"])  # its kernel writes at the end
+            lost.append(not vm.alive)
+
+    monkeypatch.setattr(cmdline, "overlay", without_room)
+    was_lost = []
+    with pytest.raises(GuestLost, match="No space left.*: this machine's disk is full") as caught:
+        swallow(was_lost)
+    assert was_lost == [True]
+    assert "make room" in caught.value.remedy
 
 
 @pytest.mark.origins("booted")

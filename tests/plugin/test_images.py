@@ -165,6 +165,40 @@ def test_a_hook_adds_images(bare):
     assert bare.ids() == ["test_x[beta]"]
 
 
+def with_hook(bare, returned):
+    """Let a hook name the images, and nothing else."""
+    bare.ini("[pytest]\nvm_images = beta\n")
+    bare.pytester.makeconftest(f"""
+        import pathlib
+
+        def pytest_vmsandbox_images(config):
+            with (config.rootpath / "calls").open("a") as calls:
+                print("called", file=calls)
+            return {returned}
+    """)
+    bare.write(PLAIN)
+
+
+def test_a_hook_may_return_relative_paths_and_is_called_once(bare):
+    with_hook(bare, "['images']")
+    bare.run("--vm-missing=skip").assert_outcomes(skipped=1)
+    assert (bare.path / "calls").read_text() == "called\n"
+
+
+def test_a_hook_counts_in_workers(bare):
+    with_hook(bare, "['images']")
+    result = bare.run_apart("-n2", "--vm-missing=skip")
+    result.assert_outcomes(skipped=1)
+
+
+@pytest.mark.parametrize("returned", ["'images'", "pathlib.Path('images')", "3"])
+def test_a_hook_that_returns_no_list(bare, returned):
+    with_hook(bare, returned)
+    text = bare.usage_error()
+    assert "pytest_vmsandbox_images returned " in text
+    assert "Remedy: return a list" in text
+
+
 class TestList:
     def test_names_states_and_sizes(self, bare):
         bare.write(PLAIN)
@@ -187,5 +221,7 @@ class TestList:
 
     def test_a_bad_definition_is_a_usage_error(self, bare):
         (bare.path / "images" / "beta" / "image.toml").write_text("schema = 9")
-        text = bare.usage_error("--vm-list")
-        assert "image.toml" in text
+        result = bare.run("--vm-list")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["*image.toml: schema = 9 is not allowed*"])
+        result.stdout.re_match_lines(["beta +invalid +-", "foreign +missing"])

@@ -129,6 +129,19 @@ def test_an_image_without_python(suite):
     assert suite.guests == []
 
 
+def test_an_image_whose_python_is_too_old(suite):
+    for name, python in (("alpha-1", '"3.8"'), ("beta", '"3.9"'), ("alpha-2", '"2.7"')):
+        file = suite.path / "images" / name / "image.toml"
+        file.write_text(file.read_text().replace("python = false", f"python = {python}"))
+    suite.write("import pytest\n\n@pytest.mark.in_vm\ndef test_it(): pass")
+    result = suite.run()
+    result.assert_outcomes(errors=1)
+    why = "this image has Python 3.8, but they need 3.9 or newer"
+    result.stdout.fnmatch_lines([f"*tests cannot run inside alpha-1: {why}"])
+    assert " or beta. Tests that drive a guest" in result.stdout.str()
+    assert suite.guests == []
+
+
 def test_skipped_by_its_marker_without_a_guest(suite):
     suite.write("""
         import pytest

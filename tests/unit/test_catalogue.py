@@ -10,6 +10,7 @@ from pytest_vmsandbox.catalogue import catalogue as catalogue_module
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.errors import ConfigError
+from support.definitions import toml
 
 TOML = f"""\
 schema = 1
@@ -47,6 +48,7 @@ def folder(tmp_path):
 @pytest.fixture
 def image_path(tmp_path, monkeypatch):
     """A folder for images of the user, and a catalogue whose own images are a, b and b-2."""
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
     own = tmp_path / "own"
     for name in ("b-2", "b", "a"):
         define(own / name)
@@ -275,8 +277,23 @@ class TestCatalogue:
             "c",
         ]
 
+    def test_imported_images_come_after_our_own(self, image_path, tmp_path):
+        define(image_path / "0")
+        define(tmp_path / "cache" / "imported" / "zz")
+        define(tmp_path / "other" / "imported" / "c")
+        assert Catalogue([image_path]).names() == ["a", "b", "b-2", "zz", "0"]
+        assert Catalogue([image_path], tmp_path / "other").names() == ["a", "b", "b-2", "c", "0"]
+
+    def test_no_place_for_a_cache(self, image_path, monkeypatch):
+        def cache_dir():
+            raise ConfigError("HOME is not set", remedy="set it")
+
+        monkeypatch.setattr(catalogue_module, "cache_dir", cache_dir)
+        assert Catalogue([image_path]).names() == ["a", "b", "b-2"]
+
     def test_ignores_what_is_no_image(self, image_path):
         (image_path / "lib").mkdir()
+        define(image_path / ".hidden")
         (image_path / "image.toml").touch()
         assert Catalogue([image_path]).names() == ["a", "b", "b-2"]
 
@@ -326,6 +343,80 @@ class TestCatalogue:
         assert "tiny" in Catalogue().names()
         for name in Catalogue().names():
             assert Catalogue().get(name).digest
+
+
+class TestDeriving:
+    """Who derives from whom."""
+
+    def derive(self, folder, base, **changes):
+        values = {"schema": 1, "description": "More", "from": base, **changes}
+        folder.mkdir(parents=True)
+        (folder / "image.toml").write_text(toml(values))
+
+    def test_over_several_images(self, image_path, tmp_path):
+        self.derive(image_path / "one", "two", boot={"memory_min": "1GiB"})
+        self.derive(tmp_path / "more" / "two", "three", disk={"size": "9GiB"})
+        self.derive(tmp_path / "more" / "three", "a", system={"user": "me"})
+        definition = Catalogue([image_path, tmp_path / "more"]).get("one")
+        assert (definition.base, definition.parent.base, definition.parent.parent.base) == (
+            *("two", "three", "a"),
+        )
+        assert definition.parent.parent.parent.recipe == "build"
+        assert (definition.memory_min, definition.disk_size) == (1024**3, 9 * 1024**3)
+        assert (definition.user, definition.append) == ("me", "root=/dev/vda rw")
+
+    def test_a_base_is_one_object(self, image_path):
+        """So its files are read once, however many images derive from it."""
+        for name in ("one", "two"):
+            self.derive(image_path / name, "a")
+        catalogue = Catalogue([image_path])
+        assert catalogue.get("one").parent is catalogue.get("two").parent is catalogue.get("a")
+
+    @pytest.mark.parametrize("length", [1, 2, 3])
+    def test_a_circle(self, image_path, length):
+        names = ["one", "two", "three"][:length]
+        for name, base in zip(names, [*names[1:], names[0]], strict=True):
+            self.derive(image_path / name, base)
+        self.derive(image_path / "outside", "one")
+        for name in ("one", "outside"):
+            with pytest.raises(ConfigError, match="closes a circle") as raised:
+                Catalogue([image_path]).get(name)
+            assert raised.value.details == " from ".join([*names, "one"])
+            assert f"{image_path / names[-1] / 'image.toml'}: from = 'one'" in raised.value.brief
+            assert raised.value.remedy
+
+    def test_no_such_base(self, image_path):
+        self.derive(image_path / "one", "b-3")
+        with pytest.raises(ConfigError) as raised:
+            Catalogue([image_path]).get("one")
+        assert raised.value.brief == (
+            f"{image_path / 'one' / 'image.toml'}: from = 'b-3', but there is no image 'b-3'"
+        )
+        assert raised.value.remedy.startswith("did you mean 'b-2'? ")
+
+    def test_a_base_that_is_wrong(self, image_path):
+        define(image_path / "two", TOML.replace("systemd", "runit"))
+        self.derive(image_path / "one", "two")
+        catalogue = Catalogue([image_path])
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="two/image.toml: system.init = 'runit'"):
+                catalogue.get("one")
+        assert catalogue.get("a").name == "a"
+
+    def test_the_digest_changes_with_the_base(self, image_path):
+        define(image_path / "base")
+        self.derive(image_path / "two", "base")
+        self.derive(image_path / "one", "two")
+        before = Catalogue([image_path]).get("one").digest
+        assert Catalogue([image_path]).get("one").digest == before
+        (image_path / "base" / "build").write_text("#!/bin/sh\ntrue\n")
+        assert Catalogue([image_path]).get("one").digest != before
+
+    def test_valid_leaves_out_what_is_wrong_or_foreign(self, image_path):
+        define(image_path / "wrong", "schema = 2")
+        foreign = {"x86_64": "aarch64"}.get(native_architecture(), "x86_64")
+        define(image_path / "foreign", TOML.replace(native_architecture(), foreign))
+        assert [name for name, _ in Catalogue([image_path]).valid()] == ["a", "b", "b-2"]
 
 
 class TestSelect:

@@ -89,9 +89,9 @@ def test_sockets():
         *("-serial", "chardev:console"),
     ]
     assert cmdline.helper(fds) == [
-        *("-device", "virtio-serial-pci"),
+        *("-device", "virtio-serial-pci,id=serial"),
         *("-chardev", "socket,id=helper,fd=10"),
-        *("-device", "virtserialport,chardev=helper,name=vmsandbox.helper"),
+        *("-device", "virtserialport,id=helper,chardev=helper,name=vmsandbox.helper"),
     ]
 
 
@@ -241,13 +241,24 @@ def test_network(network, restrict):
     assert f"restrict={restrict}" in netdev.split(",")
     assert "ipv6=off" in netdev.split(",")
     assert "hostfwd" not in netdev
-    assert device.startswith("virtio-net-pci,netdev=n0")
+    assert device.startswith("virtio-net-pci,id=nic0,netdev=n0")
 
 
 def test_devices_that_are_always_there():
-    assert cmdline.display() == ["-display", "none", "-device", "VGA,vgamem_mb=4"]
-    assert cmdline.entropy() == ["-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]
-    assert cmdline.panic() == ["-device", "pvpanic-pci", "-action", "panic=pause"]
+    assert cmdline.display() == ["-display", "none", "-device", "VGA,id=display,vgamem_mb=4"]
+    rng, vmgenid = "virtio-rng-pci,id=entropy", "vmgenid,id=generation,guid=auto"
+    assert cmdline.entropy() == ["-device", rng, "-device", vmgenid]
+    assert cmdline.panic() == ["-device", "pvpanic-pci,id=panic", "-action", "panic=pause"]
+
+
+def test_ports_have_an_address_that_no_other_device_changes():
+    devices = cmdline.ports()[1::2]
+    assert devices == [
+        "pcie-root-port,id=port0,bus=pcie.0,addr=0x1c.0,multifunction=on,chassis=1,slot=1",
+        "pcie-root-port,id=port1,bus=pcie.0,addr=0x1c.1,chassis=2,slot=2",
+        "pcie-root-port,id=port2,bus=pcie.0,addr=0x1c.2,chassis=3,slot=3",
+        "pcie-root-port,id=port3,bus=pcie.0,addr=0x1c.3,chassis=4,slot=4",
+    ]
 
 
 def test_confinement():
@@ -256,6 +267,12 @@ def test_confinement():
     assert value.split(",") == ["on"] + [
         f"{what}=deny" for what in ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
     ]
+
+
+def device(disk):
+    """A disk: it can be found by an id, and an error is the guest's to handle."""
+    errors = "werror=report,rerror=report"
+    return f"virtio-blk-pci,id=disk-{disk},drive={disk},serial={disk},{errors}"
 
 
 class TestDisks:
@@ -280,21 +297,20 @@ class TestDisks:
         assert others == [
             ("-add-fd", "fd=7,set=7"),
             ("-add-fd", "fd=8,set=8"),
-            ("-device", "virtio-blk-pci,drive=root,serial=root"),
+            ("-device", device("root")),
         ]
 
     def test_firmware_boots_from_the_root_disk_alone(self):
         _, others = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=((6,), (7,))))
-        assert [value for option, value in others if option == "-device"] == [
-            "virtio-blk-pci,drive=root,serial=root,bootindex=0",
-            "virtio-blk-pci,drive=disk0,serial=disk0",
-        ]
+        root, blank = (value.split(",") for option, value in others if option == "-device")
+        assert "bootindex=0" in root
+        assert not [word for word in blank if word.startswith("bootindex")]
 
     def test_blank_ones_stand_on_nothing(self):
         nodes, others = self.nodes(Hardware(disks=(GIB, MIB)), Descriptors(overlays=((5,), (6,))))
         assert [node["node-name"] for node in nodes] == ["disk0", "disk1"]
         assert not any("backing" in node for node in nodes)
-        assert ("-device", "virtio-blk-pci,drive=disk1,serial=disk1") in others
+        assert ("-device", device("disk1")) in others
 
     def test_the_root_disk_comes_first(self):
         nodes, _ = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=((6,), (7,))))
@@ -309,7 +325,7 @@ class TestDisks:
             ("root", "root.1"),
         ]
         assert [node["read-only"] for node in nodes] == [True, True, True, False]
-        assert others[-1] == ("-device", "virtio-blk-pci,drive=root,serial=root")
+        assert others[-1] == ("-device", device("root"))
 
     def test_an_overlay_too_few_is_a_mistake(self):
         with pytest.raises(ValueError, match="zip"):
@@ -332,10 +348,17 @@ class TestWhole:
         argv = self.argv()
         devices = [argv[i + 1].split(",")[0] for i, word in enumerate(argv) if word == "-device"]
         assert sorted(devices) == [
-            *("VGA", "pvpanic-pci", "virtio-blk-pci", "virtio-blk-pci"),
+            *("VGA", *("pcie-root-port",) * 4, "pvpanic-pci", "virtio-blk-pci", "virtio-blk-pci"),
             *("virtio-net-pci", "virtio-rng-pci", "virtio-serial-pci"),
             *("virtserialport", "vmgenid"),
         ]
+
+    def test_every_device_has_an_id_of_its_own(self):
+        argv = self.argv()
+        devices = [argv[i + 1].split(",") for i, word in enumerate(argv) if word == "-device"]
+        ids = [[part for part in device if part.startswith("id=")] for device in devices]
+        assert all(len(found) == 1 for found in ids)
+        assert len({found[0] for found in ids}) == len(ids)
 
     @pytest.mark.parametrize("memory", [128 * MIB, GIB, 3 * GIB])
     def test_memory(self, memory):

@@ -30,6 +30,7 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import (
     engine as engine_module,
+    factory as factory_module,
     forwarding,
     guest as guest_module,
     machines as machines_module,
@@ -190,6 +191,7 @@ class FakeMachine:
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
         self.fault = None
+        self.disk_fault = None
         self.stage = "kernel"
         self.names = []
         self.obeys = True
@@ -217,6 +219,10 @@ class FakeMachine:
             raise GuestLost(self.fault, stage="kernel")
         if self.status is not None:
             raise GuestLost("it is switched off")
+
+    def check_disks(self):
+        if self.disk_fault:
+            raise GuestLost(self.disk_fault, stage="launch")
 
     def check_booting(self, seconds):
         try:
@@ -343,6 +349,65 @@ def make(platform, *, user="root", network="isolated", boot_timeout=5.0, **more)
 def vm(platform):
     with make(platform) as vm:
         yield vm
+
+
+class TestThisMachinesDisk:
+    """It was full, say. The guest has got an error, which may be what a call fails with."""
+
+    def test_is_the_cause_of_an_error(self, vm, platform):
+        platform.machines[0].disk_fault = "disk is full"
+        with pytest.raises(GuestLost, match="disk is full") as caught:
+            vm.run(["false"])
+        assert isinstance(caught.value.__cause__, CommandError)
+        assert caught.value.__notes__ == ["artifacts: over there"]
+
+    @pytest.mark.parametrize(
+        "switch",
+        [
+            lambda vm: vm.power_cut(),
+            lambda vm: vm.power_off(),
+            lambda vm: [vm.engine.power_cut(), vm.power_on()],
+        ],
+    )
+    def test_is_told_when_the_guest_is_given_back(self, vm, platform, switch):
+        vm.engine.check_disks()
+        platform.machines[0].disk_fault = "disk is full"
+        switch(vm)
+        with pytest.raises(GuestLost, match="disk is full"):
+            vm.engine.check_disks()
+
+    def test_was_full_before_a_rollback(self, vm, platform):
+        with vm.snapshot():
+            platform.machines[0].disk_fault = "disk is full"
+        assert len(platform.machines) == 2
+        with pytest.raises(GuestLost, match="disk is full"):
+            vm.engine.check_disks()
+
+    def test_fails_while_a_template_is_saved(self, vm, platform, tmp_path):
+        platform.machines[0].disk_fault = "disk is full"
+        with (
+            pytest.raises(GuestLost, match="disk is full"),
+            (tmp_path / "state").open("wb") as state,
+        ):
+            vm.engine.save_devices(state)
+
+    def test_spoils_whatever_a_block_has_found(self, vm, platform):
+        def use(error=None):
+            with factory_module._on_sound_disks(vm):
+                if error is not None:
+                    raise error
+
+        use()
+        with pytest.raises(AssertionError, match="found"):
+            use(AssertionError("found"))
+        platform.machines[0].disk_fault = "disk is full"
+        with pytest.raises(GuestLost, match="disk is full"):
+            use()
+        with pytest.raises(GuestLost, match="disk is full") as caught:
+            use(AssertionError("found"))
+        assert isinstance(caught.value.__cause__, AssertionError)
+        with pytest.raises(GuestLost, match="gone"):
+            use(GuestLost("gone"))
 
 
 class TestRun:

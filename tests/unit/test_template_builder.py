@@ -1,5 +1,6 @@
 """What is looked at before guests are cloned of a template; the functional tests make some."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests import blueprint as blueprint_module
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -64,14 +66,14 @@ def builder(tmp_path, said):
 def keep(store, blueprint):
     """Puts a template of that blueprint into the store."""
 
-    def put(disk):
+    def put(disk, of=None):
         def fill(folder, _lock):
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
             (folder / "key").write_text(KeyPair.generate().private)
             return {"image": "mine", "name": "mine", "disk": disk, "layers": [], "facts": {}}
 
-        store.make(template_key(blueprint, ()), fill, on_busy=lambda: None)
+        return store.make(template_key(of or blueprint, ()), fill, on_busy=lambda: None)
 
     return put
 
@@ -118,6 +120,20 @@ class TestTheDiskOfTheImage:
     def test_was_not_looked_at_when_the_template_was_made(self, builder, blueprint, keep):
         keep("")
         assert builder.obtain(blueprint).damage.result() == ""
+
+
+class TestAnotherFormat:
+    """A template that was made when guests had other devices, or were prepared in another way."""
+
+    def test_is_not_used_and_goes_first(self, blueprint, keep, store, monkeypatch):
+        with monkeypatch.context() as before:
+            before.setattr(blueprint_module, "FORMAT", 3)
+            old = keep("", of=replace(blueprint))  # a blueprint computes its digest once
+        assert store.get(template_key(blueprint, ())) is None
+        os.utime(old.folder / "in-use.lock", (1, 1))
+        new = keep("")
+        store.shrink(limit=new.size_on_disk)
+        assert [it.key for it in store.all()] == [new.key]
 
 
 class TestTheImage:

@@ -146,7 +146,7 @@ def write_empty_tests(setup: Setup, name: str, number: int) -> Path:
         CannotMeasureError: guests cannot run it.
     """
     if not setup.python:
-        raise CannotMeasureError(f"the image {setup.image} has no Python")
+        raise CannotMeasureError(f"the image {setup.image} has no Python for tests inside")
     folder = _folder(setup, name)
     (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
     tests = (f"def test_{index}():\n    pass\n\n\n" for index in range(number))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from _pytest.junitxml import xml_key
 
+from pytest_vmsandbox.catalogue.definition import PYTHON_FLOOR
 from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost, TransferError
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
@@ -32,6 +33,7 @@ from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
+_SUGGESTED = 3  # images
 COLLECT_SECONDS = 60.0  # for pytest in the guest to collect; longer on a slow host
 _NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
 _NO_MODULE = re.compile(r"No module named '(\w+)")
@@ -168,13 +170,18 @@ class Provisioner:
 
     def _check_python(self, image: str) -> None:
         catalogue = self._run.catalogue
-        if not catalogue.get(image).python:
-            others = [name for name in catalogue.names() if catalogue.get(name).python]
-            raise TransferError(
-                f"tests cannot run inside {image}: this image has no Python",
-                remedy=f"run them inside {' or '.join(others)}. Tests that drive a guest by the fixture vm "
-                f"work with {image}, too",
-            )
+        definition = catalogue.get(image)
+        if definition.in_vm:
+            return
+        version, floor = definition.python_version, ".".join(map(str, PYTHON_FLOOR))
+        old = f"Python {version}, but they need {floor} or newer"
+        others = [name for name, other in catalogue.valid() if other.in_vm][:_SUGGESTED]
+        suggestion = f"run them inside {' or '.join(others)}. " if others else ""
+        raise TransferError(
+            f"tests cannot run inside {image}: this image has "
+            f"{old if definition.python else 'no Python'}",
+            remedy=f"{suggestion}Tests that drive a guest by the fixture vm work with {image}, too",
+        )
 
     @cached_property
     def _payload(self) -> Payload:

@@ -1,0 +1,1 @@
+"""Disks from elsewhere: fetched, unpacked, checked, and converted in a jail. Nothing in them is trusted."""
