@@ -64,10 +64,12 @@ compile() {
     ROOT=$image
 }
 
-# bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT.
+# bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
     suite=$1 variant=$2 packages=$3
     shift 3
+    mkdir -p "$ROOT.releases"
+    set -- --extract-hook="cp \"\$1\"/var/lib/apt/lists/*Release '$ROOT.releases/'" "$@"
     # mmdebstrap looks for the suite's key among apt's; where those lack it, the full Debian key ring must have it.
     set -- --mode=root --variant="$variant" --format=directory --include="$packages" --components=main \
         --aptopt='APT::Install-Recommends "false"' --aptopt='APT::Sandbox::User "root"' --aptopt='Acquire::Languages "none"' "$@"
@@ -77,4 +79,18 @@ bootstrap() {
             fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
         fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
     fi
+}
+
+# archive: write down the archive that filled $ROOT: URL, suite and date of each release file, and the keys that signed it.
+# apt has verified the signatures.  Here they only tell their keys, where gpgv and the key ring are there; else "-".
+archive() {
+    for release in "$ROOT.releases"/*Release; do
+        suite=${release##*_dists_} suite=${suite%_*}
+        url=$(sed 's/\[[^]]*\]//' "$ROOT/etc/apt/sources.list" | awk -v suite="$suite" '$1 == "deb" && $3 == suite { print $2; exit }')
+        date=$(sed -n 's/^Date: //p' "$release" | head -n1)
+        keys=$(gpgv --status-fd 1 --keyring /usr/share/keyrings/debian-archive-keyring.gpg "$release" 2>/dev/null |
+            awk '$2 == "VALIDSIG" { printf "%s%s", n++ ? "," : "", $NF }') || :
+        echo "${url:--} $suite $(date -u -d "$date" +%Y-%m-%dT%H:%M:%SZ) ${keys:--}"
+    done | LC_ALL=C sort >"$VMSANDBOX_OUT/archive.txt"
+    [ -s "$VMSANDBOX_OUT/archive.txt" ] || fail "the archive's release files are missing"
 }

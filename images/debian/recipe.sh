@@ -36,6 +36,7 @@ recipe() {
     stage "making the disk"
     cp "$ROOT/boot/vmlinuz-$version" "$VMSANDBOX_OUT/vmlinuz"
     chroot "$ROOT" dpkg-query -W -f '${Package} ${Version}\n' | sort >"$VMSANDBOX_OUT/packages.txt"
+    archive
     awk '{ print $1, $2 }' "$ROOT/etc/ssh/ssh_host_ed25519_key.pub" >"$VMSANDBOX_OUT/host_key.pub"
     umount "$ROOT/dev/null" "$ROOT/dev/zero" "$ROOT/dev/urandom"
     rm -rf "$ROOT"/dev/* "$ROOT"/boot/* "$ROOT"/vmlinuz* "$ROOT"/initrd.img* "$ROOT"/var/log/* "$ROOT"/var/cache/* "$ROOT"/tmp/*

@@ -23,6 +23,7 @@ from pytest_vmsandbox.core.spec import format_size
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
 PACKAGES = "packages.txt"  # a line for each package, with its version
+ARCHIVE = "archive.txt"  # a line for each suite that they came from: URL, name, date, keys
 LOG = "build.log"
 _WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were kept
 

@@ -16,7 +16,7 @@ FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
 _COMMANDS = {  # name → help
     "quickstart": "Prepare this machine, and run a small test suite in guests.",
     "doctor": "Check this machine, and print a remedy for each problem.",
-    "images": "List, build and remove images.",
+    "images": "List, build, lock and remove images.",
     "run": "Run one command in a fresh guest.",
     "shell": "Open an interactive shell in a fresh guest.",
     "clean": "Remove processes and files that killed runs left behind.",

@@ -1,4 +1,4 @@
-"""``vmsandbox images``: lists, builds and removes images."""
+"""``vmsandbox images``: lists, builds and removes images, and has the commands of `lock.py`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
-from pytest_vmsandbox.cli.options import image_path_option
+from pytest_vmsandbox.cli.lock import lock, update, verify
+from pytest_vmsandbox.cli.options import image_path_option, offline_option
+from pytest_vmsandbox.cli.project import lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
-from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
@@ -26,7 +26,7 @@ _STYLES = {"built": "green", "stale": "yellow", "missing": "dim", "other": "dim"
 
 @click.group
 def images() -> None:
-    """List, build and remove images."""
+    """List, build, lock and remove images."""
 
 
 @images.command("list")
@@ -87,41 +87,36 @@ def _show(found: Sequence[ImageEntry], saved: Mapping[str, Sequence[int]]) -> No
 @images.command
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--force", is_flag=True, help="Build images again even if they are built.")
+@offline_option
+@project_options
 @image_path_option
-def build(*, names: tuple[str, ...], force: bool, image_path: tuple[Path, ...]) -> None:
+def build(
+    *,
+    names: tuple[str, ...],
+    force: bool,
+    offline: bool,
+    where: list[str],
+    image_path: tuple[Path, ...],
+) -> None:
     """Build images, unless they are built.
 
     A NAME may be a glob such as 'debian-*', or 'all'. If one build fails, the others are still tried.
+    If the project here has a lock file, the images are compared with it. It is not changed.
     """
-    catalogue, settings = Catalogue(image_path), Settings(image_path=image_path)
+    from pytest_vmsandbox.cli.building import build_one  # `images list` is quicker without it
+
+    catalogue = Catalogue(image_path)
+    settings = Settings(image_path=image_path, offline=offline)
+    locked = lock_here(where)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     errors: list[Exception] = []
     for definition in definitions:
         try:
-            build_one(definition, settings, force=force)
+            build_one(definition, settings, force=force, lock=locked)
         except VMSandboxError as error:
             errors.append(error)
     if errors:
         raise ExceptionGroup("images", errors)
-
-
-def build_one(definition: ImageDefinition, settings: Settings, *, force: bool = False) -> None:
-    """Build one image and show the progress.
-
-    Raises:
-        VMSandboxError: the image cannot be built or kept.
-    """
-    from pytest_vmsandbox.guests.image_maker import make_image  # `images list` is quicker without
-
-    screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
-    if not force and store.state(definition) == "built":
-        screen.say(f"{name} is built")
-        return
-    screen.say(f"building {name}: {definition.description}", "bold")
-    began = monotonic()
-    with screen.stages() as stage:
-        image = make_image(definition, settings, progress=stage, force=force)
-    screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {monotonic() - began:.0f} s")
 
 
 @images.command
@@ -157,6 +152,10 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
             screen.say(f"{said}: freed {format_size(freed)}")
     if errors:
         raise ExceptionGroup("images", errors)
+
+
+for _command in (lock, update, verify):
+    images.add_command(_command)
 
 
 def _number(templates: int) -> str:

@@ -21,6 +21,8 @@ image_path_option = click.option(
     help="A folder with your own image definitions. Repeatable. VMSANDBOX_IMAGE_PATH sets it, too.",
 )
 
+offline_option = click.option("--offline", is_flag=True, help="Never use the network.")
+
 
 def guest_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options for a guest.

@@ -15,9 +15,9 @@ import click
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.cli import checks, foreground
+from pytest_vmsandbox.cli.building import build_one
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import examine, show
-from pytest_vmsandbox.cli.images import build_one
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings

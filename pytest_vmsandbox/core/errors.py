@@ -5,6 +5,7 @@
     VMSandboxError
     ├── ConfigError        an option, a marker's argument or an image definition is invalid
     ├── ImageError         an image is missing, stale, or its build failed
+    ├── LockError          an image differs from the project's lock file
     ├── CacheError         something cannot be kept in the cache: its folder, or its disk
     ├── LaunchError        QEMU is missing, refused to start, or the host has no room for a guest
     ├── BootError          the guest did not get as far as answering; `stage` says how far it got
@@ -99,6 +100,12 @@ class ConfigError(VMSandboxError):
 
 class ImageError(VMSandboxError):
     """An image is missing or stale, or its build failed."""
+
+    stage = "image"
+
+
+class LockError(VMSandboxError):
+    """An image is not the one in the project's lock file, or the lock file does not have it."""
 
     stage = "image"
 
@@ -233,6 +240,7 @@ for _error in (VMSandboxError, *VMSandboxError.__subclasses__()):
 
 INFRASTRUCTURE = (
     ImageError,
+    LockError,
     CacheError,
     LaunchError,
     BootError,

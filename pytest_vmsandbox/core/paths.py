@@ -15,6 +15,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 
 APP = "vmsandbox"
 CACHE, RUNTIME = "VMSANDBOX_CACHE", "VMSANDBOX_RUNTIME"
+LOCK_FILE = "vm-images.lock"
 
 
 def cache_dir() -> Path:
@@ -55,6 +56,12 @@ def runtime_dir() -> Path:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
                 return Path(base) / APP
     return Path(tempfile.gettempdir()) / f"{APP}-{os.getuid()}"
+
+
+def lock_file(rootdir: Path) -> Path | None:
+    """The lock file of a project, whose rootdir is pytest's; None without one."""
+    file = rootdir / LOCK_FILE
+    return file if os.path.lexists(file) else None
 
 
 @contextmanager

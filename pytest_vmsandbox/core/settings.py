@@ -41,6 +41,7 @@ class Settings:
         offline: whether the network is off limits for guests, too.
         clones: how fresh guests are made: ``armed`` clones ahead of demand, ``demand`` clones on
             demand, ``never`` boots each guest. ``VMSANDBOX_CLONES`` sets it.
+        lock: the lock file that images must agree with; None for none.
         cache: folder for images, templates and verdicts; None for the user's cache folder.
         runtime: folder for files of the current runs; None for the user's own.
     """
@@ -52,5 +53,6 @@ class Settings:
     hardware: Hardware = field(default_factory=Hardware)
     offline: bool = False
     clones: Clones = field(default_factory=clones_wanted)
+    lock: Path | None = None
     cache: Path | None = None
     runtime: Path | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.lock import Lock
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.errors import (
     ConfigError,
@@ -84,14 +85,36 @@ class Backend:
         """The built image, kept from removal until the run ends.
 
         Raises:
-            ConfigError: there is no such image.
+            ConfigError: there is no such image, or the lock file cannot be read.
             ImageError: it is not built, or its definition has changed since.
+            LockError: it is not the one in the lock file.
         """
         if image not in self._held:
-            built = ImageStore(self.cache).require(self.catalogue.get(image))
+            definition = self.catalogue.get(image)
+            if self._lock is not None:  # first: a build would not help
+                self._lock.check_definition(definition)
+            built = ImageStore(self.cache).require(definition)
             self.stack.enter_context(built.hold())
+            self._check_lock(built)
             self._held[image] = built
         return self._held[image]
+
+    @cached_property
+    def _lock(self) -> Lock | None:
+        file = self.settings.lock
+        return None if file is None else Lock.read(file)
+
+    def _check_lock(self, built: BuiltImage) -> None:
+        """Check that an image is the one in the lock file, and report packages that may drift."""
+        if self._lock is None:
+            return
+        drift = [difference.what for difference in self._lock.check(built)]
+        if count := drift.count("packages"):
+            name = built.definition.name
+            self.callbacks.tell(
+                f"the lock allows {name} to have other packages: {count} differ. "
+                f"'vmsandbox images verify {name}' lists them"
+            )
 
     def accelerator(self, image: str) -> Verdict:
         """The accelerator for guests of this image. The first time, it may need a proof."""

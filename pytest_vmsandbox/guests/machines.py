@@ -274,15 +274,6 @@ class Machines:
             running.stack.callback(running.hang_up)
             return running
 
-    @cached_property
-    def _tpm_folder(self) -> Path:
-        """What the guest's TPM keeps without power.
-
-        It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
-        swtpm write.
-        """
-        return self._own.enter_context(self.hypervisor.scratch("tpm"))
-
     def disk_failure(self, running: Running | None) -> GuestLost | None:
         """The error if this host could not read or write the guest's disks, now or in an earlier machine.
 
@@ -294,6 +285,15 @@ class Machines:
             except GuestLost as error:
                 self._disk_failure = error
         return self._disk_failure
+
+    @cached_property
+    def _tpm_folder(self) -> Path:
+        """What the guest's TPM keeps without power.
+
+        It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
+        swtpm write.
+        """
+        return self._own.enter_context(self.hypervisor.scratch("tpm"))
 
     def save(self, running: Running) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.settings import (
     ACCELERATORS,
     DEFAULT_IMAGE,
@@ -124,7 +125,8 @@ def settings(config: pytest.Config) -> Settings:
         pytest.UsageError: a value is invalid; the text names the key and what is allowed.
     """
     try:
-        return Settings(image_path=image_path(config), **_values(config))
+        lock = lock_file(config.rootpath)
+        return Settings(image_path=image_path(config), lock=lock, **_values(config))
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
 
@@ -176,12 +178,19 @@ def check_values(config: pytest.Config) -> None:
 
 
 def check_places(config: pytest.Config) -> None:
-    """Check the folders that guests need on this machine, before the first test.
+    """Check the folders that guests need on this machine, and the lock file, before the first test.
 
     Raises:
-        pytest.UsageError: a folder cannot be used.
+        pytest.UsageError: a folder cannot be used, or the lock file cannot be read.
     """
     settings(config)
+    if (lock := lock_file(config.rootpath)) is not None:
+        from pytest_vmsandbox.catalogue.lock import Lock
+
+        try:
+            Lock.read(lock)
+        except ConfigError as error:
+            raise pytest.UsageError(str(error)) from error
     if (folder := artifacts_dir(config)) is not None:
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         try:  # checking permissions is not enough: root passes, but cannot make a file in /proc

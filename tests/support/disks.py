@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MIB = 1024 * 1024
 SECRET = b"HOST-SECRET-" + b"s3cr3t" * 100  # the content of a file of this machine
@@ -107,6 +108,15 @@ def sparse_vmdk(text: bytes) -> bytes:
     return patched(image("vmdk-sparse"), (512, text.ljust(20 * 512, b"\0")))
 
 
+def with_footer(change: tuple[int, bytes] = (0, b"")) -> bytes:
+    """A VMDK image whose header names its grain directory at the end, as VMware streams it."""
+    data = image("vmdk-stream")
+    header = data[:512]
+    marker = bytes(12) + le(3, 4) + bytes(496)
+    data = patched(data, (56, le((1 << 64) - 1, 8)))
+    return data + marker + patched(header, change) + bytes(512)
+
+
 # -- archives ---------------------------------------------------------------------------------------
 
 OVF = """<?xml version="1.0"?>
@@ -138,7 +148,7 @@ def ovf(*names: str, more: str = "", attributes: str = "") -> bytes:
     ).encode()
 
 
-def tar(files: dict[str, bytes], mode: str = "w", **how) -> bytes:
+def tar(files: dict[str, bytes], mode: Any = "w", **how) -> bytes:
     """A tar archive of plain files, made by Python."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode, **how) as archive:

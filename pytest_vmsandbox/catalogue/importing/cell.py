@@ -73,7 +73,7 @@ def main(status: int, alive: int, plan: dict[str, Any]) -> int:
             drop_everything(plan["limits"])
             die_with_parent(alive)  # a change of credentials may have reset it
             start(status, plan["argv"], plan["env"])
-        except (StepError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is: the program did not start
             tell(status, error)
         finally:
             os._exit(126)
@@ -87,7 +87,8 @@ def main(status: int, alive: int, plan: dict[str, Any]) -> int:
 
 def tell(status: int, error: Exception) -> int:
     """Report why the jail cannot be made."""
-    step, number = error.args if isinstance(error, StepError) else (str(error), error.errno)  # type: ignore[attr-defined]
+    number = getattr(error, "errno", 0) or 0
+    step, number = error.args if isinstance(error, StepError) else (str(error), number)
     os.write(status, json.dumps({"step": step, "errno": number}).encode())
     return 126
 

@@ -153,18 +153,16 @@ def without_zstd(file: SourceFile, work: Path) -> Iterator[SourceFile]:
     if file.head(4) != _ZSTD:
         yield file
         return
-    target, root = work / "unpacked", work / "root"
-    limit = RATIO * file.size + GRACE
-    root.mkdir(mode=0o700)
+    target, limit = work / "unpacked", min(MAX_SIZE, RATIO * file.size + GRACE)
     try:
         with target.open("xb") as out:
             os.lseek(file.descriptor, 0, os.SEEK_SET)
             ended = jail.run(
                 [jail.program("zstd"), "--decompress", "--stdout", "--memory=256MB"],
                 [],
-                root=root,
+                work=work,
                 seconds=seconds_for(file.size),
-                file_size=min(MAX_SIZE, limit),
+                file_size=limit,
                 check=lambda: check_growth(target, limit),
                 stdin=file.descriptor,
                 stdout=out.fileno(),
@@ -174,5 +172,4 @@ def without_zstd(file: SourceFile, work: Path) -> Iterator[SourceFile]:
         with opened(target, file.name) as inner:
             yield inner
     finally:
-        root.rmdir()
         target.unlink(missing_ok=True)

@@ -34,9 +34,6 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
     with output.open("xb") as new:
         new.truncate(disk.size)
     with ExitStack() as stack:
-        root = Path(work, "root")
-        root.mkdir(mode=0o700)
-        stack.callback(root.rmdir)
         target = stack.enter_context(opened(output))
         binds = [jail.Bind(target, _OUTPUT, writable=True)]
         if disk.descriptor:
@@ -57,11 +54,12 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
         ended = jail.run(
             [*argv, _INPUT, _OUTPUT],
             binds,
-            root=root,
+            work=work,
             seconds=seconds_for(packed),
             file_size=disk.size,
             check=check,
         )
+    check()  # it may have been quick
     for file in disk.files:
         file.check_unchanged()
     if ended.status != 0:

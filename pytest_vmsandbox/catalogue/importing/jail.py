@@ -15,7 +15,9 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -69,7 +71,7 @@ def run(
     argv: Sequence[str],
     binds: Sequence[Bind],
     *,
-    root: Path,
+    work: Path,
     seconds: float,
     file_size: int,
     check: Callable[[], None] = lambda: None,
@@ -81,7 +83,7 @@ def run(
     Args:
         argv: the program by its absolute path, and its arguments.
         binds: the files that it can see.
-        root: an empty folder, on which the new root is mounted, for the program only.
+        work: a folder for temporary files.
         seconds: after which it is killed.
         file_size: the largest file, in bytes, that it can write.
         check: called a few times a second. What it raises ends the program.
@@ -91,8 +93,7 @@ def run(
     Raises:
         ImageError: the jail cannot be made here, or the time is over.
     """
-    plan = json.dumps(_plan(argv, binds, root, seconds, file_size))
-    with _Pipe() as failed, _Pipe() as alive, _Pipe() as output:
+    with _new_root(work) as root, _Pipe() as failed, _Pipe() as alive, _Pipe() as output:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -101,7 +102,7 @@ def run(
                 _CELL,
                 str(failed.writing),
                 str(alive.reading),
-                plan,
+                json.dumps(_plan(argv, binds, root, seconds, file_size)),
             ],
             stdin=stdin,
             stdout=output.writing if stdout is None else stdout,
@@ -123,6 +124,16 @@ def run(
     if refused:
         raise _refused(json.loads(refused), argv[0])
     return Ended(code, text)
+
+
+@contextmanager
+def _new_root(work: Path) -> Iterator[Path]:
+    """An empty folder, on which the new root is mounted, for the program only."""
+    root = Path(tempfile.mkdtemp(prefix="root-", dir=work))
+    try:
+        yield root
+    finally:
+        root.rmdir()
 
 
 def _plan(

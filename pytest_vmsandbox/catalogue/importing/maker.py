@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from pytest_vmsandbox.catalogue.importing import archives, headers
 from pytest_vmsandbox.catalogue.importing.checked import CheckedDisk
@@ -17,26 +18,34 @@ from pytest_vmsandbox.catalogue.importing.compression import (
     without_zstd,
 )
 from pytest_vmsandbox.catalogue.importing.convert import check_room, convert
+from pytest_vmsandbox.catalogue.importing.download import is_url
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.origin import Source
 from pytest_vmsandbox.catalogue.store import DISK, INITRD, KERNEL
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import KIB, format_size
 
+_NOT_LOCKED: Mapping[str, str] = MappingProxyType({})
 _ARCHIVES = ("ova", "box")
 
 
-def make(build: Build, *, cache: Path, offline: bool = False) -> Mapping[str, object]:
+def make(
+    build: Build, *, cache: Path, offline: bool = False, locked: Mapping[str, str] = _NOT_LOCKED
+) -> Mapping[str, object]:
     """Fill the folder of an image from its definition's source: the disk, the kernel, the initial RAM disk.
 
     Args:
         build: what is made.
         cache: the user's cache folder, which keeps what was downloaded.
         offline: whether the network must not be used.
+        locked: digests that count instead of the definition's: ``sha256`` or ``sha512``,
+            ``kernel_sha256``, ``initrd_sha256``.
 
     Returns:
-        What the record of the image has about its source.
+        What the record of the image has about its ``source``: places and digests by the definition's
+        keys, and ``checked``, which says where the disk's digest came from.
 
     Raises:
         ImageError: a file cannot be fetched, has another digest, is damaged, or made to do harm.
@@ -48,9 +57,9 @@ def make(build: Build, *, cache: Path, offline: bool = False) -> Mapping[str, ob
     if source is None:
         raise ConfigError(f"{definition.name} has no [source]", remedy="add one to its image.toml")
     fetcher = Fetcher(cache, definition.folder, build.say, offline=offline)
-    used: dict[str, object] = {}
+    used: dict[str, str] = {}
     if source.url:
-        digest = fetcher.digest(source)
+        digest, used["checked"] = _digest(fetcher, source, locked)
         with (
             fetcher.opened(source.url, digest) as file,
             disk_of(file, source.format, build.work, build.say) as disk,
@@ -59,16 +68,29 @@ def make(build: Build, *, cache: Path, offline: bool = False) -> Mapping[str, ob
             build.say(f"converting {format_size(disk.size)} from {disk.format}")
             convert(disk, build.out / DISK, build.work)
         _grow(build.out / DISK, definition.disk_size)
-        used["url"], used[digest.kind] = source.url, digest.hex
-    for place, stated, name in (
-        (source.kernel, source.kernel_sha256, KERNEL),
-        (source.initrd, source.initrd_sha256, INITRD),
+        used |= {"url": source.url, digest.kind: digest.hex}
+    for key, place, stated, name in (
+        ("kernel", source.kernel, source.kernel_sha256, KERNEL),
+        ("initrd", source.initrd, source.initrd_sha256, INITRD),
     ):
         if place:
-            with fetcher.opened(place, Digest("sha256", stated)) as file:
+            digest = Digest("sha256", locked.get(f"{key}_sha256") or stated)
+            with fetcher.opened(place, digest) as file:
                 _copy(file, build.out / name)
-            used[f"{name}_sha256"] = stated
+            used |= {key: place, f"{key}_sha256": digest.hex}
     return {"source": used}
+
+
+def _digest(fetcher: Fetcher, source: Source, locked: Mapping[str, str]) -> tuple[Digest, str]:
+    """The digest that the disk must have, and where it came from."""
+    for kind in ("sha256", "sha512"):
+        if kind in locked:
+            return Digest(kind, locked[kind]), "given by the lock file"
+    digest = fetcher.digest(source)
+    if source.sha256 or source.sha512:
+        return digest, f"{digest.kind} given by the definition"
+    scheme = source.checksums.partition(":")[0].lower() if is_url(source.checksums) else "a path"
+    return digest, f"list of digests over {scheme}"
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Makes one image for a command, and compares it with the project's lock."""
+
+from __future__ import annotations
+
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.lock import Difference, Lock, LockedImage, lock_command, shown
+from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.deadline import monotonic
+from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.guests.image_maker import make_image
+
+_SHOWN = 20  # lines of differences
+
+
+def build_one(
+    definition: ImageDefinition,
+    settings: Settings,
+    *,
+    force: bool = False,
+    lock: Lock | None = None,
+) -> None:
+    """Build one image and show the progress.
+
+    Args:
+        definition: what to build.
+        settings: where images are kept. If they say offline, nothing is built that may use the network.
+        force: build it even if it is built.
+        lock: of the project. A source must have its digests. Other differences are shown.
+
+    Raises:
+        VMSandboxError: the image cannot be built or kept.
+    """
+    screen, store, name = Screen(), ImageStore(cache_dir()), definition.name
+    if not force and store.state(definition) is ImageState.BUILT:
+        screen.say(f"{name} is built")
+    else:
+        screen.say(f"building {name}: {definition.description}", "bold")
+        began = monotonic()
+        with screen.stages() as stage:
+            image = make_image(definition, settings, progress=stage, force=force, lock=lock)
+        took = f"{monotonic() - began:.0f} s"
+        screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {took}")
+    if lock is not None:
+        _compare(screen, lock, LockedImage.of(store.require(definition)))
+
+
+def _compare(screen: Screen, lock: Lock, found: LockedImage) -> None:
+    """Show how an image differs from the lock, which stays as it is."""
+    name, file = found.name, lock.file.name
+    if name not in lock.images:
+        screen.say(f"{name} is not in {file}. To add it, run '{lock_command(name)}'", "yellow")
+        return
+    locked = lock.images[name]
+    differences, breaches = locked.differences(found), locked.breaches(found)
+    if not differences:
+        return
+    screen.say(f"{name} differs from {file}, which stays as it is:", "yellow" if breaches else "")
+    for line in shown(_important_first(differences, breaches), _SHOWN):
+        screen.say(line)
+    if breaches:
+        screen.say(
+            f"Tests do not start on it. To take it into {file}, run 'vmsandbox images update {name}'"
+        )
+    else:
+        screen.say("The lock allows that.")
+
+
+def _important_first(differences: list[Difference], breaches: list[Difference]) -> list[Difference]:
+    return [*breaches, *(one for one in differences if one not in breaches)]

@@ -1,0 +1,307 @@
+"""The lock file: what it says of images, what it accepts, and that it is never damaged."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.lock import Lock, LockedImage, changes, read_or_empty
+from pytest_vmsandbox.core.errors import ConfigError, ImageError, LockError
+from pytest_vmsandbox.core.paths import LOCK_FILE, lock_file
+from support import images
+
+PACKAGES = "openssl 3.0.15\nsystemd 257\n"
+ARCHIVE = (
+    "http://archive.example/debian trixie 2026-01-01T00:00:00Z 00112233445566778899AABBCCDDEEFF\n"
+    "http://archive.example/security trixie-security 2026-01-02T00:00:00Z -\n"
+)
+SOURCE = {
+    "url": "http://images.example/a.qcow2",
+    "sha256": "a" * 64,
+    "checked": "a list over https",
+}
+
+
+@pytest.fixture
+def definition(tmp_path):
+    images.define(tmp_path / "images" / "mine", images.toml())
+    return ImageDefinition.read(tmp_path / "images" / "mine")
+
+
+@pytest.fixture
+def built(tmp_path, definition):
+    """Make an image."""
+
+    def built(packages=PACKAGES, archive=ARCHIVE, **record):
+        return images.keep(
+            tmp_path / "cache", definition, packages=packages, archive=archive, **record
+        )
+
+    return built
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "project").mkdir()
+    return tmp_path / "project" / LOCK_FILE
+
+
+@pytest.fixture
+def locked(file, built):
+    """The lock file of a project that uses one image."""
+    Lock(file, {}).with_images([LockedImage.of(built())]).write()
+    return file
+
+
+class TestEntry:
+    def test_of_an_image_that_a_recipe_has_built(self, built, definition):
+        entry = LockedImage.of(built())
+        assert (entry.name, entry.origin, entry.base) == ("mine", "recipe", "")
+        assert entry.definition == definition.digest
+        assert entry.packages == ("openssl 3.0.15", "systemd 257")
+        assert entry.archive == (
+            "http://archive.example/debian trixie 2026-01-01T00:00:00Z",
+            "http://archive.example/security trixie-security 2026-01-02T00:00:00Z",
+        )
+        assert entry.signature == "the archive's, checked by apt with the keys 8899AABBCCDDEEFF"
+        assert entry.locked == ("definition", "packages")
+        assert entry.may_drift == ("archive", "files")
+
+    def test_of_one_without_lists(self, built):
+        entry = LockedImage.of(built(packages=None, archive=None))
+        assert (entry.packages, entry.archive, entry.signature) == ((), (), "none")
+        assert (entry.locked, entry.may_drift) == (("definition",), ("files",))
+
+    def test_of_one_with_a_source(self, built):
+        entry = LockedImage.of(built(packages=None, archive=None, source=SOURCE))
+        assert entry.places == {"url": SOURCE["url"]}
+        assert entry.digests == {"sha256": SOURCE["sha256"]}
+        assert entry.signature == "none; a list over https"
+        assert entry.locked == ("definition", "source")
+
+    def test_a_changed_list_is_damage(self, built):
+        image = built()
+        (image.folder / "packages.txt").write_text("openssl 9\n")
+        with pytest.raises(ImageError, match=r"packages.txt has changed.*"):
+            LockedImage.of(image)
+
+    def test_reads_no_large_file(self, built, monkeypatch):
+        image = built()
+        for name in ("vmlinuz", "initrd.img"):
+            (image.folder / name).unlink()
+        assert LockedImage.of(image).name == "mine"
+
+
+def test_it_can_be_read_again(locked, built):
+    assert Lock.read(locked).images == {"mine": LockedImage.of(built())}
+
+
+def test_people_can_review_it(locked, built, definition):
+    text = locked.read_text()
+    assert text.startswith("# The images that this project's tests use.")
+    assert "vmsandbox images update" in text.partition("schema")[0]
+    assert '\n    "openssl 3.0.15",\n    "systemd 257",\n' in text
+    assert tomllib.loads(text)["schema"] == 1
+    lines = re.findall(r"(?m)^(\w+) =", text.partition("[[image]]")[2])
+    assert lines == [
+        *("name", "origin", "definition", "archive", "signature", "locked", "may_drift", "packages")
+    ]
+
+
+def test_the_order_is_stable(file, built):
+    entry = LockedImage.of(built())
+    entries = [replace(entry, name=name) for name in ("b", "a", "c")]
+    one = Lock(file, {}).with_images(entries)
+    other = Lock(file, {}).with_images(entries[:1]).with_images(reversed(entries))
+    assert one.text() == other.text()
+    assert re.findall(r'name = "(\w)"', one.text()) == ["a", "b", "c"]
+
+
+class TestCheck:
+    def test_the_same_image(self, locked, built, definition):
+        lock = Lock.read(locked)
+        lock.check_definition(definition)
+        assert lock.check(built()) == []
+
+    def test_another_image(self, locked, definition):
+        with pytest.raises(LockError, match="'other' is not in vm-images.lock") as caught:
+            Lock.read(locked).check_definition(replace(definition, name="other"))
+        text = str(caught.value)
+        assert text.startswith("[image] ")
+        assert "found: mine" in text
+        assert "Remedy: vmsandbox images lock other" in text
+
+    def test_another_definition(self, locked, definition):
+        (definition.folder / "more").write_text("more")
+        changed = ImageDefinition.read(definition.folder)
+        with pytest.raises(LockError, match="'mine' differs from vm-images.lock") as caught:
+            Lock.read(locked).check_definition(changed)
+        assert f"{definition.digest[:16]}… → {changed.digest[:16]}…" in caught.value.details
+        assert "vmsandbox images update mine" in caught.value.remedy
+
+    def test_other_packages(self, locked, built):
+        with pytest.raises(LockError, match="differs from vm-images.lock: packages") as caught:
+            Lock.read(locked).check(built(packages="openssl 3.0.16\nnginx 1\n"))
+        assert caught.value.details.splitlines()[1:] == [
+            "  packages: nginx none → 1",
+            "  packages: openssl 3.0.15 → 3.0.16",
+            "  packages: systemd 257 → none",
+        ]
+
+    def test_many_packages_take_few_lines(self, locked, built):
+        with pytest.raises(LockError) as caught:
+            Lock.read(locked).check(built(packages="".join(f"p{n} 1\n" for n in range(100))))
+        lines = caught.value.details.splitlines()
+        assert len(lines) == 12
+        assert lines[-1] == "  … and 92 more"
+
+    def test_another_source(self, file, built):
+        Lock(file, {}).with_images([LockedImage.of(built(source=SOURCE))]).write()
+        with pytest.raises(LockError, match="differs from vm-images.lock: source") as caught:
+            Lock.read(file).check(built(source={**SOURCE, "sha256": "b" * 64}))
+        assert "aaaaaaaaaaaaaaaa… → bbbbbbbbbbbbbbbb…" in caught.value.details
+
+    def test_what_may_drift(self, locked, built):
+        found = built(archive=ARCHIVE.replace("2026-01-01", "2026-02-02"))
+        (difference,) = Lock.read(locked).check(found)
+        assert str(difference) == "archive: trixie 2026-01-01T00:00:00Z → 2026-02-02T00:00:00Z"
+
+    def test_another_mirror_is_no_difference(self, locked, built):
+        assert (
+            Lock.read(locked).check(built(archive=ARCHIVE.replace("archive.ex", "mirror.ex"))) == []
+        )
+
+    def test_packages_that_may_drift(self, locked, built):
+        text = locked.read_text().replace('    "packages",\n', "", 1)
+        locked.write_text(text.replace('    "archive",', '    "archive",\n    "packages",'))
+        lock = Lock.read(locked)
+        assert lock.images["mine"].locked == ("definition",)
+        newer = built(packages="openssl 3.0.16\nsystemd 257\n")
+        assert [*map(str, lock.check(newer))] == ["packages: openssl 3.0.15 → 3.0.16"]
+        kept = LockedImage.of(newer).kept(lock.images["mine"])
+        assert kept.locked == ("definition",)
+        assert "packages" in kept.may_drift
+        assert kept.packages == ("openssl 3.0.16", "systemd 257")
+
+
+def test_several_versions_of_a_package():
+    before = ["kernel 1", "kernel 2", "zlib 1"]
+    assert changes(before, ["kernel 2", "kernel 3", "zlib 1"]) == ["kernel 1, 2 → 2, 3"]
+
+
+WRONG = [
+    ("schema = 1", "schema = 2", "schema = 2 is not known"),
+    ("schema = 1", "schema = true", "schema = True is not known"),
+    ("schema = 1", "", "schema = None is not known"),
+    ("[[image]]", "[image]", "image = "),
+    ("[[image]]", "[[images]]", "unknown key 'images'"),
+    ('name = "mine"', "", "missing key 'image 1: name'"),
+    ('name = "mine"', 'name = "../mine"', "is not a name for an image"),
+    ('origin = "recipe"', 'origin = "heaven"', "origin = 'heaven' is not allowed"),
+    ("definition = ", "definitions = ", "unknown key 'image mine: definitions'"),
+    ('definition = "', 'definition = "x', "image mine: definition = "),
+    ('    "definition",\n', "", "missing key 'image mine: locked'"),
+    ('    "packages",\n', '    "everything",\n', "locked = "),
+    ('    "files",\n', '    "definition",\n', "may_drift = "),
+    ('    "openssl 3.0.15",', "    3,", "packages = "),
+    ("[[image]]", "<<<<<<< HEAD\n[[image]]", "conflict markers"),
+    ("[[image]]", "=======\n[[image]]", "conflict markers"),
+    ("[[image]]", "[[image", "cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong", "says"), WRONG, ids=[says for *_, says in WRONG])
+def test_a_wrong_file_is_an_error_with_file_and_remedy(locked, right, wrong, says):
+    head, schema, text = locked.read_text().partition("schema = 1")
+    assert right in schema + text
+    locked.write_text(head + (schema + text).replace(right, wrong, 1))
+    with pytest.raises(ConfigError) as caught:
+        Lock.read(locked)
+    assert says in caught.value.brief
+    assert str(locked) in caught.value.brief
+    assert caught.value.remedy
+
+
+def test_two_entries_for_an_image(locked):
+    text = locked.read_text()
+    locked.write_text(text + text[text.index("[[image]]") :])
+    with pytest.raises(ConfigError, match="two entries for the image 'mine'"):
+        Lock.read(locked)
+
+
+@pytest.mark.parametrize("how", ["CRLF", "BOM"])
+def test_files_of_other_editors(locked, how):
+    before = Lock.read(locked)
+    content = locked.read_bytes()
+    locked.write_bytes(
+        content.replace(b"\n", b"\r\n") if how == "CRLF" else b"\xef\xbb\xbf" + content
+    )
+    assert Lock.read(locked) == before
+
+
+@pytest.mark.parametrize("what", ["missing", "a folder", "a broken link"])
+def test_what_cannot_be_read(file, what):
+    if what == "a folder":
+        file.mkdir()
+    elif what == "a broken link":
+        file.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Lock.read(file)
+
+
+def test_an_image_that_was_made_with_a_lock_has_the_signature_of_the_lock(file, built):
+    locked = LockedImage.of(built(source=SOURCE))
+    found = LockedImage.of(built(source={**SOURCE, "checked": "given by the lock file"}))
+    assert locked.differences(found) == []
+    assert found.kept(locked) == locked
+
+
+class TestWriting:
+    def test_a_link_stays_one(self, locked, tmp_path):
+        place = tmp_path / "elsewhere.lock"
+        locked.rename(place)
+        locked.symlink_to(place)
+        lock = Lock.read(locked)
+        replace(lock, images={}).write()
+        assert locked.is_symlink()
+        assert Lock.read(place).images == {}
+
+    def test_its_mode_stays(self, locked):
+        locked.chmod(0o640)
+        Lock.read(locked).write()
+        assert locked.stat().st_mode & 0o777 == 0o640
+
+    @pytest.mark.parametrize("at", ["fsync", "replace"])
+    def test_a_full_disk_leaves_the_old_file(self, locked, monkeypatch, at):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        before = locked.read_bytes()
+        lock = Lock.read(locked)
+        monkeypatch.setattr(*((os, "fsync") if at == "fsync" else (Path, "replace")), full)
+        with pytest.raises(ConfigError, match="cannot be written: No space left"):
+            replace(lock, images={}).write()
+        assert locked.read_bytes() == before
+        assert os.listdir(locked.parent) == [LOCK_FILE]
+
+    def test_what_a_killed_writer_left_does_no_harm(self, locked):
+        left = locked.with_name(f".{LOCK_FILE}.new")
+        left.write_text("half of a fi")
+        Lock.read(locked).write()
+        assert os.listdir(locked.parent) == [LOCK_FILE]
+        assert [*Lock.read(locked).images] == ["mine"]
+
+    def test_a_missing_folder(self, tmp_path):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            Lock(tmp_path / "nowhere" / LOCK_FILE, {}).write()
+
+
+def test_a_project_without_a_lock(tmp_path):
+    assert lock_file(tmp_path) is None
+    assert read_or_empty(tmp_path / LOCK_FILE).images == {}
