@@ -86,7 +86,7 @@ class Drives:
                 (str(node["node-name"]), number) for number, node in cmdline.plugged_nodes(disk)
             ]
             self._note(disk, nodes)
-        self.own.update(self._tops.values())
+        self.own.update(self._tops.values(), [cmdline.MODULES_DISK])
 
     def errors(self) -> Iterator[Event]:
         """The events of our own block devices that failed. Others may fail on purpose."""
