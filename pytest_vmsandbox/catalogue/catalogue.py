@@ -8,17 +8,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import (
     ALL,
     DEFINITION_FILE,
+    NAME,
     ImageDefinition,
     check_name,
 )
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
+_LISTED = 30  # names in an error
 _NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
 
 
@@ -126,7 +129,7 @@ class Catalogue:
                 entries = sorted(
                     folder
                     for folder in parent.iterdir()
-                    if not folder.name.startswith(".") and (folder / DEFINITION_FILE).is_file()
+                    if not folder.name.startswith(".") and _is_image(folder)
                 )
             except OSError as error:
                 raise ConfigError(
@@ -166,10 +169,19 @@ class Catalogue:
         return found
 
     def _unknown(self, name: str) -> ConfigError:
-        known = ", ".join(self._folders) or "none"
+        known = ", ".join(islice(self._folders, _LISTED)) or "none"
+        if (more := len(self._folders) - _LISTED) > 0:
+            known += f" and {more} more (vmsandbox images list)"
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
+
+
+def _is_image(folder: Path) -> bool:
+    try:
+        return (folder / DEFINITION_FILE).is_file()
+    except PermissionError:  # who asks for that image is told, but it may be something else
+        return NAME.fullmatch(folder.name) is not None
 
 
 def _own_folders() -> list[Path]:

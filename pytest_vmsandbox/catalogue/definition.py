@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytest_vmsandbox.catalogue.origin import (
-    FIRMWARES,
     Addition,
-    Firmware,
     Login,
     Source,
     hardware,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
+from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import MIB, Hardware, format_size
+from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
 
 Init = Literal["systemd", "busybox", "openrc", "sysvinit", "rc", "none"]
 DEFINITION_FILE = "image.toml"
@@ -43,6 +42,7 @@ _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
 _DISK_KEYS = ("size",)
 _SYSTEM_KEYS = ("name", "version", "python", "init", "user")
 _MEMORY_MIN = 256 * MIB
+_SETTLED = 2.0  # seconds after which another change of a file has another time, on any file system
 _IGNORED = {"__pycache__"}  # folders that Python makes
 _SIZE = "a size such as '256MiB'"
 _YES_OR_NO = (True, False)
@@ -84,7 +84,7 @@ class ImageDefinition:
         base: the name of the image that it derives from; or empty.
         add: what it adds to its base; None without a base.
         source: where its files come from; None with another origin.
-        firmware: one of `FIRMWARES`. With ``kernel``, QEMU boots the kernel directly.
+        firmware: one of `core.spec.FIRMWARE`. With ``kernel``, QEMU boots the kernel directly.
         secure_boot: whether UEFI only boots what is signed.
         tpm: whether the guest has a TPM.
         login: how the first login works. A derived image has its base's.
@@ -241,20 +241,20 @@ class ImageDefinition:
             if file in skipped:
                 continue
             try:
-                mode = file.stat().st_mode
-                if not stat.S_ISREG(mode):  # reading a FIFO would wait for its writer
+                status = file.stat()
+                if not stat.S_ISREG(status.st_mode):  # reading a FIFO would wait for its writer
                     raise ConfigError(
                         f"{file} belongs to the image {self.name}, but is not a regular file",
                         remedy="remove it, or move it out of the image's folder",
                     )
-                content = hashlib.sha256(file.read_bytes()).hexdigest()
+                content = _content(file, status)
             except OSError as error:
                 raise ConfigError(
                     f"{file} belongs to the image {self.name}, but cannot be read: "
                     f"{error.strerror or error}",
                     remedy="make it readable, or remove it",
                 ) from error
-            kind = "x" if mode & stat.S_IXUSR else "-"
+            kind = "x" if status.st_mode & stat.S_IXUSR else "-"
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
         return total.hexdigest()
 
@@ -267,6 +267,22 @@ class ImageDefinition:
             source.initrd: source.initrd_sha256,
         }
         return {self.folder / place for place, digest in known.items() if place and digest}
+
+
+_contents: dict[tuple[int, ...], str] = {}  # digests of files that several images use
+
+
+def _content(file: Path, status: os.stat_result) -> str:
+    """SHA-256 of a file. It is read once, unless it has changed so lately that we could not see it."""
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key not in _contents:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if wall() - changed / 1e9 < _SETTLED:
+            return digest
+        _contents[key] = digest
+    return _contents[key]
 
 
 def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:
@@ -355,7 +371,7 @@ def _architecture(top: Table, parent: ImageDefinition | None) -> str:
 def _boot(top: Table, source: Source | None, parent: ImageDefinition | None) -> dict[str, Any]:
     """The values that say how it boots."""
     table = top.table("boot", _BOOT_KEYS)
-    firmware = table.choice("firmware", FIRMWARES, "kernel" if parent is None else parent.firmware)
+    firmware = table.choice("firmware", FIRMWARE, "kernel" if parent is None else parent.firmware)
     _check_firmware(top, source, parent, firmware)
     direct, where = firmware == "kernel", f"with boot.firmware = {firmware!r}"
     secure_boot = table.choice(

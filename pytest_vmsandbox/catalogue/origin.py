@@ -10,12 +10,10 @@ from typing import Any, Literal, get_args
 
 from pytest_vmsandbox.catalogue.tables import Table, line, texts
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import NETWORKS, Hardware, Network
+from pytest_vmsandbox.core.spec import NETWORKS, Firmware, Hardware, Network
 
-Firmware = Literal["kernel", "uefi", "bios"]
 Format = Literal["qcow2", "raw", "vmdk", "vdi", "vhdx", "vpc", "ova", "box"]
 Method = Literal["key", "cloud-init", "vagrant", "password", "none"]
-FIRMWARES: tuple[Firmware, ...] = get_args(Firmware)
 FORMATS: tuple[Format, ...] = get_args(Format)
 METHODS: tuple[Method, ...] = get_args(Method)
 ADOPTED: tuple[Method, ...] = ("cloud-init", "vagrant", "password")  # we log in once, and add a key

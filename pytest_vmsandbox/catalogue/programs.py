@@ -19,6 +19,7 @@ _HELD = {  # package of Debian and Ubuntu → its programs, where the names diff
     "qemu-system-arm": ["qemu-system-aarch64"],
     "qemu-system-x86": ["qemu-system-x86_64"],
     "qemu-utils": ["qemu-img"],
+    "swtpm": ["swtpm"],
     "uidmap": ["newgidmap", "newuidmap"],
     "util-linux": ["setpriv", "unshare"],
     "xz-utils": ["xz"],

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import KIB, format_size
 
 _T = TypeVar("_T")
 _SHOWN = 60  # characters of a wrong value
+_MOST = 64 * KIB  # of a file
+_DOTS = 1_000  # in a file: a key of 32,000 parts takes a minute to read
 
 
 class Default(Enum):
@@ -24,19 +27,26 @@ class Default(Enum):
 
 
 def load(file: Path) -> dict[str, Any]:
-    """The content of a TOML file.
+    """The content of a TOML file. It may begin with a byte order mark, as some editors write it.
 
     Raises:
-        ConfigError: it cannot be read, or it is not TOML in UTF-8.
+        ConfigError: it cannot be read, it is not TOML in UTF-8, or it is too large.
     """
     try:
         with file.open("rb") as stream:
-            return tomllib.load(stream)
+            content = stream.read(_MOST + 1)
+        if len(content) > _MOST:
+            raise ValueError(f"it is larger than {format_size(_MOST)}")
+        if content.count(b".") > _DOTS:
+            raise ValueError(f"it has more than {_DOTS} dots")
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        why = "it is nested too deeply"
     except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
-        raise ConfigError(
-            f"{file} cannot be read: {getattr(error, 'strerror', None) or error}",
-            remedy="make it a readable TOML file in UTF-8",
-        ) from error
+        why = getattr(error, "strerror", None) or str(error)
+    raise ConfigError(
+        f"{file} cannot be read: {why}", remedy="make it a readable TOML file in UTF-8"
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,10 @@ class Table:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number with thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

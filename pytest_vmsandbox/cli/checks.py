@@ -303,6 +303,14 @@ def images(states: Mapping[str, str], default: str) -> Check:
     return _bad("images", found or "none is built", remedy, needed=False)
 
 
+def definitions(wrong: Sequence[str]) -> Check:
+    """The images whose definition is wrong; at least one."""
+    found = f"the definition of {', '.join(wrong)} is wrong"
+    return _bad(
+        "image definitions", found, "vmsandbox images list says what is wrong", needed=False
+    )
+
+
 def ssh_client(path: str | None) -> Check:
     if path is not None:
         return _ok("SSH client", path)

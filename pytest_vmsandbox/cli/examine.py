@@ -16,11 +16,12 @@ from pytest_vmsandbox.cache.files import problem
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import LARGE_TMP, ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
@@ -40,9 +41,17 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     """
     native, cache, runtime = native_architecture(), paths.cache_dir(), paths.runtime_dir()
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache)
-    definitions = [catalogue.get(name) for name in catalogue.names()]
-    definitions = [image for image in definitions if image.architecture == native]
-    states = {image.name: store.state(image) for image in definitions}
+    definitions: list[ImageDefinition] = []
+    states: dict[str, ImageState] = {}
+    wrong: list[str] = []
+    for name in catalogue.names():
+        try:
+            image = catalogue.get(name)
+            if image.architecture == native:
+                states[name] = store.state(image)
+                definitions.append(image)
+        except ConfigError:
+            wrong.append(name)
     building = sys.platform == "linux"  # recipes run on Linux only
     yield checks.operating_system(sys.platform, system_name())
     yield checks.python(platform.python_version(), sys.executable)
@@ -59,6 +68,8 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
         needed = ImageState.BUILT not in states.values()
         yield from _building([name for image in definitions for name in image.requires], needed)
     yield checks.images(states, DEFAULT_IMAGE)
+    if wrong:
+        yield checks.definitions(wrong)
     yield checks.memory(
         host.available_memory(),
         default=settings.hardware.memory,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pytest_vmsandbox.core.settings import ACCELERATORS, Accelerator, Settings
-from pytest_vmsandbox.core.spec import HARDWARE_NAMES, NETWORKS
+from pytest_vmsandbox.core.spec import FIRMWARE, HARDWARE_NAMES, NETWORKS
 
 image_path_option = click.option(
     "--image-path",
@@ -39,6 +39,14 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
         "--network",
         metavar="|".join(NETWORKS),
         help="Network: isolated, or nat to reach your network (default: isolated).",
+    )
+    @click.option(
+        "--firmware",
+        metavar="|".join(FIRMWARE),
+        help="What boots the guest: kernel (QEMU itself), uefi or bios (default: what the image says).",
+    )
+    @click.option(
+        "--tpm", is_flag=True, default=None, help="Give the guest a TPM 2.0. It needs swtpm."
     )
     @click.option(
         "--user", metavar="NAME", help="User who runs commands in the guest (default: the image's)."

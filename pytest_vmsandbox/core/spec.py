@@ -13,7 +13,9 @@ from pytest_vmsandbox.core.errors import ConfigError
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
+Firmware = Literal["kernel", "uefi", "bios"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
+FIRMWARE: tuple[Firmware, ...] = get_args(Firmware)
 _T = TypeVar("_T")
 
 
@@ -67,6 +69,9 @@ class Hardware:
         disks: bytes of each further, blank disk, in order.
         network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
         user: who runs commands in the guest if a call names nobody; empty for the image's user.
+        firmware: what boots the guest: ``kernel`` (QEMU itself, without a boot loader), ``uefi`` or
+            ``bios``; None for what the image says.
+        tpm: whether the guest has a TPM 2.0; None for what the image says.
     """
 
     cpus: int = 1
@@ -75,6 +80,8 @@ class Hardware:
     disks: tuple[int, ...] = ()
     network: Network = "isolated"
     user: str = ""
+    firmware: Firmware | None = None
+    tpm: bool | None = None
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
         """This hardware with some arguments changed.
@@ -154,6 +161,10 @@ def _user(value: object) -> str:
     return value
 
 
+def _tpm(value: object) -> bool:
+    return one_of((True, False), value, "tpm")
+
+
 MAX_DISKS = 8
 _READERS: Mapping[str, Callable[[object], object]] = {
     "cpus": _cpus,
@@ -162,5 +173,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "disks": _disks,
     "network": parse_network,
     "user": _user,
+    "firmware": partial(one_of, FIRMWARE, what="firmware"),
+    "tpm": _tpm,
 }
 HARDWARE_NAMES = tuple(_READERS)

@@ -25,7 +25,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
@@ -130,18 +130,11 @@ class Backend:
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
-        if built.kernel is None:
-            raise ImageError(
-                f"{built.definition.name} boots by {built.definition.firmware!r}, which does not work yet",
-                remedy="use an image with boot.firmware = 'kernel'",
-            )
         try:
             return accelerator.choose(
                 self.settings.accelerator,
                 find_qemu(built.definition.architecture),
-                kernel=built.kernel,
-                initrd=built.initrd,
-                append=built.definition.append,
+                trial(built, self.cache),
                 cache=self.cache,
                 hypervisor=lambda: self._to_prove(built),
                 say=self.callbacks.say,
@@ -219,12 +212,17 @@ class Backend:
     def _blueprint(
         self, built: BuiltImage, qemu: Qemu, verdict: Verdict, hardware: Hardware
     ) -> Blueprint:
+        try:
+            uefi = find_firmware(built, hardware)
+        except LaunchError as error:
+            self.callbacks.missing(error)
         return Blueprint(
             built=built,
             qemu=qemu,
             verdict=verdict,
             hardware=hardware,
             qemu_args=self.callbacks.qemu_args,
+            uefi=uefi,
             pace=self.hypervisor.pace,
         )
 

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.store import BuiltImage
-from pytest_vmsandbox.core.spec import Hardware, Network
-from pytest_vmsandbox.machine import cmdline, host
-from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.cache.store import IMAGES
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
+from pytest_vmsandbox.machine import cmdline, firmware, host
+from pytest_vmsandbox.machine.accelerator import Trial, Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
 from pytest_vmsandbox.machine.disk import Disks
+from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 
 FORMAT = 4  # of templates; raise it when we change what we do to a guest before we save it
@@ -31,6 +35,7 @@ class Blueprint:
         verdict: the accelerator and the CPU model.
         hardware: of the guests.
         qemu_args: returns further arguments for QEMU.
+        uefi: the firmware that boots them, or None without UEFI.
         pace: what we know about this host's speed.
     """
 
@@ -39,12 +44,18 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
+    uefi: Uefi | None = None
     pace: host.Pace = field(default_factory=host.Pace, compare=False)
 
     @property
     def image(self) -> str:
         """The name of the image."""
         return self.built.definition.name
+
+    @property
+    def boots_directly(self) -> bool:
+        """Whether QEMU boots the kernel itself, so its command line can tell the guest something."""
+        return firmware_of(self.built.definition, self.hardware) == "kernel"
 
     def stretch(self, seconds: float) -> float:
         """A timeout for something in a guest, in seconds, on this host and accelerator.
@@ -60,7 +71,9 @@ class Blueprint:
         Args:
             public_key: opens the guest; as in ``authorized_keys``.
         """
-        key = public_key.split()[1]
+        direct, key = self.boots_directly, public_key.split()[1]
+        append = f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}"
+        has_tpm = self.hardware.tpm
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -68,10 +81,12 @@ class Blueprint:
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
-            append=f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}",
+            append=append if direct else "",
             start=start,
-            kernel=self.built.kernel,
-            initrd=self.built.initrd,
+            kernel=self.built.kernel if direct else None,
+            initrd=self.built.initrd if direct else None,
+            uefi=self.uefi,
+            tpm=self.built.definition.tpm if has_tpm is None else has_tpm,
         )
         return replace(spec, more_args=tuple(self.qemu_args(spec)))
 
@@ -85,6 +100,7 @@ class Blueprint:
             blank=self.hardware.disks,
             folder=folder,
             frozen=frozen,
+            uefi=self.uefi,
         )
 
     def with_network(self, network: Network) -> Blueprint:
@@ -104,13 +120,16 @@ class Blueprint:
         count = len(self.hardware.disks) + (self.built.disk is not None)
         spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)
         fds = Descriptors(
-            kernel=0,
-            initrd=0,
+            kernel=None if spec.kernel is None else 0,
+            initrd=None if spec.initrd is None else 0,
+            code=None if spec.uefi is None else 0,
+            variables=None if spec.uefi is None else 0,
+            tpm=0 if spec.tpm else None,
             memory=0,
             base=None if self.built.disk is None else 0,
             overlays=((0,),) * count,
         )
-        parts = {
+        parts: dict[str, object] = {
             "format": FORMAT,
             "image": self.built.digest,
             "built": self.built.build_id,
@@ -119,4 +138,74 @@ class Blueprint:
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
         }
+        if self.uefi is not None:
+            parts["uefi"] = self.uefi.digest
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:
+    """What boots a guest: what its hardware says, or else its image."""
+    return hardware.firmware or definition.firmware
+
+
+def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
+    """The UEFI firmware of a guest; None if something else boots it.
+
+    Raises:
+        ConfigError: the image cannot boot in this way.
+        LaunchError: this machine has no such firmware.
+    """
+    wanted, name = firmware_of(built.definition, hardware), built.definition.name
+    if wanted == "kernel":
+        if built.kernel is None:
+            raise ConfigError(
+                f"firmware='kernel' cannot be used with {name}: the image has no kernel outside of its disk",
+                remedy=f"leave firmware= out, or use firmware={built.definition.firmware!r}",
+            )
+        return None
+    if built.disk is None:
+        raise ConfigError(
+            f"firmware={wanted!r} cannot be used with {name}: this image has no disk to boot from",
+            remedy="leave firmware= out, or use an image whose disk has a boot loader",
+        )
+    try:
+        found = firmware.boot_loaders(built.disk)
+    except OSError as error:
+        raise damaged(name, f"{built.disk} cannot be read: {error.strerror}") from error
+    if wanted not in found:
+        lacks = "EFI system partition" if wanted == "uefi" else "boot loader in its first sector"
+        other = f"firmware={min(found)!r}" if found else "firmware='kernel'"
+        raise ConfigError(
+            f"firmware={wanted!r} cannot be used with {name}: its disk has no {lacks}",
+            remedy=f"use {other}, or an image whose disk boots by {wanted.upper()}",
+        )
+    if wanted == "bios":
+        return None
+    return firmware.find_uefi(
+        built.definition.architecture, secure_boot=built.definition.secure_boot
+    )
+
+
+def trial(built: BuiltImage, cache: Path) -> Trial:
+    """What proves that an accelerator runs guests of this image.
+
+    Args:
+        cache: a folder with room for what the guest writes.
+
+    Raises:
+        ConfigError: the image cannot boot.
+        LaunchError: this machine lacks the firmware for it.
+    """
+    if built.kernel is not None:
+        append = built.definition.append
+        return Trial(content=built.kernel, kernel=built.kernel, initrd=built.initrd, append=append)
+    hardware = Hardware(memory=max(Trial.memory, built.definition.memory_min))
+    uefi = find_firmware(built, hardware)
+    return Trial(
+        content=built.folder / IMAGES.record,
+        memory=hardware.memory,
+        uefi=uefi,
+        disks=lambda: Disks.open(
+            base=built.disk, root_size=None, blank=(), folder=cache, uefi=uefi
+        ),
+    )

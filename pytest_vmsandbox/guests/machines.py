@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -241,15 +242,17 @@ class Machines:
         self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
     ) -> Running:
         state, self.state = self.state, None
+        spec = self.blueprint.machine(self.name, self.key.public, start)
         with ExitStack() as stack:
             machine = stack.enter_context(
                 Machine.running(
                     self.hypervisor,
-                    self.blueprint.machine(self.name, self.key.public, start),
+                    spec,
                     disks=self.disks,
                     logs=self.logs,
                     memory=memory,
                     state=state,
+                    tpm_folder=self._tpm_folder if spec.tpm else None,
                 )
             )
 
@@ -282,6 +285,15 @@ class Machines:
             except GuestLost as error:
                 self._disk_failure = error
         return self._disk_failure
+
+    @cached_property
+    def _tpm_folder(self) -> Path:
+        """What the guest's TPM keeps without power.
+
+        It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
+        swtpm write.
+        """
+        return self._own.enter_context(self.hypervisor.scratch("tpm"))
 
     def save(self, running: Running) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pytest_vmsandbox.cache import integrity
@@ -21,14 +21,16 @@ from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
-from pytest_vmsandbox.machine.disk import image_file
+from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
+from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.process import LauncherError
-from pytest_vmsandbox.machine.progress import wait_for_user_space
+from pytest_vmsandbox.machine.progress import wait_for_guest_time, wait_for_user_space
 from pytest_vmsandbox.machine.qemu import Qemu
 
 STANDSTILL_SECONDS = 3.0  # without progress; a native kernel needs about 1 s in all
+_MENU_SECONDS = 20.0  # likewise; a boot loader may wait that long for keys
 PROOF_SECONDS = 180.0  # in all, even with progress; KVM in an emulated host needs about 20
 EMULATION_SCALE = 10.0
 _FORMAT = "3"  # of the cached verdict; raise it when that changes
@@ -58,23 +60,58 @@ class Verdict:
         return EMULATION_SCALE if self.accelerator == "tcg" else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is booted for a proof: a kernel, or a disk by firmware.
+
+    Attributes:
+        content: the file whose content stands for it: the kernel, or the record of an image.
+        kernel, initrd, append: what QEMU boots directly. Without a kernel, firmware boots.
+        memory: bytes.
+        uefi: the firmware; without it and without a kernel it is BIOS.
+        disks: opens the disks.
+    """
+
+    content: Path
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+    memory: int = _PROOF_MEMORY
+    uefi: Uefi | None = None
+    disks: Callable[[], AbstractContextManager[Disks]] = field(
+        default=lambda: nullcontext(NO_DISKS)
+    )
+
+    def machine(self, qemu: Qemu, processor: str) -> MachineSpec:
+        """The machine that boots it with KVM."""
+        return MachineSpec(
+            name="vmsandbox-proof",
+            qemu=str(qemu.path),
+            version=qemu.version,
+            accelerator="kvm",
+            processor=processor,
+            hardware=Hardware(memory=self.memory),
+            append=self.append,
+            kernel=self.kernel,
+            initrd=self.initrd,
+            uefi=self.uefi,
+        )
+
+
 def choose(
     wanted: str,
     qemu: Qemu,
+    trial: Trial,
     *,
-    kernel: Path,
-    initrd: Path | None,
-    append: str,
     cache: Path,
     hypervisor: Callable[[], Hypervisor],
     say: Callable[[str], None] = lambda _: None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Verdict:
-    """The accelerator for guests with this kernel.
+    """The accelerator for guests like this one.
 
     Args:
         wanted: ``auto``, or the accelerator to take without a proof.
-        append: the kernel's command line.
         cache: the user's cache folder, which keeps verdicts.
         hypervisor: called when a proof is needed.
         say: gets a line when a proof begins. It takes seconds, and at most three minutes for each CPU
@@ -82,7 +119,7 @@ def choose(
         tell: gets a line if the cached verdict was damaged and is made again.
 
     Raises:
-        ImageError: the kernel cannot be read.
+        ImageError: what would be booted cannot be read.
         LaunchError: this user cannot use the wanted accelerator on this machine, or a proof is not
             possible now.
         ConfigError: the cache folder cannot be used.
@@ -96,7 +133,7 @@ def choose(
     folder = cache / "accelerator"
     if wanted != "auto":
         asked = _unproven(wanted, qemu, "as asked for")
-        known = recall(folder / f"{_key(wanted, qemu, kernel)}.json") if wanted != "tcg" else None
+        known = recall(folder / f"{_key(wanted, qemu, trial)}.json") if wanted != "tcg" else None
         return replace(asked, seconds=known.seconds) if known else asked  # timeouts fit this host
     if problem := host.kvm_problem():
         return _unproven("tcg", qemu, problem)
@@ -106,13 +143,13 @@ def choose(
             folder.mkdir(exist_ok=True, mode=0o700)
             # Of several processes, only one makes the proof.
             stack.enter_context(locked(folder / ".lock", on_busy=lambda: None))
-        path = folder / f"{_key('kvm', qemu, kernel)}.json"
+        path = folder / f"{_key('kvm', qemu, trial)}.json"
         if verdict := recall(path):
             return verdict
         if path.exists():
             tell("the cached verdict on kvm was damaged, so kvm is tried again")
         say("checking whether kvm runs guests here (once after each boot of this machine)")
-        verdict = _prove(qemu, kernel, initrd, append, hypervisor())
+        verdict = _prove(qemu, trial, hypervisor())
         with paths.usable(cache, paths.CACHE):
             part = folder / ".part"  # under the lock; the next proof overwrites what a kill leaves
             integrity.write_record(part, asdict(verdict))
@@ -133,53 +170,50 @@ def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
     return Verdict(accelerator=accelerator, processor=model, reason=reason)
 
 
-def _prove(
-    qemu: Qemu, kernel: Path, initrd: Path | None, append: str, hypervisor: Hypervisor
-) -> Verdict:
-    """The verdict on whether KVM runs this kernel. Other problems are raised.
+def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
+    """The verdict on whether KVM runs this. Other problems are raised.
 
     Raises:
         LaunchError: there is no room for a guest now, or the launcher failed.
     """
-    host.require_memory(_PROOF_MEMORY)
+    host.require_memory(trial.memory)
     ran: list[str] = []
     refused: list[str] = []
     for model in processor_models("kvm", qemu.version):
-        spec = MachineSpec(
-            name="vmsandbox-proof",
-            qemu=str(qemu.path),
-            version=qemu.version,
-            accelerator="kvm",
-            processor=model,
-            hardware=Hardware(memory=_PROOF_MEMORY),
-            append=append,
-            kernel=kernel,
-            initrd=initrd,
-        )
+        spec = trial.machine(qemu, model)
         start = monotonic()
         try:
-            with Machine.running(hypervisor, spec) as machine:
-                wait_for_user_space(machine, standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS)
+            with trial.disks() as disks, Machine.running(hypervisor, spec, disks=disks) as machine:
+                if trial.kernel is not None:
+                    wait_for_user_space(
+                        machine, standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS
+                    )
+                else:
+                    wait_for_guest_time(machine, standstill=_MENU_SECONDS, at_most=PROOF_SECONDS)
         except LauncherError:
             raise
         except VMSandboxError as error:
             hypervisor.launcher.check()  # if the launcher is gone, that is the cause
             (refused if isinstance(error, LaunchError) else ran).append(error.brief)
         else:
+            what = (
+                "a kernel ran its first program"
+                if trial.kernel is not None
+                else "a system began to boot"
+            )
+            # How long firmware takes tells nothing about how fast this host is.
+            seconds = monotonic() - start if trial.kernel is not None else 0.0
             return Verdict(
-                accelerator="kvm",
-                processor=model,
-                reason="proven: a kernel ran its first program",
-                seconds=monotonic() - start,
+                accelerator="kvm", processor=model, reason=f"proven: {what}", seconds=seconds
             )
     reason = f"kvm is here but does not run guests: {(ran or refused)[-1]}"
     return _unproven("tcg", qemu, reason)
 
 
-def _key(accelerator: str, qemu: Qemu, kernel: Path) -> str:
-    with image_file(kernel) as file:
-        kernel_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (_FORMAT, accelerator, _host_boot(), qemu.build, kernel_digest)
+def _key(accelerator: str, qemu: Qemu, trial: Trial) -> str:
+    with image_file(trial.content) as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    parts = (_FORMAT, accelerator, _host_boot(), qemu.build, content)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

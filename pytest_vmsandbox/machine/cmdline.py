@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.machine.firmware import Uefi
 
 NETDEV = "n0"
 NETWORK_CARD = "nic0"
@@ -28,7 +29,9 @@ class Descriptors:
 
     Attributes:
         monitor, console, helper: sockets.
-        kernel, initrd: files, or None for a guest with firmware only.
+        kernel, initrd: files, or None for a guest that firmware boots.
+        code, variables: files of UEFI firmware, or None without it.
+        tpm: a socket to the guest's TPM, or None without one.
         memory: a file with the guest's memory; None for memory of its own.
         base: the image's disk, read-only; None without one.
         overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
@@ -40,6 +43,9 @@ class Descriptors:
     helper: int = 5
     kernel: int | None = None
     initrd: int | None = None
+    code: int | None = None
+    variables: int | None = None
+    tpm: int | None = None
     memory: int | None = None
     base: int | None = None
     overlays: tuple[tuple[int, ...], ...] = ()
@@ -73,7 +79,9 @@ class MachineSpec:
         hardware: of the guest.
         append: the kernel's command line.
         start: how the machine starts.
-        kernel, initrd: files to boot directly; None for a guest with firmware only.
+        kernel, initrd: files to boot directly; None for a guest that firmware boots.
+        uefi: the firmware that boots the guest. Without it and without a kernel, BIOS does.
+        tpm: whether the guest has a TPM.
         more_args: added to QEMU's command line.
     """
 
@@ -87,6 +95,8 @@ class MachineSpec:
     start: Start = Start.POWER_ON
     kernel: Path | None = None
     initrd: Path | None = None
+    uefi: Uefi | None = None
+    tpm: bool = False
     more_args: tuple[str, ...] = ()
 
 
@@ -104,6 +114,8 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *helper(fds),
         *display(),
         *kernel(spec, fds),
+        *firmware(spec, fds),
+        *tpm(fds),
         *disks(spec, fds),
         *network(spec),
         *entropy(),
@@ -123,9 +135,14 @@ def machine(spec: MachineSpec) -> list[str]:
     Linux changes its own code. In QEMU before 8.1, one CPU may go on with the old translation of code
     that another CPU has changed. Linux then panics in about one boot of a hundred. So such a QEMU
     emulates all CPUs of a guest in one thread.
+
+    With ``graphics=off``, BIOS and boot loaders write to the serial console, too.
     """
     major, minor = spec.version[:2]
     board = f"pc-q35-{major}.{minor},graphics=off,sata=off,memory-backend=ram"
+    if spec.uefi is not None:
+        board += ",pflash0=code,pflash1=variables"
+        board += ",smm=on" if spec.uefi.secure_boot else ""
     accelerator = spec.accelerator
     if accelerator == "tcg" and spec.version < (8, 1) and spec.hardware.cpus > 1:
         accelerator = "tcg,thread=single"
@@ -228,6 +245,43 @@ def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
     return ["-kernel", f"/proc/self/fd/{fds.kernel}", *initrd, "-append", append]
 
 
+def firmware(spec: MachineSpec, fds: Descriptors) -> list[str]:
+    """The flash memory of UEFI firmware; and the order of boot, if firmware boots the guest.
+
+    The guest boots from its root disk or not at all. Else firmware would try the network, which takes
+    minutes. With Secure Boot, only the firmware may write its variables: the guest cannot in any mode.
+    """
+    args = [] if fds.kernel is not None else ["-boot", "strict=on"]
+    if spec.uefi is not None and fds.code is not None and fds.variables is not None:
+        for node, number, read_only in (
+            ("code", fds.code, True),
+            ("variables", fds.variables, False),
+        ):
+            device = flash(node, number, spec.uefi.format, read_only=read_only)
+            args += [*_descriptor_set(number), "-blockdev", json.dumps(device)]
+        if spec.uefi.secure_boot:
+            args += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+    return args
+
+
+def flash(node: str, number: int, kind: str, *, read_only: bool) -> dict[str, object]:
+    """A block device for flash memory: a file of a format, in a set of descriptors."""
+    options = {"read-only": read_only, "cache": {"no-flush": True}}
+    file = {"driver": "file", "filename": f"/dev/fdset/{number}", **options}
+    return {"node-name": node, "driver": kind, **options, "file": file}
+
+
+def tpm(fds: Descriptors) -> list[str]:
+    """A TPM 2.0, which another process emulates. Its state is part of the machine's."""
+    if fds.tpm is None:
+        return []
+    return [
+        *("-chardev", f"socket,id=tpm,fd={fds.tpm}"),
+        *("-tpmdev", "emulator,id=tpm0,chardev=tpm"),
+        *("-device", "tpm-crb,tpmdev=tpm0"),
+    ]
+
+
 def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The root disk, which is an overlay on the image's disk, and the blank disks."""
     args: list[str] = []
@@ -249,7 +303,10 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
-        args += ["-device", _device(disk(name, node=name))]
+        device = disk(name, node=name)
+        if name == ROOT_DISK and fds.kernel is None:
+            device["bootindex"] = "0"
+        args += ["-device", _device(device)]
     return args
 
 

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.machine.firmware import Flash, Uefi
 
 _CREATE_SECONDS = 60.0
 
@@ -30,11 +31,13 @@ class Disks:
         overlays: the qcow2 files of the root disk, if there is a base, then of each further disk. The
             lowest file comes first. The guest writes to the last one.
         sizes: bytes of each disk, as the guest sees it.
+        flash: the files of UEFI firmware, or None without it.
     """
 
     base: IO[bytes] | None
     overlays: tuple[tuple[IO[bytes], ...], ...]
     sizes: tuple[int, ...] = ()
+    flash: Flash | None = None
 
     @classmethod
     @contextmanager
@@ -46,6 +49,7 @@ class Disks:
         blank: Sequence[int],
         folder: Path,
         frozen: Sequence[Sequence[Path]] = (),
+        uefi: Uefi | None = None,
     ) -> Iterator[Disks]:
         """Fresh disks. What the guest writes to them is removed at the end.
 
@@ -55,10 +59,11 @@ class Disks:
             blank: bytes of each further disk.
             folder: on a file system with room for what the guest writes.
             frozen: read-only files with what was written to each disk before, lowest first.
+            uefi: the guest's UEFI firmware, or None without it.
 
         Raises:
             ImageError: `base` cannot be read.
-            LaunchError: an overlay cannot be made.
+            LaunchError: an overlay cannot be made, or the firmware cannot be read.
         """
         with ExitStack() as stack:
             sizes = list(blank)
@@ -70,12 +75,13 @@ class Disks:
             for size, below in zip(sizes, frozen or [()] * len(sizes), strict=True):
                 layers: list[IO[bytes]] = [stack.enter_context(path.open("rb")) for path in below]
                 overlays.append((*layers, stack.enter_context(empty_overlay(size, folder))))
-            yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes))
+            flash = stack.enter_context(Flash.open(uefi, folder)) if uefi is not None else None
+            yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes), flash=flash)
 
     def on_top(self, frozen: Sequence[Sequence[IO[bytes]]], fresh: Sequence[IO[bytes]]) -> Disks:
         """The same disks with the content in `frozen`, and an empty file on top of each."""
         layers = tuple((*below, top) for below, top in zip(frozen, fresh, strict=True))
-        return Disks(base=self.base, overlays=layers, sizes=self.sizes)
+        return replace(self, overlays=layers)
 
     def frozen(self, stack: ExitStack) -> tuple[tuple[IO[bytes], ...], ...]:
         """All files of each disk, opened again read-only. `stack` closes them."""

@@ -40,6 +40,19 @@ class Hypervisor:
         """Have a folder elsewhere removed if this process is killed. Otherwise its maker removes it."""
         (self.folder / f"owned-{secrets.token_hex(4)}").symlink_to(folder.absolute())
 
+    @contextmanager
+    def scratch(self, purpose: str) -> Iterator[Path]:
+        """A folder in the cache, for this user. It is removed at the end, or if this process is killed."""
+        token = secrets.token_hex(4)
+        link, folder = self.folder / f"owned-{token}", self.cache / f"{purpose}-{token}"
+        link.symlink_to(folder.absolute())
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            link.unlink(missing_ok=True)
+
     @classmethod
     @contextmanager
     def running(cls, *, runtime: Path | None, cache: Path) -> Iterator[Hypervisor]:

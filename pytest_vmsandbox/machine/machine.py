@@ -16,7 +16,7 @@ from typing import IO, Any
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.machine import cmdline, host
+from pytest_vmsandbox.machine import cmdline, host, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
@@ -24,6 +24,7 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.qmp import Event, Monitor
+from pytest_vmsandbox.machine.tpm import Tpm
 
 GREETING_SECONDS = 30.0
 _TERM_SECONDS = 5.0
@@ -76,6 +77,7 @@ class Machine:
     helper: Port
     _tops: list[str]  # what each disk writes into
     _pace: host.Pace
+    _tpm: Tpm | None = None
     _nodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _own: set[str] = field(
         default_factory=set
@@ -96,6 +98,7 @@ class Machine:
         logs: Path | None = None,
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
+        tpm_folder: Path | None = None,
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end, the process is killed and reaped.
 
@@ -103,6 +106,7 @@ class Machine:
             logs: folder for the files ``console.log``, ``qmp.log`` and ``qemu.argv``, or None.
             memory: the file with the guest's memory, if `spec.start` needs one.
             state: the state to load, if `spec.start` needs one. Such a machine is paused.
+            tpm_folder: keeps what the guest's TPM keeps without power, if `spec.tpm`.
 
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load the
@@ -112,7 +116,8 @@ class Machine:
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         loop = hypervisor.loop
         with ExitStack() as stack:
-            fds, given = _descriptors(stack, spec, memory, disks)
+            its_tpm = _tpm(stack, hypervisor, spec, tpm_folder)
+            fds, given = _descriptors(stack, spec, memory, disks, its_tpm)
             argv = cmdline.argv(spec, fds)
             console_log, monitor_log = _logs(stack, logs, argv)
             console = Console(console_log)
@@ -125,13 +130,15 @@ class Machine:
                 stack.enter_context(loop.reading(our_console, console.feed))
                 stack.enter_context(loop.reading(our_helper, helper.feed))
                 process = stack.enter_context(_spawned(hypervisor.launcher, spec, argv, given))
+                if its_tpm is not None:
+                    theirs.enter_context(its_tpm.channel)
             monitor = Monitor(loop, monitor_log, hypervisor.pace)
             try:
                 stack.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
             except MonitorError as error:
-                raise _did_not_start(process) from error
+                raise _did_not_start(process, its_tpm) from error
             tops = cmdline.disk_names(spec, has_base=disks.base is not None)
-            machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace)
+            machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace, its_tpm)
             # Kill QEMU before the monitor is disconnected, so nothing waits for a dying QEMU.
             stack.callback(machine.kill)
             stack.callback(setattr, machine, "_is_over", True)
@@ -181,6 +188,7 @@ class Machine:
             raise self._panic()
         status = self.ended()
         if status is None:
+            self._check_tpm()
             if [name for name in names if name in {"STOP", "RESUME"}][-1:] == ["STOP"]:
                 self._check_stopped()
             return
@@ -228,6 +236,16 @@ class Machine:
                 details=self.console_lines(),
                 remedy=remedy,
                 stage="launch",
+            )
+
+    def _check_tpm(self) -> None:
+        """Check whether the process that emulates the TPM is still there."""
+        if self._tpm is not None and (status := self._tpm.process.wait(0)) is not None:
+            raise GuestLost(
+                f"{self.spec.name}: {tpm.PROGRAM}, its TPM, ended with {_status_text(status)}",
+                details=self._tpm.process.stderr_tail,
+                stage="launch",
+                transient=_was_killed(status),
             )
 
     def _check_stopped(self) -> None:
@@ -504,13 +522,27 @@ def _logs(
     )
 
 
+def _tpm(
+    stack: ExitStack, hypervisor: Hypervisor, spec: MachineSpec, folder: Path | None
+) -> Tpm | None:
+    """The machine's TPM, if it has one. `stack` ends it."""
+    if not spec.tpm or folder is None:
+        return None
+    identity = host.guest_identity(spec.accelerator)
+    return stack.enter_context(tpm.running(hypervisor.launcher, folder, identity))
+
+
 def _descriptors(
-    stack: ExitStack, spec: MachineSpec, memory: IO[bytes] | None, disks: Disks
+    stack: ExitStack,
+    spec: MachineSpec,
+    memory: IO[bytes] | None,
+    disks: Disks,
+    machine_tpm: Tpm | None,
 ) -> tuple[Descriptors, dict[int, int]]:
     """QEMU's descriptors, and its number → ours."""
     given: dict[int, int] = {}
 
-    def give(file: IO[bytes]) -> int:
+    def give(file: IO[bytes] | socket.socket) -> int:
         number = Descriptors.helper + 1 + len(given)  # `helper` is the last fixed number
         given[number] = file.fileno()
         return number
@@ -521,6 +553,9 @@ def _descriptors(
     fds = Descriptors(
         kernel=give_image_file(spec.kernel),
         initrd=give_image_file(spec.initrd),
+        code=give(disks.flash.code) if disks.flash is not None else None,
+        variables=give(disks.flash.variables) if disks.flash is not None else None,
+        tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
         memory=give(memory) if memory is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
@@ -554,12 +589,15 @@ def _spawned(
     )
 
 
-def _did_not_start(process: OwnedProcess) -> LaunchError:
+def _did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
     status = process.wait(_TERM_SECONDS)
     how = "does not answer" if status is None else f"ended with {_status_text(status)}"
+    more = (
+        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
+    )
     return LaunchError(
         f"QEMU {how}",
-        details=process.stderr_tail + "--- its command line\n" + " ".join(process.argv),
+        details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),
         remedy="run 'vmsandbox doctor' to check this machine",
         transient=status is None or _was_killed(status),
     )

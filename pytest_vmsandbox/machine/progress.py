@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pytest_vmsandbox.core.deadline import Deadline
@@ -22,12 +25,49 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
     Raises:
         BootError: the guest hangs, is gone, or is too slow.
     """
+    _wait(machine, partial(machine.reaches, "init"), "program", standstill, at_most)
+
+
+def wait_for_guest_time(machine: Machine, *, standstill: float, at_most: float) -> None:
+    """Wait until the host's CPUs have run a second of a guest's own code.
+
+    This is for guests whose console may stay silent. If the host's kernel does not account that time,
+    the guest's kernel has to write to the console.
+
+    Args:
+        standstill: seconds without progress after which the guest counts as hanging.
+        at_most: seconds in all, even with progress.
+
+    Raises:
+        BootError: the guest hangs, is gone, or is too slow.
+    """
+
+    def ran(timeout: float) -> bool:
+        if (ticks := guest_time(machine.process.pid)) is None:
+            return machine.reaches("kernel", timeout)
+        if ticks >= os.sysconf("SC_CLK_TCK"):
+            return True
+        Deadline(timeout).pause(timeout)
+        return False
+
+    _wait(machine, ran, "system", standstill, at_most)
+
+
+def _wait(
+    machine: Machine,
+    is_there: Callable[[float], bool],
+    what: str,
+    standstill: float,
+    at_most: float,
+) -> None:
+    """Wait until something is there, as long as there is progress."""
     deadline = Deadline(at_most)
     signs, since = None, 0.0
-    while not machine.reaches("init", deadline.remaining(_LOOK_SECONDS)):
+    while not is_there(deadline.remaining(_LOOK_SECONDS)):
         machine.check_booting(deadline.elapsed)
         if deadline.expired:
-            raise _never_ran(machine, f"no program ran within {at_most:g} s", deadline.elapsed)
+            why = f"no {what} ran within {at_most:g} s"
+            raise _never_ran(machine, why, deadline.elapsed)
         # While QEMU waits for a CPU of the host, there can be no progress.
         clock = deadline.elapsed - time_waited(machine.process.pid)
         if (now := _signs_of_progress(machine)) != signs:

@@ -49,8 +49,8 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "vm(*images, cpus, memory, disk, disks, network, isolation, user, test_timeout, skip, "
-        "xfail): run the test on these images (names or globs), in a guest with this hardware",
+        "vm(*images, cpus, memory, disk, disks, network, firmware, tpm, isolation, user, "
+        "test_timeout, skip, xfail): run the test on these images (names or globs), in a guest with this hardware",
     )
     config.addinivalue_line(
         "markers",

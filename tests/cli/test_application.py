@@ -313,6 +313,28 @@ def test_json_has_what_the_definition_says(invoke, cakes):
     assert [images["pie-3"][key] for key in keys] == ["", "", "source", "", "uefi", True, ""]
 
 
+def test_the_list_is_quick(cakes, tmp_path):
+    """It takes 0.13 s. That is so because it imports nothing that takes long."""
+    script = """
+import atexit, sys
+
+atexit.register(lambda: print("modules:", *sys.modules))
+from pytest_vmsandbox.cli import main
+sys.argv = ["vmsandbox", "images", "list"]
+main()
+"""
+    environment = {**os.environ, "VMSANDBOX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    listed, _, modules = done.stdout.partition("modules: ")
+    assert "cake-1 " in listed
+    slow = ("rich", "paramiko", "asyncio", "pytest", "urllib.request", "email", "http", "ssl")
+    ours = [f"pytest_vmsandbox.{name}" for name in ("guests.guest", "machine", "inside", "plugin")]
+    assert {*modules.split()} & {*slow, *ours} == set()
+
+
 def test_imported_images_are_listed(invoke, tmp_path):
     define(tmp_path / "cache" / "imported" / "pie", DISK)
     assert states(invoke)["pie"] == "missing"
@@ -364,6 +386,19 @@ def test_doctor_without_qemu(tmp_path):
     assert "qemu-system-x86" in checks["QEMU"]["remedy"]
     assert set(checks["QEMU"]) == {"name", "status", "found", "remedy"}
     assert not (tmp_path / "cache").exists()  # looking changes nothing
+
+
+def test_doctor_works_although_a_definition_is_wrong(cakes, tmp_path):
+    (cakes / "cake-1" / "image.toml").write_text("schema = 9")
+    os.mkfifo(cakes / "cake-2" / "odd")
+    cache = str(tmp_path / "cache")
+    done = start("doctor", "--json", path=tmp_path, VMSANDBOX_CACHE=cache)
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    check = found["image definitions"]
+    assert (check["status"], check["found"]) == (
+        *("warning", "the definition of cake-1, cake-2 is wrong"),
+    )
+    assert "vmsandbox images list" in check["remedy"]
 
 
 def test_doctor_for_people(invoke):

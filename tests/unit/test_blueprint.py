@@ -9,18 +9,24 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
+from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware
+from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Start
+from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 from support.images import DEFINITION
 
 QEMU = Qemu(path=Path("/usr/bin/qemu-system-x86_64"), version=(7, 2, 22), build="one build")
 TCG = Verdict(accelerator="tcg", processor="Nehalem", reason="asked for")
 KVM = Verdict(accelerator="kvm", processor="host", reason="asked for")
+
+UEFI = Uefi(
+    code=Path("/code"), variables=Path("/vars"), format="raw", secure_boot=False, digest="1" * 64
+)
 
 
 @pytest.fixture
@@ -70,6 +76,15 @@ MATTERS: dict[str, Change] = {
     "another QEMU": lambda it: replace(it, qemu=replace(QEMU, path=Path("/opt/qemu"))),
     "the accelerator": lambda it: replace(it, verdict=KVM),
     "the processor's model": lambda it: replace(it, verdict=replace(TCG, processor="max")),
+    "the firmware": lambda it: with_image(it, firmware="bios"),
+    "UEFI": lambda it: replace(with_image(it, firmware="uefi"), uefi=UEFI),
+    "another UEFI": lambda it: replace(
+        with_image(it, firmware="uefi"), uefi=replace(UEFI, digest="2" * 64)
+    ),
+    "Secure Boot": lambda it: replace(
+        with_image(it, firmware="uefi"), uefi=replace(UEFI, secure_boot=True)
+    ),
+    "a TPM": lambda it: with_hardware(it, tpm=True),
     "further arguments": lambda it: replace(it, qemu_args=lambda _: ["-device", "usb-host"]),
 }
 DOES_NOT_MATTER: dict[str, Change] = {
@@ -77,6 +92,7 @@ DOES_NOT_MATTER: dict[str, Change] = {
     "the user": lambda it: with_hardware(it, user="somebody"),
     "why that accelerator": lambda it: replace(it, verdict=replace(TCG, reason="no KVM here")),
     "what the proof took": lambda it: replace(it, verdict=replace(TCG, seconds=3.0)),
+    "what the image says, said again": lambda it: with_hardware(it, firmware="kernel", tpm=False),
     "other objects": replace,
 }
 
@@ -134,6 +150,74 @@ class TestDigest:
 
         assert replace(blueprint, qemu_args=qemu_args).digest == blueprint.digest
         assert [(spec.start, spec.name) for spec in specs] == [(Start.CLONED, "some_image")]
+
+
+class TestFirmware:
+    """What boots a guest: its image's definition says it, or its hardware."""
+
+    @pytest.fixture(autouse=True)
+    def disk(self, folder, monkeypatch):
+        """What is on the image's disk can be changed."""
+        found = {"uefi", "bios"}
+        monkeypatch.setattr(firmware, "boot_loaders", lambda _: frozenset(found))
+        monkeypatch.setattr(
+            firmware, "find_uefi", lambda *_, secure_boot: replace(UEFI, secure_boot=secure_boot)
+        )
+        return found
+
+    def test_a_kernel_needs_none(self, blueprint):
+        assert find_firmware(blueprint.built, Hardware()) is None
+        assert blueprint.boots_directly
+
+    @pytest.mark.parametrize("secure_boot", [False, True])
+    def test_of_the_image(self, blueprint, secure_boot):
+        built = with_image(blueprint, firmware="uefi", secure_boot=secure_boot).built
+        assert find_firmware(built, Hardware()) == replace(UEFI, secure_boot=secure_boot)
+        assert find_firmware(built, Hardware(firmware="bios")) is None
+
+    def test_of_the_hardware(self, blueprint):
+        assert find_firmware(blueprint.built, Hardware(firmware="uefi")) == UEFI
+
+    @pytest.mark.parametrize("wanted", ["uefi", "bios"])
+    def test_a_disk_without_a_boot_loader(self, blueprint, disk, wanted):
+        """That of `debian-13` has none. It is said before a guest waits for it."""
+        disk.clear()
+        with pytest.raises(ConfigError, match="its disk has no") as caught:
+            find_firmware(blueprint.built, Hardware(firmware=wanted))
+        assert caught.value.remedy.startswith("use firmware='kernel'")
+
+    def test_a_disk_with_the_other_boot_loader(self, blueprint, disk):
+        disk.remove("uefi")
+        with pytest.raises(ConfigError, match="no EFI system partition") as caught:
+            find_firmware(blueprint.built, Hardware(firmware="uefi"))
+        assert caught.value.remedy.startswith("use firmware='bios'")
+
+    def test_without_a_disk(self, blueprint):
+        built = with_image(blueprint, disk_size=None).built
+        with pytest.raises(ConfigError, match="no disk to boot from"):
+            find_firmware(built, Hardware(firmware="bios"))
+
+    def test_without_a_kernel(self, blueprint):
+        built = with_image(blueprint, firmware="bios").built
+        with pytest.raises(ConfigError, match="no kernel outside of its disk") as caught:
+            find_firmware(built, Hardware(firmware="kernel"))
+        assert "firmware='bios'" in caught.value.remedy
+
+    def test_its_machine_has_no_kernel(self, blueprint):
+        spec = replace(with_image(blueprint, firmware="uefi"), uefi=UEFI).machine("it", "- key")
+        assert (spec.kernel, spec.initrd, spec.append, spec.uefi) == (None, None, "", UEFI)
+        assert not spec.tpm
+        assert with_hardware(blueprint, tpm=True).machine("it", "- -").tpm
+        assert with_image(blueprint, tpm=True).machine("it", "- -").tpm
+        assert (
+            not with_hardware(with_image(blueprint, tpm=True), tpm=False).machine("it", "- -").tpm
+        )
+
+    def test_without_it_nothing_changes(self, blueprint):
+        """A guest without firmware and TPM pays nothing for those of others."""
+        fds = cmdline.Descriptors(kernel=7, initrd=8, base=9, overlays=((10,), (11,)))
+        argv = cmdline.argv(blueprint.machine("it", "- -"), fds)
+        assert not [word for word in argv if re.search(r"pflash|tpm|bootindex|\bstrict|smm", word)]
 
 
 class TestMachine:

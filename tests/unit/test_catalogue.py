@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -338,6 +339,29 @@ class TestCatalogue:
         with pytest.raises(ConfigError, match="there is no image 'b-3'") as raised:
             Catalogue([image_path]).get("b-3")
         assert raised.value.remedy == "did you mean 'b-2'? The images are: a, b, b-2"
+
+    def test_unknown_name_among_many(self, image_path):
+        for number in range(50):
+            define(image_path / f"image-{number:02}")
+        with pytest.raises(ConfigError) as raised:
+            Catalogue([image_path]).get("image-5")
+        assert raised.value.remedy.startswith("did you mean 'image-")
+        assert raised.value.remedy.endswith(", image-26 and 23 more (vmsandbox images list)")
+
+    def test_a_folder_that_may_not_be_read_is_an_image(self, image_path, monkeypatch):
+        """So who asks for it is told why it cannot be used, and nobody else is."""
+        define(image_path / "private")
+        is_file = Path.is_file
+
+        def refused(path):
+            if path.parent.name in ("private", "lost+found"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_file(path)
+
+        monkeypatch.setattr(Path, "is_file", refused)
+        (image_path / "lost+found").mkdir()
+        catalogue = Catalogue([image_path])
+        assert catalogue.names() == ["a", "b", "b-2", "private"]
 
     def test_finds_our_own_images_in_a_checkout(self):
         assert "tiny" in Catalogue().names()

@@ -8,6 +8,7 @@ import pytest
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.machine import cmdline
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
+from pytest_vmsandbox.machine.firmware import Uefi
 
 SPEC = MachineSpec(
     name="debian-13-1",
@@ -193,6 +194,47 @@ def test_addresses_are_not_randomized_where_that_is_slow(accelerator, version, m
     assert cmdline.kernel(spec, Descriptors(kernel=5))[-1] == f"console=ttyS0 quiet{more}"
 
 
+@pytest.fixture
+def uefi(tmp_path):
+    return Uefi(code=tmp_path, variables=tmp_path, format="raw", secure_boot=False, digest="0" * 64)
+
+
+class TestFirmware:
+    def test_a_kernel_needs_none(self):
+        assert cmdline.firmware(SPEC, Descriptors(kernel=5)) == []
+
+    def test_bios_is_what_qemu_has(self):
+        assert cmdline.firmware(SPEC, Descriptors()) == ["-boot", "strict=on"]
+        assert cmdline.machine(SPEC)[1] == f"pc-q35-7.2,{BOARD}"
+
+    @pytest.mark.parametrize("kind", ["raw", "qcow2"])
+    def test_uefi(self, uefi, kind):
+        spec = replace(SPEC, uefi=replace(uefi, format=kind))
+        argv = cmdline.firmware(spec, Descriptors(code=5, variables=6))
+        pairs = list(zip(argv[::2], argv[1::2], strict=True))
+        code, variables = (json.loads(value) for name, value in pairs if name == "-blockdev")
+        assert [value for name, value in pairs if name == "-add-fd"] == ["fd=5,set=5", "fd=6,set=6"]
+        assert (code["node-name"], code["driver"], code["read-only"]) == ("code", kind, True)
+        assert (variables["driver"], variables["read-only"]) == (kind, False)
+        assert variables["file"]["filename"] == "/dev/fdset/6"
+        assert ("-boot", "strict=on") in pairs
+        assert "-global" not in argv
+        assert cmdline.machine(spec)[1] == f"pc-q35-7.2,{BOARD},pflash0=code,pflash1=variables"
+
+    def test_secure_boot_locks_the_flash_memory(self, uefi):
+        spec = replace(SPEC, uefi=replace(uefi, secure_boot=True))
+        argv = cmdline.firmware(spec, Descriptors(code=5, variables=6))
+        assert argv[-2:] == ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        assert cmdline.machine(spec)[1].endswith(",smm=on")
+
+    def test_a_tpm(self):
+        assert cmdline.tpm(Descriptors()) == []
+        assert cmdline.tpm(Descriptors(tpm=7)) == [
+            *("-chardev", "socket,id=tpm,fd=7", "-tpmdev", "emulator,id=tpm0,chardev=tpm"),
+            *("-device", "tpm-crb,tpmdev=tpm0"),
+        ]
+
+
 @pytest.mark.parametrize(("network", "restrict"), [("isolated", "on"), ("nat", "off")])
 def test_network(network, restrict):
     netdev, device = cmdline.network(with_hardware(network=network))[1::2]
@@ -244,7 +286,7 @@ class TestDisks:
         assert cmdline.disks(SPEC, Descriptors()) == []
 
     def test_an_image_and_its_overlay(self):
-        nodes, others = self.nodes(Hardware(), Descriptors(base=7, overlays=((8,),)))
+        nodes, others = self.nodes(Hardware(), Descriptors(kernel=5, base=7, overlays=((8,),)))
         base, root = nodes
         assert base["driver"] == "raw"
         assert base["read-only"] is base["file"]["read-only"] is True
@@ -258,6 +300,13 @@ class TestDisks:
             ("-device", device("root")),
         ]
 
+    def test_firmware_boots_from_the_root_disk_alone(self):
+        _, others = self.nodes(Hardware(disks=(MIB,)), Descriptors(base=5, overlays=((6,), (7,))))
+        assert [value for option, value in others if option == "-device"] == [
+            device("root") + ",bootindex=0",
+            device("disk0"),
+        ]
+
     def test_blank_ones_stand_on_nothing(self):
         nodes, others = self.nodes(Hardware(disks=(GIB, MIB)), Descriptors(overlays=((5,), (6,))))
         assert [node["node-name"] for node in nodes] == ["disk0", "disk1"]
@@ -269,7 +318,7 @@ class TestDisks:
         assert [node["node-name"] for node in nodes] == ["base", "root", "disk0"]
 
     def test_only_the_last_layer_is_written(self):
-        nodes, others = self.nodes(Hardware(), Descriptors(base=5, overlays=((6, 7, 8),)))
+        nodes, others = self.nodes(Hardware(), Descriptors(kernel=4, base=5, overlays=((6, 7, 8),)))
         assert [(node["node-name"], node.get("backing")) for node in nodes] == [
             ("base", None),
             ("root.0", "base"),

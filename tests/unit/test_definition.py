@@ -1,5 +1,8 @@
 """What image.toml may say: each key, wrong in turn, and which keys go together."""
 
+import hashlib
+import os
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -384,3 +387,73 @@ class TestDigest:
         digest = definition.digest
         (definition.folder / "disk").touch()
         assert definition.reread().digest != digest
+
+    def test_a_file_of_many_images_is_read_once(self, tmp_path, monkeypatch):
+        reads = []
+        digest = hashlib.file_digest
+
+        def counted(stream, name):
+            reads.append(stream.name)
+            return digest(stream, name)
+
+        monkeypatch.setattr(hashlib, "file_digest", counted)
+        shared = tmp_path / "shared"
+        shared.write_text("large")
+        os.utime(shared, (1, 1))
+        monkeypatch.setattr(definition_module, "wall", lambda: time.time() + 3600)
+        for name in ("one", "two"):
+            assert read(tmp_path / name, changed(RECIPE, {"uses": ["../shared"]})).digest
+        assert reads.count(str(tmp_path / "one" / ".." / "shared")) == 1
+        assert reads.count(str(tmp_path / "two" / ".." / "shared")) == 0
+
+    def test_a_change_that_leaves_the_size_and_the_time_is_seen(self, tmp_path):
+        """Two writes can have one time, so a file that has just been written is read again."""
+        definition = read(tmp_path / "mine", RECIPE)
+        file = definition.folder / "build"
+        digests = set()
+        for letter in "abcdefgh":
+            file.write_text(f"#!/bin/sh\n# {letter}\n")
+            digests.add(definition.reread().digest)
+        assert len(digests) == 8
+
+
+HOSTILE = {
+    "larger than 64 KiB": b"# " + b"x" * 70_000,
+    "an endless number": b"schema = " + b"9" * 5_000,
+    "nested lists": b"schema = " + b"[" * 30_000,
+    "nested tables": b"schema = " + b"{a = " * 10_000,
+    "a key of many parts": b"a" + b".a" * 1_001 + b" = 1",  # a minute for 32,000 of them
+    "many keys of many parts": b"".join(b"b%d" % i + b".a" * 500 + b" = 1\n" for i in range(50)),
+    "not UTF-8": b"schema = 1\ndescription = '\xff'",
+    "UTF-16": 'schema = 1\ndescription = "x"\n'.encode("utf-16"),
+    "NUL": b"schema = 1\0",
+    "a binary": bytes(range(256)) * 16,
+    "empty": b"",
+    "a key twice": b"schema = 1\nschema = 1\n",
+    "a table twice": b"schema = 1\n[boot]\n[boot]\n",
+}
+
+
+class TestHostile:
+    @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+    def test_content(self, tmp_path, content):
+        folder = write(tmp_path / "mine", "")
+        (folder / "image.toml").write_bytes(content)
+        with pytest.raises(ConfigError) as raised:
+            ImageDefinition.read(folder)
+        assert str(folder / "image.toml") in raised.value.brief
+        assert len(raised.value.brief) < len(str(folder)) + 200
+        assert raised.value.remedy
+
+    @pytest.mark.parametrize(
+        "value", ["0x" + "f" * 6_000, "inf", "1979-05-27T07:32:00Z", "'" + "x" * 10_000 + "'"]
+    )
+    def test_values(self, tmp_path, value):
+        folder = write(tmp_path / "mine", f"schema = {value}\n")
+        with pytest.raises(ConfigError, match="schema = .* is not allowed") as raised:
+            ImageDefinition.read(folder)
+        assert len(raised.value.brief) < len(str(folder)) + 200
+
+    def test_a_byte_order_mark_is_allowed(self, tmp_path):
+        folder = write(tmp_path / "mine", "\ufeff" + toml(RECIPE).replace("\n", "\r\n"))
+        assert ImageDefinition.read(folder).description == "Made by a recipe"

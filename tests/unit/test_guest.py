@@ -286,7 +286,7 @@ class FakePlatform:
         self.hypervisor = SimpleNamespace(folder=home.parent, cache=home.parent)
 
     def machine(self, name, public_key, start):
-        return SimpleNamespace(name=name, start=start)
+        return SimpleNamespace(name=name, start=start, tpm=False)
 
     @contextmanager
     def running(self, hypervisor, spec, *, state, **_):

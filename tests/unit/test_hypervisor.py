@@ -14,7 +14,7 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, ImageError, LaunchError
 from pytest_vmsandbox.machine import accelerator, host
-from pytest_vmsandbox.machine.accelerator import Verdict, choose, recall
+from pytest_vmsandbox.machine.accelerator import Trial, Verdict, choose, recall
 from pytest_vmsandbox.machine.hypervisor import Hypervisor, _run_folder
 from pytest_vmsandbox.machine.process import LauncherError
 from pytest_vmsandbox.machine.qemu import Qemu
@@ -201,14 +201,12 @@ class TestChoose:
     def decide(self, kernel, qemu, tmp_path, proofs, started):
         def decide(wanted="auto", **changes):
             values = {
-                "kernel": kernel,
-                "initrd": kernel,
-                "append": "",
+                "trial": Trial(content=kernel, kernel=kernel, initrd=kernel),
                 "cache": tmp_path,
                 "hypervisor": lambda: started.append(True),
                 **changes,
             }
-            return choose(wanted, values.pop("qemu", qemu), **values)
+            return choose(wanted, values.pop("qemu", qemu), values.pop("trial"), **values)
 
         return decide
 
@@ -344,7 +342,8 @@ class TestProof:
     def prove(self, tmp_path, launcher):
         qemu = Qemu(path=Path("/usr/bin/qemu"), version=(7, 2, 22), build="one")
         hypervisor: Any = SimpleNamespace(launcher=launcher, loop=None)
-        return lambda: accelerator._prove(qemu, tmp_path, tmp_path, "", hypervisor)
+        trial = Trial(content=tmp_path, kernel=tmp_path, initrd=tmp_path)
+        return lambda: accelerator._prove(qemu, trial, hypervisor)
 
     def test_the_second_model_may_run(self, prove, outcomes):
         outcomes += [GuestLost("kernel panic"), None]
