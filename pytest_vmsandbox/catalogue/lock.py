@@ -492,7 +492,8 @@ def _signature(
 ) -> str:
     """What was checked of an image's origin."""
     if digests:
-        return f"none; {source.get('checked') or 'sha256 given by the definition'}"
+        checked = source.get("checked") or "sha256 given by the definition"
+        return checked if "signed by" in checked else f"none; {checked}"
     if not suites:
         return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})

@@ -18,7 +18,6 @@ from pytest_vmsandbox.catalogue.importing.compression import (
     without_zstd,
 )
 from pytest_vmsandbox.catalogue.importing.convert import check_room, convert
-from pytest_vmsandbox.catalogue.importing.download import is_url
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.making import Build
@@ -86,11 +85,7 @@ def _digest(fetcher: Fetcher, source: Source, locked: Mapping[str, str]) -> tupl
     for kind in ("sha256", "sha512"):
         if kind in locked:
             return Digest(kind, locked[kind]), "given by the lock file"
-    digest = fetcher.digest(source)
-    if source.sha256 or source.sha512:
-        return digest, f"{digest.kind} given by the definition"
-    scheme = source.checksums.partition(":")[0].lower() if is_url(source.checksums) else "a path"
-    return digest, f"list of digests over {scheme}"
+    return fetcher.digest_and_check(source)
 
 
 @contextmanager
