@@ -217,6 +217,18 @@ class TestUpdate:
         assert "one cannot be built offline" in text
         assert project.file.read_bytes() == before
 
+    def test_if_one_build_fails_the_other_images_are_locked(self, project):
+        for name in ("one", "two"):
+            project.keep(name)
+        project.run("lock", "one", "two")
+        (project.path / "images" / "one" / "build").write_text("#!/bin/sh\nexit 3\n")
+        (project.path / "images" / "two" / "more").write_text("more")
+        before = project.locked
+        text = project.run("update", "--yes", status=69)
+        assert "its recipe ended with status 3" in text
+        assert project.locked["one"] == before["one"]
+        assert project.locked["two"].definition == project.definition("two").digest
+
     def test_without_a_lock(self, project):
         text = project.run("update", status=2)
         assert "add images: vmsandbox images lock" in text
@@ -256,7 +268,9 @@ class TestVerify:
         assert "one: the image 'one' is not built" in project.run("verify", status=1)
         text = project.file.read_text()
         project.file.write_text(text.replace('name = "one"', 'name = "three"'))
-        assert "three: there is no image 'three'" in project.run("verify", status=1)
+        text = project.run("verify", status=1)
+        assert "three: vm-images.lock has an image 'three', but there is no such image" in text
+        assert "remove its table [[image]]" in project.run("update", status=2)
 
     def test_json(self, project):
         project.keep()

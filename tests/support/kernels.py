@@ -5,7 +5,7 @@ import lzma
 import struct
 from pathlib import Path
 
-PACK = {"gzip": gzip.compress, "xz": lzma.compress, "none": bytes}
+PACK: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "xz": lzma.compress, "none": bytes}
 GOOD = """\
 CONFIG_BLK_DEV_INITRD=y
 CONFIG_BINFMT_ELF=y

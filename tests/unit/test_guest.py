@@ -269,7 +269,7 @@ class FakePlatform:
     """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
 
     image = "tiny"
-    built = SimpleNamespace(host_key="ssh-ed25519 AAAA")
+    built = SimpleNamespace(host_key="ssh-ed25519 AAAA", key=None)
     verdict = SimpleNamespace(time_scale=1.0)
     stretch = staticmethod(float)
     kernel = None
