@@ -63,8 +63,12 @@ give() {
 }
 give root
 [ "$user" = root ] || give "$user"
-case $(awk -F: '$1 == "root" { print $2 }' /etc/shadow) in !*) usermod -p '*' root ;; esac
-case $(awk -F: '$1 == "root" { print $7 }' /etc/passwd) in */nologin | */false) usermod -s /bin/sh root ;; esac
+if grep -q '^root:!' /etc/shadow 2>/dev/null; then
+    usermod -p '*' root || sed -i 's/^root:![^:]*:/root:*:/' /etc/shadow
+fi
+case $(awk -F: '$1 == "root" { print $7 }' /etc/passwd) in
+*/nologin | */false) usermod -s /bin/sh root || sed -i '/^root:/s|[^:]*$|/bin/sh|' /etc/passwd ;;
+esac
 config=/etc/ssh/sshd_config
 if [ -f $config ]; then
     [ -f /etc/ssh/ssh_host_ed25519_key ] || ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key
@@ -79,7 +83,7 @@ if [ -f $config ]; then
     } >/etc/ssh/vmsandbox.new
     cat /etc/ssh/vmsandbox.new >$config
     rm /etc/ssh/vmsandbox.new
-    systemctl reload ssh || systemctl reload sshd || pkill -HUP -o -x sshd || kill -HUP "$(cat /run/sshd.pid)"
+    systemctl reload ssh || systemctl reload sshd || rc-service sshd reload || pkill -HUP -o -x sshd || kill -HUP "$(cat /run/sshd.pid)"
 fi 2>&1
 """
 _TO_ROOT: tuple[tuple[str, ...], ...] = (("sudo", "-n"), ("doas", "-n"))
