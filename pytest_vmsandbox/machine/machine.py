@@ -72,7 +72,7 @@ class Machine:
     _is_over: bool = False  # whether we have ended it
 
     def __post_init__(self) -> None:
-        self._own.update(self._tops)
+        self._own.update(self._tops, [cmdline.MODULES_DISK])
 
     @classmethod
     @contextmanager

@@ -66,6 +66,7 @@ def descriptors(
     fds = Descriptors(
         kernel=give_image_file(spec.kernel),
         initrd=give_image_file(spec.initrd),
+        modules=give_image_file(spec.modules),
         code=give(disks.flash.code) if disks.flash is not None else None,
         variables=give(disks.flash.variables) if disks.flash is not None else None,
         tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
