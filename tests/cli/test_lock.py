@@ -41,7 +41,7 @@ class Folder:
         self.path, self._monkeypatch = path, monkeypatch
         self.file = path / LOCK_FILE
         (path / "pytest.ini").write_text(
-            "[pytest]\nvm_image_path = images\nvm_images = one\naddopts = -p no:randomly\n"
+            "[pytest]\nvm_image_path = images\nvm_images = one\naddopts = -p no:randomly --ff\n"
         )
         for name in ("one", "two"):
             toml = images.toml(architecture=native_architecture())
