@@ -6,22 +6,22 @@ This is for people, before an image is built again. apt checks the archive's sig
 from __future__ import annotations
 
 import hashlib
-import http.client
 import lzma
 import re
 import subprocess
-import urllib.request
+import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import NamedTuple
 
+from pytest_vmsandbox.catalogue.importing import download
 from pytest_vmsandbox.core.errors import ImageError
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # our names → Debian's
-_SECONDS = 60.0  # without a byte from the server
-_LIMIT, _UNPACKED_LIMIT = 64 << 20, 512 << 20  # bytes of one file
+_UNPACKED_LIMIT = 512 << 20  # bytes of one list of packages
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -32,23 +32,15 @@ class Suite(NamedTuple):
     name: str
     date: str
 
-    def get(self, path: str) -> bytes:
-        """A file of the suite.
+    def place(self, path: str) -> str:
+        """The URL of one of its files.
 
         Raises:
-            ImageError: it cannot be downloaded.
+            ImageError: it is no http(s) URL.
         """
-        url = f"{self.url}/dists/{self.name}/{path}"
-        try:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError("only http and https are supported")
-            with urllib.request.urlopen(url, timeout=_SECONDS) as answer:  # noqa: S310  # see above
-                content: bytes = answer.read(_LIMIT + 1)
-            if len(content) > _LIMIT:
-                raise ValueError("it is too large")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise _unusable(url, str(getattr(error, "reason", error))) from error
-        return content
+        if not download.is_url(self.url):
+            raise _unusable(self.url, "only http and https are supported")
+        return f"{self.url}/dists/{self.name}/{path}"
 
 
 def newer_packages(
@@ -68,7 +60,7 @@ def newer_packages(
         ImageError: the archive cannot be asked.
     """
     suites = [Suite(*words) for line in archive if len(words := line.split()) == 3]
-    releases = {suite: suite.get("InRelease").decode(errors="replace") for suite in suites}
+    releases = {suite: download.read_text(suite.place("InRelease")) for suite in suites}
     if all(_date(suite, text) <= suite.date for suite, text in releases.items()):
         return []
     ours = dict(package.split(" ", 1) for package in packages if " " in package)
@@ -101,7 +93,10 @@ def _listed(suite: Suite, release: str, architecture: str) -> Iterator[tuple[str
     digests = re.findall(rf"(?m)^ ([0-9a-f]{{64}}) +\d+ {re.escape(path)}$", release)
     if not digests:
         raise _unusable(suite.url, f"the release file of {suite.name} does not list {path}")
-    packed = suite.get(path)
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
+        file = Path(folder, "Packages.xz")
+        download.fetch(suite.place(path), file, lambda _: None)
+        packed = file.read_bytes()
     if hashlib.sha256(packed).hexdigest() not in digests:  # a mirror in the middle of its update
         raise _unusable(suite.url, f"{path} does not fit the release file. Try again later")
     try:

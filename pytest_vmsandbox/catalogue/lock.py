@@ -50,6 +50,7 @@ _MARKERS = re.compile(r"(?m)^(<{7}|={7}|>{7})( |$)")  # as git writes them
 _SHOWN = 10  # lines of differences in an error
 _SHORT = 16  # digits of a digest, for people
 _NONE = "none"
+_BY_LOCK = "given by the lock file"  # what an image that was made with a lock has as `checked`
 
 
 class Difference(NamedTuple):
@@ -117,7 +118,7 @@ class LockedImage:
             places={key: source[key] for key in _PLACES if source.get(key)},
             digests=digests,
             archive=tuple(" ".join(words[:3]) for words in suites),
-            signature=_signature(definition, digests, suites),
+            signature=_signature(source, digests, suites),
             packages=tuple(packages),
             locked=("definition", *(["source"] * bool(digests)), *(["packages"] * bool(packages))),
             may_drift=(*(["archive"] * bool(archive)), "files"),
@@ -174,7 +175,9 @@ class LockedImage:
         return {key: found[key] for key in _KEYS if found.get(key)}
 
     def kept(self, before: LockedImage | None) -> LockedImage:
-        """The same image under the policy of an older entry: what may drift still may."""
+        """The same image after an older entry: what may drift still may."""
+        if before is not None and _BY_LOCK in self.signature:
+            return replace(self, signature=before.signature).kept(before)
         if before is None or "packages" not in before.may_drift or not self.packages:
             return self
         locked = tuple(what for what in self.locked if what != "packages")
@@ -197,7 +200,8 @@ class LockedImage:
         yield "definition", self.definition, found.definition
         for key in _DIGESTS:
             yield "source", self.digests.get(key, ""), found.digests.get(key, "")
-        yield "signature", self.signature, found.signature
+        if _BY_LOCK not in found.signature:
+            yield "signature", self.signature, found.signature
 
     @property
     def _origin(self) -> str:
@@ -466,13 +470,11 @@ def _source(record: Mapping[str, Any], definition: ImageDefinition) -> dict[str,
 
 
 def _signature(
-    definition: ImageDefinition, digests: Mapping[str, str], suites: Sequence[Sequence[str]]
+    source: Mapping[str, str], digests: Mapping[str, str], suites: Sequence[Sequence[str]]
 ) -> str:
     """What was checked of an image's origin."""
-    source = definition.source
     if digests:
-        given = "the definition" if source is None or not source.checksums else source.checksums
-        return f"none; the digest comes from {given}"
+        return f"none; {source.get('checked') or 'sha256 given by the definition'}"
     if not suites:
         return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})

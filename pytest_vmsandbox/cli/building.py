@@ -7,7 +7,6 @@ from pytest_vmsandbox.catalogue.lock import Difference, Lock, LockedImage, lock_
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
@@ -29,7 +28,7 @@ def build_one(
         definition: what to build.
         settings: where images are kept. If they say offline, nothing is built that may use the network.
         force: build it even if it is built.
-        lock: of the project. The image is compared with it, and differences are shown.
+        lock: of the project. A source must have its digests. Other differences are shown.
 
     Raises:
         VMSandboxError: the image cannot be built or kept.
@@ -38,30 +37,14 @@ def build_one(
     if not force and store.state(definition) is ImageState.BUILT:
         screen.say(f"{name} is built")
     else:
-        if settings.offline and uses_network(definition):
-            raise ImageError(
-                f"{name} cannot be built offline: that may use the network",
-                remedy="leave out --offline, or copy the image from the cache of another machine",
-            )
         screen.say(f"building {name}: {definition.description}", "bold")
         began = monotonic()
         with screen.stages() as stage:
-            image = make_image(definition, settings, progress=stage, force=force)
+            image = make_image(definition, settings, progress=stage, force=force, lock=lock)
         took = f"{monotonic() - began:.0f} s"
         screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {took}")
     if lock is not None:
         _compare(screen, lock, LockedImage.of(store.require(definition)))
-
-
-def uses_network(definition: ImageDefinition) -> bool:
-    """Whether making an image may use the network. Nobody knows what a recipe does."""
-    if definition.recipe:
-        return True
-    if definition.add is not None and definition.add.network == "nat":
-        return True
-    source = definition.source
-    places = (source.url, source.checksums, source.kernel, source.initrd) if source else ()
-    return any("://" in place for place in places)
 
 
 def _compare(screen: Screen, lock: Lock, found: LockedImage) -> None:

@@ -166,14 +166,32 @@ def _look(
             for old, new in newer
             for change in changes([old], [new])
         ]
+    listed = _listed(definition, known, settings)
+    lines += listed
     if not is_built:
         lines.append("is not built here, so it is built")
     return _Change(
         definition=definition,
         lines=lines,
-        build=bool(newer) or not is_built,
+        build=bool(newer or listed) or not is_built,
         bases=bool(newer),
     )
+
+
+def _listed(
+    definition: ImageDefinition, known: LockedImage | None, settings: Settings
+) -> list[str]:
+    """What the list of digests of a source says now, if that is another file."""
+    from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
+
+    source = definition.source
+    if source is None or not source.checksums or known is None or settings.offline:
+        return []
+    there = Fetcher(cache_dir(), definition.folder, lambda _: None).digest(source)
+    ours = known.digests.get(there.kind, "")
+    if ours == there.hex:
+        return []
+    return [f"source: {ours[:16]}… → {there.hex[:16]}… (in {source.checksums})"]
 
 
 def _make(

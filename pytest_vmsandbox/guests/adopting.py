@@ -10,7 +10,7 @@ from pytest_vmsandbox.cache.store import PRIVATE_KEY
 from pytest_vmsandbox.catalogue.definition import DEFINITION_FILE, ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.origin import ADOPTED
-from pytest_vmsandbox.catalogue.store import DISK, HOST_KEY, PACKAGES, BuiltImage
+from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, BuiltImage
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     BootError,
@@ -21,7 +21,6 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import changing, examining
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
@@ -38,7 +37,7 @@ _SILENT_SECONDS = 300.0  # of cloud-init
 _EMERGENCY = "emergency mode"
 
 # The well-known keys of the Vagrant project (the folder `keys` of its repository). They open each new box.
-_INSECURE_KEYS = [
+INSECURE_KEYS = [
     Path(__file__).with_name("insecure_keys") / name
     for name in ("vagrant.key.ed25519", "vagrant.key.rsa")
 ]
@@ -55,10 +54,10 @@ fi
 give() {
     home=$(awk -F: -v name="$1" '$1 == name { print $6 }' /etc/passwd)
     mkdir -p "$home/.ssh"
-    rm -f "$home/.ssh/authorized_keys2"
+    rm -f "$home/.ssh/authorized_keys" "$home/.ssh/authorized_keys2"
     echo "$key" >"$home/.ssh/authorized_keys"
     chmod 0700 "$home/.ssh"
-    chown -R "$1:$(id -g "$1")" "$home/.ssh"
+    chown -R "$1:" "$home/.ssh"
     ! command -v restorecon || restorecon -R "$home/.ssh" || :
 }
 give root
@@ -109,7 +108,6 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
         BootError: the guest does not come up.
     """
     definition = build.definition
-    grows = _grows(build.out, definition)
     if definition.login.method == "none":
         return {}  # nobody logs in
     has_own_key = definition.login.method in ADOPTED
@@ -125,18 +123,17 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
         further.append(seed(definition.name, key.public))
     build.say("booting it for the first time")
     try:
-        with changing.changing(
-            build, image, hardware, settings, key, further=further, keep=has_own_key or grows
-        ) as guest:
+        with changing.changing(build, image, hardware, settings, key, further=further) as guest:
             with guest.engine.use() as running:
                 if has_own_key:
                     _leave_key(build, guest, running, key)
                 _note_host_key(build, guest, running)
-            if grows:
+            if definition.disk_size is not None:
                 changing.grow(build, guest)
             found = examining.check(guest, definition)
             if packages := examining.packages(guest):
                 (build.out / PACKAGES).write_text(packages, encoding="utf-8")
+            changing.clean(build, guest)
             return found
     except BootError as error:
         if _EMERGENCY in error.details:
@@ -145,25 +142,6 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
                 "the image again when this machine has less to do"
             )
         raise
-
-
-def _grows(folder: Path, definition: ImageDefinition) -> bool:
-    """Whether the disk in a folder is smaller than it is to be.
-
-    Raises:
-        ImageError: it is larger.
-    """
-    disk = folder / DISK
-    if definition.disk_size is None or not disk.exists():
-        return False
-    size = disk.stat().st_size
-    if size > definition.disk_size:
-        raise ImageError(
-            f"{definition.folder / DEFINITION_FILE}: disk.size = {format_size(definition.disk_size)} is too "
-            f"small: the disk has {size} bytes",
-            remedy=f"disk.size must be at least {-(-size // 1024**2)}MiB",
-        )
-    return size < definition.disk_size
 
 
 def _leave_key(build: Build, guest: Guest, running: Running, key: KeyPair) -> None:
@@ -176,7 +154,7 @@ def _leave_key(build: Build, guest: Guest, running: Running, key: KeyPair) -> No
     login = definition.login
     user = login.user or ("vagrant" if login.method == "vagrant" else definition.user)
     build.say(f"logging in as {user}")
-    insecure = _INSECURE_KEYS if login.method == "vagrant" else []
+    insecure = INSECURE_KEYS if login.method == "vagrant" else []
     transport = FirstTransport(
         address=lambda: running.machine.forward(_SSH_PORT),
         user=user,

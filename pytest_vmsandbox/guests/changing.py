@@ -31,6 +31,18 @@ _MEMORY = GIB  # package managers need more than most tests
 _SILENT_SECONDS = 600.0  # of a program in the guest, on a usual host with KVM; then it is killed
 _FICLONE = 0x40049409  # of linux/fs.h: a file shares the blocks of another one
 
+# What a boot has left there, and what packages have; each guest gets a machine-id of its own.
+_CLEAN = """
+if command -v apt-get; then apt-get clean; rm -rf /var/lib/apt/lists/*; fi
+if command -v dnf; then dnf clean all; fi
+if command -v zypper; then zypper clean --all; fi
+if command -v pacman; then rm -rf /var/cache/pacman/pkg/*; fi
+[ ! -s /etc/machine-id ] || [ -L /etc/machine-id ] || : >/etc/machine-id
+rm -f /var/lib/systemd/random-seed
+sync
+! command -v fstrim || fstrim -v / || :
+"""
+
 
 def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Hardware:
     """The hardware of a guest that is booted to be changed. Its user is root."""
@@ -85,7 +97,11 @@ def changing(
         with backend.engine(machines) as engine:
             yield Guest(engine)
             build.say("shutting it down")
-            if not engine.power_off():
+            with engine.use() as running:
+                monitor = running.machine.monitor
+            engine.power_off()
+            ends = [event["data"] for event in monitor.events() if event["event"] == "SHUTDOWN"]
+            if not any(end["guest"] for end in ends):
                 raise ImageError(
                     f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
                     remedy="look for what does not end in the guest",
@@ -129,6 +145,11 @@ def grow(build: Build, guest: Guest) -> None:
     except CommandError as error:
         why = " ".join(str(error.result.stderr).split()) or error.brief
         build.say(f"the disk has grown, but not the root file system: {why}")
+
+
+def clean(build: Build, guest: Guest) -> None:
+    """Remove what a boot has left in the guest, and what its package manager keeps."""
+    run(build, guest, _CLEAN)
 
 
 class Lines:

@@ -47,18 +47,6 @@ home=$(awk -F: -v name="$1" '$1 == name { print $6 }' /etc/passwd)
 mkdir -p "$home/.ssh" && cp /root/.ssh/authorized_keys "$home/.ssh/" && chmod 0700 "$home/.ssh" &&
     chown -R "$1" "$home/.ssh"
 """
-# What a boot has left there, and what packages have; each guest gets a machine-id of its own.
-_CLEAN = """
-rm -rf "$1"
-if command -v apt-get; then apt-get clean; rm -rf /var/lib/apt/lists/*; fi
-if command -v dnf; then dnf clean all; fi
-if command -v zypper; then zypper clean --all; fi
-if command -v pacman; then rm -rf /var/cache/pacman/pkg/*; fi
-[ ! -s /etc/machine-id ] || [ -L /etc/machine-id ] || : >/etc/machine-id
-rm -f /var/lib/systemd/random-seed
-sync
-! command -v fstrim || fstrim -v / || :
-"""
 # All of the root file system, with the folders that others are mounted on.
 _PACK = """
 set -e
@@ -143,7 +131,7 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
         if not packages and (base.folder / PACKAGES).exists():
             packages = (base.folder / PACKAGES).read_text(encoding="utf-8")
         (build.out / PACKAGES).write_text(packages, encoding="utf-8")
-        changing.run(build, guest, _CLEAN, [_FOLDER])
+        changing.clean(build, guest)
         if base.disk is None:
             build.say("making the initial RAM file system")
             with (build.out / INITRD).open("xb") as initrd:
@@ -158,6 +146,7 @@ def _run_script(build: Build, guest: Guest, folder: Path, script: str) -> None:
         has_interpreter = file.read(2) == b"#!"
     start = 'chmod u+x "$2" && exec "./$2"' if has_interpreter else 'exec /bin/sh "./$2"'
     changing.run(build, guest, f'cd "$1" || exit; {start}', [_FOLDER, script])
+    guest.run(["rm", "-rf", _FOLDER], user="root")
 
 
 def _tell_of_kernels(build: Build, before: str, after: str) -> None:

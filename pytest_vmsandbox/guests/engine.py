@@ -363,8 +363,6 @@ class Engine:
                 running = stack.enter_context(self.use())
             try:  # QEMU's start has shown how fast this host is
                 running.await_answer(Deadline(self.boot_seconds))
-                if not running.machine.spec.start.is_loaded:
-                    running.introduce()
             except BaseException:
                 self._switch_off(running)
                 raise
@@ -392,7 +390,6 @@ class Engine:
             machine.console.begin_boot()
             running.hang_up()
             running.await_answer(deadline)
-            running.introduce()
 
     def power_off(self) -> bool:
         """Shut down in an orderly way. A guest that is still on after the boot timeout is killed.

@@ -52,6 +52,7 @@ class Running:
         resting: whether it is paused until the next use.
         last_use: when it was last used.
         left: programs that go on even if their starters forget them.
+        restarted: whether the guest has restarted since the machine was started.
     """
 
     machine: Machine
@@ -64,6 +65,7 @@ class Running:
     resting: bool = False
     last_use: float = field(default_factory=monotonic)
     left: list[RemoteProcess] = field(default_factory=list)
+    restarted: bool = False
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,14 +148,12 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
-
-    def introduce(self) -> None:
-        """Tell a guest its name after a boot, unless the kernel's command line does so.
-
-        Raises:
-            GuestLost: it cannot be told.
-        """
         if self.blueprint.built.key is not None:
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell a guest its name after a boot, because no command line of a kernel does so."""
+        if self.restarted or not self.machine.spec.start.is_loaded:
             command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
             process = self.start(command, "root")
             try:
@@ -184,6 +184,7 @@ class Running:
     def hang_up(self) -> None:
         """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
+        self.restarted = True
         with self._lock:
             transports, self._transports = self._transports, {}
         for transport in transports.values():

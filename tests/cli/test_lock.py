@@ -297,7 +297,7 @@ class TestBuild:
         project.keep()
         assert "one is built" in project.run("build", "one", "--offline", "--image-path=images")
         text = project.run("build", "two", "--offline", "--image-path=images", status=69)
-        assert "two cannot be built offline: that may use the network" in text
+        assert "two cannot be built offline, because that may use the network" in text
 
 
 class TestAsk:

@@ -110,7 +110,7 @@ def test_another_architecture_that_it_lacks(archive):
 
 def test_it_is_gone(archive):
     line = archive.suite("stable", NEW).replace("stable", "unstable")
-    with pytest.raises(ImageError, match=f"{archive.url}/dists/unstable/InRelease.*File not found"):
+    with pytest.raises(ImageError, match="/dists/unstable/InRelease.*404"):
         newer_packages([line], PACKAGES, "x86_64")
 
 
@@ -119,10 +119,9 @@ def test_only_the_web_is_asked(tmp_path):
         newer_packages([f"file://{tmp_path} stable 2026-01-01T00:00:00Z"], PACKAGES, "x86_64")
 
 
-@pytest.mark.parametrize("limit", ["_LIMIT", "_UNPACKED_LIMIT"])
-def test_files_without_end_are_refused(archive, monkeypatch, limit):
+def test_a_list_without_end_is_refused(archive, monkeypatch):
     line = archive.suite("stable", NEW, openssl="4")
-    monkeypatch.setattr(archive_module, limit, 50)
+    monkeypatch.setattr(archive_module, "_UNPACKED_LIMIT", 50)
     with pytest.raises(ImageError, match="too large"):
         newer_packages([line], PACKAGES, "x86_64")
 

@@ -82,7 +82,7 @@ class TestEntry:
         entry = LockedImage.of(built(packages=None, archive=None, source=SOURCE))
         assert entry.places == {"url": SOURCE["url"]}
         assert entry.digests == {"sha256": SOURCE["sha256"]}
-        assert entry.signature == "none; the digest comes from the definition"
+        assert entry.signature == "none; a list over https"
         assert entry.locked == ("definition", "source")
 
     def test_a_changed_list_is_damage(self, built):
@@ -253,6 +253,13 @@ def test_what_cannot_be_read(file, what):
         file.symlink_to("nowhere")
     with pytest.raises(ConfigError, match="cannot be read"):
         Lock.read(file)
+
+
+def test_an_image_that_was_made_with_a_lock_has_the_signature_of_the_lock(file, built):
+    locked = LockedImage.of(built(source=SOURCE))
+    found = LockedImage.of(built(source={**SOURCE, "checked": "given by the lock file"}))
+    assert locked.differences(found) == []
+    assert found.kept(locked) == locked
 
 
 class TestWriting:
