@@ -85,7 +85,7 @@ class Machine:
     _is_over: bool = False  # whether we have ended it
 
     def __post_init__(self) -> None:
-        self._own.update(self._tops)
+        self._own.update(self._tops, [cmdline.MODULES_DISK])
 
     @classmethod
     @contextmanager
@@ -553,6 +553,7 @@ def _descriptors(
     fds = Descriptors(
         kernel=give_image_file(spec.kernel),
         initrd=give_image_file(spec.initrd),
+        modules=give_image_file(spec.modules),
         code=give(disks.flash.code) if disks.flash is not None else None,
         variables=give(disks.flash.variables) if disks.flash is not None else None,
         tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
