@@ -20,7 +20,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pytest_vmsandbox.catalogue.importing import checksums, compression, ovf
 from pytest_vmsandbox.catalogue.importing.convert import convert
