@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pytest_vmsandbox.cache.files import remove_tree
+from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import (
     ARCHITECTURES,
@@ -16,6 +19,7 @@ from pytest_vmsandbox.catalogue.definition import (
     check_name,
 )
 from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
+from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
@@ -99,9 +103,9 @@ def import_(
     _check_new(name, image_path)
     wishes = _wishes(name, files, options)
     screen = Screen()
-    with screen.stages() as stage:
+    with screen.stages() as stage, _work_folder(name, stage) as work:
         stage("checking the files")
-        described = describe(wishes, folder, cache, stage)
+        described = describe(wishes, folder, cache, work, stage)
     for what, why in described.notes:
         screen.parts((f"  {what}", "bold"), (f"  ({why})", "dim"))
     if dry_run:
@@ -189,6 +193,21 @@ def _digests(definition: ImageDefinition) -> set[tuple[str, str]]:
         ("sha256", source.initrd_sha256),
     ]
     return {(kind, digits) for kind, digits in digests if digits}
+
+
+@contextmanager
+def _work_folder(name: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for what is unpacked. If we are killed, `clean` or the next import removes it."""
+    from pytest_vmsandbox.catalogue.builder import LARGE_TMP
+
+    store = ImageStore(cache_dir())
+    lock = private_folder(store.root) / f"{name}.lock"
+    base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
+    with (
+        locked(lock, on_busy=lambda: say(f"waiting: another process makes {name}")),
+        store.work_folder(name, base) as work,
+    ):
+        yield work
 
 
 def _check_new(name: str, image_path: tuple[Path, ...]) -> None:

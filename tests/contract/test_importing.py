@@ -80,6 +80,25 @@ def test_a_good_image_comes_out_as_it_was(name, tmp_path, work):
     assert (tmp_path / "imported").stat().st_blocks * 512 < len(wanted) / 2  # holes stay holes
 
 
+def test_a_raw_disk_of_half_a_sector(tmp_path, work):
+    data = disks.content()[:1000]
+    assert imported(tmp_path, work, {"disk": data}) == data + bytes(24)
+
+
+@pytest.mark.parametrize("maker", [b"vpc ", b"vbox", b"win ", b"qem2", b"wa\0\0"])
+@pytest.mark.parametrize("name", ["vpc-exact", "vpc-fixed"])
+def test_a_vhd_of_each_maker_has_all_of_its_disk(maker, name, tmp_path, work):
+    """QEMU takes the size of some by their geometry."""
+    data = patched(image(name), (len(image(name)) - 512 + 28, maker))
+    data = disks.with_vpc_sum(data, len(data) - 512, 512, 64)
+    if name == "vpc-exact":
+        data = disks.with_vpc_sum(patched(data, (28, maker)), 0, 512, 64)
+    found = imported(tmp_path, work, {"disk": data})
+    whole = len(disks.content()) // (16 * 63 * 512) * 16 * 63 * 512
+    assert found[:whole] == disks.content()[:whole]
+    assert len(found) >= whole
+
+
 def test_a_vmdk_with_a_footer(tmp_path, work):
     assert imported(tmp_path, work, {"disk.vmdk": disks.with_footer()}) == disks.content()
 

@@ -306,6 +306,26 @@ def test_a_list_for_one_file(ending, server, url, fetcher):
     assert fetcher().digest(source) == SHA256
 
 
+def test_a_list_is_not_taken_over_http_instead_of_https(monkeypatch, fetcher):
+    class Answer:
+        url = "http://example.org/SUMS"
+        length = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read1(self, _):
+            return b""
+
+    monkeypatch.setattr(download, "_opened", lambda *_: Answer())
+    with pytest.raises(ImageError, match="redirects to http://example.org/SUMS"):
+        download.read_text("https://example.org/SUMS?x")
+    assert download.read_text("http://example.org/SUMS") == ""
+
+
 def test_an_endless_list(server, url, fetcher):
     server.answers = [lambda answer: answer.say(200, bytes(5 << 20))]
     with pytest.raises(ImageError, match="too much for a list of digests"):

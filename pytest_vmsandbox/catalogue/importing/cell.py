@@ -42,6 +42,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
 # Flags that a mount has and that a user name space must keep: of statvfs, and of mount.
 KEPT = {0x2: 0x2, 0x4: 0x4, 0x8: 0x8, 0x400: 0x400, 0x800: 0x800, 0x1000: 0x200000}
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
+KEYCTL_JOIN_SESSION_KEYRING = 1
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 MNT_DETACH, LAST_CAPABILITY = 2, 63
 CAPABILITY_VERSION = 0x20080522
@@ -190,7 +192,11 @@ def read_only(target: str) -> None:
 
 
 def drop_everything(limits: dict[str, int]) -> None:
-    """Give up all capabilities, for ever, and set the limits."""
+    """Give up all capabilities and keys, for ever, and set the limits."""
+    if (
+        number := KEYCTL.get(platform.machine())
+    ) is not None:  # without keys in the kernel it fails
+        libc.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None)
     for capability in range(LAST_CAPABILITY + 1):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those that there are not
     checked("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
