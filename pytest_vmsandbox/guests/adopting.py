@@ -26,7 +26,7 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.machines import Running, check_network
 from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
 
 _SSH_PORT = 22
@@ -251,6 +251,7 @@ def _note_host_key(build: Build, guest: Guest, running: Running) -> None:
         ImageError: root cannot log in.
         GuestLost: the guest has no such key.
     """
+    check_network(running.machine, running.blueprint, running.machine.check)
     address = running.machine.forward(_SSH_PORT)
     known = host_key_at(address, guest.engine.stretch(_CONNECT_SECONDS))
     (build.out / HOST_KEY).write_text(f"{known}\n", encoding="utf-8")
