@@ -155,6 +155,8 @@ def attempt(name: str, image: BuiltImage, work: Path) -> dict[str, object]:
     """Try a format. Returns what each step took, in seconds."""
     folder, log = work / name, work / f"{name}.log"
     log.unlink(missing_ok=True)
+    if (cache_dir() / "imported" / f"import-{name}").exists():  # a run was ended
+        command(log, "images", "rm", f"import-{name}")
     seconds: dict[str, object] = {"passed": False}
     for left in (folder, work / f"{name}-tests"):
         shutil.rmtree(left, ignore_errors=True)
