@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,6 +224,12 @@ def _wishes(name: str, files: tuple[Path, ...], options: dict[str, Any]) -> Any:
 
     if not files and options["kernel"] is None:
         raise ConfigError("no file is given", remedy="name the file of a disk, or --kernel=FILE")
+    if urls := [str(file) for file in files if re.match(r"https?:/", str(file))]:
+        raise ConfigError(
+            f"{urls[0].replace(':/', '://', 1)} is no file of this machine",
+            remedy="download it first; or write an image.toml with [source] url and sha256, and run "
+            "'vmsandbox images fetch'",
+        )
     python = options["python"]
     system = {
         "python": {"yes": True, "no": False, "true": True, "false": False}.get(

@@ -13,7 +13,7 @@ disk of debian-13, booted directly, so the helper in it works and guests are clo
 
 The folder --work holds the files, a log of each step, and `results.json`. A format that has passed is not tried
 again unless --again says so, so a run that was ended goes on where it was. Exit status 0 if all have passed.
-Plan 10 minutes on a quiet machine with KVM, and two to three hours where guests are emulated.
+Plan 10 minutes on a quiet machine with KVM, and up to an hour where guests are emulated.
 """
 
 from __future__ import annotations

@@ -249,6 +249,12 @@ def test_a_redirect_to_another_server(server, url, fetcher):
     assert server.requests[1][0] == "/moved"
 
 
+def test_a_password_is_neither_used_nor_shown(fetcher):
+    with pytest.raises(ImageError, match="a user or a password") as caught:
+        got(fetcher(), "http://somebody:secret@127.0.0.1/disk")
+    assert "secret" not in str(caught.value)
+
+
 def test_no_server(fetcher):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -2,9 +2,9 @@
 
 This file stands alone. It is executed and never imported::
 
-    python -I -S cell.py STATUS-FD ALIVE-FD PLAN
+    python -I -S cell.py STATUS-FD ALIVE-FD PLAN-FD
 
-PLAN is JSON: ``{"root": FOLDER, "argv": […], "env": {…}, "limits": {NAME: NUMBER}, "binds": [{"path": …,
+PLAN-FD is a file with JSON: ``{"root": FOLDER, "argv": […], "env": {…}, "limits": {NAME: NUMBER}, "binds": [{"path": …,
 "device": N, "inode": N, "target": …, "writable": BOOL}, …]}``. FOLDER is empty, and the new root is mounted on
 it. A bind is done only if the file at its path is still the one with that device and inode.
 
@@ -134,7 +134,7 @@ def build_root(root: str, binds: list[dict[str, Any]]) -> None:
     """Make the new root, with the system's programs and the given files, and enter it."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     sources = [open_same(bind) for bind in binds]  # before the new root can hide one
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=512,mode=755")
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
     for name in SYSTEM:
         if Path(name).is_symlink():
             Path(root + name).symlink_to(Path(name).readlink())
@@ -220,4 +220,6 @@ def start(status: int, argv: list[str], env: dict[str, str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])))
+    with os.fdopen(int(sys.argv[3]), encoding="utf-8") as told:
+        wanted = json.load(told)
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), wanted))

@@ -236,6 +236,7 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
         ImageError: the server refuses, and will the next time.
         _Broken: a further attempt may work.
     """
+    _check_no_password(url)
     # Nothing but http(s): a redirect must not read a file of this machine.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -273,6 +274,11 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Broken(_why(error)) from error
     return answer[0]
+
+
+def _check_no_password(url: str) -> None:
+    if "@" in urlsplit(url).netloc:
+        raise _failed(url, "a user or a password in an address is not supported")
 
 
 def _check_not_weaker(url: str, final: str) -> None:
