@@ -100,24 +100,17 @@ def run(
         _Pipe() as alive,
         _Pipe() as output,
     ):
+        told = (
+            failed.writing,
+            alive.reading,
+            plan,
+        )  # only we can write to `alive`: it closes with us
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                _CELL,
-                str(failed.writing),
-                str(alive.reading),
-                str(plan),
-            ],
+            [sys.executable, "-I", "-S", _CELL, *map(str, told)],
             stdin=stdin,
             stdout=output.writing if stdout is None else stdout,
             stderr=output.writing,
-            pass_fds=(
-                failed.writing,
-                alive.reading,
-                plan,
-            ),  # only we can write to `alive`: it closes with us
+            pass_fds=told,
             start_new_session=True,
         )
         try:
