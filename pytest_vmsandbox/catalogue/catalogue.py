@@ -124,7 +124,7 @@ class Catalogue:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         folders: dict[str, Path] = {}
-        for parent in (*_own_folders(), *self._imported(), *self._image_path):
+        for parent in (*standard_folders(self._cache), *self._image_path):
             try:
                 entries = sorted(
                     folder
@@ -148,13 +148,6 @@ class Catalogue:
                     )
         return folders
 
-    def _imported(self) -> list[Path]:
-        """The folder of imported images, if there is one."""
-        with suppress(ConfigError):  # without a home folder, there is no cache
-            folder = imported_dir(self._cache or cache_dir())
-            return [folder] if folder.is_dir() else []
-        return []
-
     def _native(self) -> set[str]:
         machine = native_architecture()
         return {name for name in self._folders if self.get(name).architecture == machine}
@@ -175,6 +168,18 @@ class Catalogue:
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
+
+
+def standard_folders(cache: Path | None = None) -> list[Path]:
+    """The folders that every catalogue has: that of our own images, and that of imported ones.
+
+    Args:
+        cache: the cache; None for the user's cache.
+    """
+    folders = _own_folders()
+    with suppress(ConfigError):  # without a home folder, there is no cache
+        folders.append(imported_dir(cache or cache_dir()))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _is_image(folder: Path) -> bool:

@@ -418,30 +418,32 @@ class TestDigest:
 
 
 HOSTILE = {
-    "larger than 64 KiB": b"# " + b"x" * 70_000,
-    "an endless number": b"schema = " + b"9" * 5_000,
-    "nested lists": b"schema = " + b"[" * 30_000,
-    "nested tables": b"schema = " + b"{a = " * 10_000,
-    "a key of many parts": b"a" + b".a" * 1_001 + b" = 1",  # a minute for 32,000 of them
-    "many keys of many parts": b"".join(b"b%d" % i + b".a" * 500 + b" = 1\n" for i in range(50)),
-    "not UTF-8": b"schema = 1\ndescription = '\xff'",
-    "UTF-16": 'schema = 1\ndescription = "x"\n'.encode("utf-16"),
-    "NUL": b"schema = 1\0",
-    "a binary": bytes(range(256)) * 16,
-    "empty": b"",
-    "a key twice": b"schema = 1\nschema = 1\n",
-    "a table twice": b"schema = 1\n[boot]\n[boot]\n",
+    "large": (b"# " + b"x" * 70_000, "it is larger than 64KiB"),
+    "an endless number": (b"schema = " + b"9" * 5_000, ""),
+    "nested lists": (b"schema = " + b"[" * 30_000, "it is nested too deeply"),
+    "nested tables": (b"schema = " + b"{a = " * 10_000, "it is nested too deeply"),
+    # tomllib takes a minute for a key of 32,000 parts.
+    "a key of many parts": (b"a" + b".a" * 1_001 + b" = 1", "more than 1000 dots"),
+    "dots": (b"".join(b"b%d" % i + b".a" * 500 + b" = 1\n" for i in range(50)), "1000 dots"),
+    "not UTF-8": (b"schema = 1\ndescription = '\xff'", "'utf-8' codec"),
+    "UTF-16": ('schema = 1\ndescription = "x"\n'.encode("utf-16"), "'utf-8' codec"),
+    "NUL": (b"schema = 1\0", ""),
+    "a binary": (bytes(range(256)) * 16, ""),
+    "empty": (b"", "missing key 'schema'"),
+    "a key twice": (b"schema = 1\nschema = 1\n", ""),
+    "a table twice": (b"schema = 1\n[boot]\n[boot]\n", ""),
 }
 
 
 class TestHostile:
-    @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-    def test_content(self, tmp_path, content):
+    @pytest.mark.parametrize(("content", "why"), HOSTILE.values(), ids=HOSTILE)
+    def test_content(self, tmp_path, content, why):
         folder = write(tmp_path / "mine", "")
         (folder / "image.toml").write_bytes(content)
         with pytest.raises(ConfigError) as raised:
             ImageDefinition.read(folder)
         assert str(folder / "image.toml") in raised.value.brief
+        assert why in raised.value.brief
         assert len(raised.value.brief) < len(str(folder)) + 200
         assert raised.value.remedy
 
