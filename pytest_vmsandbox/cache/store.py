@@ -56,8 +56,10 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
+KERNELS = Kind(folder="kernels", record="kernel.json", schema=1)
 DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
-_MADE_ANEW = (TEMPLATES, ENVIRONMENTS)  # an image takes minutes to build: only a command removes it
+# An image takes minutes to build: only a command removes it.
+_MADE_ANEW = (TEMPLATES, ENVIRONMENTS, KERNELS)
 
 
 @dataclass(frozen=True, kw_only=True)

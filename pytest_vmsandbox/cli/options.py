@@ -24,11 +24,8 @@ image_path_option = click.option(
 offline_option = click.option("--offline", is_flag=True, help="Never use the network.")
 
 
-def guest_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options for a guest.
-
-    The function gets `settings` for the factory, and `hardware` for `GuestFactory.boot`.
-    """
+def _hardware_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for the hardware of a guest."""
 
     @click.option("--cpus", metavar="N", help="Number of CPUs (default: 1).")
     @click.option("--memory", metavar="SIZE", help="Memory, such as 1GiB (default: 512MiB).")
@@ -51,6 +48,26 @@ def guest_options(function: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--user", metavar="NAME", help="User who runs commands in the guest (default: the image's)."
     )
+    @click.option(
+        "--kernel",
+        metavar="PATH",
+        help="Another kernel than the image's: its file, the folder in which you built it, a folder with "
+        "boot/vmlinuz-*, or a .deb file.",
+    )
+    @wraps(function)
+    def command(*args: Any, **others: Any) -> None:
+        function(*args, **others)
+
+    return command
+
+
+def guest_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for a guest.
+
+    The function gets `settings` for the factory, and `hardware` for `GuestFactory.boot`.
+    """
+
+    @_hardware_options
     @click.option(
         "--accel",
         type=click.Choice(ACCELERATORS),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
@@ -15,6 +17,7 @@ _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 Network = Literal["isolated", "nat"]
 Firmware = Literal["kernel", "uefi", "bios"]
 NETWORKS: tuple[Network, ...] = get_args(Network)
+OWN_KERNEL = "image"  # what users write for the kernel of the image
 FIRMWARE: tuple[Firmware, ...] = get_args(Firmware)
 _T = TypeVar("_T")
 
@@ -69,6 +72,8 @@ class Hardware:
         disks: bytes of each further, blank disk, in order.
         network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
         user: who runs commands in the guest if a call names nobody; empty for the image's user.
+        kernel: the absolute path of another kernel than the image's: its file, a folder or a package;
+            None for the image's own.
         firmware: what boots the guest: ``kernel`` (QEMU itself, without a boot loader), ``uefi`` or
             ``bios``; None for what the image says.
         tpm: whether the guest has a TPM 2.0; None for what the image says.
@@ -80,6 +85,7 @@ class Hardware:
     disks: tuple[int, ...] = ()
     network: Network = "isolated"
     user: str = ""
+    kernel: Path | None = None
     firmware: Firmware | None = None
     tpm: bool | None = None
 
@@ -161,6 +167,27 @@ def _user(value: object) -> str:
     return value
 
 
+def parse_kernel(value: object, folder: Path | None = None) -> Path | None:
+    """The absolute path of a kernel; None for the image's own.
+
+    Args:
+        value: a path, or ``image``.
+        folder: what a relative path is relative to; None for the current folder.
+
+    Raises:
+        ConfigError: `value` is no path.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(
+            f"kernel={value!r} is not the path of a kernel",
+            remedy=f"name a kernel, the folder in which you built one, a folder with boot/vmlinuz-*, a .deb "
+            f"file, or {OWN_KERNEL!r} for that of the image",
+        )
+    if value == OWN_KERNEL:
+        return None
+    return Path(folder or "", os.fspath(value)).expanduser().absolute()
+
+
 def _tpm(value: object) -> bool:
     return one_of((True, False), value, "tpm")
 
@@ -173,6 +200,7 @@ _READERS: Mapping[str, Callable[[object], object]] = {
     "disks": _disks,
     "network": parse_network,
     "user": _user,
+    "kernel": parse_kernel,
     "firmware": partial(one_of, FIRMWARE, what="firmware"),
     "tpm": _tpm,
 }

@@ -28,6 +28,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.kernels import KernelStore
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
@@ -182,6 +183,11 @@ class Backend:
             Hypervisor.running(runtime=self.settings.runtime, cache=self.cache)
         )
 
+    @cached_property
+    def kernels(self) -> KernelStore:
+        """The kernels that users bring."""
+        return KernelStore(self.cache, self.callbacks, self.stack)
+
     def clean(self) -> None:
         """Remove what killed runs have left."""
         _ = self.hypervisor  # which removes their folders
@@ -212,12 +218,16 @@ class Backend:
     def _blueprint(
         self, built: BuiltImage, qemu: Qemu, verdict: Verdict, hardware: Hardware
     ) -> Blueprint:
+        kernel = None
+        if hardware.kernel is not None:
+            kernel = self.kernels.get(hardware.kernel, built, hardware.firmware)
         try:
             uefi = find_firmware(built, hardware)
         except LaunchError as error:
             self.callbacks.missing(error)
         return Blueprint(
             built=built,
+            kernel=kernel,
             qemu=qemu,
             verdict=verdict,
             hardware=hardware,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.cache.store import IMAGES
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.core.errors import ConfigError
@@ -26,6 +25,25 @@ FORMAT = 4  # of templates; raise it when we change what we do to a guest before
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnKernel:
+    """What guests of an image boot instead of the image's kernel.
+
+    Attributes:
+        release: what ``uname -r`` shows.
+        digest: identifies the kernel's content, with that of its modules.
+        image: the kernel.
+        initrd: the image's initial RAM file system, and behind it the modules to load first.
+        modules: a file system with all modules; None without any.
+    """
+
+    release: str
+    digest: str
+    image: Path
+    initrd: Path
+    modules: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """What interchangeable guests have in common.
 
@@ -35,6 +53,7 @@ class Blueprint:
         verdict: the accelerator and the CPU model.
         hardware: of the guests.
         qemu_args: returns further arguments for QEMU.
+        kernel: what boots instead of the image's kernel; None for that.
         uefi: the firmware that boots them, or None without UEFI.
         pace: what we know about this host's speed.
     """
@@ -44,6 +63,7 @@ class Blueprint:
     verdict: Verdict
     hardware: Hardware
     qemu_args: Callable[[MachineSpec], Sequence[str]]
+    kernel: OwnKernel | None = None
     uefi: Uefi | None = None
     pace: host.Pace = field(default_factory=host.Pace, compare=False)
 
@@ -51,6 +71,11 @@ class Blueprint:
     def image(self) -> str:
         """The name of the image."""
         return self.built.definition.name
+
+    @property
+    def has_way_in(self) -> bool:
+        """Whether somebody can log in. If not, the guest is driven by its console."""
+        return self.built.definition.login.method != "none"
 
     @property
     def boots_directly(self) -> bool:
@@ -88,7 +113,27 @@ class Blueprint:
             uefi=self.uefi,
             tpm=self.built.definition.tpm if has_tpm is None else has_tpm,
         )
+        if self.kernel is not None:
+            spec = self._on_own_kernel(spec, self.kernel)
         return replace(spec, more_args=tuple(self.qemu_args(spec)))
+
+    def _on_own_kernel(self, spec: MachineSpec, kernel: OwnKernel) -> MachineSpec:
+        """The machine with another kernel than the image's."""
+        append = spec.append
+        if kernel.modules is not None:  # the last of the disks
+            append += f" vmsandbox.modules=/dev/vd{'abcdefghijkl'[self._count_of_disks]}"
+        return replace(
+            spec,
+            append=append,
+            kernel=kernel.image,
+            initrd=kernel.initrd,
+            modules=kernel.modules,
+        )
+
+    @property
+    def _count_of_disks(self) -> int:
+        """The root disk, if there is one, and the blank disks."""
+        return len(self.hardware.disks) + (self.built.disk is not None)
 
     def disks(
         self, folder: Path, frozen: Sequence[Sequence[Path]] = ()
@@ -117,7 +162,6 @@ class Blueprint:
 
         The network is no part of it, because only this side knows whether it is isolated.
         """
-        count = len(self.hardware.disks) + (self.built.disk is not None)
         spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)
         fds = Descriptors(
             kernel=None if spec.kernel is None else 0,
@@ -127,12 +171,14 @@ class Blueprint:
             tpm=0 if spec.tpm else None,
             memory=0,
             base=None if self.built.disk is None else 0,
-            overlays=((0,),) * count,
+            modules=None if spec.modules is None else 0,
+            overlays=((0,),) * self._count_of_disks,
         )
         parts: dict[str, object] = {
             "format": FORMAT,
             "image": self.built.digest,
             "built": self.built.build_id,
+            "kernel": None if self.kernel is None else self.kernel.digest,
             "argv": cmdline.argv(spec, fds),
             "disks": [self.hardware.disk, *self.hardware.disks],
             "qemu": self.qemu.build,
@@ -198,11 +244,11 @@ def trial(built: BuiltImage, cache: Path) -> Trial:
     """
     if built.kernel is not None:
         append = built.definition.append
-        return Trial(content=built.kernel, kernel=built.kernel, initrd=built.initrd, append=append)
+        return Trial(kernel=built.kernel, initrd=built.initrd, append=append)
     hardware = Hardware(memory=max(Trial.memory, built.definition.memory_min))
     uefi = find_firmware(built, hardware)
     return Trial(
-        content=built.folder / IMAGES.record,
+        disk_id=built.digest,
         memory=hardware.memory,
         uefi=uefi,
         disks=lambda: Disks.open(

@@ -33,6 +33,10 @@ class Callbacks(Protocol):
         """The image of the current test; None without one."""
         return None
 
+    def kernel(self, default: Path | None) -> Path | None:
+        """The kernel for guests of the current test that name none; None for the image's own."""
+        return default
+
     def hints(self) -> Sequence[str]:
         """Lines for an error of a guest: where the artifacts are, and how to reproduce it."""
         return ()

@@ -109,7 +109,10 @@ class Clones:
         ) from lost[-1]
 
     def _may_clone(self, blueprint: Blueprint, steps: Sequence[Step]) -> bool:
-        is_possible = template_key(blueprint, steps) not in self._impossible
+        # Without a way in, nobody could wake a clone.
+        is_possible = (
+            blueprint.has_way_in and template_key(blueprint, steps) not in self._impossible
+        )
         return self._backend.settings.clones != "never" and is_possible
 
     def _fall_back(

@@ -61,8 +61,8 @@ class GuestFactory:
         Args:
             image: a name of the catalogue, or what `prepare` returned. What ``prepare(None, …)``
                 returned is booted on the image of the test that runs now.
-            hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``, as in the marker
-                ``vm``. What you leave out is the run's default.
+            hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``, ``kernel``, as in
+                the marker ``vm``. What you leave out is the run's default.
 
         Raises:
             ConfigError: there is no such image or hardware, or no test that has an image.
@@ -290,7 +290,11 @@ class GuestFactory:
         Raises:
             ConfigError: there is no such image or hardware.
         """
-        return self.backend.catalogue.get(image).hardware(self.backend.settings.hardware, arguments)
+        defaults = self.backend.settings.hardware
+        if "kernel" not in arguments:
+            kernel = self.backend.callbacks.kernel(defaults.kernel)
+            defaults = replace(defaults, kernel=kernel)
+        return self.backend.catalogue.get(image).hardware(defaults, arguments)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSandboxError
-from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests import kernel_faults, resume
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command
@@ -33,6 +33,10 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
+_SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
+_SILENT_SECONDS = (
+    10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
+)
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
@@ -51,6 +55,7 @@ class Running:
         resting: whether it is paused until the next use.
         last_use: when it was last used.
         left: programs that go on even if their starters forget them.
+        restarted: whether the guest has restarted since the machine was started.
     """
 
     machine: Machine
@@ -63,6 +68,7 @@ class Running:
     resting: bool = False
     last_use: float = field(default_factory=monotonic)
     left: list[RemoteProcess] = field(default_factory=list)
+    restarted: bool = False
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -84,6 +90,15 @@ class Running:
             command = replace(command, user=None)
         if (helper := self.helper) is not None:
             return helper.start(command, login)
+        return self.start_by_ssh(command, login)
+
+    def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
+        """Start a program by SSH, even if the guest has a helper.
+
+        Args:
+            login: who logs in.
+        """
+        check_way_in(self.blueprint, self.machine.spec.name)
         with self._lock:
             if login not in self._transports:
                 self._transports[login] = self._transport(login)
@@ -107,6 +122,8 @@ class Running:
         """Whether the guest answers. Waits at most `timeout` seconds."""
         if self.machine.spec.start.is_loaded and self.helper is not None:
             return True
+        if not self.blueprint.has_way_in:
+            return self._is_ready(timeout)
         # If we connect before the guest's network is up, we wait for a retransmission. So we look at the
         # console first. If an image does not announce its server there, we just try.
         announced = self.machine.reaches("ssh", timeout)
@@ -118,6 +135,48 @@ class Running:
             return False  # the caller finds out why
         return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
 
+    def _is_ready(self, timeout: float) -> bool:
+        """Whether the console shows that a system without any way in is up."""
+        ready = self.blueprint.built.definition.login.ready
+        try:
+            self.machine.console.wait_for(ready, timeout, this_boot=True)
+        except TimeoutError:
+            return False
+        return True
+
+    def _check_booting(self, seconds: float) -> None:
+        """Check that the guest can still come up.
+
+        Args:
+            seconds: since it was switched on.
+
+        Raises:
+            BootError: it cannot.
+        """
+        machine, kernel = self.machine, self.blueprint.kernel
+        if kernel is None:
+            machine.check_booting(seconds)
+            return
+        lost: BootError | None = None
+        try:
+            machine.check_booting(seconds)
+        except BootError as error:
+            lost = error
+        text = machine.console.this_boot
+        known = kernel_faults.fault(text)
+        if known is None and not text and seconds > self.blueprint.stretch(_SILENT_SECONDS):
+            known = kernel_faults.SILENT
+        if known is not None:
+            raise BootError(
+                f"{machine.spec.name} cannot boot on {kernel.release}: {known.brief}",
+                stage=machine.stage if lost is None else lost.stage,
+                seconds=seconds,
+                details=machine.console_lines(),
+                remedy=known.remedy,
+            ) from lost
+        if lost is not None:
+            raise lost
+
     def await_answer(self, deadline: Deadline) -> None:
         """Wait until the guest answers.
 
@@ -126,10 +185,15 @@ class Running:
         """
         machine = self.machine
         while not self.answers(deadline.remaining(_LOOK_SECONDS)):
-            machine.check_booting(deadline.elapsed)
+            self._check_booting(deadline.elapsed)
             if deadline.expired:
+                missing = (
+                    "did not answer on SSH"
+                    if self.blueprint.has_way_in
+                    else f"did not show {self.blueprint.built.definition.login.ready!r} on its console"
+                )
                 raise BootError(
-                    f"{machine.spec.name} did not answer on SSH within {deadline.seconds:g} s; "
+                    f"{machine.spec.name} {missing} within {deadline.seconds:g} s; "
                     f"it got as far as: {machine.stage}",
                     stage=machine.stage,
                     seconds=deadline.seconds,
@@ -137,6 +201,18 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
+        if self.blueprint.built.key is not None:
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell a guest its name after a boot, because no command line of a kernel does so."""
+        if self.restarted or not self.machine.spec.start.is_loaded:
+            command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
+            process = self.start(command, "root")
+            try:
+                process.communicate(None, _ignore, _ignore, self.blueprint.stretch(_ANSWER_SECONDS))
+            finally:
+                process.close()
 
     def pause(self) -> None:
         """Pause the machine until the next use.
@@ -161,6 +237,7 @@ class Running:
     def hang_up(self) -> None:
         """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
+        self.restarted = True
         with self._lock:
             transports, self._transports = self._transports, {}
         for transport in transports.values():
@@ -338,6 +415,7 @@ class Machines:
         Raises:
             GuestLost: the guest does not answer on SSH.
         """
+        check_way_in(self.blueprint, machine.spec.name)
         host, port = machine.forward(_SSH_PORT)
         check_network(machine, self.blueprint, machine.check)
         folder = self.hypervisor.folder
@@ -346,6 +424,21 @@ class Machines:
         self._own.callback(known.unlink, missing_ok=True)
         known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n", encoding="utf-8")
         return SSHAccess(host=host, port=port, user=user, key_file=key, known_hosts_file=known)
+
+
+def check_way_in(blueprint: Blueprint, name: str) -> None:
+    """Check that programs can be started in a guest.
+
+    Raises:
+        ConfigError: nobody can log in.
+    """
+    if not blueprint.has_way_in:
+        raise ConfigError(
+            f"nothing can be run in {name}: there is no way into {blueprint.image} (login.method is "
+            "'none')",
+            remedy="drive it by its console and by QEMU: vm.console.wait_for(…), vm.console.text, "
+            "vm.qmp(…), vm.power_cut(), vm.power_on()",
+        )
 
 
 def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
@@ -370,3 +463,7 @@ def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], No
                 "stopped or reconfigured them",
             )
         deadline.pause(_LOOK_SECONDS / 10)
+
+
+def _ignore(_: bytes) -> None:
+    """Output that nobody wants."""

@@ -18,6 +18,7 @@ from pytest_vmsandbox.machine.firmware import Uefi
 NETDEV = "n0"
 NETWORK_CARD = "nic0"
 ROOT_DISK = "root"
+MODULES_DISK = "modules"  # of a kernel that is not the image's own
 HELPER_PORT = "vmsandbox.helper"
 PORTS = ("port0", "port1", "port2", "port3")  # for devices that come while the guest runs
 _PORTS_SLOT = 0x1C  # on the board, as on real ones; a guest with eight disks fills 0x01 to 0x0e
@@ -30,6 +31,7 @@ class Descriptors:
     Attributes:
         monitor, console, helper: sockets.
         kernel, initrd: files, or None for a guest that firmware boots.
+        modules: a file system with the kernel's modules; None without one.
         code, variables: files of UEFI firmware, or None without it.
         tpm: a socket to the guest's TPM, or None without one.
         memory: a file with the guest's memory; None for memory of its own.
@@ -43,6 +45,7 @@ class Descriptors:
     helper: int = 5
     kernel: int | None = None
     initrd: int | None = None
+    modules: int | None = None
     code: int | None = None
     variables: int | None = None
     tpm: int | None = None
@@ -80,6 +83,7 @@ class MachineSpec:
         append: the kernel's command line.
         start: how the machine starts.
         kernel, initrd: files to boot directly; None for a guest that firmware boots.
+        modules: a file system with the modules of a kernel that is not the image's; None without one.
         uefi: the firmware that boots the guest. Without it and without a kernel, BIOS does.
         tpm: whether the guest has a TPM.
         more_args: added to QEMU's command line.
@@ -95,6 +99,7 @@ class MachineSpec:
     start: Start = Start.POWER_ON
     kernel: Path | None = None
     initrd: Path | None = None
+    modules: Path | None = None
     uefi: Uefi | None = None
     tpm: bool = False
     more_args: tuple[str, ...] = ()
@@ -117,6 +122,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *firmware(spec, fds),
         *tpm(fds),
         *disks(spec, fds),
+        *modules(fds),
         *network(spec),
         *entropy(),
         *panic(),
@@ -308,6 +314,17 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             device["bootindex"] = "0"
         args += ["-device", _device(device)]
     return args
+
+
+def modules(fds: Descriptors) -> list[str]:
+    """A read-only disk, after all others, with the modules of a kernel that is not the image's own."""
+    if fds.modules is None:
+        return []
+    name = MODULES_DISK
+    file = {"driver": "file", "filename": f"/dev/fdset/{fds.modules}", "read-only": True}
+    block = {"node-name": name, "driver": "raw", "read-only": True, "file": file}
+    device = _device(disk(name, node=name))
+    return [*_descriptor_set(fds.modules), "-blockdev", json.dumps(block), "-device", device]
 
 
 def disk(name: str, *, node: str) -> dict[str, str]:

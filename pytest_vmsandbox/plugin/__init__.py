@@ -22,7 +22,7 @@ from pytest_vmsandbox.plugin import (
     unimportable,
 )
 from pytest_vmsandbox.plugin.in_vm import pulling
-from pytest_vmsandbox.plugin.plan import limit, plan_of
+from pytest_vmsandbox.plugin.plan import Variant, limit, plan_of
 from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "vm(*images, cpus, memory, disk, disks, network, firmware, tpm, isolation, user, "
-        "test_timeout, skip, xfail): run the test on these images (names or globs), in a guest with this hardware",
+        "vm(*images, cpus, memory, disk, disks, network, user, kernel, firmware, tpm, isolation, "
+        "test_timeout, skip, xfail): run the test on these images (names or globs), in a guest with "
+        "this hardware",
     )
     config.addinivalue_line(
         "markers",
@@ -346,7 +347,7 @@ def vm(
     request: pytest.FixtureRequest,
     vm_factory: GuestFactory,
     vm_prepared: Base | None,
-    _vm_image: str | None,
+    _vm_image: Variant | None,
 ) -> Iterator[Guest]:
     """A running `Guest` that no other test has touched, and none will.
 
@@ -372,10 +373,10 @@ def vm(
 
 
 @pytest.fixture(scope="session")
-def _vm_image(request: pytest.FixtureRequest) -> str | None:
-    """The image of this test; None if pytest cannot parametrize it (unittest's classes)."""
-    image: str | None = getattr(request, "param", None)
-    return image
+def _vm_image(request: pytest.FixtureRequest) -> Variant | None:
+    """The system of this test; None if pytest cannot parametrize it (unittest's classes)."""
+    variant: Variant | None = getattr(request, "param", None)
+    return variant
 
 
 def _shared_guests(pytestconfig: pytest.Config) -> Iterator[SharedGuests]:

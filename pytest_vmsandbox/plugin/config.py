@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from pytest_vmsandbox.core.settings import (
     Isolation,
     Settings,
 )
-from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.core.spec import Hardware, parse_kernel
 
 MISSING = ("error", "skip")
 Choice = TypeVar("Choice", bound=str)
@@ -33,6 +34,7 @@ _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 # Name, type and help of each ini key. «Like --X» says which option it belongs to.
 _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_images", "args", "like --vm"),
+    ("vm_kernel", "args", "like --vm-kernel, relative to the rootdir"),
     ("vm_accel", None, "like --vm-accel"),
     ("vm_missing", None, "like --vm-missing"),
     ("vm_inside", "bool", "like --in-vm"),
@@ -69,24 +71,7 @@ def add_options(parser: pytest.Parser) -> None:
     The reference in docs/ is generated from what is registered here.
     """
     group = parser.getgroup("vmsandbox", "virtual machines (pytest-vmsandbox)")
-    group.addoption(
-        "--vm",
-        action="append",
-        metavar="NAME",
-        help="image to run on (default: debian-13); repeatable; takes globs; '!' in front excludes; "
-        "'all' stands for all images. Ini key: vm_images",
-    )
-    group.addoption(
-        "--vm-list",
-        action="store_true",
-        help="list the images with their state and size, then exit",
-    )
-    group.addoption(
-        "--vm-accel",
-        choices=ACCELERATORS,
-        help="how guests run; auto (the default) takes the best accelerator that is proven to run a "
-        "kernel on this machine",
-    )
+    _add_guests(group)
     group.addoption(
         "--vm-missing",
         choices=MISSING,
@@ -116,6 +101,36 @@ def add_options(parser: pytest.Parser) -> None:
     )
     for key, kind, about in _INI:
         parser.addini(key, about, type=kind, default=None)
+
+
+def _add_guests(group: pytest.OptionGroup) -> None:
+    """Register the options that say what guests are."""
+    group.addoption(
+        "--vm",
+        action="append",
+        metavar="NAME",
+        help="image to run on (default: debian-13); repeatable; takes globs; '!' in front excludes; "
+        "'all' stands for all images. Ini key: vm_images",
+    )
+    group.addoption(
+        "--vm-list",
+        action="store_true",
+        help="list the images with their state and size, then exit",
+    )
+    group.addoption(
+        "--vm-kernel",
+        action="append",
+        metavar="PATH",
+        help="kernel to boot instead of the image's own: its file, the folder in which you built it, a "
+        "folder with boot/vmlinuz-* and lib/modules, or a .deb file; repeatable; 'image' stands for the "
+        "image's own. Ini key: vm_kernel",
+    )
+    group.addoption(
+        "--vm-accel",
+        choices=ACCELERATORS,
+        help="how guests run; auto (the default) takes the best accelerator that is proven to run a "
+        "kernel on this machine",
+    )
 
 
 def settings(config: pytest.Config) -> Settings:
@@ -151,9 +166,25 @@ def hardware(config: pytest.Config) -> Hardware:
     """
     arguments = {name: _ini(config, f"vm_{name}") for name in _HARDWARE_KEYS}
     try:
-        return Hardware().changed(arguments)
+        default = Hardware().changed(arguments)
     except ConfigError as error:
         raise pytest.UsageError(f"in the ini file: vm_{error}") from error
+    try:
+        return replace(default, kernel=kernels(config)[0])
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def kernels(config: pytest.Config) -> tuple[Path | None, ...]:
+    """The kernels of this run, at least one; None is the image's own.
+
+    Raises:
+        ConfigError: a value is invalid.
+    """
+    given, folder = config.getoption("--vm-kernel"), config.invocation_params.dir
+    if not given:
+        given, folder = entries(config, "vm_kernel"), config.rootpath
+    return tuple(dict.fromkeys(parse_kernel(value, folder) for value in given)) or (None,)
 
 
 def share(config: pytest.Config, count: int) -> int:
@@ -234,6 +265,7 @@ def which_guest(config: pytest.Config) -> list[str]:
     isolation = config.getoption("--vm-isolation")
     return [
         *(f"--vm={pattern}" for pattern in config.getoption("--vm") or ()),
+        *(f"--vm-kernel={kernel}" for kernel in config.getoption("--vm-kernel") or ()),
         *(["--in-vm"] if config.getoption("--in-vm") else []),
         *([f"--vm-isolation={isolation}"] if isolation else []),
     ]

@@ -20,9 +20,9 @@ from pytest_vmsandbox.plugin.run import Run
 class _Name(str):
     """A test's name while pytest selects tests. It equals the name with and without the image."""
 
-    __slots__ = ("image", "plain")
-    image: str
+    __slots__ = ("plain", "systems")
     plain: str
+    systems: tuple[str, ...]  # the image, the kernel if it is not the image's own, and both
 
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) is True or self.plain == other
@@ -35,19 +35,22 @@ class _Name(str):
     def lower(self) -> str:
         """The text in which ``-k`` looks for its words."""
         words = _Words(str.lower(self))
-        words.plain, words.image = self.plain.lower(), self.image.lower()
+        words.plain = self.plain.lower()
+        words.systems = tuple(map(str.lower, self.systems))
         return words
 
 
 class _Words(_Name):
-    """A test's name for ``-k``. The image matches only a word that has the image's whole name."""
+    """A test's name for ``-k``. Image and kernel match only a word that has the whole name of one."""
 
     __slots__ = ()
 
     def __contains__(self, word: object) -> bool:
         if not isinstance(word, str):
             return False
-        if self.image in word and (word == self.image or str.__contains__(self, word)):
+        if word in self.systems:
+            return True
+        if any(system in word for system in self.systems) and str.__contains__(self, word):
             return True
         return word in self.plain
 
@@ -55,10 +58,14 @@ class _Words(_Name):
 def give_both_names(items: Iterable[object]) -> None:
     """Let pytest also select tests by their plain names, until `give_full_names`."""
     for item in items:
-        if isinstance(item, pytest.Item) and (image := plans.image_of(item)) is not None:
+        if isinstance(item, pytest.Item) and (variant := plans.variant_of(item)) is not None:
             plain = plans.plain_nodeid(item)[len(item.nodeid) - len(item.name) :]
             name = item.name = _Name(item.name)
-            name.plain, name.image = plain, image
+            name.plain = plain
+            name.systems = (
+                *(variant.image, variant.label),
+                *([variant.release] if variant.release else []),
+            )
 
 
 def give_full_names(items: Iterable[pytest.Item]) -> None:
@@ -125,7 +132,7 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
     images: Sequence[str] = ()
     if by_text:
         with suppress(ConfigError):  # reported where it matters
-            images = run.catalogue.names()
+            images = [*run.catalogue.names(), *run.labels]
     for nodeid in nodeids:
         for other in _namesakes(nodeid, images):
             if (former := by_text.get(other)) is not None:

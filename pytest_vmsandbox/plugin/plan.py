@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
-from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
+from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware, parse_kernel
 from pytest_vmsandbox.plugin import config as options
 
 NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image applies
@@ -20,6 +22,25 @@ _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
 _GLOB = frozenset("*?[!")
 _USUAL = Hardware()
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
+
+
+class Variant(NamedTuple):
+    """The system that a test runs on.
+
+    Attributes:
+        image: the image.
+        kernel: the path of another kernel than the image's; None for the image's own.
+        release: the kernel's name in ids; empty for the image's own.
+    """
+
+    image: str
+    kernel: Path | None = None
+    release: str = ""
+
+    @property
+    def label(self) -> str:
+        """What ids of tests show."""
+        return f"{self.image}+{self.release}" if self.release else self.image
 
 
 class Place(NamedTuple):
@@ -40,6 +61,7 @@ class Plan:
 
     Attributes:
         image: empty for a test that needs no guest.
+        release: of the kernel, as ids show it, if it is not the image's own.
         is_inside: whether it belongs inside its guest; if not, it drives the guest from here.
         isolation: which tests share the guest.
         plain: the test's id without the image.
@@ -57,6 +79,7 @@ class Plan:
     is_inside: bool
     isolation: Isolation
     plain: str
+    release: str = ""
     is_remote: bool = False
     indices: Mapping[str, int] | None = None
     skip: str | None = None
@@ -65,6 +88,11 @@ class Plan:
     timeout: float | None = None
     call_timeout: float | None = None
     marks: tuple[pytest.Mark, ...] = ()
+
+    @property
+    def variant(self) -> Variant:
+        """The system that it runs on."""
+        return Variant(self.image, self.hardware.kernel, self.release)
 
     @property
     def runs_inside(self) -> bool:
@@ -120,12 +148,13 @@ def alike(items: Iterable[pytest.Item], plan: Plan) -> Iterator[Plan]:
     return (other for other in map(plan_of, items) if other.is_inside and other.kind == plan.kind)
 
 
-def image_of(item: pytest.Item) -> str | None:
-    """The image of a test, even before it has a plan; None if it needs none or none applies."""
+def variant_of(item: pytest.Item) -> Variant | None:
+    """The system of a test, even before it has a plan; None if it needs none or none applies."""
     if PLAN not in item.stash and has_parameter(item):
-        image: str | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
-        return image
-    return plan_of(item).image or None
+        variant: Variant | None = item.callspec.params["_vm_image"]  # type: ignore[attr-defined]
+        return variant
+    plan = plan_of(item)
+    return plan.variant if plan.image else None
 
 
 def plain_nodeid(item: pytest.Item) -> str:
@@ -135,7 +164,8 @@ def plain_nodeid(item: pytest.Item) -> str:
     identity: str = item.callspec.id  # type: ignore[attr-defined]
     base = item.nodeid.removesuffix(f"[{identity}]")
     # The rest is for other parameters. Their id may be "".
-    rest = identity.removeprefix(image_of(item) or NO_IMAGE)
+    variant = variant_of(item)
+    rest = identity.removeprefix(variant.label if variant else NO_IMAGE)
     return f"{base}[{rest[1:]}]" if rest else base
 
 
@@ -162,12 +192,14 @@ class GuestRequest:
 
     Attributes:
         images: names and globs; empty for those of the run.
+        kernels: paths, or ``image`` for the image's own; empty for those of the run.
         isolation: None for the default.
         test_timeout: seconds for a test inside a guest; None for the default.
         skip, xfail: image glob → reason; those of the closest marker come first.
     """
 
     images: tuple[str, ...] = ()
+    kernels: tuple[str | os.PathLike[str], ...] = ()
     hardware: Hardware = field(default_factory=Hardware)
     isolation: Isolation | None = None
     test_timeout: float | None = None
@@ -202,6 +234,8 @@ def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> Gue
         else:
             single.setdefault(name, value)
     images = next((mark.args for mark in marks if mark.args), ())
+    if (kernel := single.pop("kernel", None)) is not None:
+        single["kernels"] = kernel
     ours = {name: read(single.pop(name)) for name, read in _READERS.items() if name in single}
     return GuestRequest(
         images=tuple(map(_image, images)),
@@ -275,6 +309,16 @@ def _isolation(value: object) -> object:
     return value
 
 
+def _kernels(value: object) -> tuple[str | os.PathLike[str], ...]:
+    """The kernels that a marker names: one, or a list of them."""
+    kernels = (value,) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(kernels, Iterable):
+        kernels = (value,)
+    for kernel in (kernels := tuple(kernels)) or ("",):
+        parse_kernel(kernel)
+    return kernels
+
+
 def _image(arg: object) -> str:
     if not isinstance(arg, str) or not arg:
         raise ConfigError(
@@ -297,5 +341,6 @@ def _reasons(name: str, value: object) -> dict[str, str]:
 
 _READERS: dict[str, Callable[[object], Any]] = {
     "isolation": _isolation,
+    "kernels": _kernels,
     "test_timeout": lambda value: options.seconds(value, "test_timeout"),
 }

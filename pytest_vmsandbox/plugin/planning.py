@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.in_vm import pulling
-from pytest_vmsandbox.plugin.plan import PLAN, Plan, plan_of
+from pytest_vmsandbox.plugin.plan import PLAN, Plan, Variant, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
 # Options that are refused for tests inside guests; and those that have no effect on them.
@@ -36,19 +37,19 @@ def needs_parameter(metafunc: pytest.Metafunc) -> bool:
 
 
 def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
-    """Give a test one parameter for each of its images.
+    """Give a test one parameter for each of its images, on each of its kernels.
 
     A test without an image gets a placeholder, and is deselected later. Errors go to
     `run.usage_errors`.
     """
-    images: list[str] = []
+    variants: list[Variant] = []
     try:
-        images = run.images(metafunc.definition.iter_markers("vm"))
+        variants = run.variants(metafunc.definition.iter_markers("vm"))
     except ConfigError as error:
         run.note_usage_error(metafunc.definition.nodeid, error)
     metafunc.parametrize(
         "_vm_image",
-        [pytest.param(image, id=image) for image in images]
+        [pytest.param(variant, id=variant.label) for variant in variants]
         or [pytest.param(None, id=plans.NO_IMAGE)],
         indirect=True,
         scope="function",  # so pytest keeps the tests in order; see `group`
@@ -81,26 +82,27 @@ def _plan(run: Run, item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
     is_inside = plans.belongs_inside(item, names)
     if plans.has_parameter(item):
-        image = plans.image_of(item)
+        variant = plans.variant_of(item)
     elif is_inside or "_vm_image" in names:
-        image = _only_image(run, item)
+        variant = _only_variant(run, item)
     else:
         return True
-    if image is None:
+    if variant is None:
         return False
-    store(run, item, image=image, plain=plans.plain_nodeid(item), is_inside=is_inside)
+    store(run, item, variant=variant, plain=plans.plain_nodeid(item), is_inside=is_inside)
     return True
 
 
-def _only_image(run: Run, item: pytest.Item) -> str | None:
-    """The image of a test that pytest cannot parametrize (unittest's classes, doctests)."""
-    images = run.images(item.iter_markers("vm"))
-    if len(images) > 1:
+def _only_variant(run: Run, item: pytest.Item) -> Variant | None:
+    """The system of a test that pytest cannot parametrize (unittest's classes, doctests)."""
+    variants = run.variants(item.iter_markers("vm"))
+    if len(variants) > 1:
+        what = "kernels" if variants[0].image == variants[1].image else "images"
         run.tell(
-            f"unittest's classes and doctests ran on {images[0]} only, the first of the selected "
-            "images: pytest cannot parametrize them. To run them on another image, select only that one"
+            f"unittest's classes and doctests ran on {variants[0].label} only, the first of the selected "
+            f"{what}: pytest cannot parametrize them. To run them on another one, select only that one"
         )
-    return next(iter(images), None)
+    return next(iter(variants), None)
 
 
 def is_for_guest(item: pytest.Item) -> bool:
@@ -124,8 +126,8 @@ def plan_now(run: Run, item: pytest.Item) -> Plan:
     """
     if PLAN in item.stash:
         plan_again(run, item)
-    elif (image := _only_image(run, item)) is not None:
-        store(run, item, image=image, plain=item.nodeid, is_inside=False)
+    elif (variant := _only_variant(run, item)) is not None:
+        store(run, item, variant=variant, plain=item.nodeid, is_inside=False)
     return plan_of(item)
 
 
@@ -134,7 +136,7 @@ def plan_again(run: Run, item: pytest.Item) -> None:
     old = plan_of(item)
     # The same objects: what a mark's arguments are compared with, such as an array, may raise.
     if old.image and [*map(id, old.marks)] != [*map(id, item.iter_markers())]:
-        same = {name: getattr(old, name) for name in ("image", "plain", "is_inside", "is_remote")}
+        same = {name: getattr(old, name) for name in ("variant", "plain", "is_inside", "is_remote")}
         store(run, item, **same)
 
 
@@ -142,12 +144,13 @@ def store(
     run: Run,
     item: pytest.Item,
     *,
-    image: str,
+    variant: Variant,
     plain: str,
     is_inside: bool,
     is_remote: bool = False,
 ) -> None:
     """Make a plan from the marks of a test, and add pytest's marks for skip and xfail."""
+    image = variant.image
     request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
@@ -158,7 +161,10 @@ def store(
         item.add_marker(pytest.mark.xfail(reason=xfail))
     item.stash[PLAN] = Plan(
         image=image,
-        hardware=run.catalogue.get(image).hardware(request.hardware, {}),
+        hardware=run.catalogue.get(image).hardware(
+            replace(request.hardware, kernel=variant.kernel), {}
+        ),
+        release=variant.release,
         is_inside=is_inside,
         isolation=request.isolation or default,
         plain=plain,
@@ -182,12 +188,12 @@ def deselect(run: Run, items: list[pytest.Item], without: set[pytest.Item]) -> N
 
 
 def group(items: list[pytest.Item]) -> None:
-    """Group tests by image. Within a group their order stays."""
+    """Group tests by image and kernel. Within a group their order stays."""
     numbers = {
-        image: place for place, image in enumerate(dict.fromkeys(map(plans.image_of, items)))
+        variant: place for place, variant in enumerate(dict.fromkeys(map(plans.variant_of, items)))
     }
     numbers[None] = 0
-    items.sort(key=lambda item: numbers[plans.image_of(item)])
+    items.sort(key=lambda item: numbers[plans.variant_of(item)])
 
 
 def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Hardware]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,8 +18,10 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.spec import parse_kernel
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
+from pytest_vmsandbox.plugin.plan import Variant
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Run:
             type of the first collector that tried: with ``--doctest-modules`` there are two.
         failed_hooks: hooks of other plugins that failed for tests inside, and were reported.
         item: the current test.
+        labels: of images on kernels of the user, as ids of tests show them.
         coming: image and hardware of each fresh guest that tests will ask for.
     """
 
@@ -73,6 +77,9 @@ class Run:
         self.unimportable: dict[str, type[pytest.Collector]] = {}
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
+        self.labels: dict[str, None] = {}
+        self._kernels: dict[Path, tuple[str, dict[str, str]]] = {}  # path → name, configuration
+        self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
         self._stack = ExitStack()
@@ -86,8 +93,9 @@ class Run:
                 self.artifacts.close()
 
     def note_usage_error(self, nodeid: str, error: ConfigError) -> None:
-        """Note an error in the markers of a test. A wrong `--vm` is noted once, not for each test."""
-        text = f"{nodeid}: {error}" if self.selection is not error else str(error)
+        """Note an error in the markers of a test. A wrong image or kernel of the run is noted once."""
+        is_general = self.selection is error or error in self._wrong.values()
+        text = str(error) if is_general else f"{nodeid}: {error}"
         if text not in self.usage_errors:
             self.usage_errors.append(text)
 
@@ -135,6 +143,67 @@ class Run:
         for glob in (*request.skip, *request.xfail):
             self.catalogue.select([glob])
         return plans.applicable(request, self.selection, self.catalogue.select)
+
+    def variants(self, marks: Iterable[pytest.Mark] = ()) -> list[Variant]:
+        """The systems that a test with these `vm` markers runs on: images, on each kernel.
+
+        Raises:
+            ConfigError: as `images`; or there is no such kernel, or an image cannot boot it.
+        """
+        marks = list(marks)
+        images = self.images(marks)
+        named = plans.read_marks(marks).kernels
+        folder = self.config.rootpath
+        wanted = [parse_kernel(kernel, folder) for kernel in named] or options.kernels(self.config)
+        return [
+            Variant(image) if kernel is None else self._on_kernel(image, kernel)
+            for image in images
+            for kernel in dict.fromkeys(wanted)
+        ]
+
+    def _on_kernel(self, image: str, path: Path) -> Variant:
+        """An image on another kernel. An error that comes again is the same object."""
+        if (image, path) not in self._wrong:
+            try:
+                return self._checked(image, path)
+            except ConfigError as error:
+                self._wrong[image, path] = error
+        raise self._wrong[image, path]
+
+    def _checked(self, image: str, path: Path) -> Variant:
+        """An image on another kernel. Kernels of the same release get a number in addition."""
+        from pytest_vmsandbox.catalogue import kernels
+
+        definition = self.catalogue.get(image)
+        kernels.check_image(definition)
+        if path not in self._kernels:
+            kernel = kernels.find(path)
+            names = {release for release, _ in self._kernels.values()}
+            numbered = (f"{kernel.release}.{number}" for number in count(2))
+            name = next(n for n in chain([kernel.release], numbered) if n not in names)
+            self._kernels[path] = name, kernels.read_config(kernel)
+        release, config = self._kernels[path]
+        kernels.check_options(
+            release,
+            path,
+            config,
+            has_disk=definition.disk_size is not None,
+            init=definition.init,
+        )
+        variant = Variant(image, path, release)
+        self.labels[variant.label] = None
+        return variant
+
+    def kernel(self, default: Path | None) -> Path | None:
+        """The kernel for guests of the current test that name none: the test's own, or the default."""
+        if self.item is not None and (plan := plans.plan_of(self.item)).image:
+            return plan.hardware.kernel
+        if len(options.kernels(self.config)) > 1:
+            self.tell(
+                f"tests that only use vm_factory booted {default or 'the kernel of the image'}, the first of "
+                "the selected kernels, unless they named another"
+            )
+        return default
 
     def image(self) -> str | None:
         """The image of the current test; None without one.

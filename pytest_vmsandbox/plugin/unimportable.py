@@ -16,7 +16,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.plugin import config as options, naming, planning
-from pytest_vmsandbox.plugin.plan import plan_of
+from pytest_vmsandbox.plugin.plan import Variant, plan_of
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.inside.session import Collected
@@ -32,11 +32,11 @@ class RemoteItem(pytest.Item):
     place: tuple[Path, int | None, str] | None = None
 
     @classmethod
-    def of(cls, run: Run, parent: pytest.Collector, *, image: str, plain: str) -> Self:
+    def of(cls, run: Run, parent: pytest.Collector, *, variant: Variant, plain: str) -> Self:
         """An item for the test, or the file, with the id `plain` in the guest."""
-        name = naming.with_image(plain, image)
+        name = naming.with_image(plain, variant.label)
         item: Self = cls.from_parent(parent, name=name.partition("::")[2] or name, nodeid=name)
-        planning.store(run, item, image=image, plain=plain, is_inside=True, is_remote=True)
+        planning.store(run, item, variant=variant, plain=plain, is_inside=True, is_remote=True)
         return item
 
     def runtest(self) -> None:
@@ -55,14 +55,15 @@ def stand_in(
     if is_here or not isinstance(collector, pytest.Module):
         return report
     try:
-        images = run.images()
+        variants = run.variants()
     except ConfigError:
         return report  # reported elsewhere
     first = run.unimportable.setdefault(collector.nodeid, type(collector))
     if first is not type(collector):
-        images = []  # the guest reports tests and doctests together
+        variants = []  # the guest reports tests and doctests together
     items: list[pytest.Item | pytest.Collector] = [
-        RemoteItem.of(run, collector, image=image, plain=collector.nodeid) for image in images
+        RemoteItem.of(run, collector, variant=variant, plain=collector.nodeid)
+        for variant in variants
     ]
     return pytest.CollectReport(collector.nodeid, "passed", None, result=items)
 
@@ -93,7 +94,7 @@ def _collected(
     tests = []
     for plain in found.items:
         if plain.partition("::")[0] == plan.plain:
-            test = RemoteItem.of(run, item.parent, image=plan.image, plain=plain)
+            test = RemoteItem.of(run, item.parent, variant=plan.variant, plain=plain)
             _describe(test, found.details.get(plain))
             tests.append(test)
     return tests or [item]

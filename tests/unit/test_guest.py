@@ -272,6 +272,8 @@ class FakePlatform:
     built = SimpleNamespace(host_key="ssh-ed25519 AAAA")
     verdict = SimpleNamespace(time_scale=1.0)
     stretch = staticmethod(float)
+    kernel = None
+    has_way_in = True
 
     def __init__(self, home):
         self.home = home

@@ -113,7 +113,7 @@ class Inside:
         self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        report.user_properties.append(("vm", plan_of(item).image))
+        report.user_properties.append(("vm", plan_of(item).variant.label))
         if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # added on this side

@@ -1,0 +1,68 @@
+"""Why a guest does not come up on a kernel of the user: what its console shows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a kernel.
+
+    Attributes:
+        brief: what happened, for people.
+        options: of the kernel's configuration, which may be missing.
+    """
+
+    brief: str
+    options: tuple[str, ...]
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do."""
+        return f"look for these options in the kernel's configuration: {', '.join(self.options)}"
+
+
+_DISK = ("CONFIG_PCI=y", "CONFIG_VIRTIO_PCI=y", "CONFIG_VIRTIO_BLK=y", "CONFIG_DEVTMPFS=y")
+_PROGRAM = ("CONFIG_BINFMT_SCRIPT=y", "CONFIG_BINFMT_ELF=y", "CONFIG_64BIT=y")
+SILENT = Fault(
+    "the kernel has written nothing to the serial console",
+    (
+        "CONFIG_PRINTK=y",
+        "CONFIG_TTY=y",
+        "CONFIG_SERIAL_8250=y",
+        "CONFIG_SERIAL_8250_CONSOLE=y",
+        "CONFIG_BLK_DEV_INITRD=y",
+    ),
+)
+# The first that is found counts.
+_FAULTS = {
+    r"^vmsandbox: there is no /dev/": Fault("the kernel does not see the root disk", _DISK),
+    r"^vmsandbox: cannot mount /dev/": Fault(
+        "the kernel cannot mount the root disk", ("CONFIG_BLOCK=y", "CONFIG_EXT4_FS=y")
+    ),
+    r"Failed to execute /init|No working init found|Requested init .* failed": Fault(
+        "the kernel cannot start the first program", _PROGRAM
+    ),
+    r"VFS: (Unable to mount root fs|Cannot open root device)": Fault(
+        "the kernel does not use the initial RAM file system",
+        ("CONFIG_BLK_DEV_INITRD=y", *_PROGRAM),
+    ),
+    r"^Kernel panic - not syncing: VFS|Initramfs unpacking failed": Fault(
+        "the kernel cannot unpack the initial RAM file system",
+        ("CONFIG_BLK_DEV_INITRD=y", "CONFIG_RD_GZIP=y", "CONFIG_RD_XZ=y", "CONFIG_RD_ZSTD=y"),
+    ),
+}
+
+
+def fault(console: str) -> Fault | None:
+    """What is wrong with a kernel that boots; None if nothing is known to be.
+
+    Args:
+        console: what it has written.
+    """
+    for pattern, found in _FAULTS.items():
+        if re.search(pattern, console, re.MULTILINE):
+            return found
+    return None

@@ -1,0 +1,265 @@
+"""Kernels of users: finding them, what they can do, and their modules."""
+
+import gzip
+import lzma
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.catalogue import kernels
+from pytest_vmsandbox.catalogue.kernels import ModuleIndex
+from pytest_vmsandbox.core.errors import ConfigError
+from support.images import DEFINITION
+from support.kernels import GOOD, bzimage, installed, kernel, tree
+
+MODULE = "drivers/net/dummy.ko"
+
+
+def test_a_file(tmp_path):
+    file = kernel(tmp_path / "bzImage", "6.12.9-rc1+")
+    found = kernels.find(file)
+    assert (found.path, found.image, found.release) == (file, file, "6.12.9-rc1+")
+    assert (found.modules, found.config) == (None, None)
+
+
+def test_a_file_of_an_installed_kernel(tmp_path):
+    installed(tmp_path)
+    (tmp_path / "boot/config-6.12.9").write_text(GOOD)
+    found = kernels.find(tmp_path / "boot/vmlinuz-6.12.9")
+    assert found.modules == tmp_path / "lib/modules/6.12.9"
+    assert found.config == tmp_path / "boot/config-6.12.9"
+    assert replace(found, path=tmp_path) == kernels.find(tmp_path)
+    assert [name for name, _ in kernels.module_files(found)] == [
+        "kernel/fs/ext4/ext4.ko",
+        "modules.order",
+    ]
+
+
+@pytest.mark.parametrize("order", [MODULE, f"kernel/{MODULE}", "drivers/net/dummy.o"])
+def test_a_folder_in_which_one_was_built(tmp_path, order):
+    tree(tmp_path, modules=[MODULE])
+    (tmp_path / "modules.order").write_text(f"{order}\ndrivers/net/later.ko\n")
+    for path in (tmp_path, tmp_path / "arch/x86/boot/bzImage"):
+        found = kernels.find(path)
+        assert (found.release, found.modules) == ("6.12.9", tmp_path)
+        assert found.config == tmp_path / ".config"
+        assert [*kernels.module_files(found)] == [
+            (f"kernel/{MODULE}", tmp_path / MODULE),
+            ("modules.order", tmp_path / "modules.order"),
+        ]
+
+
+def test_a_folder_with_installed_modules_only(tmp_path):
+    built = tree(tmp_path / "built")
+    at = tmp_path / "there/lib/modules/6.12.9"
+    at.mkdir(parents=True)
+    (at / "build").symlink_to(built)
+    found = kernels.find(tmp_path / "there")
+    assert found.image == at / "build/arch/x86/boot/bzImage"
+    assert (found.modules, found.config) == (at, at / "build/.config")
+
+
+def test_a_kernel_among_its_modules(tmp_path):
+    file = kernel(tmp_path / "lib/modules/6.12.9/vmlinuz")
+    assert kernels.find(file).modules == file.parent
+    assert kernels.find(tmp_path).modules == file.parent
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linux-image-6.1.0-9-cloud-amd64",
+        "linux-image-unsigned-6.1.0-9-cloud-amd64",
+        "linux-image-6.1.0-9-cloud-amd64-unsigned",
+    ],
+)
+def test_a_package(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(kernels, "run_program", lambda *_: f"{name}\n")
+    found = kernels.find(tmp_path / "some.deb")
+    assert (found.release, found.image) == ("6.1.0-9-cloud-amd64", None)
+    monkeypatch.setattr(
+        kernels, "run_program", lambda argv, _: str(installed(Path(argv[3]), found.release))
+    )
+    unpacked = kernels.unpacked(found, tmp_path / "there")
+    assert unpacked.image == tmp_path / "there/boot/vmlinuz-6.1.0-9-cloud-amd64"
+
+
+def two(folder):
+    installed(folder)
+    kernel(folder / "boot/vmlinuz-6.1.1", "6.1.1")
+
+
+def other_modules(folder):
+    installed(folder)
+    kernel(folder / "boot/vmlinuz-6.12.9", "6.12.10")
+
+
+def not_built(folder):
+    (folder / "arch/x86").mkdir(parents=True)
+
+
+def nothing(folder):
+    (folder / "README").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "brief", "remedy"),
+    [
+        (two, "there are 2 kernels in", "name one of these files"),
+        (other_modules, "is 6.12.10, but the modules there are for 6.12.9", "make modules_install"),
+        (not_built, "no kernel was built in", "make -C"),
+        (nothing, "has no kernel", "name a bzImage"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, make, brief, remedy):
+    make(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        kernels.find(tmp_path)
+    assert brief in caught.value.brief
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "brief"),
+    [
+        (b"", "is empty"),
+        (b"\x7fELF" + bytes(1000), "is an ELF file, such as vmlinux"),
+        (bytes(0x38) + b"ARM\x64" + bytes(1000), "is a kernel for another architecture"),
+        (b"MZ\0\0zimg" + bytes(1000), "is a kernel for another architecture"),
+        (b"#!/bin/sh\n", "is no kernel for x86_64"),
+        (bzimage()[:0x300], "does not say its release"),
+        (bzimage("unknown"), "does not say its release"),
+        (bzimage(bits64=False), "is a kernel for 32-bit machines"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, content, brief):
+    (file := tmp_path / "kernel").write_bytes(content)
+    with pytest.raises(ConfigError, match=brief) as caught:
+        kernels.find(file)
+    assert caught.value.remedy
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: No such file") as caught:
+        kernels.find(tmp_path / "none")
+    assert "check the path" in caught.value.remedy
+
+
+def test_a_package_without_a_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "run_program", lambda *_: "linux-headers-6.1\n")
+    with pytest.raises(ConfigError, match="is the package linux-headers-6.1, which has no kernel"):
+        kernels.find(tmp_path / "some.deb")
+
+
+def test_a_program_that_is_missing_or_fails():
+    with pytest.raises(ConfigError, match="no-such-program, which is needed to do it") as caught:
+        kernels.run_program(["no-such-program"], "do it")
+    assert "install it" in caught.value.remedy
+    with pytest.raises(ConfigError, match="sh could not do it") as caught:
+        kernels.run_program(["sh", "-c", "echo $WHY >&2; false"], "do it", {"WHY": "because"})
+    assert "because" in caught.value.details
+    assert kernels.run_program(["echo", "done"], "do it") == "done\n"
+
+
+# -- the configuration ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", ["gzip", "xz", "none"])
+def test_the_configuration_in_a_kernel(tmp_path, pack):
+    found = kernels.find(kernel(tmp_path / "bzImage", config=GOOD, pack=pack))
+    config = kernels.read_config(found)
+    assert config == (
+        {}
+        if pack == "none"
+        else dict(line.removeprefix("CONFIG_").split("=") for line in GOOD.split())
+    )
+    assert kernels.missing_options(config, has_disk=True, init="systemd") == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "has_disk", "init", "is_missing"),
+    [
+        ("VIRTIO_BLK", "n", True, "systemd", True),
+        ("VIRTIO_BLK", "n", False, "busybox", False),
+        ("VIRTIO_BLK", "m", True, "systemd", False),
+        ("DEVTMPFS", "m", False, "busybox", True),
+        ("CGROUPS", "n", True, "systemd", True),
+        ("CGROUPS", "n", False, "busybox", False),
+        ("SERIAL_8250_CONSOLE", "n", False, "busybox", True),
+    ],
+)
+def test_missing_options(tmp_path, option, value, has_disk, init, is_missing):
+    lines = [line for line in GOOD.splitlines() if not line.startswith(f"CONFIG_{option}=")]
+    text = "\n".join(
+        [*lines, f"CONFIG_{option}={value}" if value != "n" else f"# CONFIG_{option} is not set"]
+    )
+    found = kernels.find(tree(tmp_path, config=text))
+    options = kernels.options_that_matter(kernels.read_config(found))
+    missing = kernels.missing_options(options, has_disk=has_disk, init=init)
+    assert missing == ([f"CONFIG_{option}=y"] if is_missing else [])
+    if is_missing:
+        with pytest.raises(ConfigError, match=f"6.12.9 .* without CONFIG_{option}=y"):
+            kernels.check_options("6.12.9", tmp_path, options, has_disk=has_disk, init=init)
+
+
+def test_an_unknown_configuration_is_not_wrong(tmp_path):
+    config = kernels.read_config(kernels.find(kernel(tmp_path / "bzImage")))
+    assert kernels.options_that_matter(config) == {}
+    assert kernels.missing_options({}, has_disk=True, init="systemd") == []
+
+
+@pytest.mark.parametrize("change", [{"firmware": "uefi"}, {"has_initrd": False}])
+def test_images_that_boot_otherwise(change):
+    kernels.check_image(DEFINITION)
+    derived = replace(DEFINITION, parent=DEFINITION, base="some_image")
+    kernels.check_image(derived)
+    with pytest.raises(ConfigError, match="kernel= cannot be used with some_image"):
+        kernels.check_image(replace(DEFINITION, **change))
+
+
+# -- modules --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(tmp_path):
+    files = {
+        "modules.dep": "kernel/fs/ext4/ext4.ko: kernel/fs/mbcache.ko kernel/fs/jbd2/jbd2.ko\n"
+        "kernel/fs/jbd2/jbd2.ko:\nkernel/fs/mbcache.ko:\nkernel/crypto/crc32c_generic.ko:\n"
+        "kernel/a-b.ko:\nkernel/c.ko: kernel/a-b.ko\n",
+        "modules.alias": "# Aliases\nalias crc32c crc32c_generic\nalias pci:v1* c\n",
+        "modules.softdep": "softdep jbd2 pre: crc32c post: c\nsoftdep a_b pre: c\n",
+        "modules.builtin": "kernel/drivers/virtio/virtio_pci.ko\nkernel/drivers/net/virtio_net.ko\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    return ModuleIndex.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["virtio_pci", "unknown"], []),
+        (["ext4"], ["crypto/crc32c_generic", "fs/jbd2/jbd2", "fs/mbcache", "fs/ext4/ext4"]),
+        (["a_b"], ["c", "a-b"]),  # they depend on each other
+        (["c", "c", "a-b"], ["a-b", "c"]),
+    ],
+)
+def test_the_order_in_which_modules_are_loaded(index, names, order):
+    assert index.to_load(names) == [f"kernel/{name}.ko" for name in order]
+
+
+def test_drivers_that_are_nowhere(index):
+    assert index.missing_options() == ["CONFIG_VIRTIO_CONSOLE=y", "CONFIG_VIRTIO_BLK=y"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
+def test_the_content_of_a_module(tmp_path, pack):
+    (file := tmp_path / "a.ko").write_bytes(pack(b"\x7fELF module"))
+    assert kernels.plain_module(file) == b"\x7fELF module"
+
+
+def test_a_damaged_module(tmp_path):
+    (file := tmp_path / "a.ko.xz").write_bytes(lzma.compress(b"\x7fELF module")[:-20] + bytes(20))
+    with pytest.raises(ConfigError, match="a.ko.xz is damaged"):
+        kernels.plain_module(file)
