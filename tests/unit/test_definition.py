@@ -11,7 +11,7 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.catalogue import definition as definition_module
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.origin import ADOPTED, METHODS, Addition, Login, Source
+from pytest_vmsandbox.catalogue.origin import ADOPTED, METHODS, Addition, Login
 from pytest_vmsandbox.catalogue.store import files_of
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB
@@ -86,17 +86,9 @@ WRONG: dict[str, tuple[Values, list[Any]]] = {
     "login.password": (DISK, ["", 1, "two\nlines", ["secret"]]),
     "login.ready": (KERNEL, ["", "(", 1, "a\nb", "a{99999999999999999999}"]),
 }
-OF_TABLES = {
-    "source": Source.__annotations__,
-    "add": Addition.__annotations__,
-    "boot": definition_module._BOOT_KEYS,
-    "disk": definition_module._DISK_KEYS,
-    "system": definition_module._SYSTEM_KEYS,
-    "login": Login.__annotations__,
-}
 KEYS = [
     *definition_module._KEYS,
-    *(f"{table}.{key}" for table, keys in OF_TABLES.items() for key in keys),
+    *(f"{table}.{key}" for table, keys in definition_module._TABLES.items() for key in keys),
 ]
 
 
@@ -129,6 +121,22 @@ def test_each_key_misspelt(tmp_path, key):
     error = error_of(tmp_path / "typo", changed(values, {typo: 1}))
     assert error.brief.endswith(f": unknown key {typo!r}")
     assert error.remedy.startswith(f"did you mean {name!r}? The keys here are: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "typo", "hint"),
+    [
+        (DERIVED, "packages", "packages belongs into [add]. The keys here are: schema, "),
+        (DISK, "boot.description", "description belongs to the top, before the first table. The"),
+        (DISK, "disk.firmware", "firmware belongs into [boot]. The keys here are: size"),
+        (RECIPE, "user", "user belongs into [system]. The"),
+        (RECIPE, "disk.colour", "the keys here are: size"),
+    ],
+)
+def test_a_key_in_a_wrong_place(tmp_path, values, typo, hint):
+    error = error_of(tmp_path / "mine", changed(values, {typo: 1}))
+    assert error.brief.endswith(f": unknown key {typo!r}")
+    assert error.remedy.startswith(hint)
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
