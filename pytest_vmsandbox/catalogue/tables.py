@@ -73,7 +73,7 @@ class Table:
             if key not in self.keys:
                 close = difflib.get_close_matches(key, self.keys, n=1)
                 guess = f"did you mean {close[0]!r}? The" if close else "the"
-                if not close and key in self.elsewhere:
+                if key in self.elsewhere:
                     guess = f"{key} belongs {self.elsewhere[key]}. The"
                 raise ConfigError(
                     f"{self.file}: unknown key {_shown(self.prefix + key)}",
