@@ -50,7 +50,7 @@ _TABLES: Mapping[str, Sequence[str]] = {
     "login": tuple(Login.__annotations__),
 }
 _PLACES = {
-    key: f"into [{table}]" for table, keys in reversed(_TABLES.items()) for key in keys
+    key: f"into [{table}]" for table, keys in reversed([*_TABLES.items()]) for key in keys
 }  # the first table that has a key: `user` is rather one of [system]
 _PLACES |= {key: "to the top, before the first table" for key in _KEYS if key not in _PLACES}
 _MEMORY_MIN = 256 * MIB
