@@ -21,6 +21,7 @@ from pytest_vmsandbox.catalogue.definition import (
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
+_DEPTH = 20  # images that derive from each other
 _LISTED = 30  # names in an error
 _NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
 
@@ -78,6 +79,11 @@ class Catalogue:
                     f"{where}: from = {base!r} closes a circle of images that derive from each other",
                     details=" from ".join([*circle, base]),
                     remedy="let one of them derive from another image, or give it a recipe",
+                )
+            if len(self._deriving) > _DEPTH:
+                raise ConfigError(
+                    f"{where}: from = {base!r} makes a chain of more than {_DEPTH} images",
+                    remedy="let it derive from an image that is nearer to the end of the chain",
                 )
             if base not in self._folders:
                 error = self._unknown(base)
