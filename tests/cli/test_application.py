@@ -357,6 +357,14 @@ def test_one_build_that_fails_does_not_keep_the_others(invoke, cakes):
     assert states(invoke)["cake-2"] == "built"
 
 
+def test_one_definition_that_is_wrong_does_not_keep_the_others(invoke, cakes):
+    (cakes / "cake-1" / "image.toml").write_text("schema = 9")
+    result = invoke("images", "build", "cake-*")
+    assert result.exit_code == 2
+    assert "cake-1/image.toml: schema = 9 is not allowed" in result.stderr
+    assert states(invoke)["cake-2"] == "built"
+
+
 def test_a_definition_that_is_wrong_names_file_and_key(invoke, cakes):
     file = cakes / "cake-1" / "image.toml"
     file.write_text(DEFINITION.replace('recipe = "build"', 'recipe = "bake"'))
