@@ -15,7 +15,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Lock, LockedImage, changes, lock_command, shown
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageState, ImageStore, build_command
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import Project, ask, project_options
+from pytest_vmsandbox.cli.project import Project, ask, joined, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
@@ -384,8 +384,7 @@ def _tell(screen: Screen, name: str, verdict: _Verdict, known: Lock | None) -> N
 
 def _settings(project: Project, image_path: Iterable[Path]) -> Settings:
     """The settings with the folders of images of the project, and those of the command."""
-    folders = dict.fromkeys(path.absolute() for path in (*project.image_path, *image_path))
-    return Settings(image_path=tuple(folders))
+    return Settings(image_path=joined(project.image_path, image_path))
 
 
 def _about(entry: LockedImage) -> str:

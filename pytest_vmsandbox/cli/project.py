@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -116,8 +116,8 @@ def ask(where: list[str]) -> Project:
     )
 
 
-def lock_here(where: list[str]) -> Lock | None:
-    """The lock of the project in the current folder; None without one.
+def lock_here(where: list[str]) -> tuple[Lock | None, tuple[Path, ...]]:
+    """The lock of the project in the current folder, and its folders of images; none without a lock.
 
     pytest is asked only if there may be one: here, in a folder above, or where `where` points.
 
@@ -126,6 +126,11 @@ def lock_here(where: list[str]) -> Lock | None:
     """
     here = Path.cwd()
     if not where and not any(map(lock_file, (here, *here.parents))):
-        return None
+        return None, ()
     project = ask(where)
-    return project.lock if project.is_locked else None
+    return (project.lock, project.image_path) if project.is_locked else (None, ())
+
+
+def joined(*folders: Iterable[Path]) -> tuple[Path, ...]:
+    """Folders of images from several places, each once."""
+    return tuple(dict.fromkeys(path.absolute() for paths in folders for path in paths))

@@ -297,10 +297,10 @@ class TestBuild:
         assert "vmsandbox images update one" in text
         assert project.file.read_bytes() == before
 
-    def test_the_same_again(self, project):
+    def test_the_same_again_with_the_folders_of_the_project(self, project):
         project.keep()
         project.run("lock")
-        assert "differs" not in project.run("build", "one", "--image-path=images")
+        assert project.run("build", "one") == "one is built\n"
 
     def test_an_image_that_the_lock_lacks(self, project):
         project.keep()
