@@ -105,11 +105,14 @@ def update(
         return
     _confirm(yes=yes)
     made, errors = _make(changed, definitions, settings)
-    entries = [
-        LockedImage.of(store.require(definition)).kept(before.images.get(name))
-        for name, definition in made.items()
-        if name in chosen or name in before.images
-    ]
+    entries: list[LockedImage] = []
+    for name, definition in made.items():
+        if name in chosen or name in before.images:
+            try:
+                found_now = LockedImage.of(store.require(definition))
+                entries.append(found_now.kept(before.images.get(name)))
+            except VMSandboxError as error:
+                errors.append(error)
     if entries:
         before.add(entries)
     for entry in entries:
