@@ -34,15 +34,20 @@ names_argument = click.argument("names", nargs=-1, metavar="[NAME...]")
 def lock(*, names: tuple[str, ...], where: list[str], image_path: tuple[Path, ...]) -> None:
     """Add images to the project's lock file, vm-images.lock.
 
-    Without a NAME, these are the images that pytest's configuration selects here. A NAME may be a glob.
-    Images must be built. Entries that are already there stay as they are: 'update' changes them.
+    Without a NAME, these are the images that pytest's configuration selects here, and those that markers
+    of the tests name. A NAME may be a glob. Images must be built. Entries that are already there stay as they are: 'update' changes them.
 
     If a project has a lock file, its tests run only on images that are as they are locked.
     """
-    project = ask(where)
+    screen = Screen()
+    if names:
+        project = ask(where)
+    else:
+        with screen.waiting("collecting tests"):
+            project = ask(where, lambda text: screen.say(text, "yellow"))
     settings = _settings(project, image_path)
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache_dir())
-    before, screen = project.lock, Screen()
+    before = project.lock
     errors: list[Exception] = []
     new: list[LockedImage] = []
     for name in catalogue.select(names) if names else project.images:
