@@ -494,7 +494,5 @@ def _signature(
     if digests:
         checked = source.get("checked") or "sha256 given by the definition"
         return checked if "signed by" in checked else f"none; {checked}"
-    if not suites:
-        return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})
-    return "the archive's, checked by apt" + (f" with the keys {', '.join(keys)}" if keys else "")
+    return f"the archive's, by the keys {', '.join(keys)}" if keys else _NONE

@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
 from pytest_vmsandbox.cli.importing import fetch, forget, import_
 from pytest_vmsandbox.cli.lock import lock, update, verify
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import lock_here, project_options
+from pytest_vmsandbox.cli.project import joined, lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
@@ -106,9 +106,9 @@ def build(
     """
     from pytest_vmsandbox.cli.building import build_one  # `images list` is quicker without it
 
-    catalogue = Catalogue(image_path)
-    settings = Settings(image_path=image_path, offline=offline)
-    locked = lock_here(where)
+    locked, folders = lock_here(where)
+    settings = Settings(image_path=joined(folders, image_path), offline=offline)
+    catalogue = Catalogue(settings.image_path)
     errors: list[Exception] = []
     for name in catalogue.select(names):
         try:
