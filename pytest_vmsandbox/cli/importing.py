@@ -179,31 +179,24 @@ def forget(name: str, catalogue: Catalogue) -> int:
     Raises:
         TeardownError: something cannot be removed.
     """
-    used: dict[str, set[tuple[str, str]]] = {}
-    for other, definition in catalogue.valid():
-        used[other] = _digests(definition)
-    mine = used.pop(name, set())
     freed = 0
-    if unused := mine.difference(*used.values()):
+    used = {other: _files_of(definition) for other, definition in catalogue.valid()}
+    if mine := used.pop(name, None):
         from pytest_vmsandbox.catalogue.importing.fetch import discard
 
-        freed += discard(cache_dir(), unused)
+        freed += discard(cache_dir(), mine, set().union(*used.values()))
     folder = imported_dir(cache_dir()) / name
     return freed + (remove_tree(folder) if folder.is_dir() else 0)
 
 
-def _digests(definition: ImageDefinition) -> set[tuple[str, str]]:
-    """Kind and digits of the digests of the files that an image is made of."""
+def _files_of(definition: ImageDefinition) -> set[str]:
+    """The places and the digests of the files that an image is made of."""
     source = definition.source
     if source is None:
         return set()
-    digests = [
-        ("sha256", source.sha256),
-        ("sha512", source.sha512),
-        ("sha256", source.kernel_sha256),
-        ("sha256", source.initrd_sha256),
-    ]
-    return {(kind, digits) for kind, digits in digests if digits}
+    places = {source.url, source.kernel, source.initrd}
+    digests = {source.sha256, source.sha512, source.kernel_sha256, source.initrd_sha256}
+    return (places | digests) - {""}
 
 
 @contextmanager

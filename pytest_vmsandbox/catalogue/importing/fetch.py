@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -190,12 +190,13 @@ def key_of(digest: Digest) -> str:
     return f"{digest.kind}-{digest.hex[:40]}"
 
 
-def discard(cache: Path, digests: Iterable[tuple[str, str]]) -> int:
+def discard(cache: Path, unneeded: Collection[str], needed: Collection[str]) -> int:
     """Remove downloads, unless they are in use.
 
     Args:
         cache: the user's cache folder.
-        digests: kind and digits of each.
+        unneeded: URLs and hexadecimal digests of what is to be removed.
+        needed: likewise of what stays.
 
     Returns:
         Bytes that were freed.
@@ -204,8 +205,17 @@ def discard(cache: Path, digests: Iterable[tuple[str, str]]) -> int:
         TeardownError: files cannot be removed.
     """
     store = Store(cache, DOWNLOADS, Entry)
-    folders = (store.root / key_of(Digest(kind, digits)) for kind, digits in digests)
-    return store.discard(folder for folder in folders if folder.is_dir()).freed
+    gone, stays = ({_known_by(word) for word in words} for words in (unneeded, needed))
+    folders = []
+    for entry in store.all():
+        known = {entry.record["digest"], entry.record["url"]}
+        if known & gone and not known & stays:
+            folders.append(entry.folder)
+    return store.discard(folders).freed
+
+
+def _known_by(word: str) -> str:
+    return download.shown(word) if download.is_url(word) else word
 
 
 def name_of(place: str) -> str:
