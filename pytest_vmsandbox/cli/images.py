@@ -11,6 +11,7 @@ import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
+from pytest_vmsandbox.cli.importing import fetch, forget, import_
 from pytest_vmsandbox.cli.lock import lock, update, verify
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.project import lock_here, project_options
@@ -125,7 +126,8 @@ def build(
 def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     """Remove built images and their templates, unless guests use them.
 
-    A NAME may be a glob.
+    What 'images import' has written for them goes, too, and what was downloaded for them. A NAME may be
+    a glob.
     """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
     templates = TemplateStore(cache_dir())
@@ -146,6 +148,7 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
             errors.append(error)
             said = f"removed {_number(removed)} of {name}"
         else:
+            freed += forget(name, catalogue)
             if not freed:
                 screen.say(f"{name} is not built, so there is nothing to remove")
         if freed:
@@ -154,7 +157,7 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
         raise ExceptionGroup("images", errors)
 
 
-for _command in (lock, update, verify):
+for _command in (import_, fetch, lock, update, verify):
     images.add_command(_command)
 
 

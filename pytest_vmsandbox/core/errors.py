@@ -51,8 +51,9 @@ class VMSandboxError(Exception):
         brief: one line that says what happened.
         details: more lines, for instance what a program wrote to standard error.
         remedy: what you can do about it.
-        stage: where it happened: ``image``, ``launch``, ``firmware``, ``kernel``, ``init``, ``ssh``,
-            ``command``, ``transfer`` or ``teardown``; empty if it happened in none of them.
+        stage: where it happened: ``image``, ``launch``, ``firmware``, ``boot loader``, ``kernel``,
+            ``init``, ``ssh``, ``command``, ``transfer`` or ``teardown``; empty if it happened in none of
+            them.
         transient: whether the host or chance is to blame, and nothing in the guest. Then a fresh
             guest may work.
     """

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from pytest_vmsandbox.cache.store import IMAGES
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.core.errors import ConfigError
@@ -245,11 +244,11 @@ def trial(built: BuiltImage, cache: Path) -> Trial:
     """
     if built.kernel is not None:
         append = built.definition.append
-        return Trial(content=built.kernel, kernel=built.kernel, initrd=built.initrd, append=append)
+        return Trial(kernel=built.kernel, initrd=built.initrd, append=append)
     hardware = Hardware(memory=max(Trial.memory, built.definition.memory_min))
     uefi = find_firmware(built, hardware)
     return Trial(
-        content=built.folder / IMAGES.record,
+        disk_id=built.digest,
         memory=hardware.memory,
         uefi=uefi,
         disks=lambda: Disks.open(

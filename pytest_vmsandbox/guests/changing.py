@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -15,7 +16,7 @@ from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import GIB, Hardware, Network
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -30,6 +31,18 @@ _MEMORY = GIB  # package managers need more than most tests
 _SILENT_SECONDS = 600.0  # of a program in the guest, on a usual host with KVM; then it is killed
 _FICLONE = 0x40049409  # of linux/fs.h: a file shares the blocks of another one
 
+# What a boot has left there, and what packages have; each guest gets a machine-id of its own.
+_CLEAN = """
+if command -v apt-get; then apt-get clean; rm -rf /var/lib/apt/lists/*; fi
+if command -v dnf; then dnf clean all; fi
+if command -v zypper; then zypper clean --all; fi
+if command -v pacman; then rm -rf /var/cache/pacman/pkg/*; fi
+[ ! -s /etc/machine-id ] || [ -L /etc/machine-id ] || : >/etc/machine-id
+rm -f /var/lib/systemd/random-seed
+sync
+! command -v fstrim || fstrim -v / || :
+"""
+
 
 def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Hardware:
     """The hardware of a guest that is booted to be changed. Its user is root."""
@@ -39,7 +52,14 @@ def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Ha
 
 @contextmanager
 def changing(
-    build: Build, base: BuiltImage, hardware: Hardware, settings: Settings, key: KeyPair
+    build: Build,
+    base: BuiltImage,
+    hardware: Hardware,
+    settings: Settings,
+    key: KeyPair,
+    *,
+    further: Sequence[bytes] = (),
+    keep: bool = True,
 ) -> Iterator[Guest]:
     """A guest of `base`, which answers. At the end it is shut down.
 
@@ -52,6 +72,8 @@ def changing(
         hardware: of the guest.
         settings: how guests run.
         key: opens the guest.
+        further: the content of each further disk.
+        keep: whether the changed disk is kept.
 
     Raises:
         BootError: the guest does not come up.
@@ -59,8 +81,11 @@ def changing(
     """
     with ExitStack() as stack:
         backend = Backend(settings, Announcer(build.say), stack)
+        hardware = replace(hardware, disks=tuple(map(_whole_disk, further)))
         blueprint = backend.blueprint_of(base, hardware)
         disks = stack.enter_context(blueprint.disks(backend.cache))
+        for content, (overlay,) in zip(further, disks.overlays[-len(further) :], strict=False):
+            _write(build, content, overlay)
         machines = Machines(
             blueprint,
             backend.hypervisor,
@@ -72,12 +97,16 @@ def changing(
         with backend.engine(machines) as engine:
             yield Guest(engine)
             build.say("shutting it down")
-            if not engine.power_off():
+            with engine.use() as running:
+                monitor = running.machine.monitor
+            engine.power_off()
+            ends = [event["data"] for event in monitor.events() if event["event"] == "SHUTDOWN"]
+            if not any(end["guest"] for end in ends):
                 raise ImageError(
                     f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
                     remedy="look for what does not end in the guest",
                 )
-        if disks.base is not None:
+        if keep and disks.base is not None:
             build.say("making the disk")
             _keep(build, base, disks)
 
@@ -90,7 +119,7 @@ def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) 
     Raises:
         ImageError: it ended with another status than 0, or was silent for too long.
     """
-    log = _Lines(build)
+    log = Lines(build)
     silent = guest.engine.stretch(_SILENT_SECONDS)
     command = Command(argv=("/bin/sh", "-c", f"exec 2>&1\n{script}", "sh", *arguments))
     name = build.definition.name
@@ -118,7 +147,12 @@ def grow(build: Build, guest: Guest) -> None:
         build.say(f"the disk has grown, but not the root file system: {why}")
 
 
-class _Lines:
+def clean(build: Build, guest: Guest) -> None:
+    """Remove what a boot has left in the guest, and what its package manager keeps."""
+    run(build, guest, _CLEAN)
+
+
+class Lines:
     """Passes output on to the log of a build, line by line."""
 
     def __init__(self, build: Build) -> None:
@@ -169,6 +203,25 @@ def _keep(build: Build, base: BuiltImage, disks: Disks) -> None:
     )
     if status != 0:
         raise ImageError(f"the disk of {build.definition.name!r} cannot be made: qemu-img failed")
+
+
+def _whole_disk(content: bytes) -> int:
+    """The size of a disk with that content, in bytes."""
+    return -(-len(content) // MIB) * MIB
+
+
+def _write(build: Build, content: bytes, overlay: IO[bytes]) -> None:
+    """Write the content of a disk into its overlay.
+
+    Raises:
+        ImageError: it cannot be written.
+    """
+    raw = build.work / "further.raw"
+    raw.write_bytes(content)
+    target = f"driver=qcow2,file.driver=file,file.filename=/proc/self/fd/{overlay.fileno()}"
+    argv = ["qemu-img", "convert", "-q", "-n", "-f", "raw", "--target-image-opts", f"{raw}", target]
+    if build.run(argv, pass_fds=[overlay.fileno()]) != 0:
+        raise ImageError("a disk for the first boot cannot be written: qemu-img failed")
 
 
 def _overlay(top: IO[bytes], below: Path) -> str:

@@ -34,12 +34,6 @@ else
     exit 1
 fi
 """
-_VERSIONS = """
-dpkg-query -W -f '${Package} ${Version}\n' 2>/dev/null && exit
-rpm -qa --queryformat '%{NAME} %{VERSION}-%{RELEASE}\n' 2>/dev/null && exit
-pacman -Q 2>/dev/null && exit
-apk info -v 2>/dev/null | sed 's/-\\([^-]*-r[0-9]*\\)$/ \1/'
-"""
 _ADD_USER = """
 id -u "$1" && exit 0
 if command -v useradd; then
@@ -52,18 +46,6 @@ fi || exit 1
 home=$(awk -F: -v name="$1" '$1 == name { print $6 }' /etc/passwd)
 mkdir -p "$home/.ssh" && cp /root/.ssh/authorized_keys "$home/.ssh/" && chmod 0700 "$home/.ssh" &&
     chown -R "$1" "$home/.ssh"
-"""
-# What a boot has left there, and what packages have; each guest gets a machine-id of its own.
-_CLEAN = """
-rm -rf "$1"
-if command -v apt-get; then apt-get clean; rm -rf /var/lib/apt/lists/*; fi
-if command -v dnf; then dnf clean all; fi
-if command -v zypper; then zypper clean --all; fi
-if command -v pacman; then rm -rf /var/cache/pacman/pkg/*; fi
-[ ! -s /etc/machine-id ] || [ -L /etc/machine-id ] || : >/etc/machine-id
-rm -f /var/lib/systemd/random-seed
-sync
-! command -v fstrim || fstrim -v / || :
 """
 # All of the root file system, with the folders that others are mounted on.
 _PACK = """
@@ -145,13 +127,11 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
             _run_script(build, guest, definition.folder, add.script)
         _tell_of_kernels(build, before, guest.shell(_KERNELS, user="root").stdout)
         found = examining.check(guest, definition)
-        versions = guest.shell(_VERSIONS, user="root").stdout.splitlines(keepends=True)
-        if not versions and (base.folder / PACKAGES).exists():
-            versions = (
-                (base.folder / PACKAGES).read_text(encoding="utf-8").splitlines(keepends=True)
-            )
-        (build.out / PACKAGES).write_text("".join(sorted(versions)), encoding="utf-8")
-        changing.run(build, guest, _CLEAN, [_FOLDER])
+        packages = examining.packages(guest)
+        if not packages and (base.folder / PACKAGES).exists():
+            packages = (base.folder / PACKAGES).read_text(encoding="utf-8")
+        (build.out / PACKAGES).write_text(packages, encoding="utf-8")
+        changing.clean(build, guest)
         if base.disk is None:
             build.say("making the initial RAM file system")
             with (build.out / INITRD).open("xb") as initrd:
@@ -166,6 +146,7 @@ def _run_script(build: Build, guest: Guest, folder: Path, script: str) -> None:
         has_interpreter = file.read(2) == b"#!"
     start = 'chmod u+x "$2" && exec "./$2"' if has_interpreter else 'exec /bin/sh "./$2"'
     changing.run(build, guest, f'cd "$1" || exit; {start}', [_FOLDER, script])
+    guest.run(["rm", "-rf", _FOLDER], user="root")
 
 
 def _tell_of_kernels(build: Build, before: str, after: str) -> None:

@@ -23,6 +23,18 @@ fi
 id -u "$1" >/dev/null 2>&1 && echo user=yes
 :
 """
+_PACKAGES = """
+dpkg-query -W -f '${Package} ${Version}\\n' 2>/dev/null && exit
+rpm -qa --queryformat '%{NAME} %{VERSION}-%{RELEASE}\\n' 2>/dev/null && exit
+pacman -Q 2>/dev/null && exit
+apk info -v 2>/dev/null | sed 's/-\\([^-]*-r[0-9]*\\)$/ \\1/'
+"""
+
+
+def packages(guest: Guest) -> str:
+    """A line for each package that the guest's package manager knows, with its version; sorted."""
+    lines = guest.shell(_PACKAGES, user="root", check=False).stdout.splitlines(keepends=True)
+    return "".join(sorted(lines))
 
 
 def check(guest: Guest, definition: ImageDefinition) -> Mapping[str, object]:

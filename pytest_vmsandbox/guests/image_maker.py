@@ -8,6 +8,7 @@ from pytest_vmsandbox.catalogue.builder import build as build_image, run_recipe
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Lock
 from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.origin import ADOPTED
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
@@ -36,17 +37,34 @@ def make_image(
         VMSandboxError: see `builder.build`; or a guest that is needed does not do what it should.
     """
 
-    def make(build: Build) -> Mapping[str, object]:
-        parent = definition.parent
+    def fill(build: Build) -> Mapping[str, object]:
         if settings.offline:
             _check_offline(definition)
-        if parent is None:
-            return run_recipe(build)
-        base = make_image(parent, settings, progress=build.say, lock=lock)
-        return derive(build, base, settings)
+        if (parent := definition.parent) is not None:
+            base = make_image(parent, settings, progress=build.say, lock=lock)
+            return derive(build, base, settings)
+        if definition.source is None:
+            return _adopted(build, run_recipe(build), settings)
+        from pytest_vmsandbox.catalogue.importing.maker import make  # rarely needed
 
-    store = ImageStore(settings.cache or cache_dir())
-    return build_image(definition, store, make, progress=progress, force=force)
+        locked = _locked(definition, lock)
+        record = make(build, cache=cache, offline=settings.offline, locked=locked)
+        return _adopted(build, record, settings)
+
+    cache = settings.cache or cache_dir()
+    return build_image(definition, ImageStore(cache), fill, progress=progress, force=force)
+
+
+def _adopted(
+    build: Build, record: Mapping[str, object], settings: Settings
+) -> Mapping[str, object]:
+    """Boot what was made for the first time, unless our own recipe has made it for our keys."""
+    definition = build.definition
+    if definition.source is None and definition.login.method not in ADOPTED:
+        return record
+    from pytest_vmsandbox.guests.adopting import adopt  # imports SSH, which is rarely needed
+
+    return {**record, **adopt(build, settings)}
 
 
 def _locked(definition: ImageDefinition, lock: Lock | None) -> Mapping[str, str]:

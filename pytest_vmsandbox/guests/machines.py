@@ -33,6 +33,7 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
+_SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
 _SILENT_SECONDS = (
     10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
 )
@@ -54,6 +55,7 @@ class Running:
         resting: whether it is paused until the next use.
         last_use: when it was last used.
         left: programs that go on even if their starters forget them.
+        restarted: whether the guest has restarted since the machine was started.
     """
 
     machine: Machine
@@ -66,6 +68,7 @@ class Running:
     resting: bool = False
     last_use: float = field(default_factory=monotonic)
     left: list[RemoteProcess] = field(default_factory=list)
+    restarted: bool = False
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -87,6 +90,14 @@ class Running:
             command = replace(command, user=None)
         if (helper := self.helper) is not None:
             return helper.start(command, login)
+        return self.start_by_ssh(command, login)
+
+    def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
+        """Start a program by SSH, even if the guest has a helper.
+
+        Args:
+            login: who logs in.
+        """
         check_way_in(self.blueprint, self.machine.spec.name)
         with self._lock:
             if login not in self._transports:
@@ -190,6 +201,18 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
+        if self.blueprint.built.key is not None:
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Tell a guest its name after a boot, because no command line of a kernel does so."""
+        if self.restarted or not self.machine.spec.start.is_loaded:
+            command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
+            process = self.start(command, "root")
+            try:
+                process.communicate(None, _ignore, _ignore, self.blueprint.stretch(_ANSWER_SECONDS))
+            finally:
+                process.close()
 
     def pause(self) -> None:
         """Pause the machine until the next use.
@@ -214,6 +237,7 @@ class Running:
     def hang_up(self) -> None:
         """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
+        self.restarted = True
         with self._lock:
             transports, self._transports = self._transports, {}
         for transport in transports.values():
@@ -439,3 +463,7 @@ def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], No
                 "stopped or reconfigured them",
             )
         deadline.pause(_LOOK_SECONDS / 10)
+
+
+def _ignore(_: bytes) -> None:
+    """Output that nobody wants."""

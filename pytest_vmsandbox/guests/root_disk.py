@@ -17,8 +17,13 @@ block=/sys/class/block/${device##*/}
 block=$(readlink -f "$block") device=/dev/${block##*/}
 if [ -e "$block/partition" ]; then
     read -r number <"$block/partition"
+    read -r start <"$block/start"
+    read -r size <"$block/size"
+    read -r whole <"${block%/*}/size"
     disk=${block%/*} disk=/dev/${disk##*/}
-    if command -v growpart >/dev/null; then
+    if [ $((whole - start - size)) -le 4096 ]; then
+        :  # sectors; it ends where the disk ends
+    elif command -v growpart >/dev/null; then
         said=$(growpart "$disk" "$number" 2>&1) || case $said in
         *NOCHANGE*) ;;
         *) fail "growpart: $said" ;;

@@ -210,20 +210,85 @@ class SSHTransport:
         session.set_log_channel(_LOG)
         try:
             session.banner_timeout = session.handshake_timeout = session.auth_timeout = timeout
-            session.get_security_options().key_types = ("ssh-ed25519",)
-            session.start_client(timeout=timeout)
-            theirs = session.get_remote_server_key()
-            if f"{theirs.get_name()} {theirs.get_base64()}" != self.host_key:
-                raise paramiko.SSHException(
-                    "the server has another host key than the image, so another program answers there"
-                )
-            key = paramiko.Ed25519Key.from_private_key(io.StringIO(self.key.private))
-            session.auth_publickey(self.user, key)
+            self._enter(session)
             session.set_keepalive(_KEEPALIVE_SECONDS)
         except BaseException:
             _close(session)
             raise
         return session
+
+    def _enter(self, session: _Session) -> None:
+        """Check the server's key, and log in."""
+        session.get_security_options().key_types = ("ssh-ed25519",)
+        session.start_client(timeout=self.connect_timeout)
+        if _host_key(session) != self.host_key:
+            raise paramiko.SSHException(
+                "the server has another host key than the image, so another program answers there"
+            )
+        key = paramiko.Ed25519Key.from_private_key(io.StringIO(self.key.private))
+        session.auth_publickey(self.user, key)
+
+
+@dataclass(kw_only=True, eq=False)
+class FirstTransport(SSHTransport):
+    """Logs in to a guest whose host key nobody knows yet, and which may know another key than ours.
+
+    The guest is on a network inside QEMU, so nobody else can answer.
+
+    Attributes:
+        private_keys: tried one after the other, in a format that OpenSSH reads; `key` is tried last.
+        password: tried instead of keys, unless it is empty.
+    """
+
+    private_keys: tuple[str, ...] = ()
+    password: str = ""
+
+    def _enter(self, session: _Session) -> None:
+        session.start_client(timeout=self.connect_timeout)
+        if self.password:
+            session.auth_password(self.user, self.password)
+            return
+        refused: paramiko.AuthenticationException | None = None
+        for text in (*self.private_keys, self.key.private):
+            try:
+                session.auth_publickey(self.user, _private_key(text))
+            except paramiko.AuthenticationException as error:
+                refused = error
+            else:
+                return
+        assert refused is not None
+        raise refused
+
+
+def host_key_at(address: tuple[str, int], timeout: float) -> str:
+    """The ed25519 key of the SSH server at `address`, as in ``known_hosts``: type and key.
+
+    Raises:
+        GuestLost: there is no such server, or it has no such key.
+    """
+    session: _Session | None = None
+    try:
+        session = _Session(socket.create_connection(address, timeout))
+        session.set_log_channel(_LOG)
+        session.banner_timeout = session.handshake_timeout = timeout
+        session.get_security_options().key_types = ("ssh-ed25519",)
+        session.start_client(timeout=timeout)
+        return _host_key(session)
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise _lost("the SSH server does not show an ed25519 key", error) from error
+    finally:
+        if session is not None:
+            _close(session)
+
+
+def _host_key(session: _Session) -> str:
+    key = session.get_remote_server_key()
+    return f"{key.get_name()} {key.get_base64()}"
+
+
+def _private_key(text: str) -> paramiko.PKey:
+    kind = paramiko.RSAKey if "RSA PRIVATE KEY" in text else paramiko.Ed25519Key
+    return kind.from_private_key(io.StringIO(text))
 
 
 class SSHChannel:

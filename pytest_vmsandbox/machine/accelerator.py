@@ -65,17 +65,17 @@ class Trial:
     """What is booted for a proof: a kernel, or a disk by firmware.
 
     Attributes:
-        content: the file whose content stands for it: the kernel, or the record of an image.
         kernel, initrd, append: what QEMU boots directly. Without a kernel, firmware boots.
+        disk_id: stands for the content of the disk, if firmware boots.
         memory: bytes.
         uefi: the firmware; without it and without a kernel it is BIOS.
         disks: opens the disks.
     """
 
-    content: Path
     kernel: Path | None = None
     initrd: Path | None = None
     append: str = ""
+    disk_id: str = ""
     memory: int = _PROOF_MEMORY
     uefi: Uefi | None = None
     disks: Callable[[], AbstractContextManager[Disks]] = field(
@@ -211,8 +211,10 @@ def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
 
 
 def _key(accelerator: str, qemu: Qemu, trial: Trial) -> str:
-    with image_file(trial.content) as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+    content = trial.disk_id
+    if trial.kernel is not None:
+        with image_file(trial.kernel) as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
     parts = (_FORMAT, accelerator, _host_boot(), qemu.build, content)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,13 @@ from typing import IO, Any
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.machine import cmdline, host, tpm
+from pytest_vmsandbox.machine import cmdline, host, stages, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.port import Port
-from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
+from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.qmp import Event, Monitor
 from pytest_vmsandbox.machine.tpm import Tpm
 
@@ -33,13 +32,6 @@ _STATE_SECONDS = 120.0  # for a saved state; without the memory it takes millise
 _FINISHING, _FINISH_SECONDS = "finish-migrate", 0.002
 _BANDWIDTH = 1 << 40  # bytes a second for writing a state: no limit
 
-# What the console shows when a stage is reached. A kernel prints the text for `kernel` even if it is
-# quiet. Our images print those for `init` and `ssh`.
-_STAGES = {
-    "ssh": r"^vmsandbox: ssh$",
-    "init": r"^vmsandbox: init$",
-    "kernel": r"Linux version|\bkernel\b|^\[ +\d+\.\d+\]",
-}
 _DISK_FULL = (
     "this machine's disk is full",
     "make room on the disk of the cache: guests' disks are written there",
@@ -61,9 +53,6 @@ _HOST_REASONS = {
     "host-signal",
     "host-error",
 }  # reasons for QEMU's end that lie outside of the guest
-_PANIC_LINES = 30
-_PANIC_END = "---[ end Kernel panic - not syncing"
-_PANIC_TEXT = re.compile(r"^(?:\[ *\d+\.\d+\] )?Kernel panic - not syncing: (.*)$", re.MULTILINE)
 
 
 @dataclass(eq=False, repr=False)
@@ -150,15 +139,13 @@ class Machine:
 
     @property
     def stage(self) -> str:
-        """How far the guest has got: firmware, kernel, init or ssh."""
-        text = self.console.this_boot
-        reached = (stage for stage in _STAGES if re.search(_STAGES[stage], text, re.MULTILINE))
-        return next(reached, "firmware")
+        """How far the guest has got: firmware, boot loader, kernel, init or ssh."""
+        return stages.stage_of(self.console.this_boot)
 
     def reaches(self, stage: str, timeout: float) -> bool:
         """Whether the guest reaches a stage, ``init`` or ``ssh``, within `timeout` seconds."""
         try:
-            self.console.wait_for(_STAGES[stage], timeout, this_boot=True)
+            self.console.wait_for(stages.STAGES[stage], timeout, this_boot=True)
         except TimeoutError:
             return False
         return True
@@ -202,11 +189,21 @@ class Machine:
                 transient=reason in _HOST_REASONS,
             )
         raise GuestLost(
-            f"{self.spec.name}: QEMU ended with {_status_text(status)}",
+            f"{self.spec.name}: QEMU ended with {status_text(status)}",
             details="\n".join(filter(None, [self.process.stderr_tail, self.console_lines()])),
             stage="launch",
-            transient=_was_killed(status),
+            transient=was_killed(status),
         )
+
+    def _check_tpm(self) -> None:
+        """Check whether the process that emulates the TPM is still there."""
+        if self._tpm is not None and (status := self._tpm.process.wait(0)) is not None:
+            raise GuestLost(
+                f"{self.spec.name}: {tpm.PROGRAM}, its TPM, ended with {status_text(status)}",
+                details=self._tpm.process.stderr_tail,
+                stage="launch",
+                transient=was_killed(status),
+            )
 
     def check_disks(self) -> None:
         """Check that this machine could read and write all that the guest has asked for until now.
@@ -238,16 +235,6 @@ class Machine:
                 stage="launch",
             )
 
-    def _check_tpm(self) -> None:
-        """Check whether the process that emulates the TPM is still there."""
-        if self._tpm is not None and (status := self._tpm.process.wait(0)) is not None:
-            raise GuestLost(
-                f"{self.spec.name}: {tpm.PROGRAM}, its TPM, ended with {_status_text(status)}",
-                details=self._tpm.process.stderr_tail,
-                stage="launch",
-                transient=_was_killed(status),
-            )
-
     def _check_stopped(self) -> None:
         """Check whether QEMU has stopped the CPUs by itself."""
         try:
@@ -265,7 +252,7 @@ class Machine:
             )
 
     def check_booting(self, seconds: float) -> None:
-        """Check a guest that boots, also for an early panic.
+        """Check a guest that boots, also for an early panic, and for a boot that has ended.
 
         A kernel that panics before it has loaded the driver for pvpanic reports that on the console only.
         After the boot, that text proves nothing: any program in the guest can write it.
@@ -274,12 +261,21 @@ class Machine:
             seconds: since the guest was switched on.
 
         Raises:
-            BootError: what `check` raises, or the kernel panicked.
+            BootError: what `check` raises, the kernel panicked, or the guest waits for a person.
         """
         try:
             self.check()
-            if _PANIC_END in self.console.this_boot:
+            text = self.console.this_boot
+            if stages.PANIC_END in text:
                 raise self._panic()
+            if (end := stages.dead_end(text)) is not None:
+                why = stages.causes(text)
+                raise GuestLost(
+                    f"{self.spec.name}: {end.what}",
+                    details="\n".join(filter(None, [why, self.console_lines()])),
+                    stage=end.stage,
+                    remedy=end.remedy,
+                )
         except GuestLost as lost:
             raise self.boot_error(lost, seconds) from lost
 
@@ -297,10 +293,9 @@ class Machine:
 
     def _panic(self) -> GuestLost:
         """The error for a kernel panic. The console may have its text."""
-        text, brief, details = self.console.text, "kernel panic", self.console_lines()
-        for found in list(_PANIC_TEXT.finditer(text))[-1:]:
-            lines = text[found.start() :].split("\n")[:_PANIC_LINES]
-            brief, details = f"kernel panic: {found[1]}", "\n".join(["--- on the console", *lines])
+        brief, details = "kernel panic", self.console_lines()
+        if (text := stages.panic_text(self.console.text)) is not None:
+            brief, details = f"kernel panic: {text[0]}", f"--- on the console\n{text[1]}"
         return GuestLost(f"{self.spec.name}: {brief}", details=details, stage="kernel")
 
     def console_lines(self) -> str:
@@ -592,7 +587,7 @@ def _spawned(
 
 def _did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
     status = process.wait(_TERM_SECONDS)
-    how = "does not answer" if status is None else f"ended with {_status_text(status)}"
+    how = "does not answer" if status is None else f"ended with {status_text(status)}"
     more = (
         f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
     )
@@ -600,19 +595,5 @@ def _did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchErro
         f"QEMU {how}",
         details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),
         remedy="run 'vmsandbox doctor' to check this machine",
-        transient=status is None or _was_killed(status),
+        transient=status is None or was_killed(status),
     )
-
-
-def _was_killed(status: int) -> bool:
-    """Whether a signal from outside of the guest killed QEMU. Its own sandbox does not count."""
-    return status < 0 and -status != signal.SIGSYS
-
-
-def _status_text(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    hint = " (its -sandbox forbids a system call)" if -status == signal.SIGSYS else ""
-    name = signal.Signals(-status).name
-    hint = " (an out-of-memory kill, or a kill from outside)" if name == "SIGKILL" else hint
-    return f"signal {name}{hint}"

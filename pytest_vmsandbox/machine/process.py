@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +36,21 @@ class Identity:
 
 class LauncherError(LaunchError):
     """The launcher is gone, or could not start a program. The program is not to blame."""
+
+
+def was_killed(status: int) -> bool:
+    """Whether a signal from outside of the guest killed QEMU. Its own sandbox does not count."""
+    return status < 0 and -status != signal.SIGSYS
+
+
+def status_text(status: int) -> str:
+    """How a process ended, for people."""
+    if status >= 0:
+        return f"exit status {status}"
+    hint = " (its -sandbox forbids a system call)" if -status == signal.SIGSYS else ""
+    name = signal.Signals(-status).name
+    hint = " (an out-of-memory kill, or a kill from outside)" if name == "SIGKILL" else hint
+    return f"signal {name}{hint}"
 
 
 @dataclass(eq=False, repr=False)

@@ -19,8 +19,8 @@ import pytest
 from pytest_vmsandbox.catalogue.importing import archives, compression, headers, jail
 from pytest_vmsandbox.catalogue.importing.checked import CheckedDisk
 from pytest_vmsandbox.catalogue.importing.convert import convert
-from pytest_vmsandbox.catalogue.importing.maker import disk_of
 from pytest_vmsandbox.catalogue.importing.source import opened
+from pytest_vmsandbox.catalogue.importing.unpacking import unpacked_disk
 from pytest_vmsandbox.core.errors import ImageError
 from support import disks
 from support.disks import MIB, SECRET, be, image, le, made, patched
@@ -59,9 +59,10 @@ def unpacked(folder, work, data, kind=""):
     """What comes out of one file, which may be compressed or an archive."""
     with (
         files(folder, {"file": data}) as there,
-        disk_of(there["file"], kind, work, lambda _: None) as disk,
+        unpacked_disk(there["file"], kind, work, lambda _: None) as found,
     ):
-        convert(disk, folder / "imported", work)
+        assert found.kind == (kind or found.disk.format)
+        convert(found.disk, folder / "imported", work)
     return (folder / "imported").read_bytes()
 
 
@@ -115,6 +116,22 @@ def test_compressed_as_a_whole(name, pack, tmp_path, work):
 )
 def test_archives(data, kind, tmp_path, work):
     assert unpacked(tmp_path, work, data(), kind) == disks.content()
+
+
+def test_what_an_archive_is_can_be_told(tmp_path, work):
+    for number, (data, kind, firmware) in enumerate(
+        [
+            (disks.ova(), "ova", ""),
+            (disks.tar(disks.box("libvirt")), "box", ""),
+            (disks.tar(disks.box("vmware_fusion"), "w:gz"), "box", "uefi"),
+            (disks.tar(made("vmdk-flat")), "vmdk", ""),
+        ]
+    ):
+        with (
+            files(tmp_path, {f"file{number}": data}) as there,
+            unpacked_disk(there[f"file{number}"], "", work, lambda _: None) as found,
+        ):
+            assert (found.kind, found.firmware) == (kind, firmware)
 
 
 # -- harmful ones -----------------------------------------------------------------------------------

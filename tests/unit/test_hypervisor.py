@@ -201,7 +201,7 @@ class TestChoose:
     def decide(self, kernel, qemu, tmp_path, proofs, started):
         def decide(wanted="auto", **changes):
             values = {
-                "trial": Trial(content=kernel, kernel=kernel, initrd=kernel),
+                "trial": Trial(kernel=kernel, initrd=kernel),
                 "cache": tmp_path,
                 "hypervisor": lambda: started.append(True),
                 **changes,
@@ -342,7 +342,7 @@ class TestProof:
     def prove(self, tmp_path, launcher):
         qemu = Qemu(path=Path("/usr/bin/qemu"), version=(7, 2, 22), build="one")
         hypervisor: Any = SimpleNamespace(launcher=launcher, loop=None)
-        trial = Trial(content=tmp_path, kernel=tmp_path, initrd=tmp_path)
+        trial = Trial(kernel=tmp_path, initrd=tmp_path)
         return lambda: accelerator._prove(qemu, trial, hypervisor)
 
     def test_the_second_model_may_run(self, prove, outcomes):

@@ -15,14 +15,18 @@ import pytest
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests import process as remote, ssh
+from pytest_vmsandbox.guests import adopting, process as remote, ssh
 from pytest_vmsandbox.guests.access import KeyPair, greeting, refusal
 from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.ssh import SSHTransport
+from pytest_vmsandbox.guests.ssh import FirstTransport, SSHTransport, host_key_at
 from support.arguments import FITS, TOO_LONG, output_of
 
 GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone
 OURS, THEIRS, OTHER = KeyPair.generate(), KeyPair.generate(), KeyPair.generate()
+
+# The public halves of Vagrant's keys, as the boxes have them.
+VAGRANT_ED25519 = "AAAAC3NzaC1lZDI1NTE5AAAAIN1YdxBpNlzxDqfJyw/QKow1F+wvG9hXGoqiysfJOn5Y"
+VAGRANT_RSA = "AAAAB3NzaC1yc2EAAAABIwAAAQEA6NF8iallvQVp22WDkTkyrtvp9eWW6A8YVr+kz4TjGYe7gHzI"
 
 
 def private(pair):
@@ -36,10 +40,16 @@ class Server(paramiko.ServerInterface):
         self.host = host
 
     def get_allowed_auths(self, username):
-        return "publickey"
+        return "publickey,password"
 
     def check_auth_publickey(self, username, key):
-        known = f"{key.get_name()} {key.get_base64()}" == OURS.public and username != "stranger"
+        offered = f"{key.get_name()} {key.get_base64()}"
+        self.host.offered.append(key.get_name())
+        known = offered in self.host.authorized and username != "stranger"
+        return AUTH_SUCCESSFUL if known else AUTH_FAILED
+
+    def check_auth_password(self, username, password):
+        known = (username, password) == ("pi", "raspberry")
         return AUTH_SUCCESSFUL if known else AUTH_FAILED
 
     def check_channel_request(self, kind, chanid):
@@ -117,6 +127,8 @@ class Host:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         self.noise = b""
+        self.authorized = [OURS.public]
+        self.offered = []  # kinds of keys
         self.sessions = []
         self.processes = []
         self.threads = []
@@ -472,3 +484,59 @@ class TestStepByStep:
         assert process.wait(5) == status
         process.signal(name)  # it is gone: nothing happens
         process.close()
+
+
+class TestFirstLogin:
+    """Into a system from elsewhere, whose host key nobody knows yet."""
+
+    @pytest.fixture
+    def enter(self, host):
+        """Log in to the host. The keys and the password are arguments."""
+
+        def enter(user="vagrant", **how):
+            first = FirstTransport(
+                address=lambda: host.address,
+                user=user,
+                key=OTHER,
+                host_key="",
+                check=lambda: None,
+                connect_timeout=5,
+                quiet_seconds=0.5,
+                **how,
+            )
+            try:
+                return run(first, sh("echo in"))
+            finally:
+                first.close()
+
+        return enter
+
+    @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
+    def test_with_the_keys_of_vagrant(self, host, enter, kind):
+        insecure = [path.read_text() for path in adopting.INSECURE_KEYS]
+        public = {"ed25519": ssh._private_key(insecure[0]), "rsa": ssh._private_key(insecure[1])}
+        assert public["ed25519"].get_base64() == VAGRANT_ED25519
+        assert public["rsa"].get_base64().startswith(VAGRANT_RSA)
+        key = public[kind]
+        host.authorized = [f"{key.get_name()} {key.get_base64()}"]
+        assert enter(private_keys=tuple(insecure)) == (0, b"in\n", b"")
+
+    def test_with_our_key_that_something_has_added(self, host, enter):
+        host.authorized = [OTHER.public]
+        assert enter() == (0, b"in\n", b"")
+
+    def test_with_a_password(self, host, enter):
+        assert enter("pi", password="raspberry") == (0, b"in\n", b"")
+        assert host.offered == []  # keys that nobody knows make some servers refuse us
+
+    @pytest.mark.parametrize("how", [{}, {"password": "wrong"}])
+    def test_refused(self, enter, how):
+        with pytest.raises(ConfigError, match="'vagrant' cannot log in"):
+            enter(**how)
+
+    def test_the_host_key_is_noted(self, host):
+        assert host_key_at(host.address, 5) == THEIRS.public
+
+    def test_of_nobody_no_host_key_is_noted(self, nobody):
+        with pytest.raises(GuestLost, match="does not show an ed25519 key"):
+            host_key_at(nobody, 5)

@@ -128,6 +128,13 @@ def _write(member: tar.Member, target: Path) -> dict[str, str]:
 # -- which disk -------------------------------------------------------------------------------------
 
 
+def kind_of(archive: Archive) -> str:
+    """What an archive is: ``box``, ``ova``, or ``vmdk``."""
+    if "metadata.json" in archive.texts or _named(archive, ".vmx"):
+        return "box"
+    return "ova" if _named(archive, ".ovf") else "vmdk"
+
+
 def choose(file: SourceFile, archive: Archive, kind: str) -> Chosen:
     """The disk that the machine in an archive boots from.
 

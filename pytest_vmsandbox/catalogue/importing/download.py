@@ -67,7 +67,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        _check_url(newurl)
+        _check_redirect(newurl, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     def http_error_302(
@@ -80,7 +80,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     ) -> IO[bytes] | None:
         for name in ("location", "uri"):
             if ":" in (headers.get(name) or "").partition("/")[0]:
-                _check_url(headers[name])
+                _check_redirect(headers[name], fp)
         return super().http_error_302(req, fp, code, msg, headers)
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
@@ -235,7 +235,6 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
         ImageError: the server refuses, and will the next time.
         _Broken: a further attempt may work.
     """
-    _check_url(url)
     # Nothing but http(s): a redirect must not read a file of this machine.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -247,7 +246,7 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
         _Redirects(),
     ):
         opener.add_handler(handler)
-    request = urllib.request.Request(  # noqa: S310  # its scheme is checked
+    request = urllib.request.Request(  # noqa: S310  # the opener knows http(s) only
         url, headers={"User-Agent": "vmsandbox", "Accept-Encoding": "identity", **headers}
     )
     answer: list[http.client.HTTPResponse] = []
@@ -275,8 +274,9 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
     return answer[0]
 
 
-def _check_url(url: str) -> None:
+def _check_redirect(url: str, answer: IO[bytes]) -> None:
     if not is_url(url):
+        answer.close()
         raise ImageError(
             f"the server redirects to {printable(url)[:80]!r}, which is not http(s)",
             remedy="do not use this server, or give the final address",

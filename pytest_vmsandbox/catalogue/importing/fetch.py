@@ -7,7 +7,7 @@ can be made again without the network.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -159,6 +159,24 @@ class Fetcher:
 def key_of(digest: Digest) -> str:
     """The key of a download in its store."""
     return f"{digest.kind}-{digest.hex[:40]}"
+
+
+def discard(cache: Path, digests: Iterable[tuple[str, str]]) -> int:
+    """Remove downloads, unless they are in use.
+
+    Args:
+        cache: the user's cache folder.
+        digests: kind and digits of each.
+
+    Returns:
+        Bytes that were freed.
+
+    Raises:
+        TeardownError: files cannot be removed.
+    """
+    store = Store(cache, DOWNLOADS, Entry)
+    folders = (store.root / key_of(Digest(kind, digits)) for kind, digits in digests)
+    return store.discard(folder for folder in folders if folder.is_dir()).freed
 
 
 def name_of(place: str) -> str:

@@ -1,0 +1,201 @@
+"""``vmsandbox images import``, ``fetch`` and ``rm``: all but the first boot of what was imported."""
+
+import hashlib
+import json
+import tomllib
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from pytest_vmsandbox import cli
+from pytest_vmsandbox.catalogue.builder import build
+from pytest_vmsandbox.catalogue.importing.maker import make
+from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.guests import image_maker
+from support import disks
+from support.disks import made
+
+NONE = ("--login=none", "--ready=login:", "--python=no", "--init=none")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of its own, and makers that leave out the first boot."""
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def without_boot(definition, settings, *, progress, force=False, **_):
+        filled = partial(make, cache=cache_dir(), offline=settings.offline)
+        return build(definition, ImageStore(cache_dir()), filled, progress=progress, force=force)
+
+    monkeypatch.setattr(image_maker, "make_image", without_boot)
+    monkeypatch.setattr("pytest_vmsandbox.cli.building.make_image", without_boot)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def run(cache):
+    options: dict[str, Any] = (
+        {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+    )
+
+    def run(*arguments, status=0):
+        done = CliRunner(**options).invoke(cli.application, ["images", *map(str, arguments)])
+        assert done.exit_code == status, f"{done.stdout}\n{done.stderr}\n{done.exception!r}"
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def put(tmp_path):
+    def put(contents):
+        for name, data in contents.items():
+            (tmp_path / name).write_bytes(data)
+        return [tmp_path / name for name in contents]
+
+    return put
+
+
+def definition(cache, name):
+    return tomllib.loads((cache / "imported" / name / "image.toml").read_text(encoding="utf-8"))
+
+
+def state(run, name):
+    found = json.loads(run("list", "--json"))["images"]
+    return next((image["state"] for image in found if image["name"] == name), "")
+
+
+def disk(cache, name):
+    return next((cache / "images" / name).glob("*/disk.raw")).read_bytes()
+
+
+def test_a_disk_becomes_an_image_and_goes_again(run, put, cache):
+    (file,) = put(made("qcow2-v3"))
+    said = run("import", "mine", file, *NONE)
+    for word in (
+        "format: qcow2",
+        "by what the file holds",
+        "firmware: bios",
+        "architecture:",
+        "wrote",
+        "is built",
+    ):
+        assert word in said
+    written = definition(cache, "mine")
+    assert written["source"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (cache / "imported/mine" / written["source"]["url"]).resolve() == file
+    assert written["disk"] == {"size": "3MiB"}
+    assert written["login"] == {"method": "none", "ready": "login:"}
+    assert disk(cache, "mine") == disks.content()
+    assert state(run, "mine") == "built"
+    assert "removed mine" in run("rm", "mine")
+    assert state(run, "mine") == ""
+    assert not (cache / "imported/mine").exists()
+    assert file.exists()
+
+
+def test_the_files_of_a_split_disk_are_kept_as_one(run, put, cache):
+    files = put(made("vmdk-split-flat"))
+    run("import", "split", *files, *NONE)
+    assert disk(cache, "split") == disks.content()
+    for file in files:
+        file.unlink()
+    run("build", "split", "--force", "--offline")
+    assert disk(cache, "split") == disks.content()
+    run("rm", "split")
+    assert list((cache / "downloads").glob("[!.]*/*")) == []
+
+
+def test_a_part_of_a_split_disk_is_missing(run, put, cache):
+    first, *_ = put(made("vmdk-split"))
+    said = run("import", "split", first, *NONE, status=69)
+    assert "give all of them in one command; missing: disk-s001.vmdk" in said
+    assert not (cache / "imported").exists()
+
+
+def test_a_box_says_how_it_boots_and_who_logs_in(run, put):
+    (file,) = put({"a.box": disks.tar(disks.box("vmware_desktop"), "w:gz")})
+    said = run("import", "boxed", file, "--dry-run")
+    assert "format: box" in said
+    assert "firmware: uefi  (as the box says" in said
+    assert "login: vagrant  (boxes have the well-known key of Vagrant, which is replaced)" in said
+    assert "wrote" not in said
+
+
+def test_a_kernel_and_an_initial_ram_disk(run, put, cache):
+    kernel, initrd = put({"linux": b"a kernel", "initrd": b"an initial RAM disk"})
+    ready = ("--login=none", "--ready=up", "--python=no", "--init=none")
+    run("import", "bare", f"--kernel={kernel}", f"--initrd={initrd}", "--append=quiet", *ready)
+    written = definition(cache, "bare")
+    assert written["boot"] == {"firmware": "kernel", "append": "quiet"}
+    assert "disk" not in written
+    (folder,) = (cache / "images/bare").glob("*/")
+    assert (folder / "vmlinuz").read_bytes() == b"a kernel"
+    assert (folder / "initrd.img").read_bytes() == b"an initial RAM disk"
+    record = json.loads((folder / "image.json").read_text(encoding="utf-8"))
+    assert record["source"]["kernel_sha256"] == hashlib.sha256(b"a kernel").hexdigest()
+
+
+def test_a_harmful_file_leaves_nothing(run, put, cache):
+    (file,) = put({"disk.vmdk": disks.descriptor('RW 1 FLAT "/etc/passwd" 0')})
+    assert "names an extent with a path" in run("import", "evil", file, *NONE, status=69)
+    assert not (cache / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("UPPER", "x"), "is not a name for an image"),
+        (("../up", "x"), "is not a name for an image"),
+        (("tiny", "x"), "there is an image 'tiny' already"),
+        (("mine",), "no file is given"),
+        (("mine", "disk.qcow2", "--login=key"), "login.method = 'key' cannot be used"),
+        (("mine", "disk.qcow2", "--login=password"), "login.password"),
+        (("mine", "disk.qcow2", "--python=three"), "system.python"),
+        (("mine", "disk.qcow2", "--firmware=kernel"), "source.kernel"),
+        (("mine", "disk.qcow2", "disk.qcow2", "--memory=lots"), "boot.memory_min"),
+    ],
+)
+def test_wrong_usage(arguments, why, run, put, cache, monkeypatch, tmp_path):
+    put(made("qcow2-v3"))
+    monkeypatch.chdir(tmp_path)
+    assert why in run("import", *arguments, status=2)
+    assert list(cache.glob("imported/*")) == []
+
+
+def test_a_definition_can_go_into_a_folder_of_the_project(run, put, cache, tmp_path):
+    (file,) = put(made("vdi"))
+    folder = tmp_path / "images"
+    run("import", "mine", file, "--into", folder, *NONE)
+    assert (folder / "mine/image.toml").exists()
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    run("rm", "mine", "--image-path", folder)
+    assert (folder / "mine/image.toml").exists()  # it is the user's
+
+
+def test_fetch(run, put, cache, tmp_path):
+    (file,) = put(made("qcow2-v3"))
+    run("import", "mine", file, *NONE)
+    run("rm", "mine")
+    run("import", "mine", file, *NONE, "--dry-run")
+    folder = tmp_path / "images"
+    run("import", "mine", file, "--into", folder, *NONE)
+    run("rm", "mine", "--image-path", folder)
+    assert "is built" in run("fetch", "mine", "--image-path", folder)
+    file.write_bytes(file.read_bytes() + b"x")
+    said = run("fetch", "mine", "--force", "--image-path", folder, status=69)
+    assert "does not have its digest" in said
+    assert "no definition with a [source]" in run("fetch", "tiny", status=2)
+
+
+def test_a_definition_stays_if_its_image_cannot_be_made(run, put, cache, monkeypatch):
+    (file,) = put(made("qcow2-v3"))
+    monkeypatch.setattr("pytest_vmsandbox.catalogue.importing.jail._CELL", "/nowhere")
+    said = run("import", "mine", file, *NONE, status=69)
+    assert "The definition stays" in said
+    assert (cache / "imported/mine/image.toml").exists()
