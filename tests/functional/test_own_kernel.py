@@ -43,13 +43,15 @@ def other_kernel(tmp_path) -> Path:
     """The kernel of Debian 12, in a folder like an unpacked package."""
     built = ImageStore(cache_dir()).require(Catalogue().get("debian-12"))
     (folder := tmp_path / "kernel").joinpath("boot").mkdir(parents=True)
+    assert built.kernel
     release = read_release(built.kernel)
     (folder / f"boot/vmlinuz-{release}").symlink_to(built.kernel)
     (folder / "lib").mkdir()
-    debugfs = programs.find("debugfs")
+    debugfs, disk = programs.find("debugfs"), built.disk
     assert debugfs
+    assert disk
     request = f"rdump /usr/lib/modules {folder / 'lib'}"
-    subprocess.run([debugfs, "-R", request, built.disk], check=True, capture_output=True)
+    subprocess.run([debugfs, "-R", request, disk], check=True, capture_output=True)
     return folder
 
 
