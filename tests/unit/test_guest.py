@@ -275,6 +275,7 @@ class FakePlatform:
     image = "tiny"
     built = SimpleNamespace(
         host_key="ssh-ed25519 AAAA",
+        key=None,
         definition=SimpleNamespace(login=SimpleNamespace(ready="^last words$")),
     )
     verdict = SimpleNamespace(time_scale=1.0)

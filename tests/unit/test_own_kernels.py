@@ -54,7 +54,7 @@ def ran(monkeypatch):
             Path(argv[-1]).write_bytes(
                 b"".join(file.read_bytes() for file in sorted(Path(argv[-2]).rglob("*.ko")))
             )
-        if argv[0] == "dpkg-deb":
+        if argv[:2] == ["dpkg-deb", "--extract"]:
             shutil.copytree(Path(argv[2]).with_suffix(".content"), argv[3], dirs_exist_ok=True)
         return "linux-image-6.12.9"
 
