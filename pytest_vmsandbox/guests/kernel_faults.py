@@ -18,10 +18,16 @@ class Fault:
     brief: str
     options: tuple[str, ...]
 
-    @property
-    def remedy(self) -> str:
-        """What the user can do."""
-        return f"look for these options in the kernel's configuration: {', '.join(self.options)}"
+    def remedy(self, *, has_modules: bool) -> str:
+        """What the user can do.
+
+        Args:
+            has_modules: whether the user's kernel came with modules.
+        """
+        text = f"look for these options in the kernel's configuration: {', '.join(self.options)}"
+        if not has_modules:
+            text += ". If they are modules, name the folder or the package that has them, not only the kernel"
+        return text
 
 
 _DISK = ("CONFIG_PCI=y", "CONFIG_VIRTIO_PCI=y", "CONFIG_VIRTIO_BLK=y", "CONFIG_DEVTMPFS=y")

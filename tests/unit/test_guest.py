@@ -193,7 +193,7 @@ class FakeMachine:
         self.status = None
         self.fault = None
         self.disk_fault = None
-        self.stage = "kernel"
+        self.stage = "kernel" if b"Linux" in platform.first_words else "firmware"
         self.names = []
         self.obeys = True
         self.paused = False
@@ -821,7 +821,7 @@ class TestPower:
     )
     def test_what_a_kernel_of_the_user_lacks(self, platform, console, ends, brief, option):
         platform.answer = False
-        platform.kernel = SimpleNamespace(release="6.12.9")
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
         platform.booting = lambda machine: machine.console.feed(console)
         platform.fault = "is switched off" if ends else None
         with (
@@ -833,19 +833,19 @@ class TestPower:
         assert "last lines of the console" in caught.value.details
         assert platform.off == 1
 
-    @pytest.mark.parametrize("text", [b"", b"Linux version 6"])
+    @pytest.mark.parametrize("text", [b"SeaBIOS (version 1)\r\n", b"Linux version 6\r\n"])
     def test_a_kernel_of_the_user_that_is_silent(self, platform, text, monkeypatch):
         platform.answer = False
-        platform.kernel = SimpleNamespace(release="6.12.9")
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
         platform.first_words = text
         monkeypatch.setattr(machines, "_SILENT_SECONDS", 0.0)
-        said = "has written nothing" if not text else "did not answer on SSH"
+        said = "has written nothing" if text.startswith(b"SeaBIOS") else "did not answer on SSH"
         with pytest.raises(BootError, match=said), make(platform, boot_timeout=0.1):
             pass
 
     def test_a_kernel_of_the_user_may_fail_in_another_way(self, platform):
         platform.answer = False
-        platform.kernel = SimpleNamespace(release="6.12.9")
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
         platform.fault = "kernel panic"
         with pytest.raises(BootError, match="kernel panic while booting"), make(platform):
             pass
