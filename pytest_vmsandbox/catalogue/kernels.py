@@ -209,13 +209,26 @@ def _release_of_package(file: Path) -> str:
 def unpacked(kernel: Kernel, folder: Path) -> Kernel:
     """The same kernel, after its package was unpacked to an empty folder.
 
+    Links that lead out of the folder are left out: what they name is this machine's, and not for guests.
+
     Raises:
         ConfigError: the package is damaged, or has no kernel.
     """
     if kernel.image is not None:
         return kernel
     run_program(["dpkg-deb", "--extract", str(kernel.path), str(folder)], f"unpack {kernel.path}")
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not _leads_into(path, folder):
+                path.unlink()
     return _in_folder(folder)
+
+
+def _leads_into(link: Path, folder: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
 
 
 def run_program(argv: list[str], what: str, environment: Mapping[str, str] | None = None) -> str:

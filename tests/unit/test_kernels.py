@@ -85,6 +85,25 @@ def test_a_package(tmp_path, monkeypatch, name):
     assert unpacked.image == tmp_path / "there/boot/vmlinuz-6.1.0-9-cloud-amd64"
 
 
+def test_a_package_with_links_to_this_machine(tmp_path, monkeypatch):
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    package = kernels.Kernel(path=tmp_path / "some.deb", release="6.12.9", image=None)
+
+    def unpack(argv, _):
+        at = installed(Path(argv[3])) / "lib/modules/6.12.9"
+        (at / "kernel/secret.ko").symlink_to(secret)
+        (at / "kernel/same.ko").symlink_to("fs/ext4/ext4.ko")
+        (at / "kernel/all").symlink_to(tmp_path)
+        (at / "build").symlink_to("/usr/src/linux-headers")
+        (at / "loop").symlink_to("loop")
+        return ""
+
+    monkeypatch.setattr(kernels, "run_program", unpack)
+    found = kernels.unpacked(package, tmp_path / "there")
+    names = [name for name, _ in kernels.module_files(found)]
+    assert names == ["kernel/fs/ext4/ext4.ko", "kernel/same.ko", "modules.order"]
+
+
 def two(folder):
     installed(folder)
     kernel(folder / "boot/vmlinuz-6.1.1", "6.1.1")

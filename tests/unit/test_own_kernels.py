@@ -176,7 +176,7 @@ def test_an_archive():
     ("console", "option"),
     [
         ("[ 1.0] VFS: Unable to mount root fs on unknown-block(0,0)\n", "CONFIG_BLK_DEV_INITRD=y"),
-        ('VFS: Cannot open root device "vda" or unknown-block(0,0)', "CONFIG_BLK_DEV_INITRD=y"),
+        ('VFS: Cannot open root device "xyz" or unknown-block(0,0)', "CONFIG_BLK_DEV_INITRD=y"),
         ("Failed to execute /init (error -8)\nKernel panic", "CONFIG_BINFMT_SCRIPT=y"),
         ("Kernel panic - not syncing: No working init found.", "CONFIG_BINFMT_ELF=y"),
         ("vmsandbox: init\nvmsandbox: there is no /dev/vda\n", "CONFIG_VIRTIO_BLK=y"),
@@ -187,7 +187,8 @@ def test_an_archive():
 def test_what_the_console_says(console, option):
     found = kernel_faults.fault(console)
     assert option in found.remedy(has_modules=True)
-    assert "that has them" in found.remedy(has_modules=False)
+    are_drivers = "/dev/vda" in console
+    assert ("that has them" in found.remedy(has_modules=False)) is are_drivers
 
 
 @pytest.mark.parametrize(
