@@ -404,7 +404,7 @@ class TestThisMachinesDisk:
 
     def test_spoils_whatever_a_block_has_found(self, vm, platform):
         def use(error=None):
-            with factory_module._on_sound_disks(vm):
+            with factory_module.on_sound_disks(vm):
                 if error is not None:
                     raise error
 
