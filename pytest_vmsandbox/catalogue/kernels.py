@@ -382,28 +382,39 @@ def check_image(image: ImageDefinition, firmware: str | None = None) -> None:
     )
 
 
-def missing_options(config: Mapping[str, str], *, has_disk: bool, init: str) -> list[str]:
+def missing_options(
+    config: Mapping[str, str], *, has_modules: bool, has_disk: bool, init: str
+) -> list[str]:
     """The options that a guest needs and a configuration lacks; none if it is unknown.
 
     Args:
+        has_modules: whether there are modules, so that a driver may be one.
         has_disk: whether the guest has a root disk.
         init: of the image; see `INITS`.
     """
     needed = {**_ALWAYS, **(_FOR_DISK if has_disk else {})}
     needed |= _FOR_SYSTEMD if init == "systemd" else {}
+    if not has_modules:
+        needed = dict.fromkeys(needed, "y")
     lacks = [name for name, good in needed.items() if config.get(name, "n") not in good]
     return [f"CONFIG_{name}=y" for name in lacks] if config else []
 
 
 def check_options(
-    release: str, path: Path, config: Mapping[str, str], *, has_disk: bool, init: str
+    release: str,
+    path: Path,
+    config: Mapping[str, str],
+    *,
+    has_modules: bool,
+    has_disk: bool,
+    init: str,
 ) -> None:
     """Check that a kernel can run guests of an image, as far as its configuration is known.
 
     Raises:
         ConfigError: it lacks options.
     """
-    if lacks := missing_options(config, has_disk=has_disk, init=init):
+    if lacks := missing_options(config, has_modules=has_modules, has_disk=has_disk, init=init):
         raise lacking(release, path, lacks)
 
 
@@ -411,7 +422,8 @@ def lacking(release: str, path: Path, options: Iterable[str]) -> ConfigError:
     """The error for a kernel that was built without options that guests need."""
     return ConfigError(
         f"the kernel {release} ({path}) cannot run guests: it was built without {', '.join(options)}",
-        remedy="set these options, and build the kernel again",
+        remedy="set these options, and build the kernel again. If they are drivers that you have as modules, "
+        "build those, too, and name the folder or the package that has them",
     )
 
 

@@ -193,7 +193,7 @@ def test_the_configuration_in_a_kernel(tmp_path, pack):
         if pack == "none"
         else dict(line.removeprefix("CONFIG_").split("=") for line in GOOD.split())
     )
-    assert kernels.missing_options(config, has_disk=True, init="systemd") == []
+    assert kernels.missing_options(config, has_modules=True, has_disk=True, init="systemd") == []
 
 
 @pytest.mark.parametrize(
@@ -215,17 +215,25 @@ def test_missing_options(tmp_path, option, value, has_disk, init, is_missing):
     )
     found = kernels.find(tree(tmp_path, config=text))
     options = kernels.options_that_matter(kernels.read_config(found))
-    missing = kernels.missing_options(options, has_disk=has_disk, init=init)
+    missing = kernels.missing_options(options, has_modules=True, has_disk=has_disk, init=init)
     assert missing == ([f"CONFIG_{option}=y"] if is_missing else [])
     if is_missing:
         with pytest.raises(ConfigError, match=f"6.12.9 .* without CONFIG_{option}=y"):
-            kernels.check_options("6.12.9", tmp_path, options, has_disk=has_disk, init=init)
+            kernels.check_options(
+                "6.12.9", tmp_path, options, has_modules=True, has_disk=has_disk, init=init
+            )
+
+
+def test_drivers_that_are_modules_need_the_modules(tmp_path):
+    config = kernels.read_config(kernels.find(tree(tmp_path)))
+    missing = kernels.missing_options(config, has_modules=False, has_disk=True, init="systemd")
+    assert missing == ["CONFIG_VIRTIO_PCI=y", "CONFIG_EXT4_FS=y"]
 
 
 def test_an_unknown_configuration_is_not_wrong(tmp_path):
     config = kernels.read_config(kernels.find(kernel(tmp_path / "bzImage")))
     assert kernels.options_that_matter(config) == {}
-    assert kernels.missing_options({}, has_disk=True, init="systemd") == []
+    assert kernels.missing_options({}, has_modules=False, has_disk=True, init="systemd") == []
 
 
 @pytest.mark.parametrize("change", [{"firmware": "uefi"}, {"has_initrd": False}])

@@ -150,7 +150,10 @@ def test_a_damaged_one_is_made_again(tmp_path, ran, built, store):
 @pytest.mark.parametrize("where", ["options", "modules"])
 def test_it_lacks_what_guests_need(tmp_path, ran, built, store, where):
     if where == "options":
-        path = kernel(tmp_path / "bzImage", config=GOOD.replace("VIRTIO_NET=y", "VIRTIO_NET=n"))
+        path = kernel(
+            tmp_path / "bzImage",
+            config=GOOD.replace("=m", "=y").replace("VIRTIO_NET=y", "VIRTIO_NET=n"),
+        )
     else:
         path = installed(tmp_path / "it", modules=[*DEP, "kernel/virtio_console.ko"])
         (path / "lib/modules/6.12.9/modules.builtin").write_text(
@@ -161,6 +164,21 @@ def test_it_lacks_what_guests_need(tmp_path, ran, built, store, where):
     ):
         store.get(path, built)
     assert not list((tmp_path / "cache/kernels").glob(".*"))
+
+
+def test_a_build_that_goes_on(tmp_path, ran, built, store, monkeypatch):
+    path = tree(tmp_path / "it", modules=["fs/ext4/ext4.ko"])
+    make = sources.run_program
+
+    def built_meanwhile(argv, *more):
+        (path / "fs/ext4/ext4.ko").write_bytes(b"\x7fELF newer")
+        return make(argv, *more)
+
+    monkeypatch.setattr(sources, "run_program", built_meanwhile)
+    with pytest.raises(ConfigError, match="changed while it was prepared"):
+        store.get(path, built)
+    monkeypatch.setattr(sources, "run_program", make)
+    assert store.get(path, built).modules.read_bytes() == b"\x7fELF newer"
 
 
 def test_an_archive():
