@@ -68,7 +68,7 @@ class Guest:
 
     @property
     def origin(self) -> str:
-        """How it was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
+        """Whether it was ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
         return self.engine.origin
 
     @property
