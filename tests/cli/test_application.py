@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -333,6 +334,15 @@ main()
     slow = ("rich", "paramiko", "asyncio", "pytest", "urllib.request", "email", "http", "ssl")
     ours = [f"pytest_vmsandbox.{name}" for name in ("guests.guest", "machine", "inside", "plugin")]
     assert {*modules.split()} & {*slow, *ours} == set()
+
+
+def test_the_list_has_colours_where_they_are_wanted(cakes, tmp_path):
+    cache = str(tmp_path / "cache")
+    plain = start("images", "list", VMSANDBOX_CACHE=cache).stdout
+    coloured = start("images", "list", VMSANDBOX_CACHE=cache, FORCE_COLOR="1", COLUMNS="20").stdout
+    assert "\x1b[1mcake-1" in coloured
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
+    assert no_escapes(plain)
 
 
 def test_imported_images_are_listed(invoke, tmp_path):
