@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from pytest_vmsandbox.cache.store import DOWNLOADS, Entry, Store
 from pytest_vmsandbox.catalogue.importing import checksums, download, signatures
 from pytest_vmsandbox.catalogue.importing.checksums import Digest
+from pytest_vmsandbox.catalogue.importing.convert import write_sparsely
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.origin import Source
 from pytest_vmsandbox.core.errors import ImageError
@@ -141,9 +142,7 @@ class Fetcher:
         digest = Digest("sha256", file.digest())
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
-            with (folder / _DATA).open("xb") as out:
-                for data in file.chunks():
-                    out.write(data)
+            write_sparsely(file.chunks(), folder / _DATA)
             return {"url": file.name, "digest": digest.hex}
 
         self._store.make(key_of(digest), fill, on_busy=lambda: None)
