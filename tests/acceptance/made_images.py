@@ -226,11 +226,11 @@ def main() -> int:
     """Run the steps; 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--work", type=Path, required=True, help="the folder to go on in")
-    parser.add_argument("steps", nargs="*", choices=[[], *STEPS], help="only these")
+    parser.add_argument("--only", action="append", choices=list(STEPS), help="a step")
     args = parser.parse_args()
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     world, failed = World(args.work.absolute()), []
-    for name in args.steps or STEPS:
+    for name in args.only or STEPS:
         if world.passed(name):
             continue
         print(f"== {name}", flush=True)
