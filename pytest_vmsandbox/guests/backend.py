@@ -131,6 +131,10 @@ class Backend:
 
     def _choose(self, built: BuiltImage) -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
+        if built.kernel is None:  # a kernel of another image proves it sooner
+            for other in self._with_kernel(built.definition.architecture):
+                with suppress(ImageError):  # it is damaged, or being removed
+                    return self._choose(other)
         try:
             return accelerator.choose(
                 self.settings.accelerator,
@@ -144,6 +148,16 @@ class Backend:
         except ImageError:
             built.verified()  # its error has the remedy
             raise
+
+    def _with_kernel(self, architecture: str) -> list[BuiltImage]:
+        """The built images whose kernel QEMU boots directly; the smallest one first."""
+        images = ImageStore(self.cache).all()
+        suitable = (
+            image
+            for image in images
+            if image.kernel is not None and image.definition.architecture == architecture
+        )
+        return sorted(suitable, key=lambda image: image.size_on_disk)
 
     def _to_prove(self, built: BuiltImage) -> Hypervisor:
         """The hypervisor for a proof. A damaged image would make a wrong verdict, which is cached."""

@@ -189,7 +189,12 @@ def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
                         machine, standstill=STANDSTILL_SECONDS, at_most=PROOF_SECONDS
                     )
                 else:
-                    wait_for_guest_time(machine, standstill=_MENU_SECONDS, at_most=PROOF_SECONDS)
+                    wait_for_guest_time(
+                        machine,
+                        first=STANDSTILL_SECONDS,
+                        standstill=_MENU_SECONDS,
+                        at_most=PROOF_SECONDS,
+                    )
         except LauncherError:
             raise
         except VMSandboxError as error:

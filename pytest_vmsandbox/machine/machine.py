@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -15,13 +13,13 @@ from typing import IO, Any
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.machine import cmdline, host, stages, tpm
-from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine import cmdline, host, stages, starting, tpm
+from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.machine.disk import NO_DISKS, Disks, image_file
+from pytest_vmsandbox.machine.disk import NO_DISKS, Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.port import Port
-from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
+from pytest_vmsandbox.machine.process import OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.qmp import Event, Monitor
 from pytest_vmsandbox.machine.tpm import Tpm
 
@@ -105,27 +103,29 @@ class Machine:
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         loop = hypervisor.loop
         with ExitStack() as stack:
-            its_tpm = _tpm(stack, hypervisor, spec, tpm_folder)
-            fds, given = _descriptors(stack, spec, memory, disks, its_tpm)
+            its_tpm = starting.start_tpm(stack, hypervisor, spec, tpm_folder)
+            fds, given = starting.descriptors(stack, spec, memory, disks, its_tpm)
             argv = cmdline.argv(spec, fds)
-            console_log, monitor_log = _logs(stack, logs, argv)
+            console_log, monitor_log = starting.log_files(stack, logs, argv)
             console = Console(console_log)
             with ExitStack() as theirs:
                 our_monitor, our_console, our_helper = (
-                    _channel(stack, theirs, given, number)
+                    starting.channel(stack, theirs, given, number)
                     for number in (fds.monitor, fds.console, fds.helper)
                 )
                 helper = Port(our_helper)
                 stack.enter_context(loop.reading(our_console, console.feed))
                 stack.enter_context(loop.reading(our_helper, helper.feed))
-                process = stack.enter_context(_spawned(hypervisor.launcher, spec, argv, given))
+                process = stack.enter_context(
+                    starting.spawned(hypervisor.launcher, spec, argv, given)
+                )
                 if its_tpm is not None:
                     theirs.enter_context(its_tpm.channel)
             monitor = Monitor(loop, monitor_log, hypervisor.pace)
             try:
                 stack.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
             except MonitorError as error:
-                raise _did_not_start(process, its_tpm) from error
+                raise starting.did_not_start(process, its_tpm) from error
             tops = cmdline.disk_names(spec, has_base=disks.base is not None)
             machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace, its_tpm)
             # Kill QEMU before the monitor is disconnected, so nothing waits for a dying QEMU.
@@ -499,101 +499,3 @@ class Machine:
         """Pull the plug."""
         self.process.signal(signal.SIGKILL)
         self.process.wait(_TERM_SECONDS)
-
-
-def _logs(
-    stack: ExitStack, folder: Path | None, argv: list[str]
-) -> tuple[IO[bytes] | None, IO[str] | None]:
-    """The log files of a machine: for its console, and for its monitor."""
-    if folder is None:
-        return None, None
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
-    (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
-    # Unbuffered: on a full disk, closing a buffered file would fail again.
-    console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
-    return console, stack.enter_context(
-        (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
-    )
-
-
-def _tpm(
-    stack: ExitStack, hypervisor: Hypervisor, spec: MachineSpec, folder: Path | None
-) -> Tpm | None:
-    """The machine's TPM, if it has one. `stack` ends it."""
-    if not spec.tpm or folder is None:
-        return None
-    identity = host.guest_identity(spec.accelerator)
-    return stack.enter_context(tpm.running(hypervisor.launcher, folder, identity))
-
-
-def _descriptors(
-    stack: ExitStack,
-    spec: MachineSpec,
-    memory: IO[bytes] | None,
-    disks: Disks,
-    machine_tpm: Tpm | None,
-) -> tuple[Descriptors, dict[int, int]]:
-    """QEMU's descriptors, and its number → ours."""
-    given: dict[int, int] = {}
-
-    def give(file: IO[bytes] | socket.socket) -> int:
-        number = Descriptors.helper + 1 + len(given)  # `helper` is the last fixed number
-        given[number] = file.fileno()
-        return number
-
-    def give_image_file(path: Path | None) -> int | None:
-        return give(stack.enter_context(image_file(path))) if path is not None else None
-
-    fds = Descriptors(
-        kernel=give_image_file(spec.kernel),
-        initrd=give_image_file(spec.initrd),
-        modules=give_image_file(spec.modules),
-        code=give(disks.flash.code) if disks.flash is not None else None,
-        variables=give(disks.flash.variables) if disks.flash is not None else None,
-        tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
-        memory=give(memory) if memory is not None else None,
-        base=give(disks.base) if disks.base is not None else None,
-        overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
-    )
-    return fds, given
-
-
-def _channel(
-    ours: ExitStack, theirs: ExitStack, given: dict[int, int], number: int
-) -> socket.socket:
-    """Our end of a socket pair. QEMU gets the other end as descriptor `number`."""
-    our, their = socket.socketpair()
-    ours.enter_context(our)
-    theirs.enter_context(their)
-    given[number] = their.fileno()
-    return our
-
-
-def _spawned(
-    launcher: Launcher, spec: MachineSpec, argv: list[str], given: dict[int, int]
-) -> AbstractContextManager[OwnedProcess]:
-    """QEMU, started with these descriptors."""
-    is_emulated_clone = spec.start is cmdline.Start.CLONED and spec.accelerator == "tcg"
-    return launcher.spawn(
-        argv,
-        fds=given,
-        env={"PATH": os.defpath, "LC_ALL": "C"},
-        identity=host.guest_identity(spec.accelerator),
-        # There may be many clones, and under emulation huge pages do not help.
-        small_pages=is_emulated_clone,
-    )
-
-
-def _did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
-    status = process.wait(_TERM_SECONDS)
-    how = "does not answer" if status is None else f"ended with {status_text(status)}"
-    more = (
-        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
-    )
-    return LaunchError(
-        f"QEMU {how}",
-        details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),
-        remedy="run 'vmsandbox doctor' to check this machine",
-        transient=status is None or was_killed(status),
-    )

@@ -25,17 +25,21 @@ def wait_for_user_space(machine: Machine, *, standstill: float, at_most: float) 
     Raises:
         BootError: the guest hangs, is gone, or is too slow.
     """
-    _wait(machine, partial(machine.reaches, "init"), "program", standstill, at_most)
+    _wait(machine, partial(machine.reaches, "init"), "program", lambda _: standstill, at_most)
 
 
-def wait_for_guest_time(machine: Machine, *, standstill: float, at_most: float) -> None:
+def wait_for_guest_time(
+    machine: Machine, *, first: float, standstill: float, at_most: float
+) -> None:
     """Wait until the host's CPUs have run a second of a guest's own code.
 
     This is for guests whose console may stay silent. If the host's kernel does not account that time,
     the guest's kernel has to write to the console.
 
     Args:
-        standstill: seconds without progress after which the guest counts as hanging.
+        first: seconds within which firmware must have begun to run.
+        standstill: seconds without progress after which the guest counts as hanging. A boot loader may
+            wait for keys.
         at_most: seconds in all, even with progress.
 
     Raises:
@@ -50,17 +54,21 @@ def wait_for_guest_time(machine: Machine, *, standstill: float, at_most: float) 
         Deadline(timeout).pause(timeout)
         return False
 
-    _wait(machine, ran, "system", standstill, at_most)
+    _wait(machine, ran, "system", lambda time: first if time == 0 else standstill, at_most)
 
 
 def _wait(
     machine: Machine,
     is_there: Callable[[float], bool],
     what: str,
-    standstill: float,
+    standstill: Callable[[object], float],
     at_most: float,
 ) -> None:
-    """Wait until something is there, as long as there is progress."""
+    """Wait until something is there, as long as there is progress.
+
+    Args:
+        standstill: the seconds of a standstill, by the last sign of progress.
+    """
     deadline = Deadline(at_most)
     signs, since = None, 0.0
     while not is_there(deadline.remaining(_LOOK_SECONDS)):
@@ -72,8 +80,8 @@ def _wait(
         clock = deadline.elapsed - time_waited(machine.process.pid)
         if (now := _signs_of_progress(machine)) != signs:
             signs, since = now, clock
-        elif clock - since >= standstill:
-            why = f"the guest made no progress for {standstill:g} s"
+        elif clock - since >= (allowed := standstill(now)):
+            why = f"the guest made no progress for {allowed:g} s"
             raise _never_ran(machine, why, deadline.elapsed)
 
 

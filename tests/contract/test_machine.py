@@ -19,7 +19,7 @@ from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.machine import host, machine as machine_module, memory, progress
 from pytest_vmsandbox.machine.cmdline import Start
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
-from pytest_vmsandbox.machine.progress import wait_for_user_space
+from pytest_vmsandbox.machine.progress import wait_for_guest_time, wait_for_user_space
 
 FORBIDS_PNG = (7, 1)
 
@@ -741,3 +741,56 @@ class TestOnTop:
                 ) as other:
                     other.resume()
                     assert status(other) == "running"
+
+
+class TestGuestTime:
+    """Whether the host's processors run a guest's own code, as long as there is progress."""
+
+    @pytest.fixture(autouse=True)
+    def look_often(self, monkeypatch):
+        monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(progress, "time_waited", lambda _: 0.0)
+
+    @pytest.fixture
+    def ticks(self, monkeypatch):
+        """What the kernel says of the guest's time, one after the other; it stays at the last."""
+        ticks: list[int | None] = []
+        monkeypatch.setattr(
+            progress, "guest_time", lambda _: ticks.pop(0) if len(ticks) > 1 else ticks[0]
+        )
+        return ticks
+
+    def test_a_second_is_enough(self, fake, ticks):
+        ticks += [0, 1, os.sysconf("SC_CLK_TCK") - 1, os.sysconf("SC_CLK_TCK")]
+        with fake.machine(accelerator="kvm") as machine:
+            wait_for_guest_time(machine, first=60, standstill=60, at_most=60)
+
+    def test_firmware_that_does_not_begin(self, fake, ticks):
+        """KVM that emulates single instructions gets on, but the processor runs none of them."""
+        ticks.append(0)
+        with (
+            fake.machine(accelerator="kvm") as machine,
+            pytest.raises(BootError, match=r"no progress for 0\.05 s"),
+        ):
+            wait_for_guest_time(machine, first=0.05, standstill=60, at_most=60)
+
+    def test_a_boot_loader_may_wait(self, fake, ticks):
+        ticks.append(7)
+        with (
+            fake.machine(accelerator="kvm") as machine,
+            pytest.raises(BootError, match=r"no progress for 0\.1 s"),
+        ):
+            wait_for_guest_time(machine, first=1e-9, standstill=0.1, at_most=60)
+
+    def test_too_slow(self, fake, ticks):
+        ticks += range(1, 50)
+        with (
+            fake.machine(accelerator="kvm") as machine,
+            pytest.raises(BootError, match=r"no system ran within 0\.1 s"),
+        ):
+            wait_for_guest_time(machine, first=60, standstill=60, at_most=0.1)
+
+    def test_where_it_is_not_accounted_the_console_tells(self, fake, ticks):
+        ticks.append(None)
+        with fake.machine(accelerator="kvm", fault="boots") as machine:
+            wait_for_guest_time(machine, first=60, standstill=60, at_most=60)

@@ -1,0 +1,117 @@
+"""Starts QEMU: its log files, descriptors, sockets and TPM; and the error if it does not start."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import IO
+
+from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.machine import cmdline, host, tpm
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine.disk import Disks, image_file
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
+from pytest_vmsandbox.machine.tpm import Tpm
+
+_END_SECONDS = 5.0
+
+
+def log_files(
+    stack: ExitStack, folder: Path | None, argv: list[str]
+) -> tuple[IO[bytes] | None, IO[str] | None]:
+    """The log files of a machine: for its console, and for its monitor."""
+    if folder is None:
+        return None, None
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
+    (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
+    # Unbuffered: on a full disk, closing a buffered file would fail again.
+    console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
+    return console, stack.enter_context(
+        (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
+    )
+
+
+def start_tpm(
+    stack: ExitStack, hypervisor: Hypervisor, spec: MachineSpec, folder: Path | None
+) -> Tpm | None:
+    """The machine's TPM, if it has one. `stack` ends it."""
+    if not spec.tpm or folder is None:
+        return None
+    identity = host.guest_identity(spec.accelerator)
+    return stack.enter_context(tpm.running(hypervisor.launcher, folder, identity))
+
+
+def descriptors(
+    stack: ExitStack,
+    spec: MachineSpec,
+    memory: IO[bytes] | None,
+    disks: Disks,
+    machine_tpm: Tpm | None,
+) -> tuple[Descriptors, dict[int, int]]:
+    """QEMU's descriptors, and its number → ours."""
+    given: dict[int, int] = {}
+
+    def give(file: IO[bytes] | socket.socket) -> int:
+        number = Descriptors.helper + 1 + len(given)  # `helper` is the last fixed number
+        given[number] = file.fileno()
+        return number
+
+    def give_image_file(path: Path | None) -> int | None:
+        return give(stack.enter_context(image_file(path))) if path is not None else None
+
+    fds = Descriptors(
+        kernel=give_image_file(spec.kernel),
+        initrd=give_image_file(spec.initrd),
+        modules=give_image_file(spec.modules),
+        code=give(disks.flash.code) if disks.flash is not None else None,
+        variables=give(disks.flash.variables) if disks.flash is not None else None,
+        tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
+        memory=give(memory) if memory is not None else None,
+        base=give(disks.base) if disks.base is not None else None,
+        overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
+    )
+    return fds, given
+
+
+def channel(
+    ours: ExitStack, theirs: ExitStack, given: dict[int, int], number: int
+) -> socket.socket:
+    """Our end of a socket pair. QEMU gets the other end as descriptor `number`."""
+    our, their = socket.socketpair()
+    ours.enter_context(our)
+    theirs.enter_context(their)
+    given[number] = their.fileno()
+    return our
+
+
+def spawned(
+    launcher: Launcher, spec: MachineSpec, argv: list[str], given: dict[int, int]
+) -> AbstractContextManager[OwnedProcess]:
+    """QEMU, started with these descriptors."""
+    is_emulated_clone = spec.start is cmdline.Start.CLONED and spec.accelerator == "tcg"
+    return launcher.spawn(
+        argv,
+        fds=given,
+        env={"PATH": os.defpath, "LC_ALL": "C"},
+        identity=host.guest_identity(spec.accelerator),
+        # There may be many clones, and under emulation huge pages do not help.
+        small_pages=is_emulated_clone,
+    )
+
+
+def did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
+    status = process.wait(_END_SECONDS)
+    how = "does not answer" if status is None else f"ended with {status_text(status)}"
+    more = (
+        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
+    )
+    return LaunchError(
+        f"QEMU {how}",
+        details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),
+        remedy="run 'vmsandbox doctor' to check this machine",
+        transient=status is None or was_killed(status),
+    )
