@@ -236,6 +236,7 @@ WRONG = [
     ("[[image]]", "<<<<<<< HEAD\n[[image]]", "conflict markers"),
     ("[[image]]", "=======\n[[image]]", "conflict markers"),
     ("[[image]]", "[[image", "cannot be read"),
+    ("[[image]]", f"x = {'[' * 5000}", "cannot be read"),
 ]
 
 
