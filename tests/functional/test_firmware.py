@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(bool(lacks()), reason=f"this machine lacks: {lac
 # A TPM's random number, its PCR 16, and an endorsement key, which is made from its seed. All of them are
 # the answers to raw commands, in hex.
 TALK = r"""
-exec 3<>/dev/tpm0
+exec 3<>/dev/tpmrm0
 printf "$1" >&3
 hexdump -v -e '1/1 "%02x"' <&3
 """
