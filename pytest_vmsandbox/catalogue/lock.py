@@ -27,6 +27,7 @@ HEADER = """\
 # The images that this project's tests use. Commit this file. It is written by
 #     vmsandbox images lock      adds images
 #     vmsandbox images update    shows what would change, makes the images again, and writes it
+# Neither keeps comments.
 #
 # What "locked" names must be the same wherever the tests run. Otherwise they do not start:
 #     definition    image.toml, the recipe, and what they use
@@ -142,9 +143,15 @@ class LockedImage:
             for key, digits in _DIGESTS.items()
         }
         none: tuple[str, ...] = ()
+        drift = top.read("may_drift", f"some of {', '.join(_DRIFTING)}", _words(_DRIFTING), none)
         locked = top.read("locked", f"some of {', '.join(_LOCKABLE)}", _words(_LOCKABLE))
         if "definition" not in locked:
             raise top.missing("locked", "locked must have 'definition'")
+        if both := {*locked} & {*drift}:
+            raise ConfigError(
+                f"{file}: {', '.join(both)} of the image {name!r} is both locked and may drift",
+                remedy="remove it from one of the two lists",
+            )
         return cls(
             name=name,
             origin=top.choice("origin", _ORIGINS),
@@ -156,9 +163,7 @@ class LockedImage:
             signature=top.read("signature", "one line of text", line_or_empty, _NONE),
             packages=top.read("packages", "a list of 'NAME VERSION'", _listed, none),
             locked=locked,
-            may_drift=top.read(
-                "may_drift", f"some of {', '.join(_DRIFTING)}", _words(_DRIFTING), none
-            ),
+            may_drift=drift,
         )
 
     def values(self) -> dict[str, object]:
@@ -334,31 +339,42 @@ class Lock:
         entries = [self.images[name].values() for name in sorted(self.images)]
         return f"{HEADER}\n{tomli_w.dumps({'schema': SCHEMA, 'image': entries})}"
 
-    def write(self) -> None:
-        """Write the file. It is always complete: the old one, or the new one.
+    def add(self, entries: Iterable[LockedImage]) -> Lock:
+        """Add or replace entries in the file. It is always complete: the old one, or the new one.
+
+        It is read again before, because another process may have written it.
+
+        Returns:
+            The lock that was written.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: it cannot be read or written.
         """
         target = Path(os.path.realpath(self.file))  # a link stays a link
-        new = target.with_name(f".{target.name}.new")
         try:
             with files.locked(target.parent, on_busy=lambda: None):
-                try:
-                    with new.open("w", encoding="utf-8", newline="\n") as stream:
-                        stream.write(self.text())
-                        stream.flush()
-                        os.fsync(stream.fileno())
-                    if target.exists():
-                        new.chmod(target.stat().st_mode & 0o777)
-                    new.replace(target)
-                finally:
-                    new.unlink(missing_ok=True)
+                lock = read_or_empty(self.file).with_images(entries)
+                lock._replace(target)
+                return lock
         except OSError as error:
             raise ConfigError(
                 f"{self.file} cannot be written: {error.strerror or error}",
                 remedy="make room there, or make the folder writable. The file is unchanged",
             ) from error
+
+    def _replace(self, target: Path) -> None:
+        new = target.with_name(f".{target.name}.new")
+        try:
+            with new.open("w", encoding="utf-8", newline="\n") as stream:
+                stream.write(self.text())
+                stream.flush()
+                os.fsync(stream.fileno())
+            if target.exists():
+                new.chmod(target.stat().st_mode & 0o777)
+            new.replace(target)
+        finally:
+            if not new.is_dir():
+                new.unlink(missing_ok=True)
 
 
 def read_or_empty(file: Path) -> Lock:
@@ -415,6 +431,8 @@ def _brief(text: str) -> str:
 
 def _content(file: Path) -> dict[str, Any]:
     try:
+        if file.exists() and not file.is_file():  # reading a FIFO would wait for its writer
+            raise ValueError("it is not a regular file")
         text = file.read_bytes().decode("utf-8-sig")
         if _MARKERS.search(text):
             raise ConfigError(
@@ -474,7 +492,8 @@ def _signature(
 ) -> str:
     """What was checked of an image's origin."""
     if digests:
-        return f"none; {source.get('checked') or 'sha256 given by the definition'}"
+        checked = source.get("checked") or "sha256 given by the definition"
+        return checked if "signed by" in checked else f"none; {checked}"
     if not suites:
         return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})

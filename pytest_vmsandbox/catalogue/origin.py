@@ -66,6 +66,8 @@ class Source:
         sha256: of the file at `url`, in small hexadecimal digits.
         sha512: likewise. At most one of the two is there.
         checksums: URL or path of a list of digests, if neither is there.
+        keyring: a file in the definition's folder with the public keys that sign that list.
+        signature: URL or path of its signature; empty for a clear-signed list.
         format: one of `FORMATS`.
         kernel: URL or path of a Linux kernel.
         kernel_sha256: its digest.
@@ -77,6 +79,8 @@ class Source:
     sha256: str = ""
     sha512: str = ""
     checksums: str = ""
+    keyring: str = ""
+    signature: str = ""
     format: Format | Literal[""] = ""
     kernel: str = ""
     kernel_sha256: str = ""
@@ -97,6 +101,12 @@ class Source:
             raise table.missing("url", "name a disk (url), or a kernel (kernel, initrd), or both")
         for key in ("sha256", "sha512", "checksums", "format"):
             table.only(key, "url" in table, "without source.url", "name the disk by source.url")
+        table.only(
+            "keyring", "checksums" in table, "without source.checksums", "name a list of digests"
+        )
+        table.only(
+            "signature", "keyring" in table, "without source.keyring", "name the keys that sign it"
+        )
         table.only("initrd", "kernel" in table, "without source.kernel", "name its kernel")
         for key in ("kernel", "initrd"):
             digest = f"{key}_sha256"
@@ -113,6 +123,10 @@ class Source:
             sha256=table.read("sha256", f"{_SHA256} hexadecimal digits", sha256, ""),
             sha512=table.read("sha512", f"{_SHA512} hexadecimal digits", sha512, ""),
             checksums=table.read("checksums", _PLACE, place, ""),
+            keyring=table.read(
+                "keyring", "the name of a file in this folder", partial(_file, top.file.parent), ""
+            ),
+            signature=table.read("signature", _PLACE, place, ""),
             format=disk_format,
             kernel=table.read("kernel", _PLACE, place, ""),
             kernel_sha256=table.read("kernel_sha256", f"{_SHA256} hexadecimal digits", sha256, ""),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Difference, Lock, LockedImage, lock_command, shown
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
+from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
@@ -39,12 +43,26 @@ def build_one(
     else:
         screen.say(f"building {name}: {definition.description}", "bold")
         began = monotonic()
-        with screen.stages() as stage:
+        with _naming(lock, name), screen.stages() as stage:
             image = make_image(definition, settings, progress=stage, force=force, lock=lock)
         took = f"{monotonic() - began:.0f} s"
         screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {took}")
     if lock is not None:
         _compare(screen, lock, LockedImage.of(store.require(definition)))
+
+
+@contextmanager
+def _naming(lock: Lock | None, name: str) -> Iterator[None]:
+    """Let an error say that the lock file has the digests of the files."""
+    try:
+        yield
+    except ImageError as error:
+        if lock is not None and name in lock.images and lock.images[name].digests:
+            error.add_note(
+                f"The digests are those in {lock.file}. 'vmsandbox images update {name}' shows what is "
+                "there now, and takes it into the lock."
+            )
+        raise
 
 
 def _compare(screen: Screen, lock: Lock, found: LockedImage) -> None:

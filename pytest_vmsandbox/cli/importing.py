@@ -17,6 +17,7 @@ from pytest_vmsandbox.catalogue.definition import (
 )
 from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
+from pytest_vmsandbox.cli.project import lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
@@ -122,13 +123,20 @@ def import_(
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.option("--force", is_flag=True, help="Make images again even if they are made.")
 @offline_option
+@project_options
 @image_path_option
 def fetch(
-    *, names: tuple[str, ...], force: bool, offline: bool, image_path: tuple[Path, ...]
+    *,
+    names: tuple[str, ...],
+    force: bool,
+    offline: bool,
+    where: list[str],
+    image_path: tuple[Path, ...],
 ) -> None:
     """Make images whose definitions name a file from elsewhere.
 
     What is downloaded is kept, so an image can be made again without the network. A NAME may be a glob.
+    If the project here has a lock file, files must have the digests in it.
     """
     from pytest_vmsandbox.cli.building import build_one
 
@@ -140,10 +148,11 @@ def fetch(
             f"{', '.join(names)}: no definition with a [source]",
             remedy="make other images by 'vmsandbox images build'",
         )
+    locked = lock_here(where)
     errors: list[Exception] = []
     for definition in sources:
         try:
-            build_one(definition, settings, force=force)
+            build_one(definition, settings, force=force, lock=locked)
         except VMSandboxError as error:
             errors.append(error)
     if errors:

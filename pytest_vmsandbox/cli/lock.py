@@ -57,11 +57,10 @@ def lock(*, names: tuple[str, ...], where: list[str], image_path: tuple[Path, ..
         except VMSandboxError as error:
             errors.append(error)
     if new:
-        before.with_images(new).write()
-    for entry in new:
-        screen.say(f"{entry.name} is locked now: {_about(entry)}")
-    if new:
-        screen.say(f"{before.file} has {len(before.with_images(new).images)} images")
+        before = before.add(new)
+        for entry in new:
+            screen.say(f"{entry.name} is locked now: {_about(entry)}")
+        screen.say(f"images in {before.file}: {len(before.images)}")
     if errors:
         raise ExceptionGroup("lock", errors)
 
@@ -97,7 +96,7 @@ def update(
         raise ConfigError(
             f"there is no image in {before.file}", remedy="add images: vmsandbox images lock"
         )
-    definitions = [catalogue.get(name) for name in chosen]
+    definitions = [_definition(name, catalogue, before) for name in chosen]
     with screen.waiting("looking for changes"):
         found = [_look(definition, before, store, settings) for definition in definitions]
     changed = [one for one in found if one.lines]
@@ -105,15 +104,18 @@ def update(
     if not changed or dry_run:
         return
     _confirm(yes=yes)
-    made = _make(changed, definitions, settings)
+    made, errors = _make(changed, definitions, settings)
     entries = [
         LockedImage.of(store.require(definition)).kept(before.images.get(name))
         for name, definition in made.items()
         if name in chosen or name in before.images
     ]
-    before.with_images(entries).write()
+    if entries:
+        before.add(entries)
     for entry in entries:
         screen.say(f"{entry.name} is locked now: {_about(entry)}")
+    if errors:
+        raise ExceptionGroup("update", errors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,7 @@ def _listed(
 
 def _make(
     changed: Iterable[_Change], chosen: Iterable[ImageDefinition], settings: Settings
-) -> dict[str, ImageDefinition]:
+) -> tuple[dict[str, ImageDefinition], list[Exception]]:
     """Make the images that have to be made. If packages are newer, the bases are made again first.
 
     Args:
@@ -205,23 +207,31 @@ def _make(
         settings: where images are kept.
 
     Returns:
-        The definitions of all images that may differ now, by name.
+        The definitions of all images that may differ now, by name; and what failed.
     """
     from pytest_vmsandbox.cli.building import build_one
 
-    differing = {one.definition.name: one.definition for one in changed}
+    differing: dict[str, ImageDefinition] = {}
+    errors: list[Exception] = []
     made: set[str] = set()
     for one in changed:
-        for definition in one.lineage if one.build else ():
-            if definition.name not in made:
-                build_one(definition, settings, force=True)
-                made.add(definition.name)
-            differing[definition.name] = definition
+        try:
+            for definition in one.lineage if one.build else ():
+                if definition.name not in made:
+                    build_one(definition, settings, force=True)
+                    made.add(definition.name)
+                differing[definition.name] = definition
+            differing[one.definition.name] = one.definition
+        except VMSandboxError as error:
+            errors.append(error)
     for definition in chosen:
-        if definition.name not in made and made & set(_bases(definition)):
-            build_one(definition, settings)
-            differing[definition.name] = definition
-    return differing
+        try:
+            if definition.name not in made and made & {*_bases(definition)}:
+                build_one(definition, settings)
+                differing[definition.name] = definition
+        except VMSandboxError as error:
+            errors.append(error)
+    return differing, errors
 
 
 def _bases(definition: ImageDefinition) -> Iterator[str]:
@@ -322,7 +332,7 @@ class _Verdict:
 
 def _verdict(name: str, catalogue: Catalogue, store: ImageStore, known: Lock | None) -> _Verdict:
     try:
-        built = store.require(catalogue.get(name))
+        built = store.require(_definition(name, catalogue, known))
         if damage := _damage(built):
             return _Verdict([f"{damage}. Remedy: {build_command(name)} --force"])
         found = LockedImage.of(built)
@@ -338,6 +348,21 @@ def _verdict(name: str, catalogue: Catalogue, store: ImageStore, known: Lock | N
         [f"{difference}. Remedy: {_UPDATE} {name}" for difference in breaches],
         [str(one) for one in locked.differences(found) if one not in breaches],
     )
+
+
+def _definition(name: str, catalogue: Catalogue, known: Lock | None) -> ImageDefinition:
+    """The definition of an image that may be in the lock only.
+
+    Raises:
+        ConfigError: there is none, or it is invalid.
+    """
+    if known is not None and name in known.images and name not in catalogue.names():
+        raise ConfigError(
+            f"{known.file.name} has an image {name!r}, but there is no such image",
+            remedy=f"remove its table [[image]] from {known.file}; or bring its definition back "
+            "(vm_image_path, --image-path, or an import)",
+        )
+    return catalogue.get(name)
 
 
 def _damage(built: BuiltImage) -> str:

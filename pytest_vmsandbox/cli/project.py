@@ -87,7 +87,7 @@ def ask(where: list[str]) -> Project:
     """
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
         file = Path(folder, "answer")
-        plugins = ["-p", "vmsandbox", "-p", _PLUGIN, "-p", "no:cacheprovider"]
+        plugins = ["-p", "vmsandbox", "-p", _PLUGIN]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *plugins, f"--vm-answer={file}", *where],
             stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from pytest_vmsandbox.catalogue.origin import ADOPTED
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, BuiltImage
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
-    BootError,
     CommandError,
     CommandTimeout,
     ConfigError,
@@ -26,7 +26,7 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.machines import Running, check_network
 from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
 
 _SSH_PORT = 22
@@ -34,7 +34,8 @@ _CONNECT_SECONDS = 20.0
 _LOGIN_SECONDS = 30.0  # for all tries, on a usual host with KVM
 _PAUSE_SECONDS = 5.0  # between tries: newer servers keep clients out that fail too often
 _SILENT_SECONDS = 300.0  # of cloud-init
-_EMERGENCY = "emergency mode"
+_LAST_TRIES = 3
+_CLOUD_INIT_ENDED = re.compile(r"Cloud-init v\. \S+ finished at ")
 
 # The well-known keys of the Vagrant project (the folder `keys` of its repository). They open each new box.
 INSECURE_KEYS = [
@@ -62,8 +63,12 @@ give() {
 }
 give root
 [ "$user" = root ] || give "$user"
-case $(awk -F: '$1 == "root" { print $2 }' /etc/shadow) in !*) usermod -p '*' root ;; esac
-case $(awk -F: '$1 == "root" { print $7 }' /etc/passwd) in */nologin | */false) usermod -s /bin/sh root ;; esac
+if grep -q '^root:!' /etc/shadow 2>/dev/null; then
+    usermod -p '*' root || sed -i 's/^root:![^:]*:/root:*:/' /etc/shadow
+fi
+case $(awk -F: '$1 == "root" { print $7 }' /etc/passwd) in
+*/nologin | */false) usermod -s /bin/sh root || sed -i '/^root:/s|[^:]*$|/bin/sh|' /etc/passwd ;;
+esac
 config=/etc/ssh/sshd_config
 if [ -f $config ]; then
     [ -f /etc/ssh/ssh_host_ed25519_key ] || ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key
@@ -78,7 +83,7 @@ if [ -f $config ]; then
     } >/etc/ssh/vmsandbox.new
     cat /etc/ssh/vmsandbox.new >$config
     rm /etc/ssh/vmsandbox.new
-    systemctl reload ssh || systemctl reload sshd || pkill -HUP -o -x sshd || kill -HUP "$(cat /run/sshd.pid)"
+    systemctl reload ssh || systemctl reload sshd || rc-service sshd reload || pkill -HUP -o -x sshd || kill -HUP "$(cat /run/sshd.pid)"
 fi 2>&1
 """
 _TO_ROOT: tuple[tuple[str, ...], ...] = (("sudo", "-n"), ("doas", "-n"))
@@ -122,26 +127,18 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
 
         further.append(seed(definition.name, key.public))
     build.say("booting it for the first time")
-    try:
-        with changing.changing(build, image, hardware, settings, key, further=further) as guest:
-            with guest.engine.use() as running:
-                if has_own_key:
-                    _leave_key(build, guest, running, key)
-                _note_host_key(build, guest, running)
-            if definition.disk_size is not None:
-                changing.grow(build, guest)
-            found = examining.check(guest, definition)
-            if packages := examining.packages(guest):
-                (build.out / PACKAGES).write_text(packages, encoding="utf-8")
-            changing.clean(build, guest)
-            return found
-    except BootError as error:
-        if _EMERGENCY in error.details:
-            error.remedy = (
-                "the system waited too long for one of its disks, which happens on a slow machine. Build "
-                "the image again when this machine has less to do"
-            )
-        raise
+    with changing.changing(build, image, hardware, settings, key, further=further) as guest:
+        with guest.engine.use() as running:
+            if has_own_key:
+                _leave_key(build, guest, running, key)
+            _note_host_key(build, guest, running)
+        if definition.disk_size is not None:
+            changing.grow(build, guest)
+        found = examining.check(guest, definition)
+        if packages := examining.packages(guest):
+            (build.out / PACKAGES).write_text(packages, encoding="utf-8")
+        changing.clean(build, guest)
+        return found
 
 
 def _leave_key(build: Build, guest: Guest, running: Running, key: KeyPair) -> None:
@@ -170,7 +167,7 @@ def _leave_key(build: Build, guest: Guest, running: Running, key: KeyPair) -> No
         seconds = guest.engine.stretch(_LOGIN_SECONDS)
         if login.method == "cloud-init":  # it adds our key when the server already runs
             seconds = guest.engine.boot_seconds
-        _await_login(definition, transport, user, Deadline(seconds))
+        _await_login(definition, transport, running, Deadline(seconds))
         prefix = _way_to_root(definition, transport, user)
         words = (*prefix, "/bin/sh", "-c", _ADOPT, "sh", key.public, user)
         if status := _run(build, transport, words, guest.engine.stretch(_SILENT_SECONDS)):
@@ -182,22 +179,25 @@ def _leave_key(build: Build, guest: Guest, running: Running, key: KeyPair) -> No
 
 
 def _await_login(
-    definition: ImageDefinition, transport: FirstTransport, user: str, deadline: Deadline
+    definition: ImageDefinition, transport: FirstTransport, running: Running, deadline: Deadline
 ) -> None:
     """Try to log in until it works.
 
     Raises:
         ImageError: it does not work in time.
     """
+    tries = _LAST_TRIES  # after cloud-init has ended, if the console shows that
     while True:
         try:
             transport.start(Command(argv=("true",))).close()
         except (ConfigError, GuestLost) as error:
             transport.check()
-            if deadline.expired:
+            tries -= _CLOUD_INIT_ENDED.search(running.machine.console.this_boot) is not None
+            if deadline.expired or tries <= 0:
                 raise ImageError(
-                    f"nobody can log in to the guest as {user!r} within {deadline.seconds:g} s",
-                    details=error.brief,
+                    f"nobody can log in to the guest as {transport.user!r}, "
+                    f"{deadline.elapsed:.0f} s after its SSH server answered",
+                    details=f"{error.brief}\n{running.machine.console_lines()}",
                     remedy=f"correct [login] in {definition.folder / DEFINITION_FILE}: method "
                     f"(now {definition.login.method!r}), user and password",
                 ) from error
@@ -251,6 +251,7 @@ def _note_host_key(build: Build, guest: Guest, running: Running) -> None:
         ImageError: root cannot log in.
         GuestLost: the guest has no such key.
     """
+    check_network(running.machine, running.blueprint, running.machine.check)
     address = running.machine.forward(_SSH_PORT)
     known = host_key_at(address, guest.engine.stretch(_CONNECT_SECONDS))
     (build.out / HOST_KEY).write_text(f"{known}\n", encoding="utf-8")

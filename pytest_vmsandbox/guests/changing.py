@@ -21,6 +21,7 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.factory import on_sound_disks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.root_disk import grow as grow_root
@@ -59,7 +60,6 @@ def changing(
     key: KeyPair,
     *,
     further: Sequence[bytes] = (),
-    keep: bool = True,
 ) -> Iterator[Guest]:
     """A guest of `base`, which answers. At the end it is shut down.
 
@@ -73,10 +73,10 @@ def changing(
         settings: how guests run.
         key: opens the guest.
         further: the content of each further disk.
-        keep: whether the changed disk is kept.
 
     Raises:
         BootError: the guest does not come up.
+        GuestLost: this host could not read or write its disk.
         ImageError: it does not shut down in an orderly way, or its disk cannot be kept.
     """
     with ExitStack() as stack:
@@ -94,19 +94,15 @@ def changing(
             disks=disks,
             logs=build.work / "logs",
         )
-        with backend.engine(machines) as engine:
-            yield Guest(engine)
+        with backend.engine(machines) as engine, on_sound_disks(guest := Guest(engine)):
+            yield guest
             build.say("shutting it down")
-            with engine.use() as running:
-                monitor = running.machine.monitor
-            engine.power_off()
-            ends = [event["data"] for event in monitor.events() if event["event"] == "SHUTDOWN"]
-            if not any(end["guest"] for end in ends):
+            if not engine.power_off():
                 raise ImageError(
                     f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
                     remedy="look for what does not end in the guest",
                 )
-        if keep and disks.base is not None:
+        if disks.base is not None:
             build.say("making the disk")
             _keep(build, base, disks)
 

@@ -39,8 +39,14 @@ id -u "$1" && exit 0
 if command -v useradd; then
     useradd --create-home --shell "$([ -x /bin/bash ] && echo /bin/bash || echo /bin/sh)" "$1" &&
         usermod --password '*' "$1"
-else
+elif command -v adduser; then
     adduser -D "$1" && sed -i "s/^$1:!:/$1:*:/" /etc/shadow
+else
+    number=1001
+    while cut -d : -f 3 /etc/passwd /etc/group | grep -qx $number; do number=$((number + 1)); done
+    echo "$1:*:$number:$number:$1:/home/$1:/bin/sh" >>/etc/passwd &&
+        echo "$1:*:$number:" >>/etc/group &&
+        mkdir -p "/home/$1" && chown $number:$number "/home/$1"
 fi || exit 1
 [ "$2" = key ] || exit 0
 home=$(awk -F: -v name="$1" '$1 == name { print $6 }' /etc/passwd)

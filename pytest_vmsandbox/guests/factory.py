@@ -99,7 +99,7 @@ class GuestFactory:
             stack.enter_context(self.backend.idle.holding(guest.engine))
             callbacks.guest_ready(guest)
             try:
-                with _on_sound_disks(guest):
+                with on_sound_disks(guest):
                     yield guest
             except Exception:
                 callbacks.guest_stopping(guest, True)
@@ -298,7 +298,7 @@ class GuestFactory:
 
 
 @contextmanager
-def _on_sound_disks(guest: Guest) -> Iterator[None]:
+def on_sound_disks(guest: Guest) -> Iterator[None]:
     """Check at the end that this machine could read and write the guest's disks.
 
     Raises:

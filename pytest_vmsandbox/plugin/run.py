@@ -18,6 +18,7 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.spec import parse_kernel
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
@@ -301,7 +302,18 @@ class Run:
                 lines[self.factory.backend.describe(image)] = None
             except VMSandboxError as error:
                 lines[f"vmsandbox: {error.brief}"] = None
+        if lines and (about := self._about_lock()):
+            lines[f"vmsandbox: {about}"] = None
         return list(lines)
+
+    def _about_lock(self) -> str:
+        """A line about the lock file, or about one that does not count; empty without any."""
+        root = self.config.rootpath
+        if (used := lock_file(root)) is not None:
+            return f"images must be as in {used.name}"
+        others = map(lock_file, (self.config.invocation_params.dir, *root.parents))
+        other = next(filter(None, others), None)
+        return f"{other} does not count, because pytest's rootdir is {root}" if other else ""
 
     def logs(self, guest: str) -> Path | None:
         return self.artifacts.of_logs(guest)

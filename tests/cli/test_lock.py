@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from inspect import signature
@@ -41,7 +42,7 @@ class Folder:
         self.path, self._monkeypatch = path, monkeypatch
         self.file = path / LOCK_FILE
         (path / "pytest.ini").write_text(
-            "[pytest]\nvm_image_path = images\nvm_images = one\naddopts = -p no:randomly\n"
+            "[pytest]\nvm_image_path = images\nvm_images = one\naddopts = -p no:randomly --ff\n"
         )
         for name in ("one", "two"):
             toml = images.toml(architecture=native_architecture())
@@ -217,6 +218,18 @@ class TestUpdate:
         assert "one cannot be built offline" in text
         assert project.file.read_bytes() == before
 
+    def test_if_one_build_fails_the_other_images_are_locked(self, project):
+        for name in ("one", "two"):
+            project.keep(name)
+        project.run("lock", "one", "two")
+        (project.path / "images" / "one" / "build").write_text("#!/bin/sh\nexit 3\n")
+        (project.path / "images" / "two" / "more").write_text("more")
+        before = project.locked
+        text = project.run("update", "--yes", status=69)
+        assert "its recipe ended with status 3" in text
+        assert project.locked["one"] == before["one"]
+        assert project.locked["two"].definition == project.definition("two").digest
+
     def test_without_a_lock(self, project):
         text = project.run("update", status=2)
         assert "add images: vmsandbox images lock" in text
@@ -256,7 +269,9 @@ class TestVerify:
         assert "one: the image 'one' is not built" in project.run("verify", status=1)
         text = project.file.read_text()
         project.file.write_text(text.replace('name = "one"', 'name = "three"'))
-        assert "three: there is no image 'three'" in project.run("verify", status=1)
+        text = project.run("verify", status=1)
+        assert "three: vm-images.lock has an image 'three', but there is no such image" in text
+        assert "remove its table [[image]]" in project.run("update", status=2)
 
     def test_json(self, project):
         project.keep()
@@ -298,6 +313,44 @@ class TestBuild:
         assert "one is built" in project.run("build", "one", "--offline", "--image-path=images")
         text = project.run("build", "two", "--offline", "--image-path=images", status=69)
         assert "two cannot be built offline, because that may use the network" in text
+
+
+class TestSource:
+    """An image of a file from elsewhere, whose digest is looked up in a list."""
+
+    DISK = (b"a disk" * 1000).ljust(1 << 20, b"\0")
+
+    @pytest.fixture
+    def source(self, project):
+        """Its definition. The list has the digest of the file that is there now."""
+        folder = project.path / "images" / "far"
+        folder.mkdir()
+        (folder / "image.toml").write_text(
+            'schema = 1\ndescription = "x"\narchitecture = "x86_64"\n[source]\nurl = "disk"\nformat = "raw"\n'
+            'checksums = "../SUMS"\n[disk]\nsize = "1MiB"\n[boot]\nfirmware = "uefi"\n[system]\ninit = "none"\n'
+            'python = false\n[login]\nmethod = "none"\nready = "login:"\n'
+        )
+        (folder / "disk").write_bytes(self.DISK)
+        digest = hashlib.sha256(self.DISK).hexdigest()
+        (project.path / "images" / "SUMS").write_text(f"{digest}  disk\n")
+        record = {"url": "disk", "sha256": "a" * 64, "checked": "list of digests over a path"}
+        images.keep(project.path.parent / "cache", project.definition("far"), source=record)
+        project.run("lock", "far")
+        return digest
+
+    @pytest.mark.parametrize("command", ["build", "fetch"])
+    def test_another_file_is_refused(self, project, source, command):
+        before = project.file.read_bytes()
+        text = project.run(command, "far", "--force", "--image-path=images", status=69)
+        assert "disk does not have its digest" in text
+        assert f"sha256 stated: {'a' * 64}\nsha256 found:  {source}" in text
+        assert f"The digests are those in {project.file}. 'vmsandbox images update far'" in text
+        assert project.file.read_bytes() == before
+
+    def test_update_shows_what_the_list_says_now(self, project, source):
+        text = project.run("update", "far", "--dry-run")
+        assert f"  source: {'a' * 16}… → {source[:16]}… (in ../SUMS)\n" in text
+        assert "nothing has changed" in project.run("update", "far", "--offline")
 
 
 class TestAsk:

@@ -1,4 +1,7 @@
-"""Whatever ends pytest ends its guests. The long version: tests/torture/kill.py --kills 100."""
+"""Whatever ends pytest ends its guests, and whatever ends a build of images leaves nothing half-made.
+
+The long versions: tests/torture/kill.py --kills 100, and tests/torture/builds.py --kills 60 --guests.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-TORTURE = Path(__file__).resolve().parents[1] / "torture" / "kill.py"
+TORTURE = Path(__file__).resolve().parents[1] / "torture"
 
 
 def test_pytest_killed_at_random_moments():
     done = subprocess.run(
-        [sys.executable, "-P", TORTURE, "--seed", "20261123", "--kills", "6", "--longest", "15"],
+        [sys.executable, "-P", TORTURE / "kill.py", "--seed", "20261123", "--kills", "6", "--longest", "15"],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("6 passed, 0 failed\n")
+
+
+def test_builds_of_images_killed_at_random_moments():
+    done = subprocess.run(
+        [sys.executable, "-P", TORTURE / "builds.py", "--seed", "20261129", "--kills", "10"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("10 passed, 0 failed\n")

@@ -39,7 +39,8 @@ def keep(suite, name, packages="openssl 3.0.15\n"):
 
 def lock(suite, *names):
     entries = [LockedImage.of(keep(suite, name)) for name in names]
-    Lock(suite.path / LOCK_FILE, {}).with_images(entries).write()
+    (suite.path / LOCK_FILE).unlink(missing_ok=True)
+    Lock(suite.path / LOCK_FILE, {}).add(entries)
 
 
 def failing(suite, *args, errors=1):
@@ -53,7 +54,8 @@ def failing(suite, *args, errors=1):
 def test_the_locked_image_is_used(project):
     text = failing(project)
     assert LAUNCHED in text
-    assert "vm-images.lock" not in text
+    assert "vmsandbox: images must be as in vm-images.lock" in text
+    assert MISMATCH not in text
 
 
 @pytest.mark.parametrize("missing", ["error", "skip"])
@@ -62,8 +64,7 @@ def test_no_guest_starts_on_another_image(project, missing):
     python.write_text(python.read_text().replace("python = false", "python = true"))
     lock(project, "alpha-1", "alpha-2")
     keep(project, "alpha-1", "openssl 3.0.16\n")
-    (project.path / "images" / "alpha-2" / "more").write_text("more")
-    keep(project, "alpha-2")
+    (project.path / "images" / "alpha-2" / "more").write_text("more")  # a build would not help
     keep(project, "beta")
     project.write("import pytest\n@pytest.mark.in_vm\ndef test_y(): pass", "test_inside")
     text = failing(
@@ -122,8 +123,13 @@ def test_the_lock_at_the_rootdir_counts(project):
     (project.path / "test_suite.py").rename(below / "test_suite.py")
     (below / LOCK_FILE).write_text("no lock at all")
     assert LAUNCHED in failing(project, "below")
-    text = project.usage_error("below", "-c", "pytest.ini", "--rootdir=below")
-    assert "vm-images.lock cannot be read" in text
+    elsewhere = ("below", "-c", "pytest.ini", "--rootdir=below")
+    assert "vm-images.lock cannot be read" in project.usage_error(*elsewhere)
+    (below / LOCK_FILE).unlink()
+    text = failing(project, *elsewhere)
+    assert LAUNCHED in text
+    unused = project.path / LOCK_FILE
+    assert f"vmsandbox: {unused} does not count, because pytest's rootdir is {below}" in text
 
 
 def test_a_link_to_a_lock(project):

@@ -3,9 +3,14 @@
 import gzip
 import lzma
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
-PACK = {"gzip": gzip.compress, "xz": lzma.compress, "none": bytes}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "xz": lzma.compress,
+    "none": bytes,
+}
 GOOD = """\
 CONFIG_BLK_DEV_INITRD=y
 CONFIG_BINFMT_ELF=y

@@ -94,6 +94,13 @@ class TestWhatIsDoneInTheGuest:
         assert "ssh-keygen -q -t ed25519" in calls
         assert "systemctl reload ssh" in calls
 
+    def test_root_may_log_in_where_there_is_no_usermod(self, root):
+        (root / "bin" / "usermod").write_text("#!/bin/sh\nexit 127\n")
+        self.adopt(root)
+        assert (root / "etc/shadow").read_text().startswith("root:*:19000::")
+        first = (root / "etc/passwd").read_text().splitlines()[0]
+        assert first == f"root:x:0:0:root:{root}/root:/bin/sh"
+
     def test_cloud_init_ends_and_does_not_come_again(self, root):
         assert self.adopt(root).startswith("cloud-init status --wait\n")
         assert (root / "etc/cloud/cloud-init.disabled").exists()

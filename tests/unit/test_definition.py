@@ -43,6 +43,10 @@ PLACES = [
     ),
 ]
 
+SIGNED = changed(
+    DISK, {"source.sha256": None, "source.checksums": "SUMS", "source.keyring": "image.toml"}
+)
+
 # For each key, a definition that may have it, and values that are wrong.
 WRONG: dict[str, tuple[Values, list[Any]]] = {
     "schema": (RECIPE, [2, 0, True, 1.0, "1"]),
@@ -57,6 +61,8 @@ WRONG: dict[str, tuple[Values, list[Any]]] = {
     "source.sha256": (DISK, DIGESTS),
     "source.sha512": (changed(DISK, {"source.sha256": None}), [*DIGESTS, "a" * 127]),
     "source.checksums": (changed(DISK, {"source.sha256": None}), PLACES),
+    "source.keyring": (SIGNED, ["gone", "", 1, "../x/keys", "/etc/passwd"]),
+    "source.signature": (SIGNED, PLACES),
     "source.format": (DISK, ["qcow", "QCOW2", "", "img", 1]),
     "source.kernel": (KERNEL, PLACES),
     "source.kernel_sha256": (KERNEL, DIGESTS),
@@ -182,6 +188,8 @@ TOGETHER = [
     (KERNEL, {"source.sha256": "a" * 64}, "sha256 cannot be used without source.url", ""),
     (KERNEL, {"source.format": "raw"}, "format cannot be used without source.url", ""),
     (KERNEL, {"source.checksums": "S"}, "checksums cannot be used without source.url", ""),
+    (DISK, {"source.keyring": "k"}, "keyring cannot be used without source.checksums", "list"),
+    (DISK, {"source.signature": "s"}, "signature cannot be used without source.keyring", "keys"),
     (DISK, {"source.initrd": "i"}, "initrd cannot be used without source.kernel", ""),
     (DISK, {"source.kernel_sha256": "a" * 64}, "kernel_sha256 cannot be used without", ""),
     (KERNEL, {"boot": {"firmware": "uefi"}}, "source.kernel cannot be used with boot.firmware", ""),

@@ -269,7 +269,7 @@ class FakePlatform:
     """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
 
     image = "tiny"
-    built = SimpleNamespace(host_key="ssh-ed25519 AAAA")
+    built = SimpleNamespace(host_key="ssh-ed25519 AAAA", key=None)
     verdict = SimpleNamespace(time_scale=1.0)
     stretch = staticmethod(float)
     kernel = None
@@ -395,7 +395,7 @@ class TestThisMachinesDisk:
 
     def test_spoils_whatever_a_block_has_found(self, vm, platform):
         def use(error=None):
-            with factory_module._on_sound_disks(vm):
+            with factory_module.on_sound_disks(vm):
                 if error is not None:
                     raise error
 

@@ -55,7 +55,7 @@ def file(tmp_path):
 @pytest.fixture
 def locked(file, built):
     """The lock file of a project that uses one image."""
-    Lock(file, {}).with_images([LockedImage.of(built())]).write()
+    Lock(file, {}).add([LockedImage.of(built())])
     return file
 
 
@@ -162,7 +162,7 @@ class TestCheck:
         assert lines[-1] == "  … and 92 more"
 
     def test_another_source(self, file, built):
-        Lock(file, {}).with_images([LockedImage.of(built(source=SOURCE))]).write()
+        Lock(file, {}).add([LockedImage.of(built(source=SOURCE))])
         with pytest.raises(LockError, match="differs from vm-images.lock: source") as caught:
             Lock.read(file).check(built(source={**SOURCE, "sha256": "b" * 64}))
         assert "aaaaaaaaaaaaaaaa… → bbbbbbbbbbbbbbbb…" in caught.value.details
@@ -210,6 +210,7 @@ WRONG = [
     ('    "packages",\n', '    "everything",\n', "locked = "),
     ('    "files",\n', '    "definition",\n', "may_drift = "),
     ('    "openssl 3.0.15",', "    3,", "packages = "),
+    ('    "files",\n', '    "packages",\n', "both locked and may drift"),
     ("[[image]]", "<<<<<<< HEAD\n[[image]]", "conflict markers"),
     ("[[image]]", "=======\n[[image]]", "conflict markers"),
     ("[[image]]", "[[image", "cannot be read"),
@@ -245,12 +246,14 @@ def test_files_of_other_editors(locked, how):
     assert Lock.read(locked) == before
 
 
-@pytest.mark.parametrize("what", ["missing", "a folder", "a broken link"])
+@pytest.mark.parametrize("what", ["missing", "a folder", "a broken link", "a FIFO"])
 def test_what_cannot_be_read(file, what):
     if what == "a folder":
         file.mkdir()
     elif what == "a broken link":
         file.symlink_to("nowhere")
+    elif what == "a FIFO":
+        os.mkfifo(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         Lock.read(file)
 
@@ -263,22 +266,25 @@ def test_an_image_that_was_made_with_a_lock_has_the_signature_of_the_lock(file, 
 
 
 class TestWriting:
-    def test_a_link_stays_one(self, locked, tmp_path):
+    @pytest.fixture
+    def more(self, built):
+        return [replace(LockedImage.of(built()), name="more")]
+
+    def test_a_link_stays_one(self, locked, more, tmp_path):
         place = tmp_path / "elsewhere.lock"
         locked.rename(place)
         locked.symlink_to(place)
-        lock = Lock.read(locked)
-        replace(lock, images={}).write()
+        Lock.read(locked).add(more)
         assert locked.is_symlink()
-        assert Lock.read(place).images == {}
+        assert [*Lock.read(place).images] == ["mine", "more"]
 
-    def test_its_mode_stays(self, locked):
+    def test_its_mode_stays(self, locked, more):
         locked.chmod(0o640)
-        Lock.read(locked).write()
+        Lock.read(locked).add(more)
         assert locked.stat().st_mode & 0o777 == 0o640
 
     @pytest.mark.parametrize("at", ["fsync", "replace"])
-    def test_a_full_disk_leaves_the_old_file(self, locked, monkeypatch, at):
+    def test_a_full_disk_leaves_the_old_file(self, locked, more, monkeypatch, at):
         def full(*_):
             raise OSError(28, "No space left on device")
 
@@ -286,20 +292,25 @@ class TestWriting:
         lock = Lock.read(locked)
         monkeypatch.setattr(*((os, "fsync") if at == "fsync" else (Path, "replace")), full)
         with pytest.raises(ConfigError, match="cannot be written: No space left"):
-            replace(lock, images={}).write()
+            lock.add(more)
         assert locked.read_bytes() == before
         assert os.listdir(locked.parent) == [LOCK_FILE]
 
-    def test_what_a_killed_writer_left_does_no_harm(self, locked):
+    def test_what_a_killed_writer_left_does_no_harm(self, locked, more):
         left = locked.with_name(f".{LOCK_FILE}.new")
         left.write_text("half of a fi")
-        Lock.read(locked).write()
+        Lock.read(locked).add(more)
         assert os.listdir(locked.parent) == [LOCK_FILE]
-        assert [*Lock.read(locked).images] == ["mine"]
+        assert [*Lock.read(locked).images] == ["mine", "more"]
+
+    def test_two_writers_lose_nothing(self, locked, more):
+        one, other = Lock.read(locked), Lock.read(locked)
+        one.add(more)
+        assert [*other.add([replace(more[0], name="other")]).images] == ["mine", "more", "other"]
 
     def test_a_missing_folder(self, tmp_path):
         with pytest.raises(ConfigError, match="cannot be written"):
-            Lock(tmp_path / "nowhere" / LOCK_FILE, {}).write()
+            Lock(tmp_path / "nowhere" / LOCK_FILE, {}).add([])
 
 
 def test_a_project_without_a_lock(tmp_path):

@@ -7,19 +7,21 @@ can be made again without the network.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pytest_vmsandbox.cache.store import DOWNLOADS, Entry, Store
-from pytest_vmsandbox.catalogue.importing import checksums, download
+from pytest_vmsandbox.catalogue.importing import checksums, download, signatures
 from pytest_vmsandbox.catalogue.importing.checksums import Digest
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.origin import Source
 from pytest_vmsandbox.core.errors import ImageError
 
 _DATA = "data"
+_SMALL = 4 << 20  # bytes of a list of digests, or of its signature
 _SUFFIXES = ("sum", "sums", "")  # of lists for one file: NAME.sha256, NAME.SHA256SUM, NAME.CHECKSUM
 
 
@@ -53,24 +55,51 @@ class Fetcher:
         """The digest of the disk of a source. A list of digests is looked up.
 
         Raises:
-            ImageError: the list cannot be read, or does not have it.
+            ImageError: the list cannot be read, is not signed as it must be, or does not have it.
+        """
+        return self.digest_and_check(source)[0]
+
+    def digest_and_check(self, source: Source) -> tuple[Digest, str]:
+        """The digest of the disk of a source, and where it came from, for people.
+
+        Raises:
+            ImageError: see `digest`.
         """
         if source.sha256:
-            return Digest("sha256", source.sha256)
+            return Digest("sha256", source.sha256), "sha256 given by the definition"
         if source.sha512:
-            return Digest("sha512", source.sha512)
+            return Digest("sha512", source.sha512), "sha512 given by the definition"
         name, place = name_of(source.url), source.checksums
+        scheme = place.partition(":")[0].lower() if download.is_url(place) else "a path"
+        about = f"list of digests over {scheme}"
         if download.is_url(place):
             self._check_online(place)
             text = download.read_text(place, self._patience)
         else:
             with opened(self._folder / place, place) as file:
-                text = file.head(4 << 20).decode("utf-8", errors="replace")
+                text = file.head(_SMALL).decode("utf-8", errors="replace")
+        if source.keyring:
+            signature = self._small(source.signature) if source.signature else None
+            keyring = self._folder / source.keyring
+            signed, keys = signatures.checked(text.encode(), signature, keyring, name_of(place))
+            text, about = signed.decode(errors="replace"), f"{about}, signed by {keys}"
         ending = name_of(place).removeprefix(name).lower()
         alone = ending in {
             f".{word}{suffix}" for word in ("sha256", "sha512", "check") for suffix in _SUFFIXES
         }
-        return checksums.find(text, name, alone=alone and name_of(place) != name)
+        return checksums.find(text, name, alone=alone and name_of(place) != name), about
+
+    def _small(self, place: str) -> bytes:
+        """The content of a small file at a place."""
+        if not download.is_url(place):
+            with opened(self._folder / place, place) as file:
+                return file.head(_SMALL)
+        self._check_online(place)
+        with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
+            target = Path(folder, _DATA)
+            download.fetch(place, target, self._say, self._patience)
+            with target.open("rb") as stream:
+                return stream.read(_SMALL)
 
     @contextmanager
     def opened(self, place: str, digest: Digest) -> Iterator[SourceFile]:

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from pytest_vmsandbox.catalogue.importing.checked import CheckedDisk
 from pytest_vmsandbox.catalogue.importing.checksums import Digest
 from pytest_vmsandbox.catalogue.importing.convert import convert
-from pytest_vmsandbox.catalogue.importing.download import is_url
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
 from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.importing.unpacking import unpacked_disk
@@ -82,11 +81,7 @@ def _digest(fetcher: Fetcher, source: Source, locked: Mapping[str, str]) -> tupl
     for kind in ("sha256", "sha512"):
         if kind in locked:
             return Digest(kind, locked[kind]), "given by the lock file"
-    digest = fetcher.digest(source)
-    if source.sha256 or source.sha512:
-        return digest, f"{digest.kind} given by the definition"
-    scheme = source.checksums.partition(":")[0].lower() if is_url(source.checksums) else "a path"
-    return digest, f"list of digests over {scheme}"
+    return fetcher.digest_and_check(source)
 
 
 def _copy(file: SourceFile, target: Path) -> None:
