@@ -404,11 +404,8 @@ class Engine:
             running.hang_up()
             running.await_answer(deadline)
 
-    def power_off(self) -> bool:
+    def power_off(self) -> None:
         """Shut down in an orderly way. A guest that is still on after the boot timeout is killed.
-
-        Returns:
-            Whether it has switched itself off.
 
         Raises:
             CommandError: it refuses to shut down.
@@ -416,10 +413,8 @@ class Engine:
         with self.orderly, self.use() as running:
             _ask(self, "poweroff")
             running.machine.end(self.boot_seconds)
-            events = running.machine.monitor.events()
         self.machines.disk_failure(running)
         self._switch_off(running)
-        return any(event["event"] == "SHUTDOWN" and event["data"]["guest"] for event in events)
 
     def power_cut(self) -> None:
         """Pull the plug. This does not wait for others who use the guest."""

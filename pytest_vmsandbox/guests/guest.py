@@ -69,7 +69,7 @@ class Guest(TakesDisks):
 
     @property
     def origin(self) -> str:
-        """How it was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
+        """Whether it was ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
         return self.engine.origin
 
     @property

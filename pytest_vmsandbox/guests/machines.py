@@ -162,9 +162,9 @@ class Running:
             machine.check_booting(seconds)
         except BootError as error:
             lost = error
-        text = machine.console.this_boot
-        known = kernel_faults.fault(text)
-        if known is None and not text and seconds > self.blueprint.stretch(_SILENT_SECONDS):
+        known = kernel_faults.fault(machine.console.this_boot)
+        is_late = seconds > self.blueprint.stretch(_SILENT_SECONDS)
+        if known is None and is_late and machine.stage == "firmware":
             known = kernel_faults.SILENT
         if known is not None:
             raise BootError(
@@ -172,7 +172,7 @@ class Running:
                 stage=machine.stage if lost is None else lost.stage,
                 seconds=seconds,
                 details=machine.console_lines(),
-                remedy=known.remedy,
+                remedy=known.remedy(has_modules=kernel.modules is not None),
             ) from lost
         if lost is not None:
             raise lost

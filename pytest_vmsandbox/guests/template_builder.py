@@ -196,7 +196,8 @@ class TemplateBuilder:
         disk = blueprint.built.verified().get(DISK, "")
         if template.disk not in ("", disk):
             name = blueprint.built.folder / DISK
-            raise damaged(blueprint.image, f"{name} has changed since a template of it was built")
+            what = f"{name} has changed since a template of it was built"
+            raise damaged(blueprint.built.definition, what)
         return ""
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:

@@ -78,11 +78,12 @@ def detect(file: SourceFile) -> str:
                 f"unpack or convert it first (qemu-img convert -O qcow2 {file.name} NEW). If it is a raw "
                 "disk nevertheless, name the format: --format=raw",
             )
-    if has(*_ISO) and not has(*_PARTITIONS):
+    if has(*_ISO):
         raise refused(
             file,
             "is a CD image, and no disk",
-            "install the system on a disk, and import the disk",
+            "install the system on a disk, and import the disk. To take the CD as a disk, name the format: "
+            "--format=raw",
         )
     if vpc.has_footer(file):
         return "vpc"
