@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pytest_vmsandbox.cache.files import remove_tree
+from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import (
     ARCHITECTURES,
@@ -16,6 +20,7 @@ from pytest_vmsandbox.catalogue.definition import (
     check_name,
 )
 from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
+from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.project import lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen
@@ -100,9 +105,9 @@ def import_(
     _check_new(name, image_path)
     wishes = _wishes(name, files, options)
     screen = Screen()
-    with screen.stages() as stage:
+    with screen.stages() as stage, _work_folder(name, stage) as work:
         stage("checking the files")
-        described = describe(wishes, folder, cache, stage)
+        described = describe(wishes, folder, cache, work, stage)
     for what, why in described.notes:
         screen.parts((f"  {what}", "bold"), (f"  ({why})", "dim"))
     if dry_run:
@@ -200,6 +205,21 @@ def _digests(definition: ImageDefinition) -> set[tuple[str, str]]:
     return {(kind, digits) for kind, digits in digests if digits}
 
 
+@contextmanager
+def _work_folder(name: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for what is unpacked. If we are killed, `clean` or the next import removes it."""
+    from pytest_vmsandbox.catalogue.builder import LARGE_TMP
+
+    store = ImageStore(cache_dir())
+    lock = private_folder(store.root) / f"{name}.lock"
+    base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
+    with (
+        locked(lock, on_busy=lambda: say(f"waiting: another process makes {name}")),
+        store.work_folder(name, base) as work,
+    ):
+        yield work
+
+
 def _check_new(name: str, image_path: tuple[Path, ...]) -> None:
     if name in Catalogue(image_path).names():
         raise ConfigError(
@@ -213,6 +233,12 @@ def _wishes(name: str, files: tuple[Path, ...], options: dict[str, Any]) -> Any:
 
     if not files and options["kernel"] is None:
         raise ConfigError("no file is given", remedy="name the file of a disk, or --kernel=FILE")
+    if urls := [str(file) for file in files if re.match(r"https?:/", str(file))]:
+        raise ConfigError(
+            f"{urls[0].replace(':/', '://', 1)} is no file of this machine",
+            remedy="download it first; or write an image.toml with [source] url and sha256, and run "
+            "'vmsandbox images fetch'",
+        )
     python = options["python"]
     system = {
         "python": {"yes": True, "no": False, "true": True, "false": False}.get(

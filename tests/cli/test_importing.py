@@ -154,6 +154,7 @@ def test_a_harmful_file_leaves_nothing(run, put, cache):
         (("../up", "x"), "is not a name for an image"),
         (("tiny", "x"), "there is an image 'tiny' already"),
         (("mine",), "no file is given"),
+        (("mine", "https://example.org/x"), "https://example.org/x is no file of this machine"),
         (("mine", "disk.qcow2", "--login=key"), "login.method = 'key' cannot be used"),
         (("mine", "disk.qcow2", "--login=password"), "login.password"),
         (("mine", "disk.qcow2", "--python=three"), "system.python"),

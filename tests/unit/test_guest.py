@@ -187,6 +187,7 @@ class FakeMachine:
         self.spec = spec
         self.console = Console(None)
         self.monitor = self
+        self.drives = self
         self.helper = None
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None

@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.errors import ImageError
 
 _DISKS = (".vmdk", ".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx")
 _TEXTS = (".ovf", ".mf", ".vmx", "metadata.json")
-_MAX_TEXT = 4 << 20
+_MAX_TEXT, _MAX_TEXTS = 4 << 20, 16
 _DIGESTS = ("sha1", "sha256", "sha512")
 _VIRTUALBOX, _LIBVIRT, _VMWARE = "virtualbox", ("libvirt", "qemu"), "vmware"
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -95,7 +95,13 @@ def read(file: SourceFile, folder: Path | None, limits: Limits | None = None) ->
             archive.disks[member.name] = target
             if target is not None:
                 archive.digests[member.name] = _write(member, target)
-        elif lower.endswith(_TEXTS) and member.size <= _MAX_TEXT:
+        elif lower.endswith(_TEXTS):
+            if member.size > _MAX_TEXT or len(archive.texts) >= _MAX_TEXTS:
+                raise refused(
+                    file,
+                    f"has more or larger descriptions than a machine needs: {member.name}",
+                    "unpack it, and import the disk that is in it",
+                )
             data = b"".join(member.data)
             archive.texts[member.name] = data
             archive.digests[member.name] = {

@@ -14,6 +14,7 @@ from pytest_vmsandbox.core.spec import GIB, MIB, format_size
 
 QEMU_IMG = "qemu-img"
 _INPUT, _OUTPUT = "/in/disk", "/out/disk"
+_NO_MATTER = "OFD lock probing"  # in the jail is no /dev/null
 _LEAST_SECONDS, _BYTES_PER_SECOND = 900.0, 2 * MIB
 _ROOM_LEFT = 256 * MIB
 RATIO, GRACE = 250, GIB  # what is unpacked is at most that many times as large, and this
@@ -65,7 +66,7 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
     if ended.status != 0:
         raise ImageError(
             f"{disk.file.name} cannot be converted: {QEMU_IMG} ended with status {ended.status}",
-            details=ended.output,
+            details="\n".join(line for line in ended.output.splitlines() if _NO_MATTER not in line),
             remedy="the file is damaged: fetch or copy it again, and compare its digest",
         )
 
