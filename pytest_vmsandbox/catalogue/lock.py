@@ -489,7 +489,7 @@ def _lines(built: BuiltImage, record: Mapping[str, Any], name: str) -> list[str]
         why = "has changed since it was built"
     except OSError as error:
         why = error.strerror or str(error)
-    raise damaged(built.definition.name, f"{file} {why}")
+    raise damaged(built.definition, f"{file} {why}")
 
 
 def _source(record: Mapping[str, Any], definition: ImageDefinition) -> dict[str, str]:

@@ -109,11 +109,10 @@ def build(
     locked, folders = lock_here(where)
     settings = Settings(image_path=joined(folders, image_path), offline=offline)
     catalogue = Catalogue(settings.image_path)
-    definitions = [catalogue.get(name) for name in catalogue.select(names)]
     errors: list[Exception] = []
-    for definition in definitions:
+    for name in catalogue.select(names):
         try:
-            build_one(definition, settings, force=force, lock=locked)
+            build_one(catalogue.get(name), settings, force=force, lock=locked)
         except VMSandboxError as error:
             errors.append(error)
     if errors:

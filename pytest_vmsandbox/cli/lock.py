@@ -348,7 +348,7 @@ def _verdict(name: str, catalogue: Catalogue, store: ImageStore, known: Lock | N
     try:
         built = store.require(_definition(name, catalogue, known))
         if damage := _damage(built):
-            return _Verdict([f"{damage}. Remedy: {build_command(name)} --force"])
+            return _Verdict([f"{damage}. Remedy: {build_command(built.definition)} --force"])
         found = LockedImage.of(built)
     except (ConfigError, ImageError) as error:
         return _Verdict([f"{error.brief}. Remedy: {error.remedy}"])

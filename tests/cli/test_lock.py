@@ -275,7 +275,8 @@ class TestVerify:
         (image.folder / "vmlinuz").write_text("another kernel")
         text = project.run("verify", "one", status=1)
         assert text == (
-            "one: vmlinuz has changed on the disk. Remedy: vmsandbox images build one --force\n"
+            "one: vmlinuz has changed on the disk. "
+            "Remedy: vmsandbox images build one --image-path=images --force\n"
         )
 
     def test_each_difference_takes_a_line(self, project):
