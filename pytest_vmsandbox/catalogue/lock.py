@@ -325,9 +325,8 @@ class Lock:
                 "that; or get the locked image from the machine that has it"
             )
             if locked.is_newer_than(found):
-                remedy = (
-                    f"the image here is older than the lock. Run '{build_command(name)} --force'"
-                )
+                again = f"{build_command(built.definition)} --force"
+                remedy = f"the image here is older than the lock. Run '{again}'"
             raise self._differs(name, breaches, remedy)
         return locked.differences(found)
 

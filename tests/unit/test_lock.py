@@ -181,9 +181,11 @@ class TestCheck:
         old = built(packages="openssl 3.0.14\n", archive=ARCHIVE.replace("2026", "2025"))
         with pytest.raises(LockError) as caught:
             Lock.read(locked).check(old)
-        assert caught.value.remedy == (
-            "the image here is older than the lock. Run 'vmsandbox images build mine --force'"
+        remedy = caught.value.remedy
+        assert remedy.startswith(
+            "the image here is older than the lock. Run 'vmsandbox images build"
         )
+        assert remedy.endswith(" --force'")
 
     def test_many_packages_take_few_lines(self, locked, built):
         with pytest.raises(LockError) as caught:
