@@ -12,6 +12,7 @@ from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import cmdline, host, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.disk import Disks, image_file
+from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.tpm import Tpm
@@ -73,6 +74,7 @@ def descriptors(
         memory=give(memory) if memory is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
+        plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged),
     )
     return fds, given
 
@@ -106,9 +108,7 @@ def spawned(
 def did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
     status = process.wait(_END_SECONDS)
     how = "does not answer" if status is None else f"ended with {status_text(status)}"
-    more = (
-        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
-    )
+    more = machine_tpm.said if machine_tpm is not None else ""
     return LaunchError(
         f"QEMU {how}",
         details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),

@@ -188,6 +188,7 @@ class FakeMachine:
         self.spec = spec
         self.console = Console(None)
         self.monitor = self
+        self.drives = self
         self.helper = None
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
@@ -1266,3 +1267,35 @@ class TestPing:
         vm.power_cut()
         with pytest.raises(GuestLost):
             vm.engine.ping()
+
+
+class TestItsName:
+    """A guest of an image with a key of its own is told its name: nothing in it reads our command line."""
+
+    @pytest.fixture
+    def told(self, platform, monkeypatch):
+        """The names that were told."""
+        monkeypatch.setattr(machines_module, "_SET_HOSTNAME", "true")
+
+        def told():
+            commands = [command for way in platform.transports for command in way.commands]
+            return [words[-1] for words in (c.argv for c in commands) if words[2:3] == ("true",)]
+
+        return told
+
+    def test_after_each_boot(self, platform, told, tmp_path, monkeypatch):
+        built = SimpleNamespace(host_key="ssh-ed25519 AAAA", key=tmp_path / "key")
+        monkeypatch.setattr(platform, "built", built)
+        with make(platform, user="tester") as vm:
+            assert told() == ["tiny-1"]
+            assert platform.transports[-1].user == "root"
+            vm.reboot()
+            assert told() == ["tiny-1"] * 2
+            vm.power_cut()
+            vm.power_on()
+            assert told() == ["tiny-1"] * 3
+
+    def test_not_where_the_kernel_has_it_from_its_command_line(self, platform, told):
+        with make(platform) as vm:
+            vm.reboot()
+            assert told() == []
