@@ -22,7 +22,7 @@ from pytest_vmsandbox.catalogue.definition import (
 from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import lock_here, project_options
+from pytest_vmsandbox.cli.project import joined, lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
@@ -145,7 +145,9 @@ def fetch(
     """
     from pytest_vmsandbox.cli.building import build_one
 
-    catalogue, settings = Catalogue(image_path), Settings(image_path=image_path, offline=offline)
+    locked, folders = lock_here(where)
+    settings = Settings(image_path=joined(folders, image_path), offline=offline)
+    catalogue = Catalogue(settings.image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     sources = [definition for definition in definitions if definition.source is not None]
     if not sources:
@@ -153,7 +155,6 @@ def fetch(
             f"{', '.join(names)}: no definition with a [source]",
             remedy="make other images by 'vmsandbox images build'",
         )
-    locked = lock_here(where)
     errors: list[Exception] = []
     for definition in sources:
         try:

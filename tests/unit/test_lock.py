@@ -69,7 +69,7 @@ class TestEntry:
             "http://archive.example/debian trixie 2026-01-01T00:00:00Z",
             "http://archive.example/security trixie-security 2026-01-02T00:00:00Z",
         )
-        assert entry.signature == "the archive's, checked by apt with the keys 8899AABBCCDDEEFF"
+        assert entry.signature == "the archive's, by the keys 8899AABBCCDDEEFF"
         assert entry.locked == ("definition", "packages")
         assert entry.may_drift == ("archive", "files")
 

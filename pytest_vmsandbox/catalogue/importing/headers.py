@@ -45,6 +45,18 @@ _PARTITIONS, _EXT = (510, b"\x55\xaa"), (1080, b"\x53\xef")
 _ISO = (32769, b"CD001")
 
 
+def begins_as(head: bytes) -> str:
+    """The format that a file begins as; empty if it is none that `check` knows.
+
+    Args:
+        head: its first 4 KiB.
+    """
+    for at, what, name in _BEGINNINGS:
+        if head[at : at + len(what)] == what:
+            return name
+    return ""
+
+
 def detect(file: SourceFile) -> str:
     """The format of a disk image, by its first bytes.
 
@@ -56,9 +68,8 @@ def detect(file: SourceFile) -> str:
     def has(at: int, what: bytes) -> bool:
         return head[at : at + len(what)] == what
 
-    for at, what, name in _BEGINNINGS:
-        if has(at, what):
-            return name
+    if name := begins_as(head):
+        return name
     for at, what, kind in _OTHERS:
         if has(at, what):
             raise refused(
