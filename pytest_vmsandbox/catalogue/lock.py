@@ -441,7 +441,7 @@ def _content(file: Path) -> dict[str, Any]:
                 "for each image. 'vmsandbox images verify' compares the result with the images here",
             )
         return tomllib.loads(text)
-    except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not TOML, or not UTF-8
         raise ConfigError(
             f"{file} cannot be read: {getattr(error, 'strerror', None) or error}",
             remedy="restore it from your repository, or remove it and run 'vmsandbox images lock'",

@@ -69,6 +69,16 @@ def _missing(name: str, found: str, *lacking: str, needed: bool = True) -> Check
     return replace(_bad(name, found, programs.install_line(wanted), needed=needed), install=wanted)
 
 
+def firmware(lacking: Sequence[str], *, needed: bool) -> Check:
+    """`lacking`: packages for UEFI and TPMs; `needed`: whether an image here needs one of them."""
+    check = "UEFI and TPM"
+    if not lacking:
+        return _ok(check, "installed")
+    if not needed:
+        return _ok(check, f"no image here needs what is missing: {', '.join(lacking)}")
+    return _missing(check, "an image here needs UEFI or a TPM", *lacking, needed=False)
+
+
 def operating_system(platform: str, name: str) -> Check:
     """`platform` as in `sys.platform`; `name` for people."""
     check = "operating system"

@@ -26,6 +26,7 @@ from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine.firmware import find_uefi
 from pytest_vmsandbox.machine.qemu import find_qemu
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
@@ -67,6 +68,7 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     if building:
         needed = ImageState.BUILT not in states.values()
         yield from _building([name for image in definitions for name in image.requires], needed)
+    yield _firmware(native, definitions)
     yield checks.images(states, DEFAULT_IMAGE)
     if wrong:
         yield checks.definitions(wrong)
@@ -84,6 +86,18 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
         work = Path(os.environ.get("TMPDIR") or LARGE_TMP)
         yield _disk("free disk, builds", work, "TMPDIR")
     yield checks.ssh_client(shutil.which("ssh"))
+
+
+def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:
+    lacking, secure = [], any(image.secure_boot for image in definitions)
+    try:
+        find_uefi(architecture, secure_boot=secure)
+    except LaunchError:
+        lacking.append("ovmf")
+    lacking += programs.missing(["swtpm"])
+    wanted = {"ovmf"} if any(image.firmware == "uefi" for image in definitions) else set()
+    wanted |= {"swtpm"} if any(image.tpm for image in definitions) else set()
+    return checks.firmware(lacking, needed=not wanted.isdisjoint(lacking))
 
 
 def _qemu(architecture: str) -> Check:

@@ -25,7 +25,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, trial
+from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, has_tpm, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.kernels import KernelStore
@@ -34,6 +34,7 @@ from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+from pytest_vmsandbox.machine.tpm import find_swtpm
 
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle, emulated one takes about 0.04 of a CPU
 _IDLE_SECONDS = 0.5  # before a guest may be paused
@@ -237,6 +238,8 @@ class Backend:
             kernel = self.kernels.get(hardware.kernel, built, hardware.firmware)
         try:
             uefi = find_firmware(built, hardware)
+            if has_tpm(built.definition, hardware):
+                find_swtpm()
         except LaunchError as error:
             self.callbacks.missing(error)
         return Blueprint(

@@ -98,7 +98,6 @@ class Blueprint:
         """
         direct, key = self.boots_directly, public_key.split()[1]
         append = f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}"
-        has_tpm = self.hardware.tpm
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -111,7 +110,7 @@ class Blueprint:
             kernel=self.built.kernel if direct else None,
             initrd=self.built.initrd if direct else None,
             uefi=self.uefi,
-            tpm=self.built.definition.tpm if has_tpm is None else has_tpm,
+            tpm=has_tpm(self.built.definition, self.hardware),
         )
         if self.kernel is not None:
             spec = self._on_own_kernel(spec, self.kernel)
@@ -192,6 +191,11 @@ class Blueprint:
 def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:
     """What boots a guest: what its hardware says, or else its image."""
     return hardware.firmware or definition.firmware
+
+
+def has_tpm(definition: ImageDefinition, hardware: Hardware) -> bool:
+    """Whether a guest has a TPM: what its hardware says, or else its image."""
+    return definition.tpm if hardware.tpm is None else hardware.tpm
 
 
 def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:

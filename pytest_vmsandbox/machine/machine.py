@@ -185,9 +185,11 @@ class Machine:
                 "call vm.power_on() to switch it on again",
                 transient=reason in _HOST_REASONS,
             )
+        said = self._tpm.said if self._tpm is not None else ""
+        lines = [self.process.stderr_tail, said, self.console_lines()]
         raise GuestLost(
             f"{self.spec.name}: QEMU ended with {status_text(status)}",
-            details="\n".join(filter(None, [self.process.stderr_tail, self.console_lines()])),
+            details="\n".join(filter(None, lines)),
             stage="launch",
             transient=was_killed(status),
         )
@@ -197,7 +199,7 @@ class Machine:
         if self._tpm is not None and (status := self._tpm.process.wait(0)) is not None:
             raise GuestLost(
                 f"{self.spec.name}: {tpm.PROGRAM}, its TPM, ended with {status_text(status)}",
-                details=self._tpm.process.stderr_tail,
+                details=self._tpm.said,
                 stage="launch",
                 transient=was_killed(status),
             )

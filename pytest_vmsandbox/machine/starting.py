@@ -108,9 +108,7 @@ def spawned(
 def did_not_start(process: OwnedProcess, machine_tpm: Tpm | None) -> LaunchError:
     status = process.wait(_END_SECONDS)
     how = "does not answer" if status is None else f"ended with {status_text(status)}"
-    more = (
-        f"--- {tpm.PROGRAM}\n{machine_tpm.process.stderr_tail}" if machine_tpm is not None else ""
-    )
+    more = machine_tpm.said if machine_tpm is not None else ""
     return LaunchError(
         f"QEMU {how}",
         details=process.stderr_tail + more + "--- its command line\n" + " ".join(process.argv),

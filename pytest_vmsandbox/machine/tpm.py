@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine.process import Identity, Launcher, OwnedProcess
 
@@ -54,6 +55,19 @@ class Tpm:
 
     process: OwnedProcess
     channel: socket.socket
+
+    @property
+    def said(self) -> str:
+        """The last lines that it wrote, for the details of an error; with a hint if it was denied a file."""
+        lines = self.process.stderr_tail
+        if not lines:
+            return ""
+        if "Permission denied" in lines:
+            lines += (
+                "AppArmor may keep it from its state, which is in the cache. Ubuntu allows it folders in "
+                f"your home and in /tmp: set {paths.CACHE} to one of them\n"
+            )
+        return f"--- {PROGRAM}, the TPM\n{lines}"
 
 
 @contextmanager

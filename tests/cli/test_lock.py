@@ -15,7 +15,7 @@ from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue import archive as archive_module
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.lock import Lock
-from pytest_vmsandbox.cli import lock as lock_commands
+from pytest_vmsandbox.cli import building, lock as lock_commands
 from pytest_vmsandbox.cli.project import Project, ask
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import LOCK_FILE
@@ -186,6 +186,24 @@ class TestUpdate:
         text = newer.run("update", input=f"{answer}\n", status=0 if answer == "y" else 130)
         assert text.index("3.0.15 → 3.0.16") < text.index("Make these changes?")
         assert ("building one" in text) == (answer == "y")
+
+    def test_with_newer_packages_the_base_is_made_again_first(self, newer, monkeypatch):
+        folder = newer.path / "images" / "child"
+        folder.mkdir()
+        (folder / "image.toml").write_text('schema = 1\ndescription = "x"\nfrom = "one"\n')
+        newer.keep("child")
+        newer.run("lock", "child")
+        built = []
+
+        def build_one(definition, _settings, *, force=False):
+            built.append((definition.name, force))
+            newer.keep(definition.name, packages=NEW)
+
+        monkeypatch.setattr(building, "build_one", build_one)
+        newer.run("update", "child", "--yes")
+        assert built == [("one", True), ("child", True)]
+        for name in ("one", "child"):
+            assert newer.locked[name].packages == ("openssl 3.0.16", "zlib 1")
 
     def test_another_image_here_is_taken_without_a_build(self, project):
         project.keep()

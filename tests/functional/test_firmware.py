@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(bool(lacks()), reason=f"this machine lacks: {lac
 # A TPM's random number, its PCR 16, and an endorsement key, which is made from its seed. All of them are
 # the answers to raw commands, in hex.
 TALK = r"""
-exec 3<>/dev/tpm0
+exec 3<>/dev/tpmrm0
 printf "$1" >&3
 hexdump -v -e '1/1 "%02x"' <&3
 """
@@ -124,8 +124,10 @@ def test_clones_of_uefi_and_a_tpm(guests):
         assert "00" * 32 not in digests.pop()  # it is what the template has extended
         assert len({ask(vm, ENDORSEMENT) for vm in clones}) == 1
         before, seed = ask(two, READ_16), ask(two, ENDORSEMENT)
-        ask(one, EXTEND_16)
-        assert ask(one, READ_16) != ask(two, READ_16) == before
+        with one.snapshot():
+            ask(one, EXTEND_16)
+            assert ask(one, READ_16) != ask(two, READ_16) == before
+        assert ask(one, READ_16) == before
 
         # A power cut resets what the TPM has measured, and keeps its seeds; so it does with variables.
         flash = one.engine._machines.disks.flash

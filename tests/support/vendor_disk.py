@@ -196,17 +196,10 @@ class Debian:
             root, overlay = folder / "root", folder / "overlay"
             self._write_overlay(overlay)
             (folder / "tree").mkdir()
+            user = [] if os.geteuid() == 0 else ["--user", "--map-root-user", "--map-auto"]
             _run(
-                *(
-                    "unshare",
-                    "--user",
-                    "--map-root-user",
-                    "--map-auto",
-                    "--mount",
-                    "--pid",
-                    "--fork",
-                ),
-                *("--kill-child", "sh", "-c", _ROOT_SCRIPT),
+                *("unshare", *user, "--mount", "--pid", "--fork", "--kill-child"),
+                *("sh", "-c", _ROOT_SCRIPT),
                 env={
                     "TREE": f"{folder}/tree",
                     "SOURCE": str(self.built.disk),

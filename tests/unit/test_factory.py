@@ -1,10 +1,12 @@
 """What guests are asked for, and with what."""
 
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
@@ -142,3 +144,18 @@ class TestOffline:
     def test_an_isolated_one_is_none_of_its_business(self, factory):
         with pytest.raises(VMSandboxError, match="is not built"), factory.boot("own"):
             pass
+
+
+def test_a_tpm_without_its_program_is_missed_before_a_guest_starts(image_path, monkeypatch):
+    """Else guests would be booted because they cannot be cloned, and the reason would be a puzzle."""
+    built = SimpleNamespace(
+        definition=SimpleNamespace(name="own", tpm=False, firmware="kernel"), kernel=Path("/kernel")
+    )
+    monkeypatch.setattr(Backend, "require", lambda *_: (built, None))
+    monkeypatch.setattr(Backend, "accelerator", lambda *_: None)
+    monkeypatch.setattr(programs, "find", lambda _: None)
+    with GuestFactory.open(Settings(image_path=image_path)) as factory:
+        hardware = factory.hardware("own", {"tpm": True})
+        with pytest.raises(LaunchError, match="there is no swtpm"):
+            factory.backend.blueprint("own", hardware)
+        assert "hypervisor" not in vars(factory.backend)

@@ -2,7 +2,10 @@
 
 import json
 import os
+import socket
 import struct
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -240,3 +243,19 @@ class TestTpm:
         assert argv[0] == "/usr/bin/swtpm"
         assert [word for word in argv[1:] if "/" in word] == ["dir=/proc/self/fd/4,mode=0600"]
         assert "--tpm2" in argv
+
+    @pytest.mark.parametrize(
+        ("lines", "hint"),
+        [
+            ("", False),
+            ("swtpm: Data client disconnected\n", False),
+            ("SWTPM_NVRAM_Lock_Lockfile: Could not open lockfile: Permission denied\n", True),
+        ],
+    )
+    def test_what_it_says(self, lines, hint):
+        """Where AppArmor confines it, its own words do not tell that."""
+        process: Any = SimpleNamespace(stderr_tail=lines)
+        with socket.socket() as channel:
+            said = tpm.Tpm(process=process, channel=channel).said
+        assert lines in said
+        assert ("AppArmor" in said) is ("VMSANDBOX_CACHE" in said) is hint
