@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.plugging import AttachedDisk
     from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
 
@@ -40,11 +41,13 @@ _MODULES = (  # the modules that define them, the cheapest to import first
     "guests.process",
     "guests.access",
     "guests.provision",
+    "guests.plugging",
     "guests.guest",
     "guests.factory",
 )
 
 __all__ = [
+    "AttachedDisk",
     "BootError",
     "CacheError",
     "CommandError",

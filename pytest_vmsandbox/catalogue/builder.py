@@ -134,7 +134,7 @@ class _Filler:
         if self.definition.reread().digest != self.definition.digest:
             raise ImageError(
                 f"the definition of {self.definition.name!r} changed while it was being built",
-                remedy=build_command(self.definition.name),
+                remedy=build_command(self.definition),
             )
         _check(build.out, self.definition)
         return more

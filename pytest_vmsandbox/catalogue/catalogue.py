@@ -21,6 +21,7 @@ from pytest_vmsandbox.catalogue.definition import (
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
+_DEPTH = 20  # images that derive from each other
 _LISTED = 30  # names in an error
 _NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
 
@@ -79,6 +80,11 @@ class Catalogue:
                     details=" from ".join([*circle, base]),
                     remedy="let one of them derive from another image, or give it a recipe",
                 )
+            if len(self._deriving) > _DEPTH:
+                raise ConfigError(
+                    f"{where}: from = {base!r} makes a chain of more than {_DEPTH} images",
+                    remedy="let it derive from an image that is nearer to the end of the chain",
+                )
             if base not in self._folders:
                 error = self._unknown(base)
                 raise ConfigError(
@@ -124,7 +130,7 @@ class Catalogue:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         folders: dict[str, Path] = {}
-        for parent in (*_own_folders(), *self._imported(), *self._image_path):
+        for parent in (*standard_folders(self._cache), *self._image_path):
             try:
                 entries = sorted(
                     folder
@@ -148,13 +154,6 @@ class Catalogue:
                     )
         return folders
 
-    def _imported(self) -> list[Path]:
-        """The folder of imported images, if there is one."""
-        with suppress(ConfigError):  # without a home folder, there is no cache
-            folder = imported_dir(self._cache or cache_dir())
-            return [folder] if folder.is_dir() else []
-        return []
-
     def _native(self) -> set[str]:
         machine = native_architecture()
         return {name for name in self._folders if self.get(name).architecture == machine}
@@ -175,6 +174,18 @@ class Catalogue:
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
+
+
+def standard_folders(cache: Path | None = None) -> list[Path]:
+    """The folders that every catalogue has: that of our own images, and that of imported ones.
+
+    Args:
+        cache: the cache; None for the user's cache.
+    """
+    folders = _own_folders()
+    with suppress(ConfigError):  # without a home folder, there is no cache
+        folders.append(imported_dir(cache or cache_dir()))
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def _is_image(folder: Path) -> bool:

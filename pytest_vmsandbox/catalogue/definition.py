@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,6 +41,18 @@ _KEYS = (
 _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
 _DISK_KEYS = ("size",)
 _SYSTEM_KEYS = ("name", "version", "python", "init", "user")
+_TABLES: Mapping[str, Sequence[str]] = {
+    "add": tuple(Addition.__annotations__),
+    "source": tuple(Source.__annotations__),
+    "boot": _BOOT_KEYS,
+    "disk": _DISK_KEYS,
+    "system": _SYSTEM_KEYS,
+    "login": tuple(Login.__annotations__),
+}
+_PLACES = {
+    key: f"into [{table}]" for table, keys in reversed([*_TABLES.items()]) for key in keys
+}  # the first table that has a key: `user` is rather one of [system]
+_PLACES |= {key: "to the top, before the first table" for key in _KEYS if key not in _PLACES}
 _MEMORY_MIN = 256 * MIB
 _SETTLED = 2.0  # seconds after which another change of a file has another time, on any file system
 _IGNORED = {"__pycache__"}  # folders that Python makes
@@ -305,7 +317,7 @@ def _read(file: Path, base: Callable[[str], ImageDefinition] | None) -> ImageDef
     content = load(file)
     # The schema comes first: a newer one has keys that we do not know.
     Table(file, "", content, tuple(content)).choice("schema", (SCHEMA,))
-    top = Table(file, "", content, _KEYS)
+    top = Table(file, "", content, _KEYS, _PLACES)
     _check_origin(top)
     folder, parent, source = file.parent, _parent(top, base), Source.read(top)
     for key in ("uses", "requires"):

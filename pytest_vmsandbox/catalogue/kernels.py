@@ -209,13 +209,26 @@ def _release_of_package(file: Path) -> str:
 def unpacked(kernel: Kernel, folder: Path) -> Kernel:
     """The same kernel, after its package was unpacked to an empty folder.
 
+    Links that lead out of the folder are left out: what they name is this machine's, and not for guests.
+
     Raises:
         ConfigError: the package is damaged, or has no kernel.
     """
     if kernel.image is not None:
         return kernel
     run_program(["dpkg-deb", "--extract", str(kernel.path), str(folder)], f"unpack {kernel.path}")
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not _leads_into(path, folder):
+                path.unlink()
     return _in_folder(folder)
+
+
+def _leads_into(link: Path, folder: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # it leads to itself
+        return False
 
 
 def run_program(argv: list[str], what: str, environment: Mapping[str, str] | None = None) -> str:
@@ -369,28 +382,39 @@ def check_image(image: ImageDefinition, firmware: str | None = None) -> None:
     )
 
 
-def missing_options(config: Mapping[str, str], *, has_disk: bool, init: str) -> list[str]:
+def missing_options(
+    config: Mapping[str, str], *, has_modules: bool, has_disk: bool, init: str
+) -> list[str]:
     """The options that a guest needs and a configuration lacks; none if it is unknown.
 
     Args:
+        has_modules: whether there are modules, so that a driver may be one.
         has_disk: whether the guest has a root disk.
         init: of the image; see `INITS`.
     """
     needed = {**_ALWAYS, **(_FOR_DISK if has_disk else {})}
     needed |= _FOR_SYSTEMD if init == "systemd" else {}
+    if not has_modules:
+        needed = dict.fromkeys(needed, "y")
     lacks = [name for name, good in needed.items() if config.get(name, "n") not in good]
     return [f"CONFIG_{name}=y" for name in lacks] if config else []
 
 
 def check_options(
-    release: str, path: Path, config: Mapping[str, str], *, has_disk: bool, init: str
+    release: str,
+    path: Path,
+    config: Mapping[str, str],
+    *,
+    has_modules: bool,
+    has_disk: bool,
+    init: str,
 ) -> None:
     """Check that a kernel can run guests of an image, as far as its configuration is known.
 
     Raises:
         ConfigError: it lacks options.
     """
-    if lacks := missing_options(config, has_disk=has_disk, init=init):
+    if lacks := missing_options(config, has_modules=has_modules, has_disk=has_disk, init=init):
         raise lacking(release, path, lacks)
 
 
@@ -398,7 +422,8 @@ def lacking(release: str, path: Path, options: Iterable[str]) -> ConfigError:
     """The error for a kernel that was built without options that guests need."""
     return ConfigError(
         f"the kernel {release} ({path}) cannot run guests: it was built without {', '.join(options)}",
-        remedy="set these options, and build the kernel again",
+        remedy="set these options, and build the kernel again. If they are drivers that you have as modules, "
+        "build those, too, and name the folder or the package that has them",
     )
 
 

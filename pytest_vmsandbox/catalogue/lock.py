@@ -441,7 +441,7 @@ def _content(file: Path) -> dict[str, Any]:
                 "for each image. 'vmsandbox images verify' compares the result with the images here",
             )
         return tomllib.loads(text)
-    except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not TOML, or not UTF-8
         raise ConfigError(
             f"{file} cannot be read: {getattr(error, 'strerror', None) or error}",
             remedy="restore it from your repository, or remove it and run 'vmsandbox images lock'",
@@ -475,7 +475,7 @@ def _lines(built: BuiltImage, record: Mapping[str, Any], name: str) -> list[str]
         why = "has changed since it was built"
     except OSError as error:
         why = error.strerror or str(error)
-    raise damaged(built.definition.name, f"{file} {why}")
+    raise damaged(built.definition, f"{file} {why}")
 
 
 def _source(record: Mapping[str, Any], definition: ImageDefinition) -> dict[str, str]:
@@ -494,7 +494,5 @@ def _signature(
     if digests:
         checked = source.get("checked") or "sha256 given by the definition"
         return checked if "signed by" in checked else f"none; {checked}"
-    if not suites:
-        return _NONE
     keys = sorted({key[-_SHORT:] for words in suites for key in words[3].split(",") if key != "-"})
-    return "the archive's, checked by apt" + (f" with the keys {', '.join(keys)}" if keys else "")
+    return f"the archive's, by the keys {', '.join(keys)}" if keys else _NONE

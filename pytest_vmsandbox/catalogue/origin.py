@@ -18,7 +18,10 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 METHODS: tuple[Method, ...] = get_args(Method)
 ADOPTED: tuple[Method, ...] = ("cloud-init", "vagrant", "password")  # we log in once, and add a key
 
-_PLACE = "an http(s) URL, or a path relative to this folder"
+_PLACE = (
+    "an http(s) URL, or a path relative to this folder. 'vmsandbox images import' takes a file from "
+    "anywhere"
+)
 _SHA256, _SHA512 = 64, 128  # hexadecimal digits
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
 from pytest_vmsandbox.cache.store import IMAGES, IN_USE, PRIVATE_KEY, Store
-from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.catalogue import Catalogue, standard_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
@@ -201,13 +203,12 @@ class BuiltImage:
             yield
 
     def _damaged(self, what: str) -> ImageError:
-        return damaged(self.definition.name, f"{self.folder}/{what}")
+        return damaged(self.definition, f"{self.folder}/{what}")
 
     def _gone(self) -> ImageError:
-        name = self.definition.name
         return ImageError(
-            f"the image {name!r} was removed from {self.folder}",
-            remedy=build_command(name),
+            f"the image {self.definition.name!r} was removed from {self.folder}",
+            remedy=build_command(self.definition),
         )
 
 
@@ -276,20 +277,20 @@ class ImageStore(Store[BuiltImage]):
         if (folder / IMAGES.record).is_file():
             raise ImageError(
                 f"the image {name!r} is stale: its base {definition.base!r} was built again since",
-                remedy=build_command(name),
+                remedy=build_command(definition),
             )
         if folder.exists():
-            raise damaged(name, f"{folder / IMAGES.record} is missing")
+            raise damaged(definition, f"{folder / IMAGES.record} is missing")
         if state is ImageState.STALE:
             raise ImageError(
                 f"the image {name!r} is stale: its definition changed since it was built",
                 details=f"definition: {definition.folder}",
-                remedy=build_command(name),
+                remedy=build_command(definition),
             )
         for used in (self.root.parent, self.root):
             if why := problem(used):
                 raise unusable(used, why)
-        raise ImageError(f"the image {name!r} is not built", remedy=build_command(name))
+        raise ImageError(f"the image {name!r} is not built", remedy=build_command(definition))
 
     def remove(self, name: str) -> int:
         """Remove all builds of an image.
@@ -411,14 +412,20 @@ def _record(folder: Path) -> dict[str, Any]:
     return integrity.read_record(folder / IMAGES.record)
 
 
-def damaged(name: str, what: str) -> ImageError:
+def damaged(definition: ImageDefinition, what: str) -> ImageError:
     """The error for an image whose files have changed since it was built."""
     return ImageError(
-        f"the image {name!r} is damaged: {what}",
-        remedy=f"{build_command(name)} --force",
+        f"the image {definition.name!r} is damaged: {what}",
+        remedy=f"{build_command(definition)} --force",
     )
 
 
-def build_command(name: str) -> str:
-    """The command that builds an image."""
-    return f"vmsandbox images build {name}"
+def build_command(definition: ImageDefinition) -> str:
+    """The command that builds an image, with the folder of its definition if it needs to be named."""
+    command = f"vmsandbox images build {definition.name}"
+    folder = definition.folder.parent
+    if folder in standard_folders():
+        return command
+    with suppress(ValueError, OSError):  # OSError: the working folder is gone
+        folder = folder.relative_to(Path.cwd())
+    return f"{command} --image-path={shlex.quote(os.fspath(folder))}"

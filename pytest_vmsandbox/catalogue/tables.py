@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,7 +45,8 @@ def load(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: not TOML, or not UTF-8
         why = getattr(error, "strerror", None) or str(error)
     raise ConfigError(
-        f"{file} cannot be read: {why}", remedy="make it a readable TOML file in UTF-8"
+        f"{file} cannot be read: {why}",
+        remedy="make it a readable TOML file in UTF-8. Texts are in quotes",
     )
 
 
@@ -58,18 +59,22 @@ class Table:
         prefix: what comes before its keys in errors, such as ``boot.``.
         values: the keys and values.
         keys: the keys that it may have. Any other is an error at once.
+        elsewhere: for keys of other tables, the places where they belong.
     """
 
     file: Path
     prefix: str
     values: dict[str, Any]
     keys: Sequence[str]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in self.values:
             if key not in self.keys:
                 close = difflib.get_close_matches(key, self.keys, n=1)
                 guess = f"did you mean {close[0]!r}? The" if close else "the"
+                if key in self.elsewhere:
+                    guess = f"{key} belongs {self.elsewhere[key]}. The"
                 raise ConfigError(
                     f"{self.file}: unknown key {_shown(self.prefix + key)}",
                     remedy=f"{guess} keys here are: {', '.join(self.keys)}",
@@ -130,7 +135,7 @@ class Table:
         values = self.read(
             key, "a table", lambda table: table if isinstance(table, dict) else None, nothing
         )
-        return Table(self.file, f"{self.prefix}{key}.", values, keys)
+        return Table(self.file, f"{self.prefix}{key}.", values, keys, self.elsewhere)
 
     def missing(self, key: str, remedy: str) -> ConfigError:
         """The error for a key that is missing."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.cache.store import ENVIRONMENTS, TEMPLATES, Entry, Kind, Store, tidy
+from pytest_vmsandbox.cache.store import ENVIRONMENTS, KERNELS, TEMPLATES, Entry, Kind, Store, tidy
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
@@ -15,7 +15,11 @@ from pytest_vmsandbox.machine import orphans
 
 
 @click.command
-@click.option("--templates", is_flag=True, help="Also remove all templates that no run uses now.")
+@click.option(
+    "--templates",
+    is_flag=True,
+    help="Also remove all templates, and prepared kernels of yours, that no run uses now.",
+)
 @click.option(
     "--environments",
     is_flag=True,
@@ -39,6 +43,7 @@ def clean(*, templates: bool, environments: bool) -> None:
         said.append(f"removed: incomplete files in the cache; freed {format_size(freed)}")
     if templates:
         said += _emptied(cache, TEMPLATES, "template")
+        said += _emptied(cache, KERNELS, "kernel")
     if environments:
         said += _emptied(cache, ENVIRONMENTS, "environment")
     for line in said or ["there is nothing to clean"]:

@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
 from pytest_vmsandbox.cli.importing import fetch, forget, import_
 from pytest_vmsandbox.cli.lock import lock, update, verify
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import lock_here, project_options
+from pytest_vmsandbox.cli.project import joined, lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
@@ -106,14 +106,13 @@ def build(
     """
     from pytest_vmsandbox.cli.building import build_one  # `images list` is quicker without it
 
-    catalogue = Catalogue(image_path)
-    settings = Settings(image_path=image_path, offline=offline)
-    locked = lock_here(where)
-    definitions = [catalogue.get(name) for name in catalogue.select(names)]
+    locked, folders = lock_here(where)
+    settings = Settings(image_path=joined(folders, image_path), offline=offline)
+    catalogue = Catalogue(settings.image_path)
     errors: list[Exception] = []
-    for definition in definitions:
+    for name in catalogue.select(names):
         try:
-            build_one(definition, settings, force=force, lock=locked)
+            build_one(catalogue.get(name), settings, force=force, lock=locked)
         except VMSandboxError as error:
             errors.append(error)
     if errors:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pytest_vmsandbox.cache.files import remove_tree
+from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import (
     ARCHITECTURES,
@@ -16,8 +20,9 @@ from pytest_vmsandbox.catalogue.definition import (
     check_name,
 )
 from pytest_vmsandbox.catalogue.origin import FORMATS, METHODS
+from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import lock_here, project_options
+from pytest_vmsandbox.cli.project import joined, lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
@@ -100,9 +105,9 @@ def import_(
     _check_new(name, image_path)
     wishes = _wishes(name, files, options)
     screen = Screen()
-    with screen.stages() as stage:
+    with screen.stages() as stage, _work_folder(name, stage) as work:
         stage("checking the files")
-        described = describe(wishes, folder, cache, stage)
+        described = describe(wishes, folder, cache, work, stage)
     for what, why in described.notes:
         screen.parts((f"  {what}", "bold"), (f"  ({why})", "dim"))
     if dry_run:
@@ -140,7 +145,9 @@ def fetch(
     """
     from pytest_vmsandbox.cli.building import build_one
 
-    catalogue, settings = Catalogue(image_path), Settings(image_path=image_path, offline=offline)
+    locked, folders = lock_here(where)
+    settings = Settings(image_path=joined(folders, image_path), offline=offline)
+    catalogue = Catalogue(settings.image_path)
     definitions = [catalogue.get(name) for name in catalogue.select(names)]
     sources = [definition for definition in definitions if definition.source is not None]
     if not sources:
@@ -148,7 +155,6 @@ def fetch(
             f"{', '.join(names)}: no definition with a [source]",
             remedy="make other images by 'vmsandbox images build'",
         )
-    locked = lock_here(where)
     errors: list[Exception] = []
     for definition in sources:
         try:
@@ -173,31 +179,39 @@ def forget(name: str, catalogue: Catalogue) -> int:
     Raises:
         TeardownError: something cannot be removed.
     """
-    used: dict[str, set[tuple[str, str]]] = {}
-    for other, definition in catalogue.valid():
-        used[other] = _digests(definition)
-    mine = used.pop(name, set())
     freed = 0
-    if unused := mine.difference(*used.values()):
+    used = {other: _files_of(definition) for other, definition in catalogue.valid()}
+    if mine := used.pop(name, None):
         from pytest_vmsandbox.catalogue.importing.fetch import discard
 
-        freed += discard(cache_dir(), unused)
+        freed += discard(cache_dir(), mine, set().union(*used.values()))
     folder = imported_dir(cache_dir()) / name
     return freed + (remove_tree(folder) if folder.is_dir() else 0)
 
 
-def _digests(definition: ImageDefinition) -> set[tuple[str, str]]:
-    """Kind and digits of the digests of the files that an image is made of."""
+def _files_of(definition: ImageDefinition) -> set[str]:
+    """The places and the digests of the files that an image is made of."""
     source = definition.source
     if source is None:
         return set()
-    digests = [
-        ("sha256", source.sha256),
-        ("sha512", source.sha512),
-        ("sha256", source.kernel_sha256),
-        ("sha256", source.initrd_sha256),
-    ]
-    return {(kind, digits) for kind, digits in digests if digits}
+    places = {source.url, source.kernel, source.initrd}
+    digests = {source.sha256, source.sha512, source.kernel_sha256, source.initrd_sha256}
+    return (places | digests) - {""}
+
+
+@contextmanager
+def _work_folder(name: str, say: Callable[[str], None]) -> Iterator[Path]:
+    """A folder for what is unpacked. If we are killed, `clean` or the next import removes it."""
+    from pytest_vmsandbox.catalogue.builder import LARGE_TMP
+
+    store = ImageStore(cache_dir())
+    lock = private_folder(store.root) / f"{name}.lock"
+    base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
+    with (
+        locked(lock, on_busy=lambda: say(f"waiting: another process makes {name}")),
+        store.work_folder(name, base) as work,
+    ):
+        yield work
 
 
 def _check_new(name: str, image_path: tuple[Path, ...]) -> None:
@@ -213,6 +227,12 @@ def _wishes(name: str, files: tuple[Path, ...], options: dict[str, Any]) -> Any:
 
     if not files and options["kernel"] is None:
         raise ConfigError("no file is given", remedy="name the file of a disk, or --kernel=FILE")
+    if urls := [str(file) for file in files if re.match(r"https?:/", str(file))]:
+        raise ConfigError(
+            f"{urls[0].replace(':/', '://', 1)} is no file of this machine",
+            remedy="download it first; or write an image.toml with [source] url and sha256, and run "
+            "'vmsandbox images fetch'",
+        )
     python = options["python"]
     system = {
         "python": {"yes": True, "no": False, "true": True, "false": False}.get(

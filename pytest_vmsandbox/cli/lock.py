@@ -15,7 +15,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Lock, LockedImage, changes, lock_command, shown
 from pytest_vmsandbox.catalogue.store import BuiltImage, ImageState, ImageStore, build_command
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
-from pytest_vmsandbox.cli.project import Project, ask, project_options
+from pytest_vmsandbox.cli.project import Project, ask, joined, project_options
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
@@ -34,15 +34,20 @@ names_argument = click.argument("names", nargs=-1, metavar="[NAME...]")
 def lock(*, names: tuple[str, ...], where: list[str], image_path: tuple[Path, ...]) -> None:
     """Add images to the project's lock file, vm-images.lock.
 
-    Without a NAME, these are the images that pytest's configuration selects here. A NAME may be a glob.
-    Images must be built. Entries that are already there stay as they are: 'update' changes them.
+    Without a NAME, these are the images that pytest's configuration selects here, and those that markers
+    of the tests name. A NAME may be a glob. Images must be built. Entries that are already there stay as they are: 'update' changes them.
 
     If a project has a lock file, its tests run only on images that are as they are locked.
     """
-    project = ask(where)
+    screen = Screen()
+    if names:
+        project = ask(where)
+    else:
+        with screen.waiting("collecting tests"):
+            project = ask(where, lambda text: screen.say(text, "yellow"))
     settings = _settings(project, image_path)
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache_dir())
-    before, screen = project.lock, Screen()
+    before = project.lock
     errors: list[Exception] = []
     new: list[LockedImage] = []
     for name in catalogue.select(names) if names else project.images:
@@ -105,11 +110,14 @@ def update(
         return
     _confirm(yes=yes)
     made, errors = _make(changed, definitions, settings)
-    entries = [
-        LockedImage.of(store.require(definition)).kept(before.images.get(name))
-        for name, definition in made.items()
-        if name in chosen or name in before.images
-    ]
+    entries: list[LockedImage] = []
+    for name, definition in made.items():
+        if name in chosen or name in before.images:
+            try:
+                found_now = LockedImage.of(store.require(definition))
+                entries.append(found_now.kept(before.images.get(name)))
+            except VMSandboxError as error:
+                errors.append(error)
     if entries:
         before.add(entries)
     for entry in entries:
@@ -334,7 +342,7 @@ def _verdict(name: str, catalogue: Catalogue, store: ImageStore, known: Lock | N
     try:
         built = store.require(_definition(name, catalogue, known))
         if damage := _damage(built):
-            return _Verdict([f"{damage}. Remedy: {build_command(name)} --force"])
+            return _Verdict([f"{damage}. Remedy: {build_command(built.definition)} --force"])
         found = LockedImage.of(built)
     except (ConfigError, ImageError) as error:
         return _Verdict([f"{error.brief}. Remedy: {error.remedy}"])
@@ -384,8 +392,7 @@ def _tell(screen: Screen, name: str, verdict: _Verdict, known: Lock | None) -> N
 
 def _settings(project: Project, image_path: Iterable[Path]) -> Settings:
     """The settings with the folders of images of the project, and those of the command."""
-    folders = dict.fromkeys(path.absolute() for path in (*project.image_path, *image_path))
-    return Settings(image_path=tuple(folders))
+    return Settings(image_path=joined(project.image_path, image_path))
 
 
 def _about(entry: LockedImage) -> str:

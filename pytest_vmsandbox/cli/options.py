@@ -52,7 +52,7 @@ def _hardware_options(function: Callable[..., None]) -> Callable[..., None]:
         "--kernel",
         metavar="PATH",
         help="Another kernel than the image's: its file, the folder in which you built it, a folder with "
-        "boot/vmlinuz-*, or a .deb file.",
+        "boot/vmlinuz-VERSION, or a .deb file.",
     )
     @wraps(function)
     def command(*args: Any, **others: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import LOCK_FILE, lock_file
 
 _PLUGIN = "pytest_vmsandbox.plugin.describing"  # pytest imports it, not we
+_COLLECTED = (0, 5)  # pytest's statuses: tests were collected, or there are none
 _TAIL = 15  # lines of pytest's output in an error
 
 
@@ -28,7 +29,7 @@ class Project:
 
     Attributes:
         rootdir: of pytest.
-        images: the images that its configuration selects.
+        images: the images that its configuration selects, and those that its tests' markers name.
         image_path: folders with its image definitions.
     """
 
@@ -76,11 +77,13 @@ def project_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def ask(where: list[str]) -> Project:
+def ask(where: list[str], say: Callable[[str], object] | None = None) -> Project:
     """Ask pytest about the project in the current folder. It takes half a second.
 
     Args:
         where: options of pytest.
+        say: gets a line if tests cannot be collected; None to not collect them. Then the images that
+            only markers name are unknown.
 
     Raises:
         ConfigError: pytest cannot start here, or what the project selects is invalid.
@@ -88,8 +91,9 @@ def ask(where: list[str]) -> Project:
     with tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
         file = Path(folder, "answer")
         plugins = ["-p", "vmsandbox", "-p", _PLUGIN]
+        collect = [] if say is None else ["--collect-only", "-q"]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", *plugins, f"--vm-answer={file}", *where],
+            [sys.executable, "-m", "pytest", *plugins, f"--vm-answer={file}", *collect, *where],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -109,6 +113,11 @@ def ask(where: list[str]) -> Project:
     if wrong := answer.get("error"):
         brief, details, remedy = wrong
         raise ConfigError(brief, details=details, remedy=remedy)
+    if say is not None and done.returncode not in _COLLECTED:
+        say(
+            "some tests cannot be collected here, so images that only their markers name are unknown. "
+            "'pytest --collect-only' says why"
+        )
     return Project(
         rootdir=Path(answer["rootdir"]),
         images=tuple(answer["images"]),
@@ -116,8 +125,8 @@ def ask(where: list[str]) -> Project:
     )
 
 
-def lock_here(where: list[str]) -> Lock | None:
-    """The lock of the project in the current folder; None without one.
+def lock_here(where: list[str]) -> tuple[Lock | None, tuple[Path, ...]]:
+    """The lock of the project in the current folder, and its folders of images; none without a lock.
 
     pytest is asked only if there may be one: here, in a folder above, or where `where` points.
 
@@ -126,6 +135,11 @@ def lock_here(where: list[str]) -> Lock | None:
     """
     here = Path.cwd()
     if not where and not any(map(lock_file, (here, *here.parents))):
-        return None
+        return None, ()
     project = ask(where)
-    return project.lock if project.is_locked else None
+    return (project.lock, project.image_path) if project.is_locked else (None, ())
+
+
+def joined(*folders: Iterable[Path]) -> tuple[Path, ...]:
+    """Folders of images from several places, each once."""
+    return tuple(dict.fromkeys(path.absolute() for paths in folders for path in paths))

@@ -221,7 +221,7 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
     try:
         found = firmware.boot_loaders(built.disk)
     except OSError as error:
-        raise damaged(name, f"{built.disk} cannot be read: {error.strerror}") from error
+        raise damaged(built.definition, f"{built.disk} cannot be read: {error.strerror}") from error
     if wanted not in found:
         lacks = "EFI system partition" if wanted == "uefi" else "boot loader in its first sector"
         other = f"firmware={min(found)!r}" if found else "firmware='kernel'"

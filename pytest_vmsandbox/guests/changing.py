@@ -21,6 +21,7 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.factory import on_sound_disks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
@@ -97,14 +98,27 @@ def changing(
         with backend.engine(machines) as engine, on_sound_disks(guest := Guest(engine)):
             yield guest
             build.say("shutting it down")
-            if not engine.power_off():
-                raise ImageError(
-                    f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
-                    remedy="look for what does not end in the guest",
-                )
+            _shut_down(engine)
         if disks.base is not None:
             build.say("making the disk")
             _keep(build, base, disks)
+
+
+def _shut_down(engine: Engine) -> None:
+    """Shut a guest down.
+
+    Raises:
+        ImageError: it did not switch itself off, so it may not have written everything.
+    """
+    with engine.use() as running:
+        monitor = running.machine.monitor
+    engine.power_off()
+    ends = [event["data"] for event in monitor.events() if event["event"] == "SHUTDOWN"]
+    if not any(end["guest"] for end in ends):
+        raise ImageError(
+            f"{engine.name} did not shut down in an orderly way, so its disk may not be whole",
+            remedy="look for what does not end in the guest",
+        )
 
 
 def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) -> None:

@@ -98,11 +98,15 @@ def derive(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, o
 
 def _is_changed(definition: ImageDefinition, base: BuiltImage) -> bool:
     """Whether something has to be changed in a guest. If not, the files are copied."""
-    add, size = definition.add, definition.disk_size
+    add, of_base = definition.add, base.definition
     return (
         (add is not None and bool(add.packages or add.script))
-        or size != base.definition.disk_size
-        or definition.user not in ("root", base.definition.user)
+        or definition.disk_size != of_base.disk_size
+        or definition.user not in ("root", of_base.user)
+        # It says something of its own about the guest, which is compared with the guest.
+        or (definition.python, definition.python_version)
+        != (of_base.python, of_base.python_version)
+        or definition.init != of_base.init
     )
 
 

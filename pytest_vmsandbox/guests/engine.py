@@ -49,6 +49,8 @@ class Engine:
         origin: how the guest was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
             ``booted``.
         facts: what its last preparation has returned, as JSON values; empty for preparations of users.
+        machines: its machines, and the disks that they have.
+        orderly: held while the guest shuts itself down, or its disks change.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Engine:
         self.stretch = machines.blueprint.stretch
         self.origin = "booted"
         self.facts: Mapping[str, object] = {}
-        self._machines = machines
+        self.machines = machines
         self._settings = settings
         self._hints = hints
         self._on_resume = on_resume
@@ -74,7 +76,7 @@ class Engine:
             None  # this machine's disk failed before it was switched off
         )
         self._lock = threading.RLock()  # protects what runs, and who uses it
-        self._orderly = threading.Lock()  # held while the guest shuts itself down
+        self.orderly = threading.Lock()
 
     def __enter__(self) -> Self:
         with self.explained():
@@ -85,7 +87,7 @@ class Engine:
         try:
             self._switch_off(self._running)
         finally:
-            self._machines.close()
+            self.machines.close()
 
     # -- who uses it ------------------------------------------------------------------------------
 
@@ -115,6 +117,17 @@ class Engine:
             with self._lock:
                 running.users -= 1
                 running.last_use = monotonic()
+
+    @contextmanager
+    def still(self, running: Running) -> Iterator[None]:
+        """While this lasts, what runs is still the same, and nobody switches it off or on.
+
+        Raises:
+            GuestLost: it was switched off meanwhile.
+        """
+        with self._lock:
+            running.machine.check()
+            yield
 
     @property
     def idle_seconds(self) -> float:
@@ -174,7 +187,7 @@ class Engine:
         Raises:
             GuestLost: it could not. The guest got an error then, and tests of it prove nothing.
         """
-        if (error := self._machines.disk_failure(self._running)) is not None:
+        if (error := self.machines.disk_failure(self._running)) is not None:
             raise error
 
     @property
@@ -209,7 +222,7 @@ class Engine:
             add_hints(error, self._hints)
             raise
         except VMSandboxError as error:
-            cause = self._machines.disk_failure(self._running)
+            cause = self.machines.disk_failure(self._running)
             add_hints(cause or error, self._hints)
             if cause is not None:
                 raise cause from error
@@ -339,7 +352,7 @@ class Engine:
             GuestLost: the guest does not answer on SSH.
         """
         with self.use(hold=True) as running:
-            return self._machines.ssh_access(running.machine, self.spec.user)
+            return self.machines.ssh_access(running.machine, self.spec.user)
 
     # -- power ------------------------------------------------------------------------------------
 
@@ -357,9 +370,9 @@ class Engine:
                         f"{self.name} is already on",
                         remedy="call vm.power_off() or vm.power_cut() first",
                     )
-                self._machines.disk_failure(self._running)
+                self.machines.disk_failure(self._running)
                 self._switch_off(self._running)
-                self._running = self._machines.switch_on()
+                self._running = self.machines.switch_on()
                 running = stack.enter_context(self.use())
             try:  # QEMU's start has shown how fast this host is
                 running.await_answer(Deadline(self.boot_seconds))
@@ -373,10 +386,10 @@ class Engine:
         Raises:
             BootError: it did not come back.
         """
-        with self._orderly, self.use() as running:
+        with self.orderly, self.use() as running:
             machine = running.machine
             since = len(machine.monitor.events())
-            lost = self._ask("reboot")
+            lost = _ask(self, "reboot")
             while machine.monitor.wait_event("RESET", since=since, timeout=_POLL_SECONDS) is None:
                 machine.check()
                 if deadline.expired:
@@ -391,48 +404,24 @@ class Engine:
             running.hang_up()
             running.await_answer(deadline)
 
-    def power_off(self) -> bool:
+    def power_off(self) -> None:
         """Shut down in an orderly way. A guest that is still on after the boot timeout is killed.
-
-        Returns:
-            Whether it has switched itself off.
 
         Raises:
             CommandError: it refuses to shut down.
         """
-        with self._orderly, self.use() as running:
-            self._ask("poweroff")
+        with self.orderly, self.use() as running:
+            _ask(self, "poweroff")
             running.machine.end(self.boot_seconds)
-            events = running.machine.monitor.events()
-        self._machines.disk_failure(running)
+        self.machines.disk_failure(running)
         self._switch_off(running)
-        return any(event["event"] == "SHUTDOWN" and event["data"]["guest"] for event in events)
 
     def power_cut(self) -> None:
         """Pull the plug. This does not wait for others who use the guest."""
         running = self._on()
         running.machine.kill()
-        self._machines.disk_failure(running)
+        self.machines.disk_failure(running)
         self._switch_off(running)
-
-    def _ask(self, program: str) -> GuestLost | None:
-        """Ask the guest to shut down. The connection may break before the answer.
-
-        Returns:
-            The error of the broken connection; None if there was an answer.
-
-        Raises:
-            CommandError: the guest cannot shut down.
-        """
-        try:
-            result = self.run(Command(argv=(program,), user="root"))
-        except GuestLost as lost:
-            return lost
-        if (
-            result.returncode > 0
-        ):  # a signal may end the program: it is among the first that are killed
-            check_status(text_of(result))
-        return None
 
     def _switch_off(self, running: Running | None) -> None:
         """End what runs, unless it has ended."""
@@ -452,8 +441,8 @@ class Engine:
         """
         # Not while the guest shuts down: nobody would answer in a state that was saved then.
         # Use it again under the lock: another thread may have rolled it back meanwhile.
-        with self._orderly, self.use(), self._lock, self.use() as running:
-            return self._machines.save(running)
+        with self.orderly, self.use(), self._lock, self.use() as running:
+            return self.machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
         """Go on from a saved state, even if the guest was lost or switched off.
@@ -462,9 +451,9 @@ class Engine:
             LaunchError: this host has no room for all of the guest's memory.
         """
         with self._lock:
-            self._machines.disk_failure(self._running)
+            self.machines.disk_failure(self._running)
             self._switch_off(self._running)
-            self._machines.roll_back(saved)
+            self.machines.roll_back(saved)
             self.power_on()
             self._on().held = saved.held
 
@@ -487,3 +476,21 @@ class Engine:
             running.machine.save(state, with_memory=False)
             running.machine.check_disks()
             running.machine.end(0)
+
+
+def _ask(engine: Engine, program: str) -> GuestLost | None:
+    """Ask a guest to shut down. The connection may break before the answer.
+
+    Returns:
+        The error of the broken connection; None if there was an answer.
+
+    Raises:
+        CommandError: the guest cannot shut down.
+    """
+    try:
+        result = engine.run(Command(argv=(program,), user="root"))
+    except GuestLost as lost:
+        return lost
+    if result.returncode > 0:  # a signal may end the program: it is among the first that are killed
+        check_status(text_of(result))
+    return None

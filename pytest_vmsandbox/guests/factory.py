@@ -18,6 +18,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.plugging import refuse_attached
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 from pytest_vmsandbox.machine import host
@@ -278,6 +279,7 @@ class GuestFactory:
         for step in steps:
             engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
             engine.facts = step.run(guest) or {}
+            refuse_attached(engine)
         engine.spec = blueprint.hardware
         return guest
 

@@ -20,6 +20,7 @@ from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Saved
+from pytest_vmsandbox.guests.plugging import TakesDisks
 from pytest_vmsandbox.guests.process import Process
 from pytest_vmsandbox.machine.console import Console
 
@@ -32,7 +33,7 @@ _INSTEAD = {  # what to do instead of the arguments that `popen` does not take
 _POLL_SECONDS = 0.25
 
 
-class Guest:
+class Guest(TakesDisks):
     """A running virtual machine. `GuestFactory.boot` makes it and ends it.
 
     Every method that talks to the guest raises `GuestLost` if the guest is gone.
@@ -68,7 +69,7 @@ class Guest:
 
     @property
     def origin(self) -> str:
-        """How it was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
+        """Whether it was ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``."""
         return self.engine.origin
 
     @property

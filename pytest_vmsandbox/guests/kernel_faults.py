@@ -13,15 +13,23 @@ class Fault:
     Attributes:
         brief: what happened, for people.
         options: of the kernel's configuration, which may be missing.
+        are_drivers: whether they can be modules.
     """
 
     brief: str
     options: tuple[str, ...]
+    are_drivers: bool = False
 
-    @property
-    def remedy(self) -> str:
-        """What the user can do."""
-        return f"look for these options in the kernel's configuration: {', '.join(self.options)}"
+    def remedy(self, *, has_modules: bool) -> str:
+        """What the user can do.
+
+        Args:
+            has_modules: whether the user's kernel came with modules.
+        """
+        text = f"look for these options in the kernel's configuration: {', '.join(self.options)}"
+        if self.are_drivers and not has_modules:
+            text += ". If they are modules, name the folder or the package that has them, not only the kernel"
+        return text
 
 
 _DISK = ("CONFIG_PCI=y", "CONFIG_VIRTIO_PCI=y", "CONFIG_VIRTIO_BLK=y", "CONFIG_DEVTMPFS=y")
@@ -38,9 +46,9 @@ SILENT = Fault(
 )
 # The first that is found counts.
 _FAULTS = {
-    r"^vmsandbox: there is no /dev/": Fault("the kernel does not see the root disk", _DISK),
+    r"^vmsandbox: there is no /dev/": Fault("the kernel does not see the root disk", _DISK, True),
     r"^vmsandbox: cannot mount /dev/": Fault(
-        "the kernel cannot mount the root disk", ("CONFIG_BLOCK=y", "CONFIG_EXT4_FS=y")
+        "the kernel cannot mount the root disk", ("CONFIG_BLOCK=y", "CONFIG_EXT4_FS=y"), True
     ),
     r"Failed to execute /init|No working init found|Requested init .* failed": Fault(
         "the kernel cannot start the first program", _PROGRAM

@@ -94,6 +94,7 @@ class KernelStore:
             ready.release,
             path,
             ready.record["options"],
+            has_modules=ready.modules is not None,
             has_disk=image.disk_size is not None,
             init=image.init,
         )
@@ -153,7 +154,13 @@ class KernelStore:
         def fill(folder: Path, _lock: int) -> Mapping[str, object]:
             with self._store.work_folder(key, self._store.root) as work:
                 (unpacked := work / "package").mkdir()
-                return _fill(folder, kernels.unpacked(kernel, unpacked), work)
+                record = _fill(folder, kernels.unpacked(kernel, unpacked), work)
+                if _key(kernel) != key:
+                    raise ConfigError(
+                        f"the kernel {kernel.path} changed while it was prepared",
+                        remedy="wait until its build has ended, and start the tests again",
+                    )
+                return record
 
         try:
             return self._store.make(

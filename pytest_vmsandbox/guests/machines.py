@@ -19,8 +19,8 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.machine.cmdline import Start
-from pytest_vmsandbox.machine.disk import Disks, empty_overlay
+from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
+from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 
@@ -162,9 +162,9 @@ class Running:
             machine.check_booting(seconds)
         except BootError as error:
             lost = error
-        text = machine.console.this_boot
-        known = kernel_faults.fault(text)
-        if known is None and not text and seconds > self.blueprint.stretch(_SILENT_SECONDS):
+        known = kernel_faults.fault(machine.console.this_boot)
+        is_late = seconds > self.blueprint.stretch(_SILENT_SECONDS)
+        if known is None and is_late and machine.stage == "firmware":
             known = kernel_faults.SILENT
         if known is not None:
             raise BootError(
@@ -172,7 +172,7 @@ class Running:
                 stage=machine.stage if lost is None else lost.stage,
                 seconds=seconds,
                 details=machine.console_lines(),
-                remedy=known.remedy,
+                remedy=known.remedy(has_modules=kernel.modules is not None),
             ) from lost
         if lost is not None:
             raise lost
@@ -251,13 +251,13 @@ class Saved:
 
     Attributes:
         state: a file.
-        frozen: the files of each disk, lowest first.
+        disks: the disks. Nobody writes to their files any more.
         lead: the seconds by which a test had set its clock ahead of this host's.
         held: whether it must not be paused.
     """
 
     state: IO[bytes]
-    frozen: tuple[tuple[IO[bytes], ...], ...]
+    disks: Disks
     lead: float
     held: bool
 
@@ -389,25 +389,47 @@ class Machines:
         resume.pause(machine, helper)  # the helper has read everything so far
         try:
             frozen = self.disks.frozen(self._own)
-            fresh = self._fresh_overlays()
-            machine.put_on_top(fresh)
-            self.disks = self.disks.on_top(frozen, fresh)
+            disks = frozen.on_top(self._fresh_overlay)
+            machine.drives.put_on_top(disks.tops())
+            self.disks = disks
             state = self._own.enter_context(
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
             machine.save(state, with_memory=True)
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state=state, frozen=frozen, lead=helper.lead, held=running.held)
+        return Saved(state=state, disks=frozen, lead=helper.lead, held=running.held)
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
         self.state, self._lead = saved.state, saved.lead
-        self.disks = self.disks.on_top(saved.frozen, self._fresh_overlays())
+        for disk in self.disks.plugged:
+            disk.close()  # unless the snapshot has its files
+        self.disks = saved.disks.on_top(self._fresh_overlay)
 
-    def _fresh_overlays(self) -> list[IO[bytes]]:
-        folder = self.hypervisor.cache
-        return [self._own.enter_context(empty_overlay(size, folder)) for size in self.disks.sizes]
+    def _fresh_overlay(self, size: int) -> IO[bytes]:
+        return self._own.enter_context(empty_overlay(size, self.hypervisor.cache))
+
+    def free_port(self) -> str | None:
+        """A root port without a disk; None if there is none."""
+        taken = {disk.port for disk in self.disks.plugged}
+        return next((port for port in PORTS if port not in taken), None)
+
+    def disk_names(self) -> list[str]:
+        """The names that disks of the guest have or may get."""
+        fixed = disk_names(self.blueprint.hardware, has_base=self.disks.base is not None)
+        return [*fixed, MODULES_DISK, *(disk.name for disk in self.disks.plugged)]
+
+    def add(self, disk: PluggedDisk) -> None:
+        """Note that a disk was attached. The next machines have it, too."""
+        self._own.callback(disk.close)
+        self.disks = replace(self.disks, plugged=(*self.disks.plugged, disk))
+
+    def remove(self, disk: PluggedDisk) -> None:
+        """Note that a disk was detached. Its content is gone, unless a snapshot has it."""
+        rest = tuple(other for other in self.disks.plugged if other.name != disk.name)
+        self.disks = replace(self.disks, plugged=rest)
+        disk.close()
 
     def ssh_access(self, machine: Machine, user: str) -> SSHAccess:
         """What an SSH client needs to log in as a user.

@@ -30,6 +30,7 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.plugging import refuse_attached
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import MEMORY, STATE, Template, TemplateStore, layer_name
 from pytest_vmsandbox.machine import host, memory
@@ -195,7 +196,8 @@ class TemplateBuilder:
         disk = blueprint.built.verified().get(DISK, "")
         if template.disk not in ("", disk):
             name = blueprint.built.folder / DISK
-            raise damaged(blueprint.image, f"{name} has changed since a template of it was built")
+            what = f"{name} has changed since a template of it was built"
+            raise damaged(blueprint.built.definition, what)
         return ""
 
     def _made(self, key: str, blueprint: Blueprint, steps: Sequence[Step]) -> Template:
@@ -278,6 +280,7 @@ class TemplateBuilder:
                 if steps:
                     try:
                         facts = steps[-1].run(guest)
+                        refuse_attached(engine)
                     except Exception as error:
                         raise _StepError(error) from error
                 else:

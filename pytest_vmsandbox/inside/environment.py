@@ -41,6 +41,8 @@ _MACHINES = ("x86_64", "aarch64")
 _DETAILS_LIMIT = 8_000  # characters of uv's own text in an error
 # uv's variables that contradict our arguments.
 _NOT_FOR_UV = ("UV_COMPILE_BYTECODE", "UV_REQUIRE_HASHES", "UV_WORKING_DIR")
+# As uv says it of packages; and of files, repositories and lists of requirements.
+_OFFLINE = re.compile(r"(?i)network\s+(?:connectivity\s+is|was)\s+disabled")
 _NO_WHEEL = re.compile(
     r"wheels are (?:required|available) for `(?P<a>[^`]+)`"
     r"|found wheels for `(?P<b>[^`]+)`"
@@ -333,7 +335,7 @@ class Uv:
             raise self._error(text or f"uv ended with status {done.returncode}")
 
     def _error(self, text: str) -> TransferError:
-        no_network = self.offline and "network was disabled" in text.replace("\n", " ")
+        no_network = self.offline and _OFFLINE.search(text) is not None
         found = {name for match in _NO_WHEEL.findall(text) for name in match if name}
         self._without_wheel = set() if no_network else {*map(canonicalize_name, found)}
         brief = "uv cannot get the packages for the guest"

@@ -25,6 +25,25 @@ _PORTS_SLOT = 0x1C  # on the board, as on real ones; a guest with eight disks fi
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluggedDescriptors:
+    """The descriptors of a disk in a root port.
+
+    Attributes:
+        name: of the disk.
+        port: the root port.
+        read_only: whether the guest can only read it.
+        base: a file of this host, or None.
+        layers: the qcow2 files, each on top of the one before.
+    """
+
+    name: str
+    port: str
+    read_only: bool
+    base: int | None
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Descriptors:
     """The numbers of QEMU's descriptors.
 
@@ -38,6 +57,7 @@ class Descriptors:
         base: the image's disk, read-only; None without one.
         overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
             file is on top of the one before. Only the last one is written.
+        plugged: the disks in root ports.
     """
 
     monitor: int = 3
@@ -52,6 +72,7 @@ class Descriptors:
     memory: int | None = None
     base: int | None = None
     overlays: tuple[tuple[int, ...], ...] = ()
+    plugged: tuple[PluggedDescriptors, ...] = ()
 
 
 class Start(Enum):
@@ -127,6 +148,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *entropy(),
         *panic(),
         *ports(),
+        *plugged_disks(fds),
         *confinement(),
         *loading(spec),
         *spec.more_args,
@@ -291,16 +313,10 @@ def tpm(fds: Descriptors) -> list[str]:
 def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The root disk, which is an overlay on the image's disk, and the blank disks."""
     args: list[str] = []
-    names = disk_names(spec, has_base=fds.base is not None)
+    names = disk_names(spec.hardware, has_base=fds.base is not None)
     if fds.base is not None:
         args += _descriptor_set(fds.base)
-        base = {
-            "node-name": "base",
-            "driver": "raw",
-            "read-only": True,
-            "file": {"driver": "file", "filename": f"/dev/fdset/{fds.base}", "read-only": True},
-        }
-        args += ["-blockdev", json.dumps(base)]
+        args += ["-blockdev", json.dumps(_base("base", fds.base))]
     for name, layers in zip(names, fds.overlays, strict=True):
         below = "base" if name == ROOT_DISK else None
         for depth, number in enumerate(layers):
@@ -309,7 +325,7 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
-        device = disk(name, node=name)
+        device = _disk(name, node=name)
         if name == ROOT_DISK and fds.kernel is None:
             device["bootindex"] = "0"
         args += ["-device", _device(device)]
@@ -321,13 +337,12 @@ def modules(fds: Descriptors) -> list[str]:
     if fds.modules is None:
         return []
     name = MODULES_DISK
-    file = {"driver": "file", "filename": f"/dev/fdset/{fds.modules}", "read-only": True}
-    block = {"node-name": name, "driver": "raw", "read-only": True, "file": file}
-    device = _device(disk(name, node=name))
-    return [*_descriptor_set(fds.modules), "-blockdev", json.dumps(block), "-device", device]
+    block = json.dumps(_base(name, fds.modules))
+    device = _device(_disk(name, node=name))
+    return [*_descriptor_set(fds.modules), "-blockdev", block, "-device", device]
 
 
-def disk(name: str, *, node: str) -> dict[str, str]:
+def _disk(name: str, *, node: str) -> dict[str, str]:
     """A disk as a device. Its name is also its serial number, which the guest sees.
 
     It passes errors of its block device on to the guest: QEMU does not stop the guest then. With the
@@ -355,9 +370,9 @@ def _device(properties: Mapping[str, str]) -> str:
     )
 
 
-def disk_names(spec: MachineSpec, *, has_base: bool) -> list[str]:
-    """The names of the disks. The root disk comes first if there is one."""
-    blank = [f"disk{number}" for number in range(len(spec.hardware.disks))]
+def disk_names(hardware: Hardware, *, has_base: bool) -> list[str]:
+    """The names of the disks that are always there. The root disk comes first if there is one."""
+    blank = [f"disk{number}" for number in range(len(hardware.disks))]
     return [ROOT_DISK, *blank] if has_base else blank
 
 
@@ -374,6 +389,46 @@ def overlay(
         "file": {"driver": "file", "filename": f"/dev/fdset/{number}", **options},
     }
     return device if below is None else {**device, "backing": below}
+
+
+def _base(node: str, number: int) -> dict[str, object]:
+    """A block device: a file in a set of descriptors, which is only read."""
+    file = {"driver": "file", "filename": f"/dev/fdset/{number}", "read-only": True}
+    return {"node-name": node, "driver": "raw", "read-only": True, "file": file}
+
+
+def plugged_disks(fds: Descriptors) -> list[str]:
+    """The disks in root ports, for a machine that starts with them."""
+    args: list[str] = []
+    for disk in fds.plugged:
+        for number, node in plugged_nodes(disk):
+            args += [*_descriptor_set(number), "-blockdev", json.dumps(node)]
+        args += ["-device", _device(plugged_device(disk))]
+    return args
+
+
+def plugged_nodes(disk: PluggedDescriptors) -> list[tuple[int, dict[str, object]]]:
+    """The block devices of a disk in a root port, lowest first, and the descriptor of each."""
+    nodes: list[tuple[int, dict[str, object]]] = []
+    top = plugged_node(disk.name)
+    if disk.base is not None:
+        nodes.append((disk.base, _base(f"{top}.base", disk.base)))
+    for depth, number in enumerate(disk.layers):
+        is_top = depth == len(disk.layers) - 1
+        below = str(nodes[-1][1]["node-name"]) if nodes else None
+        name, read_only = (top, disk.read_only) if is_top else (f"{top}.{depth}", True)
+        nodes.append((number, overlay(name, number, below, read_only=read_only)))
+    return nodes
+
+
+def plugged_node(name: str) -> str:
+    """The block device that a disk in a root port writes into. Names are short enough for this."""
+    return f"at-{name}"
+
+
+def plugged_device(disk: PluggedDescriptors) -> dict[str, str]:
+    """A disk in a root port as a device."""
+    return {**_disk(disk.name, node=plugged_node(disk.name)), "bus": disk.port}
 
 
 def _descriptor_set(number: int) -> list[str]:

@@ -6,7 +6,7 @@ import errno
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +23,35 @@ _CREATE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluggedDisk:
+    """The open files of a disk that was attached to a guest, and can be detached.
+
+    Attributes:
+        name: unique among the disks of the guest. It is also the disk's serial number.
+        port: the root port that it is in.
+        size: bytes, as the guest sees it.
+        read_only: whether the guest can only read it.
+        base: a file of this host, which is only read; None for a blank disk.
+        layers: qcow2 files on top of that, lowest first. The guest writes to the last one.
+        kept: whether a snapshot has its files, too.
+    """
+
+    name: str
+    port: str
+    size: int
+    read_only: bool
+    base: IO[bytes] | None
+    layers: tuple[IO[bytes], ...]
+    kept: bool = False
+
+    def close(self) -> None:
+        """Close its files, unless a snapshot has them, too."""
+        if not self.kept:
+            for file in filter(None, (self.base, *self.layers)):
+                file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Disks:
     """The open files of a guest's disks. They have no names, so a crash leaves none behind.
 
@@ -31,12 +60,14 @@ class Disks:
         overlays: the qcow2 files of the root disk, if there is a base, then of each further disk. The
             lowest file comes first. The guest writes to the last one.
         sizes: bytes of each disk, as the guest sees it.
+        plugged: the disks that were attached to the guest.
         flash: the files of UEFI firmware, or None without it.
     """
 
     base: IO[bytes] | None
     overlays: tuple[tuple[IO[bytes], ...], ...]
     sizes: tuple[int, ...] = ()
+    plugged: tuple[PluggedDisk, ...] = ()
     flash: Flash | None = None
 
     @classmethod
@@ -78,20 +109,45 @@ class Disks:
             flash = stack.enter_context(Flash.open(uefi, folder)) if uefi is not None else None
             yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes), flash=flash)
 
-    def on_top(self, frozen: Sequence[Sequence[IO[bytes]]], fresh: Sequence[IO[bytes]]) -> Disks:
-        """The same disks with the content in `frozen`, and an empty file on top of each."""
-        layers = tuple((*below, top) for below, top in zip(frozen, fresh, strict=True))
-        return replace(self, overlays=layers)
+    def on_top(self, fresh: Callable[[int], IO[bytes]]) -> Disks:
+        """The same disks, with an empty file on top of each that the guest can write to.
 
-    def frozen(self, stack: ExitStack) -> tuple[tuple[IO[bytes], ...], ...]:
-        """All files of each disk, opened again read-only. `stack` closes them."""
-        return tuple(
-            tuple(
+        Args:
+            fresh: makes an empty qcow2 file of a size.
+        """
+        overlays = tuple(
+            (*below, fresh(size)) for below, size in zip(self.overlays, self.sizes, strict=True)
+        )
+        plugged = tuple(
+            disk if disk.read_only else replace(disk, layers=(*disk.layers, fresh(disk.size)))
+            for disk in self.plugged
+        )
+        return replace(self, overlays=overlays, plugged=plugged)
+
+    def frozen(self, stack: ExitStack) -> Disks:
+        """The same disks, with all files opened again read-only. `stack` closes them."""
+
+        def again(files: Sequence[IO[bytes]]) -> tuple[IO[bytes], ...]:
+            return tuple(
                 stack.enter_context(Path(f"/proc/self/fd/{file.fileno()}").open("rb"))
                 for file in files
             )
-            for files in self.overlays
+
+        plugged = tuple(
+            replace(
+                disk,
+                base=None if disk.base is None else again([disk.base])[0],
+                layers=again(disk.layers),
+                kept=True,
+            )
+            for disk in self.plugged
         )
+        return replace(self, overlays=tuple(map(again, self.overlays)), plugged=plugged)
+
+    def tops(self) -> list[IO[bytes]]:
+        """The file that the guest writes to, of each disk that it can write to."""
+        plugged = [disk.layers[-1] for disk in self.plugged if not disk.read_only]
+        return [layers[-1] for layers in self.overlays] + plugged
 
 
 NO_DISKS = Disks(base=None, overlays=())

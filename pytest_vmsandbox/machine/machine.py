@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,11 @@ from pytest_vmsandbox.machine import cmdline, host, stages, starting, tpm
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks
+from pytest_vmsandbox.machine.drives import Drives
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import OwnedProcess, status_text, was_killed
-from pytest_vmsandbox.machine.qmp import Event, Monitor
+from pytest_vmsandbox.machine.qmp import Monitor
 from pytest_vmsandbox.machine.tpm import Tpm
 
 GREETING_SECONDS = 30.0
@@ -62,17 +62,13 @@ class Machine:
     monitor: Monitor
     console: Console
     helper: Port
-    _tops: list[str]  # what each disk writes into
     _pace: host.Pace
     _tpm: Tpm | None = None
-    _nodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-    _own: set[str] = field(
-        default_factory=set
-    )  # block devices that guests' disks have written into
+    drives: Drives = field(init=False)
     _is_over: bool = False  # whether we have ended it
 
     def __post_init__(self) -> None:
-        self._own.update(self._tops, [cmdline.MODULES_DISK])
+        self.drives = Drives(self.execute, self.monitor)
 
     @classmethod
     @contextmanager
@@ -126,8 +122,9 @@ class Machine:
                 stack.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
             except MonitorError as error:
                 raise starting.did_not_start(process, its_tpm) from error
-            tops = cmdline.disk_names(spec, has_base=disks.base is not None)
-            machine = cls(spec, process, monitor, console, helper, tops, hypervisor.pace, its_tpm)
+            machine = cls(spec, process, monitor, console, helper, hypervisor.pace, its_tpm)
+            names = cmdline.disk_names(spec.hardware, has_base=disks.base is not None)
+            machine.drives.started_with(names, fds)
             # Kill QEMU before the monitor is disconnected, so nothing waits for a dying QEMU.
             stack.callback(machine.kill)
             stack.callback(setattr, machine, "_is_over", True)
@@ -170,7 +167,7 @@ class Machine:
         events = self.monitor.events()
         names = [event["event"] for event in events]
         if "BLOCK_IO_ERROR" in names:
-            self._check_disk_errors(events)
+            self._check_disk_errors()
         if "GUEST_PANICKED" in names:
             raise self._panic()
         status = self.ended()
@@ -217,16 +214,10 @@ class Machine:
         """
         with suppress(MonitorError):  # QEMU answers when it has told us of all errors before
             self.monitor.execute("query-status", timeout=_TERM_SECONDS)
-        self._check_disk_errors(self.monitor.events())
+        self._check_disk_errors()
 
-    def _check_disk_errors(self, events: Sequence[Event]) -> None:
-        """Check for errors of the files of our disks. Other block devices may fail on purpose."""
-        for event in events:
-            if (
-                event["event"] != "BLOCK_IO_ERROR"
-                or event["data"].get("node-name") not in self._own
-            ):
-                continue
+    def _check_disk_errors(self) -> None:
+        for event in self.drives.errors():
             operation, reason = event["data"]["operation"], str(event["data"].get("reason", ""))
             what = f"could not {operation} a disk of the guest: {reason}"
             cause, remedy = _DISK_FULL if reason in _NO_ROOM else _DISK_FAILED
@@ -366,22 +357,6 @@ class Machine:
     def resume(self) -> None:
         """Let the CPUs go on."""
         self.execute("cont")
-
-    def put_on_top(self, overlays: Sequence[IO[bytes]]) -> None:
-        """Let each disk write to a new, empty qcow2 file from now on. Older files do not change any more.
-
-        Raises:
-            MonitorError: QEMU cannot do it.
-        """
-        for number, file in enumerate(overlays):
-            below = self._tops[number]
-            top = f"top-{next(self._nodes)}"  # a name may have 31 characters
-            added: Any = self.execute("add-fd", fd=file.fileno())
-            device = cmdline.overlay(top, added["fdset-id"], None)
-            self.execute("blockdev-add", {**device, "backing": None})
-            self.execute("blockdev-snapshot", {"node": below, "overlay": top})
-            self._tops[number] = top
-            self._own.add(top)
 
     def save(self, state: IO[bytes], *, with_memory: bool) -> None:
         """Pause the machine, and write its state to an open file.

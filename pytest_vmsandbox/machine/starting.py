@@ -12,6 +12,7 @@ from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import cmdline, host, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.disk import Disks, image_file
+from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.tpm import Tpm
@@ -73,6 +74,7 @@ def descriptors(
         memory=give(memory) if memory is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
+        plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged),
     )
     return fds, given
 

@@ -133,12 +133,48 @@ def _now_called(run: Run, known: Iterable[Any], nodeids: Sequence[str]) -> dict[
     if by_text:
         with suppress(ConfigError):  # reported where it matters
             images = [*run.catalogue.names(), *run.labels]
+    others = _on_other_kernels(by_text, nodeids, run.labels)
     for nodeid in nodeids:
-        for other in _namesakes(nodeid, images):
+        for other in _namesakes(nodeid, images) | others.get(nodeid, set()):
             if (former := by_text.get(other)) is not None:
                 kept = getattr(type(former), "parse", str)(nodeid)
                 found.setdefault(former, []).append(kept)
     return found
+
+
+def _on_other_kernels(
+    known: Iterable[str], nodeids: Sequence[str], labels: Iterable[str]
+) -> dict[str, set[str]]:
+    """Ids of tests → former ids on another release of a kernel, which may change with each build.
+
+    If a test runs on several kernels, nobody knows which one was which.
+
+    Args:
+        known: ids of former runs.
+        nodeids: of this run.
+        labels: the images of this run, with the releases of their kernels.
+    """
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for nodeid in nodeids:
+        base, rest = _at_bracket(nodeid)
+        for label in labels:
+            if rest.startswith((f"{label}-", f"{label}]")):
+                image, end = label.partition("+")[0], rest.removeprefix(label)
+                places.setdefault((base, image, end), []).append(nodeid)
+    former: dict[tuple[str, str], set[str]] = {}
+    for nodeid in known if places else ():
+        base, rest = _at_bracket(nodeid)
+        if "+" in rest:
+            former.setdefault((base, rest.partition("+")[0]), set()).add(nodeid)
+    return {
+        now[0]: {
+            other
+            for other in former.get((base, image), ())
+            if other.endswith(end) and other != now[0]
+        }
+        for (base, image, end), now in places.items()
+        if len(now) == 1
+    }
 
 
 def _namesakes(nodeid: str, images: Iterable[str]) -> set[str]:

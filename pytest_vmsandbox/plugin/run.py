@@ -79,7 +79,8 @@ class Run:
         self.failed_hooks: set[tuple[str, type[BaseException], str]] = set()
         self.item: pytest.Item | None = None
         self.labels: dict[str, None] = {}
-        self._kernels: dict[Path, tuple[str, dict[str, str]]] = {}  # path → name, configuration
+        # Path → name, configuration, and whether it may have modules.
+        self._kernels: dict[Path, tuple[str, dict[str, str], bool]] = {}
         self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
@@ -179,15 +180,17 @@ class Run:
         kernels.check_image(definition)
         if path not in self._kernels:
             kernel = kernels.find(path)
-            names = {release for release, _ in self._kernels.values()}
+            names = {release for release, *_ in self._kernels.values()}
             numbered = (f"{kernel.release}.{number}" for number in count(2))
             name = next(n for n in chain([kernel.release], numbered) if n not in names)
-            self._kernels[path] = name, kernels.read_config(kernel)
-        release, config = self._kernels[path]
+            may_have = kernel.modules is not None or kernel.image is None
+            self._kernels[path] = name, kernels.read_config(kernel), may_have
+        release, config, may_have_modules = self._kernels[path]
         kernels.check_options(
             release,
             path,
             config,
+            has_modules=may_have_modules,
             has_disk=definition.disk_size is not None,
             init=definition.init,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -335,6 +336,15 @@ main()
     assert {*modules.split()} & {*slow, *ours} == set()
 
 
+def test_the_list_has_colours_where_they_are_wanted(cakes, tmp_path):
+    cache = str(tmp_path / "cache")
+    plain = start("images", "list", VMSANDBOX_CACHE=cache).stdout
+    coloured = start("images", "list", VMSANDBOX_CACHE=cache, FORCE_COLOR="1", COLUMNS="20").stdout
+    assert "\x1b[1mcake-1" in coloured
+    assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
+    assert no_escapes(plain)
+
+
 def test_imported_images_are_listed(invoke, tmp_path):
     define(tmp_path / "cache" / "imported" / "pie", DISK)
     assert states(invoke)["pie"] == "missing"
@@ -354,6 +364,14 @@ def test_one_build_that_fails_does_not_keep_the_others(invoke, cakes):
     assert result.exit_code == 69
     assert "building 'cake-1' failed" in result.stderr
     assert "the oven is cold" in result.stderr
+    assert states(invoke)["cake-2"] == "built"
+
+
+def test_one_definition_that_is_wrong_does_not_keep_the_others(invoke, cakes):
+    (cakes / "cake-1" / "image.toml").write_text("schema = 9")
+    result = invoke("images", "build", "cake-*")
+    assert result.exit_code == 2
+    assert "cake-1/image.toml: schema = 9 is not allowed" in result.stderr
     assert states(invoke)["cake-2"] == "built"
 
 

@@ -1,7 +1,9 @@
 """``vmsandbox images import``, ``fetch`` and ``rm``: all but the first boot of what was imported."""
 
 import hashlib
+import http.server
 import json
+import threading
 import tomllib
 from functools import partial
 from inspect import signature
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue.builder import build
+from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.importing.maker import make
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.paths import cache_dir
@@ -70,7 +73,7 @@ def state(run, name):
     return next((image["state"] for image in found if image["name"] == name), "")
 
 
-def disk(cache, name):
+def disk_of(cache, name):
     return next((cache / "images" / name).glob("*/disk.raw")).read_bytes()
 
 
@@ -91,7 +94,7 @@ def test_a_disk_becomes_an_image_and_goes_again(run, put, cache):
     assert (cache / "imported/mine" / written["source"]["url"]).resolve() == file
     assert written["disk"] == {"size": "3MiB"}
     assert written["login"] == {"method": "none", "ready": "login:"}
-    assert disk(cache, "mine") == disks.content()
+    assert disk_of(cache, "mine") == disks.content()
     assert state(run, "mine") == "built"
     assert "removed mine" in run("rm", "mine")
     assert state(run, "mine") == ""
@@ -102,11 +105,11 @@ def test_a_disk_becomes_an_image_and_goes_again(run, put, cache):
 def test_the_files_of_a_split_disk_are_kept_as_one(run, put, cache):
     files = put(made("vmdk-split-flat"))
     run("import", "split", *files, *NONE)
-    assert disk(cache, "split") == disks.content()
+    assert disk_of(cache, "split") == disks.content()
     for file in files:
         file.unlink()
     run("build", "split", "--force", "--offline")
-    assert disk(cache, "split") == disks.content()
+    assert disk_of(cache, "split") == disks.content()
     run("rm", "split")
     assert list((cache / "downloads").glob("[!.]*/*")) == []
 
@@ -154,6 +157,7 @@ def test_a_harmful_file_leaves_nothing(run, put, cache):
         (("../up", "x"), "is not a name for an image"),
         (("tiny", "x"), "there is an image 'tiny' already"),
         (("mine",), "no file is given"),
+        (("mine", "https://example.org/x"), "https://example.org/x is no file of this machine"),
         (("mine", "disk.qcow2", "--login=key"), "login.method = 'key' cannot be used"),
         (("mine", "disk.qcow2", "--login=password"), "login.password"),
         (("mine", "disk.qcow2", "--python=three"), "system.python"),
@@ -191,6 +195,47 @@ def test_fetch(run, put, cache, tmp_path):
     said = run("fetch", "mine", "--force", "--image-path", folder, status=69)
     assert "does not have its digest" in said
     assert "no definition with a [source]" in run("fetch", "tiny", status=2)
+
+
+def test_what_was_downloaded_goes_with_the_last_image_that_needs_it(run, cache, tmp_path):
+    disk = disks.image("qcow2-v3")
+    digest = hashlib.sha256(disk).hexdigest()
+    pages = {"/disk": disk, "/SHA256SUMS": f"{digest}  disk\n".encode()}
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(pages[self.path])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        for name, key in (
+            ("one", f'sha256 = "{digest}"'),
+            ("two", f'checksums = "{place}/SHA256SUMS"'),
+        ):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            (tmp_path / "images" / name / "image.toml").write_text(
+                f'schema = 1\ndescription = "x"\narchitecture = "{native_architecture()}"\n'
+                f'[source]\nurl = "{place}/disk"\n{key}\nformat = "qcow2"\n[boot]\nfirmware = "bios"\n'
+                '[disk]\nsize = "3MiB"\n[system]\npython = false\ninit = "none"\n'
+                '[login]\nmethod = "none"\nready = "up"\n'
+            )
+        where = ("--image-path", tmp_path / "images")
+        run("fetch", "one", "two", *where)
+        server.shutdown()
+    assert disk_of(cache, "two") == disks.content()
+    kept = [path.parent.name for path in cache.glob("downloads/*/data")]
+    assert kept == [f"sha256-{digest[:40]}"]
+    run("build", "one", "--force", "--offline", *where)
+    for name, left in (("two", 1), ("one", 0)):
+        run("rm", name, *where)
+        (tmp_path / "images" / name / "image.toml").unlink()
+        assert len(list(cache.glob("downloads/*/data"))) == left
 
 
 def test_a_definition_stays_if_its_image_cannot_be_made(run, put, cache, monkeypatch):

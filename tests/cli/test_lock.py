@@ -15,7 +15,7 @@ from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue import archive as archive_module
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.lock import Lock
-from pytest_vmsandbox.cli import lock as lock_commands
+from pytest_vmsandbox.cli import building, lock as lock_commands
 from pytest_vmsandbox.cli.project import Project, ask
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import LOCK_FILE
@@ -85,7 +85,7 @@ def project(tmp_path, monkeypatch):
     folder = Folder(tmp_path / "project", monkeypatch)
     known = Project(rootdir=folder.path, images=("one",), image_path=(folder.path / "images",))
     for module in (lock_commands, cli.project):
-        monkeypatch.setattr(module, "ask", lambda _where: known)
+        monkeypatch.setattr(module, "ask", lambda _where, _say=None: known)
     monkeypatch.setattr(archive_module, "newer_packages", lambda *_: [])
     return folder
 
@@ -187,6 +187,24 @@ class TestUpdate:
         assert text.index("3.0.15 → 3.0.16") < text.index("Make these changes?")
         assert ("building one" in text) == (answer == "y")
 
+    def test_with_newer_packages_the_base_is_made_again_first(self, newer, monkeypatch):
+        folder = newer.path / "images" / "child"
+        folder.mkdir()
+        (folder / "image.toml").write_text('schema = 1\ndescription = "x"\nfrom = "one"\n')
+        newer.keep("child")
+        newer.run("lock", "child")
+        built = []
+
+        def build_one(definition, _settings, *, force=False):
+            built.append((definition.name, force))
+            newer.keep(definition.name, packages=NEW)
+
+        monkeypatch.setattr(building, "build_one", build_one)
+        newer.run("update", "child", "--yes")
+        assert built == [("one", True), ("child", True)]
+        for name in ("one", "child"):
+            assert newer.locked[name].packages == ("openssl 3.0.16", "zlib 1")
+
     def test_another_image_here_is_taken_without_a_build(self, project):
         project.keep()
         project.run("lock")
@@ -248,7 +266,8 @@ class TestVerify:
         (image.folder / "vmlinuz").write_text("another kernel")
         text = project.run("verify", "one", status=1)
         assert text == (
-            "one: vmlinuz has changed on the disk. Remedy: vmsandbox images build one --force\n"
+            "one: vmlinuz has changed on the disk. "
+            "Remedy: vmsandbox images build one --image-path=images --force\n"
         )
 
     def test_each_difference_takes_a_line(self, project):
@@ -297,10 +316,10 @@ class TestBuild:
         assert "vmsandbox images update one" in text
         assert project.file.read_bytes() == before
 
-    def test_the_same_again(self, project):
+    def test_the_same_again_with_the_folders_of_the_project(self, project):
         project.keep()
         project.run("lock")
-        assert "differs" not in project.run("build", "one", "--image-path=images")
+        assert project.run("build", "one") == "one is built\n"
 
     def test_an_image_that_the_lock_lacks(self, project):
         project.keep()
@@ -382,6 +401,18 @@ class TestAsk:
         found = ask(["-c", "../other.ini", "--rootdir", "."])
         assert found.rootdir == there.path / "below"
         assert found.images == ("two",)
+
+    def test_what_markers_name(self, there):
+        (there.path / "below" / "test_x.py").write_text(
+            "import pytest\n\n@pytest.mark.vm('two')\ndef test_x(vm): pass\n"
+        )
+        said = []
+        assert ask([], said.append).images == ("one", "two")
+        assert said == []
+        (there.path / "below" / "test_y.py").write_text("import nothing_of_that_name\n")
+        assert ask([], said.append).images == ("one", "two")
+        assert len(said) == 1
+        assert "some tests cannot be collected here" in said[0]
 
     def test_an_image_that_is_not_there(self, there):
         (there.path / "pytest.ini").write_text("[pytest]\nvm_images = four\n")

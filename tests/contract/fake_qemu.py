@@ -66,6 +66,13 @@ class FakeQemu:
         self.queue = []
         self.files = []
         self.covered = []  # those that others are on top of
+        self.plugged = {}  # devices in root ports
+        self.leaving = []  # of those, which are to go
+        self.refused = []  # block devices that were not deleted at once
+        for value in self.options["-device"]:
+            about = dict(part.split("=", 1) for part in value.split(",")[1:])
+            if about.get("bus", "").startswith("port"):
+                self.plugged[about["id"]] = about["bus"]
         for value in self.options.get("-blockdev", []):
             node = json.loads(value)
             os.fstat(int(node["file"]["filename"].rpartition("/")[2]))  # it has to be there
@@ -192,7 +199,8 @@ class FakeQemu:
 
     def fits(self):
         """What a state has in common with the machine that it is loaded into."""
-        devices = [value.split(",")[0] for value in self.options["-device"]]
+        devices = [it.split(",")[0] for it in self.options["-device"] if ",bus=port" not in it]
+        devices += sorted(self.plugged.items())
         return [self.options["-m"], devices, self.capabilities.get("x-ignore-shared", False)]
 
     def transferred(self, status):
@@ -204,9 +212,36 @@ class FakeQemu:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,30}", node_name):
             raise Refused(f"Invalid node-name: '{node_name}'")
         number = int(file["filename"].removeprefix("/dev/fdset/"))
-        if os.pread(self.sets[number][0], 4, 0) != QCOW2:
+        if driver == "qcow2" and os.pread(self.sets[number][0], 4, 0) != QCOW2:
             raise Refused("Image is not in qcow2 format")
         self.files.append({"node-name": node_name, "driver": driver})
+        return {}
+
+    def do_blockdev_del(self, node_name):
+        """Refuse it once: a device lets go of it a moment after it has told that it is gone."""
+        if node_name not in self.refused:
+            self.refused.append(node_name)
+            raise Refused(f"Node {node_name} is in use")
+        self.files = [it for it in self.files if it["node-name"] != node_name]
+        self.covered = [it for it in self.covered if it != node_name]
+        return {}
+
+    def do_device_add(self, id, bus, drive, **more):  # noqa: A002  # QMP's name
+        taken = [it for it in self.plugged.values() if it == bus]
+        if taken or not any(f"id={bus}," in it for it in self.options["-device"]):
+            raise Refused(f"Bus '{bus}' does not support hotplugging")
+        if drive not in [it["node-name"] for it in self.files]:
+            raise Refused(f"Property 'virtio-blk-device.drive' can't find value '{drive}'")
+        self.plugged[id] = bus
+        return {}
+
+    def do_device_del(self, id):  # noqa: A002  # QMP's name
+        """Wait for a reset, as long as no guest answers."""
+        if id not in self.plugged:
+            raise Refused(f"Device '{id}' not found", "DeviceNotFound")
+        if id in self.leaving:
+            raise Refused(f"Device {id} is already in the process of unplug")
+        self.leaving.append(id)
         return {}
 
     def do_blockdev_snapshot(self, node, overlay):
@@ -223,6 +258,10 @@ class FakeQemu:
         return {}
 
     def do_system_reset(self):
+        for device in self.leaving:
+            del self.plugged[device]
+            self.event("DEVICE_DELETED", device=device, path=f"/machine/peripheral/{device}")
+        self.leaving.clear()
         self.event("RESET", guest=False, reason="host-qmp-system-reset")
         return {}
 

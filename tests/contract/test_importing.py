@@ -80,6 +80,37 @@ def test_a_good_image_comes_out_as_it_was(name, tmp_path, work):
     assert (tmp_path / "imported").stat().st_blocks * 512 < len(wanted) / 2  # holes stay holes
 
 
+def test_a_raw_disk_of_half_a_sector(tmp_path, work):
+    data = disks.content()[:1000]
+    assert imported(tmp_path, work, {"disk": data}) == data + bytes(24)
+
+
+@pytest.mark.parametrize("maker", [b"vpc ", b"vbox", b"win ", b"qem2", b"wa\0\0"])
+@pytest.mark.parametrize("name", ["vpc-exact", "vpc-fixed"])
+def test_a_vhd_of_each_maker_has_all_of_its_disk(maker, name, tmp_path, work):
+    """QEMU takes the size of some by their geometry."""
+    data = patched(image(name), (len(image(name)) - 512 + 28, maker))
+    data = disks.with_vpc_sum(data, len(data) - 512, 512, 64)
+    if name == "vpc-exact":
+        data = disks.with_vpc_sum(patched(data, (28, maker)), 0, 512, 64)
+    found = imported(tmp_path, work, {"disk": data})
+    whole = len(disks.content()) // (16 * 63 * 512) * 16 * 63 * 512
+    assert found[:whole] == disks.content()[:whole]
+    assert len(found) >= whole
+
+
+def test_a_disk_of_many_files(tmp_path, work):
+    """A split disk of 1 TiB has more than 500. Here each has a sector."""
+    number = 700
+    parts = {
+        f"part-{place:03}.vmdk": disks.content()[512 * place :][:512] for place in range(number)
+    }
+    extents = [f'RW 1 FLAT "{name}" 0' for name in parts]
+    text = disks.descriptor(*extents, kind="twoGbMaxExtentFlat")
+    found = imported(tmp_path, work, {"disk.vmdk": text} | parts)
+    assert found == disks.content()[: 512 * number]
+
+
 def test_a_vmdk_with_a_footer(tmp_path, work):
     assert imported(tmp_path, work, {"disk.vmdk": disks.with_footer()}) == disks.content()
 
@@ -443,6 +474,10 @@ HARMFUL = {
     "LUKS": (lambda: {"d": b"LUKS\xba\xbe" + bytes(1024)}, "is encrypted"),
     "ZIP": (lambda: {"d": b"PK\3\4" + bytes(1024)}, "is a ZIP archive"),
     "a CD": (lambda: {"d": patched(bytes(40000), (32769, b"CD001"))}, "is a CD image"),
+    "a CD that is a disk, too": (
+        lambda: {"d": patched(bytes(40000), (32769, b"CD001"), (510, b"\x55\xaa"))},
+        "is a CD image",
+    ),
     "noise": (lambda: {"d": bytes(2048)}, "has no known beginning"),
     "nothing": (lambda: {"d": b""}, "has no known beginning"),
 }

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, Moni
 from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.machine import host, machine as machine_module, memory, progress
 from pytest_vmsandbox.machine.cmdline import Start
-from pytest_vmsandbox.machine.disk import Disks, empty_overlay
+from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.progress import wait_for_guest_time, wait_for_user_space
 
 FORBIDS_PNG = (7, 1)
@@ -712,7 +713,7 @@ class TestOnTop:
             before = machine.monitor.execute("query-named-block-nodes", {"flat": True})
             machine.pause()
             for _ in range(20):
-                machine.put_on_top(fresh())
+                machine.drives.put_on_top(fresh())
             machine.resume()
             after = machine.monitor.execute("query-named-block-nodes", {"flat": True})
             drivers = [{it["node-name"]: it["drv"] for it in nodes} for nodes in (before, after)]
@@ -724,23 +725,99 @@ class TestOnTop:
         (tmp_path / "text").write_bytes(b"no qcow2 " * 1000)
         with stand.machine(disks=disks) as machine, (tmp_path / "text").open("r+b") as file:
             with pytest.raises(MonitorError, match="not in qcow2 format"):
-                machine.put_on_top([file])
-            machine.put_on_top(fresh())
+                machine.drives.put_on_top([file])
+            machine.drives.put_on_top(fresh())
 
-    def test_a_guest_is_saved_with_them(self, stand, disks, fresh, state):
+    def test_a_guest_is_saved_with_them(self, stand, disks, fresh, state, tmp_path):
         """And goes on with other files on top of what they had by then, twice."""
+
+        def fresh_one(size):
+            return stack.enter_context(empty_overlay(size, tmp_path))
+
         with stand.machine(disks=disks) as machine, ExitStack() as stack:
             machine.pause()
             frozen = disks.frozen(stack)
-            machine.put_on_top(fresh())
+            machine.drives.put_on_top(fresh())
             machine.save(state, with_memory=True)
             machine.resume()
             for _ in range(2):
                 with stand.machine(
-                    disks=disks.on_top(frozen, fresh()), start=Start.RESTORED, state=state
+                    disks=frozen.on_top(fresh_one), start=Start.RESTORED, state=state
                 ) as other:
                     other.resume()
                     assert status(other) == "running"
+
+
+class TestPlugging:
+    """No guest is there that would answer, but a reset does what it should."""
+
+    @pytest.fixture
+    def disk(self, tmp_path):
+        (tmp_path / "content").write_bytes(b"content" * 1000)
+        with ExitStack() as stack:
+            yield PluggedDisk(
+                name="data",
+                port="port1",
+                size=MIB,
+                read_only=False,
+                base=stack.enter_context((tmp_path / "content").open("rb")),
+                layers=(stack.enter_context(empty_overlay(MIB, tmp_path)),),
+            )
+
+    def held(self, machine):
+        """The block devices of a QEMU, and the sets of its descriptors."""
+        nodes = machine.monitor.execute("query-named-block-nodes", {"flat": True})
+        names = {it["node-name"] for it in nodes if not it["node-name"].startswith("#")}
+        return names, {it["fdset-id"] for it in machine.monitor.execute("query-fdsets")}
+
+    def test_it_comes_and_goes(self, stand, disks, disk, tmp_path):
+        with stand.machine(disks=disks) as machine, ExitStack() as stack:
+            fresh = [stack.enter_context(empty_overlay(MIB, tmp_path)) for _ in range(6)]
+            before = self.held(machine)
+            for on_top in fresh[:3], fresh[3:]:
+                machine.drives.plug(disk)
+                assert self.held(machine)[0] - before[0] == {"at-data", "at-data.base"}
+                machine.drives.put_on_top(on_top)
+                assert machine.drives.unplug("data", Deadline(0), machine.check) is False
+                machine.monitor.execute("system_reset")
+                assert machine.drives.unplug("data", Deadline(30), machine.check) is True
+                nodes, sets = self.held(machine)
+                assert (len(nodes), len(sets)) == (len(before[0]) + 2, len(before[1]) + 2)
+                before = nodes, sets  # with what is now on top of the disks that stay
+
+    def test_what_cannot_be_plugged(self, stand, disks, disk, tmp_path):
+        (tmp_path / "text").write_bytes(b"no qcow2 " * 1000)
+        with stand.machine(disks=disks) as machine, (tmp_path / "text").open("r+b") as file:
+            before = self.held(machine)
+            with pytest.raises(MonitorError, match="not in qcow2 format"):
+                machine.drives.plug(replace(disk, layers=(file,)))
+            with pytest.raises(MonitorError, match="[Bb]us 'port9'"):
+                machine.drives.plug(replace(disk, port="port9"))
+            assert self.held(machine) == before
+            machine.drives.plug(disk)
+
+    def test_a_guest_is_saved_with_it(self, stand, disks, disk, state, tmp_path):
+        with stand.machine(disks=disks) as machine, ExitStack() as stack:
+
+            def fresh(size):
+                return stack.enter_context(empty_overlay(size, tmp_path))
+
+            machine.drives.plug(disk)
+            machine.pause()
+            frozen = replace(disks, plugged=(disk,)).frozen(stack)
+            on_top = frozen.on_top(fresh)
+            machine.drives.put_on_top(on_top.tops())
+            machine.save(state, with_memory=True)
+            with stand.machine(
+                disks=frozen.on_top(fresh), start=Start.RESTORED, state=state
+            ) as other:
+                other.resume()
+                assert {"at-data", "at-data.0", "at-data.base"} <= self.held(other)[0]
+                other.drives.put_on_top([fresh(MIB) for _ in range(3)])
+                other.drives.unplug("data", Deadline(0), other.check)
+                other.monitor.execute("system_reset")
+                assert other.drives.unplug("data", Deadline(30), other.check) is True
+                assert not any("data" in name for name in self.held(other)[0])
 
 
 class TestGuestTime:

@@ -27,14 +27,7 @@ from pytest_vmsandbox.plugin.in_vm import guest_config
 
 PACKAGE = Path(pytest_vmsandbox.__file__).parent
 PAGES = Path(__file__).parents[2] / "docs/reference"
-TABLES = {
-    "add": origin.Addition.__annotations__,
-    "source": origin.Source.__annotations__,
-    "boot": definition._BOOT_KEYS,
-    "disk": definition._DISK_KEYS,
-    "system": definition._SYSTEM_KEYS,
-    "login": origin.Login.__annotations__,
-}
+TABLES = definition._TABLES
 
 
 def page(name):

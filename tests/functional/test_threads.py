@@ -44,6 +44,8 @@ CALLS = {
     "ssh": lambda vm, _: vm.ssh,
     "ssh_command": lambda vm, _: vm.ssh_command,
     "ssh_config": lambda vm, folder: vm.ssh_config(folder / "ssh_config"),
+    "attach_disk": lambda vm, _: vm.attach_disk(size="1MiB"),
+    "detach": lambda vm, _: vm.detach(vm.attach_disk(size="1MiB")),
     "snapshot": lambda vm, _: snapshot(vm),
     "reboot": lambda vm, _: vm.reboot(timeout=SECONDS),
     "power_off": lambda vm, _: vm.power_off(),

@@ -145,7 +145,7 @@ class TestNoImage:
         result.assert_outcomes(errors=1)
         text = result.stdout.str()
         assert "the image 'alpha-1' is not built" in text
-        assert "vmsandbox images build alpha-1" in text
+        assert "vmsandbox images build alpha-1 --image-path=images" in text
         assert not (some_qemu.path / "runtime").exists()
 
     def test_skips_where_that_is_asked_for(self, some_qemu):

@@ -218,6 +218,7 @@ OUTSIDE = b"""<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/passwd">]><Envelope>&a
         (b'<?xml version="1.0" encoding="strange"?><a/>', "is no XML"),
         (disks.ovf("../a.vmdk"), "names a file with a path: '../a.vmdk'"),
         (disks.ovf("/etc/passwd"), "names a file with a path"),
+        (disks.ovf("..%2Fpasswd"), "names a file with a path"),
         (disks.ovf("http://example.org/a.vmdk"), "names a file with a path"),
         (disks.ovf("a.vmdk", attributes='ovf:compression="gzip"'), "is compressed"),
         (disks.ovf("a.vmdk", attributes='ovf:chunkSize="7"'), "in several pieces"),
@@ -277,6 +278,25 @@ def test_a_box_says_what_it_is(tmp_path):
     text = json.dumps({"provider": "libvirt", "format": "qcow2", "architecture": "arm64"}).encode()
     found = chosen(tmp_path, LIBVIRT | {"metadata.json": text}, "box")
     assert (found.format, found.architecture, found.provider) == ("qcow2", "aarch64", "libvirt")
+
+
+def test_what_macos_adds_is_not_looked_at(tmp_path):
+    files = {
+        "._box.ovf": b"x",
+        "box.ovf": disks.ovf("a%20b.vmdk"),
+        "._a b.vmdk": b"",
+        "a b.vmdk": DISK,
+    }
+    found = chosen(tmp_path, files, "box")
+    assert found.name == "a b.vmdk"  # its name is part of a URL in the OVF
+
+
+@pytest.mark.parametrize(
+    "files", [{"a.ovf": bytes(5 << 20)}, {f"{number}.mf": b"" for number in range(17)}]
+)
+def test_descriptions_do_not_fill_the_memory(files, tmp_path):
+    with pytest.raises(ImageError, match="more or larger descriptions"):
+        read(tmp_path, disks.tar(files))
 
 
 def test_an_old_box_of_virtualbox_has_no_metadata(tmp_path):

@@ -18,7 +18,7 @@ from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
 from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.catalogue.store import ImageState, ImageStore, build_command
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, ImageError
 from support import damage, images
 
@@ -491,7 +491,22 @@ class TestStore:
     def test_missing(self, tmp_path, store):
         with pytest.raises(ImageError, match="'mine' is not built") as e:
             store.require(define(tmp_path / "mine"))
-        assert e.value.remedy == "vmsandbox images build mine"
+        assert e.value.remedy == f"vmsandbox images build mine --image-path={tmp_path}"
+
+    @pytest.mark.parametrize(
+        ("parent", "option"),
+        [
+            ("images", " --image-path=images"),
+            ("my images", " --image-path='my images'"),
+            ("cache/imported", ""),
+        ],
+    )
+    def test_the_command_names_the_folder_if_it_must(self, tmp_path, monkeypatch, parent, option):
+        monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / parent).mkdir(parents=True)
+        command = build_command(define(tmp_path / parent / "mine"))
+        assert command == f"vmsandbox images build mine{option}"
 
     def test_stale(self, tmp_path, store, make):
         old = make(define(tmp_path / "mine"))
@@ -499,7 +514,7 @@ class TestStore:
         assert store.state(definition) is ImageState.STALE
         with pytest.raises(ImageError, match="'mine' is stale") as e:
             store.require(definition)
-        assert e.value.remedy == "vmsandbox images build mine"
+        assert e.value.remedy == f"vmsandbox images build mine --image-path={tmp_path}"
         assert [it.digest for it in store.all()] == [old.digest]
         new = make(definition)
         assert store.all() == [new]
@@ -564,7 +579,7 @@ class TestStore:
         damage.KINDS[harm](image.folder / name)
         with pytest.raises(ImageError, match=rf"'mine' is damaged: .*{name}") as caught:
             store.require(definition).verified()
-        assert caught.value.remedy == "vmsandbox images build mine --force"
+        assert caught.value.remedy == f"vmsandbox images build mine --image-path={tmp_path} --force"
         make(definition, force=True)
         store.require(definition).verified()
 

@@ -409,6 +409,19 @@ class TestDeriving:
             assert f"{image_path / names[-1] / 'image.toml'}: from = 'one'" in raised.value.brief
             assert raised.value.remedy
 
+    @pytest.mark.parametrize("length", [20, 21, 2000])
+    def test_a_long_chain(self, image_path, length):
+        self.derive(image_path / "x-0", "a")
+        for number in range(1, length):
+            self.derive(image_path / f"x-{number}", f"x-{number - 1}")
+        catalogue = Catalogue([image_path])
+        if length == 20:
+            assert catalogue.get("x-19").digest
+            return
+        with pytest.raises(ConfigError, match="a chain of more than 20 images") as raised:
+            catalogue.get(f"x-{length - 1}")
+        assert raised.value.remedy
+
     def test_no_such_base(self, image_path):
         self.derive(image_path / "one", "b-3")
         with pytest.raises(ConfigError) as raised:

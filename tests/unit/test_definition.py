@@ -11,7 +11,7 @@ import pytest
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.catalogue import definition as definition_module
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.origin import ADOPTED, METHODS, Addition, Login, Source
+from pytest_vmsandbox.catalogue.origin import ADOPTED, METHODS, Addition, Login
 from pytest_vmsandbox.catalogue.store import files_of
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB
@@ -92,17 +92,9 @@ WRONG: dict[str, tuple[Values, list[Any]]] = {
     "login.password": (DISK, ["", 1, "two\nlines", ["secret"]]),
     "login.ready": (KERNEL, ["", "(", 1, "a\nb", "a{99999999999999999999}"]),
 }
-OF_TABLES = {
-    "source": Source.__annotations__,
-    "add": Addition.__annotations__,
-    "boot": definition_module._BOOT_KEYS,
-    "disk": definition_module._DISK_KEYS,
-    "system": definition_module._SYSTEM_KEYS,
-    "login": Login.__annotations__,
-}
 KEYS = [
     *definition_module._KEYS,
-    *(f"{table}.{key}" for table, keys in OF_TABLES.items() for key in keys),
+    *(f"{table}.{key}" for table, keys in definition_module._TABLES.items() for key in keys),
 ]
 
 
@@ -135,6 +127,22 @@ def test_each_key_misspelt(tmp_path, key):
     error = error_of(tmp_path / "typo", changed(values, {typo: 1}))
     assert error.brief.endswith(f": unknown key {typo!r}")
     assert error.remedy.startswith(f"did you mean {name!r}? The keys here are: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "typo", "hint"),
+    [
+        (DERIVED, "packages", "packages belongs into [add]. The keys here are: schema, "),
+        (DISK, "boot.description", "description belongs to the top, before the first table. The"),
+        (DISK, "disk.firmware", "firmware belongs into [boot]. The keys here are: size"),
+        (RECIPE, "user", "user belongs into [system]. The"),
+        (RECIPE, "disk.colour", "the keys here are: size"),
+    ],
+)
+def test_a_key_in_a_wrong_place(tmp_path, values, typo, hint):
+    error = error_of(tmp_path / "mine", changed(values, {typo: 1}))
+    assert error.brief.endswith(f": unknown key {typo!r}")
+    assert error.remedy.startswith(hint)
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
@@ -426,30 +434,32 @@ class TestDigest:
 
 
 HOSTILE = {
-    "larger than 64 KiB": b"# " + b"x" * 70_000,
-    "an endless number": b"schema = " + b"9" * 5_000,
-    "nested lists": b"schema = " + b"[" * 30_000,
-    "nested tables": b"schema = " + b"{a = " * 10_000,
-    "a key of many parts": b"a" + b".a" * 1_001 + b" = 1",  # a minute for 32,000 of them
-    "many keys of many parts": b"".join(b"b%d" % i + b".a" * 500 + b" = 1\n" for i in range(50)),
-    "not UTF-8": b"schema = 1\ndescription = '\xff'",
-    "UTF-16": 'schema = 1\ndescription = "x"\n'.encode("utf-16"),
-    "NUL": b"schema = 1\0",
-    "a binary": bytes(range(256)) * 16,
-    "empty": b"",
-    "a key twice": b"schema = 1\nschema = 1\n",
-    "a table twice": b"schema = 1\n[boot]\n[boot]\n",
+    "large": (b"# " + b"x" * 70_000, "it is larger than 64KiB"),
+    "an endless number": (b"schema = " + b"9" * 5_000, ""),
+    "nested lists": (b"schema = " + b"[" * 30_000, "it is nested too deeply"),
+    "nested tables": (b"schema = " + b"{a = " * 10_000, "it is nested too deeply"),
+    # tomllib takes a minute for a key of 32,000 parts.
+    "a key of many parts": (b"a" + b".a" * 1_001 + b" = 1", "more than 1000 dots"),
+    "dots": (b"".join(b"b%d" % i + b".a" * 500 + b" = 1\n" for i in range(50)), "1000 dots"),
+    "not UTF-8": (b"schema = 1\ndescription = '\xff'", "'utf-8' codec"),
+    "UTF-16": ('schema = 1\ndescription = "x"\n'.encode("utf-16"), "'utf-8' codec"),
+    "NUL": (b"schema = 1\0", ""),
+    "a binary": (bytes(range(256)) * 16, ""),
+    "empty": (b"", "missing key 'schema'"),
+    "a key twice": (b"schema = 1\nschema = 1\n", ""),
+    "a table twice": (b"schema = 1\n[boot]\n[boot]\n", ""),
 }
 
 
 class TestHostile:
-    @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-    def test_content(self, tmp_path, content):
+    @pytest.mark.parametrize(("content", "why"), HOSTILE.values(), ids=HOSTILE)
+    def test_content(self, tmp_path, content, why):
         folder = write(tmp_path / "mine", "")
         (folder / "image.toml").write_bytes(content)
         with pytest.raises(ConfigError) as raised:
             ImageDefinition.read(folder)
         assert str(folder / "image.toml") in raised.value.brief
+        assert why in raised.value.brief
         assert len(raised.value.brief) < len(str(folder)) + 200
         assert raised.value.remedy
 

@@ -161,3 +161,26 @@ def test_what_has_holes_is_copied_with_them(tmp_path):
     assert status.st_size == 1 << 30
     assert status.st_blocks * 512 < 1 << 20
     assert status.st_mode & 0o777 == 0o600
+
+
+class TestWhatNeedsAGuest:
+    @pytest.mark.parametrize(
+        "more",
+        [
+            '[add]\nscript = "image.toml"\n',
+            '[add]\npackages = ["nginx"]\n',
+            '[system]\nuser = "app"\n',
+            "[system]\npython = true\n",
+            '[system]\ninit = "openrc"\n',
+        ],
+    )
+    def test_a_change_in_it_and_a_statement_about_it(self, world, more):
+        world.derive("other", "lower", more)
+        assert deriving._is_changed(world.definition("other"), world.make("lower"))
+
+    @pytest.mark.parametrize(
+        "more", ["", '[boot]\nappend = "x"\n', '[system]\nname = "x"\npython = false\n']
+    )
+    def test_what_only_we_must_know(self, world, more):
+        world.derive("other", "lower", more)
+        assert not deriving._is_changed(world.definition("other"), world.make("lower"))

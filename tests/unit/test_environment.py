@@ -756,8 +756,17 @@ def test_nothing_is_built_offline(make, uv):
     assert len(uv.calls()) == 1
 
 
-def test_offline(make, uv):
-    text = "Packages were unavailable because the network was disabled. When the"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Packages were unavailable because the network was\ndisabled. When the",
+        "Remote Git fetches are not allowed because network connectivity is disabled (i.e., with",
+        "Network connectivity is disabled, but the requested data wasn't found in the cache: https:",
+        "Network connectivity is disabled, but a remote requirements file was requested: https:",
+    ],
+    ids=["packages", "git", "a file", "requirements"],
+)
+def test_offline(make, uv, text):
     error = failing(make, uv, text, offline=True)
     assert "offline" in error.brief
     assert "without --vm-offline" in error.remedy

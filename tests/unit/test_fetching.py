@@ -249,6 +249,12 @@ def test_a_redirect_to_another_server(server, url, fetcher):
     assert server.requests[1][0] == "/moved"
 
 
+def test_a_password_is_neither_used_nor_shown(fetcher):
+    with pytest.raises(ImageError, match="a user or a password") as caught:
+        got(fetcher(), "http://somebody:secret@127.0.0.1/disk")
+    assert "secret" not in str(caught.value)
+
+
 def test_no_server(fetcher):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
@@ -304,6 +310,26 @@ def test_a_list_for_one_file(ending, server, url, fetcher):
     server.answers = [lambda answer: answer.say(200, f"{SHA256.hex}  disk-Build7.qcow2\n".encode())]
     source = Source(url=url, checksums=url.replace("disk.qcow2", f"disk.qcow2.{ending}"))
     assert fetcher().digest(source) == SHA256
+
+
+def test_a_list_is_not_taken_over_http_instead_of_https(monkeypatch, fetcher):
+    class Answer:
+        url = "http://example.org/SUMS"
+        length = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read1(self, _):
+            return b""
+
+    monkeypatch.setattr(download, "_opened", lambda *_: Answer())
+    with pytest.raises(ImageError, match="redirects to http://example.org/SUMS"):
+        download.read_text("https://example.org/SUMS?x")
+    assert download.read_text("http://example.org/SUMS") == ""
 
 
 def test_an_endless_list(server, url, fetcher):

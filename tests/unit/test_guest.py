@@ -33,6 +33,7 @@ from pytest_vmsandbox.guests import (
     factory as factory_module,
     forwarding,
     guest as guest_module,
+    machines,
     machines as machines_module,
     ssh,
     transfer,
@@ -187,12 +188,13 @@ class FakeMachine:
         self.spec = spec
         self.console = Console(None)
         self.monitor = self
+        self.drives = self
         self.helper = None
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
         self.fault = None
         self.disk_fault = None
-        self.stage = "kernel"
+        self.stage = "kernel" if b"Linux" in platform.first_words else "firmware"
         self.names = []
         self.obeys = True
         self.paused = False
@@ -232,6 +234,9 @@ class FakeMachine:
                 f"{lost.brief} while booting", stage=lost.stage, seconds=seconds
             ) from lost
 
+    def console_lines(self):
+        return f"--- last lines of the console\n{self.console.tail()}"
+
     def ended(self):
         return self.status
 
@@ -269,11 +274,16 @@ class FakePlatform:
     """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
 
     image = "tiny"
-    built = SimpleNamespace(host_key="ssh-ed25519 AAAA", key=None)
+    built = SimpleNamespace(
+        host_key="ssh-ed25519 AAAA",
+        key=None,
+        definition=SimpleNamespace(login=SimpleNamespace(ready="^last words$")),
+    )
     verdict = SimpleNamespace(time_scale=1.0)
     stretch = staticmethod(float)
     kernel = None
     has_way_in = True
+    first_words = b"Linux version 6\r\nlast words\r\n"
 
     def __init__(self, home):
         self.home = home
@@ -297,7 +307,7 @@ class FakePlatform:
             self.events.append(f"roll back {state.read().decode()}")
         machine = FakeMachine(self, spec)
         machine.fault = self.fault
-        machine.console.feed(b"Linux version 6\r\nlast words\r\n")
+        machine.console.feed(self.first_words)
         self.machines.append(machine)
         try:
             yield machine
@@ -792,6 +802,55 @@ class TestPower:
         assert caught.value.__notes__ == ["artifacts: over there"]
         assert platform.off == 1
 
+    @pytest.mark.parametrize(
+        ("console", "ends", "brief", "option"),
+        [
+            (
+                b"vmsandbox: there is no /dev/vda\r\n",
+                False,
+                "does not see the root disk",
+                "VIRTIO_BLK",
+            ),
+            (
+                b"vmsandbox: cannot mount /dev/vda\r\n",
+                True,
+                "cannot mount the root disk",
+                "EXT4_FS",
+            ),
+            (b"VFS: Unable to mount root fs on unknown-block(0,0)", True, "initial RAM", "INITRD"),
+        ],
+    )
+    def test_what_a_kernel_of_the_user_lacks(self, platform, console, ends, brief, option):
+        platform.answer = False
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
+        platform.booting = lambda machine: machine.console.feed(console)
+        platform.fault = "is switched off" if ends else None
+        with (
+            pytest.raises(BootError, match=f"cannot boot on 6.12.9: .*{brief}") as caught,
+            make(platform),
+        ):
+            pass
+        assert option in caught.value.remedy
+        assert "last lines of the console" in caught.value.details
+        assert platform.off == 1
+
+    @pytest.mark.parametrize("text", [b"SeaBIOS (version 1)\r\n", b"Linux version 6\r\n"])
+    def test_a_kernel_of_the_user_that_is_silent(self, platform, text, monkeypatch):
+        platform.answer = False
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
+        platform.first_words = text
+        monkeypatch.setattr(machines, "_SILENT_SECONDS", 0.0)
+        said = "has written nothing" if text.startswith(b"SeaBIOS") else "did not answer on SSH"
+        with pytest.raises(BootError, match=said), make(platform, boot_timeout=0.1):
+            pass
+
+    def test_a_kernel_of_the_user_may_fail_in_another_way(self, platform):
+        platform.answer = False
+        platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
+        platform.fault = "kernel panic"
+        with pytest.raises(BootError, match="kernel panic while booting"), make(platform):
+            pass
+
     def test_a_guest_that_panics_while_booting(self, platform):
         platform.answer = False
         platform.fault = "kernel panic"
@@ -804,6 +863,53 @@ class TestPower:
         with pytest.raises(GuestLost) as caught:
             vm.shell("true")
         assert caught.value.__notes__ == ["artifacts: over there"]
+
+
+class TestNoWayIn:
+    """A system that nobody can log in to: it is up when its console says so."""
+
+    @pytest.fixture
+    def rescue(self, platform):
+        platform.has_helper = False
+        platform.has_way_in = False
+        platform.image = "rescue"
+        with make(platform) as vm:
+            yield vm
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda vm: vm.run(["true"]),
+            lambda vm: vm.shell("true"),
+            lambda vm: vm.popen(["true"]),
+            lambda vm: vm.push(__file__, "/tmp/file"),
+            lambda vm: vm.read_text("/etc/passwd"),
+            lambda vm: vm.reboot(),
+            lambda vm: vm.power_off(),
+            lambda vm: vm.ssh,
+        ],
+    )
+    def test_what_needs_one(self, rescue, call):
+        with pytest.raises(ConfigError, match="there is no way into rescue") as caught:
+            call(rescue)
+        assert "vm.console.wait_for" in caught.value.remedy
+
+    def test_what_does_not(self, rescue, platform):
+        assert rescue.console.text.endswith("last words\n")
+        rescue.power_cut()
+        rescue.power_on()
+        assert len(platform.machines) == 2
+
+    def test_it_does_not_come_up(self, platform):
+        platform.has_helper = platform.has_way_in = False
+        platform.first_words = b"Linux version 6\r\n"
+        with (
+            pytest.raises(
+                BootError, match=r"did not show '\^last words\$' on its console within 0.1 s"
+            ),
+            make(platform, boot_timeout=0.1),
+        ):
+            pass
 
 
 class TestRest:
@@ -1161,3 +1267,35 @@ class TestPing:
         vm.power_cut()
         with pytest.raises(GuestLost):
             vm.engine.ping()
+
+
+class TestItsName:
+    """A guest of an image with a key of its own is told its name: nothing in it reads our command line."""
+
+    @pytest.fixture
+    def told(self, platform, monkeypatch):
+        """The names that were told."""
+        monkeypatch.setattr(machines_module, "_SET_HOSTNAME", "true")
+
+        def told():
+            commands = [command for way in platform.transports for command in way.commands]
+            return [words[-1] for words in (c.argv for c in commands) if words[2:3] == ("true",)]
+
+        return told
+
+    def test_after_each_boot(self, platform, told, tmp_path, monkeypatch):
+        built = SimpleNamespace(host_key="ssh-ed25519 AAAA", key=tmp_path / "key")
+        monkeypatch.setattr(platform, "built", built)
+        with make(platform, user="tester") as vm:
+            assert told() == ["tiny-1"]
+            assert platform.transports[-1].user == "root"
+            vm.reboot()
+            assert told() == ["tiny-1"] * 2
+            vm.power_cut()
+            vm.power_on()
+            assert told() == ["tiny-1"] * 3
+
+    def test_not_where_the_kernel_has_it_from_its_command_line(self, platform, told):
+        with make(platform) as vm:
+            vm.reboot()
+            assert told() == []

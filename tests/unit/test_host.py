@@ -270,10 +270,11 @@ class TestDisks:
             Disks.open(base=None, root_size=None, blank=[MIB], folder=tmp_path) as disks,
             ExitStack() as stack,
         ):
-            ((below,),) = frozen = disks.frozen(stack)
+            frozen = disks.frozen(stack)
+            ((below,),) = frozen.overlays
             with disk_module.empty_overlay(MIB, tmp_path) as fresh:
                 assert below.mode == "rb"
-                later = disks.on_top(frozen, [fresh])
+                later = frozen.on_top({MIB: fresh}.__getitem__)
                 assert later.overlays == ((below, fresh),)
                 assert later.sizes == disks.sizes
 

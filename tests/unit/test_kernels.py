@@ -85,6 +85,25 @@ def test_a_package(tmp_path, monkeypatch, name):
     assert unpacked.image == tmp_path / "there/boot/vmlinuz-6.1.0-9-cloud-amd64"
 
 
+def test_a_package_with_links_to_this_machine(tmp_path, monkeypatch):
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    package = kernels.Kernel(path=tmp_path / "some.deb", release="6.12.9", image=None)
+
+    def unpack(argv, _):
+        at = installed(Path(argv[3])) / "lib/modules/6.12.9"
+        (at / "kernel/secret.ko").symlink_to(secret)
+        (at / "kernel/same.ko").symlink_to("fs/ext4/ext4.ko")
+        (at / "kernel/all").symlink_to(tmp_path)
+        (at / "build").symlink_to("/usr/src/linux-headers")
+        (at / "loop").symlink_to("loop")
+        return ""
+
+    monkeypatch.setattr(kernels, "run_program", unpack)
+    found = kernels.unpacked(package, tmp_path / "there")
+    names = [name for name, _ in kernels.module_files(found)]
+    assert names == ["kernel/fs/ext4/ext4.ko", "kernel/same.ko", "modules.order"]
+
+
 def two(folder):
     installed(folder)
     kernel(folder / "boot/vmlinuz-6.1.1", "6.1.1")
@@ -174,7 +193,7 @@ def test_the_configuration_in_a_kernel(tmp_path, pack):
         if pack == "none"
         else dict(line.removeprefix("CONFIG_").split("=") for line in GOOD.split())
     )
-    assert kernels.missing_options(config, has_disk=True, init="systemd") == []
+    assert kernels.missing_options(config, has_modules=True, has_disk=True, init="systemd") == []
 
 
 @pytest.mark.parametrize(
@@ -196,17 +215,25 @@ def test_missing_options(tmp_path, option, value, has_disk, init, is_missing):
     )
     found = kernels.find(tree(tmp_path, config=text))
     options = kernels.options_that_matter(kernels.read_config(found))
-    missing = kernels.missing_options(options, has_disk=has_disk, init=init)
+    missing = kernels.missing_options(options, has_modules=True, has_disk=has_disk, init=init)
     assert missing == ([f"CONFIG_{option}=y"] if is_missing else [])
     if is_missing:
         with pytest.raises(ConfigError, match=f"6.12.9 .* without CONFIG_{option}=y"):
-            kernels.check_options("6.12.9", tmp_path, options, has_disk=has_disk, init=init)
+            kernels.check_options(
+                "6.12.9", tmp_path, options, has_modules=True, has_disk=has_disk, init=init
+            )
+
+
+def test_drivers_that_are_modules_need_the_modules(tmp_path):
+    config = kernels.read_config(kernels.find(tree(tmp_path)))
+    missing = kernels.missing_options(config, has_modules=False, has_disk=True, init="systemd")
+    assert missing == ["CONFIG_VIRTIO_PCI=y", "CONFIG_EXT4_FS=y"]
 
 
 def test_an_unknown_configuration_is_not_wrong(tmp_path):
     config = kernels.read_config(kernels.find(kernel(tmp_path / "bzImage")))
     assert kernels.options_that_matter(config) == {}
-    assert kernels.missing_options({}, has_disk=True, init="systemd") == []
+    assert kernels.missing_options({}, has_modules=False, has_disk=True, init="systemd") == []
 
 
 @pytest.mark.parametrize("change", [{"firmware": "uefi"}, {"has_initrd": False}])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Lock, LockedImage, changes, read_or_empty
 from pytest_vmsandbox.core.errors import ConfigError, ImageError, LockError
@@ -69,7 +70,7 @@ class TestEntry:
             "http://archive.example/debian trixie 2026-01-01T00:00:00Z",
             "http://archive.example/security trixie-security 2026-01-02T00:00:00Z",
         )
-        assert entry.signature == "the archive's, checked by apt with the keys 8899AABBCCDDEEFF"
+        assert entry.signature == "the archive's, by the keys 8899AABBCCDDEEFF"
         assert entry.locked == ("definition", "packages")
         assert entry.may_drift == ("archive", "files")
 
@@ -84,6 +85,27 @@ class TestEntry:
         assert entry.digests == {"sha256": SOURCE["sha256"]}
         assert entry.signature == "none; a list over https"
         assert entry.locked == ("definition", "source")
+
+    def test_of_a_derived_one(self, tmp_path, definition, file):
+        folder = tmp_path / "images" / "child"
+        folder.mkdir()
+        (folder / "image.toml").write_text(
+            'schema = 1\ndescription = "x"\nfrom = "mine"\n[add]\npackages = ["nginx"]\n'
+        )
+
+        def child():
+            return Catalogue([tmp_path / "images"], tmp_path / "cache").get("child")
+
+        entry = LockedImage.of(
+            images.keep(tmp_path / "cache", child(), packages=PACKAGES, source=SOURCE)
+        )
+        assert (entry.origin, entry.base) == ("from", "mine")
+        assert entry.locked == ("definition", "source", "packages")
+        lock = Lock(file, {}).add([entry])
+        lock.check_definition(child())
+        (definition.folder / "more").write_text("the base is another one now")
+        with pytest.raises(LockError, match="'child' differs from vm-images.lock: definition"):
+            lock.check_definition(child())
 
     def test_a_changed_list_is_damage(self, built):
         image = built()
@@ -214,6 +236,7 @@ WRONG = [
     ("[[image]]", "<<<<<<< HEAD\n[[image]]", "conflict markers"),
     ("[[image]]", "=======\n[[image]]", "conflict markers"),
     ("[[image]]", "[[image", "cannot be read"),
+    ("[[image]]", f"x = {'[' * 5000}", "cannot be read"),
 ]
 
 

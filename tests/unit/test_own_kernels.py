@@ -54,7 +54,7 @@ def ran(monkeypatch):
             Path(argv[-1]).write_bytes(
                 b"".join(file.read_bytes() for file in sorted(Path(argv[-2]).rglob("*.ko")))
             )
-        if argv[0] == "dpkg-deb":
+        if argv[:2] == ["dpkg-deb", "--extract"]:
             shutil.copytree(Path(argv[2]).with_suffix(".content"), argv[3], dirs_exist_ok=True)
         return "linux-image-6.12.9"
 
@@ -150,7 +150,10 @@ def test_a_damaged_one_is_made_again(tmp_path, ran, built, store):
 @pytest.mark.parametrize("where", ["options", "modules"])
 def test_it_lacks_what_guests_need(tmp_path, ran, built, store, where):
     if where == "options":
-        path = kernel(tmp_path / "bzImage", config=GOOD.replace("VIRTIO_NET=y", "VIRTIO_NET=n"))
+        path = kernel(
+            tmp_path / "bzImage",
+            config=GOOD.replace("=m", "=y").replace("VIRTIO_NET=y", "VIRTIO_NET=n"),
+        )
     else:
         path = installed(tmp_path / "it", modules=[*DEP, "kernel/virtio_console.ko"])
         (path / "lib/modules/6.12.9/modules.builtin").write_text(
@@ -161,6 +164,21 @@ def test_it_lacks_what_guests_need(tmp_path, ran, built, store, where):
     ):
         store.get(path, built)
     assert not list((tmp_path / "cache/kernels").glob(".*"))
+
+
+def test_a_build_that_goes_on(tmp_path, ran, built, store, monkeypatch):
+    path = tree(tmp_path / "it", modules=["fs/ext4/ext4.ko"])
+    make = sources.run_program
+
+    def built_meanwhile(argv, *more):
+        (path / "fs/ext4/ext4.ko").write_bytes(b"\x7fELF newer")
+        return make(argv, *more)
+
+    monkeypatch.setattr(sources, "run_program", built_meanwhile)
+    with pytest.raises(ConfigError, match="changed while it was prepared"):
+        store.get(path, built)
+    monkeypatch.setattr(sources, "run_program", make)
+    assert store.get(path, built).modules.read_bytes() == b"\x7fELF newer"
 
 
 def test_an_archive():
@@ -176,7 +194,7 @@ def test_an_archive():
     ("console", "option"),
     [
         ("[ 1.0] VFS: Unable to mount root fs on unknown-block(0,0)\n", "CONFIG_BLK_DEV_INITRD=y"),
-        ('VFS: Cannot open root device "vda" or unknown-block(0,0)', "CONFIG_BLK_DEV_INITRD=y"),
+        ('VFS: Cannot open root device "xyz" or unknown-block(0,0)', "CONFIG_BLK_DEV_INITRD=y"),
         ("Failed to execute /init (error -8)\nKernel panic", "CONFIG_BINFMT_SCRIPT=y"),
         ("Kernel panic - not syncing: No working init found.", "CONFIG_BINFMT_ELF=y"),
         ("vmsandbox: init\nvmsandbox: there is no /dev/vda\n", "CONFIG_VIRTIO_BLK=y"),
@@ -186,7 +204,9 @@ def test_an_archive():
 )
 def test_what_the_console_says(console, option):
     found = kernel_faults.fault(console)
-    assert option in found.remedy
+    assert option in found.remedy(has_modules=True)
+    are_drivers = "/dev/vda" in console
+    assert ("that has them" in found.remedy(has_modules=False)) is are_drivers
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ class TestTheDiskOfTheImage:
             disk.write(b"!")
         with pytest.raises(ImageError, match=r"disk\.raw.* has changed") as caught:
             builder.obtain(blueprint).damage.result()
-        assert caught.value.remedy == "vmsandbox images build mine --force"
+        assert caught.value.remedy == "vmsandbox images build mine --image-path=/ --force"
 
     def test_cannot_be_read(self, builder, blueprint, keep):
         keep(file_digest(blueprint.built.disk))
@@ -147,7 +147,7 @@ class TestTheImage:
         damage.KINDS["flipped"](folder / name)
         with pytest.raises(ImageError, match=f"{name} has changed since it was built") as caught:
             builder.obtain(blueprint).fault(again=False)
-        assert caught.value.remedy == "vmsandbox images build mine --force"
+        assert caught.value.remedy == "vmsandbox images build mine --image-path=/ --force"
 
 
 class TestFault:

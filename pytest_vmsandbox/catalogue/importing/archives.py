@@ -11,24 +11,21 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.catalogue.importing import headers, ovf, tar, vmdk
 from pytest_vmsandbox.catalogue.importing.checked import refused
 from pytest_vmsandbox.catalogue.importing.compression import Limits, unpacked
-from pytest_vmsandbox.catalogue.importing.convert import check_room
+from pytest_vmsandbox.catalogue.importing.convert import write_sparsely
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.core.errors import ImageError
 
 _DISKS = (".vmdk", ".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx")
 _TEXTS = (".ovf", ".mf", ".vmx", "metadata.json")
-_MAX_TEXT = 4 << 20
-_DIGESTS = ("sha1", "sha256", "sha512")
+_MAX_TEXT, _MAX_TEXTS = 4 << 20, 16
 _VIRTUALBOX, _LIBVIRT, _VMWARE = "virtualbox", ("libvirt", "qemu"), "vmware"
 _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
-_LOOK_EVERY = 64 << 20  # bytes
 
 
 @dataclass
@@ -38,12 +35,10 @@ class Archive:
     Attributes:
         disks: the files of disks, by their names in the archive; None while we only look.
         texts: the content of what describes them, by name.
-        digests: of all of them: hex, by name and kind.
     """
 
     disks: dict[str, Path | None] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,35 +89,16 @@ def read(file: SourceFile, folder: Path | None, limits: Limits | None = None) ->
             target = None if folder is None else folder / f"member-{len(archive.disks):04}"
             archive.disks[member.name] = target
             if target is not None:
-                archive.digests[member.name] = _write(member, target)
-        elif lower.endswith(_TEXTS) and member.size <= _MAX_TEXT:
-            data = b"".join(member.data)
-            archive.texts[member.name] = data
-            archive.digests[member.name] = {
-                kind: hashlib.new(kind, data, usedforsecurity=False).hexdigest()
-                for kind in _DIGESTS
-            }
+                write_sparsely(member.data, target)
+        elif lower.endswith(_TEXTS):
+            if member.size > _MAX_TEXT or len(archive.texts) >= _MAX_TEXTS:
+                raise refused(
+                    file,
+                    f"has more or larger descriptions than a machine needs: {member.name}",
+                    "unpack it, and import the disk that is in it",
+                )
+            archive.texts[member.name] = b"".join(member.data)
     return archive
-
-
-def _write(member: tar.Member, target: Path) -> dict[str, str]:
-    """Write a member to a file, with holes where it is zero. Returns its digests."""
-    totals = {kind: hashlib.new(kind, usedforsecurity=False) for kind in _DIGESTS}
-    until_look = 0
-    with target.open("xb") as out:
-        for data in member.data:
-            for total in totals.values():
-                total.update(data)
-            if any(data):
-                out.write(data)
-                until_look -= len(data)
-            else:
-                out.seek(len(data), 1)
-            if until_look <= 0:
-                check_room(target.parent)
-                until_look = _LOOK_EVERY
-        out.truncate(member.size)
-    return {kind: total.hexdigest() for kind, total in totals.items()}
 
 
 # -- which disk -------------------------------------------------------------------------------------
@@ -270,15 +246,24 @@ def _check_manifest(file: SourceFile, archive: Archive, disk: str) -> None:
         return
     stated = ovf.read_manifest(_only(file, archive, ".mf"))
     for name in (*_named(archive, ".ovf"), disk):
-        if name not in archive.digests:
-            continue  # it was not unpacked
-        kind, digest = stated.get(name, ("", ""))
-        if not kind or archive.digests[name][kind] != digest:
+        kind, digest = stated.get(name, ("sha256", ""))
+        if (found := _digest_of(archive, name, kind)) and found != digest:
             raise refused(
                 file,
                 f"is damaged: {name} does not have the digest of its manifest",
                 "make or fetch the archive again",
             )
+
+
+def _digest_of(archive: Archive, name: str, kind: str) -> str:
+    """The digest of a text or a disk; empty for a disk that is still in the archive."""
+    if name in archive.texts:
+        return hashlib.new(kind, archive.texts[name], usedforsecurity=False).hexdigest()
+    path = archive.disks.get(name)
+    if path is None:
+        return ""
+    with opened(path, name) as disk:
+        return disk.digest(kind)
 
 
 @contextmanager
@@ -294,20 +279,24 @@ def opened_disks(archive: Archive) -> Iterator[dict[str, SourceFile]]:
 
 def pack(files: list[SourceFile], target: Path) -> None:
     """Write the files of one disk into a plain tar archive, in the same way each time."""
-    with target.open("xb") as out:
-        for file in files:
-            name = file.name.encode()
-            if len(name) > 100 or not vmdk.is_plain(file.name):
-                raise refused(file, "has a name that is too long or strange", "rename it")
-            header = bytearray(tar.BLOCK)
-            header[: len(name)] = name
-            header[100:108], header[156:157] = b"0000600\0", b"0"
-            header[108:116] = header[116:124] = b"0000000\0"
-            header[124:136] = b"\x80" + file.size.to_bytes(11, "big")
-            header[136:148] = b"00000000000\0"
-            header[tar.MAGIC_AT : tar.MAGIC_AT + 8] = b"ustar\x0000"
-            header[148:156] = b" " * 8
-            header[148:156] = b"%06o\0 " % sum(header)
-            for data in chain([bytes(header)], file.chunks(), [bytes(-file.size % tar.BLOCK)]):
-                out.write(data)
-        out.write(bytes(2 * tar.BLOCK))
+    write_sparsely(_packed(files), target)
+
+
+def _packed(files: list[SourceFile]) -> Iterator[bytes]:
+    for file in files:
+        name = file.name.encode()
+        if len(name) > 100 or not vmdk.is_plain(file.name):
+            raise refused(file, "has a name that is too long or strange", "rename it")
+        header = bytearray(tar.BLOCK)
+        header[: len(name)] = name
+        header[100:108], header[156:157] = b"0000600\0", b"0"
+        header[108:116] = header[116:124] = b"0000000\0"
+        header[124:136] = b"\x80" + file.size.to_bytes(11, "big")
+        header[136:148] = b"00000000000\0"
+        header[tar.MAGIC_AT : tar.MAGIC_AT + 8] = b"ustar\x0000"
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        yield bytes(header)
+        yield from file.chunks()
+        yield bytes(-file.size % tar.BLOCK)
+    yield bytes(2 * tar.BLOCK)

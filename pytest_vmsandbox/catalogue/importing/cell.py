@@ -2,9 +2,9 @@
 
 This file stands alone. It is executed and never imported::
 
-    python -I -S cell.py STATUS-FD ALIVE-FD PLAN
+    python -I -S cell.py STATUS-FD ALIVE-FD PLAN-FD
 
-PLAN is JSON: ``{"root": FOLDER, "argv": […], "env": {…}, "limits": {NAME: NUMBER}, "binds": [{"path": …,
+PLAN-FD is a file with JSON: ``{"root": FOLDER, "argv": […], "env": {…}, "limits": {NAME: NUMBER}, "binds": [{"path": …,
 "device": N, "inode": N, "target": …, "writable": BOOL}, …]}``. FOLDER is empty, and the new root is mounted on
 it. A bind is done only if the file at its path is still the one with that device and inode.
 
@@ -42,6 +42,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
 # Flags that a mount has and that a user name space must keep: of statvfs, and of mount.
 KEPT = {0x2: 0x2, 0x4: 0x4, 0x8: 0x8, 0x400: 0x400, 0x800: 0x800, 0x1000: 0x200000}
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
+KEYCTL_JOIN_SESSION_KEYRING = 1
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 MNT_DETACH, LAST_CAPABILITY = 2, 63
 CAPABILITY_VERSION = 0x20080522
@@ -132,7 +134,7 @@ def build_root(root: str, binds: list[dict[str, Any]]) -> None:
     """Make the new root, with the system's programs and the given files, and enter it."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     sources = [open_same(bind) for bind in binds]  # before the new root can hide one
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=512,mode=755")
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
     for name in SYSTEM:
         if Path(name).is_symlink():
             Path(root + name).symlink_to(Path(name).readlink())
@@ -190,7 +192,11 @@ def read_only(target: str) -> None:
 
 
 def drop_everything(limits: dict[str, int]) -> None:
-    """Give up all capabilities, for ever, and set the limits."""
+    """Give up all capabilities and keys, for ever, and set the limits."""
+    if (
+        number := KEYCTL.get(platform.machine())
+    ) is not None:  # without keys in the kernel it fails
+        libc.syscall(ctypes.c_long(number), KEYCTL_JOIN_SESSION_KEYRING, None)
     for capability in range(LAST_CAPABILITY + 1):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those that there are not
     checked("prctl", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
@@ -214,4 +220,6 @@ def start(status: int, argv: list[str], env: dict[str, str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])))
+    with os.fdopen(int(sys.argv[3]), encoding="utf-8") as told:
+        wanted = json.load(told)
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), wanted))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from pytest_vmsandbox.core.spec import GIB, MIB, format_size
 
 QEMU_IMG = "qemu-img"
 _INPUT, _OUTPUT = "/in/disk", "/out/disk"
+_NO_MATTER = "OFD lock probing"  # in the jail is no /dev/null
 _LEAST_SECONDS, _BYTES_PER_SECOND = 900.0, 2 * MIB
 _ROOM_LEFT = 256 * MIB
+_LOOK_EVERY = 64 * MIB
+_ZEROS = bytes(MIB)
 RATIO, GRACE = 250, GIB  # what is unpacked is at most that many times as large, and this
 
 
@@ -65,7 +70,7 @@ def convert(disk: CheckedDisk, output: Path, work: Path) -> None:
     if ended.status != 0:
         raise ImageError(
             f"{disk.file.name} cannot be converted: {QEMU_IMG} ended with status {ended.status}",
-            details=ended.output,
+            details="\n".join(line for line in ended.output.splitlines() if _NO_MATTER not in line),
             remedy="the file is damaged: fetch or copy it again, and compare its digest",
         )
 
@@ -84,6 +89,27 @@ def check_growth(output: Path, limit: int) -> None:
     if (written := output.stat().st_blocks * 512) > limit:
         raise bomb(output.name, written)
     check_room(output.parent)
+
+
+def write_sparsely(pieces: Iterable[bytes], target: Path) -> None:
+    """Write pieces to a file that is made, with holes where they are zero.
+
+    Raises:
+        ImageError: there is no room.
+    """
+    size = until_look = 0
+    with target.open("xb") as out:
+        for data in pieces:
+            size += len(data)
+            if until_look <= 0:
+                check_room(target.parent)
+                until_look = _LOOK_EVERY
+            if data != _ZEROS[: len(data)]:
+                out.write(data)
+                until_look -= len(data)
+            else:
+                out.seek(len(data), os.SEEK_CUR)
+        out.truncate(size)
 
 
 def check_room(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -72,13 +71,16 @@ class Described:
     notes: tuple[tuple[str, str], ...]
 
 
-def describe(wishes: Wishes, folder: Path, cache: Path, say: Callable[[str], None]) -> Described:
+def describe(
+    wishes: Wishes, folder: Path, cache: Path, work: Path, say: Callable[[str], None]
+) -> Described:
     """The definition of an image, after its files were checked.
 
     Args:
         wishes: what the person has said.
         folder: where the definition will be.
         cache: the user's cache folder, which keeps the files of a split disk.
+        work: a folder for what is unpacked.
         say: gets lines for people.
 
     Raises:
@@ -90,14 +92,11 @@ def describe(wishes: Wishes, folder: Path, cache: Path, say: Callable[[str], Non
     content: dict[str, Any] = {"schema": SCHEMA}
     source: dict[str, str] = {}
     found: Unpacked | None = None
-    with (
-        tempfile.TemporaryDirectory(prefix="vmsandbox-", dir=_large_tmp()) as work,
-        ExitStack() as stack,
-    ):
+    with ExitStack() as stack:
         if wishes.files:
-            file, url, digest = stack.enter_context(_file(wishes, folder, cache, Path(work)))
+            file, url, digest = stack.enter_context(_file(wishes, folder, cache, work))
             kind = "vmdk" if len(wishes.files) > 1 else wishes.format
-            found = stack.enter_context(unpacked_disk(file, kind, Path(work), say))
+            found = stack.enter_context(unpacked_disk(file, kind, work, say))
             source |= {"url": url, "sha256": digest, "format": found.kind}
             if not kind:
                 notes.append((f"format: {found.kind}", "by what the file holds"))
@@ -138,7 +137,9 @@ def write(described: Described, folder: Path) -> ImageDefinition:
     # Its name is checked, too, so it is made below a folder that catalogues ignore.
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=_NEW, dir=folder.parent))
+        new = folder.parent / f"{_NEW}{folder.name}"
+        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        new.mkdir()
     except OSError as error:
         raise ConfigError(
             f"{folder.parent} cannot be written: {error.strerror}",
@@ -256,7 +257,3 @@ def _login(
         method, why = "cloud-init", "images of vendors have it; otherwise --login=password or none"
     notes.append((f"login: {method}", why))
     return {"method": method, **login}
-
-
-def _large_tmp() -> str:
-    return os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108  # a folder of a new name is made in it

@@ -128,11 +128,12 @@ def read_text(url: str, patience: Patience = PATIENCE) -> str:
     """A small text.
 
     Raises:
-        ImageError: it cannot be downloaded, or is larger than 4 MiB.
+        ImageError: it cannot be downloaded, is larger than 4 MiB, or is redirected from https to http.
     """
     for pause in (*patience.pauses, None):
         try:
             with _opened(url, {}, patience) as response:
+                _check_not_weaker(url, response.url)
                 return _text(url, response, patience)
         except _Broken as error:
             if pause is None:
@@ -235,6 +236,7 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
         ImageError: the server refuses, and will the next time.
         _Broken: a further attempt may work.
     """
+    _check_no_password(url)
     # Nothing but http(s): a redirect must not read a file of this machine.
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -272,6 +274,21 @@ def _opened(url: str, headers: dict[str, str], patience: Patience) -> http.clien
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Broken(_why(error)) from error
     return answer[0]
+
+
+def _check_no_password(url: str) -> None:
+    if "@" in urlsplit(url).netloc:
+        raise _failed(url, "a user or a password in an address is not supported")
+
+
+def _check_not_weaker(url: str, final: str) -> None:
+    """Check that nobody on the way could change what came over https.
+
+    Raises:
+        ImageError: the server redirected to http.
+    """
+    if url.lower().startswith("https:") and not final.lower().startswith("https:"):
+        raise _failed(url, f"it redirects to {shown(final)}, where anybody could change it")
 
 
 def _check_redirect(url: str, answer: IO[bytes]) -> None:

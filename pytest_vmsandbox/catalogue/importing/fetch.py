@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 from pytest_vmsandbox.cache.store import DOWNLOADS, Entry, Store
 from pytest_vmsandbox.catalogue.importing import checksums, download, signatures
 from pytest_vmsandbox.catalogue.importing.checksums import Digest
+from pytest_vmsandbox.catalogue.importing.convert import write_sparsely
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.origin import Source
 from pytest_vmsandbox.core.errors import ImageError
@@ -141,9 +142,7 @@ class Fetcher:
         digest = Digest("sha256", file.digest())
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
-            with (folder / _DATA).open("xb") as out:
-                for data in file.chunks():
-                    out.write(data)
+            write_sparsely(file.chunks(), folder / _DATA)
             return {"url": file.name, "digest": digest.hex}
 
         self._store.make(key_of(digest), fill, on_busy=lambda: None)
@@ -190,12 +189,13 @@ def key_of(digest: Digest) -> str:
     return f"{digest.kind}-{digest.hex[:40]}"
 
 
-def discard(cache: Path, digests: Iterable[tuple[str, str]]) -> int:
+def discard(cache: Path, unneeded: Collection[str], needed: Collection[str]) -> int:
     """Remove downloads, unless they are in use.
 
     Args:
         cache: the user's cache folder.
-        digests: kind and digits of each.
+        unneeded: URLs and hexadecimal digests of what is to be removed.
+        needed: likewise of what stays.
 
     Returns:
         Bytes that were freed.
@@ -204,8 +204,17 @@ def discard(cache: Path, digests: Iterable[tuple[str, str]]) -> int:
         TeardownError: files cannot be removed.
     """
     store = Store(cache, DOWNLOADS, Entry)
-    folders = (store.root / key_of(Digest(kind, digits)) for kind, digits in digests)
-    return store.discard(folder for folder in folders if folder.is_dir()).freed
+    gone, stays = ({_known_by(word) for word in words} for words in (unneeded, needed))
+    folders = []
+    for entry in store.all():
+        known = {entry.record["digest"], entry.record["url"]}
+        if known & gone and not known & stays:
+            folders.append(entry.folder)
+    return store.discard(folders).freed
+
+
+def _known_by(word: str) -> str:
+    return download.shown(word) if download.is_url(word) else word
 
 
 def name_of(place: str) -> str:

@@ -45,6 +45,18 @@ _PARTITIONS, _EXT = (510, b"\x55\xaa"), (1080, b"\x53\xef")
 _ISO = (32769, b"CD001")
 
 
+def begins_as(head: bytes) -> str:
+    """The format that a file begins as; empty if it is none that `check` knows.
+
+    Args:
+        head: its first 4 KiB.
+    """
+    for at, what, name in _BEGINNINGS:
+        if head[at : at + len(what)] == what:
+            return name
+    return ""
+
+
 def detect(file: SourceFile) -> str:
     """The format of a disk image, by its first bytes.
 
@@ -56,9 +68,8 @@ def detect(file: SourceFile) -> str:
     def has(at: int, what: bytes) -> bool:
         return head[at : at + len(what)] == what
 
-    for at, what, name in _BEGINNINGS:
-        if has(at, what):
-            return name
+    if name := begins_as(head):
+        return name
     for at, what, kind in _OTHERS:
         if has(at, what):
             raise refused(
@@ -67,11 +78,12 @@ def detect(file: SourceFile) -> str:
                 f"unpack or convert it first (qemu-img convert -O qcow2 {file.name} NEW). If it is a raw "
                 "disk nevertheless, name the format: --format=raw",
             )
-    if has(*_ISO) and not has(*_PARTITIONS):
+    if has(*_ISO):
         raise refused(
             file,
             "is a CD image, and no disk",
-            "install the system on a disk, and import the disk",
+            "install the system on a disk, and import the disk. To take the CD as a disk, name the format: "
+            "--format=raw",
         )
     if vpc.has_footer(file):
         return "vpc"

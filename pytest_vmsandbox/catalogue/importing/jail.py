@@ -31,7 +31,7 @@ from pytest_vmsandbox.core.text import printable
 
 _CELL = os.fspath(Path(__file__).with_name("cell.py"))
 _MEMORY = 4 * GIB  # of addresses
-_DESCRIPTORS = 256
+_DESCRIPTORS = 2048  # a large disk can have a file for each 2 GiB
 _LOOK_SECONDS = 0.25
 _KEPT = 4096  # bytes of the output
 _CUSTOM = "replaced"  # the step of cell.py that tells that a file is another one now
@@ -93,24 +93,24 @@ def run(
     Raises:
         ImageError: the jail cannot be made here, or the time is over.
     """
-    with _new_root(work) as root, _Pipe() as failed, _Pipe() as alive, _Pipe() as output:
+    with (
+        _new_root(work) as root,
+        _plan(argv, binds, root, seconds, file_size) as plan,
+        _Pipe() as failed,
+        _Pipe() as alive,
+        _Pipe() as output,
+    ):
+        told = (
+            failed.writing,
+            alive.reading,
+            plan,
+        )  # only we can write to `alive`: it closes with us
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                _CELL,
-                str(failed.writing),
-                str(alive.reading),
-                json.dumps(_plan(argv, binds, root, seconds, file_size)),
-            ],
+            [sys.executable, "-I", "-S", _CELL, *map(str, told)],
             stdin=stdin,
             stdout=output.writing if stdout is None else stdout,
             stderr=output.writing,
-            pass_fds=(
-                failed.writing,
-                alive.reading,
-            ),  # only we can write to `alive`: it closes with us
+            pass_fds=told,
             start_new_session=True,
         )
         try:
@@ -136,11 +136,12 @@ def _new_root(work: Path) -> Iterator[Path]:
         root.rmdir()
 
 
+@contextmanager
 def _plan(
     argv: Sequence[str], binds: Sequence[Bind], root: Path, seconds: float, file_size: int
-) -> dict[str, object]:
-    """What cell.py is told."""
-    return {
+) -> Iterator[int]:
+    """What cell.py is told, as the descriptor of a file in memory: it can be too long for an argument."""
+    plan = {
         "root": os.fspath(root.absolute()),
         "argv": list(argv),
         "env": {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/"},
@@ -162,6 +163,11 @@ def _plan(
             for bind in binds
         ],
     }
+    with os.fdopen(os.memfd_create("plan"), "r+", encoding="utf-8") as file:
+        json.dump(plan, file)
+        file.flush()
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        yield file.fileno()
 
 
 class _Pipe:

@@ -8,9 +8,8 @@ from types import MappingProxyType
 
 from pytest_vmsandbox.catalogue.importing.checked import CheckedDisk
 from pytest_vmsandbox.catalogue.importing.checksums import Digest
-from pytest_vmsandbox.catalogue.importing.convert import convert
+from pytest_vmsandbox.catalogue.importing.convert import convert, write_sparsely
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
-from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.importing.unpacking import unpacked_disk
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.origin import Source
@@ -71,7 +70,7 @@ def make(
         if place:
             digest = Digest("sha256", locked.get(f"{key}_sha256") or stated)
             with fetcher.opened(place, digest) as file:
-                _copy(file, build.out / name)
+                write_sparsely(file.chunks(), build.out / name)
             used |= {key: place, f"{key}_sha256": digest.hex}
     return {"source": used}
 
@@ -82,12 +81,6 @@ def _digest(fetcher: Fetcher, source: Source, locked: Mapping[str, str]) -> tupl
         if kind in locked:
             return Digest(kind, locked[kind]), "given by the lock file"
     return fetcher.digest_and_check(source)
-
-
-def _copy(file: SourceFile, target: Path) -> None:
-    with target.open("xb") as out:
-        for data in file.chunks():
-            out.write(data)
 
 
 def _check_size(disk: CheckedDisk, wanted: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 from xml.parsers import expat
 
 from pytest_vmsandbox.catalogue.importing.vmdk import is_plain
@@ -84,7 +85,7 @@ def read_ovf(data: bytes) -> Machine:
 def _href(reference: _Element | None) -> str:
     if reference is None:
         raise _wrong("a disk of the .ovf has no file")
-    name = reference.attributes.get("href", "")
+    name = unquote(reference.attributes.get("href", ""))
     if not is_plain(name):
         raise _wrong(f"the .ovf names a file with a path: {name[:80]!r}")
     if reference.attributes.get("compression", "") not in ("", "identity"):

@@ -28,7 +28,8 @@ _KINDS = {
     b"6": "a FIFO",
     b"S": "a sparse file",
 }
-_IGNORED_FOLDER = "include/"  # of Vagrant boxes; nothing in it is needed
+# Folder of Vagrant boxes, and what macOS adds to each file with attributes; nothing in them is needed.
+_IGNORED = ("include/", "._")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def members(file: SourceFile, pieces: Iterable[bytes]) -> Iterator[Member]:
             raise damaged(file, f"the member {plain!r} is there twice, or too large")
         names.add(plain)
         data = stream.parts(size)
-        if not plain.startswith(_IGNORED_FOLDER):
+        if not plain.startswith(_IGNORED):
             yield Member(plain, size, data)
         for _part in data:
             pass  # what was not read
@@ -189,7 +190,7 @@ def _name(file: SourceFile, raw: bytes, kind: bytes) -> str:
     parts = name.removesuffix("/").split("/") if kind == _FOLDER else name.split("/")
     if kind == _FOLDER and parts in ([""], ["."]):
         return ""
-    ignored = name.startswith(_IGNORED_FOLDER)
+    ignored = name.startswith(_IGNORED[0])
     if not all(map(is_plain, parts)) or (len(parts) > 1 and not ignored and kind != _FOLDER):
         raise refused(
             file,

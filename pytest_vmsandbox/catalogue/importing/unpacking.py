@@ -16,7 +16,7 @@ from pytest_vmsandbox.catalogue.importing.compression import (
     unpacked,
     without_zstd,
 )
-from pytest_vmsandbox.catalogue.importing.convert import check_room
+from pytest_vmsandbox.catalogue.importing.convert import write_sparsely
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.core.errors import ImageError
 
@@ -72,7 +72,7 @@ def unpacked_disk(
             say(f"unpacking {file.name}")
             target = work / "unpacked-disk"
             stack.callback(target.unlink, missing_ok=True)
-            _write(unpacked(plain, Limits()), target)
+            write_sparsely(unpacked(plain, Limits()), target)
             plain = stack.enter_context(opened(target, file.name))
         found = kind or headers.detect(plain)
         yield Unpacked(headers.check(plain, found), found)
@@ -107,18 +107,3 @@ def _disk_of_archive(
             )
     finally:
         shutil.rmtree(folder)
-
-
-def _write(pieces: Iterator[bytes], target: Path) -> None:
-    """Write pieces to a file, with holes where they are zero."""
-    size = 0
-    with target.open("xb") as out:
-        for data in pieces:
-            size += len(data)
-            if any(data):
-                out.write(data)
-            else:
-                out.seek(len(data), 1)
-            if size % (64 << 20) < len(data):
-                check_room(target.parent)
-        out.truncate(size)

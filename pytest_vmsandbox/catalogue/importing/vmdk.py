@@ -123,7 +123,7 @@ def _check_header(file: SourceFile) -> tuple[int, int, int]:
         raise damaged(file, "its descriptor lies outside of the file")
     check_inside(file, "its descriptor", descriptor_at * SECTOR, descriptor_sectors * SECTOR)
     if directory == _AT_END:
-        directory = _check_footer(file)
+        spare, directory = _check_footer(file)
     count = -(-sectors // (grain * _ENTRIES))
     _check_directory(file, directory, count)
     if flags & 2:
@@ -131,16 +131,16 @@ def _check_header(file: SourceFile) -> tuple[int, int, int]:
     return sectors, descriptor_at, descriptor_sectors
 
 
-def _check_footer(file: SourceFile) -> int:
-    """Check that the footer repeats the header. Returns the place of the grain directory."""
+def _check_footer(file: SourceFile) -> tuple[int, int]:
+    """Check that the footer repeats the header. Returns the places of the grain directories."""
     at = file.size - _FOOTER
     _, size, kind = unpacked(file, "<QII", at)
     footer, header = unpacked(file, _HEADER, at + SECTOR), unpacked(file, _HEADER)
     if (size, kind) != (0, _FOOTER_TYPE) or any(file.at(at + 2 * SECTOR, 16)):
         raise damaged(file, "its footer is missing")
-    if (footer[:9], footer[13]) != (header[:9], header[13]) or footer[9] == _AT_END:
+    if (footer[:8], footer[13]) != (header[:8], header[13]) or footer[9] == _AT_END:
         raise damaged(file, "a footer that differs from its header")
-    return int(footer[9])
+    return footer[8], footer[9]
 
 
 def _check_directory(file: SourceFile, sector: int, count: int) -> None:

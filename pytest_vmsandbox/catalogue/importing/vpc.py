@@ -51,10 +51,10 @@ def check(file: SourceFile) -> CheckedDisk:
         raise damaged(file, "its header and its kind do not match")
     geometry = cylinders * heads * sectors
     by_size = maker in _BY_SIZE or geometry == _MAX_GEOMETRY or not geometry
-    size = check_size(file, current // SECTOR * SECTOR if by_size else geometry * SECTOR)
-    check_size(file, current)
+    current = check_size(file, current // SECTOR * SECTOR)
+    size = current if by_size else max(current, check_size(file, geometry * SECTOR))
     if kind == _FIXED:
-        check_inside(file, "the disk", 0, size + SECTOR)
+        check_inside(file, "the disk", 0, current + SECTOR)
     else:
         _check_dynamic(file, data_offset, size)
     return CheckedDisk("vpc", size, file)
