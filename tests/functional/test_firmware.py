@@ -5,6 +5,7 @@ The disk is laid out as vendors do it, and boots `tiny`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,10 @@ def vendor(tmp_path_factory) -> Vendor:
     folder = tmp_path_factory.mktemp("vendor")
     vendor = Vendor(folder / "images", folder / "cache")
     base = ImageStore(cache_dir()).require(Catalogue().get("tiny"))
+    # With a kernel and what is known of KVM here, no image has to prove it by its own disk.
+    for part in (base.folder, cache_dir() / "accelerator"):
+        if part.exists():
+            shutil.copytree(part, vendor.cache / part.relative_to(cache_dir()))
     append = f"console=ttyS0 vmsandbox.key={KEY.public.split()[1]}"
     vendor_disk.tiny(folder / "disk", base, append)
     vendor.add("vendor", folder / "disk", more="tpm = true")
@@ -152,9 +157,10 @@ def test_a_tpm_that_is_gone(guests):
             vm.run(["true"])
 
 
-def test_bios(guests):
-    with guests.boot("vendor", firmware="bios") as vm:
-        assert vm.engine.origin == "cloned"
+def test_bios(vendor):
+    with vendor.factory(clones="never") as guests, guests.boot("vendor", firmware="bios") as vm:
+        assert vm.engine.origin == "booted"
+        assert vm.run(["hostname"]).stdout == f"{vm.name}\n"
         assert "efi" not in vm.shell("ls /sys/firmware").stdout.split()
         assert vm.shell("cat /proc/cmdline").stdout.startswith("BOOT_IMAGE=/vmlinuz")
 
@@ -170,7 +176,6 @@ def test_what_cannot_be_booted_is_said_before(guests):
     ("image", "stage", "what"),
     [
         ("secure", "firmware", "Secure Boot refused the boot loader"),
-        ("empty", "firmware", "the firmware found nothing to boot"),
         ("shell", "boot loader", "GRUB does not find its files"),
     ],
 )
