@@ -7,7 +7,7 @@ imported only when a test asks for a guest.
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -169,7 +169,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
     """Let xdist's controller, which collects nothing, know the tests of former runs."""
-    naming.know_again(node.config.stash[RUN], ids)
+    run = node.config.stash[RUN]
+    with suppress(ConfigError):  # the workers report it
+        run.variants()  # so that it knows the kernels' names
+    naming.know_again(run, ids)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -122,7 +122,7 @@ def _add_guests(group: pytest.OptionGroup) -> None:
         action="append",
         metavar="PATH",
         help="kernel to boot instead of the image's own: its file, the folder in which you built it, a "
-        "folder with boot/vmlinuz-* and lib/modules, or a .deb file; repeatable; 'image' stands for the "
+        "folder with boot/vmlinuz-VERSION and lib/modules, or a .deb file; repeatable; 'image' stands for the "
         "image's own. Ini key: vm_kernel",
     )
     group.addoption(

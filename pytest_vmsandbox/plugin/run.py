@@ -173,19 +173,16 @@ class Run:
         raise self._wrong[image, path]
 
     def _checked(self, image: str, path: Path) -> Variant:
-        """An image on another kernel. Kernels of the same release get a number in addition."""
+        """An image on another kernel, after a look at both."""
         from pytest_vmsandbox.catalogue import kernels
 
         definition = self.catalogue.get(image)
         kernels.check_image(definition)
-        if path not in self._kernels:
-            kernel = kernels.find(path)
-            names = {release for release, *_ in self._kernels.values()}
-            numbered = (f"{kernel.release}.{number}" for number in count(2))
-            name = next(n for n in chain([kernel.release], numbered) if n not in names)
-            may_have = kernel.modules is not None or kernel.image is None
-            self._kernels[path] = name, kernels.read_config(kernel), may_have
-        release, config, may_have_modules = self._kernels[path]
+        for other in options.kernels(self.config):
+            # First, so that their names do not depend on which tests are collected.
+            with suppress(ConfigError):  # reported with the tests that run on it
+                _ = other is None or self._described(other)
+        release, config, may_have_modules = self._described(path)
         kernels.check_options(
             release,
             path,
@@ -197,6 +194,22 @@ class Run:
         variant = Variant(image, path, release)
         self.labels[variant.label] = None
         return variant
+
+    def _described(self, path: Path) -> tuple[str, dict[str, str], bool]:
+        """A kernel's name in ids, its configuration, and whether it may have modules.
+
+        Kernels of the same release get a number in addition.
+        """
+        from pytest_vmsandbox.catalogue import kernels
+
+        if path not in self._kernels:
+            kernel = kernels.find(path)
+            names = {name for name, *_ in self._kernels.values()}
+            numbered = (f"{kernel.release}.{number}" for number in count(2))
+            name = next(n for n in chain([kernel.release], numbered) if n not in names)
+            may_have = kernel.modules is not None or kernel.image is None
+            self._kernels[path] = name, kernels.read_config(kernel), may_have
+        return self._kernels[path]
 
     def kernel(self, default: Path | None) -> Path | None:
         """The kernel for guests of the current test that name none: the test's own, or the default."""

@@ -1,5 +1,7 @@
 """Tests on kernels of the user: which tests there are, what they are called, and what guests they get."""
 
+import json
+
 import pytest
 
 from support import images
@@ -51,6 +53,21 @@ def test_a_matrix(kernels):
     ]
 
 
+def test_names_do_not_depend_on_what_is_collected(kernels):
+    kernel(kernels.path / "old", "6.12.9")  # as the one of the option, and first in the file
+    kernels.write("""
+        import pytest
+
+        @pytest.mark.vm(kernel="old")
+        def test_marked(vm): pass
+
+        def test_other(vm): pass
+    """)
+    ids = ["test_marked[alpha-1+6.12.9.2]", "test_other[alpha-1+6.12.9]"]
+    assert kernels.ids("--vm-kernel=new") == ids
+    assert kernels.ids("--vm-kernel=new", f"test_suite.py::{ids[0]}") == ids[:1]
+
+
 def test_the_ini_key_is_relative_to_the_rootdir(kernels, monkeypatch):
     ini = (kernels.path / "pytest.ini").read_text()
     kernels.ini(f"{ini}vm_kernel = new image\n")
@@ -96,9 +113,11 @@ def test_what_failed_runs_again_on_the_next_build(kernels):
     first = kernels.run_apart("--vm-kernel=new", "-p", "cacheprovider", "-k", "test_p")
     first.assert_outcomes(passed=1, failed=1)
     kernel(kernels.path / "new", "6.12.9-00001-gdeadbeef")
-    again = kernels.run_apart("--vm-kernel=new", "-p", "cacheprovider", "--lf")
+    again = kernels.run_apart("--vm-kernel=new", "-p", "cacheprovider", "--lf", "-n1")
     again.assert_outcomes(failed=1)
     again.stdout.fnmatch_lines(["*test_p?alpha-1+6.12.9-00001-gdeadbeef-0?*"])
+    cached = kernels.path / ".pytest_cache/v/cache/lastfailed"
+    assert len(json.loads(cached.read_text())) == 1
 
 
 def test_workers_agree(kernels):
