@@ -135,7 +135,7 @@ def test_clones_of_uefi_and_a_tpm(guests):
         assert ask(one, READ_16) == before
 
         # A power cut resets what the TPM has measured, and keeps its seeds; so it does with variables.
-        flash = one.engine._machines.disks.flash
+        flash = one.engine.machines.disks.flash
         flash.variables.seek(0)
         variables = flash.variables.read()
         assert variables != guests.backend.blueprint("vendor", one.spec).uefi.variables.read_bytes()
