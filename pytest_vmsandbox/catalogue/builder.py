@@ -27,6 +27,7 @@ from pytest_vmsandbox.catalogue.store import (
 from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import GIB, format_size
+from pytest_vmsandbox.core.text import printable
 
 ROOM_FOR_A_DISK = 3 * GIB
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
@@ -142,8 +143,8 @@ class _Filler:
 
 def _add_end_of(log: Path, error: ImageError) -> None:
     """Add the last lines of a build's log to the error that ended the build."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if lines:
+    text = printable(log.read_text(encoding="utf-8", errors="replace"))
+    if lines := text.splitlines():
         end = "\n".join((f"--- last lines of {log}", *lines[-_TAIL:]))
         error.details = f"{error.details}\n{end}".strip()
         error.remedy = error.remedy or f"read {log}, correct the cause, and build it again"

@@ -18,7 +18,13 @@ from typing import Any, NamedTuple
 
 from pytest_vmsandbox.cache import files, integrity
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
-from pytest_vmsandbox.catalogue.store import ARCHIVE, PACKAGES, BuiltImage, damaged
+from pytest_vmsandbox.catalogue.store import (
+    ARCHIVE,
+    PACKAGES,
+    BuiltImage,
+    build_command,
+    damaged,
+)
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, texts
 from pytest_vmsandbox.core.errors import ConfigError, LockError
 
@@ -200,6 +206,11 @@ class LockedImage:
         archive = (Difference("archive", text) for text in changes(*map(_dates, suites)))
         return [*different, *packages, *archive]
 
+    def is_newer_than(self, found: LockedImage) -> bool:
+        """Whether packages of the locked image come from a newer archive."""
+        ours, theirs = ([line.split()[-1] for line in one.archive] for one in (self, found))
+        return bool(ours and theirs) and max(ours) > max(theirs)
+
     def _pairs(self, found: LockedImage) -> Iterator[tuple[str, str, str]]:
         yield "origin", self._origin, found._origin
         yield "definition", self.definition, found.definition
@@ -309,12 +320,14 @@ class Lock:
         name = built.definition.name
         locked, found = self.entry(name), LockedImage.of(built)
         if breaches := locked.breaches(found):
-            raise self._differs(
-                name,
-                breaches,
+            remedy = (
                 f"run 'vmsandbox images update {name}' to take this image into the lock, and commit "
-                "that; or get the locked image from the machine that has it",
+                "that; or get the locked image from the machine that has it"
             )
+            if locked.is_newer_than(found):
+                again = f"{build_command(built.definition)} --force"
+                remedy = f"the image here is older than the lock. Run '{again}'"
+            raise self._differs(name, breaches, remedy)
         return locked.differences(found)
 
     def _differs(self, name: str, differences: Sequence[Difference], remedy: str) -> LockError:
@@ -454,7 +467,7 @@ def _hex(digits: int, value: object) -> str | None:
 
 
 def _listed(value: object) -> tuple[str, ...] | None:
-    return texts(value, lambda text: line(text) is not None)
+    return texts(value, lambda text: line(text.strip()) is not None)
 
 
 def _words(allowed: Sequence[str]) -> Callable[[object], tuple[str, ...] | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.core.text import printable
 
 PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
 
@@ -47,7 +48,8 @@ class Build:
         """Write a line into the log. If it begins with `PROGRESS`, people see it, too."""
         self.log.write(line)
         if line.startswith(PROGRESS):
-            self.progress(line.removeprefix(PROGRESS).decode(errors="replace").strip())
+            text = line.removeprefix(PROGRESS).decode(errors="replace")
+            self.progress(printable(text).strip())
 
     def run(
         self,

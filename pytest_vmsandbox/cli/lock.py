@@ -162,20 +162,22 @@ def _look(
     entry, lines = before.images.get(definition.name), []
     is_built = store.state(definition) is ImageState.BUILT
     known = LockedImage.of(store.require(definition)) if is_built else entry
+    newer: list[tuple[str, str]] = []
+    if known is not None and known.archive and not settings.offline:
+        newer = newer_packages(known.archive, known.packages, definition.architecture)
+        newest = dict(newer)
+        packages = tuple(newest.get(package, package) for package in known.packages)
+        known = replace(known, packages=packages)
     if entry is None:
         lines.append("is not in the lock file yet")
     elif is_built and known is not None:
         lines += map(str, entry.differences(known))
-    elif entry.definition != definition.digest:
-        lines.append(f"definition: {entry.definition[:16]}… → {definition.digest[:16]}…")
-    newer: list[tuple[str, str]] = []
-    if known is not None and known.archive and not settings.offline:
-        newer = newer_packages(known.archive, known.packages, definition.architecture)
-        lines += [
-            f"packages: {change} (in the archive)"
-            for old, new in newer
-            for change in changes([old], [new])
-        ]
+    else:
+        if entry.definition != definition.digest:
+            lines.append(f"definition: {entry.definition[:16]}… → {definition.digest[:16]}…")
+        lines += [f"packages: {change}" for change in changes(*map(_packages, (entry, known)))]
+    if newer:
+        lines.append(f"the archive has newer packages ({len(newer)}), so it is built again")
     listed = _listed(definition, known, settings)
     lines += listed
     if not is_built:
@@ -186,6 +188,10 @@ def _look(
         build=bool(newer or listed) or not is_built,
         bases=bool(newer),
     )
+
+
+def _packages(entry: LockedImage | None) -> tuple[str, ...]:
+    return () if entry is None else entry.packages
 
 
 def _listed(

@@ -16,7 +16,7 @@ from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network, format_size
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -31,6 +31,8 @@ from pytest_vmsandbox.machine.disk import Disks
 
 _MEMORY = GIB  # package managers need more than most tests
 _SILENT_SECONDS = 600.0  # of a program in the guest, on a usual host with KVM; then it is killed
+_MOST_OUTPUT = 256 * MIB
+_LONGEST_LINE = MIB
 _FICLONE = 0x40049409  # of linux/fs.h: a file shares the blocks of another one
 
 # What a boot has left there, and what packages have; each guest gets a machine-id of its own.
@@ -163,22 +165,36 @@ def clean(build: Build, guest: Guest) -> None:
 
 
 class Lines:
-    """Passes output on to the log of a build, line by line."""
+    """Passes output of a guest on to the log of a build, line by line. Both have limits."""
 
     def __init__(self, build: Build) -> None:
         self._build = build
         self._rest = b""
+        self._size = 0
 
     def feed(self, data: bytes) -> None:
-        """Take some output."""
+        """Take some output.
+
+        Raises:
+            ImageError: it is too much in all.
+        """
+        self._size += len(data)
+        if self._size > _MOST_OUTPUT:
+            raise ImageError(
+                f"a program in the guest wrote more than {format_size(_MOST_OUTPUT)}",
+                remedy="let it write less, for instance into a file in the guest",
+            )
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._build.write(line + b"\n")
+        if len(self._rest) > _LONGEST_LINE:
+            self.end()
 
     def end(self) -> None:
         """The output has ended, perhaps in the middle of a line."""
         if self._rest:
             self._build.write(self._rest + b"\n")
+            self._rest = b""
 
 
 def _keep(build: Build, base: BuiltImage, disks: Disks) -> None:

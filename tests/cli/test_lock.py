@@ -160,10 +160,19 @@ class TestUpdate:
     def test_newer_packages_are_shown_and_then_installed(self, newer):
         text = newer.run("update", "--yes")
         shown, _, done = text.partition("building one")
-        assert "packages: openssl 3.0.15 → 3.0.16 (in the archive)" in shown
+        assert "packages: openssl 3.0.15 → 3.0.16\n" in shown
+        assert "the archive has newer packages (1), so it is built again" in shown
         assert "one is locked now" in done
         assert newer.locked["one"].packages == ("openssl 3.0.16", "zlib 1")
         assert newer.run("verify") == "one: intact, and as it is locked\n"
+
+    def test_after_a_colleague_has_updated_the_lock(self, newer):
+        newer.run("update", "--yes")
+        before = newer.file.read_bytes()
+        newer.keep(packages=OLD)
+        text = newer.run("update", "--yes")
+        assert text.startswith("one\n  the archive has newer packages (1), so it is built again\n")
+        assert newer.file.read_bytes() == before
 
     @pytest.mark.parametrize(
         ("arguments", "status", "says"),

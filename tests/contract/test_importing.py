@@ -789,6 +789,23 @@ with tempfile.TemporaryDirectory() as work:
     assert ended.stdout == "Ended(status=0, output='65534')\n", ended.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can read files of other users")
+@pytest.mark.parametrize("closed", ["file", "folder"])
+def test_files_of_other_users_are_not_read_for_root(closed, tmp_path, work):
+    (tmp_path / "theirs").mkdir()
+    file = tmp_path / "theirs" / "disk"
+    file.write_bytes(image("raw"))
+    at = file if closed == "file" else file.parent
+    os.chown(at, 12345, 12345)
+    at.chmod(0o700)
+    with (
+        opened(file) as there,
+        pytest.raises(ImageError, match="cannot be read in the jail") as caught,
+    ):
+        convert(headers.check(there, "raw"), tmp_path / "imported", work)
+    assert "copy it" in caught.value.remedy
+
+
 # -- harmful archives -------------------------------------------------------------------------------
 
 

@@ -7,12 +7,17 @@ import shutil
 import pytest
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.store import BuiltImage, ImageState, ImageStore
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.guests import changing
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.machine.disk import Disks
+from support.images import DEFINITION
 
 SCRIPT = """\
 set -e
@@ -111,3 +116,31 @@ def test_the_first_boot_of_a_system_from_elsewhere(world):
     assert image.host_key == tiny.host_key
     assert image.record()["found"]["helper"] is True
     assert "booting it for the first time" in world.lines
+
+
+@pytest.mark.parametrize("shares", [True, False], ids=["blocks are shared", "copied"])
+def test_a_disk_and_what_was_written_become_one(tmp_path, monkeypatch, shares):
+    if shares:  # as on a file system that can do it
+        monkeypatch.setattr(changing, "_shares", lambda old, new: bool(shutil.copyfile(old, new)))
+    for name in ("base", "out", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "disk.raw").write_bytes(b"a" * MIB + b"b" * MIB)
+    base = BuiltImage(definition=DEFINITION, digest="", folder=tmp_path / "base")
+    with (
+        (tmp_path / "log").open("wb") as log,
+        Disks.open(base=base.disk, root_size=4 * MIB, blank=[], folder=tmp_path) as disks,
+    ):
+        build = Build(
+            definition=DEFINITION,
+            out=tmp_path / "out",
+            work=tmp_path / "work",
+            log=log,
+            lock=log.fileno(),
+            progress=print,
+        )
+        changing._write(build, b"c" * MIB, disks.overlays[0][0])
+        changing._keep(build, base, disks)
+    assert (tmp_path / "log").read_text() == ""
+    made = (tmp_path / "out" / "disk.raw").read_bytes()
+    assert made == b"c" * MIB + b"b" * MIB + bytes(2 * MIB)
+    assert (tmp_path / "base" / "disk.raw").read_bytes() == b"a" * MIB + b"b" * MIB

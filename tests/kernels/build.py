@@ -53,7 +53,7 @@ def configure(tree: Path, build: Path) -> None:
     build.mkdir(exist_ok=True)
     run("make", "-s", f"O={build}", "tinyconfig", cwd=tree)
     merge = tree / "scripts/kconfig/merge_config.sh"
-    run(merge, "-m", "-O", build, build / ".config", wanted, cwd=tree)
+    run(merge, "-Q", "-m", "-O", build, build / ".config", wanted, cwd=tree)
     run("make", "-s", f"O={build}", "olddefconfig", cwd=tree)
     lines = (build / ".config").read_text(encoding="utf-8").splitlines()
     options = [line for line in wanted.read_text(encoding="utf-8").splitlines() if "=" in line]

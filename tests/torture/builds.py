@@ -176,8 +176,10 @@ def main() -> int:
                     with args.state.open("a") as state:
                         state.write(f"{kind} {one.number}\n")
             last = world.folder / "last"
-            if build(world, last).wait() or problems(world, last, again=True):
-                print("the last build failed:", (world.folder / "output").read_text(), flush=True)
+            status = build(world, last).wait()
+            if (wrong := problems(world, last, again=True)) or status:
+                output = (world.folder / "output").read_text()
+                print("the last build failed:", status, *wrong, output, sep="\n", flush=True)
                 bad += 1
     print(f"{args.kills - bad} passed, {bad} failed")
     return 1 if bad else 0

@@ -6,12 +6,13 @@ import os
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pycdlib
 import pytest
 
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.guests import adopting, examining, root_disk
+from pytest_vmsandbox.guests import adopting, changing, examining, root_disk
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.seed import seed
 from support.images import DEFINITION
@@ -104,6 +105,30 @@ class TestWhatIsDoneInTheGuest:
     def test_cloud_init_ends_and_does_not_come_again(self, root):
         assert self.adopt(root).startswith("cloud-init status --wait\n")
         assert (root / "etc/cloud/cloud-init.disabled").exists()
+
+
+class TestOutput:
+    @pytest.fixture
+    def written(self, monkeypatch):
+        monkeypatch.setattr(changing, "_MOST_OUTPUT", 100)
+        monkeypatch.setattr(changing, "_LONGEST_LINE", 10)
+        return []
+
+    def test_lines(self, written):
+        build: Any = SimpleNamespace(write=written.append)
+        lines = changing.Lines(build)
+        for data in (b"one\ntw", b"o\n", b"x" * 11, b"three"):
+            lines.feed(data)
+        lines.end()
+        lines.end()
+        assert written == [b"one\n", b"two\n", b"x" * 11 + b"\n", b"three\n"]
+
+    def test_has_a_limit(self, written):
+        build: Any = SimpleNamespace(write=written.append)
+        lines = changing.Lines(build)
+        lines.feed(b"x\n" * 50)
+        with pytest.raises(ImageError, match="wrote more than 100B"):
+            lines.feed(b"x")
 
 
 def guest_with(output, *, helper=True):

@@ -12,7 +12,7 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware
+from pytest_vmsandbox.guests.blueprint import Blueprint, OwnKernel, find_firmware
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Start
@@ -57,6 +57,13 @@ def with_image(blueprint, **changes):
 
 
 Change = Callable[[Blueprint], Blueprint]
+OWN = OwnKernel(
+    release="6.12.9",
+    digest="3" * 64,
+    image=Path("/kernels/vmlinuz"),
+    initrd=Path("/proc/self/fd/7"),
+    modules=Path("/kernels/modules.img"),
+)
 
 MATTERS: dict[str, Change] = {
     "the image": lambda it: replace(it, built=replace(it.built, digest="1" * 64)),
@@ -84,9 +91,13 @@ MATTERS: dict[str, Change] = {
     "Secure Boot": lambda it: replace(
         with_image(it, firmware="uefi"), uefi=replace(UEFI, secure_boot=True)
     ),
+    "a kernel of the user": lambda it: replace(it, kernel=OWN),
+    "another kernel of the user": lambda it: replace(it, kernel=replace(OWN, digest="4" * 64)),
+    "one without modules": lambda it: replace(it, kernel=replace(OWN, modules=None)),
     "a TPM": lambda it: with_hardware(it, tpm=True),
     "further arguments": lambda it: replace(it, qemu_args=lambda _: ["-device", "usb-host"]),
 }
+SAME_KERNEL = replace(OWN, image=Path("/there/vmlinuz"), initrd=Path("/proc/self/fd/9"))
 DOES_NOT_MATTER: dict[str, Change] = {
     "the network": lambda it: it.with_network("nat"),
     "the user": lambda it: with_hardware(it, user="somebody"),
@@ -139,6 +150,10 @@ class TestDigest:
         monkeypatch.setattr(host, "processor", lambda: "another")
         assert replace(blueprint).digest == emulated
         assert replace(blueprint, verdict=KVM).digest != real
+
+    def test_does_not_change_with_the_place_of_a_kernel(self, blueprint):
+        with_own = replace(blueprint, kernel=OWN)
+        assert replace(blueprint, kernel=SAME_KERNEL).digest == with_own.digest
 
     def test_asks_for_arguments_of_a_clone(self, blueprint):
         """The hook may look at how a machine starts, and at what it is called."""
@@ -237,3 +252,20 @@ class TestMachine:
         other = blueprint.with_network("nat")
         assert other.machine("it", "- -").hardware.network == "nat"
         assert blueprint.machine("it", "- -").hardware.network == "isolated"
+
+
+@pytest.mark.parametrize(
+    ("disk_size", "disks", "device"),
+    [(GIB, (), "vdb"), (GIB, (MIB,) * 8, "vdj"), (None, (), "vda"), (None, (MIB,), "vdb")],
+)
+def test_a_kernel_of_the_user(blueprint, disk_size, disks, device):
+    blueprint = with_hardware(with_image(blueprint, disk_size=disk_size), disks=disks)
+    spec = replace(blueprint, kernel=OWN).machine("guest", "ssh-ed25519 AAAA")
+    assert (spec.kernel, spec.initrd, spec.modules) == (OWN.image, OWN.initrd, OWN.modules)
+    assert spec.append.endswith(f"vmsandbox.name=guest vmsandbox.modules=/dev/{device}")
+    bare = replace(blueprint, kernel=replace(OWN, modules=None)).machine(
+        "guest", "ssh-ed25519 AAAA"
+    )
+    assert bare.modules is None
+    assert "vmsandbox.modules" not in bare.append
+    assert blueprint.machine("guest", "ssh-ed25519 AAAA").modules is None

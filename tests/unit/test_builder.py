@@ -261,6 +261,13 @@ class TestBuild:
         with pytest.raises(ImageError, match=r"'mine' failed: .*No such file"):
             make(definition)
 
+    def test_output_cannot_deceive_on_a_terminal(self, tmp_path, make, lines):
+        script = r"printf '== \033[2Jone\033]0;title\007\n\033[31mtwo\n'; exit 1"
+        with pytest.raises(ImageError) as raised:
+            make(define(tmp_path / "mine", script))
+        assert lines == ["one"]
+        assert raised.value.details.endswith("\n== one\ntwo")
+
     def test_a_failure_leaves_the_built_one(self, tmp_path, make, store):
         image = make(define(tmp_path / "mine"))
         definition = define(tmp_path / "mine", "false")

@@ -261,6 +261,25 @@ def test_ports_have_an_address_that_no_other_device_changes():
     ]
 
 
+def test_modules_of_a_kernel_of_the_user():
+    assert cmdline.modules(Descriptors()) == []
+    add, descriptors, option, block, device, disk = cmdline.modules(Descriptors(modules=9))
+    assert (add, descriptors, option, device) == ("-add-fd", "fd=9,set=9", "-blockdev", "-device")
+    assert json.loads(block) == {
+        "node-name": "modules",
+        "driver": "raw",
+        "read-only": True,
+        "file": {"driver": "file", "filename": "/dev/fdset/9", "read-only": True},
+    }
+    assert disk.startswith("virtio-blk-pci,id=disk-modules,drive=modules,serial=modules")
+    whole = cmdline.argv(SPEC, Descriptors(base=8, overlays=((7,),), modules=9))
+    drives = [word for word in whole if word.startswith("virtio-blk-pci")]
+    assert [word.partition("serial=")[2].partition(",")[0] for word in drives] == [
+        "root",
+        "modules",
+    ]
+
+
 def test_confinement():
     option, value = cmdline.confinement()
     assert option == "-sandbox"

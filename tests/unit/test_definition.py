@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.origin import ADOPTED, METHODS, Addition, Login
 from pytest_vmsandbox.catalogue.store import files_of
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import GIB, MIB
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from support.definitions import (
     DERIVED,
     DISK,
@@ -475,3 +475,23 @@ class TestHostile:
     def test_a_byte_order_mark_is_allowed(self, tmp_path):
         folder = write(tmp_path / "mine", "\ufeff" + toml(RECIPE).replace("\n", "\r\n"))
         assert ImageDefinition.read(folder).description == "Made by a recipe"
+
+
+class TestHardware:
+    @pytest.mark.parametrize(
+        ("values", "arguments", "why", "remedy"),
+        [
+            (RECIPE, {"memory": "255MiB"}, "255MiB of memory is too little", "at least 256MiB"),
+            (RECIPE, {"disk": "7GiB"}, "a disk of 7GiB is smaller than that", "at least 8GiB"),
+            (KERNEL, {"disk": "1GiB"}, "this image has no root disk", "leave disk= out"),
+        ],
+    )
+    def test_that_an_image_cannot_have(self, tmp_path, values, arguments, why, remedy):
+        definition = read(tmp_path / "mine", values)
+        with pytest.raises(ConfigError, match=why) as raised:
+            definition.check(Hardware().changed(arguments))
+        assert remedy in raised.value.remedy
+
+    def test_that_it_just_can_have(self, tmp_path):
+        definition = read(tmp_path / "mine", RECIPE)
+        definition.check(Hardware().changed({"memory": "256MiB", "disk": "8GiB"}))

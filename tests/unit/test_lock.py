@@ -176,6 +176,17 @@ class TestCheck:
             "  packages: systemd 257 → none",
         ]
 
+    def test_an_older_image_is_built_again(self, locked, built):
+        """A colleague has updated the lock."""
+        old = built(packages="openssl 3.0.14\n", archive=ARCHIVE.replace("2026", "2025"))
+        with pytest.raises(LockError) as caught:
+            Lock.read(locked).check(old)
+        remedy = caught.value.remedy
+        assert remedy.startswith(
+            "the image here is older than the lock. Run 'vmsandbox images build"
+        )
+        assert remedy.endswith(" --force'")
+
     def test_many_packages_take_few_lines(self, locked, built):
         with pytest.raises(LockError) as caught:
             Lock.read(locked).check(built(packages="".join(f"p{n} 1\n" for n in range(100))))
@@ -235,6 +246,7 @@ WRONG = [
     ('    "files",\n', '    "packages",\n', "both locked and may drift"),
     ("[[image]]", "<<<<<<< HEAD\n[[image]]", "conflict markers"),
     ("[[image]]", "=======\n[[image]]", "conflict markers"),
+    ("archive = [\n", 'archive = [\n    " ",\n', "archive = "),
     ("[[image]]", "[[image", "cannot be read"),
     ("[[image]]", f"x = {'[' * 5000}", "cannot be read"),
 ]

@@ -161,10 +161,15 @@ def build_root(root: str, binds: list[dict[str, Any]]) -> None:
 
 def open_same(bind: dict[str, Any]) -> int:
     """Open the file of a bind, and check that it is the one that was meant."""
-    source = os.open(bind["path"], os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(source)
-    if (found.st_dev, found.st_ino) != (bind["device"], bind["inode"]):
-        raise StepError("replaced", 0)
+    try:
+        source = os.open(bind["path"], os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(source)
+        if (found.st_dev, found.st_ino) != (bind["device"], bind["inode"]):
+            raise StepError("replaced", 0)
+        # May the program open it, too? Even root may not, if it belongs to somebody else.
+        os.close(os.open(f"/proc/self/fd/{source}", os.O_RDWR if bind["writable"] else os.O_RDONLY))
+    except OSError as error:
+        raise StepError("open", error.errno) from error
     return source
 
 

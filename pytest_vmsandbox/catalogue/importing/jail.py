@@ -223,6 +223,12 @@ def _refused(told: dict[str, object], program: str) -> ImageError:
             "a file was replaced by another one while it was imported",
             remedy="import it again when nothing writes to its folder",
         )
+    if step == "open":
+        return ImageError(
+            f"a file cannot be read in the jail: {why}",
+            details="The jail has none of root's rights to files of other users.",
+            remedy="copy it to a folder of yours, or run this command as the user whom it belongs to",
+        )
     if step == "exec" and number == errno.ENOENT:
         return ImageError(
             f"{program} cannot run in the jail: it is not below /usr",
