@@ -263,8 +263,9 @@ class Machine:
                 raise self._panic()
             if (end := stages.dead_end(text)) is not None:
                 why = stages.causes(text)
-                raise GuestLost(
-                    f"{self.spec.name}: {end.what}",
+                raise BootError(
+                    f"{self.spec.name}: {end.what}, {seconds:.0f} s after power-on",
+                    seconds=seconds,
                     details="\n".join(filter(None, [why, self.console_lines()])),
                     stage=end.stage,
                     remedy=end.remedy,

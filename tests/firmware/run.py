@@ -42,7 +42,7 @@ from support import vendor_disk
 
 Result = dict[str, object]
 MEMORY = "768MiB"
-VARIABLE = "/sys/firmware/efi/efivars/Test-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+VARIABLE = "/sys/firmware/efi/efivars/Test-4dd1a1d1-2f3c-4c1f-9d51-0f6b7a3c9e21"
 # The endorsement key, which a TPM makes from its seed.
 SEED = r"""
 import os
