@@ -230,6 +230,36 @@ def _check_new(name: str, image_path: tuple[Path, ...]) -> None:
         )
 
 
+def _check_together(options: dict[str, Any]) -> None:
+    """Check options that need each other.
+
+    Raises:
+        ConfigError: one is missing, or one too many is there.
+    """
+    if options["kernel"] is None:
+        loader = "for a disk with a boot loader of its own, use --firmware=uefi or --firmware=bios"
+        needs = {
+            "--initrd": (options["initrd"] is not None, "add --kernel=FILE"),
+            "--append": (options["append"] is not None, f"add --kernel=FILE; {loader}"),
+            "--firmware=kernel": (
+                options["firmware"] == "kernel",
+                f"add --kernel=FILE and --initrd=FILE; {loader}",
+            ),
+            "--login=key": (
+                options["login"] == "key",
+                "the key comes by the kernel's command line. Use another --login",
+            ),
+        }
+        for option, (is_there, remedy) in needs.items():
+            if is_there:
+                raise ConfigError(f"{option} needs --kernel", remedy=remedy)
+    elif options["firmware"] not in (None, "kernel"):
+        raise ConfigError(
+            f"--kernel cannot be used with --firmware={options['firmware']}",
+            remedy="leave one of the two out",
+        )
+
+
 def _wishes(name: str, files: tuple[Path, ...], options: dict[str, Any]) -> Any:
     from pytest_vmsandbox.catalogue.importing.describing import Wishes
 
@@ -241,6 +271,7 @@ def _wishes(name: str, files: tuple[Path, ...], options: dict[str, Any]) -> Any:
             remedy="download it first; or write an image.toml with [source] url and sha256, and run "
             "'vmsandbox images fetch'",
         )
+    _check_together(options)
     python = options["python"]
     system = {
         "python": {"yes": True, "no": False, "true": True, "false": False}.get(

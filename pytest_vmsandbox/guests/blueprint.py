@@ -224,7 +224,14 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
         raise damaged(built.definition, f"{built.disk} cannot be read: {error.strerror}") from error
     if wanted not in found:
         lacks = "EFI system partition" if wanted == "uefi" else "boot loader in its first sector"
-        other = f"firmware={min(found)!r}" if found else "firmware='kernel'"
+        other = "firmware='kernel'"
+        if found:
+            other = f"firmware={min(found)!r}"
+        elif built.kernel is None:
+            other = (
+                "a kernel that is not on its disk ('vmsandbox images import' with --kernel and --initrd; "
+                "[source] in image.toml)"
+            )
         raise ConfigError(
             f"firmware={wanted!r} cannot be used with {name}: its disk has no {lacks}",
             remedy=f"use {other}, or an image whose disk boots by {wanted.upper()}",

@@ -148,6 +148,17 @@ def test_a_kernel_and_an_initial_ram_disk(run, put, cache):
     assert record["source"]["kernel_sha256"] == hashlib.sha256(b"a kernel").hexdigest()
 
 
+def test_the_login_of_a_kernel_is_a_guess(run, put):
+    disk, *_ = put(made("qcow2-v3"))
+    kernel, initrd = put({"linux": b"a kernel", "initrd": b"an initial RAM disk"})
+    for more, why in (
+        ((), "login: key  (a guess: the system takes our key"),
+        ((f"--initrd={initrd}",), "login: key  (a guess: its initial RAM disk takes our key"),
+        ((disk,), "login: cloud-init"),
+    ):
+        assert why in run("import", "mine", f"--kernel={kernel}", *more, "--dry-run")
+
+
 def test_a_harmful_file_leaves_nothing(run, put, cache):
     (file,) = put({"disk.vmdk": disks.descriptor('RW 1 FLAT "/etc/passwd" 0')})
     assert "names an extent with a path" in run("import", "evil", file, *NONE, status=69)
@@ -225,17 +236,25 @@ def test_a_project_means_its_own_image_and_not_an_imported_one(run, put, cache, 
         (("tiny", "x"), "there is an image 'tiny' already"),
         (("mine",), "no file is given"),
         (("mine", "https://example.org/x"), "https://example.org/x is no file of this machine"),
-        (("mine", "disk.qcow2", "--login=key"), "login.method = 'key' cannot be used"),
+        (("mine", "disk.qcow2", "--login=key"), "--login=key needs --kernel"),
+        (("mine", "disk.qcow2", "--append=quiet"), "--append needs --kernel"),
+        (("mine", "disk.qcow2", "--initrd=disk.qcow2"), "--initrd needs --kernel"),
+        (("mine", "--kernel=linux", "--firmware=bios"), "cannot be used with --firmware=bios"),
+        (("mine", "--kernel=initrd", *NONE), "--kernel=initrd is no kernel, but an archive"),
+        (("mine", "--kernel=linux", "--initrd=linux", *NONE), "--initrd=linux is a kernel"),
         (("mine", "disk.qcow2", "--login=password"), "login.password"),
         (("mine", "disk.qcow2", "--python=three"), "system.python"),
-        (("mine", "disk.qcow2", "--firmware=kernel"), "source.kernel"),
+        (("mine", "disk.qcow2", "--firmware=kernel"), "--firmware=kernel needs --kernel"),
         (("mine", "disk.qcow2", "disk.qcow2", "--memory=lots"), "boot.memory_min"),
     ],
 )
 def test_wrong_usage(arguments, why, run, put, cache, monkeypatch, tmp_path):
-    put(made("qcow2-v3"))
+    put(made("qcow2-v3") | {"linux": bytes(0x202) + b"HdrS", "initrd": b"070701"})
     monkeypatch.chdir(tmp_path)
-    assert why in run("import", *arguments, status=2)
+    for more in ((), ("--dry-run",)):
+        said = run("import", *arguments, *more, status=2)
+        assert why in said
+        assert "image.toml:" not in said
     assert list(cache.glob("imported/*")) == []
 
 

@@ -23,6 +23,10 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import MIB
 
 DIRECT_APPEND = "console=ttyS0 root=/dev/vda rw"
+_KERNELS = ((0x202, b"HdrS"), (0x38, b"ARM\x64"))  # what kernels have, and where
+_HEAD = 0x206
+# cpio, zstd, xz, bzip2, lz4. A kernel of Arm may be compressed with gzip.
+_ARCHIVES = (b"070701", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"\x02\x21\x4c\x18")
 _NEW = ".new-"  # a folder that catalogues ignore
 
 
@@ -105,6 +109,7 @@ def describe(
     for key, path in (("kernel", wishes.kernel), ("initrd", wishes.initrd)):
         if path is not None:
             with opened(path) as extra:
+                _check_order(key, extra)
                 source |= {key: _relative(path, folder), f"{key}_sha256": extra.digest()}
     content["description"] = wishes.description or f"imported from {_shown(wishes)}"
     content["architecture"] = _architecture(wishes, found, notes)
@@ -121,7 +126,8 @@ def describe(
                 )
             )
     content["system"] = _system(wishes, notes)
-    content["login"] = _login(wishes, found, content["boot"]["firmware"], notes)
+    content["login"] = _login(wishes, found, notes)
+    _put(content, work / "definition" / wishes.name)
     return Described(content, tuple(notes))
 
 
@@ -145,14 +151,27 @@ def write(described: Described, folder: Path) -> ImageDefinition:
         ) from error
     try:
         inner = new / folder.name
-        inner.mkdir()
-        text = tomli_w.dumps(described.content)
-        (inner / DEFINITION_FILE).write_text(text, encoding="utf-8")
-        ImageDefinition.read(inner)
+        _put(described.content, inner)
         inner.rename(folder)
     finally:
         shutil.rmtree(new)
     return ImageDefinition.read(folder)
+
+
+def _put(content: Mapping[str, Any], folder: Path) -> None:
+    """Write and check a definition. An error does not name the folder, which is not its last place.
+
+    Raises:
+        ConfigError: the definition is invalid.
+    """
+    file = folder / DEFINITION_FILE
+    folder.mkdir(parents=True)
+    file.write_text(tomli_w.dumps(content), encoding="utf-8")
+    try:
+        ImageDefinition.read(folder)
+    except ConfigError as error:
+        brief = error.brief.replace(f"{file}: ", "")
+        raise ConfigError(brief, details=error.details, remedy=error.remedy) from error
 
 
 def check_free(folder: Path) -> None:
@@ -210,6 +229,18 @@ def _relative(path: Path, folder: Path) -> str:
     return place
 
 
+def _check_order(key: str, file: SourceFile) -> None:
+    """Check that a kernel and its initial RAM disk were not swapped."""
+    head = file.head(_HEAD)
+    is_kernel = any(head[at : at + len(magic)] == magic for at, magic in _KERNELS)
+    is_archive = not is_kernel and head.startswith(_ARCHIVES)
+    if is_kernel if key == "initrd" else is_archive:
+        raise ConfigError(
+            f"--{key}={file.name} is {'a kernel' if is_kernel else 'no kernel, but an archive'}",
+            remedy="give the kernel by --kernel, and its initial RAM disk by --initrd",
+        )
+
+
 def _shown(wishes: Wishes) -> str:
     paths = wishes.files or tuple(path for path in (wishes.kernel, wishes.initrd) if path)
     names = ", ".join(path.name for path in paths[:2])
@@ -256,16 +287,16 @@ def _system(wishes: Wishes, notes: list[tuple[str, str]]) -> dict[str, object]:
     return system
 
 
-def _login(
-    wishes: Wishes, found: Unpacked | None, firmware: str, notes: list[tuple[str, str]]
-) -> dict[str, str]:
+def _login(wishes: Wishes, found: Unpacked | None, notes: list[tuple[str, str]]) -> dict[str, str]:
     login = dict(wishes.login)
     if "method" in login:
         return login
     if found is not None and found.kind == "box":
         method, why = "vagrant", "boxes have the well-known key of Vagrant, which is replaced"
-    elif firmware == "kernel":
-        method, why = "key", "its initial RAM disk takes our key from the command line; --login"
+    elif found is None:
+        reader = "its initial RAM disk" if wishes.initrd else "the system"
+        method = "key"
+        why = f"a guess: {reader} takes our key from the command line; otherwise --login=none"
     else:
         method, why = "cloud-init", "images of vendors have it; otherwise --login=password or none"
     notes.append((f"login: {method}", why))
