@@ -26,12 +26,14 @@ from pytest_vmsandbox.catalogue.store import (
 )
 from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import GIB, format_size
+from pytest_vmsandbox.core.spec import GIB, KIB, format_size
 from pytest_vmsandbox.core.text import printable
 
 ROOM_FOR_A_DISK = 3 * GIB
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
 _TAIL = 20  # lines of the output in an error
+_TAIL_SIZE = 64 * KIB  # bytes of the output that they are taken from
+_TAIL_WIDTH = 500  # characters of each of them
 # One line, as ssh-keygen writes it. Each key of that type begins with its name and size.
 _HOST_KEY = re.compile(rb"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI[A-P][A-Za-z0-9+/]{42}( [^\n]*)?\n")
 
@@ -143,11 +145,17 @@ class _Filler:
 
 def _add_end_of(log: Path, error: ImageError) -> None:
     """Add the last lines of a build's log to the error that ended the build."""
-    text = printable(log.read_text(encoding="utf-8", errors="replace"))
-    if lines := text.splitlines():
-        end = "\n".join((f"--- last lines of {log}", *lines[-_TAIL:]))
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_SIZE))
+        text = printable(file.read().decode(errors="replace"))
+    if lines := [_cut(line) for line in text.splitlines()[-_TAIL:]]:
+        end = "\n".join((f"--- last lines of {log}", *lines))
         error.details = f"{error.details}\n{end}".strip()
         error.remedy = error.remedy or f"read {log}, correct the cause, and build it again"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _TAIL_WIDTH else f"{line[:_TAIL_WIDTH]}…"
 
 
 def run_recipe(build: Build) -> Mapping[str, object]:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.spec import KIB, MIB, format_size
 from pytest_vmsandbox.core.text import printable
 
 PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
+LONGEST_LINE = 64 * KIB  # of a program's output; a longer one is handled in pieces
 
+_MOST_OUTPUT = 64 * MIB  # of one build: its log becomes a part of the image
 _SUPERVISOR = os.fspath(Path(__file__).with_name("supervisor.py"))
 
 
@@ -45,7 +49,17 @@ class Build:
         self.write(PROGRESS + text.encode() + b"\n")
 
     def write(self, line: bytes) -> None:
-        """Write a line into the log. If it begins with `PROGRESS`, people see it, too."""
+        """Write a line into the log. If it begins with `PROGRESS`, people see it, too.
+
+        Raises:
+            ImageError: the log is too large.
+        """
+        if self.log.tell() + len(line) > _MOST_OUTPUT:
+            raise ImageError(
+                f"making {self.definition.name!r} failed: its programs wrote more than "
+                f"{format_size(_MOST_OUTPUT)} of output",
+                remedy="let them write less, for instance into a file",
+            )
         self.log.write(line)
         if line.startswith(PROGRESS):
             text = line.removeprefix(PROGRESS).decode(errors="replace")
@@ -75,6 +89,7 @@ class Build:
 
         Raises:
             OSError: it cannot be started, or the log cannot be written.
+            ImageError: it wrote too much.
         """
         supervised = [sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(self.lock)]
         with subprocess.Popen(
@@ -89,7 +104,8 @@ class Build:
             umask=0o022,
         ) as process:
             try:
-                for line in process.stdout or ():
+                assert process.stdout is not None
+                while line := process.stdout.readline(LONGEST_LINE):
                     self.write(line)
                 status = process.wait()
             finally:

@@ -412,9 +412,13 @@ def _record(folder: Path) -> dict[str, Any]:
     return integrity.read_record(folder / IMAGES.record)
 
 
-def damaged(definition: ImageDefinition, what: str) -> ImageError:
+class DamagedImageError(ImageError):
+    """The files of an image have changed since it was built. Such an image is not just missing."""
+
+
+def damaged(definition: ImageDefinition, what: str) -> DamagedImageError:
     """The error for an image whose files have changed since it was built."""
-    return ImageError(
+    return DamagedImageError(
         f"the image {definition.name!r} is damaged: {what}",
         remedy=f"{build_command(definition)} --force",
     )

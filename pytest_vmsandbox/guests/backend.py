@@ -14,7 +14,7 @@ from pathlib import Path
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.lock import Lock
-from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
+from pytest_vmsandbox.catalogue.store import BuiltImage, DamagedImageError, ImageStore
 from pytest_vmsandbox.core.errors import (
     ConfigError,
     ImageError,
@@ -75,11 +75,14 @@ class Backend:
 
         Raises:
             ConfigError: there is no such image.
+            DamagedImageError: the image is there, but damaged. A run must not pass over that.
         """
         try:
             # QEMU first: without it, an image does not help.
             qemu = find_qemu(self.catalogue.get(image).architecture)
             return self.built(image), qemu
+        except DamagedImageError:
+            raise
         except (LaunchError, ImageError) as error:
             self.callbacks.missing(error)
 

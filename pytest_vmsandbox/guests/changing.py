@@ -12,11 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.making import LONGEST_LINE, Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
-from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ImageError
+from pytest_vmsandbox.core.errors import (
+    CacheError,
+    CommandError,
+    CommandTimeout,
+    ImageError,
+    LaunchError,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network, format_size
+from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -31,8 +38,6 @@ from pytest_vmsandbox.machine.disk import Disks
 
 _MEMORY = GIB  # package managers need more than most tests
 _SILENT_SECONDS = 600.0  # of a program in the guest, on a usual host with KVM; then it is killed
-_MOST_OUTPUT = 256 * MIB
-_LONGEST_LINE = MIB
 _FICLONE = 0x40049409  # of linux/fs.h: a file shares the blocks of another one
 
 # What a boot has left there, and what packages have; each guest gets a machine-id of its own.
@@ -80,7 +85,8 @@ def changing(
     Raises:
         BootError: the guest does not come up.
         GuestLost: this host could not read or write its disk.
-        ImageError: it does not shut down in an orderly way, or its disk cannot be kept.
+        ImageError: something in it failed, it does not shut down in an orderly way, or its disk cannot
+            be kept.
     """
     with ExitStack() as stack:
         backend = Backend(settings, Announcer(build.say), stack)
@@ -98,12 +104,45 @@ def changing(
             logs=build.work / "logs",
         )
         with backend.engine(machines) as engine, on_sound_disks(guest := Guest(engine)):
-            yield guest
+            with named(build):
+                yield guest
             build.say("shutting it down")
             _shut_down(engine)
         if disks.base is not None:
             build.say("making the disk")
             _keep(build, base, disks)
+
+
+@contextmanager
+def named(build: Build, script: str = "") -> Iterator[None]:
+    """Make an error of a guest that is changed an error of the image.
+
+    Args:
+        build: what is built.
+        script: the script of the image, if it may be to blame.
+
+    Raises:
+        ImageError: a program in the guest failed, or the guest is gone.
+    """
+    try:
+        yield
+    except (ImageError, CacheError, LaunchError):
+        raise
+    except VMSandboxError as error:
+        remedy = ""
+        if error.transient:
+            remedy = error.remedy
+        elif script:
+            remedy = (
+                f"look at {build.definition.folder / script}. It must neither reboot the guest nor switch it off, and afterwards root "
+                "must still be able to run programs"
+            )
+        raise ImageError(
+            f"making {build.definition.name!r} failed: {error.brief}",
+            details=error.details,
+            remedy=remedy,
+            transient=error.transient,
+        ) from error
 
 
 def _shut_down(engine: Engine) -> None:
@@ -123,10 +162,24 @@ def _shut_down(engine: Engine) -> None:
         )
 
 
-def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) -> None:
+def run(
+    build: Build,
+    guest: Guest,
+    script: str,
+    arguments: Sequence[str] = (),
+    *,
+    what: str = "a program in the guest",
+) -> None:
     """Run a shell script in the guest. Its output goes into the log.
 
     It may take as long as it writes something now and then.
+
+    Args:
+        build: what is built.
+        guest: where it runs, as root.
+        script: its text.
+        arguments: of the script.
+        what: its name for people.
 
     Raises:
         ImageError: it ended with another status than 0, or was silent for too long.
@@ -138,7 +191,7 @@ def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) 
     try:
         result = guest.engine.run(command, stdout=log.feed, timeout=math.inf, idle=silent)
     except CommandTimeout as late:
-        raise ImageError(f"making {name!r} failed: {late.brief}") from late
+        raise ImageError(f"making {name!r} failed: {what} was killed: {late.brief}") from late
     finally:
         log.end()
     if result.returncode != 0:
@@ -147,7 +200,7 @@ def run(build: Build, guest: Guest, script: str, arguments: Sequence[str] = ()) 
             if result.returncode > 0
             else f"signal {-result.returncode}"
         )
-        raise ImageError(f"making {name!r} failed: a program in the guest ended with {how}")
+        raise ImageError(f"making {name!r} failed: {what} ended with {how}")
 
 
 def grow(build: Build, guest: Guest) -> None:
@@ -165,29 +218,22 @@ def clean(build: Build, guest: Guest) -> None:
 
 
 class Lines:
-    """Passes output of a guest on to the log of a build, line by line. Both have limits."""
+    """Passes output of a guest on to the log of a build, line by line."""
 
     def __init__(self, build: Build) -> None:
         self._build = build
         self._rest = b""
-        self._size = 0
 
     def feed(self, data: bytes) -> None:
         """Take some output.
 
         Raises:
-            ImageError: it is too much in all.
+            ImageError: it is too much for the log.
         """
-        self._size += len(data)
-        if self._size > _MOST_OUTPUT:
-            raise ImageError(
-                f"a program in the guest wrote more than {format_size(_MOST_OUTPUT)}",
-                remedy="let it write less, for instance into a file in the guest",
-            )
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._build.write(line + b"\n")
-        if len(self._rest) > _LONGEST_LINE:
+        if len(self._rest) > LONGEST_LINE:
             self.end()
 
     def end(self) -> None:

@@ -131,21 +131,27 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
             )
         if add.packages:
             build.say(f"installing {', '.join(add.packages)}")
-            changing.run(build, guest, _INSTALL, add.packages)
-        if add.script:
-            build.say(f"running {add.script}")
-            _run_script(build, guest, definition.folder, add.script)
-        _tell_of_kernels(build, before, guest.shell(_KERNELS, user="root").stdout)
-        found = examining.check(guest, definition)
-        packages = examining.packages(guest)
-        if not packages and (base.folder / PACKAGES).exists():
-            packages = (base.folder / PACKAGES).read_text(encoding="utf-8")
-        (build.out / PACKAGES).write_text(packages, encoding="utf-8")
-        changing.clean(build, guest)
-        if base.disk is None:
-            build.say("making the initial RAM file system")
-            with (build.out / INITRD).open("xb") as initrd:
-                guest.engine.stream_script(_PACK, stdout=initrd.write)
+            changing.run(build, guest, _INSTALL, add.packages, what="the package manager")
+        with changing.named(build, add.script):
+            if add.script:
+                build.say(f"running {add.script}")
+                _run_script(build, guest, definition.folder, add.script)
+            _tell_of_kernels(build, before, guest.shell(_KERNELS, user="root").stdout)
+            return _examined(build, base, guest)
+
+
+def _examined(build: Build, base: BuiltImage, guest: Guest) -> Mapping[str, object]:
+    """Look at a guest that was changed, and clean it up. Returns what was found in it."""
+    found = examining.check(guest, build.definition)
+    packages = examining.packages(guest)
+    if not packages and (base.folder / PACKAGES).exists():
+        packages = (base.folder / PACKAGES).read_text(encoding="utf-8")
+    (build.out / PACKAGES).write_text(packages, encoding="utf-8")
+    changing.clean(build, guest)
+    if base.disk is None:
+        build.say("making the initial RAM file system")
+        with (build.out / INITRD).open("xb") as initrd:
+            guest.engine.stream_script(_PACK, stdout=initrd.write)
     return found
 
 
@@ -155,7 +161,7 @@ def _run_script(build: Build, guest: Guest, folder: Path, script: str) -> None:
     with (folder / script).open("rb") as file:
         has_interpreter = file.read(2) == b"#!"
     start = 'chmod u+x "$2" && exec "./$2"' if has_interpreter else 'exec /bin/sh "./$2"'
-    changing.run(build, guest, f'cd "$1" || exit; {start}', [_FOLDER, script])
+    changing.run(build, guest, f'cd "$1" || exit; {start}', [_FOLDER, script], what=script)
     guest.run(["rm", "-rf", _FOLDER], user="root")
 
 

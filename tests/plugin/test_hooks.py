@@ -69,14 +69,19 @@ def test_arguments_for_qemu(bare):
     """Those of all plugins arrive, for the guest that they were asked about; the order is pluggy's."""
     make(bare)
     run(bare, """
+        from types import SimpleNamespace
+
         from pytest_vmsandbox.core.spec import Hardware
         from pytest_vmsandbox.guests import backend
         from pytest_vmsandbox.machine.cmdline import MachineSpec
 
         def test_x(vm_factory, monkeypatch):
-            monkeypatch.setattr(backend, "find_qemu", lambda architecture: None)
-            for name in ("built", "accelerator"):
-                monkeypatch.setattr(vm_factory.backend, name, lambda image: None)
+            here = vm_factory.backend
+            for name in ("find_qemu", "find_firmware"):
+                monkeypatch.setattr(backend, name, lambda *args: None)
+            built = SimpleNamespace(definition=here.catalogue.get("alpha-1"))
+            monkeypatch.setattr(here, "built", lambda image: built)
+            monkeypatch.setattr(here, "accelerator", lambda image: None)
             spec = MachineSpec(
                 name="alpha-1-1", qemu="qemu", version=(7, 2), accelerator="tcg",
                 processor="Nehalem", hardware=Hardware(cpus=3),

@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.core.paths import cache_dir
+
 HEAVY = ("paramiko", "asyncio", "qemu", "click", "rich", "cryptography", "tomllib")
 OURS = ("pytest_vmsandbox.guests", "pytest_vmsandbox.machine", "pytest_vmsandbox.catalogue")
 LISTS_MODULES = """
@@ -160,6 +164,15 @@ class TestNoImage:
         result = some_qemu.run_apart("-rs", "--vm-missing=skip")
         result.assert_outcomes(skipped=1)
         result.stdout.fnmatch_lines(["SKIPPED*the image 'alpha-1' is not built*"])
+
+    def test_a_damaged_one_is_never_skipped(self, some_qemu):
+        definition = Catalogue([some_qemu.path / "images"]).get("alpha-1")
+        store = ImageStore(cache_dir())
+        (store.root / store.key(definition)).mkdir(parents=True)  # without a record
+        some_qemu.write(USES)
+        result = some_qemu.run_apart("--vm-missing=skip")
+        result.assert_outcomes(errors=1)
+        assert "the image 'alpha-1' is damaged" in result.stdout.str()
 
     def test_a_wrong_name_is_never_skipped(self, some_qemu):
         some_qemu.write("def test_x(vm_factory):\n    with vm_factory.boot('gamma'): pass")

@@ -14,7 +14,7 @@ import pytest
 
 import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
-from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue import making, programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
 from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -332,6 +332,42 @@ class TestBuild:
         check_room([tmp_path], 1)
         with pytest.raises(ImageError, match=r"only .*iB are free in .*; a build needs 1024TiB"):
             check_room([tmp_path], 1024**5)
+
+
+class TestMuchOutput:
+    """It neither fills the disk nor the memory, and an error shows the end of it."""
+
+    def test_is_an_error(self, tmp_path, make, monkeypatch, alive):
+        monkeypatch.setattr(making, "_MOST_OUTPUT", 100_000)
+        definition = define(tmp_path / "mine", f"exec 9>{alive.path}\nyes")
+        with pytest.raises(ImageError, match="'mine' failed: its .* wrote more than") as caught:
+            make(definition)
+        assert "let them write less" in caught.value.remedy
+        assert caught.value.details.endswith("\ny\ny")
+        assert alive.wait_for_end(20)
+
+    def test_in_one_line(self, tmp_path, make, store):
+        script = "head -c 300000 /dev/zero | tr '\\0' x\necho; echo the end\nexit 1"
+        with pytest.raises(ImageError) as caught:
+            make(define(tmp_path / "mine", script))
+        assert store.failed_log("mine").read_bytes() == b"x" * 300_000 + b"\nthe end\n"
+        assert caught.value.details.endswith(f"\n{'x' * 500}…\nthe end")
+
+    def test_is_read_in_pieces(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(making, "LONGEST_LINE", 10)
+        written = []
+        with (tmp_path / "log").open("wb") as log:
+            test_build = making.Build(
+                definition=images.DEFINITION,
+                out=tmp_path,
+                work=tmp_path,
+                log=log,
+                lock=log.fileno(),
+                progress=print,
+            )
+            monkeypatch.setattr(making.Build, "write", lambda _, line: written.append(line))
+            assert test_build.run(["printf", "one\ntwo and three\n"]) == 0
+        assert written == [b"one\n", b"two and th", b"ree\n"]
 
 
 class TestEnd:

@@ -1,16 +1,28 @@
 """Images that derive from others, as far as they need no guest; tests/functional/test_derived.py has the rest."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
-from pytest_vmsandbox.core.errors import CacheError, ImageError
+from pytest_vmsandbox.core.errors import (
+    CacheError,
+    CommandError,
+    CommandResult,
+    GuestLost,
+    ImageError,
+    LaunchError,
+)
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, deriving
 from pytest_vmsandbox.guests.image_maker import make_image
 from support import damage, images
+from support.images import DEFINITION
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 DELIVER = f"""#!/bin/sh
@@ -184,3 +196,50 @@ class TestWhatNeedsAGuest:
     def test_what_only_we_must_know(self, world, more):
         world.derive("other", "lower", more)
         assert not deriving._is_changed(world.definition("other"), world.make("lower"))
+
+
+class TestErrorsOfTheGuest:
+    """People know the image and the script, but no guest and no program of ours."""
+
+    build: Any = SimpleNamespace(
+        definition=replace(DEFINITION, name="mine", folder=Path("/images/mine")), write=print
+    )
+    lost = GuestLost("the guest is switched off", details="its console", remedy="call vm.reboot()")
+    result = CommandResult(argv=("rm",), returncode=1, stdout="", stderr="no rm", duration=0)
+
+    @pytest.mark.parametrize(
+        "error", [lost, CommandError("rm failed", result=result, remedy="check=False")]
+    )
+    def test_name_the_image_and_the_script(self, error):
+        with pytest.raises(ImageError) as raised, changing.named(self.build, "setup.sh"):
+            raise error
+        assert raised.value.brief == f"making 'mine' failed: {error.brief}"
+        assert raised.value.details == error.details
+        assert raised.value.remedy.startswith("look at /images/mine/setup.sh. It must neither")
+
+    def test_without_a_script(self):
+        with pytest.raises(ImageError) as raised, changing.named(self.build):
+            raise self.lost
+        assert raised.value.remedy == ""  # the builder names the log
+
+    def test_chance(self):
+        error = GuestLost("QEMU was killed", remedy="try again", transient=True)
+        with pytest.raises(ImageError) as raised, changing.named(self.build, "setup.sh"):
+            raise error
+        assert raised.value.transient
+        assert raised.value.remedy == "try again"
+
+    @pytest.mark.parametrize("error", [ImageError("x"), LaunchError("x"), CacheError("x")])
+    def test_what_is_not_of_the_guest(self, error):
+        with pytest.raises(type(error)) as raised, changing.named(self.build, "setup.sh"):
+            raise error
+        assert raised.value is error
+
+    def test_a_script_that_fails(self):
+        engine = SimpleNamespace(
+            stretch=lambda seconds: seconds,
+            run=lambda *_, **__: replace(self.result, returncode=3),
+        )
+        guest: Any = SimpleNamespace(engine=engine)
+        with pytest.raises(ImageError, match="'mine' failed: setup.sh ended with status 3"):
+            changing.run(self.build, guest, "", what="setup.sh")
