@@ -213,7 +213,7 @@ def _size_of(head: bytes) -> int:
     """How many bytes a kernel has by its header, without signatures behind it."""
     if len(head) < _LEAST_BYTES:
         return _LEAST_BYTES
-    (paragraphs,) = struct.unpack_from("<I", head, 0x1F4)
+    paragraphs = int.from_bytes(head[0x1F4:0x1F8], "little")
     return max(_LEAST_BYTES, _setup_size(head) + paragraphs * 16)
 
 
