@@ -145,7 +145,7 @@ def test_tests_that_cannot_be_parametrized_run_on_the_first_kernel(kernels):
 def test_wrong_kernels(kernels):
     said = kernels.usage_error("--vm-kernel=none")
     assert said.count("the kernel") == 1
-    assert f"the kernel {kernels.path}/none cannot be read: No such file" in said
+    assert f"the kernel's file {kernels.path}/none cannot be read: No such file" in said
     assert "Remedy: check the path" in said
     assert kernels.guests == []
     assert "kernel='' is not the path of a kernel" in kernels.usage_error("--vm-kernel=")
