@@ -486,10 +486,12 @@ def _is_below_link(name: str) -> bool:
 
 def _plain_name(name: str, folder: Path) -> str:
     """The name of a module's file, if it stays in its folder and in a list of names."""
-    if not re.fullmatch("[!-~]+", name) or name.startswith("/") or ".." in name.split("/"):
+    is_plain = re.fullmatch("[!-~]+", name) and _MODULE.fullmatch(name)
+    if not is_plain or name.startswith("/") or ".." in name.split("/"):
         raise ConfigError(
             f"a module in {folder} has a name that cannot be used: {name!r}",
-            remedy="modules have paths below that folder, in letters, digits and signs of ASCII, without blanks",
+            remedy="modules have paths below that folder that end in .ko, in letters, digits and signs of ASCII, "
+            "without blanks",
         )
     return name
 

@@ -334,7 +334,10 @@ def test_names_of_modules_that_are_no_words(tmp_path, name):
     caught.value.brief.encode()
 
 
-@pytest.mark.parametrize("name", ["../outside.ko", "/outside.ko", "kernel/../../outside.o"])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.ko", "/outside.ko", "kernel/../../outside.o", "../../etc/shadow", "outside"],
+)
 def test_a_list_of_modules_that_leads_elsewhere(tmp_path, name):
     built = tree(tmp_path / "built", modules=[MODULE])
     (tmp_path / "outside.ko").write_bytes(b"\x7fELF module")

@@ -272,8 +272,18 @@ def test_what_the_console_says(console, option):
     assert ("that has them" in found.remedy(has_modules=False)) is are_drivers
 
 
+BIOS = "SeaBIOS (version 1.16.2)\nBooting from ROM...\nProbing EDD (edd=off to disable)... o"
+
+
+def test_a_kernel_that_resets_the_machine():
+    found = kernel_faults.fault(3 * BIOS)
+    assert found.brief == "the kernel resets the machine again and again"
+    assert "may be damaged" in found.remedy(has_modules=False)
+    assert "CONFIG" not in found.remedy(has_modules=True)
+
+
 @pytest.mark.parametrize(
-    "console", ["", "Linux version 6\nvmsandbox: init\nvmsandbox: ssh\n", "oops"]
+    "console", ["", 2 * BIOS, "Linux version 6\nvmsandbox: init\nvmsandbox: ssh\n", "oops"]
 )
 def test_a_console_that_says_nothing_about_it(console):
     assert kernel_faults.fault(console) is None
