@@ -56,7 +56,8 @@ def bzimage(release="6.12.9", *, config="", pack="gzip", bits64=True) -> bytes:
         inner += b"IKCFG_ST" + gzip.compress(config.encode()) + b"IKCFG_ED"
     payload = PACK[pack](inner)
     struct.pack_into("<II", head, 0x248, 0x20, len(payload))
-    return bytes(head) + bytes(0x20) + payload + b"what follows"
+    struct.pack_into("<I", head, 0x1F4, -(-(0x20 + len(payload)) // 16))
+    return bytes(head) + bytes(0x20) + payload + b"what follows, and fills it up"
 
 
 def kernel(file: Path, release="6.12.9", **how) -> Path:

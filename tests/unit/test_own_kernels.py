@@ -135,6 +135,69 @@ def test_a_package_is_unpacked_once(tmp_path, ran, built, store):
     assert ran[4:] == ["dpkg-deb"]  # its name
 
 
+@pytest.mark.parametrize("name", ["kernel/secret.ko", "modules.builtin", "modules.order"])
+def test_a_file_of_this_machine_does_not_reach_guests(tmp_path, ran, built, store, name):
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    (file := installed(tmp_path / "it") / "lib/modules/6.12.9" / name).unlink(missing_ok=True)
+    file.symlink_to(secret)
+    with pytest.raises(ConfigError, match="leads out of .*it, to .*secret"):
+        store.get(tmp_path / "it", built)
+    assert ran == []
+
+
+def test_a_link_that_turns_while_it_is_prepared(tmp_path, ran, built, store, monkeypatch):
+    at = installed(tmp_path / "it") / "lib/modules/6.12.9/kernel/fs/ext4"
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    listed = sources.module_files
+
+    def turned(kernel):
+        files = [*listed(kernel)]
+        (at / "ext4.ko").unlink()
+        (at / "ext4.ko").symlink_to(secret)
+        yield from files
+
+    monkeypatch.setattr(sources, "module_files", turned)
+    with pytest.raises(ConfigError, match="leads out of .*it, to .*secret"):
+        store.get(tmp_path / "it", built)
+
+
+@pytest.mark.parametrize("lines", ["fuse fuse c10:229 more\n", "fuse\n"])
+def test_odd_nodes_are_left_out(tmp_path, ran, built, store, monkeypatch, lines):
+    run = sources.run_program
+
+    def depmod(argv, *more):
+        done = run(argv, *more)
+        if argv[0] == "depmod":
+            folder = Path(argv[2], "lib/modules", argv[3])
+            (folder / "modules.devname").write_text(lines, encoding="utf-8")
+        return done
+
+    monkeypatch.setattr(sources, "run_program", depmod)
+    own = store.get(installed(tmp_path / "it"), built)
+    assert entries(own.initrd.read_bytes()[20:])["nodes"] == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "brief"),
+    [
+        ("boot/vmlinuz-6.12.9", "some.deb has no kernel"),
+        (
+            "lib/modules/6.12.9/kernel/fs/ext4/ext4.ko",
+            "some.deb/lib/.*/ext4.ko is no kernel module",
+        ),
+    ],
+)
+def test_a_package_that_cannot_be_used(tmp_path, ran, built, store, name, brief):
+    file = installed(tmp_path / "some.content") / name
+    (tmp_path / "some.deb").touch()
+    if name.startswith("boot"):
+        file.unlink()
+    else:
+        file.write_text("text")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/{brief}"):
+        store.get(tmp_path / "some.deb", built)
+
+
 def test_a_damaged_one_is_made_again(tmp_path, ran, built, store):
     file = kernel(tmp_path / "bzImage")
     own = store.get(file, built)
