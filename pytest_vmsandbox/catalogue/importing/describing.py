@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -129,11 +130,7 @@ def write(described: Described, folder: Path) -> ImageDefinition:
     Raises:
         ConfigError: it is invalid, or there is something with its name.
     """
-    if os.path.lexists(folder):
-        raise ConfigError(
-            f"{folder} is there already",
-            remedy=f"choose another name, or remove it: vmsandbox images rm {folder.name}",
-        )
+    check_free(folder)
     # Its name is checked, too, so it is made below a folder that catalogues ignore.
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,6 +152,19 @@ def write(described: Described, folder: Path) -> ImageDefinition:
     finally:
         shutil.rmtree(new)
     return ImageDefinition.read(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Check that a definition can be written.
+
+    Raises:
+        ConfigError: there is something with its name.
+    """
+    if os.path.lexists(folder):
+        raise ConfigError(
+            f"{folder} is there already",
+            remedy=f"choose another name, or remove it: rm -r {shlex.quote(os.fspath(folder))}",
+        )
 
 
 # -- its values -------------------------------------------------------------------------------------
