@@ -659,3 +659,16 @@ class TestStore:
 
     def test_remove_tree_of_nothing(self, tmp_path):
         remove_tree(tmp_path / "gone")
+
+
+def test_a_name_adds_no_line_to_the_log_of_a_build(tmp_path):
+    seen = []
+
+    def maker(made):
+        made.say("unpacking \x1b[2Ja\n== b\r")
+        raise ImageError("it ends")
+
+    with pytest.raises(ImageError, match="it ends") as caught:
+        build(define(tmp_path / "one"), ImageStore(tmp_path / "cache"), maker, progress=seen.append)
+    assert seen == ["unpacking a == b"]
+    assert caught.value.details.splitlines()[-1] == "== unpacking a == b"
