@@ -43,7 +43,7 @@ def opened(file: Path, below: Path | None = None) -> Iterator[BufferedReader]:
 def unreadable(path: Path, error: OSError) -> ConfigError:
     """The error for a file of a kernel that cannot be read."""
     return ConfigError(
-        f"{path} cannot be read: {error.strerror or error}",
+        f"the kernel's file {path} cannot be read: {error.strerror or error}",
         remedy="check the path, and that you may read the file (Ubuntu lets only root read "
         "/boot/vmlinuz-*: name the .deb file instead)",
     )

@@ -99,7 +99,7 @@ def _of_file(file: Path) -> Kernel:
 def _in_folder(folder: Path) -> Kernel:
     image = folder / "arch/x86/boot/bzImage"
     if image.is_file():
-        return _built(folder, folder, image, read_release(image, folder))
+        return _built(folder, folder, image, read_release(image))
     if (folder / "arch/x86").is_dir():
         raise ConfigError(
             f"no kernel was built in {folder}: there is no arch/x86/boot/bzImage",
@@ -108,11 +108,10 @@ def _in_folder(folder: Path) -> Kernel:
     patterns = ("boot/vmlinuz-*", "lib/modules/*/vmlinuz", "usr/lib/modules/*/vmlinuz", "vmlinuz*")
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     found = {file.resolve(): file for file in files if file.is_file()}
-    home = folder
     for build in (*folder.glob("lib/modules/*/build"), *folder.glob("usr/lib/modules/*/build")):
         image = build / "arch/x86/boot/bzImage"
         if not found and image.is_file():
-            found[image.resolve()], home = image, build
+            found[image.resolve()] = image
     if len(found) != 1:
         listed = "\n".join(map(str, found.values()))
         raise ConfigError(
@@ -121,7 +120,7 @@ def _in_folder(folder: Path) -> Kernel:
             remedy="name one of these files" if found else _NOT_A_KERNEL,
         )
     (file,) = found.values()
-    release = read_release(file, home)
+    release = read_release(file)
     modules = file.parent if file.parent.name == release else _modules_below(folder, release)
     configs = (
         folder / f"boot/config-{release}",
@@ -178,16 +177,13 @@ def _first(*files: Path) -> Path | None:
 # -- what is in its files -----------------------------------------------------------------------------
 
 
-def read_release(file: Path, below: Path | None = None) -> str:
-    """The release of a kernel, from the header of its file.
-
-    Args:
-        below: the folder that links must not lead out of; None for any.
+def read_release(file: Path) -> str:
+    """The release of a kernel, from the header of its file. It may be a link to anywhere: only a kernel has such a header.
 
     Raises:
         ConfigError: it cannot be read, or is no kernel for x86_64 that QEMU can boot.
     """
-    with kernel_files.opened(file, below) as stream:
+    with kernel_files.opened(file) as stream:
         head, size = stream.read(_HEADER_BYTES), os.fstat(stream.fileno()).st_size
     if head[0x1FE:0x200] != b"\x55\xaa" or head[0x202:0x206] != b"HdrS":
         raise ConfigError(f"{file} is {_kind_of(head)}", remedy=_NOT_A_KERNEL)
