@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import threading
 import tomllib
 from functools import partial
@@ -15,7 +16,9 @@ from click.testing import CliRunner
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue.builder import build
 from pytest_vmsandbox.catalogue.catalogue import native_architecture
+from pytest_vmsandbox.catalogue.importing import describing
 from pytest_vmsandbox.catalogue.importing.maker import make
+from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests import image_maker
@@ -150,6 +153,26 @@ def test_a_harmful_file_leaves_nothing(run, put, cache):
     assert "names an extent with a path" in run("import", "evil", file, *NONE, status=69)
     assert not (cache / "imported").exists()
     assert list((cache / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "reading"),
+    [("vdi", SourceFile, "digest"), ("vmdk-split-flat", describing, "pack")],
+)
+def test_a_file_that_changes_while_it_is_checked(
+    name, place, reading, run, put, cache, monkeypatch
+):
+    files = put(made(name))
+    read = getattr(place, reading)
+
+    def then_write(*arguments):
+        found = read(*arguments)
+        os.utime(files[-1], ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(place, reading, then_write)
+    assert "was changed while it was imported" in run("import", "mine", *files, *NONE, status=69)
+    assert not (cache / "imported").exists()
 
 
 def test_a_file_that_the_host_cannot_read(run, cache, monkeypatch, tmp_path):

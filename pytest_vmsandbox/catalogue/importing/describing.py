@@ -98,6 +98,7 @@ def describe(
             file, url, digest = stack.enter_context(_file(wishes, folder, cache, work))
             kind = "vmdk" if len(wishes.files) > 1 else wishes.format
             found = stack.enter_context(unpacked_disk(file, kind, work, say))
+            file.check_unchanged()  # since its digest was taken
             source |= {"url": url, "sha256": digest, "format": found.kind}
             if not kind:
                 notes.append((f"format: {found.kind}", "by what the file holds"))
@@ -183,9 +184,11 @@ def _file(
         # A split disk becomes one file, which is kept: so one digest locks all of it.
         packed = work / "packed"
         pack(_in_order(files), packed)
+        for part in files:
+            part.check_unchanged()
         file = stack.enter_context(opened(packed, f"{wishes.name}.tar"))
+        stack.callback(packed.unlink)
         digest = Fetcher(cache, folder, lambda _: None).keep(file)
-        packed.unlink()
         yield file, f"{wishes.name}.tar", digest.hex
 
 

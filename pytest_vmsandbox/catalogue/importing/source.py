@@ -83,8 +83,12 @@ class SourceFile:
         Raises:
             ImageError: somebody has.
         """
-        now = os.fstat(self.descriptor)
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        now, then = os.fstat(self.descriptor), self.status
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
+            then.st_size,
+            then.st_mtime_ns,
+            then.st_ctime_ns,  # programs that copy set the former one back
+        ):
             raise ImageError(
                 f"{self.name} was changed while it was imported",
                 remedy="import it again when nothing writes to it; stop the machine that uses it",
