@@ -14,6 +14,7 @@ from support.disks import member, pax, raw_header, tar_of
 END = bytes(1024)
 DISK = b"a disk"
 HUGE = pax("size", "9" * 19)
+SECOND_DISK = b'{"provider": "libvirt", "disks": [{"path": "a.img"}, {"path": "%s"}]}'
 LIBVIRT = {"metadata.json": b'{"provider": "libvirt"}', "box.img": DISK}
 
 
@@ -257,6 +258,17 @@ def test_a_harmful_ovf(text, why):
             "box",
             "names a disk with a path",
         ),
+        (
+            {"metadata.json": SECOND_DISK % rb"\u001b]0;title\u0007b\nRemedy: c", "a.img": DISK},
+            "box",
+            "a path or a strange name",
+        ),
+        (
+            {"metadata.json": SECOND_DISK % b"../b", "a.img": DISK},
+            "box",
+            "a path or a strange name",
+        ),
+        ({"metadata.json": SECOND_DISK % rb"\ud800", "a.img": DISK}, "box", "a strange name"),
         ({"metadata.json": b'{"provider": "libvirt"}'}, "box", "does not have the disk 'box.img'"),
         ({"x.vmx": b'scsi0:0.fileName = "/vmfs/a.vmdk"'}, "box", "names a disk with a path"),
         ({"a.vmdk": b"KDMV"}, "vmdk", "has 0 descriptors"),
@@ -272,6 +284,8 @@ def test_an_archive_without_its_disk(files, kind, why, tmp_path):
     with pytest.raises(ImageError, match=why) as caught:
         chosen(tmp_path, files, kind)
     assert caught.value.remedy
+    assert str(caught.value).isascii()
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_box_says_what_it_is(tmp_path):

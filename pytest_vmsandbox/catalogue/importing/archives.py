@@ -121,6 +121,13 @@ def choose(file: SourceFile, archive: Archive, kind: str) -> Chosen:
         ImageError: the archive is not of that kind, or does not have its disk.
     """
     found = _KINDS[kind](file, archive)
+    for name in (found.name, *found.left_out):
+        if not vmdk.is_plain(name):
+            raise refused(
+                file,
+                f"names a disk with a path or a strange name: {name[:80]!r}",
+                "unpack it, and import the disk that is in it",
+            )
     if found.name not in archive.disks:
         raise refused(
             file,
@@ -181,8 +188,6 @@ def _libvirt(file: SourceFile, metadata: dict[str, Any]) -> Chosen:
     if isinstance(disks, list) and disks and all(isinstance(disk, dict) for disk in disks):
         name, *others = (str(disk.get("path", "")) for disk in disks)
         image_format = disks[0].get("format") or image_format
-    if not vmdk.is_plain(name):
-        raise refused(file, f"names a disk with a path: {name[:80]!r}", "make or fetch it again")
     if image_format not in ("", *headers.FORMATS):
         raise refused(file, "has a disk of an unknown format", "unpack it, and convert the disk")
     return Chosen(name, str(image_format), left_out=tuple(others))
