@@ -17,6 +17,7 @@ from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core.errors import ConfigError
 
 _PROGRAM_SECONDS = 120.0
+_AR_MAGIC, _AR_HEADER = b"!<arch>\n", 60
 
 
 @contextmanager
@@ -53,6 +54,33 @@ def content(file: Path, below: Path | None = None) -> bytes:
     """The content of a regular file; see `opened`."""
     with opened(file, below) as stream:
         return stream.read()
+
+
+def check_package(file: Path) -> None:
+    """Check that a Debian package is a regular file, and whole: an ``ar`` archive with all of its members.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    with opened(file) as stream:
+        size, needed = os.fstat(stream.fileno()).st_size, len(_AR_MAGIC)
+        is_package = stream.read(needed) == _AR_MAGIC[:size]
+        while is_package and (begin := needed + needed % 2) < size:
+            stream.seek(begin)
+            header = stream.read(_AR_HEADER)
+            length = header[48:58].strip() or b"0"
+            is_package = length.isdigit() and header[58:] in b"`\n"
+            needed = begin + _AR_HEADER + (int(length) if is_package else 0)
+    if not is_package:
+        raise ConfigError(
+            f"{file} is no Debian package, by its content",
+            remedy="name a file linux-image-VERSION.deb, or fetch it again",
+        )
+    if needed > size:
+        raise ConfigError(
+            f"{file} is cut short: it has {size} bytes, and needs {needed} or more",
+            remedy="copy, fetch or build it again",
+        )
 
 
 def check_folder(folder: Path, below: Path) -> None:

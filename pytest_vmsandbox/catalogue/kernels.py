@@ -19,8 +19,9 @@ from pytest_vmsandbox.core.errors import ConfigError
 _HEADER_BYTES = (
     0x8200  # where the text of the release must have begun; see the kernel's boot protocol
 )
-_RELEASE = re.compile(r"[0-9][\w.+~-]*")
+_RELEASE = re.compile(r"[0-9][\w.+~-]{0,63}(?![\w.+~-])")  # no kernel has a longer one
 _PACKAGE = re.compile(r"linux-image-(?:unsigned-)?([0-9][\w.+~-]*?)(?:-unsigned|-dbg)?")
+_LEAST_PROTOCOL = 0x20C  # of booting, from Linux 3.8 on: its header says whether it has 64 bits
 _LEAST_BYTES = 0x250  # of its header, up to where its content lies
 _MODULE = re.compile(r".*\.ko(\.(gz|xz|zst|bz2|lzma))?", re.DOTALL)
 _PROGRAM_SECONDS = 120.0
@@ -192,6 +193,12 @@ def read_release(file: Path) -> str:
             f"{file} is cut short: it has {size} bytes of at least {whole}",
             remedy="copy, fetch or build it again",
         )
+    (protocol,) = struct.unpack_from("<H", head, 0x206)
+    if protocol < _LEAST_PROTOCOL or not head[0x211] & 1:
+        raise ConfigError(
+            f"{file} is a kernel from before 2012, or no bzImage, so it cannot boot guests",
+            remedy=_NOT_A_KERNEL,
+        )
     (flags,) = struct.unpack_from("<H", head, 0x236)
     if not flags & 1:
         raise ConfigError(
@@ -228,8 +235,7 @@ def _kind_of(head: bytes) -> str:
 
 
 def _release_of_package(file: Path) -> str:
-    with kernel_files.opened(file):
-        pass  # dpkg-deb would wait for a FIFO
+    kernel_files.check_package(file)
     name = run_program(["dpkg-deb", "--field", str(file), "Package"], f"read {file}").strip()
     if not (found := _PACKAGE.fullmatch(name)):
         raise ConfigError(
@@ -294,7 +300,9 @@ def run_program(argv: list[str], what: str, environment: Mapping[str, str] | Non
         raise ConfigError(f"{argv[0]} could not {what}: {error}") from error
     if done.returncode:
         raise ConfigError(
-            f"{argv[0]} could not {what}", details=done.stderr.decode(errors="replace")
+            f"{argv[0]} could not {what}",
+            details=done.stderr.decode(errors="replace"),
+            remedy="look at the lines above: a file may be damaged (copy, fetch or build it again), or the disk full",
         )
     return done.stdout.decode(errors="replace")
 

@@ -13,7 +13,7 @@ from pytest_vmsandbox.catalogue import kernel_files, kernels
 from pytest_vmsandbox.catalogue.kernels import ModuleIndex
 from pytest_vmsandbox.core.errors import ConfigError
 from support.images import DEFINITION
-from support.kernels import GOOD, bzimage, installed, kernel, tree
+from support.kernels import GOOD, bzimage, installed, kernel, package, tree
 
 MODULE = "drivers/net/dummy.ko"
 
@@ -77,7 +77,7 @@ def test_a_kernel_among_its_modules(tmp_path):
     ],
 )
 def test_a_package(tmp_path, monkeypatch, name):
-    (tmp_path / "some.deb").touch()
+    package(tmp_path / "some.deb")
     monkeypatch.setattr(kernels, "run_program", lambda *_: f"{name}\n")
     found = kernels.find(tmp_path / "some.deb")
     assert (found.release, found.image) == ("6.1.0-9-cloud-amd64", None)
@@ -155,6 +155,8 @@ def test_folders_that_cannot_be_used(tmp_path, make, brief, remedy):
         (bzimage()[:0x300], "is cut short: it has 768 bytes of at least 41"),
         (bzimage(config=GOOD)[:-32], "is cut short"),
         (bzimage("unknown"), "does not say its release"),
+        (bzimage("6" * 65), "does not say its release"),
+        (bzimage(protocol=0x20B), "is a kernel from before 2012"),
         (bzimage(bits64=False), "is a kernel for 32-bit machines"),
     ],
 )
@@ -163,6 +165,31 @@ def test_files_that_cannot_be_used(tmp_path, content, brief):
     with pytest.raises(ConfigError, match=brief) as caught:
         kernels.find(file)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "brief"),
+    [
+        (b"", "is cut short: it has 0 bytes"),
+        (b"<html>Not found</html>", "is no Debian package"),
+        (b"!<arch>\n" + bytes(200), "is no Debian package"),
+        (b"!<arch>\n" + bytes(20), "is cut short: it has 28 bytes"),
+    ],
+)
+def test_packages_that_cannot_be_used(tmp_path, content, brief):
+    (file := tmp_path / "some.deb").write_bytes(content)
+    with pytest.raises(ConfigError, match=brief) as caught:
+        kernels.find(file)
+    assert "fetch" in caught.value.remedy
+
+
+@pytest.mark.parametrize("size", [100, 101])
+def test_a_package_that_is_cut_short(tmp_path, size):
+    content = package(tmp_path / "some.deb", size).read_bytes()
+    kernel_files.check_package(tmp_path / "some.deb")
+    (tmp_path / "some.deb").write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match=f"is cut short: it has {len(content) - 1} bytes"):
+        kernels.find(tmp_path / "some.deb")
 
 
 @pytest.mark.parametrize("name", ["kernel", "kernel.deb"])
@@ -196,7 +223,7 @@ def test_a_path_that_is_not_there(tmp_path):
 
 
 def test_a_package_without_a_kernel(tmp_path, monkeypatch):
-    (tmp_path / "some.deb").touch()
+    package(tmp_path / "some.deb")
     monkeypatch.setattr(kernels, "run_program", lambda *_: "linux-headers-6.1\n")
     with pytest.raises(ConfigError, match="is the package linux-headers-6.1, which has no kernel"):
         kernels.find(tmp_path / "some.deb")
@@ -209,6 +236,7 @@ def test_a_program_that_is_missing_or_fails():
     with pytest.raises(ConfigError, match="sh could not do it") as caught:
         kernels.run_program(["sh", "-c", "echo $WHY >&2; false"], "do it", {"WHY": "because"})
     assert "because" in caught.value.details
+    assert "may be damaged" in caught.value.remedy
     assert kernels.run_program(["echo", "done"], "do it") == "done\n"
 
 

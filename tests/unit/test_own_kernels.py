@@ -16,7 +16,7 @@ from pytest_vmsandbox.guests import kernel_faults
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.kernels import KernelStore, newc
 from support.images import DEFINITION
-from support.kernels import GOOD, installed, kernel, tree
+from support.kernels import GOOD, installed, kernel, package, tree
 
 DEP = {"kernel/fs/ext4/ext4.ko": "", "kernel/drivers/block/virtio_blk.ko": ""}
 
@@ -127,7 +127,7 @@ def test_it_is_kept_and_known_by_its_content(tmp_path, ran, built, store):
 
 def test_a_package_is_unpacked_once(tmp_path, ran, built, store):
     installed(tmp_path / "some.content", modules=["kernel/fs/ext4/ext4.ko"])
-    (tmp_path / "some.deb").touch()
+    package(tmp_path / "some.deb")
     assert store.get(tmp_path / "some.deb", built).release == "6.12.9"
     assert ran == ["dpkg-deb", "dpkg-deb", "depmod", "mke2fs"]
     with ExitStack() as stack:
@@ -189,7 +189,7 @@ def test_odd_nodes_are_left_out(tmp_path, ran, built, store, monkeypatch, lines)
 )
 def test_a_package_that_cannot_be_used(tmp_path, ran, built, store, name, brief):
     file = installed(tmp_path / "some.content") / name
-    (tmp_path / "some.deb").touch()
+    package(tmp_path / "some.deb")
     if name.startswith("boot"):
         file.unlink()
     else:
@@ -298,6 +298,8 @@ def test_paths(tmp_path, monkeypatch):
     assert parse_kernel("a") == tmp_path / "a"
     assert parse_kernel(Path("a"), Path("/x")) == Path("/x/a")
     assert parse_kernel("~/a") == Path("/home/me/a")
+    assert parse_kernel("~/a", Path("/x")) == Path("/home/me/a")
+    assert parse_kernel("~no-such-user/a", Path("/x")) == Path("/x/~no-such-user/a")
     assert parse_kernel("/b", Path("/x")) == Path("/b")
     assert parse_kernel(OWN_KERNEL) is None
     default = Hardware(kernel=Path("/b"))
