@@ -189,7 +189,11 @@ class Catalogue:
             known += f" and {more} more (vmsandbox images list)"
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
+        return ConfigError(
+            f"there is no image {name!r}",
+            remedy=f"{guess}The images are: {known}. If it is in a folder of yours, name that folder: "
+            "vm_image_path (pytest), --image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
+        )
 
 
 def standard_folders(cache: Path | None = None) -> list[Path]:

@@ -582,6 +582,13 @@ class TestStore:
         assert store.all() == []
         assert store.remove("other") == 0
 
+    def test_remove_leaves_nothing_of_it(self, tmp_path, store, make):
+        make(define(tmp_path / "mine"))
+        with pytest.raises(ImageError):
+            make(define(tmp_path / "mine", "exit 1"))
+        store.remove("mine")
+        assert [path.name for path in store.root.iterdir()] == ["mine.lock"]
+
     def test_remove_leaves_what_is_in_use(self, store, make, tmp_path):
         image = make(define(tmp_path / "mine"))
         with image.hold():

@@ -5,23 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_vmsandbox.cache.files import NotRegularError, open_regular
 from pytest_vmsandbox.core.errors import ImageError
 
 _CHUNK = 1 << 20
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFLNK: "a link",
-}
 
 
 @dataclass(frozen=True)
@@ -126,22 +118,15 @@ def opened(path: Path, name: str = "") -> Iterator[SourceFile]:
 
 
 def _open(path: Path, name: str) -> int:
-    kind = 0
     try:
-        # O_PATH opens no FIFO and no device. Then the file that was looked at is opened, by descriptor.
-        looked = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            kind = stat.S_IFMT(os.fstat(looked).st_mode)
-            if kind == stat.S_IFREG:
-                return os.open(f"/proc/self/fd/{looked}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(looked)
+        return open_regular(path, follow=False)
+    except NotRegularError as error:
+        raise ImageError(
+            f"{name} is not a regular file, but {error.kind}",
+            remedy="name the file that has the disk itself",
+        ) from error
     except OSError as error:
         why = "it does not exist" if error.errno == errno.ENOENT else error.strerror
         raise ImageError(
             f"{name} cannot be read: {why}", remedy=f"check the path {path}"
         ) from error
-    raise ImageError(
-        f"{name} is not a regular file, but {_KINDS.get(kind, 'something else')}",
-        remedy="name the file that has the disk itself",
-    )
