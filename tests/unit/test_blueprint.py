@@ -200,6 +200,10 @@ class TestFirmware:
         with pytest.raises(ConfigError, match="its disk has no") as caught:
             find_firmware(blueprint.built, Hardware(firmware=wanted))
         assert caught.value.remedy.startswith("use firmware='kernel'")
+        imported = with_image(blueprint, firmware="bios").built  # it has no kernel, either
+        with pytest.raises(ConfigError, match="its disk has no") as caught:
+            find_firmware(imported, Hardware(firmware=wanted))
+        assert "--kernel and --initrd" in caught.value.remedy
 
     def test_a_disk_with_the_other_boot_loader(self, blueprint, disk):
         disk.remove("uefi")
