@@ -707,6 +707,53 @@ def test_nothing_of_this_machine_is_in_the_jail(tmp_path, work, server):
     assert (tmp_path / "out").read_text() == "written"
 
 
+CHANGE = (
+    "test -w /usr && echo programs; test -w / && echo root; echo x >/in/disk; echo new >/out/disk"
+)
+STRANGE = {"not ASCII": b"\xc3\xa9", "not UTF-8": b"\xff", "special": b"a \\040\\xe9\t\n#b"}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_whatever_the_folder_is_called_the_jail_is_read_only(name, work):
+    folder = work / os.fsdecode(STRANGE[name])
+    folder.mkdir()
+    contents = {"disk": b"old", "out": b""}
+    with files(folder, contents) as there:
+        ended = in_jail(
+            ["/bin/sh", "-c", CHANGE],
+            folder,
+            jail.Bind(there["disk"], "/in/disk"),
+            jail.Bind(there["out"], "/out/disk", writable=True),
+        )
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    assert found == {"disk": b"old", "out": b"new\n"}
+    assert "Read-only file system" in ended.output
+    assert not {"programs", "root"} & set(ended.output.split())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "why"),
+    [
+        ("        read_only(target)\n", "        pass\n", r"not read-only: '/"),
+        ("MS_BIND | MS_RDONLY |", "MS_BIND |", r"not read-only: '/"),
+        ("        mount(name, root + name, ", "        (name, root + name, ", r"is not mounted"),
+        ("    mount(source, target, ", "    (source, target, ", r"is not mounted"),
+    ],
+)
+def test_a_jail_that_is_not_read_only_is_never_used(good, bad, why, tmp_path, work, monkeypatch):
+    text = Path(jail._CELL).read_text(encoding="utf-8")
+    assert text.count(good) == 1
+    (tmp_path / "cell.py").write_text(text.replace(good, bad))
+    monkeypatch.setattr(jail, "_CELL", str(tmp_path / "cell.py"))
+    with (
+        files(tmp_path, {"disk": b"old"}) as there,
+        pytest.raises(ImageError, match=why) as caught,
+    ):
+        in_jail(["/bin/echo", "it ran"], work, jail.Bind(there["disk"], "/in/disk"))
+    assert "it ran" not in str(caught.value)
+
+
 def test_a_program_in_the_jail_has_limits(tmp_path, work):
     with pytest.raises(ImageError, match="took more than 1 s"):
         in_jail(["/bin/sleep", "600"], work, seconds=1)

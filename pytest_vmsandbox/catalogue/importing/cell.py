@@ -18,6 +18,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import resource
 import select
 import signal
@@ -49,6 +50,7 @@ MNT_DETACH, LAST_CAPABILITY = 2, 63
 CAPABILITY_VERSION = 0x20080522
 NOBODY = 65534
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin")
+NOT_SEALED = "not read-only"  # the step that fails when something could be changed
 LOADER = "/etc/ld.so.cache"  # paths of libraries, and nothing else
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -123,7 +125,7 @@ def enter_name_spaces() -> None:
             raise StepError(f"write {name}", error.errno) from error
 
 
-def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+def mount(source: str, target: str | bytes, kind: str, flags: int, data: str = "") -> None:
     """Mount something, or change a mount."""
     words = (os.fsencode(word) for word in (source, target, kind))
     result = libc.mount(*words, ctypes.c_ulong(flags), os.fsencode(data))
@@ -146,9 +148,7 @@ def build_root(root: str, binds: list[dict[str, Any]]) -> None:
     for source, bind in zip(sources, binds, strict=True):
         bind_file(f"/proc/self/fd/{source}", root + bind["target"], writable=bind["writable"])
         os.close(source)
-    for target in mounts_below(f"{root}/"):
-        if not any(bind["writable"] and target == root + bind["target"] for bind in binds):
-            read_only(target)
+    myself = os.open("/proc/self", os.O_PATH | os.O_CLOEXEC)  # there is no /proc in the new root
     os.chdir(root)
     number = PIVOT_ROOT.get(platform.machine())
     if number is None:
@@ -156,7 +156,8 @@ def build_root(root: str, binds: list[dict[str, Any]]) -> None:
     checked("pivot_root", libc.syscall(ctypes.c_long(number), b".", b"."))
     checked("umount", libc.umount2(b".", MNT_DETACH))
     os.chdir("/")
-    read_only("/")
+    seal(myself, binds)
+    os.close(myself)
 
 
 def open_same(bind: dict[str, Any]) -> int:
@@ -181,14 +182,36 @@ def bind_file(source: str, target: str, *, writable: bool) -> None:
     mount(source, target, "", MS_BIND)
 
 
-def mounts_below(root: str) -> list[str]:
-    """What is mounted below a folder."""
-    listing = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    targets = [line.split(b" ")[4].decode("unicode_escape") for line in listing]
-    return [target for target in targets if target.startswith(root)]
+def seal(myself: int, binds: list[dict[str, Any]]) -> None:
+    """Make all that can be seen in the new root read-only, but the outputs, and check that it is.
+
+    Args:
+        myself: the folder of this process in ``/proc``.
+        binds: the given files.
+    """
+    outputs = {os.fsencode(bind["target"]) for bind in binds if bind["writable"]}
+    given = {os.fsencode(bind["target"]) for bind in binds}
+    system = {
+        os.fsencode(name) for name in SYSTEM if Path(name).is_dir() and not Path(name).is_symlink()
+    }
+    for target in set(mount_points(myself)) - outputs:
+        read_only(target)
+    found = set(mount_points(myself))
+    for target in {b"/", *system, *given} - found:
+        raise StepError(f"{NOT_SEALED}: {os.fsdecode(target)!r} is not mounted", 0)
+    for target in found - outputs:
+        if not os.statvfs(target).f_flag & os.ST_RDONLY:
+            raise StepError(f"{NOT_SEALED}: {os.fsdecode(target)!r}", 0)
 
 
-def read_only(target: str) -> None:
+def mount_points(myself: int) -> list[bytes]:
+    """Where something is mounted. The kernel writes special characters as octal numbers."""
+    with os.fdopen(os.open("mountinfo", os.O_RDONLY, dir_fd=myself), "rb") as listing:
+        targets = [line.split(b" ")[4] for line in listing]
+    return [re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), at) for at in targets]
+
+
+def read_only(target: bytes) -> None:
     """Make one mount read-only, with no devices and no set-user-id programs."""
     has = os.statvfs(target).f_flag
     kept = sum(flag for known, flag in KEPT.items() if has & known)

@@ -34,6 +34,7 @@ _MEMORY = 4 * GIB  # of addresses
 _DESCRIPTORS = 2048  # a large disk can have a file for each 2 GiB
 _LOOK_SECONDS = 0.25
 _KEPT = 4096  # bytes of the output
+_NOT_SEALED = "not read-only"  # the step of cell.py that found something that could be changed
 _CUSTOM = "replaced"  # the step of cell.py that tells that a file is another one now
 _REMEDY = (
     "allow user name spaces: `sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0` (Ubuntu), "
@@ -233,6 +234,13 @@ def _refused(told: dict[str, object], program: str) -> ImageError:
         return ImageError(
             f"{program} cannot run in the jail: it is not below /usr",
             remedy="install it with the package manager of this system",
+        )
+    if str(step).startswith(_NOT_SEALED):
+        return ImageError(
+            f"{Path(program).name} was not started: its jail is {step}",
+            details="It reads files from strangers, and could have changed files of this machine.",
+            remedy="import on another machine, and copy the folder of the image from that machine's cache. "
+            "Please report it, with what `findmnt` shows",
         )
     return ImageError(
         f"{Path(program).name} cannot run in a jail here: {step}{f': {why}' if why else ''}",
