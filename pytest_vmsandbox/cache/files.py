@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +13,48 @@ from pathlib import Path
 
 from pytest_vmsandbox.core.errors import CacheError, TeardownError
 from pytest_vmsandbox.core.paths import CACHE
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+}
+
+
+class NotRegularError(OSError):
+    """A file is no regular one.
+
+    Attributes:
+        kind: what it is, for people.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        super().__init__(errno.EINVAL, f"it is not a regular file, but {kind}", str(path))
+        self.kind = kind
+
+
+def open_regular(path: Path, *, follow: bool) -> int:
+    """Open a regular file for reading. Nothing else is opened, not even for a moment: a FIFO would wait.
+
+    Args:
+        follow: whether it may be a link to one.
+
+    Raises:
+        NotRegularError: it is something else.
+        OSError: it cannot be opened.
+    """
+    # O_PATH opens no FIFO and no device. Then the file that was looked at is opened, by descriptor.
+    looked = os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        kind = stat.S_IFMT(os.fstat(looked).st_mode)
+        if kind != stat.S_IFREG:
+            raise NotRegularError(path, _KINDS.get(kind, "something else"))
+        return os.open(f"/proc/self/fd/{looked}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(looked)
 
 
 def problem(folder: Path, *, private: bool = False) -> str:

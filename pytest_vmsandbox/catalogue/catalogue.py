@@ -49,6 +49,8 @@ class Catalogue:
     def names(self) -> list[str]:
         """The names of all images: our own, imported ones, then folder by folder, sorted in each.
 
+        An imported image is left out if one of the folders has an image with its name.
+
         Raises:
             ConfigError: a folder does not exist, or a name is invalid or used twice.
         """
@@ -67,6 +69,14 @@ class Catalogue:
                 self._folders[name], lambda base: self._base(base, name)
             )
         return self._definitions[name]
+
+    def folder(self, name: str) -> Path | None:
+        """The folder with the definition of an image, even an invalid one; None if there is none.
+
+        Raises:
+            ConfigError: see `names`.
+        """
+        return self._folders.get(name)
 
     def _base(self, base: str, name: str) -> ImageDefinition:
         """The definition of the base of an image."""
@@ -130,6 +140,7 @@ class Catalogue:
     @cached_property
     def _folders(self) -> dict[str, Path]:
         folders: dict[str, Path] = {}
+        imported = _imported(self._cache)
         for parent in (*standard_folders(self._cache), *self._image_path):
             try:
                 entries = sorted(
@@ -145,13 +156,18 @@ class Catalogue:
                 ) from error
             for folder in entries:
                 check_name(folder.name, parent)
-                other = folders.setdefault(folder.name, folder)
-                if other != folder:
+                other = folders.get(folder.name, folder)
+                if other.parent in imported and parent in self._image_path:
+                    folders.pop(folder.name, None)  # a project means its own, on every machine
+                elif other != folder:
                     raise ConfigError(
                         f"two images are called {folder.name!r}",
                         details=f"{other}\n{folder}",
-                        remedy="rename one of the folders",
+                        remedy="remove the folder of the imported one"
+                        if parent in imported
+                        else "rename one of the folders",
                     )
+                folders[folder.name] = folder
         return folders
 
     def _native(self) -> set[str]:
@@ -173,7 +189,11 @@ class Catalogue:
             known += f" and {more} more (vmsandbox images list)"
         close = difflib.get_close_matches(name, self._folders)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        return ConfigError(f"there is no image {name!r}", remedy=f"{guess}The images are: {known}")
+        return ConfigError(
+            f"there is no image {name!r}",
+            remedy=f"{guess}The images are: {known}. If it is in a folder of yours, name that folder: "
+            "vm_image_path (pytest), --image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
+        )
 
 
 def standard_folders(cache: Path | None = None) -> list[Path]:
@@ -182,10 +202,14 @@ def standard_folders(cache: Path | None = None) -> list[Path]:
     Args:
         cache: the cache; None for the user's cache.
     """
-    folders = _own_folders()
+    return [folder for folder in (*_own_folders(), *_imported(cache)) if folder.is_dir()]
+
+
+def _imported(cache: Path | None) -> list[Path]:
+    """The folder of imported images."""
     with suppress(ConfigError):  # without a home folder, there is no cache
-        folders.append(imported_dir(cache or cache_dir()))
-    return [folder for folder in folders if folder.is_dir()]
+        return [imported_dir(cache or cache_dir())]
+    return []
 
 
 def _is_image(folder: Path) -> bool:

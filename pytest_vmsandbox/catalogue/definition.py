@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -239,7 +240,7 @@ class ImageDefinition:
 
         It covers every file in the image's folder and in ``uses``, and which of them are executable;
         and the digest of its base. It ignores the other bits of a file's mode, as git does: they differ
-        between checkouts. Disks and kernels in the folder count by their digests in ``image.toml``.
+        between checkouts. Disks and kernels count by their digests in ``image.toml``, wherever they lie.
 
         Raises:
             ConfigError: a file cannot be read, or is not a regular file.
@@ -247,7 +248,9 @@ class ImageDefinition:
         total = hashlib.sha256(f"{BUILD_FORMAT} {self.name}\n".encode())
         if self.parent is not None:
             total.update(f"from {self.parent.digest}\n".encode())
-        skipped = self._known_by_digest()
+        stated = self.folder / DEFINITION_FILE
+        places = self._places_with_digest()
+        skipped = {self.folder / place for place in places.values()}
         sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
         for label, file in sorted(found for source in sources for found in _files(*source)):
             if file in skipped:
@@ -259,7 +262,11 @@ class ImageDefinition:
                         f"{file} belongs to the image {self.name}, but is not a regular file",
                         remedy="remove it, or move it out of the image's folder",
                     )
-                content = _content(file, status)
+                content = (
+                    _without(places, stated)
+                    if places and file == stated
+                    else _content(file, status)
+                )
             except OSError as error:
                 raise ConfigError(
                     f"{file} belongs to the image {self.name}, but cannot be read: "
@@ -270,15 +277,15 @@ class ImageDefinition:
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
         return total.hexdigest()
 
-    def _known_by_digest(self) -> set[Path]:
-        """Files in the folder whose digest is in ``image.toml``: reading gigabytes again is no use."""
+    def _places_with_digest(self) -> dict[str, str]:
+        """Keys and places of the files whose digest is in ``image.toml``. Reading them again is no use."""
         source = self.source or Source()
         known = {
-            source.url: source.sha256 or source.sha512,
-            source.kernel: source.kernel_sha256,
-            source.initrd: source.initrd_sha256,
+            "url": (source.url, source.sha256 or source.sha512),
+            "kernel": (source.kernel, source.kernel_sha256),
+            "initrd": (source.initrd, source.initrd_sha256),
         }
-        return {self.folder / place for place, digest in known.items() if place and digest}
+        return {key: place for key, (place, digest) in known.items() if place and digest}
 
 
 _contents: dict[tuple[int, ...], str] = {}  # digests of files that several images use
@@ -295,6 +302,15 @@ def _content(file: Path, status: os.stat_result) -> str:
             return digest
         _contents[key] = digest
     return _contents[key]
+
+
+def _without(places: Collection[str], file: Path) -> str:
+    """SHA-256 of what a definition says, without the places of its files: they differ between machines."""
+    values = load(file)
+    if isinstance(source := values.get("source"), dict):
+        values["source"] = {key: value for key, value in source.items() if key not in places}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import bz2
 import lzma
 import os
 import re
 import struct
 import subprocess
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue import kernel_files, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.errors import ConfigError
 
 _HEADER_BYTES = (
     0x8200  # where the text of the release must have begun; see the kernel's boot protocol
 )
-_RELEASE = re.compile(r"[0-9][\w.+~-]*")
+_RELEASE = re.compile(r"[0-9][\w.+~-]{0,63}(?![\w.+~-])")  # no kernel has a longer one
 _PACKAGE = re.compile(r"linux-image-(?:unsigned-)?([0-9][\w.+~-]*?)(?:-unsigned|-dbg)?")
+_LEAST_PROTOCOL = 0x20C  # of booting, from Linux 3.8 on: its header says whether it has 64 bits
+_LEAST_BYTES = 0x250  # of its header, up to where its content lies
+_MODULE = re.compile(r".*\.ko(\.(gz|xz|zst|bz2|lzma))?", re.DOTALL)
 _PROGRAM_SECONDS = 120.0
 _NOT_A_KERNEL = (
     "name a bzImage or vmlinuz for x86_64, a folder in which you built a kernel, a folder with "
@@ -39,7 +41,9 @@ class Kernel:
         image: the file that QEMU boots; None while it is in a package.
         modules: the folder with its modules; None without any. It is a folder as ``make
             modules_install`` makes it, or the folder in which the kernel was built.
-        config: the file with its configuration; None if there is no such file.
+        config: the file with its configuration; None if there is no such file. It may lie anywhere, as links to
+            a .config are common: guests get nothing of it.
+        root: the folder that links of its modules must not lead out of; None for that of the modules.
     """
 
     path: Path
@@ -47,6 +51,12 @@ class Kernel:
     image: Path | None
     modules: Path | None = None
     config: Path | None = None
+    root: Path | None = None
+
+    @property
+    def home(self) -> Path | None:
+        """The folder that all of its modules come from; None without any."""
+        return self.root or self.modules
 
 
 def find(path: Path) -> Kernel:
@@ -62,27 +72,28 @@ def find(path: Path) -> Kernel:
             return Kernel(path=path, release=_release_of_package(path), image=None)
         return _of_file(path)
     except OSError as error:
-        raise ConfigError(
-            f"the kernel {path} cannot be read: {error.strerror or error}",
-            remedy="check the path, and that you may read the file (Ubuntu lets only root read "
-            "/boot/vmlinuz-*: name the .deb file instead)",
-        ) from error
+        raise kernel_files.unreadable(path, error) from error
 
 
 def _of_file(file: Path) -> Kernel:
     """The kernel in a file, with the modules and the configuration that lie where they usually do."""
     release, real = read_release(file), file.resolve()
+    root = None
     if real.match("arch/x86/boot/bzImage"):
         return _built(file, real.parents[3], real, release)
     modules = real.parent if real.parent.name == release else None
     if real.parent.name == "boot":
-        modules = _modules_below(real.parent.parent, release)
+        root = real.parent.parent
+        modules = _modules_below(root, release)
+    elif real.parent.parent.name == "modules":  # they may be links to those of other releases
+        root = real.parent.parent
     return Kernel(
         path=file,
         release=release,
         image=file,
         modules=modules,
         config=_first(real.parent / f"config-{release}", real.parent / "config"),
+        root=root,
     )
 
 
@@ -96,7 +107,8 @@ def _in_folder(folder: Path) -> Kernel:
             remedy=f"build it first: make -C {folder} bzImage modules",
         )
     patterns = ("boot/vmlinuz-*", "lib/modules/*/vmlinuz", "usr/lib/modules/*/vmlinuz", "vmlinuz*")
-    found = {file.resolve(): file for pattern in patterns for file in sorted(folder.glob(pattern))}
+    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    found = {file.resolve(): file for file in files if file.is_file()}
     for build in (*folder.glob("lib/modules/*/build"), *folder.glob("usr/lib/modules/*/build")):
         image = build / "arch/x86/boot/bzImage"
         if not found and image.is_file():
@@ -117,7 +129,12 @@ def _in_folder(folder: Path) -> Kernel:
         _built_in(file, ".config"),
     )
     return Kernel(
-        path=folder, release=release, image=file, modules=modules, config=_first(*configs)
+        path=folder,
+        release=release,
+        image=file,
+        modules=modules,
+        config=_first(*configs),
+        root=folder,
     )
 
 
@@ -162,16 +179,26 @@ def _first(*files: Path) -> Path | None:
 
 
 def read_release(file: Path) -> str:
-    """The release of a kernel, from the header of its file.
+    """The release of a kernel, from the header of its file. It may be a link to anywhere: only a kernel has such a header.
 
     Raises:
-        ConfigError: it is no kernel for x86_64 that QEMU can boot.
-        OSError: the file cannot be read.
+        ConfigError: it cannot be read, or is no kernel for x86_64 that QEMU can boot.
     """
-    with file.open("rb") as stream:
-        head = stream.read(_HEADER_BYTES)
+    with kernel_files.opened(file) as stream:
+        head, size = stream.read(_HEADER_BYTES), os.fstat(stream.fileno()).st_size
     if head[0x1FE:0x200] != b"\x55\xaa" or head[0x202:0x206] != b"HdrS":
         raise ConfigError(f"{file} is {_kind_of(head)}", remedy=_NOT_A_KERNEL)
+    if size < (whole := _size_of(head)):
+        raise ConfigError(
+            f"{file} is cut short: it has {size} bytes of at least {whole}",
+            remedy="copy, fetch or build it again",
+        )
+    (protocol,) = struct.unpack_from("<H", head, 0x206)
+    if protocol < _LEAST_PROTOCOL or not head[0x211] & 1:
+        raise ConfigError(
+            f"{file} is a kernel from before 2012, or no bzImage, so it cannot boot guests",
+            remedy=_NOT_A_KERNEL,
+        )
     (flags,) = struct.unpack_from("<H", head, 0x236)
     if not flags & 1:
         raise ConfigError(
@@ -185,6 +212,18 @@ def read_release(file: Path) -> str:
     return found[0]
 
 
+def _size_of(head: bytes) -> int:
+    """How many bytes a kernel has by its header, without signatures behind it."""
+    if len(head) < _LEAST_BYTES:
+        return _LEAST_BYTES
+    paragraphs = int.from_bytes(head[0x1F4:0x1F8], "little")
+    return max(_LEAST_BYTES, _setup_size(head) + paragraphs * 16)
+
+
+def _setup_size(image: bytes) -> int:
+    return ((image[0x1F1] or 4) + 1) * 512
+
+
 def _kind_of(head: bytes) -> str:
     if head[:4] == b"\x7fELF":
         return (
@@ -196,6 +235,7 @@ def _kind_of(head: bytes) -> str:
 
 
 def _release_of_package(file: Path) -> str:
+    kernel_files.check_package(file)
     name = run_program(["dpkg-deb", "--field", str(file), "Package"], f"read {file}").strip()
     if not (found := _PACKAGE.fullmatch(name)):
         raise ConfigError(
@@ -260,7 +300,9 @@ def run_program(argv: list[str], what: str, environment: Mapping[str, str] | Non
         raise ConfigError(f"{argv[0]} could not {what}: {error}") from error
     if done.returncode:
         raise ConfigError(
-            f"{argv[0]} could not {what}", details=done.stderr.decode(errors="replace")
+            f"{argv[0]} could not {what}",
+            details=done.stderr.decode(errors="replace"),
+            remedy="look at the lines above: a file may be damaged (copy, fetch or build it again), or the disk full",
         )
     return done.stdout.decode(errors="replace")
 
@@ -300,19 +342,20 @@ BOOT_MODULES = ("pvpanic", "pvpanic_pci", "virtio_rng", *_OF_MODULES)
 def read_config(kernel: Kernel) -> dict[str, str]:
     """A kernel's configuration, from its file or from the kernel itself; empty if it is unknown."""
     if kernel.config is not None:
-        text = kernel.config.read_text(encoding="utf-8", errors="replace")
+        text = kernel_files.content(kernel.config).decode(errors="replace")
     else:
-        text = _embedded(kernel.image.read_bytes()) if kernel.image is not None else ""
+        text = _embedded(kernel_files.content(kernel.image)) if kernel.image is not None else ""
     return dict(re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE))
 
 
 def _embedded(image: bytes) -> str:
     """The configuration in a bzImage that was built with CONFIG_IKCONFIG; empty without one."""
-    sectors = image[0x1F1] or 4
+    if len(image) < _LEAST_BYTES:  # it has changed meanwhile
+        return ""
     offset, length = struct.unpack_from("<II", image, 0x248)
-    start = (sectors + 1) * 512 + offset
+    start = _setup_size(image) + offset
     payload = image[start : start + length]
-    for magic, unpack in _DECOMPRESSORS.items():
+    for magic, unpack in kernel_files.DECOMPRESSORS.items():
         if payload.startswith(magic):
             try:
                 begin, end = (
@@ -320,38 +363,10 @@ def _embedded(image: bytes) -> str:
                     payload.find(b"IKCFG_ED"),
                 )
                 if 0 <= begin < end:
-                    return _gunzip(payload[begin + 8 : end]).decode(errors="replace")
+                    return kernel_files.gunzip(payload[begin + 8 : end]).decode(errors="replace")
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, ConfigError):
                 break  # then it is unknown
     return ""
-
-
-def _gunzip(data: bytes) -> bytes:
-    return zlib.decompressobj(31).decompress(data)
-
-
-def _unzstd(data: bytes) -> bytes:
-    program = programs.find("zstd")
-    if program is None:
-        raise ConfigError(
-            "zstd, which is needed to unpack modules, is not on this machine",
-            remedy=f"install it: {programs.install_line(['zstd'])}",
-        )
-    done = subprocess.run(
-        [program, "-dcq"], input=data, capture_output=True, check=False, timeout=_PROGRAM_SECONDS
-    )
-    if not done.stdout:  # what follows a kernel's frame makes the status 1
-        raise ValueError(done.stderr.decode(errors="replace"))
-    return done.stdout
-
-
-_DECOMPRESSORS: Mapping[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": _gunzip,
-    b"\xfd7zXZ": lambda data: lzma.LZMADecompressor().decompress(data),
-    b"]\0\0": lambda data: lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(data),
-    b"BZh": lambda data: bz2.BZ2Decompressor().decompress(data),
-    b"\x28\xb5\x2f\xfd": _unzstd,
-}
 
 
 def options_that_matter(config: Mapping[str, str]) -> dict[str, str]:
@@ -441,43 +456,52 @@ def module_name(path: str) -> str:
 
 
 def module_files(kernel: Kernel) -> Iterator[tuple[str, Path]]:
-    """A kernel's modules, and the lists that belong to them: path below lib/modules/RELEASE, and file."""
+    """A kernel's modules, and the lists that belong to them: path below lib/modules/RELEASE, and file.
+
+    Links may be among them. Read them with `kernel_files`, below the kernel's home.
+
+    Raises:
+        ConfigError: a name or a link leads elsewhere.
+    """
     folder = kernel.modules
     if folder is None:
         return
+    kernel_files.check_folder(folder, kernel.root or folder)
     if (folder / "arch/x86").is_dir():  # it was built there
         yield from _built_modules(folder)
     else:
         for file in sorted(folder.rglob("*.ko*")):
-            if file.is_file() and not {"build", "source"} & {*file.relative_to(folder).parts}:
-                yield str(file.relative_to(folder)), file
+            name = str(file.relative_to(folder))
+            if _MODULE.fullmatch(name) and file.is_file() and not _is_below_link(name):
+                yield _plain_name(name, folder), file
     for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
         if (folder / name).is_file():
             yield name, folder / name
 
 
 def _built_modules(tree: Path) -> Iterator[tuple[str, Path]]:
-    for line in (tree / "modules.order").read_text(encoding="utf-8").split():
-        path = re.sub(r"\.o$", ".ko", line.removeprefix("kernel/"))
+    order = kernel_files.content(tree / "modules.order", tree).decode(errors="surrogateescape")
+    for line in order.split():
+        path = _plain_name(re.sub(r"\.o$", ".ko", line.removeprefix("kernel/")), tree)
         if (tree / path).is_file():  # «make modules» may come later
             yield f"kernel/{path}", tree / path
 
 
-def plain_module(file: Path) -> bytes:
-    """The content of a module, without its compression.
+def _is_below_link(name: str) -> bool:
+    """Whether a path leads through the links to the folders of the build."""
+    return not {"build", "source"}.isdisjoint(name.split("/"))
 
-    Raises:
-        ConfigError: it cannot be unpacked.
-        OSError: it cannot be read.
-    """
-    data = file.read_bytes()
-    for magic, unpack in _DECOMPRESSORS.items():
-        if data.startswith(magic):
-            try:
-                data = unpack(data)
-            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-                raise ConfigError(f"the module {file} is damaged: {error}") from error
-    return data
+
+def _plain_name(name: str, folder: Path) -> str:
+    """The name of a module's file, if it stays in its folder and in a list of names."""
+    is_plain = re.fullmatch("[!-~]+", name) and _MODULE.fullmatch(name)
+    if not is_plain or name.startswith("/") or ".." in name.split("/"):
+        raise ConfigError(
+            f"a module in {folder} has a name that cannot be used: {name!r}",
+            remedy="modules have paths below that folder that end in .ko, in letters, digits and signs of ASCII, "
+            "without blanks",
+        )
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import IO
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import KIB, MIB, format_size
-from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.core.text import one_line, printable
 
 PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
 LONGEST_LINE = 64 * KIB  # of a program's output; a longer one is handled in pieces
@@ -46,7 +46,7 @@ class Build:
 
     def say(self, text: str) -> None:
         """Tell people about the progress, and write it into the log."""
-        self.write(PROGRESS + text.encode() + b"\n")
+        self.write(PROGRESS + one_line(text).encode() + b"\n")
 
     def write(self, line: bytes) -> None:
         """Write a line into the log. If it begins with `PROGRESS`, people see it, too.

@@ -305,6 +305,10 @@ class ImageStore(Store[BuiltImage]):
         """
         check_name(name, "remove")
         discarded = self.discard(self.folders_of(name))
+        with suppress(OSError):  # a failed build may have left it
+            self.failed_log(name).unlink()
+        with suppress(OSError):  # not empty, or never made
+            (self.root / name).rmdir()
         if discarded.in_use:
             raise ImageError(
                 f"the image {name!r} is in use",

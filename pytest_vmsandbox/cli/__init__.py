@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError, LaunchError, VMSandboxError
+from pytest_vmsandbox.core.text import printable
 
 FAILED, USAGE, UNAVAILABLE, INTERRUPTED = 1, 2, 69, 130
 
@@ -59,7 +60,7 @@ class Application(click.Group):
                 raise
             for leaf in leaves:
                 for line in (f"vmsandbox: {leaf}", *getattr(leaf, "__notes__", ())):
-                    click.echo(line, err=True)
+                    click.echo(printable(line), err=True)
             ctx.exit(max(map(exit_status, leaves)))
 
 

@@ -93,16 +93,18 @@ def import_(
     Vagrant. For a split VMDK, give all of its files. With --kernel, a disk is not needed.
 
     The files are checked before anything uses them. The definition is written to NAME/image.toml, with
-    the digest of the file, which stays where it is. 'vmsandbox images rm NAME' removes both again.
+    the digest of the file, which stays where it is. 'vmsandbox images rm NAME' removes the image again,
+    and the definition if it is in the cache.
     """
-    from pytest_vmsandbox.catalogue.importing.describing import describe, write
+    from pytest_vmsandbox.catalogue.importing.describing import check_free, describe, write
     from pytest_vmsandbox.cli.building import build_one
 
     check_name(name, "import")
     cache = cache_dir()
     folder = (into or imported_dir(cache)).absolute() / name
     paths = image_path if into is None else tuple(dict.fromkeys((*image_path, into)))
-    _check_new(name, image_path)
+    _check_new(name, joined(lock_here([])[1], image_path))
+    check_free(folder)
     wishes = _wishes(name, files, options)
     screen = Screen()
     with screen.stages() as stage, _work_folder(name, stage) as work:
@@ -207,18 +209,24 @@ def _work_folder(name: str, say: Callable[[str], None]) -> Iterator[Path]:
     store = ImageStore(cache_dir())
     lock = private_folder(store.root) / f"{name}.lock"
     base = Path(os.environ.get("TMPDIR") or LARGE_TMP)
-    with (
-        locked(lock, on_busy=lambda: say(f"waiting: another process makes {name}")),
-        store.work_folder(name, base) as work,
-    ):
-        yield work
+    with locked(lock, on_busy=lambda: say(f"waiting: another process makes {name}")):
+        try:
+            with store.work_folder(name, base) as work:
+                yield work
+        finally:
+            if not (store.root / name).exists():
+                lock.unlink()  # a process that waits for it notices
 
 
 def _check_new(name: str, image_path: tuple[Path, ...]) -> None:
-    if name in Catalogue(image_path).names():
+    there = Catalogue(image_path).folder(name)
+    if there is not None:
+        is_imported = there.parent == imported_dir(cache_dir())
+        removal = f", or remove it first: vmsandbox images rm {name}" if is_imported else ""
         raise ConfigError(
             f"there is an image {name!r} already",
-            remedy=f"choose another name, or remove it first: vmsandbox images rm {name}",
+            details=str(there),
+            remedy=f"choose another name{removal}",
         )
 
 

@@ -160,7 +160,8 @@ def _look(
     )  # other commands are quicker without
 
     entry, lines = before.images.get(definition.name), []
-    is_built = store.state(definition) is ImageState.BUILT
+    state = store.state(definition)
+    is_built = state is ImageState.BUILT
     known = LockedImage.of(store.require(definition)) if is_built else entry
     newer: list[tuple[str, str]] = []
     if known is not None and known.archive and not settings.offline:
@@ -181,7 +182,8 @@ def _look(
     listed = _listed(definition, known, settings)
     lines += listed
     if not is_built:
-        lines.append("is not built here, so it is built")
+        now = "stale" if state is ImageState.STALE else "not built"
+        lines.append(f"is {now} here, so it is built")
     return _Change(
         definition=definition,
         lines=lines,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pytest_vmsandbox.core.text import one_line, printable
+
 if TYPE_CHECKING:  # importing rich takes longer than most commands that write a few lines
     from rich.console import Console
     from rich.progress import Progress
@@ -57,7 +59,8 @@ class Screen:
         self.parts((text, style))
 
     def parts(self, *parts: tuple[str, str]) -> None:
-        """Write a line of pieces, each a text and a style."""
+        """Write a line of pieces, each a text and a style. No text has control sequences of its own."""
+        parts = tuple((printable(text), style) for text, style in parts)
         if self._is_plain:
             click.echo("".join(text for text, _ in parts), err=self._stderr)
             return
@@ -91,7 +94,7 @@ class Screen:
             A function that begins a stage, and gets its name.
         """
         if not self.lively:
-            yield lambda text: self.say(f"  {text}")
+            yield lambda text: self.say(f"  {one_line(text)}")
             return
         with self._progress(transient=False) as progress:
 
@@ -101,7 +104,7 @@ class Screen:
 
             def begin(text: str) -> None:
                 end()
-                progress.add_task(text)
+                progress.add_task(one_line(text))
 
             yield begin
             end()  # after an error, the last stage stays unfinished

@@ -29,7 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, AnyStr, Generic
 
-from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.core.text import one_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -62,6 +62,7 @@ class VMSandboxError(Exception):
     transient = False
 
     def __init__(self, brief: str, **more: Unpack[More]) -> None:
+        brief = one_line(brief)  # it may have names out of a stranger's file
         super().__init__(brief)
         self.brief = brief
         vars(self).update(more)
@@ -71,8 +72,8 @@ class VMSandboxError(Exception):
         if self.details:
             lines.append(self.details.rstrip("\n"))
         if self.remedy:
-            lines.append(f"Remedy: {self.remedy}")
-        return "\n".join(lines)
+            lines.append(f"Remedy: {one_line(self.remedy)}")
+        return printable("\n".join(lines))
 
 
 def add_hints(error: VMSandboxError, hints: Callable[[], Iterable[str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -185,7 +186,10 @@ def parse_kernel(value: object, folder: Path | None = None) -> Path | None:
         )
     if value == OWN_KERNEL:
         return None
-    return Path(folder or "", os.fspath(value)).expanduser().absolute()
+    path = Path(os.fspath(value))
+    with suppress(RuntimeError):  # there is no such user, so it is the name of a folder
+        path = path.expanduser()
+    return Path(folder or "", path).absolute()
 
 
 def _tpm(value: object) -> bool:

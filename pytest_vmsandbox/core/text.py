@@ -1,4 +1,4 @@
-"""Text from guests that is safe to show."""
+"""Text from guests and from files of strangers that is safe to show."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def printable(text: str) -> str:
         'red\n'
     """
     return _UNPRINTABLE.sub("", text)
+
+
+def one_line(text: str) -> str:
+    r"""Text without control sequences, and with spaces instead of its line ends.
+
+    Example:
+        >>> one_line("a\x1b[2J\nRemedy: b")
+        'a Remedy: b'
+    """
+    return " ".join(printable(text).splitlines())

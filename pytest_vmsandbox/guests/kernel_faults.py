@@ -12,7 +12,7 @@ class Fault:
 
     Attributes:
         brief: what happened, for people.
-        options: of the kernel's configuration, which may be missing.
+        options: of the kernel's configuration, which may be missing; none if it is not about them.
         are_drivers: whether they can be modules.
     """
 
@@ -26,6 +26,8 @@ class Fault:
         Args:
             has_modules: whether the user's kernel came with modules.
         """
+        if not self.options:
+            return "the kernel's file may be damaged: copy, fetch or build it again"
         text = f"look for these options in the kernel's configuration: {', '.join(self.options)}"
         if self.are_drivers and not has_modules:
             text += ". If they are modules, name the folder or the package that has them, not only the kernel"
@@ -61,6 +63,7 @@ _FAULTS = {
         "the kernel cannot unpack the initial RAM file system",
         ("CONFIG_BLK_DEV_INITRD=y", "CONFIG_RD_GZIP=y", "CONFIG_RD_XZ=y", "CONFIG_RD_ZSTD=y"),
     ),
+    r"(?s)(?:SeaBIOS \(version.*?){3}": Fault("the kernel resets the machine again and again", ()),
 }
 
 

@@ -7,14 +7,14 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from pytest_vmsandbox.cache.store import KERNELS, Entry, Store
-from pytest_vmsandbox.catalogue import kernels
+from pytest_vmsandbox.catalogue import kernel_files, kernels
 from pytest_vmsandbox.catalogue.kernels import BOOT_MODULES, Kernel, ModuleIndex
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import CacheError, ConfigError
@@ -154,7 +154,8 @@ class KernelStore:
         def fill(folder: Path, _lock: int) -> Mapping[str, object]:
             with self._store.work_folder(key, self._store.root) as work:
                 (unpacked := work / "package").mkdir()
-                record = _fill(folder, kernels.unpacked(kernel, unpacked), work)
+                with _as_of(kernel.path, unpacked):
+                    record = _fill(folder, kernels.unpacked(kernel, unpacked), work)
                 if _key(kernel) != key:
                     raise ConfigError(
                         f"the kernel {kernel.path} changed while it was prepared",
@@ -170,10 +171,21 @@ class KernelStore:
             raise ConfigError(f"the kernel {kernel.path} cannot be read: {error}") from error
 
 
+@contextmanager
+def _as_of(package: Path, unpacked: Path) -> Iterator[None]:
+    """Let errors name a package, and not the folder to which it was unpacked: that is gone soon."""
+    try:
+        yield
+    except ConfigError as error:
+        texts = (error.brief, error.details, error.remedy)
+        brief, details, remedy = (text.replace(str(unpacked), str(package)) for text in texts)
+        raise ConfigError(brief, details=details, remedy=remedy) from error
+
+
 def _fill(folder: Path, kernel: Kernel, work: Path) -> dict[str, Any]:
     """Make all files of a kernel. Returns the record."""
     assert kernel.image is not None
-    _copy(kernel.image.read_bytes(), folder / IMAGE)
+    _copy(kernel_files.content(kernel.image), folder / IMAGE)
     if kernel.modules is not None:
         tree = work / "tree"
         (tree / "lib/modules" / kernel.release).mkdir(parents=True)
@@ -201,11 +213,14 @@ def _check_drivers(kernel: Kernel, index: ModuleIndex) -> None:
 def _key(kernel: Kernel) -> str:
     """The digest of a kernel's content and that of its modules. It does not depend on paths."""
     total = hashlib.sha256(f"{FORMAT} {kernel.release}\n".encode())
-    files = [("", kernel.image or kernel.path), *kernels.module_files(kernel)]
+    files = [
+        ("", kernel.image or kernel.path, None),
+        *((name, file, kernel.home) for name, file in kernels.module_files(kernel)),
+    ]
     if kernel.config is not None:
-        files.append(("config", kernel.config))
-    for name, file in files:
-        with file.open("rb") as stream:
+        files.append(("config", kernel.config, None))
+    for name, file, below in files:
+        with kernel_files.opened(file, below) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         total.update(os.fsencode(f"{name}\0{digest}\n"))
     return total.hexdigest()[:32]
@@ -218,9 +233,9 @@ def _stage(kernel: Kernel, folder: Path) -> None:
         if ".ko" in place.name:
             place = place.with_name(place.name.partition(".ko")[0] + ".ko")
             place.parent.mkdir(parents=True, exist_ok=True)
-            _copy(kernels.plain_module(file), place)
+            _copy(kernel_files.plain_module(file, kernel.home), place)
         else:
-            _copy(file.read_bytes(), place)
+            _copy(kernel_files.content(file, kernel.home), place)
 
 
 def _copy(data: bytes, place: Path) -> None:
@@ -280,7 +295,7 @@ def _archive(tree: Path, modules: Iterable[str]) -> bytes:
 def _nodes(file: Path) -> str:
     """The device nodes that load their modules when they are opened: name, kind, major, minor."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    rows = [line.split() for line in lines if not line.startswith("#")]
+    rows = [line.split() for line in lines if not line.startswith("#") and line.count(" ") == 2]
     return "".join(
         f"{name} {numbers[0]} {numbers[1:].replace(':', ' ')}\n" for _, name, numbers in rows
     )

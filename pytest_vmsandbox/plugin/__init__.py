@@ -135,6 +135,7 @@ def pytest_collection_modifyitems(
     # Hooks may have added tests, or the marker `in_vm`.
     planning.deselect(run, items, planning.plan(run, items))
     _inside(session, items)
+    planning.check_kernels(run, items)
     planning.check_run(run, items)
     _refuse(run, items)
     planning.group(items)

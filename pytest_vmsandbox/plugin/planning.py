@@ -235,6 +235,19 @@ def check(run: Run, items: list[pytest.Item]) -> None:
         run.note_usage_error("", run.selection)
 
 
+def check_kernels(run: Run, items: Sequence[pytest.Item]) -> None:
+    """Note wrong kernels in the markers of the tests that are left after selection, each kernel once."""
+    tests: dict[ConfigError, list[str]] = {}
+    for item in items:
+        plan = plan_of(item)
+        wrong = run.wrong_kernel(plan.variant) if plan.image else None
+        if wrong is not None and item.get_closest_marker("skip") is None:
+            tests.setdefault(wrong, []).append(item.nodeid)
+    for error, nodeids in tests.items():
+        more = f" and {len(nodeids) - 1} more" if nodeids[1:] else ""
+        run.usage_errors.append(f"{nodeids[0]}{more}: {error}")
+
+
 def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
     """Note what is invalid for the tests inside that are left after selection."""
     if inside := [item for item in items if plan_of(item).is_inside]:

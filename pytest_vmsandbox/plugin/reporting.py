@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import traceback
 from pathlib import Path
@@ -19,8 +20,12 @@ FAILED = pytest.StashKey[bool]()
 _TOLD = pytest.StashKey[dict[str, str]]()  # the text of an error → the first test that met it
 RETRIED = "vm_retried"  # the property, in junit's file, of a test that was retried in a fresh guest
 
-# Frames that do not help the reader: ours, and those of context managers between ours.
-_HIDDEN: tuple[str, ...] = (f"{Path(__file__).parents[1]}{os.sep}", contextlib.__file__)
+# Frames that do not help the reader: ours, and those of the standard library between ours.
+_HIDDEN: tuple[str, ...] = (
+    f"{Path(__file__).parents[1]}{os.sep}",
+    contextlib.__file__,
+    functools.__file__,
+)
 _STANDARD = (f"{Path(contextlib.__file__).parent}{os.sep}", "<frozen ")
 _PACKAGES = {"site-packages", "dist-packages"}  # folders of installed libraries
 _PYTESTS = (_pytest.__path__[0], pluggy.__path__[0])

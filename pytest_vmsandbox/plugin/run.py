@@ -150,7 +150,8 @@ class Run:
         """The systems that a test with these `vm` markers runs on: images, on each kernel.
 
         Raises:
-            ConfigError: as `images`; or there is no such kernel, or an image cannot boot it.
+            ConfigError: as `images`; or there is no such kernel as the options name, or an image cannot
+                boot it. For a kernel of the markers, see `wrong_kernel`.
         """
         marks = list(marks)
         images = self.images(marks)
@@ -170,7 +171,17 @@ class Run:
                 return self._checked(image, path)
             except ConfigError as error:
                 self._wrong[image, path] = error
-        raise self._wrong[image, path]
+        if path in options.kernels(self.config):
+            raise self._wrong[image, path]
+        # Only the tests that are left after selection have to have their kernels.
+        number = [*dict.fromkeys(other for _, other in self._wrong)].index(path)
+        variant = Variant(image, path, f"unusable.{number + 1}" if number else "unusable")
+        self.labels[variant.label] = None
+        return variant
+
+    def wrong_kernel(self, variant: Variant) -> ConfigError | None:
+        """What is wrong with the kernel that the markers of a test name; None if it is good."""
+        return self._wrong.get((variant.image, variant.kernel)) if variant.kernel else None
 
     def _checked(self, image: str, path: Path) -> Variant:
         """An image on another kernel, after a look at both."""

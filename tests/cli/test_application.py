@@ -476,6 +476,24 @@ def test_quickstart_installs(tmp_path, monkeypatch, known, updates):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names_of_strangers_play_no_tricks_on_the_terminal(terminal, monkeypatch, capsys):
+    from pytest_vmsandbox.cli.screen import Screen
+
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = Screen()
+    screen.parts(("left out: \x1b]0;title\x07\x1b[2Ja\x9b", ""), ("\x1b[1Ab", ""))
+    with screen.stages() as stage:
+        stage("fetching \x1b[2Jc\nRemedy: d")
+    out = capsys.readouterr().out
+    assert out.startswith("left out: ab\n")
+    assert "fetching c Remedy: d" in out
+    assert not any(theirs in out for theirs in ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "title"))
+
+
 def test_the_suite_is_shipped():
     suite = Path(cli.__file__).with_name("quickstart_suite")
     assert {"pytest.ini", "test_first_steps.py"} <= {file.name for file in suite.iterdir()}

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import threading
 import tomllib
 from functools import partial
@@ -15,11 +16,14 @@ from click.testing import CliRunner
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue.builder import build
 from pytest_vmsandbox.catalogue.catalogue import native_architecture
+from pytest_vmsandbox.catalogue.importing import describing
 from pytest_vmsandbox.catalogue.importing.maker import make
+from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests import image_maker
 from support import disks
+from support.definitions import DISK, toml, write
 from support.disks import made
 
 NONE = ("--login=none", "--ready=login:", "--python=no", "--init=none")
@@ -148,6 +152,69 @@ def test_a_harmful_file_leaves_nothing(run, put, cache):
     (file,) = put({"disk.vmdk": disks.descriptor('RW 1 FLAT "/etc/passwd" 0')})
     assert "names an extent with a path" in run("import", "evil", file, *NONE, status=69)
     assert not (cache / "imported").exists()
+    assert list((cache / "images").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "reading"),
+    [("vdi", SourceFile, "digest"), ("vmdk-split-flat", describing, "pack")],
+)
+def test_a_file_that_changes_while_it_is_checked(
+    name, place, reading, run, put, cache, monkeypatch
+):
+    files = put(made(name))
+    read = getattr(place, reading)
+
+    def then_write(*arguments):
+        found = read(*arguments)
+        os.utime(files[-1], ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(place, reading, then_write)
+    assert "was changed while it was imported" in run("import", "mine", *files, *NONE, status=69)
+    assert not (cache / "imported").exists()
+
+
+def test_a_file_that_the_host_cannot_read(run, cache, monkeypatch, tmp_path):
+    said = run("import", "mine", "/proc/self/mem", *NONE, status=69)
+    assert "mem cannot be read" in said
+    assert "Remedy" in said
+    monkeypatch.chdir(tmp_path)
+    assert "[image] . is not a regular file, but a folder" in run(
+        "import", "mine", ".", *NONE, status=69
+    )
+    assert list((cache / "images").iterdir()) == []
+
+
+def test_a_name_that_is_taken_and_a_remedy_that_helps(run, put, cache, tmp_path, monkeypatch):
+    (file,) = put(made("qcow2-v3"))
+    folder = tmp_path / "images"
+    run("import", "bar", file, "--into", folder, *NONE)
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "other"))
+    for more in (["--into", folder], ["--into", folder, "--dry-run"]):
+        said = run("import", "bar", file, *more, *NONE, status=2)
+        assert f"remove it: rm -r {folder / 'bar'}" in said
+        assert "images rm" not in said
+    for name, where in (("tiny", []), ("bar", ["--image-path", folder])):
+        said = run("import", name, file, *where, *NONE, "--dry-run", status=2)
+        assert said.splitlines()[-1] == "Remedy: choose another name"
+    run("import", "foo", file, *NONE)
+    said = run("import", "foo", file, *NONE, "--dry-run", status=2)
+    assert said.endswith("remove it first: vmsandbox images rm foo\n")
+    run("rm", "foo")
+    run("import", "foo", file, *NONE, "--dry-run")
+
+
+def test_a_project_means_its_own_image_and_not_an_imported_one(run, put, cache, tmp_path):
+    (file,) = put(made("qcow2-v3"))
+    run("import", "foo", file, *NONE)
+    write(tmp_path / "images/foo", toml(DISK))
+    listed = json.loads(run("list", "--json", "--image-path", tmp_path / "images"))
+    (found,) = [image for image in listed["images"] if image["name"] == "foo"]
+    assert found["description"] == DISK["description"]
+    run("rm", "foo", "--image-path", tmp_path / "images")
+    assert not (cache / "imported/foo").exists()
+    assert (tmp_path / "images/foo/image.toml").exists()
 
 
 @pytest.mark.parametrize(

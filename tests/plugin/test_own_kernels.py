@@ -145,10 +145,43 @@ def test_tests_that_cannot_be_parametrized_run_on_the_first_kernel(kernels):
 def test_wrong_kernels(kernels):
     said = kernels.usage_error("--vm-kernel=none")
     assert said.count("the kernel") == 1
-    assert f"the kernel {kernels.path}/none cannot be read: No such file" in said
+    assert f"the kernel's file {kernels.path}/none cannot be read: No such file" in said
     assert "Remedy: check the path" in said
     assert kernels.guests == []
     assert "kernel='' is not the path of a kernel" in kernels.usage_error("--vm-kernel=")
+
+
+MARKED = """
+    import pytest
+
+    @pytest.mark.vm(kernel=["nope", "old", "nor/this"])
+    @pytest.mark.parametrize("n", [0, 1])
+    def test_wrong(vm, n): pass
+
+    @pytest.mark.skip
+    @pytest.mark.vm(kernel="neither")
+    def test_later(vm): pass
+
+    def test_good(vm): pass
+"""
+
+
+@pytest.mark.parametrize("args", [["-k", "good"], ["--deselect=test_suite.py::test_wrong"]])
+def test_a_wrong_kernel_in_a_marker_does_not_stop_other_tests(kernels, args):
+    kernels.write(MARKED)
+    result = kernels.run(*args)
+    assert result.ret == 0
+    assert result.parseoutcomes()["passed"] == 1
+
+
+def test_a_wrong_kernel_in_a_marker_names_the_test(kernels):
+    kernels.write(MARKED)
+    said = kernels.usage_error()
+    for name, label in (("nope", "unusable"), ("nor/this", "unusable.2")):
+        text = f"test_suite.py::test_wrong[alpha-1+{label}-0] and 1 more: the kernel's file {kernels.path}/{name} "
+        assert said.count(f"{text}cannot be read") == 1
+    assert "neither" not in said
+    assert kernels.guests == []
 
 
 @pytest.mark.parametrize("value", ["7", "[]", "['new', None]", "''"])

@@ -36,7 +36,7 @@ CONFIG_TIMERFD=y
 """
 
 
-def bzimage(release="6.12.9", *, config="", pack="gzip", bits64=True) -> bytes:
+def bzimage(release="6.12.9", *, config="", pack="gzip", bits64=True, protocol=0x20F) -> bytes:
     """What begins like a bzImage.
 
     Args:
@@ -47,6 +47,8 @@ def bzimage(release="6.12.9", *, config="", pack="gzip", bits64=True) -> bytes:
     head[0x1F1] = 7  # sectors after the first one: the kernel begins at 0x1000
     head[0x1FE:0x200] = b"\x55\xaa"
     head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", head, 0x206, protocol)
+    head[0x211] = 1  # it is loaded high
     struct.pack_into("<H", head, 0x20E, 0x400 - 0x200)
     struct.pack_into("<H", head, 0x236, int(bits64))
     version = f"{release} (me@here) #1 SMP\0".encode()
@@ -56,7 +58,15 @@ def bzimage(release="6.12.9", *, config="", pack="gzip", bits64=True) -> bytes:
         inner += b"IKCFG_ST" + gzip.compress(config.encode()) + b"IKCFG_ED"
     payload = PACK[pack](inner)
     struct.pack_into("<II", head, 0x248, 0x20, len(payload))
-    return bytes(head) + bytes(0x20) + payload + b"what follows"
+    struct.pack_into("<I", head, 0x1F4, -(-(0x20 + len(payload)) // 16))
+    return bytes(head) + bytes(0x20) + payload + b"what follows, and fills it up"
+
+
+def package(file: Path, size=100) -> Path:
+    """Write what looks like a Debian package, with one member."""
+    header = b"debian-binary".ljust(48) + str(size).encode().ljust(10) + b"`\n"
+    file.write_bytes(b"!<arch>\n" + header + bytes(size))
+    return file
 
 
 def kernel(file: Path, release="6.12.9", **how) -> Path:

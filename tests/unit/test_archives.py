@@ -1,5 +1,6 @@
 """What is read of archives, and what is not: tar, OVF, VMX, boxes and manifests of strangers."""
 
+import hashlib
 import json
 import tarfile
 
@@ -14,6 +15,8 @@ from support.disks import member, pax, raw_header, tar_of
 END = bytes(1024)
 DISK = b"a disk"
 HUGE = pax("size", "9" * 19)
+SECOND_DISK = b'{"provider": "libvirt", "disks": [{"path": "a.img"}, {"path": "%s"}]}'
+OTHER_MANIFEST = b"SHA256(ubuntu.ovf)= " + b"1" * 64 + b"\nSHA256(a.vmdk)= %s\n"
 LIBVIRT = {"metadata.json": b'{"provider": "libvirt"}', "box.img": DISK}
 
 
@@ -257,6 +260,17 @@ def test_a_harmful_ovf(text, why):
             "box",
             "names a disk with a path",
         ),
+        (
+            {"metadata.json": SECOND_DISK % rb"\u001b]0;title\u0007b\nRemedy: c", "a.img": DISK},
+            "box",
+            "a path or a strange name",
+        ),
+        (
+            {"metadata.json": SECOND_DISK % b"../b", "a.img": DISK},
+            "box",
+            "a path or a strange name",
+        ),
+        ({"metadata.json": SECOND_DISK % rb"\ud800", "a.img": DISK}, "box", "a strange name"),
         ({"metadata.json": b'{"provider": "libvirt"}'}, "box", "does not have the disk 'box.img'"),
         ({"x.vmx": b'scsi0:0.fileName = "/vmfs/a.vmdk"'}, "box", "names a disk with a path"),
         ({"a.vmdk": b"KDMV"}, "vmdk", "has 0 descriptors"),
@@ -264,7 +278,26 @@ def test_a_harmful_ovf(text, why):
         (
             {"a.ovf": disks.ovf("a.vmdk"), "a.vmdk": b"", "a.mf": b""},
             "ova",
-            "digest of its manifest",
+            "a manifest that does not list a.ovf",
+        ),
+        (
+            {"box.ovf": disks.ovf("a.vmdk"), "a.vmdk": b"", "a.mf": OTHER_MANIFEST % (b"0" * 64)},
+            "box",
+            "a.vmdk does not have the digest of its manifest",
+        ),
+        (
+            {
+                "metadata.json": b'{"provider": "libvirt", "disks": [{"size": 2}, {"path": "a.img"}]}'
+            },
+            "box",
+            "gives disk 1 no path",
+        ),
+        (
+            {
+                "metadata.json": b'{"provider": "libvirt", "disks": [{"path": "a.img"}, {"path": 5}]}'
+            },
+            "box",
+            "gives disk 2 no path",
         ),
     ],
 )
@@ -272,6 +305,15 @@ def test_an_archive_without_its_disk(files, kind, why, tmp_path):
     with pytest.raises(ImageError, match=why) as caught:
         chosen(tmp_path, files, kind)
     assert caught.value.remedy
+    assert str(caught.value).isascii()
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_box_with_the_manifest_of_the_ova_that_it_was_made_of(tmp_path):
+    """As Ubuntu's boxes for VirtualBox have it: the .ovf has another name there."""
+    manifest = OTHER_MANIFEST % hashlib.sha256(DISK).hexdigest().encode()
+    files = {"box.ovf": disks.ovf("a.vmdk"), "a.vmdk": DISK, "ubuntu.mf": manifest}
+    assert chosen(tmp_path, files, "box").name == "a.vmdk"
 
 
 def test_a_box_says_what_it_is(tmp_path):

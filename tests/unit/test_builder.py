@@ -582,6 +582,13 @@ class TestStore:
         assert store.all() == []
         assert store.remove("other") == 0
 
+    def test_remove_leaves_nothing_of_it(self, tmp_path, store, make):
+        make(define(tmp_path / "mine"))
+        with pytest.raises(ImageError):
+            make(define(tmp_path / "mine", "exit 1"))
+        store.remove("mine")
+        assert [path.name for path in store.root.iterdir()] == ["mine.lock"]
+
     def test_remove_leaves_what_is_in_use(self, store, make, tmp_path):
         image = make(define(tmp_path / "mine"))
         with image.hold():
@@ -659,3 +666,16 @@ class TestStore:
 
     def test_remove_tree_of_nothing(self, tmp_path):
         remove_tree(tmp_path / "gone")
+
+
+def test_a_name_adds_no_line_to_the_log_of_a_build(tmp_path):
+    seen = []
+
+    def maker(made):
+        made.say("unpacking \x1b[2Ja\n== b\r")
+        raise ImageError("it ends")
+
+    with pytest.raises(ImageError, match="it ends") as caught:
+        build(define(tmp_path / "one"), ImageStore(tmp_path / "cache"), maker, progress=seen.append)
+    assert seen == ["unpacking a == b"]
+    assert caught.value.details.splitlines()[-1] == "== unpacking a == b"

@@ -397,6 +397,33 @@ class TestDigest:
         other = read(tmp_path / "x" / "mine", changed(DISK, {**local, "source.sha256": "d" * 64}))
         assert other.digest != definition.digest
 
+    @pytest.mark.parametrize(
+        ("values", "places"),
+        [
+            (DISK, {"source.url": "../elsewhere/disk.qcow2"}),
+            (KERNEL, {"source.kernel": "../linux", "source.initrd": "https://example.org/i"}),
+        ],
+    )
+    def test_the_place_of_a_file_does_not_count_if_its_digest_is_there(
+        self, values, places, tmp_path
+    ):
+        """Two people who import the same files have the same image: one lock file fits both."""
+        digest = read(tmp_path / "a" / "mine", values).digest
+        assert read(tmp_path / "b" / "mine", changed(values, places)).digest == digest
+        for key, value in (("description", "x"), ("boot.memory_min", "1GiB")):
+            other = read(tmp_path / key / "mine", changed(values, {**places, key: value}))
+            assert other.digest != digest
+        for key in ("sha256", "kernel_sha256", "initrd_sha256"):
+            if key in values["source"]:
+                more = {**places, f"source.{key}": "e" * 64}
+                assert read(tmp_path / key / "mine", changed(values, more)).digest != digest
+
+    def test_a_place_without_a_digest_counts(self, tmp_path):
+        sums = {"source.sha256": None, "source.checksums": "SUMS", "source.url": "disk"}
+        digest = read(tmp_path / "a" / "mine", changed(DISK, sums)).digest
+        other = read(tmp_path / "b" / "mine", changed(DISK, {**sums, "source.url": "disk2"}))
+        assert other.digest != digest
+
     def test_a_disk_without_a_digest_is_read(self, tmp_path):
         sums = {"source.sha256": None, "source.url": "disk", "source.checksums": "SUMS"}
         definition = read(tmp_path / "mine", changed(DISK, sums))

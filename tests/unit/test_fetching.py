@@ -5,6 +5,7 @@ import http.server
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -127,6 +128,33 @@ def test_a_wrong_digest(server, url, fetcher, tmp_path):
         got(fetcher(), url)
     assert SHA256.hex in caught.value.details
     assert list((tmp_path / "cache" / "downloads").glob("[!.]*/*")) == []
+
+
+@pytest.mark.parametrize("times_set_back", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_was_compared_is_what_was_used(
+    kept, times_set_back, server, url, fetcher, tmp_path, monkeypatch
+):
+    """Whoever writes to a file between its digest and its use changes no image."""
+    server.answers = [whole]
+    (tmp_path / "disk").write_bytes(DATA)
+    if kept:
+        got(fetcher(), url)
+    (data,) = tmp_path.glob("cache/downloads/*/data" if kept else "disk")
+    data.chmod(0o600)
+    os.utime(data, ns=(1, 1))
+    compare = fetch.check
+
+    def then_write(file, digest):
+        compare(file, digest)
+        time.sleep(0.02)  # the clock of a file system may have coarse steps
+        data.write_bytes(b"x" + DATA[1:])
+        if times_set_back:
+            os.utime(data, ns=(1, 1))
+
+    monkeypatch.setattr(fetch, "check", then_write)
+    with pytest.raises(ImageError, match="was changed while it was imported"):
+        got(fetcher(), url if kept else "disk")
 
 
 def test_what_is_kept_and_damaged_is_not_used(server, url, fetcher, tmp_path):

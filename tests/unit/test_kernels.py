@@ -2,16 +2,18 @@
 
 import gzip
 import lzma
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue import kernels
+from pytest_vmsandbox.catalogue import kernel_files, kernels
 from pytest_vmsandbox.catalogue.kernels import ModuleIndex
 from pytest_vmsandbox.core.errors import ConfigError
 from support.images import DEFINITION
-from support.kernels import GOOD, bzimage, installed, kernel, tree
+from support.kernels import GOOD, bzimage, installed, kernel, package, tree
 
 MODULE = "drivers/net/dummy.ko"
 
@@ -75,6 +77,7 @@ def test_a_kernel_among_its_modules(tmp_path):
     ],
 )
 def test_a_package(tmp_path, monkeypatch, name):
+    package(tmp_path / "some.deb")
     monkeypatch.setattr(kernels, "run_program", lambda *_: f"{name}\n")
     found = kernels.find(tmp_path / "some.deb")
     assert (found.release, found.image) == ("6.1.0-9-cloud-amd64", None)
@@ -147,8 +150,13 @@ def test_folders_that_cannot_be_used(tmp_path, make, brief, remedy):
         (bytes(0x38) + b"ARM\x64" + bytes(1000), "is a kernel for another architecture"),
         (b"MZ\0\0zimg" + bytes(1000), "is a kernel for another architecture"),
         (b"#!/bin/sh\n", "is no kernel for x86_64"),
-        (bzimage()[:0x300], "does not say its release"),
+        (bzimage()[:0x210], "is cut short: it has 528 bytes"),
+        (bzimage()[:0x24F], "is cut short"),
+        (bzimage()[:0x300], "is cut short: it has 768 bytes of at least 41"),
+        (bzimage(config=GOOD)[:-32], "is cut short"),
         (bzimage("unknown"), "does not say its release"),
+        (bzimage("6" * 65), "does not say its release"),
+        (bzimage(protocol=0x20B), "is a kernel from before 2012"),
         (bzimage(bits64=False), "is a kernel for 32-bit machines"),
     ],
 )
@@ -159,6 +167,55 @@ def test_files_that_cannot_be_used(tmp_path, content, brief):
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("content", "brief"),
+    [
+        (b"", "is cut short: it has 0 bytes"),
+        (b"<html>Not found</html>", "is no Debian package"),
+        (b"!<arch>\n" + bytes(200), "is no Debian package"),
+        (b"!<arch>\n" + bytes(20), "is cut short: it has 28 bytes"),
+    ],
+)
+def test_packages_that_cannot_be_used(tmp_path, content, brief):
+    (file := tmp_path / "some.deb").write_bytes(content)
+    with pytest.raises(ConfigError, match=brief) as caught:
+        kernels.find(file)
+    assert "fetch" in caught.value.remedy
+
+
+@pytest.mark.parametrize("size", [100, 101])
+def test_a_package_that_is_cut_short(tmp_path, size):
+    content = package(tmp_path / "some.deb", size).read_bytes()
+    kernel_files.check_package(tmp_path / "some.deb")
+    (tmp_path / "some.deb").write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match=f"is cut short: it has {len(content) - 1} bytes"):
+        kernels.find(tmp_path / "some.deb")
+
+
+@pytest.mark.parametrize("name", ["kernel", "kernel.deb"])
+def test_a_fifo_does_not_hang(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="is not a regular file, but a FIFO"):
+        kernels.find(tmp_path / name)
+
+
+def test_fifos_in_a_folder_are_no_files(tmp_path):
+    installed(tmp_path)
+    for name in ("boot/vmlinuz-6.6.6", "boot/config-6.12.9", "lib/modules/6.12.9/a.ko"):
+        os.mkfifo(tmp_path / name)
+    found = kernels.find(tmp_path)
+    assert (found.release, found.config) == ("6.12.9", None)
+    assert "a.ko" not in [name for name, _ in kernels.module_files(found)]
+
+
+def test_a_file_that_becomes_a_fifo(tmp_path):
+    found = kernels.find(tree(tmp_path))
+    (tmp_path / ".config").unlink()
+    os.mkfifo(tmp_path / ".config")
+    with pytest.raises(ConfigError, match=r"\.config cannot be read: .* a FIFO"):
+        kernels.read_config(found)
+
+
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file") as caught:
         kernels.find(tmp_path / "none")
@@ -166,6 +223,7 @@ def test_a_path_that_is_not_there(tmp_path):
 
 
 def test_a_package_without_a_kernel(tmp_path, monkeypatch):
+    package(tmp_path / "some.deb")
     monkeypatch.setattr(kernels, "run_program", lambda *_: "linux-headers-6.1\n")
     with pytest.raises(ConfigError, match="is the package linux-headers-6.1, which has no kernel"):
         kernels.find(tmp_path / "some.deb")
@@ -178,6 +236,7 @@ def test_a_program_that_is_missing_or_fails():
     with pytest.raises(ConfigError, match="sh could not do it") as caught:
         kernels.run_program(["sh", "-c", "echo $WHY >&2; false"], "do it", {"WHY": "because"})
     assert "because" in caught.value.details
+    assert "may be damaged" in caught.value.remedy
     assert kernels.run_program(["echo", "done"], "do it") == "done\n"
 
 
@@ -283,10 +342,99 @@ def test_drivers_that_are_nowhere(index):
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, lzma.compress])
 def test_the_content_of_a_module(tmp_path, pack):
     (file := tmp_path / "a.ko").write_bytes(pack(b"\x7fELF module"))
-    assert kernels.plain_module(file) == b"\x7fELF module"
+    assert kernel_files.plain_module(file) == b"\x7fELF module"
+
+
+@pytest.mark.parametrize("content", [b"", b"TOP SECRET", gzip.compress(b"TOP SECRET")])
+def test_what_is_no_module(tmp_path, content):
+    (file := tmp_path / "a.ko").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.ko is no kernel module") as caught:
+        kernel_files.plain_module(file)
+    assert "remove that file" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["a b.ko", "a\nb.ko", "\udcff.ko.xz"])
+def test_names_of_modules_that_are_no_words(tmp_path, name):
+    installed(tmp_path)
+    (tmp_path / "lib/modules/6.12.9" / name).touch()
+    with pytest.raises(ConfigError, match="a name that cannot be used") as caught:
+        list(kernels.module_files(kernels.find(tmp_path)))
+    caught.value.brief.encode()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.ko", "/outside.ko", "kernel/../../outside.o", "../../etc/shadow", "outside"],
+)
+def test_a_list_of_modules_that_leads_elsewhere(tmp_path, name):
+    built = tree(tmp_path / "built", modules=[MODULE])
+    (tmp_path / "outside.ko").write_bytes(b"\x7fELF module")
+    (built / "modules.order").write_text(f"{name}\n")
+    with pytest.raises(ConfigError, match="a name that cannot be used"):
+        list(kernels.module_files(kernels.find(built)))
+
+
+def test_files_that_are_named_like_modules(tmp_path):
+    installed(tmp_path)
+    at = tmp_path / "lib/modules/6.12.9"
+    for name in ("a.ko.debug", "a.korn", ".a.ko.cmd"):
+        (at / name).write_text("text")
+    names = [name for name, _ in kernels.module_files(kernels.find(tmp_path))]
+    assert names == ["kernel/fs/ext4/ext4.ko", "modules.order"]
+
+
+# -- links ----------------------------------------------------------------------------------------------
+
+
+def test_modules_elsewhere(tmp_path):
+    folder, elsewhere = installed(tmp_path / "folder"), installed(tmp_path / "elsewhere")
+    shutil.rmtree(folder / "lib")
+    (folder / "lib").symlink_to(elsewhere / "lib")
+    with pytest.raises(ConfigError, match="leads out of .*folder, to .*elsewhere") as caught:
+        list(kernels.module_files(kernels.find(folder)))
+    assert "put a copy there" in caught.value.remedy
+
+
+def test_a_kernel_and_a_configuration_elsewhere(tmp_path):
+    built = tree(tmp_path / "built")
+    for name in ("arch/x86/boot/bzImage", ".config"):
+        (built / name).rename(elsewhere := tmp_path / Path(name).name)
+        (built / name).symlink_to(elsewhere)
+    found = kernels.find(built)
+    assert found.release == "6.12.9"
+    assert kernels.read_config(found)["VIRTIO_PCI"] == "m"
+
+
+def test_links_within_the_folder(tmp_path):
+    installed(tmp_path / "usr")
+    (tmp_path / "usr/boot").rename(tmp_path / "boot")
+    (tmp_path / "lib").symlink_to("usr/lib")
+    (tmp_path / "vmlinuz").symlink_to("boot/vmlinuz-6.12.9")
+    at = tmp_path / "usr/lib/modules/6.12.9"
+    (at / "vmlinuz").symlink_to("../../../../boot/vmlinuz-6.12.9")
+    (at / "weak-updates").mkdir()
+    other = tmp_path / "usr/lib/modules/6.12.8/extra/a.ko"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"\x7fELF other")
+    (at / "weak-updates/a.ko").symlink_to("../../6.12.8/extra/a.ko")
+    (at / "build").symlink_to("/usr/src/linux-6.12.9")
+    (tmp_path / "named").symlink_to(tmp_path / "boot/vmlinuz-6.12.9")
+    for path in (tmp_path, tmp_path / "named", tmp_path / "boot/vmlinuz-6.12.9"):
+        found = kernels.find(path)
+        files = dict(kernels.module_files(found))
+        assert set(files) == {"kernel/fs/ext4/ext4.ko", "weak-updates/a.ko", "modules.order"}
+        read = kernel_files.plain_module(files["weak-updates/a.ko"], found.home)
+        assert read == b"\x7fELF other"
+
+
+def test_modules_of_other_releases_beside_a_kernel_among_its_modules(tmp_path):
+    file = kernel(tmp_path / "modules/6.12.9/vmlinuz")
+    assert kernels.find(file).home == tmp_path / "modules"
+    file = kernel(tmp_path / "6.12.9/vmlinuz")
+    assert kernels.find(file).home == tmp_path / "6.12.9"
 
 
 def test_a_damaged_module(tmp_path):
     (file := tmp_path / "a.ko.xz").write_bytes(lzma.compress(b"\x7fELF module")[:-20] + bytes(20))
     with pytest.raises(ConfigError, match="a.ko.xz is damaged"):
-        kernels.plain_module(file)
+        kernel_files.plain_module(file)

@@ -16,7 +16,7 @@ from pytest_vmsandbox.guests import kernel_faults
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.kernels import KernelStore, newc
 from support.images import DEFINITION
-from support.kernels import GOOD, installed, kernel, tree
+from support.kernels import GOOD, installed, kernel, package, tree
 
 DEP = {"kernel/fs/ext4/ext4.ko": "", "kernel/drivers/block/virtio_blk.ko": ""}
 
@@ -127,12 +127,75 @@ def test_it_is_kept_and_known_by_its_content(tmp_path, ran, built, store):
 
 def test_a_package_is_unpacked_once(tmp_path, ran, built, store):
     installed(tmp_path / "some.content", modules=["kernel/fs/ext4/ext4.ko"])
-    (tmp_path / "some.deb").touch()
+    package(tmp_path / "some.deb")
     assert store.get(tmp_path / "some.deb", built).release == "6.12.9"
     assert ran == ["dpkg-deb", "dpkg-deb", "depmod", "mke2fs"]
     with ExitStack() as stack:
         KernelStore(tmp_path / "cache", Announcer(), stack).get(tmp_path / "some.deb", built)
     assert ran[4:] == ["dpkg-deb"]  # its name
+
+
+@pytest.mark.parametrize("name", ["kernel/secret.ko", "modules.builtin", "modules.order"])
+def test_a_file_of_this_machine_does_not_reach_guests(tmp_path, ran, built, store, name):
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    (file := installed(tmp_path / "it") / "lib/modules/6.12.9" / name).unlink(missing_ok=True)
+    file.symlink_to(secret)
+    with pytest.raises(ConfigError, match="leads out of .*it, to .*secret"):
+        store.get(tmp_path / "it", built)
+    assert ran == []
+
+
+def test_a_link_that_turns_while_it_is_prepared(tmp_path, ran, built, store, monkeypatch):
+    at = installed(tmp_path / "it") / "lib/modules/6.12.9/kernel/fs/ext4"
+    (secret := tmp_path / "secret").write_bytes(b"\x7fELF secret")
+    listed = sources.module_files
+
+    def turned(kernel):
+        files = [*listed(kernel)]
+        (at / "ext4.ko").unlink()
+        (at / "ext4.ko").symlink_to(secret)
+        yield from files
+
+    monkeypatch.setattr(sources, "module_files", turned)
+    with pytest.raises(ConfigError, match="leads out of .*it, to .*secret"):
+        store.get(tmp_path / "it", built)
+
+
+@pytest.mark.parametrize("lines", ["fuse fuse c10:229 more\n", "fuse\n"])
+def test_odd_nodes_are_left_out(tmp_path, ran, built, store, monkeypatch, lines):
+    run = sources.run_program
+
+    def depmod(argv, *more):
+        done = run(argv, *more)
+        if argv[0] == "depmod":
+            folder = Path(argv[2], "lib/modules", argv[3])
+            (folder / "modules.devname").write_text(lines, encoding="utf-8")
+        return done
+
+    monkeypatch.setattr(sources, "run_program", depmod)
+    own = store.get(installed(tmp_path / "it"), built)
+    assert entries(own.initrd.read_bytes()[20:])["nodes"] == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "brief"),
+    [
+        ("boot/vmlinuz-6.12.9", "some.deb has no kernel"),
+        (
+            "lib/modules/6.12.9/kernel/fs/ext4/ext4.ko",
+            "some.deb/lib/.*/ext4.ko is no kernel module",
+        ),
+    ],
+)
+def test_a_package_that_cannot_be_used(tmp_path, ran, built, store, name, brief):
+    file = installed(tmp_path / "some.content") / name
+    package(tmp_path / "some.deb")
+    if name.startswith("boot"):
+        file.unlink()
+    else:
+        file.write_text("text")
+    with pytest.raises(ConfigError, match=f"{tmp_path}/{brief}"):
+        store.get(tmp_path / "some.deb", built)
 
 
 def test_a_damaged_one_is_made_again(tmp_path, ran, built, store):
@@ -209,8 +272,18 @@ def test_what_the_console_says(console, option):
     assert ("that has them" in found.remedy(has_modules=False)) is are_drivers
 
 
+BIOS = "SeaBIOS (version 1.16.2)\nBooting from ROM...\nProbing EDD (edd=off to disable)... o"
+
+
+def test_a_kernel_that_resets_the_machine():
+    found = kernel_faults.fault(3 * BIOS)
+    assert found.brief == "the kernel resets the machine again and again"
+    assert "may be damaged" in found.remedy(has_modules=False)
+    assert "CONFIG" not in found.remedy(has_modules=True)
+
+
 @pytest.mark.parametrize(
-    "console", ["", "Linux version 6\nvmsandbox: init\nvmsandbox: ssh\n", "oops"]
+    "console", ["", 2 * BIOS, "Linux version 6\nvmsandbox: init\nvmsandbox: ssh\n", "oops"]
 )
 def test_a_console_that_says_nothing_about_it(console):
     assert kernel_faults.fault(console) is None
@@ -225,6 +298,8 @@ def test_paths(tmp_path, monkeypatch):
     assert parse_kernel("a") == tmp_path / "a"
     assert parse_kernel(Path("a"), Path("/x")) == Path("/x/a")
     assert parse_kernel("~/a") == Path("/home/me/a")
+    assert parse_kernel("~/a", Path("/x")) == Path("/home/me/a")
+    assert parse_kernel("~no-such-user/a", Path("/x")) == Path("/x/~no-such-user/a")
     assert parse_kernel("/b", Path("/x")) == Path("/b")
     assert parse_kernel(OWN_KERNEL) is None
     default = Hardware(kernel=Path("/b"))

@@ -121,6 +121,13 @@ def choose(file: SourceFile, archive: Archive, kind: str) -> Chosen:
         ImageError: the archive is not of that kind, or does not have its disk.
     """
     found = _KINDS[kind](file, archive)
+    for name in (found.name, *found.left_out):
+        if not vmdk.is_plain(name):
+            raise refused(
+                file,
+                f"names a disk with a path or a strange name: {name[:80]!r}",
+                "unpack it, and import the disk that is in it",
+            )
     if found.name not in archive.disks:
         raise refused(
             file,
@@ -132,7 +139,7 @@ def choose(file: SourceFile, archive: Archive, kind: str) -> Chosen:
 
 def _ova(file: SourceFile, archive: Archive) -> Chosen:
     chosen = _of_machine(file, _only(file, archive, ".ovf"), ovf.read_ovf)
-    _check_manifest(file, archive, chosen.name)
+    _check_manifest(file, archive, chosen.name, all_listed=True)
     return chosen
 
 
@@ -145,7 +152,8 @@ def _box(file: SourceFile, archive: Archive) -> Chosen:
     elif provider == _VIRTUALBOX or (not provider and _named(archive, ".ovf")):
         provider = _VIRTUALBOX
         chosen = _of_machine(file, _only(file, archive, ".ovf"), ovf.read_ovf)
-        _check_manifest(file, archive, chosen.name)
+        # It may be that of the OVA that the box was made of, and not know the name of the .ovf.
+        _check_manifest(file, archive, chosen.name, all_listed=False)
     elif str(provider).startswith(_VMWARE) or (not provider and _named(archive, ".vmx")):
         provider = _VMWARE
         chosen = _of_machine(file, _only(file, archive, ".vmx"), ovf.read_vmx)
@@ -179,10 +187,15 @@ def _libvirt(file: SourceFile, metadata: dict[str, Any]) -> Chosen:
     name, image_format, others = "box.img", metadata.get("format") or "", list[str]()
     disks = metadata.get("disks")
     if isinstance(disks, list) and disks and all(isinstance(disk, dict) for disk in disks):
-        name, *others = (str(disk.get("path", "")) for disk in disks)
+        for number, disk in enumerate(disks, 1):
+            if not isinstance(disk.get("path"), str) or not disk["path"]:
+                raise refused(
+                    file,
+                    f"has a metadata.json that gives disk {number} no path",
+                    "unpack it, and import the disk that is in it",
+                )
+        name, *others = (disk["path"] for disk in disks)
         image_format = disks[0].get("format") or image_format
-    if not vmdk.is_plain(name):
-        raise refused(file, f"names a disk with a path: {name[:80]!r}", "make or fetch it again")
     if image_format not in ("", *headers.FORMATS):
         raise refused(file, "has a disk of an unknown format", "unpack it, and convert the disk")
     return Chosen(name, str(image_format), left_out=tuple(others))
@@ -239,14 +252,26 @@ def _of_machine(file: SourceFile, text: bytes, reader: Callable[[bytes], ovf.Mac
     return Chosen(name, firmware=machine.firmware, left_out=tuple(others))
 
 
-def _check_manifest(file: SourceFile, archive: Archive, disk: str) -> None:
-    """Check the digests of what is used, if there is a manifest."""
+def _check_manifest(file: SourceFile, archive: Archive, disk: str, *, all_listed: bool) -> None:
+    """Check the digests of what is used, if there is a manifest.
+
+    Args:
+        all_listed: whether the manifest must list all that is used.
+    """
     names = _named(archive, ".mf")
     if not names:
         return
     stated = ovf.read_manifest(_only(file, archive, ".mf"))
     for name in (*_named(archive, ".ovf"), disk):
-        kind, digest = stated.get(name, ("sha256", ""))
+        if name not in stated:
+            if all_listed:
+                raise refused(
+                    file,
+                    f"has a manifest that does not list {name}",
+                    "make or fetch the archive again",
+                )
+            continue
+        kind, digest = stated[name]
         if (found := _digest_of(archive, name, kind)) and found != digest:
             raise refused(
                 file,

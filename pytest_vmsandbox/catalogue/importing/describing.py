@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -97,6 +98,7 @@ def describe(
             file, url, digest = stack.enter_context(_file(wishes, folder, cache, work))
             kind = "vmdk" if len(wishes.files) > 1 else wishes.format
             found = stack.enter_context(unpacked_disk(file, kind, work, say))
+            file.check_unchanged()  # since its digest was taken
             source |= {"url": url, "sha256": digest, "format": found.kind}
             if not kind:
                 notes.append((f"format: {found.kind}", "by what the file holds"))
@@ -129,11 +131,7 @@ def write(described: Described, folder: Path) -> ImageDefinition:
     Raises:
         ConfigError: it is invalid, or there is something with its name.
     """
-    if os.path.lexists(folder):
-        raise ConfigError(
-            f"{folder} is there already",
-            remedy=f"choose another name, or remove it: vmsandbox images rm {folder.name}",
-        )
+    check_free(folder)
     # Its name is checked, too, so it is made below a folder that catalogues ignore.
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -157,6 +155,19 @@ def write(described: Described, folder: Path) -> ImageDefinition:
     return ImageDefinition.read(folder)
 
 
+def check_free(folder: Path) -> None:
+    """Check that a definition can be written.
+
+    Raises:
+        ConfigError: there is something with its name.
+    """
+    if os.path.lexists(folder):
+        raise ConfigError(
+            f"{folder} is there already",
+            remedy=f"choose another name, or remove it: rm -r {shlex.quote(os.fspath(folder))}",
+        )
+
+
 # -- its values -------------------------------------------------------------------------------------
 
 
@@ -173,9 +184,11 @@ def _file(
         # A split disk becomes one file, which is kept: so one digest locks all of it.
         packed = work / "packed"
         pack(_in_order(files), packed)
+        for part in files:
+            part.check_unchanged()
         file = stack.enter_context(opened(packed, f"{wishes.name}.tar"))
+        stack.callback(packed.unlink)
         digest = Fetcher(cache, folder, lambda _: None).keep(file)
-        packed.unlink()
         yield file, f"{wishes.name}.tar", digest.hex
 
 

@@ -104,13 +104,13 @@ class Fetcher:
 
     @contextmanager
     def opened(self, place: str, digest: Digest) -> Iterator[SourceFile]:
-        """The file at a place, open, after its digest was compared.
+        """The file at a place, open, after its digest was compared. Afterwards it must be as it was.
 
         Args:
             place: an http(s) URL, or a path.
 
         Raises:
-            ImageError: it cannot be fetched or read, or has another digest.
+            ImageError: it cannot be fetched or read, has another digest, or was changed meanwhile.
             CacheError: what was downloaded cannot be kept.
         """
         name, key = name_of(place), key_of(digest)
@@ -126,6 +126,7 @@ class Fetcher:
             with opened(path, name) as file:
                 check(file, digest)
                 yield file
+                file.check_unchanged()
             return
         if kept is None:
             kept = self._download(place, digest)
@@ -136,6 +137,7 @@ class Fetcher:
                 self._store.throw_away(key, kept)
                 raise
             yield file
+            file.check_unchanged()
 
     def keep(self, file: SourceFile) -> Digest:
         """Copy a file into the cache, so that it can be used where its place is not to be found."""

@@ -5,23 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_vmsandbox.cache.files import NotRegularError, open_regular
 from pytest_vmsandbox.core.errors import ImageError
 
 _CHUNK = 1 << 20
-_KINDS = {
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFLNK: "a link",
-}
 
 
 @dataclass(frozen=True)
@@ -53,19 +45,28 @@ class SourceFile:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise self.cut_short()
-        data = os.pread(self.descriptor, length, offset)
+        data = self._read(length, offset)
         if len(data) != length:
             raise self.cut_short()
         return data
 
     def head(self, length: int) -> bytes:
         """The first bytes: `length`, or as many as there are."""
-        return os.pread(self.descriptor, length, 0)
+        return self._read(length, 0)
+
+    def _read(self, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self.descriptor, length, offset)
+        except OSError as error:
+            raise ImageError(
+                f"{self.name} cannot be read: {error.strerror}",
+                remedy=f"check the disk that {self.path} is on, and copy the file to another one",
+            ) from error
 
     def chunks(self) -> Iterator[bytes]:
         """The whole content, piece by piece."""
         offset = 0
-        while data := os.pread(self.descriptor, _CHUNK, offset):
+        while data := self._read(_CHUNK, offset):
             yield data
             offset += len(data)
 
@@ -82,8 +83,12 @@ class SourceFile:
         Raises:
             ImageError: somebody has.
         """
-        now = os.fstat(self.descriptor)
-        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+        now, then = os.fstat(self.descriptor), self.status
+        if (now.st_size, now.st_mtime_ns, now.st_ctime_ns) != (
+            then.st_size,
+            then.st_mtime_ns,
+            then.st_ctime_ns,  # programs that copy set the former one back
+        ):
             raise ImageError(
                 f"{self.name} was changed while it was imported",
                 remedy="import it again when nothing writes to it; stop the machine that uses it",
@@ -104,7 +109,7 @@ def opened(path: Path, name: str = "") -> Iterator[SourceFile]:
     Raises:
         ImageError: it cannot be read, or is something else.
     """
-    name = name or path.name
+    name = name or path.name or str(path)
     descriptor = _open(path, name)
     try:
         yield SourceFile(name, path, descriptor, os.fstat(descriptor))
@@ -113,22 +118,15 @@ def opened(path: Path, name: str = "") -> Iterator[SourceFile]:
 
 
 def _open(path: Path, name: str) -> int:
-    kind = 0
     try:
-        # O_PATH opens no FIFO and no device. Then the file that was looked at is opened, by descriptor.
-        looked = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            kind = stat.S_IFMT(os.fstat(looked).st_mode)
-            if kind == stat.S_IFREG:
-                return os.open(f"/proc/self/fd/{looked}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(looked)
+        return open_regular(path, follow=False)
+    except NotRegularError as error:
+        raise ImageError(
+            f"{name} is not a regular file, but {error.kind}",
+            remedy="name the file that has the disk itself",
+        ) from error
     except OSError as error:
         why = "it does not exist" if error.errno == errno.ENOENT else error.strerror
         raise ImageError(
             f"{name} cannot be read: {why}", remedy=f"check the path {path}"
         ) from error
-    raise ImageError(
-        f"{name} is not a regular file, but {_KINDS.get(kind, 'something else')}",
-        remedy="name the file that has the disk itself",
-    )
