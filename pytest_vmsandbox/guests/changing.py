@@ -15,6 +15,7 @@ from typing import IO
 from pytest_vmsandbox.catalogue.making import LONGEST_LINE, Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
 from pytest_vmsandbox.core.errors import (
+    BootError,
     CacheError,
     CommandError,
     CommandTimeout,
@@ -130,7 +131,7 @@ def named(build: Build, script: str = "") -> Iterator[None]:
         raise
     except VMSandboxError as error:
         remedy = ""
-        if error.transient:
+        if error.transient or isinstance(error, BootError):
             remedy = error.remedy
         elif script:
             remedy = (

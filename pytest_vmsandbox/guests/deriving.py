@@ -11,7 +11,7 @@ from pytest_vmsandbox.catalogue.origin import Addition
 from pytest_vmsandbox.catalogue.store import ARCHIVE, DISK, INITRD, PACKAGES, BuiltImage, files_of
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, examining
+from pytest_vmsandbox.guests import changing, examining, systemd
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.guest import Guest
 
@@ -66,7 +66,14 @@ _KERNELS = """
 uname -r
 [ -d "/lib/modules/$(uname -r)" ] && echo modules
 for file in /boot/vmlinu[xz]* /boot/initrd.img* /boot/initramfs* /lib/modules/*/modules.builtin; do
-    [ -f "$file" ] && [ ! -L "$file" ] && cksum "$file"
+    [ -f "$file" ] && [ ! -L "$file" ] && sha256sum "$file"
+done
+:
+"""
+# The guest's SSH servers may still hold what they read when they started, so this looks at the files.
+_HOST_KEYS = """
+for file in /etc/ssh/ssh_host_ed25519_key /etc/dropbear/*; do
+    [ -f "$file" ] && sha256sum "$file"
 done
 :
 """
@@ -121,9 +128,12 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
     hardware = changing.hardware_for(base, disk=definition.disk_size, network=add.network)
     build.say(f"booting {base.definition.name}")
     with changing.changing(build, base, hardware, settings, KeyPair.for_image(base.key)) as guest:
+        if base.definition.init == "systemd":
+            systemd.await_started(guest)
         if definition.disk_size != base.definition.disk_size:
             changing.grow(build, guest)
         before = guest.shell(_KERNELS, user="root").stdout
+        keys = guest.shell(_HOST_KEYS, user="root").stdout
         if definition.user not in ("root", base.definition.user):
             build.say(f"adding the user {definition.user}")
             changing.run(
@@ -137,6 +147,7 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
                 build.say(f"running {add.script}")
                 _run_script(build, guest, definition.folder, add.script)
             _tell_of_kernels(build, before, guest.shell(_KERNELS, user="root").stdout)
+            _check_host_key(build, keys, guest.shell(_HOST_KEYS, user="root").stdout)
             return _examined(build, base, guest)
 
 
@@ -163,6 +174,20 @@ def _run_script(build: Build, guest: Guest, folder: Path, script: str) -> None:
     start = 'chmod u+x "$2" && exec "./$2"' if has_interpreter else 'exec /bin/sh "./$2"'
     changing.run(build, guest, f'cd "$1" || exit; {start}', [_FOLDER, script], what=script)
     guest.run(["rm", "-rf", _FOLDER], user="root")
+
+
+def _check_host_key(build: Build, before: str, after: str) -> None:
+    """Check that a guest still has the host key of its base, which the image keeps.
+
+    Raises:
+        ImageError: it has another one, or none.
+    """
+    if before != after:
+        raise ImageError(
+            f"making {build.definition.name!r} failed: it changes or removes the guest's SSH host key, so "
+            "nobody could log in to its guests",
+            remedy="leave /etc/ssh/ssh_host_ed25519_key (or the key in /etc/dropbear) as it is",
+        )
 
 
 def _tell_of_kernels(build: Build, before: str, after: str) -> None:

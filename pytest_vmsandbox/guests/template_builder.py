@@ -19,12 +19,11 @@ from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     CacheError,
-    CommandTimeout,
     ImageError,
     LaunchError,
     MonitorError,
 )
-from pytest_vmsandbox.guests import root_disk
+from pytest_vmsandbox.guests import root_disk, systemd
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -39,7 +38,6 @@ from pytest_vmsandbox.machine.disk import Disks
 _QUIET_SECONDS = 0.5  # the interval in which we measure a guest's CPU time
 _QUIET_SHARE = 0.15  # of a CPU; an idle guest takes about 0.04 under emulation
 _SETTLE_SECONDS = 120.0  # after which a guest is saved even if it is not quiet
-_SYSTEMD_SECONDS = 300.0
 _TRIES = 3  # to get a template that is not damaged, and that nobody else removes
 
 
@@ -324,15 +322,12 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
     """Wait until a guest is quiet, so its clones are quiet, too.
 
     Before that, run once what every test needs, so it is in the guest's memory.
+
+    Raises:
+        BootError: its system is in emergency mode.
     """
     if blueprint.built.definition.init == "systemd":
-        with suppress(CommandTimeout):
-            guest.run(
-                ["systemctl", "is-system-running", "--wait"],
-                check=False,
-                timeout=blueprint.stretch(_SYSTEMD_SECONDS),
-                user="root",
-            )
+        systemd.await_started(guest)
         guest.run(["udevadm", "settle"], check=False, user="root")
         guest.run(["pkill", "-x", r"\(udev-worker\)"], check=False, user="root")
     for _ in range(2):

@@ -54,6 +54,11 @@ def _ends(stage: str, pattern: str, what: str, remedy: str) -> tuple[re.Pattern[
     return re.compile(pattern, re.MULTILINE), DeadEnd(stage=stage, what=what, remedy=remedy)
 
 
+EMERGENCY = DeadEnd(
+    stage="init",
+    what="the system is in emergency mode, so it does not start its services",
+    remedy=_SLOW_REMEDY,
+)
 _DEAD_ENDS = (
     _ends(
         FIRMWARE,
@@ -98,12 +103,13 @@ _DEAD_ENDS = (
         "the initial RAM disk did not find the root file system, and waits at its shell",
         _SLOW_REMEDY,
     ),
-    _ends(
-        "init",
-        r"You are in (?:emergency|rescue) mode|Cannot open access to console, the root account is locked"
-        r"|^Give root password for maintenance",
-        "the system is in emergency mode, so it does not start its services",
-        _SLOW_REMEDY,
+    (
+        re.compile(
+            r"You are in (?:emergency|rescue) mode|Cannot open access to console, the root account is locked"
+            r"|^Give root password for maintenance",
+            re.MULTILINE,
+        ),
+        EMERGENCY,
     ),
 )
 _LATER = {

@@ -1,5 +1,6 @@
 """Images that derive from others, as far as they need no guest; tests/functional/test_derived.py has the rest."""
 
+import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -243,3 +244,16 @@ class TestErrorsOfTheGuest:
         guest: Any = SimpleNamespace(engine=engine)
         with pytest.raises(ImageError, match="'mine' failed: setup.sh ended with status 3"):
             changing.run(self.build, guest, "", what="setup.sh")
+
+
+class TestHostKey:
+    def test_is_as_it_was(self):
+        deriving._check_host_key(TestErrorsOfTheGuest.build, "1 2 key\n", "1 2 key\n")
+
+    @pytest.mark.parametrize("after", ["", "3 2 key\n"], ids=["removed", "changed"])
+    def test_that_nobody_knows(self, after):
+        with pytest.raises(ImageError, match="changes or removes the guest's SSH host key"):
+            deriving._check_host_key(TestErrorsOfTheGuest.build, "1 2 key\n", after)
+
+    def test_the_script_is_for_any_shell(self):
+        subprocess.run(["/bin/sh", "-n", "-c", deriving._HOST_KEYS], check=True)
