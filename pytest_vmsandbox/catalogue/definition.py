@@ -57,7 +57,7 @@ _PLACES |= {key: "to the top, before the first table" for key in _KEYS if key no
 _MEMORY_MIN = 256 * MIB
 _SETTLED = 2.0  # seconds after which another change of a file has another time, on any file system
 _IGNORED = {"__pycache__"}  # folders that Python makes
-_SIZE = "a size such as '256MiB'"
+_SIZE = "a size such as '256MiB' or '10GiB'"
 _YES_OR_NO = (True, False)
 
 

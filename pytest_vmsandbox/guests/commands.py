@@ -245,7 +245,10 @@ def check_status(result: CommandResult[str] | CommandResult[bytes]) -> None:
     text = said if isinstance(said, str) else said.decode(errors="replace")
     if result.returncode == _NOT_FOUND and program in text:
         brief = f"command not found in the guest: {program}"
-        remedy = "install it in the guest, or copy it there with vm.push(). To run a script, use vm.shell()"
+        remedy = (
+            "install it in the guest, or copy it there with vm.push(). To run a script, use vm.shell(). "
+            "Programs for root may not be in another user's PATH: pass user='root'"
+        )
     raise CommandError(brief, result=result, remedy=remedy)
 
 
