@@ -47,6 +47,14 @@ _STOPPED = {
         "use emulation: --vm-accel=tcg (pytest), --accel=tcg (vmsandbox)",
     ),
 }
+_ON_PURPOSE = (
+    "if a test switches its guest off on purpose, drive the guest by the fixture vm, and call vm.power_on() to "
+    "switch it on again"
+)
+_ENDED_BOOT = (
+    "look at the last lines above. The system may look for a disk that this guest does not have: root= in boot.append "
+    "of image.toml names it (vmsandbox images import: --append)"
+)
 _HOST_REASONS = {
     "host-signal",
     "host-error",
@@ -181,8 +189,7 @@ class Machine:
             raise GuestLost(
                 f"{self.spec.name} is switched off ({reason})",
                 details=self.console_lines(),
-                remedy="if a test switches its guest off on purpose, drive the guest by the fixture vm, and "
-                "call vm.power_on() to switch it on again",
+                remedy=_ON_PURPOSE,
                 transient=reason in _HOST_REASONS,
             )
         said = self._tpm.said if self._tpm is not None else ""
@@ -281,7 +288,7 @@ class Machine:
             stage=stage,
             seconds=seconds,
             details=error.details,
-            remedy=error.remedy,
+            remedy=_ENDED_BOOT if error.remedy == _ON_PURPOSE else error.remedy,
             transient=error.transient,
         )
 

@@ -424,7 +424,11 @@ class TestFaults:
             with pytest.raises(GuestLost, match=r"is switched off \(guest-shutdown\)") as caught:
                 machine.check()
             assert caught.value.stage == "command"
-            assert machine.boot_error(caught.value, 3).stage == "firmware"
+            assert "on purpose" in caught.value.remedy
+            error = machine.boot_error(caught.value, 3)
+            assert error.stage == "firmware"
+            assert "--append" in error.remedy  # no test did that
+            assert "on purpose" not in error.remedy
 
 
 class TestUserSpace:
