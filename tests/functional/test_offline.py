@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from pytest_vmsandbox.core.paths import LOCK_FILE
+from support.images import define, toml
 
 SUITE = """
 import pytest
@@ -63,9 +64,10 @@ def test_offline(alone, tmp_path):
         assert done.returncode == 0, done.stdout
         assert says in done.stdout
     assert (tmp_path / LOCK_FILE).is_file()
-    done = alone(*images, "build", "tiny", "--offline", "--force")
+    define(tmp_path / "images" / "mine", toml())
+    done = alone(*images, "build", "mine", "--offline", f"--image-path={tmp_path}/images")
     assert done.returncode == 69
-    assert "tiny cannot be built offline" in done.stdout
+    assert "mine cannot be built offline" in done.stdout
 
     pytest_ = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-offline"]
     done = alone(*pytest_)
