@@ -236,8 +236,8 @@ def _ratio(ratio: object) -> str:
 
 
 def _samples(result: Result) -> str:
-    """The number of samples, or the first line of the reason why there is no value."""
-    reason = result.reason.splitlines()[0] if result.reason else ""
+    """The number of samples, or the reason why there is no value."""
+    reason = result.reason or ""
     if result.value is None:
         return reason
     count = f"{result.samples} sample{'' if result.samples == 1 else 's'}"
