@@ -1,22 +1,51 @@
-"""Makes one image for a command, and compares it with the project's lock."""
+"""Makes images for a command, and compares them with the project's lock."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.lock import Difference, Lock, LockedImage, lock_command, shown
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import ImageError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests.image_maker import make_image
 
 _SHOWN = 20  # lines of differences
+
+
+def build_each(
+    names: Iterable[str],
+    catalogue: Catalogue,
+    settings: Settings,
+    *,
+    force: bool,
+    lock: Lock | None,
+) -> None:
+    """Build images, and show the progress. If one cannot be built, the others are still tried.
+
+    Args:
+        names: of the images.
+        catalogue: has their definitions.
+        settings, force, lock: see `build_one`.
+
+    Raises:
+        ExceptionGroup: some cannot be built.
+    """
+    errors: list[Exception] = []
+    for name in names:
+        try:
+            build_one(catalogue.get(name), settings, force=force, lock=lock)
+        except VMSandboxError as error:
+            errors.append(error)
+    if errors:
+        raise ExceptionGroup("images", errors)
 
 
 def build_one(

@@ -104,19 +104,12 @@ def build(
     A NAME may be a glob such as 'debian-*', or 'all'. If one build fails, the others are still tried.
     If the project here has a lock file, the images are compared with it. It is not changed.
     """
-    from pytest_vmsandbox.cli.building import build_one  # `images list` is quicker without it
+    from pytest_vmsandbox.cli.building import build_each  # `images list` is quicker without it
 
     locked, folders = lock_here(where)
     settings = Settings(image_path=joined(folders, image_path), offline=offline)
     catalogue = Catalogue(settings.image_path)
-    errors: list[Exception] = []
-    for name in catalogue.select(names):
-        try:
-            build_one(catalogue.get(name), settings, force=force, lock=locked)
-        except VMSandboxError as error:
-            errors.append(error)
-    if errors:
-        raise ExceptionGroup("images", errors)
+    build_each(catalogue.select(names), catalogue, settings, force=force, lock=locked)
 
 
 @images.command

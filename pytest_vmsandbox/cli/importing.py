@@ -145,7 +145,7 @@ def fetch(
     What is downloaded is kept, so an image can be made again without the network. A NAME may be a glob.
     If the project here has a lock file, files must have the digests in it.
     """
-    from pytest_vmsandbox.cli.building import build_one
+    from pytest_vmsandbox.cli.building import build_each
 
     locked, folders = lock_here(where)
     settings = Settings(image_path=joined(folders, image_path), offline=offline)
@@ -157,14 +157,9 @@ def fetch(
             f"{', '.join(names)}: no definition with a [source]",
             remedy="make other images by 'vmsandbox images build'",
         )
-    errors: list[Exception] = []
-    for definition in sources:
-        try:
-            build_one(definition, settings, force=force, lock=locked)
-        except VMSandboxError as error:
-            errors.append(error)
-    if errors:
-        raise ExceptionGroup("images", errors)
+    build_each(
+        [definition.name for definition in sources], catalogue, settings, force=force, lock=locked
+    )
 
 
 def forget(name: str, catalogue: Catalogue) -> int:
