@@ -24,7 +24,7 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, examining, systemd
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
-from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Running, check_network
 from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
@@ -221,7 +221,7 @@ def _way_to_root(
     for prefix in _TO_ROOT:
         process = transport.start(Command(argv=("/bin/sh", "-c", '"$@" true', "sh", *prefix)))
         try:
-            if process.communicate(None, _ignore, _ignore, transport.connect_timeout) == 0:
+            if process.communicate(None, ignore, ignore, transport.connect_timeout) == 0:
                 return prefix
         except CommandTimeout:
             continue
@@ -265,7 +265,3 @@ def _note_host_key(build: Build, guest: Guest, running: Running) -> None:
             details=error.brief,
             remedy="look at the settings of its SSH server",
         ) from error
-
-
-def _ignore(_: bytes) -> None:
-    """Output that nobody wants."""

@@ -15,7 +15,7 @@ from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.machines import Machines, Running, check_network
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
@@ -115,10 +115,6 @@ def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprin
 def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
     """Run a program in a clone, and pause it."""
     process = helper.start(_EXERCISE)
-    process.communicate(None, _ignore, _ignore, blueprint.stretch(_EXERCISE_SECONDS))
+    process.communicate(None, ignore, ignore, blueprint.stretch(_EXERCISE_SECONDS))
     process.close()
     machine.pause()
-
-
-def _ignore(_: bytes) -> None:
-    """Output that nobody wants."""

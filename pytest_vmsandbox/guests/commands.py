@@ -229,6 +229,10 @@ def text_of(result: CommandResult[bytes]) -> CommandResult[str]:
     )
 
 
+def ignore(_: bytes) -> None:
+    """A `Sink` for output that nobody wants."""
+
+
 def check_status(result: CommandResult[str] | CommandResult[bytes]) -> None:
     """Check that a program returned 0.
 

@@ -16,7 +16,7 @@ from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSa
 from pytest_vmsandbox.guests import kernel_faults, resume
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
@@ -210,7 +210,7 @@ class Running:
             command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
             process = self.start(command, "root")
             try:
-                process.communicate(None, _ignore, _ignore, self.blueprint.stretch(_ANSWER_SECONDS))
+                process.communicate(None, ignore, ignore, self.blueprint.stretch(_ANSWER_SECONDS))
             finally:
                 process.close()
 
@@ -485,7 +485,3 @@ def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], No
                 "stopped or reconfigured them",
             )
         deadline.pause(_LOOK_SECONDS / 10)
-
-
-def _ignore(_: bytes) -> None:
-    """Output that nobody wants."""
