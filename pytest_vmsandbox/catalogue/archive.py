@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pytest_vmsandbox.catalogue.importing import download
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError
 
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # our names → Debian's
 _UNPACKED_LIMIT = 512 << 20  # bytes of one list of packages
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -66,7 +66,7 @@ def newer_packages(
     ours = dict(package.split(" ", 1) for package in packages if " " in package)
     there: defaultdict[str, set[str]] = defaultdict(set)
     for suite, text in releases.items():
-        for name, version in _listed(suite, text, _ARCHITECTURES.get(architecture, architecture)):
+        for name, version in _listed(suite, text, ARCHITECTURES[architecture].debian):
             if name in ours:
                 there[name].add(version)
     found = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -18,18 +17,12 @@ from pytest_vmsandbox.catalogue.definition import (
     ImageDefinition,
     check_name,
 )
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
 _DEPTH = 20  # images that derive from each other
 _LISTED = 30  # names in an error
-_NATIVE = {"arm64": "aarch64", "amd64": "x86_64"}  # names of macOS and Windows → ours
-
-
-def native_architecture() -> str:
-    """The architecture of this machine, as image definitions name it."""
-    machine = platform.machine().lower()
-    return _NATIVE.get(machine, machine)
 
 
 class Catalogue:

@@ -21,6 +21,7 @@ from pytest_vmsandbox.catalogue.origin import (
     hardware,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
@@ -29,7 +30,6 @@ Init = Literal["systemd", "busybox", "openrc", "sysvinit", "rc", "none"]
 DEFINITION_FILE = "image.toml"
 SCHEMA = 1
 BUILD_FORMAT = 1  # part of each digest: raise it when the files that a recipe must make change
-ARCHITECTURES = ("x86_64", "aarch64")
 INITS: tuple[Init, ...] = get_args(Init)
 PYTHON_FLOOR = (3, 9)  # of a guest that tests run inside
 ALL = "all"
@@ -82,7 +82,7 @@ class ImageDefinition:
         name: the name of its folder.
         folder: holds ``image.toml``, the recipe and the recipe's files.
         description: one line for people.
-        architecture: one of `ARCHITECTURES`.
+        architecture: one of `core.architecture.ARCHITECTURES`.
         recipe: the executable in `folder` that builds the image; or empty.
         uses: further files and folders that the recipe reads, relative to `folder`.
         requires: programs of this machine that the recipe calls.
@@ -385,8 +385,8 @@ def _parent(top: Table, base: Callable[[str], ImageDefinition] | None) -> ImageD
 
 def _architecture(top: Table, parent: ImageDefinition | None) -> str:
     if parent is None:
-        return top.choice("architecture", ARCHITECTURES)
-    architecture = top.choice("architecture", ARCHITECTURES, parent.architecture)
+        return top.choice("architecture", tuple(ARCHITECTURES))
+    architecture = top.choice("architecture", tuple(ARCHITECTURES), parent.architecture)
     if architecture != parent.architecture:
         raise ConfigError(
             f"{top.file}: architecture = {architecture!r}, but its base {parent.name} is for "

@@ -15,12 +15,13 @@ from pathlib import Path
 from pytest_vmsandbox.cache.files import problem
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.builder import LARGE_TMP, ROOM_FOR_A_DISK
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.guests.callbacks import Announcer

@@ -14,7 +14,6 @@ import click
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import (
-    ARCHITECTURES,
     INITS,
     ImageDefinition,
     check_name,
@@ -24,6 +23,7 @@ from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
 from pytest_vmsandbox.cli.project import joined, lock_here, project_options
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 from pytest_vmsandbox.core.settings import Settings
@@ -64,7 +64,7 @@ _FILE = click.Path(path_type=Path)
     "--init", type=click.Choice(INITS), help="The guest's init system (default: systemd)."
 )
 @click.option(
-    "--architecture", type=click.Choice(ARCHITECTURES), help="Default: that of this machine."
+    "--architecture", type=click.Choice(tuple(ARCHITECTURES)), help="Default: that of this machine."
 )
 @click.option("--memory", metavar="SIZE", help="Memory that it needs to boot (default: 256MiB).")
 @click.option("--description", metavar="TEXT", help="One line for people.")

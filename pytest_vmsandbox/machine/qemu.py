@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import LaunchError
 
 _VERSION_SECONDS = 30.0
@@ -36,7 +37,7 @@ class Qemu:
         return ".".join(map(str, self.version))
 
 
-def find_qemu(architecture: str = "x86_64") -> Qemu:
+def find_qemu(architecture: str) -> Qemu:
     """The QEMU for guests of an architecture.
 
     The variable ``VMSANDBOX_QEMU`` can name another program than the one on PATH.
@@ -44,7 +45,7 @@ def find_qemu(architecture: str = "x86_64") -> Qemu:
     Raises:
         LaunchError: it is missing, or does not run.
     """
-    wanted = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{architecture}"
+    wanted = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{ARCHITECTURES[architecture].qemu}"
     found = shutil.which(wanted)
     if found is None:
         raise LaunchError(

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue.builder import build
-from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.importing import describing
 from pytest_vmsandbox.catalogue.importing.maker import make
 from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.store import ImageStore
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.guests import image_maker
 from support import disks

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
 from pytest_vmsandbox.catalogue import archive as archive_module
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.lock import Lock
 from pytest_vmsandbox.cli import building, lock as lock_commands
 from pytest_vmsandbox.cli.project import Project, ask
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import LOCK_FILE
 from support import images

@@ -20,6 +20,7 @@ from pytest_vmsandbox.catalogue import definition, origin
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.cli import Application, application
 from pytest_vmsandbox.core import spec
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.plugin import config, hookspecs, plan
@@ -146,7 +147,7 @@ def test_the_page_on_image_toml_has_each_key_in_its_section():
             named[title[1] or title[2]] = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
     assert named == keys
     values = (*origin.FORMATS, *origin.METHODS, *spec.FIRMWARE, *definition.INITS)
-    for value in (*values, *definition.ARCHITECTURES):
+    for value in (*values, *ARCHITECTURES):
         assert f'`"{value}"`' in page("image-toml"), value
 
 

@@ -253,7 +253,7 @@ def main() -> int:
         try:
             known[name] = {
                 **STEPS[name](lab),
-                "qemu": find_qemu().release,
+                "qemu": find_qemu("x86_64").release,
                 "load": os.getloadavg()[0],
             }
         except Exception as error:  # noqa: BLE001  # the other steps are of interest, too

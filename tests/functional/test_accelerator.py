@@ -19,7 +19,7 @@ def firmware(vm_factory):
     with ExitStack() as stack:
 
         def start(accelerator: str) -> Machine:
-            qemu = find_qemu()
+            qemu = find_qemu("x86_64")
             hypervisor = vm_factory.backend.hypervisor
             spec = MachineSpec(
                 name="firmware",

@@ -40,7 +40,7 @@ class Firmware:
         self.memory = folder / "memory"
         self.state = folder / "state"
         self._hypervisor = hypervisor
-        self._qemu = find_qemu()
+        self._qemu = find_qemu("x86_64")
         hardware = Hardware(memory=128 * MIB)
         identity = host.guest_identity(accelerator)
         with memory.create(self.memory, hardware.memory) as ram, self.state.open("x+b") as state:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue import store
-from pytest_vmsandbox.catalogue.catalogue import native_architecture
+from pytest_vmsandbox.core.architecture import native_architecture
 from support import images
 
 # pytester forgets what a run in this process imports: what takes long to import is kept.

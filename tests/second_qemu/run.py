@@ -56,7 +56,7 @@ def main() -> None:
     try:
         program = obtain(pin, cache(), unpack)
         os.environ["VMSANDBOX_QEMU"] = str(program)
-        print(told(pin, find_qemu()), flush=True)
+        print(told(pin, find_qemu("x86_64")), flush=True)
     except (Failure, LaunchError) as error:
         sys.exit(f"second QEMU: {error}")
     os.execvp(command[0], command)

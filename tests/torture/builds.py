@@ -35,8 +35,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pytest_vmsandbox.cache.store import tidy
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.paths import cache_dir
 from torture import kill
 

@@ -16,9 +16,9 @@ import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
 from pytest_vmsandbox.catalogue import making, programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
-from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore, build_command
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, ImageError
 from support import damage, images
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue import catalogue as catalogue_module
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from support.definitions import toml
 

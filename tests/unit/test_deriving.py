@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, native_architecture
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import (
     CacheError,
     CommandError,

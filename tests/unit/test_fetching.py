@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import random
 import socket
 import threading
 import time
@@ -16,7 +17,7 @@ from pytest_vmsandbox.catalogue.importing.source import opened
 from pytest_vmsandbox.catalogue.origin import Source
 from pytest_vmsandbox.core.errors import ImageError
 
-DATA = os.urandom(300_000)
+DATA = random.Random(1).randbytes(300_000)  # the same each time, and a change in it is one
 SHA256 = Digest("sha256", hashlib.sha256(DATA).hexdigest())
 SHA512 = Digest("sha512", hashlib.sha512(DATA).hexdigest())
 QUICK = download.Patience(connect=2, read=0.3, window=0.2, least=1000, pauses=(0, 0), tell=0)

@@ -52,7 +52,7 @@ class TestQemu:
     )
     def test_version(self, path, says, version):
         file = self.program(path, f"echo '{says}'")
-        qemu = find_qemu()
+        qemu = find_qemu("x86_64")
         assert (qemu.path, qemu.version) == (file, version)
         assert qemu.release == ".".join(map(str, version))
 
@@ -62,13 +62,13 @@ class TestQemu:
     def test_one_that_does_not_tell(self, path, script):
         self.program(path, script)
         with pytest.raises(LaunchError, match="does not print the version of a QEMU"):
-            find_qemu()
+            find_qemu("x86_64")
 
     def test_one_that_cannot_be_executed(self, path):
         (path / "qemu-system-x86_64").write_bytes(b"\x7fELF nonsense")
         (path / "qemu-system-x86_64").chmod(0o755)
         with pytest.raises(LaunchError, match="does not print the version of a QEMU"):
-            find_qemu()
+            find_qemu("x86_64")
 
     def test_none(self):
         with pytest.raises(LaunchError, match="there is no qemu-system-aarch64") as caught:
@@ -78,23 +78,23 @@ class TestQemu:
     def test_another_one_by_a_variable(self, path, monkeypatch):
         file = self.program(path, "echo version 1.2.3", "mine")
         monkeypatch.setenv("VMSANDBOX_QEMU", str(file))
-        assert find_qemu().path == file
+        assert find_qemu("x86_64").path == file
         monkeypatch.setenv("VMSANDBOX_QEMU", "/nowhere/qemu")
         with pytest.raises(LaunchError, match="there is no /nowhere/qemu"):
-            find_qemu()
+            find_qemu("x86_64")
 
     def test_a_new_build_is_noticed(self, path):
         self.program(path, "echo version 1.2.3")
-        first = find_qemu()
+        first = find_qemu("x86_64")
         self.program(path, "echo version 1.2.3 again")
-        assert find_qemu().build != first.build
+        assert find_qemu("x86_64").build != first.build
 
     def test_a_copy_is_the_same_build(self, path):
         """Templates are found on another machine with the same QEMU."""
         file = self.program(path, "echo version 1.2.3")
-        first = find_qemu()
+        first = find_qemu("x86_64")
         os.utime(file, (1, 1))
-        assert find_qemu().build == first.build
+        assert find_qemu("x86_64").build == first.build
 
 
 class TestMemory:

@@ -62,7 +62,7 @@ def test_it_is_fetched_once(archive, folder):
 def test_it_runs_with_its_own_libraries_and_files(archive, folder, monkeypatch):
     program = run.obtain(PIN, folder, archive.unpack)
     monkeypatch.setenv("VMSANDBOX_QEMU", str(program))
-    assert find_qemu().release == "11.1.2"
+    assert find_qemu("x86_64").release == "11.1.2"
     output = subprocess.run(
         [program, "-M", "a b"], capture_output=True, text=True, check=True
     ).stdout

@@ -19,13 +19,13 @@ from pytest_vmsandbox.catalogue.importing.checked import refused
 from pytest_vmsandbox.catalogue.importing.compression import Limits, unpacked
 from pytest_vmsandbox.catalogue.importing.convert import write_sparsely
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
+from pytest_vmsandbox.core.architecture import by_any_name
 from pytest_vmsandbox.core.errors import ImageError
 
 _DISKS = (".vmdk", ".img", ".qcow2", ".raw", ".vdi", ".vhd", ".vhdx")
 _TEXTS = (".ovf", ".mf", ".vmx", "metadata.json")
 _MAX_TEXT, _MAX_TEXTS = 4 << 20, 16
 _VIRTUALBOX, _LIBVIRT, _VMWARE = "virtualbox", ("libvirt", "qemu"), "vmware"
-_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 @dataclass
@@ -146,7 +146,7 @@ def _ova(file: SourceFile, archive: Archive) -> Chosen:
 def _box(file: SourceFile, archive: Archive) -> Chosen:
     metadata = _metadata(file, archive)
     provider = metadata.get("provider") or ""
-    architecture = _ARCHITECTURES.get(str(metadata.get("architecture")), "")
+    architecture = by_any_name(str(metadata.get("architecture")))
     if provider in _LIBVIRT:
         chosen = _libvirt(file, metadata)
     elif provider == _VIRTUALBOX or (not provider and _named(archive, ".ovf")):

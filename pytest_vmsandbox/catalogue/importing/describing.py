@@ -13,12 +13,12 @@ from typing import Any
 
 import tomli_w
 
-from pytest_vmsandbox.catalogue.catalogue import native_architecture
 from pytest_vmsandbox.catalogue.definition import DEFINITION_FILE, SCHEMA, ImageDefinition
 from pytest_vmsandbox.catalogue.importing.archives import pack
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.importing.unpacking import Unpacked, unpacked_disk
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import MIB
 
