@@ -1,4 +1,4 @@
-"""The processor architectures of guests: the one table that tells them apart."""
+"""The processor architectures of guests, in one table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Architecture:
         debian: Debian's name. It is the end of an image's name, such as ``debian-13_arm64``.
         qemu: what follows ``qemu-system-`` in the name of the emulator.
         package: the package of Debian that has the emulator.
-        firmware: the package of Debian with the firmware that the board cannot do without; or empty.
+        firmware: the package of Debian with the firmware that the board needs; or empty.
         user: what follows ``qemu-`` in the name of the emulator for single programs.
         elf: class (1 for 32 bits, 2 for 64), byte order (1 for little, 2 for big) and machine number of
             its programs, as their first bytes have them.
@@ -33,8 +33,8 @@ class Architecture:
         processors: the CPU models to try under emulation, the best one first.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
-        panic: the device by which a kernel tells of a panic; empty if there is none, or if the board
-            tells by itself.
+        panic: the device through which a kernel reports a panic; empty if there is none, or if the board
+            reports it by itself.
         display: the graphics card.
         has_generation: whether there is a device that tells a kernel that it was cloned.
         has_ports: whether there are PCI Express root ports for devices that come later.
