@@ -1,11 +1,13 @@
 # The Debian images; sourced, as lib.sh, systemd.sh and sysvinit.sh beside it.
 
+drivers='pvpanic pvpanic_pci'    # of the device that reports a panic
+
 # recipe SUITE [backports | sysvinit]: with the kernel of its -backports suite, or without systemd
 recipe() {
     enter 2500
     here=$PWD/../debian
     suite=$1 feature=${2:-} init=systemd
-    kernel=linux-image-cloud-amd64 drivers='pvpanic pvpanic_pci'
+    kernel=linux-image-cloud-amd64
     start='systemd systemd-sysv libpam-systemd dbus dbus-user-session'
 
     # What differs between the suites, as options of mmdebstrap.
@@ -22,7 +24,7 @@ recipe() {
     if [ "$suite" = bullseye ]; then
         # Its support has ended: the suite with security updates lists packages that are gone.
         set -- "$@" --setup-hook='sed -i "/ bullseye main\$/!d" "$1/etc/apt/sources.list"'
-        drivers=''    # it has none for the device that reports a panic; the console tells, too
+        drivers=''    # its kernel has none; the console tells of a panic, too
     fi
     case $feature in
     backports)
@@ -56,9 +58,7 @@ recipe() {
         mount --bind "/dev/$node" "$ROOT/dev/$node"
     done
     configure
-
-    stage "compiling the helper"
-    compile "$suite" ../helper/helper.c "$ROOT/usr/lib/vmsandbox/helper"
+    helper "$ROOT"
 
     stage "making the initial RAM file system"
     initramfs
