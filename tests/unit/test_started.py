@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError, CommandTimeout, ImageError
-from pytest_vmsandbox.guests import changing, systemd
+from pytest_vmsandbox.guests import changing, started
 from support.images import DEFINITION
 
 
@@ -37,7 +37,7 @@ class Guest:
 @pytest.mark.parametrize("state", ["running", "degraded", "unknown", "starting", ""])
 def test_it_is_up_or_will_never_be_quiet(state):
     guest: Any = Guest(state)
-    systemd.await_started(guest)
+    started.await_started(guest, "systemd")
     assert guest.timeouts == [600]
 
 
@@ -48,7 +48,7 @@ def in_emergency() -> Any:
 
 def test_emergency_mode_is_no_boot(in_emergency):
     with pytest.raises(BootError, match="mine-1: the system is in emergency mode") as raised:
-        systemd.await_started(in_emergency)
+        started.await_started(in_emergency, "systemd")
     assert raised.value.stage == "init"
     assert raised.value.details == f"--- systemd in the guest\n{Guest.causes}"
     assert "may look for a disk" in raised.value.remedy
@@ -57,5 +57,5 @@ def test_emergency_mode_is_no_boot(in_emergency):
 def test_an_image_that_is_made_keeps_the_remedy(in_emergency):
     build: Any = SimpleNamespace(definition=DEFINITION)
     with pytest.raises(ImageError) as raised, changing.named(build, "setup.sh"):
-        systemd.await_started(in_emergency)
+        started.await_started(in_emergency, "systemd")
     assert "may look for a disk" in raised.value.remedy
