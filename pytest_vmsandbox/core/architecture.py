@@ -38,8 +38,8 @@ class Architecture:
         kvm_on: the machines (names as above) whose KVM runs such guests.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
-        panic: the device through which a kernel reports a panic; empty if the board reports it by itself,
-            or if only the console tells.
+        panic: the device through which a kernel reports a panic; empty if there is none.
+        board_reports_panic: whether the board reports it by itself.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
         has_ports: whether there are PCI Express root ports for devices that come later.
@@ -63,9 +63,15 @@ class Architecture:
     console: str
     bus: Literal["pci", "ccw"] = "pci"
     panic: str = ""
+    board_reports_panic: bool = False
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
     has_ports: bool = True
+
+    @property
+    def reports_panic(self) -> bool:
+        """Whether QEMU hears of a panic. If not, only the console tells."""
+        return bool(self.panic) or self.board_reports_panic
 
 
 # Under emulation, a model with fewer features is faster, because QEMU emulates all that a guest uses.
@@ -150,6 +156,7 @@ ARCHITECTURES = {
             emulated={(0,): "power9"},
             on_emulation="cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
             kvm_on=("ppc64le",),
+            board_reports_panic=True,
             console="hvc0",
             has_ports=False,
         ),
@@ -164,6 +171,7 @@ ARCHITECTURES = {
             board="s390-ccw-virtio-{version}",
             emulated={(0,): "qemu"},
             kvm_on=("s390x",),
+            board_reports_panic=True,
             console="ttysclp0",
             bus="ccw",
             display="virtio-gpu-ccw",
