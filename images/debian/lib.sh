@@ -51,17 +51,9 @@ inside() {
     export TMPDIR=/var/tmp
 }
 
-# compile SUITE SOURCE PROGRAM: a C program for the image, in a tree of its own: no compiler is ever in the image's.
-compile() {
-    image=$ROOT ROOT=/var/tmp/compiler
-    bootstrap "$1" extract tcc,libc6-dev
-    [ -e "$ROOT/lib" ] || { ln -s usr/lib "$ROOT/lib"; ln -s usr/lib64 "$ROOT/lib64"; }
-    cp "$2" "$ROOT/source.c"
-    chroot "$ROOT" tcc -o /program /source.c || fail "${2##*/} cannot be compiled"
-    mkdir -p "${3%/*}"
-    cp "$ROOT/program" "$3"
-    rm -rf "$ROOT"
-    ROOT=$image
+# helper TREE: put the program that starts programs for the host into a tree. No recipe needs a compiler.
+helper() {
+    install -D -m 0755 "$VMSANDBOX_HELPER" "$1/usr/lib/vmsandbox/helper"
 }
 
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.

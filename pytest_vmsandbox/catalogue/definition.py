@@ -22,7 +22,6 @@ from pytest_vmsandbox.catalogue.origin import (
     hardware,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
@@ -247,9 +246,10 @@ class ImageDefinition:
     def digest(self) -> str:
         """SHA-256, in hex, of everything that goes into the image. Computed once for each object.
 
-        It covers the architecture; every file in the image's folder and in ``uses``, and which of them are executable;
-        and the digest of its base. It ignores the other bits of a file's mode, as git does: they differ
-        between checkouts. Disks and kernels count by their digests in ``image.toml``, wherever they lie.
+        It covers the architecture; every file in the image's folder and in ``uses``, and which of them
+        are executable; and the digest of its base. It ignores the other bits of a file's mode, as git
+        does: they differ between checkouts. Disks and kernels count by their digests in ``image.toml``,
+        wherever they lie.
 
         Raises:
             ConfigError: a file cannot be read, or is not a regular file.
@@ -261,8 +261,7 @@ class ImageDefinition:
         stated = self.folder / DEFINITION_FILE
         places = self._places_with_digest()
         skipped = {self.folder / place for place in places.values()}
-        sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
-        for label, file in sorted(found for source in sources for found in _files(*source)):
+        for label, file in self.files():
             if file in skipped:
                 continue
             try:
@@ -286,6 +285,11 @@ class ImageDefinition:
             kind = "x" if status.st_mode & stat.S_IXUSR else "-"
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
         return total.hexdigest()
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The files in its folder and in ``uses``, each with the path that the digest covers."""
+        sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
+        return sorted(found for source in sources for found in _files(*source))
 
     def _places_with_digest(self) -> dict[str, str]:
         """Keys and places of the files whose digest is in ``image.toml``. Reading them again is no use."""
@@ -351,7 +355,7 @@ def _read(
     for key in ("uses", "requires"):
         top.only(key, "recipe" in top, "without a recipe", "name a recipe")
     executable, paths = partial(_executable, folder), partial(_paths, folder)
-    architecture, name = _architecture(top, parent, wanted)
+    architecture, name = variants.which(top, parent, wanted)
     boot = _boot(top, source, parent, architecture)
     disk_size = _disk_size(top, source, parent, boot["firmware"])
     return ImageDefinition(
@@ -395,40 +399,6 @@ def _parent(top: Table, base: Callable[[str], ImageDefinition] | None) -> ImageD
             remedy="read it through a Catalogue",
         )
     return base(name)
-
-
-def _architecture(top: Table, parent: ImageDefinition | None, wanted: str) -> tuple[str, str]:
-    """The architecture of an image, and its name.
-
-    Args:
-        top: its definition.
-        parent: its base for that architecture, if it has a base.
-        wanted: which one of several.
-    """
-    stem, several, own = top.file.parent.name, variants.listed(top), top.values.get("architecture")
-    has_differences = isinstance(own, dict)  # between several
-    if several:
-        why = "together with architectures"
-        top.only("architecture", own is None or has_differences, why, "remove architectures")
-        architecture = variants.choose(top.file, several, wanted)
-    elif parent is not None and (own is None or has_differences):
-        architecture = parent.architecture
-    elif has_differences:
-        raise top.missing("architectures", "[architecture.NAME] is for a definition with a list")
-    else:
-        architecture = top.choice("architecture", tuple(ARCHITECTURES))
-    if parent is None:
-        is_one_of_several = bool(several)
-    elif architecture != parent.architecture:
-        raise ConfigError(
-            f"{top.file}: architecture = {architecture!r}, but its base {parent.name} is for "
-            f"{parent.architecture}",
-            remedy="remove architecture, or derive from another image",
-        )
-    else:
-        follows = not isinstance(own, str) and top.values["from"] == parent.variant_of
-        is_one_of_several = bool(several) or follows
-    return architecture, variants.variant_name(stem, architecture) if is_one_of_several else stem
 
 
 def _boot(

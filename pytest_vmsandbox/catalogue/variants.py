@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pytest_vmsandbox.catalogue.tables import Table
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, by_any_name, native_architecture
@@ -21,6 +21,22 @@ CONSOLE = "{console}"  # in boot.append: the kernel's name of the guest's consol
 _SEPARATORS = "_-.:/"  # that people write before an architecture
 Stated = tuple[tuple[str, ...], str]  # a list of architectures, or one
 _OVERRIDES = ("append", "memory_min")  # keys of [boot] that differ between architectures
+
+
+class Base(Protocol):
+    """What counts here of a base's definition."""
+
+    @property
+    def name(self) -> str:
+        """See `ImageDefinition`."""
+
+    @property
+    def architecture(self) -> str:
+        """Likewise."""
+
+    @property
+    def variant_of(self) -> str:
+        """Likewise."""
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -93,17 +109,44 @@ def stated(values: Mapping[str, Any]) -> tuple[Stated, str]:
     return ((), ending if ending and base.endswith(_end(ending)) else ""), base
 
 
-def choose(file: Path, choices: Sequence[str], wanted: str) -> str:
-    """One of the architectures that a definition lists.
+def which(top: Table, parent: Base | None, wanted: str) -> tuple[str, str]:
+    """The architecture of an image, and its name.
 
     Args:
-        file: the definition.
-        choices: what it lists.
-        wanted: the architecture; empty for this machine's, or else the first one.
+        top: its definition.
+        parent: its base for that architecture, if it has a base.
+        wanted: which one of several; empty for this machine's, or else the first one.
 
     Raises:
-        ConfigError: it is not in the list.
+        ConfigError: an architecture is wrong or missing, or its base is for another one.
     """
+    stem, several, own = top.file.parent.name, listed(top), top.values.get("architecture")
+    has_differences = isinstance(own, dict)  # between several
+    if several:
+        why = "together with architectures"
+        top.only("architecture", own is None or has_differences, why, "remove architectures")
+        architecture = _choose(top.file, several, wanted)
+    elif parent is not None and (own is None or has_differences):
+        architecture = parent.architecture
+    elif has_differences:
+        raise top.missing("architectures", "[architecture.NAME] is for a definition with a list")
+    else:
+        architecture = top.choice("architecture", tuple(ARCHITECTURES))
+    if parent is None:
+        is_one_of_several = bool(several)
+    elif architecture != parent.architecture:
+        raise ConfigError(
+            f"{top.file}: architecture = {architecture!r}, but its base {parent.name} is for "
+            f"{parent.architecture}",
+            remedy="remove architecture, or derive from another image",
+        )
+    else:
+        follows = not isinstance(own, str) and top.values["from"] == parent.variant_of
+        is_one_of_several = bool(several) or follows
+    return architecture, variant_name(stem, architecture) if is_one_of_several else stem
+
+
+def _choose(file: Path, choices: Sequence[str], wanted: str) -> str:
     if wanted and wanted not in choices:
         raise ConfigError(
             f"{file}: {wanted} is not among its architectures",

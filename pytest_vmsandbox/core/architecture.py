@@ -31,6 +31,7 @@ class Architecture:
         board: QEMU's machine type; ``{major}`` and ``{minor}`` stand for QEMU's version.
         board_options: further options of the board.
         processors: the CPU models to try under emulation, the best one first.
+        zig: the target of Zig for its static programs.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
         panic: the device through which a kernel reports a panic; empty if there is none, or if the board
@@ -51,6 +52,7 @@ class Architecture:
     board: str
     board_options: str = ""
     processors: tuple[str, ...]
+    zig: str
     console: str
     bus: Literal["pci", "ccw"] = "pci"
     panic: str = ""
@@ -73,6 +75,7 @@ ARCHITECTURES = {
             board="pc-q35-{major}.{minor}",
             board_options="graphics=off,sata=off",
             processors=("Nehalem",),
+            zig="x86_64-linux-musl",
             console="ttyS0",
             panic="pvpanic-pci",
             display="VGA",
@@ -89,6 +92,7 @@ ARCHITECTURES = {
             board="pc-q35-{major}.{minor}",
             board_options="graphics=off,sata=off",
             processors=("Nehalem",),
+            zig="x86-linux-musl",
             console="ttyS0",
             panic="pvpanic-pci",
             display="VGA",
@@ -105,6 +109,7 @@ ARCHITECTURES = {
             board="virt-{major}.{minor}",
             board_options="gic-version=2,highmem=off",
             processors=("cortex-a57",),
+            zig="aarch64-linux-musl",
             console="ttyAMA0",
             kvm_on=("aarch64",),
         ),
@@ -118,6 +123,7 @@ ARCHITECTURES = {
             board="virt-{major}.{minor}",
             board_options="gic-version=2,highmem=off",
             processors=("cortex-a15",),
+            zig="arm-linux-musleabihf",
             console="ttyAMA0",
         ),
         Architecture(
@@ -130,6 +136,7 @@ ARCHITECTURES = {
             elf=(2, 1, 243),
             board="virt",
             processors=("rv64",),
+            zig="riscv64-linux-musl",
             console="ttyS0",
             kvm_on=("riscv64",),
         ),
@@ -143,6 +150,7 @@ ARCHITECTURES = {
             elf=(2, 1, 21),
             board="pseries-{major}.{minor}",
             processors=("power9",),
+            zig="powerpc64le-linux-musl",
             console="hvc0",
             has_ports=False,
             kvm_on=("ppc64le",),
@@ -156,6 +164,7 @@ ARCHITECTURES = {
             elf=(2, 2, 22),
             board="s390-ccw-virtio-{major}.{minor}",
             processors=("qemu",),
+            zig="s390x-linux-musl",
             console="ttysclp0",
             bus="ccw",
             display="virtio-gpu-ccw",

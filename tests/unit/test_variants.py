@@ -47,7 +47,7 @@ def machine(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch, machine):
     monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(catalogue_module, "_own_folders", list)
+    monkeypatch.setattr(catalogue_module, "own_folders", list)
     folder = tmp_path / "images"
     folder.mkdir()
     return folder
