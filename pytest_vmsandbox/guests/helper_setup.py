@@ -156,8 +156,8 @@ class _Giving:
         Raises:
             NoHelperError: it cannot be done.
         """
-        login, prefix = self._root()
-        program = self._program(login, prefix)
+        login, prefix, found = self._root()
+        program = self._program(found)
         if self.helper.is_there:
             return
         placed = self._run(login, prefix, scripts.PLACE, str(len(program)), stdin=program)
@@ -172,28 +172,28 @@ class _Giving:
                 reason="silent",
                 details="\n".join(filter(None, (started.get("not", ""), words))),
             )
-        for user in dict.fromkeys(("root", *self.setup.users)):
-            self._note_environment(user)
+        if not self.setup.way:
+            for user in dict.fromkeys(("root", *self.setup.users)):
+                self._note_environment(user)
         self.setup.way = started["way"]
 
-    def _root(self) -> tuple[str, tuple[str, ...]]:
-        """Who logs in, and the beginning of a command line that makes that user root."""
+    def _root(self) -> tuple[str, tuple[str, ...], dict[str, str]]:
+        """Who logs in, the beginning of a command line that makes that user root, and what root finds."""
         tried: list[str] = []
         for user in dict.fromkeys(("root", *self.setup.users)):
             for prefix in ((),) if user == "root" else _BECOME_ROOT:
                 try:
-                    text = self._text(user, (*prefix, "id", "-u"), b"")
+                    found = self._run(user, prefix, scripts.LOOK)
                 except (ConfigError, CommandError) as error:
                     tried.append(error.brief)
                     break
-                if text.strip() == "0":
-                    return user, prefix
+                if found.get("user") == "0":
+                    return user, prefix, found
                 tried.append(f"{' '.join(prefix)} does not work for {user!r}")
         raise NoHelperError("nobody becomes root in it", reason="root", details="\n".join(tried))
 
-    def _program(self, login: str, prefix: tuple[str, ...]) -> bytes:
+    def _program(self, found: Mapping[str, str]) -> bytes:
         """The program for the guest's processor."""
-        found = self._run(login, prefix, scripts.LOOK)
         system, machine = found.get("system", ""), found.get("machine", "")
         if system != "Linux":
             what = system or "a system without uname"

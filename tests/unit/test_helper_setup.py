@@ -1,17 +1,17 @@
 """How a guest without a helper gets one: the scripts, in a small root file system; and what decides."""
 
-import math
 import os
 import re
 import subprocess
 import threading
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.errors import ConfigError, ImageError
+from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup, machines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
 
@@ -103,6 +103,15 @@ def install(root, *shell):
     return found, calls.read_text() if calls.exists() else ""
 
 
+def started(root):
+    """The program that was started in the background, once it has noted its call."""
+    deadline = Deadline(10)
+    while not (root / "calls").exists() or "setsid" not in (root / "calls").read_text():
+        assert not deadline.expired
+        deadline.pause(0.01)
+    return (root / "calls").read_text().splitlines()[-1]
+
+
 class TestInstall:
     def test_systemd(self, root):
         (root / "run/systemd/system").mkdir(parents=True)
@@ -125,9 +134,9 @@ class TestInstall:
         (root / "run/systemd/system").mkdir(parents=True)
         program(root, "systemctl", '[ "$1" != start ]')
         program(root, "journalctl", "echo Permission denied")
-        found, calls = install(root)
+        found, _ = install(root)
         assert found == {"not": "systemd: Permission denied", "way": "hand"}
-        assert f"setsid {root}/usr/lib/vmsandbox/start\n" in calls
+        assert started(root) == f"setsid {root}/usr/lib/vmsandbox/start"
         assert not (root / "run/systemd/system/vmsandbox-helper.service").exists()
 
     def test_openrc(self, root):
@@ -157,8 +166,8 @@ class TestInstall:
         """It starts before what the runlevel waits for, and only once."""
         table = root / "etc/inittab"
         table.write_text("# l0:0:wait:x\nid:2:initdefault:\nl2:2:wait:/etc/init.d/rc 2\nlast")
-        for _ in range(2):
-            found, calls = install(root)
+        install(root)
+        found, calls = install(root)
         assert found == {"way": "inittab"}
         assert table.read_text().splitlines() == [
             "# l0:0:wait:x",
@@ -184,17 +193,17 @@ class TestInstall:
         script = root / "etc/rc.local"
         script.write_text("#!/bin/sh -e\nexit 0\n")
         script.chmod(0o755)
-        found, calls = install(root)
+        found, _ = install(root)
         assert found == {"way": "rc"}
-        started = f"{root}/usr/lib/vmsandbox/start </dev/null >/dev/null 2>&1 &"
-        assert script.read_text() == f"#!/bin/sh -e\n{started}\nexit 0\n"
+        line = f"{root}/usr/lib/vmsandbox/start </dev/null >/dev/null 2>&1 &"
+        assert script.read_text() == f"#!/bin/sh -e\n{line}\nexit 0\n"
         assert script.stat().st_mode & 0o777 == 0o755
-        assert calls.endswith(f"setsid {root}/usr/lib/vmsandbox/start\n")
+        assert started(root) == f"setsid {root}/usr/lib/vmsandbox/start"
 
     def test_no_init_and_another_shell(self, root):
-        found, calls = install(root, "bash", "--posix")
+        found, _ = install(root, "bash", "--posix")
         assert found == {"way": "hand"}
-        assert calls.endswith(f"setsid {root}/usr/lib/vmsandbox/start\n")
+        assert started(root) == f"setsid {root}/usr/lib/vmsandbox/start"
 
     def test_no_port(self, root):
         (root / "sys/class/virtio-ports/vport0p1/name").write_text("org.qemu.guest_agent.0\n")
@@ -208,7 +217,13 @@ class Guest:
     """A guest that answers SSH, and its helper, which says hello when it is started."""
 
     def __init__(self, **found):
-        self.found = {"system": "Linux", "machine": "x86_64", "place": "/p", "way": "openrc"}
+        self.found = {
+            "system": "Linux",
+            "machine": "x86_64",
+            "user": "0",
+            "place": "/p",
+            "way": "openrc",
+        }
         self.found |= found
         self.commands = []
         self.refused = []
@@ -225,22 +240,24 @@ class Guest:
             raise commands.cannot_log_in(login)
         self.commands.append((login, command))
         script = command.argv[command.argv.index("-c") + 1] if "-c" in command.argv else ""
-        status = b""
 
         def communicate(stdin, stdout, stderr, timeout):
             given = stdin.read()
-            if command.argv[-2:] == ("id", "-u"):
-                stdout(b"0\n" if command.argv[0] != "sudo" else b"")
-            elif command.argv == ("env",):
+            if command.argv[0] == "sudo":
+                return 1
+            if command.argv == ("env",):
                 stdout(self.environment.encode())
             else:
                 stdout("".join(f"{k}={v}\n" for k, v in self._printed(script, given)).encode())
-            return status
+            return 0
 
         return SimpleNamespace(communicate=communicate, close=lambda: None)
 
     def _printed(self, script, given):
-        names = {helper_scripts.LOOK: ("system", "machine"), helper_scripts.PLACE: ("place",)}
+        names = {
+            helper_scripts.LOOK: ("system", "machine", "user"),
+            helper_scripts.PLACE: ("place",),
+        }
         if given == helper_scripts.INSTALL.encode():
             self.is_there = self.says_hello
             return [("way", self.found["way"])]
@@ -379,5 +396,52 @@ def test_the_digest_counts_in_what_identifies_a_template(monkeypatch):
     before = helper_setup.digest()
     monkeypatch.setattr(helper_scripts, "START", "#!/bin/sh\n")
     assert helper_setup.digest() != before
-    assert math.isclose(len(before), 64)
-    assert Path(helper_setup.helper_source()).name == "helper.c"
+
+
+class TestRunning:
+    """What a guest that was given a helper does after a boot."""
+
+    @pytest.fixture
+    def running(self, setup):
+        helper = Guest()
+        running: Any = object.__new__(machines.Running)
+        vars(running).update(
+            setup=setup,
+            resident=helper,
+            _transports={},
+            _lock=threading.Lock(),
+            machine=SimpleNamespace(check=lambda: None),
+            blueprint=SimpleNamespace(
+                has_way_in=True, stretch=float, built=SimpleNamespace(key=None)
+            ),
+            answers=lambda _: True,
+            start_by_ssh=helper.start,
+        )
+        return running
+
+    def test_it_gets_it_again(self, running):
+        running.await_answer(Deadline(1))
+        assert running.helper is running.resident
+
+    def test_nobody_asks_where_there_is_one(self, running):
+        running.resident.is_there = True
+        running.await_answer(Deadline(1))
+        assert running.resident.commands == []
+
+    def test_programs_have_the_environment_of_the_user(self, running):
+        running.await_answer(Deadline(1))
+        running.resident.commands.clear()
+        running.resident.start = lambda command, login: (login, dict(command.env))
+        ways = {"PATH": "/run/current-system/sw/bin", "LANG": "C"}
+        assert running.start(Command(argv=("x",)), "tester") == ("tester", ways)
+        named = Command(argv=("x",), user="tester", env={"LANG": "de"})
+        assert running.start(named, "root") == ("root", {**ways, "LANG": "de"})
+
+    def test_why_there_is_no_snapshot(self, running):
+        running.setup.strict = False
+        running.resident.found["failed"] = "run"
+        running.await_answer(Deadline(1))
+        guests: Any = object.__new__(machines.Machines)
+        vars(guests).update(setup=running.setup, name="x")
+        with pytest.raises(ConfigError, match="cannot run in it: because"):
+            guests.save(running)
