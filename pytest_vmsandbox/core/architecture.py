@@ -25,6 +25,9 @@ class Architecture:
         debian: Debian's name. It is the end of an image's name, such as ``debian-13_arm64``.
         qemu: what follows ``qemu-system-`` in the name of the emulator.
         package: the package of Debian that has the emulator.
+        elsewhere: its name elsewhere: package manager, or system with apt → package.
+        firmware: the file of firmware that the emulator reads from its own data; empty if it needs none.
+        firmware_package: the package of Debian that has this file.
         user: what follows ``qemu-`` in the name of the emulator for single programs.
         elf: class (1 for 32 bits, 2 for 64), byte order (1 for little, 2 for big) and machine number of
             its programs, as their first bytes have them.
@@ -49,6 +52,9 @@ class Architecture:
     debian: str
     qemu: str
     package: str
+    elsewhere: Mapping[str, str]
+    firmware: str = ""
+    firmware_package: str = ""
     user: str
     elf: tuple[int, int, int]
     board: str
@@ -74,6 +80,11 @@ class Architecture:
         return bool(self.panic) or self.board_reports_panic
 
 
+def _elsewhere(dnf: str, pacman: str, zypper: str) -> dict[str, str]:
+    """The packages that have an emulator where Debian's names are unknown."""
+    return {"dnf": dnf, "pacman": pacman, "zypper": zypper, "brew": "qemu"}
+
+
 # Under emulation, a model with fewer features is faster, because QEMU emulates all that a guest uses.
 # QEMU before 8.0 corrupts flags after cmpxchg16b, which breaks Debian 13's kernel. On some hosts that are
 # virtual machines, QEMU aborts on the register of arch-capabilities. With graphics=off, BIOS and boot
@@ -83,6 +94,7 @@ _X86_64 = Architecture(
     debian="amd64",
     qemu="x86_64",
     package="qemu-system-x86",
+    elsewhere=_elsewhere("qemu-system-x86-core", "qemu-system-x86", "qemu-x86"),
     user="x86_64",
     elf=(2, 1, 62),
     zig="x86_64-linux-musl",
@@ -102,6 +114,7 @@ _AARCH64 = Architecture(
     debian="arm64",
     qemu="aarch64",
     package="qemu-system-arm",
+    elsewhere=_elsewhere("qemu-system-aarch64-core", "qemu-system-aarch64", "qemu-arm"),
     user="aarch64",
     elf=(2, 1, 183),
     zig="aarch64-linux-musl",
@@ -136,6 +149,9 @@ ARCHITECTURES = {
             debian="riscv64",
             qemu="riscv64",
             package="qemu-system-misc",
+            elsewhere=_elsewhere("qemu-system-riscv-core", "qemu-system-riscv", "qemu-extra"),
+            firmware="opensbi-riscv64-generic-fw_dynamic.bin",
+            firmware_package="opensbi",
             user="riscv64",
             elf=(2, 1, 243),
             zig="riscv64-linux-musl",
@@ -149,6 +165,9 @@ ARCHITECTURES = {
             debian="ppc64el",
             qemu="ppc64",
             package="qemu-system-ppc",
+            elsewhere=_elsewhere("qemu-system-ppc-core", "qemu-system-ppc", "qemu-ppc"),
+            firmware="slof.bin",
+            firmware_package="qemu-system-data",
             user="ppc64le",
             elf=(2, 1, 21),
             zig="powerpc64le-linux-musl",
@@ -165,6 +184,12 @@ ARCHITECTURES = {
             debian="s390x",
             qemu="s390x",
             package="qemu-system-misc",
+            elsewhere={
+                "ubuntu": "qemu-system-s390x",
+                **_elsewhere("qemu-system-s390x-core", "qemu-system-s390x", "qemu-s390x"),
+            },
+            firmware="s390-ccw.img",
+            firmware_package="qemu-system-data",
             user="s390x",
             elf=(2, 2, 22),
             zig="s390x-linux-musl",
