@@ -38,11 +38,20 @@
  *
  * One thread without signal handlers, and nothing blocks.  Frames to the host collect in `out`; as long as there is no room in it (the host
  * does not read), nothing is read from anybody.  So all memory is static, but for a SPAWN that comes in parts.
+ *
+ * It is linked statically, with musl or glibc, and runs on any Linux of its architecture, whatever libraries that has.  So it has no name
+ * service of its own: users and their groups come from /etc/passwd and /etc/group.  A user who is in neither place but known to the system
+ * (LDAP, systemd's dynamic users) is looked up by the guest's own `getent` and `id`, which may take SECONDS.  Not seen are only further groups
+ * that such a service gives to a user who is in /etc/passwd.  Without a line there, root is uid 0 with / and /bin/sh.
+ *
+ * `helper --about` prints one line with the version of the protocol, and nothing else happens: who asks learns that it runs here.
  */
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <grp.h>
 #include <linux/random.h>
 #include <poll.h>
@@ -74,6 +83,8 @@ enum {
     CREDIT = 1 << 20,
     SPAWN = 2 << 20,
     ROOM = 4096,           /* more than any frame but OUTPUT needs, which takes what there is */
+    GROUPS = 65536,        /* of a user; the kernel takes no more */
+    SECONDS = 5,           /* to look a user up elsewhere; nobody else is served meanwhile */
 };
 
 struct channel {
@@ -287,17 +298,17 @@ struct job {
     int ngroups;
     const char *home, *cwd;
     char **argv, **envp;
-    int fd[3];
-    volatile int stage, error;
+    int fd[3], told;       /* its standard streams; where it tells why it does not start */
+    int stage, error;
 };
 
-/* In the child of vfork(), which shares our memory: nothing but system calls. */
+/* In the child of vfork(), which may share our memory: nothing but system calls. */
 static __attribute__((noinline)) void become(struct job *job)
 {
     const struct passwd *user = job->user;
     struct sigaction action = {.sa_handler = SIG_DFL};
     sigset_t none;
-    int fd;
+    int fd, why[2] = {1, 0};
 
     sigemptyset(&none);
     sigaction(SIGPIPE, &action, NULL);    /* no other is ignored or handled, see main() */
@@ -307,7 +318,6 @@ static __attribute__((noinline)) void become(struct job *job)
         dup2(job->fd[s], s);
     if (adjusted && (fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC)) >= 0)
         (void)!write(fd, "0", 1);
-    job->stage = 1;
     if (job->become) {
         for (int s = 0; s < 3; s++)    /* so that it can open /dev/stdout */
             (void)!fchown(s, user->pw_uid, user->pw_gid);
@@ -315,45 +325,162 @@ static __attribute__((noinline)) void become(struct job *job)
             setresuid(user->pw_uid, user->pw_uid, user->pw_uid))
             goto failed;
     }
-    job->stage = 2;
+    why[0] = 2;
     if ((chdir(job->home) && chdir("/")) || (*job->cwd && chdir(job->cwd)))
         goto failed;
-    job->stage = 3;
+    why[0] = 3;
     execvpe(job->argv[0], job->argv, job->envp);    /* looks for it along our own PATH, see start() */
 failed:
-    job->error = errno;
+    why[1] = errno;
+    (void)!write(job->told, why, sizeof why);
     _exit(127);
+}
+
+/* Start the job.  Returns its process, or -1, and then job->stage and job->error say why. */
+static pid_t launch(struct job *job, char *path)
+{
+    int told[2], why[2];
+    pid_t pid;
+
+    job->stage = 4;
+    if (pipe2(told, O_CLOEXEC)) {
+        job->error = errno;
+        return -1;
+    }
+    job->told = told[1];
+    putenv(path);
+    if ((pid = vfork()) == 0)
+        become(job);
+    job->error = pid < 0 ? errno : 0;
+    unsetenv("PATH");
+    close(told[1]);    /* with it, the pipe ends as soon as the program has started */
+    if (pid > 0 && read(told[0], why, sizeof why) == sizeof why) {
+        waitpid(pid, NULL, 0);
+        job->stage = why[0];
+        job->error = why[1];
+        pid = -1;
+    }
+    close(told[0]);
+    return pid;
 }
 
 /* Start the job on the channel.  Returns whether it runs; else job->stage and job->error say why not. */
 static bool start(struct channel *c, struct job *job, char *path)
 {
     int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
-    pid_t pid = -1;
 
+    c->pid = -1;
+    c->state = PROGRAM;
     for (int s = 0; s < 3; s++) {
-        if (pipe2(pipes[s], O_CLOEXEC))
+        if (pipe2(pipes[s], O_CLOEXEC)) {
+            job->stage = 4;
+            job->error = errno;
             goto done;
+        }
         c->fd[s] = pipes[s][s == 0];
         job->fd[s] = pipes[s][s != 0];
         fcntl(c->fd[s], F_SETFL, O_NONBLOCK);
     }
-    putenv(path);
-    pid = vfork();
-    if (pid == 0)
-        become(job);
-    if (pid > 0 && job->error)
-        waitpid(pid, NULL, 0);
+    c->pid = launch(job, path);
 done:
-    if (pid < 0)
-        job->error = errno;
-    unsetenv("PATH");
     for (int s = 0; s < 3; s++)
         if (pipes[s][0] >= 0)
             close(job->fd[s]);
-    c->pid = pid;
-    c->state = PROGRAM;
-    return !job->error;
+    return c->pid > 0;
+}
+
+/* ---- Users ---- */
+
+/* Run a program of the guest.  Returns what it has written, up to a size and as long as that takes at most SECONDS. */
+static char *answer(char *program, char *first, char *second)
+{
+    static char text[CHUNK], path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    char *argv[] = {program, first, second, NULL}, *envp[] = {path, NULL};
+    struct job job = {.home = "/", .cwd = "", .argv = argv, .envp = envp};
+    struct timespec now, end;
+    size_t have = 0;
+    int ends[2];
+
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += SECONDS;
+    if (!pipe2(ends, O_CLOEXEC)) {
+        job.fd[0] = job.fd[2] = null;
+        job.fd[1] = ends[1];
+        pid_t pid = launch(&job, path);
+        close(ends[1]);
+        while (pid > 0 && have < sizeof text - 1) {
+            struct pollfd readable = {.fd = ends[0], .events = POLLIN};
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            long left = (end.tv_sec - now.tv_sec) * 1000 + (end.tv_nsec - now.tv_nsec) / 1000000;
+            ssize_t n = left > 0 && poll(&readable, 1, left) > 0 ? read(ends[0], text + have, sizeof text - 1 - have) : 0;
+            if (n <= 0)
+                break;
+            have += n;
+        }
+        close(ends[0]);
+        if (pid > 0) {
+            kill(-pid, SIGKILL);    /* what has written all that it has to say may go, too */
+            waitpid(pid, NULL, 0);
+        }
+    }
+    text[have] = 0;
+    return text;
+}
+
+/* The line of a user in a file: by name; with an empty one by number, ours; without one the first. */
+static struct passwd *line_of(FILE *file, const char *name)
+{
+    struct passwd *user = NULL;
+    if (file) {
+        while ((user = fgetpwent(file)) && name && (*name ? strcmp(user->pw_name, name) : user->pw_uid != geteuid()))
+            ;
+        fclose(file);
+    }
+    return user;
+}
+
+/* Find the user of a job, and the groups.  Returns 0 or an errno. */
+static int look_up(struct job *job, char *name)
+{
+    static struct passwd root = {.pw_name = (char *)"root", .pw_dir = (char *)"/", .pw_shell = (char *)"/bin/sh"};
+    bool elsewhere = false;
+
+    job->user = line_of(fopen("/etc/passwd", "re"), name);
+    if (!job->user && !geteuid() && (!*name || !strcmp(name, "root")))
+        job->user = &root;
+    if (!job->user && name[strspn(name, "0123456789")] && *name != '-') {    /* no number, no option */
+        char *text = answer("getent", "passwd", name);
+        if (*text)
+            job->user = line_of(fmemopen(text, strlen(text), "r"), NULL);
+        elsewhere = job->user;
+    }
+    if (!job->user)
+        return ENOENT;
+    job->become = !geteuid() || job->user->pw_uid != geteuid();
+    if (!job->become)
+        return 0;
+    job->groups[0] = job->user->pw_gid;
+    job->ngroups = 1;
+    if (elsewhere) {
+        for (char *at = answer("id", "-G", name), *end; job->ngroups < GROUPS; at = end) {
+            unsigned long group = strtoul(at, &end, 10);
+            if (end == at)
+                break;
+            if (group != job->user->pw_gid)
+                job->groups[job->ngroups++] = group;
+        }
+        return 0;
+    }
+    FILE *file = fopen("/etc/group", "re");
+    for (struct group *group; file && job->ngroups < GROUPS && (group = fgetgrent(file));)
+        for (char **member = group->gr_mem; *member; member++)
+            if (!strcmp(*member, job->user->pw_name) && group->gr_gid != job->user->pw_gid) {
+                job->groups[job->ngroups++] = group->gr_gid;
+                break;
+            }
+    if (file)
+        fclose(file);
+    return 0;
 }
 
 /* Take a string, or a number of 16 bits, from a payload; what is missing makes it too short for good. */
@@ -373,10 +500,10 @@ static unsigned count(char **at, char *end)
 
 static void spawn(struct channel *c, char *at, size_t size)
 {
-    static gid_t groups[65536];
+    static gid_t groups[GROUPS];
     static char defaults[5][4096 + 16];
     const char *names[5] = {"HOME=", "USER=", "LOGNAME=", "SHELL=", "PATH="};
-    struct job job = {.groups = groups, .ngroups = 65536, .stage = 4, .error = EINVAL};
+    struct job job = {.groups = groups, .stage = 4, .error = EINVAL};
     char *end = at + size, *name = string(&at, end), *path = NULL, **list = NULL;
     unsigned argc, envc = 0, n = 0;
 
@@ -400,13 +527,7 @@ static void spawn(struct channel *c, char *at, size_t size)
         goto failed;
 
     job.stage = 1;
-    errno = 0;
-    job.user = *name ? getpwnam(name) : getpwuid(geteuid());
-    job.error = errno ? errno : ENOENT;
-    if (!job.user)
-        goto failed;
-    job.become = !geteuid() || job.user->pw_uid != geteuid();
-    if (job.become && getgrouplist(job.user->pw_name, job.user->pw_gid, groups, &job.ngroups) < 0)
+    if ((job.error = look_up(&job, name)))
         goto failed;
     job.home = *job.user->pw_dir ? job.user->pw_dir : "/";
 
@@ -425,8 +546,6 @@ static void spawn(struct channel *c, char *at, size_t size)
         path = job.envp[i];
     }
     job.envp[n] = NULL;
-    job.stage = 4;
-    job.error = 0;
     if (start(c, &job, path)) {
         c->credit[1] = c->credit[2] = CREDIT;
         frame32('S', c->number, c->pid);
@@ -505,13 +624,13 @@ static void connect_to(uint32_t number, const char *path, size_t size)
 
 static int seed(char *data, size_t size)
 {
-    struct { struct rand_pool_info info; char bytes[512]; } pool;
+    union { struct rand_pool_info info; char room[sizeof(struct rand_pool_info) + 512]; } pool;
     int fd, error = 0;
-    if (size > sizeof pool.bytes)
+    if (size > 512)
         return EINVAL;
     pool.info.entropy_count = size * 8;
     pool.info.buf_size = size;
-    memcpy(pool.info.buf, data, size);
+    memcpy(pool.room + offsetof(struct rand_pool_info, buf), data, size);
     if ((fd = open("/dev/random", O_RDWR | O_CLOEXEC)) < 0 || ioctl(fd, RNDADDENTROPY, &pool) || ioctl(fd, RNDRESEEDCRNG))
         error = errno;
     if (fd >= 0)
@@ -542,6 +661,14 @@ static int write_file(const char *path, size_t size)
     return close(fd) && !error ? errno : error;
 }
 
+static int set_clock(int64_t seconds, int64_t nanoseconds)
+{
+    struct timespec time = {.tv_sec = seconds, .tv_nsec = nanoseconds};
+    if (time.tv_sec != seconds || time.tv_nsec != nanoseconds)    /* fields of 32 bits */
+        return EINVAL;
+    return clock_settime(CLOCK_REALTIME, &time) ? errno : 0;
+}
+
 static void handle(int kind, uint32_t number, char *data, size_t size)
 {
     struct channel *c = find(number);
@@ -558,9 +685,7 @@ static void handle(int kind, uint32_t number, char *data, size_t size)
     case 'c':
         if (size != 0 && size != 16)
             break;
-        now.tv_sec = size ? get(data, 8) : 0;
-        now.tv_nsec = size ? get(data + 8, 8) : 0;
-        error = size && clock_settime(CLOCK_REALTIME, &now) ? errno : 0;
+        error = size ? set_clock(get(data, 8), get(data + 8, 8)) : 0;
         clock_gettime(CLOCK_REALTIME, &now);
         at = header('R', number, 20);
         put(at, error, 4);
@@ -675,22 +800,26 @@ static void fill(void)
 
 /* ---- The port ---- */
 
-/* The path of the first file of a pattern that holds `text`; good until the next call. */
-static const char *look(const char *pattern, const char *text)
+/* The name of the first entry of a folder whose file of some name holds `text`; good until the next call. */
+static const char *look(const char *folder, const char *name, const char *text)
 {
-    static glob_t found;
-    globfree(&found);
-    if (glob(pattern, 0, NULL, &found))
-        return NULL;
-    for (size_t i = 0; i < found.gl_pathc; i++) {
-        char content[64] = "";
-        int fd = open(found.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+    static char found[256];
+    DIR *list = opendir(folder);
+    *found = 0;
+    for (struct dirent *entry; list && !*found && (entry = readdir(list));) {
+        char path[512], content[64] = "";
+        if (*entry->d_name == '.')
+            continue;
+        snprintf(path, sizeof path, "%s/%s/%s", folder, entry->d_name, name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
         (void)!read(fd, content, sizeof content - 1);
         close(fd);
         if (!strcmp(content, text))
-            return found.gl_pathv[i];
+            snprintf(found, sizeof found, "%s", entry->d_name);
     }
-    return NULL;
+    if (list)
+        closedir(list);
+    return *found ? found : NULL;
 }
 
 /* Tell who waits: systemd, and whoever reads our standard output to its end. */
@@ -712,16 +841,17 @@ static void ready(void)
 
 static int open_port(void)
 {
-    char device[64];
     for (int i = 0; i < 120; i++) {
-        const char *file = look("/sys/class/virtio-ports/*/name", "vmsandbox.helper\n");
-        int fd = -1;
-        if (file && sscanf(file, "/sys/class/virtio-ports/%32[^/]", device + sprintf(device, "/dev/")) == 1)
-            fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-        if (fd >= 0)
-            return fd;
+        const char *name = look("/sys/class/virtio-ports", "name", "vmsandbox.helper\n");
+        if (name) {
+            char device[512];
+            snprintf(device, sizeof device, "/dev/%s", name);
+            int fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+            if (fd >= 0)
+                return fd;
+        }
         /* A port comes a moment after its controller.  Nobody is kept waiting for long. */
-        if (!file && !look("/sys/bus/virtio/devices/*/device", "0x0003\n"))
+        if (!name && !look("/sys/bus/virtio/devices", "device", "0x0003\n"))
             break;
         if (i == 25)
             ready();
@@ -795,6 +925,10 @@ int main(int argc, char **argv)
     sigset_t chld;
     struct sigaction action = {.sa_handler = SIG_DFL};
 
+    if (argc > 1 && !strcmp(argv[1], "--about")) {
+        printf("pytest-vmsandbox helper, protocol %d\n", VERSION);
+        return 0;
+    }
     while ((null = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && null < 3)
         ;
 #ifdef SYS_close_range

@@ -30,7 +30,7 @@ SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs 
 _PACKAGED = Path(__file__).resolve().parent.parent / "helpers"  # only in a wheel
 _PROGRAM = "helper"
 _SECONDS = 600.0  # for one compiler. Zig takes half a minute where nothing else runs
-_OPTIONS = ("-Os", "-static", "-s")
+OPTIONS = ("-Os", "-static", "-s")
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -173,7 +173,7 @@ def compiled(
     places = ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")
     try:
         done = subprocess.run(
-            [*compiler, *_OPTIONS, "-o", program, source],
+            [*compiler, *OPTIONS, "-o", program, source],
             cwd=work,
             env={**os.environ, "LC_ALL": "C.UTF-8", **dict.fromkeys(places, os.fspath(work))},
             stdin=subprocess.DEVNULL,
