@@ -54,8 +54,8 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/random.h>
+#include <limits.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -291,21 +291,68 @@ static void reap(void)
 
 /* ---- Starting programs ---- */
 
+struct user {
+    uid_t uid;
+    gid_t gid;
+    const char *name, *home, *shell;
+};
+
 struct job {
-    struct passwd *user;
+    struct user user;
     bool become;           /* another user, or root in full */
     gid_t *groups;
     int ngroups;
-    const char *home, *cwd;
-    char **argv, **envp;
+    const char *home, *cwd, *path;
+    char **argv, **envp;   /* there is room before the first argument */
     int fd[3], told;       /* its standard streams; where it tells why it does not start */
     int stage, error;
 };
 
 /* In the child of vfork(), which may share our memory: nothing but system calls. */
+static void execute(struct job *job, char *file)
+{
+    char **argv = job->argv;
+    execve(file, argv, job->envp);
+    if (errno != ENOEXEC)
+        return;
+    argv[0] = file;    /* a script without an interpreter */
+    *--argv = (char *)"/bin/sh";
+    execve(*argv, argv, job->envp);
+}
+
+/* Look for the program along the job's PATH, and execute it.  Sets errno. */
+static void search(struct job *job)
+{
+    char found[PATH_MAX], *name = job->argv[0];
+    size_t length = strlen(name);
+    int error = ENOENT;
+
+    if (strchr(name, '/')) {
+        execute(job, name);
+        return;
+    }
+    for (const char *at = job->path, *end; length; at = end + 1) {
+        end = at + strcspn(at, ":");
+        size_t size = end - at;
+        if (size + 1 + length < sizeof found) {
+            memcpy(found, at, size);
+            found[size] = '/';    /* an empty one means here */
+            strcpy(size ? found + size + 1 : found, name);
+            execute(job, found);
+            if (errno == EACCES)
+                error = EACCES;
+            else if (errno != ENOENT && errno != ENOTDIR && errno != ENODEV && errno != ESTALE && errno != ETIMEDOUT)
+                return;
+        }
+        if (!*end)
+            break;
+    }
+    errno = error;
+}
+
 static __attribute__((noinline)) void become(struct job *job)
 {
-    const struct passwd *user = job->user;
+    const struct user *user = &job->user;
     struct sigaction action = {.sa_handler = SIG_DFL};
     sigset_t none;
     int fd, why[2] = {1, 0};
@@ -320,16 +367,15 @@ static __attribute__((noinline)) void become(struct job *job)
         (void)!write(fd, "0", 1);
     if (job->become) {
         for (int s = 0; s < 3; s++)    /* so that it can open /dev/stdout */
-            (void)!fchown(s, user->pw_uid, user->pw_gid);
-        if (setgroups(job->ngroups, job->groups) || setresgid(user->pw_gid, user->pw_gid, user->pw_gid) ||
-            setresuid(user->pw_uid, user->pw_uid, user->pw_uid))
+            (void)!fchown(s, user->uid, user->gid);
+        if (setgroups(job->ngroups, job->groups) || setresgid(user->gid, user->gid, user->gid) || setresuid(user->uid, user->uid, user->uid))
             goto failed;
     }
     why[0] = 2;
     if ((chdir(job->home) && chdir("/")) || (*job->cwd && chdir(job->cwd)))
         goto failed;
     why[0] = 3;
-    execvpe(job->argv[0], job->argv, job->envp);    /* looks for it along our own PATH, see start() */
+    search(job);
 failed:
     why[1] = errno;
     (void)!write(job->told, why, sizeof why);
@@ -337,7 +383,7 @@ failed:
 }
 
 /* Start the job.  Returns its process, or -1, and then job->stage and job->error say why. */
-static pid_t launch(struct job *job, char *path)
+static pid_t launch(struct job *job)
 {
     int told[2], why[2];
     pid_t pid;
@@ -348,11 +394,9 @@ static pid_t launch(struct job *job, char *path)
         return -1;
     }
     job->told = told[1];
-    putenv(path);
     if ((pid = vfork()) == 0)
         become(job);
     job->error = pid < 0 ? errno : 0;
-    unsetenv("PATH");
     close(told[1]);    /* with it, the pipe ends as soon as the program has started */
     if (pid > 0 && read(told[0], why, sizeof why) == sizeof why) {
         waitpid(pid, NULL, 0);
@@ -365,7 +409,7 @@ static pid_t launch(struct job *job, char *path)
 }
 
 /* Start the job on the channel.  Returns whether it runs; else job->stage and job->error say why not. */
-static bool start(struct channel *c, struct job *job, char *path)
+static bool start(struct channel *c, struct job *job)
 {
     int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
 
@@ -381,7 +425,7 @@ static bool start(struct channel *c, struct job *job, char *path)
         job->fd[s] = pipes[s][s != 0];
         fcntl(c->fd[s], F_SETFL, O_NONBLOCK);
     }
-    c->pid = launch(job, path);
+    c->pid = launch(job);
 done:
     for (int s = 0; s < 3; s++)
         if (pipes[s][0] >= 0)
@@ -392,11 +436,11 @@ done:
 /* ---- Users ---- */
 
 /* Run a program of the guest.  Returns what it has written, up to a size and as long as that takes at most SECONDS. */
-static char *answer(char *program, char *first, char *second)
+static char *answer(const char *program, const char *first, const char *second)
 {
     static char text[CHUNK], path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    char *argv[] = {program, first, second, NULL}, *envp[] = {path, NULL};
-    struct job job = {.home = "/", .cwd = "", .argv = argv, .envp = envp};
+    char *argv[] = {NULL, (char *)program, (char *)first, (char *)second, NULL}, *envp[] = {path, NULL};
+    struct job job = {.home = "/", .cwd = "", .path = path + 5, .argv = argv + 1, .envp = envp};
     struct timespec now, end;
     size_t have = 0;
     int ends[2];
@@ -406,7 +450,7 @@ static char *answer(char *program, char *first, char *second)
     if (!pipe2(ends, O_CLOEXEC)) {
         job.fd[0] = job.fd[2] = null;
         job.fd[1] = ends[1];
-        pid_t pid = launch(&job, path);
+        pid_t pid = launch(&job);
         close(ends[1]);
         while (pid > 0 && have < sizeof text - 1) {
             struct pollfd readable = {.fd = ends[0], .events = POLLIN};
@@ -427,60 +471,122 @@ static char *answer(char *program, char *first, char *second)
     return text;
 }
 
-/* The line of a user in a file: by name; with an empty one by number, ours; without one the first. */
-static struct passwd *line_of(FILE *file, const char *name)
+/* The next line of a file, without its end, or NULL; it is good until the next call with this buffer. */
+static char *next(FILE *file, char **buffer, size_t *size)
 {
-    struct passwd *user = NULL;
-    if (file) {
-        while ((user = fgetpwent(file)) && name && (*name ? strcmp(user->pw_name, name) : user->pw_uid != geteuid()))
-            ;
-        fclose(file);
+    ssize_t length = file ? getline(buffer, size, file) : -1;
+    if (length < 0) {
+        if (file)
+            fclose(file);
+        return NULL;
     }
-    return user;
+    (*buffer)[strcspn(*buffer, "\n")] = 0;
+    return *buffer;
+}
+
+static bool number(const char *text, uint32_t *value)
+{
+    char *end;
+    unsigned long long found = strtoull(text, &end, 10);
+    *value = found;
+    return *text >= '0' && *text <= '9' && !*end && found < UINT32_MAX;
+}
+
+/* Split a line at its colons.  Returns whether it has that many fields, and is no comment and no entry for NIS. */
+static bool split(char *line, char **fields, int count)
+{
+    line += strspn(line, " \t");
+    for (int i = 0; i < count; i++)
+        if (!(fields[i] = strsep(&line, ":")))
+            return false;
+    return *fields[0] && !strchr("#+-", *fields[0]);
+}
+
+/* Read a line like those of /etc/passwd. */
+static bool is_user(char *line, struct user *user)
+{
+    char *fields[7];
+    if (!split(line, fields, 7) || !number(fields[2], &user->uid) || !number(fields[3], &user->gid))
+        return false;
+    user->name = fields[0];
+    user->home = fields[5];
+    user->shell = fields[6];
+    return true;
+}
+
+/* Find a user in /etc/passwd, by name; with an empty one our own, by number. */
+static bool find_user(const char *name, struct user *user)
+{
+    static char *buffer;
+    static size_t size;
+    FILE *file = fopen("/etc/passwd", "re");
+    for (char *line; (line = next(file, &buffer, &size));)
+        if (is_user(line, user) && (*name ? !strcmp(user->name, name) : user->uid == geteuid())) {
+            fclose(file);
+            return true;
+        }
+    return false;
+}
+
+/* Add a further group to those of a job. */
+static void add_group(struct job *job, gid_t group)
+{
+    if (group != job->user.gid && job->ngroups < GROUPS)
+        job->groups[job->ngroups++] = group;
+}
+
+/* Find the further groups of a user in /etc/group. */
+static void find_groups(struct job *job)
+{
+    static char *buffer;
+    static size_t size;
+    FILE *file = fopen("/etc/group", "re");
+    for (char *line, *fields[4], *member; (line = next(file, &buffer, &size));) {
+        uint32_t group;
+        if (!split(line, fields, 4) || !number(fields[2], &group))
+            continue;
+        while ((member = strsep(&fields[3], ",")))
+            if (!strcmp(member, job->user.name)) {
+                add_group(job, group);
+                break;
+            }
+    }
 }
 
 /* Find the user of a job, and the groups.  Returns 0 or an errno. */
-static int look_up(struct job *job, char *name)
+static int look_up(struct job *job, const char *name)
 {
-    static struct passwd root = {.pw_name = (char *)"root", .pw_dir = (char *)"/", .pw_shell = (char *)"/bin/sh"};
+    static char buffer[CHUNK];
     bool elsewhere = false;
 
-    job->user = line_of(fopen("/etc/passwd", "re"), name);
-    if (!job->user && !geteuid() && (!*name || !strcmp(name, "root")))
-        job->user = &root;
-    if (!job->user && name[strspn(name, "0123456789")] && *name != '-') {    /* no number, no option */
-        char *text = answer("getent", "passwd", name);
-        if (*text)
-            job->user = line_of(fmemopen(text, strlen(text), "r"), NULL);
-        elsewhere = job->user;
+    if (!find_user(name, &job->user)) {
+        if (!geteuid() && (!*name || !strcmp(name, "root"))) {
+            job->user = (struct user){.name = "root", .home = "/", .shell = "/bin/sh"};
+        } else if (*name != '-' && name[strspn(name, "0123456789")]) {    /* no option, no number, not empty */
+            strcpy(buffer, answer("getent", "passwd", name));
+            buffer[strcspn(buffer, "\n")] = 0;
+            if (!is_user(buffer, &job->user))
+                return ENOENT;
+            elsewhere = true;
+        } else {
+            return ENOENT;
+        }
     }
-    if (!job->user)
-        return ENOENT;
-    job->become = !geteuid() || job->user->pw_uid != geteuid();
+    job->become = !geteuid() || job->user.uid != geteuid();
+    job->groups[0] = job->user.gid;
+    job->ngroups = 1;
     if (!job->become)
         return 0;
-    job->groups[0] = job->user->pw_gid;
-    job->ngroups = 1;
-    if (elsewhere) {
-        for (char *at = answer("id", "-G", name), *end; job->ngroups < GROUPS; at = end) {
-            unsigned long group = strtoul(at, &end, 10);
-            if (end == at)
-                break;
-            if (group != job->user->pw_gid)
-                job->groups[job->ngroups++] = group;
-        }
+    if (!elsewhere) {
+        find_groups(job);
         return 0;
     }
-    FILE *file = fopen("/etc/group", "re");
-    for (struct group *group; file && job->ngroups < GROUPS && (group = fgetgrent(file));)
-        for (char **member = group->gr_mem; *member; member++)
-            if (!strcmp(*member, job->user->pw_name) && group->gr_gid != job->user->pw_gid) {
-                job->groups[job->ngroups++] = group->gr_gid;
-                break;
-            }
-    if (file)
-        fclose(file);
-    return 0;
+    for (char *at = answer("id", "-G", name), *end;; at = end) {
+        unsigned long group = strtoul(at, &end, 10);
+        if (end == at)
+            return 0;
+        add_group(job, group);
+    }
 }
 
 /* Take a string, or a number of 16 bits, from a payload; what is missing makes it too short for good. */
@@ -504,23 +610,24 @@ static void spawn(struct channel *c, char *at, size_t size)
     static char defaults[5][4096 + 16];
     const char *names[5] = {"HOME=", "USER=", "LOGNAME=", "SHELL=", "PATH="};
     struct job job = {.groups = groups, .stage = 4, .error = EINVAL};
-    char *end = at + size, *name = string(&at, end), *path = NULL, **list = NULL;
+    char *end = at + size, *name = string(&at, end), **list = NULL;
     unsigned argc, envc = 0, n = 0;
 
     job.cwd = string(&at, end);
     argc = count(&at, end);
-    job.argv = list = malloc((size + 16) * sizeof *list);    /* no string without a byte */
+    list = malloc((size + 17) * sizeof *list);    /* no string without a byte */
     if (!list) {
         job.error = ENOMEM;
         goto failed;
     }
+    job.argv = list + 1;
     for (unsigned i = 0; i < argc && at <= end; i++)
-        list[i] = string(&at, end);
+        job.argv[i] = string(&at, end);
     envc = count(&at, end);
     if (at > end || !argc)
         goto failed;
-    list[argc] = NULL;
-    job.envp = list + argc + 1;
+    job.argv[argc] = NULL;
+    job.envp = job.argv + argc + 1;
     while (n < envc && at <= end)
         job.envp[n++] = string(&at, end);
     if (at != end)
@@ -529,12 +636,12 @@ static void spawn(struct channel *c, char *at, size_t size)
     job.stage = 1;
     if ((job.error = look_up(&job, name)))
         goto failed;
-    job.home = *job.user->pw_dir ? job.user->pw_dir : "/";
+    job.home = *job.user.home ? job.user.home : "/";
 
     const char *values[5] = {
-        job.home, job.user->pw_name, job.user->pw_name, *job.user->pw_shell ? job.user->pw_shell : "/bin/sh",
-        job.user->pw_uid ? "/usr/local/bin:/usr/bin:/bin:/usr/games"
-                         : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
+        job.home, job.user.name, job.user.name, *job.user.shell ? job.user.shell : "/bin/sh",
+        job.user.uid ? "/usr/local/bin:/usr/bin:/bin:/usr/games"
+                     : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
     for (int d = 0; d < 5; d++) {
         unsigned i = 0;
         while (i < envc && strncmp(job.envp[i], names[d], strlen(names[d])))
@@ -543,10 +650,10 @@ static void spawn(struct channel *c, char *at, size_t size)
             snprintf(defaults[d], sizeof defaults[d], "%s%s", names[d], values[d]);
             job.envp[i = n++] = defaults[d];
         }
-        path = job.envp[i];
+        job.path = job.envp[i] + strlen(names[d]);    /* of the last of them */
     }
     job.envp[n] = NULL;
-    if (start(c, &job, path)) {
+    if (start(c, &job)) {
         c->credit[1] = c->credit[2] = CREDIT;
         frame32('S', c->number, c->pid);
         free(list);

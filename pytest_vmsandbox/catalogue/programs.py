@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 _HELD = {  # package of Debian and Ubuntu → its programs, where the names differ
     "dpkg": ["dpkg-deb"],
     "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
+    "gcc": ["cc"],
     "gnupg": ["gpg"],
+    "libc6-dev": ["libc.a"],
     "mawk": ["awk"],
     "mount": ["losetup"],
     "openssh-client": ["ssh", "ssh-keygen"],
@@ -25,12 +27,12 @@ _HELD = {  # package of Debian and Ubuntu → its programs, where the names diff
     "xz-utils": ["xz"],
 }
 PACKAGES = {program: package for package, held in _HELD.items() for program in held}
-COMPILER = ("gcc", "libc6-dev")  # the packages that make the helper from its source
 _OTHER_SYSTEMS = {  # package manager → the command that installs QEMU and the image tools
     "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
-    "openssh-clients shadow-utils debian-keyring",
-    "pacman": "sudo pacman -S qemu-system-x86 qemu-img debootstrap e2fsprogs cpio zstd xz openssh",
-    "zypper": "sudo zypper install qemu-x86 qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh",
+    "openssh-clients shadow-utils debian-keyring gcc glibc-static",
+    "pacman": "sudo pacman -S qemu-system-x86 qemu-img debootstrap e2fsprogs cpio zstd xz openssh gcc",
+    "zypper": "sudo zypper install qemu-x86 qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh "
+    "gcc glibc-devel-static",
     "brew": "brew install qemu",
 }
 APT_GET = (

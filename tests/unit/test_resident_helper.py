@@ -555,14 +555,22 @@ def environment(host, **more):
 
 
 PASSWD = """\
+#tester:x:1:1::/:
++tester::::::
+-tester:x:1:1::/:
 first:x:2001:2001::/:
 broken
 :::
+tester:x:-1:1::/:
+tester:x:two:1::/:
+tester:x:4294967296:1::/:
 tester:x:2002:2002:Tester:/tmp:/bin/bash
 last:x:2003:2003:Last:/:/bin/sh"""
 GROUP = """\
+#nine:x:9:tester
 one:x:3001:first,tester
 broken
+none:x::tester
 two:x:3002:testers,other,tester
 three:x:3003:
 own:x:2002:tester
