@@ -14,7 +14,7 @@ _EMERGENCY_STATE = "maintenance"
 _RUN_LEVEL = """
 is_busy() {
     for file in /proc/[0-9]*/stat; do
-        read -r line <"$file" && case $line in *" (rc) "*) return 0 ;; esac
+        read -r line <"$file" && case $line in *" (rc) "[!ZX]*) return 0 ;; esac
     done 2>/dev/null
     case $(runlevel 2>&1) in unknown*) return 0 ;; *) return 1 ;; esac
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import select
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
-from pytest_vmsandbox.catalogue import making, programs
+from pytest_vmsandbox.catalogue import helpers, making, programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore, build_command
@@ -185,6 +186,29 @@ class TestBuild:
         assert lines[:2] == [str(tmp_path / "mine"), "700 711"]
         assert lines[2].startswith(f"{tmp}/vmsandbox-work")
         assert lines[3:] == ["0022 /dev/null C.UTF-8", "yes", "no lock"]
+
+    def test_each_architecture_is_an_image_of_its_own(
+        self, tmp_path, make, store, lines, monkeypatch
+    ):
+        """This machine has a faked name: arm64, where ``mine`` is for arm64."""
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        names = ("VMSANDBOX_ARCHITECTURE", "VMSANDBOX_DEBIAN_ARCHITECTURE", "VMSANDBOX_CONSOLE")
+        said = " ".join(f"${{{name}}}" for name in names)
+        define(tmp_path / "mine", f'{DELIVER}\necho "== {said}"')
+        file = tmp_path / "mine" / "image.toml"
+        text = file.read_text().replace(
+            f'architecture = "{native_architecture()}"', 'architectures = ["x86_64", "aarch64"]'
+        )
+        file.write_text(text)
+        built = [
+            make(ImageDefinition.read(file.parent, architecture=architecture))
+            for architecture in ("x86_64", "aarch64")
+        ]
+        assert lines == ["x86_64 amd64 ttyS0", "aarch64 arm64 ttyAMA0"]
+        assert [image.folder.parent.name for image in built] == ["mine_amd64", "mine"]
+        found = sorted(store.all(), key=lambda image: image.folder)
+        assert found == [built[1], built[0]]
+        assert [image.definition.variant_of for image in found] == ["", "mine"]
 
     def test_folders_are_private(self, tmp_path, make):
         image = make(define(tmp_path / "mine"))
@@ -384,7 +408,7 @@ class TestHelper:
             asked.append(arguments)
             return program
 
-        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        monkeypatch.setattr(helpers, "helper_program", helper_program)
         return asked
 
     def test_the_recipe_gets_it(self, tmp_path, make, store, asked):
@@ -410,11 +434,18 @@ class TestHelper:
         assert (image.folder / "packages.txt").read_text() == "VMSANDBOX_HELPER=\n"
         assert asked == []
 
+    def test_what_makes_it_is_missing(self, tmp_path, make, monkeypatch):
+        monkeypatch.setattr(helpers, "lacking", lambda *_: ("cc", "libc.a"))
+        with pytest.raises(ImageError, match="programs that are missing: cc, libc.a") as caught:
+            make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
+        assert "gcc libc6-dev" in caught.value.remedy
+        make(define(tmp_path / "other"))
+
     def test_that_it_cannot_be_made_is_an_error(self, tmp_path, make, monkeypatch):
         def helper_program(*_, say):
             raise ImageError("the helper cannot be made", details="why", remedy="what to do")
 
-        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        monkeypatch.setattr(helpers, "helper_program", helper_program)
         with pytest.raises(ImageError, match="the helper cannot be made") as caught:
             make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
         assert caught.value.remedy == "what to do"
