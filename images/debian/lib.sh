@@ -57,75 +57,9 @@ runs_here() {
     [ "${VMSANDBOX_NO_BINFMT-}" != all ] && [ -z "${VMSANDBOX_EMULATOR-}" ]
 }
 
-# install_system SUITE PACKAGES [mmdebstrap options]: fill $ROOT with a small system and these packages.  If programs of the image
-# do not run here, it is only unpacked.
-install_system() {
-    suite=$1 packages=$2
-    shift 2
-    if runs_here; then
-        bootstrap "$suite" minbase "$packages" "$@"
-        return
-    fi
-    # What the variant minbase has by itself; and the packages are kept for the second stage.
-    bootstrap "$suite" extract "apt,$packages" --include='?or(?essential,?priority(required))' \
-        --extract-hook='mkdir -m 0700 "$1/second-stage" "$1/second-stage/packages" && ln "$1"/var/cache/apt/archives/*.deb "$1/second-stage/packages/"' "$@"
-    # Until base-passwd is configured: programs in the guest have a user.
-    for file in passwd group; do cp "$ROOT/usr/share/base-passwd/$file.master" "$ROOT/etc/$file"; done
-}
-
-# second_stage NAME=VALUE…: what is left to be done for an unpacked $ROOT is done at the first boot of the disk, by the
-# programs in ../debian/second-stage with these variables.  The file tells the builder so; see guests/second_stage.py.
-second_stage() {
-    cp -R ../debian "$ROOT/second-stage/debian"
-    cp ../debian/second-stage/* "$ROOT/second-stage/"
-    cp "$ROOT/usr/bin/busybox" "$ROOT/second-stage/busybox" 2>/dev/null || cp "$ROOT/bin/busybox" "$ROOT/second-stage/busybox"
-    for setting in "$@"; do printf "%s='%s'\n" "${setting%%=*}" "${setting#*=}"; done >"$ROOT/second-stage/settings"
-    echo /second-stage >"$VMSANDBOX_OUT/second-stage"
-}
-
-# configure_packages: in the guest, have dpkg do with the unpacked packages what it does in a new system.
-configure_packages() {
-    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
-    chmod 0755 /usr/sbin/policy-rc.d
-    count=$(ls /second-stage/packages | wc -l)
-    # First, and in this order, what the scripts of others need; there are no dependencies between them that dpkg could follow.
-    for package in base-passwd base-files dpkg libc6 perl-base mawk debconf; do
-        dpkg --force-depends --install /second-stage/packages/"$package"_*.deb
-    done
-    follow Unpacking "unpacking packages" dpkg --force-depends --unpack --skip-same-version --recursive /second-stage/packages
-    follow 'Setting up' "configuring packages" dpkg --configure --pending
-    rm /usr/sbin/policy-rc.d
-    unconfigured=$(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' | awk '$1 != "ii" { print $2 }')
-    [ -z "$unconfigured" ] || fail "these packages are not configured:" $unconfigured
-}
-
-# follow WORD WHAT PROGRAM…: run it, and tell people now and then how many lines have begun with WORD.
-follow() {
-    word=$1 what=$2 done=0
-    shift 2
-    stage "$what"
-    { "$@" 2>&1 || echo "$?" >"$TMPDIR/failed"; } | while IFS= read -r line; do
-        printf '%s\n' "$line"
-        case $line in
-        "$word "*)
-            done=$((done + 1))
-            [ $((done % 20)) != 0 ] || stage "$what: $done of $count" ;;
-        esac
-    done
-    [ ! -e "$TMPDIR/failed" ] || fail "$what: dpkg ended with status $(cat "$TMPDIR/failed")"
-}
-
-# compile SUITE SOURCE PROGRAM: a C program for the image, in a tree of its own: no compiler is ever in the image's.
-compile() {
-    image=$ROOT ROOT=/var/tmp/compiler
-    bootstrap "$1" extract tcc,libc6-dev
-    [ -e "$ROOT/lib" ] || { ln -s usr/lib "$ROOT/lib"; ln -s usr/lib64 "$ROOT/lib64"; }
-    cp "$2" "$ROOT/source.c"
-    chroot "$ROOT" tcc -o /program /source.c || fail "${2##*/} cannot be compiled"
-    mkdir -p "${3%/*}"
-    cp "$ROOT/program" "$3"
-    rm -rf "$ROOT"
-    ROOT=$image
+# helper TREE: put the program that starts programs for the host into a tree. No recipe needs a compiler.
+helper() {
+    install -D -m 0755 "$VMSANDBOX_HELPER" "$1/usr/lib/vmsandbox/helper"
 }
 
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.

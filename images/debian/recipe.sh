@@ -1,4 +1,5 @@
 # The Debian images; sourced.
+. ../debian/second-stage.sh
 
 # recipe SUITE
 recipe() {
@@ -32,9 +33,7 @@ recipe() {
         depmod -b "$ROOT" "$version"
         second_stage
     fi
-
-    stage "compiling the helper"
-    compile "$1" ../helper/helper.c "$ROOT/usr/lib/vmsandbox/helper"
+    helper "$ROOT"
 
     stage "making the initial RAM file system"
     initramfs

@@ -195,7 +195,7 @@ def standard_folders(cache: Path | None = None) -> list[Path]:
     Args:
         cache: the cache; None for the user's cache.
     """
-    return [folder for folder in (*_own_folders(), *_imported(cache)) if folder.is_dir()]
+    return [folder for folder in (*own_folders(), *_imported(cache)) if folder.is_dir()]
 
 
 def _imported(cache: Path | None) -> list[Path]:
@@ -212,7 +212,7 @@ def _is_image(folder: Path) -> bool:
         return NAME.fullmatch(folder.name) is not None
 
 
-def _own_folders() -> list[Path]:
-    """The folder of our own images: inside the package, or next to it in a checkout."""
+def own_folders() -> list[Path]:
+    """The folder of our own images, if it is there: inside the package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return [path for path in (package / "images", package.parent / "images") if path.is_dir()][:1]

@@ -25,6 +25,7 @@ _HELD = {  # package of Debian and Ubuntu → its programs, where the names diff
     "xz-utils": ["xz"],
 }
 PACKAGES = {program: package for package, held in _HELD.items() for program in held}
+COMPILER = ("gcc", "libc6-dev")  # the packages that make the helper from its source
 _OTHER_SYSTEMS = {  # package manager → the command that installs QEMU and the image tools
     "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
     "openssh-clients shadow-utils debian-keyring",

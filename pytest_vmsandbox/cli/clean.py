@@ -7,7 +7,16 @@ from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.cache.store import ENVIRONMENTS, KERNELS, TEMPLATES, Entry, Kind, Store, tidy
+from pytest_vmsandbox.cache.store import (
+    ENVIRONMENTS,
+    HELPERS,
+    KERNELS,
+    TEMPLATES,
+    Entry,
+    Kind,
+    Store,
+    tidy,
+)
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
@@ -18,7 +27,7 @@ from pytest_vmsandbox.machine import orphans
 @click.option(
     "--templates",
     is_flag=True,
-    help="Also remove all templates, and prepared kernels of yours, that no run uses now.",
+    help="Also remove all templates, prepared kernels of yours and helpers, that no run uses now.",
 )
 @click.option(
     "--environments",
@@ -44,6 +53,7 @@ def clean(*, templates: bool, environments: bool) -> None:
     if templates:
         said += _emptied(cache, TEMPLATES, "template")
         said += _emptied(cache, KERNELS, "kernel")
+        said += _emptied(cache, HELPERS, "helper")
     if environments:
         said += _emptied(cache, ENVIRONMENTS, "environment")
     for line in said or ["there is nothing to clean"]:

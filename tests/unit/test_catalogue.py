@@ -54,7 +54,7 @@ def image_path(tmp_path, monkeypatch):
     own = tmp_path / "own"
     for name in ("b-2", "b", "a"):
         define(own / name)
-    monkeypatch.setattr(catalogue_module, "_own_folders", lambda: [own])
+    monkeypatch.setattr(catalogue_module, "own_folders", lambda: [own])
     path = tmp_path / "images"
     path.mkdir()
     return path
