@@ -26,6 +26,7 @@ from pytest_vmsandbox.catalogue.store import (
     files_of,
 )
 from pytest_vmsandbox.core import deadline
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import GIB, KIB, MIB, format_size
 from pytest_vmsandbox.core.text import printable
@@ -170,11 +171,15 @@ def run_recipe(build: Build) -> Mapping[str, object]:
     """
     definition = build.definition
     _check_programs(definition)
+    architecture = ARCHITECTURES[definition.architecture]
     environment = {
         **os.environ,
         "LC_ALL": "C.UTF-8",
         "PATH": programs.search_path(),
         "TMPDIR": os.fspath(build.work),
+        "VMSANDBOX_ARCHITECTURE": architecture.name,
+        "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
+        "VMSANDBOX_CONSOLE": architecture.console,
         HELPER: _helper(build),
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
