@@ -205,7 +205,9 @@ def run(
     command = Command(argv=("/bin/sh", "-c", f"exec 2>&1\n{script}", "sh", *arguments))
     name = build.definition.name
     try:
-        result = guest.engine.run(command, stdout=log.feed, timeout=stretch(longest), idle=stretch(silent))
+        result = guest.engine.run(
+            command, stdout=log.feed, timeout=stretch(longest), idle=stretch(silent)
+        )
     except CommandTimeout as late:
         raise ImageError(f"making {name!r} failed: {what} was killed: {late.brief}") from late
     finally:

@@ -57,7 +57,7 @@ def build(image: str, cache: Path, more: dict[str, str], *, again: bool) -> Path
     """The disk of an image in a cache, built if it is not there."""
     cache.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "VMSANDBOX_CACHE": str(cache), **more}
-    command = [sys.executable, "-m", "pytest_vmsandbox.cli", "images", "build", image]
+    command = [sys.executable, "-m", "pytest_vmsandbox", "images", "build", image]
     subprocess.run([*command, *(["--force"] if again else [])], env=environment, check=True)
     disk = ImageStore(cache).require(Catalogue().get(image)).disk
     assert disk is not None

@@ -16,12 +16,14 @@ from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, image_maker, second_stage
+from pytest_vmsandbox.guests import changing, image_maker
 from support import images
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 WHOLE = f"echo {KEY} >$VMSANDBOX_OUT/host_key.pub"
 UNPACKED = "echo /second-stage >$VMSANDBOX_OUT/second-stage"
+# As a recipe runs: it is root, or calls itself so, and may mount.
+UNSHARE = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
 (DEBIAN,) = [folder / "debian" for folder in own_folders() if (folder / "debian").is_dir()]
 
 
@@ -108,10 +110,10 @@ class TestWhoDecides:
 class TestRecipe:
     """The shell functions, with a folder in the place of what they would find."""
 
-    def run(self, tmp_path, script, **environment):
+    def run(self, tmp_path, script, *, start=(), **environment):
         words = f'set -eu\n. ./lib.sh\n. ./second-stage.sh\nTMPDIR="{tmp_path}" ROOT="{tmp_path}/root"\n{script}'
         return subprocess.run(
-            ["/bin/sh", "-c", words],
+            [*start, "/bin/sh", "-c", words],
             cwd=DEBIAN,
             env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **environment},
             capture_output=True,
@@ -126,7 +128,6 @@ class TestRecipe:
 
     def test_what_is_left_in_the_tree(self, tmp_path):
         (tmp_path / "root/usr/bin").mkdir(parents=True)
-        (tmp_path / "root/second-stage").mkdir()
         (tmp_path / "root/usr/bin/busybox").touch()
         result = self.run(
             tmp_path,
@@ -140,6 +141,50 @@ class TestRecipe:
         assert (left / "debian/lib.sh").read_bytes() == (DEBIAN / "lib.sh").read_bytes()
         read = self.run(tmp_path, f'. {left}/settings; echo "$suite|$modules|$quoted"')
         assert read.stdout == "trixie|one two|it's\n"
+
+    def package(self, tmp_path, name, architecture, multi_arch):
+        """Make a package with a `preinst`, a setting, and a file that the image does not want."""
+        tree = tmp_path / name
+        for file, content in {
+            "DEBIAN/control": f"Package: {name}\nVersion: 1\nArchitecture: {architecture}\nMulti-Arch: {multi_arch}\n"
+            "Maintainer: Nobody <nobody@example.org>\nDescription: nothing\n",
+            "DEBIAN/preinst": f"#!/bin/sh\ntouch {tmp_path}/has-run\n",
+            "DEBIAN/conffiles": f"/etc/{name}.conf\n",
+            f"etc/{name}.conf": "",
+            f"usr/share/{name}": "content\n",
+            f"usr/share/man/{name}.1": "left out\n",
+        }.items():
+            (tree / file).parent.mkdir(parents=True, exist_ok=True)
+            (tree / file).write_text(content)
+        (tree / "DEBIAN/preinst").chmod(0o755)
+        (tmp_path / "root.packages").mkdir(exist_ok=True)
+        command = ["dpkg-deb", "--build", "--root-owner-group", tree, tmp_path / "root.packages"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    def test_foreign_packages_are_unpacked_and_no_script_of_theirs_runs(self, tmp_path):
+        for folder in ("info", "updates", "triggers"):
+            (tmp_path / "root/var/lib/dpkg" / folder).mkdir(parents=True)
+        (tmp_path / "root/var/lib/dpkg/status").touch()
+        (tmp_path / "root/etc/dpkg/dpkg.cfg.d").mkdir(parents=True)
+        settings = tmp_path / "root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
+        settings.write_text("force-unsafe-io\npath-exclude=/usr/share/man/*\n")
+        foreign = "s390x" if native_architecture() != "s390x" else "arm64"
+        self.package(tmp_path, "one", foreign, "same")
+        self.package(tmp_path, "two", "all", "no")
+        result = self.run(tmp_path, "unpack", start=UNSHARE)
+        assert result.returncode == 0, result.stderr
+        root = tmp_path / "root"
+        status = (root / "var/lib/dpkg/status").read_text()
+        assert status.count("Status: install ok unpacked") == 2
+        assert (root / "usr/share/one").read_text() == "content\n"
+        assert (root / "etc/two.conf.dpkg-new").exists()
+        assert not (root / "usr/share/man/one.1").exists()
+        assert not (tmp_path / "has-run").exists()
+        info = root / "var/lib/dpkg/info"
+        scripts = {path.name for path in info.glob("*.preinst")}
+        assert scripts == {f"one:{foreign}.preinst", "two.preinst"}
+        assert all(os.access(info / script, os.X_OK) for script in scripts)
+        assert sorted(path.name for path in tmp_path.glob("root.*")) == []
 
     def test_how_far_dpkg_is(self, tmp_path):
         lines = "".join(f"Setting up p{n} ...\\n" for n in range(45))
