@@ -33,8 +33,10 @@ COMPILER = ("gcc", "libc6-dev")  # the packages that make the helper from its so
 _OTHER_SYSTEMS = {  # package manager → its command, and the image tools
     "dnf": (
         "sudo dnf install",
-        "qemu-img mmdebstrap e2fsprogs cpio zstd xz openssh-clients shadow-utils debian-keyring "
-        "gcc glibc-static",
+        (
+            "qemu-img mmdebstrap e2fsprogs cpio zstd xz openssh-clients shadow-utils debian-keyring "
+            "gcc glibc-static"
+        ),
     ),
     "pacman": ("sudo pacman -S", "qemu-img debootstrap e2fsprogs cpio zstd xz openssh gcc"),
     "zypper": (
