@@ -186,6 +186,49 @@ class TestRecipe:
         assert all(os.access(info / script, os.X_OK) for script in scripts)
         assert sorted(path.name for path in tmp_path.glob("root.*")) == []
 
+    def system(self, tmp_path, states):
+        """Make what plays a guest with unpacked packages; a program of its own notes each call of dpkg."""
+        (tmp_path / "root/usr/sbin").mkdir(parents=True)
+        info = tmp_path / "root/var/lib/dpkg/info"
+        info.mkdir(parents=True)
+        for name in ("one", "two:s390x"):
+            script = f'#!/bin/sh\necho "preinst $1 $DPKG_MAINTSCRIPT_PACKAGE $DPKG_MAINTSCRIPT_ARCH" >>{tmp_path}/calls\n'
+            (info / f"{name}.preinst").write_text(script)
+            (info / f"{name}.preinst").chmod(0o755)
+        calls = (
+            f'[ "$1" = --print-architecture ] && echo s390x || echo "dpkg $*" >>{tmp_path}/calls'
+        )
+        self.program(tmp_path, "dpkg", calls)
+        self.program(tmp_path, "dpkg-query", f"printf '{states}'")
+        return info
+
+    def test_packages_are_configured_as_in_a_new_system(self, tmp_path):
+        self.system(tmp_path, "ii one\\nii two\\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 0, result.stderr
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls[:3] == [
+            "preinst install one s390x",
+            "preinst install two s390x",
+            "dpkg --force-depends --configure base-passwd",
+        ]
+        assert calls[-1] == "dpkg --configure --pending"
+        assert not (tmp_path / "root/usr/sbin/policy-rc.d").exists()
+
+    def test_a_package_stays_unconfigured(self, tmp_path):
+        self.system(tmp_path, "ii one\\niU two\\niF three\\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 1
+        assert result.stderr.endswith("these packages are not configured: two three\n")
+
+    def test_a_preinst_fails(self, tmp_path):
+        info = self.system(tmp_path, "")
+        (info / "one.preinst").write_text("#!/bin/sh\nexit 7\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 1
+        assert "one: its preinst ended with status 7" in result.stderr
+        assert not (tmp_path / "calls").exists()
+
     def test_how_far_dpkg_is(self, tmp_path):
         lines = "".join(f"Setting up p{n} ...\\n" for n in range(45))
         result = self.run(
