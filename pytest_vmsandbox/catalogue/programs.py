@@ -14,7 +14,9 @@ from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture, nati
 _HELD = {  # package of Debian and Ubuntu → its programs, where the names differ
     "dpkg": ["dpkg-deb"],
     "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
+    "gcc": ["cc"],
     "gnupg": ["gpg"],
+    "libc6-dev": ["libc.a"],
     "mawk": ["awk"],
     "mount": ["losetup"],
     "openssh-client": ["ssh", "ssh-keygen"],
@@ -31,10 +33,16 @@ COMPILER = ("gcc", "libc6-dev")  # the packages that make the helper from its so
 _OTHER_SYSTEMS = {  # package manager → its command, and the image tools
     "dnf": (
         "sudo dnf install",
-        "qemu-img mmdebstrap e2fsprogs cpio zstd xz openssh-clients shadow-utils debian-keyring",
+        (
+            "qemu-img mmdebstrap e2fsprogs cpio zstd xz openssh-clients shadow-utils debian-keyring "
+            "gcc glibc-static"
+        ),
     ),
-    "pacman": ("sudo pacman -S", "qemu-img debootstrap e2fsprogs cpio zstd xz openssh"),
-    "zypper": ("sudo zypper install", "qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh"),
+    "pacman": ("sudo pacman -S", "qemu-img debootstrap e2fsprogs cpio zstd xz openssh gcc"),
+    "zypper": (
+        "sudo zypper install",
+        "qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh gcc glibc-devel-static",
+    ),
     "brew": ("brew install", ""),
 }
 APT_GET = (

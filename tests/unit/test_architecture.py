@@ -67,7 +67,7 @@ class TestPrograms:
 
     def test_a_missing_one_of_this_machine(self, machine, monkeypatch):
         machine("x86_64")
-        monkeypatch.setattr(qemu.shutil, "which", lambda _: None)
+        monkeypatch.setattr("shutil.which", lambda *_, **__: None)
         monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
         with pytest.raises(LaunchError, match="guests of x86_64 need") as raised:
             find_qemu("x86_64")
@@ -94,7 +94,7 @@ class TestRemedies:
         machine("x86_64")
         monkeypatch.setattr(programs, "find", lambda it: it if it == manager else None)
         monkeypatch.setattr(programs, "_system", lambda: "debian")
-        monkeypatch.setattr(qemu.shutil, "which", lambda _: None)
+        monkeypatch.setattr("shutil.which", lambda *_, **__: None)
         with pytest.raises(LaunchError) as raised:
             find_qemu(name)
         assert raised.value.remedy.removeprefix("install it: ").removeprefix("sudo ") == (
