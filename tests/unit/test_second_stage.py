@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.catalogue import own_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import CommandTimeout, ImageError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, image_maker
 from support import images
@@ -105,6 +105,38 @@ class TestWhoDecides:
         with pytest.raises(ImageError, match="not complete") as caught:
             build(definition, ImageStore(tmp_path / "cache"), progress=lambda _: None)
         assert "no guest has completed what the recipe has only unpacked" in caught.value.details
+
+
+class TestTime:
+    """On a machine where all takes ten times as long as on a usual one."""
+
+    def run(self, late=None):
+        def engine_run(command, *, stdout, timeout, idle):
+            stdout(b"== configuring packages\nsome line\n")
+            noted.append((timeout, idle))
+            if late is not None:
+                raise late
+            return SimpleNamespace(returncode=0)
+
+        noted, lines = [], []
+        engine = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
+        build = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
+        guest = SimpleNamespace(engine=engine)
+        try:
+            changing.run(build, guest, "true", what="the second stage", silent=60.0, longest=600.0)
+        finally:
+            assert lines == [b"== configuring packages\n", b"some line\n"]
+        return noted
+
+    def test_there_are_limits(self):
+        assert self.run() == [(6000.0, 600.0)]
+
+    def test_too_late(self):
+        late = CommandTimeout(
+            "there was no output for 600 s", seconds=600.0, stdout=b"", stderr=b""
+        )
+        with pytest.raises(ImageError, match="the second stage was killed: there was no output"):
+            self.run(late)
 
 
 class TestRecipe:
