@@ -45,6 +45,8 @@ class Architecture:
         board_reports_panic: whether the board reports it by itself.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
+        narrow: the architecture of 32-bit programs that such a machine can run; or empty.
+        in_uv: whether each version of uv that we support has names for its platforms.
         has_ports: whether there are PCI Express root ports for devices that come later.
     """
 
@@ -73,6 +75,8 @@ class Architecture:
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
     has_ports: bool = True
+    narrow: str = ""
+    in_uv: bool = False
 
     @property
     def reports_panic(self) -> bool:
@@ -107,6 +111,8 @@ _X86_64 = Architecture(
     panic="pvpanic-pci",
     display="VGA,vgamem_mb=4",
     has_generation=True,
+    narrow="i686",
+    in_uv=True,
 )
 # Without gic-version=host, a guest could not start with KVM on a host that has another interrupt controller.
 _AARCH64 = Architecture(
@@ -123,6 +129,8 @@ _AARCH64 = Architecture(
     on_emulation="gic-version=2,highmem=off",
     on_kvm="gic-version=host",
     kvm_on=("aarch64",),
+    narrow="armv7l",
+    in_uv=True,
     console="ttyAMA0",
 )
 
@@ -131,7 +139,14 @@ ARCHITECTURES = {
     for one in (
         _X86_64,
         replace(
-            _X86_64, name="i686", debian="i386", user="i386", elf=(1, 1, 3), zig="x86-linux-musl"
+            _X86_64,
+            name="i686",
+            debian="i386",
+            user="i386",
+            elf=(1, 1, 3),
+            zig="x86-linux-musl",
+            narrow="",
+            in_uv=False,
         ),
         _AARCH64,
         replace(
@@ -142,6 +157,8 @@ ARCHITECTURES = {
             elf=(1, 1, 40),
             zig="arm-linux-musleabihf",
             emulated={(0,): "cortex-a15"},
+            narrow="",
+            in_uv=False,
             kvm_on=(),
         ),
         Architecture(
@@ -213,6 +230,18 @@ def by_any_name(name: str) -> str:
         if name in {one.name, one.debian}:
             return one.name
     return ""
+
+
+def of_programs(machine: str, bits: int) -> str:
+    """The architecture of programs, which may be for 32 bits on a machine with 64.
+
+    Args:
+        machine: as the machine calls itself. An unknown name is returned as it is.
+        bits: of the programs.
+    """
+    name = by_any_name(machine) or machine
+    found = ARCHITECTURES.get(name)
+    return found.narrow if found is not None and found.narrow and bits == 32 else name
 
 
 def native_architecture() -> str:
