@@ -1,6 +1,7 @@
 """The table of architectures, and which programs and accelerators the machine layer takes for them."""
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ class TestPrograms:
 
     def test_a_missing_one_of_this_machine(self, machine, monkeypatch):
         machine("x86_64")
-        monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+        monkeypatch.setattr(shutil, "which", lambda _: None)
         monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
         with pytest.raises(LaunchError, match="guests of x86_64 need") as raised:
             find_qemu("x86_64")
@@ -94,7 +95,7 @@ class TestRemedies:
         machine("x86_64")
         monkeypatch.setattr(programs, "find", lambda it: it if it == manager else None)
         monkeypatch.setattr(programs, "_system", lambda: "debian")
-        monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+        monkeypatch.setattr(shutil, "which", lambda _: None)
         with pytest.raises(LaunchError) as raised:
             find_qemu(name)
         assert raised.value.remedy.removeprefix("install it: ").removeprefix("sudo ") == (
