@@ -26,9 +26,7 @@ recipe() {
         mount --bind "/dev/$node" "$ROOT/dev/$node"
     done
     configure
-
-    stage "compiling the helper"
-    compile "$1" ../helper/helper.c "$ROOT/usr/lib/vmsandbox/helper"
+    helper "$ROOT"
 
     stage "making the initial RAM file system"
     initramfs

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.helpers import helper_program
 from pytest_vmsandbox.catalogue.making import Build, Maker
 from pytest_vmsandbox.catalogue.store import (
     DISK,
@@ -25,12 +26,15 @@ from pytest_vmsandbox.catalogue.store import (
     files_of,
 )
 from pytest_vmsandbox.core import deadline
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import GIB, KIB, format_size
+from pytest_vmsandbox.core.spec import GIB, KIB, MIB, format_size
 from pytest_vmsandbox.core.text import printable
 
 ROOM_FOR_A_DISK = 3 * GIB
+HELPER = "VMSANDBOX_HELPER"  # tells a recipe where the program is
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
+_LARGEST_SCRIPT = 4 * MIB
 _TAIL = 20  # lines of the output in an error
 _TAIL_SIZE = 64 * KIB  # bytes of the output that they are taken from
 _TAIL_WIDTH = 500  # characters of each of them
@@ -109,6 +113,7 @@ class _Filler:
             build = Build(
                 definition=self.definition,
                 out=out,
+                cache=self.store.root.parent,
                 work=work,
                 log=output,
                 lock=lock,
@@ -166,11 +171,17 @@ def run_recipe(build: Build) -> Mapping[str, object]:
     """
     definition = build.definition
     _check_programs(definition)
+    architecture = ARCHITECTURES[definition.architecture]
     environment = {
         **os.environ,
         "LC_ALL": "C.UTF-8",
         "PATH": programs.search_path(),
         "TMPDIR": os.fspath(build.work),
+        HELPER: _helper(build),
+        "VMSANDBOX_ARCHITECTURE": architecture.name,
+        "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
+        "VMSANDBOX_CONSOLE": architecture.console,
+        "VMSANDBOX_PYTHON": sys.executable,
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
     }
@@ -180,6 +191,17 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         ended = f"signal {status - 128}" if status > 128 else f"status {status}"
         raise ImageError(f"building {definition.name!r} failed: its recipe ended with {ended}")
     return {}
+
+
+def _helper(build: Build) -> str:
+    """The program of the helper for a recipe that names it; empty for others."""
+    wanted = any(
+        file.stat().st_size < _LARGEST_SCRIPT and HELPER.encode() in file.read_bytes()
+        for _, file in build.definition.files()
+    )
+    if not wanted:
+        return ""
+    return os.fspath(helper_program(build.definition.architecture, build.cache, say=build.say))
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:

@@ -251,8 +251,7 @@ class ImageDefinition:
         stated = self.folder / DEFINITION_FILE
         places = self._places_with_digest()
         skipped = {self.folder / place for place in places.values()}
-        sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
-        for label, file in sorted(found for source in sources for found in _files(*source)):
+        for label, file in self.files():
             if file in skipped:
                 continue
             try:
@@ -276,6 +275,11 @@ class ImageDefinition:
             kind = "x" if status.st_mode & stat.S_IXUSR else "-"
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
         return total.hexdigest()
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The files in its folder and in ``uses``, each with the path that the digest covers."""
+        sources = [("", self.folder), *((use, self.folder / use) for use in self.uses)]
+        return sorted(found for source in sources for found in _files(*source))
 
     def _places_with_digest(self) -> dict[str, str]:
         """Keys and places of the files whose digest is in ``image.toml``. Reading them again is no use."""

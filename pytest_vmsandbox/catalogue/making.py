@@ -29,6 +29,7 @@ class Build:
     Attributes:
         definition: what is built.
         out: the empty folder to fill, in the cache. It becomes the image.
+        cache: the user's cache.
         work: an empty folder for temporary files, which is removed afterwards. Other users' name
             spaces can reach it.
         log: the open file of the build's output.
@@ -39,6 +40,7 @@ class Build:
 
     definition: ImageDefinition
     out: Path
+    cache: Path
     work: Path
     log: IO[bytes]
     lock: int

@@ -133,6 +133,7 @@ def test_a_disk_and_what_was_written_become_one(tmp_path, monkeypatch, shares):
         build = Build(
             definition=DEFINITION,
             out=tmp_path / "out",
+            cache=tmp_path,
             work=tmp_path / "work",
             log=log,
             lock=log.fileno(),

@@ -360,6 +360,7 @@ class TestMuchOutput:
             test_build = making.Build(
                 definition=images.DEFINITION,
                 out=tmp_path,
+                cache=tmp_path,
                 work=tmp_path,
                 log=log,
                 lock=log.fileno(),
@@ -368,6 +369,55 @@ class TestMuchOutput:
             monkeypatch.setattr(making.Build, "write", lambda _, line: written.append(line))
             assert test_build.run(["printf", "one\ntwo and three\n"]) == 0
         assert written == [b"one\n", b"two and th", b"ree\n"]
+
+
+class TestHelper:
+    """A recipe that names the helper gets it: the static program for its guests."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch, tmp_path):
+        asked = []
+        program = tmp_path / "the helper"
+        program.write_text("program")
+
+        def helper_program(*arguments, say):
+            asked.append(arguments)
+            return program
+
+        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        return asked
+
+    def test_the_recipe_gets_it(self, tmp_path, make, store, asked):
+        definition = define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}')
+        image = make(definition)
+        assert (image.folder / "build.log").read_text().startswith("program")
+        assert asked == [(definition.architecture, store.root.parent)]
+
+    def test_a_file_that_it_uses_names_it(self, tmp_path, make, asked):
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared/lib.sh").write_text('cat "$VMSANDBOX_HELPER"\n')
+        script = f". ../shared/lib.sh\n{DELIVER}"
+        folder = define(tmp_path / "mine", script).folder
+        toml = folder / "image.toml"
+        toml.write_text(toml.read_text().replace("uses = []", 'uses = ["../shared"]'))
+        image = make(ImageDefinition.read(folder))
+        assert (image.folder / "build.log").read_text().startswith("program")
+
+    def test_others_are_built_where_it_cannot_be_made(self, tmp_path, make, asked, monkeypatch):
+        monkeypatch.setenv("VMSANDBOX_HELPER", "/of/somebody/else")
+        script = f'env | grep "^VMSANDBOX_HEL" >$VMSANDBOX_OUT/packages.txt\n{DELIVER}'
+        image = make(define(tmp_path / "mine", script))
+        assert (image.folder / "packages.txt").read_text() == "VMSANDBOX_HELPER=\n"
+        assert asked == []
+
+    def test_that_it_cannot_be_made_is_an_error(self, tmp_path, make, monkeypatch):
+        def helper_program(*_, say):
+            raise ImageError("the helper cannot be made", details="why", remedy="what to do")
+
+        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        with pytest.raises(ImageError, match="the helper cannot be made") as caught:
+            make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
+        assert caught.value.remedy == "what to do"
 
 
 class TestEnd:
