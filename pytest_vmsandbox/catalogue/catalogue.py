@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.definition import (
-    ALL,
     DEFINITION_FILE,
     NAME,
     ImageDefinition,
     check_name,
 )
-from pytest_vmsandbox.core.architecture import native_architecture
+from pytest_vmsandbox.catalogue.tables import load
+from pytest_vmsandbox.catalogue.variants import ALL
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
@@ -25,8 +27,23 @@ _DEPTH = 20  # images that derive from each other
 _LISTED = 30  # names in an error
 
 
+class _Place(NamedTuple):
+    """Where the definition of an image is.
+
+    Attributes:
+        folder: it can define several images.
+        architecture: of this one; empty if the definition is wrong.
+    """
+
+    folder: Path
+    architecture: str
+
+
 class Catalogue:
     """The definitions of all images. Folders are listed and definitions are read on demand.
+
+    An image has one name, and perhaps a longer spelling of it: with its architecture. On a machine that
+    is amd64, ``debian-13_amd64`` is ``debian-13``.
 
     Args:
         image_path: folders with further images, each a folder with an ``image.toml``.
@@ -47,7 +64,17 @@ class Catalogue:
         Raises:
             ConfigError: a folder does not exist, or a name is invalid or used twice.
         """
-        return list(self._folders)
+        return list(self._places)
+
+    def name_of(self, spelling: str) -> str:
+        """The name of an image that may be spelled with its architecture.
+
+        Raises:
+            ConfigError: there is no such image.
+        """
+        if spelling not in self._places and spelling not in self.spellings:
+            raise self._unknown(spelling)
+        return self.spellings.get(spelling, spelling)
 
     def get(self, name: str) -> ImageDefinition:
         """The definition of an image.
@@ -55,11 +82,11 @@ class Catalogue:
         Raises:
             ConfigError: there is no image with that name, or its definition is invalid.
         """
-        if name not in self._folders:
-            raise self._unknown(name)
+        name = self.name_of(name)
         if name not in self._definitions:
+            folder, architecture = self._places[name]
             self._definitions[name] = ImageDefinition.read(
-                self._folders[name], lambda base: self._base(base, name)
+                folder, lambda base: self._base(base, name), architecture
             )
         return self._definitions[name]
 
@@ -69,11 +96,25 @@ class Catalogue:
         Raises:
             ConfigError: see `names`.
         """
-        return self._folders.get(name)
+        place = self._places.get(self.spellings.get(name, name))
+        return None if place is None else place.folder
+
+    def native(self) -> list[str]:
+        """The names of the images for this machine's architecture, and of those whose own is unknown.
+
+        Raises:
+            ConfigError: see `names`.
+        """
+        here = (native_architecture(), "")
+        return [name for name, place in self._places.items() if place.architecture in here]
 
     def _base(self, base: str, name: str) -> ImageDefinition:
-        """The definition of the base of an image."""
-        where = self._folders[name] / DEFINITION_FILE
+        """The definition of the base of an image, for its architecture."""
+        where = self._places[name].folder / DEFINITION_FILE
+        base = self.spellings.get(base, base)
+        if base in self._folders and (architecture := self._places[name].architecture):
+            variant = variants.variant_name(base, architecture)
+            base = variant if variant in self._places else base
         self._deriving.append(name)
         try:
             if base in self._deriving:
@@ -88,7 +129,7 @@ class Catalogue:
                     f"{where}: from = {base!r} makes a chain of more than {_DEPTH} images",
                     remedy="let it derive from an image that is nearer to the end of the chain",
                 )
-            if base not in self._folders:
+            if base not in self._places:
                 error = self._unknown(base)
                 raise ConfigError(
                     f"{where}: from = {base!r}, but {error.brief}", remedy=error.remedy
@@ -99,19 +140,17 @@ class Catalogue:
 
     def valid(self) -> Iterator[tuple[str, ImageDefinition]]:
         """The names and definitions of the images for this machine, without those that are wrong."""
-        for name in self._folders:
+        for name in self.native():
             with suppress(ConfigError):
-                definition = self.get(name)
-                if definition.architecture == native_architecture():
-                    yield name, definition
+                yield name, self.get(name)
 
     def select(self, patterns: Sequence[str]) -> list[str]:
         """The names that `patterns` select, in the order of the catalogue.
 
         Args:
-            patterns: names or globs; ``all`` for the images of this machine's architecture. A
-                pattern that begins with ``!`` removes matching names. If it comes first, it removes
-                them from ``all``.
+            patterns: names or globs; ``all`` for the images of this machine's architecture. A glob
+                without ``_`` selects only these, too. A pattern that begins with ``!`` removes
+                matching names. If it comes first, it removes them from ``all``.
 
         Raises:
             ConfigError: a pattern matches nothing in the catalogue.
@@ -123,12 +162,113 @@ class Catalogue:
         selected: set[str] = set()
         for position, pattern in enumerate(patterns):
             if not pattern.startswith("!"):
-                selected |= self._matching(pattern)
+                selected |= self._selected(pattern)
                 continue
             if position == 0:
-                selected |= self._native()
-            selected -= self._matching(pattern.removeprefix("!"))
-        return [name for name in self._folders if name in selected]
+                selected |= self._selected(ALL)
+            selected -= self._fitting(pattern.removeprefix("!"))
+        return [name for name in self._places if name in selected]
+
+    def fitting(self, patterns: Sequence[str]) -> set[str]:
+        """The names that `patterns` leave if they filter what somebody has selected.
+
+        Here globs and ``all`` stand for images of every architecture. Otherwise it is like `select`.
+
+        Raises:
+            ConfigError: a pattern matches nothing in the catalogue.
+        """
+        left: set[str] = set()
+        for position, pattern in enumerate(patterns):
+            if not pattern.startswith("!"):
+                left |= self._fitting(pattern)
+                continue
+            if position == 0:
+                left |= {*self._places}
+            left -= self._fitting(pattern.removeprefix("!"))
+        return left
+
+    def named(self, patterns: Iterable[str]) -> list[str]:
+        """The names of the images that `patterns` name exactly: not by a glob, ``all`` or ``!``.
+
+        Raises:
+            ConfigError: there is no image with such a name.
+        """
+        exact = (each for each in patterns if not variants.is_glob(each) and each != ALL)
+        return [self.name_of(each) for each in exact if not each.startswith("!")]
+
+    def _selected(self, pattern: str) -> set[str]:
+        found = self._fitting(pattern)
+        selected = {
+            name for name in found if variants.selects(pattern, self._places[name].architecture)
+        }
+        for name in selected if pattern == ALL else ():
+            self.get(name)  # so a wrong definition is an error here, and not later for each test
+        if found and not selected and pattern != ALL:
+            raise self._only_foreign(pattern, found)
+        return selected
+
+    def _fitting(self, pattern: str) -> set[str]:
+        if pattern == ALL:
+            return {*self._places}
+        if not variants.is_glob(pattern):
+            return {self.name_of(pattern)}
+        found = {
+            name
+            for name, place in self._places.items()
+            if variants.fits(pattern, name, place.architecture)
+        }
+        if not found:
+            raise self._unknown(pattern)
+        return found
+
+    @cached_property
+    def _places(self) -> dict[str, _Place]:
+        """The images by name, in order. Each folder's native one comes first."""
+        places: dict[str, _Place] = {}
+        native = native_architecture()
+        for stem, (several, one) in self._stated().items():
+            folder = self._folders[stem]
+            found = {stem: _Place(folder, one)}
+            if several:
+                ordered = sorted(several, key=lambda architecture: architecture != native)
+                found = {
+                    variants.variant_name(stem, each): _Place(folder, each) for each in ordered
+                }
+            for name, place in found.items():
+                if (other := places.setdefault(name, place)) is not place:
+                    raise self._twice(name, other.folder, folder)
+        return places
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """Names with their architecture → the names of these images, if they differ.
+
+        Raises:
+            ConfigError: see `names`.
+        """
+        found = {
+            variants.full_name(name, place.architecture): name
+            for name, place in self._places.items()
+            if place.architecture
+        }
+        return {full: name for full, name in found.items() if full not in self._places}
+
+    def _stated(self) -> dict[str, variants.Stated]:
+        """For each folder, the architectures that its definition lists, or the one that it names.
+
+        A derived image that says nothing has those of its base.
+        """
+        nothing: variants.Stated = ((), "")
+        known: dict[str, variants.Stated] = {}
+        for first in self._folders:
+            following: list[str] = []
+            stem, found = first, nothing
+            while stem in self._folders and stem not in known:
+                known[stem] = nothing  # for circles
+                following.append(stem)
+                found, stem = variants.stated(_content(self._folders[stem]))
+            known.update(dict.fromkeys(following, known.get(stem, found)))
+        return known
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
@@ -153,40 +293,67 @@ class Catalogue:
                 if other.parent in imported and parent in self._image_path:
                     folders.pop(folder.name, None)  # a project means its own, on every machine
                 elif other != folder:
-                    raise ConfigError(
-                        f"two images are called {folder.name!r}",
-                        details=f"{other}\n{folder}",
-                        remedy="remove the folder of the imported one"
-                        if parent in imported
-                        else "rename one of the folders",
-                    )
+                    raise self._twice(folder.name, other, folder)
                 folders[folder.name] = folder
         return folders
 
-    def _native(self) -> set[str]:
-        machine = native_architecture()
-        return {name for name in self._folders if self.get(name).architecture == machine}
+    def _twice(self, name: str, one: Path, other: Path) -> ConfigError:
+        imported = [folder for folder in (one, other) if folder.parent in _imported(self._cache)]
+        return ConfigError(
+            f"two images are called {name!r}",
+            details=f"{one}\n{other}",
+            remedy="remove the folder of the imported one"
+            if imported
+            else "rename one of the folders",
+        )
 
-    def _matching(self, pattern: str) -> set[str]:
-        if pattern == ALL:
-            found = self._native()
-        else:
-            found = {name for name in self._folders if fnmatchcase(name, pattern)}
-        if not found:
-            raise self._unknown(pattern)
-        return found
+    def _only_foreign(self, pattern: str, found: set[str]) -> ConfigError:
+        return ConfigError(
+            f"no image for {native_architecture()} fits {pattern!r}",
+            details=f"for other architectures: {_some([*found])}",
+            remedy="name the one that you mean, or add its architecture to the glob: "
+            f"{pattern}_{ARCHITECTURES[self._places[min(found)].architecture].debian}",
+        )
 
     def _unknown(self, name: str) -> ConfigError:
-        known = ", ".join(islice(self._folders, _LISTED)) or "none"
-        if (more := len(self._folders) - _LISTED) > 0:
-            known += f" and {more} more (vmsandbox images list)"
-        close = difflib.get_close_matches(name, self._folders)
-        guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        known = _some(self.native())
+        if (guess := self._other_spelling(name)) is None:
+            close = difflib.get_close_matches(name, self._places)
+            guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         return ConfigError(
             f"there is no image {name!r}",
             remedy=f"{guess}The images are: {known}. If it is in a folder of yours, name that folder: "
             "vm_image_path (pytest), --image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
         )
+
+    def _other_spelling(self, name: str) -> str | None:
+        """What to say of a name with an architecture that we spell otherwise, or do not have."""
+        stem, architecture = variants.guessed(name) or (name, "")
+        if stem not in self._folders:
+            return None
+        names = {
+            place.architecture: each
+            for each, place in self._places.items()
+            if place.folder == self._folders[stem]
+        }
+        if architecture in names:
+            return f"did you mean {names[architecture]!r}? "
+        there = " and ".join(sorted(filter(None, names)))
+        return f"{stem!r} is there for {there} only: {', '.join(sorted(names.values()))}. "
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names, as an error lists them."""
+    shown = ", ".join(islice(names, _LISTED)) or "none"
+    more = len(names) - _LISTED
+    return f"{shown} and {more} more (vmsandbox images list)" if more > 0 else shown
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The content of a definition, checked as little as possible; empty if it cannot be read."""
+    with suppress(ConfigError):
+        return load(folder / DEFINITION_FILE)
+    return {}
 
 
 def standard_folders(cache: Path | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.origin import (
     Addition,
     Login,
@@ -21,7 +22,6 @@ from pytest_vmsandbox.catalogue.origin import (
     hardware,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import FIRMWARE, MIB, Firmware, Hardware, format_size
@@ -32,12 +32,11 @@ SCHEMA = 1
 BUILD_FORMAT = 1  # part of each digest: raise it when the files that a recipe must make change
 INITS: tuple[Init, ...] = get_args(Init)
 PYTHON_FLOOR = (3, 9)  # of a guest that tests run inside
-ALL = "all"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 _KEYS = (
-    *("schema", "description", "architecture", "recipe", "from", "source", "uses", "requires"),
-    *("add", "boot", "disk", "system", "login"),
+    *("schema", "description", "architecture", "architectures", "recipe", "from", "source"),
+    *("uses", "requires", "add", "boot", "disk", "system", "login"),
 )
 _BOOT_KEYS = ("firmware", "secure_boot", "tpm", "append", "memory_min")
 _DISK_KEYS = ("size",)
@@ -67,7 +66,7 @@ def check_name(name: str, where: object) -> None:
     Raises:
         ConfigError: the name is invalid.
     """
-    if not NAME.fullmatch(name) or name == ALL:
+    if not NAME.fullmatch(name) or name == variants.ALL:
         raise ConfigError(
             f"{where}: {name!r} is not a name for an image",
             remedy="use lower-case letters, digits, dots, underscores and hyphens, but not 'all'",
@@ -79,7 +78,8 @@ class ImageDefinition:
     """An image that can be made. It has exactly one origin: `recipe`, `base` or `source`.
 
     Attributes:
-        name: the name of its folder.
+        name: the name of its folder. If the folder defines images for several architectures, the name
+            ends with the architecture, unless that is this machine's: ``debian-13_arm64``.
         folder: holds ``image.toml``, the recipe and the recipe's files.
         description: one line for people.
         architecture: one of `core.architecture.ARCHITECTURES`.
@@ -103,6 +103,8 @@ class ImageDefinition:
         login: how the first login works. A derived image has its base's.
         python_version: of the guest's Python, such as ``3.11``; empty if it is not known.
         has_initrd: whether its kernel boots with an initial RAM disk. Without that firmware it does not.
+        variant_of: the name of its folder if its own name ends with the architecture; or empty.
+        of_several: whether its folder defines images for several architectures.
         parent: the definition of its base. Records of built images do not have it.
     """
 
@@ -130,24 +132,30 @@ class ImageDefinition:
     login: Login = field(default_factory=Login)
     python_version: str = ""
     has_initrd: bool = True
+    variant_of: str = ""
+    of_several: bool = False
     parent: ImageDefinition | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def read(
-        cls, folder: Path, base: Callable[[str], ImageDefinition] | None = None
+        cls,
+        folder: Path,
+        base: Callable[[str], ImageDefinition] | None = None,
+        architecture: str = "",
     ) -> ImageDefinition:
         """The definition in `folder`. What a derived one leaves out comes from its base.
 
         Args:
-            folder: its name is the image's.
+            folder: its name is the image's, or the beginning of that.
             base: returns the definition of a base by name.
+            architecture: which one of a definition for several; empty for this machine's.
 
         Raises:
             ConfigError: a key is missing or unknown, its value is not allowed, or it cannot be used
                 together with another one; a file that it names does not exist; or there is no such base.
         """
         check_name(folder.name, folder)
-        return _read(folder / DEFINITION_FILE, base)
+        return _read(folder / DEFINITION_FILE, base, architecture)
 
     def reread(self) -> ImageDefinition:
         """The definition as the folder has it now, with the same base.
@@ -156,7 +164,8 @@ class ImageDefinition:
             ConfigError: it is invalid now.
         """
         parent = self.parent
-        return self.read(self.folder, None if parent is None else lambda _: parent)
+        base = None if parent is None else lambda _: parent
+        return self.read(self.folder, base, self.architecture)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> ImageDefinition:
@@ -238,14 +247,16 @@ class ImageDefinition:
     def digest(self) -> str:
         """SHA-256, in hex, of everything that goes into the image. Computed once for each object.
 
-        It covers every file in the image's folder and in ``uses``, and which of them are executable;
-        and the digest of its base. It ignores the other bits of a file's mode, as git does: they differ
-        between checkouts. Disks and kernels count by their digests in ``image.toml``, wherever they lie.
+        It covers the architecture; every file in the image's folder and in ``uses``, and which of them
+        are executable; and the digest of its base. It ignores the other bits of a file's mode, as git
+        does: they differ between checkouts. Disks and kernels count by their digests in ``image.toml``,
+        wherever they lie.
 
         Raises:
             ConfigError: a file cannot be read, or is not a regular file.
         """
-        total = hashlib.sha256(f"{BUILD_FORMAT} {self.name}\n".encode())
+        name = self.variant_of or self.name  # this one is the same on machines of each architecture
+        total = hashlib.sha256(f"{BUILD_FORMAT} {name} {self.architecture}\n".encode())
         if self.parent is not None:
             total.update(f"from {self.parent.digest}\n".encode())
         stated = self.folder / DEFINITION_FILE
@@ -332,7 +343,9 @@ def _files(label: str, source: Path) -> Iterator[tuple[str, Path]]:
 # -- how image.toml is read ---------------------------------------------------------------------------
 
 
-def _read(file: Path, base: Callable[[str], ImageDefinition] | None) -> ImageDefinition:
+def _read(
+    file: Path, base: Callable[[str], ImageDefinition] | None, wanted: str
+) -> ImageDefinition:
     """See `ImageDefinition.read`."""
     content = load(file)
     # The schema comes first: a newer one has keys that we do not know.
@@ -343,13 +356,16 @@ def _read(file: Path, base: Callable[[str], ImageDefinition] | None) -> ImageDef
     for key in ("uses", "requires"):
         top.only(key, "recipe" in top, "without a recipe", "name a recipe")
     executable, paths = partial(_executable, folder), partial(_paths, folder)
-    boot = _boot(top, source, parent)
+    architecture, name, of_several = variants.which(top, parent, wanted)
+    boot = _boot(top, source, parent, architecture)
     disk_size = _disk_size(top, source, parent, boot["firmware"])
     return ImageDefinition(
-        name=folder.name,
+        name=name,
+        variant_of=folder.name if name != folder.name else "",
+        of_several=of_several,
         folder=folder,
         description=top.read("description", "one line of text", line),
-        architecture=_architecture(top, parent),
+        architecture=architecture,
         recipe=top.read("recipe", "an executable file in this folder", executable, ""),
         uses=top.read("uses", "a list of paths, relative to this folder", paths, ()),
         requires=top.read("requires", "a list of names of programs", _programs, ()),
@@ -387,22 +403,11 @@ def _parent(top: Table, base: Callable[[str], ImageDefinition] | None) -> ImageD
     return base(name)
 
 
-def _architecture(top: Table, parent: ImageDefinition | None) -> str:
-    if parent is None:
-        return top.choice("architecture", tuple(ARCHITECTURES))
-    architecture = top.choice("architecture", tuple(ARCHITECTURES), parent.architecture)
-    if architecture != parent.architecture:
-        raise ConfigError(
-            f"{top.file}: architecture = {architecture!r}, but its base {parent.name} is for "
-            f"{parent.architecture}",
-            remedy="remove architecture, or derive from another image",
-        )
-    return architecture
-
-
-def _boot(top: Table, source: Source | None, parent: ImageDefinition | None) -> dict[str, Any]:
+def _boot(
+    top: Table, source: Source | None, parent: ImageDefinition | None, architecture: str
+) -> dict[str, Any]:
     """The values that say how it boots."""
-    table = top.table("boot", _BOOT_KEYS)
+    table = variants.adapted(top.table("boot", _BOOT_KEYS), top, architecture)
     firmware = table.choice("firmware", FIRMWARE, "kernel" if parent is None else parent.firmware)
     _check_firmware(top, source, parent, firmware)
     direct, where = firmware == "kernel", f"with boot.firmware = {firmware!r}"
@@ -426,7 +431,7 @@ def _boot(top: Table, source: Source | None, parent: ImageDefinition | None) -> 
         "firmware": firmware,
         "secure_boot": secure_boot,
         "tpm": tpm,
-        "append": append,
+        "append": variants.with_console(append, architecture),
         "memory_min": table.read("memory_min", _SIZE, partial(hardware, "memory"), memory_min),
         "has_initrd": direct and (has_initrd if parent is None else parent.has_initrd),
     }

@@ -46,12 +46,11 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     definitions: list[ImageDefinition] = []
     states: dict[str, ImageState] = {}
     wrong: list[str] = []
-    for name in catalogue.names():
+    for name in catalogue.native():
         try:
             image = catalogue.get(name)
-            if image.architecture == native:
-                states[name] = store.state(image)
-                definitions.append(image)
+            states[name] = store.state(image)
+            definitions.append(image)
         except ConfigError:
             wrong.append(name)
     building = sys.platform == "linux"  # recipes run on Linux only

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
 from pytest_vmsandbox.machine import cmdline, firmware, host
@@ -102,6 +103,7 @@ class Blueprint:
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
+            architecture=ARCHITECTURES[self.built.definition.architecture],
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
@@ -253,12 +255,18 @@ def trial(built: BuiltImage, cache: Path) -> Trial:
         ConfigError: the image cannot boot.
         LaunchError: this machine lacks the firmware for it.
     """
+    architecture = ARCHITECTURES[built.definition.architecture]
     if built.kernel is not None:
-        append = built.definition.append
-        return Trial(kernel=built.kernel, initrd=built.initrd, append=append)
+        return Trial(
+            architecture=architecture,
+            kernel=built.kernel,
+            initrd=built.initrd,
+            append=built.definition.append,
+        )
     hardware = Hardware(memory=max(Trial.memory, built.definition.memory_min))
     uefi = find_firmware(built, hardware)
     return Trial(
+        architecture=architecture,
         disk_id=built.digest,
         memory=hardware.memory,
         uefi=uefi,

@@ -16,11 +16,11 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.pool import Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.guests.template_builder import (
-    NoTemplateError,
     OpenTemplate,
     TemplateBuilder,
     template_key,
 )
+from pytest_vmsandbox.guests.templates import NoTemplateError
 from pytest_vmsandbox.machine.quota import Quota
 
 _MOST_LOST = 3  # clones lost in a row before a test has one; after that, guests are booted

@@ -17,6 +17,7 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
+from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.machines import Machines, Running, check_network
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.machine.machine import Machine
@@ -67,8 +68,11 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
                 f"the template of {blueprint.image} cannot be read: {error}"
             ) from error
         opened.check_current()
+        setup = None
+        if template.helper:
+            setup = HelperSetup.of(blueprint, hypervisor.cache, template.helper)
         machines = Machines(
-            blueprint, hypervisor, name=name, key=opened.key, disks=disks, logs=logs
+            blueprint, hypervisor, name=name, key=opened.key, disks=disks, logs=logs, setup=setup
         )
         # A clone of a damaged template may not answer for minutes.
         running = machines.clone(opened.memory, state, opened.check)
@@ -77,8 +81,7 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         if (helper := running.helper) is None:
             raise GuestLost(f"the helper in {name} is gone", stage="command")
         _check_reachable(running, opened, blueprint)
-        is_systemd = blueprint.built.definition.init == "systemd"
-        resume.rename(helper, name, in_files=is_systemd)
+        resume.rename(helper, name, in_files=_has_name_in_files(blueprint, setup))
         if arm:
             _arm(running.machine, helper, blueprint)
         return Clone(
@@ -88,6 +91,15 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
             helper=helper,
             stack=stack.pop_all(),
         )
+
+
+def _has_name_in_files(blueprint: Blueprint, setup: HelperSetup | None) -> bool:
+    """Whether a guest's name is in its files, too, so that these have to change.
+
+    A boot does not write it there if the image has a key of its own: nobody knows that system's files.
+    """
+    is_systemd = blueprint.built.definition.init == "systemd"
+    return is_systemd and (setup is None or blueprint.built.key is None)
 
 
 def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> None:

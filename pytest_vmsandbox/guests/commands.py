@@ -14,7 +14,7 @@ from pytest_vmsandbox.core.errors import CommandError, CommandResult, ConfigErro
 Sink = Callable[[bytes], object]  # gets a program's output as it comes
 StrPath = str | os.PathLike[str]  # for a path in the guest, for instance a PurePosixPath
 STARTED = "vmsandbox-started"
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # of an environment variable
 _NOT_FOUND = 127
 _MAX_WORD = 131_072  # bytes, with the NUL at its end; the limit of Linux
 _MAX_WORDS = 65_535  # the limit of the helper's protocol
@@ -126,7 +126,7 @@ def check_command(command: Command) -> None:
     if any("\0" in text for text in words):
         raise ValueError("a command cannot contain a NUL character")
     for name in command.env:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"env: {name!r} is not a name for an environment variable")
 
 

@@ -18,6 +18,7 @@ from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
+from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
@@ -50,6 +51,7 @@ class Running:
         key: opens the guest.
         resident: its helper, which may not be there.
         stack: ends the machine.
+        setup: how the guest gets its helper, if it has none of its own.
         users: the number of calls that use it.
         held: whether something goes on in it without a call, so it must not be paused.
         resting: whether it is paused until the next use.
@@ -63,6 +65,7 @@ class Running:
     key: KeyPair
     resident: Helper
     stack: ExitStack
+    setup: HelperSetup | None = None
     users: int = 0
     held: bool = False
     resting: bool = False
@@ -88,9 +91,11 @@ class Running:
         login = user if user == "root" or command.user is None else command.user
         if command.user == login:
             command = replace(command, user=None)
-        if (helper := self.helper) is not None:
-            return helper.start(command, login)
-        return self.start_by_ssh(command, login)
+        if (helper := self.helper) is None:
+            return self.start_by_ssh(command, login)
+        if self.setup is not None:
+            command = self.setup.in_environment(command, command.user or login)
+        return helper.start(command, login)
 
     def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
         """Start a program by SSH, even if the guest has a helper.
@@ -201,6 +206,9 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
+        if self.setup is not None and self.helper is None and self.blueprint.has_way_in:
+            self.setup.give(self.resident, self.start_by_ssh, self.blueprint.stretch)
+            self._leave_ssh()
         if self.blueprint.built.key is not None:
             self._introduce()
 
@@ -238,11 +246,15 @@ class Running:
         """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
         self.restarted = True
+        self._leave_ssh()
+        self.resident.close()
+
+    def _leave_ssh(self) -> None:
+        """Close all connections by SSH."""
         with self._lock:
             transports, self._transports = self._transports, {}
         for transport in transports.values():
             transport.close()
-        self.resident.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +285,7 @@ class Machines:
         memory: the file for its memory, if it becomes a template.
         state: the state that the next machine goes on from. The guest's memory is in `memory`, or
             without that in this file.
+        setup: how the guest gets a helper over SSH after each boot; None if it gets none.
     """
 
     blueprint: Blueprint
@@ -284,6 +297,7 @@ class Machines:
     logs: Path | None
     memory: IO[bytes] | None = None
     state: IO[bytes] | None = None
+    setup: HelperSetup | None = None
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -347,7 +361,9 @@ class Machines:
             if state is not None:
                 helper.lead = self._lead
                 resume.from_state(machine, helper)
-            running = Running(machine, self.blueprint, self.key, helper, stack.pop_all())
+            running = Running(
+                machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
+            )
             running.stack.callback(running.hang_up)
             return running
 
@@ -381,9 +397,11 @@ class Machines:
         """
         machine = running.machine
         if (helper := running.helper) is None:
+            why = None if self.setup is None else self.setup.failure
             raise ConfigError(
                 f"snapshot() does not work with {self.name}: without a helper in the guest, its clock would "
                 "be wrong after the rollback",
+                details="" if why is None else why.brief,
                 remedy="use an image that has the helper, such as debian-13",
             )
         resume.pause(machine, helper)  # the helper has read everything so far

@@ -23,15 +23,23 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
-from pytest_vmsandbox.guests import root_disk, systemd
+from pytest_vmsandbox.guests import helper_setup, root_disk, systemd
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import refuse_attached
 from pytest_vmsandbox.guests.provision import Facts, Step
-from pytest_vmsandbox.guests.templates import MEMORY, STATE, Template, TemplateStore, layer_name
+from pytest_vmsandbox.guests.templates import (
+    MEMORY,
+    STATE,
+    NoTemplateError,
+    Template,
+    TemplateStore,
+    layer_name,
+)
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.disk import Disks
 
@@ -41,10 +49,6 @@ _SETTLE_SECONDS = 120.0  # after which a guest is saved even if it is not quiet
 _TRIES = 3  # to get a template that is not damaged, and that nobody else removes
 
 
-class NoTemplateError(LaunchError):
-    """There can be no template of these guests here. They can still be booted."""
-
-
 class _StepError(Exception):
     """A step raised an error, which is the argument. The builder is not to blame."""
 
@@ -52,7 +56,7 @@ class _StepError(Exception):
 def template_key(blueprint: Blueprint, steps: Sequence[Step]) -> str:
     """The key of the template of guests after these steps."""
     hardware, user = blueprint.hardware, blueprint.built.definition.user
-    parts: list[object] = [blueprint.digest]
+    parts: list[object] = [blueprint.digest, helper_setup.digest()]
     for step in steps:
         whose = [hardware.user] if step.personal and hardware.user != user else []
         parts.append([step.digest, step.network or hardware.network, *whose])
@@ -267,13 +271,10 @@ class TemplateBuilder:
                 logs=self._callbacks.logs(known_as),  # for the test that waits for the template
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
+                setup=self._helper_setup(blueprint, below),
             )
             facts: Facts = None
             with self._backend.engine(machines) as engine:
-                if not engine.has_helper:
-                    raise NoTemplateError(
-                        f"the image {blueprint.image} does not have the helper (images/helper)"
-                    )
                 guest = Guest(engine)
                 if steps:
                     try:
@@ -283,6 +284,8 @@ class TemplateBuilder:
                         raise _StepError(error) from error
                 else:
                     grow(guest, blueprint)
+                if not engine.has_helper:
+                    raise NoTemplateError(f"the helper in {engine.name} is gone", reason="silent")
                 settle(guest, blueprint)
                 with (folder / STATE).open("x+b", buffering=0) as state:
                     engine.save_devices(state)
@@ -295,7 +298,15 @@ class TemplateBuilder:
             "layers": layers,
             "disk": below.disk if below is not None else blueprint.built.verified().get(DISK, ""),
             "facts": dict(facts or {}),
+            "helper": {} if machines.setup is None else machines.setup.record(),
         }
+
+    def _helper_setup(self, blueprint: Blueprint, below: Template | None) -> HelperSetup:
+        """How the guest gets a helper, if it has none of its own."""
+        kept = {} if below is None else below.helper
+        setup = HelperSetup.of(blueprint, self._backend.cache, kept)
+        setup.strict, setup.say = True, self._callbacks.say
+        return setup
 
 
 def _about(blueprint: Blueprint, steps: Sequence[Step]) -> str:

@@ -8,11 +8,26 @@ on, so it is never stale, only unused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pytest_vmsandbox.cache.store import PRIVATE_KEY, TEMPLATES, Entry, Store
+from pytest_vmsandbox.core.errors import LaunchError
 
 MEMORY, STATE = "memory", "state"
+
+
+class NoTemplateError(LaunchError):
+    """There can be no template of these guests here. They can still be booted.
+
+    Attributes:
+        reason: one word for programs, such as the table of all systems.
+    """
+
+    def __init__(
+        self, brief: str, *, reason: str = "template", details: str = "", remedy: str = ""
+    ) -> None:
+        super().__init__(brief, details=details, remedy=remedy)
+        self.reason = reason
 
 
 def layer_name(disk: int, depth: int) -> str:
@@ -52,6 +67,11 @@ class Template(Entry):
     def facts(self) -> dict[str, object]:
         """Values that its builder has kept with it."""
         return dict(self.record["facts"])
+
+    @property
+    def helper(self) -> dict[str, Any]:
+        """How the guest got its helper; empty if it has one of its own."""
+        return dict(self.record.get("helper", {}))
 
     @property
     def memory(self) -> Path:

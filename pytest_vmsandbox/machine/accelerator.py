@@ -16,6 +16,7 @@ from pathlib import Path
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.architecture import Architecture, native_architecture
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware
@@ -47,17 +48,19 @@ class Verdict:
         processor: QEMU's CPU model that works with it.
         reason: why it was chosen, for people.
         seconds: how long the proof took, now or earlier; 0 without a proof.
+        slowness: how much slower emulated guests of this architecture are than those of x86.
     """
 
     accelerator: str
     processor: str
     reason: str
     seconds: float = 0.0
+    slowness: float = 1.0
 
     @property
     def time_scale(self) -> float:
         """The factor for timeouts, compared to real hardware."""
-        return EMULATION_SCALE if self.accelerator == "tcg" else 1.0
+        return EMULATION_SCALE * self.slowness if self.accelerator == "tcg" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Trial:
     """What is booted for a proof: a kernel, or a disk by firmware.
 
     Attributes:
+        architecture: of the guest.
         kernel, initrd, append: what QEMU boots directly. Without a kernel, firmware boots.
         disk_id: stands for the content of the disk, if firmware boots.
         memory: bytes.
@@ -72,6 +76,7 @@ class Trial:
         disks: opens the disks.
     """
 
+    architecture: Architecture
     kernel: Path | None = None
     initrd: Path | None = None
     append: str = ""
@@ -88,6 +93,7 @@ class Trial:
             name="vmsandbox-proof",
             qemu=str(qemu.path),
             version=qemu.version,
+            architecture=self.architecture,
             accelerator="kvm",
             processor=processor,
             hardware=Hardware(memory=self.memory),
@@ -124,19 +130,17 @@ def choose(
             possible now.
         ConfigError: the cache folder cannot be used.
     """
-    if wanted == "kvm" and (problem := host.kvm_problem()):
-        raise LaunchError(f"the accelerator kvm cannot be used: {problem}", remedy=_REMEDY)
-    if wanted == "hvf":
-        raise LaunchError(
-            "the accelerator hvf cannot be used: guests run on Linux only", remedy=_REMEDY
-        )
+    its = trial.architecture
+    _require(wanted, its)
     folder = cache / "accelerator"
     if wanted != "auto":
-        asked = _unproven(wanted, qemu, "as asked for")
+        asked = _unproven(wanted, qemu, its, "as asked for")
         known = recall(folder / f"{_key(wanted, qemu, trial)}.json") if wanted != "tcg" else None
         return replace(asked, seconds=known.seconds) if known else asked  # timeouts fit this host
+    if is_foreign(its):
+        return _unproven("tcg", qemu, its, f"guests of {its.name}")
     if problem := host.kvm_problem():
-        return _unproven("tcg", qemu, problem)
+        return _unproven("tcg", qemu, its, problem)
     with ExitStack() as stack:
         with paths.usable(cache, paths.CACHE):
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -157,6 +161,24 @@ def choose(
         return verdict
 
 
+def is_foreign(architecture: Architecture) -> bool:
+    """Whether this machine's processor cannot run such guests, so they are always emulated."""
+    return native_architecture() not in architecture.kvm_on
+
+
+def _require(wanted: str, architecture: Architecture) -> None:
+    """Check that an accelerator that somebody wants can be used for such guests."""
+    problem = ""
+    if wanted == "hvf":
+        problem = ": guests run on Linux only"
+    elif wanted == "kvm" and is_foreign(architecture):
+        problem = f" for guests of {architecture.name}: this machine is {native_architecture()}"
+    elif wanted == "kvm" and (why := host.kvm_problem()):
+        problem = f": {why}"
+    if problem:
+        raise LaunchError(f"the accelerator {wanted} cannot be used{problem}", remedy=_REMEDY)
+
+
 def recall(path: Path) -> Verdict | None:
     """The cached verdict; None if it is missing or cannot be read."""
     try:
@@ -165,9 +187,11 @@ def recall(path: Path) -> Verdict | None:
         return None
 
 
-def _unproven(accelerator: str, qemu: Qemu, reason: str) -> Verdict:
-    model = processor_models(accelerator, qemu.version)[0]
-    return Verdict(accelerator=accelerator, processor=model, reason=reason)
+def _unproven(accelerator: str, qemu: Qemu, architecture: Architecture, reason: str) -> Verdict:
+    model = processor_models(architecture, accelerator, qemu.version)[0]
+    return Verdict(
+        accelerator=accelerator, processor=model, reason=reason, slowness=architecture.slowness
+    )
 
 
 def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
@@ -179,7 +203,7 @@ def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
     host.require_memory(trial.memory)
     ran: list[str] = []
     refused: list[str] = []
-    for model in processor_models("kvm", qemu.version):
+    for model in processor_models(trial.architecture, "kvm", qemu.version):
         spec = trial.machine(qemu, model)
         start = monotonic()
         try:
@@ -212,7 +236,7 @@ def _prove(qemu: Qemu, trial: Trial, hypervisor: Hypervisor) -> Verdict:
                 accelerator="kvm", processor=model, reason=f"proven: {what}", seconds=seconds
             )
     reason = f"kvm is here but does not run guests: {(ran or refused)[-1]}"
-    return _unproven("tcg", qemu, reason)
+    return _unproven("tcg", qemu, trial.architecture, reason)
 
 
 def _key(accelerator: str, qemu: Qemu, trial: Trial) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine.firmware import Uefi
 
@@ -98,6 +99,7 @@ class MachineSpec:
         name: the guest's name.
         qemu: the path of the program.
         version: of QEMU.
+        architecture: of the guest.
         accelerator: ``kvm`` or ``tcg`` (emulation).
         processor: the CPU model, one of `processor_models`.
         hardware: of the guest.
@@ -113,6 +115,7 @@ class MachineSpec:
     name: str
     qemu: str
     version: tuple[int, ...]
+    architecture: Architecture
     accelerator: str
     processor: str
     hardware: Hardware
@@ -137,18 +140,18 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *memory(spec, fds),
         *monitor(spec, fds),
         *console(fds),
-        *helper(fds),
-        *display(),
+        *helper(spec, fds),
+        *display(spec),
         *kernel(spec, fds),
         *firmware(spec, fds),
         *tpm(fds),
         *disks(spec, fds),
-        *modules(fds),
+        *modules(spec, fds),
         *network(spec),
-        *entropy(),
-        *panic(),
-        *ports(),
-        *plugged_disks(fds),
+        *entropy(spec),
+        *panic(spec),
+        *ports(spec),
+        *plugged_disks(spec, fds),
         *confinement(),
         *loading(spec),
         *spec.more_args,
@@ -158,35 +161,31 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
 def machine(spec: MachineSpec) -> list[str]:
     """The board, with its version, and the accelerator.
 
-    The unused SATA controller is off, so a guest boots faster.
-
     Linux changes its own code. In QEMU before 8.1, one CPU may go on with the old translation of code
     that another CPU has changed. Linux then panics in about one boot of a hundred. So such a QEMU
     emulates all CPUs of a guest in one thread.
-
-    With ``graphics=off``, BIOS and boot loaders write to the serial console, too.
     """
-    major, minor = spec.version[:2]
-    board = f"pc-q35-{major}.{minor},graphics=off,sata=off,memory-backend=ram"
+    its = spec.architecture
+    board = its.board.format(version=".".join(map(str, spec.version[:2])))
+    options = [its.board_options, its.on_emulation if spec.accelerator == "tcg" else its.on_kvm]
+    options.append("memory-backend=ram")
     if spec.uefi is not None:
-        board += ",pflash0=code,pflash1=variables"
-        board += ",smm=on" if spec.uefi.secure_boot else ""
+        options.append("pflash0=code,pflash1=variables")
+        options += ["smm=on"] if spec.uefi.secure_boot else []
     accelerator = spec.accelerator
     if accelerator == "tcg" and spec.version < (8, 1) and spec.hardware.cpus > 1:
         accelerator = "tcg,thread=single"
-    return ["-machine", board, "-accel", accelerator]
+    return ["-machine", ",".join([board, *filter(None, options)]), "-accel", accelerator]
 
 
-def processor_models(accelerator: str, version: tuple[int, ...]) -> tuple[str, ...]:
-    """The CPU models to try, the best one first.
-
-    Under emulation, a model with fewer features is faster, because QEMU emulates all that a guest uses.
-    QEMU before 8.0 corrupts flags after cmpxchg16b, which breaks Debian 13's kernel. On some hosts that
-    are virtual machines, QEMU aborts on the register of arch-capabilities.
-    """
+def processor_models(
+    architecture: Architecture, accelerator: str, version: tuple[int, ...]
+) -> tuple[str, ...]:
+    """The CPU models to try, the best one first."""
     if accelerator != "tcg":
-        return ("host", "host,-arch-capabilities")
-    return ("Nehalem",) if version >= (8, 0) else ("Nehalem,-cx16",)
+        return architecture.native
+    newest = max(first for first in architecture.emulated if first <= version)
+    return (architecture.emulated[newest],)
 
 
 def processors(spec: MachineSpec) -> list[str]:
@@ -245,18 +244,24 @@ def console(fds: Descriptors) -> list[str]:
     return ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
 
 
-def helper(fds: Descriptors) -> list[str]:
+def helper(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The serial port for the helper in the guest. It needs no network."""
     return [
-        *("-device", "virtio-serial-pci,id=serial"),
+        *("-device", f"{virtio('serial', spec)},id=serial"),
         *("-chardev", f"socket,id=helper,fd={fds.helper}"),
         *("-device", f"virtserialport,id=helper,chardev=helper,name={HELPER_PORT}"),
     ]
 
 
-def display() -> list[str]:
+def virtio(what: str, spec: MachineSpec) -> str:
+    """The name of a virtio device on the machine's bus."""
+    return f"virtio-{what}-{spec.architecture.bus}"
+
+
+def display(spec: MachineSpec) -> list[str]:
     """A graphics card for `Guest.screenshot`."""
-    return ["-display", "none", "-device", "VGA,id=display,vgamem_mb=4"]
+    card, *options = spec.architecture.display.split(",")
+    return ["-display", "none", "-device", ",".join([card, "id=display", *options])]
 
 
 def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -325,31 +330,31 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
-        device = _disk(name, node=name)
+        device = _disk(spec.architecture, name, node=name)
         if name == ROOT_DISK and fds.kernel is None:
             device["bootindex"] = "0"
         args += ["-device", _device(device)]
     return args
 
 
-def modules(fds: Descriptors) -> list[str]:
+def modules(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """A read-only disk, after all others, with the modules of a kernel that is not the image's own."""
     if fds.modules is None:
         return []
     name = MODULES_DISK
     block = json.dumps(_base(name, fds.modules))
-    device = _device(_disk(name, node=name))
+    device = _device(_disk(spec.architecture, name, node=name))
     return [*_descriptor_set(fds.modules), "-blockdev", block, "-device", device]
 
 
-def _disk(name: str, *, node: str) -> dict[str, str]:
+def _disk(architecture: Architecture, name: str, *, node: str) -> dict[str, str]:
     """A disk as a device. Its name is also its serial number, which the guest sees.
 
     It passes errors of its block device on to the guest: QEMU does not stop the guest then. With the
     id, another block device can be put under it while the guest runs.
     """
     return {
-        "driver": "virtio-blk-pci",
+        "driver": f"virtio-blk-{architecture.bus}",
         "id": disk_id(name),
         "drive": node,
         "serial": name,
@@ -397,13 +402,13 @@ def _base(node: str, number: int) -> dict[str, object]:
     return {"node-name": node, "driver": "raw", "read-only": True, "file": file}
 
 
-def plugged_disks(fds: Descriptors) -> list[str]:
+def plugged_disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """The disks in root ports, for a machine that starts with them."""
     args: list[str] = []
     for disk in fds.plugged:
         for number, node in plugged_nodes(disk):
             args += [*_descriptor_set(number), "-blockdev", json.dumps(node)]
-        args += ["-device", _device(plugged_device(disk))]
+        args += ["-device", _device(plugged_device(spec.architecture, disk))]
     return args
 
 
@@ -426,9 +431,10 @@ def plugged_node(name: str) -> str:
     return f"at-{name}"
 
 
-def plugged_device(disk: PluggedDescriptors) -> dict[str, str]:
+def plugged_device(architecture: Architecture, disk: PluggedDescriptors) -> dict[str, str]:
     """A disk in a root port as a device."""
-    return {**_disk(disk.name, node=plugged_node(disk.name)), "bus": disk.port}
+    device = _disk(architecture, disk.name, node=plugged_node(disk.name))
+    return {**device, "bus": disk.port} if architecture.has_ports else device
 
 
 def _descriptor_set(number: int) -> list[str]:
@@ -442,31 +448,37 @@ def network(spec: MachineSpec) -> list[str]:
     itself, because nobody else is on the network.
     """
     restrict = "on" if spec.hardware.network == "isolated" else "off"
-    card = f"id={NETWORK_CARD},netdev={NETDEV},romfile=,guest_announce=off,mac=52:54:00:12:34:56"
+    rom = "romfile=," if spec.architecture.bus == "pci" else ""
+    card = f"id={NETWORK_CARD},netdev={NETDEV},{rom}guest_announce=off,mac=52:54:00:12:34:56"
     netdev = f"user,id={NETDEV},ipv6=off,restrict={restrict}"
-    return ["-netdev", netdev, "-device", f"virtio-net-pci,{card}"]
+    return ["-netdev", netdev, "-device", f"{virtio('net', spec)},{card}"]
 
 
-def entropy() -> list[str]:
+def entropy(spec: MachineSpec) -> list[str]:
     """Random numbers, and a generation id that tells a kernel that it was cloned."""
-    return ["-device", "virtio-rng-pci,id=entropy", "-device", "vmgenid,id=generation,guid=auto"]
+    generation = ["-device", "vmgenid,id=generation,guid=auto"]
+    return [
+        *("-device", f"{virtio('rng', spec)},id=entropy"),
+        *(generation if spec.architecture.has_generation else []),
+    ]
 
 
-def panic() -> list[str]:
+def panic(spec: MachineSpec) -> list[str]:
     """A kernel panic becomes an event of the monitor, and the guest is paused."""
-    return ["-device", "pvpanic-pci,id=panic", "-action", "panic=pause"]
+    device = spec.architecture.panic
+    return [*(["-device", f"{device},id=panic"] if device else []), "-action", "panic=pause"]
 
 
-def ports() -> list[str]:
+def ports(spec: MachineSpec) -> list[str]:
     """PCI Express root ports. Each takes one device while the guest runs.
 
     The set of devices cannot change once a guest is saved, but what is in a port can. Four ports cost
-    nothing that we could measure. Their addresses do not depend on the number of disks. A guest needs
-    ACPI hot-plug (CONFIG_HOTPLUG_PCI_ACPI in Linux). Boards without PCI, such as s390x's with its
+    nothing that we could measure. Their addresses do not depend on the number of disks. A guest of x86
+    needs ACPI hot-plug (CONFIG_HOTPLUG_PCI_ACPI in Linux). Boards without PCI, such as s390x's with its
     channel devices, have no such ports, and there a device is plugged without one.
     """
     args: list[str] = []
-    for number, name in enumerate(PORTS):
+    for number, name in enumerate(PORTS if spec.architecture.has_ports else ()):
         place = f"bus=pcie.0,addr={_PORTS_SLOT:#x}.{number}"
         first = ",multifunction=on" if number == 0 else ""
         slot = f"chassis={number + 1},slot={number + 1}"

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
+from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.machine import cmdline
@@ -60,6 +61,7 @@ class Drives:
     Args:
         execute: executes a command of its monitor.
         monitor: has its events.
+        architecture: of the guest.
 
     Attributes:
         own: the names of all block devices that the guest's disks have written into.
@@ -67,6 +69,7 @@ class Drives:
 
     execute: Execute
     monitor: Monitor
+    architecture: Architecture
     own: set[str] = field(default_factory=set)
     _tops: dict[str, str] = field(
         default_factory=dict
@@ -133,7 +136,7 @@ class Drives:
                 self.execute("blockdev-add", node)
                 nodes.append((str(node["node-name"]), number))
             self._note(described, nodes)
-            self.execute("device_add", cmdline.plugged_device(described))
+            self.execute("device_add", cmdline.plugged_device(self.architecture, described))
         except BaseException:
             self._forget(disk.name)
             with suppress(MonitorError, GuestLost):

@@ -76,7 +76,7 @@ class Machine:
     _is_over: bool = False  # whether we have ended it
 
     def __post_init__(self) -> None:
-        self.drives = Drives(self.execute, self.monitor)
+        self.drives = Drives(self.execute, self.monitor, self.spec.architecture)
 
     @classmethod
     @contextmanager

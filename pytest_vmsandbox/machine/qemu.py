@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
+from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture, native_architecture
 from pytest_vmsandbox.core.errors import LaunchError
 
 _VERSION_SECONDS = 30.0
@@ -40,22 +41,38 @@ class Qemu:
 def find_qemu(architecture: str) -> Qemu:
     """The QEMU for guests of an architecture.
 
-    The variable ``VMSANDBOX_QEMU`` can name another program than the one on PATH.
-
     Raises:
         LaunchError: it is missing, or does not run.
     """
-    wanted = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{ARCHITECTURES[architecture].qemu}"
+    its = ARCHITECTURES[architecture]
+    wanted = program(its)
     found = shutil.which(wanted)
     if found is None:
+        line = programs.install_line([its.package, "qemu-utils"])
+        by_us = "run 'vmsandbox quickstart', or " if _is_native(its) else ""
         raise LaunchError(
-            f"there is no {wanted} on this machine",
-            remedy="run 'vmsandbox quickstart', or install it: apt-get install qemu-system-x86 "
-            "qemu-utils (Debian, Ubuntu), dnf install qemu-system-x86 (Fedora), "
-            "brew install qemu (macOS)",
+            f"there is no {wanted} on this machine, which guests of {architecture} need",
+            remedy=f"{by_us}install it: {line}",
         )
     status = Path(found).stat()
     return _inspect(found, status.st_mtime_ns, status.st_size)
+
+
+def program(architecture: Architecture) -> str:
+    """The program that emulates an architecture: its name, or the path that a variable has.
+
+    ``VMSANDBOX_QEMU`` counts for guests whose emulator is that of this machine's own architecture. For
+    the others, there is a variable for each, such as ``VMSANDBOX_QEMU_ARM64``.
+    """
+    own = os.environ.get(f"VMSANDBOX_QEMU_{architecture.debian.upper()}")
+    common = os.environ.get("VMSANDBOX_QEMU") if _is_native(architecture) else None
+    return own or common or f"qemu-system-{architecture.qemu}"
+
+
+def _is_native(architecture: Architecture) -> bool:
+    """Whether the emulator is that of this machine's own architecture."""
+    native = ARCHITECTURES.get(native_architecture())
+    return native is not None and native.qemu == architecture.qemu
 
 
 @cache

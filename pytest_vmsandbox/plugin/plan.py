@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -16,10 +15,12 @@ from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware, parse_kernel
 from pytest_vmsandbox.plugin import config as options
 
+if TYPE_CHECKING:
+    from pytest_vmsandbox.catalogue.catalogue import Catalogue
+
 NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image applies
 # Fixtures of tests that drive guests from this machine.
 _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
-_GLOB = frozenset("*?[!")
 _USUAL = Hardware()
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 
@@ -247,9 +248,7 @@ def read_marks(marks: Iterable[pytest.Mark], defaults: Hardware = _USUAL) -> Gue
 
 
 def applicable(
-    request: GuestRequest,
-    selection: tuple[Sequence[str], bool],
-    select: Callable[[Sequence[str]], Sequence[str]],
+    request: GuestRequest, selection: tuple[Sequence[str], bool], catalogue: Catalogue
 ) -> list[str]:
     """The images that a test runs on.
 
@@ -257,7 +256,7 @@ def applicable(
         request: of the test.
         selection: the images of the run, and whether `--vm` named them. If not, the test also runs on
             an image that a marker names exactly.
-        select: returns the names in the catalogue that some patterns match.
+        catalogue: all images.
 
     Raises:
         ConfigError: a pattern matches nothing in the catalogue.
@@ -265,16 +264,17 @@ def applicable(
     selected, from_command_line = selection
     if not request.images:
         return list(selected)
-    matching = select(request.images)
-    images = [name for name in selected if name in matching]
+    fitting = catalogue.fitting(request.images)
+    images = [name for name in selected if name in fitting]
     if not from_command_line:
-        images += [name for name in request.images if not _GLOB & set(name) and name != "all"]
+        images += catalogue.named(request.images)
     return list(dict.fromkeys(images))
 
 
-def reason(reasons: Mapping[str, str], image: str) -> str | None:
+def reason(reasons: Mapping[str, str], image: str, catalogue: Catalogue) -> str | None:
     """The reason of the first glob that matches an image."""
-    return next((why for glob, why in reasons.items() if fnmatchcase(image, glob)), None)
+    fits = (why for glob, why in reasons.items() if image in catalogue.fitting([glob]))
+    return next(fits, None)
 
 
 def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:

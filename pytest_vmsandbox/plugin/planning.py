@@ -154,7 +154,7 @@ def store(
     request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
     default = options.isolation(item.config) if is_inside else "test"
     old = plan_of(item)
-    skip, xfail = (plans.reason(why, image) for why in (request.skip, request.xfail))
+    skip, xfail = (plans.reason(why, image, run.catalogue) for why in (request.skip, request.xfail))
     if skip not in (None, old.skip):
         item.add_marker(pytest.mark.skip(reason=skip))
     if xfail not in (None, old.xfail):

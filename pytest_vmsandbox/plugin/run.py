@@ -143,8 +143,8 @@ class Run:
         if isinstance(self.selection, ConfigError):
             raise self.selection
         for glob in (*request.skip, *request.xfail):
-            self.catalogue.select([glob])
-        return plans.applicable(request, self.selection, self.catalogue.select)
+            self.catalogue.fitting([glob])
+        return plans.applicable(request, self.selection, self.catalogue)
 
     def variants(self, marks: Iterable[pytest.Mark] = ()) -> list[Variant]:
         """The systems that a test with these `vm` markers runs on: images, on each kernel.

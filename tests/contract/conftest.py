@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_models
@@ -21,6 +22,7 @@ from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
 FAKE = Path(__file__).with_name("fake_qemu.py")
+X86_64 = ARCHITECTURES["x86_64"]
 OLD, NEW = "7.2.22", "11.1.3"
 
 
@@ -56,8 +58,9 @@ class Stand:
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
+            architecture=X86_64,
             accelerator=accelerator,
-            processor=processor_models(accelerator, self.qemu.version)[0],
+            processor=processor_models(X86_64, accelerator, self.qemu.version)[0],
             hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
             start=start,
             kernel=kernel,
@@ -114,7 +117,7 @@ def fake(fake_of):
 def real(hypervisor, tmp_path):
     if not shutil.which("qemu-system-x86_64") and not os.environ.get("CI"):
         pytest.skip("there is no qemu-system-x86_64 here, and this is not CI")
-    return Stand("real", find_qemu("x86_64"), hypervisor, tmp_path)
+    return Stand("real", find_qemu(X86_64.name), hypervisor, tmp_path)
 
 
 @pytest.fixture(params=[f"fake {OLD}", f"fake {NEW}", "real"])

@@ -231,7 +231,13 @@ def is_environ(node):
 def test_the_page_on_the_environment_has_each_variable():
     names, computed = variables()
     assert {"VMSANDBOX_CACHE", "VMSANDBOX_QEMU", "TMPDIR", "CI"} <= names
-    # There they are those of pytest-xdist, and those that users name in `vm_env`.
-    assert computed == {"plugin/config.py", "plugin/in_vm/guest_config.py"}
-    named = set(re.findall(r"(?:`|^|} )([A-Z][A-Z_]+)(?:`|$)", page("environment"), re.MULTILINE))
+    # There they are those of pytest-xdist, those that users name in `vm_env`, and one for each architecture.
+    assert computed == {"plugin/config.py", "plugin/in_vm/guest_config.py", "machine/qemu.py"}
+    names ^= {
+        "VMSANDBOX_QEMU_",
+        *(f"VMSANDBOX_QEMU_{one.debian.upper()}" for one in ARCHITECTURES.values()),
+    }
+    named = set(
+        re.findall(r"(?:`|^|} )([A-Z][A-Z_0-9]+)(?:`|$)", page("environment"), re.MULTILINE)
+    )
     assert {*names, *guest_config._XDIST_VARIABLES} - named == set()

@@ -6,11 +6,14 @@ from contextlib import ExitStack
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, processor_models
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import find_qemu
+
+X86_64 = ARCHITECTURES["x86_64"]
 
 
 @pytest.fixture
@@ -19,14 +22,15 @@ def firmware(vm_factory):
     with ExitStack() as stack:
 
         def start(accelerator: str) -> Machine:
-            qemu = find_qemu("x86_64")
+            qemu = find_qemu(X86_64.name)
             hypervisor = vm_factory.backend.hypervisor
             spec = MachineSpec(
                 name="firmware",
                 qemu=str(qemu.path),
                 version=qemu.version,
+                architecture=X86_64,
                 accelerator=accelerator,
-                processor=processor_models(accelerator, qemu.version)[-1],
+                processor=processor_models(X86_64, accelerator, qemu.version)[-1],
                 hardware=Hardware(memory=128 * MIB),
             )
             return stack.enter_context(Machine.running(hypervisor, spec))

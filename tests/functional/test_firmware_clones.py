@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host, memory
@@ -23,6 +24,7 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import find_qemu
 
+X86_64 = ARCHITECTURES["x86_64"]
 SECONDS = 60.0
 WAITS, GOES_ON, BANNER = "No bootable device", "Rebooting", "SeaBIOS"
 TICKS = 0x46C  # where every BIOS counts them, 18 in a second
@@ -40,7 +42,7 @@ class Firmware:
         self.memory = folder / "memory"
         self.state = folder / "state"
         self._hypervisor = hypervisor
-        self._qemu = find_qemu("x86_64")
+        self._qemu = find_qemu(X86_64.name)
         hardware = Hardware(memory=128 * MIB)
         identity = host.guest_identity(accelerator)
         with memory.create(self.memory, hardware.memory) as ram, self.state.open("x+b") as state:
@@ -61,8 +63,9 @@ class Firmware:
             name="firmware",
             qemu=str(self._qemu.path),
             version=self._qemu.version,
+            architecture=X86_64,
             accelerator=self.accelerator,
-            processor=processor_models(self.accelerator, self._qemu.version)[-1],
+            processor=processor_models(X86_64, self.accelerator, self._qemu.version)[-1],
             hardware=Hardware(memory=128 * MIB),
             start=start,
             more_args=("-boot", "reboot-timeout=2000"),

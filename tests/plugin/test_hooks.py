@@ -71,6 +71,7 @@ def test_arguments_for_qemu(bare):
     run(bare, """
         from types import SimpleNamespace
 
+        from pytest_vmsandbox.core.architecture import ARCHITECTURES
         from pytest_vmsandbox.core.spec import Hardware
         from pytest_vmsandbox.guests import backend
         from pytest_vmsandbox.machine.cmdline import MachineSpec
@@ -84,7 +85,7 @@ def test_arguments_for_qemu(bare):
             monkeypatch.setattr(here, "accelerator", lambda image: None)
             spec = MachineSpec(
                 name="alpha-1-1", qemu="qemu", version=(7, 2), accelerator="tcg",
-                processor="Nehalem", hardware=Hardware(cpus=3),
+                architecture=ARCHITECTURES["x86_64"], processor="Nehalem", hardware=Hardware(cpus=3),
             )
             argv = vm_factory.backend.blueprint("alpha-1", Hardware()).qemu_args(spec)
             assert argv[::2] == ["-name"] * 3

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import select
 import shutil
 import signal
@@ -185,6 +186,29 @@ class TestBuild:
         assert lines[:2] == [str(tmp_path / "mine"), "700 711"]
         assert lines[2].startswith(f"{tmp}/vmsandbox-work")
         assert lines[3:] == ["0022 /dev/null C.UTF-8", "yes", "no lock"]
+
+    def test_each_architecture_is_an_image_of_its_own(
+        self, tmp_path, make, store, lines, monkeypatch
+    ):
+        """This machine has a faked name: arm64, where ``mine`` is for arm64."""
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        names = ("VMSANDBOX_ARCHITECTURE", "VMSANDBOX_DEBIAN_ARCHITECTURE", "VMSANDBOX_CONSOLE")
+        said = " ".join(f"${{{name}}}" for name in names)
+        define(tmp_path / "mine", f'{DELIVER}\necho "== {said}"')
+        file = tmp_path / "mine" / "image.toml"
+        text = file.read_text().replace(
+            f'architecture = "{native_architecture()}"', 'architectures = ["x86_64", "aarch64"]'
+        )
+        file.write_text(text)
+        built = [
+            make(ImageDefinition.read(file.parent, architecture=architecture))
+            for architecture in ("x86_64", "aarch64")
+        ]
+        assert lines == ["x86_64 amd64 ttyS0", "aarch64 arm64 ttyAMA0"]
+        assert [image.folder.parent.name for image in built] == ["mine_amd64", "mine"]
+        found = sorted(store.all(), key=lambda image: image.folder)
+        assert found == [built[1], built[0]]
+        assert [image.definition.variant_of for image in found] == ["", "mine"]
 
     def test_folders_are_private(self, tmp_path, make):
         image = make(define(tmp_path / "mine"))

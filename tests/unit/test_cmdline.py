@@ -2,18 +2,22 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.machine import cmdline
-from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
+from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, PluggedDescriptors, Start
 from pytest_vmsandbox.machine.firmware import Uefi
 
+X86_64 = ARCHITECTURES["x86_64"]
 SPEC = MachineSpec(
     name="debian-13-1",
     qemu="/usr/bin/qemu-system-x86_64",
     version=(7, 2, 22),
+    architecture=X86_64,
     accelerator="tcg",
     processor="Nehalem,-cx16",
     hardware=Hardware(),
@@ -21,6 +25,7 @@ SPEC = MachineSpec(
 )
 
 
+WITHOUT_CAPABILITIES = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 BOARD = "graphics=off,sata=off,memory-backend=ram"
 
 
@@ -71,7 +76,7 @@ def test_threads(accelerator, version, cpus, expected):
     ],
 )
 def test_processor_models(accelerator, version, models):
-    assert list(cmdline.processor_models(accelerator, version)) == models
+    assert list(cmdline.processor_models(X86_64, accelerator, version)) == models
 
 
 def test_processors():
@@ -88,7 +93,7 @@ def test_sockets():
         *("-chardev", "socket,id=console,fd=9"),
         *("-serial", "chardev:console"),
     ]
-    assert cmdline.helper(fds) == [
+    assert cmdline.helper(SPEC, fds) == [
         *("-device", "virtio-serial-pci,id=serial"),
         *("-chardev", "socket,id=helper,fd=10"),
         *("-device", "virtserialport,id=helper,chardev=helper,name=vmsandbox.helper"),
@@ -245,14 +250,14 @@ def test_network(network, restrict):
 
 
 def test_devices_that_are_always_there():
-    assert cmdline.display() == ["-display", "none", "-device", "VGA,id=display,vgamem_mb=4"]
+    assert cmdline.display(SPEC) == ["-display", "none", "-device", "VGA,id=display,vgamem_mb=4"]
     rng, vmgenid = "virtio-rng-pci,id=entropy", "vmgenid,id=generation,guid=auto"
-    assert cmdline.entropy() == ["-device", rng, "-device", vmgenid]
-    assert cmdline.panic() == ["-device", "pvpanic-pci,id=panic", "-action", "panic=pause"]
+    assert cmdline.entropy(SPEC) == ["-device", rng, "-device", vmgenid]
+    assert cmdline.panic(SPEC) == ["-device", "pvpanic-pci,id=panic", "-action", "panic=pause"]
 
 
 def test_ports_have_an_address_that_no_other_device_changes():
-    devices = cmdline.ports()[1::2]
+    devices = cmdline.ports(SPEC)[1::2]
     assert devices == [
         "pcie-root-port,id=port0,bus=pcie.0,addr=0x1c.0,multifunction=on,chassis=1,slot=1",
         "pcie-root-port,id=port1,bus=pcie.0,addr=0x1c.1,chassis=2,slot=2",
@@ -262,8 +267,8 @@ def test_ports_have_an_address_that_no_other_device_changes():
 
 
 def test_modules_of_a_kernel_of_the_user():
-    assert cmdline.modules(Descriptors()) == []
-    add, descriptors, option, block, device, disk = cmdline.modules(Descriptors(modules=9))
+    assert cmdline.modules(SPEC, Descriptors()) == []
+    add, descriptors, option, block, device, disk = cmdline.modules(SPEC, Descriptors(modules=9))
     assert (add, descriptors, option, device) == ("-add-fd", "fd=9,set=9", "-blockdev", "-device")
     assert json.loads(block) == {
         "node-name": "modules",
@@ -278,6 +283,123 @@ def test_modules_of_a_kernel_of_the_user():
         "root",
         "modules",
     ]
+
+
+class TestArchitectures:
+    """What differs between the boards."""
+
+    @staticmethod
+    def spec(name, **values):
+        its = ARCHITECTURES[name]
+        return replace(SPEC, **{"architecture": its, "version": (10, 0, 13), **values})
+
+    @classmethod
+    def devices(cls, name):
+        argv = cmdline.argv(cls.spec(name, hardware=Hardware(disks=(MIB,))), TestWhole.FDS)
+        return {argv[i + 1].split(",")[0] for i, word in enumerate(argv) if word == "-device"}
+
+    @pytest.mark.parametrize(
+        ("name", "accelerator", "board"),
+        [
+            ("x86_64", "tcg", f"pc-q35-10.0,{BOARD}"),
+            ("i686", "kvm", f"pc-q35-10.0,{BOARD}"),
+            ("aarch64", "tcg", "virt-10.0,gic-version=2,highmem=off,memory-backend=ram"),
+            ("aarch64", "kvm", "virt-10.0,gic-version=host,memory-backend=ram"),
+            ("armv7l", "tcg", "virt-10.0,gic-version=2,highmem=off,memory-backend=ram"),
+            ("riscv64", "tcg", "virt,memory-backend=ram"),
+            (
+                "ppc64le",
+                "tcg",
+                f"pseries-10.0,{WITHOUT_CAPABILITIES},memory-backend=ram",
+            ),
+            ("ppc64le", "kvm", "pseries-10.0,memory-backend=ram"),
+            ("s390x", "tcg", "s390-ccw-virtio-10.0,memory-backend=ram"),
+        ],
+    )
+    def test_boards(self, name, accelerator, board):
+        assert cmdline.machine(self.spec(name, accelerator=accelerator))[1] == board
+
+    @pytest.mark.parametrize("name", ["aarch64", "armv7l", "riscv64", "ppc64le", "s390x"])
+    def test_devices_of_x86_alone(self, name):
+        assert not self.devices(name) & {"VGA", "vmgenid", "pvpanic-pci"}
+
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_the_bus_of_all_devices(self, name):
+        bus = "ccw" if name == "s390x" else "pci"
+        found = {device for device in self.devices(name) if device.startswith("virtio-")}
+        wanted = {f"virtio-{what}-{bus}" for what in ("blk", "net", "rng", "serial")}
+        assert wanted <= found
+        assert all(device.endswith(f"-{bus}") for device in found)
+
+    @pytest.mark.parametrize(
+        ("name", "count"), [("i686", 4), ("aarch64", 4), ("riscv64", 4), ("s390x", 0)]
+    )
+    def test_root_ports(self, name, count):
+        assert len(cmdline.ports(self.spec(name))) == 2 * count
+
+    def test_a_disk_that_is_plugged_needs_no_port_on_every_board(self):
+        disk = PluggedDescriptors(
+            name="more", port="port1", read_only=False, base=None, layers=(5,)
+        )
+        here, there = (
+            cmdline.plugged_device(ARCHITECTURES[name], disk) for name in ("aarch64", "s390x")
+        )
+        assert (here["driver"], here["bus"]) == ("virtio-blk-pci", "port1")
+        assert there["driver"] == "virtio-blk-ccw"
+        assert "bus" not in there
+
+    @pytest.mark.parametrize("case", ["booted", "cloned", "uefi"])
+    def test_templates_of_x86_stay_valid(self, case):
+        """The whole command line of x86 is what it was before there were other architectures."""
+        known = json.loads(Path(__file__).with_name("argv_x86_64.json").read_text("utf-8"))
+        assert cmdline.argv(*self.known_cases()[case]) == known[case]
+
+    @staticmethod
+    def known_cases():
+        spec = with_hardware(cpus=2, disks=(MIB,))
+        uefi = Uefi(
+            code=Path("c"), variables=Path("v"), format="raw", secure_boot=True, digest="0" * 64
+        )
+        plugged = PluggedDescriptors(
+            name="extra", port="port2", read_only=True, base=13, layers=(14, 15)
+        )
+        cloned = replace(
+            spec,
+            version=(10, 0, 13),
+            accelerator="kvm",
+            processor="host",
+            start=Start.CLONED,
+            hardware=Hardware(network="nat", memory=GIB),
+        )
+        firmware = replace(
+            spec,
+            version=(11, 1, 3),
+            append="",
+            uefi=uefi,
+            tpm=True,
+            hardware=Hardware(),
+            start=Start.TO_BE_SAVED,
+            more_args=("-boot", "menu=on"),
+        )
+        return {
+            "booted": (spec, Descriptors(kernel=6, initrd=7, base=8, overlays=((9,), (10,)))),
+            "cloned": (
+                cloned,
+                Descriptors(
+                    kernel=6,
+                    initrd=7,
+                    memory=8,
+                    base=9,
+                    modules=11,
+                    overlays=((10, 12),),
+                    plugged=(plugged,),
+                ),
+            ),
+            "uefi": (
+                firmware,
+                Descriptors(code=6, variables=7, tpm=8, memory=9, base=10, overlays=((11,),)),
+            ),
+        }
 
 
 def test_confinement():

@@ -52,6 +52,10 @@ WRONG: dict[str, tuple[Values, list[Any]]] = {
     "schema": (RECIPE, [2, 0, True, 1.0, "1"]),
     "description": (RECIPE, TEXT),
     "architecture": (RECIPE, ["arm64", "", 1, ["x86_64"]]),
+    "architectures": (
+        changed(RECIPE, {"architecture": None}),
+        ["x86_64", [], ["arm64"], ["x86_64", "x86_64"], [1], {"x86_64": 1}, [["x86_64"]]],
+    ),
     "recipe": (RECIPE, ["gone", "image.toml", "../x/build", ".", "", "build/", 1]),
     "uses": (RECIPE, ["more", [1], ["/etc/hostname"], ["a\0b"]]),
     "requires": (RECIPE, ["sh", ["/bin/sh"], [""], ["-x"], [True], ["a b"]]),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, ImageError, LaunchError
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Trial, Verdict, choose, recall
@@ -201,7 +202,7 @@ class TestChoose:
     def decide(self, kernel, qemu, tmp_path, proofs, started):
         def decide(wanted="auto", **changes):
             values = {
-                "trial": Trial(kernel=kernel, initrd=kernel),
+                "trial": Trial(architecture=ARCHITECTURES["x86_64"], kernel=kernel, initrd=kernel),
                 "cache": tmp_path,
                 "hypervisor": lambda: started.append(True),
                 **changes,
@@ -342,7 +343,7 @@ class TestProof:
     def prove(self, tmp_path, launcher):
         qemu = Qemu(path=Path("/usr/bin/qemu"), version=(7, 2, 22), build="one")
         hypervisor: Any = SimpleNamespace(launcher=launcher, loop=None)
-        trial = Trial(kernel=tmp_path, initrd=tmp_path)
+        trial = Trial(architecture=ARCHITECTURES["x86_64"], kernel=tmp_path, initrd=tmp_path)
         return lambda: accelerator._prove(qemu, trial, hypervisor)
 
     def test_the_second_model_may_run(self, prove, outcomes):

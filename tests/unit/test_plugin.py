@@ -1,17 +1,18 @@
 """What markers ask for, where artifacts go, what reports show."""
 
-from fnmatch import fnmatchcase
-
 import pytest
 from hypothesis import given, strategies as st
 
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware
 from pytest_vmsandbox.plugin.artifacts import Artifacts, folder_name
 from pytest_vmsandbox.plugin.plan import GuestRequest, applicable, read_marks, reason
 from pytest_vmsandbox.plugin.reporting import hide_ours
+from support import images
 
-CATALOGUE = ["a-1", "a-2", "b"]
+NAMES = ["a-1", "a-2", "b"]
 
 
 def read(marks):
@@ -22,8 +23,13 @@ def mark(*args, **kwargs):
     return pytest.mark.vm.with_args(*args, **kwargs).mark
 
 
-def select(patterns):
-    return [name for name in CATALOGUE if any(fnmatchcase(name, it) for it in patterns)]
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory):
+    """A catalogue with some more images than our own."""
+    folder = tmp_path_factory.mktemp("images")
+    for name in NAMES:
+        images.define(folder / name, images.toml(architecture=native_architecture()))
+    return Catalogue([folder], cache=folder / "cache")
 
 
 class TestReadMarks:
@@ -60,10 +66,10 @@ class TestReadMarks:
     def test_resolves(self, marks, request_):
         assert read(marks) == request_
 
-    def test_the_closest_globs_come_first(self):
+    def test_the_closest_globs_come_first(self, catalogue):
         asked = read([mark(skip={"a-1": "near"}), mark(skip={"a-*": "far"})])
-        assert reason(asked.skip, "a-1") == "near"
-        assert reason(asked.skip, "a-2") == "far"
+        assert reason(asked.skip, "a-1", catalogue) == "near"
+        assert reason(asked.skip, "a-2", catalogue) == "far"
 
     @pytest.mark.parametrize(
         "bad",
@@ -128,31 +134,29 @@ class TestApplicable:
             (("b", "b"), ["a-1"], False, ["b"]),
         ],
     )
-    def test_table(self, images, selected, from_command_line, result):
-        assert result == applicable(
-            GuestRequest(images=images), (selected, from_command_line), select
-        )
+    def test_table(self, images, selected, from_command_line, result, catalogue):
+        request = GuestRequest(images=images)
+        assert result == applicable(request, (selected, from_command_line), catalogue)
 
     @given(
-        st.lists(st.sampled_from([*CATALOGUE, "a-*", "*"]), max_size=3),
-        st.lists(st.sampled_from(CATALOGUE), unique=True),
+        st.lists(st.sampled_from([*NAMES, "a-*", "*"]), max_size=3),
+        st.lists(st.sampled_from(NAMES), unique=True),
         st.booleans(),
     )
-    def test_properties(self, images, selected, from_command_line):
-        result = applicable(
-            GuestRequest(images=tuple(images)), (selected, from_command_line), select
-        )
+    def test_properties(self, catalogue, images, selected, from_command_line):
+        request = GuestRequest(images=tuple(images))
+        result = applicable(request, (selected, from_command_line), catalogue)
         assert len(result) == len(set(result))
-        assert set(result) <= set(select(images or ["*"]))
+        assert set(result) <= catalogue.fitting(images or ["*"])
         if from_command_line or not images:
             assert set(result) <= set(selected)
 
 
-def test_reason():
-    reasons = {"a-1": "one", "a-*": "all", "": "none"}
-    assert reason(reasons, "a-1") == "one"
-    assert reason(reasons, "a-2") == "all"
-    assert reason(reasons, "b") is None
+def test_reason(catalogue):
+    reasons = {"a-1": "one", "a-*": "all"}
+    assert reason(reasons, "a-1", catalogue) == "one"
+    assert reason(reasons, "a-2", catalogue) == "all"
+    assert reason(reasons, "b", catalogue) is None
 
 
 class TestArtifacts:

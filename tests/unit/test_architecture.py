@@ -1,0 +1,123 @@
+"""The table of architectures, and which programs and accelerators the machine layer takes for them."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, by_any_name, native_architecture
+from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.machine import accelerator, host, qemu
+from pytest_vmsandbox.machine.accelerator import Trial
+from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+
+QEMU = Qemu(path=Path("qemu"), version=(7, 2), build="one")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Lets this machine's processor have another name."""
+    for name in ARCHITECTURES:
+        monkeypatch.delenv(f"VMSANDBOX_QEMU_{ARCHITECTURES[name].debian.upper()}", raising=False)
+    monkeypatch.delenv("VMSANDBOX_QEMU", raising=False)
+    return lambda name: monkeypatch.setattr(platform, "machine", lambda: name)
+
+
+def test_names():
+    assert [one.debian for one in ARCHITECTURES.values()] == [
+        *("amd64", "i386", "arm64", "armhf", "riscv64", "ppc64el", "s390x"),
+    ]
+    for one in ARCHITECTURES.values():
+        assert by_any_name(one.name) == by_any_name(one.debian) == one.name
+    assert by_any_name("sparc64") == ""
+
+
+class TestPrograms:
+    @pytest.mark.parametrize("name", ARCHITECTURES)
+    def test_by_name(self, machine, name):
+        machine("x86_64")
+        its = ARCHITECTURES[name]
+        assert qemu.program(its) == f"qemu-system-{its.qemu}"
+
+    @pytest.mark.parametrize(
+        ("here", "counts"),
+        [
+            ("x86_64", {"x86_64", "i686"}),
+            ("aarch64", {"aarch64", "armv7l"}),
+            ("sparc64", set()),
+        ],
+    )
+    def test_the_variable_counts_for_this_machine(self, machine, monkeypatch, here, counts):
+        """One program cannot emulate them all."""
+        machine(here)
+        monkeypatch.setenv("VMSANDBOX_QEMU", "/mine")
+        found = {name for name, one in ARCHITECTURES.items() if qemu.program(one) == "/mine"}
+        assert found == counts
+
+    def test_a_variable_for_each(self, machine, monkeypatch):
+        machine("x86_64")
+        monkeypatch.setenv("VMSANDBOX_QEMU", "/common")
+        monkeypatch.setenv("VMSANDBOX_QEMU_S390X", "/large")
+        monkeypatch.setenv("VMSANDBOX_QEMU_I386", "/small")
+        assert qemu.program(ARCHITECTURES["s390x"]) == "/large"
+        assert qemu.program(ARCHITECTURES["i686"]) == "/small"
+        assert qemu.program(ARCHITECTURES["x86_64"]) == "/common"
+        assert qemu.program(ARCHITECTURES["aarch64"]) == "qemu-system-aarch64"
+
+    @pytest.mark.parametrize(
+        ("name", "package", "by_us"),
+        [("x86_64", "qemu-system-x86", True), ("s390x", "qemu-system-", False)],
+    )
+    def test_the_remedy_names_the_package(
+        self, machine, monkeypatch, tmp_path, name, package, by_us
+    ):
+        machine("x86_64")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(LaunchError, match=f"guests of {name} need") as raised:
+            find_qemu(name)
+        assert package in raised.value.remedy
+        assert ("vmsandbox quickstart" in raised.value.remedy) is by_us
+
+
+class TestAccelerators:
+    def choose(self, wanted, name):
+        trial = Trial(architecture=ARCHITECTURES[name])
+        return accelerator.choose(
+            wanted, QEMU, trial, cache=Path("none"), hypervisor=lambda: pytest.fail("a proof")
+        )
+
+    @pytest.mark.parametrize("name", sorted({*ARCHITECTURES} - {"x86_64", "i686"}))
+    def test_foreign_guests_are_emulated_without_a_word(self, machine, monkeypatch, name):
+        machine("x86_64")
+        monkeypatch.setattr(host, "kvm_problem", lambda: pytest.fail("nobody needs to know"))
+        verdict = self.choose("auto", name)
+        assert (verdict.accelerator, verdict.reason) == ("tcg", f"guests of {name}")
+        assert verdict.processor == ARCHITECTURES[name].emulated[(0,)]
+
+    def test_kvm_for_foreign_guests(self, machine, monkeypatch):
+        machine("x86_64")
+        monkeypatch.setattr(host, "kvm_problem", lambda: "")
+        with pytest.raises(LaunchError, match=r"for guests of aarch64: this machine is x86_64"):
+            self.choose("kvm", "aarch64")
+
+    @pytest.mark.parametrize(
+        ("here", "name"), [("x86_64", "x86_64"), ("x86_64", "i686"), ("aarch64", "aarch64")]
+    )
+    def test_kvm_for_guests_of_this_machine(self, machine, monkeypatch, here, name):
+        machine(here)
+        monkeypatch.setattr(host, "kvm_problem", lambda: "there is no KVM")
+        with pytest.raises(LaunchError, match="kvm cannot be used: there is no KVM"):
+            self.choose("kvm", name)
+        assert self.choose("auto", name).reason == "there is no KVM"
+
+
+class TestFakedHost:
+    """A faked arm64 host: only the name of this machine's processor is another one."""
+
+    def test_its_own_guests(self, machine, monkeypatch):
+        machine("arm64")  # as macOS says it
+        assert native_architecture() == "aarch64"
+        monkeypatch.setenv("VMSANDBOX_QEMU", "/mine")
+        assert qemu.program(ARCHITECTURES["aarch64"]) == "/mine"
+        assert not accelerator.is_foreign(ARCHITECTURES["aarch64"])
+        assert accelerator.is_foreign(ARCHITECTURES["x86_64"])
