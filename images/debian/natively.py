@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import lzma
-import os
 import re
 import struct
 import sys
@@ -33,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     libraries_of = questions.add_parser("libraries", help="the files that programs load")
     libraries_of.add_argument("root", type=Path)
     libraries_of.add_argument("programs", nargs="+", type=Path)
-    modules_of = questions.add_parser("modules", help="the files of modules, in the order to load them")
+    modules_of = questions.add_parser(
+        "modules", help="the files of modules, in the order to load them"
+    )
     modules_of.add_argument("root", type=Path)
     modules_of.add_argument("names", nargs="+", help="those that end with ? may be missing")
     index_of = questions.add_parser("index", help="write the lists of modules that modprobe reads")
@@ -81,7 +82,9 @@ def libraries(root: Path, programs: Sequence[Path]) -> list[str]:
         elf = Elf(user.read_bytes())
         linker = elf.interpreter().lstrip("/")
         for name in (*elf.needed(), *([linker] if linker else [])):
-            file = next((path for folder in folders if (path := folder / Path(name).name).exists()), None)
+            file = next(
+                (path for folder in folders if (path := folder / Path(name).name).exists()), None
+            )
             if file is None:
                 raise LookupError(f"{user.name} needs {name}, which is missing")
             relative = str(file.relative_to(root))
@@ -278,9 +281,8 @@ def make_key(kind: str, file: Path) -> str:
             serialization.PrivateFormat.OpenSSH,
             serialization.NoEncryption(),
         )
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as stream:
-        stream.write(content)
+    file.touch(0o600, exist_ok=False)
+    file.write_bytes(content)
     public = base64.b64encode(_string(b"ssh-ed25519") + _string(raw_public)).decode()
     return f"ssh-ed25519 {public}"
 
