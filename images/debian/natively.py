@@ -13,7 +13,6 @@ import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -206,11 +205,12 @@ def applets(busybox: Path) -> list[str]:
 # -- modules ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class ModuleTree:
     """The modules of a kernel, in a folder lib/modules/RELEASE."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        """Look into the folder when it is asked for something."""
+        self.root = root
 
     def order(self, names: Sequence[str]) -> list[str]:
         """The files of modules and of those that they need, in the order in which to load them.
