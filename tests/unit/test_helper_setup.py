@@ -323,6 +323,26 @@ class TestGiving:
         assert raised.value.reason == reason
         assert setup.record() == {}
 
+    def test_a_guest_that_says_more_than_enough(self, setup):
+        guest = Guest(way="openrc\n" + "x" * 100_000)
+        give(setup, guest)
+        assert setup.way == "openrc"
+        guest = Guest(place="")
+        with pytest.raises(NoHelperError, match="said nothing"):
+            give(setup, guest)
+
+    def test_a_shell_that_breaks_later(self, setup):
+        guest = Guest()
+        began = guest.start
+
+        def start(command, login):
+            if guest.commands:
+                guest.refused = ["root"]
+            return began(command, login)
+
+        with pytest.raises(NoHelperError, match="'root' cannot log in"):
+            setup.give(guest, start, float)
+
     def test_nobody_becomes_root(self, setup):
         guest = Guest()
         guest.refused = ["root", "tester"]
@@ -395,7 +415,7 @@ def test_variables_of_a_login_are_left_out():
 def test_the_digest_counts_in_what_identifies_a_template(monkeypatch):
     before = helper_setup.digest()
     monkeypatch.setattr(helper_scripts, "START", "#!/bin/sh\n")
-    assert helper_setup.digest() != before
+    assert helper_setup.digest.__wrapped__() != before
 
 
 class TestRunning:
