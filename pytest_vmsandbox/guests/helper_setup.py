@@ -115,6 +115,11 @@ class HelperSetup:
         """For a template's record; empty if the guest has a helper of its own."""
         return {"way": self.way, "environments": self.environments} if self.way else {}
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether nothing in the guest starts the helper after a boot."""
+        return self.way == _BY_HAND
+
     def in_environment(self, command: Command, user: str) -> Command:
         """A command with the variables that it would have by SSH."""
         variables = self.environments.get(user)
@@ -132,7 +137,7 @@ class HelperSetup:
             NoHelperError: that cannot be done, and `strict` is set.
         """
         self.failure = None
-        if self.way not in ("", _BY_HAND) and _says_hello(helper, stretch(_RETURN_SECONDS)):
+        if self.way and not self.is_by_hand and _says_hello(helper, stretch(_RETURN_SECONDS)):
             return
         try:
             _Giving(self, helper, start, stretch).give()

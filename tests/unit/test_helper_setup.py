@@ -421,6 +421,8 @@ def test_the_digest_counts_in_what_identifies_a_template(monkeypatch):
 class TestRunning:
     """What a guest that was given a helper does after a boot."""
 
+    seen: tuple[str, ...] = ()  # events of its machine
+
     @pytest.fixture
     def running(self, setup):
         helper = Guest()
@@ -430,7 +432,7 @@ class TestRunning:
             resident=helper,
             _transports={},
             _lock=threading.Lock(),
-            machine=SimpleNamespace(check=lambda: None),
+            machine=SimpleNamespace(check=lambda: None, monitor=self),
             blueprint=SimpleNamespace(
                 has_way_in=True, stretch=float, built=SimpleNamespace(key=None)
             ),
@@ -442,6 +444,19 @@ class TestRunning:
     def test_it_gets_it_again(self, running):
         running.await_answer(Deadline(1))
         assert running.helper is running.resident
+
+    @pytest.mark.parametrize("way", ["hand", "openrc"])
+    def test_a_restart_that_the_guest_began(self, running, way):
+        """No init starts the helper again, so SSH is left. An init does so, and it says hello again."""
+        running.resident.found["way"] = way
+        running.resident.close = lambda: setattr(running.resident, "is_there", False)
+        running.await_answer(Deadline(1))
+        self.seen = ("RESET", "SHUTDOWN")
+        running.start(Command(argv=("x",)), "root")
+        assert running.resident.is_there is (way == "openrc")
+
+    def events(self):
+        return [{"event": name} for name in self.seen]
 
     def test_nobody_asks_where_there_is_one(self, running):
         running.resident.is_there = True
