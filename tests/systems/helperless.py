@@ -80,7 +80,7 @@ _NO_HELPER = """
 rm -rf /usr/lib/vmsandbox /etc/systemd/system/vmsandbox-helper.service
 rm -f /etc/systemd/system/sysinit.target.wants/vmsandbox-helper.service
 """
-_APT = "apt-get -qq update; apt-get -qq -y -o Dpkg::Options::=--force-confold install"
+_APT = "apt-get -qq update; apt-get -qq -y --allow-remove-essential -o Dpkg::Options::=--force-confold install"
 _NO_SYSTEMD = (
     "systemd-sysv- libpam-systemd- dbus-user-session-"  # nothing that wants systemd as init
 )
