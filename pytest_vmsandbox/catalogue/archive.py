@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -65,8 +65,9 @@ def newer_packages(
         return []
     ours = dict(package.split(" ", 1) for package in packages if " " in package)
     there: defaultdict[str, set[str]] = defaultdict(set)
-    for suite, text in releases.items():
-        for name, version in _listed(suite, text, ARCHITECTURES[architecture].debian):
+    debian = ARCHITECTURES[architecture].debian
+    for suite, text in _that_have(debian, releases).items():
+        for name, version in _listed(suite, text, debian):
             if name in ours:
                 there[name].add(version)
     found = []
@@ -77,6 +78,17 @@ def newer_packages(
         if newest != version:
             found.append((f"{name} {version}", f"{name} {newest}"))
     return sorted(found)
+
+
+def _that_have(architecture: str, releases: Mapping[Suite, str]) -> dict[Suite, str]:
+    """The suites for an architecture. Old ones have fewer architectures in their security suites."""
+    lists = {
+        suite: re.search(r"(?m)^Architectures: (.+)$", text) for suite, text in releases.items()
+    }
+    found = [
+        suite for suite, listed in lists.items() if not listed or architecture in listed[1].split()
+    ]
+    return {suite: releases[suite] for suite in found or releases}
 
 
 def _date(suite: Suite, release: str) -> str:

@@ -5,28 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.definition import (
-    ALL,
     DEFINITION_FILE,
     NAME,
     ImageDefinition,
     check_name,
 )
 from pytest_vmsandbox.catalogue.tables import load
+from pytest_vmsandbox.catalogue.variants import ALL
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
 _DEPTH = 20  # images that derive from each other
 _LISTED = 30  # names in an error
-_GLOB = frozenset("*?[")
 
 
 class _Place(NamedTuple):
@@ -74,9 +72,9 @@ class Catalogue:
         Raises:
             ConfigError: there is no such image.
         """
-        if spelling not in self._places and spelling not in self._spellings:
+        if spelling not in self._places and spelling not in self.spellings:
             raise self._unknown(spelling)
-        return self._spellings.get(spelling, spelling)
+        return self.spellings.get(spelling, spelling)
 
     def get(self, name: str) -> ImageDefinition:
         """The definition of an image.
@@ -98,21 +96,22 @@ class Catalogue:
         Raises:
             ConfigError: see `names`.
         """
-        place = self._places.get(self._spellings.get(name, name))
+        place = self._places.get(self.spellings.get(name, name))
         return None if place is None else place.folder
 
-    def is_native(self, name: str) -> bool:
-        """Whether an image is for this machine's architecture, or nobody can tell.
+    def native(self) -> list[str]:
+        """The names of the images for this machine's architecture, and of those whose own is unknown.
 
-        Args:
-            name: of an image of the catalogue.
+        Raises:
+            ConfigError: see `names`.
         """
-        return self._places[name].architecture in (native_architecture(), "")
+        here = (native_architecture(), "")
+        return [name for name, place in self._places.items() if place.architecture in here]
 
     def _base(self, base: str, name: str) -> ImageDefinition:
         """The definition of the base of an image, for its architecture."""
         where = self._places[name].folder / DEFINITION_FILE
-        base = self._spellings.get(base, base)
+        base = self.spellings.get(base, base)
         if base in self._folders and (architecture := self._places[name].architecture):
             variant = variants.variant_name(base, architecture)
             base = variant if variant in self._places else base
@@ -141,7 +140,7 @@ class Catalogue:
 
     def valid(self) -> Iterator[tuple[str, ImageDefinition]]:
         """The names and definitions of the images for this machine, without those that are wrong."""
-        for name in filter(self.is_native, self._places):
+        for name in self.native():
             with suppress(ConfigError):
                 yield name, self.get(name)
 
@@ -194,41 +193,33 @@ class Catalogue:
         Raises:
             ConfigError: there is no image with such a name.
         """
-        exact = (each for each in patterns if not is_glob(each) and each != ALL)
+        exact = (each for each in patterns if not variants.is_glob(each) and each != ALL)
         return [self.name_of(each) for each in exact if not each.startswith("!")]
 
     def _selected(self, pattern: str) -> set[str]:
         found = self._fitting(pattern)
-        if pattern != ALL and (variants.SIGN in pattern or not is_glob(pattern)):
-            return found
-        if not (native := {name for name in found if self.is_native(name)}):
-            raise self._only_foreign(pattern, found)
-        for name in native if pattern == ALL else ():
+        selected = {
+            name for name in found if variants.selects(pattern, self._places[name].architecture)
+        }
+        for name in selected if pattern == ALL else ():
             self.get(name)  # so a wrong definition is an error here, and not later for each test
-        return native
+        if found and not selected and pattern != ALL:
+            raise self._only_foreign(pattern, found)
+        return selected
 
     def _fitting(self, pattern: str) -> set[str]:
-        """The images that a name or a glob fits.
-
-        A glob without ``_`` says nothing about architectures, so it is for the names without them.
-        """
         if pattern == ALL:
             return {*self._places}
-        if not is_glob(pattern):
+        if not variants.is_glob(pattern):
             return {self.name_of(pattern)}
-        fits = partial(fnmatchcase, pat=pattern)
-        if variants.SIGN in pattern:
-            found = {name for name in self._places if fits(name)}
-            found |= {name for spelling, name in self._spellings.items() if fits(spelling)}
-        else:
-            found = {name for name in self._places if fits(self._stem(name))}
+        found = {
+            name
+            for name, place in self._places.items()
+            if variants.fits(pattern, name, place.architecture)
+        }
         if not found:
             raise self._unknown(pattern)
         return found
-
-    def _stem(self, name: str) -> str:
-        architecture = self._places[name].architecture
-        return variants.stem_of(name, architecture) if architecture else name
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
@@ -249,8 +240,12 @@ class Catalogue:
         return places
 
     @cached_property
-    def _spellings(self) -> dict[str, str]:
-        """Names with their architecture → names, if they differ."""
+    def spellings(self) -> dict[str, str]:
+        """Names with their architecture → the names of these images, if they differ.
+
+        Raises:
+            ConfigError: see `names`.
+        """
         found = {
             variants.full_name(name, place.architecture): name
             for name, place in self._places.items()
@@ -321,7 +316,7 @@ class Catalogue:
         )
 
     def _unknown(self, name: str) -> ConfigError:
-        known = _some([each for each in self._places if self.is_native(each)])
+        known = _some(self.native())
         if (guess := self._other_spelling(name)) is None:
             close = difflib.get_close_matches(name, self._places)
             guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
@@ -345,11 +340,6 @@ class Catalogue:
             return f"did you mean {names[architecture]!r}? "
         there = " and ".join(sorted(filter(None, names)))
         return f"{stem!r} is there for {there} only: {', '.join(sorted(names.values()))}. "
-
-
-def is_glob(pattern: str) -> bool:
-    """Whether a pattern is no name of an image."""
-    return not _GLOB.isdisjoint(pattern)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,7 +32,6 @@ SCHEMA = 1
 BUILD_FORMAT = 1  # part of each digest: raise it when the files that a recipe must make change
 INITS: tuple[Init, ...] = get_args(Init)
 PYTHON_FLOOR = (3, 9)  # of a guest that tests run inside
-ALL = "all"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 _KEYS = (
@@ -67,7 +66,7 @@ def check_name(name: str, where: object) -> None:
     Raises:
         ConfigError: the name is invalid.
     """
-    if not NAME.fullmatch(name) or name == ALL:
+    if not NAME.fullmatch(name) or name == variants.ALL:
         raise ConfigError(
             f"{where}: {name!r} is not a name for an image",
             remedy="use lower-case letters, digits, dots, underscores and hyphens, but not 'all'",
@@ -105,6 +104,7 @@ class ImageDefinition:
         python_version: of the guest's Python, such as ``3.11``; empty if it is not known.
         has_initrd: whether its kernel boots with an initial RAM disk. Without that firmware it does not.
         variant_of: the name of its folder if its own name ends with the architecture; or empty.
+        of_several: whether its folder defines images for several architectures.
         parent: the definition of its base. Records of built images do not have it.
     """
 
@@ -133,6 +133,7 @@ class ImageDefinition:
     python_version: str = ""
     has_initrd: bool = True
     variant_of: str = ""
+    of_several: bool = False
     parent: ImageDefinition | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -355,12 +356,13 @@ def _read(
     for key in ("uses", "requires"):
         top.only(key, "recipe" in top, "without a recipe", "name a recipe")
     executable, paths = partial(_executable, folder), partial(_paths, folder)
-    architecture, name = variants.which(top, parent, wanted)
+    architecture, name, of_several = variants.which(top, parent, wanted)
     boot = _boot(top, source, parent, architecture)
     disk_size = _disk_size(top, source, parent, boot["firmware"])
     return ImageDefinition(
         name=name,
         variant_of=folder.name if name != folder.name else "",
+        of_several=of_several,
         folder=folder,
         description=top.read("description", "one line of text", line),
         architecture=architecture,

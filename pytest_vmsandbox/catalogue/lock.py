@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_vmsandbox.cache import files, integrity
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.store import (
     ARCHIVE,
@@ -26,6 +27,7 @@ from pytest_vmsandbox.catalogue.store import (
     damaged,
 )
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, texts
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ConfigError, LockError
 
 SCHEMA = 1
@@ -50,7 +52,17 @@ _ORIGINS = ("recipe", "from", "source")
 _PLACES = ("url", "kernel", "initrd")
 _DIGESTS = {"sha256": 64, "sha512": 128, "kernel_sha256": 64, "initrd_sha256": 64}  # → digits
 _KEYS = (
-    *("name", "origin", "base", "definition", *_PLACES, *_DIGESTS, "archive", "signature"),
+    *(
+        "name",
+        "architecture",
+        "origin",
+        "base",
+        "definition",
+        *_PLACES,
+        *_DIGESTS,
+        "archive",
+        "signature",
+    ),
     *("locked", "may_drift", "packages"),
 )
 _MARKERS = re.compile(r"(?m)^(<{7}|={7}|>{7})( |$)")  # as git writes them
@@ -80,9 +92,10 @@ class LockedImage:
     """What identifies an image: as a lock file has it, or as an image in the cache is.
 
     Attributes:
-        name: of the image.
+        name: of the image, as this machine calls it. In the file it has no architecture.
+        architecture: of an image that is one of several; else empty. Each of them has an entry.
         origin: as `ImageDefinition.origin`.
-        base: the image that it derives from; or empty.
+        base: the image that it derives from, without its architecture; or empty.
         definition: the digest of its definition. It covers that of its base.
         places: where files from elsewhere came from: ``url``, ``kernel``, ``initrd``.
         digests: of those files: ``sha256`` or ``sha512``, ``kernel_sha256``, ``initrd_sha256``.
@@ -97,6 +110,7 @@ class LockedImage:
     origin: str
     definition: str
     base: str = ""
+    architecture: str = ""
     places: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     archive: tuple[str, ...] = ()
@@ -119,8 +133,9 @@ class LockedImage:
         digests = {key: source[key] for key in _DIGESTS if source.get(key)}
         return cls(
             name=definition.name,
+            architecture=definition.architecture if definition.of_several else "",
             origin=definition.origin,
-            base=definition.base,
+            base=variants.stem_of(definition.base, definition.architecture),
             definition=built.digest,
             places={key: source[key] for key in _PLACES if source.get(key)},
             digests=digests,
@@ -143,6 +158,7 @@ class LockedImage:
         top = Table(file, f"image {values.get('name', number)}: ", values, _KEYS)
         name = top.read("name", "the name of an image", line)
         check_name(name, file)
+        architecture = top.choice("architecture", tuple(ARCHITECTURES), "")
         some = {key: top.read(key, "one line of text", line, "") for key in _PLACES}
         digests = {
             key: top.read(key, f"{digits} hexadecimal digits", partial(_hex, digits), "")
@@ -159,7 +175,8 @@ class LockedImage:
                 remedy="remove it from one of the two lists",
             )
         return cls(
-            name=name,
+            name=variants.variant_name(name, architecture) if architecture else name,
+            architecture=architecture,
             origin=top.choice("origin", _ORIGINS),
             base=top.read("base", "the name of an image", line, ""),
             definition=top.read("definition", "64 hexadecimal digits", partial(_hex, 64)),
@@ -175,7 +192,8 @@ class LockedImage:
     def values(self) -> dict[str, object]:
         """What a lock file has of it, in order."""
         found: dict[str, object] = {
-            **{name: getattr(self, name) for name in ("name", "origin", "base")},
+            "name": self._stem,
+            **{name: getattr(self, name) for name in ("architecture", "origin", "base")},
             "definition": self.definition,
             **self.places,
             **self.digests,
@@ -184,6 +202,16 @@ class LockedImage:
             **{name: list(getattr(self, name)) for name in ("locked", "may_drift")},
         }
         return {key: found[key] for key in _KEYS if found.get(key)}
+
+    @property
+    def _stem(self) -> str:
+        architecture = self.architecture
+        return variants.stem_of(self.name, architecture) if architecture else self.name
+
+    @property
+    def order(self) -> tuple[str, str]:
+        """Its place in a lock file, which is the same on every machine."""
+        return self._stem, self.architecture
 
     def kept(self, before: LockedImage | None) -> LockedImage:
         """The same image after an older entry: what may drift still may."""
@@ -349,7 +377,8 @@ class Lock:
         """The content of the file."""
         import tomli_w
 
-        entries = [self.images[name].values() for name in sorted(self.images)]
+        ordered = sorted(self.images.values(), key=lambda entry: entry.order)
+        entries = [entry.values() for entry in ordered]
         return f"{HEADER}\n{tomli_w.dumps({'schema': SCHEMA, 'image': entries})}"
 
     def add(self, entries: Iterable[LockedImage]) -> Lock:

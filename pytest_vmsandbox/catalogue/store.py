@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +17,7 @@ from typing import Any
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import problem, size_on_disk, unusable
 from pytest_vmsandbox.cache.store import IMAGES, IN_USE, PRIVATE_KEY, Store
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, standard_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
@@ -321,11 +322,23 @@ class ImageStore(Store[BuiltImage]):
         """The folders of all builds of an image."""
         return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
 
-    def entries(self, catalogue: Catalogue) -> list[ImageEntry]:
-        """All images of a catalogue in its order, then builds without a definition.
+    def entries(
+        self,
+        catalogue: Catalogue,
+        patterns: Sequence[str] | None = None,
+        *,
+        also: Iterable[str] = (),
+    ) -> list[ImageEntry]:
+        """Images of a catalogue in its order, then builds without a definition.
+
+        Args:
+            catalogue: has the definitions.
+            patterns: names and globs, as `Catalogue.select` takes them; none of them for the images of this
+                machine's architecture and all others that are built. None for all images.
+            also: names of further images.
 
         Raises:
-            ConfigError: a folder of the catalogue cannot be read.
+            ConfigError: a folder of the catalogue cannot be read, or a pattern fits nothing.
         """
         sizes: dict[str, int] = {}
         built: dict[str, ImageDefinition] = {}
@@ -333,9 +346,17 @@ class ImageStore(Store[BuiltImage]):
             name = image.definition.name
             sizes[name] = sizes.get(name, 0) + image.size_on_disk
             built.setdefault(name, image.definition)
+        names = catalogue.names()
+        others = {name: image for name, image in built.items() if name not in names}
+        if patterns:
+            chosen = {*catalogue.select(patterns)}
+            others = {}
+        elif patterns is not None:
+            chosen = {*catalogue.native(), *built, *also}
+        else:
+            chosen = {*names}
         found = []
-        for name in catalogue.names():
-            built.pop(name, None)
+        for name in (name for name in names if name in chosen):
             size = sizes.get(name, 0)
             try:
                 definition = catalogue.get(name)
@@ -344,8 +365,7 @@ class ImageStore(Store[BuiltImage]):
                 found.append(
                     ImageEntry(name=name, state="invalid", size_bytes=size, problem=str(error))
                 )
-        others = (_entry(image, "other", sizes[name]) for name, image in built.items())
-        return [*found, *others]
+        return [*found, *(_entry(image, "other", sizes[name]) for name, image in others.items())]
 
 
 def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
@@ -360,6 +380,18 @@ def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
         )
         for image in images
     ]
+
+
+def left_out(catalogue: Catalogue, listed: Sequence[ImageEntry]) -> str:
+    """A line about the images of a catalogue that a list leaves out; empty if it has all."""
+    number = len({*catalogue.names()} - {image.name for image in listed})
+    if not number:
+        return ""
+    images = "image is" if number == 1 else "images are"
+    return (
+        f"{number} more {images} for other architectures: vmsandbox images list --all, or a glob such as "
+        f"'*{variants.SIGN}arm64'"
+    )
 
 
 def _about(image: ImageEntry) -> str:

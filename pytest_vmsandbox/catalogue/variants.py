@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,9 @@ from pytest_vmsandbox.catalogue.tables import Table
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, by_any_name, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 
+ALL = "all"
 SIGN = "_"  # before the architecture in a name
+_GLOB = frozenset("*?[")
 CONSOLE = "{console}"  # in boot.append: the kernel's name of the guest's console
 _SEPARATORS = "_-.:/"  # that people write before an architecture
 Stated = tuple[tuple[str, ...], str]  # a list of architectures, or one
@@ -36,6 +39,10 @@ class Base(Protocol):
 
     @property
     def variant_of(self) -> str:
+        """Likewise."""
+
+    @property
+    def of_several(self) -> bool:
         """Likewise."""
 
 
@@ -62,6 +69,41 @@ def stem_of(name: str, architecture: str) -> str:
 
 def _end(architecture: str) -> str:
     return f"{SIGN}{ARCHITECTURES[architecture].debian}"
+
+
+def is_glob(pattern: str) -> bool:
+    """Whether a pattern is no name of an image."""
+    return not _GLOB.isdisjoint(pattern)
+
+
+def fits(pattern: str, name: str, architecture: str) -> bool:
+    """Whether a name or a glob is for an image.
+
+    A glob without ``_`` says nothing about architectures. So it is for names without them.
+
+    Args:
+        architecture: of the image; empty if nobody knows it.
+
+    Example:
+        >>> fits("deb-*", "deb-1_arm64", "aarch64"), fits("deb-1", "deb-1_arm64", "aarch64")
+        (True, False)
+    """
+    full = full_name(name, architecture) if architecture else name
+    if not is_glob(pattern):
+        return pattern in {name, full}
+    if SIGN in pattern:
+        return fnmatchcase(name, pattern) or fnmatchcase(full, pattern)
+    return fnmatchcase(stem_of(name, architecture) if architecture else name, pattern)
+
+
+def selects(pattern: str, architecture: str) -> bool:
+    """Whether a pattern that fits an image selects it.
+
+    Globs without ``_`` and ``all`` select only images of this machine's architecture.
+    """
+    if is_glob(pattern) or pattern == ALL:
+        return SIGN in pattern or architecture in {native_architecture(), ""}
+    return True
 
 
 def guessed(name: str) -> tuple[str, str] | None:
@@ -109,8 +151,8 @@ def stated(values: Mapping[str, Any]) -> tuple[Stated, str]:
     return ((), ending if ending and base.endswith(_end(ending)) else ""), base
 
 
-def which(top: Table, parent: Base | None, wanted: str) -> tuple[str, str]:
-    """The architecture of an image, and its name.
+def which(top: Table, parent: Base | None, wanted: str) -> tuple[str, str, bool]:
+    """The architecture of an image, its name, and whether it is one of several.
 
     Args:
         top: its definition.
@@ -122,28 +164,37 @@ def which(top: Table, parent: Base | None, wanted: str) -> tuple[str, str]:
     """
     stem, several, own = top.file.parent.name, listed(top), top.values.get("architecture")
     has_differences = isinstance(own, dict)  # between several
+    follows = parent is not None and not several and (own is None or has_differences)
     if several:
         why = "together with architectures"
         top.only("architecture", own is None or has_differences, why, "remove architectures")
         architecture = _choose(top.file, several, wanted)
-    elif parent is not None and (own is None or has_differences):
+    elif parent is not None and follows:
         architecture = parent.architecture
     elif has_differences:
         raise top.missing("architectures", "[architecture.NAME] is for a definition with a list")
     else:
         architecture = top.choice("architecture", tuple(ARCHITECTURES))
-    if parent is None:
-        is_one_of_several = bool(several)
-    elif architecture != parent.architecture:
+    if parent is not None and architecture != parent.architecture:
         raise ConfigError(
             f"{top.file}: architecture = {architecture!r}, but its base {parent.name} is for "
             f"{parent.architecture}",
             remedy="remove architecture, or derive from another image",
         )
-    else:
-        follows = not isinstance(own, str) and top.values["from"] == parent.variant_of
-        is_one_of_several = bool(several) or follows
-    return architecture, variant_name(stem, architecture) if is_one_of_several else stem
+    of_several = bool(several)
+    if (
+        parent is not None and follows and parent.of_several
+    ):  # as its base, unless it names a variant
+        of_several = top.values["from"] == (parent.variant_of or parent.name)
+    if not of_several:
+        return architecture, stem, False
+    if any(stem.endswith(_end(each)) for each in ARCHITECTURES):
+        raise ConfigError(
+            f"{top.file}: the name of the folder ends with an architecture, but the definition is for "
+            "several",
+            remedy=f"rename the folder, such as to {stem.rpartition(SIGN)[0]!r}",
+        )
+    return architecture, variant_name(stem, architecture), True
 
 
 def _choose(file: Path, choices: Sequence[str], wanted: str) -> str:

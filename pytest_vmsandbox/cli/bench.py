@@ -104,7 +104,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="vmsandbox-bench-") as folder:
         screen = Screen(stderr=True)
         setup = Setup(
-            image=image,
+            image=definition.name,
             settings=settings,
             hardware=hardware,
             folder=Path(folder),
@@ -115,7 +115,7 @@ def bench(
             say=screen.say,
         )
         about = {
-            "image": image,
+            "image": definition.name,
             "cpus": spec.cpus,
             "memory_bytes": spec.memory,
             **_environment(setup, definition.architecture),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
 
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns
+from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns, left_out
 from pytest_vmsandbox.cli.importing import fetch, forget, import_
 from pytest_vmsandbox.cli.lock import lock, update, verify
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
@@ -31,10 +31,17 @@ def images() -> None:
 
 
 @images.command("list")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("--all", "every", is_flag=True, help="List the images for all architectures.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @image_path_option
-def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
+def list_(
+    *, names: tuple[str, ...], every: bool, as_json: bool, image_path: tuple[Path, ...]
+) -> None:
     """List the images with their state, their size on the disk and a description.
+
+    Without a NAME, these are the images for this machine's architecture, and others that are built. A
+    NAME may be a glob such as 'debian-*_arm64'. --json lists all unless you give a NAME.
 
     \b
     built     ready
@@ -49,7 +56,10 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
     Below the images are their templates: guests that were booted once and saved, from which clones are
     made. Each line has the number of an image's templates and their size on the disk.
     """  # noqa: D301  # a mark for click
-    found = ImageStore(cache_dir()).entries(Catalogue(image_path))
+    catalogue = Catalogue(image_path)
+    found = ImageStore(cache_dir()).entries(
+        catalogue, None if (every or as_json) and not names else names
+    )
     saved: dict[str, list[int]] = {}
     for template in sorted(TemplateStore(cache_dir()).all(), key=lambda template: template.image):
         saved.setdefault(template.image, []).append(template.size_on_disk)
@@ -61,6 +71,8 @@ def list_(*, as_json: bool, image_path: tuple[Path, ...]) -> None:
         write_json({"images": [asdict(image) for image in found], "templates": templates})
     else:
         _show(found, saved)
+        if not names and (more := left_out(catalogue, found)):
+            Screen().say(more, "dim")
     if problems := [ConfigError(image.problem) for image in found if image.problem]:
         raise ExceptionGroup("images", problems)
 
@@ -123,12 +135,11 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
     templates = TemplateStore(cache_dir())
-    built = {image.definition.name for image in store.all()}
-    built |= {template.image for template in templates.all()}
+    built = {template.image: "" for template in templates.all()}
+    built |= {image.definition.name: image.definition.architecture for image in store.all()}
     chosen: dict[str, None] = {}
     for pattern in names:
-        matching = [name for name in sorted(built) if fnmatchcase(name, pattern)]
-        chosen |= dict.fromkeys(matching or catalogue.select([pattern]))
+        chosen |= dict.fromkeys(_to_remove(pattern, catalogue, built))
     screen = Screen()
     errors: list[Exception] = []
     for name in chosen:
@@ -147,6 +158,31 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
             screen.say(f"{said}: freed {format_size(freed)}")
     if errors:
         raise ExceptionGroup("images", errors)
+
+
+def _to_remove(pattern: str, catalogue: Catalogue, built: Mapping[str, str]) -> list[str]:
+    """The names that a pattern selects, in the catalogue or only among what is in the cache.
+
+    Args:
+        pattern: a name or a glob.
+        catalogue: all images.
+        built: names of what is in the cache, and architectures.
+    """
+    known = catalogue.names()
+    others = [
+        name
+        for name, architecture in sorted(built.items())
+        if name not in known
+        and variants.fits(pattern, name, architecture)
+        and variants.selects(pattern, architecture)
+    ]
+    try:
+        found = catalogue.select([pattern])
+    except ConfigError:
+        if not others:
+            raise
+        return others
+    return [name for name in found if name in built] + others or found
 
 
 for _command in (import_, fetch, lock, update, verify):

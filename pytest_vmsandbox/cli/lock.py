@@ -90,14 +90,15 @@ def update(
 
     It looks for changed definitions, for newer packages in the archive of a distribution, and for other
     images in this machine's cache. It shows all differences and asks before it changes anything.
-    Without a terminal, it needs --yes. Without a NAME, it updates the images in the lock file.
+    Without a terminal, it needs --yes. Without a NAME, it updates the images in the lock file. Those for
+    other architectures are left out unless they are built here.
     """
     project = ask(where)
     settings = replace(_settings(project, image_path), offline=offline)
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache_dir())
     before, screen = project.lock, Screen()
-    chosen = catalogue.select(names) if names else list(before.images)
-    if not chosen:
+    chosen = catalogue.select(names) if names else _those_here(before, catalogue, store, screen)
+    if not before.images and not chosen:
         raise ConfigError(
             f"there is no image in {before.file}", remedy="add images: vmsandbox images lock"
         )
@@ -124,6 +125,21 @@ def update(
         screen.say(f"{entry.name} is locked now: {_about(entry)}")
     if errors:
         raise ExceptionGroup("update", errors)
+
+
+def _those_here(lock: Lock, catalogue: Catalogue, store: ImageStore, screen: Screen) -> list[str]:
+    """The images in a lock, without those that only machines of other architectures need to have."""
+    native, known = catalogue.native(), catalogue.names()
+    foreign = [
+        name
+        for name in lock.images
+        if name in known and name not in native and not store.folders_of(name)
+    ]
+    if foreign:
+        screen.say(
+            f"left out, because they are for other architectures and not built here: {', '.join(foreign)}"
+        )
+    return [name for name in lock.images if name not in foreign]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,24 +313,25 @@ def verify(
 ) -> None:
     """Read images once, and compare them with their records and with the lock file.
 
-    Without a NAME, these are the images in the lock file; without one, all that are built. Each difference
-    takes one line, with what to do about it. Then the exit status is 1.
+    Without a NAME, these are the images in the lock file; without one, all that are built. Images for other
+    architectures are left out unless they are built here. Each difference takes one line, with what to do
+    about it. Then the exit status is 1.
     """
     project = ask(where)
     settings = _settings(project, image_path)
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache_dir())
     known = project.lock if project.is_locked else None
+    screen, found = Screen(stderr=as_json), {}
     if names:
         chosen = catalogue.select(names)
     elif known is not None:
-        chosen = list(known.images)
+        chosen = _those_here(known, catalogue, store, screen)
     else:
         chosen = [
             name
             for name in catalogue.names()
             if store.state(catalogue.get(name)) is ImageState.BUILT
         ]
-    screen, found = Screen(stderr=as_json), {}
     for name in chosen:
         with screen.waiting(f"reading {name}"):
             found[name] = _verdict(name, catalogue, store, known)

@@ -231,6 +231,7 @@ class GuestFactory:
                 remedy="use the name of an image ('vmsandbox images list' shows them), or what "
                 "vm_factory.prepare() returned",
             )
+        image = self.backend.catalogue.name_of(image)
         if image not in self._provisioned:
             steps = tuple(
                 provision.step() for provision in self.backend.callbacks.provisions(image)

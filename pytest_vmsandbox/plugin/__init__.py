@@ -69,14 +69,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     if not config.getoption("--vm-list"):
         return None
-    from pytest_vmsandbox.catalogue.store import ImageStore, columns
+    from pytest_vmsandbox.catalogue.store import ImageStore, columns, left_out
     from pytest_vmsandbox.core.paths import cache_dir
 
     try:
         # pytest has not run `pytest_configure`, so there is no other `Run`.
-        found = ImageStore(cache_dir()).entries(Run(config).catalogue)
+        run = Run(config)
+        selected = () if isinstance(run.selection, ConfigError) else run.selection[0]
+        found = ImageStore(cache_dir()).entries(run.catalogue, (), also=selected)
         for row in columns(found):
             print("  ".join(row))  # noqa: T201  # the list
+        if more := left_out(run.catalogue, found):
+            print(more)  # noqa: T201
         if problems := [image.problem for image in found if image.problem]:
             raise pytest.UsageError(*problems)
     except ConfigError as error:

@@ -88,6 +88,7 @@ def not_selected(run: Run, args: Iterable[str]) -> list[str]:
     with suppress(ConfigError):
         selected = run.images()
         for arg in args:
+            remedies += _with_short_name(run, arg, selected)
             named = [name for name in run.catalogue.names() if _without_image(arg, name) != arg]
             if named and not {*named} & {*selected}:
                 image = max(named, key=len)
@@ -95,6 +96,15 @@ def not_selected(run: Run, args: Iterable[str]) -> list[str]:
                     f"{arg} names the image {image}, which is not selected\nRemedy: add --vm={image}"
                 )
     return remedies
+
+
+def _with_short_name(run: Run, arg: str, selected: Sequence[str]) -> list[str]:
+    """The remedy for an id that spells the name of a selected image with its architecture."""
+    return [
+        f"{arg} names the image {name} by a longer name\nRemedy: use {with_image(plain, name)}"
+        for longer, name in run.catalogue.spellings.items()
+        if name in selected and (plain := _without_image(arg, longer)) != arg
+    ]
 
 
 def know_again(run: Run, nodeids: Sequence[str]) -> None:

@@ -204,8 +204,15 @@ class TestList:
         bare.write(PLAIN)
         result = bare.run("--vm-list")
         assert result.ret == 0
-        result.stdout.re_match_lines(["alpha-1 +missing +- +An image", "foreign +missing.*"])
+        result.stdout.re_match_lines(["alpha-1 +missing +- +An image", "beta +missing.*"])
         assert "test session starts" not in result.stdout.str()
+        result.stdout.fnmatch_lines(["1 more image is for other architectures: vmsandbox images *"])
+        assert "foreign" not in result.stdout.str()
+
+    def test_has_the_selected_image_of_another_architecture(self, bare):
+        result = bare.run("--vm-list", "--vm=foreign")
+        result.stdout.re_match_lines(["alpha-1 +missing +- +An image", "foreign +missing.*"])
+        assert "more image" not in result.stdout.str()
 
     def test_knows_the_images_of_hooks(self, bare):
         bare.ini("[pytest]\n")
@@ -224,4 +231,4 @@ class TestList:
         result = bare.run("--vm-list")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines(["*image.toml: schema = 9 is not allowed*"])
-        result.stdout.re_match_lines(["beta +invalid +-", "foreign +missing"])
+        result.stdout.re_match_lines(["alpha-2 +missing +-", "beta +invalid +-"])

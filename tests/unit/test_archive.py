@@ -26,7 +26,7 @@ class Archive:
         self.url = ""
         self.asked = []
 
-    def suite(self, name, date, digest=None, **versions):
+    def suite(self, name, date, digest=None, architectures="", **versions):
         """Write a suite, and return the line that an image's record has of it."""
         text = "\n\n".join(
             f"Package: {package}\nArchitecture: amd64\nVersion: {version}\nSize: 3"
@@ -38,7 +38,7 @@ class Archive:
         (place / PATH).write_bytes(packed)
         digest = digest or hashlib.sha256(packed).hexdigest()
         (place / "InRelease").write_text(
-            f"-----BEGIN PGP SIGNED MESSAGE-----\nDate: {date}\nSHA256:\n"
+            f"-----BEGIN PGP SIGNED MESSAGE-----\nDate: {date}\n{architectures}SHA256:\n"
             f" {'0' * 64} 3 main/binary-arm64/Packages.xz\n {digest} {len(packed)} {PATH}\n"
         )
         return f"{self.url} {name} 2026-01-01T00:00:00Z"
@@ -106,6 +106,16 @@ def test_another_architecture_that_it_lacks(archive):
     line = archive.suite("stable", NEW, openssl="4")
     with pytest.raises(ImageError, match="does not list main/binary-s390x"):
         newer_packages([line], PACKAGES, "s390x")
+
+
+def test_a_suite_without_the_architecture_does_not_count(archive):
+    """Security suites of old releases have fewer architectures than the release."""
+    lines = [
+        archive.suite("stable", NEW, architectures="Architectures: all amd64 arm64\n", openssl="4"),
+        archive.suite("security", NEW, architectures="Architectures: all arm64\n", openssl="5"),
+    ]
+    assert newer_packages(lines, PACKAGES, "x86_64") == [("openssl 3.0.15-1", "openssl 4")]
+    assert not any(path.startswith("/dists/security/main") for path in archive.asked)
 
 
 def test_it_is_gone(archive):

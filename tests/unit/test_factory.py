@@ -14,6 +14,7 @@ from pytest_vmsandbox.guests import backend as backend_module
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.provision import Provision
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from support import images
@@ -45,6 +46,16 @@ class TestWhatIsNoImage:
             if value is not None:
                 with pytest.raises(ConfigError, match="is not an image"):
                     factory.prepare(value, print, depends_on=[])
+
+
+def test_one_image_is_one_kind_of_guest_however_its_name_is_spelled(image_path):
+    step = Provision(name="x", depends_on=[], run=print).step()
+    with GuestFactory.open(Settings(image_path=image_path)) as factory:
+        long, short = (factory.with_step(name, step) for name in ("own_amd64", "own"))
+        assert long == short
+        assert long.image == "own"
+        with pytest.raises(ConfigError, match="there is no image 'own_arm64'"):
+            factory.with_step("own_arm64", step)
 
 
 class TestUser:

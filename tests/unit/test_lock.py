@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import tomllib
 from dataclasses import replace
@@ -351,3 +352,89 @@ class TestWriting:
 def test_a_project_without_a_lock(tmp_path):
     assert lock_file(tmp_path) is None
     assert read_or_empty(tmp_path / LOCK_FILE).images == {}
+
+
+# -- several architectures ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Fake the name of this machine's architecture."""
+
+    def machine(name):
+        monkeypatch.setattr(platform, "machine", lambda: name)
+
+    machine("x86_64")
+    return machine
+
+
+@pytest.fixture
+def several(tmp_path, machine):
+    """A catalogue of an image for two architectures, and of one that derives from it."""
+    text = images.toml().replace('architecture = "x86_64"', 'architectures = ["x86_64", "aarch64"]')
+    images.define(tmp_path / "images" / "deb-1", text)
+    (tmp_path / "images" / "web").mkdir()
+    (tmp_path / "images" / "web" / "image.toml").write_text(
+        'schema = 1\ndescription = "x"\nfrom = "deb-1"\n'
+    )
+
+    def keep(name):
+        catalogue = Catalogue([tmp_path / "images"])
+        return images.keep(tmp_path / "cache", catalogue.get(name))
+
+    return keep
+
+
+def test_a_lock_has_an_entry_for_each_architecture(several, file, machine):
+    """It is the same file, whichever machine has written which entry."""
+    names = ("deb-1", "deb-1_arm64", "web", "web_arm64")
+    Lock(file, {}).add([LockedImage.of(several(name)) for name in names])
+    text = file.read_text()
+    entries = tomllib.loads(text)["image"]
+    assert [(entry["name"], entry["architecture"], entry.get("base")) for entry in entries] == [
+        ("deb-1", "aarch64", None),
+        ("deb-1", "x86_64", None),
+        ("web", "aarch64", "deb-1"),
+        ("web", "x86_64", "deb-1"),
+    ]
+    assert sorted(Lock.read(file).images) == sorted(names)
+    machine("aarch64")
+    lock = Lock.read(file)
+    assert {entry.name: entry.architecture for entry in lock.images.values()} == {
+        "deb-1": "aarch64",
+        "deb-1_amd64": "x86_64",
+        "web": "aarch64",
+        "web_amd64": "x86_64",
+    }
+    for name in lock.images:
+        assert lock.check(several(name)) == []
+    assert lock.add([LockedImage.of(several("web"))]).text() == text
+
+
+def test_an_image_of_another_architecture_is_not_the_locked_one(several, file, machine):
+    Lock(file, {}).add([LockedImage.of(several("deb-1"))])
+    machine("aarch64")
+    with pytest.raises(LockError, match="the image 'deb-1' is not in vm-images.lock") as raised:
+        Lock.read(file).check(several("deb-1"))
+    assert raised.value.details.endswith("found: deb-1_amd64")
+    assert raised.value.remedy == "vmsandbox images lock deb-1"
+    Lock.read(file).add([LockedImage.of(several("deb-1"))])
+    assert [*Lock.read(file).images] == ["deb-1", "deb-1_amd64"]
+
+
+def test_an_entry_of_an_older_version_is_replaced(several, file):
+    entry = LockedImage.of(several("deb-1"))
+    Lock(file, {}).add([replace(entry, architecture="", definition="0" * 64)])
+    assert "architecture" not in tomllib.loads(file.read_text())["image"][0]
+    with pytest.raises(LockError, match="differs from vm-images.lock: definition"):
+        Lock.read(file).check(several("deb-1"))
+    Lock.read(file).add([entry])
+    assert [entry["architecture"] for entry in tomllib.loads(file.read_text())["image"]] == [
+        "x86_64"
+    ]
+
+
+def test_the_architecture_of_an_entry_is_known(locked):
+    locked.write_text(locked.read_text().replace("[[image]]", '[[image]]\narchitecture = "arm64"'))
+    with pytest.raises(ConfigError, match="image mine: architecture = 'arm64' is not allowed"):
+        Lock.read(locked)

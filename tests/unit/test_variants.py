@@ -241,6 +241,13 @@ class TestDefinition:
             assert raised.value.brief == f"{folder / 'deb-1' / 'image.toml'}: {brief}"
             assert raised.value.remedy
 
+    def test_the_name_of_a_folder_ends_with_no_architecture(self, folder, catalogue):
+        define(folder / "deb-1_s390x", BOTH)
+        for name in ("deb-1_s390x", "deb-1_s390x_arm64"):
+            with pytest.raises(ConfigError, match="the name of the folder ends with") as raised:
+                catalogue().get(name)
+            assert raised.value.remedy == "rename the folder, such as to 'deb-1'"
+
     def test_a_single_one_beside_the_list(self, folder, catalogue):
         define(folder / "deb-1", BOTH)
         file = folder / "deb-1" / "image.toml"
@@ -294,8 +301,9 @@ class TestDeriving:
         assert known.get("of-long").base == "deb-1"
         assert known.get("some_arm64").base == "deb-1_arm64"
         assert known.select(["of*", "single", "some_*"])
-        assert known.is_native("of-long")
-        assert not known.is_native("of-variant")
+        native = known.native()
+        assert "of-long" in native
+        assert "of-variant" not in native
         machine("arm64")
         known = catalogue()
         assert known.get("single").base == "deb-1"
