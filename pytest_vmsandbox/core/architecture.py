@@ -38,6 +38,8 @@ class Architecture:
         native: the CPU models to try with KVM, the best one first.
         on_emulation, on_kvm: options of the board that depend on the accelerator.
         slowness: how much slower such a guest is under emulation than one of x86.
+        timers_since: the first version of QEMU that saves all timers of an emulated guest. If an older one
+            loads its state, programs that sleep never go on.
         kvm_on: the machines (names as above) whose KVM runs such guests.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
@@ -47,7 +49,8 @@ class Architecture:
         has_generation: whether there is a device that tells a kernel that it was cloned.
         narrow: the architecture of 32-bit programs that such a machine can run; or empty.
         in_uv: whether each version of uv that we support has names for its platforms.
-        has_ports: whether there are PCI Express root ports for devices that come later.
+        hot_plug: how a disk comes while the guest runs: into a PCI Express root port, anywhere on the bus,
+            or not at all, because Debian's kernels lack the driver.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Architecture:
     on_emulation: str = ""
     on_kvm: str = ""
     slowness: float = 1.0
+    timers_since: tuple[int, ...] = (0,)
     kvm_on: tuple[str, ...] = ()
     console: str
     bus: Literal["pci", "ccw"] = "pci"
@@ -74,7 +78,7 @@ class Architecture:
     board_reports_panic: bool = False
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
-    has_ports: bool = True
+    hot_plug: Literal["port", "bus", "none"] = "none"
     narrow: str = ""
     in_uv: bool = False
 
@@ -111,6 +115,7 @@ _X86_64 = Architecture(
     panic="pvpanic-pci",
     display="VGA,vgamem_mb=4",
     has_generation=True,
+    hot_plug="port",
     narrow="i686",
     in_uv=True,
 )
@@ -132,6 +137,7 @@ _AARCH64 = Architecture(
     narrow="armv7l",
     in_uv=True,
     console="ttyAMA0",
+    hot_plug="port",
 )
 
 ARCHITECTURES = {
@@ -159,6 +165,7 @@ ARCHITECTURES = {
             emulated={(0,): "cortex-a15"},
             narrow="",
             in_uv=False,
+            hot_plug="none",
             kvm_on=(),
         ),
         Architecture(
@@ -174,6 +181,7 @@ ARCHITECTURES = {
             zig="riscv64-linux-musl",
             board="virt",
             emulated={(0,): "rv64"},
+            timers_since=(10, 2),
             kvm_on=("riscv64",),
             console="ttyS0",
         ),
@@ -191,10 +199,10 @@ ARCHITECTURES = {
             board="pseries-{version}",
             emulated={(0,): "power9"},
             on_emulation="cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            timers_since=(8, 2),
             kvm_on=("ppc64le",),
             board_reports_panic=True,
             console="hvc0",
-            has_ports=False,
         ),
         Architecture(
             name="s390x",
@@ -217,7 +225,7 @@ ARCHITECTURES = {
             console="ttysclp0",
             bus="ccw",
             display="virtio-gpu-ccw",
-            has_ports=False,
+            hot_plug="bus",
         ),
     )
 }

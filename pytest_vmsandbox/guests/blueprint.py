@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
 from pytest_vmsandbox.machine import cmdline, firmware, host
@@ -91,6 +91,22 @@ class Blueprint:
         """
         return self.pace.stretch(seconds, self.verdict.time_scale)
 
+    @property
+    def unsaved(self) -> str:
+        """What QEMU does not save of such a guest, so its state must not be loaded; empty if nothing."""
+        since = self.architecture.timers_since
+        if self.verdict.accelerator != "tcg" or self.qemu.version >= since:
+            return ""
+        return (
+            f"QEMU {self.qemu.release} does not save the timers of {self.architecture.name}. "
+            f"QEMU {'.'.join(map(str, since))} does"
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture of the guest."""
+        return ARCHITECTURES[self.built.definition.architecture]
+
     def machine(self, name: str, public_key: str, start: Start = Start.POWER_ON) -> MachineSpec:
         """The machine of one guest.
 
@@ -103,7 +119,7 @@ class Blueprint:
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
-            architecture=ARCHITECTURES[self.built.definition.architecture],
+            architecture=self.architecture,
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,

@@ -259,6 +259,29 @@ class TestMachine:
 
 
 @pytest.mark.parametrize(
+    ("name", "version", "verdict", "loses"),
+    [
+        ("x86_64", (7, 2), TCG, False),
+        ("aarch64", (7, 2), TCG, False),
+        ("s390x", (7, 2), TCG, False),
+        ("ppc64le", (8, 1), TCG, True),
+        ("ppc64le", (8, 2), TCG, False),
+        ("riscv64", (10, 0, 13), TCG, True),
+        ("riscv64", (10, 0, 13), KVM, False),
+        ("riscv64", (11, 1), TCG, False),
+    ],
+)
+def test_an_old_qemu_loses_timers(blueprint, name, version, verdict, loses):
+    """Such a state must not be loaded: programs that sleep would never go on."""
+    other = replace(
+        with_image(blueprint, architecture=name),
+        qemu=replace(QEMU, version=version),
+        verdict=verdict,
+    )
+    assert (f"does not save the timers of {name}" in other.unsaved) is loses
+
+
+@pytest.mark.parametrize(
     ("disk_size", "disks", "device"),
     [(GIB, (), "vdb"), (GIB, (MIB,) * 8, "vdj"), (None, (), "vda"), (None, (MIB,), "vdb")],
 )
