@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue import helpers, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.making import Build, Maker
+from pytest_vmsandbox.catalogue.making import SECOND_STAGE, Build, Maker
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -260,6 +260,8 @@ def _check(out: Path, definition: ImageDefinition) -> None:
             wrong.append(f"{name} is empty or cannot be read")
         elif name == HOST_KEY and not _HOST_KEY.fullmatch(file.read_bytes()):
             wrong.append(f"{name} is not one line with an ssh-ed25519 key")
+    if (out / SECOND_STAGE).exists():
+        wrong.append("no guest has completed what the recipe has only unpacked")
     if definition.disk_size is None and (out / DISK).exists():
         wrong.append(f"{DISK} is there, but image.toml has no [disk]")
     if wrong:
