@@ -153,6 +153,9 @@ class FakeHelper:
     def assume(self):
         pass
 
+    def is_silent(self):
+        return False
+
     def seed(self, data):
         pass
 
