@@ -5,6 +5,7 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -119,9 +120,9 @@ class TestTime:
             return SimpleNamespace(returncode=0)
 
         noted, lines = [], []
-        engine = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
-        build = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
-        guest = SimpleNamespace(engine=engine)
+        engine: Any = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
+        build: Any = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
+        guest: Any = SimpleNamespace(engine=engine)
         try:
             changing.run(build, guest, "true", what="the second stage", silent=60.0, longest=600.0)
         finally:
