@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pytest_vmsandbox.core.errors import LaunchError
+
 _OTHER_NAMES = {
     "amd64": "x86_64",
     "arm64": "aarch64",
@@ -45,6 +47,11 @@ class Architecture:
         bus: how virtio devices are attached.
         panic: the device through which a kernel reports a panic; empty if there is none.
         board_reports_panic: whether the board reports it by itself.
+        has_bios: whether BIOS can boot a disk.
+        uefi_board: the board as descriptions of UEFI firmware name it; empty if UEFI cannot boot a disk.
+        uefi_package: the package of Debian with that firmware.
+        secure_boot: whether we know how to protect that firmware's variables from the guest.
+        tpm: the device of a TPM.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
         narrow: the architecture of 32-bit programs that such a machine can run; or empty.
@@ -76,6 +83,11 @@ class Architecture:
     bus: Literal["pci", "ccw"] = "pci"
     panic: str = ""
     board_reports_panic: bool = False
+    has_bios: bool = False
+    uefi_board: str = ""
+    uefi_package: str = ""
+    secure_boot: bool = False
+    tpm: str = ""
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
     hot_plug: Literal["port", "bus", "none"] = "none"
@@ -113,6 +125,11 @@ _X86_64 = Architecture(
     kvm_on=("x86_64",),
     console="ttyS0",
     panic="pvpanic-pci",
+    has_bios=True,
+    uefi_board="pc-q35-*",
+    uefi_package="ovmf",
+    secure_boot=True,
+    tpm="tpm-crb",
     display="VGA,vgamem_mb=4",
     has_generation=True,
     hot_plug="port",
@@ -137,6 +154,9 @@ _AARCH64 = Architecture(
     narrow="armv7l",
     in_uv=True,
     console="ttyAMA0",
+    uefi_board="virt-*",
+    uefi_package="qemu-efi-aarch64",
+    tpm="tpm-tis-device",
     hot_plug="port",
 )
 
@@ -147,6 +167,8 @@ ARCHITECTURES = {
         replace(
             _X86_64,
             name="i686",
+            uefi_board="",
+            secure_boot=False,
             debian="i386",
             user="i386",
             elf=(1, 1, 3),
@@ -158,6 +180,8 @@ ARCHITECTURES = {
         replace(
             _AARCH64,
             name="armv7l",
+            uefi_board="",
+            tpm="",
             debian="armhf",
             user="arm",
             elf=(1, 1, 40),
@@ -229,6 +253,20 @@ ARCHITECTURES = {
         ),
     )
 }
+
+
+def architecture_of(name: str) -> Architecture:
+    """The architecture with a name.
+
+    Raises:
+        LaunchError: we know no machine for it.
+    """
+    if name not in ARCHITECTURES:
+        raise LaunchError(
+            f"there are no guests of {name}",
+            remedy=f"use an image for one of {', '.join(ARCHITECTURES)}. They are emulated here",
+        )
+    return ARCHITECTURES[name]
 
 
 def by_any_name(name: str) -> str:

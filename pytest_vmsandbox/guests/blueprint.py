@@ -212,8 +212,18 @@ def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:
 
 
 def has_tpm(definition: ImageDefinition, hardware: Hardware) -> bool:
-    """Whether a guest has a TPM: what its hardware says, or else its image."""
-    return definition.tpm if hardware.tpm is None else hardware.tpm
+    """Whether a guest has a TPM: what its hardware says, or else its image.
+
+    Raises:
+        ConfigError: its board can have none.
+    """
+    wanted = definition.tpm if hardware.tpm is None else hardware.tpm
+    if wanted and not ARCHITECTURES[definition.architecture].tpm:
+        raise ConfigError(
+            f"tpm=True cannot be used with {definition.name}: guests of {definition.architecture} have no TPM",
+            remedy="leave tpm= out, or use an image of another architecture",
+        )
+    return wanted
 
 
 def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
@@ -235,6 +245,12 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
         raise ConfigError(
             f"firmware={wanted!r} cannot be used with {name}: this image has no disk to boot from",
             remedy="leave firmware= out, or use an image whose disk has a boot loader",
+        )
+    its = ARCHITECTURES[built.definition.architecture]
+    if wanted == "bios" and not its.has_bios:
+        raise ConfigError(
+            f"firmware='bios' cannot be used with {name}: guests of {its.name} have no BIOS",
+            remedy="use firmware='uefi'",
         )
     try:
         found = firmware.boot_loaders(built.disk)

@@ -144,7 +144,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *display(spec),
         *kernel(spec, fds),
         *firmware(spec, fds),
-        *tpm(fds),
+        *tpm(spec, fds),
         *disks(spec, fds),
         *modules(spec, fds),
         *network(spec),
@@ -304,14 +304,14 @@ def flash(node: str, number: int, kind: str, *, read_only: bool) -> dict[str, ob
     return {"node-name": node, "driver": kind, **options, "file": file}
 
 
-def tpm(fds: Descriptors) -> list[str]:
+def tpm(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """A TPM 2.0, which another process emulates. Its state is part of the machine's."""
     if fds.tpm is None:
         return []
     return [
         *("-chardev", f"socket,id=tpm,fd={fds.tpm}"),
         *("-tpmdev", "emulator,id=tpm0,chardev=tpm"),
-        *("-device", "tpm-crb,tpmdev=tpm0"),
+        *("-device", f"{spec.architecture.tpm},tpmdev=tpm0"),
     ]
 
 

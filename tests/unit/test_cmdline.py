@@ -233,8 +233,8 @@ class TestFirmware:
         assert cmdline.machine(spec)[1].endswith(",smm=on")
 
     def test_a_tpm(self):
-        assert cmdline.tpm(Descriptors()) == []
-        assert cmdline.tpm(Descriptors(tpm=7)) == [
+        assert cmdline.tpm(SPEC, Descriptors()) == []
+        assert cmdline.tpm(SPEC, Descriptors(tpm=7)) == [
             *("-chardev", "socket,id=tpm,fd=7", "-tpmdev", "emulator,id=tpm0,chardev=tpm"),
             *("-device", "tpm-crb,tpmdev=tpm0"),
         ]
