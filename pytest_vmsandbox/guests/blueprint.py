@@ -250,7 +250,7 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
     if wanted == "bios" and not its.has_bios:
         raise ConfigError(
             f"firmware='bios' cannot be used with {name}: guests of {its.name} have no BIOS",
-            remedy="use firmware='uefi'",
+            remedy=f"use firmware={'uefi' if its.uefi_board else 'kernel'!r}",
         )
     try:
         found = firmware.boot_loaders(built.disk)
