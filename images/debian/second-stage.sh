@@ -75,31 +75,31 @@ second_stage() {
     echo /second-stage >"$VMSANDBOX_OUT/second-stage"
 }
 
-# configure_packages: in the guest, have dpkg do with the unpacked packages what it does in a new system.
+# configure_packages: in the guest, have dpkg do with the unpacked packages what it does in a new system.  ROOT=/.
 configure_packages() {
-    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
-    chmod 0755 /usr/sbin/policy-rc.d
+    printf '#!/bin/sh\nexit 101\n' >"$ROOT/usr/sbin/policy-rc.d"    # no service is started
+    chmod 0755 "$ROOT/usr/sbin/policy-rc.d"
     count=$(dpkg-query -W | wc -l)
-    for script in base-passwd base-files $(cd /var/lib/dpkg/info && ls ./*.preinst | sed 's|^./||; s/.preinst$//'); do
-        preinst "$script"
+    for script in "$ROOT"/var/lib/dpkg/info/*.preinst; do
+        [ ! -e "$script" ] || preinst "$script"
     done
     # First, and in this order, what the scripts of others need; there are no dependencies between them that dpkg could follow.
     for package in base-passwd base-files dpkg libc6 perl-base mawk debconf; do
         dpkg --force-depends --configure "$package"
     done
     follow 'Setting up' "configuring packages" dpkg --configure --pending
-    rm /usr/sbin/policy-rc.d
+    rm "$ROOT/usr/sbin/policy-rc.d"
     unconfigured=$(dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' | awk '$1 != "ii" { print $2 }')
+    # shellcheck disable=SC2086  # words
     [ -z "$unconfigured" ] || fail "these packages are not configured:" $unconfigured
 }
 
-# preinst NAME[:ARCHITECTURE]: run what dpkg would have run before it unpacked a package.
+# preinst SCRIPT: run what dpkg would have run before it unpacked a package.
 preinst() {
-    [ -e "/var/lib/dpkg/info/$1.preinst" ] || return 0
-    DPKG_MAINTSCRIPT_NAME=preinst DPKG_MAINTSCRIPT_PACKAGE=${1%:*} DPKG_MAINTSCRIPT_PACKAGE_REFCOUNT=1 \
+    package=${1##*/} package=${package%.preinst}
+    DPKG_MAINTSCRIPT_NAME=preinst DPKG_MAINTSCRIPT_PACKAGE=${package%:*} DPKG_MAINTSCRIPT_PACKAGE_REFCOUNT=1 \
         DPKG_MAINTSCRIPT_ARCH=$(dpkg --print-architecture) DPKG_ADMINDIR=/var/lib/dpkg DPKG_ROOT='' \
-        DPKG_RUNNING_VERSION=$(dpkg-query -W -f '${Version}' dpkg) "/var/lib/dpkg/info/$1.preinst" install ||
-        fail "$1: its preinst ended with status $?"
+        DPKG_RUNNING_VERSION=$(dpkg-query -W -f '${Version}' dpkg) "$1" install || fail "$package: its preinst ended with status $?"
 }
 
 # follow WORD WHAT PROGRAM…: run it, and tell people now and then how many lines have begun with WORD.

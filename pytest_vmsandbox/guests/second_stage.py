@@ -39,7 +39,7 @@ def complete(build: Build, settings: Settings) -> None:
     first = replace(definition, append=f"{definition.append} init={_FOLDER}/init")
     image = Unfinished(definition=first, digest=definition.digest, folder=build.out)
     hardware = changing.hardware_for(image, disk=definition.disk_size, network="isolated")
-    build.say("booting it: its own programs do the rest")
+    build.say("booting it: the guest configures its packages")
     with changing.changing(build, image, hardware, settings, KeyPair.generate()) as guest:
         changing.run(
             build,

@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.catalogue import own_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import CommandTimeout, ImageError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, image_maker
 from support import images
@@ -107,6 +107,38 @@ class TestWhoDecides:
         assert "no guest has completed what the recipe has only unpacked" in caught.value.details
 
 
+class TestTime:
+    """On a machine where all takes ten times as long as on a usual one."""
+
+    def run(self, late=None):
+        def engine_run(command, *, stdout, timeout, idle):
+            stdout(b"== configuring packages\nsome line\n")
+            noted.append((timeout, idle))
+            if late is not None:
+                raise late
+            return SimpleNamespace(returncode=0)
+
+        noted, lines = [], []
+        engine = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
+        build = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
+        guest = SimpleNamespace(engine=engine)
+        try:
+            changing.run(build, guest, "true", what="the second stage", silent=60.0, longest=600.0)
+        finally:
+            assert lines == [b"== configuring packages\n", b"some line\n"]
+        return noted
+
+    def test_there_are_limits(self):
+        assert self.run() == [(6000.0, 600.0)]
+
+    def test_too_late(self):
+        late = CommandTimeout(
+            "there was no output for 600 s", seconds=600.0, stdout=b"", stderr=b""
+        )
+        with pytest.raises(ImageError, match="the second stage was killed: there was no output"):
+            self.run(late)
+
+
 class TestRecipe:
     """The shell functions, with a folder in the place of what they would find."""
 
@@ -185,6 +217,49 @@ class TestRecipe:
         assert scripts == {f"one:{foreign}.preinst", "two.preinst"}
         assert all(os.access(info / script, os.X_OK) for script in scripts)
         assert sorted(path.name for path in tmp_path.glob("root.*")) == []
+
+    def system(self, tmp_path, states):
+        """Make what plays a guest with unpacked packages; a program of its own notes each call of dpkg."""
+        (tmp_path / "root/usr/sbin").mkdir(parents=True)
+        info = tmp_path / "root/var/lib/dpkg/info"
+        info.mkdir(parents=True)
+        for name in ("one", "two:s390x"):
+            script = f'#!/bin/sh\necho "preinst $1 $DPKG_MAINTSCRIPT_PACKAGE $DPKG_MAINTSCRIPT_ARCH" >>{tmp_path}/calls\n'
+            (info / f"{name}.preinst").write_text(script)
+            (info / f"{name}.preinst").chmod(0o755)
+        calls = (
+            f'[ "$1" = --print-architecture ] && echo s390x || echo "dpkg $*" >>{tmp_path}/calls'
+        )
+        self.program(tmp_path, "dpkg", calls)
+        self.program(tmp_path, "dpkg-query", f"printf '{states}'")
+        return info
+
+    def test_packages_are_configured_as_in_a_new_system(self, tmp_path):
+        self.system(tmp_path, "ii one\\nii two\\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 0, result.stderr
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert calls[:3] == [
+            "preinst install one s390x",
+            "preinst install two s390x",
+            "dpkg --force-depends --configure base-passwd",
+        ]
+        assert calls[-1] == "dpkg --configure --pending"
+        assert not (tmp_path / "root/usr/sbin/policy-rc.d").exists()
+
+    def test_a_package_stays_unconfigured(self, tmp_path):
+        self.system(tmp_path, "ii one\\niU two\\niF three\\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 1
+        assert result.stderr.endswith("these packages are not configured: two three\n")
+
+    def test_a_preinst_fails(self, tmp_path):
+        info = self.system(tmp_path, "")
+        (info / "one.preinst").write_text("#!/bin/sh\nexit 7\n")
+        result = self.run(tmp_path, "configure_packages")
+        assert result.returncode == 1
+        assert "one: its preinst ended with status 7" in result.stderr
+        assert not (tmp_path / "calls").exists()
 
     def test_how_far_dpkg_is(self, tmp_path):
         lines = "".join(f"Setting up p{n} ...\\n" for n in range(45))
