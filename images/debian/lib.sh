@@ -4,6 +4,8 @@
 # own, where it is uid 0, has the user's subordinate ids, and may mount.  Nothing of what it mounts or starts there
 # outlives it: when the outer half ends, however it ends, the kernel kills the inner half and drops its mounts.
 
+LIB=$PWD/../debian    # recipes start in their own folder
+
 stage() { printf '== %s\n' "$*"; }
 fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
@@ -62,6 +64,23 @@ helper() {
     install -D -m 0755 "$VMSANDBOX_HELPER" "$1/usr/lib/vmsandbox/helper"
 }
 
+# natively QUESTION…: what this machine can tell of programs, modules and keys without running programs of the image.
+natively() { "$VMSANDBOX_PYTHON" "$LIB/natively.py" "$@" || fail "natively $1 failed"; }
+
+# kernel_package: the smallest kernel for virtual machines that Debian has.
+kernel_package() {
+    case $VMSANDBOX_DEBIAN_ARCHITECTURE in
+    amd64 | arm64) echo "linux-image-cloud-$VMSANDBOX_DEBIAN_ARCHITECTURE" ;;
+    armhf) echo linux-image-armmp ;;
+    i386) echo linux-image-686-pae ;;
+    ppc64el) echo linux-image-powerpc64le ;;
+    *) echo "linux-image-$VMSANDBOX_DEBIAN_ARCHITECTURE" ;;
+    esac
+}
+
+# panic_modules: the drivers that report a panic to QEMU, of boards that have a device for it.
+panic_modules() { case $VMSANDBOX_DEBIAN_ARCHITECTURE in amd64 | i386) echo pvpanic pvpanic_pci ;; esac; }
+
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
     suite=$1 variant=$2 packages=$3
@@ -70,13 +89,19 @@ bootstrap() {
     set -- --extract-hook="cp \"\$1\"/var/lib/apt/lists/*Release '$ROOT.releases/'" "$@"
     # mmdebstrap looks for the suite's key among apt's; where those lack it, the full Debian key ring must have it.
     set -- --mode=root --variant="$variant" --format=directory --include="$packages" --components=main \
+        --architectures="$VMSANDBOX_DEBIAN_ARCHITECTURE" \
         --aptopt='APT::Install-Recommends "false"' --aptopt='APT::Sandbox::User "root"' --aptopt='Acquire::Languages "none"' "$@"
-    if ! mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1; then
-        cat "$TMPDIR/log" >&2
-        grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
-            fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
-        fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
+    mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
+    # Some mirrors keep lists of updates, of the rarer architectures mostly, that do not match their release files.
+    if grep -q 'Mirror sync in progress' "$TMPDIR/log"; then
+        stage "the mirror's lists of updates to $suite do not match their release files: going on without updates"
+        find "$ROOT" "$ROOT.releases" -mindepth 1 -delete
+        mmdebstrap "$@" "$suite" "$ROOT" http://deb.debian.org/debian >"$TMPDIR/log" 2>&1 && return
     fi
+    cat "$TMPDIR/log" >&2
+    grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
+        fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
+    fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
 }
 
 # archive: write down the archive that filled $ROOT: URL, suite and date of each release file, and the keys that signed it.

@@ -177,6 +177,7 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         "VMSANDBOX_ARCHITECTURE": architecture.name,
         "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
         "VMSANDBOX_CONSOLE": architecture.console,
+        "VMSANDBOX_PYTHON": sys.executable,
         helpers.VARIABLE: _helper(build),
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
