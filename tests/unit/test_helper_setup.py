@@ -1,5 +1,6 @@
 """How a guest without a helper gets one: the scripts, in a small root file system; and what decides."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
-from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup, machines
+from pytest_vmsandbox.guests import cloning, commands, helper_scripts, helper_setup, machines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
 
@@ -480,3 +481,32 @@ class TestRunning:
         vars(guests).update(setup=running.setup, name="x")
         with pytest.raises(ConfigError, match="cannot run in it: because"):
             guests.save(running)
+
+
+@pytest.mark.parametrize(
+    ("init", "given", "key", "expected"),
+    [
+        ("systemd", False, None, True),
+        ("systemd", True, None, True),  # its boot writes them, too
+        ("systemd", False, "key", True),
+        ("systemd", True, "key", False),  # a system of somebody else
+        ("busybox", False, None, False),
+    ],
+)
+def test_whose_files_have_the_name_of_a_clone(setup, init, given, key, expected):
+    definition = SimpleNamespace(init=init)
+    blueprint: Any = SimpleNamespace(built=SimpleNamespace(definition=definition, key=key))
+    assert cloning._has_name_in_files(blueprint, setup if given else None) is expected
+
+
+def test_what_a_template_keeps_of_it(setup):
+    give(setup, Guest())
+    definition = SimpleNamespace(user="tester")
+    blueprint: Any = SimpleNamespace(
+        built=SimpleNamespace(definition=definition), hardware=SimpleNamespace(user="")
+    )
+    kept = HelperSetup.of(blueprint, setup.cache, json.loads(json.dumps(setup.record())))
+    assert (kept.way, kept.environments) == ("openrc", setup.environments)
+    assert kept.users == ("tester",)
+    assert not kept.strict
+    assert HelperSetup.of(blueprint, setup.cache, {}).record() == {}
