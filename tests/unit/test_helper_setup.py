@@ -478,7 +478,7 @@ class TestRunning:
         running.resident.found["failed"] = "run"
         running.await_answer(Deadline(1))
         guests: Any = object.__new__(machines.Machines)
-        vars(guests).update(setup=running.setup, name="x")
+        vars(guests).update(setup=running.setup, name="x", blueprint=SimpleNamespace(unsaved=""))
         with pytest.raises(ConfigError, match="cannot run in it: because"):
             guests.save(running)
 
