@@ -86,7 +86,7 @@ class TestPlace:
         assert [*(root / "usr/lib/vmsandbox").iterdir()] == []
 
     def test_a_program_that_runs_nowhere(self, root):
-        found = place(root, b"#!/bin/sh\necho bad system call >&2\nexit 159\n")
+        found = place(root, b"#!/bin/sh\nprintf 'bad\\033 system call\\nmore\\n' >&2\nexit 159\n")
         assert found["failed"] == "run"
         first = f"{root}/usr/lib/vmsandbox/helper ended with status 159 (bad system call); "
         assert found["why"].startswith(first)
