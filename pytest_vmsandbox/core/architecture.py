@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.core.spec import GIB, MIB
 
 _OTHER_NAMES = {
     "amd64": "x86_64",
@@ -56,6 +57,8 @@ class Architecture:
         has_generation: whether there is a device that tells a kernel that it was cloned.
         narrow: the architecture of 32-bit programs that such a machine can run; or empty.
         in_uv: whether each version of uv that we support has names for its platforms.
+        most_cpus, most_memory: what the board takes at most, in CPUs and bytes; None without a limit of ours.
+        memory_step: bytes; the board takes multiples of it.
         hot_plug: how a disk comes while the guest runs: into a PCI Express root port, anywhere on the bus,
             or not at all, because Debian's kernels lack the driver.
     """
@@ -90,6 +93,9 @@ class Architecture:
     tpm: str = ""
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
+    most_cpus: int | None = None
+    most_memory: int | None = None
+    memory_step: int = 1
     hot_plug: Literal["port", "bus", "none"] = "none"
     narrow: str = ""
     in_uv: bool = False
@@ -154,6 +160,8 @@ _AARCH64 = Architecture(
     narrow="armv7l",
     in_uv=True,
     console="ttyAMA0",
+    most_cpus=8,
+    most_memory=3 * GIB,
     uefi_board="virt-*",
     uefi_package="qemu-efi-aarch64",
     tpm="tpm-tis-device",
@@ -225,6 +233,7 @@ ARCHITECTURES = {
             on_emulation="cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
             timers_since=(8, 2),
             kvm_on=("ppc64le",),
+            memory_step=256 * MIB,
             board_reports_panic=True,
             console="hvc0",
         ),
