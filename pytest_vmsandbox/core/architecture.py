@@ -107,8 +107,16 @@ class Architecture:
         return bool(self.panic) or self.board_reports_panic
 
 
-def _elsewhere(dnf: str, pacman: str, zypper: str) -> dict[str, str]:
-    """The packages that have an emulator where Debian's names are unknown."""
+def _elsewhere(dnf: str, pacman: str, zypper: str, card: str = "") -> dict[str, str]:
+    """The packages that have an emulator where Debian's names are unknown.
+
+    Args:
+        card: the graphics card, if it has a package of its own there.
+    """
+    if card:
+        dnf += f" qemu-device-display-{card}"
+        module = f"qemu-hw-{'s390x' if card.endswith('ccw') else 'display'}-{card}"
+        pacman, zypper = f"{pacman} {module}", f"{zypper} {module}"
     return {"dnf": dnf, "pacman": pacman, "zypper": zypper, "brew": "qemu"}
 
 
@@ -149,7 +157,9 @@ _AARCH64 = Architecture(
     debian="arm64",
     qemu="aarch64",
     package="qemu-system-arm",
-    elsewhere=_elsewhere("qemu-system-aarch64-core", "qemu-system-aarch64", "qemu-arm"),
+    elsewhere=_elsewhere(
+        "qemu-system-aarch64-core", "qemu-system-aarch64", "qemu-arm", "virtio-gpu-pci"
+    ),
     user="aarch64",
     elf=(2, 1, 183),
     zig="aarch64-linux-musl",
@@ -208,7 +218,9 @@ ARCHITECTURES = {
             debian="riscv64",
             qemu="riscv64",
             package="qemu-system-misc",
-            elsewhere=_elsewhere("qemu-system-riscv-core", "qemu-system-riscv", "qemu-extra"),
+            elsewhere=_elsewhere(
+                "qemu-system-riscv-core", "qemu-system-riscv", "qemu-extra", "virtio-gpu-pci"
+            ),
             firmware="opensbi-riscv64-generic-fw_dynamic.bin",
             firmware_package="opensbi",
             user="riscv64",
@@ -226,7 +238,9 @@ ARCHITECTURES = {
             debian="ppc64el",
             qemu="ppc64",
             package="qemu-system-ppc",
-            elsewhere=_elsewhere("qemu-system-ppc-core", "qemu-system-ppc", "qemu-ppc"),
+            elsewhere=_elsewhere(
+                "qemu-system-ppc-core", "qemu-system-ppc", "qemu-ppc", "virtio-gpu-pci"
+            ),
             firmware="slof.bin",
             firmware_package="qemu-system-data",
             user="ppc64le",
@@ -249,7 +263,9 @@ ARCHITECTURES = {
             package="qemu-system-misc",
             elsewhere={
                 "ubuntu": "qemu-system-s390x",
-                **_elsewhere("qemu-system-s390x-core", "qemu-system-s390x", "qemu-s390x"),
+                **_elsewhere(
+                    "qemu-system-s390x-core", "qemu-system-s390x", "qemu-s390x", "virtio-gpu-ccw"
+                ),
             },
             firmware="s390-ccw.img",
             firmware_package="qemu-system-data",

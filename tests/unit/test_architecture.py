@@ -131,9 +131,17 @@ class TestRemedies:
         [
             ("apt-get", "aarch64", "apt-get install qemu-system-arm"),
             ("apt-get", "s390x", "apt-get install qemu-system-misc"),
-            ("dnf", "aarch64", "sudo dnf install qemu-system-aarch64-core"),
-            ("pacman", "riscv64", "sudo pacman -S qemu-system-riscv"),
-            ("zypper", "riscv64", "sudo zypper install qemu-extra"),
+            (
+                "dnf",
+                "aarch64",
+                "sudo dnf install qemu-system-aarch64-core qemu-device-display-virtio-gpu-pci",
+            ),
+            (
+                "pacman",
+                "riscv64",
+                "sudo pacman -S qemu-system-riscv qemu-hw-display-virtio-gpu-pci",
+            ),
+            ("zypper", "riscv64", "sudo zypper install qemu-extra qemu-hw-display-virtio-gpu-pci"),
             ("brew", "ppc64le", "brew install qemu"),
             ("", "armv7l", "install what these packages of Debian contain: qemu-system-arm"),
         ],
