@@ -53,6 +53,12 @@ inside() {
     export TMPDIR=/var/tmp
 }
 
+# runs_here: whether programs of the image run on this machine.  If not, its system is unpacked here, and `second_stage` leaves
+# the rest to a guest.  Inside only.
+runs_here() {
+    [ "${VMSANDBOX_NO_BINFMT-}" != all ] && [ -z "${VMSANDBOX_EMULATOR-}" ]
+}
+
 # helper TREE: put the program that starts programs for the host into a tree. No recipe needs a compiler.
 helper() {
     install -D -m 0755 "$VMSANDBOX_HELPER" "$1/usr/lib/vmsandbox/helper"

@@ -1,4 +1,5 @@
 # The Debian images; sourced.
+. ../debian/second-stage.sh
 
 # recipe SUITE
 recipe() {
@@ -8,7 +9,7 @@ recipe() {
     stage "installing Debian ($1)"
     # INITRD: the initial RAM file system is ours.
     export INITRD=No DEBIAN_FRONTEND=noninteractive
-    bootstrap "$1" minbase "$(echo \
+    install_system "$1" "$(echo \
         linux-image-cloud-amd64 systemd systemd-sysv libpam-systemd udev dbus dbus-user-session openssh-server openssh-sftp-server python3 busybox-static \
         ca-certificates iproute2 iputils-ping procps kmod util-linux mount e2fsprogs fdisk login passwd less netbase |
         tr ' ' ',')" \
@@ -18,14 +19,20 @@ recipe() {
         --dpkgopt='path-exclude=/usr/share/locale/*'
     version=$(ls "$ROOT/usr/lib/modules")
 
-    stage "configuring it"
     # An ordinary user cannot make device nodes: lend those of the host.
     rm -rf "$ROOT"/dev/*
     for node in null zero urandom; do
         : >"$ROOT/dev/$node"
         mount --bind "/dev/$node" "$ROOT/dev/$node"
     done
-    configure
+    if runs_here; then
+        stage "configuring it"
+        configure
+        report
+    else
+        depmod -b "$ROOT" "$version"
+        second_stage
+    fi
     helper "$ROOT"
 
     stage "making the initial RAM file system"
@@ -33,14 +40,10 @@ recipe() {
 
     stage "making the disk"
     cp "$ROOT/boot/vmlinuz-$version" "$VMSANDBOX_OUT/vmlinuz"
-    chroot "$ROOT" dpkg-query -W -f '${Package} ${Version}\n' | sort >"$VMSANDBOX_OUT/packages.txt"
     archive
-    awk '{ print $1, $2 }' "$ROOT/etc/ssh/ssh_host_ed25519_key.pub" >"$VMSANDBOX_OUT/host_key.pub"
     umount "$ROOT/dev/null" "$ROOT/dev/zero" "$ROOT/dev/urandom"
-    rm -rf "$ROOT"/dev/* "$ROOT"/boot/* "$ROOT"/vmlinuz* "$ROOT"/initrd.img* "$ROOT"/var/log/* "$ROOT"/var/cache/* "$ROOT"/tmp/*
-    mkdir -p "$ROOT/var/cache/apt/archives/partial"
-    # No time stamps in the future of what the guest compares them with; nothing to update at the first boot.
-    touch "$ROOT/etc/.updated" "$ROOT/var/.updated"
+    rm -rf "$ROOT"/dev/*
+    tidy
     size=$(awk -F '"' '/^size/ { print $2 }' image.toml)
     truncate -s "${size%iB}" "$VMSANDBOX_OUT/disk.raw"
     mke2fs -q -F -t ext4 -L root -m 0 -b 4096 -i 16384 -O ^orphan_file,^metadata_csum_seed \
@@ -49,6 +52,21 @@ recipe() {
     chmod 0644 "$VMSANDBOX_OUT"/*
 }
 
+# report: write down what the system has.
+report() {
+    chroot "$ROOT" dpkg-query -W -f '${Package} ${Version}\n' | sort >"$VMSANDBOX_OUT/packages.txt"
+    awk '{ print $1, $2 }' "$ROOT/etc/ssh/ssh_host_ed25519_key.pub" >"$VMSANDBOX_OUT/host_key.pub"
+}
+
+# tidy: remove what the packages' programs have left.
+tidy() {
+    rm -rf "$ROOT"/boot/* "$ROOT"/vmlinuz* "$ROOT"/initrd.img* "$ROOT"/var/log/* "$ROOT"/var/cache/* "$ROOT"/tmp/*
+    mkdir -p "$ROOT/var/cache/apt/archives/partial"
+    # No time stamps in the future of what the guest compares them with; nothing to update at the first boot.
+    touch "$ROOT/etc/.updated" "$ROOT/var/.updated"
+}
+
+# configure: also runs in a guest, as the second stage, with ROOT=/.
 configure() {
     echo vmsandbox >"$ROOT/etc/hostname"
     printf '127.0.0.1 localhost\n127.0.1.1 vmsandbox\n::1 localhost ip6-localhost ip6-loopback\n' >"$ROOT/etc/hosts"

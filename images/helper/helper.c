@@ -38,15 +38,24 @@
  *
  * One thread without signal handlers, and nothing blocks.  Frames to the host collect in `out`; as long as there is no room in it (the host
  * does not read), nothing is read from anybody.  So all memory is static, but for a SPAWN that comes in parts.
+ *
+ * It is linked statically, with musl or glibc, and runs on any Linux of its architecture, whatever libraries that has.  So it has no name
+ * service of its own: users and their groups come from /etc/passwd and /etc/group.  A user who is in neither place but known to the system
+ * (LDAP, systemd's dynamic users) is looked up by the guest's own `getent` and `id`, which may take SECONDS.  Not seen are only further groups
+ * that such a service gives to a user who is in /etc/passwd.  Without a line there, root is uid 0 with / and /bin/sh.
+ *
+ * `helper --about` prints one line with the version of the protocol, and nothing else happens: who asks learns that it runs here.
  */
 #define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <grp.h>
 #include <linux/random.h>
+#include <limits.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -74,6 +83,8 @@ enum {
     CREDIT = 1 << 20,
     SPAWN = 2 << 20,
     ROOM = 4096,           /* more than any frame but OUTPUT needs, which takes what there is */
+    GROUPS = 65536,        /* of a user; the kernel takes no more */
+    SECONDS = 5,           /* to look a user up elsewhere; nobody else is served meanwhile */
 };
 
 struct channel {
@@ -280,24 +291,71 @@ static void reap(void)
 
 /* ---- Starting programs ---- */
 
+struct user {
+    uid_t uid;
+    gid_t gid;
+    const char *name, *home, *shell;
+};
+
 struct job {
-    struct passwd *user;
+    struct user user;
     bool become;           /* another user, or root in full */
     gid_t *groups;
     int ngroups;
-    const char *home, *cwd;
-    char **argv, **envp;
-    int fd[3];
-    volatile int stage, error;
+    const char *home, *cwd, *path;
+    char **argv, **envp;   /* there is room before the first argument */
+    int fd[3], told;       /* its standard streams; where it tells why it does not start */
+    int stage, error;
 };
 
-/* In the child of vfork(), which shares our memory: nothing but system calls. */
+/* In the child of vfork(), which may share our memory: nothing but system calls. */
+static void execute(struct job *job, char *file)
+{
+    char **argv = job->argv;
+    execve(file, argv, job->envp);
+    if (errno != ENOEXEC)
+        return;
+    argv[0] = file;    /* a script without an interpreter */
+    *--argv = (char *)"/bin/sh";
+    execve(*argv, argv, job->envp);
+}
+
+/* Look for the program along the job's PATH, and execute it.  Sets errno. */
+static void search(struct job *job)
+{
+    char found[PATH_MAX], *name = job->argv[0];
+    size_t length = strlen(name);
+    int error = ENOENT;
+
+    if (strchr(name, '/')) {
+        execute(job, name);
+        return;
+    }
+    for (const char *at = job->path, *end; length; at = end + 1) {
+        end = at + strcspn(at, ":");
+        size_t size = end - at;
+        if (size + 1 + length < sizeof found) {
+            memcpy(found, at, size);
+            found[size] = '/';    /* an empty one means here */
+            strcpy(size ? found + size + 1 : found, name);
+            execute(job, found);
+            if (errno == EACCES)
+                error = EACCES;
+            else if (errno != ENOENT && errno != ENOTDIR && errno != ENODEV && errno != ESTALE && errno != ETIMEDOUT)
+                return;
+        }
+        if (!*end)
+            break;
+    }
+    errno = error;
+}
+
 static __attribute__((noinline)) void become(struct job *job)
 {
-    const struct passwd *user = job->user;
+    const struct user *user = &job->user;
     struct sigaction action = {.sa_handler = SIG_DFL};
     sigset_t none;
-    int fd;
+    int fd, why[2] = {1, 0};
 
     sigemptyset(&none);
     sigaction(SIGPIPE, &action, NULL);    /* no other is ignored or handled, see main() */
@@ -307,53 +365,228 @@ static __attribute__((noinline)) void become(struct job *job)
         dup2(job->fd[s], s);
     if (adjusted && (fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC)) >= 0)
         (void)!write(fd, "0", 1);
-    job->stage = 1;
     if (job->become) {
         for (int s = 0; s < 3; s++)    /* so that it can open /dev/stdout */
-            (void)!fchown(s, user->pw_uid, user->pw_gid);
-        if (setgroups(job->ngroups, job->groups) || setresgid(user->pw_gid, user->pw_gid, user->pw_gid) ||
-            setresuid(user->pw_uid, user->pw_uid, user->pw_uid))
+            (void)!fchown(s, user->uid, user->gid);
+        if (setgroups(job->ngroups, job->groups) || setresgid(user->gid, user->gid, user->gid) || setresuid(user->uid, user->uid, user->uid))
             goto failed;
     }
-    job->stage = 2;
+    why[0] = 2;
     if ((chdir(job->home) && chdir("/")) || (*job->cwd && chdir(job->cwd)))
         goto failed;
-    job->stage = 3;
-    execvpe(job->argv[0], job->argv, job->envp);    /* looks for it along our own PATH, see start() */
+    why[0] = 3;
+    search(job);
 failed:
-    job->error = errno;
+    why[1] = errno;
+    (void)!write(job->told, why, sizeof why);
     _exit(127);
 }
 
+/* Start the job.  Returns its process, or -1, and then job->stage and job->error say why. */
+static pid_t launch(struct job *job)
+{
+    int told[2], why[2];
+    pid_t pid;
+
+    job->stage = 4;
+    if (pipe2(told, O_CLOEXEC)) {
+        job->error = errno;
+        return -1;
+    }
+    job->told = told[1];
+    if ((pid = vfork()) == 0)
+        become(job);
+    job->error = pid < 0 ? errno : 0;
+    close(told[1]);    /* with it, the pipe ends as soon as the program has started */
+    if (pid > 0 && read(told[0], why, sizeof why) == sizeof why) {
+        waitpid(pid, NULL, 0);
+        job->stage = why[0];
+        job->error = why[1];
+        pid = -1;
+    }
+    close(told[0]);
+    return pid;
+}
+
 /* Start the job on the channel.  Returns whether it runs; else job->stage and job->error say why not. */
-static bool start(struct channel *c, struct job *job, char *path)
+static bool start(struct channel *c, struct job *job)
 {
     int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
-    pid_t pid = -1;
 
+    c->pid = -1;
+    c->state = PROGRAM;
     for (int s = 0; s < 3; s++) {
-        if (pipe2(pipes[s], O_CLOEXEC))
+        if (pipe2(pipes[s], O_CLOEXEC)) {
+            job->stage = 4;
+            job->error = errno;
             goto done;
+        }
         c->fd[s] = pipes[s][s == 0];
         job->fd[s] = pipes[s][s != 0];
         fcntl(c->fd[s], F_SETFL, O_NONBLOCK);
     }
-    putenv(path);
-    pid = vfork();
-    if (pid == 0)
-        become(job);
-    if (pid > 0 && job->error)
-        waitpid(pid, NULL, 0);
+    c->pid = launch(job);
 done:
-    if (pid < 0)
-        job->error = errno;
-    unsetenv("PATH");
     for (int s = 0; s < 3; s++)
         if (pipes[s][0] >= 0)
             close(job->fd[s]);
-    c->pid = pid;
-    c->state = PROGRAM;
-    return !job->error;
+    return c->pid > 0;
+}
+
+/* ---- Users ---- */
+
+/* Run a program of the guest.  Returns what it has written, up to a size and as long as that takes at most SECONDS. */
+static char *answer(const char *program, const char *first, const char *second)
+{
+    static char text[CHUNK], path[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    char *argv[] = {NULL, (char *)program, (char *)first, (char *)second, NULL}, *envp[] = {path, NULL};
+    struct job job = {.home = "/", .cwd = "", .path = path + 5, .argv = argv + 1, .envp = envp};
+    struct timespec now, end;
+    size_t have = 0;
+    int ends[2];
+
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += SECONDS;
+    if (!pipe2(ends, O_CLOEXEC)) {
+        job.fd[0] = job.fd[2] = null;
+        job.fd[1] = ends[1];
+        pid_t pid = launch(&job);
+        close(ends[1]);
+        while (pid > 0 && have < sizeof text - 1) {
+            struct pollfd readable = {.fd = ends[0], .events = POLLIN};
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            long left = (end.tv_sec - now.tv_sec) * 1000 + (end.tv_nsec - now.tv_nsec) / 1000000;
+            ssize_t n = left > 0 && poll(&readable, 1, left) > 0 ? read(ends[0], text + have, sizeof text - 1 - have) : 0;
+            if (n <= 0)
+                break;
+            have += n;
+        }
+        close(ends[0]);
+        if (pid > 0) {
+            kill(-pid, SIGKILL);    /* what has written all that it has to say may go, too */
+            waitpid(pid, NULL, 0);
+        }
+    }
+    text[have] = 0;
+    return text;
+}
+
+/* The next line of a file, without its end, or NULL; it is good until the next call with this buffer. */
+static char *next(FILE *file, char **buffer, size_t *size)
+{
+    ssize_t length = file ? getline(buffer, size, file) : -1;
+    if (length < 0) {
+        if (file)
+            fclose(file);
+        return NULL;
+    }
+    (*buffer)[strcspn(*buffer, "\n")] = 0;
+    return *buffer;
+}
+
+static bool number(const char *text, uint32_t *value)
+{
+    char *end;
+    unsigned long long found = strtoull(text, &end, 10);
+    *value = found;
+    return *text >= '0' && *text <= '9' && !*end && found < UINT32_MAX;
+}
+
+/* Split a line at its colons.  Returns whether it has that many fields, and is no comment and no entry for NIS. */
+static bool split(char *line, char **fields, int count)
+{
+    line += strspn(line, " \t");
+    for (int i = 0; i < count; i++)
+        if (!(fields[i] = strsep(&line, ":")))
+            return false;
+    return *fields[0] && !strchr("#+-", *fields[0]);
+}
+
+/* Read a line like those of /etc/passwd. */
+static bool is_user(char *line, struct user *user)
+{
+    char *fields[7];
+    if (!split(line, fields, 7) || !number(fields[2], &user->uid) || !number(fields[3], &user->gid))
+        return false;
+    user->name = fields[0];
+    user->home = fields[5];
+    user->shell = fields[6];
+    return true;
+}
+
+/* Find a user in /etc/passwd, by name; with an empty one our own, by number. */
+static bool find_user(const char *name, struct user *user)
+{
+    static char *buffer;
+    static size_t size;
+    FILE *file = fopen("/etc/passwd", "re");
+    for (char *line; (line = next(file, &buffer, &size));)
+        if (is_user(line, user) && (*name ? !strcmp(user->name, name) : user->uid == geteuid())) {
+            fclose(file);
+            return true;
+        }
+    return false;
+}
+
+/* Add a further group to those of a job. */
+static void add_group(struct job *job, gid_t group)
+{
+    if (group != job->user.gid && job->ngroups < GROUPS)
+        job->groups[job->ngroups++] = group;
+}
+
+/* Find the further groups of a user in /etc/group. */
+static void find_groups(struct job *job)
+{
+    static char *buffer;
+    static size_t size;
+    FILE *file = fopen("/etc/group", "re");
+    for (char *line, *fields[4], *member; (line = next(file, &buffer, &size));) {
+        uint32_t group;
+        if (!split(line, fields, 4) || !number(fields[2], &group))
+            continue;
+        while ((member = strsep(&fields[3], ",")))
+            if (!strcmp(member, job->user.name)) {
+                add_group(job, group);
+                break;
+            }
+    }
+}
+
+/* Find the user of a job, and the groups.  Returns 0 or an errno. */
+static int look_up(struct job *job, const char *name)
+{
+    static char buffer[CHUNK];
+    bool elsewhere = false;
+
+    if (!find_user(name, &job->user)) {
+        if (!geteuid() && (!*name || !strcmp(name, "root"))) {
+            job->user = (struct user){.name = "root", .home = "/", .shell = "/bin/sh"};
+        } else if (*name != '-' && name[strspn(name, "0123456789")]) {    /* no option, no number, not empty */
+            strcpy(buffer, answer("getent", "passwd", name));
+            buffer[strcspn(buffer, "\n")] = 0;
+            if (!is_user(buffer, &job->user))
+                return ENOENT;
+            elsewhere = true;
+        } else {
+            return ENOENT;
+        }
+    }
+    job->become = !geteuid() || job->user.uid != geteuid();
+    job->groups[0] = job->user.gid;
+    job->ngroups = 1;
+    if (!job->become)
+        return 0;
+    if (!elsewhere) {
+        find_groups(job);
+        return 0;
+    }
+    for (char *at = answer("id", "-G", name), *end;; at = end) {
+        unsigned long group = strtoul(at, &end, 10);
+        if (end == at)
+            return 0;
+        add_group(job, group);
+    }
 }
 
 /* Take a string, or a number of 16 bits, from a payload; what is missing makes it too short for good. */
@@ -373,47 +606,42 @@ static unsigned count(char **at, char *end)
 
 static void spawn(struct channel *c, char *at, size_t size)
 {
-    static gid_t groups[65536];
+    static gid_t groups[GROUPS];
     static char defaults[5][4096 + 16];
     const char *names[5] = {"HOME=", "USER=", "LOGNAME=", "SHELL=", "PATH="};
-    struct job job = {.groups = groups, .ngroups = 65536, .stage = 4, .error = EINVAL};
-    char *end = at + size, *name = string(&at, end), *path = NULL, **list = NULL;
+    struct job job = {.groups = groups, .stage = 4, .error = EINVAL};
+    char *end = at + size, *name = string(&at, end), **list = NULL;
     unsigned argc, envc = 0, n = 0;
 
     job.cwd = string(&at, end);
     argc = count(&at, end);
-    job.argv = list = malloc((size + 16) * sizeof *list);    /* no string without a byte */
+    list = malloc((size + 17) * sizeof *list);    /* no string without a byte */
     if (!list) {
         job.error = ENOMEM;
         goto failed;
     }
+    job.argv = list + 1;
     for (unsigned i = 0; i < argc && at <= end; i++)
-        list[i] = string(&at, end);
+        job.argv[i] = string(&at, end);
     envc = count(&at, end);
     if (at > end || !argc)
         goto failed;
-    list[argc] = NULL;
-    job.envp = list + argc + 1;
+    job.argv[argc] = NULL;
+    job.envp = job.argv + argc + 1;
     while (n < envc && at <= end)
         job.envp[n++] = string(&at, end);
     if (at != end)
         goto failed;
 
     job.stage = 1;
-    errno = 0;
-    job.user = *name ? getpwnam(name) : getpwuid(geteuid());
-    job.error = errno ? errno : ENOENT;
-    if (!job.user)
+    if ((job.error = look_up(&job, name)))
         goto failed;
-    job.become = !geteuid() || job.user->pw_uid != geteuid();
-    if (job.become && getgrouplist(job.user->pw_name, job.user->pw_gid, groups, &job.ngroups) < 0)
-        goto failed;
-    job.home = *job.user->pw_dir ? job.user->pw_dir : "/";
+    job.home = *job.user.home ? job.user.home : "/";
 
     const char *values[5] = {
-        job.home, job.user->pw_name, job.user->pw_name, *job.user->pw_shell ? job.user->pw_shell : "/bin/sh",
-        job.user->pw_uid ? "/usr/local/bin:/usr/bin:/bin:/usr/games"
-                         : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
+        job.home, job.user.name, job.user.name, *job.user.shell ? job.user.shell : "/bin/sh",
+        job.user.uid ? "/usr/local/bin:/usr/bin:/bin:/usr/games"
+                     : "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
     for (int d = 0; d < 5; d++) {
         unsigned i = 0;
         while (i < envc && strncmp(job.envp[i], names[d], strlen(names[d])))
@@ -422,12 +650,10 @@ static void spawn(struct channel *c, char *at, size_t size)
             snprintf(defaults[d], sizeof defaults[d], "%s%s", names[d], values[d]);
             job.envp[i = n++] = defaults[d];
         }
-        path = job.envp[i];
+        job.path = job.envp[i] + strlen(names[d]);    /* of the last of them */
     }
     job.envp[n] = NULL;
-    job.stage = 4;
-    job.error = 0;
-    if (start(c, &job, path)) {
+    if (start(c, &job)) {
         c->credit[1] = c->credit[2] = CREDIT;
         frame32('S', c->number, c->pid);
         free(list);
@@ -505,13 +731,13 @@ static void connect_to(uint32_t number, const char *path, size_t size)
 
 static int seed(char *data, size_t size)
 {
-    struct { struct rand_pool_info info; char bytes[512]; } pool;
+    union { struct rand_pool_info info; char room[sizeof(struct rand_pool_info) + 512]; } pool;
     int fd, error = 0;
-    if (size > sizeof pool.bytes)
+    if (size > 512)
         return EINVAL;
     pool.info.entropy_count = size * 8;
     pool.info.buf_size = size;
-    memcpy(pool.info.buf, data, size);
+    memcpy(pool.room + offsetof(struct rand_pool_info, buf), data, size);
     if ((fd = open("/dev/random", O_RDWR | O_CLOEXEC)) < 0 || ioctl(fd, RNDADDENTROPY, &pool) || ioctl(fd, RNDRESEEDCRNG))
         error = errno;
     if (fd >= 0)
@@ -542,6 +768,14 @@ static int write_file(const char *path, size_t size)
     return close(fd) && !error ? errno : error;
 }
 
+static int set_clock(int64_t seconds, int64_t nanoseconds)
+{
+    struct timespec time = {.tv_sec = seconds, .tv_nsec = nanoseconds};
+    if (time.tv_sec != seconds || time.tv_nsec != nanoseconds)    /* fields of 32 bits */
+        return EINVAL;
+    return clock_settime(CLOCK_REALTIME, &time) ? errno : 0;
+}
+
 static void handle(int kind, uint32_t number, char *data, size_t size)
 {
     struct channel *c = find(number);
@@ -558,9 +792,7 @@ static void handle(int kind, uint32_t number, char *data, size_t size)
     case 'c':
         if (size != 0 && size != 16)
             break;
-        now.tv_sec = size ? get(data, 8) : 0;
-        now.tv_nsec = size ? get(data + 8, 8) : 0;
-        error = size && clock_settime(CLOCK_REALTIME, &now) ? errno : 0;
+        error = size ? set_clock(get(data, 8), get(data + 8, 8)) : 0;
         clock_gettime(CLOCK_REALTIME, &now);
         at = header('R', number, 20);
         put(at, error, 4);
@@ -675,22 +907,26 @@ static void fill(void)
 
 /* ---- The port ---- */
 
-/* The path of the first file of a pattern that holds `text`; good until the next call. */
-static const char *look(const char *pattern, const char *text)
+/* The name of the first entry of a folder whose file of some name holds `text`; good until the next call. */
+static const char *look(const char *folder, const char *name, const char *text)
 {
-    static glob_t found;
-    globfree(&found);
-    if (glob(pattern, 0, NULL, &found))
-        return NULL;
-    for (size_t i = 0; i < found.gl_pathc; i++) {
-        char content[64] = "";
-        int fd = open(found.gl_pathv[i], O_RDONLY | O_CLOEXEC);
+    static char found[256];
+    DIR *list = opendir(folder);
+    *found = 0;
+    for (struct dirent *entry; list && !*found && (entry = readdir(list));) {
+        char path[512], content[64] = "";
+        if (*entry->d_name == '.')
+            continue;
+        snprintf(path, sizeof path, "%s/%s/%s", folder, entry->d_name, name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
         (void)!read(fd, content, sizeof content - 1);
         close(fd);
         if (!strcmp(content, text))
-            return found.gl_pathv[i];
+            snprintf(found, sizeof found, "%s", entry->d_name);
     }
-    return NULL;
+    if (list)
+        closedir(list);
+    return *found ? found : NULL;
 }
 
 /* Tell who waits: systemd, and whoever reads our standard output to its end. */
@@ -712,16 +948,17 @@ static void ready(void)
 
 static int open_port(void)
 {
-    char device[64];
     for (int i = 0; i < 120; i++) {
-        const char *file = look("/sys/class/virtio-ports/*/name", "vmsandbox.helper\n");
-        int fd = -1;
-        if (file && sscanf(file, "/sys/class/virtio-ports/%32[^/]", device + sprintf(device, "/dev/")) == 1)
-            fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-        if (fd >= 0)
-            return fd;
+        const char *name = look("/sys/class/virtio-ports", "name", "vmsandbox.helper\n");
+        if (name) {
+            char device[512];
+            snprintf(device, sizeof device, "/dev/%s", name);
+            int fd = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+            if (fd >= 0)
+                return fd;
+        }
         /* A port comes a moment after its controller.  Nobody is kept waiting for long. */
-        if (!file && !look("/sys/bus/virtio/devices/*/device", "0x0003\n"))
+        if (!name && !look("/sys/bus/virtio/devices", "device", "0x0003\n"))
             break;
         if (i == 25)
             ready();
@@ -795,6 +1032,10 @@ int main(int argc, char **argv)
     sigset_t chld;
     struct sigaction action = {.sa_handler = SIG_DFL};
 
+    if (argc > 1 && !strcmp(argv[1], "--about")) {
+        printf("pytest-vmsandbox helper, protocol %d\n", VERSION);
+        return 0;
+    }
     while ((null = open("/dev/null", O_RDWR | O_CLOEXEC)) >= 0 && null < 3)
         ;
 #ifdef SYS_close_range

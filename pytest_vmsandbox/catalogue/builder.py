@@ -11,10 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue import helpers, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.catalogue.helpers import helper_program
-from pytest_vmsandbox.catalogue.making import Build, Maker
+from pytest_vmsandbox.catalogue.making import SECOND_STAGE, Build, Maker
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -28,13 +27,11 @@ from pytest_vmsandbox.catalogue.store import (
 from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import GIB, KIB, MIB, format_size
+from pytest_vmsandbox.core.spec import GIB, KIB, format_size
 from pytest_vmsandbox.core.text import printable
 
 ROOM_FOR_A_DISK = 3 * GIB
-HELPER = "VMSANDBOX_HELPER"  # tells a recipe where the program is
 LARGE_TMP = "/var/tmp"  # noqa: S108  # folders in it are made safely; /tmp is often memory
-_LARGEST_SCRIPT = 4 * MIB
 _TAIL = 20  # lines of the output in an error
 _TAIL_SIZE = 64 * KIB  # bytes of the output that they are taken from
 _TAIL_WIDTH = 500  # characters of each of them
@@ -170,7 +167,7 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         ImageError: a program is missing, or the recipe failed.
     """
     definition = build.definition
-    _check_programs(definition)
+    _check_programs(build)
     architecture = ARCHITECTURES[definition.architecture]
     environment = {
         **os.environ,
@@ -180,8 +177,8 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         "VMSANDBOX_ARCHITECTURE": architecture.name,
         "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
         "VMSANDBOX_CONSOLE": architecture.console,
-        HELPER: _helper(build),
         "VMSANDBOX_PYTHON": sys.executable,
+        helpers.VARIABLE: _helper(build),
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
     }
@@ -195,13 +192,10 @@ def run_recipe(build: Build) -> Mapping[str, object]:
 
 def _helper(build: Build) -> str:
     """The program of the helper for a recipe that names it; empty for others."""
-    wanted = any(
-        file.stat().st_size < _LARGEST_SCRIPT and HELPER.encode() in file.read_bytes()
-        for _, file in build.definition.files()
-    )
-    if not wanted:
+    if not helpers.is_named_by(build.definition):
         return ""
-    return os.fspath(helper_program(build.definition.architecture, build.cache, say=build.say))
+    program = helpers.helper_program(build.definition.architecture, build.cache, say=build.say)
+    return os.fspath(program)
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:
@@ -220,14 +214,18 @@ def check_room(folders: Iterable[Path], needed: int) -> None:
             )
 
 
-def _check_programs(definition: ImageDefinition) -> None:
+def _check_programs(build: Build) -> None:
+    definition = build.definition
     if sys.platform != "linux":
         raise ImageError(
             f"image {definition.name!r} can be built on Linux only",
             remedy=f"build it on a Linux machine, and copy the folder images/{definition.name} from "
             "that machine's cache to the cache here",
         )
-    if missing := programs.missing(programs.with_theirs(definition.requires)):
+    missing = programs.missing(programs.with_theirs(definition.requires))
+    if helpers.is_named_by(definition):
+        missing += helpers.lacking(definition.architecture, build.cache)
+    if missing:
         packages = sorted({programs.package_of(program) for program in missing})
         raise ImageError(
             f"building {definition.name!r} needs programs that are missing: {', '.join(missing)}",
@@ -263,6 +261,8 @@ def _check(out: Path, definition: ImageDefinition) -> None:
             wrong.append(f"{name} is empty or cannot be read")
         elif name == HOST_KEY and not _HOST_KEY.fullmatch(file.read_bytes()):
             wrong.append(f"{name} is not one line with an ssh-ed25519 key")
+    if (out / SECOND_STAGE).exists():
+        wrong.append("no guest has completed what the recipe has only unpacked")
     if definition.disk_size is None and (out / DISK).exists():
         wrong.append(f"{DISK} is there, but image.toml has no [disk]")
     if wrong:

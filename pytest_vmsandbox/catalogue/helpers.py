@@ -16,21 +16,20 @@ from pathlib import Path
 from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import own_folders
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.core.text import printable
 
-COMPILERS = (
-    "cc",
-    "gcc",
-    "clang",
-    "tcc",
-)  # the first that is there makes the program of this machine
+VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the program is
+COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
+OPTIONS = ("-Os", "-static", "-s")
 SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs in the wheel
 _PACKAGED = Path(__file__).resolve().parent.parent / "helpers"  # only in a wheel
-_PROGRAM = "helper"
+_PROGRAM, _LIBRARY = "helper", "libc.a"
+_LARGEST_SCRIPT = 4 * MIB
 _SECONDS = 600.0  # for one compiler. Zig takes half a minute where nothing else runs
-_OPTIONS = ("-Os", "-static", "-s")
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -52,8 +51,7 @@ def helper_program(
     packaged = _PACKAGED / architecture
     if _is_current(packaged, source):
         return packaged
-    store: Store[Entry] = Store(cache, HELPERS, Entry)
-    key = f"{architecture}-{_digest(source)[:16]}"
+    store, key = _place(architecture, source, cache)
     kept = store.get(key)
     if kept is not None and kept.damage():
         store.throw_away(key, kept)
@@ -70,6 +68,35 @@ def helper_program(
     return kept.folder / _PROGRAM
 
 
+def lacking(architecture: str, cache: Path) -> tuple[str, ...]:
+    """The programs that are missing to make the helper of this machine; see `programs.package_of`.
+
+    It is empty if nothing has to be made, and if such programs would not help: then `helper_program`
+    has the reason.
+
+    Raises:
+        ImageError: the source is missing.
+    """
+    source = helper_source()
+    store, key = _place(architecture, source, cache)
+    if _is_current(_PACKAGED / architecture, source) or store.get(key) is not None:
+        return ()
+    if not _is_native(architecture) or find_spec("ziglang") is not None:
+        return ()
+    compiler = _compiler()
+    if compiler is None:
+        return COMPILERS[0], _LIBRARY
+    return () if _has_library(compiler) else (_LIBRARY,)
+
+
+def is_named_by(definition: ImageDefinition) -> bool:
+    """Whether a recipe, or a file that it uses, names the variable with the helper's path."""
+    return bool(definition.recipe) and any(
+        file.stat().st_size < _LARGEST_SCRIPT and VARIABLE.encode() in file.read_bytes()
+        for _, file in definition.files()
+    )
+
+
 def helper_source() -> Path:
     """The source of the helper.
 
@@ -83,6 +110,11 @@ def helper_source() -> Path:
         "helper.c, the source of the program that runs in guests, is missing",
         remedy="install pytest-vmsandbox again",
     )
+
+
+def _place(architecture: str, source: Path, cache: Path) -> tuple[Store[Entry], str]:
+    """Where the program is kept: the store, and the key in it."""
+    return Store(cache, HELPERS, Entry), f"{architecture}-{_digest(source)[:16]}"
 
 
 def _is_current(program: Path, source: Path) -> bool:
@@ -138,11 +170,36 @@ class _Maker:
 
 def _compilers(architecture: str) -> Iterator[Sequence[str]]:
     """The starts of command lines that can compile for an architecture, the best one first."""
-    if sys.platform == "linux" and architecture == native_architecture():
-        found = filter(None, map(programs.find, COMPILERS))
-        yield from ([path] for path in list(found)[:1])
+    if _is_native(architecture) and (compiler := _compiler()) is not None:
+        yield [compiler]
     if find_spec("ziglang") is not None:
         yield zig(architecture)
+
+
+def _is_native(architecture: str) -> bool:
+    """Whether a compiler of this machine makes programs for an architecture."""
+    return sys.platform == "linux" and architecture == native_architecture()
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(programs.find, COMPILERS)), None)
+
+
+def _has_library(compiler: str) -> bool:
+    """Whether a compiler can link with the C library statically."""
+    try:
+        done = subprocess.run(
+            [compiler, f"-print-file-name={_LIBRARY}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.stdout.strip() != _LIBRARY  # otherwise, where it is
 
 
 def zig(architecture: str) -> list[str]:
@@ -173,7 +230,7 @@ def compiled(
     places = ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")
     try:
         done = subprocess.run(
-            [*compiler, *_OPTIONS, "-o", program, source],
+            [*compiler, *OPTIONS, "-o", program, source],
             cwd=work,
             env={**os.environ, "LC_ALL": "C.UTF-8", **dict.fromkeys(places, os.fspath(work))},
             stdin=subprocess.DEVNULL,
@@ -202,6 +259,7 @@ def _is_for(architecture: str, program: Path) -> bool:
 
 def _remedy(architecture: str) -> str:
     other = "install pytest-vmsandbox from a wheel, which has it, or run 'pip install ziglang'"
-    if sys.platform == "linux" and architecture == native_architecture():
-        return f"{programs.install_line(programs.COMPILER)}. Or {other}"
-    return other
+    if not _is_native(architecture):
+        return other
+    packages = [programs.package_of(program) for program in (COMPILERS[0], _LIBRARY)]
+    return f"{programs.install_line(packages)}. Or {other}"

@@ -16,6 +16,8 @@ from pytest_vmsandbox.core.spec import KIB, MIB, format_size
 from pytest_vmsandbox.core.text import one_line, printable
 
 PROGRESS = b"== "  # starts those lines of a program's output that tell people about progress
+# A recipe leaves this file in the folder of the image if a guest has to complete the disk.
+SECOND_STAGE = "second-stage"
 LONGEST_LINE = 64 * KIB  # of a program's output; a longer one is handled in pieces
 
 _MOST_OUTPUT = 64 * MIB  # of one build: its log becomes a part of the image

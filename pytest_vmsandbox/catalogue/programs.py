@@ -9,29 +9,41 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture, native_architecture
+
 _HELD = {  # package of Debian and Ubuntu → its programs, where the names differ
     "dpkg": ["dpkg-deb"],
     "e2fsprogs": ["debugfs", "e2fsck", "mke2fs", "mkfs.ext4", "resize2fs", "tune2fs"],
+    "gcc": ["cc"],
     "gnupg": ["gpg"],
+    "libc6-dev": ["libc.a"],
     "mawk": ["awk"],
     "mount": ["losetup"],
     "openssh-client": ["ssh", "ssh-keygen"],
-    "qemu-system-arm": ["qemu-system-aarch64"],
-    "qemu-system-x86": ["qemu-system-x86_64"],
     "qemu-utils": ["qemu-img"],
     "swtpm": ["swtpm"],
     "uidmap": ["newgidmap", "newuidmap"],
     "util-linux": ["setpriv", "unshare"],
     "xz-utils": ["xz"],
 }
-PACKAGES = {program: package for package, held in _HELD.items() for program in held}
+PACKAGES = {program: package for package, held in _HELD.items() for program in held} | {
+    f"qemu-system-{one.qemu}": one.package for one in ARCHITECTURES.values()
+}
 COMPILER = ("gcc", "libc6-dev")  # the packages that make the helper from its source
-_OTHER_SYSTEMS = {  # package manager → the command that installs QEMU and the image tools
-    "dnf": "sudo dnf install qemu-system-x86-core qemu-img mmdebstrap e2fsprogs cpio zstd xz "
-    "openssh-clients shadow-utils debian-keyring",
-    "pacman": "sudo pacman -S qemu-system-x86 qemu-img debootstrap e2fsprogs cpio zstd xz openssh",
-    "zypper": "sudo zypper install qemu-x86 qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh",
-    "brew": "brew install qemu",
+_OTHER_SYSTEMS = {  # package manager → its command, and the image tools
+    "dnf": (
+        "sudo dnf install",
+        (
+            "qemu-img mmdebstrap e2fsprogs cpio zstd xz openssh-clients shadow-utils debian-keyring "
+            "gcc glibc-static"
+        ),
+    ),
+    "pacman": ("sudo pacman -S", "qemu-img debootstrap e2fsprogs cpio zstd xz openssh gcc"),
+    "zypper": (
+        "sudo zypper install",
+        "qemu-tools mmdebstrap e2fsprogs cpio zstd xz openssh gcc glibc-devel-static",
+    ),
+    "brew": ("brew install", ""),
 }
 APT_GET = (
     *("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"),
@@ -86,10 +98,21 @@ def install_line(packages: Sequence[str]) -> str:
     if find("apt-get"):
         sudo = "" if os.geteuid() == 0 else "sudo "
         return f"{sudo}apt-get install {' '.join(packages)}"
-    for manager, line in _OTHER_SYSTEMS.items():
+    for manager, (command, tools) in _OTHER_SYSTEMS.items():
         if find(manager):
-            return line
+            native = ARCHITECTURES.get(native_architecture(), ARCHITECTURES["x86_64"])
+            return f"{command} {native.elsewhere[manager]} {tools}".rstrip()
     return f"install what these packages of Debian contain: {', '.join(packages)}"
+
+
+def emulator_line(architecture: Architecture) -> str:
+    """The command that installs the emulator for an architecture on this machine, to type by hand."""
+    if find("apt-get"):
+        return install_line([architecture.elsewhere.get(_system(), architecture.package)])
+    for manager, (command, _) in _OTHER_SYSTEMS.items():
+        if find(manager):
+            return f"{command} {architecture.elsewhere[manager]}"
+    return install_line([architecture.package])
 
 
 def as_root(argv: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pytest_vmsandbox.cache.files import problem
-from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue import helpers, programs
 from pytest_vmsandbox.catalogue.builder import LARGE_TMP, ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
@@ -67,7 +67,10 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     yield checks.loopback(host.loopback_problem(), host.LOOPBACK_REMEDY)
     if building:
         needed = ImageState.BUILT not in states.values()
-        yield from _building([name for image in definitions for name in image.requires], needed)
+        required = [name for image in definitions for name in image.requires]
+        needs_helper = any(map(helpers.is_named_by, definitions))
+        compiler = helpers.lacking(native, cache) if needs_helper else ()
+        yield from _building(required, compiler, needed)
     yield _firmware(native, definitions)
     yield checks.images(states, DEFAULT_IMAGE)
     if wrong:
@@ -126,16 +129,17 @@ def _verdict(
     return verdict.accelerator, verdict.reason
 
 
-def _building(required: list[str], needed: bool) -> Iterator[Check]:
+def _building(required: list[str], compiler: tuple[str, ...], needed: bool) -> Iterator[Check]:
     """The checks of what building images needs.
 
     Args:
         required: programs.
+        compiler: what is missing of it, if it is needed: see `helpers.lacking`.
         needed: whether guests cannot run without it.
     """
     root = os.geteuid() == 0
     wanted = [*programs.with_theirs(required), *([] if root else ["newuidmap"])]
-    yield checks.image_tools(programs.missing(wanted), needed=needed)
+    yield checks.image_tools((*programs.missing(wanted), *compiler), needed=needed)
     if "mmdebstrap" in required:
         yield checks.keyring(any(map(os.path.exists, _KEYRINGS)), needed=needed)
     if not root:

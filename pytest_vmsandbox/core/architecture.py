@@ -25,6 +25,9 @@ class Architecture:
         debian: Debian's name. It is the end of an image's name, such as ``debian-13_arm64``.
         qemu: what follows ``qemu-system-`` in the name of the emulator.
         package: the package of Debian that has the emulator.
+        elsewhere: its name elsewhere: package manager, or system with apt → package.
+        firmware: the file of firmware that the emulator reads from its own data; empty if it needs none.
+        firmware_package: the package of Debian that has this file.
         user: what follows ``qemu-`` in the name of the emulator for single programs.
         elf: class (1 for 32 bits, 2 for 64), byte order (1 for little, 2 for big) and machine number of
             its programs, as their first bytes have them.
@@ -38,10 +41,12 @@ class Architecture:
         kvm_on: the machines (names as above) whose KVM runs such guests.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
-        panic: the device through which a kernel reports a panic; empty if the board reports it by itself,
-            or if only the console tells.
+        panic: the device through which a kernel reports a panic; empty if there is none.
+        board_reports_panic: whether the board reports it by itself.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
+        narrow: the architecture of 32-bit programs that such a machine can run; or empty.
+        in_uv: whether each version of uv that we support has names for its platforms.
         has_ports: whether there are PCI Express root ports for devices that come later.
     """
 
@@ -49,6 +54,9 @@ class Architecture:
     debian: str
     qemu: str
     package: str
+    elsewhere: Mapping[str, str]
+    firmware: str = ""
+    firmware_package: str = ""
     user: str
     elf: tuple[int, int, int]
     board: str
@@ -63,9 +71,22 @@ class Architecture:
     console: str
     bus: Literal["pci", "ccw"] = "pci"
     panic: str = ""
+    board_reports_panic: bool = False
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
     has_ports: bool = True
+    narrow: str = ""
+    in_uv: bool = False
+
+    @property
+    def reports_panic(self) -> bool:
+        """Whether QEMU hears of a panic. If not, only the console tells."""
+        return bool(self.panic) or self.board_reports_panic
+
+
+def _elsewhere(dnf: str, pacman: str, zypper: str) -> dict[str, str]:
+    """The packages that have an emulator where Debian's names are unknown."""
+    return {"dnf": dnf, "pacman": pacman, "zypper": zypper, "brew": "qemu"}
 
 
 # Under emulation, a model with fewer features is faster, because QEMU emulates all that a guest uses.
@@ -77,6 +98,7 @@ _X86_64 = Architecture(
     debian="amd64",
     qemu="x86_64",
     package="qemu-system-x86",
+    elsewhere=_elsewhere("qemu-system-x86-core", "qemu-system-x86", "qemu-x86"),
     user="x86_64",
     elf=(2, 1, 62),
     zig="x86_64-linux-musl",
@@ -89,6 +111,8 @@ _X86_64 = Architecture(
     panic="pvpanic-pci",
     display="VGA,vgamem_mb=4",
     has_generation=True,
+    narrow="i686",
+    in_uv=True,
 )
 # Without gic-version=host, a guest could not start with KVM on a host that has another interrupt controller.
 _AARCH64 = Architecture(
@@ -96,6 +120,7 @@ _AARCH64 = Architecture(
     debian="arm64",
     qemu="aarch64",
     package="qemu-system-arm",
+    elsewhere=_elsewhere("qemu-system-aarch64-core", "qemu-system-aarch64", "qemu-arm"),
     user="aarch64",
     elf=(2, 1, 183),
     zig="aarch64-linux-musl",
@@ -104,6 +129,8 @@ _AARCH64 = Architecture(
     on_emulation="gic-version=2,highmem=off",
     on_kvm="gic-version=host",
     kvm_on=("aarch64",),
+    narrow="armv7l",
+    in_uv=True,
     console="ttyAMA0",
 )
 
@@ -112,7 +139,14 @@ ARCHITECTURES = {
     for one in (
         _X86_64,
         replace(
-            _X86_64, name="i686", debian="i386", user="i386", elf=(1, 1, 3), zig="x86-linux-musl"
+            _X86_64,
+            name="i686",
+            debian="i386",
+            user="i386",
+            elf=(1, 1, 3),
+            zig="x86-linux-musl",
+            narrow="",
+            in_uv=False,
         ),
         _AARCH64,
         replace(
@@ -123,6 +157,8 @@ ARCHITECTURES = {
             elf=(1, 1, 40),
             zig="arm-linux-musleabihf",
             emulated={(0,): "cortex-a15"},
+            narrow="",
+            in_uv=False,
             kvm_on=(),
         ),
         Architecture(
@@ -130,6 +166,9 @@ ARCHITECTURES = {
             debian="riscv64",
             qemu="riscv64",
             package="qemu-system-misc",
+            elsewhere=_elsewhere("qemu-system-riscv-core", "qemu-system-riscv", "qemu-extra"),
+            firmware="opensbi-riscv64-generic-fw_dynamic.bin",
+            firmware_package="opensbi",
             user="riscv64",
             elf=(2, 1, 243),
             zig="riscv64-linux-musl",
@@ -143,6 +182,9 @@ ARCHITECTURES = {
             debian="ppc64el",
             qemu="ppc64",
             package="qemu-system-ppc",
+            elsewhere=_elsewhere("qemu-system-ppc-core", "qemu-system-ppc", "qemu-ppc"),
+            firmware="slof.bin",
+            firmware_package="qemu-system-data",
             user="ppc64le",
             elf=(2, 1, 21),
             zig="powerpc64le-linux-musl",
@@ -150,6 +192,7 @@ ARCHITECTURES = {
             emulated={(0,): "power9"},
             on_emulation="cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
             kvm_on=("ppc64le",),
+            board_reports_panic=True,
             console="hvc0",
             has_ports=False,
         ),
@@ -158,12 +201,19 @@ ARCHITECTURES = {
             debian="s390x",
             qemu="s390x",
             package="qemu-system-misc",
+            elsewhere={
+                "ubuntu": "qemu-system-s390x",
+                **_elsewhere("qemu-system-s390x-core", "qemu-system-s390x", "qemu-s390x"),
+            },
+            firmware="s390-ccw.img",
+            firmware_package="qemu-system-data",
             user="s390x",
             elf=(2, 2, 22),
             zig="s390x-linux-musl",
             board="s390-ccw-virtio-{version}",
             emulated={(0,): "qemu"},
             kvm_on=("s390x",),
+            board_reports_panic=True,
             console="ttysclp0",
             bus="ccw",
             display="virtio-gpu-ccw",
@@ -180,6 +230,18 @@ def by_any_name(name: str) -> str:
         if name in {one.name, one.debian}:
             return one.name
     return ""
+
+
+def of_programs(machine: str, bits: int) -> str:
+    """The architecture of programs, which may be for 32 bits on a machine with 64.
+
+    Args:
+        machine: as the machine calls itself. An unknown name is returned as it is.
+        bits: of the programs.
+    """
+    name = by_any_name(machine) or machine
+    found = ARCHITECTURES.get(name)
+    return found.narrow if found is not None and found.narrow and bits == 32 else name
 
 
 def native_architecture() -> str:

@@ -11,7 +11,7 @@ from pytest_vmsandbox.cache.store import PRIVATE_KEY
 from pytest_vmsandbox.catalogue.definition import DEFINITION_FILE, ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.origin import ADOPTED
-from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, BuiltImage
+from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import (
     CommandError,
@@ -89,19 +89,6 @@ fi 2>&1
 _TO_ROOT: tuple[tuple[str, ...], ...] = (("sudo", "-n"), ("doas", "-n"))
 
 
-class _Unfinished(BuiltImage):
-    """The image while it is built: it has no record yet, and its key does not open it yet."""
-
-    @property
-    def key(self) -> Path | None:
-        """The definition says how to log in."""
-        return None
-
-    def verified(self) -> dict[str, str]:
-        """Nothing is known about its files."""
-        return {}
-
-
 def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
     """Boot what is in the folder of a build for the first time, and make it an image of ours.
 
@@ -119,7 +106,7 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
     key = KeyPair.generate()
     if has_own_key:
         key.save(build.out / PRIVATE_KEY)
-    image = _Unfinished(definition=definition, digest=definition.digest, folder=build.out)
+    image = changing.Unfinished(definition=definition, digest=definition.digest, folder=build.out)
     hardware = changing.hardware_for(image, disk=definition.disk_size, network="isolated")
     further: list[bytes] = []
     if definition.login.method == "cloud-init":

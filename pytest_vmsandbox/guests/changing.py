@@ -54,6 +54,19 @@ sync
 """
 
 
+class Unfinished(BuiltImage):
+    """An image while it is built: it has no record yet, and its key does not open it yet."""
+
+    @property
+    def key(self) -> Path | None:
+        """What is built says how to log in."""
+        return None
+
+    def verified(self) -> dict[str, str]:
+        """Nothing is known about its files."""
+        return {}
+
+
 def hardware_for(image: BuiltImage, *, disk: int | None, network: Network) -> Hardware:
     """The hardware of a guest that is booted to be changed. Its user is root."""
     memory = max(_MEMORY, image.definition.memory_min)
@@ -170,10 +183,10 @@ def run(
     arguments: Sequence[str] = (),
     *,
     what: str = "a program in the guest",
+    silent: float = _SILENT_SECONDS,
+    longest: float = math.inf,
 ) -> None:
     """Run a shell script in the guest. Its output goes into the log.
-
-    It may take as long as it writes something now and then.
 
     Args:
         build: what is built.
@@ -181,16 +194,20 @@ def run(
         script: its text.
         arguments: of the script.
         what: its name for people.
+        silent: seconds without output after which it is killed, on a usual host with KVM.
+        longest: seconds for all of it, likewise.
 
     Raises:
-        ImageError: it ended with another status than 0, or was silent for too long.
+        ImageError: it ended with another status than 0, or was silent or took too long.
     """
     log = Lines(build)
-    silent = guest.engine.stretch(_SILENT_SECONDS)
+    stretch = guest.engine.stretch
     command = Command(argv=("/bin/sh", "-c", f"exec 2>&1\n{script}", "sh", *arguments))
     name = build.definition.name
     try:
-        result = guest.engine.run(command, stdout=log.feed, timeout=math.inf, idle=silent)
+        result = guest.engine.run(
+            command, stdout=log.feed, timeout=stretch(longest), idle=stretch(silent)
+        )
     except CommandTimeout as late:
         raise ImageError(f"making {name!r} failed: {what} was killed: {late.brief}") from late
     finally:

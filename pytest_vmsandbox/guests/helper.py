@@ -34,6 +34,7 @@ _INPUT_WINDOW = 65_536
 _MAX_SKIPPED = 4 << 20
 _LOOK_SECONDS = 0.25  # how often we check the guest while we wait
 _SEND_SECONDS = 30.0
+_SILENT_SECONDS = 3.0
 _NO_USER, _NO_FOLDER, _NO_PROGRAM, _NO_ROOM = 1, 2, 3, 4  # stages of a start that failed
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # what shells return
 _NONSENSE = "the helper in the guest sent an invalid answer"
@@ -97,6 +98,16 @@ class Helper:
             GuestLost: it does not answer within `timeout` seconds.
         """
         self._await(self._send_request(b"p", b"vmsandbox"), timeout)
+
+    def is_silent(self) -> bool:
+        """Whether it was there, and does not answer within a few seconds."""
+        if not self.is_there:
+            return False
+        try:
+            self.ping(_SILENT_SECONDS)
+        except GuestLost:
+            return True
+        return False
 
     def set_clock(self) -> float:
         """Set the guest's clock to this host's time plus the lead.

@@ -13,6 +13,7 @@ from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests import second_stage
 from pytest_vmsandbox.guests.deriving import derive
 
 
@@ -44,7 +45,7 @@ def make_image(
             base = make_image(parent, settings, progress=build.say, lock=lock)
             return derive(build, base, settings)
         if definition.source is None:
-            return _adopted(build, run_recipe(build), settings)
+            return _adopted(build, _from_recipe(build, settings), settings)
         from pytest_vmsandbox.catalogue.importing.maker import make  # rarely needed
 
         locked = _locked(definition, lock)
@@ -53,6 +54,14 @@ def make_image(
 
     cache = settings.cache or cache_dir()
     return build_image(definition, ImageStore(cache), fill, progress=progress, force=force)
+
+
+def _from_recipe(build: Build, settings: Settings) -> Mapping[str, object]:
+    """Make an image by its recipe, and in a guest what the recipe could not do here."""
+    record = run_recipe(build)
+    if second_stage.is_due(build):
+        second_stage.complete(build, settings)
+    return record
 
 
 def _adopted(

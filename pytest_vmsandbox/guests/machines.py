@@ -358,6 +358,7 @@ class Machines:
                 patience=self.blueprint.stretch(_ANSWER_SECONDS),
                 quiet_seconds=quiet,
             )
+            machine.is_silent = helper.is_silent
             if state is not None:
                 helper.lead = self._lead
                 resume.from_state(machine, helper)

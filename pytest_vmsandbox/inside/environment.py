@@ -26,10 +26,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, of_programs
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.inside import stand_in
 from pytest_vmsandbox.inside.distributions import installed, is_imported, make_wheel, move_programs
 from pytest_vmsandbox.inside.requirements import SETTING, Requirements
 from pytest_vmsandbox.inside.wire import broken
@@ -37,7 +39,7 @@ from pytest_vmsandbox.inside.wire import broken
 OLDEST_PYTHON = (3, 9)
 _PROBE = Path(__file__).with_name("runner") / "probe.py"
 _GLIBC = (17, 28, *range(31, 41))  # minor versions for which uv has a platform
-_MACHINES = ("x86_64", "aarch64")
+_OLDEST_GLIBC = (2, 17)  # that wheels are for
 _DETAILS_LIMIT = 8_000  # characters of uv's own text in an error
 # uv's variables that contradict our arguments.
 _NOT_FOR_UV = ("UV_COMPILE_BYTECODE", "UV_REQUIRE_HASHES", "UV_WORKING_DIR")
@@ -58,7 +60,8 @@ class GuestPython:
 
     Args:
         version: the first three of its ``sys.version_info``.
-        machine: its ``platform.machine()``.
+        machine: the architecture of its programs, one of `core.architecture.ARCHITECTURES`. Another
+            machine has the name that ``platform.machine()`` says.
         libc: the version of its glibc, such as (2, 41); empty if it is another C library.
     """
 
@@ -69,9 +72,8 @@ class GuestPython:
     def __str__(self) -> str:
         return _dotted(self.version)
 
-    @property
-    def platform(self) -> str:
-        """The name of this platform for uv. For a newer glibc it is that of the newest known one.
+    def check(self) -> None:
+        """Check that tests can run with it.
 
         Raises:
             TransferError: there are no wheels or no pytest for it.
@@ -82,13 +84,33 @@ class GuestPython:
                 f" {_dotted(OLDEST_PYTHON)} or newer",
                 remedy="use an image with a newer Python",
             )
-        known = [minor for minor in _GLIBC if (2, minor) <= self.libc]
-        if self.machine not in _MACHINES or not known:
+        if self.machine not in ARCHITECTURES or self.libc < _OLDEST_GLIBC:
             libc = f"glibc {_dotted(self.libc)}" if self.libc else "no glibc"
             raise TransferError(
                 f"there are no wheels for the guest: it is {self.machine} with {libc}",
-                remedy=f"use an image for {' or '.join(_MACHINES)} with glibc 2.{_GLIBC[0]} or newer",
+                remedy=f"use an image for {' or '.join(ARCHITECTURES)} with glibc"
+                f" {_dotted(_OLDEST_GLIBC)} or newer",
             )
+
+    def for_uv(self, folder: Path) -> list[str]:
+        """The arguments of uv that name this Python and its platform.
+
+        Args:
+            folder: for an interpreter that stands in for it, if uv has no name for the platform.
+        """
+        version = ["--python-version", str(self)]
+        if (platform := self._platform) is not None:
+            return ["--python", sys.executable, *version, "--python-platform", platform]
+        if not folder.exists():
+            stand_in.make(folder, self.machine, _dotted(self.libc))
+        return ["--python", os.fspath(folder / "bin" / "python"), *version]
+
+    @property
+    def _platform(self) -> str | None:
+        """The name of this platform for uv; of the newest glibc that it knows. None if it has no name."""
+        if not ARCHITECTURES[self.machine].in_uv:
+            return None
+        known = [minor for minor in _GLIBC if (2, minor) <= self.libc]
         return f"{self.machine}-manylinux_2_{known[-1]}"
 
 
@@ -122,7 +144,7 @@ def parse_probe(text: str) -> tuple[GuestPython, str]:
         libc = str(facts["libc"][1]).split(".")[:2]
         python = GuestPython(
             version=tuple(map(int, facts["version"]))[:3],
-            machine=str(facts["machine"]),
+            machine=of_programs(str(facts["machine"]), int(facts["bits"])),
             libc=tuple(int(part) for part in libc if part.isdecimal()),
         )
         return python, str(facts["executable"])
@@ -163,6 +185,7 @@ def prepare(
         CacheError: it cannot be kept.
         TeardownError: making it failed, and what was made cannot be removed.
     """
+    python.check()
     store = Store(cache_dir(), ENVIRONMENTS, Entry)
     digest = requirements.digest(python)
 
@@ -308,16 +331,16 @@ class Uv:
         return file
 
     def _run(self, command: str, *arguments: str, only_wheels: bool = True) -> None:
-        wheels = ["--only-binary", ":all:", "--python-version", str(self.python)]
-        wheels += ["--python-platform", self.python.platform]
+        here = ["--python", sys.executable]
+        there = ["--only-binary", ":all:", *self.python.for_uv(self.work / "python")]
         # Folders with further wheels. The argument replaces uv's variable, so we repeat its value.
         theirs = filter(None, os.environ.get("UV_FIND_LINKS", "").split(","))
         folders = (*theirs, os.fspath(self._wheels))
         done = subprocess.run(
             [
                 *(_find_uv(), "pip", command, "--quiet", "--no-progress", "--color", "never"),
-                *("--python", sys.executable, "--no-python-downloads"),
-                *(wheels if only_wheels else []),
+                "--no-python-downloads",
+                *(there if only_wheels else here),
                 *(word for folder in folders for word in ("--find-links", folder)),
                 *(["--offline"] if self.offline else []),
                 *arguments,

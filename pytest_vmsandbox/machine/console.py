@@ -12,6 +12,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.text import printable
 
 HEAD, TAIL = 1 << 20, 1 << 20  # characters that we keep of the beginning and the end
+_END = 2048  # characters that are the end of the text
 _LOG_LIMIT = 64 << 20  # bytes in the log file
 
 
@@ -79,6 +80,16 @@ class Console:
     def tail(self, n: int = 20) -> str:
         """The last ``n`` lines."""
         return "\n".join(self.text.rstrip("\n").split("\n")[-n:]) if n > 0 else ""
+
+    def ends_with(self, text: str) -> bool:
+        """Whether the last few lines contain a text. It is quick enough to be called often."""
+        with self._grew:
+            part = self._tail if self._tail.tell() else self._head
+            end = part.tell()
+            part.seek(max(0, end - _END))
+            last = part.read()
+            part.seek(end)
+        return text in last
 
     def wait_for(self, pattern: str, timeout: float, *, this_boot: bool = False) -> re.Match[str]:
         """Wait until a regular expression is found in the text.

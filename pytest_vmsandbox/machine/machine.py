@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,11 @@ _HOST_REASONS = {
 
 @dataclass(eq=False, repr=False)
 class Machine:
-    """A QEMU process that we control. `running` starts and ends it."""
+    """A QEMU process that we control. `running` starts and ends it.
+
+    Attributes:
+        is_silent: finds out whether the guest does not answer any more; None if nobody can ask it.
+    """
 
     spec: MachineSpec
     process: OwnedProcess
@@ -72,8 +77,11 @@ class Machine:
     helper: Port
     _pace: host.Pace
     _tpm: Tpm | None = None
+    is_silent: Callable[[], bool] | None = None
     drives: Drives = field(init=False)
     _is_over: bool = False  # whether we have ended it
+    _asked_at: int = 0  # the size of the console when the guest was last asked whether it panicked
+    _asking: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.drives = Drives(self.execute, self.monitor, self.spec.architecture)
@@ -183,6 +191,8 @@ class Machine:
             self._check_tpm()
             if [name for name in names if name in {"STOP", "RESUME"}][-1:] == ["STOP"]:
                 self._check_stopped()
+            elif not self.spec.architecture.reports_panic and self._shows_panic():
+                raise self._panic()
             return
         if "SHUTDOWN" in names:
             reason = events[names.index("SHUTDOWN")].get("data", {}).get("reason", "")
@@ -200,6 +210,23 @@ class Machine:
             stage="launch",
             transient=was_killed(status),
         )
+
+    def _shows_panic(self) -> bool:
+        """Whether the console ends with a panic, and the guest does not answer any more.
+
+        Any program in the guest can write that text, so the guest is asked.
+        """
+        size = self.console.size
+        if self.is_silent is None or size == self._asked_at:
+            return False
+        if not self._asking.acquire(blocking=False):  # `is_silent` checks the guest, too
+            return False
+        try:
+            found = self.console.ends_with(stages.PANIC_END) and self.is_silent()
+            self._asked_at = 0 if found else size
+        finally:
+            self._asking.release()
+        return found
 
     def _check_tpm(self) -> None:
         """Check whether the process that emulates the TPM is still there."""

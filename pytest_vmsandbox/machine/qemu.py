@@ -48,14 +48,36 @@ def find_qemu(architecture: str) -> Qemu:
     wanted = program(its)
     found = shutil.which(wanted)
     if found is None:
-        line = programs.install_line([its.package, "qemu-utils"])
-        by_us = "run 'vmsandbox quickstart', or " if _is_native(its) else ""
+        remedy = f"install it: {programs.emulator_line(its)}"
+        if _is_native(its):
+            line = programs.install_line([its.package, "qemu-utils"])
+            remedy = f"run 'vmsandbox quickstart', or install it: {line}"
         raise LaunchError(
             f"there is no {wanted} on this machine, which guests of {architecture} need",
-            remedy=f"{by_us}install it: {line}",
+            remedy=remedy,
         )
     status = Path(found).stat()
-    return _inspect(found, status.st_mtime_ns, status.st_size)
+    qemu = _inspect(found, status.st_mtime_ns, status.st_size)
+    if its.firmware and not _has_data(found, its.firmware):
+        raise LaunchError(
+            f"{wanted} lacks its firmware {its.firmware}, which guests of {architecture} need",
+            remedy=f"install it: {programs.install_line([its.firmware_package])}",
+        )
+    return qemu
+
+
+def _has_data(path: str, name: str) -> bool:
+    """Whether an emulator finds a file among its own data."""
+    done = subprocess.run(
+        [path, "-L", "help"],
+        capture_output=True,
+        timeout=_VERSION_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+    )
+    return any(Path(folder, name).is_file() for folder in done.stdout.splitlines())
 
 
 def program(architecture: Architecture) -> str:

@@ -110,7 +110,7 @@ def _add_guests(group: pytest.OptionGroup) -> None:
         action="append",
         metavar="NAME",
         help="image to run on (default: debian-13); repeatable; takes globs; '!' in front excludes; "
-        "'all' stands for all images. Ini key: vm_images",
+        "'all' stands for all images of this machine's architecture. Ini key: vm_images",
     )
     group.addoption(
         "--vm-list",

@@ -159,6 +159,19 @@ def test_the_login_of_a_kernel_is_a_guess(run, put):
         assert why in run("import", "mine", f"--kernel={kernel}", *more, "--dry-run")
 
 
+def test_guesses_fit_the_architecture(run, put):
+    disk, *_ = put(made("qcow2-v3"))
+    (kernel,) = put({"linux": b"a kernel"})
+    for architecture, console, firmware in (
+        ("x86_64", "ttyS0", "bios"),
+        ("aarch64", "ttyAMA0", "uefi"),
+        ("s390x", "ttysclp0", "bios"),
+    ):
+        asked = ("import", "mine", f"--architecture={architecture}", "--dry-run")
+        assert f"append: console={console} root=/dev/vda rw" in run(*asked, f"--kernel={kernel}")
+        assert f"firmware: {firmware}" in run(*asked, disk)
+
+
 def test_a_harmful_file_leaves_nothing(run, put, cache):
     (file,) = put({"disk.vmdk": disks.descriptor('RW 1 FLAT "/etc/passwd" 0')})
     assert "names an extent with a path" in run("import", "evil", file, *NONE, status=69)

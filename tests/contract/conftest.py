@@ -53,14 +53,15 @@ class Stand:
         start=Start.POWER_ON,
         ram=None,
         state=None,
+        architecture=X86_64,
     ):
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
-            architecture=X86_64,
+            architecture=architecture,
             accelerator=accelerator,
-            processor=processor_models(X86_64, accelerator, self.qemu.version)[0],
+            processor=processor_models(architecture, accelerator, self.qemu.version)[0],
             hardware=Hardware(memory=memory * MIB, disks=(MIB,) * (disks is not None)),
             start=start,
             kernel=kernel,

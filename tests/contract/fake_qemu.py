@@ -393,6 +393,7 @@ class FakeQemu:
             self.console.sendall(b"[    0.0] Linux version 6\r\nvmsandbox: init\r\n")
         elif self.fault == "prints-panic":
             self.console.sendall(b"Kernel panic - not syncing: says a test\r\n")
+            self.console.sendall(b"---[ end Kernel panic - not syncing: says a test ]---\r\n")
 
     def run(self):
         self.console.sendall(b"SeaBIOS (fake)\r\n")

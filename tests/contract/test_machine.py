@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.cache.integrity import file_digest
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.core.spec import MIB
@@ -344,6 +345,30 @@ class TestFaults:
     def test_prints_what_a_panic_prints(self, fake):
         with fake.machine(fault="prints-panic") as machine:
             machine.console.wait_for("Kernel panic", timeout=5)
+            machine.check()
+
+    @pytest.mark.parametrize("name", ["aarch64", "armv7l", "riscv64"])
+    def test_panics_where_only_the_console_tells(self, fake, name):
+        """Any program can write that text, so the guest is asked, once for all that it has written."""
+        asked = []
+        with fake.machine(fault="prints-panic", architecture=ARCHITECTURES[name]) as machine:
+            machine.console.wait_for("end Kernel panic", timeout=5)
+            machine.check()  # nobody can ask it
+            machine.is_silent = lambda: asked.append(machine.check())  # which asks nobody
+            machine.check()
+            machine.check()
+            assert len(asked) == 1
+            machine.console.feed(b"it goes on\n")
+            machine.is_silent = lambda: True
+            for _ in range(2):
+                with pytest.raises(GuestLost, match="kernel panic: says a test"):
+                    machine.check()
+
+    @pytest.mark.parametrize("name", ["x86_64", "i686", "ppc64le", "s390x"])
+    def test_a_board_that_reports_panics_is_believed(self, fake, name):
+        with fake.machine(fault="prints-panic", architecture=ARCHITECTURES[name]) as machine:
+            machine.console.wait_for("end Kernel panic", timeout=5)
+            machine.is_silent = lambda: pytest.fail("nobody needs to ask")
             machine.check()
 
     @pytest.mark.parametrize(

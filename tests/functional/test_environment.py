@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import TransferError
 from pytest_vmsandbox.inside import environment
 from pytest_vmsandbox.inside.environment import GuestPython, prepare
@@ -28,6 +29,30 @@ def make(tmp_path, monkeypatch):
             )
 
         yield make
+
+
+@pytest.mark.parametrize(
+    ("machine", "compiled"), [("i686", True), ("riscv64", True), ("s390x", False)]
+)
+def test_other_architectures(make, tmp_path, machine, compiled):
+    """Pure Python works everywhere. Compiled wheels are there where somebody has published them.
+
+    Markers see the guest's machine: the package that is for another one does not exist.
+    """
+    python = GuestPython(version=(3, 13, 5), machine=machine, libc=(2, 41))
+    lines = ["coverage", "no-such-package-anywhere; platform_machine == 'x86_64'"]
+    if compiled:
+        lines.append("markupsafe")
+    packages = make(wanted(tmp_path, *lines), python).folder / "site-packages"
+    assert (packages / "_pytest").is_dir()
+    assert (packages / "coverage" / "pytracer.py").exists()
+    libraries = [file for file in packages.rglob("*.so") if "markupsafe" in file.parts]
+    assert len(libraries) == compiled
+    kind, order, number = ARCHITECTURES[machine].elf
+    for library in libraries:
+        head = library.read_bytes()[:20]
+        assert (head[4], head[5]) == (kind, order)
+        assert int.from_bytes(head[18:20], "little" if order == 1 else "big") == number
 
 
 def wanted(root: Path, *lines: str, preferred=(), dropped=()) -> Requirements:

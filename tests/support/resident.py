@@ -1,4 +1,4 @@
-"""The helper that runs in guests, compiled for this machine, and what its tests wait for."""
+"""The helper that runs in guests, made for this machine, and what its tests wait for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.catalogue.helpers import COMPILERS, OPTIONS
+
 SOURCE = Path(__file__).parents[2] / "images/helper/helper.c"
 SECONDS = 20.0  # more than anything here takes
-COMPILERS = ("cc", "gcc", "tcc")
+STRICT = ("-Wall", "-Wextra", "-Werror")
 
 
 def compiled(folder: Path) -> Path:
@@ -21,7 +23,7 @@ def compiled(folder: Path) -> Path:
     if compiler is None:
         pytest.skip(f"there is no C compiler here: none of {', '.join(COMPILERS)}")
     program = folder / "helper"
-    subprocess.run([compiler, "-Wall", "-o", program, SOURCE], check=True)
+    subprocess.run([compiler, *STRICT, *OPTIONS, "-o", program, SOURCE], check=True)
     return program
 
 

@@ -28,7 +28,7 @@ from rich.text import Text
 from pytest_vmsandbox.cli import quickstart
 
 SUITE = Path(quickstart.__file__).with_name("quickstart_suite")
-COMMAND = "pytest -v --no-header --vm='debian-*'"
+COMMAND = "pytest -v --no-header --vm='debian-1[23]'"
 COLUMNS, LINES = 110, 50
 
 

@@ -1,10 +1,12 @@
 """The table of architectures, and which programs and accelerators the machine layer takes for them."""
 
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
 
+from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, by_any_name, native_architecture
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import accelerator, host, qemu
@@ -64,19 +66,76 @@ class TestPrograms:
         assert qemu.program(ARCHITECTURES["x86_64"]) == "/common"
         assert qemu.program(ARCHITECTURES["aarch64"]) == "qemu-system-aarch64"
 
-    @pytest.mark.parametrize(
-        ("name", "package", "by_us"),
-        [("x86_64", "qemu-system-x86", True), ("s390x", "qemu-system-", False)],
-    )
-    def test_the_remedy_names_the_package(
-        self, machine, monkeypatch, tmp_path, name, package, by_us
-    ):
+    def test_a_missing_one_of_this_machine(self, machine, monkeypatch):
         machine("x86_64")
-        monkeypatch.setenv("PATH", str(tmp_path))
-        with pytest.raises(LaunchError, match=f"guests of {name} need") as raised:
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+        monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
+        with pytest.raises(LaunchError, match="guests of x86_64 need") as raised:
+            find_qemu("x86_64")
+        assert "'vmsandbox quickstart'" in raised.value.remedy
+        assert "apt-get install qemu-system-x86 qemu-utils" in raised.value.remedy
+
+
+class TestRemedies:
+    """One line with the package to install, on any system."""
+
+    @pytest.mark.parametrize(
+        ("manager", "name", "line"),
+        [
+            ("apt-get", "aarch64", "apt-get install qemu-system-arm"),
+            ("apt-get", "s390x", "apt-get install qemu-system-misc"),
+            ("dnf", "aarch64", "sudo dnf install qemu-system-aarch64-core"),
+            ("pacman", "riscv64", "sudo pacman -S qemu-system-riscv"),
+            ("zypper", "riscv64", "sudo zypper install qemu-extra"),
+            ("brew", "ppc64le", "brew install qemu"),
+            ("", "armv7l", "install what these packages of Debian contain: qemu-system-arm"),
+        ],
+    )
+    def test_the_emulator(self, machine, monkeypatch, manager, name, line):
+        machine("x86_64")
+        monkeypatch.setattr(programs, "find", lambda it: it if it == manager else None)
+        monkeypatch.setattr(programs, "_system", lambda: "debian")
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+        with pytest.raises(LaunchError) as raised:
             find_qemu(name)
-        assert package in raised.value.remedy
-        assert ("vmsandbox quickstart" in raised.value.remedy) is by_us
+        assert raised.value.remedy.removeprefix("install it: ").removeprefix("sudo ") == (
+            line.removeprefix("sudo ")
+        )
+
+    def test_ubuntu_has_another_package(self, monkeypatch):
+        monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
+        monkeypatch.setattr(programs, "_system", lambda: "ubuntu")
+        line = programs.emulator_line(ARCHITECTURES["s390x"])
+        assert line.endswith("install qemu-system-s390x")
+
+    @pytest.mark.parametrize("manager", ["dnf", "pacman", "zypper", "brew"])
+    def test_an_arm64_host_faked_installs_its_own(self, machine, monkeypatch, manager):
+        machine("aarch64")
+        monkeypatch.setattr(programs, "find", lambda it: it if it == manager else None)
+        line = programs.install_line(["cpio"])
+        assert f" {ARCHITECTURES['aarch64'].elsewhere[manager]}" in line
+        assert "x86" not in line
+
+    @pytest.mark.parametrize(
+        ("name", "package"),
+        [("riscv64", "opensbi"), ("ppc64le", "qemu-system-data"), ("s390x", "qemu-system-data")],
+    )
+    def test_the_firmware(self, machine, monkeypatch, tmp_path, name, package):
+        machine("x86_64")
+        its, data = ARCHITECTURES[name], tmp_path / "data"
+        program = tmp_path / f"qemu-system-{its.qemu}"
+        program.write_text(
+            f'#!/bin/sh\n[ "$1" = -L ] && echo /nowhere && echo {data} || echo "version 9.2.1"\n'
+        )
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
+        with pytest.raises(LaunchError, match=f"lacks its firmware {its.firmware}") as raised:
+            find_qemu(name)
+        assert raised.value.remedy.endswith(f"apt-get install {package}")
+        data.mkdir()
+        (data / its.firmware).touch()
+        assert find_qemu(name).version == (9, 2, 1)
 
 
 class TestAccelerators:

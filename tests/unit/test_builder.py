@@ -15,7 +15,7 @@ import pytest
 
 import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
-from pytest_vmsandbox.catalogue import making, programs
+from pytest_vmsandbox.catalogue import helpers, making, programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore, build_command
@@ -408,7 +408,7 @@ class TestHelper:
             asked.append(arguments)
             return program
 
-        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        monkeypatch.setattr(helpers, "helper_program", helper_program)
         return asked
 
     def test_the_recipe_gets_it(self, tmp_path, make, store, asked):
@@ -434,11 +434,18 @@ class TestHelper:
         assert (image.folder / "packages.txt").read_text() == "VMSANDBOX_HELPER=\n"
         assert asked == []
 
+    def test_what_makes_it_is_missing(self, tmp_path, make, monkeypatch):
+        monkeypatch.setattr(helpers, "lacking", lambda *_: ("cc", "libc.a"))
+        with pytest.raises(ImageError, match="programs that are missing: cc, libc.a") as caught:
+            make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
+        assert "gcc libc6-dev" in caught.value.remedy
+        make(define(tmp_path / "other"))
+
     def test_that_it_cannot_be_made_is_an_error(self, tmp_path, make, monkeypatch):
         def helper_program(*_, say):
             raise ImageError("the helper cannot be made", details="why", remedy="what to do")
 
-        monkeypatch.setattr(builder_module, "helper_program", helper_program)
+        monkeypatch.setattr(helpers, "helper_program", helper_program)
         with pytest.raises(ImageError, match="the helper cannot be made") as caught:
             make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
         assert caught.value.remedy == "what to do"

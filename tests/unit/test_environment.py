@@ -19,10 +19,11 @@ import pytest
 
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.store import ENVIRONMENTS, Entry, Store
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, TransferError
 from pytest_vmsandbox.inside import distributions, environment as environment_module
 from pytest_vmsandbox.inside.distributions import console_scripts, installed
-from pytest_vmsandbox.inside.environment import GuestPython, prepare
+from pytest_vmsandbox.inside.environment import GuestPython, parse_probe, prepare
 from pytest_vmsandbox.inside.requirements import Requirements
 from support import damage
 
@@ -399,6 +400,10 @@ def test_the_digest_is_of_all_that_matters(root):
 # The guest's Python
 
 
+def argument(arguments, name):
+    return dict(pairwise(arguments)).get(name)
+
+
 @pytest.mark.parametrize(
     ("machine", "libc", "platform"),
     [
@@ -409,15 +414,64 @@ def test_the_digest_is_of_all_that_matters(root):
         ("x86_64", (2, 17), "x86_64-manylinux_2_17"),
     ],
 )
-def test_platforms(machine, libc, platform):
-    assert GuestPython(version=(3, 9, 0), machine=machine, libc=libc).platform == platform
+def test_platforms(tmp_path, machine, libc, platform):
+    python = GuestPython(version=(3, 9, 0), machine=machine, libc=libc)
+    arguments = python.for_uv(tmp_path / "python")
+    assert argument(arguments, "--python-version") == "3.9.0"
+    assert argument(arguments, "--python-platform") == platform
+    assert argument(arguments, "--python") == sys.executable
+
+
+SAYS = """
+import os, platform, sys, sysconfig
+print(platform.machine(), sysconfig.get_platform(), os.confstr("CS_GNU_LIBC_VERSION"), sys.prefix)
+"""
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES.keys() - {"x86_64", "aarch64"}))
+def test_an_interpreter_stands_in_for_a_platform_that_uv_does_not_name(tmp_path, machine):
+    """That is how the stand-in answers the questions that uv asks of an interpreter."""
+    python = GuestPython(version=(3, 14, 0), machine=machine, libc=(2, 42))
+    arguments = python.for_uv(tmp_path / "python")
+    assert argument(arguments, "--python-version") == "3.14.0"
+    assert "--python-platform" not in arguments
+    program = argument(arguments, "--python")
+    assert arguments == python.for_uv(tmp_path / "python")
+    done = subprocess.run(
+        [program, "-I", "-B", "-c", SAYS], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        *(machine, f"linux-{machine}", "glibc", "2.42", str(tmp_path / "python")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits", "architecture"),
+    [
+        ("x86_64", 64, "x86_64"),
+        ("x86_64", 32, "i686"),
+        ("i586", 32, "i686"),
+        ("aarch64", 32, "armv7l"),
+        ("armv8l", 32, "armv7l"),
+        ("armv7l", 32, "armv7l"),
+        ("ppc64le", 64, "ppc64le"),
+        ("s390x", 64, "s390x"),
+        ("mips64", 64, "mips64"),
+    ],
+)
+def test_the_programs_of_a_guest_count_not_its_processor(machine, bits, architecture):
+    """A Debian for i386 can run on a kernel for amd64."""
+    facts = {"version": [3, 13, 5], "libc": ["glibc", "2.41"], "executable": "/usr/bin/python3"}
+    python, executable = parse_probe(json.dumps({**facts, "machine": machine, "bits": bits}))
+    assert (python.machine, python.libc, executable) == (architecture, (2, 41), "/usr/bin/python3")
 
 
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
         ({"version": (3, 8, 20)}, "3.8.20 in the guest is too old"),
-        ({"machine": "riscv64"}, "riscv64 with glibc 2.41"),
+        ({"machine": "mips64"}, "mips64 with glibc 2.41"),
+        ({"machine": "riscv64", "libc": ()}, "riscv64 with no glibc"),
         ({"libc": (2, 12)}, "glibc 2.12"),
     ],
 )
@@ -426,6 +480,16 @@ def test_a_guest_without_wheels(make, uv, fields, why):
     with pytest.raises(TransferError, match=why):
         make(python=python)
     assert uv.calls() == []
+
+
+def test_a_foreign_guest_without_a_wheel_is_told_which(make, uv, host, tmp_path):
+    uv.refuse("× No solution\nBecause numpy==2.3.0 has no usable wheels")
+    python = GuestPython(version=(3, 13, 5), machine="s390x", libc=(2, 41))
+    with installed_here(*host.path), pytest.raises(TransferError) as raised:
+        make(python=python)
+    assert raised.value.brief == "no wheel for the guest (Python 3.13, s390x) of: numpy"
+    assert "without numpy" in raised.value.remedy
+    assert f"--python {tmp_path}" in uv.calls()[0]
 
 
 # Making and keeping

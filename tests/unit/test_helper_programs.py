@@ -65,6 +65,9 @@ class Compiler:
     def makes(self, content):
         self.result.write_bytes(content)
 
+    def has_no_library(self):
+        self.file.write_text("#!/bin/sh\necho ${1#-print-file-name=}\n")
+
     def fails(self):
         self.file.write_text("#!/bin/sh\necho cannot find -lc >&2\nexit 1\n")
 
@@ -165,6 +168,40 @@ class TestCompiler:
             helper_program(NATIVE, tmp_path / "cache")
         assert caught.value.details == ""
         assert "gcc" in caught.value.remedy
+
+
+class TestLacking:
+    """What to install, before anything is made."""
+
+    def test_nothing_where_there_is_a_compiler(self, source, tmp_path, monkeypatch):
+        if not helpers._has_library(str(programs.find("cc"))):
+            pytest.skip("there is no C compiler here, or no static C library")
+        assert helpers.lacking(NATIVE, tmp_path) == ()
+
+    def test_the_compiler(self, source, compiler, tmp_path, monkeypatch):
+        monkeypatch.setattr(programs, "find", lambda _: None)
+        missing = helpers.lacking(NATIVE, tmp_path)
+        assert [*map(programs.package_of, missing)] == ["gcc", "libc6-dev"]
+
+    def test_the_library(self, source, compiler, tmp_path):
+        compiler.has_no_library()
+        missing = helpers.lacking(NATIVE, tmp_path)
+        assert [*map(programs.package_of, missing)] == ["libc6-dev"]
+
+    @pytest.mark.parametrize("where", ["wheel", "cache", "zig"])
+    def test_nothing_if_there_is_a_program(self, source, compiler, tmp_path, monkeypatch, where):
+        if where == "wheel":
+            package(source, NATIVE, head(NATIVE))
+        elif where == "cache":
+            helper_program(NATIVE, tmp_path)
+        else:
+            monkeypatch.setattr(helpers, "find_spec", {"ziglang": object()}.get)
+        monkeypatch.setattr(programs, "find", lambda _: None)
+        assert helpers.lacking(NATIVE, tmp_path) == ()
+
+    def test_nothing_that_helps_another_architecture(self, source, tmp_path, monkeypatch):
+        monkeypatch.setattr(programs, "find", lambda _: None)
+        assert helpers.lacking(FOREIGN, tmp_path) == ()
 
 
 class TestOtherArchitectures:

@@ -300,8 +300,16 @@ def test_images_that_boot_otherwise(change):
     kernels.check_image(DEFINITION)
     derived = replace(DEFINITION, parent=DEFINITION, base="some_image")
     kernels.check_image(derived)
+    kernels.check_image(replace(DEFINITION, architecture="i686"))  # it can boot a kernel of 64 bits
     with pytest.raises(ConfigError, match="kernel= cannot be used with some_image"):
         kernels.check_image(replace(DEFINITION, **change))
+
+
+def test_guests_of_another_architecture_boot_no_kernel_for_this_one():
+    with pytest.raises(
+        ConfigError, match="only kernels for x86_64 are known here, and its guests are aarch64"
+    ):
+        kernels.check_image(replace(DEFINITION, architecture="aarch64"))
 
 
 # -- modules --------------------------------------------------------------------------------------------

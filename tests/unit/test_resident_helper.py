@@ -191,13 +191,13 @@ def spawn(*argv, user="", cwd="", env=()):
 
 
 @contextmanager
-def running(program, inherited=()):
+def running(program, inherited=(), before=()):
     ours, theirs = socket.socketpair()
     with ours:
         ours.settimeout(SECONDS)
         with theirs:
             process = subprocess.Popen(
-                [program, str(theirs.fileno())], pass_fds=[theirs.fileno(), *inherited]
+                [*before, program, str(theirs.fileno())], pass_fds=[theirs.fileno(), *inherited]
             )
         try:
             yield Host(ours, process)
@@ -481,9 +481,9 @@ class TestPrograms:
         assert output[:4] == ["0", "1", "2", "5"]  # 5 is our own
         assert output[4:6] == ["0022", str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])]
         signals = dict(line.split(":\t") for line in output[7:10])
-        # 32 and 33 are the C library's own: it lets no program set them, so ours leaves them as they
+        # 32 to 34 are the C library's own: it lets no program set them, so ours leaves them as they
         # came. Under xdist Python 3.13 has been seen to come with 32 ignored.
-        its_own = 1 << 31 | 1 << 32
+        its_own = 1 << 31 | 1 << 32 | 1 << 33
         assert {int(signals[name], 16) & ~its_own for name in ("SigBlk", "SigIgn")} == {0}
         _, parent, group, session, terminal = map(int, output[10].split())
         assert (parent, group, session, terminal) == (host.process.pid, pid, pid, 0)
@@ -552,6 +552,135 @@ class TestPrograms:
 def environment(host, **more):
     output = host.run("env", "-0", **more)[1].decode()
     return dict(pair.split("=", 1) for pair in output.rstrip("\0").split("\0"))
+
+
+PASSWD = """\
+#tester:x:1:1::/:
++tester::::::
+-tester:x:1:1::/:
+first:x:2001:2001::/:
+broken
+:::
+tester:x:-1:1::/:
+tester:x:two:1::/:
+tester:x:4294967296:1::/:
+tester:x:2002:2002:Tester:/tmp:/bin/bash
+last:x:2003:2003:Last:/:/bin/sh"""
+GROUP = """\
+#nine:x:9:tester
+one:x:3001:first,tester
+broken
+none:x::tester
+two:x:3002:testers,other,tester
+three:x:3003:
+own:x:2002:tester
+four:x:3004:tester"""
+# What knows further users: it notes who was asked for.
+GETENT = """\
+#!/bin/sh
+echo "$@" >>{asked}
+case $2 in
+far) echo far:x:4001:4002:Far away:/far:/bin/sh ;;
+FAR) echo far:x:4001:4002:Far away:/far:/bin/sh ;;
+silly) echo silly; exit 0 ;;
+*) exit 2 ;;
+esac
+"""
+ID = """\
+#!/bin/sh
+[ "$1 $2" = "-G far" ] && echo 4002 4003 4004
+"""
+
+
+@AS_ROOT
+class TestUsers:
+    """A static program has no name service: it reads files, and asks the guest about others."""
+
+    @pytest.fixture
+    def system(self, program, tmp_path):
+        """Starts the helper where /etc/passwd, /etc/group, getent and id are ours."""
+        if subprocess.run(
+            ["unshare", "--mount", "true"], capture_output=True, check=False
+        ).returncode:
+            pytest.skip("no mount name space can be made here")
+        with ExitStack() as stack:
+
+            def start(passwd=PASSWD, group=GROUP):
+                files = {"passwd": passwd, "group": group, "id": ID}
+                files["getent"] = GETENT.format(asked=tmp_path / "asked")
+                for name, text in files.items():
+                    (tmp_path / name).write_text(text)
+                    (tmp_path / name).chmod(0o755)
+                script = f"""
+                    mount --bind {tmp_path}/passwd /etc/passwd
+                    mount --bind {tmp_path}/group /etc/group
+                    mount --bind {tmp_path} /usr/local/sbin
+                    exec "$@"
+                """
+                before = ["unshare", "--mount", "sh", "-euc", script, "sh"]
+                host = stack.enter_context(running(program, before=before))
+                assert host.receive() == ("H", 0, struct.pack("<I", 1))
+                return host
+
+            yield start
+
+    def ids(self, host, user):
+        """User, group, further groups, home and shell of a program."""
+        script = "grep -E '^(Uid|Gid|Groups)' /proc/$$/status; echo $HOME; echo $SHELL; echo $USER"
+        status, output, error = host.run(*sh(script), user=user)
+        assert (status, error) == (0, b"")
+        uid, gid, groups, home, shell, name = output.decode().splitlines()
+        [uid], [gid] = ({*line.split()[1:]} for line in (uid, gid))  # real, effective, saved …
+        return uid, gid, groups.split()[1:], home, shell, name
+
+    def test_those_of_the_files(self, system, tmp_path):
+        host = system()
+        expected = ("2002", "2002", ["2002", "3001", "3002", "3004"], "/tmp", "/bin/bash", "tester")
+        assert self.ids(host, "tester") == expected
+        assert self.ids(host, "first") == (
+            "2001",
+            "2001",
+            ["2001", "3001"],
+            "/",
+            "/bin/sh",
+            "first",
+        )
+        assert self.ids(host, "last") == ("2003", "2003", ["2003"], "/", "/bin/sh", "last")
+        assert not (tmp_path / "asked").exists()
+
+    @pytest.mark.parametrize("user", ["", "root"])
+    def test_root_without_a_line(self, system, user):
+        host = system()
+        assert self.ids(host, user) == ("0", "0", ["0"], "/", "/bin/sh", "root")
+
+    def test_root_without_any_files(self, system):
+        host = system("", "")
+        assert self.ids(host, "") == ("0", "0", ["0"], "/", "/bin/sh", "root")
+
+    def test_the_line_of_root_counts(self, system):
+        host = system("toor:x:0:7:me:/tmp:/bin/bash\n", "seven:x:7:\neight:x:8:toor\n")
+        assert self.ids(host, "") == ("0", "7", ["7", "8"], "/tmp", "/bin/bash", "toor")
+
+    def test_many_groups(self, system):
+        lines = [f"g{n}:x:{n}:{','.join(f'user{m}' for m in range(40))},tester" for n in range(900)]
+        host = system(group="\n".join(lines))
+        assert self.ids(host, "tester")[2] == sorted(map(str, [*range(900), 2002]), key=int)
+
+    @pytest.mark.parametrize("user", ["far", "FAR"])
+    def test_one_whom_only_the_system_knows(self, system, user, tmp_path):
+        host = system()
+        groups = ["4002", "4003", "4004"] if user == "far" else ["4002"]
+        assert self.ids(host, user) == ("4001", "4002", groups, "/far", "/bin/sh", "far")
+        assert (tmp_path / "asked").read_text() == f"passwd {user}\n"
+
+    @pytest.mark.parametrize("user", ["near", "silly"])
+    def test_nobody_knows_them(self, system, user):
+        assert system().fails("true", user=user) == (USER, errno.ENOENT)
+
+    @pytest.mark.parametrize("user", ["2002", "--help", "-s", "0"])
+    def test_nobody_is_asked_what_is_no_name(self, system, user, tmp_path):
+        assert system().fails("true", user=user) == (USER, errno.ENOENT)
+        assert not (tmp_path / "asked").exists()
 
 
 class TestParts:
@@ -842,6 +971,12 @@ class TestConnections:
         host.send("u", number, path.encode())
         host.until(lambda: host.channels[number].failed)
         assert host.channels[number].failed == failed
+
+
+def test_about_it(program):
+    """Whoever asks learns that the program runs here, and which protocol it speaks."""
+    done = subprocess.run([program, "--about"], capture_output=True, timeout=SECONDS, check=True)
+    assert (done.stdout, done.stderr) == (b"pytest-vmsandbox helper, protocol 1\n", b"")
 
 
 def test_without_a_port_it_ends_at_once(program, tmp_path):

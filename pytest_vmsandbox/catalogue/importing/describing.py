@@ -18,11 +18,13 @@ from pytest_vmsandbox.catalogue.importing.archives import pack
 from pytest_vmsandbox.catalogue.importing.fetch import Fetcher
 from pytest_vmsandbox.catalogue.importing.source import SourceFile, opened
 from pytest_vmsandbox.catalogue.importing.unpacking import Unpacked, unpacked_disk
-from pytest_vmsandbox.core.architecture import native_architecture
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import MIB
 
-DIRECT_APPEND = "console=ttyS0 root=/dev/vda rw"
+DIRECT_APPEND = (
+    "console={console} root=/dev/vda rw"  # the name comes from the table of architectures
+)
 _KERNELS = ((0x202, b"HdrS"), (0x38, b"ARM\x64"))  # what kernels have, and where
 _HEAD = 0x206
 # cpio, zstd, xz, bzip2, lz4. A kernel of Arm may be compressed with gzip.
@@ -112,9 +114,9 @@ def describe(
                 _check_order(key, extra)
                 source |= {key: _relative(path, folder), f"{key}_sha256": extra.digest()}
     content["description"] = wishes.description or f"imported from {_shown(wishes)}"
-    content["architecture"] = _architecture(wishes, found, notes)
+    content["architecture"] = architecture = _architecture(wishes, found, notes)
     content["source"] = source
-    content["boot"] = _boot(wishes, found, notes)
+    content["boot"] = _boot(wishes, found, notes, architecture)
     if found is not None:
         size = -(-found.disk.size // MIB)
         content["disk"] = {"size": f"{size}MiB"}
@@ -256,7 +258,9 @@ def _architecture(wishes: Wishes, found: Unpacked | None, notes: list[tuple[str,
     return native_architecture()
 
 
-def _boot(wishes: Wishes, found: Unpacked | None, notes: list[tuple[str, str]]) -> dict[str, str]:
+def _boot(
+    wishes: Wishes, found: Unpacked | None, notes: list[tuple[str, str]], architecture: str
+) -> dict[str, str]:
     firmware = wishes.firmware
     if not firmware and wishes.kernel is not None:
         firmware = "kernel"
@@ -264,15 +268,16 @@ def _boot(wishes: Wishes, found: Unpacked | None, notes: list[tuple[str, str]]) 
         firmware = found.firmware
         notes.append((f"firmware: {firmware}", f"as the {found.kind} says; --firmware"))
     if not firmware:
-        firmware = "uefi" if native_architecture() == "aarch64" else "bios"
+        firmware = "uefi" if architecture == "aarch64" else "bios"
         notes.append(
             (f"firmware: {firmware}", "a guess; if it does not boot: --firmware=uefi or bios")
         )
     boot = {"firmware": firmware}
     if firmware == "kernel":
-        boot["append"] = DIRECT_APPEND if wishes.append is None else wishes.append
+        guess = DIRECT_APPEND.format(console=ARCHITECTURES[architecture].console)
+        boot["append"] = guess if wishes.append is None else wishes.append
         if wishes.append is None:
-            notes.append((f"append: {DIRECT_APPEND}", "a guess; --append"))
+            notes.append((f"append: {guess}", "a guess; --append"))
     if wishes.memory_min:
         boot["memory_min"] = wishes.memory_min
     return boot

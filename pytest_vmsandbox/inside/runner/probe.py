@@ -9,6 +9,7 @@ print(
         {
             "version": list(sys.version_info[:3]),
             "machine": platform.machine(),
+            "bits": 64 if sys.maxsize > 2**32 else 32,
             "libc": list(platform.libc_ver()),
             "executable": sys.executable,
         }
