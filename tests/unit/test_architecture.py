@@ -170,6 +170,15 @@ class TestAccelerators:
         assert self.choose("auto", name).reason == "there is no KVM"
 
 
+def test_a_machine_that_we_do_not_know(machine):
+    """It has no guests of its own, but emulates all others."""
+    machine("loongarch64")
+    with pytest.raises(LaunchError, match="there are no guests of loongarch64") as raised:
+        find_qemu(native_architecture())
+    assert "riscv64" in raised.value.remedy
+    assert all(accelerator.is_foreign(one) for one in ARCHITECTURES.values())
+
+
 class TestFakedHost:
     """A faked arm64 host: only the name of this machine's processor is another one."""
 
