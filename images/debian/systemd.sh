@@ -85,12 +85,8 @@ EOF
     for generator in getty gpt-auto hibernate-resume bless-boot tpm2 ssh system-update debug rc-local run; do
         ln -sfn /dev/null "$systemd/system-generators/systemd-$generator-generator"
     done
-    # Coldplug without what has neither a driver nor a rule that matters here: most of the devices there are.
-    cat >"$systemd/system/systemd-udev-trigger.service.d/vmsandbox.conf" <<'EOF'
-[Service]
-ExecStart=
-ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=net --subsystem-match=virtio --subsystem-match=pci --subsystem-match=usb --subsystem-match=virtio-ports --subsystem-match=input --subsystem-match=scsi --subsystem-match=hwmon --subsystem-match=rtc --subsystem-match=misc
-EOF
+    printf '[Service]\nExecStart=\nExecStart=-udevadm trigger --type=devices --action=add%s\n' "$coldplug" \
+        >"$systemd/system/systemd-udev-trigger.service.d/vmsandbox.conf"
     ln -sfn /usr/lib/systemd/system/multi-user.target "$systemd/system/default.target"
     # Started when somebody connects to its socket, or asks for it by D-Bus.
     rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/dbus.service"

@@ -29,5 +29,7 @@ EOF
     sed -i -e '/getty/d' -e '/^si::/i \
 vs::sysinit:/usr/lib/vmsandbox/early\
 vk:12345:respawn:/usr/lib/vmsandbox/keep' "$ROOT/etc/inittab"
+    sed -i "s/udevadm trigger --type=devices --action=add/&$coldplug/" "$ROOT/etc/init.d/udev"
+    ln -s /dev/null "$ROOT/etc/udev/rules.d/85-hwclock.rules"    # the kernel has read that clock
     for script in brightness hwclock.sh; do chroot "$ROOT" update-rc.d "$script" disable; done
 }

@@ -195,11 +195,13 @@ class Host:
         environment = {
             "VMSANDBOX_OUT": folders["OUT"],
             "VMSANDBOX_WORK": folders["WORK"],
+            "VMSANDBOX_DEBIAN_ARCHITECTURE": "amd64",
             "PACKAGES": folders["PACKAGES"],
             "WHEELS": wheels,
         }
         subprocess.run(
             [HERE / "build"],
+            cwd=CHECKOUT / "images" / "debian",  # as recipes are
             env={**os.environ, **{name: str(folder) for name, folder in environment.items()}},
             stdin=subprocess.DEVNULL,
             timeout=BUILD_SECONDS,

@@ -199,6 +199,8 @@ class TestAccelerators:
         verdict = self.choose("auto", name)
         assert (verdict.accelerator, verdict.reason) == ("tcg", f"guests of {name}")
         assert verdict.processor == ARCHITECTURES[name].emulated[(0,)]
+        assert verdict.time_scale == accelerator.EMULATION_SCALE * ARCHITECTURES[name].slowness
+        assert verdict.time_scale > accelerator.EMULATION_SCALE
 
     def test_kvm_for_foreign_guests(self, machine, monkeypatch):
         machine("x86_64")

@@ -1,5 +1,6 @@
 """What the recipe of the Debian images asks of mmdebstrap for each suite."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -24,7 +25,12 @@ def asked(folder: str) -> list[str]:
     """What the recipe of an image asks for. It runs as far as that."""
     build = (IMAGES / folder / "build").read_text().replace("recipe ", f"{STUBS}recipe ", 1)
     done = subprocess.run(
-        ["sh", "-c", build], cwd=IMAGES / folder, text=True, capture_output=True, check=True
+        ["sh", "-c", build],
+        cwd=IMAGES / folder,
+        env={**os.environ, "VMSANDBOX_DEBIAN_ARCHITECTURE": "amd64"},
+        text=True,
+        capture_output=True,
+        check=True,
     )
     return done.stdout.splitlines()
 
