@@ -147,7 +147,13 @@ SYSTEMS = {
     "systemd": System("systemd", _NO_HELPER),
     "sysvinit": System("inittab", f"{_NO_HELPER}{_APT} sysvinit-core {_NO_SYSTEMD}"),
     "openrc": System("openrc", f"{_NO_HELPER}{_APT} openrc sysvinit-core {_NO_SYSTEMD}"),
-    "runit": System("runit", f"{_NO_HELPER}{_APT} runit-init {_NO_SYSTEMD}"),
+    "runit": System(
+        "runit",
+        f"{_NO_HELPER}{_APT} runit-init {_NO_SYSTEMD}\n"
+        "mkdir -p /etc/sv/sshd /etc/runit/runsvdir/default\n"
+        "printf '#!/bin/sh\\nmkdir -p /run/sshd\\nexec /usr/sbin/sshd -D\\n' >/etc/sv/sshd/run\n"
+        "chmod 0755 /etc/sv/sshd/run; ln -s /etc/sv/sshd /etc/runit/runsvdir/default/",
+    ),
     "busybox": System("busybox", _BUSYBOX),
     "rc": System("rc", _RC),
     "none": System("hand", "", has_python=False),
