@@ -14,7 +14,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
+from pytest_vmsandbox.core.spec import Firmware, Hardware, Network, format_size
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Trial, Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
@@ -226,6 +226,35 @@ def has_tpm(definition: ImageDefinition, hardware: Hardware) -> bool:
     return wanted
 
 
+def check_board(definition: ImageDefinition, hardware: Hardware) -> None:
+    """Check that the board for an image takes this hardware.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    its, name = ARCHITECTURES[definition.architecture], definition.name
+    if its.most_cpus is not None and hardware.cpus > its.most_cpus:
+        raise ConfigError(
+            f"cpus={hardware.cpus} cannot be used with {name}: guests of {its.name} have at most {its.most_cpus}",
+            remedy=f"use cpus={its.most_cpus} or fewer",
+        )
+    if its.most_memory is not None and hardware.memory > its.most_memory:
+        most = format_size(its.most_memory)
+        raise ConfigError(
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} have at "
+            f"most {most}",
+            remedy=f"use memory={most!r} or less",
+        )
+    if hardware.memory % its.memory_step:
+        step = its.memory_step
+        more = format_size(-(-hardware.memory // step) * step)
+        raise ConfigError(
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} take "
+            f"multiples of {format_size(step)}",
+            remedy=f"use memory={more!r}",
+        )
+
+
 def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
     """The UEFI firmware of a guest; None if something else boots it.
 
@@ -250,7 +279,7 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
     if wanted == "bios" and not its.has_bios:
         raise ConfigError(
             f"firmware='bios' cannot be used with {name}: guests of {its.name} have no BIOS",
-            remedy="use firmware='uefi'",
+            remedy=f"use firmware={'uefi' if its.uefi_board else 'kernel'!r}",
         )
     try:
         found = firmware.boot_loaders(built.disk)

@@ -12,7 +12,13 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.blueprint import Blueprint, OwnKernel, find_firmware, has_tpm
+from pytest_vmsandbox.guests.blueprint import (
+    Blueprint,
+    OwnKernel,
+    check_board,
+    find_firmware,
+    has_tpm,
+)
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Start
@@ -311,3 +317,24 @@ def test_bios_is_for_x86_alone(blueprint, folder):
     other = with_image(blueprint, architecture="aarch64", disk_size=MIB)
     with pytest.raises(ConfigError, match="guests of aarch64 have no BIOS"):
         find_firmware(other.built, Hardware(firmware="bios"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware", "problem", "remedy"),
+    [
+        ("x86_64", Hardware(cpus=64, memory=600 * MIB), "", ""),
+        ("aarch64", Hardware(cpus=8, memory=3072 * MIB), "", ""),
+        ("aarch64", Hardware(cpus=9), "aarch64 have at most 8", "cpus=8"),
+        ("armv7l", Hardware(memory=4096 * MIB), "at most 3GiB", "memory='3GiB'"),
+        ("ppc64le", Hardware(memory=512 * MIB), "", ""),
+        ("ppc64le", Hardware(memory=600 * MIB), "multiples of 256MiB", "memory='768MiB'"),
+    ],
+)
+def test_what_a_board_takes(name, hardware, problem, remedy):
+    definition = replace(DEFINITION, architecture=name)
+    if not problem:
+        check_board(definition, hardware)
+        return
+    with pytest.raises(ConfigError, match=problem) as caught:
+        check_board(definition, hardware)
+    assert remedy in caught.value.remedy
