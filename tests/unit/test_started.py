@@ -70,17 +70,17 @@ def test_an_init_of_which_nothing_is_known_is_not_asked():
 
 
 class Sysvinit:
-    """Runs the script here, where `runlevel` and `sleep` are ours. Each sleep does the next of `then`."""
+    """Runs the script here, with a /proc, `runlevel` and `sleep` of ours. Each sleep does the next of `then`."""
 
     engine = Guest.engine
 
     def __init__(self, folder: Path, *then: str) -> None:
         self.folder = folder
-        self.slept = folder / "slept"
-        self.put("runlevel", f"cat {folder}/level")
+        (folder / "proc" / "7").mkdir(parents=True)
+        (folder / "level").write_text("unknown\n")
+        self.put("runlevel", "cat level")
         cases = "".join(f"{number}) {text} ;;\n" for number, text in enumerate(then, 1))
-        self.put("sleep", f"echo >>{self.slept}\ncase $(wc -l <{self.slept}) in {cases}esac")
-        self.put("rc", f"echo >{folder}/begun; read line <{folder}/end; echo >{folder}/ended")
+        self.put("sleep", f"echo >>slept\ncase $(wc -l <slept) in {cases}esac")
 
     def put(self, name: str, script: str) -> None:
         file = self.folder / name
@@ -88,19 +88,27 @@ class Sysvinit:
         file.chmod(0o755)
 
     def run(self, argv: Any, **options: Any) -> Any:
+        words = [word.replace("/proc/", "proc/") for word in argv]
         path = f"{self.folder}:/usr/bin:/bin"
-        return subprocess.run(argv, env={"PATH": path}, text=True, capture_output=True, check=True)
+        return subprocess.run(
+            words,
+            env={"PATH": path},
+            cwd=self.folder,
+            text=True,
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
 
 
 def test_sysvinit_is_up_when_it_has_a_run_level_and_its_scripts_have_ended(tmp_path):
-    begun = f"until [ -e {tmp_path}/begun ]; do :; done"
     guest: Any = Sysvinit(
         tmp_path,
-        f"mkfifo {tmp_path}/end; rc >/dev/null 2>&1 & {begun}",
-        f"echo N 2 >{tmp_path}/level",
-        *("true", "true", "true"),
-        f"echo >{tmp_path}/end",
+        'echo "7 (rc) S 1 7" >proc/7/stat',
+        "echo N 2 >level",
+        *("true", "true"),
+        'echo "7 (rc) Z 1 7" >proc/7/stat',
     )
-    (tmp_path / "level").write_text("unknown\n")
     started.await_started(guest, "sysvinit")
-    assert (tmp_path / "ended").exists()
+    # It is busy until the script has ended, and then calm twice.
+    assert len((tmp_path / "slept").read_text()) == 7
