@@ -10,7 +10,7 @@ recipe() {
     # INITRD: the initial RAM file system is ours.
     export INITRD=No DEBIAN_FRONTEND=noninteractive
     install_system "$1" "$(echo \
-        linux-image-cloud-amd64 systemd systemd-sysv libpam-systemd udev dbus dbus-user-session openssh-server openssh-sftp-server python3 busybox-static \
+        "$(kernel_package)" systemd systemd-sysv libpam-systemd udev dbus dbus-user-session openssh-server openssh-sftp-server python3 busybox-static \
         ca-certificates iproute2 iputils-ping procps kmod util-linux mount e2fsprogs fdisk login passwd less netbase |
         tr ' ' ',')" \
         --dpkgopt='force-unsafe-io' \
@@ -18,6 +18,7 @@ recipe() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*'
     version=$(ls "$ROOT/usr/lib/modules")
+    if is_foreign || ! runs_here; then depmod -b "$ROOT" "$version"; fi
 
     # An ordinary user cannot make device nodes: lend those of the host.
     rm -rf "$ROOT"/dev/*
@@ -30,8 +31,7 @@ recipe() {
         configure
         report
     else
-        depmod -b "$ROOT" "$version"
-        second_stage
+        second_stage "VMSANDBOX_CONSOLE=$VMSANDBOX_CONSOLE"
     fi
     helper "$ROOT"
 
@@ -39,7 +39,7 @@ recipe() {
     initramfs
 
     stage "making the disk"
-    cp "$ROOT/boot/vmlinuz-$version" "$VMSANDBOX_OUT/vmlinuz"
+    cp "$ROOT"/boot/vmlinu[xz]-"$version" "$VMSANDBOX_OUT/vmlinuz"
     archive
     umount "$ROOT/dev/null" "$ROOT/dev/zero" "$ROOT/dev/urandom"
     rm -rf "$ROOT"/dev/*
@@ -168,7 +168,7 @@ Audit=no
 EOF
     for unit in apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service dpkg-db-backup.timer \
         e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer logrotate.timer man-db.timer motd-news.timer \
-        getty@tty1.service serial-getty@ttyS0.service getty-static.service \
+        getty@tty1.service serial-getty@"$VMSANDBOX_CONSOLE".service getty-static.service \
         systemd-random-seed.service systemd-machine-id-commit.service systemd-journal-flush.service systemd-journal-catalog-update.service \
         systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-update-done.service systemd-firstboot.service \
         systemd-sysusers.service ldconfig.service systemd-hwdb-update.service systemd-pstore.service \
@@ -200,6 +200,15 @@ EOF
     rm -f "$ROOT"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$ROOT"/etc/apt/apt.conf.d/99mmdebstrap
 }
 
+# needed_by MODULE: what to load for it.
+needed_by() {
+    if is_foreign; then
+        modprobe --dirname "$ROOT" --set-version "$version" --show-depends "$1"
+    else
+        chroot "$ROOT" modprobe --set-version "$version" --show-depends "$1"
+    fi
+}
+
 initramfs() {
     tree=$TMPDIR/tree
     mkdir -p "$tree" "$tree/bin" "$tree/dev" "$tree/proc" "$tree/sys" "$tree/run" "$tree/root"
@@ -207,10 +216,10 @@ initramfs() {
     for applet in sh mount mknod insmod ifconfig route mkdir poweroff switch_root; do ln -s busybox "$tree/bin/$applet"; done
     cp "$here/init" "$tree/init"
     chmod 0755 "$tree/init"
-    for module in pvpanic pvpanic_pci virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
-        chroot "$ROOT" modprobe --set-version "$version" --show-depends "$module" 2>/dev/null || fail "the kernel has no module $module"
+    for module in $(panic_modules) virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
+        needed_by "$module" 2>/dev/null || fail "the kernel has no module $module"
     done >"$TMPDIR/insmod"    # no pipe: in one, failing would end its half of it only
-    awk '$1 == "insmod" && !seen[$2]++ { print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"
+    awk -v root="$ROOT" '$1 == "insmod" && !seen[$2]++ { sub("^" root, "", $2); print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"
     while read -r module; do
         name=${module##*/}
         case $name in
