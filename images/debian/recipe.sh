@@ -1,22 +1,50 @@
-# The Debian images; sourced.
+# The Debian images; sourced, as lib.sh, systemd.sh and sysvinit.sh beside it.
 . ../debian/second-stage.sh
 
-# recipe SUITE
+# recipe SUITE [backports | sysvinit]: with the kernel of its -backports suite, or without systemd
 recipe() {
     enter 2500
     here=$PWD/../debian
+    suite=$1 feature=${2:-} init=systemd
+    kernel=$(kernel_package) drivers=$(panic_modules)
+    start='systemd systemd-sysv libpam-systemd dbus dbus-user-session'
 
-    stage "installing Debian ($1)"
+    # What differs between the suites, as options of mmdebstrap.
+    set --
+    case $suite in
+    bullseye | bookworm)
+        # Later ones merge /usr by themselves.  These leave it to their installer, or to a package that needs all of perl.
+        set -- "$@" --setup-hook='for dir in bin sbin lib lib32 lib64 libx32; do mkdir -p "$1/usr/$dir"; ln -s "usr/$dir" "$1/$dir"; done' \
+            --setup-hook='printf "Package: usrmerge\nPin: release *\nPin-Priority: -1\n" >"$1/etc/apt/preferences.d/vmsandbox"' ;;
+    testing | sid)
+        # A mirror may lag behind, until the release files have expired: then the newest that there is.
+        set -- "$@" --aptopt='Acquire::Check-Valid-Until "false"' ;;
+    esac
+    if [ "$suite" = bullseye ]; then
+        # Its support has ended: the suite with security updates lists packages that are gone.
+        set -- "$@" --setup-hook='sed -i "/ bullseye main\$/!d" "$1/etc/apt/sources.list"'
+        drivers=''    # its kernel has none; the console tells of a panic, too
+    fi
+    case $feature in
+    backports)
+        kernel=$kernel/$suite-backports
+        set -- "$@" --setup-hook="sed -i 's/^\(.*\) $suite main\$/&\n\1 $suite-backports main/' \"\$1/etc/apt/sources.list\"" ;;
+    sysvinit)
+        init=sysvinit
+        start='sysvinit-core initscripts sysv-rc orphan-sysvinit-scripts systemd-standalone-sysusers systemd-standalone-tmpfiles rsyslog' ;;
+    esac
+
+    stage "installing Debian ($suite${feature:+, $feature})"
     # INITRD: the initial RAM file system is ours.
     export INITRD=No DEBIAN_FRONTEND=noninteractive
-    install_system "$1" "$(echo \
-        "$(kernel_package)" systemd systemd-sysv libpam-systemd udev dbus dbus-user-session openssh-server openssh-sftp-server python3 busybox-static \
+    # shellcheck disable=SC2086  # words
+    install_system "$suite" "$(echo $kernel $start udev openssh-server openssh-sftp-server python3 busybox-static \
         ca-certificates iproute2 iputils-ping procps kmod util-linux mount e2fsprogs fdisk login passwd less netbase |
         tr ' ' ',')" \
         --dpkgopt='force-unsafe-io' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*'
+        --dpkgopt='path-exclude=/usr/share/locale/*' "$@"
     version=$(ls "$ROOT/usr/lib/modules")
     if is_foreign || ! runs_here; then depmod -b "$ROOT" "$version"; fi
 
@@ -31,7 +59,7 @@ recipe() {
         configure
         report
     else
-        second_stage "VMSANDBOX_CONSOLE=$VMSANDBOX_CONSOLE"
+        second_stage "init=$init" "VMSANDBOX_CONSOLE=$VMSANDBOX_CONSOLE"
     fi
     helper "$ROOT"
 
@@ -98,106 +126,10 @@ PrintLastLog no
 PrintMotd no
 LogLevel ERROR
 EOF
-    systemd=$ROOT/etc/systemd
-    mkdir -p "$systemd/system" "$systemd/system.conf.d" "$systemd/journald.conf.d" "$systemd/system-generators" "$systemd/system/systemd-udev-trigger.service.d"
-    # As early as can be: the network, the key, the helper's port and the root file system are there before systemd.
-    # Nothing stops the helper at shutdown: what it has started can tell its end as long as anything runs.
-    cat >"$systemd/system/vmsandbox-helper.service" <<'EOF'
-[Unit]
-Description=The tests' host starts programs with it
-DefaultDependencies=no
-Before=sysinit.target
-Before=systemd-udevd.service systemd-udev-trigger.service systemd-tmpfiles-setup.service systemd-tmpfiles-setup-dev.service
-Before=systemd-tmpfiles-setup-dev-early.service systemd-modules-load.service systemd-sysctl.service
-StartLimitIntervalSec=0
-
-[Service]
-ExecStart=/usr/lib/vmsandbox/helper
-Type=notify
-KillMode=process
-Restart=always
-RestartSec=100ms
-# There is no port.
-RestartPreventExitStatus=0
-# A program that is killed for want of memory is no end of the service.
-OOMPolicy=continue
-
-[Install]
-WantedBy=sysinit.target
-EOF
-    cat >"$systemd/system/ssh.service" <<'EOF'
-[Unit]
-Description=OpenBSD Secure Shell server
-Documentation=man:sshd(8) man:sshd_config(5)
-DefaultDependencies=no
-Before=sysinit.target shutdown.target
-After=vmsandbox-helper.service
-# Nothing else competes for the processor until it listens.
-Before=systemd-udevd.service systemd-udev-trigger.service systemd-tmpfiles-setup.service systemd-tmpfiles-setup-dev.service
-Before=systemd-tmpfiles-setup-dev-early.service systemd-modules-load.service systemd-sysctl.service
-Conflicts=shutdown.target
-
-[Service]
-EnvironmentFile=-/etc/default/ssh
-ExecStart=/usr/sbin/sshd -D $SSHD_OPTS
-ExecStartPost=-/bin/busybox sh -c 'echo "vmsandbox: ssh" >/dev/console'
-ExecReload=/usr/sbin/sshd -t
-ExecReload=/bin/kill -HUP $MAINPID
-KillMode=process
-Restart=on-failure
-Type=notify
-RuntimeDirectory=sshd
-RuntimeDirectoryMode=0755
-
-[Install]
-WantedBy=sysinit.target
-Alias=sshd.service
-EOF
-    cat >"$systemd/system.conf.d/vmsandbox.conf" <<'EOF'
-[Manager]
-DefaultTimeoutStopSec=5s
-DefaultTimeoutStartSec=180s
-DefaultDeviceTimeoutSec=180s
-RuntimeWatchdogSec=off
-EOF
-    cat >"$systemd/journald.conf.d/vmsandbox.conf" <<'EOF'
-[Journal]
-Storage=volatile
-RuntimeMaxUse=32M
-Audit=no
-EOF
-    for unit in apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service dpkg-db-backup.timer \
-        e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer logrotate.timer man-db.timer motd-news.timer \
-        getty@tty1.service serial-getty@"$VMSANDBOX_CONSOLE".service getty-static.service \
-        systemd-random-seed.service systemd-machine-id-commit.service systemd-journal-flush.service systemd-journal-catalog-update.service \
-        systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-update-done.service systemd-firstboot.service \
-        systemd-sysusers.service ldconfig.service systemd-hwdb-update.service systemd-pstore.service \
-        kmod-static-nodes.service systemd-tmpfiles-setup-dev-early.service systemd-udev-load-credentials.service \
-        modprobe@configfs.service modprobe@fuse.service modprobe@drm.service modprobe@efi_pstore.service modprobe@loop.service modprobe@dm_mod.service \
-        systemd-remount-fs.service systemd-fsck-root.service proc-sys-fs-binfmt_misc.automount \
-        sshd-keygen.service sshd-unix-local.socket sshd-vsock.socket systemd-pcrphase.service; do
-        ln -sfn /dev/null "$systemd/system/$unit"
-    done
-    for generator in getty gpt-auto hibernate-resume bless-boot tpm2 ssh system-update debug rc-local run; do
-        ln -sfn /dev/null "$systemd/system-generators/systemd-$generator-generator"
-    done
-    # Coldplug without what has neither a driver nor a rule that matters here: most of the devices there are.
-    cat >"$systemd/system/systemd-udev-trigger.service.d/vmsandbox.conf" <<'EOF'
-[Service]
-ExecStart=
-ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=net --subsystem-match=virtio --subsystem-match=pci --subsystem-match=usb --subsystem-match=virtio-ports --subsystem-match=input --subsystem-match=scsi --subsystem-match=hwmon --subsystem-match=rtc --subsystem-match=misc
-EOF
-    ln -sfn /usr/lib/systemd/system/multi-user.target "$systemd/system/default.target"
-    # Started when somebody connects to its socket, or asks for it by D-Bus.
-    rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/dbus.service"
-    rm -f "$ROOT/usr/lib/systemd/system/multi-user.target.wants/systemd-logind.service"
-    rm -f "$systemd/system/multi-user.target.wants/ssh.service" "$systemd/system/sshd.service"
-    mkdir -p "$systemd/system/sysinit.target.wants"
-    ln -s ../ssh.service ../vmsandbox-helper.service "$systemd/system/sysinit.target.wants/"
-    ln -s ssh.service "$systemd/system/sshd.service"
-    rm -f "$ROOT/etc/systemd/system/multi-user.target.wants/e2scrub_reap.service"
+    . "../debian/$init.sh"
+    configure_init
     # What was left out to keep the image small is not left out of what a test installs.
-    rm -f "$ROOT"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$ROOT"/etc/apt/apt.conf.d/99mmdebstrap
+    rm -f "$ROOT"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$ROOT"/etc/apt/apt.conf.d/99mmdebstrap "$ROOT"/etc/apt/preferences.d/vmsandbox
 }
 
 # needed_by MODULE: what to load for it.
@@ -216,7 +148,7 @@ initramfs() {
     for applet in sh mount mknod insmod ifconfig route mkdir poweroff switch_root; do ln -s busybox "$tree/bin/$applet"; done
     cp "$here/init" "$tree/init"
     chmod 0755 "$tree/init"
-    for module in $(panic_modules) virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
+    for module in $drivers virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
         needed_by "$module" 2>/dev/null || fail "the kernel has no module $module"
     done >"$TMPDIR/insmod"    # no pipe: in one, failing would end its half of it only
     awk -v root="$ROOT" '$1 == "insmod" && !seen[$2]++ { sub("^" root, "", $2); print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"

@@ -140,7 +140,9 @@ def measure(setup: Setup, wanted: Iterable[str], screen: Screen) -> dict[str, Re
             try:
                 results[key] = MEASUREMENTS[key](setup)
             except VMSandboxError as error:
-                results[key] = Result(value=None, reason=error.brief)
+                why = getattr(error, "why_booted", "")
+                details = {"why_booted": why} if why else {}
+                results[key] = Result(value=None, reason=error.brief, details=details)
     return results
 
 

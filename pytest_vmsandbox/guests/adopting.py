@@ -21,7 +21,7 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, examining, systemd
+from pytest_vmsandbox.guests import changing, examining, started
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
 from pytest_vmsandbox.guests.commands import Command, ignore
@@ -122,8 +122,7 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
         if definition.disk_size is not None:
             changing.grow(build, guest)
         found = examining.check(guest, definition)
-        if definition.init == "systemd":
-            systemd.await_started(guest)
+        started.await_started(guest, definition.init)
         if packages := examining.packages(guest):
             (build.out / PACKAGES).write_text(packages, encoding="utf-8")
         changing.clean(build, guest)

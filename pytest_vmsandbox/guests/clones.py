@@ -32,6 +32,7 @@ class Clones:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._impossible: set[str] = set()  # keys of templates that cannot be built
+        self.refusals: dict[str, VMSandboxError] = {}  # image → why its guests are booted
         self._expected: Counter[tuple[PreparedImage, Hardware]] = Counter()
 
     def expect(self, prepared: PreparedImage, hardware: Hardware, count: int) -> None:
@@ -120,6 +121,7 @@ class Clones:
     ) -> None:
         """Boot guests of a kind from now on, and report that once."""
         self._impossible.add(template_key(blueprint, steps))
+        self.refusals[blueprint.image] = error
         self._backend.callbacks.tell(
             f"guests of {blueprint.image} are booted, because they cannot be cloned: {error.brief}. Tests "
             "give the same results, but are slower"

@@ -98,8 +98,8 @@ def _has_name_in_files(blueprint: Blueprint, setup: HelperSetup | None) -> bool:
 
     A boot does not write it there if the image has a key of its own: nobody knows that system's files.
     """
-    is_systemd = blueprint.built.definition.init == "systemd"
-    return is_systemd and (setup is None or blueprint.built.key is None)
+    is_written_at_boot = blueprint.built.definition.init in ("systemd", "sysvinit")
+    return is_written_at_boot and (setup is None or blueprint.built.key is None)
 
 
 def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprint) -> None:

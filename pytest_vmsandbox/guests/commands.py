@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ Sink = Callable[[bytes], object]  # gets a program's output as it comes
 StrPath = str | os.PathLike[str]  # for a path in the guest, for instance a PurePosixPath
 STARTED = "vmsandbox-started"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # of an environment variable
+_PLAIN = frozenset(string.ascii_letters + string.digits + " _-./:=,+")
 _NOT_FOUND = 127
 _MAX_WORD = 131_072  # bytes, with the NUL at its end; the limit of Linux
 _MAX_WORDS = 65_535  # the limit of the helper's protocol
@@ -197,6 +199,18 @@ def _as_leader(command: Command, script: str) -> str:
         "read -r _ _ _ _ group _ </proc/$$/stat 2>/dev/null || group=$$; "
         '[ "$group" = $$ ] && exec /bin/sh -c "$s"; exec setsid /bin/sh -c "$s"'
     )
+
+
+def for_any_shell(line: str) -> str:
+    """A line for a login shell that is not like POSIX's, such as fish or tcsh: they agree on little.
+
+    Only letters, digits and a few signs are there as they are, so no shell finds anything to expand.
+    """
+    encoded = "".join(
+        char if char in _PLAIN else "".join(f"\\0{byte:03o}" for byte in os.fsencode(char))
+        for char in line
+    )
+    return f'exec /bin/sh -c \'eval "$(printf %b "{encoded}")"\''
 
 
 def kill_line(group: int, name: str) -> str:

@@ -11,7 +11,7 @@ from pytest_vmsandbox.catalogue.origin import Addition
 from pytest_vmsandbox.catalogue.store import ARCHIVE, DISK, INITRD, PACKAGES, BuiltImage, files_of
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, examining, systemd
+from pytest_vmsandbox.guests import changing, examining, started
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.guest import Guest
 
@@ -128,8 +128,7 @@ def _change(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, 
     hardware = changing.hardware_for(base, disk=definition.disk_size, network=add.network)
     build.say(f"booting {base.definition.name}")
     with changing.changing(build, base, hardware, settings, KeyPair.for_image(base.key)) as guest:
-        if base.definition.init == "systemd":
-            systemd.await_started(guest)
+        started.await_started(guest, base.definition.init)
         if definition.disk_size != base.definition.disk_size:
             changing.grow(build, guest)
         before = guest.shell(_KERNELS, user="root").stdout

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Self
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
@@ -30,6 +30,7 @@ from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine import host
 
 _POLL_SECONDS = 0.25
+_ASK_SECONDS = 0.05  # between looks whether a guest restarts; no kernel boots in that time
 
 
 class Engine:
@@ -389,7 +390,11 @@ class Engine:
         with self.orderly, self.use() as running:
             machine = running.machine
             since = len(machine.monitor.events())
-            lost = _ask(self, "reboot")
+
+            def is_over() -> bool:
+                return machine.monitor.wait_event("RESET", since=since, timeout=0) is not None
+
+            lost = _ask(self, running, "reboot", is_over)
             while machine.monitor.wait_event("RESET", since=since, timeout=_POLL_SECONDS) is None:
                 machine.check()
                 if deadline.expired:
@@ -411,7 +416,7 @@ class Engine:
             CommandError: it refuses to shut down.
         """
         with self.orderly, self.use() as running:
-            _ask(self, "poweroff")
+            _ask(self, running, "poweroff")
             running.machine.end(self.boot_seconds)
         self.machines.disk_failure(running)
         self._switch_off(running)
@@ -478,19 +483,45 @@ class Engine:
             running.machine.end(0)
 
 
-def _ask(engine: Engine, program: str) -> GuestLost | None:
-    """Ask a guest to shut down. The connection may break before the answer.
+def _ask(
+    engine: Engine, running: Running, program: str, is_over: Callable[[], bool] = lambda: False
+) -> GuestLost | None:
+    """Ask a guest to shut down. The connection may break before the answer, or no answer may come.
+
+    Args:
+        is_over: whether the guest has shut down. Whatever it says after that is not of interest.
 
     Returns:
-        The error of the broken connection; None if there was an answer.
+        The error of the broken connection; None if there was an answer, or none in time.
 
     Raises:
         CommandError: the guest cannot shut down.
     """
+    command, deadline = Command(argv=(program,), user="root"), Deadline(engine.command_seconds)
+    output, errors = bytearray(), bytearray()
+    process: RemoteProcess | None = None
+    status = 0
     try:
-        result = engine.run(Command(argv=(program,), user="root"))
+        process = running.start(command, engine.spec.user)
+        while not is_over() and not deadline.expired:
+            with suppress(CommandTimeout):
+                process.wait(_ASK_SECONDS)
+                status = process.communicate(None, output.extend, errors.extend, _POLL_SECONDS)
+                break
+        else:
+            return None
     except GuestLost as lost:
         return lost
-    if result.returncode > 0:  # a signal may end the program: it is among the first that are killed
+    finally:
+        if process is not None:
+            process.close()
+    if status > 0:  # a signal may end the program: it is among the first that are killed
+        result = CommandResult(
+            argv=command.argv,
+            returncode=status,
+            stdout=bytes(output),
+            stderr=bytes(errors),
+            duration=deadline.elapsed,
+        )
         check_status(text_of(result))
     return None

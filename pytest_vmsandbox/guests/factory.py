@@ -251,6 +251,10 @@ class GuestFactory:
         """Wait until the pool of armed clones is full. Returns whether it is."""
         return self._clones.pool.await_armed(timeout)
 
+    def why_booted(self, image: str) -> VMSandboxError | None:
+        """Why guests of an image are booted, as far as that is known; None if they are cloned."""
+        return self._clones.refusals.get(image)
+
     def _booted(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Guest:
         """A guest that is booted, and then prepared."""
         backend, network = self.backend, blueprint.hardware.network

@@ -6,6 +6,7 @@ init cannot do so, this side puts it there again. Nothing changes on the image's
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ _BY_HAND = "hand"
 # What belongs to one login, and not to the user.
 _OF_LOGIN = {"HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "SHLVL", "_", "MAIL", "TERM"}
 _OF_SESSION = ("SSH_", "XDG_", "DBUS_")
+_MOST_OUTPUT = 65_536  # bytes of a script
 _MOST_VARIABLES = 8_000  # bytes of them
 
 Reason = Literal["system", "architecture", "program", "root", "place", "run", "port", "silent"]
@@ -63,6 +65,7 @@ class NoHelperError(NoTemplateError):
     """
 
 
+@functools.cache
 def digest() -> str:
     """SHA-256, in hex, of the helper's source, and of how it gets into a guest."""
     parts = (scripts.PLACE, scripts.START, scripts.INSTALL)
@@ -112,6 +115,11 @@ class HelperSetup:
         """For a template's record; empty if the guest has a helper of its own."""
         return {"way": self.way, "environments": self.environments} if self.way else {}
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether nothing in the guest starts the helper after a boot."""
+        return self.way == _BY_HAND
+
     def in_environment(self, command: Command, user: str) -> Command:
         """A command with the variables that it would have by SSH."""
         variables = self.environments.get(user)
@@ -129,16 +137,16 @@ class HelperSetup:
             NoHelperError: that cannot be done, and `strict` is set.
         """
         self.failure = None
-        if self.way not in ("", _BY_HAND) and _says_hello(helper, stretch(_RETURN_SECONDS)):
+        if self.way and not self.is_by_hand and _says_hello(helper, stretch(_RETURN_SECONDS)):
             return
         try:
             _Giving(self, helper, start, stretch).give()
         except NoHelperError as error:
-            if helper.is_there:  # its own
-                return
             self.failure = error
-            if self.strict:
-                raise
+        except (CommandError, ConfigError) as error:
+            self.failure = NoHelperError(error.brief, reason="root", details=error.details)
+        if self.failure is not None and self.strict and not helper.is_there:
+            raise self.failure
 
 
 @dataclass(frozen=True)
@@ -161,21 +169,20 @@ class _Giving:
         if self.helper.is_there:
             return
         placed = self._run(login, prefix, scripts.PLACE, str(len(program)), stdin=program)
-        _check(placed)
-        place = placed["place"]
+        place = _result(placed, "place")
         started = self._script(login, prefix, scripts.INSTALL, place)
-        _check(started)
+        way = _result(started, "way")
         if not _says_hello(self.helper, self.stretch(_HELLO_SECONDS)):
             words = self._text(login, (*prefix, *_shell(scripts.LAST_WORDS), place), b"")
             raise NoHelperError(
-                f"the helper was started in it ({started['way']}), but does not answer",
+                f"the helper was started in it ({way}), but does not answer",
                 reason="silent",
                 details="\n".join(filter(None, (started.get("not", ""), words))),
             )
         if not self.setup.way:
             for user in dict.fromkeys(("root", *self.setup.users)):
                 self._note_environment(user)
-        self.setup.way = started["way"]
+        self.setup.way = way
 
     def _root(self) -> tuple[str, tuple[str, ...], dict[str, str]]:
         """Who logs in, the beginning of a command line that makes that user root, and what root finds."""
@@ -234,35 +241,48 @@ class _Giving:
         return {name: value for name, mark, value in lines if mark}
 
     def _text(self, login: str, argv: tuple[str, ...], stdin: bytes) -> str:
-        output, errors = bytearray(), bytearray()
+        output, errors = _Limited(), _Limited()
         process = self.start(Command(argv=argv), login)
         try:
-            process.communicate(
-                io.BytesIO(stdin), output.extend, errors.extend, self.stretch(_SECONDS)
-            )
+            process.communicate(io.BytesIO(stdin), output.take, errors.take, self.stretch(_SECONDS))
         except CommandTimeout as late:
             raise NoHelperError(
                 f"the setup of its helper did not end: {late.brief}",
                 reason="silent",
-                details=errors.decode(errors="replace"),
+                details=errors.text,
             ) from late
         finally:
             process.close()
-        return output.decode(errors="replace")
+        return output.text
+
+
+class _Limited:
+    """The beginning of what a program in the guest prints."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, data: bytes) -> None:
+        """Take more of it."""
+        self._bytes += data[: _MOST_OUTPUT - len(self._bytes)]
+
+    @property
+    def text(self) -> str:
+        return self._bytes.decode(errors="replace")
 
 
 def _shell(script: str) -> tuple[str, ...]:
     return "/bin/sh", "-c", script, "sh"
 
 
-def _check(found: Mapping[str, str]) -> None:
-    """Check what a script has printed.
+def _result(found: Mapping[str, str], name: str) -> str:
+    """The value of a line that a script has printed.
 
     Raises:
         NoHelperError: it says that it failed, or nothing.
     """
-    if "place" in found or "way" in found:
-        return
+    if found.get(name):
+        return found[name]
     reason, what = _FAILURES.get(found.get("failed", ""), _FAILURES["place"])
     why = found.get("why", "the guest's shell said nothing").rstrip("; ")
     raise NoHelperError(f"{what}: {why}", reason=reason)

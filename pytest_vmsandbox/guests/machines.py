@@ -72,6 +72,7 @@ class Running:
     last_use: float = field(default_factory=monotonic)
     left: list[RemoteProcess] = field(default_factory=list)
     restarted: bool = False
+    _known_restarts: int = 0
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -88,6 +89,7 @@ class Running:
                 command's user. If not, that user logs in.
         """
         self.machine.check()
+        self._notice_restart()
         login = user if user == "root" or command.user is None else command.user
         if command.user == login:
             command = replace(command, user=None)
@@ -96,6 +98,19 @@ class Running:
         if self.setup is not None:
             command = self.setup.in_environment(command, command.user or login)
         return helper.start(command, login)
+
+    def _notice_restart(self) -> None:
+        """Forget a helper that ended with a restart that nobody announced, and that no init starts again."""
+        if (
+            self.setup is not None
+            and self.setup.is_by_hand
+            and self._restarts() > self._known_restarts
+        ):
+            self._known_restarts = self._restarts()
+            self.resident.close()
+
+    def _restarts(self) -> int:
+        return sum(event["event"] == "RESET" for event in self.machine.monitor.events())
 
     def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
         """Start a program by SSH, even if the guest has a helper.
@@ -207,6 +222,7 @@ class Running:
                 )
             deadline.pause(0.05)
         if self.setup is not None and self.helper is None and self.blueprint.has_way_in:
+            self._known_restarts = self._restarts()
             self.setup.give(self.resident, self.start_by_ssh, self.blueprint.stretch)
             self._leave_ssh()
         if self.blueprint.built.key is not None:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import paramiko
 
 from pytest_vmsandbox.core.deadline import Deadline, within
-from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.core.errors import CommandError, GuestLost
 from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.commands import Command
@@ -35,6 +35,7 @@ _CHUNK = 1 << 18
 _MAX_GROUP = 20  # digits of a process number
 _MAX_NOISE = 1 << 16  # bytes that a login shell may write before the program starts
 _MAX_LINE = 8_000  # bytes of a command that every server accepts; dropbear's limit is 9,000
+_UNKNOWN_SHELL, _POSIX_SHELL, _OTHER_SHELL = "", "posix", "other"  # the user's login shell
 _LOG = "pytest_vmsandbox.ssh"  # paramiko logs what it raises, and tests should see it only once
 logging.getLogger(_LOG).addHandler(logging.NullHandler())
 logging.getLogger(_LOG).propagate = False
@@ -81,15 +82,33 @@ class SSHTransport:
     check: Callable[[], None]
     connect_timeout: float
     quiet_seconds: float
+    _shell: str = _UNKNOWN_SHELL
     _session: _Session | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, command: Command) -> RemoteProcess:
         """Start a program."""
+        try:
+            process = self._start(command)
+        except CommandError:
+            if self._shell != _UNKNOWN_SHELL:
+                raise
+            self._shell = _OTHER_SHELL
+            try:
+                return self._start(command)
+            except CommandError:  # so the shell is not the cause
+                self._shell = _UNKNOWN_SHELL
+            raise
+        if self._shell == _UNKNOWN_SHELL:
+            self._shell = _POSIX_SHELL
+        return process
+
+    def _start(self, command: Command) -> RemoteProcess:
         token = secrets.token_hex(8)
-        line, ahead = commands.command_line(command, token), b""
+        line, ahead = self._line(commands.command_line(command, token)), b""
         if len(os.fsencode(line)) > _MAX_LINE:
             line, ahead = commands.shipped(command, token)
+            line = self._line(line)
         channel = SSHChannel(self, self._channel(line, ahead))
         process = RemoteProcess(channel, command, check=self.check)
         try:
@@ -98,6 +117,9 @@ class SSHTransport:
             channel.close()
             raise
         return process
+
+    def _line(self, line: str) -> str:
+        return commands.for_any_shell(line) if self._shell == _OTHER_SHELL else line
 
     def signal(self, group: int, name: str) -> None:
         """Send a signal to a process group in the guest, which may be gone already."""

@@ -23,7 +23,7 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
-from pytest_vmsandbox.guests import helper_setup, root_disk, systemd
+from pytest_vmsandbox.guests import helper_setup, root_disk, started
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -337,8 +337,9 @@ def settle(guest: Guest, blueprint: Blueprint) -> None:
     Raises:
         BootError: its system is in emergency mode.
     """
-    if blueprint.built.definition.init == "systemd":
-        systemd.await_started(guest)
+    init = blueprint.built.definition.init
+    started.await_started(guest, init)
+    if init == "systemd":
         guest.run(["udevadm", "settle"], check=False, user="root")
         guest.run(["pkill", "-x", r"\(udev-worker\)"], check=False, user="root")
     for _ in range(2):

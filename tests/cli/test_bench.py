@@ -22,6 +22,7 @@ from pytest_vmsandbox.cli.benchmark.guests import CannotMeasureError, Result, Se
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests.templates import NoTemplateError
 
 
 class TestResults:
@@ -91,7 +92,9 @@ def invoke(tmp_path, monkeypatch):
     )
     made_up["armed_run_ms"] = lambda _: guests.percentiles([10.0] * 150)
     made_up["leased_at_once"] = refuse(LaunchError("no room", details="none at all"))
-    made_up["idle_cost_ms"] = refuse(CannotMeasureError("not\ninstalled"))
+    not_installed = CannotMeasureError("not\ninstalled")
+    not_installed.why_booted = "system"
+    made_up["idle_cost_ms"] = refuse(not_installed)
     measurements = {
         key: wraps(real)(lambda setup, key=key: made_up[key](setup))
         for key, real in bench.MEASUREMENTS.items()
@@ -121,6 +124,7 @@ def test_json_has_all_figures(invoke):
     assert content["ratios"]["armed_run_ms"] == {"p50": 200, "p99": 200}
     assert (content["leased_at_once"], content["idle_cost_ms"]) == (None, None)
     assert content["reasons"] == {"leased_at_once": "no room", "idle_cost_ms": "not installed"}
+    assert content["details"]["idle_cost_ms"] == {"why_booted": "system"}
     assert {"image", "machine", "qemu", "accelerator"} <= set(content)
     assert {"system", "processor", "processors", "memory_bytes"} <= set(content["machine"])
 
@@ -217,9 +221,13 @@ class FakeFactory:
         self.guests = []
         self.expected = 0
         self.waited = 0
+        self.refusal = None
 
     def hardware(self, image, arguments):
         return Hardware().changed(arguments)
+
+    def why_booted(self, image):
+        return self.refusal
 
     def expect(self, image, hardware, count):
         self.expected += count
@@ -270,6 +278,23 @@ def test_armed_is_measured_with_armed_guests_only(site):
 def test_armed_where_guests_are_booted(site):
     with pytest.raises(CannotMeasureError, match="guests are booted here, not armed or cloned"):
         guests.armed_noop(site(FakeFactory("booted"), count=5))
+
+
+@pytest.mark.parametrize(
+    ("refusal", "word"),
+    [
+        (NoTemplateError("this is FreeBSD", reason="system"), "system"),
+        (LaunchError("this is FreeBSD"), "LaunchError"),
+    ],
+)
+def test_why_guests_are_booted(site, refusal, word):
+    factory = FakeFactory("booted")
+    factory.refusal = refusal
+    setup = site(factory, count=5)
+    told = "guests are booted here, not cloned: this is FreeBSD"
+    with pytest.raises(CannotMeasureError, match=told) as raised:
+        guests.clone_on_demand(setup)
+    assert raised.value.why_booted == word
 
 
 def test_armed_where_nothing_is_armed(site):

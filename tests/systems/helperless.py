@@ -9,6 +9,7 @@ cut, and whether tests run inside. What is done is kept in --work, so it goes on
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -41,9 +42,12 @@ from pytest_vmsandbox.catalogue.store import (
 )
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.guests.adopting import INSECURE_KEYS
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.image_maker import make_image
 from support.helperless import bare
 
 BASE = "debian-13"
@@ -53,6 +57,7 @@ PAIRS = 5  # of clones: one of the system, one of its base
 _CHANGE = r"""
 set -eu
 debugfs -R "rdump / $TREE" "$SOURCE" >/dev/null 2>&1
+echo "$KEY" >"$TREE/tmp/key"
 rm -rf "$TREE/lost+found"
 for node in null zero urandom; do
     : >"$TREE/dev/$node"
@@ -75,7 +80,10 @@ _NO_HELPER = """
 rm -rf /usr/lib/vmsandbox /etc/systemd/system/vmsandbox-helper.service
 rm -f /etc/systemd/system/sysinit.target.wants/vmsandbox-helper.service
 """
-_APT = "apt-get -qq update; apt-get -qq -y -o Dpkg::Options::=--force-confold install"
+_APT = "apt-get -qq update; apt-get -qq -y --allow-remove-essential -o Dpkg::Options::=--force-confold install"
+_NO_SYSTEMD = (
+    "systemd-sysv- libpam-systemd- dbus-user-session-"  # nothing that wants systemd as init
+)
 _BUSYBOX = (
     _NO_HELPER
     + r"""
@@ -137,12 +145,15 @@ class System:
 
 SYSTEMS = {
     "systemd": System("systemd", _NO_HELPER),
-    "sysvinit": System("inittab", f"{_NO_HELPER}{_APT} sysvinit-core orphan-sysvinit-scripts-"),
-    "openrc": System("openrc", f"{_NO_HELPER}{_APT} openrc sysvinit-core"),
-    "runit": System("runit", f"{_NO_HELPER}{_APT} runit-init runit-run ssh"),
+    "sysvinit": System("inittab", f"{_NO_HELPER}{_APT} sysvinit-core {_NO_SYSTEMD}"),
+    "openrc": System("openrc", f"{_NO_HELPER}{_APT} openrc sysvinit-core {_NO_SYSTEMD}"),
+    "runit": System("runit", f"{_NO_HELPER}{_APT} runit-init {_NO_SYSTEMD}"),
     "busybox": System("busybox", _BUSYBOX),
     "rc": System("rc", _RC),
     "none": System("hand", "", has_python=False),
+    "imported": System(
+        "systemd", f"{_NO_HELPER}mkdir -p /root/.ssh; cp /tmp/key /root/.ssh/authorized_keys"
+    ),
     "dropbear": System(
         "systemd",
         f"{_NO_HELPER}{_APT} dropbear-bin\n"
@@ -188,6 +199,7 @@ def changed(name: str, base: BuiltImage, work: Build) -> Mapping[str, object]:
         "SOURCE": os.fspath(base.disk),
         "OUT": os.fspath(work.out / DISK),
         "SCRIPT": SYSTEMS[name].script,
+        "KEY": KeyPair.of(INSECURE_KEYS[0].read_text(encoding="utf-8")).public,
         "LC_ALL": "C.UTF-8",
     }
     if work.run(words, env=environment):
@@ -228,7 +240,52 @@ user = "{"tester" if name == "sudo" else "root"}"
     definition = ImageDefinition.read(definition_folder)
     if store.state(definition) is not ImageState.BUILT:
         build(definition, store, partial(changed, name, base), progress=print)
-    return definition.name
+    return imported(store.require(definition), folder) if name == "imported" else definition.name
+
+
+def imported(vendor: BuiltImage, folder: Path) -> str:
+    """The name of an image that is made from the disk of another one, as if a vendor had published it."""
+    assert vendor.disk is not None
+    assert vendor.kernel is not None
+    assert vendor.initrd is not None
+    place = folder / f"{vendor.definition.name}-disk"
+    if not (place / "image.toml").exists():
+        place.mkdir(exist_ok=True)
+        lines = []
+        for key, file in {
+            "url": vendor.disk,
+            "kernel": vendor.kernel,
+            "initrd": vendor.initrd,
+        }.items():
+            shutil.copyfile(file, place / key)
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            lines.append(
+                f'{key} = "{key}"\n{"sha256" if key == "url" else f"{key}_sha256"} = "{digest}"\n'
+            )
+        (place / "image.toml").write_text(
+            f"""\
+schema = 1
+description = "A disk from elsewhere"
+architecture = "{vendor.definition.architecture}"
+[source]
+{"".join(lines)}format = "raw"
+[boot]
+append = "{vendor.definition.append}"
+memory_min = "256MiB"
+[disk]
+size = "3GiB"
+[system]
+python = true
+init = "systemd"
+user = "root"
+[login]
+method = "vagrant"
+user = "root"
+"""
+        )
+    make_image(ImageDefinition.read(place), Settings(image_path=(folder,)), progress=print)
+    return place.name
 
 
 LOOK = "cat /proc/sys/kernel/hostname; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \\n'"
@@ -325,7 +382,8 @@ def inside(known: str, folder: Path) -> bool:
             "pytest",
             "-q",
             f"--vm={known}",
-            f"-o vm_image_path={folder}",
+            "-o",
+            f"vm_image_path={folder}",
         ]
         done = subprocess.run(words, cwd=project, capture_output=True, text=True, check=False)
         if done.returncode:

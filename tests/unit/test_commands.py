@@ -9,7 +9,14 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.guests.commands import STARTED, Command, command_line, kill_line, shipped
+from pytest_vmsandbox.guests.commands import (
+    STARTED,
+    Command,
+    command_line,
+    for_any_shell,
+    kill_line,
+    shipped,
+)
 
 SHELLS = [["/bin/sh", "-c"]]
 SHELLS += [[path, "-c"] for name in ("dash", "bash") if (path := shutil.which(name))]
@@ -84,6 +91,15 @@ class TestShells:
         assert argv == ODD
         assert its_env == env
         assert leads
+
+    def test_a_line_for_any_shell(self, shell):
+        words = [*ODD, "!x", "100%d", "\\041"]
+        line = for_any_shell(command_line(Command(argv=("printf", r"%s\0", *words)), "t"))
+        done = subprocess.run([*shell, line], capture_output=True, check=True)
+        said = done.stdout.partition(b"\n")[2]
+        assert said == b"".join(os.fsencode(word) + b"\0" for word in words)
+        inside = line.removeprefix('exec /bin/sh -c \'eval "$(printf %b "').removesuffix('")"\'')
+        assert not set(inside) & set("'\"`$!%\n{}[]()<>|&;*?~#^")
 
     def test_odd_folders(self, shell, tmp_path):
         for name in ("-x", "a b", "it's", "new\nline", "$HOME", "é"):

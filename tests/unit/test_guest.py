@@ -784,6 +784,30 @@ class TestPower:
         assert vm.run(["echo", "x"]).stdout == "x\n"
         assert len(platform.machines) == 1
 
+    def test_a_reboot_whose_program_never_answers(self, vm, platform, monkeypatch):
+        """The restart itself counts: an init may end the helper before the program."""
+        closed = []
+
+        class Silent:
+            def wait(self, timeout):
+                raise CommandTimeout("it still runs", seconds=timeout)
+
+            def close(self):
+                closed.append(True)
+
+        start = FakeTransport.start
+
+        def begin(transport, command):
+            if command.argv[0] != "reboot":
+                return start(transport, command)
+            transport.machine.ask("reboot")
+            return Silent()
+
+        monkeypatch.setattr(FakeTransport, "start", begin)
+        vm.reboot(timeout=5)
+        assert closed == [True]
+        assert len(platform.machines) == 1
+
     def test_a_reboot_that_does_not_happen(self, vm, platform):
         platform.machines[0].obeys = False
         with pytest.raises(BootError, match="did not shut down to reboot"):

@@ -323,6 +323,26 @@ class TestGiving:
         assert raised.value.reason == reason
         assert setup.record() == {}
 
+    def test_a_guest_that_says_more_than_enough(self, setup):
+        guest = Guest(way="openrc\n" + "x" * 100_000)
+        give(setup, guest)
+        assert setup.way == "openrc"
+        guest = Guest(place="")
+        with pytest.raises(NoHelperError, match="said nothing"):
+            give(setup, guest)
+
+    def test_a_shell_that_breaks_later(self, setup):
+        guest = Guest()
+        began = guest.start
+
+        def start(command, login):
+            if guest.commands:
+                guest.refused = ["root"]
+            return began(command, login)
+
+        with pytest.raises(NoHelperError, match="'root' cannot log in"):
+            setup.give(guest, start, float)
+
     def test_nobody_becomes_root(self, setup):
         guest = Guest()
         guest.refused = ["root", "tester"]
@@ -395,11 +415,13 @@ def test_variables_of_a_login_are_left_out():
 def test_the_digest_counts_in_what_identifies_a_template(monkeypatch):
     before = helper_setup.digest()
     monkeypatch.setattr(helper_scripts, "START", "#!/bin/sh\n")
-    assert helper_setup.digest() != before
+    assert helper_setup.digest.__wrapped__() != before
 
 
 class TestRunning:
     """What a guest that was given a helper does after a boot."""
+
+    seen: tuple[str, ...] = ()  # events of its machine
 
     @pytest.fixture
     def running(self, setup):
@@ -410,7 +432,7 @@ class TestRunning:
             resident=helper,
             _transports={},
             _lock=threading.Lock(),
-            machine=SimpleNamespace(check=lambda: None),
+            machine=SimpleNamespace(check=lambda: None, monitor=self),
             blueprint=SimpleNamespace(
                 has_way_in=True, stretch=float, built=SimpleNamespace(key=None)
             ),
@@ -422,6 +444,19 @@ class TestRunning:
     def test_it_gets_it_again(self, running):
         running.await_answer(Deadline(1))
         assert running.helper is running.resident
+
+    @pytest.mark.parametrize("way", ["hand", "openrc"])
+    def test_a_restart_that_the_guest_began(self, running, way):
+        """No init starts the helper again, so SSH is left. An init does so, and it says hello again."""
+        running.resident.found["way"] = way
+        running.resident.close = lambda: setattr(running.resident, "is_there", False)
+        running.await_answer(Deadline(1))
+        self.seen = ("RESET", "SHUTDOWN")
+        running.start(Command(argv=("x",)), "root")
+        assert running.resident.is_there is (way == "openrc")
+
+    def events(self):
+        return [{"event": name} for name in self.seen]
 
     def test_nobody_asks_where_there_is_one(self, running):
         running.resident.is_there = True

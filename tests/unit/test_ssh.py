@@ -63,7 +63,7 @@ class Server(paramiko.ServerInterface):
         if self.host.noise:
             channel.sendall(self.host.noise)
         process = subprocess.Popen(
-            ["/bin/sh", "-c", command],
+            [*self.host.shell, "-c", command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,6 +127,7 @@ class Host:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         self.noise = b""
+        self.shell = ["/bin/sh"]
         self.authorized = [OURS.public]
         self.offered = []  # kinds of keys
         self.sessions = []
@@ -401,6 +402,21 @@ class TestCommand:
     def test_noise_of_a_login_shell_is_no_output(self, host, transport):
         host.noise = b"Welcome!\nvmsandbox-started not this one\n"
         assert run(transport, sh("echo out"))[1] == b"out\n"
+
+    def test_a_login_shell_that_is_not_like_others(self, host, transport, tmp_path):
+        """As fish and tcsh: it has other variables, and no dollar sign is safe from it."""
+        shell = tmp_path / "fish"
+        shell.write_text(
+            '#!/bin/sh\ncase $2 in "exec /bin/sh -c \'"*"\'") eval "$2" ;; *) echo bad =; exit 127 ;; esac\n'
+        )
+        shell.chmod(0o755)
+        host.shell = [os.fspath(shell)]
+        script = 'echo "$1"; cat; exit 3'
+        for words in (["it's\n$HOME"], ["x" * 20_000]):
+            command = Command(argv=("/bin/sh", "-c", script, "sh", *words))
+            output = f"{words[0]}\nfed".encode()
+            assert run(transport, command, stdin=b"fed") == (3, output, b"")
+        assert len(host.processes) == 3  # the first line was refused, and no other
 
     def test_what_was_printed_before_the_error_is_kept(self, transport):
         assert run(transport, Command(argv=("no-such-program",)))[0] == 127

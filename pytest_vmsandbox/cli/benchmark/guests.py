@@ -18,6 +18,7 @@ from pytest_vmsandbox.core.spec import MIB
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.templates import NoTemplateError
 
 P99_SAMPLES = 100  # the least for a 99th percentile
 ANSWER_SECONDS = 2.0  # in which each of many guests has to answer
@@ -29,7 +30,13 @@ _UNCOUNTED = 4  # guests at the start, which the pool has made ahead
 
 
 class CannotMeasureError(VMSandboxError):
-    """Something cannot be measured here; the brief line has the reason."""
+    """Something cannot be measured here; the brief line has the reason.
+
+    Attributes:
+        why_booted: one word for programs, if guests are not cloned: see `NoTemplateError.reason`.
+    """
+
+    why_booted = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,18 @@ class Result:
     samples: int = 0
     reason: str = ""
     details: Mapping[str, object] = field(default_factory=dict)
+
+
+def _other_origin(
+    origin: str, wanted: Sequence[str], why: VMSandboxError | None
+) -> CannotMeasureError:
+    """The error for a guest that was made in another way than wanted."""
+    brief = f"guests are {origin} here, not {' or '.join(wanted)}"
+    if why is None:
+        return CannotMeasureError(brief)
+    error = CannotMeasureError(f"{brief}: {why.brief}")
+    error.why_booted = why.reason if isinstance(why, NoTemplateError) else type(why).__name__
+    return error
 
 
 def median(samples: Sequence[float], digits: int = 1) -> Result:
@@ -117,7 +136,7 @@ class Setup:
         """
         with factory.boot(self.image, **self.hardware) as guest:
             if (origin := guest.origin) not in origins:
-                raise CannotMeasureError(f"guests are {origin} here, not {' or '.join(origins)}")
+                raise _other_origin(origin, origins, factory.why_booted(self.image))
             yield guest
 
     @cached_property

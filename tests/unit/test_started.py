@@ -1,12 +1,14 @@
 """A guest may answer long before its system is up, and it may never get there."""
 
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError, CommandTimeout, ImageError
-from pytest_vmsandbox.guests import changing, systemd
+from pytest_vmsandbox.guests import changing, started
 from support.images import DEFINITION
 
 
@@ -37,7 +39,7 @@ class Guest:
 @pytest.mark.parametrize("state", ["running", "degraded", "unknown", "starting", ""])
 def test_it_is_up_or_will_never_be_quiet(state):
     guest: Any = Guest(state)
-    systemd.await_started(guest)
+    started.await_started(guest, "systemd")
     assert guest.timeouts == [600]
 
 
@@ -48,7 +50,7 @@ def in_emergency() -> Any:
 
 def test_emergency_mode_is_no_boot(in_emergency):
     with pytest.raises(BootError, match="mine-1: the system is in emergency mode") as raised:
-        systemd.await_started(in_emergency)
+        started.await_started(in_emergency, "systemd")
     assert raised.value.stage == "init"
     assert raised.value.details == f"--- systemd in the guest\n{Guest.causes}"
     assert "may look for a disk" in raised.value.remedy
@@ -57,5 +59,48 @@ def test_emergency_mode_is_no_boot(in_emergency):
 def test_an_image_that_is_made_keeps_the_remedy(in_emergency):
     build: Any = SimpleNamespace(definition=DEFINITION)
     with pytest.raises(ImageError) as raised, changing.named(build, "setup.sh"):
-        systemd.await_started(in_emergency)
+        started.await_started(in_emergency, "systemd")
     assert "may look for a disk" in raised.value.remedy
+
+
+def test_an_init_of_which_nothing_is_known_is_not_asked():
+    guest: Any = Guest("running")
+    started.await_started(guest, "busybox")
+    assert guest.timeouts == []
+
+
+class Sysvinit:
+    """Runs the script here, where `runlevel` and `sleep` are ours. Each sleep does the next of `then`."""
+
+    engine = Guest.engine
+
+    def __init__(self, folder: Path, *then: str) -> None:
+        self.folder = folder
+        self.slept = folder / "slept"
+        self.put("runlevel", f"cat {folder}/level")
+        cases = "".join(f"{number}) {text} ;;\n" for number, text in enumerate(then, 1))
+        self.put("sleep", f"echo >>{self.slept}\ncase $(wc -l <{self.slept}) in {cases}esac")
+        self.put("rc", f"echo >{folder}/begun; read line <{folder}/end; echo >{folder}/ended")
+
+    def put(self, name: str, script: str) -> None:
+        file = self.folder / name
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+
+    def run(self, argv: Any, **options: Any) -> Any:
+        path = f"{self.folder}:/usr/bin:/bin"
+        return subprocess.run(argv, env={"PATH": path}, text=True, capture_output=True, check=True)
+
+
+def test_sysvinit_is_up_when_it_has_a_run_level_and_its_scripts_have_ended(tmp_path):
+    begun = f"until [ -e {tmp_path}/begun ]; do :; done"
+    guest: Any = Sysvinit(
+        tmp_path,
+        f"mkfifo {tmp_path}/end; rc >/dev/null 2>&1 & {begun}",
+        f"echo N 2 >{tmp_path}/level",
+        *("true", "true", "true"),
+        f"echo >{tmp_path}/end",
+    )
+    (tmp_path / "level").write_text("unknown\n")
+    started.await_started(guest, "sysvinit")
+    assert (tmp_path / "ended").exists()
