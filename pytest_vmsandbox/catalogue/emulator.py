@@ -23,6 +23,10 @@ HIDING = "VMSANDBOX_NO_BINFMT"  # of the user: as if the kernel had no binfmt_mi
 PACKAGES = ("qemu-user-static", "qemu-user")  # until Debian 12, and since: both are static there
 _SECONDS = 600.0  # for one call of apt
 _HEAD = 4096  # bytes of a program that name its dynamic linker
+_APART = (  # a command line that starts a program where no emulator is registered
+    *("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc", "sh"),
+    *("-c", 'mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && exec "$@"', "sh"),
+)
 _FLAGS = "OCF"  # the emulator is opened at once, so no path in the image's tree matters
 
 
@@ -82,16 +86,13 @@ def registration(architecture: str, path: str) -> str:
 
 def can_register() -> bool:
     """Whether a user name space can have a binfmt_misc of its own here: Linux can since 6.7."""
-    if os.environ.get(HIDING):
-        return False
-    place = "/proc/sys/fs/binfmt_misc"
-    spaces = ("--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc")
-    return _succeeds(["unshare", *spaces, "mount", "-t", "binfmt_misc", "binfmt_misc", place])
+    return not os.environ.get(HIDING) and _succeeds([*_APART, "true"])
 
 
 def runs(program: str) -> bool:
-    """Whether this machine runs a program of ours."""
-    return _succeeds([program, "--about"])
+    """Whether this machine runs a program of ours. An emulator that the machine has registered does not count."""
+    apart = _APART if _succeeds([*_APART, "true"]) else ()
+    return _succeeds([*apart, program, "--about"])
 
 
 def _succeeds(argv: Sequence[str]) -> bool:

@@ -37,11 +37,10 @@ def program(file: Path, content: str | bytes) -> Path:
 
 def apt(folder: Path, *, has: str, name: str, after_update: bool = False) -> None:
     """Programs that play apt-get and dpkg-deb, with one package."""
-    for used in ("sh", "cat", "mkdir", "touch", "chmod"):
-        (folder / used).symlink_to(shutil.which(used))
+    for used in ("sh", "mkdir", "touch", "chmod", "grep"):
+        (folder / used).symlink_to(str(shutil.which(used)))
     said = folder.parent / "said"
     guard = f'grep -q " update$" {said} || exit 100' if after_update else ":"
-    (folder / "grep").symlink_to(shutil.which("grep"))
     program(
         folder / "apt-get",
         f'echo "$@" >>{said}\n'
@@ -144,6 +143,13 @@ def test_runs(tmp_path):
     assert emulator.runs(str(program(tmp_path / "yes", '[ "$1" = --about ]')))
     assert not emulator.runs(str(program(tmp_path / "no", "exit 1")))
     assert not emulator.runs(str(program(tmp_path / "foreign", b"\x7fELF\x02\x02\x01")))
+
+
+def test_what_the_machine_emulates_does_not_run(path, tmp_path, monkeypatch):
+    """Only where nothing is registered, it is seen what the machine runs by itself."""
+    monkeypatch.setenv("PATH", str(path))
+    program(path / "unshare", 'for last; do :; done; [ "$last" = true ]')
+    assert not emulator.runs(str(program(tmp_path / "emulated", "exit 0")))
 
 
 class TestNameSpace:
