@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue import emulator
+from pytest_vmsandbox.catalogue import emulator, programs
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError
 
@@ -25,7 +25,7 @@ def path(tmp_path, monkeypatch) -> Path:
     """A folder for programs, which is all of PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setattr(emulator.programs, "search_path", lambda: str(folder))
+    monkeypatch.setattr(programs, "search_path", lambda: str(folder))
     return folder
 
 
