@@ -37,7 +37,7 @@ def test_an_image_is_made_and_its_guests_are_cloned(cache, tmp_path, monkeypatch
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     settings = Settings(cache=cache, clones="demand")
     definition = Catalogue().get(IMAGE)
-    image = make_image(definition, settings, progress=[].append)
+    image = make_image(definition, settings, progress=print)
     assert list((tmp_path / "tmp").iterdir()) == []
     assert ImageStore(cache).require(definition).folder == image.folder
     with GuestFactory.open(settings) as factory:
