@@ -49,6 +49,10 @@ def debian(monkeypatch):
         (lambda: checks.image_tools([], needed=True), OK, "all installed", ""),
         (lambda: checks.image_tools(["xz"], needed=True), FAILED, "missing: xz", "install xz-utils"),
         (lambda: checks.image_tools(["xz"], needed=False), WARNING, "missing: xz", "install xz-utils"),
+        (
+            lambda: checks.image_tools(["cc", "libc.a"], needed=True),
+            *(FAILED, "missing: cc, libc.a", "install gcc libc6-dev"),
+        ),
         (lambda: checks.keyring(True, needed=True), OK, "installed", ""),
         (lambda: checks.keyring(False, needed=True), FAILED, "missing", "debian-archive-keyring"),
         (lambda: checks.keyring(False, needed=False), WARNING, "missing", "debian-archive-keyring"),

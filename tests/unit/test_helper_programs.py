@@ -253,3 +253,11 @@ print(helpers.helper_program({NATIVE!r}, Path({str(tmp_path / "cache")!r})))
     [program] = printed
     assert Path(program).read_bytes() == head(NATIVE)
     assert len(compiler.calls) == 1
+
+
+def test_the_recorded_digests_are_those_of_this_source():
+    """Otherwise no wheel could have the programs. See images/helper/build.py."""
+    source = Path(__file__).parents[2] / "images/helper/helper.c"
+    digests = helpers.recorded(source)
+    assert [*digests] == ["helper.c", *ARCHITECTURES]
+    assert digests["helper.c"] == hashlib.sha256(source.read_bytes()).hexdigest()
