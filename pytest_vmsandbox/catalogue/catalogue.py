@@ -138,9 +138,13 @@ class Catalogue:
         finally:
             self._deriving.pop()
 
-    def valid(self) -> Iterator[tuple[str, ImageDefinition]]:
-        """The names and definitions of the images for this machine, without those that are wrong."""
-        for name in self.native():
+    def valid(self, *, foreign: bool = False) -> Iterator[tuple[str, ImageDefinition]]:
+        """The names and definitions of the images for this machine, without those that are wrong.
+
+        Args:
+            foreign: whether to add those for other architectures.
+        """
+        for name in self.names() if foreign else self.native():
             with suppress(ConfigError):
                 yield name, self.get(name)
 

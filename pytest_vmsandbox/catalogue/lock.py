@@ -135,7 +135,7 @@ class LockedImage:
             name=definition.name,
             architecture=definition.architecture if definition.of_several else "",
             origin=definition.origin,
-            base=variants.stem_of(definition.base, definition.architecture),
+            base=_stem_of_base(definition),
             definition=built.digest,
             places={key: source[key] for key in _PLACES if source.get(key)},
             digests=digests,
@@ -518,6 +518,15 @@ def _lines(built: BuiltImage, record: Mapping[str, Any], name: str) -> list[str]
     except OSError as error:
         why = error.strerror or str(error)
     raise damaged(built.definition, f"{file} {why}")
+
+
+def _stem_of_base(definition: ImageDefinition) -> str:
+    """The name of an image's base, without the architecture if the base is one of several."""
+    if definition.parent is not None:
+        return definition.parent.variant_of or definition.base
+    if definition.of_several:  # a definition from a record has no parent
+        return variants.stem_of(definition.base, definition.architecture)
+    return definition.base
 
 
 def _source(record: Mapping[str, Any], definition: ImageDefinition) -> dict[str, str]:

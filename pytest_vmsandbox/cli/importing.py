@@ -177,7 +177,7 @@ def forget(name: str, catalogue: Catalogue) -> int:
         TeardownError: something cannot be removed.
     """
     freed = 0
-    used = {other: _files_of(definition) for other, definition in catalogue.valid()}
+    used = {other: _files_of(definition) for other, definition in catalogue.valid(foreign=True)}
     if mine := used.pop(name, None):
         from pytest_vmsandbox.catalogue.importing.fetch import discard
 

@@ -313,13 +313,13 @@ def test_what_was_downloaded_goes_with_the_last_image_that_needs_it(run, cache, 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,)).start()
         place = f"http://127.0.0.1:{server.server_port}"
-        for name, key in (
-            ("one", f'sha256 = "{digest}"'),
-            ("two", f'checksums = "{place}/SHA256SUMS"'),
+        for name, key, architecture in (
+            ("one", f'sha256 = "{digest}"', native_architecture()),
+            ("two", f'checksums = "{place}/SHA256SUMS"', "i686"),
         ):
             (tmp_path / "images" / name).mkdir(parents=True)
             (tmp_path / "images" / name / "image.toml").write_text(
-                f'schema = 1\ndescription = "x"\narchitecture = "{native_architecture()}"\n'
+                f'schema = 1\ndescription = "x"\narchitecture = "{architecture}"\n'
                 f'[source]\nurl = "{place}/disk"\n{key}\nformat = "qcow2"\n[boot]\nfirmware = "bios"\n'
                 '[disk]\nsize = "3MiB"\n[system]\npython = false\ninit = "none"\n'
                 '[login]\nmethod = "none"\nready = "up"\n'
@@ -331,7 +331,7 @@ def test_what_was_downloaded_goes_with_the_last_image_that_needs_it(run, cache, 
     kept = [path.parent.name for path in cache.glob("downloads/*/data")]
     assert kept == [f"sha256-{digest[:40]}"]
     run("build", "one", "--force", "--offline", *where)
-    for name, left in (("two", 1), ("one", 0)):
+    for name, left in (("one", 1), ("two", 0)):
         run("rm", name, *where)
         (tmp_path / "images" / name / "image.toml").unlink()
         assert len(list(cache.glob("downloads/*/data"))) == left

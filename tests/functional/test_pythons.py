@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from uv import find_uv_bin
 
-from pytest_vmsandbox.inside.environment import OLDEST_PYTHON, parse_probe
+from pytest_vmsandbox.inside.environment import OLDEST_PYTHON, GuestPython, parse_probe, prepare
 from pytest_vmsandbox.inside.install import RUNNER
+from pytest_vmsandbox.inside.requirements import Requirements
 from support.inside import Suite
 
 VERSIONS = [f"3.{minor}" for minor in range(OLDEST_PYTHON[1], 15) if minor != sys.version_info[1]]
@@ -99,6 +100,28 @@ def python(version, tmp_path):
     return str(env / "bin" / "python")
 
 
+@pytest.fixture
+def pure(tmp_path, monkeypatch):
+    """An environment of this Python with exactly what a guest of s390x gets: no compiled wheel at all."""
+    monkeypatch.setenv("VMSANDBOX_CACHE", str(tmp_path / "cache"))
+    guest = GuestPython(version=sys.version_info[:3], machine="s390x", libc=(2, 36))
+    env, wanted = tmp_path / "env", Requirements.of_entries(tmp_path, ["coverage"])
+    subprocess.run([find_uv_bin(), "venv", "-q", "--python", sys.executable, str(env)], check=True)
+    python = str(env / "bin" / "python")
+    with prepare(wanted, guest, offline=False, say=lambda _: None) as made:
+        packages = made.folder / "site-packages"
+        assert [*packages.rglob("*.so")] == []
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        done = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
+        Path(done.stdout.strip(), "guest.pth").write_text(f"{packages}\n", "utf-8")
+        yield python
+
+
+def test_runner_in_pure_python(pure, tmp_path_factory, monkeypatch):
+    """Coverage too is measured without compiled code, and without a word about that."""
+    run(pure, "{}.{}".format(*sys.version_info), tmp_path_factory, monkeypatch)
+
+
 def test_runner(python, version, tmp_path_factory, monkeypatch):
     done = subprocess.run(
         [python, "-I", "-S", "-W", "error", "-"],
@@ -106,6 +129,11 @@ def test_runner(python, version, tmp_path_factory, monkeypatch):
     )  # fmt: skip
     assert "{}.{}".format(*parse_probe(done.stdout)[0].version) == version
 
+    run(python, version, tmp_path_factory, monkeypatch)
+
+
+def run(python, version, tmp_path_factory, monkeypatch):
+    """Run the suite with an interpreter, and see that all of it comes back."""
     suite = Suite(tmp_path_factory.mktemp("s"))
     (suite.path / "pytest.ini").write_text(f"[pytest]\nvm_env = WANTED={version}\n")
     suite.write("test_it.py", TESTS)
@@ -118,6 +146,7 @@ def test_runner(python, version, tmp_path_factory, monkeypatch):
     assert "WARNING  its:test_it.py:24 log of bad" in output
     assert "SKIPPED [1] test_it.py:27: no reason" in output
     assert "the interpreter was killed by SIGKILL" in output
+    assert "tracer" not in output
     assert f'<property name="version" value="{version}"' in (suite.path / "junit").read_text()
     assert suite.guests == ["debian-13-1", "debian-13-2"]
     covered = json.loads((suite.path / "coverage.json").read_text())["files"]["test_it.py"]

@@ -457,6 +457,8 @@ class TestDeriving:
         foreign = {"x86_64": "aarch64"}.get(native_architecture(), "x86_64")
         define(image_path / "foreign", TOML.replace(native_architecture(), foreign))
         assert [name for name, _ in Catalogue([image_path]).valid()] == ["a", "b", "b-2"]
+        with_foreign = Catalogue([image_path]).valid(foreign=True)
+        assert [name for name, _ in with_foreign] == ["a", "b", "b-2", "foreign"]
 
 
 class TestSelect:
