@@ -27,21 +27,26 @@ install_system() {
     fi
     # What the variant minbase has by itself.
     bootstrap "$suite" extract "apt,$packages" --include='?or(?essential,?priority(required))' \
-        --extract-hook="mkdir '$ROOT.packages' && mv \"\$1\"/var/cache/apt/archives/*.deb '$ROOT.packages/'" "$@"
+        --extract-hook="mkdir -p '$ROOT.packages' && mv \"\$1\"/var/cache/apt/archives/*.deb '$ROOT.packages/'" "$@"
     # Until base-passwd is configured: dpkg here and programs in the guest have users.
     for file in passwd group; do cp "$ROOT/usr/share/base-passwd/$file.master" "$ROOT/etc/$file"; done
-    unpack
+    unpack "$packages"
 }
 
-# unpack: have this machine's dpkg note in $ROOT that the packages are unpacked, so that the guest's has only to configure them.
-# It runs no program of a package: `preinst`, the only one that it would run, is taken out and comes back afterwards.
+# unpack WANTED: have this machine's dpkg note in $ROOT that the packages are unpacked, so that the guest's has only to configure them.
+# It runs no program of a package: `preinst`, the only one that it would run, is taken out and comes back afterwards.  WANTED are the
+# packages that somebody asked for: apt may remove others with the last one that needs them.
 unpack() {
-    mkdir "$ROOT.stripped"
+    mkdir -p "$ROOT.stripped" "$ROOT/var/lib/apt"
     for package in "$ROOT.packages"/*.deb; do
         (
             cd "$ROOT.stripped"
             rm -rf control && mkdir control
             dpkg-deb --ctrl-tarfile "$package" | tar -C control -xf -
+            case ",apt,$1,$(control Essential),$(control Priority)," in
+            *",$(control Package),"* | *",$(control Package)/"* | *,yes,* | *,required,*) ;;
+            *) printf 'Package: %s\nArchitecture: %s\nAuto-Installed: 1\n\n' "$(control Package)" "$VMSANDBOX_DEBIAN_ARCHITECTURE" >>"$ROOT/var/lib/apt/extended_states" ;;
+            esac
             if [ -e control/preinst ]; then
                 mkdir -p "$ROOT.preinst"
                 mv control/preinst "$ROOT.preinst/$(control Package)$([ "$(control Multi-Arch)" != same ] || echo ":$(control Architecture)")"
@@ -84,7 +89,7 @@ second_stage() {
     cp -R ../debian "$ROOT/second-stage/debian"
     cp ../debian/second-stage/* "$ROOT/second-stage/"
     cp "$ROOT/usr/bin/busybox" "$ROOT/second-stage/busybox" 2>/dev/null || cp "$ROOT/bin/busybox" "$ROOT/second-stage/busybox"
-    for setting in "$@"; do
+    for setting in "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" "$@"; do
         printf "%s='%s'\n" "${setting%%=*}" "$(printf %s "${setting#*=}" | sed "s/'/'\\\\''/g")"
     done >"$ROOT/second-stage/settings"
     echo /second-stage >"$VMSANDBOX_OUT/second-stage"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
@@ -55,6 +55,7 @@ class Catalogue:
         self._cache = cache
         self._definitions: dict[str, ImageDefinition] = {}
         self._deriving: list[str] = []  # whose base is being read
+        self._fits: dict[str, frozenset[str]] = {}  # names, by pattern
 
     def names(self) -> list[str]:
         """The names of all images: our own, imported ones, then folder by folder, sorted in each.
@@ -211,19 +212,20 @@ class Catalogue:
             raise self._only_foreign(pattern, found)
         return selected
 
-    def _fitting(self, pattern: str) -> set[str]:
-        if pattern == ALL:
-            return {*self._places}
-        if not variants.is_glob(pattern):
-            return {self.name_of(pattern)}
-        found = {
-            name
-            for name, place in self._places.items()
-            if variants.fits(pattern, name, place.architecture)
-        }
-        if not found:
-            raise self._unknown(pattern)
-        return found
+    def _fitting(self, pattern: str) -> frozenset[str]:
+        """The names that a pattern fits. Each test of a suite may ask for the same ones."""
+        if pattern not in self._fits:
+            if pattern == ALL:
+                found = [*self._places]
+            elif not variants.is_glob(pattern):
+                found = [self.name_of(pattern)]
+            else:
+                places = self._places.items()
+                found = [name for name, (_, at) in places if variants.fits(pattern, name, at)]
+            if not found and pattern != ALL:
+                raise self._unknown(pattern)
+            self._fits[pattern] = frozenset(found)
+        return self._fits[pattern]
 
     @cached_property
     def _places(self) -> dict[str, _Place]:
@@ -311,7 +313,7 @@ class Catalogue:
             else "rename one of the folders",
         )
 
-    def _only_foreign(self, pattern: str, found: set[str]) -> ConfigError:
+    def _only_foreign(self, pattern: str, found: Collection[str]) -> ConfigError:
         return ConfigError(
             f"no image for {native_architecture()} fits {pattern!r}",
             details=f"for other architectures: {_some([*found])}",

@@ -21,7 +21,7 @@ from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
 from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.architecture import native_architecture
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -92,13 +92,15 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
 
 
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:
+    its = ARCHITECTURES.get(architecture)
+    uefi = its.uefi_package if its is not None and its.uefi_package else "ovmf"
     lacking, secure = [], any(image.secure_boot for image in definitions)
     try:
         find_uefi(architecture, secure_boot=secure)
     except LaunchError:
-        lacking.append("ovmf")
+        lacking.append(uefi)
     lacking += programs.missing(["swtpm"])
-    wanted = {"ovmf"} if any(image.firmware == "uefi" for image in definitions) else set()
+    wanted = {uefi} if any(image.firmware == "uefi" for image in definitions) else set()
     wanted |= {"swtpm"} if any(image.tpm for image in definitions) else set()
     return checks.firmware(lacking, needed=not wanted.isdisjoint(lacking))
 

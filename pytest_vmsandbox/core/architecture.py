@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.core.spec import GIB, MIB
+
 _OTHER_NAMES = {
     "amd64": "x86_64",
     "arm64": "aarch64",
@@ -37,17 +40,28 @@ class Architecture:
         emulated: the CPU models under emulation: the first version of QEMU → model.
         native: the CPU models to try with KVM, the best one first.
         on_emulation, on_kvm: options of the board that depend on the accelerator.
-        slowness: how much slower such a guest is under emulation than one of x86.
+        slowness: how much slower such a guest is under emulation than one of x86: the larger ratio of CPU
+            time for a boot and for 300 small programs, measured with QEMU 7.2 and rounded up.
+        timers_since: the first version of QEMU that saves all timers of an emulated guest. If an older one
+            loads its state, programs that sleep never go on.
         kvm_on: the machines (names as above) whose KVM runs such guests.
         console: the kernel's name of the first serial console.
         bus: how virtio devices are attached.
         panic: the device through which a kernel reports a panic; empty if there is none.
         board_reports_panic: whether the board reports it by itself.
+        has_bios: whether BIOS can boot a disk.
+        uefi_board: the board as descriptions of UEFI firmware name it; empty if UEFI cannot boot a disk.
+        uefi_package: the package of Debian with that firmware.
+        secure_boot: whether we know how to protect that firmware's variables from the guest.
+        tpm: the device of a TPM.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
         narrow: the architecture of 32-bit programs that such a machine can run; or empty.
         in_uv: whether each version of uv that we support has names for its platforms.
-        has_ports: whether there are PCI Express root ports for devices that come later.
+        most_cpus, most_memory: what the board takes at most, in CPUs and bytes; None without a limit of ours.
+        memory_step: bytes; the board takes multiples of it.
+        hot_plug: how a disk comes while the guest runs: into a PCI Express root port, anywhere on the bus,
+            or not at all, because Debian's kernels lack the driver.
     """
 
     name: str
@@ -67,14 +81,23 @@ class Architecture:
     on_emulation: str = ""
     on_kvm: str = ""
     slowness: float = 1.0
+    timers_since: tuple[int, ...] = (0,)
     kvm_on: tuple[str, ...] = ()
     console: str
     bus: Literal["pci", "ccw"] = "pci"
     panic: str = ""
     board_reports_panic: bool = False
+    has_bios: bool = False
+    uefi_board: str = ""
+    uefi_package: str = ""
+    secure_boot: bool = False
+    tpm: str = ""
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
-    has_ports: bool = True
+    most_cpus: int | None = None
+    most_memory: int | None = None
+    memory_step: int = 1
+    hot_plug: Literal["port", "bus", "none"] = "none"
     narrow: str = ""
     in_uv: bool = False
 
@@ -109,8 +132,14 @@ _X86_64 = Architecture(
     kvm_on=("x86_64",),
     console="ttyS0",
     panic="pvpanic-pci",
+    has_bios=True,
+    uefi_board="pc-q35-*",
+    uefi_package="ovmf",
+    secure_boot=True,
+    tpm="tpm-crb",
     display="VGA,vgamem_mb=4",
     has_generation=True,
+    hot_plug="port",
     narrow="i686",
     in_uv=True,
 )
@@ -128,10 +157,17 @@ _AARCH64 = Architecture(
     emulated={(0,): "cortex-a57"},
     on_emulation="gic-version=2,highmem=off",
     on_kvm="gic-version=host",
+    slowness=1.5,
     kvm_on=("aarch64",),
     narrow="armv7l",
     in_uv=True,
     console="ttyAMA0",
+    most_cpus=8,
+    most_memory=3 * GIB,
+    uefi_board="virt-*",
+    uefi_package="qemu-efi-aarch64",
+    tpm="tpm-tis-device",
+    hot_plug="port",
 )
 
 ARCHITECTURES = {
@@ -141,6 +177,8 @@ ARCHITECTURES = {
         replace(
             _X86_64,
             name="i686",
+            uefi_board="",
+            secure_boot=False,
             debian="i386",
             user="i386",
             elf=(1, 1, 3),
@@ -152,6 +190,8 @@ ARCHITECTURES = {
         replace(
             _AARCH64,
             name="armv7l",
+            uefi_board="",
+            tpm="",
             debian="armhf",
             user="arm",
             elf=(1, 1, 40),
@@ -159,6 +199,8 @@ ARCHITECTURES = {
             emulated={(0,): "cortex-a15"},
             narrow="",
             in_uv=False,
+            hot_plug="none",
+            slowness=2.0,
             kvm_on=(),
         ),
         Architecture(
@@ -174,6 +216,8 @@ ARCHITECTURES = {
             zig="riscv64-linux-musl",
             board="virt",
             emulated={(0,): "rv64"},
+            timers_since=(10, 2),
+            slowness=1.5,
             kvm_on=("riscv64",),
             console="ttyS0",
         ),
@@ -191,10 +235,12 @@ ARCHITECTURES = {
             board="pseries-{version}",
             emulated={(0,): "power9"},
             on_emulation="cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            timers_since=(8, 2),
+            slowness=2.5,
             kvm_on=("ppc64le",),
+            memory_step=256 * MIB,
             board_reports_panic=True,
             console="hvc0",
-            has_ports=False,
         ),
         Architecture(
             name="s390x",
@@ -212,15 +258,30 @@ ARCHITECTURES = {
             zig="s390x-linux-musl",
             board="s390-ccw-virtio-{version}",
             emulated={(0,): "qemu"},
+            slowness=1.5,
             kvm_on=("s390x",),
             board_reports_panic=True,
             console="ttysclp0",
             bus="ccw",
             display="virtio-gpu-ccw",
-            has_ports=False,
+            hot_plug="bus",
         ),
     )
 }
+
+
+def architecture_of(name: str) -> Architecture:
+    """The architecture with a name.
+
+    Raises:
+        LaunchError: we know no machine for it.
+    """
+    if name not in ARCHITECTURES:
+        raise LaunchError(
+            f"there are no guests of {name}",
+            remedy=f"use an image for one of {', '.join(ARCHITECTURES)}. They are emulated here",
+        )
+    return ARCHITECTURES[name]
 
 
 def by_any_name(name: str) -> str:

@@ -25,7 +25,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.blueprint import Blueprint, find_firmware, has_tpm, trial
+from pytest_vmsandbox.guests.blueprint import Blueprint, check_board, find_firmware, has_tpm, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.kernels import KernelStore
@@ -236,6 +236,7 @@ class Backend:
     def _blueprint(
         self, built: BuiltImage, qemu: Qemu, verdict: Verdict, hardware: Hardware
     ) -> Blueprint:
+        check_board(built.definition, hardware)
         kernel = None
         if hardware.kernel is not None:
             kernel = self.kernels.get(hardware.kernel, built, hardware.firmware)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Firmware, Hardware, Network
+from pytest_vmsandbox.core.spec import Firmware, Hardware, Network, format_size
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Trial, Verdict
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec, Start
@@ -91,6 +91,22 @@ class Blueprint:
         """
         return self.pace.stretch(seconds, self.verdict.time_scale)
 
+    @property
+    def unsaved(self) -> str:
+        """What QEMU does not save of such a guest, so its state must not be loaded; empty if nothing."""
+        since = self.architecture.timers_since
+        if self.verdict.accelerator != "tcg" or self.qemu.version >= since:
+            return ""
+        return (
+            f"QEMU {self.qemu.release} does not save the timers of {self.architecture.name}. "
+            f"QEMU {'.'.join(map(str, since))} does"
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture of the guest."""
+        return ARCHITECTURES[self.built.definition.architecture]
+
     def machine(self, name: str, public_key: str, start: Start = Start.POWER_ON) -> MachineSpec:
         """The machine of one guest.
 
@@ -103,7 +119,7 @@ class Blueprint:
             name=name,
             qemu=str(self.qemu.path),
             version=self.qemu.version,
-            architecture=ARCHITECTURES[self.built.definition.architecture],
+            architecture=self.architecture,
             accelerator=self.verdict.accelerator,
             processor=self.verdict.processor,
             hardware=self.hardware,
@@ -196,8 +212,47 @@ def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:
 
 
 def has_tpm(definition: ImageDefinition, hardware: Hardware) -> bool:
-    """Whether a guest has a TPM: what its hardware says, or else its image."""
-    return definition.tpm if hardware.tpm is None else hardware.tpm
+    """Whether a guest has a TPM: what its hardware says, or else its image.
+
+    Raises:
+        ConfigError: its board can have none.
+    """
+    wanted = definition.tpm if hardware.tpm is None else hardware.tpm
+    if wanted and not ARCHITECTURES[definition.architecture].tpm:
+        raise ConfigError(
+            f"tpm=True cannot be used with {definition.name}: guests of {definition.architecture} have no TPM",
+            remedy="leave tpm= out, or use an image of another architecture",
+        )
+    return wanted
+
+
+def check_board(definition: ImageDefinition, hardware: Hardware) -> None:
+    """Check that the board for an image takes this hardware.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    its, name = ARCHITECTURES[definition.architecture], definition.name
+    if its.most_cpus is not None and hardware.cpus > its.most_cpus:
+        raise ConfigError(
+            f"cpus={hardware.cpus} cannot be used with {name}: guests of {its.name} have at most {its.most_cpus}",
+            remedy=f"use cpus={its.most_cpus} or fewer",
+        )
+    if its.most_memory is not None and hardware.memory > its.most_memory:
+        most = format_size(its.most_memory)
+        raise ConfigError(
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} have at "
+            f"most {most}",
+            remedy=f"use memory={most!r} or less",
+        )
+    if hardware.memory % its.memory_step:
+        step = its.memory_step
+        more = format_size(-(-hardware.memory // step) * step)
+        raise ConfigError(
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} take "
+            f"multiples of {format_size(step)}",
+            remedy=f"use memory={more!r}",
+        )
 
 
 def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
@@ -219,6 +274,12 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
         raise ConfigError(
             f"firmware={wanted!r} cannot be used with {name}: this image has no disk to boot from",
             remedy="leave firmware= out, or use an image whose disk has a boot loader",
+        )
+    its = ARCHITECTURES[built.definition.architecture]
+    if wanted == "bios" and not its.has_bios:
+        raise ConfigError(
+            f"firmware='bios' cannot be used with {name}: guests of {its.name} have no BIOS",
+            remedy=f"use firmware={'uefi' if its.uefi_board else 'kernel'!r}",
         )
     try:
         found = firmware.boot_loaders(built.disk)

@@ -64,6 +64,7 @@ for place in /usr/lib/vmsandbox /usr/local/lib/vmsandbox /opt/vmsandbox /var/lib
         exit 0
     fi
     rm -f "$place/helper.new"
+    said=$(echo "$said" | head -n 1 | tr -cd ' -~')
     tried="$tried$place/helper ended with status $status${said:+ ($said)}; "
 done
 rm -f "$buffer"

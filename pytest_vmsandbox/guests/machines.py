@@ -413,6 +413,11 @@ class Machines:
             ConfigError: the guest has no helper.
         """
         machine = running.machine
+        if unsaved := self.blueprint.unsaved:
+            raise ConfigError(
+                f"snapshot() does not work with {self.name}: {unsaved}",
+                remedy="use a newer QEMU, or boot a fresh guest instead of a rollback",
+            )
         if (helper := running.helper) is None:
             why = None if self.setup is None else self.setup.failure
             raise ConfigError(
@@ -444,6 +449,11 @@ class Machines:
 
     def _fresh_overlay(self, size: int) -> IO[bytes]:
         return self._own.enter_context(empty_overlay(size, self.hypervisor.cache))
+
+    @property
+    def takes_disks(self) -> bool:
+        """Whether a disk can be attached while the guest runs."""
+        return self.blueprint.architecture.hot_plug != "none"
 
     def free_port(self) -> str | None:
         """A root port without a disk; None if there is none."""

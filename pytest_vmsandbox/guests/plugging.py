@@ -293,6 +293,12 @@ def _made(
     Raises:
         ConfigError: there can be no such disk, or the guest has no room for one more.
     """
+    if not machines.takes_disks:
+        raise ConfigError(
+            f"no disk can be attached to {machines.name} while it runs: Debian's kernels for "
+            f"{machines.blueprint.architecture.name} cannot take one",
+            remedy="use a disk that is always there: disks=['1GiB'] (marker vm, boot)",
+        )
     if (port := machines.free_port()) is None:
         raise ConfigError(
             f"{machines.name} has {len(PORTS)} attached disks, and cannot have more",

@@ -148,6 +148,8 @@ class TemplateBuilder:
             ImageError: the image is damaged.
             VMSandboxError: the guest does not boot, or a step failed.
         """
+        if why := blueprint.unsaved:
+            raise NoTemplateError(why, reason="qemu")
         key = template_key(blueprint, steps)
         if key not in self._open:
             self._open[key] = self._opened(key, blueprint, steps)

@@ -144,7 +144,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *display(spec),
         *kernel(spec, fds),
         *firmware(spec, fds),
-        *tpm(fds),
+        *tpm(spec, fds),
         *disks(spec, fds),
         *modules(spec, fds),
         *network(spec),
@@ -304,14 +304,14 @@ def flash(node: str, number: int, kind: str, *, read_only: bool) -> dict[str, ob
     return {"node-name": node, "driver": kind, **options, "file": file}
 
 
-def tpm(fds: Descriptors) -> list[str]:
+def tpm(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """A TPM 2.0, which another process emulates. Its state is part of the machine's."""
     if fds.tpm is None:
         return []
     return [
         *("-chardev", f"socket,id=tpm,fd={fds.tpm}"),
         *("-tpmdev", "emulator,id=tpm0,chardev=tpm"),
-        *("-device", "tpm-crb,tpmdev=tpm0"),
+        *("-device", f"{spec.architecture.tpm},tpmdev=tpm0"),
     ]
 
 
@@ -434,7 +434,7 @@ def plugged_node(name: str) -> str:
 def plugged_device(architecture: Architecture, disk: PluggedDescriptors) -> dict[str, str]:
     """A disk in a root port as a device."""
     device = _disk(architecture, disk.name, node=plugged_node(disk.name))
-    return {**device, "bus": disk.port} if architecture.has_ports else device
+    return {**device, "bus": disk.port} if architecture.hot_plug == "port" else device
 
 
 def _descriptor_set(number: int) -> list[str]:
@@ -474,11 +474,11 @@ def ports(spec: MachineSpec) -> list[str]:
 
     The set of devices cannot change once a guest is saved, but what is in a port can. Four ports cost
     nothing that we could measure. Their addresses do not depend on the number of disks. A guest of x86
-    needs ACPI hot-plug (CONFIG_HOTPLUG_PCI_ACPI in Linux). Boards without PCI, such as s390x's with its
-    channel devices, have no such ports, and there a device is plugged without one.
+    needs ACPI hot-plug (CONFIG_HOTPLUG_PCI_ACPI in Linux), one of arm64 CONFIG_HOTPLUG_PCI_PCIE. On
+    channel devices, a disk is plugged without a port.
     """
     args: list[str] = []
-    for number, name in enumerate(PORTS if spec.architecture.has_ports else ()):
+    for number, name in enumerate(PORTS if spec.architecture.hot_plug == "port" else ()):
         place = f"bus=pcie.0,addr={_PORTS_SLOT:#x}.{number}"
         first = ",multifunction=on" if number == 0 else ""
         slot = f"chassis={number + 1},slot={number + 1}"

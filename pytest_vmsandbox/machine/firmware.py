@@ -22,33 +22,65 @@ import platformdirs
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.core import paths
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, architecture_of
 from pytest_vmsandbox.core.errors import LaunchError
 
 _DESCRIPTORS = ("/usr/share/qemu/firmware", "/usr/local/share/qemu/firmware", "/etc/qemu/firmware")
-_MACHINES = {"x86_64": "pc-q35-*"}  # architecture → our machines, as descriptions name them
-# Code and variables, without and with Secure Boot's keys.
-_USUAL_PLACES = {
-    False: (
-        ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),  # Debian, Ubuntu
-        ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
-        ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),  # Fedora
-        ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),  # Arch
-        ("/usr/share/edk2-ovmf/x64/OVMF_CODE.fd", "/usr/share/edk2-ovmf/x64/OVMF_VARS.fd"),
-        (
-            "/usr/share/qemu/ovmf-x86_64-code.bin",
-            "/usr/share/qemu/ovmf-x86_64-vars.bin",
-        ),  # openSUSE
-        ("/usr/share/qemu/edk2-x86_64-code.fd", "/usr/share/qemu/edk2-i386-vars.fd"),  # QEMU's own
-    ),
-    True: (
-        ("/usr/share/OVMF/OVMF_CODE_4M.ms.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
-        ("/usr/share/OVMF/OVMF_CODE.secboot.fd", "/usr/share/OVMF/OVMF_VARS.ms.fd"),
-        ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
-        (
-            "/usr/share/qemu/ovmf-x86_64-smm-ms-code.bin",
-            "/usr/share/qemu/ovmf-x86_64-smm-ms-vars.bin",
+# Where code and variables are, without and with Secure Boot's keys: package of Debian → elsewhere, too.
+_USUAL_PLACES: dict[str, dict[bool, tuple[tuple[str, str], ...]]] = {
+    "ovmf": {
+        False: (
+            (
+                "/usr/share/OVMF/OVMF_CODE_4M.fd",
+                "/usr/share/OVMF/OVMF_VARS_4M.fd",
+            ),  # Debian, Ubuntu
+            ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+            ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),  # Fedora
+            ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),  # Arch
+            ("/usr/share/edk2-ovmf/x64/OVMF_CODE.fd", "/usr/share/edk2-ovmf/x64/OVMF_VARS.fd"),
+            (
+                "/usr/share/qemu/ovmf-x86_64-code.bin",
+                "/usr/share/qemu/ovmf-x86_64-vars.bin",
+            ),  # openSUSE
+            (
+                "/usr/share/qemu/edk2-x86_64-code.fd",
+                "/usr/share/qemu/edk2-i386-vars.fd",
+            ),  # QEMU's own
         ),
-    ),
+        True: (
+            ("/usr/share/OVMF/OVMF_CODE_4M.ms.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+            ("/usr/share/OVMF/OVMF_CODE.secboot.fd", "/usr/share/OVMF/OVMF_VARS.ms.fd"),
+            (
+                "/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd",
+                "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd",
+            ),
+            (
+                "/usr/share/qemu/ovmf-x86_64-smm-ms-code.bin",
+                "/usr/share/qemu/ovmf-x86_64-smm-ms-vars.bin",
+            ),
+        ),
+    },
+    "qemu-efi-aarch64": {
+        False: (
+            (
+                "/usr/share/AAVMF/AAVMF_CODE.no-secboot.fd",
+                "/usr/share/AAVMF/AAVMF_VARS.fd",
+            ),  # Debian
+            ("/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"),
+            (
+                "/usr/share/edk2/aarch64/QEMU_EFI-pflash.raw",
+                "/usr/share/edk2/aarch64/vars-template-pflash.raw",
+            ),  # Fedora
+            (
+                "/usr/share/edk2/aarch64/QEMU_CODE.fd",
+                "/usr/share/edk2/aarch64/QEMU_VARS.fd",
+            ),  # Arch
+            (
+                "/usr/share/qemu/edk2-aarch64-code.fd",
+                "/usr/share/qemu/edk2-arm-vars.fd",
+            ),  # QEMU's own
+        ),
+    },
 }
 _FORMATS = ("raw", "qcow2")
 _SECTOR = 512
@@ -88,12 +120,20 @@ def find_uefi(architecture: str, *, secure_boot: bool) -> Uefi:
     Raises:
         LaunchError: it is missing, or cannot be read.
     """
-    found = _described(architecture, secure_boot=secure_boot) or _usual(secure_boot=secure_boot)
-    if architecture not in _MACHINES or found is None:
-        kind = "UEFI firmware with Secure Boot" if secure_boot else "UEFI firmware"
+    its = architecture_of(architecture)
+    kind = "UEFI firmware with Secure Boot" if secure_boot else "UEFI firmware"
+    if not its.uefi_board or (secure_boot and not its.secure_boot):
+        raise LaunchError(
+            f"guests of {architecture} cannot be booted by {kind}",
+            remedy="use an image with a kernel that QEMU boots (firmware = 'kernel')",
+        )
+    found = _described(architecture, secure_boot=secure_boot) or _usual(
+        its.uefi_package, secure_boot=secure_boot
+    )
+    if found is None:
         raise LaunchError(
             f"there is no {kind} for guests of {architecture} on this machine",
-            remedy=f"install it: {programs.install_line(['ovmf'])}",
+            remedy=f"install it: {programs.install_line([its.uefi_package])}",
         )
     code, variables, kind = found
     try:
@@ -116,8 +156,8 @@ def _digest(code: Path, variables: Path, _changes: object) -> str:
     return total.hexdigest()
 
 
-def _usual(*, secure_boot: bool) -> tuple[Path, Path, str] | None:
-    for code, variables in _USUAL_PLACES[secure_boot]:
+def _usual(package: str, *, secure_boot: bool) -> tuple[Path, Path, str] | None:
+    for code, variables in _USUAL_PLACES[package].get(secure_boot, ()):
         if Path(code).is_file() and Path(variables).is_file():
             return Path(code), Path(variables), "raw"
     return None
@@ -164,7 +204,10 @@ def matching(
     wanted = {"secure-boot", "enrolled-keys"}
     if "uefi" not in content["interface-types"] or mapping["device"] != "flash":
         return None
-    if mapping.get("mode", "split") != "split" or _MACHINES.get(architecture) not in machines:
+    if (
+        mapping.get("mode", "split") != "split"
+        or ARCHITECTURES[architecture].uefi_board not in machines
+    ):
         return None
     if not (
         wanted <= set(features) if secure_boot else not {*wanted, "requires-smm"} & set(features)

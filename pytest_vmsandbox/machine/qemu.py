@@ -12,7 +12,12 @@ from functools import cache
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture, native_architecture
+from pytest_vmsandbox.core.architecture import (
+    ARCHITECTURES,
+    Architecture,
+    architecture_of,
+    native_architecture,
+)
 from pytest_vmsandbox.core.errors import LaunchError
 
 _VERSION_SECONDS = 30.0
@@ -44,7 +49,7 @@ def find_qemu(architecture: str) -> Qemu:
     Raises:
         LaunchError: it is missing, or does not run.
     """
-    its = ARCHITECTURES[architecture]
+    its = architecture_of(architecture)
     wanted = program(its)
     found = shutil.which(wanted)
     if found is None:

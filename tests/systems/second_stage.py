@@ -4,8 +4,8 @@
 
 Each way has a cache of its own below --work, so what was built is not built again unless --again says so.
 The trees are read from the disks without a guest: file by file, with type, mode, owner and content. What may
-differ is in `MAY_DIFFER`, with the reason. Then the packages, their states and the enabled units are compared.
-Exit status 0 if nothing else differs.
+differ is in `MAY_DIFFER`, with the reason. The states of the
+packages and the enabled units are among these files. Exit status 0 if nothing else differs.
 
 The other way needs no foreign programs here: `VMSANDBOX_NO_BINFMT=all` asks for it even if they could run.
 """
@@ -16,6 +16,7 @@ import argparse
 import fnmatch
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -29,7 +30,15 @@ WAYS = {"here": {}, "guest": {"VMSANDBOX_NO_BINFMT": "all"}}
 # Patterns of paths → why they need not be the same.
 MAY_DIFFER = {
     "etc/ssh/ssh_host_ed25519_key*": "each build makes a host key",
+    "etc/*-": "copies of the lists of users, as they were before the last change",
+    "run/*": "no guest sees it: it is in memory there",
+    "usr/lib/modules/*/modules.*.bin": "the guest's are written by depmod of this machine, which may be older",
+    "usr/lib/modules/*/modules.weakdep": "likewise: older ones do not write it",
+    "var/lib/apt/extended_states": "what the guest's packages need is marked, even of those that stay anyway",
+    "var/lib/dpkg/status-old": "what packages were before the last change",
 }
+# Lists whose order, and numbers in them, depend on the order in which packages were configured.
+LISTS = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow")
 
 
 def main() -> int:
@@ -80,19 +89,31 @@ def read(disk: Path) -> None:
         command = ["debugfs", "-R", f"rdump / {folder}", os.fspath(disk)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         root = Path(folder)
+        users, groups = (numbers(root / f"etc/{name}") for name in ("passwd", "group"))
         for path in sorted(root.rglob("*")):
-            print(f"{path.relative_to(root)}\t{about(path)}")
+            name, info = str(path.relative_to(root)), path.lstat()
+            owner = f"{users[info.st_uid]}:{groups[info.st_gid]}"
+            print(f"{name}\t{stat.filemode(info.st_mode)} {owner} {content(path, name)}")
 
 
-def about(path: Path) -> str:
-    """One line about a file: type and mode, owner, and content."""
-    info = path.lstat()
-    content = ""
-    if path.is_symlink():
-        content = f"-> {path.readlink()}"
-    elif path.is_file():
-        content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return f"{stat.filemode(info.st_mode)} {info.st_uid}:{info.st_gid} {content}"
+def numbers(file: Path) -> dict[int, str]:
+    """The names of users or groups by their numbers."""
+    lines = (line.split(":") for line in file.read_text(encoding="utf-8").splitlines())
+    return {int(parts[2]): parts[0] for parts in lines}
+
+
+def content(path: Path, name: str) -> str:
+    """What stands for the content of a file."""
+    if path.is_symlink():  # /lib is a link
+        return f"-> {path.readlink()}".replace("-> /lib/", "-> /usr/lib/")
+    if not path.is_file():
+        return ""
+    data = path.read_bytes()
+    if name in LISTS:
+        data = b"\n".join(sorted(re.sub(rb"\d+", b"N", line) for line in data.splitlines()))
+    elif name == "var/lib/dpkg/triggers/File":
+        data = b"\n".join(sorted(data.splitlines()))
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def compare(here: dict[str, str], guest: dict[str, str]) -> list[str]:

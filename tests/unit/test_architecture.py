@@ -1,6 +1,8 @@
 """The table of architectures, and which programs and accelerators the machine layer takes for them."""
 
+import ast
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +34,51 @@ def test_names():
     for one in ARCHITECTURES.values():
         assert by_any_name(one.name) == by_any_name(one.debian) == one.name
     assert by_any_name("sparc64") == ""
+
+
+NAMES = re.compile(
+    r"(?<![\w-])(?:x86[-_]64|i[36]86|aarch64|arm64|armhf|armv7l|riscv64|ppc64(?:le|el)|s390x|amd64"
+    r"|pc-q35\S*|pseries\S*|s390-ccw\S*|tty(?:S0|AMA0|sclp0)|hvc0|pvpanic\w*)(?!\w)"
+)
+KNOWERS = {  # which other files name an architecture, a board, a console or a panic device, and why
+    "pytest_vmsandbox/catalogue/importing/cell.py": "a program of its own: numbers of system calls",
+    "pytest_vmsandbox/catalogue/kernels.py": "kernels of users are for x86_64 only until now",
+    "pytest_vmsandbox/catalogue/programs.py": "the emulator on a machine that we do not know",
+    "pytest_vmsandbox/catalogue/store.py": "an example in a message",
+    "pytest_vmsandbox/machine/firmware.py": "where distributions keep the files of firmware",
+    "images/debian/lib.sh": "Debian's kernel packages, and the modules of the panic device",
+    "images/debian/recipe.sh": "the module of the panic device",
+    "images/debian/systemd.sh": "a service of systemd that is turned off",
+    "images/tiny/build": "suites that have a kernel",
+}
+
+
+def words_of(path):
+    """The strings of a program, without docstrings; or the lines of a recipe, without comments."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    tree = ast.parse(text)
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told
+    ]
+
+
+def test_nobody_else_names_an_architecture():
+    """Whoever needs something of one asks the table. A file that no longer does leaves this list."""
+    root = Path(__file__).parents[2]
+    recipes = (path for path in (root / "images").rglob("*") if path.name in ("build", "init"))
+    files = [*(root / "pytest_vmsandbox").rglob("*.py"), *recipes, *(root / "images").rglob("*.sh")]
+    files.remove(root / "pytest_vmsandbox/core/architecture.py")
+    found = {
+        path.relative_to(root).as_posix()
+        for path in files
+        if any(NAMES.search(word) for word in words_of(path))
+    }
+    assert found == set(KNOWERS)
 
 
 class TestPrograms:
@@ -152,6 +199,8 @@ class TestAccelerators:
         verdict = self.choose("auto", name)
         assert (verdict.accelerator, verdict.reason) == ("tcg", f"guests of {name}")
         assert verdict.processor == ARCHITECTURES[name].emulated[(0,)]
+        assert verdict.time_scale == accelerator.EMULATION_SCALE * ARCHITECTURES[name].slowness
+        assert verdict.time_scale > accelerator.EMULATION_SCALE
 
     def test_kvm_for_foreign_guests(self, machine, monkeypatch):
         machine("x86_64")
@@ -168,6 +217,15 @@ class TestAccelerators:
         with pytest.raises(LaunchError, match="kvm cannot be used: there is no KVM"):
             self.choose("kvm", name)
         assert self.choose("auto", name).reason == "there is no KVM"
+
+
+def test_a_machine_that_we_do_not_know(machine):
+    """It has no guests of its own, but emulates all others."""
+    machine("loongarch64")
+    with pytest.raises(LaunchError, match="there are no guests of loongarch64") as raised:
+        find_qemu(native_architecture())
+    assert "riscv64" in raised.value.remedy
+    assert all(accelerator.is_foreign(one) for one in ARCHITECTURES.values())
 
 
 class TestFakedHost:

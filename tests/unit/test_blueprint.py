@@ -12,7 +12,13 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.blueprint import Blueprint, OwnKernel, find_firmware
+from pytest_vmsandbox.guests.blueprint import (
+    Blueprint,
+    OwnKernel,
+    check_board,
+    find_firmware,
+    has_tpm,
+)
 from pytest_vmsandbox.machine import cmdline, firmware, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cmdline import Start
@@ -259,6 +265,29 @@ class TestMachine:
 
 
 @pytest.mark.parametrize(
+    ("name", "version", "verdict", "loses"),
+    [
+        ("x86_64", (7, 2), TCG, False),
+        ("aarch64", (7, 2), TCG, False),
+        ("s390x", (7, 2), TCG, False),
+        ("ppc64le", (8, 1), TCG, True),
+        ("ppc64le", (8, 2), TCG, False),
+        ("riscv64", (10, 0, 13), TCG, True),
+        ("riscv64", (10, 0, 13), KVM, False),
+        ("riscv64", (11, 1), TCG, False),
+    ],
+)
+def test_an_old_qemu_loses_timers(blueprint, name, version, verdict, loses):
+    """Such a state must not be loaded: programs that sleep would never go on."""
+    other = replace(
+        with_image(blueprint, architecture=name),
+        qemu=replace(QEMU, version=version),
+        verdict=verdict,
+    )
+    assert (f"does not save the timers of {name}" in other.unsaved) is loses
+
+
+@pytest.mark.parametrize(
     ("disk_size", "disks", "device"),
     [(GIB, (), "vdb"), (GIB, (MIB,) * 8, "vdj"), (None, (), "vda"), (None, (MIB,), "vdb")],
 )
@@ -273,3 +302,39 @@ def test_a_kernel_of_the_user(blueprint, disk_size, disks, device):
     assert bare.modules is None
     assert "vmsandbox.modules" not in bare.append
     assert blueprint.machine("guest", "ssh-ed25519 AAAA").modules is None
+
+
+@pytest.mark.parametrize("name", ["armv7l", "riscv64", "ppc64le", "s390x"])
+def test_boards_without_a_tpm(name):
+    definition = replace(DEFINITION, architecture=name)
+    assert has_tpm(definition, Hardware()) is False
+    with pytest.raises(ConfigError, match=f"guests of {name} have no TPM"):
+        has_tpm(definition, Hardware(tpm=True))
+
+
+def test_bios_is_for_x86_alone(blueprint, folder):
+    (folder / "disk.raw").touch()
+    other = with_image(blueprint, architecture="aarch64", disk_size=MIB)
+    with pytest.raises(ConfigError, match="guests of aarch64 have no BIOS"):
+        find_firmware(other.built, Hardware(firmware="bios"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware", "problem", "remedy"),
+    [
+        ("x86_64", Hardware(cpus=64, memory=600 * MIB), "", ""),
+        ("aarch64", Hardware(cpus=8, memory=3072 * MIB), "", ""),
+        ("aarch64", Hardware(cpus=9), "aarch64 have at most 8", "cpus=8"),
+        ("armv7l", Hardware(memory=4096 * MIB), "at most 3GiB", "memory='3GiB'"),
+        ("ppc64le", Hardware(memory=512 * MIB), "", ""),
+        ("ppc64le", Hardware(memory=600 * MIB), "multiples of 256MiB", "memory='768MiB'"),
+    ],
+)
+def test_what_a_board_takes(name, hardware, problem, remedy):
+    definition = replace(DEFINITION, architecture=name)
+    if not problem:
+        check_board(definition, hardware)
+        return
+    with pytest.raises(ConfigError, match=problem) as caught:
+        check_board(definition, hardware)
+    assert remedy in caught.value.remedy

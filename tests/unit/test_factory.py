@@ -160,7 +160,8 @@ class TestOffline:
 def test_a_tpm_without_its_program_is_missed_before_a_guest_starts(image_path, monkeypatch):
     """Else guests would be booted because they cannot be cloned, and the reason would be a puzzle."""
     built = SimpleNamespace(
-        definition=SimpleNamespace(name="own", tpm=False, firmware="kernel"), kernel=Path("/kernel")
+        definition=SimpleNamespace(name="own", architecture="x86_64", tpm=False, firmware="kernel"),
+        kernel=Path("/kernel"),
     )
     monkeypatch.setattr(Backend, "require", lambda *_: (built, None))
     monkeypatch.setattr(Backend, "accelerator", lambda *_: None)

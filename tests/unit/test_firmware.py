@@ -16,6 +16,7 @@ from pytest_vmsandbox.machine.firmware import Flash, boot_loaders, find_uefi, ma
 
 ESP = bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")
 PLAIN = ["acpi-s3"]
+NOWHERE: dict[str, Any] = {"ovmf": {}, "qemu-efi-aarch64": {}}
 SECURE = ["enrolled-keys", "requires-smm", "secure-boot"]
 
 
@@ -86,7 +87,7 @@ class TestFinding:
         for folder in folders:
             folder.mkdir()
         monkeypatch.setattr(firmware, "_DESCRIPTORS", folders)
-        monkeypatch.setattr(firmware, "_USUAL_PLACES", {False: (), True: ()})
+        monkeypatch.setattr(firmware, "_USUAL_PLACES", NOWHERE)
         monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
         return folders
 
@@ -132,7 +133,7 @@ class TestFinding:
         files = self.install(tmp_path, "files")
         pair = (str(files / "code"), str(files / "variables"))
         missing = (str(tmp_path / "no"), str(tmp_path / "no"))
-        monkeypatch.setattr(firmware, "_USUAL_PLACES", {False: (missing, pair), True: ()})
+        monkeypatch.setattr(firmware, "_USUAL_PLACES", {"ovmf": {False: (missing, pair)}})
         assert find_uefi("x86_64", secure_boot=False).code == files / "code"
 
     @pytest.mark.parametrize("secure_boot", [False, True])
@@ -144,8 +145,25 @@ class TestFinding:
 
     def test_none_for_that_architecture(self, folders):
         self.install(folders[0], "50-a")
-        with pytest.raises(LaunchError, match="for guests of riscv64"):
-            find_uefi("riscv64", secure_boot=False)
+        with pytest.raises(
+            LaunchError, match="there is no UEFI firmware for guests of aarch64"
+        ) as error:
+            find_uefi("aarch64", secure_boot=False)
+        assert "qemu-efi-aarch64" in error.value.remedy
+
+    def test_that_of_arm64(self, folders):
+        self.install(folders[0], "50-a")
+        files = self.install(folders[0], "60-arm")
+        of_arm = [{"architecture": "aarch64", "machines": ["virt-*"]}]
+        (folders[0] / "60-arm.json").write_text(json.dumps(description(files, targets=of_arm)))
+        assert find_uefi("aarch64", secure_boot=False).code == files / "code"
+
+    @pytest.mark.parametrize(
+        ("name", "secure_boot"), [("riscv64", False), ("i686", False), ("aarch64", True)]
+    )
+    def test_what_we_cannot_boot(self, folders, name, secure_boot):
+        with pytest.raises(LaunchError, match=f"guests of {name} cannot be booted by UEFI"):
+            find_uefi(name, secure_boot=secure_boot)
 
     def test_its_digest_is_of_both_files(self, folders):
         files = self.install(folders[0], "50-a")

@@ -153,6 +153,9 @@ class FakeHelper:
     def assume(self):
         pass
 
+    def is_silent(self):
+        return False
+
     def seed(self, data):
         pass
 
@@ -273,6 +276,7 @@ class FakeMachine:
 class FakePlatform:
     """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
 
+    unsaved = ""
     image = "tiny"
     built = SimpleNamespace(
         host_key="ssh-ed25519 AAAA",

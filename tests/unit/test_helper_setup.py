@@ -1,5 +1,6 @@
 """How a guest without a helper gets one: the scripts, in a small root file system; and what decides."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
-from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup, machines
+from pytest_vmsandbox.guests import cloning, commands, helper_scripts, helper_setup, machines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
 
@@ -85,7 +86,7 @@ class TestPlace:
         assert [*(root / "usr/lib/vmsandbox").iterdir()] == []
 
     def test_a_program_that_runs_nowhere(self, root):
-        found = place(root, b"#!/bin/sh\necho bad system call >&2\nexit 159\n")
+        found = place(root, b"#!/bin/sh\nprintf 'bad\\033 system call\\nmore\\n' >&2\nexit 159\n")
         assert found["failed"] == "run"
         first = f"{root}/usr/lib/vmsandbox/helper ended with status 159 (bad system call); "
         assert found["why"].startswith(first)
@@ -477,6 +478,35 @@ class TestRunning:
         running.resident.found["failed"] = "run"
         running.await_answer(Deadline(1))
         guests: Any = object.__new__(machines.Machines)
-        vars(guests).update(setup=running.setup, name="x")
+        vars(guests).update(setup=running.setup, name="x", blueprint=SimpleNamespace(unsaved=""))
         with pytest.raises(ConfigError, match="cannot run in it: because"):
             guests.save(running)
+
+
+@pytest.mark.parametrize(
+    ("init", "given", "key", "expected"),
+    [
+        ("systemd", False, None, True),
+        ("systemd", True, None, True),  # its boot writes them, too
+        ("systemd", False, "key", True),
+        ("systemd", True, "key", False),  # a system of somebody else
+        ("busybox", False, None, False),
+    ],
+)
+def test_whose_files_have_the_name_of_a_clone(setup, init, given, key, expected):
+    definition = SimpleNamespace(init=init)
+    blueprint: Any = SimpleNamespace(built=SimpleNamespace(definition=definition, key=key))
+    assert cloning._has_name_in_files(blueprint, setup if given else None) is expected
+
+
+def test_what_a_template_keeps_of_it(setup):
+    give(setup, Guest())
+    definition = SimpleNamespace(user="tester")
+    blueprint: Any = SimpleNamespace(
+        built=SimpleNamespace(definition=definition), hardware=SimpleNamespace(user="")
+    )
+    kept = HelperSetup.of(blueprint, setup.cache, json.loads(json.dumps(setup.record())))
+    assert (kept.way, kept.environments) == ("openrc", setup.environments)
+    assert kept.users == ("tester",)
+    assert not kept.strict
+    assert HelperSetup.of(blueprint, setup.cache, {}).record() == {}

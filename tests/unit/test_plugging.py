@@ -11,6 +11,7 @@ import pytest
 
 from pytest_vmsandbox import AttachedDisk, CommandTimeout, ConfigError, GuestLost
 from pytest_vmsandbox.catalogue.importing import vmdk, vpc
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.machines import Machines
@@ -68,7 +69,9 @@ class FakeEngine:
 
 @pytest.fixture
 def machines(tmp_path):
-    blueprint: Any = SimpleNamespace(hardware=Hardware(disks=(MIB,)))
+    blueprint: Any = SimpleNamespace(
+        hardware=Hardware(disks=(MIB,)), architecture=ARCHITECTURES["x86_64"]
+    )
     hypervisor: Any = SimpleNamespace(cache=tmp_path)
     key: Any = None
     made = Machines(
@@ -115,6 +118,18 @@ class TestAttach:
         first, second = engine.machines.disks.plugged
         assert (first.base.mode, first.layers[0].mode) == ("rb", "rb")
         assert (second.base.mode, second.layers[0].mode) == ("rb", "rb+")
+
+    @pytest.mark.parametrize("name", ["armv7l", "riscv64", "ppc64le"])
+    def test_where_debian_has_no_driver_for_it(self, vm, machines, name):
+        machines.blueprint.architecture = ARCHITECTURES[name]
+        with pytest.raises(ConfigError, match=f"Debian's kernels for {name}") as caught:
+            vm.attach_disk(size="1MiB")
+        assert "disks=['1GiB']" in caught.value.remedy
+
+    @pytest.mark.parametrize("name", ["aarch64", "s390x", "i686"])
+    def test_where_it_has(self, vm, machines, name):
+        machines.blueprint.architecture = ARCHITECTURES[name]
+        assert vm.attach_disk(size="1MiB").name == "attached0"
 
     def test_in_the_first_free_port(self, vm, engine):
         disks = [vm.attach_disk(size="1MiB") for _ in range(4)]

@@ -5,6 +5,7 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -119,9 +120,9 @@ class TestTime:
             return SimpleNamespace(returncode=0)
 
         noted, lines = [], []
-        engine = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
-        build = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
-        guest = SimpleNamespace(engine=engine)
+        engine: Any = SimpleNamespace(run=engine_run, stretch=lambda seconds: 10 * seconds)
+        build: Any = SimpleNamespace(definition=images.DEFINITION, write=lines.append)
+        guest: Any = SimpleNamespace(engine=engine)
         try:
             changing.run(build, guest, "true", what="the second stage", silent=60.0, longest=600.0)
         finally:
@@ -165,14 +166,17 @@ class TestRecipe:
             tmp_path,
             "second_stage suite=trixie 'modules=one two' \"quoted=it's\"",
             VMSANDBOX_OUT=str(tmp_path),
+            SOURCE_DATE_EPOCH="123",
         )
         assert result.returncode == 0, result.stderr
         assert (tmp_path / making.SECOND_STAGE).read_text() == "/second-stage\n"
         left = tmp_path / "root/second-stage"
         assert {"busybox", "debian", "init", "run", "settings"} <= {p.name for p in left.iterdir()}
         assert (left / "debian/lib.sh").read_bytes() == (DEBIAN / "lib.sh").read_bytes()
-        read = self.run(tmp_path, f'. {left}/settings; echo "$suite|$modules|$quoted"')
-        assert read.stdout == "trixie|one two|it's\n"
+        read = self.run(
+            tmp_path, f'. {left}/settings; echo "$suite|$modules|$quoted|$SOURCE_DATE_EPOCH"'
+        )
+        assert read.stdout == "trixie|one two|it's|123\n"
 
     def package(self, tmp_path, name, architecture, multi_arch):
         """Make a package with a `preinst`, a setting, and a file that the image does not want."""
@@ -203,7 +207,8 @@ class TestRecipe:
         foreign = "s390x" if native_architecture() != "s390x" else "arm64"
         self.package(tmp_path, "one", foreign, "same")
         self.package(tmp_path, "two", "all", "no")
-        result = self.run(tmp_path, "unpack", start=UNSHARE)
+        arch = {"VMSANDBOX_DEBIAN_ARCHITECTURE": foreign}
+        result = self.run(tmp_path, "unpack three,two/backports", start=UNSHARE, **arch)
         assert result.returncode == 0, result.stderr
         root = tmp_path / "root"
         status = (root / "var/lib/dpkg/status").read_text()
@@ -212,6 +217,8 @@ class TestRecipe:
         assert (root / "etc/two.conf.dpkg-new").exists()
         assert not (root / "usr/share/man/one.1").exists()
         assert not (tmp_path / "has-run").exists()
+        states = (root / "var/lib/apt/extended_states").read_text()
+        assert states == f"Package: one\nArchitecture: {foreign}\nAuto-Installed: 1\n\n"
         info = root / "var/lib/dpkg/info"
         scripts = {path.name for path in info.glob("*.preinst")}
         assert scripts == {f"one:{foreign}.preinst", "two.preinst"}

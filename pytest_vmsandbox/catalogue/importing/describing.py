@@ -268,7 +268,8 @@ def _boot(
         firmware = found.firmware
         notes.append((f"firmware: {firmware}", f"as the {found.kind} says; --firmware"))
     if not firmware:
-        firmware = "uefi" if architecture == "aarch64" else "bios"
+        its = ARCHITECTURES[architecture]
+        firmware = "uefi" if its.uefi_board and not its.has_bios else "bios"
         notes.append(
             (f"firmware: {firmware}", "a guess; if it does not boot: --firmware=uefi or bios")
         )

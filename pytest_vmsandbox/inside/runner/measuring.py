@@ -31,6 +31,8 @@ class CoverageTracer:
         # A file, because processes that tests start read it, too.
         with open(settings, "w", encoding="utf-8") as file:
             file.write("[run]\nparallel = true\ndata_file = %s\n" % self.data)
+            # Where there is no wheel with the C tracer, the guest cannot help it.
+            file.write("disable_warnings = no-ctracer\n")
             for name, value in options.items():
                 text = "\n    ".join(["", *value]) if isinstance(value, list) else value
                 file.write("%s = %s\n" % (name, text.replace("$", "$$")))
