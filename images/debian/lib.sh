@@ -27,17 +27,43 @@ enter() {
         set -- --user --map-root-user --map-auto "$@"
         unshare "$@" true ||
             fail "user name spaces do not work here (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
+    elif [ -n "${VMSANDBOX_BINFMT-}" ]; then
+        # A user name space also for root: in a mere mount name space there is only the binfmt_misc of the whole machine.
+        mkfifo "$VMSANDBOX_WORK/mapped"
+        set -- --user sh -c 'read -r _ <"$VMSANDBOX_WORK/mapped"; exec setpriv --pdeathsig KILL unshare "$@"' sh "$@"
     fi
+    VMSANDBOX_OUTSIDE=$(readlink /proc/self/ns/user)
+    export VMSANDBOX_OUTSIDE
     # In its own name space the recipe is process 1.
     VMSANDBOX_INSIDE=1 setpriv --pdeathsig KILL unshare "$@" "$0" &
     child=$!
     trap 'kill -KILL $child 2>/dev/null; wait $child; exit 143' HUP INT TERM
+    [ ! -p "$VMSANDBOX_WORK/mapped" ] || map_all
     status=0
     wait $child || status=$?
     exit $status
 }
 
+# map_all: give all users of this name space to that of $child, which waits for it.
+map_all() {
+    exec 3<>"$VMSANDBOX_WORK/mapped"    # stays open: the other end may not be yet
+    while [ "$(readlink "/proc/$child/ns/user")" = "$VMSANDBOX_OUTSIDE" ]; do sleep 0.02; done
+    for map in uid_map gid_map; do
+        awk '{ print $1, $1, $3 }' /proc/self/$map >"/proc/$child/$map" || { kill -KILL $child; fail "root cannot map users into a user name space here"; }
+    done
+    echo >&3
+}
+
+# binfmt: have the kernel run programs of the image by the emulator, in this user name space only.
+binfmt() {
+    # Elsewhere this would be the list of the whole machine, or that of whoever called us.
+    [ "$(readlink /proc/self/ns/user)" != "$VMSANDBOX_OUTSIDE" ] || fail "this is no user name space of its own"
+    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+    printf '%s' "$VMSANDBOX_BINFMT" >/proc/sys/fs/binfmt_misc/register || fail "the kernel does not take the emulator (VMSANDBOX_NO_BINFMT=1 does without)"
+}
+
 inside() {
+    [ -z "${VMSANDBOX_BINFMT-}" ] || binfmt
     umask 022
     unset TMPDIR
     export LC_ALL=C.UTF-8 SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(date +%s)}"
@@ -51,12 +77,6 @@ inside() {
     fi
     ROOT=/var/tmp/root
     export TMPDIR=/var/tmp
-}
-
-# runs_here: whether programs of the image run on this machine.  If not, its system is unpacked here, and `second_stage` leaves
-# the rest to a guest.  Inside only.
-runs_here() {
-    [ "${VMSANDBOX_NO_BINFMT-}" != all ] && [ -z "${VMSANDBOX_EMULATOR-}" ]
 }
 
 # helper TREE: put the program that starts programs for the host into a tree. No recipe needs a compiler.
@@ -95,7 +115,7 @@ bootstrap() {
     # Some mirrors keep lists of updates, of the rarer architectures mostly, that do not match their release files.
     if grep -q 'Mirror sync in progress' "$TMPDIR/log"; then
         stage "the mirror's lists of updates to $suite do not match their release files: going on without updates"
-        find "$ROOT" "$ROOT.releases" -mindepth 1 -delete
+        rm -rf "$ROOT" "$ROOT.releases"/*
         mmdebstrap "$@" "$suite" "$ROOT" http://deb.debian.org/debian >"$TMPDIR/log" 2>&1 && return
     fi
     cat "$TMPDIR/log" >&2

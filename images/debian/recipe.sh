@@ -1,17 +1,20 @@
 # The Debian images; sourced, as lib.sh, systemd.sh and sysvinit.sh beside it.
 . ../debian/second-stage.sh
 
+<<<<<<< HEAD
 drivers='pvpanic pvpanic_pci'    # of the device that reports a panic
 
 # Coldplug without what has neither a driver nor a rule that matters here: most of the devices there are.
 coldplug=$(printf ' --subsystem-match=%s' block net virtio pci usb virtio-ports input scsi hwmon rtc misc)
 
+=======
+>>>>>>> 0491023
 # recipe SUITE [backports | sysvinit]: with the kernel of its -backports suite, or without systemd
 recipe() {
     enter 2500
     here=$PWD/../debian
     suite=$1 feature=${2:-} init=systemd
-    kernel=linux-image-cloud-amd64
+    kernel=$(kernel_package) drivers=$(panic_modules)
     start='systemd systemd-sysv libpam-systemd dbus dbus-user-session'
 
     # What differs between the suites, as options of mmdebstrap.
@@ -51,6 +54,7 @@ recipe() {
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' "$@"
     version=$(ls "$ROOT/usr/lib/modules")
+    if is_foreign || ! runs_here; then depmod -b "$ROOT" "$version"; fi
 
     # An ordinary user cannot make device nodes: lend those of the host.
     rm -rf "$ROOT"/dev/*
@@ -63,8 +67,7 @@ recipe() {
         configure
         report
     else
-        depmod -b "$ROOT" "$version"
-        second_stage "init=$init"
+        second_stage "init=$init" "VMSANDBOX_CONSOLE=$VMSANDBOX_CONSOLE"
     fi
     helper "$ROOT"
 
@@ -72,7 +75,7 @@ recipe() {
     initramfs
 
     stage "making the disk"
-    cp "$ROOT/boot/vmlinuz-$version" "$VMSANDBOX_OUT/vmlinuz"
+    cp "$ROOT"/boot/vmlinu[xz]-"$version" "$VMSANDBOX_OUT/vmlinuz"
     archive
     umount "$ROOT/dev/null" "$ROOT/dev/zero" "$ROOT/dev/urandom"
     rm -rf "$ROOT"/dev/*
@@ -137,6 +140,15 @@ EOF
     rm -f "$ROOT"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$ROOT"/etc/apt/apt.conf.d/99mmdebstrap "$ROOT"/etc/apt/preferences.d/vmsandbox
 }
 
+# needed_by MODULE: what to load for it.
+needed_by() {
+    if is_foreign; then
+        modprobe --dirname "$ROOT" --set-version "$version" --show-depends "$1"
+    else
+        chroot "$ROOT" modprobe --set-version "$version" --show-depends "$1"
+    fi
+}
+
 initramfs() {
     tree=$TMPDIR/tree
     mkdir -p "$tree" "$tree/bin" "$tree/dev" "$tree/proc" "$tree/sys" "$tree/run" "$tree/root"
@@ -145,9 +157,9 @@ initramfs() {
     cp "$here/init" "$tree/init"
     chmod 0755 "$tree/init"
     for module in $drivers virtio_pci virtio_rng virtio_net virtio_blk virtio_console ext4; do
-        chroot "$ROOT" modprobe --set-version "$version" --show-depends "$module" 2>/dev/null || fail "the kernel has no module $module"
+        needed_by "$module" 2>/dev/null || fail "the kernel has no module $module"
     done >"$TMPDIR/insmod"    # no pipe: in one, failing would end its half of it only
-    awk '$1 == "insmod" && !seen[$2]++ { print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"
+    awk -v root="$ROOT" '$1 == "insmod" && !seen[$2]++ { sub("^" root, "", $2); print $2 }' "$TMPDIR/insmod" >"$TMPDIR/modules"
     while read -r module; do
         name=${module##*/}
         case $name in

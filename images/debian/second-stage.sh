@@ -1,13 +1,28 @@
 # Images of architectures whose programs cannot run on this machine; sourced, as lib.sh.  Their systems are unpacked here by
 # native programs only, and configured by their own programs at the first boot of the disk: the second stage.
 
+# runs_here: whether programs of the image run on this machine, by themselves or by an emulator.  Inside only.
+runs_here() {
+    [ "${VMSANDBOX_NO_BINFMT-}" != all ] && { [ -z "${VMSANDBOX_EMULATOR-}" ] || [ -n "${VMSANDBOX_BINFMT-}" ]; }
+}
+
+# is_foreign: whether the image is of another architecture, so that its programs run slowly here or not at all.
+is_foreign() { [ -n "${VMSANDBOX_EMULATOR-}" ]; }
+
 # install_system SUITE PACKAGES [mmdebstrap options]: fill $ROOT with a small system and these packages.  If programs of the image
 # do not run here, it is only unpacked.
 install_system() {
     suite=$1 packages=$2
     shift 2
+    ! is_foreign || command -v depmod >/dev/null || fail "depmod is missing (Debian: package kmod)"
+    [ -z "${VMSANDBOX_BINFMT-}" ] || set -- "$@" --skip=check/qemu --setup-hook='
+        # By an emulator, these take minutes: this machine makes the list of modules, and Python compiles what it loads.
+        mkdir -p "$1/usr/local/sbin"
+        for program in depmod py3compile; do printf "#!/bin/sh\n" >"$1/usr/local/sbin/$program"; done
+        chmod 0755 "$1"/usr/local/sbin/*'
     if runs_here; then
         bootstrap "$suite" minbase "$packages" "$@"
+        [ -z "${VMSANDBOX_BINFMT-}" ] || rm "$ROOT"/usr/local/sbin/*
         return
     fi
     # What the variant minbase has by itself.

@@ -72,7 +72,7 @@ Audit=no
 EOF
     for unit in apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service dpkg-db-backup.timer \
         e2scrub_all.timer e2scrub_reap.service fstrim.timer systemd-tmpfiles-clean.timer logrotate.timer man-db.timer motd-news.timer \
-        getty@tty1.service serial-getty@ttyS0.service getty-static.service \
+        getty@tty1.service serial-getty@"$VMSANDBOX_CONSOLE".service getty-static.service \
         systemd-random-seed.service systemd-machine-id-commit.service systemd-journal-flush.service systemd-journal-catalog-update.service \
         systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-update-done.service systemd-firstboot.service \
         systemd-sysusers.service ldconfig.service systemd-hwdb-update.service systemd-pstore.service \

@@ -58,9 +58,10 @@ TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
 KERNELS = Kind(folder="kernels", record="kernel.json", schema=1)
 HELPERS = Kind(folder="helpers", record="helper.json", schema=1)
+EMULATORS = Kind(folder="emulators", record="emulator.json", schema=1)
 DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
 # An image takes minutes to build: only a command removes it.
-_MADE_ANEW = (TEMPLATES, ENVIRONMENTS, KERNELS, HELPERS)
+_MADE_ANEW = (TEMPLATES, ENVIRONMENTS, KERNELS, HELPERS, EMULATORS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue import helpers, programs
+from pytest_vmsandbox.catalogue import emulator, helpers, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import SECOND_STAGE, Build, Maker
 from pytest_vmsandbox.catalogue.store import (
@@ -178,7 +178,7 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
         "VMSANDBOX_CONSOLE": architecture.console,
         "VMSANDBOX_PYTHON": sys.executable,
-        helpers.VARIABLE: _helper(build),
+        **_programs(build),
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
     }
@@ -190,12 +190,22 @@ def run_recipe(build: Build) -> Mapping[str, object]:
     return {}
 
 
-def _helper(build: Build) -> str:
-    """The program of the helper for a recipe that names it; empty for others."""
-    if not helpers.is_named_by(build.definition):
-        return ""
-    program = helpers.helper_program(build.definition.architecture, build.cache, say=build.say)
-    return os.fspath(program)
+def _programs(build: Build) -> dict[str, str]:
+    """The variables with the helper, and with the emulator, for a recipe that names them."""
+    definition = build.definition
+    found = {helpers.VARIABLE: "", emulator.VARIABLE: "", emulator.REGISTRATION: ""}
+    if not helpers.is_named_by(definition):
+        return found
+    architecture = definition.architecture
+    helper = os.fspath(helpers.helper_program(architecture, build.cache, say=build.say))
+    found[helpers.VARIABLE] = helper
+    if helpers.is_named_by(definition, emulator.VARIABLE) and not emulator.runs(helper):
+        path = emulator.NONE
+        if emulator.can_register():
+            path = emulator.emulator(architecture, build.cache, say=build.say)
+            found[emulator.REGISTRATION] = emulator.registration(architecture, path)
+        found[emulator.VARIABLE] = path
+    return found
 
 
 def check_room(folders: Iterable[Path], needed: int) -> None:

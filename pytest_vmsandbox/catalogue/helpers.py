@@ -89,10 +89,10 @@ def lacking(architecture: str, cache: Path) -> tuple[str, ...]:
     return () if _has_library(compiler) else (_LIBRARY,)
 
 
-def is_named_by(definition: ImageDefinition) -> bool:
-    """Whether a recipe, or a file that it uses, names the variable with the helper's path."""
+def is_named_by(definition: ImageDefinition, variable: str = VARIABLE) -> bool:
+    """Whether a recipe, or a file that it uses, names a variable, such as that of the helper's path."""
     return bool(definition.recipe) and any(
-        file.stat().st_size < _LARGEST_SCRIPT and VARIABLE.encode() in file.read_bytes()
+        file.stat().st_size < _LARGEST_SCRIPT and variable.encode() in file.read_bytes()
         for _, file in definition.files()
     )
 

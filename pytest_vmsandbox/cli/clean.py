@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pytest_vmsandbox.cache.store import (
+    EMULATORS,
     ENVIRONMENTS,
     HELPERS,
     KERNELS,
@@ -54,6 +55,7 @@ def clean(*, templates: bool, environments: bool) -> None:
         said += _emptied(cache, TEMPLATES, "template")
         said += _emptied(cache, KERNELS, "kernel")
         said += _emptied(cache, HELPERS, "helper")
+        said += _emptied(cache, EMULATORS, "emulator")
     if environments:
         said += _emptied(cache, ENVIRONMENTS, "environment")
     for line in said or ["there is nothing to clean"]:

@@ -15,7 +15,7 @@ import pytest
 
 import pytest_vmsandbox.catalogue.builder as builder_module
 from pytest_vmsandbox.cache.files import locked, private_folder, remove_tree
-from pytest_vmsandbox.catalogue import helpers, making, programs
+from pytest_vmsandbox.catalogue import emulator, helpers, making, programs
 from pytest_vmsandbox.catalogue.builder import build, check_room
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore, build_command
@@ -449,6 +449,50 @@ class TestHelper:
         with pytest.raises(ImageError, match="the helper cannot be made") as caught:
             make(define(tmp_path / "mine", f'cat "$VMSANDBOX_HELPER"\n{DELIVER}'))
         assert caught.value.remedy == "what to do"
+
+
+class TestEmulator:
+    """A recipe that names the emulator gets it, if the programs of its image do not run here."""
+
+    SHOW = f"""env | grep -e ^VMSANDBOX_EMULATOR= -e ^VMSANDBOX_BINFMT= | sort >$VMSANDBOX_OUT/packages.txt
+    {DELIVER}
+    """
+
+    @pytest.fixture
+    def shown(self, tmp_path, make, monkeypatch):
+        """What a recipe sees, and what was asked for."""
+        asked = []
+
+        def fetch(*arguments, say):
+            asked.append(arguments)
+            return "/the/emulator"
+
+        monkeypatch.setattr(helpers, "helper_program", lambda *_, say: pathlib.Path("/the/helper"))
+        monkeypatch.setattr(emulator, "emulator", fetch)
+
+        def show(names, *, runs, can_register):
+            monkeypatch.setattr(emulator, "runs", lambda helper: runs)
+            monkeypatch.setattr(emulator, "can_register", lambda: can_register)
+            image = make(define(tmp_path / "mine", f": {names}\n{self.SHOW}"))
+            lines = (image.folder / "packages.txt").read_text().splitlines()
+            return dict(line.split("=", 1) for line in lines), asked
+
+        return show
+
+    def test_foreign(self, shown):
+        seen, _ = shown("VMSANDBOX_HELPER VMSANDBOX_EMULATOR", runs=False, can_register=True)
+        assert seen["VMSANDBOX_EMULATOR"] == "/the/emulator"
+        assert seen["VMSANDBOX_BINFMT"].endswith(":/the/emulator:OCF")
+
+    def test_runs_here(self, shown):
+        seen, asked = shown("VMSANDBOX_HELPER VMSANDBOX_EMULATOR", runs=True, can_register=True)
+        assert seen == {"VMSANDBOX_EMULATOR": "", "VMSANDBOX_BINFMT": ""}
+        assert asked == []
+
+    def test_where_the_kernel_takes_none_nothing_is_fetched(self, shown):
+        seen, asked = shown("VMSANDBOX_HELPER VMSANDBOX_EMULATOR", runs=False, can_register=False)
+        assert seen == {"VMSANDBOX_EMULATOR": "none", "VMSANDBOX_BINFMT": ""}
+        assert asked == []
 
 
 class TestEnd:
