@@ -1,14 +1,9 @@
 # The Debian images; sourced, as lib.sh, systemd.sh and sysvinit.sh beside it.
 . ../debian/second-stage.sh
 
-<<<<<<< HEAD
-drivers='pvpanic pvpanic_pci'    # of the device that reports a panic
-
 # Coldplug without what has neither a driver nor a rule that matters here: most of the devices there are.
 coldplug=$(printf ' --subsystem-match=%s' block net virtio pci usb virtio-ports input scsi hwmon rtc misc)
 
-=======
->>>>>>> 0491023
 # recipe SUITE [backports | sysvinit]: with the kernel of its -backports suite, or without systemd
 recipe() {
     enter 2500
