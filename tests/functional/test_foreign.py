@@ -32,6 +32,10 @@ def cache(tmp_path):
     return cache
 
 
+@pytest.mark.skipif(
+    shutil.which(f"qemu-system-{ARCHITECTURES[FOREIGN].qemu}") is None,
+    reason=f"needs the package {ARCHITECTURES[FOREIGN].package}",
+)
 def test_an_image_is_made_and_its_guests_are_cloned(cache, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
