@@ -205,12 +205,17 @@ class Store(Generic[E]):
         Its mode is 0711. If this process is killed, `sweep` removes it.
 
         Args:
+            name: what `make` has locked: the key, up to its first slash. Without that lock, `sweep` of
+                another process would remove the folder while it is used.
             base: where to make the folder.
 
         Raises:
+            ValueError: nothing of that name is being made.
             CacheError: it cannot be made.
             TeardownError: it cannot be removed.
         """
+        if not (self.root / f"{name}.lock").exists():
+            raise ValueError(f"nobody makes {name!r}: a work folder needs the lock of its name")
         link = self.root / f"{_WORK}{name}"
         work = base.absolute() / f"{_WORK_NAME}{secrets.token_hex(4)}"
         link.symlink_to(work)  # first, so that `sweep` always finds the folder

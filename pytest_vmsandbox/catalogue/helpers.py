@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
@@ -29,7 +30,7 @@ SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs 
 _PACKAGED = Path(__file__).resolve().parent.parent / "helpers"  # only in a wheel
 _PROGRAM, _LIBRARY = "helper", "libc.a"
 _LARGEST_SCRIPT = 4 * MIB
-_SECONDS = 600.0  # for one compiler. Zig takes half a minute where nothing else runs
+_SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -57,7 +58,7 @@ def helper_program(
         store.throw_away(key, kept)
         kept = None
     if kept is None:
-        maker = _Maker(architecture, source, store, say)
+        maker = _Maker(architecture, source, store, key, say)
         kept = store.make(
             key,
             maker.fill,
@@ -81,7 +82,7 @@ def lacking(architecture: str, cache: Path) -> tuple[str, ...]:
     store, key = _place(architecture, source, cache)
     if _is_current(_PACKAGED / architecture, source) or store.get(key) is not None:
         return ()
-    if not _is_native(architecture) or find_spec("ziglang") is not None:
+    if not _is_native(architecture) or _has_zig():
         return ()
     compiler = _compiler()
     if compiler is None:
@@ -147,20 +148,22 @@ class _Maker:
     architecture: str
     source: Path
     store: Store[Entry]
+    key: str  # in the store
     say: Callable[[str], object]
 
     def fill(self, folder: Path, lock: int) -> dict[str, object]:
         """Put the program into a folder. Returns the content of the record."""
         self.say(f"making the helper for {self.architecture}")
         failures = []
-        with self.store.work_folder(self.architecture, Path(tempfile.gettempdir())) as work:
-            for compiler in _compilers(self.architecture):
+        for compiler in _compilers(self.architecture):
+            # Each call has a new work folder, which is Zig's cache, too.
+            with self.store.work_folder(self.key, Path(tempfile.gettempdir())) as work:
                 why = compiled(
                     compiler, self.architecture, self.source, folder / _PROGRAM, work, lock
                 )
-                if not why:
-                    return {"compiler": list(compiler)}
-                failures.append(f"{' '.join(compiler)}: {why}")
+            if not why:
+                return {"compiler": list(compiler)}
+            failures.append(f"{' '.join(compiler)}: {why}")
         raise ImageError(
             f"the helper for guests of {self.architecture} cannot be made here",
             details="\n".join(failures),
@@ -169,11 +172,19 @@ class _Maker:
 
 
 def _compilers(architecture: str) -> Iterator[Sequence[str]]:
-    """The starts of command lines that can compile for an architecture, the best one first."""
+    """The starts of command lines that can compile for an architecture, in the order to try them.
+
+    Zig is tried twice: it makes a C library first, from thousands of files in a folder for temporary
+    ones, which somebody may tidy meanwhile.
+    """
     if _is_native(architecture) and (compiler := _compiler()) is not None:
         yield [compiler]
-    if find_spec("ziglang") is not None:
-        yield zig(architecture)
+    if _has_zig():
+        yield from repeat(zig(architecture), 2)
+
+
+def _has_zig() -> bool:
+    return find_spec("ziglang") is not None
 
 
 def _is_native(architecture: str) -> bool:
@@ -258,7 +269,10 @@ def _is_for(architecture: str, program: Path) -> bool:
 
 
 def _remedy(architecture: str) -> str:
-    other = "install pytest-vmsandbox from a wheel, which has it, or run 'pip install ziglang'"
+    wheel = "install pytest-vmsandbox from a wheel, which has it"
+    if _has_zig():
+        return f"if the details name no cause, try again. Or {wheel}"
+    other = f"{wheel}, or run 'pip install ziglang'"
     if not _is_native(architecture):
         return other
     packages = [programs.package_of(program) for program in (COMPILERS[0], _LIBRARY)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.cache.store import HELPERS, Entry, Store
+from pytest_vmsandbox.cache.store import HELPERS, Entry, Store, tidy
 from pytest_vmsandbox.catalogue import helpers, programs
 from pytest_vmsandbox.catalogue.helpers import helper_program, helper_source
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
@@ -225,6 +225,54 @@ class TestOtherArchitectures:
         [call] = compiler.calls
         assert call.startswith("-m ziglang cc -target ")
         assert f" {ARCHITECTURES[architecture].zig} " in call
+
+
+class TestZig:
+    """What Zig does where it is installed."""
+
+    @pytest.fixture
+    def calls(self, compiler, source, monkeypatch):
+        """The work folders of Zig's calls, so far."""
+        monkeypatch.setattr(helpers, "find_spec", {"ziglang": object()}.get)
+        monkeypatch.setattr(sys, "executable", str(compiler.file))
+        compiler.makes(head(FOREIGN))
+        calls, real = [], helpers.compiled
+
+        def compiled(*given):
+            calls.append(given[4])
+            return real(*given)
+
+        monkeypatch.setattr(helpers, "compiled", compiled)
+        return calls
+
+    def test_what_fails_once_is_tried_again(self, calls, compiler, tmp_path):
+        text = compiler.file.read_text()
+        once = f'#!/bin/sh\nmkdir {tmp_path}/once && echo "no such file" && exit 1\n'
+        compiler.file.write_text(once + text)
+        program = helper_program(FOREIGN, tmp_path / "cache")
+        assert program.read_bytes() == head(FOREIGN)
+        assert len({*calls}) == 2
+
+    def test_the_remedy_if_it_fails_twice(self, calls, compiler, tmp_path):
+        compiler.fails()
+        with pytest.raises(ImageError) as caught:
+            helper_program(FOREIGN, tmp_path / "cache")
+        assert len(calls) == 2
+        assert "try again" in caught.value.remedy
+        assert "pip install" not in caught.value.remedy
+
+    def test_another_run_tidies_the_cache(self, calls, tmp_path, monkeypatch):
+        """It leaves what a compiler works with."""
+        real = helpers.compiled
+
+        def compiled(*given):
+            tidy(tmp_path / "cache", print)
+            assert given[4].is_dir()
+            return real(*given)
+
+        monkeypatch.setattr(helpers, "compiled", compiled)
+        helper_program(FOREIGN, tmp_path / "cache")
+        assert len(calls) == 1
 
 
 def test_the_source_is_missing(monkeypatch, tmp_path):

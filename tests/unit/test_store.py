@@ -164,6 +164,21 @@ def test_a_folder_elsewhere_of_a_killed_process_is_removed(tmp_path):
     assert list(store.root.iterdir()) == []
 
 
+def test_a_folder_elsewhere_needs_the_lock_of_its_name(tmp_path):
+    """Otherwise another process takes it for that of a killed one."""
+    store = Store(tmp_path, TEMPLATES, Entry)
+
+    def fill(_folder, _lock):
+        with store.work_folder("k1", tmp_path) as work:
+            store.sweep()
+            assert work.is_dir()
+        with pytest.raises(ValueError, match="nobody makes 'k'"), store.work_folder("k", tmp_path):
+            pass
+        return {}
+
+    store.make("k1", fill, on_busy=lambda: None)
+
+
 class TestUnusable:
     """A cache that cannot be used is told as that, and not as an image that is missing."""
 
