@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pytest_vmsandbox.catalogue import variants
+from pytest_vmsandbox.catalogue import unknown, variants
 from pytest_vmsandbox.catalogue.definition import (
     DEFINITION_FILE,
     NAME,
@@ -18,13 +16,13 @@ from pytest_vmsandbox.catalogue.definition import (
     check_name,
 )
 from pytest_vmsandbox.catalogue.tables import load
-from pytest_vmsandbox.catalogue.variants import ALL
+from pytest_vmsandbox.catalogue.unknown import Known
+from pytest_vmsandbox.catalogue.variants import ALL, SIGN
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
 _DEPTH = 20  # images that derive from each other
-_LISTED = 30  # names in an error
 
 
 class _Place(NamedTuple):
@@ -208,7 +206,7 @@ class Catalogue:
         }
         for name in selected if pattern == ALL else ():
             self.get(name)  # so a wrong definition is an error here, and not later for each test
-        if found and not selected and pattern != ALL:
+        if found and not selected:
             raise self._only_foreign(pattern, found)
         return selected
 
@@ -314,45 +312,19 @@ class Catalogue:
         )
 
     def _only_foreign(self, pattern: str, found: Collection[str]) -> ConfigError:
+        others = [name for name in self._places if name in found]
+        ending = ARCHITECTURES[self._places[others[0]].architecture].debian
+        glob = "*" if pattern == ALL else pattern
         return ConfigError(
             f"no image for {native_architecture()} fits {pattern!r}",
-            details=f"for other architectures: {_some([*found])}",
+            details=f"for other architectures: {unknown.some(others)}",
             remedy="name the one that you mean, or add its architecture to the glob: "
-            f"{pattern}_{ARCHITECTURES[self._places[min(found)].architecture].debian}",
+            f"{glob}{SIGN}{ending}",
         )
 
     def _unknown(self, name: str) -> ConfigError:
-        known = _some(self.native())
-        if (guess := self._other_spelling(name)) is None:
-            close = difflib.get_close_matches(name, self._places)
-            guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        return ConfigError(
-            f"there is no image {name!r}",
-            remedy=f"{guess}The images are: {known}. If it is in a folder of yours, name that folder: "
-            "vm_image_path (pytest), --image-path or VMSANDBOX_IMAGE_PATH (vmsandbox)",
-        )
-
-    def _other_spelling(self, name: str) -> str | None:
-        """What to say of a name with an architecture that we spell otherwise, or do not have."""
-        stem, architecture = variants.guessed(name) or (name, "")
-        if stem not in self._folders:
-            return None
-        names = {
-            place.architecture: each
-            for each, place in self._places.items()
-            if place.folder == self._folders[stem]
-        }
-        if architecture in names:
-            return f"did you mean {names[architecture]!r}? "
-        there = " and ".join(sorted(filter(None, names)))
-        return f"{stem!r} is there for {there} only: {', '.join(sorted(names.values()))}. "
-
-
-def _some(names: Sequence[str]) -> str:
-    """Names, as an error lists them."""
-    shown = ", ".join(islice(names, _LISTED)) or "none"
-    more = len(names) - _LISTED
-    return f"{shown} and {more} more (vmsandbox images list)" if more > 0 else shown
+        images = [Known(each, place.architecture) for each, place in self._places.items()]
+        return ConfigError(f"there is no image {name!r}", remedy=unknown.remedy(name, images))
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -114,7 +114,8 @@ class TestNames:
         with pytest.raises(ConfigError, match="there is no image 'deb-1'") as raised:
             catalogue().get("deb-1")
         assert raised.value.remedy.startswith(
-            "'deb-1' is there for aarch64 and x86_64 only: deb-1_amd64, deb-1_arm64. "
+            "'deb-1' is there only for amd64 and arm64, not for s390x. They are emulated here: "
+            "deb-1_amd64, deb-1_arm64"
         )
 
     @pytest.mark.parametrize(
@@ -126,17 +127,78 @@ class TestNames:
             ("deb-1-x86_64", "did you mean 'deb-1'?"),
             ("deb-1_ARM64", "did you mean 'deb-1_arm64'?"),
             ("deb-1:riscv64", "did you mean 'deb-1_riscv64'?"),
-            ("deb-1_arm65", "did you mean 'deb-1_arm64'"),
-            ("deb-2_riscv64", "'deb-2' is there for aarch64 and x86_64 only: deb-2, deb-2_arm64."),
-            ("one_arm64", "'one' is there for x86_64 only: one."),
-            ("something-else_arm64", "The images are: deb-1, deb-2, one."),
+            ("deb-1_arm65", "did you mean 'deb-1_arm64'?"),
+            ("deb-1_arm", "did you mean 'deb-1_arm64'?"),
+            ("*_aarch64", "did you mean '*_arm64'?"),
+            ("deb-*-x86_64", "did you mean 'deb-*_amd64'?"),
+            ("deb-*_arm65", "did you mean 'deb-*_arm64'?"),
+            (
+                "deb-2_riscv64",
+                (
+                    "'deb-2' is there only for amd64 and arm64, not for riscv64. For riscv64 there are: "
+                    "deb-1_riscv64"
+                ),
+            ),
+            (
+                "deb-[2-9]-riscv64",
+                (
+                    "'deb-[2-9]' is there only for amd64 and arm64, not for riscv64. For riscv64 there are: "
+                    "deb-1_riscv64"
+                ),
+            ),
+            (
+                "one_arm64",
+                (
+                    "'one' is there only for amd64, not for arm64. For arm64 there are: deb-1_arm64, "
+                    "deb-2_arm64, other"
+                ),
+            ),
+            ("deb-2_x", "'x' is no architecture. 'deb-2' is there for amd64 and arm64"),
+            ("deb-1_loongarch64", "'loongarch64' is no architecture. 'deb-1' is there for amd64, "),
+            ("deb-*_x", "'x' is no architecture. 'deb-*' is there for amd64, arm64 and riscv64"),
+            (
+                "something-else_arm64",
+                "The images for arm64 are: deb-1_arm64, deb-2_arm64, other. If it is in a folder",
+            ),
+            (
+                "dbe-2_arm64",
+                "did you mean 'deb-2_arm64' or 'deb-1_arm64'? The images for arm64 are: deb-1_arm64, ",
+            ),
+            (
+                "nothing",
+                (
+                    "The images are: deb-1, deb-2, one. For other architectures: vmsandbox images list "
+                    "--all. If it is in a folder of yours, name that folder: vm_image_path (pytest), "
+                ),
+            ),
+            ("none_*", "The images are: deb-1, deb-2, one. "),
         ],
     )
     def test_a_typo(self, several, catalogue, typo, guess):
         with pytest.raises(ConfigError) as raised:
-            catalogue().get(typo)
+            catalogue().select([typo])
         assert raised.value.brief == f"there is no image {typo!r}"
         assert raised.value.remedy.startswith(guess)
+
+    def test_a_sign_of_their_own(self, several, catalogue):
+        """Some names have the sign that stands before an architecture."""
+        define(several / "one_image", "x86_64")
+        with pytest.raises(ConfigError) as raised:
+            catalogue().get("one_imag")
+        assert raised.value.remedy.startswith("did you mean 'one_image'? The images are: ")
+
+    @pytest.mark.parametrize("pattern", ["all", "!*_arm64"])
+    def test_a_machine_that_nothing_is_for(self, several, catalogue, machine, pattern):
+        machine("loongarch64")
+        with pytest.raises(ConfigError, match="no image for loongarch64 fits 'all'") as raised:
+            catalogue().select([pattern])
+        assert raised.value.details.startswith("for other architectures: deb-1_amd64, deb-1_arm64")
+        assert raised.value.remedy.endswith("to the glob: *_amd64")
+        with pytest.raises(ConfigError) as raised:
+            catalogue().get("nothing")
+        assert raised.value.remedy.startswith(
+            "none is for loongarch64. Those that are emulated here: deb-1_amd64, "
+        )
 
     def test_one_name_twice(self, several, catalogue):
         define(several / "deb-1_arm64", "aarch64")
