@@ -54,15 +54,17 @@ def list_(
     drive a guest from outside work with it.
 
     Below the images are their templates: guests that were booted once and saved, from which clones are
-    made. Each line has the number of an image's templates and their size on the disk.
+    made. With a NAME, only those of the listed images are shown. Each line has the number of an image's templates and their size on the disk.
     """  # noqa: D301  # a mark for click
     catalogue = Catalogue(image_path)
     found = ImageStore(cache_dir()).entries(
         catalogue, None if (every or as_json) and not names else names
     )
     saved: dict[str, list[int]] = {}
+    listed = {image.name for image in found}
     for template in sorted(TemplateStore(cache_dir()).all(), key=lambda template: template.image):
-        saved.setdefault(template.image, []).append(template.size_on_disk)
+        if not names or template.image in listed:
+            saved.setdefault(template.image, []).append(template.size_on_disk)
     if as_json:
         templates = [
             {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}

@@ -183,7 +183,12 @@ def deselect(run: Run, items: list[pytest.Item], without: set[pytest.Item]) -> N
     if gone := [item for item in items if item in without]:
         run.config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if item not in without]
-        if hasattr(run.config, "workerinput"):  # xdist does not count deselected tests
+        if not isinstance(run.selection, ConfigError) and not run.selection[0]:
+            patterns, from_command_line = options.selected_patterns(run.config)
+            option = "--vm=" if from_command_line else ""
+            asked = " ".join(f"{option}{pattern}" for pattern in patterns)
+            run.tell(f"deselected {len(gone)} tests, because {asked} selects no image")
+        elif hasattr(run.config, "workerinput"):  # xdist does not count deselected tests
             run.tell(f"deselected {len(gone)} tests to which no selected image applies")
 
 

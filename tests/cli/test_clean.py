@@ -67,6 +67,13 @@ class TestImages:
         assert (tiny["image"], tiny["count"]) == ("tiny", 2)
         assert tiny["size_bytes"] == 2 * gone["size_bytes"] > 2 * 8192
 
+    def test_the_list_of_some_has_their_templates(self, invoke, cache):
+        made_templates.add(cache, "tiny")
+        assert "saved" not in invoke("images", "list", "debian-*").stdout
+        assert json.loads(invoke("images", "list", "--json", "debian-13").stdout)["templates"] == []
+        [told] = json.loads(invoke("images", "list", "--json", "ti*").stdout)["templates"]
+        assert told["image"] == "tiny"
+
     def test_rm_takes_templates_along(self, invoke, cache):
         for number in range(2):
             made_templates.add(cache, "tiny", number)

@@ -130,6 +130,15 @@ def test_a_test_without_an_image_is_deselected_and_counted(suite):
     assert shared.outlines.count(told) == 1
 
 
+def test_an_empty_selection_is_told(suite):
+    suite.write("def test_plain(): pass\ndef test_x(vm): pass")
+    result = suite.run("--vm=all", "--vm=!*_*")
+    result.assert_outcomes(passed=1, deselected=1)
+    told = "vmsandbox: deselected 1 tests, because --vm=all --vm=!*_* selects no image"
+    assert result.outlines.count(told) == 1
+    assert "selects no image" not in suite.run("--vm=alpha-1", "--co").stdout.str()
+
+
 def test_other_tests_keep_their_ids(suite):
     suite.write("def test_x(vm_factory): pass\ndef test_y(vm_artifacts): pass")
     assert suite.ids("--vm=all") == ["test_x", "test_y"]
