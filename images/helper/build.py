@@ -51,7 +51,9 @@ def built(architecture: str, folder: Path) -> str:
     began, work = time.monotonic(), folder / "work"
     work.mkdir(exist_ok=True)
     program = folder / architecture
-    if why := compiled(zig(architecture), architecture, SOURCE, program, work):
+    with SOURCE.open("rb") as lock:
+        why = compiled(zig(architecture), architecture, SOURCE, program, work, lock.fileno())
+    if why:
         sys.exit(f"{architecture}: {why}")
     took = f"{time.monotonic() - began:.0f} s"
     print(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pytest_vmsandbox.cache.store import EMULATORS, IN_USE, Entry, Store
 from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue.making import run_to_end
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.text import printable
 
 VARIABLE = "VMSANDBOX_EMULATOR"  # tells a recipe where the emulator is
 REGISTRATION = "VMSANDBOX_BINFMT"  # tells it what to write into a binfmt_misc of its own
@@ -143,7 +143,7 @@ class _Unpacker:
         self.say(f"fetching the emulator for programs of {self.wanted.debian}")
         told = ""
         with self.store.work_folder(self.wanted.user, Path(tempfile.gettempdir())) as work:
-            for package, options in _attempts(work):
+            for package, options in _attempts(work, lock):
                 told = _call(["apt-get", "-qq", *options, "download", package], work, lock)
                 for archive in sorted(work.glob(f"{package}_*.deb")):
                     told = _call(["dpkg-deb", "--extract", archive.name, "tree"], work, lock)
@@ -165,7 +165,7 @@ class _Unpacker:
         )
 
 
-def _attempts(work: Path) -> Iterator[tuple[str, Sequence[str]]]:
+def _attempts(work: Path, lock: int) -> Iterator[tuple[str, Sequence[str]]]:
     """The packages to ask for: by the lists that apt has here, then by lists of our own."""
     common = ("-o", "APT::Sandbox::User=", "-o", "APT::Get::AllowUnauthenticated=false")
     for package in PACKAGES:
@@ -178,28 +178,13 @@ def _attempts(work: Path) -> Iterator[tuple[str, Sequence[str]]]:
         *("-o", f"Dir::State={state}", "-o", "Dir::State::status=/dev/null"),
         *("-o", f"Dir::Cache={cache}", "-o", "Acquire::Languages=none"),
     )
-    _call(["apt-get", "-qq", *own, "update"], work)
+    _call(["apt-get", "-qq", *own, "update"], work, lock)
     for package in PACKAGES:
         yield package, own
 
 
-def _call(argv: Sequence[str], work: Path, *inherited: int) -> str:
+def _call(argv: Sequence[str], work: Path, lock: int) -> str:
     """Run a program in a folder. Returns why it failed; empty if it did not."""
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=work,
-            env={**os.environ, "LC_ALL": "C.UTF-8", "PATH": programs.search_path()},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=inherited,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    output = printable(done.stdout.decode(errors="replace")).strip()
-    return (
-        "" if done.returncode == 0 else output or f"{argv[0]} ended with status {done.returncode}"
-    )
+    env = {**os.environ, "LC_ALL": "C.UTF-8", "PATH": programs.search_path()}
+    why = run_to_end(argv, work, env, lock, _SECONDS).why
+    return f"{argv[0]}: {why}" if why else ""

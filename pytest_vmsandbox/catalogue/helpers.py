@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +17,10 @@ from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import own_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.making import run_to_end
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.core.text import printable
 
 VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the program is
 COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
@@ -29,6 +28,10 @@ OPTIONS = ("-Os", "-static", "-s")
 SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs in the wheel
 _PACKAGED = Path(__file__).resolve().parent.parent / "helpers"  # only in a wheel
 _PROGRAM, _LIBRARY = "helper", "libc.a"
+_ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/libc.a")
+_ZIG = "ziglang"  # the package, and its module
+_FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
+_ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
 _LARGEST_SCRIPT = 4 * MIB
 _SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
@@ -62,7 +65,9 @@ def helper_program(
         kept = store.make(
             key,
             maker.fill,
-            on_busy=lambda: say(f"waiting: another process makes the helper for {architecture}"),
+            on_busy=lambda: say(
+                f"waiting: another process makes the helper for {_debian(architecture)}"
+            ),
         )
     with suppress(OSError):  # the cache may be read-only
         os.utime(kept.folder / IN_USE)
@@ -82,12 +87,17 @@ def lacking(architecture: str, cache: Path) -> tuple[str, ...]:
     store, key = _place(architecture, source, cache)
     if _is_current(_PACKAGED / architecture, source) or store.get(key) is not None:
         return ()
+    return _lacking(architecture)
+
+
+def _lacking(architecture: str) -> tuple[str, ...]:
+    """The programs whose packages would help to make a helper."""
     if not _is_native(architecture) or _has_zig():
         return ()
     compiler = _compiler()
-    if compiler is None:
-        return COMPILERS[0], _LIBRARY
-    return () if _has_library(compiler) else (_LIBRARY,)
+    has_library = _is_library_here() if compiler is None else _has_library(compiler)
+    missing = () if compiler is not None else COMPILERS[:1]
+    return missing if has_library else (*missing, _LIBRARY)
 
 
 def is_named_by(definition: ImageDefinition, variable: str = VARIABLE) -> bool:
@@ -153,7 +163,7 @@ class _Maker:
 
     def fill(self, folder: Path, lock: int) -> dict[str, object]:
         """Put the program into a folder. Returns the content of the record."""
-        self.say(f"making the helper for {self.architecture}")
+        self.say(f"making the helper for {_debian(self.architecture)}")
         failures = []
         for compiler in _compilers(self.architecture):
             # Each call has a new work folder, which is Zig's cache, too.
@@ -164,10 +174,12 @@ class _Maker:
             if not why:
                 return {"compiler": list(compiler)}
             failures.append(f"{' '.join(compiler)}: {why}")
+        details = "\n".join(failures)
+        is_full = any(text in details for text in _FULL)
         raise ImageError(
-            f"the helper for guests of {self.architecture} cannot be made here",
-            details="\n".join(failures),
-            remedy=_remedy(self.architecture),
+            f"the helper for guests of {_debian(self.architecture)} cannot be made here",
+            details=details,
+            remedy=_ROOM if is_full else _remedy(self.architecture),
         )
 
 
@@ -184,7 +196,7 @@ def _compilers(architecture: str) -> Iterator[Sequence[str]]:
 
 
 def _has_zig() -> bool:
-    return find_spec("ziglang") is not None
+    return find_spec(_ZIG) is not None
 
 
 def _is_native(architecture: str) -> bool:
@@ -196,26 +208,22 @@ def _compiler() -> str | None:
     return next(filter(None, map(programs.find, COMPILERS)), None)
 
 
+def _is_library_here() -> bool:
+    """Whether the static C library is where the systems that we know have it."""
+    return any(next(_ROOT.glob(pattern), None) for pattern in _PLACES_OF_LIBRARY)
+
+
 def _has_library(compiler: str) -> bool:
     """Whether a compiler can link with the C library statically."""
-    try:
-        done = subprocess.run(
-            [compiler, f"-print-file-name={_LIBRARY}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.stdout.strip() != _LIBRARY  # otherwise, where it is
+    argv = [compiler, f"-print-file-name={_LIBRARY}"]
+    with Path(os.devnull).open("rb") as nobodys:
+        said = run_to_end(argv, _ROOT, os.environ, nobodys.fileno(), _SECONDS).output
+    return said.splitlines()[-1:] != [_LIBRARY]  # otherwise, where it is
 
 
 def zig(architecture: str) -> list[str]:
     """The start of a command line by which Zig compiles for an architecture."""
-    return [sys.executable, "-m", "ziglang", "cc", "-target", ARCHITECTURES[architecture].zig]
+    return [sys.executable, "-m", _ZIG, "cc", "-target", ARCHITECTURES[architecture].zig]
 
 
 def compiled(
@@ -224,7 +232,7 @@ def compiled(
     source: Path,
     program: Path,
     work: Path,
-    *inherited: int,
+    lock: int,
 ) -> str:
     """Make a static program.
 
@@ -233,47 +241,42 @@ def compiled(
         architecture: what the program is for.
         source, program: the files.
         work: a folder for temporary files. Those of Zig take megabytes.
-        inherited: descriptors that the compiler inherits.
+        lock: the descriptor of a lock that is held until the compiler is gone.
 
     Returns:
         Why that failed; empty if it did not.
     """
     places = ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")
-    try:
-        done = subprocess.run(
-            [*compiler, *OPTIONS, "-o", program, source],
-            cwd=work,
-            env={**os.environ, "LC_ALL": "C.UTF-8", **dict.fromkeys(places, os.fspath(work))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=inherited,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if done.returncode != 0:
-        output = printable(done.stdout.decode(errors="replace")).strip()
-        return output or f"it ended with status {done.returncode}"
-    return "" if _is_for(architecture, program) else f"it made no program for {architecture}"
+    env = {**os.environ, "LC_ALL": "C.UTF-8", **dict.fromkeys(places, os.fspath(work))}
+    argv = [*compiler, *OPTIONS, "-o", os.fspath(program), os.fspath(source)]
+    why = run_to_end(argv, work, env, lock, _SECONDS).why
+    if why or _is_for(architecture, program):
+        return why
+    return f"it made no program for {ARCHITECTURES[architecture].debian}"
 
 
 def _is_for(architecture: str, program: Path) -> bool:
     """Whether a program is one for an architecture, as its first bytes say."""
-    with program.open("rb") as stream:
-        head = stream.read(_MACHINE.stop)
+    try:
+        with program.open("rb") as stream:
+            head = stream.read(_MACHINE.stop)
+    except OSError:  # a compiler may end well without it
+        return False
     machine = head[_MACHINE]
     number = int.from_bytes(machine, "big" if head[5:6] == b"\2" else "little")
     return head[:4] == b"\x7fELF" and (*head[4:6], number) == ARCHITECTURES[architecture].elf
 
 
 def _remedy(architecture: str) -> str:
-    wheel = "install pytest-vmsandbox from a wheel, which has it"
-    if _has_zig():
+    wheel = "install pytest-vmsandbox from a wheel, which brings this program"
+    if missing := _lacking(architecture):
+        needed = programs.install_line([*map(programs.package_of, missing)])
+        return f"{needed}. Or {wheel}, or install {_ZIG} with it"
+    if _has_zig() or _is_native(architecture):
         return f"if the details name no cause, try again. Or {wheel}"
-    other = f"{wheel}, or run 'pip install ziglang'"
-    if not _is_native(architecture):
-        return other
-    packages = [programs.package_of(program) for program in (COMPILERS[0], _LIBRARY)]
-    return f"{programs.install_line(packages)}. Or {other}"
+    return f"{wheel}, or install {_ZIG} with it (pip install {_ZIG})"
+
+
+def _debian(architecture: str) -> str:
+    """The name of an architecture, as names of images have it."""
+    return ARCHITECTURES[architecture].debian

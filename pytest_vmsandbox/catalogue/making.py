@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.errors import ImageError
@@ -95,9 +95,8 @@ class Build:
             OSError: it cannot be started, or the log cannot be written.
             ImageError: it wrote too much.
         """
-        supervised = [sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(self.lock)]
         with subprocess.Popen(
-            [*supervised, *argv],
+            _supervised(argv, self.lock),
             cwd=self.work if cwd is None else cwd,
             env={**os.environ, "LC_ALL": "C.UTF-8"} if env is None else env,
             stdin=subprocess.DEVNULL,
@@ -120,3 +119,58 @@ class Build:
 
 # Fills the folder of a build. Returns what its record has besides the definition.
 Maker = Callable[[Build], Mapping[str, object]]
+
+
+class Ended(NamedTuple):
+    """How a program has ended.
+
+    Attributes:
+        why: why it failed; empty if it did not.
+        output: what it has written, without control sequences.
+    """
+
+    why: str
+    output: str
+
+
+def run_to_end(
+    argv: Sequence[str], folder: Path, env: Mapping[str, str], lock: int, seconds: float
+) -> Ended:
+    """Run a program of this machine to its end. Nothing that it started is left then, as with `Build.run`.
+
+    Args:
+        argv: the program and its arguments.
+        folder: where it starts.
+        env: its environment.
+        lock: a descriptor that is held until all of it is gone, such as that of the store's lock.
+        seconds: after which it is killed.
+    """
+    try:
+        with subprocess.Popen(
+            _supervised(argv, lock),
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
+        ) as process:
+            try:
+                written, _ = process.communicate(timeout=seconds)
+            finally:
+                process.terminate()
+                process.wait()
+    except subprocess.TimeoutExpired:
+        return Ended(f"it did not end within {seconds:g} seconds", "")
+    except OSError as error:
+        return Ended(str(error), "")
+    output = printable(written.decode(errors="replace")).strip()
+    if process.returncode == 0:
+        return Ended("", output)
+    return Ended(output or f"it ended with status {process.returncode}", output)
+
+
+def _supervised(argv: Sequence[str], lock: int) -> list[str]:
+    """The command line that runs a program under the supervisor."""
+    return [sys.executable, "-I", "-S", _SUPERVISOR, str(os.getpid()), str(lock), *argv]

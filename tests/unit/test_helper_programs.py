@@ -61,6 +61,13 @@ class Compiler:
         self.file.chmod(0o755)
         monkeypatch.setattr(programs, "find", lambda name: str(self.file) if name == "cc" else None)
         monkeypatch.setattr(helpers, "find_spec", lambda _: None)
+        self._monkeypatch = monkeypatch
+
+    def is_zig(self):
+        """Let it be Zig, too."""
+        real = helpers.zig
+        self._monkeypatch.setattr(helpers, "find_spec", {"ziglang": object()}.get)
+        self._monkeypatch.setattr(helpers, "zig", lambda name: [str(self.file), *real(name)[1:]])
 
     def makes(self, content):
         self.result.write_bytes(content)
@@ -68,8 +75,14 @@ class Compiler:
     def has_no_library(self):
         self.file.write_text("#!/bin/sh\necho ${1#-print-file-name=}\n")
 
-    def fails(self):
-        self.file.write_text("#!/bin/sh\necho cannot find -lc >&2\nexit 1\n")
+    def fails(self, said="cannot find -lc"):
+        self.file.write_text(
+            f"#!/bin/sh\n[ $1 = -print-file-name=libc.a ] || echo {said} >&2\nexit 1\n"
+        )
+
+    def does(self, script):
+        """What it does in the place of all else."""
+        self.file.write_text(f"#!/bin/sh\n{script}\n")
 
     @property
     def calls(self):
@@ -115,7 +128,7 @@ class TestCompiler:
         assert first.read_bytes() == head(NATIVE)
         assert first.stat().st_mode & 0o111
         assert helper_program(NATIVE, tmp_path / "cache", say=said.append) == first
-        assert said == [f"making the helper for {NATIVE}"]
+        assert said == [f"making the helper for {ARCHITECTURES[NATIVE].debian}"]
         [call] = compiler.calls
         assert "-static" in call.split()
 
@@ -149,7 +162,7 @@ class TestCompiler:
     @pytest.mark.parametrize("content", [b"\x7fELF", head(FOREIGN), b"", b"#!/bin/sh"])
     def test_a_program_for_something_else_is_refused(self, source, compiler, tmp_path, content):
         compiler.makes(content)
-        with pytest.raises(ImageError, match=f"made no program for {NATIVE}"):
+        with pytest.raises(ImageError, match=f"made no program for {ARCHITECTURES[NATIVE].debian}"):
             helper_program(NATIVE, tmp_path / "cache")
         assert not Store(tmp_path / "cache", HELPERS, Entry).all()
 
@@ -158,9 +171,39 @@ class TestCompiler:
         with pytest.raises(ImageError) as caught:
             helper_program(NATIVE, tmp_path / "cache")
         assert "cannot find -lc" in caught.value.details
-        assert "libc6-dev" in caught.value.remedy
+        assert "libc6-dev" not in caught.value.remedy  # it is there
         left = {path.name for path in (tmp_path / "cache/helpers").iterdir()}
         assert all(name.endswith(".lock") for name in left)
+
+    def test_the_library_is_missing(self, source, compiler, tmp_path):
+        compiler.has_no_library()
+        with pytest.raises(ImageError) as caught:
+            helper_program(NATIVE, tmp_path / "cache")
+        assert "libc6-dev" in caught.value.remedy
+
+    @pytest.mark.parametrize("said", ["No space left on device", "error: NoSpaceLeft"])
+    def test_the_disk_is_full(self, source, compiler, tmp_path, said):
+        compiler.fails(said)
+        with pytest.raises(ImageError) as caught:
+            helper_program(NATIVE, tmp_path / "cache")
+        assert caught.value.remedy.startswith("make room")
+
+    def test_it_writes_nothing(self, source, compiler, tmp_path):
+        compiler.does("exit 0")
+        with pytest.raises(ImageError) as caught:
+            helper_program(NATIVE, tmp_path / "cache")
+        assert "it made no program" in caught.value.details
+
+    def test_nothing_is_left_of_one_that_takes_too_long(
+        self, source, compiler, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(helpers, "_SECONDS", 0.5)
+        child = tmp_path / "child"
+        compiler.does(f"sleep 50 &\necho $! >{child}\nsleep 50")
+        with pytest.raises(ImageError) as caught:
+            helper_program(NATIVE, tmp_path / "cache")
+        assert "it did not end within 0.5 seconds" in caught.value.details
+        assert not Path("/proc", child.read_text().strip()).exists()
 
     def test_there_is_none(self, source, compiler, tmp_path, monkeypatch):
         monkeypatch.setattr(programs, "find", lambda _: None)
@@ -178,10 +221,15 @@ class TestLacking:
             pytest.skip("there is no C compiler here, or no static C library")
         assert helpers.lacking(NATIVE, tmp_path) == ()
 
-    def test_the_compiler(self, source, compiler, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("place", ["", "usr/lib/x-linux-gnu", "usr/lib64"])
+    def test_the_compiler(self, source, compiler, tmp_path, monkeypatch, place):
         monkeypatch.setattr(programs, "find", lambda _: None)
+        monkeypatch.setattr(helpers, "_ROOT", tmp_path)
+        if place:
+            (tmp_path / place).mkdir(parents=True)
+            (tmp_path / place / "libc.a").touch()
         missing = helpers.lacking(NATIVE, tmp_path)
-        assert [*map(programs.package_of, missing)] == ["gcc", "libc6-dev"]
+        assert [*map(programs.package_of, missing)] == ["gcc", "libc6-dev"][: 1 if place else 2]
 
     def test_the_library(self, source, compiler, tmp_path):
         compiler.has_no_library()
@@ -216,9 +264,8 @@ class TestOtherArchitectures:
     def test_zig_is_used_where_it_is_installed(
         self, compiler, source, tmp_path, monkeypatch, architecture
     ):
-        monkeypatch.setattr(helpers, "find_spec", {"ziglang": object()}.get)
+        compiler.is_zig()
         monkeypatch.setattr(programs, "find", lambda _: None)
-        monkeypatch.setattr(sys, "executable", str(compiler.file))
         compiler.makes(head(architecture))
         program = helper_program(architecture, tmp_path / "cache")
         assert program.read_bytes() == head(architecture)
@@ -233,8 +280,7 @@ class TestZig:
     @pytest.fixture
     def calls(self, compiler, source, monkeypatch):
         """The work folders of Zig's calls, so far."""
-        monkeypatch.setattr(helpers, "find_spec", {"ziglang": object()}.get)
-        monkeypatch.setattr(sys, "executable", str(compiler.file))
+        compiler.is_zig()
         compiler.makes(head(FOREIGN))
         calls, real = [], helpers.compiled
 
