@@ -30,7 +30,7 @@ _ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/li
 _ZIG = "ziglang"  # the package, and its module
 _FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
 _ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
-_SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
+_SECONDS = 600.0  # for one compiler. Zig takes one or two minutes
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
