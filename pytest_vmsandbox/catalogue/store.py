@@ -21,6 +21,7 @@ from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, standard_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
+from pytest_vmsandbox.core.architecture import debian_name, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import format_size
 
@@ -49,6 +50,7 @@ class ImageEntry:
             ``other`` for a build without a definition here; or ``invalid`` if its definition is wrong.
         size_bytes: on the disk, of all builds with that name.
         architecture: such as ``x86_64``. This and what follows is empty if the definition is wrong.
+        debian_architecture: the same as names of images have it, such as ``amd64``.
         description: one line.
         system: such as ``debian``, if the definition says so.
         version: of the system, likewise.
@@ -63,6 +65,7 @@ class ImageEntry:
     state: str
     size_bytes: int
     architecture: str = ""
+    debian_architecture: str = ""
     description: str = ""
     system: str = ""
     version: str = ""
@@ -410,7 +413,11 @@ def left_out(
 def _about(image: ImageEntry) -> str:
     if image.problem:
         return "its definition is wrong"
-    return image.description if image.in_vm else f"{image.description} (host-driven)"
+    is_foreign = image.architecture != native_architecture()
+    about = (
+        f"{image.description}, for {image.debian_architecture}" if is_foreign else image.description
+    )
+    return about if image.in_vm else f"{about} (host-driven)"
 
 
 def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
@@ -419,6 +426,7 @@ def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
         state=str(state),
         size_bytes=size,
         architecture=definition.architecture,
+        debian_architecture=debian_name(definition.architecture),
         description=definition.description,
         system=definition.system,
         version=definition.version,

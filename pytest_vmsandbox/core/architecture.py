@@ -300,6 +300,12 @@ def architecture_of(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def debian_name(name: str) -> str:
+    """Debian's name of an architecture, as names of images have it. One that we do not know stays."""
+    found = ARCHITECTURES.get(name)
+    return name if found is None else found.debian
+
+
 def by_any_name(name: str) -> str:
     """The name of an architecture that somebody else names; empty if it is none of ours."""
     name = _OTHER_NAMES.get(name, name)

@@ -93,6 +93,15 @@ def test_the_list_of_more(machine):
     assert "did you mean 'cake-1_arm64'?" in machine.run("list", "cake-1-arm64", status=2)
 
 
+def test_the_list_says_what_an_image_is_for(machine):
+    lines = machine.run("list", "cake-1_*").splitlines()
+    assert [line.partition("A cake")[2] for line in lines] == [
+        *(" (host-driven)", ", for arm64 (host-driven)", ", for riscv64 (host-driven)")
+    ]
+    listed = json.loads(machine.run("list", "--json", "cake-1_*"))["images"]
+    assert [image["debian_architecture"] for image in listed] == ["amd64", "arm64", "riscv64"]
+
+
 def test_the_list_for_programs_has_all(machine):
     found = json.loads(machine.run("list", "--json"))["images"]
     assert {image["name"]: image["architecture"] for image in found} == {

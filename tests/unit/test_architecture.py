@@ -47,8 +47,6 @@ KNOWERS = {  # which other files name an architecture, a board, a console or a p
     "pytest_vmsandbox/catalogue/store.py": "an example in a message",
     "pytest_vmsandbox/machine/firmware.py": "where distributions keep the files of firmware",
     "images/debian/lib.sh": "Debian's kernel packages, and the modules of the panic device",
-    "images/debian/recipe.sh": "the module of the panic device",
-    "images/debian/systemd.sh": "a service of systemd that is turned off",
     "images/tiny/build": "suites that have a kernel",
 }
 
