@@ -15,14 +15,12 @@ from pathlib import Path
 
 from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.catalogue import own_folders
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.definition import LARGEST_SCRIPT, ImageDefinition
 from pytest_vmsandbox.catalogue.making import run_to_end
+from pytest_vmsandbox.catalogue.own import HELPER_VARIABLE, helper_file
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import MIB
 
-VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the program is
 COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
 OPTIONS = ("-Os", "-static", "-s")
 SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs in the wheel
@@ -32,8 +30,7 @@ _ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/li
 _ZIG = "ziglang"  # the package, and its module
 _FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
 _ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
-_LARGEST_SCRIPT = 4 * MIB
-_SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
+_SECONDS = 600.0  # for one compiler. Zig takes one or two minutes
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -100,10 +97,10 @@ def _lacking(architecture: str) -> tuple[str, ...]:
     return missing if has_library else (*missing, _LIBRARY)
 
 
-def is_named_by(definition: ImageDefinition, variable: str = VARIABLE) -> bool:
+def is_named_by(definition: ImageDefinition, variable: str = HELPER_VARIABLE) -> bool:
     """Whether a recipe, or a file that it uses, names a variable, such as that of the helper's path."""
     return bool(definition.recipe) and any(
-        file.stat().st_size < _LARGEST_SCRIPT and variable.encode() in file.read_bytes()
+        file.stat().st_size < LARGEST_SCRIPT and variable.encode() in file.read_bytes()
         for _, file in definition.files()
     )
 
@@ -114,9 +111,8 @@ def helper_source() -> Path:
     Raises:
         ImageError: it is missing.
     """
-    for folder in own_folders():
-        if (source := folder / "helper" / "helper.c").is_file():
-            return source
+    if (source := helper_file()) is not None:
+        return source
     raise ImageError(
         "helper.c, the source of the program that runs in guests, is missing",
         remedy="install pytest-vmsandbox again",

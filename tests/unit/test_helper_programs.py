@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.cache.store import HELPERS, Entry, Store, tidy
-from pytest_vmsandbox.catalogue import helpers, programs
+from pytest_vmsandbox.catalogue import helpers, own, programs
 from pytest_vmsandbox.catalogue.helpers import helper_program, helper_source
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
@@ -35,7 +35,7 @@ def source(tmp_path, monkeypatch):
     """The source, a file of its own, of which nothing is packaged."""
     folder = tmp_path / "images" / "helper"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(helpers, "own_folders", lambda: [folder.parent])
+    monkeypatch.setattr(own, "own_folders", lambda: [folder.parent])
     monkeypatch.setattr(helpers, "_PACKAGED", tmp_path / "packaged")
     (tmp_path / "packaged").mkdir()
     (folder / "helper.c").write_text("int main;\n")
@@ -322,7 +322,7 @@ class TestZig:
 
 
 def test_the_source_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(helpers, "own_folders", lambda: [tmp_path])
+    monkeypatch.setattr(own, "own_folders", lambda: [tmp_path])
     with pytest.raises(ImageError, match="is missing"):
         helper_source()
 
@@ -332,8 +332,8 @@ def test_several_processes_make_one(tmp_path, source, compiler):
     script = f"""
 import sys
 from pathlib import Path
-from pytest_vmsandbox.catalogue import helpers, programs
-helpers.own_folders = lambda: [Path({str(source.parent.parent)!r})]
+from pytest_vmsandbox.catalogue import helpers, own, programs
+own.own_folders = lambda: [Path({str(source.parent.parent)!r})]
 helpers._PACKAGED = Path("/nowhere")
 programs.find = lambda name: {str(compiler.file)!r}
 print(helpers.helper_program({NATIVE!r}, Path({str(tmp_path / "cache")!r})))
