@@ -313,6 +313,25 @@ def images(states: Mapping[str, str], default: str) -> Check:
     return _bad("images", found or "none is built", remedy, needed=False)
 
 
+def emulators(there: Sequence[str], built: Mapping[str, str]) -> Check:
+    """The emulators for other architectures.
+
+    Args:
+        there: the architectures whose guests can run here.
+        built: the built images for other architectures → how to install the emulator; empty if it is here.
+    """
+    name = "other architectures"
+    found = f"emulated: {', '.join(there)}" if there else "none can be emulated"
+    if built:
+        found += f"; {', '.join(built)} built"
+    lacking = [image for image, remedy in built.items() if remedy]
+    if not lacking:
+        return _ok(name, found)
+    found += f"; no emulator for {', '.join(lacking)}"
+    remedies = dict.fromkeys(filter(None, built.values()))
+    return _bad(name, found, "; ".join(remedies), needed=False)
+
+
 def definitions(wrong: Sequence[str]) -> Check:
     """The images whose definition is wrong; at least one."""
     found = f"the definition of {', '.join(wrong)} is wrong"

@@ -73,6 +73,7 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
         yield from _building(required, compiler, needed)
     yield _firmware(native, definitions)
     yield checks.images(states, DEFAULT_IMAGE)
+    yield _emulators(native, catalogue, store)
     if wrong:
         yield checks.definitions(wrong)
     yield checks.memory(
@@ -113,6 +114,24 @@ def _qemu(architecture: str) -> Check:
         is_missing = shutil.which(program) is None
         return checks.no_qemu(error.brief, error.remedy, program, missing=is_missing)
     return checks.qemu(found.path, found.version)
+
+
+def _emulators(native: str, catalogue: Catalogue, store: ImageStore) -> Check:
+    there, remedies = [], {}
+    for name, its in ARCHITECTURES.items():
+        if name == native:
+            continue
+        try:
+            find_qemu(name)
+            there.append(its.debian)
+        except LaunchError as error:
+            remedies[name] = error.remedy
+    built = {
+        image.definition.name: remedies.get(image.definition.architecture, "")
+        for image in store.all()
+        if image.definition.architecture != native and catalogue.folder(image.definition.name)
+    }
+    return checks.emulators(there, built)
 
 
 def _verdict(

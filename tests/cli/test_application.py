@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.core.errors import (
     CommandError,
     CommandResult,
@@ -417,6 +418,20 @@ def test_doctor_works_although_a_definition_is_wrong(cakes, tmp_path):
         *("warning", "the definition of cake-1, cake-2 is wrong"),
     )
     assert "vmsandbox images list" in check["remedy"]
+
+
+def test_doctor_knows_images_for_other_architectures(tmp_path):
+    folder, cache = tmp_path / "images", tmp_path / "cache"
+    images.define(folder / "deb-1", images.toml(architecture="s390x"))
+    images.keep(cache, Catalogue([folder]).get("deb-1"))
+    options = ("doctor", "--json", "--image-path", str(folder))
+    done = start(*options, path=tmp_path, VMSANDBOX_CACHE=str(cache))
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    check = found["other architectures"]
+    assert (check["status"], check["found"]) == (
+        *("warning", "none can be emulated; deb-1 built; no emulator for deb-1"),
+    )
+    assert "qemu-system" in check["remedy"]
 
 
 def test_doctor_for_people(invoke):
