@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.spec import MIB, format_size
 
 OLDEST_QEMU = (7, 2)  # the oldest tested version
@@ -94,14 +95,14 @@ def python(version: str, path: str) -> Check:
     return _ok("Python", f"{version}, {path}")
 
 
-def qemu(path: Path, version: Sequence[int]) -> Check:
+def qemu(path: Path, version: Sequence[int], name: str = "QEMU") -> Check:
     """A QEMU that runs."""
     found = f"{'.'.join(map(str, version))}, {path}"
     if tuple(version) < OLDEST_QEMU:
         oldest = ".".join(map(str, OLDEST_QEMU))
         remedy = f"install QEMU {oldest} or newer. Older versions are not tested"
-        return _bad("QEMU", found, remedy, needed=False)
-    return _ok("QEMU", found)
+        return _bad(name, found, remedy, needed=False)
+    return _ok(name, found)
 
 
 def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
@@ -119,6 +120,37 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
             "QEMU", problem, "set the environment variable VMSANDBOX_QEMU to a QEMU, or unset it"
         )
     return _missing("QEMU", problem, program)
+
+
+def no_emulator(architecture: Architecture, problem: str, remedy: str, *, missing: bool) -> Check:
+    """An emulator that the chosen image needs, and that is missing or does not run.
+
+    Args:
+        architecture: of the image.
+        problem, remedy: what `find_qemu` says.
+        missing: whether packages of Debian would help.
+    """
+    packages = programs.emulator_packages(architecture) if missing else []
+    return replace(_bad(emulator_name(architecture), problem, remedy), install=tuple(packages))
+
+
+def emulator_name(architecture: Architecture) -> str:
+    """The name of the check of an emulator for another architecture."""
+    return f"QEMU for {architecture.debian}"
+
+
+def unknown_machine(machine: str, there: Sequence[str]) -> Check:
+    """A machine for whose architecture there are no images.
+
+    Args:
+        machine: its architecture.
+        there: the architectures that can be emulated here.
+    """
+    found = f"no image is for {machine}, which this machine is"
+    if not there:
+        return _missing("QEMU", f"{found}, and no other can be emulated yet", "qemu-system-x86_64")
+    remedy = "name images with their architecture, as 'vmsandbox images list --all' shows them"
+    return _bad("QEMU", f"{found}. Emulated: {', '.join(there)}", remedy, needed=False)
 
 
 def qemu_img(path: str | None) -> Check:
