@@ -15,6 +15,7 @@ from pytest_vmsandbox.catalogue.definition import (
     ImageDefinition,
     check_name,
 )
+from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.tables import load
 from pytest_vmsandbox.catalogue.unknown import Known
 from pytest_vmsandbox.catalogue.variants import ALL, SIGN
@@ -355,9 +356,3 @@ def _is_image(folder: Path) -> bool:
         return (folder / DEFINITION_FILE).is_file()
     except PermissionError:  # who asks for that image is told, but it may be something else
         return NAME.fullmatch(folder.name) is not None
-
-
-def own_folders() -> list[Path]:
-    """The folder of our own images, if it is there: inside the package, or next to it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    return [path for path in (package / "images", package.parent / "images") if path.is_dir()][:1]

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pytest_vmsandbox.catalogue import variants
+from pytest_vmsandbox.catalogue import own, variants
 from pytest_vmsandbox.catalogue.origin import (
     Addition,
     Login,
@@ -54,6 +54,7 @@ _PLACES = {
 }  # the first table that has a key: `user` is rather one of [system]
 _PLACES |= {key: "to the top, before the first table" for key in _KEYS if key not in _PLACES}
 _MEMORY_MIN = 256 * MIB
+_LARGEST_SCRIPT = 4 * MIB  # that we look into
 _SETTLED = 2.0  # seconds after which another change of a file has another time, on any file system
 _IGNORED = {"__pycache__"}  # folders that Python makes
 _SIZE = "a size such as '256MiB' or '10GiB'"
@@ -248,7 +249,7 @@ class ImageDefinition:
         """SHA-256, in hex, of everything that goes into the image. Computed once for each object.
 
         It covers the architecture; every file in the image's folder and in ``uses``, and which of them
-        are executable; and the digest of its base. It ignores the other bits of a file's mode, as git
+        are executable; the source of our helper, if the recipe names it; and the digest of its base. It ignores the other bits of a file's mode, as git
         does: they differ between checkouts. Disks and kernels count by their digests in ``image.toml``,
         wherever they lie.
 
@@ -285,7 +286,16 @@ class ImageDefinition:
                 ) from error
             kind = "x" if status.st_mode & stat.S_IXUSR else "-"
             total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
+        if self.names(own.HELPER_VARIABLE) and (source := own.helper_source()) is not None:
+            total.update(f"helper {_content(source, source.stat())}\n".encode())
         return total.hexdigest()
+
+    def names(self, variable: str) -> bool:
+        """Whether its recipe, or a file that the recipe uses, names a variable of the environment."""
+        return bool(self.recipe) and any(
+            file.stat().st_size < _LARGEST_SCRIPT and variable.encode() in file.read_bytes()
+            for _, file in self.files()
+        )
 
     def files(self) -> list[tuple[str, Path]]:
         """The files in its folder and in ``uses``, each with the path that the digest covers."""

@@ -14,15 +14,13 @@ from itertools import repeat
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
-from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.catalogue.catalogue import own_folders
+from pytest_vmsandbox.catalogue import own, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import run_to_end
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.core.spec import MIB
 
-VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the program is
+VARIABLE = own.HELPER_VARIABLE
 COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
 OPTIONS = ("-Os", "-static", "-s")
 SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs in the wheel
@@ -32,7 +30,6 @@ _ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/li
 _ZIG = "ziglang"  # the package, and its module
 _FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
 _ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
-_LARGEST_SCRIPT = 4 * MIB
 _SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
@@ -102,10 +99,7 @@ def _lacking(architecture: str) -> tuple[str, ...]:
 
 def is_named_by(definition: ImageDefinition, variable: str = VARIABLE) -> bool:
     """Whether a recipe, or a file that it uses, names a variable, such as that of the helper's path."""
-    return bool(definition.recipe) and any(
-        file.stat().st_size < _LARGEST_SCRIPT and variable.encode() in file.read_bytes()
-        for _, file in definition.files()
-    )
+    return definition.names(variable)
 
 
 def helper_source() -> Path:
@@ -114,9 +108,8 @@ def helper_source() -> Path:
     Raises:
         ImageError: it is missing.
     """
-    for folder in own_folders():
-        if (source := folder / "helper" / "helper.c").is_file():
-            return source
+    if (source := own.helper_source()) is not None:
+        return source
     raise ImageError(
         "helper.c, the source of the program that runs in guests, is missing",
         remedy="install pytest-vmsandbox again",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pytest_vmsandbox.catalogue.catalogue import Catalogue, own_folders
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 
 PAGE = Path(__file__).parents[2] / "docs/how-to/systems.md"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue.builder import build
-from pytest_vmsandbox.catalogue.catalogue import own_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build
+from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.store import HOST_KEY, INITRD, KERNEL, BuiltImage, ImageStore
 from pytest_vmsandbox.guests.kernels import newc
 

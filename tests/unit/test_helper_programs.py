@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.cache.store import HELPERS, Entry, Store, tidy
-from pytest_vmsandbox.catalogue import helpers, programs
+from pytest_vmsandbox.catalogue import helpers, own, programs
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.helpers import helper_program, helper_source
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
+from support import images
 
 NATIVE = native_architecture()
 FOREIGN = next(name for name in ARCHITECTURES if name != NATIVE)
@@ -35,7 +37,7 @@ def source(tmp_path, monkeypatch):
     """The source, a file of its own, of which nothing is packaged."""
     folder = tmp_path / "images" / "helper"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(helpers, "own_folders", lambda: [folder.parent])
+    monkeypatch.setattr(own, "own_folders", lambda: [folder.parent])
     monkeypatch.setattr(helpers, "_PACKAGED", tmp_path / "packaged")
     (tmp_path / "packaged").mkdir()
     (folder / "helper.c").write_text("int main;\n")
@@ -322,9 +324,31 @@ class TestZig:
 
 
 def test_the_source_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(helpers, "own_folders", lambda: [tmp_path])
+    monkeypatch.setattr(own, "own_folders", lambda: [tmp_path])
     with pytest.raises(ImageError, match="is missing"):
         helper_source()
+
+
+class TestImagesWithTheHelper:
+    def image(self, folder, recipe):
+        images.define(folder, images.toml(), f"#!/bin/sh\n{recipe}\n")
+        return ImageDefinition.read(folder)
+
+    def test_they_are_stale_when_it_has_changed(self, tmp_path, source):
+        before = self.image(tmp_path / "mine", "cp $VMSANDBOX_HELPER x").digest
+        source.write_text("int other;\n")
+        after = ImageDefinition.read(tmp_path / "mine")
+        assert helpers.is_named_by(after)
+        assert after.digest != before
+
+    def test_others_are_not(self, tmp_path, source):
+        before = self.image(tmp_path / "mine", "").digest
+        source.write_text("int other;\n")
+        assert ImageDefinition.read(tmp_path / "mine").digest == before
+
+    def test_the_source_may_be_missing(self, tmp_path, source):
+        source.unlink()
+        assert self.image(tmp_path / "mine", "cp $VMSANDBOX_HELPER x").digest
 
 
 def test_several_processes_make_one(tmp_path, source, compiler):
@@ -332,8 +356,8 @@ def test_several_processes_make_one(tmp_path, source, compiler):
     script = f"""
 import sys
 from pathlib import Path
-from pytest_vmsandbox.catalogue import helpers, programs
-helpers.own_folders = lambda: [Path({str(source.parent.parent)!r})]
+from pytest_vmsandbox.catalogue import helpers, own, programs
+helpers.own.own_folders = lambda: [Path({str(source.parent.parent)!r})]
 helpers._PACKAGED = Path("/nowhere")
 programs.find = lambda name: {str(compiler.file)!r}
 print(helpers.helper_program({NATIVE!r}, Path({str(tmp_path / "cache")!r})))

@@ -11,8 +11,8 @@ import pytest
 
 from pytest_vmsandbox.catalogue import making
 from pytest_vmsandbox.catalogue.builder import build
-from pytest_vmsandbox.catalogue.catalogue import own_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import CommandTimeout, ImageError
