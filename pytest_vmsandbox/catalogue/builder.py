@@ -14,6 +14,7 @@ from pathlib import Path
 from pytest_vmsandbox.catalogue import emulator, helpers, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import SECOND_STAGE, Build, Maker
+from pytest_vmsandbox.catalogue.own import HELPER_VARIABLE
 from pytest_vmsandbox.catalogue.store import (
     DISK,
     HOST_KEY,
@@ -193,12 +194,12 @@ def run_recipe(build: Build) -> Mapping[str, object]:
 def _programs(build: Build) -> dict[str, str]:
     """The variables with the helper, and with the emulator, for a recipe that names them."""
     definition = build.definition
-    found = {helpers.VARIABLE: "", emulator.VARIABLE: "", emulator.REGISTRATION: ""}
+    found = {HELPER_VARIABLE: "", emulator.VARIABLE: "", emulator.REGISTRATION: ""}
     if not helpers.is_named_by(definition):
         return found
     architecture = definition.architecture
     helper = os.fspath(helpers.helper_program(architecture, build.cache, say=build.say))
-    found[helpers.VARIABLE] = helper
+    found[HELPER_VARIABLE] = helper
     if helpers.is_named_by(definition, emulator.VARIABLE) and not emulator.runs(helper):
         path = emulator.NONE
         if emulator.can_register():

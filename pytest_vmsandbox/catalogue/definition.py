@@ -12,15 +12,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from pytest_vmsandbox.catalogue import own, variants
+from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.origin import (
     Addition,
     Login,
     Source,
     hardware,
 )
+from pytest_vmsandbox.catalogue.own import HELPER_VARIABLE, helper_file
 from pytest_vmsandbox.catalogue.tables import Table, line, line_or_empty, load, texts
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
@@ -54,7 +55,7 @@ _PLACES = {
 }  # the first table that has a key: `user` is rather one of [system]
 _PLACES |= {key: "to the top, before the first table" for key in _KEYS if key not in _PLACES}
 _MEMORY_MIN = 256 * MIB
-_LARGEST_SCRIPT = 4 * MIB  # that we look into
+LARGEST_SCRIPT = 4 * MIB  # a larger file is no script
 _SETTLED = 2.0  # seconds after which another change of a file has another time, on any file system
 _IGNORED = {"__pycache__"}  # folders that Python makes
 _SIZE = "a size such as '256MiB' or '10GiB'"
@@ -249,7 +250,8 @@ class ImageDefinition:
         """SHA-256, in hex, of everything that goes into the image. Computed once for each object.
 
         It covers the architecture; every file in the image's folder and in ``uses``, and which of them
-        are executable; the source of our helper, if the recipe names it; and the digest of its base. It ignores the other bits of a file's mode, as git
+        are executable; the source of the helper, if one of them names the helper's variable; and the
+        digest of its base. It ignores the other bits of a file's mode, as git
         does: they differ between checkouts. Disks and kernels count by their digests in ``image.toml``,
         wherever they lie.
 
@@ -263,6 +265,7 @@ class ImageDefinition:
         stated = self.folder / DEFINITION_FILE
         places = self._places_with_digest()
         skipped = {self.folder / place for place in places.values()}
+        contents: set[_Content] = set()
         for label, file in self.files():
             if file in skipped:
                 continue
@@ -274,7 +277,7 @@ class ImageDefinition:
                         remedy="remove it, or move it out of the image's folder",
                     )
                 content = (
-                    _without(places, stated)
+                    _Content(_without(places, stated))
                     if places and file == stated
                     else _content(file, status)
                 )
@@ -285,17 +288,14 @@ class ImageDefinition:
                     remedy="make it readable, or remove it",
                 ) from error
             kind = "x" if status.st_mode & stat.S_IXUSR else "-"
-            total.update(os.fsencode(f"{label}\0{kind}{content}\n"))
-        if self.names(own.HELPER_VARIABLE) and (source := own.helper_source()) is not None:
-            total.update(f"helper {_content(source, source.stat())}\n".encode())
-        return total.hexdigest()
-
-    def names(self, variable: str) -> bool:
-        """Whether its recipe, or a file that the recipe uses, names a variable of the environment."""
-        return bool(self.recipe) and any(
-            file.stat().st_size < _LARGEST_SCRIPT and variable.encode() in file.read_bytes()
-            for _, file in self.files()
+            total.update(os.fsencode(f"{label}\0{kind}{content.digest}\n"))
+            contents.add(content)
+        helper = (
+            helper_file() if self.recipe and any(one.names_helper for one in contents) else None
         )
+        if helper is not None and (source := _content(helper, helper.stat())) not in contents:
+            total.update(f"helper {source.digest}\n".encode())
+        return total.hexdigest()
 
     def files(self) -> list[tuple[str, Path]]:
         """The files in its folder and in ``uses``, each with the path that the digest covers."""
@@ -313,19 +313,29 @@ class ImageDefinition:
         return {key: place for key, (place, digest) in known.items() if place and digest}
 
 
-_contents: dict[tuple[int, ...], str] = {}  # digests of files that several images use
+class _Content(NamedTuple):
+    """What counts of a file: SHA-256, and whether it names the variable with the helper's path."""
+
+    digest: str
+    names_helper: bool = False
 
 
-def _content(file: Path, status: os.stat_result) -> str:
-    """SHA-256 of a file. It is read once, unless it has changed so lately that we could not see it."""
+_contents: dict[tuple[int, ...], _Content] = {}  # of files that several images use
+
+
+def _content(file: Path, status: os.stat_result) -> _Content:
+    """What counts of a file. It is read once, unless it has changed so lately that we could not see it."""
     changed = max(status.st_mtime_ns, status.st_ctime_ns)
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _contents:
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            is_script = status.st_size < LARGEST_SCRIPT
+            names_helper = is_script and HELPER_VARIABLE.encode() in stream.read()
+            stream.seek(0)
+            content = _Content(hashlib.file_digest(stream, "sha256").hexdigest(), names_helper)
         if wall() - changed / 1e9 < _SETTLED:
-            return digest
-        _contents[key] = digest
+            return content
+        _contents[key] = content
     return _contents[key]
 
 

@@ -14,13 +14,13 @@ from itertools import repeat
 from pathlib import Path
 
 from pytest_vmsandbox.cache.store import HELPERS, IN_USE, Entry, Store
-from pytest_vmsandbox.catalogue import own, programs
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
+from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.catalogue.definition import LARGEST_SCRIPT, ImageDefinition
 from pytest_vmsandbox.catalogue.making import run_to_end
+from pytest_vmsandbox.catalogue.own import HELPER_VARIABLE, helper_file
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
 
-VARIABLE = own.HELPER_VARIABLE
 COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
 OPTIONS = ("-Os", "-static", "-s")
 SUMS = "SHA256SUMS"  # beside the source: its digest, and those of the programs in the wheel
@@ -30,7 +30,7 @@ _ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/li
 _ZIG = "ziglang"  # the package, and its module
 _FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
 _ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
-_SECONDS = 600.0  # for one compiler. Zig takes up to a minute where nothing else runs
+_SECONDS = 600.0  # for one compiler. Zig takes one or two minutes
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -97,9 +97,12 @@ def _lacking(architecture: str) -> tuple[str, ...]:
     return missing if has_library else (*missing, _LIBRARY)
 
 
-def is_named_by(definition: ImageDefinition, variable: str = VARIABLE) -> bool:
+def is_named_by(definition: ImageDefinition, variable: str = HELPER_VARIABLE) -> bool:
     """Whether a recipe, or a file that it uses, names a variable, such as that of the helper's path."""
-    return definition.names(variable)
+    return bool(definition.recipe) and any(
+        file.stat().st_size < LARGEST_SCRIPT and variable.encode() in file.read_bytes()
+        for _, file in definition.files()
+    )
 
 
 def helper_source() -> Path:
@@ -108,7 +111,7 @@ def helper_source() -> Path:
     Raises:
         ImageError: it is missing.
     """
-    if (source := own.helper_source()) is not None:
+    if (source := helper_file()) is not None:
         return source
     raise ImageError(
         "helper.c, the source of the program that runs in guests, is missing",

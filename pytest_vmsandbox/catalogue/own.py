@@ -1,10 +1,10 @@
-"""Where what we bring is: the folder of our own images, and the source of the helper in it."""
+"""What comes with the package: the folder of its images, and the source of the helper."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-HELPER_VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the helper is
+HELPER_VARIABLE = "VMSANDBOX_HELPER"  # tells a recipe where the helper for its guests is
 
 
 def own_folders() -> list[Path]:
@@ -13,7 +13,7 @@ def own_folders() -> list[Path]:
     return [path for path in (package / "images", package.parent / "images") if path.is_dir()][:1]
 
 
-def helper_source() -> Path | None:
-    """The source of the helper, if it is there."""
-    sources = (folder / "helper" / "helper.c" for folder in own_folders())
-    return next((source for source in sources if source.is_file()), None)
+def helper_file() -> Path | None:
+    """The source of the helper; None if it is missing."""
+    files = (folder / "helper" / "helper.c" for folder in own_folders())
+    return next(filter(Path.is_file, files), None)

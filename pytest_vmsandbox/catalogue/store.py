@@ -336,6 +336,7 @@ class ImageStore(Store[BuiltImage]):
         catalogue: Catalogue,
         patterns: Sequence[str] | None = None,
         *,
+        foreign: bool = False,
         also: Iterable[str] = (),
     ) -> list[ImageEntry]:
         """Images of a catalogue in its order, then builds without a definition.
@@ -344,6 +345,7 @@ class ImageStore(Store[BuiltImage]):
             catalogue: has the definitions.
             patterns: names and globs, as `Catalogue.select` takes them; none of them for the images of this
                 machine's architecture and all others that are built. None for all images.
+            foreign: whether such globs are for every architecture.
             also: names of further images.
 
         Raises:
@@ -358,7 +360,7 @@ class ImageStore(Store[BuiltImage]):
         names = catalogue.names()
         others = {name: image for name, image in built.items() if name not in names}
         if patterns:
-            chosen = {*catalogue.select(patterns)}
+            chosen = catalogue.fitting(patterns) if foreign else {*catalogue.select(patterns)}
             others = {}
         elif patterns is not None:
             chosen = {*catalogue.native(), *built, *also}
@@ -378,9 +380,13 @@ class ImageStore(Store[BuiltImage]):
         return [*found, *(_entry(image, "other", sizes[name]) for name, image in others.items())]
 
 
-def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
-    """Name, state, size and description of each image, padded to columns."""
-    width = max((len(image.name) for image in images), default=0)
+def columns(images: Sequence[ImageEntry], width: int = 0) -> list[tuple[str, str, str, str]]:
+    """Name, state, size and description of each image, padded to columns.
+
+    Args:
+        width: of the names, at least.
+    """
+    width = max((width, *(len(image.name) for image in images)))
     return [
         (
             f"{image.name:{width}}",
@@ -392,9 +398,16 @@ def columns(images: Sequence[ImageEntry]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def left_out(catalogue: Catalogue, listed: Sequence[ImageEntry]) -> str:
-    """A line about the images of a catalogue that a list leaves out; empty if it has all."""
-    number = len({*catalogue.names()} - {image.name for image in listed})
+def left_out(
+    catalogue: Catalogue, listed: Sequence[ImageEntry], patterns: Sequence[str] = ()
+) -> str:
+    """A line about the images of a catalogue that a list leaves out; empty if it has all.
+
+    Args:
+        patterns: what was asked for, as `ImageStore.entries` takes it.
+    """
+    all_ = catalogue.fitting(patterns) if patterns else {*catalogue.names()}
+    number = len(all_ - {image.name for image in listed})
     if not number:
         return ""
     images = "image is" if number == 1 else "images are"

@@ -41,7 +41,8 @@ def list_(
     """List the images with their state, their size on the disk and a description.
 
     Without a NAME, these are the images for this machine's architecture, and others that are built. A
-    NAME may be a glob such as 'debian-*_arm64'. --json lists all unless you give a NAME.
+    NAME may be a glob such as 'debian-*_arm64'. Without _ it is for this machine's architecture, unless
+    you add --all. --json lists all unless you give a NAME.
 
     \b
     built     ready
@@ -58,7 +59,7 @@ def list_(
     """  # noqa: D301  # a mark for click
     catalogue = Catalogue(image_path)
     found = ImageStore(cache_dir()).entries(
-        catalogue, None if (every or as_json) and not names else names
+        catalogue, None if (every or as_json) and not names else names, foreign=every
     )
     saved: dict[str, list[int]] = {}
     listed = {image.name for image in found}
@@ -73,7 +74,7 @@ def list_(
         write_json({"images": [asdict(image) for image in found], "templates": templates})
     else:
         _show(found, saved)
-        if not names and (more := left_out(catalogue, found)):
+        if more := left_out(catalogue, found, names):
             Screen().say(more, "dim")
     if problems := [ConfigError(image.problem) for image in found if image.problem]:
         raise ExceptionGroup("images", problems)
@@ -82,14 +83,14 @@ def list_(
 def _show(found: Sequence[ImageEntry], saved: Mapping[str, Sequence[int]]) -> None:
     """Show images, and the sizes of their templates, for people."""
     screen = Screen()
-    for image, (name, state, size, description) in zip(found, columns(found), strict=True):
+    width = max(map(len, (*saved, *(image.name for image in found))), default=0)
+    for image, (name, state, size, description) in zip(found, columns(found, width), strict=True):
         screen.parts(
             (name, "bold"),
             (f"  {state}", _STYLES[image.state]),
             (f"  {size}", ""),
             (f"  {description}", ""),
         )
-    width = max((len(image.name) for image in found), default=0)
     for name, sizes in saved.items():
         screen.parts(
             (f"{name:{width}}", "bold"),
@@ -133,7 +134,7 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     """Remove built images and their templates, unless guests use them.
 
     What 'images import' has written for them goes, too, and what was downloaded for them. A NAME may be
-    a glob.
+    a glob. Without _ it is for this machine's architecture; 'debian-*_*' is for all.
     """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
     templates = TemplateStore(cache_dir())
@@ -158,6 +159,13 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
                 screen.say(f"{name} is not built, so there is nothing to remove")
         if freed:
             screen.say(f"{said}: freed {format_size(freed)}")
+    left = sorted(
+        name
+        for name, architecture in built.items()
+        if name not in chosen and any(variants.fits(glob, name, architecture) for glob in names)
+    )
+    if left:
+        screen.say(f"left, because a glob without _ is for this machine only: {', '.join(left)}")
     if errors:
         raise ExceptionGroup("images", errors)
 

@@ -85,7 +85,10 @@ def test_the_list_of_more(machine):
     assert [*machine.listed("cake-1_amd64", "cake-2_*", "!*_riscv64")] == [
         *("cake-1", "cake-2", "cake-2_arm64"),
     ]
-    for arguments in (["--all"], ["*_arm64"]):
+    assert [*machine.listed("cake-1*")] == ["cake-1"]
+    assert "2 more images are for other architectures" in machine.run("list", "cake-1*")
+    assert [*machine.listed("--all", "cake-1*")] == ["cake-1", "cake-1_arm64", "cake-1_riscv64"]
+    for arguments in (["--all"], ["*_arm64"], ["cake-1"], ["--all", "cake-1*"]):
         assert "more images" not in machine.run("list", *arguments)
     assert "did you mean 'cake-1_arm64'?" in machine.run("list", "cake-1-arm64", status=2)
 
@@ -127,12 +130,15 @@ def test_on_a_machine_with_the_faked_name_arm64_the_short_name_is_arm64(machine)
 
 def test_rm_removes_what_is_named_and_no_more(machine):
     machine.keep("cake-1", "cake-2", "cake-1_arm64", "cake-2_arm64", "cake-2_riscv64")
-    machine.run("rm", "cake-*")
+    told = machine.run("rm", "cake-*").splitlines()[-1]
+    assert told == (
+        "left, because a glob without _ is for this machine only: cake-1_arm64, cake-2_arm64, cake-2_riscv64"
+    )
     assert [name for name, state in machine.listed().items() if state == "built"] == [
         *("cake-1_arm64", "cake-2_arm64", "cake-2_riscv64"),
     ]
     machine.keep("cake-1")
-    machine.run("rm", "cake-1_amd64", "cake-*_arm64")
+    assert "left" not in machine.run("rm", "cake-1_amd64", "cake-*_arm64")
     assert [name for name, state in machine.listed().items() if state == "built"] == [
         "cake-2_riscv64",
     ]

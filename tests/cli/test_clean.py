@@ -74,6 +74,15 @@ class TestImages:
         [told] = json.loads(invoke("images", "list", "--json", "ti*").stdout)["templates"]
         assert told["image"] == "tiny"
 
+    def test_the_columns_of_both_are_the_same(self, invoke, cache):
+        made_templates.add(cache, "one-that-has-a-name-longer-than-others")
+        lines = invoke("images", "list").stdout.splitlines()
+        image, template = (
+            next(line for line in lines if line.split()[1] == state)
+            for state in ("missing", "saved")
+        )
+        assert image.index("missing") == template.index("saved")
+
     def test_rm_takes_templates_along(self, invoke, cache):
         for number in range(2):
             made_templates.add(cache, "tiny", number)

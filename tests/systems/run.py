@@ -9,6 +9,8 @@ For each image of `SYSTEMS`, or those that are named:
 - `support/suites/systems` drives its guests from outside: programs, files, power, disks, clones;
 - a suite with every kind of outcome runs in a guest twice, once by us and once by plain pytest there, and what
   both say is compared. This needs Python 3.9 in the guest.
+  Where the guest's Python has no pytest as new as the one here (3.9 has 8.4), its screen looks different: run
+  this program with the same pytest there.
 
 The folder --work holds a log of each image and `results.json`. A step that has passed is not done again unless
 --again says so, so a run that was ended goes on where it was. Exit status 0 if all have passed.

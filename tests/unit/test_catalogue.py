@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.catalogue import catalogue as catalogue_module
+from pytest_vmsandbox.catalogue import (
+    catalogue as catalogue_module,
+    definition as definition_module,
+)
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.core.architecture import native_architecture
@@ -202,6 +205,35 @@ class TestDigest:
         digest = ImageDefinition.read(folder).digest
         assert len(digest) == 64
         assert int(digest, 16)
+
+    @pytest.mark.parametrize(
+        ("named", "differ"),
+        [
+            ("", False),
+            ("build", True),
+            ("../lib/deep/lib.sh", True),
+        ],
+    )
+    def test_the_helper_counts_if_a_recipe_installs_it(self, folder, monkeypatch, named, differ):
+        helper = folder.parent / "helper.c"
+        monkeypatch.setattr(definition_module, "helper_file", lambda: helper)
+        if named:
+            with (folder / named).open("a") as recipe:
+                recipe.write('cp "$VMSANDBOX_HELPER" .\n')
+        digests = []
+        for text in ("int one;", "int other;"):
+            helper.write_text(text)
+            digests.append(ImageDefinition.read(folder).digest)
+        assert (digests[0] != digests[1]) == differ
+
+    def test_the_helper_counts_once(self, folder, monkeypatch):
+        """Our own images name it in `uses`."""
+        helper = folder.parent / "f"
+        monkeypatch.setattr(definition_module, "helper_file", lambda: None)
+        (folder / "build").write_text("#!/bin/sh\n# VMSANDBOX_HELPER\n")
+        without = ImageDefinition.read(folder).digest
+        monkeypatch.setattr(definition_module, "helper_file", lambda: helper)
+        assert ImageDefinition.read(folder).digest == without
 
     @pytest.mark.parametrize(
         "change",

@@ -11,11 +11,9 @@ import pytest
 
 from pytest_vmsandbox.cache.store import HELPERS, Entry, Store, tidy
 from pytest_vmsandbox.catalogue import helpers, own, programs
-from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.helpers import helper_program, helper_source
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
-from support import images
 
 NATIVE = native_architecture()
 FOREIGN = next(name for name in ARCHITECTURES if name != NATIVE)
@@ -329,35 +327,13 @@ def test_the_source_is_missing(monkeypatch, tmp_path):
         helper_source()
 
 
-class TestImagesWithTheHelper:
-    def image(self, folder, recipe):
-        images.define(folder, images.toml(), f"#!/bin/sh\n{recipe}\n")
-        return ImageDefinition.read(folder)
-
-    def test_they_are_stale_when_it_has_changed(self, tmp_path, source):
-        before = self.image(tmp_path / "mine", "cp $VMSANDBOX_HELPER x").digest
-        source.write_text("int other;\n")
-        after = ImageDefinition.read(tmp_path / "mine")
-        assert helpers.is_named_by(after)
-        assert after.digest != before
-
-    def test_others_are_not(self, tmp_path, source):
-        before = self.image(tmp_path / "mine", "").digest
-        source.write_text("int other;\n")
-        assert ImageDefinition.read(tmp_path / "mine").digest == before
-
-    def test_the_source_may_be_missing(self, tmp_path, source):
-        source.unlink()
-        assert self.image(tmp_path / "mine", "cp $VMSANDBOX_HELPER x").digest
-
-
 def test_several_processes_make_one(tmp_path, source, compiler):
     """One makes it, and the others wait for it."""
     script = f"""
 import sys
 from pathlib import Path
 from pytest_vmsandbox.catalogue import helpers, own, programs
-helpers.own.own_folders = lambda: [Path({str(source.parent.parent)!r})]
+own.own_folders = lambda: [Path({str(source.parent.parent)!r})]
 helpers._PACKAGED = Path("/nowhere")
 programs.find = lambda name: {str(compiler.file)!r}
 print(helpers.helper_program({NATIVE!r}, Path({str(tmp_path / "cache")!r})))
