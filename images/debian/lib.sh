@@ -67,17 +67,26 @@ inside() {
     umask 022
     unset TMPDIR
     export LC_ALL=C.UTF-8 SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-$(date +%s)}"
-    # The tree under construction: in memory if there is plenty, else in the scratch directory; by a path that apt's own user can reach.
+    # The tree under construction: in memory if there is plenty, else in the scratch directory.  By a short path, and where nothing is:
+    # a mount hides what the recipe or its tools may need (OUT, Python, apt's own files).
+    for place in /mnt /media /srv "$VMSANDBOX_WORK/tree"; do
+        [ "$place" != "$VMSANDBOX_WORK/tree" ] || mkdir -p "$place"
+        ! is_empty "$place" || break
+    done
+    place=$(readlink -f "$place")
     free=$(awk '$1 == "MemAvailable:" { print int($2 / 1024) }' /proc/meminfo)
     if [ "$free" -ge "$1" ]; then
-        mount -t tmpfs -o mode=0755 tmpfs /var/tmp
+        mount -t tmpfs -o mode=0755 tmpfs "$place"
     else
         chmod 0755 "$VMSANDBOX_WORK"
-        mount --bind "$VMSANDBOX_WORK" /var/tmp
+        mount --bind "$VMSANDBOX_WORK" "$place"
     fi
-    ROOT=/var/tmp/root
-    export TMPDIR=/var/tmp
+    ROOT=$place/root
+    export TMPDIR="$place"
 }
+
+# is_empty FOLDER: whether it is one, and we can see that nothing is in it.
+is_empty() { [ -d "$1" ] && content=$(ls -A "$1" 2>/dev/null) && [ -z "$content" ]; }
 
 # helper TREE: put the program that starts programs for the host into a tree. No recipe needs a compiler.
 helper() {
@@ -101,6 +110,17 @@ kernel_package() {
 # panic_modules: the drivers that report a panic to QEMU, of boards that have a device for it.
 panic_modules() { case $VMSANDBOX_DEBIAN_ARCHITECTURE in amd64 | i386) echo pvpanic pvpanic_pci ;; esac; }
 
+UPDATED='Mirror sync in progress\|Hash Sum mismatch'    # as apt says it
+
+# stale_suites: the suites whose lists do not match, as apt has named them in the log.
+stale_suites() { sed -n "/$UPDATED/s|.*/dists/\([^/ ]*\)/.*|\1|p" "$TMPDIR/log" | sort -u | tr '\n' ' ' | sed 's/ $//'; }
+
+# are_updates: whether $stale are such that a system can be made without them.
+are_updates() {
+    [ -n "$stale" ] || return 1
+    for name in $stale; do case $name in "$suite-updates" | "$suite-security") ;; *) return 1 ;; esac; done
+}
+
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
     suite=$1 variant=$2 packages=$3
@@ -111,12 +131,29 @@ bootstrap() {
     set -- --mode=root --variant="$variant" --format=directory --include="$packages" --components=main \
         --architectures="$VMSANDBOX_DEBIAN_ARCHITECTURE" \
         --aptopt='APT::Install-Recommends "false"' --aptopt='APT::Sandbox::User "root"' --aptopt='Acquire::Languages "none"' "$@"
-    mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
-    # Some mirrors keep lists of updates, of the rarer architectures mostly, that do not match their release files.
-    if grep -q 'Mirror sync in progress' "$TMPDIR/log"; then
-        stage "the mirror's lists of updates to $suite do not match their release files: going on without updates"
+    # While a mirror is being updated, its lists do not match its release files.
+    is_native=false pauses=10
+    [ "$(dpkg --print-architecture)" != "$VMSANDBOX_DEBIAN_ARCHITECTURE" ] || is_native=true pauses='20 60'
+    for pause in $pauses ''; do
+        mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
+        grep -q "$UPDATED" "$TMPDIR/log" || break
         rm -rf "$ROOT" "$ROOT.releases"/*
-        mmdebstrap "$@" "$suite" "$ROOT" http://deb.debian.org/debian >"$TMPDIR/log" 2>&1 && return
+        [ -n "$pause" ] || break
+        stage "the mirror of $suite is being updated: trying again in $pause seconds"
+        sleep "$pause"
+    done
+    if grep -q "$UPDATED" "$TMPDIR/log"; then
+        stale=$(stale_suites)
+        # For other architectures, some mirrors keep lists of updates that never match.
+        if ! $is_native && are_updates; then
+            stage "the mirror's lists of $stale do not match their release files: going on without these updates"
+            echo "no updates from $stale: when it was built, the mirror's lists for $VMSANDBOX_DEBIAN_ARCHITECTURE did not match" >"$VMSANDBOX_OUT/notes.txt"
+            for name in $stale; do set -- "$@" --setup-hook="sed -i '/ $name main\$/d' \"\$1/etc/apt/sources.list\""; done
+            mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
+        else
+            cat "$TMPDIR/log" >&2
+            fail "the mirror is being updated: its lists (${stale:-of $suite}) do not match its release files. Try again later, or from another network, which may have another mirror"
+        fi
     fi
     cat "$TMPDIR/log" >&2
     grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&

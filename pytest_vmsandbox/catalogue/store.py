@@ -24,10 +24,12 @@ from pytest_vmsandbox.catalogue.origin import ADOPTED
 from pytest_vmsandbox.core.architecture import debian_name, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.core.text import one_line
 
 KERNEL, INITRD, DISK, HOST_KEY = "vmlinuz", "initrd.img", "disk.raw", "host_key.pub"
 PACKAGES = "packages.txt"  # a line for each package, with its version
 ARCHIVE = "archive.txt"  # a line for each suite that they came from: URL, name, date, keys
+NOTES = "notes.txt"  # what people should know of this build: a line for each
 LOG = "build.log"
 _WITHOUT_DIGESTS = 1  # the schema of images that were built before digests were kept
 
@@ -59,6 +61,7 @@ class ImageEntry:
         firmware: what boots it: ``kernel``, ``uefi`` or ``bios``.
         in_vm: whether tests can run inside. Otherwise it is host-driven.
         problem: what is wrong with its definition, and the remedy.
+        notes: what its recipe has noted about the build, such as missing updates.
     """
 
     name: str
@@ -74,6 +77,7 @@ class ImageEntry:
     firmware: str = ""
     in_vm: bool = False
     problem: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,11 @@ class BuiltImage:
         except OSError as error:
             raise self._gone() from error
         return " ".join(text.split()[:2])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its recipe has noted about this build for people: lines."""
+        return _notes(self.folder)
 
     @property
     def size_on_disk(self) -> int:
@@ -365,7 +374,8 @@ class ImageStore(Store[BuiltImage]):
             size = sizes.get(name, 0)
             try:
                 definition = catalogue.get(name)
-                found.append(_entry(definition, self.state(definition), size))
+                notes = _notes(self.root / self.key(definition))
+                found.append(_entry(definition, self.state(definition), size, notes))
             except ConfigError as error:
                 found.append(
                     ImageEntry(name=name, state="invalid", size_bytes=size, problem=str(error))
@@ -417,10 +427,22 @@ def _about(image: ImageEntry) -> str:
     about = (
         f"{image.description}, for {image.debian_architecture}" if is_foreign else image.description
     )
-    return about if image.in_vm else f"{about} (host-driven)"
+    about = about if image.in_vm else f"{about} (host-driven)"
+    return "; ".join((about, *image.notes))
 
 
-def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
+def _notes(folder: Path) -> tuple[str, ...]:
+    """The notes beside a build; none if there is no such file."""
+    try:
+        text = (folder / NOTES).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    return tuple(line for line in map(one_line, text.splitlines()) if line)
+
+
+def _entry(
+    definition: ImageDefinition, state: str, size: int, notes: tuple[str, ...] = ()
+) -> ImageEntry:
     return ImageEntry(
         name=definition.name,
         state=str(state),
@@ -434,6 +456,7 @@ def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
         base=definition.base,
         firmware=definition.firmware,
         in_vm=definition.in_vm,
+        notes=notes,
     )
 
 

@@ -76,6 +76,8 @@ def build_one(
             image = make_image(definition, settings, progress=stage, force=force, lock=lock)
         took = f"{monotonic() - began:.0f} s"
         screen.say(f"{name} is built: {format_size(image.size_on_disk)}, {took}")
+        for note in image.notes:
+            screen.say(f"{name}: {note}", "yellow")
     if lock is not None:
         _compare(screen, lock, LockedImage.of(store.require(definition)))
 

@@ -8,7 +8,15 @@ from pathlib import Path
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.origin import Addition
-from pytest_vmsandbox.catalogue.store import ARCHIVE, DISK, INITRD, PACKAGES, BuiltImage, files_of
+from pytest_vmsandbox.catalogue.store import (
+    ARCHIVE,
+    DISK,
+    INITRD,
+    NOTES,
+    PACKAGES,
+    BuiltImage,
+    files_of,
+)
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, examining, started
@@ -93,7 +101,7 @@ def derive(build: Build, base: BuiltImage, settings: Settings) -> Mapping[str, o
     with base.hold():
         base.verified()
         is_changed = _is_changed(build.definition, base)
-        for name in (*files_of(base.definition), PACKAGES, ARCHIVE):
+        for name in (*files_of(base.definition), PACKAGES, ARCHIVE, NOTES):
             made_anew = name in (DISK if base.disk else INITRD, PACKAGES)
             if (base.folder / name).exists() and not (is_changed and made_anew):
                 changing.copy_file(base.folder / name, build.out / name)

@@ -319,6 +319,17 @@ def test_json_has_what_the_definition_says(invoke, cakes):
     assert [images["pie-3"][key] for key in keys] == ["", "", "source", "", "uefi", True, ""]
 
 
+def test_what_a_recipe_has_noted_stays_with_the_image(invoke, cakes):
+    note = "echo 'no updates from pie-security' >$VMSANDBOX_OUT/notes.txt"
+    recipe = cakes / "cake-1" / "build"
+    recipe.write_text(f"{recipe.read_text()}{note}\n")
+    assert "cake-1: no updates from pie-security" in invoke("images", "build", "cake-1").stdout
+    (line,) = [x for x in invoke("images", "list").stdout.splitlines() if x.startswith("cake-1")]
+    assert line.endswith("; no updates from pie-security")
+    images = json.loads(invoke("images", "list", "--json", "cake-1").stdout)["images"]
+    assert [image["notes"] for image in images] == [["no updates from pie-security"]]
+
+
 def test_the_list_is_quick(cakes, tmp_path):
     """It takes 0.13 s. That is so because it imports nothing that takes long."""
     script = """
