@@ -115,10 +115,13 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
     if not missing:
         return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
-        return _bad(
-            "QEMU", problem, "set the environment variable VMSANDBOX_QEMU to a QEMU, or unset it"
-        )
+        return _bad("QEMU", problem, remedy)
     return _missing("QEMU", problem, program)
+
+
+def wrong_emulator(chosen_by: str, problem: str, remedy: str) -> Check:
+    """An emulator for another architecture that a variable of the environment chooses, and that is no use."""
+    return _bad(chosen_by, problem, remedy, needed=False)
 
 
 def qemu_img(path: str | None) -> Check:

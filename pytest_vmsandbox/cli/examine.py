@@ -28,7 +28,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.firmware import find_uefi
-from pytest_vmsandbox.machine.qemu import find_qemu
+from pytest_vmsandbox.machine.qemu import find_qemu, variable
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
 _NAMESPACE_SECONDS = 20.0
@@ -88,7 +88,19 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     if building:
         work = Path(os.environ.get("TMPDIR") or LARGE_TMP)
         yield _disk("free disk, builds", work, "TMPDIR")
+    yield from _chosen_emulators(native)
     yield checks.ssh_client(shutil.which("ssh"))
+
+
+def _chosen_emulators(native: str) -> Iterator[Check]:
+    """The emulators for other architectures that variables of the environment choose."""
+    for its in ARCHITECTURES.values():
+        chosen_by = variable(its)
+        if its.name != native and chosen_by not in {"", "VMSANDBOX_QEMU"}:
+            try:
+                find_qemu(its.name)
+            except LaunchError as error:
+                yield checks.wrong_emulator(chosen_by, error.brief, error.remedy)
 
 
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:
