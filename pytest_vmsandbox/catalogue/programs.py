@@ -115,6 +115,12 @@ def emulator_line(architecture: Architecture) -> str:
     return install_line([architecture.package])
 
 
+def emulator_packages(architecture: Architecture) -> list[str]:
+    """The packages that have the emulator for an architecture, and its firmware, where there is apt."""
+    emulator = architecture.elsewhere.get(_system(), architecture.package)
+    return [name for name in (emulator, architecture.firmware_package) if name]
+
+
 def as_root(argv: Sequence[str]) -> list[str]:
     """`argv`, through sudo for an ordinary user."""
     return [*([] if os.geteuid() == 0 else ["sudo"]), *argv]

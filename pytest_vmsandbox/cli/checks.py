@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.spec import MIB, format_size
 
 OLDEST_QEMU = (7, 2)  # the oldest tested version
@@ -94,14 +95,14 @@ def python(version: str, path: str) -> Check:
     return _ok("Python", f"{version}, {path}")
 
 
-def qemu(path: Path, version: Sequence[int]) -> Check:
+def qemu(path: Path, version: Sequence[int], name: str = "QEMU") -> Check:
     """A QEMU that runs."""
     found = f"{'.'.join(map(str, version))}, {path}"
     if tuple(version) < OLDEST_QEMU:
         oldest = ".".join(map(str, OLDEST_QEMU))
         remedy = f"install QEMU {oldest} or newer. Older versions are not tested"
-        return _bad("QEMU", found, remedy, needed=False)
-    return _ok("QEMU", found)
+        return _bad(name, found, remedy, needed=False)
+    return _ok(name, found)
 
 
 def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
@@ -122,6 +123,37 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
 def wrong_emulator(chosen_by: str, problem: str, remedy: str) -> Check:
     """An emulator for another architecture that a variable of the environment chooses, and that is no use."""
     return _bad(chosen_by, problem, remedy, needed=False)
+
+
+def no_emulator(architecture: Architecture, problem: str, remedy: str, *, missing: bool) -> Check:
+    """An emulator that the chosen image needs, and that is missing or does not run.
+
+    Args:
+        architecture: of the image.
+        problem, remedy: what `find_qemu` says.
+        missing: whether packages of Debian would help.
+    """
+    packages = programs.emulator_packages(architecture) if missing else []
+    return replace(_bad(emulator_name(architecture), problem, remedy), install=tuple(packages))
+
+
+def emulator_name(architecture: Architecture) -> str:
+    """The name of the check of an emulator for another architecture."""
+    return f"QEMU for {architecture.debian}"
+
+
+def unknown_machine(machine: str, there: Sequence[str]) -> Check:
+    """A machine for whose architecture there are no images.
+
+    Args:
+        machine: its architecture.
+        there: the architectures that can be emulated here.
+    """
+    found = f"no image is for {machine}, which this machine is"
+    if not there:
+        return _missing("QEMU", f"{found}, and no other can be emulated yet", "qemu-system-x86_64")
+    remedy = "name images with their architecture, as 'vmsandbox images list --all' shows them"
+    return _bad("QEMU", f"{found}. Emulated: {', '.join(there)}", remedy, needed=False)
 
 
 def qemu_img(path: str | None) -> Check:
@@ -314,6 +346,25 @@ def images(states: Mapping[str, str], default: str) -> Check:
         return _ok("images", found)
     remedy = f"vmsandbox images build {' '.join(stale or [default])}"
     return _bad("images", found or "none is built", remedy, needed=False)
+
+
+def emulators(there: Sequence[str], built: Mapping[str, str]) -> Check:
+    """The emulators for other architectures.
+
+    Args:
+        there: the architectures whose guests can run here.
+        built: the built images for other architectures → how to install the emulator; empty if it is here.
+    """
+    name = "other architectures"
+    found = f"emulated: {', '.join(there)}" if there else "none can be emulated"
+    if built:
+        found += f"; {', '.join(built)} built"
+    lacking = [image for image, remedy in built.items() if remedy]
+    if not lacking:
+        return _ok(name, found)
+    found += f"; no emulator for {', '.join(lacking)}"
+    remedies = dict.fromkeys(filter(None, built.values()))
+    return _bad(name, found, "; ".join(remedies), needed=False)
 
 
 def definitions(wrong: Sequence[str]) -> Check:

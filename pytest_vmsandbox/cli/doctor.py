@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.options import image_path_option
 from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.settings import Settings
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.catalogue.definition import ImageDefinition  # not on Windows
 
 _STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red"}
 _INDENT = 28  # of what was found
@@ -55,13 +59,21 @@ _SUMMARIES = {
 }
 
 
-def examine(settings: Settings, screen: Screen) -> Iterable[Check]:
-    """Check this machine. `screen` shows lines about long waits."""
+def examine(
+    settings: Settings, screen: Screen, image: ImageDefinition | None = None
+) -> Iterable[Check]:
+    """Check this machine.
+
+    Args:
+        settings: of the guests that will run here.
+        screen: shows lines about long waits.
+        image: also check what this one needs.
+    """
     if sys.platform == "win32":  # nothing else of ours can be imported there
         return [checks.operating_system(sys.platform, "Windows")]
     from pytest_vmsandbox.cli import examine as examination  # not on Windows
 
-    return examination.examine(settings, screen.say)
+    return examination.examine(settings, screen.say, image)
 
 
 def show(screen: Screen, check: Check) -> None:

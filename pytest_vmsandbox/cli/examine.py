@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pytest_vmsandbox.cache.files import problem
 from pytest_vmsandbox.catalogue import helpers, programs
@@ -18,61 +19,72 @@ from pytest_vmsandbox.catalogue.builder import LARGE_TMP, ROOM_FOR_A_DISK
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import ImageState, ImageStore
+from pytest_vmsandbox.catalogue.variants import full_name
 from pytest_vmsandbox.cli import checks
 from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
+from pytest_vmsandbox.core.architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    native_architecture,
+)
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.firmware import find_uefi
-from pytest_vmsandbox.machine.qemu import find_qemu, variable
+from pytest_vmsandbox.machine.qemu import find_qemu, program, variable
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
 _NAMESPACE_SECONDS = 20.0
 
 
-def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
+def examine(
+    settings: Settings, say: Callable[[str], None], chosen: ImageDefinition | None = None
+) -> Iterator[Check]:
     """All checks, the most basic first.
 
     Args:
         settings: of the guests that will run here.
         say: gets lines about long waits.
+        chosen: an image that will be used for certain, for any architecture.
     """
     native, cache, runtime = native_architecture(), paths.cache_dir(), paths.runtime_dir()
     catalogue, store = Catalogue(settings.image_path), ImageStore(cache)
-    definitions: list[ImageDefinition] = []
-    states: dict[str, ImageState] = {}
-    wrong: list[str] = []
-    for name in catalogue.native():
-        try:
-            image = catalogue.get(name)
-            states[name] = store.state(image)
-            definitions.append(image)
-        except ConfigError:
-            wrong.append(name)
+    is_known = native in ARCHITECTURES
+    names = catalogue.native() if is_known else catalogue.names()
+    definitions, states, wrong = _images(names, catalogue, store)
+    needed = ImageState.BUILT not in states.values()
+    if chosen is not None and chosen.name not in states:
+        definitions.append(chosen)
+        needed |= store.state(chosen) is not ImageState.BUILT
+    emulators = _emulators(native)
     building = sys.platform == "linux"  # recipes run on Linux only
     yield checks.operating_system(sys.platform, system_name())
     yield checks.python(platform.python_version(), sys.executable)
-    yield (qemu := _qemu(native))
+    yield (qemu := _qemu(native) if is_known else checks.unknown_machine(native, emulators.there))
+    if chosen is not None and chosen.architecture != native:
+        yield _emulator(chosen.architecture)
     yield checks.qemu_img(shutil.which("qemu-img"))
     kvm = host.kvm_problem()
-    verdict = _verdict(settings, states, say) if qemu.status is not checks.Status.FAILED else None
-    yield checks.accelerator(kvm, verdict)
+    runs = is_known and qemu.status is not checks.Status.FAILED
+    verdict = _verdict(settings, states, say) if runs else None
+    if is_known:  # what is emulated has no other one
+        yield checks.accelerator(kvm, verdict)
     identity = host.guest_identity(verdict[0] if verdict else "tcg" if kvm else "kvm")
     numbers = (identity.uid, identity.gid) if identity else None
     yield checks.qemu_user(os.geteuid(), _user_name(), numbers)
     yield checks.loopback(host.loopback_problem(), host.LOOPBACK_REMEDY)
     if building:
-        needed = ImageState.BUILT not in states.values()
         required = [name for image in definitions for name in image.requires]
         needs_helper = any(map(helpers.is_named_by, definitions))
         compiler = helpers.lacking(native, cache) if needs_helper else ()
         yield from _building(required, compiler, needed)
     yield _firmware(native, definitions)
-    yield checks.images(states, DEFAULT_IMAGE)
+    yield checks.images(states, DEFAULT_IMAGE if is_known else full_name(DEFAULT_IMAGE, "x86_64"))
+    if is_known:
+        yield from (emulators.judged(native, catalogue, store), *_chosen_emulators(native))
     if wrong:
         yield checks.definitions(wrong)
     yield checks.memory(
@@ -86,10 +98,25 @@ def examine(settings: Settings, say: Callable[[str], None]) -> Iterator[Check]:
     yield checks.folder("runtime folder", runtime, lacking, variable=paths.RUNTIME)
     yield _disk("free disk, cache", cache, paths.CACHE)
     if building:
-        work = Path(os.environ.get("TMPDIR") or LARGE_TMP)
-        yield _disk("free disk, builds", work, "TMPDIR")
-    yield from _chosen_emulators(native)
+        yield _disk("free disk, builds", Path(os.environ.get("TMPDIR") or LARGE_TMP), "TMPDIR")
     yield checks.ssh_client(shutil.which("ssh"))
+
+
+def _images(
+    names: Iterable[str], catalogue: Catalogue, store: ImageStore
+) -> tuple[list[ImageDefinition], dict[str, ImageState], list[str]]:
+    """The images with these names, the state of each, and the names of those that are wrong."""
+    definitions: list[ImageDefinition] = []
+    states: dict[str, ImageState] = {}
+    wrong: list[str] = []
+    for name in names:
+        try:
+            image = catalogue.get(name)
+            states[name] = store.state(image)
+            definitions.append(image)
+        except ConfigError:
+            wrong.append(name)
+    return definitions, states, wrong
 
 
 def _chosen_emulators(native: str) -> Iterator[Check]:
@@ -121,10 +148,56 @@ def _qemu(architecture: str) -> Check:
     try:
         found = find_qemu(architecture)
     except LaunchError as error:
-        program = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{architecture}"
-        is_missing = shutil.which(program) is None
-        return checks.no_qemu(error.brief, error.remedy, program, missing=is_missing)
+        wanted = program(architecture_of(architecture))
+        is_missing = shutil.which(wanted) is None
+        return checks.no_qemu(error.brief, error.remedy, wanted, missing=is_missing)
     return checks.qemu(found.path, found.version)
+
+
+class _Emulators(NamedTuple):
+    """The emulators for other architectures.
+
+    Attributes:
+        there: Debian's names of the architectures whose guests can run here.
+        remedies: the names of the others → how to install the emulator.
+    """
+
+    there: list[str]
+    remedies: dict[str, str]
+
+    def judged(self, native: str, catalogue: Catalogue, store: ImageStore) -> Check:
+        """The check of them."""
+        built = {
+            image.definition.name: self.remedies.get(image.definition.architecture, "")
+            for image in store.all()
+            if image.definition.architecture != native and catalogue.folder(image.definition.name)
+        }
+        return checks.emulators(self.there, built)
+
+
+def _emulators(native: str) -> _Emulators:
+    there: list[str] = []
+    remedies: dict[str, str] = {}
+    for name, its in ARCHITECTURES.items():
+        if name == native:
+            continue
+        try:
+            find_qemu(name)
+            there.append(its.debian)
+        except LaunchError as error:
+            remedies[name] = error.remedy
+    return _Emulators(there, remedies)
+
+
+def _emulator(architecture: str) -> Check:
+    """The check of the emulator that the chosen image needs."""
+    its = architecture_of(architecture)
+    try:
+        found = find_qemu(architecture)
+    except LaunchError as error:
+        missing = program(its) == f"qemu-system-{its.qemu}"  # and not one that a variable names
+        return checks.no_emulator(its, error.brief, error.remedy, missing=missing)
+    return checks.qemu(found.path, found.version, checks.emulator_name(its))
 
 
 def _verdict(

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import click
 
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.cli import checks, foreground
 from pytest_vmsandbox.cli.building import build_one
 from pytest_vmsandbox.cli.checks import Check, Status
@@ -50,7 +50,7 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
     definition = Catalogue().get(image)  # an unknown one is an error now, not later
     try:
         screen.say("Checking this machine", "bold")
-        _prepare(screen, _check(screen), yes=yes)
+        _prepare(screen, definition, yes=yes)
         if only_install:
             return
         screen.say()
@@ -68,10 +68,10 @@ def quickstart(ctx: click.Context, *, yes: bool, image: str, only_install: bool)
 # -- the machine -----------------------------------------------------------------------------------
 
 
-def _check(screen: Screen) -> list[Check]:
+def _check(screen: Screen, image: ImageDefinition) -> list[Check]:
     """Check the machine and show the problems."""
     with screen.waiting("checking this machine"):
-        found = list(examine(Settings(), screen))
+        found = list(examine(Settings(), screen, image))
     for check in found:
         # A missing image is built later.
         if check.status is not Status.OK and check.name != "images":
@@ -79,18 +79,19 @@ def _check(screen: Screen) -> list[Check]:
     return found
 
 
-def _prepare(screen: Screen, found: Sequence[Check], *, yes: bool) -> None:
-    """Install what is missing, and check again.
+def _prepare(screen: Screen, image: ImageDefinition, *, yes: bool) -> None:
+    """Check the machine, install what an image needs, and check again.
 
     Raises:
         Stop: it was not installed, or the machine has another problem.
     """
+    found = _check(screen, image)
     wanted = tuple(dict.fromkeys(name for check in found for name in check.install))
     commands = [programs.as_root(argv) for check in found for argv in check.commands]
     if wanted or commands:
         _install(screen, wanted, commands, yes=yes)
         screen.say("Checking again", "bold")
-        found = _check(screen)
+        found = _check(screen, image)
     if checks.worst(found) is Status.FAILED:
         raise Stop(
             "No guest can run on this machine yet. Follow the remedies above and start again."
@@ -107,10 +108,9 @@ def _install(
         Stop: there is nobody to ask, the answer was no, or a command failed.
     """
     if wanted and programs.find("apt-get") is None:
-        line = programs.install_line(wanted)
         raise Stop(
-            "The quickstart can install packages with apt-get only. Install them yourself and start "
-            f"again:\n  {line}"
+            "The quickstart can install packages with apt-get only. Install them yourself, as the "
+            "remedies above say, and start again."
         )
     install = programs.apt_install(wanted)
     plan = [*([install] if wanted else []), *commands]

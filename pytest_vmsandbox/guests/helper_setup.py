@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from pytest_vmsandbox.catalogue.helpers import helper_program, helper_source
 from pytest_vmsandbox.core.architecture import by_any_name
-from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.deadline import Deadline, within
 from pytest_vmsandbox.core.errors import (
     CacheError,
     CommandError,
@@ -24,6 +25,7 @@ from pytest_vmsandbox.core.errors import (
     ConfigError,
     ImageError,
 )
+from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.guests import helper_scripts as scripts
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import NAME, Command
@@ -35,7 +37,11 @@ Start = Callable[
     [Command, str], RemoteProcess
 ]  # starts a program by SSH; who logs in is the second
 
-_SECONDS = 120.0  # for each script, on a usual host with KVM
+# On a usual host with KVM:
+_LOOK_SECONDS = 20.0  # to find out what the guest is, for all who may log in
+_SECONDS = 60.0  # for everything after that
+_SPARE_SECONDS = 20.0  # to kill what takes longer
+_WORD_SECONDS = 15.0  # of this host; then people are told
 _HELLO_SECONDS = 20.0
 _RETURN_SECONDS = 5.0  # for the init to start it after a boot, once the guest answers SSH
 _BECOME_ROOT: tuple[tuple[str, ...], ...] = (("sudo", "-n"), ("doas", "-n"))
@@ -46,7 +52,9 @@ _BY_HAND = "hand"
 _OF_LOGIN = {"HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "SHLVL", "_", "MAIL", "TERM"}
 _OF_SESSION = ("SSH_", "XDG_", "DBUS_")
 _MOST_OUTPUT = 65_536  # bytes of a script
+_TOO_MUCH = MIB  # who prints so many bytes never ends
 _MOST_VARIABLES = 8_000  # bytes of them
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 Reason = Literal["system", "architecture", "program", "root", "place", "run", "port", "silent"]
 _FAILURES: Mapping[str, tuple[Reason, str]] = {
@@ -61,7 +69,8 @@ class NoHelperError(NoTemplateError):
 
     Its ``reason`` is one of `Reason`: it is no Linux (``system``), there is no program for its processor
     (``architecture``) or none can be made here (``program``), nobody becomes ``root``, no folder can hold
-    the program (``place``), it does not ``run``, there is no ``port``, or it is ``silent``.
+    the program (``place``), it does not ``run``, there is no ``port``, or it is ``silent`` or never
+    stops talking.
     """
 
 
@@ -149,14 +158,21 @@ class HelperSetup:
             raise self.failure
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Giving:
-    """Gives one guest a helper."""
+    """Gives one guest a helper.
+
+    Attributes:
+        deadline: for all that the guest does now.
+        told: whether people know that it takes long.
+    """
 
     setup: HelperSetup
     helper: Helper
     start: Start
     stretch: Callable[[float], float]
+    deadline: Deadline = field(init=False)
+    told: bool = False
 
     def give(self) -> None:
         """Do it.
@@ -164,20 +180,24 @@ class _Giving:
         Raises:
             NoHelperError: it cannot be done.
         """
+        self.deadline = Deadline(self.stretch(_LOOK_SECONDS))
         login, prefix, found = self._root()
-        program = self._program(found)
+        program = self._program(found)  # to make it here may take minutes
+        self.deadline = Deadline(self.stretch(_SECONDS))
         if self.helper.is_there:
             return
         placed = self._run(login, prefix, scripts.PLACE, str(len(program)), stdin=program)
         place = _result(placed, "place")
         started = self._script(login, prefix, scripts.INSTALL, place)
         way = _result(started, "way")
-        if not _says_hello(self.helper, self.stretch(_HELLO_SECONDS)):
+        if not _says_hello(self.helper, self.deadline.remaining(self.stretch(_HELLO_SECONDS))):
             words = self._text(login, (*prefix, *_shell(scripts.LAST_WORDS), place), b"")
             raise NoHelperError(
                 f"the helper was started in it ({way}), but does not answer",
                 reason="silent",
-                details="\n".join(filter(None, (started.get("not", ""), words))),
+                details="\n".join(
+                    filter(None, (started.get("not", ""), *map(_plain, words.splitlines())))
+                ),
             )
         if not self.setup.way:
             for user in dict.fromkeys(("root", *self.setup.users)):
@@ -237,23 +257,45 @@ class _Giving:
     ) -> dict[str, str]:
         """Run a script as root. What it prints."""
         text = self._text(login, (*prefix, *_shell(script), *words), stdin)
-        lines = (line.partition("=") for line in text.splitlines())
+        lines = (_plain(line).partition("=") for line in text.splitlines())
         return {name: value for name, mark, value in lines if mark}
 
     def _text(self, login: str, argv: tuple[str, ...], stdin: bytes) -> str:
+        """What a program in the guest prints.
+
+        Raises:
+            NoHelperError: it does not end in time, or does not stop printing.
+        """
         output, errors = _Limited(), _Limited()
-        process = self.start(Command(argv=argv), login)
+
+        def talk() -> None:
+            process = self.start(Command(argv=argv), login)
+            try:
+                timeout = self.deadline.remaining()
+                process.communicate(io.BytesIO(stdin), output.take, errors.take, timeout)
+            finally:
+                process.close()
+
         try:
-            process.communicate(io.BytesIO(stdin), output.take, errors.take, self.stretch(_SECONDS))
-        except CommandTimeout as late:
+            in_time = within(self.deadline.remaining() + _SPARE_SECONDS, talk, self._tell)
+        except CommandTimeout:
+            in_time = False
+        if not in_time:
             raise NoHelperError(
-                f"the setup of its helper did not end: {late.brief}",
+                f"the setup of its helper did not end within {self.deadline.seconds:g} s",
                 reason="silent",
-                details=errors.text,
-            ) from late
-        finally:
-            process.close()
+                details="\n".join(map(_plain, errors.text.splitlines())),
+            )
         return output.text
+
+    def _tell(self) -> None:
+        """Tell people once what takes so long."""
+        if not self.told and self.deadline.elapsed > _WORD_SECONDS:
+            self.told = True
+            self.setup.say(
+                "waiting for the guest's shell, which sets up a helper "
+                f"(at most {self.deadline.seconds:.0f} s)"
+            )
 
 
 class _Limited:
@@ -261,14 +303,30 @@ class _Limited:
 
     def __init__(self) -> None:
         self._bytes = bytearray()
+        self._size = 0
 
     def take(self, data: bytes) -> None:
-        """Take more of it."""
+        """Take more of it.
+
+        Raises:
+            NoHelperError: it is more than anybody needs.
+        """
         self._bytes += data[: _MOST_OUTPUT - len(self._bytes)]
+        self._size += len(data)
+        if self._size > _TOO_MUCH:
+            raise NoHelperError(
+                f"it printed more than {format_size(_TOO_MUCH)} while its helper was set up",
+                reason="silent",
+            )
 
     @property
     def text(self) -> str:
         return self._bytes.decode(errors="replace")
+
+
+def _plain(line: str) -> str:
+    """A line of a guest, without what a terminal or a command line would take amiss."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", line)
 
 
 def _shell(script: str) -> tuple[str, ...]:
@@ -301,13 +359,14 @@ def _says_hello(helper: Helper, seconds: float) -> bool:
 def variables(text: str) -> dict[str, str]:
     """The variables that ``env`` has printed, without those of one login.
 
-    A variable of several lines cannot be told from others, so only its first line counts.
+    A variable of several lines cannot be told from others, so only its first line counts. One with
+    control characters is left out: no command could have it.
     """
     found: dict[str, str] = {}
     size = 0
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name, mark, value = line.partition("=")
-        if not mark or not NAME.fullmatch(name):
+        if not mark or not NAME.fullmatch(name) or _CONTROL.search(value):
             continue
         if name in _OF_LOGIN or name.startswith(_OF_SESSION):
             continue

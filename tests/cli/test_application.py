@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -17,6 +19,8 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
+from pytest_vmsandbox.catalogue.catalogue import Catalogue
+from pytest_vmsandbox.cli import examine
 from pytest_vmsandbox.core.errors import (
     CommandError,
     CommandResult,
@@ -26,6 +30,7 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     TransferError,
 )
+from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
 from support import images
 from support.definitions import DERIVED, DISK, RECIPE as PIE, changed, toml, write
 
@@ -430,6 +435,20 @@ def test_doctor_works_although_a_definition_is_wrong(cakes, tmp_path):
     assert "vmsandbox images list" in check["remedy"]
 
 
+def test_doctor_knows_images_for_other_architectures(tmp_path):
+    folder, cache = tmp_path / "images", tmp_path / "cache"
+    images.define(folder / "deb-1", images.toml(architecture="s390x"))
+    images.keep(cache, Catalogue([folder]).get("deb-1"))
+    options = ("doctor", "--json", "--image-path", str(folder))
+    done = start(*options, path=tmp_path, VMSANDBOX_CACHE=str(cache))
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    check = found["other architectures"]
+    assert (check["status"], check["found"]) == (
+        *("warning", "none can be emulated; deb-1 built; no emulator for deb-1"),
+    )
+    assert "qemu-system" in check["remedy"]
+
+
 def test_doctor_for_people(invoke):
     result = invoke("doctor")
     assert result.exit_code in (0, 1)
@@ -449,6 +468,44 @@ def test_quickstart_asks_nobody(tmp_path):
     assert "qemu-system-x86" in done.stdout
     assert "--yes" in done.stdout
     assert no_escapes(done.stdout + done.stderr)
+
+
+def test_quickstart_of_another_architecture(tmp_path):
+    """What its image needs is found before anything is built."""
+    for name in ("apt-get", "env"):
+        (tmp_path / name).symlink_to("/bin/true")
+    cache = str(tmp_path / "cache")
+    foreign = "tiny_amd64" if platform.machine() == "aarch64" else "tiny_arm64"
+    done = start("quickstart", "--image", foreign, path=tmp_path, VMSANDBOX_CACHE=cache)
+    assert done.returncode == 1
+    assert "QEMU for a" in done.stdout
+    assert "qemu-system-arm" in done.stdout.split("These commands will add them:")[1]
+    assert "building" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_doctor_of_a_machine_that_nothing_is_for(invoke, monkeypatch, emulated):
+    def find(architecture):
+        if emulated and architecture != "s390x":
+            return SimpleNamespace(path=Path("/q"), version=(9, 9))
+        raise LaunchError("there is no emulator")
+
+    monkeypatch.setattr(platform, "machine", lambda: "loongarch64")
+    monkeypatch.setattr(examine, "find_qemu", find)
+    content = json.loads(invoke("doctor", "--json").stdout)
+    found = {check["name"]: check for check in content["checks"]}
+    qemu = found["QEMU"]
+    assert qemu["found"].startswith("no image is for loongarch64, which this machine is")
+    if emulated:
+        assert qemu["status"] == "warning"
+        assert ". Emulated: amd64, i386, arm64" in qemu["found"]
+        assert "s390x" not in qemu["found"]
+        assert "images list --all" in qemu["remedy"]
+    else:
+        assert qemu["status"] == "failed"
+        assert "qemu-system-x86" in qemu["remedy"]
+    assert found["images"]["remedy"] == f"vmsandbox images build {DEFAULT_IMAGE}_amd64"
+    assert "accelerator" not in found
 
 
 def test_quickstart_where_there_is_no_apt(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli import checks, examine
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.core.spec import GIB, MIB
 
@@ -67,6 +67,14 @@ def debian(monkeypatch):
         (lambda: checks.qemu_user(1000, "joe", None), OK, "joe", ""),
         (lambda: checks.qemu_user(0, "root", (61184, 61184)), OK, "61184", ""),
         (lambda: checks.qemu_user(0, "root", None), WARNING, "root", "ordinary user"),
+        (lambda: checks.emulators([], {}), OK, "none can be emulated", ""),
+        (lambda: checks.emulators(["arm64"], {"a_arm64": ""}), OK, "arm64; a_arm64 built", ""),
+        (
+            lambda: checks.emulators(["arm64"], {"a_arm64": "", "a_s390x": "get it"}),
+            WARNING,
+            "emulated: arm64; a_arm64, a_s390x built; no emulator for a_s390x",
+            "get it",
+        ),
         (lambda: checks.images({}, "debian-13"), WARNING, "none", "vmsandbox images build debian-13"),
         (lambda: checks.images({"a": "missing"}, "a"), WARNING, "none", "build a"),
         (lambda: checks.images({"a": "built", "b": "missing"}, "b"), OK, "a built", ""),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import ConfigError, ImageError
+from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, ImageError
 from pytest_vmsandbox.guests import cloning, commands, helper_scripts, helper_setup, machines
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
@@ -272,6 +272,12 @@ class Guest:
         return [(name, self.found[name]) for name in names.get(script, ())]
 
 
+def begins(communicate):
+    """What starts a program that does so."""
+    process = SimpleNamespace(communicate=communicate, close=lambda: None)
+    return lambda command, login: process
+
+
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
     file = tmp_path / "helper"
@@ -324,13 +330,81 @@ class TestGiving:
         assert raised.value.reason == reason
         assert setup.record() == {}
 
-    def test_a_guest_that_says_more_than_enough(self, setup):
+    def test_a_guest_that_says_more_than_enough(self, setup, monkeypatch):
+        monkeypatch.setattr(helper_setup, "_RETURN_SECONDS", 0.01)
         guest = Guest(way="openrc\n" + "x" * 100_000)
         give(setup, guest)
         assert setup.way == "openrc"
         guest = Guest(place="")
         with pytest.raises(NoHelperError, match="said nothing"):
             give(setup, guest)
+
+    def test_a_guest_that_never_stops_printing(self, setup):
+        """It is an error at once, and not at the end of a limit."""
+
+        def communicate(stdin, stdout, stderr, timeout):
+            while True:
+                stdout(b"x" * 65_536)
+
+        with pytest.raises(NoHelperError, match=r"more than 1 ?MiB while"):
+            setup.give(Guest(), begins(communicate), float)
+
+    @pytest.mark.parametrize("step", ["login", "script"])
+    def test_a_silent_guest(self, setup, monkeypatch, step):
+        """All logins and scripts have one limit, and people are told once what is waited for."""
+        monkeypatch.setattr(helper_setup, "_LOOK_SECONDS", 2.0)
+        monkeypatch.setattr(helper_setup, "_SPARE_SECONDS", 0.0)
+        monkeypatch.setattr(helper_setup, "_WORD_SECONDS", 0.0)
+        said, limits, over = [], [], threading.Event()
+        setup.say = said.append
+
+        def communicate(stdin, stdout, stderr, timeout):
+            limits.append(timeout)
+            over.wait(0.4)  # so the caller looks whether it is still there
+            raise CommandTimeout("sh did not end", seconds=timeout)
+
+        start = begins(communicate)
+        if step == "login":
+            setup.users = ()
+            monkeypatch.setattr(helper_setup, "_LOOK_SECONDS", 0.4)
+            start = lambda *_: over.wait(5)  # noqa: E731
+        with pytest.raises(NoHelperError, match=r"did not end within [\d.]+ s") as raised:
+            setup.give(Guest(), start, float)
+        over.set()
+        assert raised.value.reason == "silent"
+        assert len(limits) == (step == "script")
+        assert all(limit <= 2.0 for limit in limits)
+        assert len(said) == 1
+        assert said[0].startswith("waiting for the guest's shell")
+
+    def test_later_scripts_share_what_is_left(self, setup, monkeypatch):
+        monkeypatch.setattr(helper_setup, "_SECONDS", 30.0)
+        guest, limits = Guest(), []
+        began = guest.start
+
+        def start(command, login):
+            process = began(command, login)
+
+            def communicate(stdin, stdout, stderr, timeout):
+                limits.append(timeout)
+                return process.communicate(stdin, stdout, stderr, timeout)
+
+            return SimpleNamespace(communicate=communicate, close=process.close)
+
+        setup.give(guest, start, float)
+        assert limits[1:] == sorted(limits[1:], reverse=True)
+        assert limits[1] <= 30.0
+        assert len(set(limits[1:])) == len(limits) - 1
+
+    def test_control_characters_of_a_guest(self, setup):
+        """They reach neither a command nor a terminal."""
+        guest = Guest(place="/p\0q")
+        give(setup, guest)
+        places = [command.argv[-1] for _, command in guest.commands if "/p" in command.argv[-1]]
+        assert places == ["/p\N{REPLACEMENT CHARACTER}q"]
+        with pytest.raises(NoHelperError) as raised:
+            give(HelperSetup(setup.cache, (), strict=True), Guest(machine="m\033]0;x\a"))
+        assert raised.value.brief.isprintable()
 
     def test_a_shell_that_breaks_later(self, setup):
         guest = Guest()
@@ -411,6 +485,13 @@ def test_variables_of_a_login_are_left_out():
     assert list(variables("".join(f"V{n}={'x' * 999}\n" for n in range(9)))) == [
         f"V{n}" for n in range(7)
     ]
+
+
+def test_variables_that_no_command_can_have_are_left_out():
+    text = "A=x\0y\nB=\033[2J\nC=1\r\nD=\u0085E=2\nF=tab\there\nG=é\n"
+    found = variables(text)
+    assert found == {"F": "tab\there", "G": "é"}
+    commands.check_command(Command(argv=("true",), env=found))
 
 
 def test_the_digest_counts_in_what_identifies_a_template(monkeypatch):
