@@ -120,9 +120,9 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
     return _missing("QEMU", problem, program)
 
 
-def wrong_emulator(chosen_by: str, problem: str, remedy: str) -> Check:
+def wrong_emulator(architecture: Architecture, problem: str, remedy: str) -> Check:
     """An emulator for another architecture that a variable of the environment chooses, and that is no use."""
-    return _bad(chosen_by, problem, remedy, needed=False)
+    return _bad(emulator_name(architecture), problem, remedy, needed=False)
 
 
 def no_emulator(architecture: Architecture, problem: str, remedy: str, *, missing: bool) -> Check:

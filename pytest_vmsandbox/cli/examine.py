@@ -127,7 +127,7 @@ def _chosen_emulators(native: str) -> Iterator[Check]:
             try:
                 find_qemu(its.name)
             except LaunchError as error:
-                yield checks.wrong_emulator(chosen_by, error.brief, error.remedy)
+                yield checks.wrong_emulator(its, error.brief, error.remedy)
 
 
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:

@@ -180,5 +180,5 @@ def test_an_emulator_that_a_variable_chooses(monkeypatch):
     for name in ("VMSANDBOX_QEMU_S390X", "VMSANDBOX_QEMU_RISCV64"):
         monkeypatch.setenv(name, "/bin/true")
     found = [check for check in examine._chosen_emulators("riscv64") if check.found]
-    assert [(check.name, check.status) for check in found] == [("VMSANDBOX_QEMU_S390X", WARNING)]
+    assert [(check.name, check.status) for check in found] == [("QEMU for s390x", WARNING)]
     assert "VMSANDBOX_QEMU_S390X" in found[0].remedy
