@@ -116,10 +116,13 @@ def no_qemu(problem: str, remedy: str, program: str, *, missing: bool) -> Check:
     if not missing:
         return _bad("QEMU", problem, remedy)
     if program not in programs.PACKAGES:
-        return _bad(
-            "QEMU", problem, "set the environment variable VMSANDBOX_QEMU to a QEMU, or unset it"
-        )
+        return _bad("QEMU", problem, remedy)
     return _missing("QEMU", problem, program)
+
+
+def wrong_emulator(architecture: Architecture, problem: str, remedy: str) -> Check:
+    """An emulator for another architecture that a variable of the environment chooses, and that is no use."""
+    return _bad(emulator_name(architecture), problem, remedy, needed=False)
 
 
 def no_emulator(architecture: Architecture, problem: str, remedy: str, *, missing: bool) -> Check:

@@ -34,7 +34,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.firmware import find_uefi
-from pytest_vmsandbox.machine.qemu import find_qemu, program
+from pytest_vmsandbox.machine.qemu import find_qemu, program, variable
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
 _NAMESPACE_SECONDS = 20.0
@@ -84,7 +84,7 @@ def examine(
     yield _firmware(native, definitions)
     yield checks.images(states, DEFAULT_IMAGE if is_known else full_name(DEFAULT_IMAGE, "x86_64"))
     if is_known:
-        yield emulators.judged(native, catalogue, store)
+        yield from (emulators.judged(native, catalogue, store), *_chosen_emulators(native))
     if wrong:
         yield checks.definitions(wrong)
     yield checks.memory(
@@ -119,6 +119,17 @@ def _images(
     return definitions, states, wrong
 
 
+def _chosen_emulators(native: str) -> Iterator[Check]:
+    """The emulators for other architectures that variables of the environment choose."""
+    for its in ARCHITECTURES.values():
+        chosen_by = variable(its)
+        if its.name != native and chosen_by not in {"", "VMSANDBOX_QEMU"}:
+            try:
+                find_qemu(its.name)
+            except LaunchError as error:
+                yield checks.wrong_emulator(its, error.brief, error.remedy)
+
+
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:
     its = ARCHITECTURES.get(architecture)
     uefi = its.uefi_package if its is not None and its.uefi_package else "ovmf"
@@ -137,9 +148,9 @@ def _qemu(architecture: str) -> Check:
     try:
         found = find_qemu(architecture)
     except LaunchError as error:
-        program = os.environ.get("VMSANDBOX_QEMU") or f"qemu-system-{architecture}"
-        is_missing = shutil.which(program) is None
-        return checks.no_qemu(error.brief, error.remedy, program, missing=is_missing)
+        wanted = program(architecture_of(architecture))
+        is_missing = shutil.which(wanted) is None
+        return checks.no_qemu(error.brief, error.remedy, wanted, missing=is_missing)
     return checks.qemu(found.path, found.version)
 
 

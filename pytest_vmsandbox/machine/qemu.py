@@ -47,14 +47,16 @@ def find_qemu(architecture: str) -> Qemu:
     """The QEMU for guests of an architecture.
 
     Raises:
-        LaunchError: it is missing, or does not run.
+        LaunchError: it is missing, does not run, or emulates another architecture.
     """
     its = architecture_of(architecture)
-    wanted = program(its)
+    wanted, chosen_by = program(its), variable(its)
     found = shutil.which(wanted)
     if found is None:
         remedy = f"install it: {programs.emulator_line(its)}"
-        if _is_native(its):
+        if chosen_by:
+            remedy = f"set the environment variable {chosen_by} to a QEMU, or unset it"
+        elif _is_native(its):
             line = programs.install_line([its.package, "qemu-utils"])
             remedy = f"run 'vmsandbox quickstart', or install it: {line}"
         raise LaunchError(
@@ -62,7 +64,13 @@ def find_qemu(architecture: str) -> Qemu:
             remedy=remedy,
         )
     status = Path(found).stat()
-    qemu = _inspect(found, status.st_mtime_ns, status.st_size)
+    qemu = _inspect(found, status.st_mtime_ns, status.st_size, chosen_by)
+    target = _target(found, status.st_mtime_ns, status.st_size) if chosen_by else ""
+    if target not in {"", its.qemu, its.user}:  # the second one may be a smaller emulator
+        raise LaunchError(
+            f"{found} emulates {target}, but guests of {its.debian} need qemu-system-{its.qemu}",
+            remedy=f"set the environment variable {chosen_by} to that program, or unset it",
+        )
     if its.firmware and not _has_data(found, its.firmware):
         raise LaunchError(
             f"{wanted} lacks its firmware {its.firmware}, which guests of {architecture} need",
@@ -85,15 +93,22 @@ def _has_data(path: str, name: str) -> bool:
     return any(Path(folder, name).is_file() for folder in done.stdout.splitlines())
 
 
+def variable(architecture: Architecture) -> str:
+    """The environment variable that chooses the program; empty if none does."""
+    names = [f"VMSANDBOX_QEMU_{architecture.debian.upper()}"]
+    if _is_native(architecture):
+        names.append("VMSANDBOX_QEMU")
+    return next((name for name in names if os.environ.get(name)), "")
+
+
 def program(architecture: Architecture) -> str:
     """The program that emulates an architecture: its name, or the path that a variable has.
 
     ``VMSANDBOX_QEMU`` counts for guests whose emulator is that of this machine's own architecture. For
     the others, there is a variable for each, such as ``VMSANDBOX_QEMU_ARM64``.
     """
-    own = os.environ.get(f"VMSANDBOX_QEMU_{architecture.debian.upper()}")
-    common = os.environ.get("VMSANDBOX_QEMU") if _is_native(architecture) else None
-    return own or common or f"qemu-system-{architecture.qemu}"
+    chosen_by = variable(architecture)
+    return os.environ[chosen_by] if chosen_by else f"qemu-system-{architecture.qemu}"
 
 
 def _is_native(architecture: Architecture) -> bool:
@@ -103,7 +118,30 @@ def _is_native(architecture: Architecture) -> bool:
 
 
 @cache
-def _inspect(path: str, _mtime: int, _size: int) -> Qemu:
+def _target(path: str, _mtime: int, _size: int) -> str:
+    """What a QEMU emulates, as the end of its usual name says it; empty if it does not answer."""
+    options = "-machine none -nodefaults -display none -monitor none -serial none -qmp stdio"
+    requests = "".join(
+        f'{{"execute": "{name}"}}\n' for name in ("qmp_capabilities", "query-target", "quit")
+    )
+    try:
+        done = subprocess.run(
+            [path, *options.split()],
+            capture_output=True,
+            timeout=_VERSION_SECONDS,
+            check=False,
+            input=requests,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    match = re.search(r'"arch": "(\w+)"', done.stdout)
+    return match[1] if match else ""
+
+
+@cache
+def _inspect(path: str, _mtime: int, _size: int, chosen_by: str = "") -> Qemu:
     try:
         done = subprocess.run(
             [path, "--version"],
@@ -117,12 +155,14 @@ def _inspect(path: str, _mtime: int, _size: int) -> Qemu:
         output = done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
         output = str(error)
-    match = re.search(r"version (\d+(?:\.\d+)*)", output)
+    match = re.search(r"QEMU emulator version (\d+(?:\.\d+)*)", output)
     if match is None:
         raise LaunchError(
             f"{path} --version does not print the version of a QEMU",
             details=output,
-            remedy="install QEMU again, or set VMSANDBOX_QEMU to a QEMU that works",
+            remedy=f"set the environment variable {chosen_by} to a QEMU, or unset it"
+            if chosen_by
+            else "install QEMU again, or set VMSANDBOX_QEMU to a QEMU that works",
         )
     version = tuple(int(part) for part in match[1].split("."))
     with Path(path).open("rb") as file:

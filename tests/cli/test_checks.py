@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue import programs
-from pytest_vmsandbox.cli import checks
+from pytest_vmsandbox.cli import checks, examine
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.core.spec import GIB, MIB
 
@@ -35,7 +35,7 @@ def debian(monkeypatch):
          "there is no q", "sudo apt-get install qemu-system-x86"),
         (lambda: checks.no_qemu("broken", "install anew", QEMU, missing=False), FAILED, "broken",
          "install anew"),
-        (lambda: checks.no_qemu("no", "r", "/opt/qemu", missing=True), FAILED, "no", "VMSANDBOX_QEMU"),
+        (lambda: checks.no_qemu("no", "r", "/opt/qemu", missing=True), FAILED, "no", "r"),
         (lambda: checks.qemu_img("/i"), OK, "/i", ""),
         (lambda: checks.qemu_img(None), FAILED, "need it for their disks", "qemu-utils"),
         (lambda: checks.accelerator("", ("kvm", "proven")), OK, "kvm: proven", ""),
@@ -174,3 +174,11 @@ def test_what_people_see_of_a_command_line(monkeypatch):
 def test_how_packages_are_installed_elsewhere(monkeypatch, manager, line):
     monkeypatch.setattr(programs, "find", lambda name: name if name == manager else None)
     assert line in programs.install_line(["cpio"])
+
+
+def test_an_emulator_that_a_variable_chooses(monkeypatch):
+    for name in ("VMSANDBOX_QEMU_S390X", "VMSANDBOX_QEMU_RISCV64"):
+        monkeypatch.setenv(name, "/bin/true")
+    found = [check for check in examine._chosen_emulators("riscv64") if check.found]
+    assert [(check.name, check.status) for check in found] == [("QEMU for s390x", WARNING)]
+    assert "VMSANDBOX_QEMU_S390X" in found[0].remedy

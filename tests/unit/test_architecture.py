@@ -178,7 +178,7 @@ class TestRemedies:
         its, data = ARCHITECTURES[name], tmp_path / "data"
         program = tmp_path / f"qemu-system-{its.qemu}"
         program.write_text(
-            f'#!/bin/sh\n[ "$1" = -L ] && echo /nowhere && echo {data} || echo "version 9.2.1"\n'
+            f'#!/bin/sh\n[ "$1" = -L ] && echo /nowhere && echo {data} || echo "QEMU emulator version 9.2.1"\n'
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")

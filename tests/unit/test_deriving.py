@@ -76,6 +76,11 @@ def world(tmp_path, monkeypatch):
 
 
 class TestCopies:
+    def test_notes_of_the_base_hold_for_what_derives_from_it(self, world):
+        note = "echo no updates >$VMSANDBOX_OUT/notes.txt\n"
+        (world.folder / "lower" / "build").write_text(DELIVER + note)
+        assert world.make("upper").notes == ("no updates",)
+
     def test_a_copy_with_another_command_line(self, world):
         upper = world.make("upper")
         lower = world.store.require(world.definition("lower"))  # it was built on the way

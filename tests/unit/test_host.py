@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import GIB, KIB, MIB
 from pytest_vmsandbox.machine import disk as disk_module, host
@@ -76,22 +77,55 @@ class TestQemu:
         assert "qemu-system-arm" in caught.value.remedy
 
     def test_another_one_by_a_variable(self, path, monkeypatch):
-        file = self.program(path, "echo version 1.2.3", "mine")
+        file = self.program(path, "echo QEMU emulator version 1.2.3", "mine")
         monkeypatch.setenv("VMSANDBOX_QEMU", str(file))
         assert find_qemu("x86_64").path == file
         monkeypatch.setenv("VMSANDBOX_QEMU", "/nowhere/qemu")
         with pytest.raises(LaunchError, match="there is no /nowhere/qemu"):
             find_qemu("x86_64")
 
+    @pytest.mark.parametrize(
+        ("architecture", "targets"),
+        [("x86_64", ["x86_64"]), ("i686", ["x86_64", "i386"]), ("armv7l", ["aarch64", "arm"])],
+    )
+    def test_one_that_emulates_something_else(self, path, monkeypatch, architecture, targets):
+        for target in ("x86_64", "i386", "aarch64", "arm", "s390x", ""):
+            answer = f'echo \'{{"return": {{"arch": "{target}"}}}}\''
+            says = f"[ $1 != -machine ] || {answer}\necho QEMU emulator version 1.2.3"
+            file = self.program(path, says, f"mine-{target}")
+            debian = ARCHITECTURES[architecture].debian
+            monkeypatch.setenv(f"VMSANDBOX_QEMU_{debian.upper()}", str(file))
+            if target in {*targets, ""}:
+                assert find_qemu(architecture).path == file
+            else:
+                with pytest.raises(LaunchError, match=f"emulates {target}") as caught:
+                    find_qemu(architecture)
+                assert f"VMSANDBOX_QEMU_{debian.upper()}" in caught.value.remedy
+
+    def test_another_program_with_a_version(self, path, monkeypatch):
+        """Each of GNU's names version 3 of its license."""
+        file = self.program(path, "echo 'true 9.1, GPL version 3'", "mine")
+        monkeypatch.setenv("VMSANDBOX_QEMU_ARM64", str(file))
+        with pytest.raises(LaunchError, match="does not print the version of a QEMU") as caught:
+            find_qemu("aarch64")
+        assert "VMSANDBOX_QEMU_ARM64" in caught.value.remedy
+
+    def test_none_by_a_variable(self, monkeypatch):
+        monkeypatch.setenv("VMSANDBOX_QEMU_ARM64", "qemu-none")
+        with pytest.raises(LaunchError, match="there is no qemu-none") as caught:
+            find_qemu("aarch64")
+        assert "VMSANDBOX_QEMU_ARM64" in caught.value.remedy
+        assert "apt" not in caught.value.remedy
+
     def test_a_new_build_is_noticed(self, path):
-        self.program(path, "echo version 1.2.3")
+        self.program(path, "echo QEMU emulator version 1.2.3")
         first = find_qemu("x86_64")
-        self.program(path, "echo version 1.2.3 again")
+        self.program(path, "echo QEMU emulator version 1.2.3 again")
         assert find_qemu("x86_64").build != first.build
 
     def test_a_copy_is_the_same_build(self, path):
         """Templates are found on another machine with the same QEMU."""
-        file = self.program(path, "echo version 1.2.3")
+        file = self.program(path, "echo QEMU emulator version 1.2.3")
         first = find_qemu("x86_64")
         os.utime(file, (1, 1))
         assert find_qemu("x86_64").build == first.build
