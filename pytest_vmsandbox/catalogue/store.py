@@ -260,7 +260,8 @@ class ImageStore(Store[BuiltImage]):
             not definition.base or self.is_current(key)
         ):
             return ImageState.BUILT
-        return ImageState.STALE if self.folders_of(definition.name) else ImageState.MISSING
+        older = self.folders_of(definition.name, definition.architecture)
+        return ImageState.STALE if older else ImageState.MISSING
 
     def is_current(self, key: str) -> bool:
         """Whether no base of an image was built again since the image was made.
@@ -330,9 +331,18 @@ class ImageStore(Store[BuiltImage]):
             )
         return discarded.freed
 
-    def folders_of(self, name: str) -> list[Path]:
-        """The folders of all builds of an image."""
-        return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
+    def folders_of(self, name: str, architecture: str = "") -> list[Path]:
+        """The folders of all builds of an image.
+
+        Args:
+            name: of the image.
+            architecture: only builds for it, and those of which nobody knows; empty for all. Machines of
+                different architectures may share a cache, and give one name to different images.
+        """
+        found = [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
+        if not architecture:
+            return found
+        return [folder for folder in found if _architecture(folder) in {architecture, ""}]
 
     def entries(
         self,
@@ -476,6 +486,13 @@ def files_of(definition: ImageDefinition) -> list[str]:
 def _built(*, folder: Path, record: Mapping[str, Any]) -> BuiltImage:
     definition = ImageDefinition.from_record(record["definition"])
     return BuiltImage(definition=definition, digest=record["digest"], folder=folder)
+
+
+def _architecture(folder: Path) -> str:
+    """The architecture of a built image; empty if its record cannot be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(_record(folder)["definition"]["architecture"])
+    return ""
 
 
 def _record(folder: Path) -> dict[str, Any]:
