@@ -18,7 +18,7 @@ from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.definition import LARGEST_SCRIPT, ImageDefinition
 from pytest_vmsandbox.catalogue.making import run_to_end
 from pytest_vmsandbox.catalogue.own import HELPER_VARIABLE, helper_file
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, debian_name, native_architecture
 from pytest_vmsandbox.core.errors import ImageError
 
 COMPILERS = ("cc", "gcc", "clang")  # the first one that is here makes this machine's program
@@ -63,7 +63,7 @@ def helper_program(
             key,
             maker.fill,
             on_busy=lambda: say(
-                f"waiting: another process makes the helper for {_debian(architecture)}"
+                f"waiting: another process makes the helper for {debian_name(architecture)}"
             ),
         )
     with suppress(OSError):  # the cache may be read-only
@@ -159,7 +159,7 @@ class _Maker:
 
     def fill(self, folder: Path, lock: int) -> dict[str, object]:
         """Put the program into a folder. Returns the content of the record."""
-        self.say(f"making the helper for {_debian(self.architecture)}")
+        self.say(f"making the helper for {debian_name(self.architecture)}")
         failures = []
         for compiler in _compilers(self.architecture):
             # Each call has a new work folder, which is Zig's cache, too.
@@ -173,7 +173,7 @@ class _Maker:
         details = "\n".join(failures)
         is_full = any(text in details for text in _FULL)
         raise ImageError(
-            f"the helper for guests of {_debian(self.architecture)} cannot be made here",
+            f"the helper for guests of {debian_name(self.architecture)} cannot be made here",
             details=details,
             remedy=_ROOM if is_full else _remedy(self.architecture),
         )
@@ -271,8 +271,3 @@ def _remedy(architecture: str) -> str:
     if _has_zig() or _is_native(architecture):
         return f"if the details name no cause, try again. Or {wheel}"
     return f"{wheel}, or install {_ZIG} with it (pip install {_ZIG})"
-
-
-def _debian(architecture: str) -> str:
-    """The name of an architecture, as names of images have it."""
-    return ARCHITECTURES[architecture].debian

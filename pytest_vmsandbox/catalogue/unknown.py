@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.variants import SIGN
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, by_any_name, native_architecture
+from pytest_vmsandbox.core.architecture import (
+    ARCHITECTURES,
+    by_any_name,
+    debian_name,
+    native_architecture,
+)
 
 _LISTED = 30  # names in an error
 _CLOSE = 0.75  # how alike architectures are: arm and arm64, but not loongarch64 and aarch64
@@ -46,13 +51,11 @@ def remedy(name: str, images: Sequence[Known]) -> str:
         return _of_stem(stem, architecture if stem != name else "", images)
     if right := [one.name for one in fitting if one.architecture == architecture]:
         return _guess([_with(stem, architecture)] if variants.is_glob(stem) else right)
-    said = (
-        f"{stem!r} is there only for {_architectures(fitting)}, not for {_debian(architecture)}. "
-    )
+    said = f"{stem!r} is there only for {_architectures(fitting)}, not for {debian_name(architecture)}. "
     if stem == name:  # this machine's, which may have none
         return f"{said}They are emulated here: {some(one.name for one in fitting)}"
     same = [one.name for one in images if one.architecture == architecture]
-    return f"{said}For {_debian(architecture)} there are: {some(same)}"
+    return f"{said}For {debian_name(architecture)} there are: {some(same)}"
 
 
 def some(names: Iterable[str]) -> str:
@@ -89,12 +92,12 @@ def _of_stem(stem: str, architecture: str, images: Sequence[Known]) -> str:
     close = [] if variants.is_glob(stem) else get_close_matches(stem.lower(), names)
     guess = f"{_guess([names[each] for each in close])} " if close else ""
     if architecture:
-        return (
-            f"{guess}The images for {_debian(architecture)} are: {some(names.values())}. {_FOLDER}"
-        )
+        return f"{guess}The images for {debian_name(architecture)} are: {some(names.values())}. {_FOLDER}"
     if not names and images:
         known = some(one.name for one in images)
-        return f"none is for {_debian(here[0])}. Those that are emulated here: {known}. {_FOLDER}"
+        return (
+            f"none is for {debian_name(here[0])}. Those that are emulated here: {known}. {_FOLDER}"
+        )
     others = len(names) < len(images)
     more = "For other architectures: vmsandbox images list --all. " if others else ""
     return f"{guess}The images are: {some(names.values())}. {more}{_FOLDER}"
@@ -105,18 +108,12 @@ def _guess(names: Iterable[str]) -> str:
 
 
 def _with(stem: str, architecture: str) -> str:
-    return f"{stem}{SIGN}{_debian(architecture)}"
+    return f"{stem}{SIGN}{debian_name(architecture)}"
 
 
 def _architectures(images: Iterable[Known]) -> str:
-    *most, last = sorted({_debian(one.architecture) for one in images})
+    *most, last = sorted({debian_name(one.architecture) for one in images})
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _debian(architecture: str) -> str:
-    """The name of an architecture as names of images have it."""
-    found = ARCHITECTURES.get(architecture)
-    return architecture if found is None else found.debian
 
 
 def _spelled(images: Iterable[Known]) -> Mapping[str, None]:

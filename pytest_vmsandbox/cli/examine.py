@@ -37,6 +37,7 @@ from pytest_vmsandbox.machine.firmware import find_uefi
 from pytest_vmsandbox.machine.qemu import find_qemu, program
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
+_COMMON = next(iter(ARCHITECTURES))  # the one that most machines have
 _NAMESPACE_SECONDS = 20.0
 
 
@@ -82,7 +83,7 @@ def examine(
         compiler = helpers.lacking(native, cache) if needs_helper else ()
         yield from _building(required, compiler, needed)
     yield _firmware(native, definitions)
-    yield checks.images(states, DEFAULT_IMAGE if is_known else full_name(DEFAULT_IMAGE, "x86_64"))
+    yield checks.images(states, _default(native))
     if is_known:
         yield emulators.judged(native, catalogue, store)
     if wrong:
@@ -117,6 +118,11 @@ def _images(
         except ConfigError:
             wrong.append(name)
     return definitions, states, wrong
+
+
+def _default(native: str) -> str:
+    """The name of the default image on a machine of this architecture."""
+    return DEFAULT_IMAGE if native in ARCHITECTURES else full_name(DEFAULT_IMAGE, _COMMON)
 
 
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:

@@ -295,9 +295,15 @@ def architecture_of(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise LaunchError(
             f"there are no guests of {name}",
-            remedy=f"use an image for one of {', '.join(ARCHITECTURES)}. They are emulated here",
+            remedy=f"use an image for one of {', '.join(map(debian_name, ARCHITECTURES))}. They are emulated here",
         )
     return ARCHITECTURES[name]
+
+
+def debian_name(architecture: str) -> str:
+    """The name of an architecture as names of images have it, for people; an unknown one stays as it is."""
+    found = ARCHITECTURES.get(architecture)
+    return architecture if found is None else found.debian
 
 
 def by_any_name(name: str) -> str:

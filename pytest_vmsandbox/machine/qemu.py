@@ -58,14 +58,14 @@ def find_qemu(architecture: str) -> Qemu:
             line = programs.install_line([its.package, "qemu-utils"])
             remedy = f"run 'vmsandbox quickstart', or install it: {line}"
         raise LaunchError(
-            f"there is no {wanted} on this machine, which guests of {architecture} need",
+            f"there is no {wanted} on this machine, which guests of {its.debian} need",
             remedy=remedy,
         )
     status = Path(found).stat()
     qemu = _inspect(found, status.st_mtime_ns, status.st_size)
     if its.firmware and not _has_data(found, its.firmware):
         raise LaunchError(
-            f"{wanted} lacks its firmware {its.firmware}, which guests of {architecture} need",
+            f"{wanted} lacks its firmware {its.firmware}, which guests of {its.debian} need",
             remedy=f"install it: {programs.install_line([its.firmware_package])}",
         )
     return qemu
