@@ -60,7 +60,7 @@ def build(
         force: build it even if it is built.
 
     Returns:
-        The built image. Older builds with its name are removed, unless guests use them.
+        The built image. Older builds with its name and architecture are removed, unless guests use them.
 
     Raises:
         ImageError: a program that the recipe needs is missing, the disk is too full, the maker
@@ -83,7 +83,8 @@ def build(
     )
     if not filler.is_used:
         progress(f"{name} is built")
-    store.discard(folder for folder in store.folders_of(name) if folder != image.folder)
+    older = store.folders_of(name, definition.architecture)
+    store.discard(folder for folder in older if folder != image.folder)
     return image
 
 

@@ -140,7 +140,10 @@ class _Unpacker:
         """Put the emulator into a folder. Returns the content of the record."""
         if programs.find("apt-get") is None or programs.find("dpkg-deb") is None:
             raise self._error(f"there is no {_names(self.wanted)[0]}, and no apt to fetch it")
-        self.say(f"fetching the emulator for programs of {self.wanted.debian}")
+        self.say(
+            f"fetching the emulator for programs of {self.wanted.debian}: apt downloads {PACKAGES[0]} "
+            f"or {PACKAGES[1]}, tens of megabytes, once"
+        )
         told = ""
         with self.store.work_folder(self.wanted.user, Path(tempfile.gettempdir())) as work:
             for package, options in _attempts(work, lock):

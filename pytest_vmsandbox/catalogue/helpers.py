@@ -30,7 +30,7 @@ _ROOT, _PLACES_OF_LIBRARY = Path("/"), ("usr/lib*/libc.a", "usr/lib/*-linux-*/li
 _ZIG = "ziglang"  # the package, and its module
 _FULL = ("No space left", "NoSpaceLeft", "Disk quota exceeded")  # as compilers say it
 _ROOM = "make room, or set the environment variables VMSANDBOX_CACHE and TMPDIR to folders on a larger disk"
-_SECONDS = 600.0  # for one compiler. Zig takes one or two minutes
+_SECONDS = 600.0  # for one compiler. Zig takes minutes where much else runs
 _MACHINE = slice(18, 20)  # where a program has the number of its machine
 
 
@@ -159,7 +159,8 @@ class _Maker:
 
     def fill(self, folder: Path, lock: int) -> dict[str, object]:
         """Put the program into a folder. Returns the content of the record."""
-        self.say(f"making the helper for {debian_name(self.architecture)}")
+        slow = "" if _is_native(self.architecture) else ", which takes minutes, once"
+        self.say(f"making the helper for {debian_name(self.architecture)}{slow}")
         failures = []
         for compiler in _compilers(self.architecture):
             # Each call has a new work folder, which is Zig's cache, too.
@@ -248,7 +249,7 @@ def compiled(
     why = run_to_end(argv, work, env, lock, _SECONDS).why
     if why or _is_for(architecture, program):
         return why
-    return f"it made no program for {ARCHITECTURES[architecture].debian}"
+    return f"it made no program for {debian_name(architecture)}"
 
 
 def _is_for(architecture: str, program: Path) -> bool:

@@ -21,6 +21,7 @@ from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.catalogue import Catalogue, standard_folders
 from pytest_vmsandbox.catalogue.definition import ImageDefinition, check_name
 from pytest_vmsandbox.catalogue.origin import ADOPTED
+from pytest_vmsandbox.core.architecture import debian_name, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError, ImageError
 from pytest_vmsandbox.core.spec import format_size
 
@@ -49,6 +50,7 @@ class ImageEntry:
             ``other`` for a build without a definition here; or ``invalid`` if its definition is wrong.
         size_bytes: on the disk, of all builds with that name.
         architecture: such as ``x86_64``. This and what follows is empty if the definition is wrong.
+        debian_architecture: the same as names of images have it, such as ``amd64``.
         description: one line.
         system: such as ``debian``, if the definition says so.
         version: of the system, likewise.
@@ -63,6 +65,7 @@ class ImageEntry:
     state: str
     size_bytes: int
     architecture: str = ""
+    debian_architecture: str = ""
     description: str = ""
     system: str = ""
     version: str = ""
@@ -248,7 +251,8 @@ class ImageStore(Store[BuiltImage]):
             not definition.base or self.is_current(key)
         ):
             return ImageState.BUILT
-        return ImageState.STALE if self.folders_of(definition.name) else ImageState.MISSING
+        older = self.folders_of(definition.name, definition.architecture)
+        return ImageState.STALE if older else ImageState.MISSING
 
     def is_current(self, key: str) -> bool:
         """Whether no base of an image was built again since the image was made.
@@ -318,9 +322,18 @@ class ImageStore(Store[BuiltImage]):
             )
         return discarded.freed
 
-    def folders_of(self, name: str) -> list[Path]:
-        """The folders of all builds of an image."""
-        return [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
+    def folders_of(self, name: str, architecture: str = "") -> list[Path]:
+        """The folders of all builds of an image.
+
+        Args:
+            name: of the image.
+            architecture: only builds for it, and those of which nobody knows; empty for all. Machines of
+                different architectures may share a cache, and give one name to different images.
+        """
+        found = [record.parent for record in self.root.glob(f"{name}/[!.]*/{IMAGES.record}")]
+        if not architecture:
+            return found
+        return [folder for folder in found if _architecture(folder) in {architecture, ""}]
 
     def entries(
         self,
@@ -410,7 +423,11 @@ def left_out(
 def _about(image: ImageEntry) -> str:
     if image.problem:
         return "its definition is wrong"
-    return image.description if image.in_vm else f"{image.description} (host-driven)"
+    is_foreign = image.architecture != native_architecture()
+    about = (
+        f"{image.description}, for {image.debian_architecture}" if is_foreign else image.description
+    )
+    return about if image.in_vm else f"{about} (host-driven)"
 
 
 def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
@@ -419,6 +436,7 @@ def _entry(definition: ImageDefinition, state: str, size: int) -> ImageEntry:
         state=str(state),
         size_bytes=size,
         architecture=definition.architecture,
+        debian_architecture=debian_name(definition.architecture),
         description=definition.description,
         system=definition.system,
         version=definition.version,
@@ -445,6 +463,13 @@ def files_of(definition: ImageDefinition) -> list[str]:
 def _built(*, folder: Path, record: Mapping[str, Any]) -> BuiltImage:
     definition = ImageDefinition.from_record(record["definition"])
     return BuiltImage(definition=definition, digest=record["digest"], folder=folder)
+
+
+def _architecture(folder: Path) -> str:
+    """The architecture of a built image; empty if its record cannot be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(_record(folder)["definition"]["architecture"])
+    return ""
 
 
 def _record(folder: Path) -> dict[str, Any]:

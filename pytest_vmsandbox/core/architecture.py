@@ -300,10 +300,10 @@ def architecture_of(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def debian_name(architecture: str) -> str:
-    """The name of an architecture as names of images have it, for people; an unknown one stays as it is."""
-    found = ARCHITECTURES.get(architecture)
-    return architecture if found is None else found.debian
+def debian_name(name: str) -> str:
+    """Debian's name of an architecture, as names of images have it. One that we do not know stays."""
+    found = ARCHITECTURES.get(name)
+    return name if found is None else found.debian
 
 
 def by_any_name(name: str) -> str:

@@ -49,7 +49,8 @@ class Machine:
     def listed(self, *arguments):
         """Name and state of each image in the list."""
         lines = [line.split() for line in self.run("list", *arguments).splitlines()]
-        return {words[0]: words[1] for words in lines if words[1] in ("built", "missing", "other")}
+        states = ("built", "stale", "missing", "other")
+        return {words[0]: words[1] for words in lines if words[1] in states}
 
     def keep(self, *names):
         for name in names:
@@ -91,6 +92,15 @@ def test_the_list_of_more(machine):
     for arguments in (["--all"], ["*_arm64"], ["cake-1"], ["--all", "cake-1*"]):
         assert "more images" not in machine.run("list", *arguments)
     assert "did you mean 'cake-1_arm64'?" in machine.run("list", "cake-1-arm64", status=2)
+
+
+def test_the_list_says_what_an_image_is_for(machine):
+    lines = machine.run("list", "cake-1_*").splitlines()
+    assert [line.partition("A cake")[2] for line in lines] == [
+        *(" (host-driven)", ", for arm64 (host-driven)", ", for riscv64 (host-driven)")
+    ]
+    listed = json.loads(machine.run("list", "--json", "cake-1_*"))["images"]
+    assert [image["debian_architecture"] for image in listed] == ["amd64", "arm64", "riscv64"]
 
 
 def test_the_list_for_programs_has_all(machine):
@@ -152,6 +162,22 @@ def test_rm_knows_what_has_no_definition_any_more(machine):
     assert "cake-1_arm64" in machine.listed()
     machine.run("rm", "cake-1_arm64")
     assert [*machine.listed()] == ["cake-2"]
+
+
+def test_machines_that_share_a_cache(machine):
+    """What one of them builds leaves what the other one has under the same name."""
+    machine.run("build", "cake-1")
+    machine.is_called("aarch64")
+    assert machine.listed()["cake-1"] == "missing"
+    machine.run("build", "cake-1")
+    assert machine.listed()["cake-1"] == "built"
+    machine.is_called("x86_64")
+    assert machine.listed()["cake-1"] == "built"
+    recipe = machine.path / "images" / "cake-1" / "build"
+    recipe.write_text(f"{RECIPE}# another one\n")
+    assert machine.listed()["cake-1"] == "stale"
+    machine.run("build", "cake-1")
+    assert len([*(machine.path / "cache/images/cake-1").iterdir()]) == 2  # with the other machine's
 
 
 def test_a_lock_of_another_machine(machine):

@@ -267,8 +267,10 @@ class TestOtherArchitectures:
         compiler.is_zig()
         monkeypatch.setattr(programs, "find", lambda _: None)
         compiler.makes(head(architecture))
-        program = helper_program(architecture, tmp_path / "cache")
+        said = []
+        program = helper_program(architecture, tmp_path / "cache", say=said.append)
         assert program.read_bytes() == head(architecture)
+        assert ["minutes" in line for line in said] == [architecture != NATIVE]
         [call] = compiler.calls
         assert call.startswith("-m ziglang cc -target ")
         assert f" {ARCHITECTURES[architecture].zig} " in call
