@@ -19,7 +19,7 @@ from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.tables import load
 from pytest_vmsandbox.catalogue.unknown import Known
 from pytest_vmsandbox.catalogue.variants import ALL, SIGN
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, debian_name, native_architecture
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir, imported_dir
 
@@ -317,7 +317,7 @@ class Catalogue:
         ending = ARCHITECTURES[self._places[others[0]].architecture].debian
         glob = "*" if pattern == ALL else pattern
         return ConfigError(
-            f"no image for {native_architecture()} fits {pattern!r}",
+            f"no image for {debian_name(native_architecture())} fits {pattern!r}",
             details=f"for other architectures: {unknown.some(others)}",
             remedy="name the one that you mean, or add its architecture to the glob: "
             f"{glob}{SIGN}{ending}",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue import kernel_files, programs
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.core.architecture import ARCHITECTURES
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, debian_name
 from pytest_vmsandbox.core.errors import ConfigError
 
 _HEADER_BYTES = (
@@ -387,8 +387,8 @@ def check_image(image: ImageDefinition, firmware: str | None = None) -> None:
     """
     if ARCHITECTURES[image.architecture].board != ARCHITECTURES["x86_64"].board:
         raise ConfigError(
-            f"kernel= cannot be used with {image.name}: only kernels for x86_64 are known here, and its guests "
-            f"are {image.architecture}",
+            f"kernel= cannot be used with {image.name}: only kernels for amd64 are known here, and its guests "
+            f"are {debian_name(image.architecture)}",
             remedy="let these guests boot the image's own kernel: kernel='image'",
         )
     origin = image

@@ -37,6 +37,7 @@ from pytest_vmsandbox.machine.firmware import find_uefi
 from pytest_vmsandbox.machine.qemu import find_qemu, program, variable
 
 _KEYRINGS = [f"/usr/share/keyrings/debian-archive-keyring.{kind}" for kind in ("gpg", "pgp")]
+_COMMON = next(iter(ARCHITECTURES))  # the one that most machines have
 _NAMESPACE_SECONDS = 20.0
 
 
@@ -82,7 +83,7 @@ def examine(
         compiler = helpers.lacking(native, cache) if needs_helper else ()
         yield from _building(required, compiler, needed)
     yield _firmware(native, definitions)
-    yield checks.images(states, DEFAULT_IMAGE if is_known else full_name(DEFAULT_IMAGE, "x86_64"))
+    yield checks.images(states, _default(native))
     if is_known:
         yield from (emulators.judged(native, catalogue, store), *_chosen_emulators(native))
     if wrong:
@@ -128,6 +129,11 @@ def _chosen_emulators(native: str) -> Iterator[Check]:
                 find_qemu(its.name)
             except LaunchError as error:
                 yield checks.wrong_emulator(its, error.brief, error.remedy)
+
+
+def _default(native: str) -> str:
+    """The name of the default image on a machine of this architecture."""
+    return DEFAULT_IMAGE if native in ARCHITECTURES else full_name(DEFAULT_IMAGE, _COMMON)
 
 
 def _firmware(architecture: str, definitions: list[ImageDefinition]) -> Check:

@@ -295,7 +295,7 @@ def architecture_of(name: str) -> Architecture:
     if name not in ARCHITECTURES:
         raise LaunchError(
             f"there are no guests of {name}",
-            remedy=f"use an image for one of {', '.join(ARCHITECTURES)}. They are emulated here",
+            remedy=f"use an image for one of {', '.join(map(debian_name, ARCHITECTURES))}. They are emulated here",
         )
     return ARCHITECTURES[name]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.store import BuiltImage, damaged
-from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture
+from pytest_vmsandbox.core.architecture import ARCHITECTURES, Architecture, debian_name
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Firmware, Hardware, Network, format_size
 from pytest_vmsandbox.machine import cmdline, firmware, host
@@ -220,7 +220,7 @@ def has_tpm(definition: ImageDefinition, hardware: Hardware) -> bool:
     wanted = definition.tpm if hardware.tpm is None else hardware.tpm
     if wanted and not ARCHITECTURES[definition.architecture].tpm:
         raise ConfigError(
-            f"tpm=True cannot be used with {definition.name}: guests of {definition.architecture} have no TPM",
+            f"tpm=True cannot be used with {definition.name}: guests of {debian_name(definition.architecture)} have no TPM",
             remedy="leave tpm= out, or use an image of another architecture",
         )
     return wanted
@@ -235,13 +235,13 @@ def check_board(definition: ImageDefinition, hardware: Hardware) -> None:
     its, name = ARCHITECTURES[definition.architecture], definition.name
     if its.most_cpus is not None and hardware.cpus > its.most_cpus:
         raise ConfigError(
-            f"cpus={hardware.cpus} cannot be used with {name}: guests of {its.name} have at most {its.most_cpus}",
+            f"cpus={hardware.cpus} cannot be used with {name}: guests of {its.debian} have at most {its.most_cpus}",
             remedy=f"use cpus={its.most_cpus} or fewer",
         )
     if its.most_memory is not None and hardware.memory > its.most_memory:
         most = format_size(its.most_memory)
         raise ConfigError(
-            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} have at "
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.debian} have at "
             f"most {most}",
             remedy=f"use memory={most!r} or less",
         )
@@ -249,7 +249,7 @@ def check_board(definition: ImageDefinition, hardware: Hardware) -> None:
         step = its.memory_step
         more = format_size(-(-hardware.memory // step) * step)
         raise ConfigError(
-            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.name} take "
+            f"memory={format_size(hardware.memory)!r} cannot be used with {name}: guests of {its.debian} take "
             f"multiples of {format_size(step)}",
             remedy=f"use memory={more!r}",
         )
@@ -278,7 +278,7 @@ def find_firmware(built: BuiltImage, hardware: Hardware) -> Uefi | None:
     its = ARCHITECTURES[built.definition.architecture]
     if wanted == "bios" and not its.has_bios:
         raise ConfigError(
-            f"firmware='bios' cannot be used with {name}: guests of {its.name} have no BIOS",
+            f"firmware='bios' cannot be used with {name}: guests of {its.debian} have no BIOS",
             remedy=f"use firmware={'uefi' if its.uefi_board else 'kernel'!r}",
         )
     try:

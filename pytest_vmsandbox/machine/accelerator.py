@@ -16,7 +16,7 @@ from pathlib import Path
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core import paths
-from pytest_vmsandbox.core.architecture import Architecture, native_architecture
+from pytest_vmsandbox.core.architecture import Architecture, debian_name, native_architecture
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, Hardware
@@ -138,7 +138,7 @@ def choose(
         known = recall(folder / f"{_key(wanted, qemu, trial)}.json") if wanted != "tcg" else None
         return replace(asked, seconds=known.seconds) if known else asked  # timeouts fit this host
     if is_foreign(its):
-        return _unproven("tcg", qemu, its, f"guests of {its.name}")
+        return _unproven("tcg", qemu, its, f"guests of {its.debian}")
     if problem := host.kvm_problem():
         return _unproven("tcg", qemu, its, problem)
     with ExitStack() as stack:
@@ -172,7 +172,7 @@ def _require(wanted: str, architecture: Architecture) -> None:
     if wanted == "hvf":
         problem = ": guests run on Linux only"
     elif wanted == "kvm" and is_foreign(architecture):
-        problem = f" for guests of {architecture.name}: this machine is {native_architecture()}"
+        problem = f" for guests of {architecture.debian}: this machine is {debian_name(native_architecture())}"
     elif wanted == "kvm" and (why := host.kvm_problem()):
         problem = f": {why}"
     if problem:

@@ -124,7 +124,7 @@ def find_uefi(architecture: str, *, secure_boot: bool) -> Uefi:
     kind = "UEFI firmware with Secure Boot" if secure_boot else "UEFI firmware"
     if not its.uefi_board or (secure_boot and not its.secure_boot):
         raise LaunchError(
-            f"guests of {architecture} cannot be booted by {kind}",
+            f"guests of {its.debian} cannot be booted by {kind}",
             remedy="use an image with a kernel that QEMU boots (firmware = 'kernel')",
         )
     found = _described(architecture, secure_boot=secure_boot) or _usual(
@@ -132,7 +132,7 @@ def find_uefi(architecture: str, *, secure_boot: bool) -> Uefi:
     )
     if found is None:
         raise LaunchError(
-            f"there is no {kind} for guests of {architecture} on this machine",
+            f"there is no {kind} for guests of {its.debian} on this machine",
             remedy=f"install it: {programs.install_line([its.uefi_package])}",
         )
     code, variables, kind = found

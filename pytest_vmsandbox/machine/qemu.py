@@ -60,7 +60,7 @@ def find_qemu(architecture: str) -> Qemu:
             line = programs.install_line([its.package, "qemu-utils"])
             remedy = f"run 'vmsandbox quickstart', or install it: {line}"
         raise LaunchError(
-            f"there is no {wanted} on this machine, which guests of {architecture} need",
+            f"there is no {wanted} on this machine, which guests of {its.debian} need",
             remedy=remedy,
         )
     status = Path(found).stat()
@@ -73,7 +73,7 @@ def find_qemu(architecture: str) -> Qemu:
         )
     if its.firmware and not _has_data(found, its.firmware):
         raise LaunchError(
-            f"{wanted} lacks its firmware {its.firmware}, which guests of {architecture} need",
+            f"{wanted} lacks its firmware {its.firmware}, which guests of {its.debian} need",
             remedy=f"install it: {programs.install_line([its.firmware_package])}",
         )
     return qemu

@@ -195,7 +195,7 @@ def test_a_guest_without_python(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert "tests cannot run inside tiny: this image has no Python" in done.stdout
-    assert "run them inside debian-12 or debian-13. Tests that drive a guest" in done.stdout
+    assert "Remedy: run them inside debian-1" in done.stdout
     assert "1 error" in done.stdout
 
 

@@ -48,6 +48,17 @@ def test_selection(several, args, selected):
     assert several.ids(*args.split()) == [f"test_x[{name}]" for name in selected.split()]
 
 
+def test_where_tests_can_run_inside_instead(several):
+    """It is an image of the same architecture: who tests on arm64 wants no other one."""
+    several.write("import pytest\n\n@pytest.mark.in_vm\ndef test_x(): pass")
+    result = several.run("--vm=deb-1_arm64")
+    result.assert_outcomes(errors=1)
+    text = result.stdout.str()
+    assert "tests cannot run inside deb-1_arm64: this image has no Python" in text
+    names = text.split("run them inside ")[1].split(". Tests that")[0].split(" or ")
+    assert all(name.endswith("_arm64") for name in names), names
+
+
 def test_on_a_machine_with_the_faked_name_arm64(several, machine):
     several.write(PLAIN)
     machine("aarch64")

@@ -115,7 +115,7 @@ class TestPrograms:
         machine("x86_64")
         monkeypatch.setattr(shutil, "which", lambda _: None)
         monkeypatch.setattr(programs, "find", lambda it: it if it == "apt-get" else None)
-        with pytest.raises(LaunchError, match="guests of x86_64 need") as raised:
+        with pytest.raises(LaunchError, match="guests of amd64 need") as raised:
             find_qemu("x86_64")
         assert "'vmsandbox quickstart'" in raised.value.remedy
         assert "apt-get install qemu-system-x86 qemu-utils" in raised.value.remedy
@@ -203,7 +203,10 @@ class TestAccelerators:
         machine("x86_64")
         monkeypatch.setattr(host, "kvm_problem", lambda: pytest.fail("nobody needs to know"))
         verdict = self.choose("auto", name)
-        assert (verdict.accelerator, verdict.reason) == ("tcg", f"guests of {name}")
+        assert (verdict.accelerator, verdict.reason) == (
+            "tcg",
+            f"guests of {ARCHITECTURES[name].debian}",
+        )
         assert verdict.processor == ARCHITECTURES[name].emulated[(0,)]
         assert verdict.time_scale == accelerator.EMULATION_SCALE * ARCHITECTURES[name].slowness
         assert verdict.time_scale > accelerator.EMULATION_SCALE
@@ -211,7 +214,7 @@ class TestAccelerators:
     def test_kvm_for_foreign_guests(self, machine, monkeypatch):
         machine("x86_64")
         monkeypatch.setattr(host, "kvm_problem", lambda: "")
-        with pytest.raises(LaunchError, match=r"for guests of aarch64: this machine is x86_64"):
+        with pytest.raises(LaunchError, match=r"for guests of arm64: this machine is amd64"):
             self.choose("kvm", "aarch64")
 
     @pytest.mark.parametrize(

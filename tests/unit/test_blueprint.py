@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_vmsandbox.catalogue.store import BuiltImage
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
@@ -308,14 +309,14 @@ def test_a_kernel_of_the_user(blueprint, disk_size, disks, device):
 def test_boards_without_a_tpm(name):
     definition = replace(DEFINITION, architecture=name)
     assert has_tpm(definition, Hardware()) is False
-    with pytest.raises(ConfigError, match=f"guests of {name} have no TPM"):
+    with pytest.raises(ConfigError, match=f"guests of {ARCHITECTURES[name].debian} have no TPM"):
         has_tpm(definition, Hardware(tpm=True))
 
 
 def test_bios_is_for_x86_alone(blueprint, folder):
     (folder / "disk.raw").touch()
     other = with_image(blueprint, architecture="aarch64", disk_size=MIB)
-    with pytest.raises(ConfigError, match="guests of aarch64 have no BIOS"):
+    with pytest.raises(ConfigError, match="guests of arm64 have no BIOS"):
         find_firmware(other.built, Hardware(firmware="bios"))
 
 
@@ -324,7 +325,7 @@ def test_bios_is_for_x86_alone(blueprint, folder):
     [
         ("x86_64", Hardware(cpus=64, memory=600 * MIB), "", ""),
         ("aarch64", Hardware(cpus=8, memory=3072 * MIB), "", ""),
-        ("aarch64", Hardware(cpus=9), "aarch64 have at most 8", "cpus=8"),
+        ("aarch64", Hardware(cpus=9), "arm64 have at most 8", "cpus=8"),
         ("armv7l", Hardware(memory=4096 * MIB), "at most 3GiB", "memory='3GiB'"),
         ("ppc64le", Hardware(memory=512 * MIB), "", ""),
         ("ppc64le", Hardware(memory=600 * MIB), "multiples of 256MiB", "memory='768MiB'"),

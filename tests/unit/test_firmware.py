@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.catalogue import programs
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import firmware, tpm
 from pytest_vmsandbox.machine.firmware import Flash, boot_loaders, find_uefi, matching
@@ -146,7 +147,7 @@ class TestFinding:
     def test_none_for_that_architecture(self, folders):
         self.install(folders[0], "50-a")
         with pytest.raises(
-            LaunchError, match="there is no UEFI firmware for guests of aarch64"
+            LaunchError, match="there is no UEFI firmware for guests of arm64"
         ) as error:
             find_uefi("aarch64", secure_boot=False)
         assert "qemu-efi-aarch64" in error.value.remedy
@@ -162,7 +163,9 @@ class TestFinding:
         ("name", "secure_boot"), [("riscv64", False), ("i686", False), ("aarch64", True)]
     )
     def test_what_we_cannot_boot(self, folders, name, secure_boot):
-        with pytest.raises(LaunchError, match=f"guests of {name} cannot be booted by UEFI"):
+        with pytest.raises(
+            LaunchError, match=f"guests of {ARCHITECTURES[name].debian} cannot be booted by UEFI"
+        ):
             find_uefi(name, secure_boot=secure_boot)
 
     def test_its_digest_is_of_both_files(self, folders):

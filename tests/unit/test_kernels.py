@@ -307,7 +307,7 @@ def test_images_that_boot_otherwise(change):
 
 def test_guests_of_another_architecture_boot_no_kernel_for_this_one():
     with pytest.raises(
-        ConfigError, match="only kernels for x86_64 are known here, and its guests are aarch64"
+        ConfigError, match="only kernels for amd64 are known here, and its guests are arm64"
     ):
         kernels.check_image(replace(DEFINITION, architecture="aarch64"))
 

@@ -175,7 +175,11 @@ class Provisioner:
             return
         version, floor = definition.python_version, ".".join(map(str, PYTHON_FLOOR))
         old = f"Python {version}, but they need {floor} or newer"
-        others = [name for name, other in catalogue.valid() if other.in_vm][:_SUGGESTED]
+        others = [
+            name
+            for name, other in catalogue.valid(foreign=True)
+            if other.in_vm and other.architecture == definition.architecture
+        ][:_SUGGESTED]
         suggestion = f"run them inside {' or '.join(others)}. " if others else ""
         raise TransferError(
             f"tests cannot run inside {image}: this image has "
