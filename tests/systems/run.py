@@ -114,7 +114,8 @@ class System:
         if not self.definition.in_vm:
             self.done["inside"] = "host-driven"
             return
-        with tempfile.TemporaryDirectory(prefix="vmsandbox-systems-") as folder:
+        # pytest cuts messages by their length: a path here is as long as /opt/vmsandbox/src there.
+        with tempfile.TemporaryDirectory(prefix="vmsb-", dir="/tmp") as folder:
             try:
                 ours, theirs = oracle.compare(self.image, Path(folder), seconds=7200)
             except Exception as error:
