@@ -18,6 +18,7 @@ from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.catalogue.definition import PYTHON_FLOOR
 from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost, TransferError
+from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.inside import distributions, install, project, requirements
@@ -179,7 +180,10 @@ class Provisioner:
             name
             for name, other in catalogue.valid(foreign=True)
             if other.in_vm and other.architecture == definition.architecture
-        ][:_SUGGESTED]
+        ]
+        # The default image comes first, then the user's own.
+        others.sort(key=lambda name: name.partition("_")[0] == DEFAULT_IMAGE)
+        others = others[: -_SUGGESTED - 1 : -1]
         suggestion = f"run them inside {' or '.join(others)}. " if others else ""
         raise TransferError(
             f"tests cannot run inside {image}: this image has "
