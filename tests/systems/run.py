@@ -6,7 +6,7 @@ For each image of `SYSTEMS`, or those that are named:
 
 - `vmsandbox images build` makes it;
 - `vmsandbox bench` measures a cold boot and a clone on demand;
-- `support/suites/systems` drives its guests from outside: programs, files, power, disks, clones;
+- `suite` drives its guests from outside: programs, files, power, disks, clones;
 - a suite with every kind of outcome runs in a guest twice, once by us and once by plain pytest there, and what
   both say is compared. This needs Python 3.9 in the guest.
   Where the guest's Python has no pytest as new as the one here (3.9 has 8.4), its screen looks different: run
@@ -44,7 +44,7 @@ SYSTEMS = (
     *("debian-13_arm64", "debian-13_armhf", "debian-13_riscv64", "debian-13_ppc64el"),
     *("debian-13_s390x", "tiny_arm64", "tiny_s390x"),
 )
-SUITE = Path(__file__).resolve().parents[1] / "support" / "suites" / "systems"
+SUITE = Path(__file__).resolve().with_name("suite")
 MACHINES = {"armv7l": "armv7l,armv8l"}  # our name of an architecture → what `uname -m` says
 BENCH = ("bench", "--json", "--count=3", "--only=cold_boot_s", "--only=clone_on_demand_ms")
 MOST_DIFFERENCES = 40  # lines in the log

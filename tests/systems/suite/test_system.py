@@ -5,7 +5,9 @@ import os
 
 import pytest
 
-MACHINE = os.environ["SYSTEM_MACHINE"]  # as `uname -m` says it; other names of it follow, with commas
+MACHINE = os.environ[
+    "SYSTEM_MACHINE"
+]  # as `uname -m` says it; other names of it follow, with commas
 
 
 def test_it_is_the_system_that_was_asked_for(vm):
@@ -21,7 +23,9 @@ def test_a_program_is_as_here(vm):
     failed = vm.shell("echo out; echo err >&2; exit 7", check=False)
     assert (failed.stdout, failed.stderr, failed.returncode) == ("out\n", "err\n", 7)
     assert vm.shell("kill -TERM $$", check=False).returncode == -15
-    assert vm.run(["sh", "-c", 'echo "$1" "$KEY"', "-", "ä b"], env={"KEY": "ü"}).stdout == "ä b ü\n"
+    assert (
+        vm.run(["sh", "-c", 'echo "$1" "$KEY"', "-", "ä b"], env={"KEY": "ü"}).stdout == "ä b ü\n"
+    )
 
 
 def test_files_come_and_go(vm, tmp_path):
