@@ -15,8 +15,8 @@ stage() { :; }
 install_system() { printf '%s\\n' "$@" "drivers=$drivers" "init=$init"; exit 0; }
 """
 SOURCES = """\
-deb http://deb.debian.org/debian {0} main
-deb http://deb.debian.org/debian {0}-updates main
+deb http://mirror.example/debian {0} main
+deb http://mirror.example/debian {0}-updates main
 deb http://security.debian.org/debian-security {0}-security main
 """
 
@@ -85,7 +85,7 @@ def test_the_kernel_of_backports(number, suite, tmp_path):
     assert kernel is not None
     assert f"{kernel[0]}/{suite}-backports," in options[1]
     assert options[1].replace(f"/{suite}-backports", "") == plain[1]
-    first = f"deb http://deb.debian.org/debian {suite}"
+    first = f"deb http://mirror.example/debian {suite}"
     assert hooked(options, suite, tmp_path).startswith(f"{first} main\n{first}-backports main\n")
 
 

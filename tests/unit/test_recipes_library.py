@@ -13,7 +13,7 @@ from pytest_vmsandbox.catalogue.own import own_folders
 # As a recipe runs: it is root, or calls itself so, and may mount.
 UNSHARE = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
 STALE = (
-    "E: Failed to fetch http://deb.debian.org/debian/dists/{}/main/binary-x/by-hash/SHA256/1f  {}"
+    "E: Failed to fetch http://mirror.example/debian/dists/{}/main/binary-x/by-hash/SHA256/1f  {}"
 )
 SYNC = "File has unexpected size (1 != 2). Mirror sync in progress? [IP: ::1 80]"
 
