@@ -79,10 +79,10 @@ def find_qemu(architecture: str) -> Qemu:
     return qemu
 
 
-def _has_data(path: str, name: str) -> bool:
-    """Whether an emulator finds a file among its own data."""
-    done = subprocess.run(
-        [path, "-L", "help"],
+def _asked(path: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run an emulator that only prints something."""
+    return subprocess.run(
+        [path, *options],
         capture_output=True,
         timeout=_VERSION_SECONDS,
         check=False,
@@ -90,7 +90,12 @@ def _has_data(path: str, name: str) -> bool:
         encoding="utf-8",
         errors="replace",
     )
-    return any(Path(folder, name).is_file() for folder in done.stdout.splitlines())
+
+
+def _has_data(path: str, name: str) -> bool:
+    """Whether an emulator finds a file among its own data."""
+    folders = _asked(path, "-L", "help").stdout.splitlines()
+    return any(Path(folder, name).is_file() for folder in folders)
 
 
 def variable(architecture: Architecture) -> str:
@@ -143,15 +148,7 @@ def _target(path: str, _mtime: int, _size: int) -> str:
 @cache
 def _inspect(path: str, _mtime: int, _size: int, chosen_by: str = "") -> Qemu:
     try:
-        done = subprocess.run(
-            [path, "--version"],
-            capture_output=True,
-            timeout=_VERSION_SECONDS,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            encoding="utf-8",
-            errors="replace",
-        )
+        done = _asked(path, "--version")
         output = done.stdout + done.stderr
     except (OSError, subprocess.TimeoutExpired) as error:
         output = str(error)
