@@ -176,15 +176,14 @@ class Provisioner:
             return
         version, floor = definition.python_version, ".".join(map(str, PYTHON_FLOOR))
         old = f"Python {version}, but they need {floor} or newer"
+        # The default image comes first, then the user's own, which are the last of the catalogue.
         others = [
             name
-            for name, other in catalogue.valid(foreign=True)
+            for name, other in reversed([*catalogue.valid(foreign=True)])
             if other.in_vm and other.architecture == definition.architecture
         ]
-        # The default image comes first, then the user's own.
-        others.sort(key=lambda name: name.partition("_")[0] == DEFAULT_IMAGE)
-        others = others[: -_SUGGESTED - 1 : -1]
-        suggestion = f"run them inside {' or '.join(others)}. " if others else ""
+        best = sorted(others, key=lambda name: name.partition("_")[0] != DEFAULT_IMAGE)
+        suggestion = f"run them inside {' or '.join(best[:_SUGGESTED])}. " if best else ""
         raise TransferError(
             f"tests cannot run inside {image}: this image has "
             f"{old if definition.python else 'no Python'}",
