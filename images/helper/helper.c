@@ -56,6 +56,7 @@
 #include <linux/random.h>
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -776,6 +777,26 @@ static int set_clock(int64_t seconds, int64_t nanoseconds)
     return clock_settime(CLOCK_REALTIME, &time) ? errno : 0;
 }
 
+/* Set a timer on each CPU that has expired already, so that the kernel programs the timer of each CPU anew.
+ * QEMU before 10.2 does not load the timers of riscv64, and the kernel would wait for them for ever. */
+static void start_timers(void)
+{
+#ifdef __riscv
+    struct timespec past = {.tv_nsec = 1};
+    cpu_set_t all, one;
+    if (sched_getaffinity(0, sizeof all, &all))
+        return;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, &all)) {
+            CPU_ZERO(&one);
+            CPU_SET(cpu, &one);
+            sched_setaffinity(0, sizeof one, &one);
+            clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &past, NULL);
+        }
+    sched_setaffinity(0, sizeof all, &all);
+#endif
+}
+
 static void handle(int kind, uint32_t number, char *data, size_t size)
 {
     struct channel *c = find(number);
@@ -793,6 +814,7 @@ static void handle(int kind, uint32_t number, char *data, size_t size)
         if (size != 0 && size != 16)
             break;
         error = size ? set_clock(get(data, 8), get(data + 8, 8)) : 0;
+        start_timers();
         clock_gettime(CLOCK_REALTIME, &now);
         at = header('R', number, 20);
         put(at, error, 4);

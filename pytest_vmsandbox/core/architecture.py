@@ -228,7 +228,6 @@ ARCHITECTURES = {
             zig="riscv64-linux-musl",
             board="virt",
             emulated={(0,): "rv64"},
-            timers_since=(10, 2),
             slowness=1.5,
             kvm_on=("riscv64",),
             console="ttyS0",
