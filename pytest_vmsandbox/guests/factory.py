@@ -283,8 +283,12 @@ class GuestFactory:
         grow(guest, blueprint)
         for step in steps:
             engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
-            engine.facts = step.run(guest) or {}
-            refuse_attached(engine)
+            try:
+                engine.facts = step.run(guest) or {}
+                refuse_attached(engine)
+            except Exception:
+                backend.callbacks.preparation_failed(guest)
+                raise
         engine.spec = blueprint.hardware
         return guest
 

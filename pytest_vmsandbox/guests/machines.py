@@ -282,12 +282,14 @@ class Saved:
         disks: the disks. Nobody writes to their files any more.
         lead: the seconds by which a test had set its clock ahead of this host's.
         held: whether it must not be paused.
+        console: what it had written to its console.
     """
 
     state: IO[bytes]
     disks: Disks
     lead: float
     held: bool
+    console: str
 
 
 @dataclass(eq=False)
@@ -302,6 +304,7 @@ class Machines:
         state: the state that the next machine goes on from. The guest's memory is in `memory`, or
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
+        console: what the guest had written to its console when `state` was saved.
     """
 
     blueprint: Blueprint
@@ -314,6 +317,7 @@ class Machines:
     memory: IO[bytes] | None = None
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
+    console: str = ""
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -349,6 +353,7 @@ class Machines:
         self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
     ) -> Running:
         state, self.state = self.state, None
+        before, self.console = self.console, ""
         spec = self.blueprint.machine(self.name, self.key.public, start)
         with ExitStack() as stack:
             machine = stack.enter_context(
@@ -360,6 +365,7 @@ class Machines:
                     memory=memory,
                     state=state,
                     tpm_folder=self._tpm_folder if spec.tpm else None,
+                    before=before,
                 )
             )
 
@@ -436,13 +442,16 @@ class Machines:
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
             machine.save(state, with_memory=True)
+            console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state=state, disks=frozen, lead=helper.lead, held=running.held)
+        return Saved(
+            state=state, disks=frozen, lead=helper.lead, held=running.held, console=console
+        )
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
-        self.state, self._lead = saved.state, saved.lead
+        self.state, self._lead, self.console = saved.state, saved.lead, saved.console
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)
