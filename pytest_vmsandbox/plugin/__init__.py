@@ -293,7 +293,7 @@ def pytest_runtest_makereport(
         if call.when == "setup":
             run.begin_attempt()
         if report.failed:
-            run.at_failure(item)
+            run.at_failure(item, call.when, "" if call.excinfo is None else call.excinfo.value)
         run.show(item, report)
     return report
 

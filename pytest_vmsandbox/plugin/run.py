@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -409,8 +409,15 @@ class Run:
         """Another attempt at the current test begins: its guests have not been looked at."""
         self._gathered.clear()
 
-    def at_failure(self, item: pytest.Item) -> None:
-        """A phase of a test has failed. Its guests are as they were then. This raises no error."""
+    def at_failure(
+        self, item: pytest.Item, phase: str, error: BaseException | str, **about: Any
+    ) -> None:
+        """A test has failed just now, and its guests still run. This raises no error.
+
+        Args:
+            error: what was raised, or one line.
+            about: what else is known, as in `guests.kept.Moment`.
+        """
         for name in self._used_by(item):
             if (guest := self._guests[name].guest) is not None:
                 self._gather(item, guest)
