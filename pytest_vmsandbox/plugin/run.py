@@ -410,7 +410,11 @@ class Run:
         self._gathered.clear()
 
     def at_failure(
-        self, item: pytest.Item, phase: str, error: BaseException | str, **about: Any
+        self,
+        item: pytest.Item,
+        phase: str,  # noqa: ARG002  # for the keeping
+        error: BaseException | str,  # noqa: ARG002
+        **about: Any,
     ) -> None:
         """A test has failed just now, and its guests still run. This raises no error.
 

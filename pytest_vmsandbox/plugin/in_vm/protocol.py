@@ -123,7 +123,7 @@ class Inside:
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         if report.failed:
             item.stash[FAILED] = True
-            self._run.at_failure(item, report.when or "", report.longreprtext[-1000:])
+            self._run.at_failure(item, report.when, report.longreprtext[-1000:])
         self._run.show(item, report)
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
