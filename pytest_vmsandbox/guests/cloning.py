@@ -80,6 +80,7 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
             logs=logs,
             setup=setup,
             console=opened.console,
+            captures=backend.settings.captures,
         )
         # A clone of a damaged template may not answer for minutes.
         running = machines.clone(opened.memory, state, opened.check)

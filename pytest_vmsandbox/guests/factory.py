@@ -277,6 +277,7 @@ class GuestFactory:
             key=self._key if (own := blueprint.built.key) is None else KeyPair.for_image(own),
             disks=disks,
             logs=backend.callbacks.logs(name),
+            captures=backend.settings.captures,
         )
         engine = stack.enter_context(backend.engine(machines))
         guest = Guest(engine)

@@ -26,6 +26,7 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -312,6 +313,7 @@ class Machines:
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
         console: what the guest had written to its console when `state` was saved.
+        captures: whether its network is captured, into the folder for its logs.
         tpm: the files of its TPM before it was first switched on here: name → content.
         is_awaited: whether to wait for its answer after it was switched on.
     """
@@ -327,6 +329,7 @@ class Machines:
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
     console: str = ""
+    captures: bool = False
     tpm: Mapping[str, bytes] = field(default_factory=dict)
     is_awaited: bool = True
     _lead: float = 0.0  # of the clock in that state
@@ -379,6 +382,9 @@ class Machines:
                     before=before,
                 )
             )
+            if self.captures and self.logs is not None:
+                loop = self.hypervisor.loop
+                stack.enter_context(capture.capturing(machine, loop, self.logs))
 
             def check_all() -> None:
                 machine.check()

@@ -34,23 +34,18 @@ def logged(
         return Console(None, before), None
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
-    with open(folder / "qemu.argv", "wb", opener=_private) as file:
+    with open(folder / "qemu.argv", "wb", opener=host.private) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
     # Unbuffered: on a full disk, closing a buffered file would fail again.
     log: IO[bytes] = stack.enter_context(
-        open(folder / "console.log", "ab", buffering=0, opener=_private)  # noqa: SIM115
+        open(folder / "console.log", "ab", buffering=0, opener=host.private)  # noqa: SIM115
     )
     if before and not log.tell():  # otherwise an earlier machine of this guest has written it
         with suppress(OSError):  # a full disk: the text is still there
             log.write(f"{before.rstrip()}\n{_SAVED_HERE}\n".encode("utf-8", "replace"))
     return Console(log, before), stack.enter_context(
-        open(folder / "qmp.log", "a", buffering=1, encoding="utf-8", opener=_private)
+        open(folder / "qmp.log", "a", buffering=1, encoding="utf-8", opener=host.private)
     )
-
-
-def _private(path: str, flags: int) -> int:
-    """Open a file that only this user can read: a guest may have written a secret."""
-    return os.open(path, flags, 0o600)
 
 
 def start_tpm(
