@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.catalogue import making
+from pytest_vmsandbox.catalogue import emulator, helpers, making
 from pytest_vmsandbox.catalogue.builder import build
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
-from pytest_vmsandbox.core.errors import CommandTimeout, ImageError
+from pytest_vmsandbox.core.errors import CommandTimeout, ImageError, LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, image_maker
 from support import images
@@ -93,6 +93,22 @@ class TestWhoDecides:
         assert (image.folder / PACKAGES).read_text() == f"{PACKAGES} 1\n"
         assert image.definition.append == definition.append
         assert not (image.folder / making.SECOND_STAGE).exists()
+
+    def test_nothing_is_unpacked_without_the_emulator_for_its_guest(
+        self, define, guest, tmp_path, monkeypatch
+    ):
+        def nothing(architecture):
+            raise LaunchError(f"no emulator for {architecture}")
+
+        program = tmp_path / "helper"
+        monkeypatch.setattr(helpers, "helper_program", lambda *_, **__: program)
+        monkeypatch.setattr(helpers, "lacking", lambda *_: ())
+        monkeypatch.setattr(emulator, "can_register", lambda: False)
+        monkeypatch.setattr(image_maker, "find_qemu", nothing)
+        definition = define(f": $VMSANDBOX_HELPER $VMSANDBOX_EMULATOR; touch {tmp_path}/begun")
+        with pytest.raises(LaunchError, match=f"no emulator for {native_architecture()}"):
+            self.make(definition, tmp_path)
+        assert not (tmp_path / "begun").exists()
 
     def test_nothing_is_kept_if_it_fails(self, define, guest, tmp_path):
         guest.status = 1
