@@ -194,6 +194,24 @@ class TestRecipe:
         )
         assert read.stdout == "trixie|one two|it's|123\n"
 
+    @pytest.mark.parametrize("option", ["noexec", "exec"])
+    def test_where_no_program_can_be_run(self, tmp_path, option):
+        """Such a mount would fail minutes later, in a script of a package."""
+        (tmp_path / "place").mkdir()
+        script = f"""
+            mount -t tmpfs -o {option} tmpfs {tmp_path}/place
+            TMPDIR={tmp_path}/place VMSANDBOX_WORK={tmp_path}/place/work
+            bootstrap() {{ echo "$@"; }}
+            install_system trixie apt
+        """
+        result = self.run(tmp_path, script, start=UNSHARE)
+        if option == "exec":
+            assert (result.stdout, result.stderr) == ("trixie minbase apt\n", "")
+        else:
+            assert result.stdout == ""
+            assert f"no program can be run in {tmp_path}/place, which" in result.stderr
+            assert "noexec: set TMPDIR" in result.stderr
+
     def package(self, tmp_path, name, architecture, multi_arch):
         """Make a package with a `preinst`, a setting, and a file that the image does not want."""
         tree = tmp_path / name
