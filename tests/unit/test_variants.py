@@ -174,8 +174,10 @@ class TestNames:
             ("none_*", "The images are: deb-1, deb-2, one. "),
             (
                 "arm64",
-                "this is an architecture, and its images are: deb-1_arm64, deb-2_arm64, other. "
-                "'*_arm64' selects all of them",
+                (
+                    "this is an architecture, and its images are: deb-1_arm64, deb-2_arm64, other. "
+                    "'*_arm64' selects all of them"
+                ),
             ),
             (
                 "X86_64",
