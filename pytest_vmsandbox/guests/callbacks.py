@@ -69,6 +69,10 @@ class Callbacks(Protocol):
         """A guest with that name will be handed out."""
         return
 
+    def preparation_failed(self, guest: Guest) -> None:
+        """A preparation of a guest has failed. The guest is about to be ended."""
+        return
+
     def guest_ready(self, guest: Guest) -> None:
         """A guest answers, and is about to be handed out."""
         return

@@ -277,14 +277,19 @@ class GuestFactory:
             key=self._key if (own := blueprint.built.key) is None else KeyPair.for_image(own),
             disks=disks,
             logs=backend.callbacks.logs(name),
+            captures=backend.settings.captures,
         )
         engine = stack.enter_context(backend.engine(machines))
         guest = Guest(engine)
         grow(guest, blueprint)
         for step in steps:
             engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
-            engine.facts = step.run(guest) or {}
-            refuse_attached(engine)
+            try:
+                engine.facts = step.run(guest) or {}
+                refuse_attached(engine)
+            except Exception:
+                backend.callbacks.preparation_failed(guest)
+                raise
         engine.spec = blueprint.hardware
         return guest
 

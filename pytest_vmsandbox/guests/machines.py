@@ -20,6 +20,7 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -284,12 +285,14 @@ class Saved:
         disks: the disks. Nobody writes to their files any more.
         lead: the seconds by which a test had set its clock ahead of this host's.
         held: whether it must not be paused.
+        console: what it had written to its console.
     """
 
     state: IO[bytes]
     disks: Disks
     lead: float
     held: bool
+    console: str
 
 
 @dataclass(eq=False)
@@ -305,6 +308,7 @@ class Machines:
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
         console: what the guest had written to its console when `state` was saved.
+        captures: whether its network is captured, into the folder for its logs.
         tpm: the files of its TPM before it was first switched on here: name → content.
         has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
@@ -321,6 +325,7 @@ class Machines:
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
     console: str = ""
+    captures: bool = False
     tpm: Mapping[str, bytes] = field(default_factory=dict)
     has_helper: bool = True
     is_awaited: bool = True
@@ -359,6 +364,7 @@ class Machines:
         self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
     ) -> Running:
         state, self.state = self.state, None
+        before, self.console = self.console, ""
         spec = self.blueprint.machine(self.name, self.key.public, start)
         with ExitStack() as stack:
             machine = stack.enter_context(
@@ -370,8 +376,12 @@ class Machines:
                     memory=memory,
                     state=state,
                     tpm_folder=self._tpm_folder if spec.tpm else None,
+                    before=before,
                 )
             )
+            if self.captures and self.logs is not None:
+                loop = self.hypervisor.loop
+                stack.enter_context(capture.capturing(machine, loop, self.logs))
 
             def check_all() -> None:
                 machine.check()
@@ -480,13 +490,17 @@ class Machines:
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
             machine.save(state, with_memory=True)
+            console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state=state, disks=frozen, lead=helper.lead, held=running.held)
+        return Saved(
+            state=state, disks=frozen, lead=helper.lead, held=running.held, console=console
+        )
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
         self.go_on_from(saved.state, saved.lead)
+        self.console = saved.console
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)

@@ -289,7 +289,15 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     only_text = reporting.before_report(item, call)
-    return reporting.after_report(item, call, (yield), only_text=only_text)
+    report = reporting.after_report(item, call, (yield), only_text=only_text)
+    if not plan_of(item).is_inside:
+        run = item.config.stash[RUN]
+        if call.when == "setup":
+            run.begin_attempt()
+        if report.failed:
+            run.at_failure(item, call.when, "" if call.excinfo is None else call.excinfo.value)
+        run.show(item, report)
+    return report
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -336,7 +344,8 @@ def vm_artifacts(
     """The folder (a `Path`) of this test's artifacts. It is kept if the test fails.
 
     It holds the console log, the QMP log, QEMU's command line and a screenshot, also of guests that the
-    test shares with others.
+    test shares with others. If the test fails, it also gets what its guests say about their processes,
+    memory, kernel's log and journal.
     """
     return request.config.stash[RUN].artifacts_of(request.node)
 

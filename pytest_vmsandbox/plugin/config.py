@@ -41,6 +41,7 @@ _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_isolation", None, "like --vm-isolation"),
     ("vm_offline", "bool", "like --vm-offline"),
     ("vm_artifacts_dir", None, "like --vm-artifacts, relative to the rootdir"),
+    ("vm_pcap", "bool", "like --vm-pcap"),
     ("vm_boot_timeout", None, "like --vm-boot-timeout"),
     ("vm_image_path", "paths", "folders with image definitions of your own"),
     ("vm_command_timeout", None, ("seconds for a command that names no timeout, under KVM (default: 60); "
@@ -93,6 +94,13 @@ def add_options(parser: pytest.Parser) -> None:
         "--vm-artifacts",
         metavar="DIR",
         help="folder for the artifacts of failed tests (default: beside pytest's temporary folders)",
+    )
+    group.addoption(
+        "--vm-pcap",
+        action="store_true",
+        default=None,
+        help="capture each guest's network, and keep network.pcap among the artifacts of failed tests "
+        "(up to 256 MiB)",
     )
     group.addoption(
         "--vm-boot-timeout",
@@ -154,6 +162,7 @@ def _values(config: pytest.Config) -> dict[str, Any]:
         "boot_timeout": _seconds(config, "vm_boot_timeout", "--vm-boot-timeout"),
         "command_timeout": _seconds(config, "vm_command_timeout"),
         "offline": offline(config),
+        "captures": bool(_ini(config, "vm_pcap") or config.getoption("--vm-pcap")),
     }
     return {name: value for name, value in values.items() if value is not None}
 

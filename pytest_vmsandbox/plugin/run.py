@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -84,6 +84,7 @@ class Run:
         self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
+        self._gathered: set[str] = set()  # guests whose last failure is among the artifacts
         self._stack = ExitStack()
 
     def close(self) -> None:
@@ -311,7 +312,8 @@ class Run:
             known.has_failed = True
             self.artifacts.keep_logs(item.nodeid, name)
             if known.guest is not None:
-                self._keep_picture(item, known.guest)
+                self._gather(item, known.guest)
+        self._gathered.clear()
         for name in [name for name, known in self._guests.items() if known.guest is None]:
             self.artifacts.discard_logs(name)
             del self._guests[name]
@@ -394,17 +396,70 @@ class Run:
         if item is not None and guest.name in self._used_by(item):
             failed = failed or item.stash.get(FAILED, False)
         if failed and item is not None:
-            self._keep_picture(item, guest)
+            self._gather(item, guest)
         known = self._guests[guest.name]
         known.guest = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
             config=self.config, guest=guest, failed=failed or known.has_failed
         )
 
-    def _keep_picture(self, item: pytest.Item, guest: Guest) -> None:
-        folder = self.artifacts.of_guest(item.nodeid, guest.name)
+    # -- failures -------------------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """Another attempt at the current test begins: its guests have not been looked at."""
+        self._gathered.clear()
+
+    def at_failure(
+        self,
+        item: pytest.Item,
+        phase: str,  # noqa: ARG002  # for the keeping
+        error: BaseException | str,  # noqa: ARG002
+        **about: Any,
+    ) -> None:
+        """A test has failed just now, and its guests still run. This raises no error.
+
+        Args:
+            error: what was raised, or one line.
+            about: what else is known, as in `guests.kept.Moment`.
+        """
+        for name in self._used_by(item):
+            if (guest := self._guests[name].guest) is not None:
+                self._gather(item, guest)
+
+    def show(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Add to a test's report which guest it had, and where the artifacts are if it failed."""
+        given = dict(report.user_properties)
+        if "vm" not in given and (label := plans.plan_of(item).variant.label):
+            report.user_properties.append(("vm", label))
+        has_failed = report.failed or item.stash.get(FAILED, False)
+        if not has_failed or "artifacts" not in self.__dict__ or not self._used_by(item):
+            return
+        folder = self.artifacts_of(item)
+        report.user_properties.append(("vm_artifacts", str(folder)))
+        if report.failed and (line := f"artifacts: {folder}") not in report.longreprtext:
+            report.sections.append(("vmsandbox", line))
+
+    def preparation_failed(self, guest: Guest) -> None:
+        if self.item is not None:
+            self._gather(self.item, guest)
+
+    def _gather(self, item: pytest.Item, guest: Guest) -> None:
+        """Put into the artifacts what a guest shows and says at the failure of a test."""
+        if guest.name in self._gathered:
+            return
+        self._gathered.add(guest.name)
         with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
-            guest.screenshot(folder / "screenshot.png")
+            picture = self.artifacts.of_guest(item.nodeid, guest.name) / "screenshot.png"
+            guest.screenshot(picture)
+            picture.chmod(0o600)
+        with suppress(OSError):  # the disk may be full
+            self.artifacts.add(item.nodeid, guest.name, self.asked(guest))
+
+    def asked(self, guest: Guest) -> dict[str, str]:
+        """What a guest says about itself, by the name of a file for each text."""
+        from pytest_vmsandbox.guests.gathering import gathered
+
+        return gathered(guest, secret=options.guest_environment(self.config).values())
 
 
 class SharedGuests:
