@@ -65,7 +65,7 @@ def freeze(machines: Machines, running: Running | None, state: Path, stack: Exit
             if running.machine.ended() is None:
                 raise
             state.unlink(missing_ok=True)  # it was incomplete when QEMU ended
-    console = "" if running is None else running.machine.console.text
+    console = "" if running is None else running.machine.console.saved
     return _frozen(machines, None, stack, console=console)
 
 
@@ -85,7 +85,7 @@ def _freeze_running(machines: Machines, running: Running, state: Path, stack: Ex
             answers=has_helper
             or ((was_running or running.resting) and _is_without_helper(running)),
             lead=running.resident.lead,
-            console=machine.console.text,
+            console=machine.console.saved,
         )
         if has_memory:
             with state.open("xb", buffering=0) as file:

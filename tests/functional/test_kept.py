@@ -49,6 +49,7 @@ with GuestFactory.open(Settings()) as factory:
                 "random": vm.shell("head -c 16 /dev/urandom | od -An -tx1").stdout,
                 "files": vm.shell("cat /root/in-ram; head -c 6 /dev/vda; head -c 8 /dev/vdb").stdout,
                 "root": vm.run(["id", "-u"]).stdout,
+                "booted": "vmsandbox: init" in vm.console.text,
             }})
             vm.shell("echo changed >/root/in-ram; echo changed >/dev/vda; sync")
 json.dump(seen, sys.stdout)
@@ -105,7 +106,7 @@ def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path):
     for seen in (first, second):
         assert abs(seen.pop("clock") - LATER) < 2
         assert seen == {
-            "name": f"{vm.name}\n", "greeting": "hello\n", "root": "0\n",
+            "name": f"{vm.name}\n", "greeting": "hello\n", "root": "0\n", "booted": True,
             "files": "kept\nkept-\nattached",
         }  # fmt: skip
     assert kept.damage() == ""
