@@ -21,6 +21,9 @@ install_system() {
         for program in depmod py3compile; do printf "#!/bin/sh\n" >"$1/usr/local/sbin/$program"; done
         chmod 0755 "$1"/usr/local/sbin/*'
     if runs_here; then
+        printf '#!/bin/sh\n' >"$TMPDIR/run-me"
+        chmod 0755 "$TMPDIR/run-me"
+        "$TMPDIR/run-me" 2>/dev/null || fail "no program can be run in ${VMSANDBOX_WORK%/*}, which may be mounted with noexec: set TMPDIR to a folder elsewhere"
         bootstrap "$suite" minbase "$packages" "$@"
         [ -z "${VMSANDBOX_BINFMT-}" ] || rm "$ROOT"/usr/local/sbin/*
         return

@@ -77,11 +77,11 @@ class Callbacks(Protocol):
         """A guest answers, and is about to be handed out."""
         return
 
-    def guest_stopping(self, guest: Guest, failed: bool) -> None:
+    def guest_stopping(self, guest: Guest, error: BaseException | None) -> None:
         """A guest is about to be ended.
 
         Args:
-            failed: whether the block that used the guest raised an error.
+            error: what the block that used the guest raised.
         """
         return
 

@@ -102,11 +102,13 @@ class GuestFactory:
             try:
                 with on_sound_disks(guest):
                     yield guest
-            except Exception:
-                callbacks.guest_stopping(guest, True)
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):  # there is no time
                 raise
-            else:  # not for KeyboardInterrupt, where there is no time
-                callbacks.guest_stopping(guest, False)
+            except BaseException as error:  # pytest's failures are no subclasses of Exception
+                callbacks.guest_stopping(guest, error)
+                raise
+            else:
+                callbacks.guest_stopping(guest, None)
 
     def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
         """A guest, running and answering; `stack` ends it."""

@@ -84,13 +84,15 @@ class LocalFactory:
         for step in prepared.steps:
             guest.facts = step.run(guest)
         self.session.guest_ready(guest)
-        failed = True
+        error = None
         try:
             yield guest
-            failed = False
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
             try:
-                self.session.guest_stopping(guest, failed)  # which users' hooks may fail
+                self.session.guest_stopping(guest, error)  # which users' hooks may fail
             finally:
                 end_all(f"{self.folder / guest.name}/")
 
