@@ -422,11 +422,12 @@ class Guest(TakesDisks):
             MonitorError: QEMU cannot do it (older than 7.1, or built without PNG). No file is written.
             OSError: ``path`` cannot be written.
         """
-        with self.engine.explained(), tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
-            picture = Path(folder, "picture")
-            with picture.open("wb") as file, self.engine.use() as running:
+        # Without a name, so nothing is left if this process is killed. QEMU takes no file that can be read.
+        with self.engine.explained(), tempfile.TemporaryFile() as picture:
+            own = Path(f"/proc/self/fd/{picture.fileno()}")
+            with own.open("wb") as file, self.engine.use() as running:
                 running.machine.screenshot(file)
-            data = picture.read_bytes()
+            data = picture.read()
             if not data:
                 raise MonitorError(
                     "QEMU has written an empty screenshot",

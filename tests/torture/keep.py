@@ -122,7 +122,17 @@ class World:
             "TMPDIR": str(folder), **dict([mark.split("=")]),
         }  # fmt: skip
         before = kill.files(folder)
-        argv = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--vm-keep=failed", "test_suite.py"]
+        argv = [
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:benchmark",
+            "--vm-keep=failed",
+            "test_suite.py",
+        ]
         pytest = subprocess.Popen(
             [sys.executable, *argv, f"--basetemp={folder / 'base'}"], cwd=folder, env=env,
             stdin=subprocess.DEVNULL, stdout=(folder / "output").open("wb"), stderr=subprocess.STDOUT,
