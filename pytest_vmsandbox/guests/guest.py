@@ -422,8 +422,7 @@ class Guest(TakesDisks):
             MonitorError: QEMU cannot do it (older than 7.1, or built without PNG). No file is written.
             OSError: ``path`` cannot be written.
         """
-        # Without a name, so nothing is left if this process is killed. QEMU takes no file that can be read.
-        with self.engine.explained(), tempfile.TemporaryFile() as picture:
+        with self.engine.explained(), tempfile.TemporaryFile() as picture:  # a kill leaves nothing
             own = Path(f"/proc/self/fd/{picture.fileno()}")
             with own.open("wb") as file, self.engine.use() as running:
                 running.machine.screenshot(file)
