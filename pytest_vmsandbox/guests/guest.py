@@ -411,7 +411,10 @@ class Guest(TakesDisks):
 
     @property
     def console(self) -> Console:
-        """The serial console since the guest was last switched on."""
+        """The serial console since the guest was last switched on.
+
+        A clone was switched on with its template, so the text begins with that boot.
+        """
         with self.engine.use(hold=True) as running:
             return running.machine.console
 

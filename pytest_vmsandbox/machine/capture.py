@@ -1,7 +1,7 @@
 """Captures a guest's network, in the format of pcap, which tcpdump and Wireshark read; and its screen.
 
 QEMU's filter-dump writes into a pipe, and we write what comes out of it into a file. So the file has a limit,
-belongs to us whoever QEMU runs as, and goes on when the guest gets a new QEMU.
+belongs to us even if QEMU runs as another user, and goes on when the guest gets a new QEMU.
 """
 
 from __future__ import annotations
