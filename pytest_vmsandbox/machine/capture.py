@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_vmsandbox.core.errors import MonitorError, VMSandboxError
@@ -117,11 +117,11 @@ def screen(machine: Machine) -> bytes:
     Raises:
         MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
     """
-    with TemporaryDirectory(prefix="vmsandbox-") as folder:
-        picture = Path(folder, "picture")
-        with picture.open("wb") as file:
+    with TemporaryFile() as picture:  # a kill leaves nothing
+        own = Path(f"/proc/self/fd/{picture.fileno()}")
+        with own.open("wb") as file:
             machine.screenshot(file)
-        if data := picture.read_bytes():
+        if data := picture.read():
             return data
     raise MonitorError(
         "QEMU has written an empty screenshot",
