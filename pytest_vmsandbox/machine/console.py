@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
+import select
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import StringIO
 from typing import IO
 
@@ -23,10 +27,13 @@ class Console:
 
     Args:
         log: a file for the raw bytes, or None. It gets the first 64 MiB, or less if the disk is full.
+        line: what carries the bytes that are typed to the guest; None if nobody can type.
     """
 
-    def __init__(self, log: IO[bytes] | None) -> None:
+    def __init__(self, log: IO[bytes] | None, line: socket.socket | None = None) -> None:
         self._log = log
+        self._line = line
+        self._followers: list[Callable[[bytes], object]] = []
         self._logged = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._head = StringIO()
@@ -55,7 +62,46 @@ class Console:
                 kept = self._tail.getvalue()[-TAIL:]
                 self._tail = StringIO()
                 self._tail.write(kept)
+            for follower in self._followers:
+                follower(data)
             self._grew.notify_all()
+
+    @contextmanager
+    def following(self, follower: Callable[[bytes], object]) -> Iterator[str]:
+        """Pass on the raw bytes that the guest writes from now on, and yield the text before them.
+
+        Args:
+            follower: is called on the thread that reads the console, so it must not wait.
+        """
+        with self._grew:
+            text = self.text
+            self._followers.append(follower)
+        try:
+            yield text
+        finally:
+            with self._grew:
+                self._followers.remove(follower)
+
+    def type(self, data: bytes, timeout: float) -> None:
+        """Type on the serial console.
+
+        Args:
+            timeout: seconds until the guest has taken all of it.
+
+        Raises:
+            TimeoutError: the guest did not take it in time.
+            OSError: nobody can type there.
+        """
+        if self._line is None:
+            raise OSError("this console takes no input")
+        deadline, poller = Deadline(timeout), select.poll()
+        poller.register(self._line, select.POLLOUT)
+        view = memoryview(data)
+        while view:
+            if not poller.poll(deadline.remaining() * 1000):
+                raise TimeoutError(f"the guest took no input on its console for {timeout:g} s")
+            with suppress(BlockingIOError):
+                view = view[self._line.send(view) :]
 
     def begin_boot(self) -> None:
         """Begin another boot of the same machine."""

@@ -119,13 +119,12 @@ class Machine:
             fds, given = starting.descriptors(stack, spec, memory, disks, its_tpm)
             argv = cmdline.argv(spec, fds)
             console_log, monitor_log = starting.log_files(stack, logs, argv)
-            console = Console(console_log)
             with ExitStack() as theirs:
                 our_monitor, our_console, our_helper = (
                     starting.channel(stack, theirs, given, number)
                     for number in (fds.monitor, fds.console, fds.helper)
                 )
-                helper = Port(our_helper)
+                console, helper = Console(console_log, our_console), Port(our_helper)
                 stack.enter_context(loop.reading(our_console, console.feed))
                 stack.enter_context(loop.reading(our_helper, helper.feed))
                 process = stack.enter_context(
