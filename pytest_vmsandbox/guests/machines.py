@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
-from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSandboxError
+from pytest_vmsandbox.core.errors import (
+    BootError,
+    ConfigError,
+    GuestLost,
+    MonitorError,
+    VMSandboxError,
+)
 from pytest_vmsandbox.guests import kernel_faults, resume
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -146,7 +152,8 @@ class Running:
             return self._is_ready(timeout)
         # If we connect before the guest's network is up, we wait for a retransmission. So we look at the
         # console first. If an image does not announce its server there, we just try.
-        announced = self.machine.reaches("ssh", timeout)
+        goes_on = self.machine.spec.start.is_loaded and not self.restarted
+        announced = not goes_on and self.machine.reaches("ssh", timeout)
         if announced and self.helper is not None:
             return True
         try:
@@ -302,6 +309,9 @@ class Machines:
         state: the state that the next machine goes on from. The guest's memory is in `memory`, or
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
+        console: what the guest had written to its console when `state` was saved.
+        tpm: the files of its TPM before it was first switched on here: name → content.
+        is_awaited: whether to wait for its answer after it was switched on.
     """
 
     blueprint: Blueprint
@@ -314,6 +324,9 @@ class Machines:
     memory: IO[bytes] | None = None
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
+    console: str = ""
+    tpm: Mapping[str, bytes] = field(default_factory=dict)
+    is_awaited: bool = True
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -377,12 +390,20 @@ class Machines:
             machine.is_silent = helper.is_silent
             if state is not None:
                 helper.lead = self._lead
-                resume.from_state(machine, helper)
+                self._go_on(machine, helper)
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
             running.stack.callback(running.hang_up)
             return running
+
+    def _go_on(self, machine: Machine, helper: Helper) -> None:
+        """Let a machine go on from its state. Nobody waits for the answer of a guest that did not answer then."""
+        if self.is_awaited:
+            resume.from_state(machine, helper)
+            return
+        with suppress(MonitorError):  # QEMU does not resume some that have panicked
+            machine.resume()
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:
         """The error if this host could not read or write the guest's disks, now or in an earlier machine.
@@ -403,7 +424,37 @@ class Machines:
         It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
         swtpm write.
         """
-        return self._own.enter_context(self.hypervisor.scratch("tpm"))
+        folder = self._own.enter_context(self.hypervisor.scratch("tpm"))
+        for name, content in self.tpm.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    def tpm_files(self) -> dict[str, bytes]:
+        """The files of the guest's TPM as they are now; none without a TPM."""
+        if "_tpm_folder" not in vars(self):
+            return dict(self.tpm)
+        files = (path for path in sorted(self._tpm_folder.iterdir()) if path.suffix != ".lock")
+        return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+    def freeze_disks(self, machine: Machine | None) -> Disks:
+        """The disks as they are now. What the guest writes from now on goes into files on top of them.
+
+        Args:
+            machine: the machine, which is paused; None if the guest is off.
+
+        Raises:
+            MonitorError: QEMU cannot do it.
+        """
+        frozen = self.disks.frozen(self._own)
+        disks = frozen.on_top(self._fresh_overlay)
+        if machine is not None:
+            machine.drives.put_on_top(disks.tops())
+        self.disks = disks
+        return frozen
+
+    def go_on_from(self, state: IO[bytes], lead: float) -> None:
+        """Let the next machine go on from a saved state that has the memory in it."""
+        self.state, self._lead = state, lead
 
     def save(self, running: Running) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.
@@ -428,10 +479,7 @@ class Machines:
             )
         resume.pause(machine, helper)  # the helper has read everything so far
         try:
-            frozen = self.disks.frozen(self._own)
-            disks = frozen.on_top(self._fresh_overlay)
-            machine.drives.put_on_top(disks.tops())
-            self.disks = disks
+            frozen = self.freeze_disks(machine)
             state = self._own.enter_context(
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
@@ -442,7 +490,7 @@ class Machines:
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
-        self.state, self._lead = saved.state, saved.lead
+        self.go_on_from(saved.state, saved.lead)
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)

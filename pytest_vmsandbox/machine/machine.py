@@ -442,7 +442,8 @@ class Machine:
                 among=lambda event: event["data"]["status"] in {"completed", "failed"},
             )
         ):
-            self.check()
+            if command != "migrate" or self.ended() is not None:
+                self.check()  # a guest that has panicked can be saved
             if deadline.expired:
                 self._pace.was_late()
                 raise MonitorError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import LaunchError
-from pytest_vmsandbox.machine import cmdline, host, tpm
+from pytest_vmsandbox.machine import cmdline, host, memory, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
@@ -49,7 +49,7 @@ def start_tpm(
 def descriptors(
     stack: ExitStack,
     spec: MachineSpec,
-    memory: IO[bytes] | None,
+    ram: IO[bytes] | None,
     disks: Disks,
     machine_tpm: Tpm | None,
 ) -> tuple[Descriptors, dict[int, int]]:
@@ -64,14 +64,24 @@ def descriptors(
     def give_image_file(path: Path | None) -> int | None:
         return give(stack.enter_context(image_file(path))) if path is not None else None
 
+    def give_boot_file(path: Path | None) -> int | None:
+        """QEMU opens it again, perhaps as a user who cannot read it."""
+        if path is None:
+            return None
+        file: IO[bytes] = stack.enter_context(image_file(path))
+        is_open_to_all = os.fstat(file.fileno()).st_mode & 0o004
+        if not is_open_to_all and host.guest_identity(spec.accelerator) is not None:
+            file = stack.enter_context(memory.in_memory(file))
+        return give(file)
+
     fds = Descriptors(
-        kernel=give_image_file(spec.kernel),
-        initrd=give_image_file(spec.initrd),
+        kernel=give_boot_file(spec.kernel),
+        initrd=give_boot_file(spec.initrd),
         modules=give_image_file(spec.modules),
         code=give(disks.flash.code) if disks.flash is not None else None,
         variables=give(disks.flash.variables) if disks.flash is not None else None,
         tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
-        memory=give(memory) if memory is not None else None,
+        memory=give(ram) if ram is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
         plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged),

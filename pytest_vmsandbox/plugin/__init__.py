@@ -133,6 +133,8 @@ def pytest_collection_modifyitems(
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(run.config, items)
     result = yield
+    if not items:
+        naming.tell_of_words(run, everything)
     naming.give_full_names([*everything, *items])
     for item in items:
         planning.plan_again(run, item)

@@ -562,6 +562,21 @@ def test_names_of_strangers_play_no_tricks_on_the_terminal(terminal, monkeypatch
     assert not any(theirs in out for theirs in ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "title"))
 
 
+@pytest.mark.parametrize(("terminal", "lines"), [(True, 2), (False, 3)])
+def test_how_far_a_stage_is(terminal, lines, monkeypatch, capsys):
+    """A terminal shows it in the line of the stage."""
+    from pytest_vmsandbox.cli.screen import Screen
+
+    monkeypatch.setattr(Screen, "lively", terminal)
+    with Screen().stages() as stage:
+        for text in ("installing", "installing: 3 packages", "making the disk"):
+            stage(text)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == lines
+    assert "installing: 3 packages" in shown[lines - 2]
+    assert "making the disk" in shown[lines - 1]
+
+
 def test_the_suite_is_shipped():
     suite = Path(cli.__file__).with_name("quickstart_suite")
     assert {"pytest.ini", "test_first_steps.py"} <= {file.name for file in suite.iterdir()}
