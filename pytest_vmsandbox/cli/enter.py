@@ -84,13 +84,14 @@ def enter(
     store = KeptStore(cache_dir())
     kept = choose(store, nodeid, guest)
     _check(kept, console=console, pdb=pdb, shell=not (command or ssh or console or pdb))
+    output = _output_aside() if ssh else -1
     with in_use(store, kept), _running(kept, wait=not console) as running:
         if console:
             with running.engine.use(hold=True) as its:
                 terminal.converse(running.console, lambda: its.machine.ended() is not None)
             status = 0
         elif ssh:
-            status = _offer(running)
+            status = _offer(running, output)
         elif pdb:
             from pytest_vmsandbox.inside.debugging import debug
 
@@ -210,10 +211,23 @@ def _leave(*_: object) -> NoReturn:
     raise _Left
 
 
-def _offer(guest: Guest) -> int:
-    """Print the command line that logs in, and wait until somebody wants us to end.
+def _output_aside() -> int:
+    """Replace standard output by nothing, and return a descriptor of what it was.
 
-    Standard output is closed then, so a shell that reads it goes on.
+    Programs that we start inherit standard output. A shell that reads ours would wait for these.
+    """
+    aside = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return aside
+
+
+def _offer(guest: Guest, output: int) -> int:
+    """Write the command line that logs in, and wait until somebody wants us to end.
+
+    Args:
+        output: a descriptor for that line, which is closed then. So a shell that reads it goes on.
 
     Raises:
         GuestLost: the guest is gone.
@@ -221,11 +235,8 @@ def _offer(guest: Guest) -> int:
     text = guest.ssh_command
     before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        click.echo(text)
-        sys.stdout.flush()
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
+        with os.fdopen(output, "w") as out:
+            out.write(f"{text}\n")
         screen = Screen(stderr=True)
         if screen.lively:
             screen.say(f"{guest.name} runs until you press Ctrl-C", "dim")

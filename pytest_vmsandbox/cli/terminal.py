@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import sys
 import termios
 import tty
 from collections.abc import Callable, Iterator
@@ -20,10 +19,16 @@ _TYPE_SECONDS = 5.0
 _CHUNK = 4096
 
 
-def converse(console: Console, has_ended: Callable[[], bool]) -> None:
+def converse(
+    console: Console, has_ended: Callable[[], bool], *, keys: int = 0, screen: int = 1
+) -> None:
     """Show what a guest has written to its serial console, then pass on what both sides write.
 
-    It ends at Ctrl-], or at the end of standard input.
+    It ends at Ctrl-], or at the end of the input.
+
+    Args:
+        keys: the descriptor that what is typed comes from.
+        screen: the descriptor for what the guest writes.
 
     Raises:
         GuestLost: the guest's QEMU has ended.
@@ -31,7 +36,6 @@ def converse(console: Console, has_ended: Callable[[], bool]) -> None:
     """
     news: SimpleQueue[bytes] = SimpleQueue()
     bell = os.eventfd(0)
-    ours = sys.stdin.fileno()
 
     def hear(data: bytes) -> None:
         news.put(data)
@@ -39,39 +43,41 @@ def converse(console: Console, has_ended: Callable[[], bool]) -> None:
 
     try:
         with console.following(hear) as before:
-            _write(before.encode())
-            with _raw(ours):
-                _pass_on(console, ours, news, bell, has_ended)
+            _write(screen, before.encode())
+            with _raw(keys):
+                for data in _typed(keys, bell, has_ended):
+                    if data:
+                        console.type(data, _TYPE_SECONDS)
+                    while not news.empty():
+                        _write(screen, news.get())
     finally:
         os.close(bell)
 
 
-def _pass_on(
-    console: Console, ours: int, news: SimpleQueue[bytes], bell: int, has_ended: Callable[[], bool]
-) -> None:
+def _typed(keys: int, bell: int, has_ended: Callable[[], bool]) -> Iterator[bytes]:
+    """What is typed, until it ends; nothing when the guest has written something."""
     poller = select.poll()
-    for descriptor in (ours, bell):
+    for descriptor in (keys, bell):
         poller.register(descriptor, select.POLLIN)
     while True:
         ready = dict(poller.poll(_LOOK_MS))
         if bell in ready:
             os.eventfd_read(bell)
-            while not news.empty():
-                _write(news.get())
-        if ours in ready:
-            data, left, _ = os.read(ours, _CHUNK).partition(LEAVE)
+            yield b""
+        if keys in ready:
+            data, left, _ = os.read(keys, _CHUNK).partition(LEAVE)
             if data:
-                console.type(data, _TYPE_SECONDS)
+                yield data
             if left or not data:
                 return
         if not ready and has_ended():
             raise GuestLost("the guest has ended", remedy="enter it again: it is kept as it was")
 
 
-def _write(data: bytes) -> None:
+def _write(screen: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(sys.stdout.fileno(), view) :]
+        view = view[os.write(screen, view) :]
 
 
 @contextmanager

@@ -20,9 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
-from pytest_vmsandbox.cli import enter, terminal
+from pytest_vmsandbox.cli import enter, foreground, terminal
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.guests.kept import KeptStore
 from pytest_vmsandbox.machine.console import Console
 from support import made_kept
 
@@ -71,7 +72,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(enter, "entered", entered)
     monkeypatch.setattr(enter, "attach", attach)
-    monkeypatch.setattr(enter.foreground, "run", run)
+    monkeypatch.setattr(foreground, "run", run)
     return found
 
 
@@ -108,7 +109,7 @@ class TestCommand:
 
     def test_while_it_runs_nobody_removes_the_guest(self, invoke, cache, monkeypatch):
         it = made_kept.add(cache, NODEID)
-        store = enter.KeptStore(cache)
+        store = KeptStore(cache)
         left = []
 
         def attach(*_):
@@ -228,11 +229,17 @@ def test_how_long_ago(seconds, text):
 
 PROGRAM = """
 from pathlib import Path
+import subprocess
 from types import SimpleNamespace
 from pytest_vmsandbox.cli import enter
+output = enter._output_aside()
 loss = None
+child = subprocess.Popen(["sleep", "60"])  # as QEMU, it has our standard output
 guest = SimpleNamespace(name="tiny-1", ssh_command="ssh root@there", engine=SimpleNamespace(loss=loss))
-raise SystemExit(enter._offer(guest))
+try:
+    raise SystemExit(enter._offer(guest, output))
+finally:
+    child.kill()
 """
 
 
@@ -286,18 +293,17 @@ class TestSSH:
 
 class TestConsole:
     @pytest.fixture
-    def played(self, monkeypatch):
+    def played(self):
         """A console, the guest's end of it, our terminal, and what came out of it."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        theirs.settimeout(20)
         console = Console(None, ours)
         console.feed(b"login:\r\n")
         keys, terminal_ = pty.openpty()
         shown, out = os.pipe()
-        monkeypatch.setattr(sys, "stdin", os.fdopen(terminal_, "r", closefd=False))
-        monkeypatch.setattr(sys, "stdout", os.fdopen(out, "w", closefd=False))
         yield SimpleNamespace(
-            console=console, guest=theirs, keys=keys, shown=shown, terminal=terminal_
+            console=console, guest=theirs, keys=keys, shown=shown, out=out, terminal=terminal_
         )
         for it in (ours, theirs):
             it.close()
@@ -307,31 +313,31 @@ class TestConsole:
     def test_both_sides_write(self, played):
         before = termios.tcgetattr(played.terminal)
 
-        def guest():
-            assert played.guest.recv(99) == b"a\x03"
+        def person():
+            assert os.read(played.shown, 99) == b"login:\n"
+            while termios.tcgetattr(played.terminal)[3] & termios.ICANON:
+                pass  # before, the terminal would keep Ctrl-C
+            os.write(played.keys, b"a\x03")
+            heard.append(played.guest.recv(99))
             played.console.feed(b"\x1b[1mback\r\n")
-            while b"back" not in os.read(played.shown, 99):
-                pass
+            heard.append(os.read(played.shown, 99))
             os.write(played.keys, b"b\x1dc")
 
-        def person():
-            os.read(played.shown, 99)
-            os.write(played.keys, b"a\x03")  # Ctrl-C is the guest's, too
-            guest()
-
-        thread = threading.Thread(target=person)
+        heard: list[bytes] = []
+        thread = threading.Thread(target=person, daemon=True)
         thread.start()
-        terminal.converse(played.console, lambda: False)
+        terminal.converse(played.console, lambda: False, keys=played.terminal, screen=played.out)
         thread.join(20)
-        assert played.guest.recv(99) == b"b"
+        assert [*heard, played.guest.recv(99)] == [b"a\x03", b"\x1b[1mback\r\n", b"b"]
         assert termios.tcgetattr(played.terminal) == before
 
     def test_it_ends_with_the_guest(self, played):
         with pytest.raises(GuestLost, match="has ended"):
-            terminal.converse(played.console, lambda: True)
+            terminal.converse(played.console, lambda: True, keys=played.terminal, screen=played.out)
 
-    def test_it_ends_with_its_input(self, played, monkeypatch):
-        with Path(os.devnull).open(encoding="utf-8") as nothing:
-            monkeypatch.setattr(sys, "stdin", nothing)
-            terminal.converse(played.console, lambda: False)
+    def test_it_ends_with_its_input(self, played):
+        with Path(os.devnull).open("rb") as nothing:
+            terminal.converse(
+                played.console, lambda: False, keys=nothing.fileno(), screen=played.out
+            )
         assert os.read(played.shown, 99) == b"login:\n"
