@@ -22,7 +22,7 @@ from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 4  # of templates; raise it when we change what we do to a guest before we save it
+FORMAT = 5  # of templates; raise it when we change what we do to a guest before we save it, or keep of it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -468,10 +468,10 @@ class Engine:
         """Whether the guest has a helper that answers now."""
         return self._on().helper is not None
 
-    def save_devices(self, state: IO[bytes]) -> None:
+    def save_devices(self, state: IO[bytes]) -> str:
         """Write the state of the devices to an open file, and end the guest. Its memory is a file.
 
-        Connections to the guest are closed before.
+        Connections to the guest are closed before. Returns what it had written to its console.
 
         Raises:
             MonitorError: QEMU cannot do it.
@@ -482,6 +482,7 @@ class Engine:
             running.machine.save(state, with_memory=False)
             running.machine.check_disks()
             running.machine.end(0)
+            return running.machine.console.saved
 
 
 @contextmanager

@@ -5,20 +5,14 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
-from pytest_vmsandbox.core.errors import (
-    BootError,
-    ConfigError,
-    GuestLost,
-    MonitorError,
-    VMSandboxError,
-)
+from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.guests import kernel_faults, resume
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -26,6 +20,7 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -44,6 +39,7 @@ _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostna
 _SILENT_SECONDS = (
     10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
 )
+_PANICKED = "guest-panicked"  # QEMU's status
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
@@ -289,12 +285,14 @@ class Saved:
         disks: the disks. Nobody writes to their files any more.
         lead: the seconds by which a test had set its clock ahead of this host's.
         held: whether it must not be paused.
+        console: what it had written to its console.
     """
 
     state: IO[bytes]
     disks: Disks
     lead: float
     held: bool
+    console: str
 
 
 @dataclass(eq=False)
@@ -310,7 +308,9 @@ class Machines:
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
         console: what the guest had written to its console when `state` was saved.
+        captures: whether its network is captured, into the folder for its logs.
         tpm: the files of its TPM before it was first switched on here: name → content.
+        has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
     """
 
@@ -325,7 +325,9 @@ class Machines:
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
     console: str = ""
+    captures: bool = False
     tpm: Mapping[str, bytes] = field(default_factory=dict)
+    has_helper: bool = True
     is_awaited: bool = True
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
@@ -362,6 +364,7 @@ class Machines:
         self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
     ) -> Running:
         state, self.state = self.state, None
+        before, self.console = self.console, ""
         spec = self.blueprint.machine(self.name, self.key.public, start)
         with ExitStack() as stack:
             machine = stack.enter_context(
@@ -373,8 +376,12 @@ class Machines:
                     memory=memory,
                     state=state,
                     tpm_folder=self._tpm_folder if spec.tpm else None,
+                    before=before,
                 )
             )
+            if self.captures and self.logs is not None:
+                loop = self.hypervisor.loop
+                stack.enter_context(capture.capturing(machine, loop, self.logs))
 
             def check_all() -> None:
                 machine.check()
@@ -398,11 +405,10 @@ class Machines:
             return running
 
     def _go_on(self, machine: Machine, helper: Helper) -> None:
-        """Let a machine go on from its state. Nobody waits for the answer of a guest that did not answer then."""
-        if self.is_awaited:
+        """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
+        if self.has_helper:
             resume.from_state(machine, helper)
-            return
-        with suppress(MonitorError):  # QEMU does not resume some that have panicked
+        elif machine.execute("query-status")["status"] != _PANICKED:
             machine.resume()
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:
@@ -484,13 +490,17 @@ class Machines:
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
             machine.save(state, with_memory=True)
+            console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state=state, disks=frozen, lead=helper.lead, held=running.held)
+        return Saved(
+            state=state, disks=frozen, lead=helper.lead, held=running.held, console=console
+        )
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
         self.go_on_from(saved.state, saved.lead)
+        self.console = saved.console
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)

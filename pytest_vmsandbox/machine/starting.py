@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import cmdline, host, memory, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -18,21 +19,32 @@ from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text
 from pytest_vmsandbox.machine.tpm import Tpm
 
 _END_SECONDS = 5.0
+_SAVED_HERE = "[vmsandbox: the guest was saved here, and went on from here for the test]"
 
 
-def log_files(
-    stack: ExitStack, folder: Path | None, argv: list[str]
-) -> tuple[IO[bytes] | None, IO[str] | None]:
-    """The log files of a machine: for its console, and for its monitor."""
+def logged(
+    stack: ExitStack, folder: Path | None, argv: list[str], before: str
+) -> tuple[Console, IO[str] | None]:
+    """A machine's console with its log file, and the log file for its monitor. Only this user can read them.
+
+    Args:
+        before: what the guest had written to its console before it was saved. The log begins with it.
+    """
     if folder is None:
-        return None, None
+        return Console(None, before), None
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
-    (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
+    with open(folder / "qemu.argv", "wb", opener=host.private) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
     # Unbuffered: on a full disk, closing a buffered file would fail again.
-    console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
-    return console, stack.enter_context(
-        (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
+    log: IO[bytes] = stack.enter_context(
+        open(folder / "console.log", "ab", buffering=0, opener=host.private)  # noqa: SIM115
+    )
+    if before and not log.tell():  # otherwise an earlier machine of this guest has written it
+        with suppress(OSError):  # a full disk: the text is still there
+            log.write(f"{before.rstrip()}\n{_SAVED_HERE}\n".encode("utf-8", "replace"))
+    return Console(log, before), stack.enter_context(
+        open(folder / "qmp.log", "a", buffering=1, encoding="utf-8", opener=host.private)
     )
 
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.catalogue import variants
-from pytest_vmsandbox.core.architecture import by_any_name, debian_name
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import plan as plans
 from pytest_vmsandbox.plugin.run import Run
@@ -109,6 +107,10 @@ def tell_of_words(run: Run, items: Sequence[pytest.Item]) -> None:
 
 def _meant(run: Run, word: str) -> list[str]:
     """The images that a word may mean."""
+    # Suites without guests do not need these.
+    from pytest_vmsandbox.catalogue import variants
+    from pytest_vmsandbox.core.architecture import by_any_name, debian_name
+
     catalogue = run.catalogue
     names = catalogue.names()
     by_spelling = {name.lower(): name for name in [*names, *catalogue.spellings]}

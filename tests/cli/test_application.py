@@ -437,16 +437,21 @@ def test_doctor_works_although_a_definition_is_wrong(cakes, tmp_path):
 
 def test_doctor_knows_images_for_other_architectures(tmp_path):
     folder, cache = tmp_path / "images", tmp_path / "cache"
-    images.define(folder / "deb-1", images.toml(architecture="s390x"))
-    images.keep(cache, Catalogue([folder]).get("deb-1"))
+    for name, architecture in {"deb-1": "s390x", "deb-2": "riscv64"}.items():
+        images.define(folder / name, images.toml(architecture=architecture))
+        images.keep(cache, Catalogue([folder]).get(name))
+    (tmp_path / "apt-get").symlink_to("/bin/true")
     options = ("doctor", "--json", "--image-path", str(folder))
     done = start(*options, path=tmp_path, VMSANDBOX_CACHE=str(cache))
     found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     check = found["other architectures"]
     assert (check["status"], check["found"]) == (
-        *("warning", "none can be emulated; deb-1 built; no emulator for deb-1"),
+        *("warning", "none can be emulated; deb-1, deb-2 built; no emulator for deb-1, deb-2"),
     )
-    assert "qemu-system" in check["remedy"]
+    command, _, packages = check["remedy"].partition(" install ")
+    assert command.endswith("apt-get")
+    assert {"opensbi", "qemu-system-data", "qemu-system-misc"} <= {*packages.split()}
+    assert ";" not in packages
 
 
 def test_doctor_for_people(invoke):

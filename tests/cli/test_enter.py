@@ -298,7 +298,8 @@ class TestConsole:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         theirs.settimeout(20)
-        console = Console(None, ours)
+        console = Console(None)
+        console.line = ours
         console.feed(b"login:\r\n")
         keys, terminal_ = pty.openpty()
         shown, out = os.pipe()

@@ -19,6 +19,12 @@ def told(*chunks):
     return console
 
 
+def typing(line):
+    console = Console(None)
+    console.line = line
+    return console
+
+
 @pytest.mark.parametrize(
     ("raw", "text"),
     [
@@ -176,7 +182,7 @@ class TestPeople:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.setblocking(False)
-            Console(None, ours).type(b"ls\r", 5)
+            typing(ours).type(b"ls\r", 5)
             assert theirs.recv(9) == b"ls\r"
 
     def test_one_types_and_nobody_reads(self):
@@ -184,8 +190,49 @@ class TestPeople:
         with ours, theirs:
             ours.setblocking(False)
             with pytest.raises(TimeoutError, match="took no input"):
-                Console(None, ours).type(bytes(1 << 20), 0.01)
+                typing(ours).type(bytes(1 << 20), 0.01)
 
     def test_one_types_where_nobody_can(self):
         with pytest.raises(OSError, match="takes no input"):
             Console(None).type(b"x", 1)
+
+
+class TestBefore:
+    """A guest that goes on from a saved state: what was on its console before."""
+
+    BOOT = (
+        "Linux version 6\r\n\x1b[31mvmsandbox: ssh\n---[ end Kernel panic - not syncing: no ]---\n"
+    )
+
+    @pytest.fixture
+    def clone(self):
+        return Console(None, self.BOOT)
+
+    def test_is_part_of_the_text(self, clone):
+        clone.feed(b"mine\n")
+        assert clone.text.startswith("Linux version 6\nvmsandbox: ssh\n")
+        assert clone.text.endswith("mine\n")
+        assert clone.tail(1) == "mine"
+
+    def test_is_not_waited_for(self, clone):
+        with pytest.raises(TimeoutError):
+            clone.wait_for("vmsandbox: ssh", timeout=0)
+        clone.feed(b"again vmsandbox: ssh\n")
+        assert clone.wait_for("^.*vmsandbox: ssh", timeout=0)[0] == "again vmsandbox: ssh"
+
+    def test_does_not_look_like_something_that_happens_now(self, clone):
+        assert not clone.ends_with("Kernel panic")
+        assert (clone.own, clone.this_boot, clone.size) == ("", "", 0)
+
+    def test_is_kept_with_the_next_state(self, clone):
+        clone.feed(b"a step\n")
+        assert Console(None, clone.saved).text == clone.text
+
+    def test_is_bounded_when_it_is_kept(self, clone, monkeypatch):
+        monkeypatch.setattr(console_module, "_BEFORE", 100)
+        clone.feed(b"x" * 1000 + b"the end\n")
+        kept = Console(None, clone.saved)
+        assert kept.text.startswith("Linux version 6")
+        assert "characters left out]" in kept.text
+        assert kept.text.endswith("the end\n")
+        assert len(kept.text) < 160
