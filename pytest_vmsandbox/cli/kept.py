@@ -131,7 +131,7 @@ def secrets_of(it: KeptGuest) -> Iterator[str]:
     has = "the memory and the disks" if it.has_memory else "the disks"
     yield f"It has {has} of {it.guest}, and the SSH key that opens it"
     if names := it.moment.environment:
-        yield f"vm_env gave the guest {', '.join(names)}: whoever has the file can find their values"
+        yield f"vm_env gave the guest {', '.join(names)}: their values can be found in the file"
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def _there(path: Path) -> ConfigError:
 
 @kept.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--trust", is_flag=True, help="You trust whoever made FILE, as you trust a program.")
+@click.option("--trust", is_flag=True, help="You trust FILE and its maker, as you trust a program.")
 def import_(*, file: Path, trust: bool) -> None:
     """Take a kept guest from a FILE that 'kept export' has written.
 
@@ -186,7 +186,7 @@ def import_(*, file: Path, trust: bool) -> None:
         raise ConfigError(
             f"{file} is not imported: QEMU would read the state in it, and a state that was made for it "
             "can attack this machine",
-            remedy=f"if you trust whoever made it: vmsandbox kept import {shlex.quote(str(file))} --trust",
+            remedy=f"if you trust its maker: vmsandbox kept import {shlex.quote(str(file))} --trust",
         )
     store = KeptStore(cache_dir())
     screen = Screen()
