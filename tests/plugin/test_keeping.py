@@ -466,21 +466,38 @@ class TestWhatIsSaid:
             from pytest_vmsandbox.core.errors import CacheError
             from pytest_vmsandbox.plugin import RUN
 
+            def fail(pytestconfig, error):
+                pytestconfig.stash[RUN].keeping.keeper.fails = error
+                assert False
             def test_a(vm, pytestconfig):
-                keeper = pytestconfig.stash[RUN].keeping.keeper
-                keeper.fails = CacheError("alpha-1-1 could not be kept", details="the disk\\nis full")
-                assert False
-            def test_b(vm, pytestconfig):
-                pytestconfig.stash[RUN].keeping.keeper.fails = KeyError("x")
-                assert False
+                fail(pytestconfig, CacheError("alpha-1-1 could not be kept", details="disk\\nfull"))
+            def test_b(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_c(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_d(vm, pytestconfig):
+                run = pytestconfig.stash[RUN].keeping._removed.append("the kept guest x was removed")
         """
-        kept(source, failed=2)
-        suite.result.stdout.fnmatch_lines(
-            [
-                "*- vmsandbox -*",
-                "alpha-1-1 could not be kept: the disk",
-                "vmsandbox: alpha-1-1 could not be kept: the disk (test_suite.py::test_a?alpha-1?)",
-                "vmsandbox: alpha-1-2 could not be kept: KeyError('x') (test_suite.py::test_b?alpha-1?)",
-            ]
-        )
+        kept(source, failed=3, passed=1)
+        shown = suite.result.outlines
+        assert "alpha-1-1 could not be kept: disk" in shown
+        assert "alpha-1-2 could not be kept: KeyError('x')" in shown
+        assert [line for line in shown if line.startswith("vmsandbox: the ")] == [
+            "vmsandbox: the guest of test_suite.py::test_a[alpha-1] could not be kept: disk",
+            "vmsandbox: the guest of test_suite.py::test_b[alpha-1] and 1 more could not be kept: KeyError('x')",
+            "vmsandbox: the kept guest x was removed",
+        ]
         assert "kept guests" not in suite.result.stdout.str()
+
+    def test_guests_that_are_removed_for_lack_of_room_take_one_line(self, kept, suite):
+        source = """
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(pytestconfig):
+                removed = pytestconfig.stash[RUN].keeping._removed
+                removed += ["the first was removed", "the second was removed"]
+        """
+        kept(source, "-ovm_keep_size=1MiB", passed=1)
+        (line,) = [line for line in suite.result.outlines if "was removed" in line]
+        assert line.startswith(
+            "vmsandbox: 2 kept guests were removed, the oldest first, because vm_"
+        )
+        assert line.endswith("is 1MiB. The last one: the second was removed")
