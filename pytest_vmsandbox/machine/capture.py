@@ -118,7 +118,8 @@ def screen(machine: Machine) -> bytes:
         MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
     """
     with TemporaryFile() as picture:  # a kill leaves nothing
-        with Path(f"/proc/self/fd/{picture.fileno()}").open("wb") as file:  # only for writing
+        own = Path(f"/proc/self/fd/{picture.fileno()}")
+        with own.open("wb") as file:
             machine.screenshot(file)
         if data := picture.read():
             return data
