@@ -158,6 +158,9 @@ bootstrap() {
     cat "$TMPDIR/log" >&2
     grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
         fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
+    crash=$(grep -m1 -e '^qemu: ' "$TMPDIR/log") || crash=''
+    [ -z "${VMSANDBOX_BINFMT-}" ] || [ -z "$crash" ] ||
+        fail "the emulator for single programs failed ($crash): install another version of it, or set VMSANDBOX_NO_BINFMT=1, so that a guest runs the programs of the image"
     errors=$(awk '/^E: / && !seen[$0]++ && ++n <= 10' "$TMPDIR/log")
     fail "mmdebstrap could not build $suite: ${errors:-see above}"
 }
