@@ -6,14 +6,15 @@ What is done in it is gone afterwards. The kept guest stays as it was.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pytest_vmsandbox.catalogue.store import BuiltImage, image_in
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
-from pytest_vmsandbox.core.errors import CacheError, ConfigError, LaunchError
+from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.guests import kept as names
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
@@ -40,7 +41,8 @@ def entered(
     were kept is booted.
 
     Args:
-        wait: whether to wait until it answers. Nobody waits for one that did not answer when it was kept.
+        wait: whether to wait for SSH, or for the boot of one that is off. Nobody waits for one that did not
+            answer when it was kept.
 
     Raises:
         ConfigError: its state cannot be loaded here: QEMU or the CPU is another one, or it is gone.
@@ -52,42 +54,59 @@ def entered(
     with ExitStack() as stack:
         try:
             stack.enter_context(KeptStore.hold(kept.folder))
-            built = image_in(kept.folder / names.IMAGE)
-            key = KeyPair.of(kept.private_key)
-            blueprint = _blueprint(backend, kept, built)
-            disks = stack.enter_context(_disks(blueprint, kept, backend.cache))
-            state = _state(kept, stack)
+            machines = _machines(backend, kept, stack)
         except FileNotFoundError as error:
             if not kept.folder.exists():
                 raise _gone(kept) from error
             raise _damaged(kept, str(error)) from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise _damaged(kept, str(error)) from error
-        setup = None
-        if way := kept.record["helper"]:
-            setup = HelperSetup.of(blueprint, backend.cache, way)
-        machines = Machines(
-            blueprint,
-            backend.hypervisor,
-            name=kept.guest,
-            key=key,
-            disks=disks,
-            logs=backend.callbacks.logs(kept.guest),
-            setup=setup,
-            console=kept.console if state is not None else "",
-            tpm=_tpm(kept),
-            is_awaited=wait and (kept.answers or state is None),
-        )
-        if state is not None:
-            machines.go_on_from(state, kept.record["lead"])
-        engine = backend.engine(machines)
+        machines.is_awaited = wait and (kept.answers or not kept.has_memory)
         try:
-            stack.enter_context(engine)
+            engine = stack.enter_context(backend.engine(machines))
         except LaunchError as error:
-            if state is not None and (damage := kept.damage()):
+            if kept.has_memory and (damage := kept.damage()):
                 raise _damaged(kept, damage) from error
             raise
-        yield Guest(engine)
+        guest = Guest(engine)
+        if wait and kept.answers and not machines.has_helper:
+            _set_clock(guest, kept.record["lead"])
+        yield guest
+
+
+def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
+    """What starts the guest. `stack` closes its files.
+
+    Raises:
+        ConfigError: its state cannot be loaded here.
+        OSError, ValueError, TypeError, KeyError: it is damaged.
+    """
+    blueprint = _blueprint(backend, kept, image_in(kept.folder / names.IMAGE))
+    setup = None
+    if way := kept.record["helper"]:
+        setup = HelperSetup.of(blueprint, backend.cache, way)
+    machines = Machines(
+        blueprint,
+        backend.hypervisor,
+        name=kept.guest,
+        key=KeyPair.of(kept.private_key),
+        disks=stack.enter_context(_disks(blueprint, kept, backend.cache)),
+        logs=backend.callbacks.logs(kept.guest),
+        setup=setup,
+        console=kept.console if kept.has_memory else "",
+        tpm=_tpm(kept),
+        has_helper=kept.record["has_helper"],
+    )
+    if kept.has_memory:
+        state = stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
+        machines.go_on_from(state, kept.record["lead"])
+    return machines
+
+
+def _set_clock(guest: Guest, lead: float) -> None:
+    """Set the clock of a guest without a helper, if its system has such a command."""
+    with suppress(VMSandboxError):
+        guest.run(["date", "-s", f"@{wall() + lead:.0f}"], user="root", check=False)
 
 
 def _gone(kept: KeptGuest) -> ConfigError:
@@ -225,12 +244,6 @@ def _plugged(record: dict[str, Any], folder: Path, cache: Path, stack: ExitStack
         base=None if base is None else stack.enter_context((folder / base).open("rb")),
         layers=tuple(layers),
     )
-
-
-def _state(kept: KeptGuest, stack: ExitStack) -> IO[bytes] | None:
-    if not kept.has_memory:
-        return None
-    return stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
 
 
 def _tpm(kept: KeptGuest) -> dict[str, bytes]:

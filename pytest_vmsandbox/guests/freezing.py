@@ -24,7 +24,8 @@ class Frozen:
     Attributes:
         disks: its disks. Nobody writes to their files any more, and only the caller closes them.
         has_memory: whether the file has its state and memory.
-        answers: whether it answered, or can be asked by SSH.
+        has_helper: whether its helper answered.
+        answers: whether programs can be started in it: by its helper, or by SSH if it never had one.
         lead: the seconds by which a test had set its clock ahead of this host's.
         console: what it had written to its console.
         variables: of its UEFI firmware; empty without it.
@@ -34,6 +35,7 @@ class Frozen:
 
     disks: Disks
     has_memory: bool
+    has_helper: bool
     answers: bool
     lead: float
     console: str
@@ -63,16 +65,15 @@ def freeze(machines: Machines, running: Running | None, state: Path, stack: Exit
             if running.machine.ended() is None:
                 raise
             state.unlink(missing_ok=True)  # it was incomplete when QEMU ended
-    console = "" if running is None else running.machine.console.text
+    console = "" if running is None else running.machine.console.saved
     return _frozen(machines, None, stack, console=console)
 
 
 def _freeze_running(machines: Machines, running: Running, state: Path, stack: ExitStack) -> Frozen:
     machine = running.machine
     was_running = machine.execute("query-status")["status"] == "running"
-    answers = running.resting
-    if was_running:
-        answers = _paused(running)
+    # A guest that rests is paused, and has answered before.
+    has_helper = _paused(running) if was_running else running.resting and running.helper is not None
     try:
         has_memory = not machines.blueprint.unsaved
         frozen = _frozen(
@@ -80,16 +81,18 @@ def _freeze_running(machines: Machines, running: Running, state: Path, stack: Ex
             machine,
             stack,
             has_memory=has_memory,
-            answers=answers or (was_running and _is_without_helper(running)),
+            has_helper=has_helper,
+            answers=has_helper
+            or ((was_running or running.resting) and _is_without_helper(running)),
             lead=running.resident.lead,
-            console=machine.console.text,
+            console=machine.console.saved,
         )
         if has_memory:
             with state.open("xb", buffering=0) as file:
                 machine.save(file, with_memory=True)
     finally:
         if was_running:
-            _resume(running, answers=answers)
+            _resume(running, has_helper=has_helper)
     return frozen
 
 
@@ -113,9 +116,9 @@ def _is_without_helper(running: Running) -> bool:
     return running.helper is None and running.blueprint.has_way_in
 
 
-def _resume(running: Running, *, answers: bool) -> None:
+def _resume(running: Running, *, has_helper: bool) -> None:
     helper = running.helper
-    if answers and helper is not None:
+    if has_helper and helper is not None:
         resume.from_pause(running.machine, helper)
     else:
         running.machine.resume()
@@ -127,6 +130,7 @@ def _frozen(
     stack: ExitStack,
     *,
     has_memory: bool = False,
+    has_helper: bool = False,
     answers: bool = False,
     lead: float = 0.0,
     console: str = "",
@@ -143,6 +147,7 @@ def _frozen(
     return Frozen(
         disks=machines.freeze_disks(machine).frozen(stack),  # the guest may close its own sooner
         has_memory=has_memory,
+        has_helper=has_helper,
         answers=answers,
         lead=lead,
         console=console,

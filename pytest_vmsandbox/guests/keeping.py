@@ -161,10 +161,8 @@ class Keeper:
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             with ExitStack() as stack:
-                try:
-                    frozen = self._frozen(job.guest.engine, folder / names.STATE, stack)
-                finally:
-                    job.goes_on.set()
+                frozen = self._frozen(job.guest.engine, folder / names.STATE, stack)
+                job.goes_on.set()
                 return _written(folder, job.guest.engine.machines, frozen, job.moment)
 
         try:
@@ -231,6 +229,7 @@ def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -
         "saved_at": wall(),
         "version": version("pytest-vmsandbox"),
         "has_memory": frozen.has_memory,
+        "has_helper": frozen.has_helper,
         "answers": frozen.answers,
         "lead": frozen.lead,
         "qemu": blueprint.qemu.build,

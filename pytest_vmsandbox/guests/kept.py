@@ -188,9 +188,11 @@ class KeptStore(Store[KeptGuest]):
             tell: gets a line for each that is removed.
         """
         there = sorted(self.all(), key=lambda kept: kept.saved_at)
-        while there and (total := _own_bytes(kept.folder for kept in there)) > size:
-            oldest = there.pop(0)
+        for oldest in list(there):
+            if (total := _own_bytes(kept.folder for kept in there)) <= size:
+                return
             if self.discard([oldest.folder]).removed:
+                there.remove(oldest)
                 tell(
                     f"the kept guest {oldest.guest} of {oldest.moment.nodeid} was removed: kept guests took "
                     f"{format_size(total)}, and vm_keep_size is {format_size(size)}"

@@ -5,20 +5,14 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
-from pytest_vmsandbox.core.errors import (
-    BootError,
-    ConfigError,
-    GuestLost,
-    MonitorError,
-    VMSandboxError,
-)
+from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.guests import kernel_faults, resume
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -45,6 +39,7 @@ _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostna
 _SILENT_SECONDS = (
     10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
 )
+_PANICKED = "guest-panicked"  # QEMU's status
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
@@ -315,6 +310,7 @@ class Machines:
         console: what the guest had written to its console when `state` was saved.
         captures: whether its network is captured, into the folder for its logs.
         tpm: the files of its TPM before it was first switched on here: name → content.
+        has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
     """
 
@@ -331,6 +327,7 @@ class Machines:
     console: str = ""
     captures: bool = False
     tpm: Mapping[str, bytes] = field(default_factory=dict)
+    has_helper: bool = True
     is_awaited: bool = True
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
@@ -408,11 +405,10 @@ class Machines:
             return running
 
     def _go_on(self, machine: Machine, helper: Helper) -> None:
-        """Let a machine go on from its state. Nobody waits for the answer of a guest that did not answer then."""
-        if self.is_awaited:
+        """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
+        if self.has_helper:
             resume.from_state(machine, helper)
-            return
-        with suppress(MonitorError):  # QEMU does not resume some that have panicked
+        elif machine.execute("query-status")["status"] != _PANICKED:
             machine.resume()
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:

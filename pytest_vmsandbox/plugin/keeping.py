@@ -61,6 +61,7 @@ class _Test:
 
     Attributes:
         phase: setup, call or teardown.
+        raised: by the test's function.
         kept: the guests of this attempt, by name.
         before: the keys of earlier attempts.
         over: the guests that had ended before this attempt.
@@ -70,6 +71,7 @@ class _Test:
     """
 
     phase: str = "setup"
+    raised: BaseException | None = None
     kept: dict[str, _Kept] = field(default_factory=dict)
     before: frozenset[str] = frozenset()
     over: frozenset[str] = frozenset()
@@ -191,10 +193,15 @@ class Keeping:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Note the phase."""
-        self._test(item).phase = "call"
-        with self._hearing_unittest(item):
-            return (yield)
+        """Note the phase, and what is raised: a plugin may repeat the test and report another exception."""
+        test = self._test(item)
+        test.phase = "call"
+        try:
+            with self._hearing_unittest(item):
+                return (yield)
+        except BaseException as error:
+            test.raised = error
+            raise
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -282,6 +289,8 @@ class Keeping:
         """
         if not self.is_on:
             return
+        if phase == "call" and is_certain and isinstance(error, BaseException):
+            error = self._test(item).raised or error
         guests, names = self._guests(), self._names(item)
         if of_others and not any(guests[name] for name in names):
             names = [name for name, guest in guests.items() if guest is not None]
