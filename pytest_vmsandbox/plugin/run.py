@@ -101,6 +101,7 @@ class Run:
     def close(self) -> None:
         """End all remaining guests."""
         try:
+            self.keeping.close()  # there may be no end of a session, as after an error of pytest's
             self._stack.close()
         finally:
             if "artifacts" in self.__dict__:
@@ -409,6 +410,7 @@ class Run:
         except Exception as error:
             if self.item is not None:
                 self.keeping.ending(self.item, guest, error)
+                self._gather(self.item, guest)
             known.guest = None
             raise
 
