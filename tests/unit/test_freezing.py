@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -74,11 +75,11 @@ def frozen(tmp_path):
         blueprint = SimpleNamespace(
             unsaved=unsaved, has_way_in=way_in, stretch=lambda seconds: seconds * 10
         )
-        running = SimpleNamespace(
+        running: Any = SimpleNamespace(
             machine=machine, helper=helper, resident=helper or Helper(), resting=resting,
             blueprint=blueprint,
         )  # fmt: skip
-        machines = SimpleNamespace(
+        machines: Any = SimpleNamespace(
             blueprint=SimpleNamespace(
                 unsaved=unsaved, machine=lambda *_: SimpleNamespace(more_args=("off",))
             ),
