@@ -313,7 +313,9 @@ class TestConsole:
         heard: list[bytes] = []
         thread = threading.Thread(target=person, daemon=True)
         thread.start()
-        terminal.converse(played.console, lambda: False, keys=played.terminal, screen=played.out)
+        terminal.converse(
+            played.console, lambda: not thread.is_alive(), keys=played.terminal, screen=played.out
+        )
         thread.join(20)
         assert [*heard, played.guest.recv(99)] == [b"a\x03", b"\x1b[1mback\r\n", b"b"]
         assert termios.tcgetattr(played.terminal) == before
