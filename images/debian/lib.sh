@@ -123,7 +123,7 @@ are_updates() {
 
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
-    suite=$1 variant=$2 packages=$3 what=$STAGE
+    suite=$1 variant=$2 packages=$3 what="${STAGE:-installing Debian ($1)}"
     shift 3
     mkdir -p "$ROOT.releases"
     set -- --extract-hook="cp \"\$1\"/var/lib/apt/lists/*Release '$ROOT.releases/'" "$@"
@@ -161,8 +161,7 @@ bootstrap() {
     crash=$(grep -m1 -e '^qemu: ' "$TMPDIR/log") || crash=''
     [ -z "${VMSANDBOX_BINFMT-}" ] || [ -z "$crash" ] ||
         fail "the emulator for single programs failed ($crash): install another version of it, or set VMSANDBOX_NO_BINFMT=1, so that a guest runs the programs of the image"
-    errors=$(awk '/^E: / && !seen[$0]++ && ++n <= 10' "$TMPDIR/log")
-    fail "mmdebstrap could not build $suite: ${errors:-see above}"
+    fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
 }
 
 # watched PROGRAM…: run it with its output in $TMPDIR/log, and tell people each half minute how far the packages of $ROOT are.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.backend import Backend
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.keeping import Keeper
+    from pytest_vmsandbox.guests.kept import Moment
 
 _LONGEST_ERROR = 200  # characters
 ENTER = "vm_enter"  # the property, in junit's file, with the command that enters a kept guest
@@ -96,6 +97,11 @@ class Line:
     failed: bool
     size: int = 0
 
+    @classmethod
+    def of(cls, moment: Moment, guest: str) -> Line:
+        """A guest that was kept at a moment."""
+        return cls(moment.nodeid, guest, moment.phase, moment.outcome == "failed")
+
 
 class Keeping:
     """Keeps guests of tests. It is registered as a plugin if the run keeps any.
@@ -155,11 +161,13 @@ class Keeping:
         if "keeper" not in self.__dict__:
             return
         keeper = self.__dict__.pop("keeper")
-        for outcome in keeper.close():
-            line = self.lines.pop(outcome.key, None)
+        for outcome in keeper.close():  # also one whose test was interrupted meanwhile
+            moment = outcome.moment
+            self.lines.pop(outcome.key, None)
             if outcome.error is not None:
-                self._problems[_why(outcome.error, outcome.guest)].append(outcome.moment.nodeid)
-            elif line is not None and outcome.kept is not None:  # else there was no room
+                self._problems[_why(outcome.error, outcome.guest)].append(moment.nodeid)
+            elif outcome.kept is not None:  # else there was no room
+                line = Line.of(moment, outcome.guest)
                 self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
         for why, nodeids in self._problems.items():
             more = f" and {len(nodeids) - 1} more" if len(nodeids) > 1 else ""
@@ -337,14 +345,13 @@ class Keeping:
     ) -> None:
         from pytest_vmsandbox.guests.kept import Moment
 
-        failed = occasion.error is not None
         try:
             moment = Moment(
                 nodeid=item.nodeid,
                 rootdir=str(self._config.rootpath),
                 number=number,
                 phase=occasion.phase,
-                outcome="failed" if failed else "passed",
+                outcome="passed" if occasion.error is None else "failed",
                 error=_in_one_line(occasion.error),
                 **occasion.about,
             )
@@ -357,7 +364,7 @@ class Keeping:
         else:
             test.problems.pop(guest.name, None)
             test.kept[guest.name] = _Kept(key, occasion)
-            self.lines[key] = Line(item.nodeid, guest.name, occasion.phase, failed)
+            self.lines[key] = Line.of(moment, guest.name)
 
     # -- what people see --------------------------------------------------------------------------------
 

@@ -381,19 +381,20 @@ class TestInterrupts:
             "keep alpha-1-1 1 call AssertionError: assert False"
         ]
 
-    def test_while_a_guest_is_saved(self, suite):
+    def test_a_guest_that_was_being_saved_is_shown(self, suite):
+        """It was saved in a thread."""
         suite.write("""
             from pytest_vmsandbox.plugin import RUN
 
             def test_a(vm, pytestconfig):
-                def keep(guest, moment): raise KeyboardInterrupt
-                pytestconfig.stash[RUN].keeping.keeper.keep = keep
+                pytestconfig.stash[RUN].keeping.keeper.interrupted = True
                 assert False
         """)
         result = suite.run_apart("--vm-keep=failed")
         assert result.ret == pytest.ExitCode.INTERRUPTED
-        assert suite.guests == ["boot alpha-1-1", "end alpha-1-1"]
-        assert "vmsandbox enter" not in result.stdout.str()
+        assert suite.guests[2:] == ["end alpha-1-1"]
+        shown = [line for line in result.outlines if line.startswith("failed in call")]
+        assert shown == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
 
 
 class TestWhatIsSaid:
