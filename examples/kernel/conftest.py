@@ -22,11 +22,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture
 def kunit(vm) -> dict[str, ktap.Case]:
-    """The suites that the kernel ran when it booted, by name. If its log is not complete, this is an error.
-
-    The console of a clone begins where its template was saved. So the guest boots once more.
-    """
+    """The suites that the kernel ran when it booted, by name. If its log is not complete, this is an error."""
     if vm.name not in _results:
-        vm.reboot()
         _results[vm.name] = {suite.name: suite for suite in ktap.parse(vm.console.text)}
     return _results[vm.name]

@@ -6,7 +6,7 @@
 
 LIB=$PWD/../debian    # recipes start in their own folder
 
-stage() { printf '== %s\n' "$*"; }
+stage() { STAGE=$*; printf '== %s\n' "$STAGE"; }
 fail() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
 # Run the recipe again inside; returns only there.  $1: MiB of memory from which the tree is kept in memory.
@@ -123,7 +123,7 @@ are_updates() {
 
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
-    suite=$1 variant=$2 packages=$3
+    suite=$1 variant=$2 packages=$3 what=$STAGE
     shift 3
     mkdir -p "$ROOT.releases"
     set -- --extract-hook="cp \"\$1\"/var/lib/apt/lists/*Release '$ROOT.releases/'" "$@"
@@ -135,7 +135,7 @@ bootstrap() {
     is_native=false pauses=10
     [ "$(dpkg --print-architecture)" != "$VMSANDBOX_DEBIAN_ARCHITECTURE" ] || is_native=true pauses='20 60'
     for pause in $pauses ''; do
-        mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
+        watched mmdebstrap "$@" "$suite" "$ROOT" && return
         grep -q "$UPDATED" "$TMPDIR/log" || break
         rm -rf "$ROOT" "$ROOT.releases"/*
         [ -n "$pause" ] || break
@@ -149,7 +149,7 @@ bootstrap() {
             stage "the mirror's lists of $stale do not match their release files: going on without these updates"
             echo "no updates from $stale: when it was built, the mirror's lists for $VMSANDBOX_DEBIAN_ARCHITECTURE did not match" >"$VMSANDBOX_OUT/notes.txt"
             for name in $stale; do set -- "$@" --setup-hook="sed -i '/ $name main\$/d' \"\$1/etc/apt/sources.list\""; done
-            mmdebstrap "$@" "$suite" "$ROOT" >"$TMPDIR/log" 2>&1 && return
+            watched mmdebstrap "$@" "$suite" "$ROOT" && return
         else
             cat "$TMPDIR/log" >&2
             fail "the mirror is being updated: its lists (${stale:-of $suite}) do not match its release files. Try again later, or from another network, which may have another mirror"
@@ -158,7 +158,38 @@ bootstrap() {
     cat "$TMPDIR/log" >&2
     grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
         fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
-    fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
+    errors=$(awk '/^E: / && !seen[$0]++ && ++n <= 10' "$TMPDIR/log")
+    fail "mmdebstrap could not build $suite: ${errors:-see above}"
+}
+
+# watched PROGRAM…: run it with its output in $TMPDIR/log, and tell people each half minute how far the packages of $ROOT are.
+watched() {
+    (
+        trap '[ -z "${!-}" ] || kill -KILL $!; exit' TERM    # a plain one could come before it is `sleep`, and be lost
+        while :; do
+            sleep 30 &
+            wait $!
+            so_far=$(packages_so_far)
+            [ -z "$so_far" ] || stage "$what: $so_far"
+        done
+    ) &
+    watch=$! status=0
+    "$@" >"$TMPDIR/log" 2>&1 || status=$?
+    kill $watch
+    wait $watch || :
+    return $status
+}
+
+# packages_so_far: what dpkg, or before it apt, has done with the packages of $ROOT.  It is empty if that is nothing yet.
+packages_so_far() {
+    if [ -s "$ROOT/var/log/dpkg.log" ]; then
+        awk '$3 == "install" || $3 == "configure" || $3 == "trigproc" { now = $4 }
+            $3 == "status" && $4 == "unpacked" && !unpacked[$5]++ { u++ }
+            $3 == "status" && $4 == "installed" && !configured[$5]++ { c++ }
+            END { sub(":.*", "", now); printf "%d packages unpacked, %d configured, now %s", u, c, now }' "$ROOT/var/log/dpkg.log"
+    else
+        find "$ROOT/var/cache/apt/archives" -name '*.deb' 2>/dev/null | awk 'END { if (NR) printf "%d packages downloaded", NR }'
+    fi
 }
 
 # archive: write down the archive that filled $ROOT: URL, suite and date of each release file, and the keys that signed it.

@@ -45,12 +45,14 @@ class Kind:
         record: the name of the file with the record.
         schema: of that record; raise it when older records can no longer be used.
         pattern: matches the folders of its things, below the store's folder.
+        private: whether only this user may read its files. Files that others link stay as they are.
     """
 
     folder: str
     record: str
     schema: int
     pattern: str = "[!.]*"
+    private: bool = False
 
 
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
@@ -60,7 +62,8 @@ KERNELS = Kind(folder="kernels", record="kernel.json", schema=1)
 HELPERS = Kind(folder="helpers", record="helper.json", schema=1)
 EMULATORS = Kind(folder="emulators", record="emulator.json", schema=1)
 DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
-# An image takes minutes to build: only a command removes it.
+KEPT = Kind(folder="kept", record="kept.json", schema=1, private=True)
+# An image takes minutes to build: only a command removes it. Nobody can make a kept guest again.
 _MADE_ANEW = (TEMPLATES, ENVIRONMENTS, KERNELS, HELPERS, EMULATORS)
 
 
@@ -147,7 +150,8 @@ class Store(Generic[E]):
         """Make something, unless another process makes it meanwhile.
 
         Args:
-            fill: puts files into an empty folder, and returns the content of the record. It also
+            fill: puts files into an empty folder, and returns the content of the record. Under
+                ``digests``, that may have digests of files that are known already. It also
                 gets the descriptor of the lock. A child process that inherits it and outlives us
                 still holds the lock, so nobody else touches its files.
             on_busy: called before waiting for another process.
@@ -189,13 +193,19 @@ class Store(Generic[E]):
 
     def _recorded(self, folder: Path, content: Mapping[str, object]) -> Mapping[str, Any]:
         """Complete what was made: add its record and its lock, and sync it to the disk."""
-        names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-        digests = {os.fspath(name): integrity.file_digest(folder / name) for name in names}
-        _let_others_read(folder)
+        files_in_it = (file for file in folder.rglob("*") if file.is_file())
+        names = sorted(os.fspath(file.relative_to(folder)) for file in files_in_it)
+        known: Any = content.get("digests", {})
+        digests = {name: known.get(name) or integrity.file_digest(folder / name) for name in names}
         (folder / IN_USE).touch(mode=0o600)
         content = {"schema": self._kind.schema, **content, "digests": digests}
         record = integrity.write_record(folder / self._kind.record, content)
-        files.sync_tree(folder)
+        if self._kind.private:
+            _let_nobody_read(folder)
+        else:
+            _let_others_read(folder)
+        for sub in sorted({(folder / name).parent for name in names} | {folder}):
+            files.sync_tree(sub)
         return record
 
     @contextmanager
@@ -245,7 +255,8 @@ class Store(Generic[E]):
         with files.locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
             with suppress(OSError):  # the cache may be read-only
                 os.utime(folder / IN_USE)
-                _let_others_read(folder)  # a copy of the cache may have lost these modes
+                if not (folder / KEPT.record).exists():
+                    _let_others_read(folder)  # a copy of the cache may have lost these modes
             yield descriptor
 
     def discard(self, folders: Iterable[Path]) -> Discarded:
@@ -361,7 +372,9 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
     Raises:
         TeardownError: something cannot be removed.
     """
-    freed = sum(Store(cache, kind, Entry).sweep() for kind in (IMAGES, DOWNLOADS, *_MADE_ANEW))
+    freed = sum(
+        Store(cache, kind, Entry).sweep() for kind in (IMAGES, DOWNLOADS, KEPT, *_MADE_ANEW)
+    )
     old = [
         Store(cache, TEMPLATES, Entry).discard(
             cache.glob(f"{TEMPLATES.folder}/{_FORMER_TEMPLATE}")
@@ -394,6 +407,16 @@ def _let_others_read(folder: Path) -> None:
         mode = stat.S_IMODE(file.lstat().st_mode)
         if file.is_file() and file.name not in (IN_USE, PRIVATE_KEY) and mode & 0o444 != 0o444:
             file.chmod(mode | 0o644)
+
+
+def _let_nobody_read(folder: Path) -> None:
+    """Let only this user read the files, unless they are links to files that others have, too."""
+    for path in (folder, *folder.rglob("*")):
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            path.chmod(0o700)
+        elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            path.chmod(0o600)
 
 
 def _check_unused(folder: Path) -> None:

@@ -162,8 +162,14 @@ def _cut(line: str) -> str:
     return line if len(line) <= _TAIL_WIDTH else f"{line[:_TAIL_WIDTH]}…"
 
 
-def run_recipe(build: Build) -> Mapping[str, object]:
+def run_recipe(
+    build: Build, before_guest: Callable[[], object] = lambda: None
+) -> Mapping[str, object]:
     """Make an image with the recipe of its definition. Afterwards nothing that it started is left.
+
+    Args:
+        build: what is built.
+        before_guest: is called before the recipe starts if a guest will have to complete the image.
 
     Raises:
         ImageError: a program is missing, or the recipe failed.
@@ -171,6 +177,9 @@ def run_recipe(build: Build) -> Mapping[str, object]:
     definition = build.definition
     _check_programs(build)
     architecture = ARCHITECTURES[definition.architecture]
+    ours = _programs(build)
+    if ours[emulator.VARIABLE] == emulator.NONE:
+        before_guest()
     environment = {
         **os.environ,
         "LC_ALL": "C.UTF-8",
@@ -180,7 +189,7 @@ def run_recipe(build: Build) -> Mapping[str, object]:
         "VMSANDBOX_DEBIAN_ARCHITECTURE": architecture.debian,
         "VMSANDBOX_CONSOLE": architecture.console,
         "VMSANDBOX_PYTHON": sys.executable,
-        **_programs(build),
+        **ours,
         "VMSANDBOX_OUT": os.fspath(build.out),
         "VMSANDBOX_WORK": os.fspath(build.work),
     }

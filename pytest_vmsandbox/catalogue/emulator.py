@@ -28,6 +28,8 @@ _APART = (  # a command line that starts a program where no emulator is register
     *("-c", 'mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && exec "$@"', "sh"),
 )
 _FLAGS = "OCF"  # the emulator is opened at once, so no path in the image's tree matters
+_SEPARATORS = ":|;,\x1f"  # between the parts of a registration: the first one that the path lacks
+_MOST_ERRORS = 20  # lines of apt in an error
 
 
 def emulator(
@@ -81,7 +83,8 @@ def registration(architecture: str, path: str) -> str:
         b"\xff" * 7 + b"\0" + b"\xff" * 8 + (b"\xfe\xff" if little else b"\xff\xfe") + b"\xff\xff"
     )
     texts = ("".join(f"\\x{byte:02x}" for byte in part) for part in (magic, mask))
-    return ":".join(("", f"qemu-{wanted.user}", "M", "", *texts, path, _FLAGS))
+    separator = next((sign for sign in _SEPARATORS if sign not in path), _SEPARATORS[0])
+    return separator.join(("", f"qemu-{wanted.user}", "M", "", *texts, path, _FLAGS))
 
 
 def can_register() -> bool:
@@ -144,16 +147,23 @@ class _Unpacker:
             f"fetching the emulator for programs of {self.wanted.debian}: apt downloads {PACKAGES[0]} "
             f"or {PACKAGES[1]}, tens of megabytes, once"
         )
-        told = ""
+        told: dict[str, None] = {}  # each line of what has failed, once
+
+        def call(*argv: str) -> bool:
+            why = _call(argv, work, lock)
+            told.update(dict.fromkeys(why.splitlines()))
+            return not why
+
         with self.store.work_folder(self.wanted.user, Path(tempfile.gettempdir())) as work:
-            for package, options in _attempts(work, lock):
-                told = _call(["apt-get", "-qq", *options, "download", package], work, lock)
+            for package, options in _attempts(work, call):
+                call("apt-get", "-qq", *options, "download", package)
                 for archive in sorted(work.glob(f"{package}_*.deb")):
-                    told = _call(["dpkg-deb", "--extract", archive.name, "tree"], work, lock)
-                    if not told and (found := self._found(work / "tree")) is not None:
+                    is_unpacked = call("dpkg-deb", "--extract", archive.name, "tree")
+                    if is_unpacked and (found := self._found(work / "tree")) is not None:
                         found.rename(folder / _names(self.wanted)[0])
                         return {"archive": archive.name}
-        raise self._error("apt does not deliver the emulator", told)
+        details = "\n".join([*told][:_MOST_ERRORS])
+        raise self._error("apt does not deliver the emulator", details)
 
     def _found(self, tree: Path) -> Path | None:
         files = (tree / "usr/bin" / name for name in _names(self.wanted))
@@ -168,8 +178,8 @@ class _Unpacker:
         )
 
 
-def _attempts(work: Path, lock: int) -> Iterator[tuple[str, Sequence[str]]]:
-    """The packages to ask for: by the lists that apt has here, then by lists of our own."""
+def _attempts(work: Path, call: Callable[..., object]) -> Iterator[tuple[str, Sequence[str]]]:
+    """The packages to ask for: by the lists that apt has here, then by lists of our own, which `call` gets."""
     common = ("-o", "APT::Sandbox::User=", "-o", "APT::Get::AllowUnauthenticated=false")
     for package in PACKAGES:
         yield package, common
@@ -181,7 +191,7 @@ def _attempts(work: Path, lock: int) -> Iterator[tuple[str, Sequence[str]]]:
         *("-o", f"Dir::State={state}", "-o", "Dir::State::status=/dev/null"),
         *("-o", f"Dir::Cache={cache}", "-o", "Acquire::Languages=none"),
     )
-    _call(["apt-get", "-qq", *own, "update"], work, lock)
+    call("apt-get", "-qq", *own, "update")
     for package in PACKAGES:
         yield package, own
 

@@ -234,7 +234,7 @@ class ImageStore(Store[BuiltImage]):
     def get(self, key: str) -> BuiltImage | None:
         """The image of that key, if it is there and can be read."""
         with suppress(OSError, ValueError, TypeError, KeyError):
-            return _built(folder=self.root / key, record=_record(self.root / key))
+            return image_in(self.root / key)
         return None
 
     def key(self, definition: ImageDefinition) -> str:
@@ -481,6 +481,16 @@ def files_of(definition: ImageDefinition) -> list[str]:
         PRIVATE_KEY: method in ADOPTED,
     }
     return [name for name, is_needed in needed.items() if is_needed]
+
+
+def image_in(folder: Path) -> BuiltImage:
+    """The image whose files are in a folder, wherever that is.
+
+    Raises:
+        OSError: its record cannot be read.
+        ValueError, TypeError, KeyError: its record is damaged.
+    """
+    return _built(folder=folder, record=_record(folder))
 
 
 def _built(*, folder: Path, record: Mapping[str, Any]) -> BuiltImage:

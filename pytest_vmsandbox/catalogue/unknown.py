@@ -43,6 +43,10 @@ class Known(NamedTuple):
 
 def remedy(name: str, images: Sequence[Known]) -> str:
     """What to do if there is no image with a name, or none that fits a glob."""
+    if meant := by_any_name(name.lower()):
+        own = [one.name for one in images if one.architecture == meant]
+        all_of_them = f"its images are: {some(own)}. {_with('*', meant)!r} selects all of them"
+        return f"this is an architecture, and {all_of_them if own else 'no image is for it'}"
     stem, architecture = variants.guessed(name) or (name, native_architecture())
     if stem == name and (said := _of_ending(name, images)):
         return said

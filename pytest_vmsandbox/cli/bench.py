@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
-from pytest_vmsandbox.cli.benchmark import guests, suites
+from pytest_vmsandbox.cli.benchmark import guests, keeping, suites
 from pytest_vmsandbox.cli.benchmark.guests import Result, Setup
 from pytest_vmsandbox.cli.examine import describe
 from pytest_vmsandbox.cli.options import guest_options
@@ -33,6 +33,9 @@ MEASUREMENTS: dict[str, Callable[[Setup], Result]] = {
     "leased_at_once": guests.leased_at_once,
     "running_at_once": guests.running_at_once,
     "push_mib_s": guests.push,
+    "snapshot_save_ms": keeping.snapshot_save,
+    "keep_ms": keeping.keep,
+    "enter_ms": keeping.enter,
     "second_run_s": suites.second_run,
     "in_guest_overhead_ms": suites.in_guest_overhead,
     "in_guest_isolated_s": suites.in_guest_isolated,

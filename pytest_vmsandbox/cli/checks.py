@@ -6,7 +6,7 @@ They judge their arguments. `examine` looks at the machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -348,12 +348,15 @@ def images(states: Mapping[str, str], default: str) -> Check:
     return _bad("images", found or "none is built", remedy, needed=False)
 
 
-def emulators(there: Sequence[str], built: Mapping[str, str]) -> Check:
+def emulators(
+    there: Sequence[str], built: Mapping[str, str], packages: Collection[str] = ()
+) -> Check:
     """The emulators for other architectures.
 
     Args:
         there: the architectures whose guests can run here.
         built: the built images for other architectures → how to install the emulator; empty if it is here.
+        packages: of Debian, which have all that is missing; empty if packages of Debian do not help.
     """
     name = "other architectures"
     found = f"emulated: {', '.join(there)}" if there else "none can be emulated"
@@ -363,8 +366,10 @@ def emulators(there: Sequence[str], built: Mapping[str, str]) -> Check:
     if not lacking:
         return _ok(name, found)
     found += f"; no emulator for {', '.join(lacking)}"
-    remedies = dict.fromkeys(filter(None, built.values()))
-    return _bad(name, found, "; ".join(remedies), needed=False)
+    remedy = "; ".join(dict.fromkeys(filter(None, built.values())))
+    if packages:
+        remedy = programs.install_line(sorted(packages))
+    return _bad(name, found, remedy, needed=False)
 
 
 def definitions(wrong: Sequence[str]) -> Check:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from pytest_vmsandbox.cli.checks import Check
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.architecture import (
     ARCHITECTURES,
+    Architecture,
     architecture_of,
     native_architecture,
 )
@@ -166,24 +168,30 @@ class _Emulators(NamedTuple):
     Attributes:
         there: Debian's names of the architectures whose guests can run here.
         remedies: the names of the others → how to install the emulator.
+        packages: likewise → the packages of Debian, if those are what is missing.
     """
 
     there: list[str]
     remedies: dict[str, str]
+    packages: dict[str, list[str]]
 
     def judged(self, native: str, catalogue: Catalogue, store: ImageStore) -> Check:
         """The check of them."""
         built = {
-            image.definition.name: self.remedies.get(image.definition.architecture, "")
+            image.definition.name: image.definition.architecture
             for image in store.all()
             if image.definition.architecture != native and catalogue.folder(image.definition.name)
         }
-        return checks.emulators(self.there, built)
+        lacking = self.remedies.keys() & built.values()
+        packages = (self.packages[name] for name in lacking if lacking <= self.packages.keys())
+        remedies = {name: self.remedies.get(its, "") for name, its in built.items()}
+        return checks.emulators(self.there, remedies, {*chain.from_iterable(packages)})
 
 
 def _emulators(native: str) -> _Emulators:
     there: list[str] = []
     remedies: dict[str, str] = {}
+    packages: dict[str, list[str]] = {}
     for name, its in ARCHITECTURES.items():
         if name == native:
             continue
@@ -192,7 +200,14 @@ def _emulators(native: str) -> _Emulators:
             there.append(its.debian)
         except LaunchError as error:
             remedies[name] = error.remedy
-    return _Emulators(there, remedies)
+            if _names_no_other(its) and programs.find("apt-get"):
+                packages[name] = programs.emulator_packages(its)
+    return _Emulators(there, remedies, packages)
+
+
+def _names_no_other(its: Architecture) -> bool:
+    """Whether the usual emulator of an architecture counts, and not one that a variable names."""
+    return program(its) == f"qemu-system-{its.qemu}"
 
 
 def _emulator(architecture: str) -> Check:
@@ -201,8 +216,7 @@ def _emulator(architecture: str) -> Check:
     try:
         found = find_qemu(architecture)
     except LaunchError as error:
-        missing = program(its) == f"qemu-system-{its.qemu}"  # and not one that a variable names
-        return checks.no_emulator(its, error.brief, error.remedy, missing=missing)
+        return checks.no_emulator(its, error.brief, error.remedy, missing=_names_no_other(its))
     return checks.qemu(found.path, found.version, checks.emulator_name(its))
 
 

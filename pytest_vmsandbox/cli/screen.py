@@ -91,7 +91,8 @@ class Screen:
         """Show the stages of something, each with its time.
 
         Yields:
-            A function that begins a stage, and gets its name.
+            A function that begins a stage, and gets its name. A text that begins with the name and a colon
+            says how far the stage is.
         """
         if not self.lively:
             yield lambda text: self.say(f"  {one_line(text)}")
@@ -102,9 +103,17 @@ class Screen:
                 for task in progress.task_ids:
                     progress.update(task, completed=100)
 
+            name = ""
+
             def begin(text: str) -> None:
+                nonlocal name
+                text = one_line(text)
+                if name and text.startswith(f"{name}: "):
+                    progress.update(progress.task_ids[-1], description=text)
+                    return
                 end()
-                progress.add_task(one_line(text))
+                name = text
+                progress.add_task(text)
 
             yield begin
             end()  # after an error, the last stage stays unfinished

@@ -41,6 +41,7 @@ class Settings:
         offline: whether the network is off limits for guests, too.
         clones: how fresh guests are made: ``armed`` clones ahead of demand, ``demand`` clones on
             demand, ``never`` boots each guest. ``VMSANDBOX_CLONES`` sets it.
+        captures: whether the network of each guest is captured, where guests have logs.
         lock: the lock file that images must agree with; None for none.
         cache: folder for images, templates and verdicts; None for the user's cache folder.
         runtime: folder for files of the current runs; None for the user's own.
@@ -53,6 +54,7 @@ class Settings:
     hardware: Hardware = field(default_factory=Hardware)
     offline: bool = False
     clones: Clones = field(default_factory=clones_wanted)
+    captures: bool = False
     lock: Path | None = None
     cache: Path | None = None
     runtime: Path | None = None

@@ -133,15 +133,26 @@ class Backend:
             self.hypervisor.pace.took(verdict.seconds, usual=host.USUAL_PROOF)
         return verdict
 
-    def _choose(self, built: BuiltImage) -> Verdict:
+    def verdict_of(self, built: BuiltImage, wanted: str = "") -> Verdict:
+        """The accelerator for guests of an image that the catalogue need not have.
+
+        Args:
+            wanted: which one; empty for that of the run.
+
+        Raises:
+            LaunchError: there is no such accelerator here.
+        """
+        return self._choose(built, wanted)
+
+    def _choose(self, built: BuiltImage, wanted: str = "") -> Verdict:
         host.require_loopback()  # without it, we cannot reach guests
         if built.kernel is None:  # a kernel of another image proves it sooner
             for other in self._with_kernel(built.definition.architecture):
                 with suppress(ImageError):  # it is damaged, or being removed
-                    return self._choose(other)
+                    return self._choose(other, wanted)
         try:
             return accelerator.choose(
-                self.settings.accelerator,
+                wanted or self.settings.accelerator,
                 find_qemu(built.definition.architecture),
                 trial(built, self.cache),
                 cache=self.cache,

@@ -22,7 +22,7 @@ from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu
 
-FORMAT = 4  # of templates; raise it when we change what we do to a guest before we save it
+FORMAT = 5  # of templates; raise it when we change what we do to a guest before we save it, or keep of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,24 +179,12 @@ class Blueprint:
 
         The network is no part of it, because only this side knows whether it is isolated.
         """
-        spec = self.with_network("isolated").machine(self.image, "- -", Start.CLONED)
-        fds = Descriptors(
-            kernel=None if spec.kernel is None else 0,
-            initrd=None if spec.initrd is None else 0,
-            code=None if spec.uefi is None else 0,
-            variables=None if spec.uefi is None else 0,
-            tpm=0 if spec.tpm else None,
-            memory=0,
-            base=None if self.built.disk is None else 0,
-            modules=None if spec.modules is None else 0,
-            overlays=((0,),) * self._count_of_disks,
-        )
         parts: dict[str, object] = {
             "format": FORMAT,
             "image": self.built.digest,
             "built": self.built.build_id,
             "kernel": None if self.kernel is None else self.kernel.digest,
-            "argv": cmdline.argv(spec, fds),
+            "argv": self.command_line(Start.CLONED),
             "disks": [self.hardware.disk, *self.hardware.disks],
             "qemu": self.qemu.build,
             "processor": "" if self.verdict.accelerator == "tcg" else host.processor(),
@@ -204,6 +192,22 @@ class Blueprint:
         if self.uefi is not None:
             parts["uefi"] = self.uefi.digest
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def command_line(self, start: Start) -> list[str]:
+        """QEMU's command line for any guest of this blueprint, without names, keys and descriptors."""
+        spec = self.with_network("isolated").machine(self.image, "- -", start)
+        fds = Descriptors(
+            kernel=None if spec.kernel is None else 0,
+            initrd=None if spec.initrd is None else 0,
+            code=None if spec.uefi is None else 0,
+            variables=None if spec.uefi is None else 0,
+            tpm=0 if spec.tpm else None,
+            memory=0 if start is Start.CLONED else None,
+            base=None if self.built.disk is None else 0,
+            modules=None if spec.modules is None else 0,
+            overlays=((0,),) * self._count_of_disks,
+        )
+        return cmdline.argv(spec, fds)
 
 
 def firmware_of(definition: ImageDefinition, hardware: Hardware) -> Firmware:

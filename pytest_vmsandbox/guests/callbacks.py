@@ -69,15 +69,19 @@ class Callbacks(Protocol):
         """A guest with that name will be handed out."""
         return
 
+    def preparation_failed(self, guest: Guest) -> None:
+        """A preparation of a guest has failed. The guest is about to be ended."""
+        return
+
     def guest_ready(self, guest: Guest) -> None:
         """A guest answers, and is about to be handed out."""
         return
 
-    def guest_stopping(self, guest: Guest, failed: bool) -> None:
+    def guest_stopping(self, guest: Guest, error: BaseException | None) -> None:
         """A guest is about to be ended.
 
         Args:
-            failed: whether the block that used the guest raised an error.
+            error: what the block that used the guest raised.
         """
         return
 

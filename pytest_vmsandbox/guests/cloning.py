@@ -72,7 +72,15 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         if template.helper:
             setup = HelperSetup.of(blueprint, hypervisor.cache, template.helper)
         machines = Machines(
-            blueprint, hypervisor, name=name, key=opened.key, disks=disks, logs=logs, setup=setup
+            blueprint,
+            hypervisor,
+            name=name,
+            key=opened.key,
+            disks=disks,
+            logs=logs,
+            setup=setup,
+            console=opened.console,
+            captures=backend.settings.captures,
         )
         # A clone of a damaged template may not answer for minutes.
         running = machines.clone(opened.memory, state, opened.check)

@@ -52,6 +52,8 @@ class Engine:
         facts: what its last preparation has returned, as JSON values; empty for preparations of users.
         machines: its machines, and the disks that they have.
         orderly: held while the guest shuts itself down, or its disks change.
+        power: held while what runs changes, or who uses it. Who wants both takes this one last.
+        running: what runs; None if the guest is off. Others use it by `use` or `seized`.
     """
 
     def __init__(
@@ -72,11 +74,8 @@ class Engine:
         self._settings = settings
         self._hints = hints
         self._on_resume = on_resume
-        self._running: Running | None = None
-        self._spoiled: GuestLost | None = (
-            None  # this machine's disk failed before it was switched off
-        )
-        self._lock = threading.RLock()  # protects what runs, and who uses it
+        self.running: Running | None = None
+        self.power = threading.RLock()
         self.orderly = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -86,7 +85,7 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._switch_off(self._running)
+            self._switch_off(self.running)
         finally:
             self.machines.close()
 
@@ -103,7 +102,7 @@ class Engine:
         Raises:
             GuestLost: the guest is switched off, or does not resume.
         """
-        with self._lock:
+        with self.power:
             running = self._on()
             rested = running.resting
             if rested:
@@ -115,7 +114,7 @@ class Engine:
                 self._on_resume()
             yield running
         finally:
-            with self._lock:
+            with self.power:
                 running.users -= 1
                 running.last_use = monotonic()
 
@@ -126,7 +125,7 @@ class Engine:
         Raises:
             GuestLost: it was switched off meanwhile.
         """
-        with self._lock:
+        with self.power:
             running.machine.check()
             yield
 
@@ -138,7 +137,7 @@ class Engine:
         running, a forwarded port, access by SSH, a QMP command or its console. It is held until it is
         switched off.
         """
-        running = self._running
+        running = self.running
         if running is None or running.resting or running.held or running.users:
             return 0.0
         return monotonic() - running.last_use
@@ -149,18 +148,18 @@ class Engine:
         Raises:
             GuestLost: it does not answer.
         """
-        with self._lock:
-            if self.idle_seconds and self._running is not None:
-                self._running.pause()
+        with self.power:
+            if self.idle_seconds and self.running is not None:
+                self.running.pause()
 
     @property
     def resting(self) -> bool:
         """Whether it is paused until the next use."""
-        return self._running is not None and self._running.resting
+        return self.running is not None and self.running.resting
 
     def _on(self) -> Running:
         """What runs. It may be paused."""
-        if (running := self._running) is None:
+        if (running := self.running) is None:
             raise GuestLost(
                 f"{self.name} is switched off", remedy="call vm.power_on() to switch it on"
             )
@@ -171,7 +170,7 @@ class Engine:
     @property
     def is_on(self) -> bool:
         """Whether it is switched on."""
-        return self._running is not None
+        return self.running is not None
 
     @property
     def loss(self) -> GuestLost | None:
@@ -188,7 +187,7 @@ class Engine:
         Raises:
             GuestLost: it could not. The guest got an error then, and tests of it prove nothing.
         """
-        if (error := self.machines.disk_failure(self._running)) is not None:
+        if (error := self.machines.disk_failure(self.running)) is not None:
             raise error
 
     @property
@@ -223,7 +222,7 @@ class Engine:
             add_hints(error, self._hints)
             raise
         except VMSandboxError as error:
-            cause = self.machines.disk_failure(self._running)
+            cause = self.machines.disk_failure(self.running)
             add_hints(cause or error, self._hints)
             if cause is not None:
                 raise cause from error
@@ -365,16 +364,18 @@ class Engine:
             BootError: it did not boot.
         """
         with ExitStack() as stack:
-            with self._lock:
-                if self._running is not None and self._running.machine.ended() is None:
+            with self.power:
+                if self.running is not None and self.running.machine.ended() is None:
                     raise ConfigError(
                         f"{self.name} is already on",
                         remedy="call vm.power_off() or vm.power_cut() first",
                     )
-                self.machines.disk_failure(self._running)
-                self._switch_off(self._running)
-                self._running = self.machines.switch_on()
+                self.machines.disk_failure(self.running)
+                self._switch_off(self.running)
+                self.running = self.machines.switch_on()
                 running = stack.enter_context(self.use())
+            if not self.machines.is_awaited:
+                return
             try:  # QEMU's start has shown how fast this host is
                 running.await_answer(Deadline(self.boot_seconds))
             except BaseException:
@@ -430,9 +431,9 @@ class Engine:
 
     def _switch_off(self, running: Running | None) -> None:
         """End what runs, unless it has ended."""
-        with self._lock:
-            if running is not None and running is self._running:
-                self._running = None
+        with self.power:
+            if running is not None and running is self.running:
+                self.running = None
                 running.stack.close()
 
     # -- its state --------------------------------------------------------------------------------
@@ -446,7 +447,7 @@ class Engine:
         """
         # Not while the guest shuts down: nobody would answer in a state that was saved then.
         # Use it again under the lock: another thread may have rolled it back meanwhile.
-        with self.orderly, self.use(), self._lock, self.use() as running:
+        with self.orderly, self.use(), self.power, self.use() as running:
             return self.machines.save(running)
 
     def roll_back(self, saved: Saved) -> None:
@@ -455,9 +456,9 @@ class Engine:
         Raises:
             LaunchError: this host has no room for all of the guest's memory.
         """
-        with self._lock:
-            self.machines.disk_failure(self._running)
-            self._switch_off(self._running)
+        with self.power:
+            self.machines.disk_failure(self.running)
+            self._switch_off(self.running)
             self.machines.roll_back(saved)
             self.power_on()
             self._on().held = saved.held
@@ -467,10 +468,10 @@ class Engine:
         """Whether the guest has a helper that answers now."""
         return self._on().helper is not None
 
-    def save_devices(self, state: IO[bytes]) -> None:
+    def save_devices(self, state: IO[bytes]) -> str:
         """Write the state of the devices to an open file, and end the guest. Its memory is a file.
 
-        Connections to the guest are closed before.
+        Connections to the guest are closed before. Returns what it had written to its console.
 
         Raises:
             MonitorError: QEMU cannot do it.
@@ -481,6 +482,27 @@ class Engine:
             running.machine.save(state, with_memory=False)
             running.machine.check_disks()
             running.machine.end(0)
+            return running.machine.console.saved
+
+
+@contextmanager
+def seized(engine: Engine, seconds: float) -> Iterator[Running | None]:
+    """What runs, in whatever state it is; None if the guest is off. Nobody changes that while this lasts.
+
+    A paused guest stays paused.
+
+    Raises:
+        CommandTimeout: others change it for longer than `seconds`.
+    """
+    with ExitStack() as stack:
+        for lock in (engine.orderly, engine.power):
+            if not lock.acquire(timeout=seconds):
+                raise CommandTimeout(
+                    f"{engine.name} is being switched on or off for longer than {seconds:g} s",
+                    seconds=seconds,
+                )
+            stack.callback(lock.release)
+        yield engine.running
 
 
 def _ask(

@@ -102,11 +102,13 @@ class GuestFactory:
             try:
                 with on_sound_disks(guest):
                     yield guest
-            except Exception:
-                callbacks.guest_stopping(guest, True)
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):  # there is no time
                 raise
-            else:  # not for KeyboardInterrupt, where there is no time
-                callbacks.guest_stopping(guest, False)
+            except BaseException as error:  # pytest's failures are no subclasses of Exception
+                callbacks.guest_stopping(guest, error)
+                raise
+            else:
+                callbacks.guest_stopping(guest, None)
 
     def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
         """A guest, running and answering; `stack` ends it."""
@@ -277,14 +279,19 @@ class GuestFactory:
             key=self._key if (own := blueprint.built.key) is None else KeyPair.for_image(own),
             disks=disks,
             logs=backend.callbacks.logs(name),
+            captures=backend.settings.captures,
         )
         engine = stack.enter_context(backend.engine(machines))
         guest = Guest(engine)
         grow(guest, blueprint)
         for step in steps:
             engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
-            engine.facts = step.run(guest) or {}
-            refuse_attached(engine)
+            try:
+                engine.facts = step.run(guest) or {}
+                refuse_attached(engine)
+            except Exception:
+                backend.callbacks.preparation_failed(guest)
+                raise
         engine.spec = blueprint.hardware
         return guest
 

@@ -422,11 +422,11 @@ class Guest(TakesDisks):
             MonitorError: QEMU cannot do it (older than 7.1, or built without PNG). No file is written.
             OSError: ``path`` cannot be written.
         """
-        with self.engine.explained(), tempfile.TemporaryDirectory(prefix="vmsandbox-") as folder:
-            picture = Path(folder, "picture")
-            with picture.open("wb") as file, self.engine.use() as running:
+        with self.engine.explained(), tempfile.TemporaryFile() as picture:  # a kill leaves nothing
+            own = Path(f"/proc/self/fd/{picture.fileno()}")
+            with own.open("wb") as file, self.engine.use() as running:
                 running.machine.screenshot(file)
-            data = picture.read_bytes()
+            data = picture.read()
             if not data:
                 raise MonitorError(
                     "QEMU has written an empty screenshot",

@@ -15,6 +15,7 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import second_stage
 from pytest_vmsandbox.guests.deriving import derive
+from pytest_vmsandbox.machine.qemu import find_qemu
 
 
 def make_image(
@@ -58,7 +59,7 @@ def make_image(
 
 def _from_recipe(build: Build, settings: Settings) -> Mapping[str, object]:
     """Make an image by its recipe, and in a guest what the recipe could not do here."""
-    record = run_recipe(build)
+    record = run_recipe(build, lambda: find_qemu(build.definition.architecture))
     if second_stage.is_due(build):
         second_stage.complete(build, settings)
     return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -38,6 +39,7 @@ _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostna
 _SILENT_SECONDS = (
     10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
 )
+_PANICKED = "guest-panicked"  # QEMU's status
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
 
@@ -146,7 +148,8 @@ class Running:
             return self._is_ready(timeout)
         # If we connect before the guest's network is up, we wait for a retransmission. So we look at the
         # console first. If an image does not announce its server there, we just try.
-        announced = self.machine.reaches("ssh", timeout)
+        goes_on = self.machine.spec.start.is_loaded and not self.restarted
+        announced = not goes_on and self.machine.reaches("ssh", timeout)
         if announced and self.helper is not None:
             return True
         try:
@@ -282,12 +285,14 @@ class Saved:
         disks: the disks. Nobody writes to their files any more.
         lead: the seconds by which a test had set its clock ahead of this host's.
         held: whether it must not be paused.
+        console: what it had written to its console.
     """
 
     state: IO[bytes]
     disks: Disks
     lead: float
     held: bool
+    console: str
 
 
 @dataclass(eq=False)
@@ -302,6 +307,11 @@ class Machines:
         state: the state that the next machine goes on from. The guest's memory is in `memory`, or
             without that in this file.
         setup: how the guest gets a helper over SSH after each boot; None if it gets none.
+        console: what the guest had written to its console when `state` was saved.
+        captures: whether its network is captured, into the folder for its logs.
+        tpm: the files of its TPM before it was first switched on here: name → content.
+        has_helper: whether the helper answered when `state` was saved.
+        is_awaited: whether to wait for its answer after it was switched on.
     """
 
     blueprint: Blueprint
@@ -314,6 +324,11 @@ class Machines:
     memory: IO[bytes] | None = None
     state: IO[bytes] | None = None
     setup: HelperSetup | None = None
+    console: str = ""
+    captures: bool = False
+    tpm: Mapping[str, bytes] = field(default_factory=dict)
+    has_helper: bool = True
+    is_awaited: bool = True
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -349,6 +364,7 @@ class Machines:
         self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
     ) -> Running:
         state, self.state = self.state, None
+        before, self.console = self.console, ""
         spec = self.blueprint.machine(self.name, self.key.public, start)
         with ExitStack() as stack:
             machine = stack.enter_context(
@@ -360,8 +376,12 @@ class Machines:
                     memory=memory,
                     state=state,
                     tpm_folder=self._tpm_folder if spec.tpm else None,
+                    before=before,
                 )
             )
+            if self.captures and self.logs is not None:
+                loop = self.hypervisor.loop
+                stack.enter_context(capture.capturing(machine, loop, self.logs))
 
             def check_all() -> None:
                 machine.check()
@@ -377,12 +397,19 @@ class Machines:
             machine.is_silent = helper.is_silent
             if state is not None:
                 helper.lead = self._lead
-                resume.from_state(machine, helper)
+                self._go_on(machine, helper)
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
             running.stack.callback(running.hang_up)
             return running
+
+    def _go_on(self, machine: Machine, helper: Helper) -> None:
+        """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
+        if self.has_helper:
+            resume.from_state(machine, helper)
+        elif machine.execute("query-status")["status"] != _PANICKED:
+            machine.resume()
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:
         """The error if this host could not read or write the guest's disks, now or in an earlier machine.
@@ -403,7 +430,37 @@ class Machines:
         It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
         swtpm write.
         """
-        return self._own.enter_context(self.hypervisor.scratch("tpm"))
+        folder = self._own.enter_context(self.hypervisor.scratch("tpm"))
+        for name, content in self.tpm.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    def tpm_files(self) -> dict[str, bytes]:
+        """The files of the guest's TPM as they are now; none without a TPM."""
+        if "_tpm_folder" not in vars(self):
+            return dict(self.tpm)
+        files = (path for path in sorted(self._tpm_folder.iterdir()) if path.suffix != ".lock")
+        return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+    def freeze_disks(self, machine: Machine | None) -> Disks:
+        """The disks as they are now. What the guest writes from now on goes into files on top of them.
+
+        Args:
+            machine: the machine, which is paused; None if the guest is off.
+
+        Raises:
+            MonitorError: QEMU cannot do it.
+        """
+        frozen = self.disks.frozen(self._own)
+        disks = frozen.on_top(self._fresh_overlay)
+        if machine is not None:
+            machine.drives.put_on_top(disks.tops())
+        self.disks = disks
+        return frozen
+
+    def go_on_from(self, state: IO[bytes], lead: float) -> None:
+        """Let the next machine go on from a saved state that has the memory in it."""
+        self.state, self._lead = state, lead
 
     def save(self, running: Running) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.
@@ -428,21 +485,22 @@ class Machines:
             )
         resume.pause(machine, helper)  # the helper has read everything so far
         try:
-            frozen = self.disks.frozen(self._own)
-            disks = frozen.on_top(self._fresh_overlay)
-            machine.drives.put_on_top(disks.tops())
-            self.disks = disks
+            frozen = self.freeze_disks(machine)
             state = self._own.enter_context(
                 tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
             )
             machine.save(state, with_memory=True)
+            console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state=state, disks=frozen, lead=helper.lead, held=running.held)
+        return Saved(
+            state=state, disks=frozen, lead=helper.lead, held=running.held, console=console
+        )
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
-        self.state, self._lead = saved.state, saved.lead
+        self.go_on_from(saved.state, saved.lead)
+        self.console = saved.console
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)

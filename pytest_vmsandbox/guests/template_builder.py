@@ -33,6 +33,7 @@ from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import refuse_attached
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
+    CONSOLE,
     MEMORY,
     STATE,
     NoTemplateError,
@@ -72,6 +73,7 @@ class OpenTemplate:
         about: its name for people.
         key: opens the clones.
         memory: the clones' memory, which they cannot change.
+        console: what its guest has written to the console.
         lock: the descriptor of the template's lock.
         damage: what is damaged, once that is known; see `Template.damage`. It raises `ImageError` if
             the image below is damaged.
@@ -83,6 +85,7 @@ class OpenTemplate:
     about: str
     key: KeyPair
     memory: IO[bytes]
+    console: str
     lock: int
     damage: Future[str]
     stack: ExitStack
@@ -182,6 +185,7 @@ class TemplateBuilder:
                         about=about,
                         key=KeyPair.of(template.private_key),
                         memory=stack.enter_context(shared),
+                        console=template.console,
                         lock=lock,
                         damage=damage,
                         stack=stack.pop_all(),
@@ -273,6 +277,7 @@ class TemplateBuilder:
                 logs=self._callbacks.logs(known_as),  # for the test that waits for the template
                 memory=ram,
                 state=None if below is None else stack.enter_context(below.state()),
+                console="" if below is None else below.console,
                 setup=self._helper_setup(blueprint, below),
             )
             facts: Facts = None
@@ -283,6 +288,7 @@ class TemplateBuilder:
                         facts = steps[-1].run(guest)
                         refuse_attached(engine)
                     except Exception as error:
+                        self._callbacks.preparation_failed(guest)
                         raise _StepError(error) from error
                 else:
                     grow(guest, blueprint)
@@ -290,9 +296,10 @@ class TemplateBuilder:
                     raise NoTemplateError(f"the helper in {engine.name} is gone", reason="silent")
                 settle(guest, blueprint)
                 with (folder / STATE).open("x+b", buffering=0) as state:
-                    engine.save_devices(state)
+                    console = engine.save_devices(state)
             os.fchown(ram.fileno(), os.geteuid(), os.getegid())
             layers = _keep_layers(folder, disks, below)
+        (folder / CONSOLE).write_text(console, "utf-8", "replace")
         pair.save(folder / PRIVATE_KEY)
         return {
             "image": blueprint.image,

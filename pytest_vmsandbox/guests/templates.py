@@ -1,7 +1,7 @@
 """Templates: saved guests in the user's cache. They were saved while they were quiet.
 
 A template is a folder with the guest's memory, the state of its devices, what it had written to each
-disk, and the key that opens it. Nobody writes to it. Its name is a digest of everything that it depends
+disk and to its console, and the key that opens it. Nobody writes to it. Its name is a digest of everything that it depends
 on, so it is never stale, only unused.
 """
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 from pytest_vmsandbox.cache.store import PRIVATE_KEY, TEMPLATES, Entry, Store
 from pytest_vmsandbox.core.errors import LaunchError
 
-MEMORY, STATE = "memory", "state"
+MEMORY, STATE, CONSOLE = "memory", "state", "console"
 
 
 class NoTemplateError(LaunchError):
@@ -82,6 +82,11 @@ class Template(Entry):
     def private_key(self) -> str:
         """The key that opens it, in OpenSSH's format."""
         return (self.folder / PRIVATE_KEY).read_text(encoding="utf-8")
+
+    @property
+    def console(self) -> str:
+        """What the guest had written to its console, also as the templates below this one."""
+        return (self.folder / CONSOLE).read_text("utf-8")
 
     def state(self) -> IO[bytes]:
         """The state of its devices, open for reading."""

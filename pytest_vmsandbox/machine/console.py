@@ -14,6 +14,7 @@ from pytest_vmsandbox.core.text import printable
 HEAD, TAIL = 1 << 20, 1 << 20  # characters that we keep of the beginning and the end
 _END = 2048  # characters that are the end of the text
 _LOG_LIMIT = 64 << 20  # bytes in the log file
+_BEFORE = 256 << 10  # characters of what a guest had written before it was saved: half of each end
 
 
 class Console:
@@ -23,11 +24,14 @@ class Console:
 
     Args:
         log: a file for the raw bytes, or None. It gets the first 64 MiB, or less if the disk is full.
+        before: what the guest had written before it was saved, if it goes on from a saved state. Such as
+            the boot of a clone, which is that of its template. It is part of `text`, and of nothing else.
     """
 
-    def __init__(self, log: IO[bytes] | None) -> None:
+    def __init__(self, log: IO[bytes] | None, before: str = "") -> None:
         self._log = log
         self._logged = 0
+        self._before = before
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._head = StringIO()
         self._tail = StringIO()
@@ -71,15 +75,35 @@ class Console:
 
     @property
     def text(self) -> str:
-        """All of the text. If the middle is left out, a line says how much."""
+        """All of the text since the guest was switched on. If a part is left out, a line says how much.
+
+        A clone was switched on when its template was. What it wrote then comes first.
+        """
+        return printable(self._before + self._raw)
+
+    @property
+    def own(self) -> str:
+        """The text since this machine runs, without what a clone's template has written."""
+        return printable(self._raw)
+
+    @property
+    def saved(self) -> str:
+        """What to keep with a saved state, for `before` of those that go on from it. At most 256 Ki characters."""
+        raw = self._before + self._raw
+        dropped = len(raw) - _BEFORE
+        if dropped <= 0:
+            return raw
+        half = _BEFORE // 2
+        return f"{raw[:half]}{_gap(dropped)}{raw[-half:]}"
+
+    @property
+    def _raw(self) -> str:
         with self._grew:
-            gap = f"\n[{self._dropped} characters left out]\n" if self._dropped else ""
-            raw = self._head.getvalue() + gap + self._tail.getvalue()
-        return printable(raw)
+            return self._head.getvalue() + _gap(self._dropped) + self._tail.getvalue()
 
     def tail(self, n: int = 20) -> str:
-        """The last ``n`` lines."""
-        return "\n".join(self.text.rstrip("\n").split("\n")[-n:]) if n > 0 else ""
+        """The last ``n`` lines of `text`."""
+        return last_lines(self.text, n)
 
     def ends_with(self, text: str) -> bool:
         """Whether the last few lines contain a text. It is quick enough to be called often."""
@@ -92,10 +116,12 @@ class Console:
         return text in last
 
     def wait_for(self, pattern: str, timeout: float, *, this_boot: bool = False) -> re.Match[str]:
-        """Wait until a regular expression is found in the text.
+        """Wait until a regular expression is found in what the guest has written.
+
+        What a clone's template wrote does not count: it was there before the test.
 
         Args:
-            pattern: searched in all of the text, with ``re.MULTILINE``.
+            pattern: a regular expression, with ``re.MULTILINE``.
             timeout: seconds.
             this_boot: search only in what was written since the last reset.
 
@@ -107,7 +133,7 @@ class Console:
         while True:
             with self._grew:
                 size = self.size
-            if match := compiled.search(self.this_boot if this_boot else self.text):
+            if match := compiled.search(self.this_boot if this_boot else self.own):
                 return match
             if deadline.expired:
                 raise TimeoutError(
@@ -120,5 +146,15 @@ class Console:
 
     @property
     def size(self) -> int:
-        """The number of characters that the guest has written so far."""
+        """The number of characters that the guest has written since this machine runs."""
         return self._dropped + self._head.tell() + self._tail.tell()
+
+
+def last_lines(text: str, n: int = 20) -> str:
+    """The last ``n`` lines of a text."""
+    return "\n".join(text.rstrip("\n").split("\n")[-n:]) if n > 0 else ""
+
+
+def _gap(dropped: int) -> str:
+    """Stands for characters that are left out."""
+    return f"\n[{dropped} characters left out]\n" if dropped else ""

@@ -74,6 +74,11 @@ def _page_cache() -> int:
     return sum(int(size) for name, size in words if name in {"active_file", "inactive_file"})
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file that only this user can read. It is an opener for `open`."""
+    return os.open(path, flags, 0o600)
+
+
 def require_memory(size: int) -> None:
     """Check that a guest with `size` bytes of memory fits.
 

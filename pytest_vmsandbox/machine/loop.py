@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 _T = TypeVar("_T")
 _CHUNK = 65_536
+_LAST_CHUNKS = 64  # that are read at the end: more than a pipe or a socket holds
 _CALL_SECONDS = 10.0
 
 
@@ -50,27 +52,32 @@ class LoopThread:
             raise
 
     @contextmanager
-    def reading(self, sock: socket.socket, feed: Callable[[bytes], None]) -> Iterator[None]:
-        """Pass what arrives on `sock` to `feed`, on the loop's thread."""
-        sock.setblocking(False)
+    def reading(
+        self, source: socket.socket | IO[bytes], feed: Callable[[bytes], None]
+    ) -> Iterator[None]:
+        """Pass what arrives on a socket or a pipe to `feed`, on the loop's thread."""
+        os.set_blocking(source.fileno(), False)
 
-        def on_readable() -> None:
+        def on_readable() -> bool:
             try:
-                data = sock.recv(_CHUNK)
+                data = os.read(source.fileno(), _CHUNK)
             except BlockingIOError:
-                return
+                return False
             except OSError:
                 data = b""
             if data:
                 feed(data)
             else:
-                self._loop.remove_reader(sock)
+                self._loop.remove_reader(source)
+            return bool(data)
 
         async def end() -> None:
-            if self._loop.remove_reader(sock):
-                on_readable()  # reads the last bytes
+            if self._loop.remove_reader(source):
+                for _ in range(_LAST_CHUNKS):
+                    if not on_readable():
+                        break
 
-        self._loop.call_soon_threadsafe(self._loop.add_reader, sock, on_readable)
+        self._loop.call_soon_threadsafe(self._loop.add_reader, source, on_readable)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.machine import cmdline, host, stages, starting, tpm
 from pytest_vmsandbox.machine.cmdline import MachineSpec
-from pytest_vmsandbox.machine.console import Console
+from pytest_vmsandbox.machine.console import Console, last_lines
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks
 from pytest_vmsandbox.machine.drives import Drives
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -98,6 +98,7 @@ class Machine:
         memory: IO[bytes] | None = None,
         state: IO[bytes] | None = None,
         tpm_folder: Path | None = None,
+        before: str = "",
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end, the process is killed and reaped.
 
@@ -106,6 +107,7 @@ class Machine:
             memory: the file with the guest's memory, if `spec.start` needs one.
             state: the state to load, if `spec.start` needs one. Such a machine is paused.
             tpm_folder: keeps what the guest's TPM keeps without power, if `spec.tpm`.
+            before: what the guest had written to its console when `state` was saved.
 
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load the
@@ -118,8 +120,7 @@ class Machine:
             its_tpm = starting.start_tpm(stack, hypervisor, spec, tpm_folder)
             fds, given = starting.descriptors(stack, spec, memory, disks, its_tpm)
             argv = cmdline.argv(spec, fds)
-            console_log, monitor_log = starting.log_files(stack, logs, argv)
-            console = Console(console_log)
+            console, monitor_log = starting.logged(stack, logs, argv, before)
             with ExitStack() as theirs:
                 our_monitor, our_console, our_helper = (
                     starting.channel(stack, theirs, given, number)
@@ -322,13 +323,13 @@ class Machine:
     def _panic(self) -> GuestLost:
         """The error for a kernel panic. The console may have its text."""
         brief, details = "kernel panic", self.console_lines()
-        if (text := stages.panic_text(self.console.text)) is not None:
+        if (text := stages.panic_text(self.console.own)) is not None:
             brief, details = f"kernel panic: {text[0]}", f"--- on the console\n{text[1]}"
         return GuestLost(f"{self.spec.name}: {brief}", details=details, stage="kernel")
 
     def console_lines(self) -> str:
-        """The last lines of the console, for the details of an error."""
-        tail = self.console.tail()
+        """The last lines of the console, for the details of an error. What a template wrote is no cause."""
+        tail = last_lines(self.console.own)
         return f"--- last lines of the console\n{tail}" if tail else "(the console is empty)"
 
     # -- what can be done with it ---------------------------------------------------------------
@@ -443,7 +444,8 @@ class Machine:
                 among=lambda event: event["data"]["status"] in {"completed", "failed"},
             )
         ):
-            self.check()
+            if command != "migrate" or self.ended() is not None:
+                self.check()  # a guest that has panicked can be saved
             if deadline.expired:
                 self._pace.was_late()
                 raise MonitorError(

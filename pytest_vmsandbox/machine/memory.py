@@ -128,6 +128,16 @@ def for_clones(path: Path, version: tuple[int, ...]) -> Iterator[IO[bytes]]:
             yield sealed
 
 
+@contextmanager
+def in_memory(source: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A copy of a file in memory. Every user can read it, also the one that QEMU runs as."""
+    number = os.memfd_create("vmsandbox-copy", os.MFD_CLOEXEC)
+    with os.fdopen(number, "r+b", buffering=0) as dest:
+        copy(source, dest)
+        os.fchmod(number, 0o444)
+        yield dest
+
+
 def copy(source: IO[bytes], dest: IO[bytes]) -> None:
     """Copy a file and keep its holes."""
     os.ftruncate(dest.fileno(), os.fstat(source.fileno()).st_size)

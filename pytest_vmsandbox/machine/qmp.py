@@ -139,7 +139,7 @@ class Monitor:
 
     def _record(self, direction: str, message: object) -> None:
         if self._log is not None and not self._log.closed:
-            self._log.write(f"{wall():.3f} {direction} {json.dumps(message, default=str)}\n")
+            self._log.write(f"{wall():.3f} {direction} {json.dumps(message, default=_plain)}\n")
 
     def _await(self, work: Any, timeout: float, what: str) -> Any:
         timeout = self._pace.stretch(timeout)
@@ -161,3 +161,8 @@ class Monitor:
         # AssertionError: the library asserts that QEMU still runs after its greeting, but it may not.
         except (QMPError, EOFError, OSError, AssertionError) as error:
             raise MonitorError(f"QEMU's monitor is gone ({what!r}): {error}") from error
+
+
+def _plain(value: object) -> object:
+    """What JSON has no form for, such as the library's messages."""
+    return dict(value) if isinstance(value, Mapping) else str(value)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import LaunchError
-from pytest_vmsandbox.machine import cmdline, host, tpm
+from pytest_vmsandbox.machine import cmdline, host, memory, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
+from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -18,21 +19,32 @@ from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text
 from pytest_vmsandbox.machine.tpm import Tpm
 
 _END_SECONDS = 5.0
+_SAVED_HERE = "[vmsandbox: the guest was saved here, and went on from here for the test]"
 
 
-def log_files(
-    stack: ExitStack, folder: Path | None, argv: list[str]
-) -> tuple[IO[bytes] | None, IO[str] | None]:
-    """The log files of a machine: for its console, and for its monitor."""
+def logged(
+    stack: ExitStack, folder: Path | None, argv: list[str], before: str
+) -> tuple[Console, IO[str] | None]:
+    """A machine's console with its log file, and the log file for its monitor. Only this user can read them.
+
+    Args:
+        before: what the guest had written to its console before it was saved. The log begins with it.
+    """
     if folder is None:
-        return None, None
+        return Console(None, before), None
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
-    (folder / "qemu.argv").write_text(text, "utf-8", "surrogateescape")
+    with open(folder / "qemu.argv", "wb", opener=host.private) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
     # Unbuffered: on a full disk, closing a buffered file would fail again.
-    console = stack.enter_context((folder / "console.log").open("ab", buffering=0))
-    return console, stack.enter_context(
-        (folder / "qmp.log").open("a", buffering=1, encoding="utf-8")
+    log: IO[bytes] = stack.enter_context(
+        open(folder / "console.log", "ab", buffering=0, opener=host.private)  # noqa: SIM115
+    )
+    if before and not log.tell():  # otherwise an earlier machine of this guest has written it
+        with suppress(OSError):  # a full disk: the text is still there
+            log.write(f"{before.rstrip()}\n{_SAVED_HERE}\n".encode("utf-8", "replace"))
+    return Console(log, before), stack.enter_context(
+        open(folder / "qmp.log", "a", buffering=1, encoding="utf-8", opener=host.private)
     )
 
 
@@ -49,7 +61,7 @@ def start_tpm(
 def descriptors(
     stack: ExitStack,
     spec: MachineSpec,
-    memory: IO[bytes] | None,
+    ram: IO[bytes] | None,
     disks: Disks,
     machine_tpm: Tpm | None,
 ) -> tuple[Descriptors, dict[int, int]]:
@@ -64,14 +76,24 @@ def descriptors(
     def give_image_file(path: Path | None) -> int | None:
         return give(stack.enter_context(image_file(path))) if path is not None else None
 
+    def give_boot_file(path: Path | None) -> int | None:
+        """QEMU opens it again, perhaps as a user who cannot read it."""
+        if path is None:
+            return None
+        file: IO[bytes] = stack.enter_context(image_file(path))
+        is_open_to_all = os.fstat(file.fileno()).st_mode & 0o004
+        if not is_open_to_all and host.guest_identity(spec.accelerator) is not None:
+            file = stack.enter_context(memory.in_memory(file))
+        return give(file)
+
     fds = Descriptors(
-        kernel=give_image_file(spec.kernel),
-        initrd=give_image_file(spec.initrd),
+        kernel=give_boot_file(spec.kernel),
+        initrd=give_boot_file(spec.initrd),
         modules=give_image_file(spec.modules),
         code=give(disks.flash.code) if disks.flash is not None else None,
         variables=give(disks.flash.variables) if disks.flash is not None else None,
         tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
-        memory=give(memory) if memory is not None else None,
+        memory=give(ram) if ram is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
         plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged),

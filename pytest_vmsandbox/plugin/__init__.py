@@ -57,8 +57,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "in_vm: run this test inside a guest; in_vm(False) keeps it on this machine under --in-vm",
     )
-    config.stash[RUN] = Run(config)
+    run = config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
+    with suppress(pytest.UsageError):  # it is reported with all other wrong values
+        if run.keeps:
+            config.pluginmanager.register(run.keeping, "vmsandbox-keeping")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -133,6 +136,8 @@ def pytest_collection_modifyitems(
     naming.give_both_names(everything)
     naming.deselect_by_plain_ids(run.config, items)
     result = yield
+    if not items:
+        naming.tell_of_words(run, everything)
     naming.give_full_names([*everything, *items])
     for item in items:
         planning.plan_again(run, item)
@@ -187,6 +192,7 @@ def pytest_testnodedown(node: Any) -> None:
     run.usage_errors = found.get("usage_errors") or run.usage_errors
     run.failed |= found.get("failed", False)
     run.told.update(dict.fromkeys(found.get("told", ())))
+    run.keeping.take_over(found.get("kept", {}))
     for kind, names in found.get("pulled", {}).items():
         pulling.note(run.pulled, kind, names)
 
@@ -196,6 +202,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash[RUN]
     if _INSIDE in session.config.stash:
         session.config.stash[_INSIDE].leases.close()
+    run.keeping.close()
     if run.failed and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if hasattr(session.config, "workeroutput"):
@@ -204,6 +211,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "failed": run.failed,
             "told": [*run.about(run.images_used), *run.told],
             "pulled": {kind: [*names] for kind, names in run.pulled.items()},
+            "kept": run.keeping.found(),
         }
     if run.usage_errors and session.config.pluginmanager.has_plugin("dsession"):
         raise pytest.UsageError(*run.usage_errors)
@@ -226,6 +234,10 @@ def pytest_terminal_summary(
         run.tell(line)
     for line in run.told:
         terminalreporter.write_line(line)
+    if kept := run.keeping.summary():
+        terminalreporter.write_sep("=", kept[0])
+        for line in kept[1:]:
+            terminalreporter.write_line(line)
 
 
 # -- running ------------------------------------------------------------------------------------------
@@ -255,6 +267,25 @@ class _Protocol:
             return None
         item.config.stash[_INSIDE].run(item, nextitem)
         return True
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Note a failure after all other plugins: one may have repeated the test, or changed its report."""
+        report = yield
+        if plan_of(item).is_inside:
+            return report
+        run = item.config.stash[RUN]
+        if call.when == "setup":
+            run.begin_attempt()
+        if report.failed:
+            error = report.longreprtext if call.excinfo is None else call.excinfo.value
+            run.at_failure(item, call.when, error)
+        elif call.when == "call":
+            run.keeping.passed(item)
+        run.show(item, report)
+        return report
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -334,7 +365,8 @@ def vm_artifacts(
     """The folder (a `Path`) of this test's artifacts. It is kept if the test fails.
 
     It holds the console log, the QMP log, QEMU's command line and a screenshot, also of guests that the
-    test shares with others.
+    test shares with others. If the test fails, it also gets what its guests say about their processes,
+    memory, kernel's log and journal.
     """
     return request.config.stash[RUN].artifacts_of(request.node)
 

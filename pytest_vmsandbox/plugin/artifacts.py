@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -38,24 +38,33 @@ class Artifacts:
     def of_test(self, nodeid: str) -> Path:
         """The folder of a test. It is made if it is missing."""
         folder = self._root / folder_name(nodeid)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # a guest's logs may hold secrets
         return folder
 
     def of_guest(self, nodeid: str, guest: str) -> Path:
         """The folder of a guest in the folder of a test. It is made if it is missing."""
         folder = self.of_test(nodeid) / guest
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def add(self, nodeid: str, guest: str, texts: Mapping[str, str]) -> None:
+        """Put texts about a guest into its folder in the folder of a test, by the name of a file for each."""
+        for name, text in texts.items():
+            file = self.of_guest(nodeid, guest) / name
+            file.unlink(missing_ok=True)
+            file.touch(0o600)
+            file.write_text(text, "utf-8", "replace")
 
     def of_logs(self, guest: str) -> Path:
         """The folder that a guest logs into, private to this run. It is made if it is missing."""
         folder = self._guests / guest
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
     def keep_logs(self, nodeid: str, guest: str) -> None:
         """Link a guest's logs into the folder of a test. The guest may go on logging."""
-        place = self.of_test(nodeid) / guest
+        place = self.of_guest(nodeid, guest)
         with suppress(OSError):  # the test must not fail because of a full disk
             shutil.copytree(self._guests / guest, place, copy_function=_link, dirs_exist_ok=True)
 

@@ -22,9 +22,11 @@ from pytest_vmsandbox.core.settings import (
     Isolation,
     Settings,
 )
-from pytest_vmsandbox.core.spec import Hardware, parse_kernel
+from pytest_vmsandbox.core.spec import Hardware, parse_kernel, parse_size
 
 MISSING = ("error", "skip")
+KEEP = ("none", "failed", "all")
+_KEEP_SIZE = "8GiB"
 Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
 _MOST_SECONDS = 86_400
@@ -40,7 +42,11 @@ _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_inside", "bool", "like --in-vm"),
     ("vm_isolation", None, "like --vm-isolation"),
     ("vm_offline", "bool", "like --vm-offline"),
+    ("vm_keep", None, "like --vm-keep"),
+    ("vm_keep_size", None, ("room for kept guests on the disk (default: 8GiB). When it is used up, the oldest "
+     "are removed")),
     ("vm_artifacts_dir", None, "like --vm-artifacts, relative to the rootdir"),
+    ("vm_pcap", "bool", "like --vm-pcap"),
     ("vm_boot_timeout", None, "like --vm-boot-timeout"),
     ("vm_image_path", "paths", "folders with image definitions of your own"),
     ("vm_command_timeout", None, ("seconds for a command that names no timeout, under KVM (default: 60); "
@@ -90,9 +96,22 @@ def add_options(parser: pytest.Parser) -> None:
     )
     group.addoption("--vm-offline", action="store_true", default=None, help="never use the network")
     group.addoption(
+        "--vm-keep",
+        choices=KEEP,
+        help="whose guests to keep: those of no test (the default), of tests that fail, or of all tests. They "
+        "are saved at the moment of the failure, and the summary shows how to enter them",
+    )
+    group.addoption(
         "--vm-artifacts",
         metavar="DIR",
         help="folder for the artifacts of failed tests (default: beside pytest's temporary folders)",
+    )
+    group.addoption(
+        "--vm-pcap",
+        action="store_true",
+        default=None,
+        help="capture each guest's network, and keep network.pcap among the artifacts of failed tests "
+        "(up to 256 MiB)",
     )
     group.addoption(
         "--vm-boot-timeout",
@@ -154,6 +173,7 @@ def _values(config: pytest.Config) -> dict[str, Any]:
         "boot_timeout": _seconds(config, "vm_boot_timeout", "--vm-boot-timeout"),
         "command_timeout": _seconds(config, "vm_command_timeout"),
         "offline": offline(config),
+        "captures": bool(_ini(config, "vm_pcap") or config.getoption("--vm-pcap")),
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -203,6 +223,8 @@ def check_values(config: pytest.Config) -> None:
     skip_missing(config)
     inside(config)
     isolation(config)
+    keep(config)
+    keep_size(config)
     test_timeout(config)
     guest_environment(config)
     artifacts_dir(config)
@@ -284,6 +306,23 @@ def inside(config: pytest.Config) -> bool:
 def isolation(config: pytest.Config) -> Isolation:
     """Which tests inside share a guest."""
     return _choice(config, "--vm-isolation", "vm_isolation", ISOLATIONS) or "session"
+
+
+def keep(config: pytest.Config) -> str | None:
+    """Whose guests are kept, one of `KEEP`; None if nobody has said it."""
+    return _choice(config, "--vm-keep", "vm_keep", KEEP)
+
+
+def keep_size(config: pytest.Config) -> int:
+    """The room for kept guests, in bytes.
+
+    Raises:
+        pytest.UsageError: the value is invalid.
+    """
+    try:
+        return parse_size(_ini(config, "vm_keep_size") or _KEEP_SIZE, "vm_keep_size")
+    except ConfigError as error:
+        raise pytest.UsageError(f"in the ini file: {error}") from error
 
 
 def offline(config: pytest.Config) -> bool:

@@ -6,6 +6,8 @@ always have the image. pytest compares ids and names in five places. Here we mak
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import plan as plans
 from pytest_vmsandbox.plugin.run import Run
+
+_WORD = re.compile(r"[\w:+.\[\]\\/-]+")  # of an expression of -k
 
 
 class _Name(str):
@@ -80,6 +84,44 @@ def deselect_by_plain_ids(config: pytest.Config, items: Iterable[pytest.Item]) -
         config.option.deselect += [
             item.nodeid for item in items if plans.plain_nodeid(item).startswith(prefixes)
         ]
+
+
+def tell_of_words(run: Run, items: Sequence[pytest.Item]) -> None:
+    """Tell that a word of ``-k`` names an image or an architecture, if no test is left by it.
+
+    Args:
+        items: all tests, before any was deselected. `give_both_names` has seen them.
+    """
+    words = [word.lower() for word in _WORD.findall(run.config.getoption("keyword", default=""))]
+    if "not" in words or not any(map(plans.variant_of, items)):
+        return
+    with suppress(ConfigError):
+        for word in words:
+            meant = _meant(run, word)
+            if meant and not any(word in item.name.lower() for item in items):
+                run.tell(
+                    f"{word!r} in -k is in no test's name. Images are selected by --vm, such as "
+                    f"{shlex.join(f'--vm={pattern}' for pattern in meant)}"
+                )
+
+
+def _meant(run: Run, word: str) -> list[str]:
+    """The images that a word may mean."""
+    # Suites without guests do not need these.
+    from pytest_vmsandbox.catalogue import variants
+    from pytest_vmsandbox.core.architecture import by_any_name, debian_name
+
+    catalogue = run.catalogue
+    names = catalogue.names()
+    by_spelling = {name.lower(): name for name in [*names, *catalogue.spellings]}
+    if word in by_spelling:
+        return [by_spelling[word]]
+    if not (architecture := by_any_name(word)):
+        return []
+    selected = [variants.guessed(name) or (name, "") for name in run.images()]
+    wanted = (variants.variant_name(stem, architecture) for stem, _ in selected)
+    found = [name for name in dict.fromkeys(wanted) if name in names]
+    return found or catalogue.select([f"*{variants.SIGN}{debian_name(architecture)}"])[:1]
 
 
 def not_selected(run: Run, args: Iterable[str]) -> list[str]:

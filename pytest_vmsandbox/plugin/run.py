@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -22,6 +22,7 @@ from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.spec import parse_kernel
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.artifacts import Artifacts
+from pytest_vmsandbox.plugin.keeping import Keeping
 from pytest_vmsandbox.plugin.plan import Variant
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
 
@@ -43,12 +44,14 @@ class _Known:
         is_noted: whether we note each use of it. We cannot note uses by fixtures of users.
         is_used: whether the current test has used it.
         has_failed: whether a test that used it has failed.
+        has_come: whether it was handed out.
     """
 
     guest: Guest | None = None
     is_noted: bool = False
     is_used: bool = False
     has_failed: bool = False
+    has_come: bool = False
 
 
 class Run:
@@ -66,6 +69,7 @@ class Run:
         item: the current test.
         labels: of images on kernels of the user, as ids of tests show them.
         coming: image and hardware of each fresh guest that tests will ask for.
+        keeping: the guests of failed tests.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -84,7 +88,15 @@ class Run:
         self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
+        self._gathered: set[str] = set()  # guests whose last failure is among the artifacts
         self._stack = ExitStack()
+        self.keeping = Keeping(
+            config,
+            guests=lambda: {name: known.guest for name, known in self._guests.items()},
+            used=self._used_by,
+            backend=lambda: self.factory.backend,
+            tell=self.tell,
+        )
 
     def close(self) -> None:
         """End all remaining guests."""
@@ -298,6 +310,7 @@ class Run:
     def finish(self, item: pytest.Item) -> None:
         """Forget a test. Its artifacts stay only if it failed."""
         self.item = None
+        self.keeping.finish(item)
         used = self._used_by(item)
         for known in self._guests.values():
             known.is_used = False
@@ -306,12 +319,15 @@ class Run:
         if not item.stash.get(FAILED, False):
             self.artifacts.discard(item.nodeid)
             used = []
+        if any(self._guests[name].has_come for name in used):
+            self.keeping.advise()
         for name in used:
             known = self._guests[name]
             known.has_failed = True
             self.artifacts.keep_logs(item.nodeid, name)
             if known.guest is not None:
-                self._keep_picture(item, known.guest)
+                self._gather(item, known.guest)
+        self._gathered.clear()
         for name in [name for name, known in self._guests.items() if known.guest is None]:
             self.artifacts.discard_logs(name)
             del self._guests[name]
@@ -386,25 +402,103 @@ class Run:
         return list(reversed(last_first))
 
     def guest_ready(self, guest: Guest) -> None:
-        self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
-        self._guests[guest.name].guest = guest
+        known = self._guests[guest.name]
+        known.guest, known.has_come = guest, True
+        try:
+            self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
+        except Exception as error:
+            if self.item is not None:
+                self.keeping.ending(self.item, guest, error)
+            known.guest = None
+            raise
 
-    def guest_stopping(self, guest: Guest, failed: bool) -> None:
-        item = self.item
+    def guest_stopping(self, guest: Guest, error: BaseException | None) -> None:
+        item, failed = self.item, error is not None
+        if isinstance(error, pytest.skip.Exception):
+            failed, error = False, None
+        if item is not None:
+            self.keeping.ending(item, guest, error)
         if item is not None and guest.name in self._used_by(item):
             failed = failed or item.stash.get(FAILED, False)
         if failed and item is not None:
-            self._keep_picture(item, guest)
+            self._gather(item, guest)
         known = self._guests[guest.name]
         known.guest = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
             config=self.config, guest=guest, failed=failed or known.has_failed
         )
 
-    def _keep_picture(self, item: pytest.Item, guest: Guest) -> None:
-        folder = self.artifacts.of_guest(item.nodeid, guest.name)
+    # -- failures -------------------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """Another attempt at the current test begins: its guests have not been looked at."""
+        self._gathered.clear()
+
+    def at_failure(
+        self,
+        item: pytest.Item,
+        phase: str,
+        error: BaseException | str,
+        **about: Any,
+    ) -> None:
+        """A test has failed just now, and its guests still run. This raises no error.
+
+        Args:
+            error: what was raised, or one line.
+            about: what else is known, as in `guests.kept.Moment`.
+        """
+        self.keep_now(item, phase, error, **about)
+        for name in self._used_by(item):
+            if (guest := self._guests[name].guest) is not None:
+                self._gather(item, guest)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the guests of failed tests are kept."""
+        return self.keeping.is_on
+
+    def keep_now(
+        self, item: pytest.Item, phase: str, error: BaseException | str, **about: Any
+    ) -> None:
+        """Keep all guests of a test as they are, if this run keeps guests. It raises no error."""
+        self.keeping.keep(item, phase, error, **about)
+
+    def show(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Add to a test's report which guest it had, and what is left of it if the test failed."""
+        given = dict(report.user_properties)
+        if "vm" not in given and (label := plans.plan_of(item).variant.label):
+            report.user_properties.append(("vm", label))
+        lines = self.keeping.show(item, report)
+        has_failed = report.failed or item.stash.get(FAILED, False)
+        if has_failed and "artifacts" in self.__dict__ and self._used_by(item):
+            folder = self.artifacts_of(item)
+            report.user_properties.append(("vm_artifacts", str(folder)))
+            if (line := f"artifacts: {folder}") not in report.longreprtext:
+                lines.insert(0, line)
+        if report.failed and lines:
+            report.sections.append(("vmsandbox", "\n".join(lines)))
+
+    def preparation_failed(self, guest: Guest) -> None:
+        if self.item is not None:
+            self._gather(self.item, guest)
+
+    def _gather(self, item: pytest.Item, guest: Guest) -> None:
+        """Put into the artifacts what a guest shows and says at the failure of a test."""
+        if guest.name in self._gathered:
+            return
+        self._gathered.add(guest.name)
         with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
-            guest.screenshot(folder / "screenshot.png")
+            picture = self.artifacts.of_guest(item.nodeid, guest.name) / "screenshot.png"
+            guest.screenshot(picture)
+            picture.chmod(0o600)
+        with suppress(OSError):  # the disk may be full
+            self.artifacts.add(item.nodeid, guest.name, self.asked(guest))
+
+    def asked(self, guest: Guest) -> dict[str, str]:
+        """What a guest says about itself, by the name of a file for each text."""
+        from pytest_vmsandbox.guests.gathering import gathered
+
+        return gathered(guest, secret=options.guest_environment(self.config).values())
 
 
 class SharedGuests:

@@ -437,16 +437,21 @@ def test_doctor_works_although_a_definition_is_wrong(cakes, tmp_path):
 
 def test_doctor_knows_images_for_other_architectures(tmp_path):
     folder, cache = tmp_path / "images", tmp_path / "cache"
-    images.define(folder / "deb-1", images.toml(architecture="s390x"))
-    images.keep(cache, Catalogue([folder]).get("deb-1"))
+    for name, architecture in {"deb-1": "s390x", "deb-2": "riscv64"}.items():
+        images.define(folder / name, images.toml(architecture=architecture))
+        images.keep(cache, Catalogue([folder]).get(name))
+    (tmp_path / "apt-get").symlink_to("/bin/true")
     options = ("doctor", "--json", "--image-path", str(folder))
     done = start(*options, path=tmp_path, VMSANDBOX_CACHE=str(cache))
     found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     check = found["other architectures"]
     assert (check["status"], check["found"]) == (
-        *("warning", "none can be emulated; deb-1 built; no emulator for deb-1"),
+        *("warning", "none can be emulated; deb-1, deb-2 built; no emulator for deb-1, deb-2"),
     )
-    assert "qemu-system" in check["remedy"]
+    command, _, packages = check["remedy"].partition(" install ")
+    assert command.endswith("apt-get")
+    assert {"opensbi", "qemu-system-data", "qemu-system-misc"} <= {*packages.split()}
+    assert ";" not in packages
 
 
 def test_doctor_for_people(invoke):
@@ -560,6 +565,21 @@ def test_names_of_strangers_play_no_tricks_on_the_terminal(terminal, monkeypatch
     assert out.startswith("left out: ab\n")
     assert "fetching c Remedy: d" in out
     assert not any(theirs in out for theirs in ("\x1b]0;", "\x1b[2J", "\x9b", "\x07", "title"))
+
+
+@pytest.mark.parametrize(("terminal", "lines"), [(True, 2), (False, 3)])
+def test_how_far_a_stage_is(terminal, lines, monkeypatch, capsys):
+    """A terminal shows it in the line of the stage."""
+    from pytest_vmsandbox.cli.screen import Screen
+
+    monkeypatch.setattr(Screen, "lively", terminal)
+    with Screen().stages() as stage:
+        for text in ("installing", "installing: 3 packages", "making the disk"):
+            stage(text)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == lines
+    assert "installing: 3 packages" in shown[lines - 2]
+    assert "making the disk" in shown[lines - 1]
 
 
 def test_the_suite_is_shipped():

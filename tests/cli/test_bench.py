@@ -30,8 +30,8 @@ class TestResults:
         assert tuple(bench.MEASUREMENTS) == (
             "cold_boot_s", "clone_on_demand_ms", "armed_noop_ms", "armed_run_ms", "guests_per_s",
             "cpu_ms_per_guest", "pss_mib_per_clone", "leased_at_once", "running_at_once",
-            "push_mib_s", "second_run_s", "in_guest_overhead_ms", "in_guest_isolated_s",
-            "idle_cost_ms",
+            "push_mib_s", "snapshot_save_ms", "keep_ms", "enter_ms", "second_run_s",
+            "in_guest_overhead_ms", "in_guest_isolated_s", "idle_cost_ms",
         )  # fmt: skip
 
     def test_the_99th_percentile_is_a_sample(self):

@@ -6,6 +6,8 @@ import calendar
 import dataclasses
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -24,6 +26,7 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import resume, template_builder
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.gathering import WHY_NOT, gathered
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
@@ -58,12 +61,12 @@ def factory(cache):
     """Opens factories on that cache, each as a run of its own."""
     with ExitStack() as stack:
 
-        def open_one(clones="demand", cache=cache, **more):
+        def open_one(clones="demand", cache=cache, captures=False, **more):
             told = Told()
             callbacks = Announcer(told.append)
             for name, callback in more.items():
                 setattr(callbacks, name, callback)
-            settings = Settings(cache=cache, clones=clones)
+            settings = Settings(cache=cache, clones=clones, captures=captures)
             one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
             one.told = told
             return one
@@ -202,6 +205,50 @@ class TestSharingNothing:
                 os.pwrite(opened.memory.fileno(), b"x", 0)
 
 
+def packets(file):
+    """The packets in a capture of a network."""
+    data, place, found = file.read_bytes(), 24, []
+    while place < len(data):
+        (size,) = struct.unpack_from("=8xI4x", data, place)
+        found.append(data[place + 16 : place + 16 + size])
+        place += 16 + size
+    return found
+
+
+def greet(vm):
+    """Connect to the guest's SSH server, which greets."""
+    with socket.create_connection(vm.forward(22), 60) as sock:
+        assert sock.recv(4) == b"SSH-"
+
+
+class TestWhatAFailureShows:
+    def test_the_guest_and_its_network(self, factory, tmp_path):
+        def logs(guest):
+            (tmp_path / guest).mkdir(exist_ok=True)
+            return tmp_path / guest
+
+        with factory(logs=logs, captures=True).boot("tiny", **TINY) as vm:
+            greet(vm)
+            with vm.snapshot():
+                greet(vm)
+            greet(vm)
+            vm.popen(["sleep", "4711"])
+            vm.shell("echo from the kernel >/dev/kmsg")
+            found = gathered(vm)
+            assert {*found} == {"processes.txt", "memory.txt", "dmesg.txt"}
+            line = next(it for it in found["processes.txt"].splitlines() if "sleep 4711" in it)
+            assert line.split()[2:4] == ["root", "S"]  # and its memory follows
+            assert int(line.split()[4]) > 0
+            assert found["memory.txt"].startswith("$ free\n")
+            assert "MemAvailable:" in found["memory.txt"]
+            assert "from the kernel" in found["dmesg.txt"]
+            name = vm.name
+            vm.power_cut()
+            assert "switched off" in gathered(vm)[WHY_NOT]
+        found = packets(tmp_path / name / "network.pcap")
+        assert len([it for it in found if b"SSH-2.0-" in it and it[34:36] == b"\0\x16"]) == 3
+
+
 class TestTemplates:
     def test_a_second_run_boots_nothing(self, factory):
         with factory().boot("tiny", **TINY) as vm:
@@ -209,7 +256,16 @@ class TestTemplates:
         again = factory()
         with again.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
-            assert "Linux version" not in vm.console.text
+            # The boot is its template's: it is shown, but nothing of it happens now.
+            assert "vmsandbox: init" in vm.console.text
+            with pytest.raises(TimeoutError):
+                vm.console.wait_for("vmsandbox: init", timeout=0)
+            vm.shell("echo so it goes >/dev/console")
+            vm.console.wait_for("^so it goes$", timeout=30)
+            with vm.snapshot():
+                pass
+            assert "so it goes" in vm.console.text
+            assert "so it goes" not in vm.console.own
         assert again.told == []
 
     def test_two_runs_at_once_make_it_once(self, factory):
@@ -276,7 +332,10 @@ class TestTemplates:
             one.prepare("tiny", prepare, depends_on=[])
         assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
         assert "vmsandbox: init" in (tmp_path / begun[0] / "console.log").read_text()
-        assert "so it went" in (tmp_path / begun[1] / "console.log").read_text()
+        layer = (tmp_path / begun[1] / "console.log").read_text()
+        assert (
+            layer.index("vmsandbox: init") < layer.index("saved here") < layer.index("so it went")
+        )
 
     def test_the_hook_gives_every_guest_a_layer(self, factory):
         layer = Provision(

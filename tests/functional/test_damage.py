@@ -21,7 +21,7 @@ from pytest_vmsandbox.guests.templates import TemplateStore
 from support import damage
 
 HARDWARE = {"memory": "160MiB", "disks": ["16MiB"]}
-TEMPLATE = ("memory", "state", "key", "disk0.0.qcow2", "template.json")
+TEMPLATE = ("memory", "state", "console", "key", "disk0.0.qcow2", "template.json")
 IMAGE = ("vmlinuz", "initrd.img", "host_key.pub", "image.json")
 
 

@@ -10,7 +10,11 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from pytest_vmsandbox.core.paths import cache_dir
+from pytest_vmsandbox.guests.templates import TemplateStore
+
 IMAGE = "debian-13"
+SECRET = "not for the eyes of strangers"
 
 
 class Run:
@@ -25,6 +29,11 @@ class Run:
             cwd=folder, capture_output=True, text=True, timeout=1500, check=False,
         )  # fmt: skip
         self.status, self.output = done.returncode, done.stdout + done.stderr
+        self.artifacts = {
+            path.relative_to(folder / "kept"): path.read_bytes()
+            for path in (folder / "kept").rglob("*")
+            if path.is_file()
+        }
         self.cases = {}
         for case in ET.parse(junit).getroot().iter("testcase"):
             name = case.get("name").replace(f"[{IMAGE}]", "").replace(f"[{IMAGE}-", "[")
@@ -63,6 +72,7 @@ def test_first_is_killed():
 
 
 def test_after_the_first():
+    assert os.environ["SECRET_OF_THE_SUITE"]
     assert os.environ["VMSANDBOX_GUEST"].startswith("debian-13-")
     assert "SECRET_OF_THE_HOST" not in os.environ
 
@@ -145,9 +155,9 @@ def test_last_kills_its_keeper():
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crashes")
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pytest.ini").write_text(f"[pytest]\nvm_env = SECRET_OF_THE_SUITE={SECRET}\n")
     (folder / "test_crashes.py").write_text(SUITE)
-    return Run(folder)
+    return Run(folder, "--vm-artifacts=kept", "--vm-pcap")
 
 
 def test_each_test_has_its_reports(crashes):
@@ -184,6 +194,47 @@ def test_the_rest_goes_on(crashes, name):
 def test_the_cause_is_named(crashes, name, outcome, text):
     assert f"\n{outcome} test_crashes.py::{name}[" in crashes.output
     assert text in crashes.text(name), crashes.output
+
+
+def artifacts_of(crashes, name):
+    """The artifacts of a test, by the names of files."""
+    return {
+        path.name: content.decode(errors="replace")
+        for path, content in crashes.artifacts.items()
+        if path.parts[0] == f"test_crashes.py-{name}-{IMAGE}" and "prepared" not in path.parts[1]
+    }
+
+
+def test_a_failed_test_shows_its_guest(crashes):
+    shown = artifacts_of(crashes, "test_segmentation_fault")
+    assert {*shown} == {
+        *("console.log", "qmp.log", "qemu.argv", "screenshot.png", "network.pcap"),
+        *("processes.txt", "memory.txt", "dmesg.txt", "journal.txt"),
+    }
+    assert "vmsandbox: init" in shown["console.log"]  # its template's boot
+    assert "/sbin/init" in shown["processes.txt"]
+    assert "systemd" in shown["journal.txt"]
+    assert "Linux version" in shown["dmesg.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("test_panics", "kernel panic"), ("test_switches_off", "is switched off")]
+)
+def test_a_guest_that_is_lost_is_not_asked(crashes, name, why):
+    shown = artifacts_of(crashes, name)
+    assert why in shown["not-gathered.txt"]
+    assert {"console.log", "qmp.log", "qemu.argv", "network.pcap"} <= {*shown}
+    assert "processes.txt" not in shown
+
+
+def test_artifacts_hold_no_secret_and_are_not_empty(crashes):
+    keys = [it.private_key for it in TemplateStore(cache_dir()).all() if it.image == IMAGE]
+    assert len(crashes.artifacts) > 50
+    for path, content in crashes.artifacts.items():
+        assert content, path
+        assert SECRET.encode() not in content, path
+        for line in {line for key in keys for line in key.splitlines()}:
+            assert line.encode() not in content, path
 
 
 def test_a_guest_without_python(tmp_path):

@@ -1,6 +1,8 @@
-"""Whatever ends pytest ends its guests, and whatever ends a build of images leaves nothing half-made.
+"""Whatever ends pytest ends its guests. What ends a build of images, or ends pytest while it keeps guests, leaves
+nothing half-made.
 
-The long versions: tests/torture/kill.py --kills 100, and tests/torture/builds.py --kills 60 --guests.
+The long versions: tests/torture/kill.py --kills 100, tests/torture/builds.py --kills 60 --guests, and
+tests/torture/keep.py --kills 100.
 """
 
 from __future__ import annotations
@@ -24,6 +26,16 @@ def test_pytest_killed_at_random_moments():
 def test_builds_of_images_killed_at_random_moments():
     done = subprocess.run(
         [sys.executable, "-P", TORTURE / "builds.py", "--seed", "20261129", "--kills", "10"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("10 passed, 0 failed\n")
+
+
+def test_pytest_killed_while_it_keeps_guests():
+    done = subprocess.run(
+        [sys.executable, "-P", TORTURE / "keep.py", "--seed", "20261129", "--kills", "10", "--jobs", "2",
+         "--longest", "1.5"],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

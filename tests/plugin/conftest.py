@@ -26,6 +26,7 @@ vm_images = alpha-1
 # The fake writes what happens to guests into the file `guests`, also from several processes.
 FAKE = """
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,19 +80,45 @@ class FakeFactory:
         if image == "beta" and hardware.get("cpus") == 13:
             raise BootError("beta does not come up", stage="kernel", seconds=3)
         self.session.guest_ready(guest)
-        failed = True
+        error = None
         try:
             yield guest
-            failed = False
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
-            self.session.guest_stopping(guest, failed)
+            self.session.guest_stopping(guest, error)
             self.note("end", guest.name)
+
+
+class FakeKeeper:
+    def __init__(self, session):
+        self.note, self.there = session.factory.note, {}
+        self.fails = None
+
+    def keep(self, guest, moment):
+        key = f"{moment.nodeid}#{moment.number}"
+        self.note("keep", guest.name, moment.number, moment.phase, moment.error or moment.outcome)
+        if self.fails is not None:
+            raise self.fails
+        kept = SimpleNamespace(size_on_disk=3 << 20)
+        self.there[key] = SimpleNamespace(key=key, kept=kept, error=None)
+        return key
+
+    def forget(self, key):
+        self.note("forget", key.partition("::")[2])
+        del self.there[key]
+
+    def close(self):
+        return list(self.there.values())
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     session = config.stash[RUN]
     session.factory = FakeFactory(session)
+    session.keeping.keeper = FakeKeeper(session)
+    session.asked = lambda guest: {"processes.txt": f"those of {guest.name}"}
 """
 
 

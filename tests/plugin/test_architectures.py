@@ -48,6 +48,41 @@ def test_selection(several, args, selected):
     assert several.ids(*args.split()) == [f"test_x[{name}]" for name in selected.split()]
 
 
+HINT = "vmsandbox: {!r} in -k is in no test's name. Images are selected by --vm, such as --vm={}"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("arm64", HINT.format("arm64", "deb-1_arm64")),
+        ("test_x and AARCH64", HINT.format("aarch64", "deb-1_arm64")),
+        ("deb-2_riscv64", HINT.format("deb-2_riscv64", "deb-2_riscv64")),
+        ("deb-2", HINT.format("deb-2", "deb-2")),
+        ("amd64", HINT.format("amd64", "deb-1")),  # the one that is selected
+        ("s390x", HINT.format("s390x", "{}_s390x")),  # of our own images
+        ("typo", ""),
+        ("not deb-1", ""),
+        ("not (test_x or arm64)", ""),
+        ("deb-1 and typo", ""),  # it is in the names
+    ],
+)
+def test_words_that_would_select_images(several, words, hint):
+    several.write(PLAIN)
+    result = several.run("-k", words)
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    told = [line for line in result.stdout.lines if line.startswith("vmsandbox: ")]
+    start, _, end = hint.partition("{}")
+    assert [line.startswith(start) and line.endswith(end) for line in told] == [True] * bool(hint)
+
+
+def test_words_that_are_found_or_have_nothing_to_do_with_images(several):
+    several.write("def test_arm64(vm): pass\ndef test_y(vm): pass")
+    assert several.ids("-k", "arm64") == ["test_arm64[deb-1]"]
+    assert "vmsandbox: " not in several.run("-k", "arm64 and test_y").stdout.str()
+    several.write("def test_plain(): pass")
+    assert "vmsandbox: " not in several.run("-k", "arm64").stdout.str()
+
+
 def test_where_tests_can_run_inside_instead(several):
     """It is an image of the same architecture: who tests on arm64 wants no other one."""
     several.write("import pytest\n\n@pytest.mark.in_vm\ndef test_x(): pass")

@@ -1,7 +1,12 @@
 """What `vm`, `vm_factory` and `vm_artifacts` do, told by a fake that boots guests."""
 
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 from _pytest.config import default_plugins, essential_plugins
+
+from support.junit import properties
 
 
 def test_each_test_gets_a_guest_of_its_own(suite):
@@ -281,6 +286,7 @@ class TestArtifacts:
         assert folder.name == "test_suite.py-test_bad-alpha-1"
         assert (folder / "note").read_text() == "bad"
         assert (folder / "alpha-1-2" / "screenshot.png").read_bytes() == b"a picture"
+        assert (folder / "alpha-1-2" / "processes.txt").read_text() == "those of alpha-1-2"
 
     def test_without_a_folder_they_lie_with_pytests_own(self, suite):
         suite.write(self.SOURCE)
@@ -302,6 +308,56 @@ class TestArtifacts:
         """)
         suite.run("--vm-artifacts=kept").assert_outcomes(passed=1, errors=1)
         assert list((suite.path / "kept").glob("*/note"))
+
+    SEVERAL = """
+        import pytest
+
+        @pytest.fixture
+        def wrong(vm):
+            assert False
+            yield
+
+        def test_good(vm): pass
+        def test_bad(vm): assert False
+        def test_setup(wrong): pass
+        def test_without(): assert False
+
+        def test_a_block(vm_factory):
+            with vm_factory.boot("alpha-1") as guest:
+                assert False
+
+        @pytest.mark.vm(isolation="module")
+        @pytest.mark.parametrize("number", [1, 2])
+        def test_shared(vm, number): assert False
+    """
+    SHOWN: ClassVar = {
+        "test_bad[alpha-1]": "alpha-1-2",
+        "test_setup[alpha-1]": "alpha-1-3",
+        "test_a_block": "alpha-1-4",
+        "test_shared[alpha-1-1]": "alpha-1-5",
+        "test_shared[alpha-1-2]": "alpha-1-5",
+    }
+
+    @pytest.mark.parametrize("place", ["here", "xdist"])
+    def test_what_every_failure_shows(self, suite, place):
+        suite.write(self.SEVERAL)
+        args = "--vm-artifacts=kept", "--junitxml=junit.xml"
+        result = suite.run(*args) if place == "here" else suite.run_apart(*args, "-n1")
+        result.assert_outcomes(passed=1, failed=5, errors=1)
+        found = properties(suite.path / "junit.xml")
+        assert found["test_good[alpha-1]"] == {"vm": "alpha-1"}
+        assert found["test_without"] == {}
+        text = result.stdout.str()
+        for name, guest in self.SHOWN.items():
+            folder = Path(found[name]["vm_artifacts"])
+            assert (folder / guest / "processes.txt").read_text() == f"those of {guest}"
+            assert (folder / guest / "console.log").read_text() == f"{guest} boots"
+            assert text.count(f"artifacts: {folder}\n") == 1
+            assert found[name].get("vm", "alpha-1") == "alpha-1"
+        kept = [*suite.path.joinpath("kept").rglob("*")]
+        assert len([it for it in kept if it.suffix == ".txt"]) == 5
+        mine = [it for it in kept if it.name != "console.log"]  # which the fake has written
+        assert [it for it in mine if it.stat().st_mode & 0o077] == []
 
 
 class TestLogsOfGuestsThatTestsShare:

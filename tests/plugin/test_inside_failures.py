@@ -6,6 +6,7 @@ The guest is this machine, as in `tests/differential`.
 import pytest
 
 from support.inside import Suite
+from support.junit import properties
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def stopped(suite):
     return (suite.folder / "stopped").read_text().splitlines()
 
 
+FILES = ("console.log", "processes.txt", "screenshot.png")
 TESTS = """
 def test_good(): pass
 
@@ -52,10 +54,11 @@ def test_each_test_that_fails_has_what_its_guest_has_said(suite, isolation):
     assert kept(suite) == [
         f"test_one.py-test_{test}-debian-13/debian-13-1/{file}"
         for test in ("bad", "worse")
-        for file in ("console.log", "screenshot.png")
+        for file in FILES
     ]
     log = suite.folder / "kept/test_one.py-test_worse-debian-13/debian-13-1/console.log"
     assert log.read_text() == "debian-13-1 boots"
+    assert output.count(f"artifacts: {log.parents[1]}\n") == 1
     clean = ["debian-13-2 False"] if isolation == "module" else []
     assert stopped(suite) == ["debian-13-1 True", *clean]
 
@@ -67,7 +70,7 @@ def test_a_guest_of_its_own(suite):
     assert kept(suite) == [
         f"test_one.py-test_{test}-debian-13/debian-13-{number}/{file}"
         for number, test in enumerate(("bad", "worse"), 2)
-        for file in ("console.log", "screenshot.png")
+        for file in FILES
     ]
     assert stopped(suite) == ["debian-13-1 False", "debian-13-2 True", "debian-13-3 True"]
 
@@ -121,3 +124,19 @@ def test_an_error_while_it_collects_says_how_to_see_it_again(suite, how):
     assert f"artifacts: {folder}\n" in output
     assert "reproduce: pytest 'test_one.py::test_lost[debian-13]' --in-vm\n" in output
     assert (folder / "debian-13-1/console.log").exists()
+
+
+def test_junit_has_the_guest_of_every_case_and_the_artifacts_of_those_that_failed(suite):
+    suite.write("test_one.py", TESTS)
+    junit = suite.folder / "junit.xml"
+    run(suite, f"--junitxml={junit}")
+    assert properties(junit) == {
+        "test_good[debian-13]": {"vm": "debian-13"},
+        **{
+            f"test_{name}[debian-13]": {
+                "vm": "debian-13",
+                "vm_artifacts": str(suite.folder / f"kept/test_one.py-test_{name}-debian-13"),
+            }
+            for name in ("bad", "worse")
+        },
+    }

@@ -131,7 +131,8 @@ class Reader:
         """What junit's file has of a test."""
         lines = []
         for it in element.iter():
-            if it.tag == "properties" or (it.tag, it.get("name")) == ("property", "vm"):
+            is_ours = it.tag == "property" and it.get("name") in ("vm", "vm_artifacts")
+            if it.tag == "properties" or is_ours:
                 continue
             attributes = {k: v for k, v in it.attrib.items() if k not in ("time", "timestamp")}
             head = " ".join(f"{name}={value}" for name, value in attributes.items())

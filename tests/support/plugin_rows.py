@@ -140,8 +140,9 @@ def _log(folder: Path) -> object:
     lines = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
     return [
         [
-            *(line["nodeid"], line["when"], line["outcome"], line["sections"]),
-            [it for it in line["user_properties"] if it[0] != "vm"],
+            *(line["nodeid"], line["when"], line["outcome"]),
+            [it for it in line["sections"] if it[0] != "vmsandbox"],
+            [it for it in line["user_properties"] if it[0] not in ("vm", "vm_artifacts")],
         ]
         for line in lines
         if line["$report_type"] == "TestReport" and line["nodeid"].startswith("test_reportlog")

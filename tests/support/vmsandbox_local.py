@@ -84,13 +84,15 @@ class LocalFactory:
         for step in prepared.steps:
             guest.facts = step.run(guest)
         self.session.guest_ready(guest)
-        failed = True
+        error = None
         try:
             yield guest
-            failed = False
+        except BaseException as raised:
+            error = raised
+            raise
         finally:
             try:
-                self.session.guest_stopping(guest, failed)  # which users' hooks may fail
+                self.session.guest_stopping(guest, error)  # which users' hooks may fail
             finally:
                 end_all(f"{self.folder / guest.name}/")
 
@@ -140,6 +142,7 @@ def pytest_configure(config):
     session = config.stash[RUN]
     folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
     session.factory = LocalFactory(session, folder)
+    session.asked = lambda guest: {"processes.txt": f"those of {guest.name}"}
     for name in ("install_environment", "install_project", "layout"):
         setattr(install, name, getattr(session.factory, name))
     if "LOCAL_COPY" not in os.environ:  # the guest's copy of the project is the project

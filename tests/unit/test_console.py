@@ -161,3 +161,44 @@ def test_what_is_read_between_chunks_is_the_same():
     console.begin_boot()
     console.feed(b"3")
     assert (console.text, console.this_boot) == ("0123", "3")
+
+
+class TestBefore:
+    """A guest that goes on from a saved state: what was on its console before."""
+
+    BOOT = (
+        "Linux version 6\r\n\x1b[31mvmsandbox: ssh\n---[ end Kernel panic - not syncing: no ]---\n"
+    )
+
+    @pytest.fixture
+    def clone(self):
+        return Console(None, self.BOOT)
+
+    def test_is_part_of_the_text(self, clone):
+        clone.feed(b"mine\n")
+        assert clone.text.startswith("Linux version 6\nvmsandbox: ssh\n")
+        assert clone.text.endswith("mine\n")
+        assert clone.tail(1) == "mine"
+
+    def test_is_not_waited_for(self, clone):
+        with pytest.raises(TimeoutError):
+            clone.wait_for("vmsandbox: ssh", timeout=0)
+        clone.feed(b"again vmsandbox: ssh\n")
+        assert clone.wait_for("^.*vmsandbox: ssh", timeout=0)[0] == "again vmsandbox: ssh"
+
+    def test_does_not_look_like_something_that_happens_now(self, clone):
+        assert not clone.ends_with("Kernel panic")
+        assert (clone.own, clone.this_boot, clone.size) == ("", "", 0)
+
+    def test_is_kept_with_the_next_state(self, clone):
+        clone.feed(b"a step\n")
+        assert Console(None, clone.saved).text == clone.text
+
+    def test_is_bounded_when_it_is_kept(self, clone, monkeypatch):
+        monkeypatch.setattr(console_module, "_BEFORE", 100)
+        clone.feed(b"x" * 1000 + b"the end\n")
+        kept = Console(None, clone.saved)
+        assert kept.text.startswith("Linux version 6")
+        assert "characters left out]" in kept.text
+        assert kept.text.endswith("the end\n")
+        assert len(kept.text) < 160

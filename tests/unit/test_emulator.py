@@ -17,6 +17,7 @@ from pytest_vmsandbox.core.errors import ImageError
 
 STATIC = b"\x7fELF static"
 DYNAMIC = b"\x7fELF /lib64/ld-linux-x86-64.so.2"
+STRANGE = "q:e|m, \\x41%s'\"ü"  # a name with what has a meaning somewhere
 LIB = Path(__file__).resolve().parents[2] / "images/debian/lib.sh"
 
 
@@ -91,6 +92,16 @@ class TestFetched:
         )
         assert "Dir::State=" in update
 
+    def test_all_that_apt_says_is_shown(self, path, tmp_path):
+        apt(path, has="nothing", name="nothing")
+        program(path / "apt-get", 'echo "E: no route to the mirror"; echo "E: $*"; exit 100')
+        with pytest.raises(ImageError) as caught:
+            emulator.emulator("riscv64", tmp_path / "cache")
+        told = caught.value.details.splitlines()
+        assert sum("no route" in line for line in told) == 1
+        endings = [line.rpartition(" ")[2] for line in told if line.startswith("E: -qq")]
+        assert endings == [*emulator.PACKAGES, "update", *emulator.PACKAGES]
+
     def test_not_to_be_had(self, path, tmp_path, monkeypatch):
         apt(path, has="nothing", name="nothing")
         with pytest.raises(ImageError) as caught:
@@ -119,6 +130,13 @@ class TestRegistration:
             r"\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff:"
             "/x/qemu:OCF"
         )
+
+    def test_the_path_has_the_separator(self):
+        usual = emulator.registration("aarch64", "/x/qemu")
+        assert emulator.registration("aarch64", "/x:/qemu") == (
+            usual.replace(":", "|").replace("/x/", "/x:/")
+        )
+        assert emulator.registration("aarch64", "/:|/qemu")[0] == ";"
 
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_within_the_limit_of_the_kernel(self, name):
@@ -175,7 +193,7 @@ kill -KILL $$
             pytest.skip("this kernel has no binfmt_misc in user name spaces")
         for name in ("out", "work"):
             (tmp_path / name).mkdir()
-        interpreter = program(tmp_path / "qemu", STATIC)
+        interpreter = program(tmp_path / STRANGE, STATIC)
 
         def start(script: str) -> subprocess.Popen[str]:
             return subprocess.Popen(
@@ -200,7 +218,7 @@ kill -KILL $$
         assert output == "inside: qemu-s390x register status\n"
         assert machine_wide() == before
         entry = tmp_path / "out/entry"
-        assert f"interpreter {tmp_path}/qemu\nflags: OCF" in entry.read_text()
+        assert f"interpreter {tmp_path}/{STRANGE}\nflags: OCF" in entry.read_text()
         if os.geteuid() == 0:  # with all users of this machine
             assert entry.stat().st_uid == 1234
 

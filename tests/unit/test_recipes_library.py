@@ -32,17 +32,18 @@ def archive(tmp_path):
             sed -i 1d {answers}
             exit 1""",
         "dpkg": "echo amd64",
-        "sleep": f'echo "sleep $1" >>{calls}',
+        "sleep": f'[ "$1" != 30 ] || exec /bin/sleep 60; echo "sleep $1" >>{calls}',
     }
     for name, content in fakes.items():
         (programs / name).write_text(f"#!/bin/sh\n{content}\n")
         (programs / name).chmod(0o755)
 
     def bootstrap(architecture, *failures):
+        """Have a system made. Each failure is what the program for that says, with ``|`` for a new line."""
         answers.write_text("".join(f"{failure}\n" for failure in failures))
         calls.write_text("")
         (tmp_path / "out").mkdir(exist_ok=True)
-        script = f". ../debian/lib.sh; ROOT={tmp_path}/root TMPDIR={tmp_path}; bootstrap trixie minbase apt"
+        script = f". ../debian/lib.sh; ROOT={tmp_path}/root TMPDIR={tmp_path}; stage make; bootstrap trixie minbase apt"
         done = subprocess.run(
             ["sh", "-euc", script],
             cwd=TINY,
@@ -116,6 +117,69 @@ class TestAnArchiveThatIsBeingUpdated:
         done = archive("amd64", "E: no route")
         assert done.status == 1
         assert len(done.runs) == 1
+
+    def test_each_error_is_shown_once(self, archive):
+        errors = [f"E: no route to {number}" for number in range(12)]
+        done = archive("amd64", "|".join(["I: begins", *errors[:3], *errors, "I: ends"]))
+        _, _, said = done.output.partition("mmdebstrap could not build trixie: ")
+        assert said.splitlines() == errors[:10]
+
+
+class TestHowFarPackagesAre:
+    """A long installation says now and then that it goes on."""
+
+    LOG = """\
+2026-11-29 14:45:01 install gcc-14-base:arm64 <none> 14.2.0-19
+2026-11-29 14:45:01 status half-installed gcc-14-base:arm64 14.2.0-19
+2026-11-29 14:45:01 status unpacked gcc-14-base:arm64 14.2.0-19
+2026-11-29 14:45:02 install libc6:arm64 <none> 2.41-12
+2026-11-29 14:45:02 status unpacked libc6:arm64 2.41-12
+2026-11-29 14:45:03 configure libc6:arm64 2.41-12 <none>
+2026-11-29 14:45:03 status unpacked libc6:arm64 2.41-12
+2026-11-29 14:45:03 status half-configured libc6:arm64 2.41-12
+2026-11-29 14:45:04 status installed libc6:arm64 2.41-12
+"""
+
+    def run(self, tmp_path, script):
+        words = f"sleep() {{ /bin/sleep 0.01; }}\n. ../debian/lib.sh; ROOT={tmp_path}/root TMPDIR={tmp_path}\n{script}"
+        return subprocess.run(
+            ["sh", "-euc", words],
+            cwd=TINY,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
+        )
+
+    def file(self, tmp_path, name, content=""):
+        file = tmp_path / "root" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+    def test_before_there_is_one(self, tmp_path):
+        assert self.run(tmp_path, "packages_so_far").stdout == ""
+
+    def test_downloaded(self, tmp_path):
+        for name in ("a.deb", "b.deb", "lock", "partial/c.part"):
+            self.file(tmp_path, f"var/cache/apt/archives/{name}")
+        assert self.run(tmp_path, "packages_so_far").stdout == "2 packages downloaded"
+
+    def test_unpacked_and_configured(self, tmp_path):
+        self.file(tmp_path, "var/log/dpkg.log", self.LOG)
+        said = self.run(tmp_path, "packages_so_far").stdout
+        assert said == "2 packages unpacked, 1 configured, now libc6"
+
+    def test_while_a_program_runs(self, tmp_path):
+        self.file(tmp_path, "var/log/dpkg.log", self.LOG)
+        script = f"""
+            what=installing
+            stage() {{ echo "$@"; touch {tmp_path}/said; }}
+            watched sh -c 'echo logged; until [ -e {tmp_path}/said ]; do sleep 0.01; done; exit 7' || echo $?
+        """
+        lines = self.run(tmp_path, script).stdout.splitlines()
+        assert {*lines[:-1]} == {"installing: 2 packages unpacked, 1 configured, now libc6"}
+        assert lines[-1] == "7"
+        assert (tmp_path / "log").read_text() == "logged\n"
 
 
 @pytest.mark.skipif(

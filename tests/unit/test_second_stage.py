@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.catalogue import making
+from pytest_vmsandbox.catalogue import emulator, helpers, making
 from pytest_vmsandbox.catalogue.builder import build
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.own import own_folders
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
-from pytest_vmsandbox.core.errors import CommandTimeout, ImageError
+from pytest_vmsandbox.core.errors import CommandTimeout, ImageError, LaunchError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import changing, image_maker
 from support import images
@@ -93,6 +93,22 @@ class TestWhoDecides:
         assert (image.folder / PACKAGES).read_text() == f"{PACKAGES} 1\n"
         assert image.definition.append == definition.append
         assert not (image.folder / making.SECOND_STAGE).exists()
+
+    def test_nothing_is_unpacked_without_the_emulator_for_its_guest(
+        self, define, guest, tmp_path, monkeypatch
+    ):
+        def nothing(architecture):
+            raise LaunchError(f"no emulator for {architecture}")
+
+        program = tmp_path / "helper"
+        monkeypatch.setattr(helpers, "helper_program", lambda *_, **__: program)
+        monkeypatch.setattr(helpers, "lacking", lambda *_: ())
+        monkeypatch.setattr(emulator, "can_register", lambda: False)
+        monkeypatch.setattr(image_maker, "find_qemu", nothing)
+        definition = define(f": $VMSANDBOX_HELPER $VMSANDBOX_EMULATOR; touch {tmp_path}/begun")
+        with pytest.raises(LaunchError, match=f"no emulator for {native_architecture()}"):
+            self.make(definition, tmp_path)
+        assert not (tmp_path / "begun").exists()
 
     def test_nothing_is_kept_if_it_fails(self, define, guest, tmp_path):
         guest.status = 1
@@ -177,6 +193,24 @@ class TestRecipe:
             tmp_path, f'. {left}/settings; echo "$suite|$modules|$quoted|$SOURCE_DATE_EPOCH"'
         )
         assert read.stdout == "trixie|one two|it's|123\n"
+
+    @pytest.mark.parametrize("option", ["noexec", "exec"])
+    def test_where_no_program_can_be_run(self, tmp_path, option):
+        """Such a mount would fail minutes later, in a script of a package."""
+        (tmp_path / "place").mkdir()
+        script = f"""
+            mount -t tmpfs -o {option} tmpfs {tmp_path}/place
+            TMPDIR={tmp_path}/place VMSANDBOX_WORK={tmp_path}/place/work
+            bootstrap() {{ echo "$@"; }}
+            install_system trixie apt
+        """
+        result = self.run(tmp_path, script, start=UNSHARE)
+        if option == "exec":
+            assert (result.stdout, result.stderr) == ("trixie minbase apt\n", "")
+        else:
+            assert result.stdout == ""
+            assert f"no program can be run in {tmp_path}/place, which" in result.stderr
+            assert "noexec: set TMPDIR" in result.stderr
 
     def package(self, tmp_path, name, architecture, multi_arch):
         """Make a package with a `preinst`, a setting, and a file that the image does not want."""

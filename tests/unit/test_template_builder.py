@@ -70,6 +70,7 @@ def keep(store, blueprint):
         def fill(folder, _lock):
             (folder / "memory").write_bytes(b"m")
             (folder / "state").write_bytes(b"s")
+            (folder / "console").write_text("Linux version 6\n")
             (folder / "key").write_text(KeyPair.generate().private)
             return {"image": "mine", "name": "mine", "disk": disk, "layers": [], "facts": {}}
 

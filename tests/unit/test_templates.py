@@ -21,6 +21,7 @@ SECONDS = 20  # more than anything here takes
 CONTENT = {
     "memory": b"\0" * 300 * KIB + b"memory" + b"\0" * 300 * KIB,
     "state": os.urandom(5000),
+    "console": b"Linux version 6\nvmsandbox: ssh\n",
     "key": b"-----BEGIN OPENSSH PRIVATE KEY-----\n",
     "disk0.0.qcow2": b"QFI\xfb" + bytes(70000),
     "disk0.1.qcow2": b"QFI\xfb" + bytes(100) + b"second",

@@ -172,6 +172,18 @@ class TestNames:
                 ),
             ),
             ("none_*", "The images are: deb-1, deb-2, one. "),
+            (
+                "arm64",
+                (
+                    "this is an architecture, and its images are: deb-1_arm64, deb-2_arm64, other. "
+                    "'*_arm64' selects all of them"
+                ),
+            ),
+            (
+                "X86_64",
+                "this is an architecture, and its images are: deb-1, deb-2, one. '*_amd64' ",
+            ),
+            ("s390x", "this is an architecture, and no image is for it"),
         ],
     )
     def test_a_typo(self, several, catalogue, typo, guess):

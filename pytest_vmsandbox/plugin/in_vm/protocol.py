@@ -120,7 +120,8 @@ class Inside:
         self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        report.user_properties.append(("vm", plan_of(item).variant.label))
+        if report.when == "setup":
+            self._run.begin_attempt()
         if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # added on this side
@@ -129,6 +130,8 @@ class Inside:
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         if report.failed:
             item.stash[FAILED] = True
+            self._run.at_failure(item, report.when, report.longreprtext[-1000:])
+        self._run.show(item, report)
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)

@@ -1,0 +1,335 @@
+"""Keeps guests of failed tests in the cache.
+
+A guest waits only while its memory is written, as for a snapshot. A thread does the rest: it copies
+what the guest has written to its disks, links the files of its image, and puts all in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
+from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
+from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.errors import CacheError, VMSandboxError
+from pytest_vmsandbox.guests import kept as names
+from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.engine import Engine, seized
+from pytest_vmsandbox.guests.freezing import Frozen, freeze
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore, Moment, key_of
+from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.templates import layer_name
+from pytest_vmsandbox.machine import host, memory
+from pytest_vmsandbox.machine.cmdline import Start
+
+_THREADS = 8  # guests that are put in their place at the same time
+_SEIZE_SECONDS = 10.0
+
+
+class KeepError(CacheError):
+    """A guest could not be kept."""
+
+    stage = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What has become of a guest.
+
+    Attributes:
+        key: of the kept guest.
+        moment: when the test failed.
+        guest: its name.
+        kept: the kept guest; None if there is none.
+        error: why there is none; None if it was kept, and is gone because of the limit.
+    """
+
+    key: str
+    moment: Moment
+    guest: str
+    kept: KeptGuest | None
+    error: KeepError | None
+
+
+@dataclass(eq=False)
+class _Job:
+    """A guest that is being kept."""
+
+    guest: Guest
+    moment: Moment
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    future: Future[KeptGuest] = field(init=False)
+
+
+class Keeper:
+    """Keeps guests of one run. A context manager: at the end, all is in its place.
+
+    Args:
+        backend: of the run.
+        limit: bytes that all kept guests may take together.
+        tell: gets lines for people, such as which old guest was removed.
+    """
+
+    def __init__(self, backend: Backend, *, limit: int, tell: Callable[[str], object]) -> None:
+        self._store = KeptStore(backend.cache)
+        self._backend = backend
+        self._limit = limit
+        self._tell = tell
+        self._jobs: dict[str, _Job] = {}
+        self._began = wall()
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="vmsandbox-keep")
+        self._limiting = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def keep(self, guest: Guest, moment: Moment) -> str:
+        """Keep a guest as it is now. It goes on when this returns, and may be ended.
+
+        A guest that was kept for the same test before is replaced.
+
+        Returns:
+            Its key.
+
+        Raises:
+            KeepError: it cannot be kept.
+        """
+        key = key_of(moment)
+        if (former := self._jobs.get(key)) is not None:
+            wait([former.future])
+        job = _Job(guest, moment)
+        job.future = self._pool.submit(self._made, key, job)
+        job.future.add_done_callback(lambda _: job.goes_on.set())
+        self._jobs[key] = job
+        job.goes_on.wait()
+        if job.future.done() and (error := job.future.exception()) is not None:
+            raise error
+        return key
+
+    def forget(self, key: str) -> None:
+        """Remove a kept guest, for instance because the test has passed when it was run again."""
+        if (job := self._jobs.pop(key, None)) is not None:
+            wait([job.future], return_when=FIRST_COMPLETED)
+        with suppress(VMSandboxError):  # it is in use, or somebody else removes it
+            self._store.discard([self._store.root / key])
+
+    def close(self) -> list[Outcome]:
+        """Wait until all is in its place. Returns what has become of each guest."""
+        self._pool.shutdown()
+        found = []
+        for key, job in self._jobs.items():
+            error = job.future.exception()
+            assert error is None or isinstance(error, KeepError)
+            found.append(
+                Outcome(
+                    key=key,
+                    moment=job.moment,
+                    guest=job.guest.name,
+                    kept=None if error else self._store.get(key),
+                    error=error,
+                )
+            )
+        return found
+
+    def _made(self, key: str, job: _Job) -> KeptGuest:
+        """Keep a guest.
+
+        Raises:
+            KeepError: it cannot be kept.
+        """
+        name = job.guest.name
+
+        def fill(folder: Path, _lock: int) -> dict[str, object]:
+            with ExitStack() as stack:
+                frozen = self._frozen(job.guest.engine, folder / names.STATE, stack)
+                job.goes_on.set()
+                return _written(folder, job.guest.engine.machines, frozen, job.moment)
+
+        try:
+            kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
+            with self._limiting:
+                self._remove_former(job.moment)
+                self._store.limit(self._limit, self._tell)
+        except VMSandboxError as error:
+            details = "\n".join(filter(None, [error.brief, error.details]))
+            raise KeepError(
+                f"{name} could not be kept", details=details, remedy=error.remedy
+            ) from error
+        except Exception as error:
+            raise KeepError(f"{name} could not be kept: {error!r}") from error
+        return kept
+
+    @staticmethod
+    def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:
+        with seized(engine, _SEIZE_SECONDS) as running:
+            return freeze(engine.machines, running, state, stack)
+
+    def _remove_former(self, moment: Moment) -> None:
+        """Remove further guests that an earlier run has kept for this test."""
+        of_test = (moment.rootdir, moment.nodeid)
+        self._store.discard(
+            kept.folder
+            for kept in self._store.all()
+            if (kept.moment.rootdir, kept.moment.nodeid) == of_test and kept.saved_at < self._began
+        )
+
+
+# -- what lies in the folder -----------------------------------------------------------------------
+
+
+def line_digest(blueprint: Blueprint, more_args: Sequence[str]) -> str:
+    """SHA-256, in hex, of the command line that loads a guest's state, without the path of QEMU."""
+    same = replace(blueprint, qemu_args=lambda _: more_args)
+    line = same.command_line(Start.RESTORED)[1:]
+    return hashlib.sha256("\0".join(line).encode()).hexdigest()
+
+
+def processor_digest(accelerator: str) -> str:
+    """SHA-256, in hex, of this host's CPUs, if a guest's state depends on them; otherwise empty."""
+    if accelerator == "tcg":
+        return ""
+    return hashlib.sha256(host.processor().encode()).hexdigest()
+
+
+def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -> dict[str, object]:
+    """Put a guest's files into a folder. Returns the record of the kept guest."""
+    blueprint = machines.blueprint
+    digests = _link_image(folder / names.IMAGE, blueprint.built)
+    layers, plugged = _copy_disks(folder, frozen)
+    machines.key.save(folder / PRIVATE_KEY)
+    (folder / names.CONSOLE).write_text(frozen.console, encoding="utf-8")
+    if frozen.tpm:
+        (folder / names.TPM).mkdir(mode=0o700)
+    for name, content in frozen.tpm.items():
+        (folder / names.TPM / name).write_bytes(content)
+    return {
+        "moment": asdict(moment),
+        "guest": machines.name,
+        "image": blueprint.image,
+        "saved_at": wall(),
+        "version": version("pytest-vmsandbox"),
+        "has_memory": frozen.has_memory,
+        "has_helper": frozen.has_helper,
+        "answers": frozen.answers,
+        "lead": frozen.lead,
+        "qemu": blueprint.qemu.build,
+        "accelerator": blueprint.verdict.accelerator,
+        "processor": blueprint.verdict.processor,
+        "host": processor_digest(blueprint.verdict.accelerator),
+        "line": line_digest(blueprint, frozen.more_args),
+        "more_args": list(frozen.more_args),
+        "hardware": asdict(blueprint.hardware),
+        "layers": layers,
+        "plugged": plugged,
+        "tpm": list(frozen.tpm),
+        "kernel": _copy_kernel(folder / names.KERNEL, blueprint),
+        "uefi": _copy_firmware(folder / names.FLASH, blueprint, frozen),
+        "helper": {} if machines.setup is None else machines.setup.record(),
+        "digests": digests,
+    }
+
+
+def _link_image(folder: Path, built: BuiltImage) -> dict[str, str]:
+    """Link the files of an image. Returns the digests that are known, by path in the kept guest."""
+    folder.mkdir(mode=0o700)
+    for name in (IMAGES.record, *files_of(built.definition)):
+        _link(built.folder / name, folder / name)
+    known = built.record().get("digests", {})
+    return {
+        f"{folder.name}/{name}": known[name] for name in files_of(built.definition) if name in known
+    }
+
+
+def _copy_disks(folder: Path, frozen: Frozen) -> tuple[list[list[str]], list[dict[str, object]]]:
+    """Put the files of the disks into a folder. Returns their names."""
+    layers = []
+    for disk, files in enumerate(frozen.disks.overlays):
+        layers.append([layer_name(disk, depth) for depth in range(len(files))])
+        for file, name in zip(files, layers[-1], strict=True):
+            _link_open(file, folder / name)
+    plugged: list[dict[str, object]] = []
+    for number, attached in enumerate(frozen.disks.plugged):
+        own = [f"plugged{number}.{depth}.qcow2" for depth in range(len(attached.layers))]
+        for file, name in zip(attached.layers, own, strict=True):
+            _copy(file, folder / name)
+        base = None
+        if attached.base is not None:  # its owner may change the file later
+            base = f"plugged{number}.raw"
+            _copy(attached.base, folder / base)
+        plugged.append(
+            {
+                "name": attached.name,
+                "port": attached.port,
+                "size": attached.size,
+                "read_only": attached.read_only,
+                "base": base,
+                "layers": own,
+            }
+        )
+    return layers, plugged
+
+
+def _copy_kernel(folder: Path, blueprint: Blueprint) -> dict[str, object] | None:
+    """Put a kernel that is not the image's own into a folder."""
+    if (kernel := blueprint.kernel) is None:
+        return None
+    folder.mkdir(mode=0o700)
+    files = {"image": kernel.image, "initrd": kernel.initrd, "modules": kernel.modules}
+    there = {what: path for what, path in files.items() if path is not None}
+    for what, path in there.items():
+        _link(path, folder / what)
+    return {"release": kernel.release, "digest": kernel.digest, "has_modules": "modules" in there}
+
+
+def _copy_firmware(folder: Path, blueprint: Blueprint, frozen: Frozen) -> dict[str, object] | None:
+    """Put UEFI firmware, with the guest's variables, into a folder."""
+    if (uefi := blueprint.uefi) is None:
+        return None
+    folder.mkdir(mode=0o700)
+    with uefi.code.open("rb") as code:
+        _copy(code, folder / "code")
+    (folder / "variables").write_bytes(frozen.variables)
+    return {"format": uefi.format, "secure_boot": uefi.secure_boot, "digest": uefi.digest}
+
+
+def _link(source: Path, dest: Path) -> None:
+    """Link a file that nobody changes, or copy it."""
+    with source.open("rb") as file:
+        _link_open(file, dest)
+
+
+def _link_open(source: IO[bytes], dest: Path) -> None:
+    """Link an open file that nobody changes, or copy it: it may have no name, or be on another disk."""
+    try:
+        name, number = f"/proc/self/fd/{source.fileno()}", source.fileno()
+        os.link(
+            name, dest, src_dir_fd=number, follow_symlinks=True
+        )  # it follows only with a folder
+    except OSError:
+        _copy(source, dest)
+
+
+def _copy(source: IO[bytes], dest: Path) -> None:
+    with dest.open("x+b", buffering=0) as file:
+        os.fchmod(file.fileno(), 0o600)
+        memory.copy(source, file)

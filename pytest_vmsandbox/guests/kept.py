@@ -1,0 +1,255 @@
+"""Kept guests: what is left of guests in which tests failed, in the user's cache.
+
+A kept guest is a folder with everything that it needs: the state of its devices and its memory, the layers
+of its disks, its key, and its image's files. So it does not matter what becomes of its image and its
+template. Nobody writes to it. Only this user can read it. Files that the image and the template
+have as well are linked, if the file system can do so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_vmsandbox.cache.store import KEPT, PRIVATE_KEY, Entry, Store
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import Hardware, format_size
+
+STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
+    "state",
+    "console.txt",
+    "image",
+    "kernel",
+    "flash",
+    "tpm",
+)
+_KEY_DIGITS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """When a guest was kept, and why.
+
+    Attributes:
+        nodeid: of the test, with the image, as it is shown.
+        rootdir: of its project, an absolute path.
+        number: 1 for the first guest of the test, and so on.
+        phase: ``setup``, ``call`` or ``teardown``; ``call`` for a test that passed.
+        outcome: ``failed`` or ``passed``.
+        error: one line; empty if it passed.
+        folder: the project's files in the guest, for a test that runs inside.
+        python: the interpreter in the guest, likewise.
+        stands: whether an interpreter waits there where the test failed.
+        environment: names of the variables that the hook ``pytest_vmsandbox_env`` or a setting gave to the
+            guest. Their values are in its memory.
+    """
+
+    nodeid: str
+    rootdir: str
+    number: int
+    phase: str
+    outcome: str
+    error: str
+    folder: str = ""
+    python: str = ""
+    stands: bool = False
+    environment: tuple[str, ...] = ()
+
+
+def key_of(moment: Moment) -> str:
+    """The key of a guest that is kept: a later failure of the same test replaces it."""
+    parts = json.dumps([moment.rootdir, moment.nodeid, moment.number])
+    return hashlib.sha256(parts.encode()).hexdigest()[:_KEY_DIGITS]
+
+
+class KeptGuest(Entry):
+    """A guest that was kept."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return self.folder.name
+
+    @property
+    def moment(self) -> Moment:
+        """When it was kept, and why."""
+        values = dict(self.record["moment"])
+        return Moment(**{**values, "environment": tuple(values["environment"])})
+
+    @property
+    def guest(self) -> str:
+        """The guest's name, which is also its hostname."""
+        return str(self.record["guest"])
+
+    @property
+    def image(self) -> str:
+        """The name of its image."""
+        return str(self.record["image"])
+
+    @property
+    def saved_at(self) -> float:
+        """When it was saved, in seconds since the epoch."""
+        return float(self.record["saved_at"])
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether it goes on from that moment. If not, there are only its disks, and it is booted."""
+        return bool(self.record["has_memory"])
+
+    @property
+    def answers(self) -> bool:
+        """Whether programs could be started in it. If not, it is entered by its console."""
+        return bool(self.record["answers"])
+
+    @property
+    def qemu(self) -> tuple[str, str]:
+        """The release of the QEMU that saved it, and the digest of that program."""
+        release, _, digest = str(self.record["qemu"]).partition(" ")
+        return release, digest
+
+    @property
+    def accelerator(self) -> str:
+        """What ran it: ``kvm`` or ``tcg``."""
+        return str(self.record["accelerator"])
+
+    @property
+    def hardware(self) -> Hardware:
+        """Its hardware."""
+        values: dict[str, Any] = dict(self.record["hardware"])
+        kernel = values["kernel"]
+        values["kernel"] = None if kernel is None else Path(kernel)
+        return Hardware(**{**values, "disks": tuple(values["disks"])})
+
+    @property
+    def console(self) -> str:
+        """What it had written to its console."""
+        return (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def private_key(self) -> str:
+        """The key that opens it, in OpenSSH's format."""
+        return (self.folder / PRIVATE_KEY).read_text(encoding="utf-8")
+
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that become free with it: files that others have, too, do not count."""
+        return _own_bytes([self.folder])
+
+
+class KeptStore(Store[KeptGuest]):
+    """The kept guests of one cache folder: ``<cache>/kept/<key>/``."""
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache, KEPT, KeptGuest)
+
+    def find(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
+        """All kept guests of a test, by their numbers.
+
+        Args:
+            nodeid: the test's id, the id without the image, or the end of only one id.
+            rootdir: of the user's project. Its own guests come before those of other projects.
+
+        Raises:
+            ConfigError: there are none, or those of several tests.
+        """
+        tests: dict[tuple[str, str], list[KeptGuest]] = {}
+        for kept in self.all():
+            tests.setdefault((kept.moment.rootdir, kept.moment.nodeid), []).append(kept)
+        own = os.fspath(rootdir)
+        for matches in (_is_id, _is_id_without_image, _is_end, _is_end_without_image):
+            found = {test: kept for test, kept in tests.items() if matches(kept[0], nodeid)}
+            found = {test: kept for test, kept in found.items() if test[0] == own} or found
+            if len(found) == 1:
+                (guests,) = found.values()
+                return sorted(guests, key=lambda kept: kept.moment.number)
+            if found:
+                raise ConfigError(
+                    f"{nodeid!r} can be one of {len(found)} tests with a kept guest",
+                    details="\n".join(sorted(_shown(test, own) for test in found)),
+                    remedy="name one of them",
+                )
+        raise ConfigError(
+            f"no guest of {nodeid!r} was kept",
+            details="\n".join(sorted(_shown(test, own) for test in tests)),
+            remedy="name one of these tests" if tests else "run the test with --vm-keep=failed",
+        )
+
+    def limit(self, size: int, tell: Callable[[str], object]) -> None:
+        """Remove the oldest kept guests until they take at most `size` bytes together.
+
+        What is in use stays. Files that others have, too, such as an image's, do not count.
+
+        Args:
+            tell: gets a line for each that is removed.
+        """
+        there = sorted(self.all(), key=lambda kept: kept.saved_at)
+        for oldest in list(there):
+            if (total := _own_bytes(kept.folder for kept in there)) <= size:
+                return
+            if self.discard([oldest.folder]).removed:
+                there.remove(oldest)
+                tell(
+                    f"the kept guest {oldest.guest} of {oldest.moment.nodeid} was removed: kept guests took "
+                    f"{format_size(total)}, and vm_keep_size is {format_size(size)}"
+                )
+
+
+def _own_bytes(folders: Iterable[Path]) -> int:
+    """Bytes on the disk of the files that are in these folders only, without holes."""
+    found: dict[tuple[int, int], list[int]] = {}  # file → bytes, links elsewhere
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                status = (Path(parent) / name).lstat()
+                known = found.setdefault(
+                    (status.st_dev, status.st_ino), [status.st_blocks * 512, status.st_nlink]
+                )
+                known[1] -= 1
+    return sum(size for size, elsewhere in found.values() if elsewhere == 0)
+
+
+def _is_id(kept: KeptGuest, nodeid: str) -> bool:
+    return kept.moment.nodeid == nodeid
+
+
+def _is_id_without_image(kept: KeptGuest, nodeid: str) -> bool:
+    return _without_image(kept) == nodeid
+
+
+def _is_end(kept: KeptGuest, nodeid: str) -> bool:
+    return _ends_with(kept.moment.nodeid, nodeid)
+
+
+def _is_end_without_image(kept: KeptGuest, nodeid: str) -> bool:
+    return _ends_with(_without_image(kept), nodeid)
+
+
+def _ends_with(whole: str, end: str) -> bool:
+    return bool(end) and whole.endswith((f"/{end}", f"::{end}"))
+
+
+def _without_image(kept: KeptGuest) -> str:
+    """The id of its test without the image, which is the first or the last of the parameters."""
+    nodeid, image = kept.moment.nodeid, kept.image
+    name, bracket, parameters = nodeid.partition("[")
+    if not bracket:
+        return nodeid
+    inside = parameters.removesuffix("]")
+    kernel = kept.record["kernel"]
+    for label in ([] if kernel is None else [f"{image}+{kernel['release']}"]) + [image]:
+        if inside == label:
+            return name
+        for rest in (inside.removeprefix(f"{label}-"), inside.removesuffix(f"-{label}")):
+            if rest != inside:
+                return f"{name}[{rest}]"
+    return nodeid
+
+
+def _shown(test: tuple[str, str], own: str) -> str:
+    rootdir, nodeid = test
+    return nodeid if rootdir == own else f"{nodeid} (in {rootdir})"

@@ -1,0 +1,153 @@
+"""Guests that are kept, and entered in a new process: from the moment on at which they were kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox import VMSandboxError
+from pytest_vmsandbox.guests.entering import entered
+from pytest_vmsandbox.guests.keeping import Keeper, KeepError
+from pytest_vmsandbox.guests.kept import KeptStore, Moment
+from pytest_vmsandbox.machine.qemu import find_qemu
+from support.mounts import small_file_system
+
+pytestmark = pytest.mark.origins("cloned")
+SIZE = {"memory": "160MiB"}
+LATER = 600  # seconds between the test and the moment when somebody enters its guest
+# Enters a kept guest that lies alone in a cache: no image, no template. It is ten minutes later there.
+ENTER = f"""
+import json, socket, sys, time
+from pathlib import Path
+from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests import helper
+from pytest_vmsandbox.guests.entering import entered
+from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.kept import KeptStore
+
+now = helper.wall
+helper.wall = lambda: now() + {LATER}
+seen = []
+with GuestFactory.open(Settings()) as factory:
+    (kept,) = KeptStore(factory.backend.cache).find("test_y", Path("/elsewhere"))
+    for _ in range(2):
+        with entered(factory, kept) as vm:
+            clock = int(vm.run(["date", "+%s"]).stdout) - now()
+            with socket.create_connection(vm.forward(7000), 20) as service:
+                greeting = service.makefile().readline()
+            seen.append({{
+                "name": vm.run(["hostname"]).stdout, "clock": clock, "greeting": greeting,
+                "random": vm.shell("head -c 16 /dev/urandom | od -An -tx1").stdout,
+                "files": vm.shell("cat /root/in-ram; head -c 6 /dev/vda; head -c 8 /dev/vdb").stdout,
+                "root": vm.run(["id", "-u"]).stdout,
+                "booted": "vmsandbox: init" in vm.console.text,
+            }})
+            vm.shell("echo changed >/root/in-ram; echo changed >/dev/vda; sync")
+json.dump(seen, sys.stdout)
+"""
+
+
+def moment(**more):
+    usual = {"nodeid": "t.py::test_y[tiny]", "rootdir": "/p", "number": 1, "phase": "call"}
+    return Moment(**{**usual, "outcome": "failed", "error": "assert 0", **more})
+
+
+@pytest.fixture
+def keeper(vm_factory, tmp_path, monkeypatch):
+    """Keeps guests in a cache of their own."""
+    keeper = Keeper(vm_factory.backend, limit=1 << 40, tell=lambda _: None)
+    monkeypatch.setattr(keeper, "_store", KeptStore(tmp_path / "kept"))
+    with keeper:
+        yield keeper
+
+
+def in_a_new_process(cache, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", ENTER], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "VMSANDBOX_CACHE": str(cache), **environment},
+    )  # fmt: skip
+
+
+def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path):
+    with vm_factory.boot("tiny", disks=["16MiB"], **SIZE) as vm:
+        service = vm.popen(["sh", "-c", "while :; do echo hello | nc -l -p 7000; done"])
+        disk = vm.attach_disk(size="8MiB")
+        vm.shell(
+            f"echo kept >/root/in-ram; echo kept- >/dev/vda; echo attached >{disk.device}; sync"
+        )
+        key = keeper.keep(vm, moment(environment=("TOKEN",)))
+        vm.shell("echo later >/root/in-ram; echo later >/dev/vda; sync")  # it goes on
+        vm.detach(disk)
+        assert service.poll() is None
+    (outcome,) = keeper.close()
+    assert (outcome.key, outcome.error) == (key, None)
+    kept = outcome.kept
+    assert kept.damage() == ""
+    modes = {
+        stat.S_IMODE(path.stat().st_mode)
+        for path in kept.folder.rglob("*")
+        if path.is_file() and path.stat().st_nlink == 1
+    }
+    assert modes == {0o600}
+
+    done = in_a_new_process(tmp_path / "kept")
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    assert first.pop("random") != second.pop("random")
+    for seen in (first, second):
+        assert abs(seen.pop("clock") - LATER) < 2
+        assert seen == {
+            "name": f"{vm.name}\n", "greeting": "hello\n", "root": "0\n", "booted": True,
+            "files": "kept\nkept-\nattached",
+        }  # fmt: skip
+    assert kept.damage() == ""
+
+    another = tmp_path / "qemu-system"
+    shutil.copy(find_qemu("x86_64").path, another)
+    with another.open("ab") as file:
+        file.write(b"\0")
+    refused = in_a_new_process(tmp_path / "kept", VMSANDBOX_QEMU=str(another))
+    assert "cannot go on with this QEMU: another build has saved it" in refused.stderr
+    assert f"saved by: QEMU {kept.qemu[0]} (SHA-256 {kept.qemu[1]})" in refused.stderr
+    assert "Remedy: install QEMU" in refused.stderr
+
+
+def test_guests_that_do_not_answer(vm_factory, keeper):
+    with vm_factory.boot("tiny", **SIZE) as panicked, vm_factory.boot("tiny", **SIZE) as off:
+        with suppress(VMSandboxError):
+            panicked.shell("echo c >/proc/sysrq-trigger", timeout=30)
+        keeper.keep(panicked, moment())
+        assert not panicked.alive
+        off.power_cut()
+        keeper.keep(off, moment(number=2))
+    first, second = (outcome.kept for outcome in keeper.close())
+    assert (first.has_memory, first.answers) == (True, False)
+    assert (second.has_memory, second.answers) == (False, False)
+    with entered(vm_factory, first) as vm:
+        assert vm.engine.is_on
+        assert vm.qmp("query-status")["status"] == "guest-panicked"
+
+
+def test_a_full_disk_leaves_nothing_and_the_guest_goes_on(
+    vm_factory, keeper, tmp_path, monkeypatch
+):
+    with small_file_system(tmp_path / "small", "16m") as small:
+        monkeypatch.setattr(keeper, "_store", KeptStore(small))
+        with vm_factory.boot("tiny", **SIZE) as vm:
+            with pytest.raises(KeepError, match=f"{vm.name} could not be kept") as raised:
+                keeper.keep(vm, moment())
+            before = time.time()
+            assert abs(int(vm.run(["date", "+%s"]).stdout) - before) < 3
+        (outcome,) = keeper.close()
+        assert outcome.kept is None
+        assert outcome.error is raised.value
+        assert [path.name for path in Path(small).rglob("*")] == ["kept", f"{outcome.key}.lock"]

@@ -1,0 +1,362 @@
+"""Which guests `--vm-keep` keeps, at which moment, and what is said about them. A fake keeps them."""
+
+import pytest
+
+
+@pytest.fixture
+def kept(suite):
+    """Runs a file, and returns what happens to its guests."""
+
+    def run(source, *args, keep="failed", **outcomes):
+        suite.write(source)
+        suite.result = suite.run(f"--vm-keep={keep}", *args)
+        suite.result.assert_outcomes(**outcomes)
+        return suite.guests
+
+    return run
+
+
+class TestTheMoment:
+    """The guest still runs, and nothing has been torn down."""
+
+    def test_a_call_that_fails(self, kept):
+        assert kept("def test_a(vm): assert vm is None, 'why'", failed=1) == [
+            "boot alpha-1-1",
+            "keep alpha-1-1 1 call AssertionError: why",
+            "end alpha-1-1",
+        ]
+
+    def test_a_setup_that_fails(self, kept):
+        source = """
+            import pytest
+            @pytest.fixture
+            def app(vm): raise ValueError("no app")
+            def test_a(app): pass
+        """
+        assert kept(source, errors=1)[1:] == [
+            "keep alpha-1-1 1 setup ValueError: no app",
+            "end alpha-1-1",
+        ]
+
+    @pytest.mark.parametrize(
+        "teardown",
+        [
+            "yield vm; assert not vm.alive, 'left'",
+            "request.addfinalizer(lambda: pytest.fail('left')); yield",
+            "request.getfixturevalue('vm'); yield; raise AssertionError('left')",
+        ],
+        ids=["yield", "finalizer", "dynamic"],
+    )
+    def test_a_teardown_that_fails_while_the_guest_lives(self, kept, teardown):
+        source = f"""
+            import pytest
+            @pytest.fixture
+            def app(request, vm): {teardown}
+            def test_a(app): pass
+        """
+        if "getfixturevalue" in teardown:
+            source = source.replace("app(request, vm)", "app(request)")
+        _, keep, _ = kept(source, passed=1, errors=1)
+        assert keep.startswith("keep alpha-1-1 1 teardown")
+        assert keep.endswith("left")
+
+    def test_the_call_s_failure_comes_before_the_teardown_s(self, kept):
+        source = """
+            import pytest
+            @pytest.fixture
+            def app(vm):
+                yield
+                assert False, "left"
+            def test_a(app): assert False, "why"
+        """
+        assert kept(source, failed=1, errors=1)[1:] == [
+            "keep alpha-1-1 1 call AssertionError: why",
+            "end alpha-1-1",
+        ]
+
+    def test_a_unittest_s_failure_comes_before_its_teardown(self, kept):
+        source = """
+            import unittest
+            import pytest
+
+            class TestIt(unittest.TestCase):
+                @pytest.fixture(autouse=True)
+                def guest(self, vm): self.vm = vm
+                def tearDown(self): self.vm.alive = "torn down"
+                def test_a(self): self.fail(f"alive={self.vm.alive}")
+                def test_b(self):
+                    for number in range(3):
+                        with self.subTest(number=number):
+                            self.assertEqual(number, 0)
+                @unittest.expectedFailure
+                def test_c(self): self.fail()
+        """
+        counted = {"passed": 1, "failed": 3} if hasattr(pytest, "Subtests") else {"failed": 2}
+        happened = kept(source, xfailed=1, **counted)
+        assert [line for line in happened if line.startswith("keep")] == [
+            "keep alpha-1-1 1 call AssertionError: alive=True",
+            "keep alpha-1-2 1 call AssertionError: 1 != 0",
+        ]
+
+    def test_the_first_subtest_that_fails_counts(self, kept):
+        if not hasattr(pytest, "Subtests"):  # pytest 8 has them in a plugin of its own
+            return
+        source = """
+            def test_a(vm, subtests):
+                for number in range(3):
+                    with subtests.test():
+                        assert number == 0, number
+        """
+        _, keep, _ = kept(source, failed=3)
+        assert keep == "keep alpha-1-1 1 call AssertionError: 1"
+
+    @pytest.mark.parametrize("error", ["assert False, 'why'", "pytest.fail('why')"])
+    def test_a_guest_of_a_block_in_the_test(self, kept, error):
+        source = f"""
+            import pytest
+
+            def pytest_vmsandbox_guest_stopping(config, guest, failed):
+                config.stash["x"] = 1
+
+            def test_a(vm_factory):
+                with vm_factory.boot("alpha-1") as a, vm_factory.boot("alpha-2") as b:
+                    {error}
+        """
+        happened = kept(source, failed=1)
+        assert [line.rpartition(" ")[0] for line in happened[2:4]] == [
+            f"keep alpha-1-1 1 call {'Failed' if 'fail' in error else 'AssertionError'}:",
+            f"keep alpha-2-2 2 call {'Failed' if 'fail' in error else 'AssertionError'}:",
+        ]
+        assert happened[4:] == ["end alpha-2-2", "end alpha-1-1"]
+
+    def test_a_hook_that_refuses_the_guest(self, kept, suite):
+        conftest = suite.path / "conftest.py"
+        more = "\ndef pytest_vmsandbox_guest_ready(guest): assert guest is None, 'not ready'\n"
+        conftest.write_text(conftest.read_text() + more)
+        assert kept("def test_a(vm): pass", errors=1)[1:] == [
+            "keep alpha-1-1 1 setup AssertionError: not ready"
+        ]
+
+
+class TestWhichOnesStay:
+    def test_none_of_a_test_that_expects_the_exception(self, kept):
+        source = """
+            import pytest
+
+            def test_a(vm_factory):
+                with pytest.raises(ZeroDivisionError), vm_factory.boot("alpha-1") as a:
+                    1 / 0
+        """
+        assert kept(source, passed=1)[1:] == [
+            "keep alpha-1-1 1 call ZeroDivisionError: division by zero",
+            "end alpha-1-1",
+            "forget test_a#1",
+        ]
+
+    def test_the_failure_counts_and_not_what_was_expected_before(self, kept):
+        source = """
+            import pytest
+
+            def test_a(vm, vm_factory):
+                with pytest.raises(ZeroDivisionError), vm_factory.boot("alpha-1") as a:
+                    1 / 0
+                assert False, "why"
+        """
+        assert kept(source, failed=1)[2:] == [
+            "keep alpha-1-1 1 call ZeroDivisionError: division by zero",
+            "keep alpha-1-2 2 call ZeroDivisionError: division by zero",
+            "end alpha-1-2",
+            "keep alpha-1-1 1 call AssertionError: why",
+            "end alpha-1-1",
+        ]
+
+    def test_an_error_that_comes_from_another_one_is_the_same_failure(self, kept):
+        source = """
+            def test_a(vm, vm_factory):
+                try:
+                    with vm_factory.boot("alpha-1"): 1 / 0
+                except ArithmeticError as error:
+                    raise ExceptionGroup("several", [ValueError("x"), error])
+        """
+        assert [line for line in kept(source, failed=1) if line.startswith("keep")] == [
+            "keep alpha-1-1 1 call ZeroDivisionError: division by zero",
+            "keep alpha-1-2 2 call ZeroDivisionError: division by zero",
+        ]
+
+    def test_an_expected_failure_is_none_and_a_strict_pass_is_one(self, kept):
+        source = """
+            import pytest
+
+            @pytest.mark.xfail
+            def test_a(vm): assert False
+            @pytest.mark.xfail(strict=True, reason="old")
+            def test_b(vm): pass
+            def test_c(vm_factory):
+                with vm_factory.boot("alpha-1"): pytest.skip("x")
+        """
+        happened = kept(source, failed=1, xfailed=1, skipped=1)
+        assert [line for line in happened if line.startswith("keep")] == [
+            "keep alpha-1-2 1 call [XPASS(strict)] old"
+        ]
+
+    @pytest.mark.parametrize("isolation", ["module", "session"])
+    def test_a_guest_that_tests_share_is_kept_for_each(self, kept, isolation):
+        source = f"""
+            import pytest
+            pytestmark = pytest.mark.vm(isolation="{isolation}")
+
+            @pytest.fixture(scope="module")
+            def app(vm_factory):
+                yield
+                assert False, "app"
+            def test_a(vm): assert False, "a"
+            def test_b(vm): assert False, "b"
+            def test_c(): pass
+            def test_d(app): pass
+        """
+        assert kept(source, failed=2, passed=2, errors=1) == [
+            "boot alpha-1-1",
+            "keep alpha-1-1 1 call AssertionError: a",
+            "keep alpha-1-1 1 call AssertionError: b",
+            "keep alpha-1-1 1 teardown AssertionError: app",
+            "end alpha-1-1",
+        ]
+
+    @pytest.mark.parametrize("last", [0, 1])
+    def test_the_last_attempt_counts(self, kept, last):
+        source = f"""
+            count = 0
+
+            def test_a(vm, vm_factory):
+                global count
+                count += 1
+                with vm_factory.boot("alpha-2"):
+                    assert count == 3 * {last}, count
+        """
+        rerun = ("-p", "pytest_rerunfailures", "--reruns=2")
+        happened = kept(source, *rerun, **({"passed": 1} if last else {"failed": 1}))
+        keeps = [
+            f"keep {guest} {number} call AssertionError: {attempt}"
+            for attempt in range(1, 4 - last)
+            for number, guest in enumerate(
+                (f"alpha-1-{2 * attempt - 1}", f"alpha-2-{2 * attempt}"), 1
+            )
+        ]
+        assert [line for line in happened if line.startswith("keep")] == keeps
+        forgotten = ["forget test_a[alpha-1]#1", "forget test_a[alpha-1]#2"] if last else []
+        assert sorted(line for line in happened if line.startswith("forget")) == forgotten
+
+    def test_all(self, kept):
+        source = """
+            import pytest
+
+            @pytest.fixture
+            def app(vm):
+                yield vm
+                vm.alive = False
+            def test_a(app): assert app.alive
+            def test_b(vm_factory):
+                with vm_factory.boot("alpha-2"): pass
+            @pytest.fixture
+            def left(vm):
+                yield
+                assert False, "left"
+            def test_c(left): pass
+        """
+        happened = kept(source, keep="all", passed=3, errors=1)
+        assert [line for line in happened if line.startswith(("keep", "forget"))] == [
+            "keep alpha-1-1 1 call passed",
+            "keep alpha-2-2 1 call passed",
+            "keep alpha-1-3 1 call passed",
+            "keep alpha-1-3 1 teardown AssertionError: left",
+        ]
+
+
+class TestWhatIsSaid:
+    def test_the_summary_has_a_line_for_each_guest(self, kept, suite):
+        source = """
+            import pytest
+
+            @pytest.mark.parametrize("x", ["it's"])
+            def test_a(vm, x): assert False
+            def test_b(vm, vm_factory):
+                with vm_factory.boot("alpha-2"): assert False
+            def test_c(vm): pass
+        """
+        kept(source, "-q", failed=2, passed=1)
+        lines = suite.result.outlines
+        at = next(number for number, line in enumerate(lines) if "= kept guests" in line)
+        assert "kept guests (9MiB of 8GiB)" in lines[at]
+        before = "failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_"
+        assert lines[at + 1 : at + 4] == [
+            f"""{before}a[alpha-1-it'"'"'s]'""",
+            f"{before}b[alpha-1]' --guest alpha-1-2",
+            f"{before}b[alpha-1]' --guest alpha-2-3",
+        ]
+        suite.result.stdout.fnmatch_lines(
+            ["enter: vmsandbox enter 'test_suite.py::test_b?alpha-1?' --guest alpha-2-3"]
+        )
+
+    def test_so_it_is_with_xdist(self, suite):
+        suite.write("def test_a(vm): assert False")
+        result = suite.run_apart("-n1", "--vm-keep=failed")
+        lines = [line for line in result.outlines if line.startswith("failed in call")]
+        assert lines == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
+
+    @pytest.mark.parametrize("args", [["--collect-only"], ["-p", "no:terminal"], []])
+    def test_nothing_without_a_failure_of_a_guest(self, suite, args):
+        suite.write(
+            "def test_a(vm): pass\ndef test_b(): assert False"
+            if not args
+            else "def test_a(vm): assert False"
+        )
+        result = suite.run("--vm-keep=failed", *args)
+        assert "kept" not in result.stdout.str()
+        assert "--vm-keep" not in result.stdout.str()
+
+    @pytest.mark.parametrize("args", [[], ["--vm-keep=none"], ["-ovm_keep=none"]])
+    def test_without_the_option_it_is_mentioned_once(self, suite, args):
+        suite.write("""
+            def test_a(vm): assert False
+            def test_b(vm_factory):
+                with vm_factory.boot("alpha-1"): assert False
+            def test_c(): assert False
+        """)
+        text = suite.run(*args).stdout.str()
+        assert text.count("vmsandbox: --vm-keep=failed keeps") == (0 if args else 1)
+
+    def test_junit_has_the_command(self, kept, suite):
+        source = """
+            def test_a(vm): assert False
+            def test_b(vm): pass
+        """
+        kept(source, "--junitxml=junit.xml", failed=1, passed=1)
+        _, *properties = (suite.path / "junit.xml").read_text().split("<property ")
+        enter = [line for line in properties if line.startswith('name="vm_enter"')]
+        assert [line.partition(" />")[0] for line in enter] == [
+            '''name="vm_enter" value="vmsandbox enter 'test_suite.py::test_a[alpha-1]'"'''
+        ]
+
+    def test_a_guest_that_cannot_be_kept_is_no_further_failure(self, kept, suite):
+        source = """
+            from pytest_vmsandbox.core.errors import CacheError
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(vm, pytestconfig):
+                keeper = pytestconfig.stash[RUN].keeping.keeper
+                keeper.fails = CacheError("alpha-1-1 could not be kept", details="the disk\\nis full")
+                assert False
+            def test_b(vm, pytestconfig):
+                pytestconfig.stash[RUN].keeping.keeper.fails = KeyError("x")
+                assert False
+        """
+        kept(source, failed=2)
+        suite.result.stdout.fnmatch_lines(
+            [
+                "*- vmsandbox -*",
+                "alpha-1-1 could not be kept: the disk",
+                "vmsandbox: alpha-1-1 could not be kept: the disk (test_suite.py::test_a?alpha-1?)",
+                "vmsandbox: alpha-1-2 could not be kept: KeyError('x') (test_suite.py::test_b?alpha-1?)",
+            ]
+        )
+        assert "kept guests" not in suite.result.stdout.str()
