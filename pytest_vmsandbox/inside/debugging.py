@@ -7,27 +7,18 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from typing import Protocol
 
 from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import InterpreterLost, LaunchError
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.kept import Moment
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.install import BASE
 
 _ANSWER_SECONDS = 60.0  # for the session that stands at a failure
 # Ends if the guest is gone, even while nobody types.
 _ALIVE = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8")
-
-
-class Moment(Protocol):
-    """What is known about the failure; see `guests.kept.Moment`."""
-
-    @property
-    def python(self) -> str:
-        """The interpreter in the guest."""
-        ...
 
 
 def check_client() -> None:

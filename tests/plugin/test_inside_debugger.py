@@ -92,7 +92,9 @@ def test_a_trace_and_a_breakpoint_without_an_option(at_terminal):
     terminal.dialogue(("PDB runcall", ""), (PDB, "c"))
     assert terminal.end()[0] == 0
     terminal = at_terminal("-k", "test_breaks", "-s")
-    terminal.dialogue(("what follows is written by that guest", ""), ("PDB set_trace", ""), (PDB, "c"))
+    terminal.dialogue(
+        ("what follows is written by that guest", ""), ("PDB set_trace", ""), (PDB, "c")
+    )
     status, seen = terminal.end()
     assert status == 0, seen
 

@@ -45,7 +45,7 @@ class Debugging:
         self.terminal: Terminal | None = None
         self.is_running = False  # whether a test runs
         self.writer: Any = None  # of the terminal reporter, if it is lent the terminal
-        self.lend = pytestPDB._init_pdb  # noqa: SLF001  # all ways into the debugger lead through it
+        self.lend: Any = pytestPDB._init_pdb  # noqa: SLF001  # all ways into the debugger lead through it
         vars_of: Any = pytestPDB
         vars_of._init_pdb = self.open  # noqa: SLF001
 
@@ -91,7 +91,8 @@ class Debugging:
         except NoTerminal:
             return
         try:
-            PdbInvoke().pytest_exception_interact(node, call, report)
+            invoke: Any = PdbInvoke()
+            invoke.pytest_exception_interact(node, call, report)
         finally:
             self.close()
 

@@ -30,8 +30,8 @@ class Debuggers:
 
     def begin(self, item: pytest.Item) -> None:
         """A test begins."""
-        self._stops, self._is_kept = 0, False
-        self._run.keeping.begin(item)
+        self._stops = 0
+        self._begin_attempt(item)
 
     def stopped(self, item: pytest.Item, about: object, lease: Lease) -> bool:
         """Handle a session that has stopped at a failure, and waits.
@@ -49,7 +49,7 @@ class Debuggers:
         self._count()
         stands = about.get("stands") is True
         if about.get("first") is True:  # of an attempt at the test; the last attempt counts
-            self._run.keeping.begin(item)
+            self._begin_attempt(item)
             self.keep(item, str(phase), str(about.get("error")), lease, stands=stands)
         wanted = self._run.config.getoption("usepdb", default=False)
         if wanted and stands and terminal.is_there(self._run.config):
@@ -57,6 +57,11 @@ class Debuggers:
             return True
         lease.session.go_on()
         return False
+
+    def _begin_attempt(self, item: pytest.Item) -> None:
+        self._is_kept = False
+        self._run.begin_attempt()
+        self._run.keeping.begin(item)
 
     def _count(self) -> None:
         self._stops += 1

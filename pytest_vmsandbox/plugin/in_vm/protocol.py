@@ -120,8 +120,6 @@ class Inside:
         self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
 
     def _log(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        if report.when == "setup":
-            self._run.begin_attempt()
         if report.failed and (hint := remedy(self._run.config.rootpath, report.longreprtext)):
             report.sections.append(("vmsandbox", hint))
         for name, value in item.user_properties:  # added on this side
@@ -144,6 +142,7 @@ class Inside:
         Args:
             attempt: the number of earlier attempts in guests of their own.
         """
+        self._debuggers.begin(item)
         call = pytest.CallInfo.from_call(
             lambda: self.leases.lease(item), when="setup", reraise=ENDING
         )
@@ -234,7 +233,6 @@ class Inside:
         patience = lease.connection.patience
         limit = plan_of(item).timeout or options.test_timeout(self._run.config) * patience
         limits: dict[str, Any] = {"limit": limit, "call_limit": self._call_limit(item)}
-        self._debuggers.begin(item)
 
         def stuck(error: str) -> None:
             self._debuggers.keep(item, attempts[-1].phase, error, lease)
