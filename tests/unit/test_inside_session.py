@@ -430,7 +430,7 @@ def test_what_probe_prints(text):
 # -- the real runner -----------------------------------------------------------------------------
 
 
-DEBUGGING = dict.fromkeys(("keep", "pdb", "pdbcls", "trace", "terminal"), False)
+DEBUGGING = dict.fromkeys(("stop", "pdb", "pdbcls", "trace", "terminal"), False)
 
 
 class Folder:
@@ -929,7 +929,7 @@ def test_a_session_stops_at_the_first_failure_of_each_test(inside):
     """Reports come before or after it, and tests that were announced meanwhile run."""
     place = inside(FAILS)
     with place.connection() as connection:
-        talk = place.start(connection, keep=True)
+        talk = place.start(connection, stop=True)
         names = ids(talk)
         for name, following in zip(names, [*names[1:], None], strict=True):
             talk.announce(name, next=following, more=True, marks=[])

@@ -33,7 +33,7 @@ class Debugging:
     for ``go on`` or ``debug``. For a terminal it sends ``{"terminal": N}``, and the host starts `terminal.lend`.
 
     Args:
-        settings: ``keep`` (stop at the first failure of each attempt at a test), ``pdb`` (at each),
+        settings: ``stop`` (at the first failure of each attempt at a test), ``pdb`` (at each),
             ``pdbcls`` and ``trace`` as pytest has them, ``terminal`` (whether the host has one), and
             ``folder``, see `Terminal`.
     """
@@ -59,7 +59,7 @@ class Debugging:
             option.usepdb_cls = tuple(settings["pdbcls"]) if settings["pdbcls"] else None
             if settings["trace"]:
                 self.config.pluginmanager.register(PdbTrace())
-        if settings["pdb"] or settings["keep"]:
+        if settings["pdb"] or settings["stop"]:
             self.config.pluginmanager.register(Failures(self))
 
     def run(self, item: pytest.Item) -> None:

@@ -22,7 +22,7 @@ keep_apart(globals())
 
 TERMINAL = "terminal"  # the name of the socket
 MAX_GREETING = 4096  # bytes
-VARIABLES = ("TERM", "COLORTERM")  # a session takes these from whoever lends it a terminal
+VARIABLES = ("TERM", "COLORTERM")  # a session takes these from the program that lends it a terminal
 
 
 class NoTerminal(RuntimeError):
@@ -169,6 +169,7 @@ def lend(folder: str) -> None:
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH):
         signal.signal(number, pass_on)
     signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-    greeting = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    environment = os.environ
+    greeting = {name: environment[name] for name in VARIABLES if name in environment}
     socket.send_fds(sock, [json.dumps(greeting).encode()], [0])
     sock.recv(1)

@@ -175,15 +175,14 @@ def outcomes(config: pytest.Config) -> list[str]:
     return [outcome for plugin, outcome in _OUTCOMES.items() if manager.has_plugin(plugin)]
 
 
-def debugging(config: pytest.Config, folder: str, *, keeps: bool) -> dict[str, object]:
+def debugging(config: pytest.Config, folder: str) -> dict[str, object]:
     """The settings of the runner's `Debugging`. They come when a session begins or wakes up.
 
     Args:
         folder: of the supervisor's socket.
-        keeps: whether guests of failed tests are kept.
     """
     return {
-        "keep": keeps,
+        "stop": True,  # so that this side sees the guest as it is at the failure
         "pdb": config.getoption("usepdb", default=False),
         "pdbcls": config.getoption("usepdb_cls", default=None),
         "trace": config.getoption("trace", default=False),

@@ -315,7 +315,7 @@ class Provisioner:
         }
 
     def _debugging(self, place: GuestPaths) -> dict[str, object]:
-        return guest_config.debugging(self._config, place.folder, keeps=self._run.keeps)
+        return guest_config.debugging(self._config, place.folder)
 
     def _resume(self, lease: Lease, kind: Place) -> None:
         """Take over the session that waits in a clone."""
