@@ -20,6 +20,8 @@ _COMMANDS = {  # name → help
     "images": "List, build, lock and remove images.",
     "run": "Run one command in a fresh guest.",
     "shell": "Open an interactive shell in a fresh guest.",
+    "enter": "Enter the kept guest of a failed test.",
+    "kept": "List, share and remove the kept guests of failed tests.",
     "clean": "Remove processes and files that killed runs left behind.",
     "bench": "Measure on this machine what guests cost.",
 }
@@ -82,8 +84,8 @@ def _leaves(error: BaseException) -> list[BaseException]:
     name="vmsandbox",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 for success, 1 if the command failed, 2 for wrong usage, 69 if the "
-    "infrastructure (QEMU, an image, a guest) failed. 'run' and 'shell' return the status of the "
-    "program in the guest.",
+    "infrastructure (QEMU, an image, a guest) failed. 'run', 'shell' and 'enter' return the status "
+    "of the program in the guest.",
 )
 @click.version_option(package_name="pytest-vmsandbox", message="vmsandbox %(version)s")
 def application() -> None:

@@ -18,6 +18,7 @@ from pytest_vmsandbox.cache.store import (
     Store,
     tidy,
 )
+from pytest_vmsandbox.cli.kept import by_image, total
 from pytest_vmsandbox.cli.screen import Screen
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
@@ -40,7 +41,8 @@ def clean(*, templates: bool, environments: bool) -> None:
 
     Running tests are not touched. With --templates, clean also removes the saved guests from which
     clones are made. With --environments, it also removes the Python packages for tests inside guests.
-    The next run that needs these makes them again.
+    The next run that needs these makes them again. The kept guests of failed tests stay; 'kept rm'
+    removes them.
     """
     screen = Screen()
     cache = paths.cache_dir()
@@ -58,6 +60,8 @@ def clean(*, templates: bool, environments: bool) -> None:
         said += _emptied(cache, EMULATORS, "emulator")
     if environments:
         said += _emptied(cache, ENVIRONMENTS, "environment")
+    if sizes := [size for its in by_image(cache).values() for size in its]:
+        said.append(f"kept: {total(sizes)}. To remove them: vmsandbox kept rm --all")
     for line in said or ["there is nothing to clean"]:
         screen.say(line)
 

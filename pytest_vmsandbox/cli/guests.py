@@ -51,7 +51,7 @@ def _read_copies(
     return tuple(copies)
 
 
-def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+def read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse words that SSH cannot carry."""
     for word in words:
         if not word.isascii() and any("\udc80" <= letter <= "\udcff" for letter in word):
@@ -59,8 +59,8 @@ def _read_words(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -
     return words
 
 
-class _Run(click.Command):
-    """Explains ``--`` if an option of the guest's command is mistaken for one of ours."""
+class Passing(click.Command):
+    """A command that runs another one. It explains ``--`` if an option of the guest's command is mistaken for one of ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ours = list(args)  # click empties `args`
@@ -71,19 +71,19 @@ class _Run(click.Command):
                 raise
             raise click.UsageError(
                 f"{error.format_message()} If it belongs to the command for the guest, put -- before that "
-                f"command: {ctx.command_path} IMAGE -- COMMAND...",
+                f"command: {ctx.command_path} {str(self.params[0].name).upper()} -- COMMAND...",
                 ctx,
             ) from error
 
 
-@click.command(cls=_Run)
+@click.command(cls=Passing)
 @click.argument("image")
 @click.argument(
     "command",
     nargs=-1,
     required=True,
     type=click.UNPROCESSED,
-    callback=_read_words,
+    callback=read_words,
     metavar="-- COMMAND...",
 )
 @guest_options
@@ -127,7 +127,7 @@ def run(
         for source, dest in push:
             guest.push(source, dest)
         status = attach(guest, command, timeout)
-    ctx.exit(status if status >= 0 else 128 - status)
+    ctx.exit(passed_on(status))
 
 
 @click.command
@@ -142,18 +142,35 @@ def shell(
     When you leave the shell, the guest and everything in it is removed. The exit status is that of the
     shell, or 255 if the connection breaks.
     """
-    if shutil.which("ssh") is None:
-        raise LaunchError(
-            "there is no SSH client on this machine",
-            remedy="install one: apt-get install openssh-client (Debian, Ubuntu). Without one, you can use "
-            f"vmsandbox run {shlex.quote(image)} -- COMMAND",
-        )
+    require_ssh(f"vmsandbox run {shlex.quote(image)} -- COMMAND")
     with fresh_guest(image, settings, hardware) as guest:
         screen = Screen(stderr=True)
         if screen.lively:
             screen.say(f"{guest.name}: this guest is removed when you leave the shell", "dim")
         status = foreground.run(shlex.split(guest.ssh_command))
-    ctx.exit(status if status >= 0 else 128 - status)
+    ctx.exit(passed_on(status))
+
+
+def require_ssh(instead: str) -> None:
+    """Check that there is an SSH client.
+
+    Args:
+        instead: a command line that needs none.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    if shutil.which("ssh") is None:
+        raise LaunchError(
+            "there is no SSH client on this machine",
+            remedy="install one: apt-get install openssh-client (Debian, Ubuntu). Without one, you can use "
+            f"{instead}",
+        )
+
+
+def passed_on(status: int) -> int:
+    """The exit status for that of a program, which is −N if signal N ended it."""
+    return status if status >= 0 else 128 - status
 
 
 @contextmanager
@@ -170,13 +187,14 @@ def fresh_guest(image: str, settings: Settings, hardware: Mapping[str, object]) 
         yield guest
 
 
-def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
+def attach(guest: Guest, argv: Sequence[str], timeout: float, cwd: str | None = None) -> int:
     """Run a program in a guest on our standard streams, until it ends.
 
     Its input is empty if ours is a terminal.
 
     Args:
         timeout: seconds.
+        cwd: the folder that it starts in; None for the user's home.
 
     Returns:
         Its exit status, −N if signal N ended it; −SIGPIPE if the reader of our output went away.
@@ -189,7 +207,7 @@ def attach(guest: Guest, argv: Sequence[str], timeout: float) -> int:
     deadline = Deadline(timeout)
     has_input = sys.stdin is not None and not sys.stdin.isatty()
     with guest.engine.explained():
-        process = guest.engine.start(Command(argv=tuple(argv)))
+        process = guest.engine.start(Command(argv=tuple(argv), cwd=cwd))
         try:
             return process.communicate(
                 _Input(sys.stdin.fileno(), process) if has_input else None,

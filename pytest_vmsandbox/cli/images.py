@@ -11,6 +11,7 @@ import click
 from pytest_vmsandbox.catalogue import variants
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.store import ImageEntry, ImageStore, columns, left_out
+from pytest_vmsandbox.cli import kept
 from pytest_vmsandbox.cli.importing import fetch, forget, import_
 from pytest_vmsandbox.cli.lock import lock, update, verify
 from pytest_vmsandbox.cli.options import image_path_option, offline_option
@@ -55,7 +56,9 @@ def list_(
     drive a guest from outside work with it.
 
     Below the images are their templates: guests that were booted once and saved, from which clones are
-    made. With a NAME, only those of the listed images are shown. Each line has the number of an image's templates and their size on the disk.
+    made. Then come the kept guests of failed tests, which 'vmsandbox kept list' names. With a NAME, only
+    those of the listed images are shown. Each line has the number of an image's templates or guests, and
+    their size on the disk.
     """  # noqa: D301  # a mark for click
     catalogue = Catalogue(image_path)
     found = ImageStore(cache_dir()).entries(
@@ -66,24 +69,33 @@ def list_(
     for template in sorted(TemplateStore(cache_dir()).all(), key=lambda template: template.image):
         if not names or template.image in listed:
             saved.setdefault(template.image, []).append(template.size_on_disk)
+    sizes = kept.by_image(cache_dir())
+    guests = {name: its for name, its in sizes.items() if not names or name in listed}
     if as_json:
-        templates = [
-            {"image": name, "count": len(sizes), "size_bytes": sum(sizes)}
-            for name, sizes in saved.items()
-        ]
-        write_json({"images": [asdict(image) for image in found], "templates": templates})
+        content = {"images": [asdict(image) for image in found]}
+        write_json({**content, "templates": _summed(saved), "kept": _summed(guests)})
     else:
-        _show(found, saved)
+        _show(found, saved, guests)
         if more := left_out(catalogue, found, names):
             Screen().say(more, "dim")
     if problems := [ConfigError(image.problem) for image in found if image.problem]:
         raise ExceptionGroup("images", problems)
 
 
-def _show(found: Sequence[ImageEntry], saved: Mapping[str, Sequence[int]]) -> None:
-    """Show images, and the sizes of their templates, for people."""
+def _summed(sizes: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
+    return [
+        {"image": name, "count": len(its), "size_bytes": sum(its)} for name, its in sizes.items()
+    ]
+
+
+def _show(
+    found: Sequence[ImageEntry],
+    saved: Mapping[str, Sequence[int]],
+    guests: Mapping[str, Sequence[int]],
+) -> None:
+    """Show images, and the sizes of their templates and of their kept guests, for people."""
     screen = Screen()
-    width = max(map(len, (*saved, *(image.name for image in found))), default=0)
+    width = max(map(len, (*saved, *guests, *(image.name for image in found))), default=0)
     for image, (name, state, size, description) in zip(found, columns(found, width), strict=True):
         screen.parts(
             (name, "bold"),
@@ -91,12 +103,20 @@ def _show(found: Sequence[ImageEntry], saved: Mapping[str, Sequence[int]]) -> No
             (f"  {size}", ""),
             (f"  {description}", ""),
         )
-    for name, sizes in saved.items():
+    rows = [
+        (name, "saved", sizes, _number(len(sizes)) + ", for clones")
+        for name, sizes in saved.items()
+    ]
+    rows += [
+        (name, "kept", sizes, f"{len(sizes)} guest{'' if len(sizes) == 1 else 's'} of tests")
+        for name, sizes in guests.items()
+    ]
+    for name, state, sizes, what in rows:
         screen.parts(
             (f"{name:{width}}", "bold"),
-            ("  saved  ", "cyan"),
+            (f"  {state:7}", "cyan"),
             (f"  {format_size(sum(sizes)):>9}", ""),
-            (f"  {_number(len(sizes))}, for clones", ""),
+            (f"  {what}", ""),
         )
 
 
@@ -134,7 +154,8 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     """Remove built images and their templates, unless guests use them.
 
     What 'images import' has written for them goes, too, and what was downloaded for them. A NAME may be
-    a glob. Without _ it is for this machine's architecture; 'debian-*_*' is for all.
+    a glob. Without _ it is for this machine's architecture; 'debian-*_*' is for all. The kept guests of
+    failed tests stay, and work without the image.
     """
     catalogue, store = Catalogue(image_path), ImageStore(cache_dir())
     templates = TemplateStore(cache_dir())
@@ -166,6 +187,9 @@ def rm(*, names: tuple[str, ...], image_path: tuple[Path, ...]) -> None:
     )
     if left:
         screen.say(f"left, because a glob without _ is for this machine only: {', '.join(left)}")
+    sizes = kept.by_image(cache_dir())
+    if theirs := [size for name in chosen for size in sizes.get(name, ())]:
+        screen.say(f"{kept.total(theirs)} stay, and work without the image: vmsandbox kept list")
     if errors:
         raise ExceptionGroup("images", errors)
 

@@ -87,6 +87,24 @@ class Screen:
             yield
 
     @contextmanager
+    def counting(self, text: str) -> Iterator[Callable[[int, int], object]]:
+        """While the block runs, show on a terminal what is going on and how much of it is done.
+
+        Yields:
+            A function that gets how much is done, and how much there is.
+        """
+        if not self.lively:
+            yield lambda *_: None
+            return
+        with self._progress(transient=True) as progress:
+            task = progress.add_task(text)
+
+            def tell(done: int, total: int) -> None:
+                progress.update(task, description=f"{text}: {100 * done // max(total, 1)}%")
+
+            yield tell
+
+    @contextmanager
     def stages(self) -> Iterator[Callable[[str], None]]:
         """Show the stages of something, each with its time.
 

@@ -27,7 +27,7 @@ from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import Command, Sink, check_status, text_of
 from pytest_vmsandbox.guests.machines import Machines, Running, Saved
 from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.machine import host
+from pytest_vmsandbox.machine import capture, host
 
 _POLL_SECONDS = 0.25
 _ASK_SECONDS = 0.05  # between looks whether a guest restarts; no kernel boots in that time
@@ -104,8 +104,7 @@ class Engine:
         """
         with self.power:
             running = self._on()
-            rested = running.resting
-            if rested:
+            if rested := running.resting:
                 running.resume()
             running.users += 1
             running.held |= hold
@@ -377,7 +376,8 @@ class Engine:
             if not self.machines.is_awaited:
                 return
             try:  # QEMU's start has shown how fast this host is
-                running.await_answer(Deadline(self.boot_seconds))
+                with capture.screen_if_it_fails(running.machine, self.machines.logs):
+                    running.await_answer(Deadline(self.boot_seconds))
             except BaseException:
                 self._switch_off(running)
                 raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shlex
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import CommandResult, CommandTimeout, ConfigError, MonitorError
+from pytest_vmsandbox.core.errors import CommandResult, CommandTimeout, ConfigError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
@@ -22,6 +21,7 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Saved
 from pytest_vmsandbox.guests.plugging import TakesDisks
 from pytest_vmsandbox.guests.process import Process
+from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.console import Console
 
 Streams = bytes | str | None
@@ -411,7 +411,10 @@ class Guest(TakesDisks):
 
     @property
     def console(self) -> Console:
-        """The serial console since the guest was last switched on."""
+        """The serial console since the guest was last switched on.
+
+        A clone was switched on with its template, so the text begins with that boot.
+        """
         with self.engine.use(hold=True) as running:
             return running.machine.console
 
@@ -422,16 +425,8 @@ class Guest(TakesDisks):
             MonitorError: QEMU cannot do it (older than 7.1, or built without PNG). No file is written.
             OSError: ``path`` cannot be written.
         """
-        with self.engine.explained(), tempfile.TemporaryFile() as picture:  # a kill leaves nothing
-            own = Path(f"/proc/self/fd/{picture.fileno()}")
-            with own.open("wb") as file, self.engine.use() as running:
-                running.machine.screenshot(file)
-            data = picture.read()
-            if not data:
-                raise MonitorError(
-                    "QEMU has written an empty screenshot",
-                    remedy="use QEMU 7.1 or newer, built with PNG support",
-                )
+        with self.engine.explained(), self.engine.use() as running:
+            data = capture.screen(running.machine)
         Path(path).write_bytes(data)
 
     def qmp(self, command: str, **arguments: object) -> Any:

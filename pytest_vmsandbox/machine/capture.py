@@ -1,7 +1,7 @@
-"""A capture of a guest's network, in the format of pcap, which tcpdump and Wireshark read.
+"""Captures a guest's network, in the format of pcap, which tcpdump and Wireshark read; and its screen.
 
 QEMU's filter-dump writes into a pipe, and we write what comes out of it into a file. So the file has a limit,
-belongs to us whoever QEMU runs as, and goes on when the guest gets a new QEMU.
+belongs to us even if QEMU runs as another user, and goes on when the guest gets a new QEMU.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_vmsandbox.core.errors import MonitorError
+from pytest_vmsandbox.core.errors import MonitorError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import NETDEV
@@ -23,7 +24,7 @@ from pytest_vmsandbox.machine.loop import LoopThread
 if TYPE_CHECKING:
     from pytest_vmsandbox.machine.machine import Machine
 
-NAME, NOTE = "network.pcap", "network-note.txt"  # the files
+NAME, NOTE, SCREEN = "network.pcap", "network-note.txt", "screenshot.png"  # the files
 LIMIT = 256 * MIB
 _MOST_OF_PACKET = 65_536  # bytes; the default of filter-dump
 _HEADER, _PACKET = (
@@ -108,6 +109,38 @@ def capturing(machine: Machine, loop: LoopThread, folder: Path) -> Iterator[None
                     capture.stop(error.brief)
             with loop.reading(ours, capture.feed):
                 yield
+
+
+def screen(machine: Machine) -> bytes:
+    """A machine's screen, as PNG.
+
+    Raises:
+        MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
+    """
+    with TemporaryFile() as picture:  # a kill leaves nothing
+        own = Path(f"/proc/self/fd/{picture.fileno()}")
+        with own.open("wb") as file:
+            machine.screenshot(file)
+        if data := picture.read():
+            return data
+    raise MonitorError(
+        "QEMU has written an empty screenshot",
+        remedy="use QEMU 7.1 or newer, built with PNG support",
+    )
+
+
+@contextmanager
+def screen_if_it_fails(machine: Machine, folder: Path | None) -> Iterator[None]:
+    """If the block fails, such as a boot, put the machine's screen into a folder. It may be gone already."""
+    try:
+        yield
+    except VMSandboxError:
+        if folder is not None:
+            with suppress(VMSandboxError, OSError):
+                picture = screen(machine)
+                with open(folder / SCREEN, "wb", opener=host.private) as file:
+                    file.write(picture)
+        raise
 
 
 def _dump(machine: Machine, pipe: IO[bytes]) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import codecs
 import re
+import select
+import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import StringIO
 from typing import IO
 
@@ -26,10 +30,15 @@ class Console:
         log: a file for the raw bytes, or None. It gets the first 64 MiB, or less if the disk is full.
         before: what the guest had written before it was saved, if it goes on from a saved state. Such as
             the boot of a clone, which is that of its template. It is part of `text`, and of nothing else.
+
+    Attributes:
+        line: what carries the bytes that are typed to the guest; None if nobody can type.
     """
 
     def __init__(self, log: IO[bytes] | None, before: str = "") -> None:
         self._log = log
+        self.line: socket.socket | None = None
+        self._followers: list[Callable[[bytes], object]] = []
         self._logged = 0
         self._before = before
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -59,7 +68,46 @@ class Console:
                 kept = self._tail.getvalue()[-TAIL:]
                 self._tail = StringIO()
                 self._tail.write(kept)
+            for follower in self._followers:
+                follower(data)
             self._grew.notify_all()
+
+    @contextmanager
+    def following(self, follower: Callable[[bytes], object]) -> Iterator[str]:
+        """Pass on the raw bytes that the guest writes from now on, and yield the text before them.
+
+        Args:
+            follower: is called on the thread that reads the console, so it must not wait.
+        """
+        with self._grew:
+            text = self.text
+            self._followers.append(follower)
+        try:
+            yield text
+        finally:
+            with self._grew:
+                self._followers.remove(follower)
+
+    def type(self, data: bytes, timeout: float) -> None:
+        """Type on the serial console.
+
+        Args:
+            timeout: seconds until the guest has taken all of it.
+
+        Raises:
+            TimeoutError: the guest did not take it in time.
+            OSError: nobody can type there.
+        """
+        if self.line is None:
+            raise OSError("this console takes no input")
+        deadline, poller = Deadline(timeout), select.poll()
+        poller.register(self.line, select.POLLOUT)
+        view = memoryview(data)
+        while view:
+            if not poller.poll(deadline.remaining() * 1000):
+                raise TimeoutError(f"the guest took no input on its console for {timeout:g} s")
+            with suppress(BlockingIOError):
+                view = view[self.line.send(view) :]
 
     def begin_boot(self) -> None:
         """Begin another boot of the same machine."""

@@ -126,7 +126,7 @@ class Machine:
                     starting.channel(stack, theirs, given, number)
                     for number in (fds.monitor, fds.console, fds.helper)
                 )
-                helper = Port(our_helper)
+                console.line, helper = our_console, Port(our_helper)
                 stack.enter_context(loop.reading(our_console, console.feed))
                 stack.enter_context(loop.reading(our_helper, helper.feed))
                 process = stack.enter_context(

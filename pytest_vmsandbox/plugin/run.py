@@ -409,6 +409,7 @@ class Run:
         except Exception as error:
             if self.item is not None:
                 self.keeping.ending(self.item, guest, error)
+                self._gather(self.item, guest)
             known.guest = None
             raise
 

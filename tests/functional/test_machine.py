@@ -256,8 +256,8 @@ def _broken_init(spec):
 
 
 @pytest.mark.origins("booted")
-def test_ssh_never_answers(vm_factory, monkeypatch):
-    """The last stage that was reached is named, with the end of the console."""
+def test_ssh_never_answers(vm_factory, monkeypatch, vm_artifacts):
+    """The last stage that was reached is named, with the end of the console; its screen is kept."""
     import dataclasses
 
     # It tells all that it does, so that there is no doubt how far it got.
@@ -275,6 +275,8 @@ def test_ssh_never_answers(vm_factory, monkeypatch):
         pass
     assert caught.value.stage == "kernel"
     assert "--- last lines of the console\n[" in str(caught.value)
+    (picture,) = vm_artifacts.glob("*/screenshot.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.origins("booted")

@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 import threading
 
 import pytest
@@ -15,6 +16,12 @@ def told(*chunks):
     console = Console(None)
     for chunk in chunks:
         console.feed(chunk)
+    return console
+
+
+def typing(line):
+    console = Console(None)
+    console.line = line
     return console
 
 
@@ -161,6 +168,33 @@ def test_what_is_read_between_chunks_is_the_same():
     console.begin_boot()
     console.feed(b"3")
     assert (console.text, console.this_boot) == ("0123", "3")
+
+
+class TestPeople:
+    def test_one_follows_from_where_the_text_ends(self):
+        console, seen = told(b"boot\r\n"), []
+        with console.following(seen.append) as before:
+            console.feed(b"\x1b[1mmore\r\n")
+        console.feed(b"later")
+        assert (before, seen) == ("boot\n", [b"\x1b[1mmore\r\n"])
+
+    def test_one_types(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            typing(ours).type(b"ls\r", 5)
+            assert theirs.recv(9) == b"ls\r"
+
+    def test_one_types_and_nobody_reads(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            with pytest.raises(TimeoutError, match="took no input"):
+                typing(ours).type(bytes(1 << 20), 0.01)
+
+    def test_one_types_where_nobody_can(self):
+        with pytest.raises(OSError, match="takes no input"):
+            Console(None).type(b"x", 1)
 
 
 class TestBefore:

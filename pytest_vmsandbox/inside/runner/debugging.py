@@ -12,6 +12,7 @@ from _pytest.debugging import PdbInvoke, PdbTrace, pytestPDB
 from _pytest.runner import check_interactive_exception
 
 from .apart import SHARED, keep_apart
+from .serialize import text_of
 from .terminal import NoTerminal, Terminal
 from .wire import Wire, clean
 
@@ -170,8 +171,7 @@ class Failures:
         report = yield
         if self.is_first and report.failed and not check_interactive_exception(call, report):
             self.is_first = False
-            error = str(report.longrepr)
-            self.debugging.stop(report.when, error, first=True, stands=False)
+            self.debugging.stop(report.when, text_of(report.longrepr), first=True, stands=False)
         return report
 
     @pytest.hookimpl(tryfirst=True)
@@ -182,6 +182,9 @@ class Failures:
             return
         first, self.is_first = self.is_first, False
         assert call.excinfo is not None
-        error = call.excinfo.exconly(tryshort=True)
+        try:
+            error = call.excinfo.exconly(tryshort=True)
+        except Exception:  # of its own, or the test has patched something
+            error = call.excinfo.typename
         if self.debugging.stop(str(call.when), error, first=first, stands=True):
             self.debugging.debug(node, call, report)

@@ -108,6 +108,8 @@ class Inside:
             if last is not None and last.failed:
                 self._log(item, last)
             raise
+        if last is not None and last.failed:
+            self._note_failure(item, last)
         # Fixtures of this side, used by tests that ran here, may end now; and so may the guest.
         call = pytest.CallInfo.from_call(
             lambda: self._tear_down_here(item, nextitem), when="teardown", reraise=ENDING
@@ -128,11 +130,17 @@ class Inside:
         report.vm_inside = True  # type: ignore[attr-defined]  # travels with it
         if report.failed:
             item.stash[FAILED] = True
-            self._run.at_failure(item, report.when, report.longreprtext[-1000:])
+            self._note_failure(item, report)
         self._run.show(item, report)
         if hasattr(report, "rerun"):  # pytest-rerunfailures looks for it at the end of the run
             item.execution_count = report.rerun + 1  # type: ignore[attr-defined]
         self._hooks.notify(item.ihook.pytest_runtest_logreport, report=report)
+
+    def _note_failure(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = report.longreprtext if crash is None else str(crash.message)
+        lines = text.strip().splitlines() or [""]
+        self._run.at_failure(item, report.when, lines[-1 if crash is None else 0])
 
     def _attempts(
         self, item: pytest.Item, nextitem: pytest.Item | None, attempt: int = 0
@@ -247,6 +255,7 @@ class Inside:
                 attempts[-1].has_called = True
             elif "again" in message:
                 attempts.append(Attempt())
+                self._run.begin_attempt()
             elif message.get("stop"):
                 name = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, name, colourless(str(message["stop"])))
