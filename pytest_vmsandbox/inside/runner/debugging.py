@@ -171,7 +171,9 @@ class Failures:
         report = yield
         if self.is_first and report.failed and not check_interactive_exception(call, report):
             self.is_first = False
-            self.debugging.stop(report.when, text_of(report.longrepr), first=True, stands=False)
+            why = report.longrepr
+            error = why if isinstance(why, str) else text_of(why)
+            self.debugging.stop(report.when, error, first=True, stands=False)
         return report
 
     @pytest.hookimpl(tryfirst=True)
