@@ -123,7 +123,7 @@ are_updates() {
 
 # bootstrap SUITE VARIANT PACKAGES [mmdebstrap options]: fill $ROOT. The release files of the archive are left in $ROOT.releases.
 bootstrap() {
-    suite=$1 variant=$2 packages=$3 what=$STAGE
+    suite=$1 variant=$2 packages=$3 what="${STAGE:-installing Debian ($1)}"
     shift 3
     mkdir -p "$ROOT.releases"
     set -- --extract-hook="cp \"\$1\"/var/lib/apt/lists/*Release '$ROOT.releases/'" "$@"
@@ -158,8 +158,10 @@ bootstrap() {
     cat "$TMPDIR/log" >&2
     grep -q -e NO_PUBKEY -e 'not signed' "$TMPDIR/log" &&
         fail "the archive's signature for $suite cannot be verified with the keys of this machine (Debian and Ubuntu: install or update debian-archive-keyring)"
-    errors=$(awk '/^E: / && !seen[$0]++ && ++n <= 10' "$TMPDIR/log")
-    fail "mmdebstrap could not build $suite: ${errors:-see above}"
+    crash=$(grep -m1 -e '^qemu: ' "$TMPDIR/log") || crash=''
+    [ -z "${VMSANDBOX_BINFMT-}" ] || [ -z "$crash" ] ||
+        fail "the emulator for single programs failed ($crash): install another version of it, or set VMSANDBOX_NO_BINFMT=1, so that a guest runs the programs of the image"
+    fail "mmdebstrap could not build $suite: $(grep -m1 -e '^E: ' "$TMPDIR/log" || echo 'see above')"
 }
 
 # watched PROGRAM…: run it with its output in $TMPDIR/log, and tell people each half minute how far the packages of $ROOT are.

@@ -174,7 +174,7 @@ class _Unpacker:
             f"programs of {self.wanted.debian} do not run here: {why}",
             details=details,
             remedy=f"{programs.install_line(PACKAGES[:1])} (since Debian 13: {PACKAGES[1]}). Or set "
-            f"{HIDING}=1: then a guest does what needs such programs, which takes longer",
+            f"{HIDING}=1: then a guest does what needs such programs",
         )
 
 

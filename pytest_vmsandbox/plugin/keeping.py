@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -61,6 +62,7 @@ class _Test:
 
     Attributes:
         phase: setup, call or teardown.
+        raised: by the test's function.
         kept: the guests of this attempt, by name.
         before: the keys of earlier attempts.
         over: the guests that had ended before this attempt.
@@ -70,6 +72,7 @@ class _Test:
     """
 
     phase: str = "setup"
+    raised: BaseException | None = None
     kept: dict[str, _Kept] = field(default_factory=dict)
     before: frozenset[str] = frozenset()
     over: frozenset[str] = frozenset()
@@ -126,6 +129,8 @@ class Keeping:
         self._backend = backend
         self._tell = tell
         self._tests: dict[str, _Test] = {}
+        self._problems: defaultdict[str, list[str]] = defaultdict(list)  # reason → tests
+        self._removed: list[str] = []  # lines about guests for which there was no room
         self.lines: dict[str, Line] = {}
 
     @cached_property
@@ -143,7 +148,7 @@ class Keeping:
         from pytest_vmsandbox.guests.keeping import Keeper
 
         limit = options.keep_size(self._config)
-        return Keeper(self._backend(), limit=limit, tell=self._tell)
+        return Keeper(self._backend(), limit=limit, tell=self._removed.append)
 
     def close(self) -> None:
         """Wait until all guests are saved."""
@@ -153,9 +158,20 @@ class Keeping:
         for outcome in keeper.close():
             line = self.lines.pop(outcome.key, None)
             if outcome.error is not None:
-                self._tell(f"{_why(outcome.error, outcome.guest)} ({outcome.moment.nodeid})")
+                self._problems[_why(outcome.error, outcome.guest)].append(outcome.moment.nodeid)
             elif line is not None and outcome.kept is not None:  # else there was no room
                 self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
+        for why, nodeids in self._problems.items():
+            more = f" and {len(nodeids) - 1} more" if len(nodeids) > 1 else ""
+            self._tell(f"the guest of {nodeids[0]}{more} could not be kept: {why}")
+        if len(self._removed) == 1:
+            self._tell(self._removed[0])
+        elif self._removed:
+            room = format_size(options.keep_size(self._config))
+            self._tell(
+                f"{len(self._removed)} kept guests were removed, the oldest first, because vm_keep_size is "
+                f"{room}. The last one: {self._removed[-1]}"
+            )
 
     # -- the course of a test ---------------------------------------------------------------------
 
@@ -191,10 +207,15 @@ class Keeping:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Note the phase."""
-        self._test(item).phase = "call"
-        with self._hearing_unittest(item):
-            return (yield)
+        """Note the phase, and what is raised: a plugin may repeat the test and report another exception."""
+        test = self._test(item)
+        test.phase = "call"
+        try:
+            with self._hearing_unittest(item):
+                return (yield)
+        except BaseException as error:
+            test.raised = error
+            raise
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -282,6 +303,8 @@ class Keeping:
         """
         if not self.is_on:
             return
+        if phase == "call" and is_certain and isinstance(error, BaseException):
+            error = self._test(item).raised or error
         guests, names = self._guests(), self._names(item)
         if of_others and not any(guests[name] for name in names):
             names = [name for name, guest in guests.items() if guest is not None]
@@ -328,8 +351,9 @@ class Keeping:
             with _alarm_paused():
                 key = self.keeper.keep(guest, moment)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no failure of the test
-            test.problems[guest.name] = why = _why(error, guest.name)
-            self._tell(f"{why} ({item.nodeid})")
+            why = _why(error, guest.name)
+            test.problems[guest.name] = f"{guest.name} could not be kept: {why}"
+            self._problems[why].append(item.nodeid)
         else:
             test.problems.pop(guest.name, None)
             test.kept[guest.name] = _Kept(key, occasion)
@@ -388,10 +412,11 @@ def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
 
 
 def _why(error: Exception, guest: str) -> str:
-    """Why a guest was not kept, in one line."""
+    """Why a guest could not be kept, in one line."""
     if not isinstance(error, VMSandboxError):
-        return one_line(f"{guest} could not be kept: {error!r}")
-    return one_line(": ".join(filter(None, [error.brief, error.details.partition("\n")[0]])))
+        return one_line(repr(error))
+    brief = error.brief.removeprefix(f"{guest} could not be kept").lstrip(": ")
+    return one_line(": ".join(filter(None, [brief, error.details.partition("\n")[0]])))
 
 
 def _in_one_line(error: BaseException | str | None) -> str:

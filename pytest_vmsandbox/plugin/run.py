@@ -101,6 +101,7 @@ class Run:
     def close(self) -> None:
         """End all remaining guests."""
         try:
+            self.keeping.close()  # there may be no end of a session, as after an error of pytest's
             self._stack.close()
         finally:
             if "artifacts" in self.__dict__:

@@ -98,7 +98,9 @@ class FakeKeeper:
 
     def keep(self, guest, moment):
         key = f"{moment.nodeid}#{moment.number}"
-        self.note("keep", guest.name, moment.number, moment.phase, moment.error or moment.outcome)
+        error = moment.error or moment.outcome
+        changed = () if guest.alive is True else (guest.alive,)
+        self.note("keep", guest.name, moment.number, moment.phase, error, *changed)
         if self.fails is not None:
             raise self.fails
         kept = SimpleNamespace(size_on_disk=3 << 20)

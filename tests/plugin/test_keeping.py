@@ -74,7 +74,7 @@ class TestTheMoment:
             "end alpha-1-1",
         ]
 
-    def test_a_unittest_s_failure_comes_before_its_teardown(self, kept):
+    def test_a_unittest_s_failure_comes_before_its_teardown(self, suite):
         source = """
             import unittest
             import pytest
@@ -91,8 +91,9 @@ class TestTheMoment:
                 @unittest.expectedFailure
                 def test_c(self): self.fail()
         """
-        counted = {"passed": 1, "failed": 3} if hasattr(pytest, "Subtests") else {"failed": 2}
-        happened = kept(source, xfailed=1, **counted)
+        suite.write(source)
+        suite.run("--vm-keep=failed")  # how subtests are counted depends on pytest
+        happened = suite.guests
         assert [line for line in happened if line.startswith("keep")] == [
             "keep alpha-1-1 1 call AssertionError: alive=True",
             "keep alpha-1-2 1 call AssertionError: 1 != 0",
@@ -222,6 +223,24 @@ class TestWhichOnesStay:
             "end alpha-1-1",
         ]
 
+    def test_a_guest_of_a_fixture_that_only_an_earlier_test_used(self, kept):
+        source = """
+            import pytest
+
+            @pytest.fixture(scope="module")
+            def app(vm_factory):
+                with vm_factory.boot("beta") as guest:
+                    yield guest
+                    assert False, "app"
+            def test_a(app): pass
+            def test_b(): pass
+        """
+        assert kept(source, passed=2, errors=1) == [
+            "boot beta-1",
+            "keep beta-1 1 teardown AssertionError: app",
+            "end beta-1",
+        ]
+
     @pytest.mark.parametrize("last", [0, 1])
     def test_the_last_attempt_counts(self, kept, last):
         source = f"""
@@ -245,6 +264,45 @@ class TestWhichOnesStay:
         assert [line for line in happened if line.startswith("keep")] == keeps
         forgotten = ["forget test_a[alpha-1]#1", "forget test_a[alpha-1]#2"] if last else []
         assert sorted(line for line in happened if line.startswith("forget")) == forgotten
+
+    def test_the_last_attempt_counts_when_a_plugin_repeats_the_call_before_its_report(
+        self, kept, suite
+    ):
+        """As pytest-retry does."""
+        conftest = suite.path / "conftest.py"
+        conftest.write_text(
+            conftest.read_text()
+            + """
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call":
+        nextitem = pytest.Class.from_parent(item.session, name="Nothing")
+        item.ihook.pytest_runtest_teardown(item=item, nextitem=nextitem)
+        item._initrequest()
+        item.ihook.pytest_runtest_setup(item=item)
+        run = lambda: item.ihook.pytest_runtest_call(item=item)
+        again = pytest.TestReport.from_item_and_call(item, pytest.CallInfo.from_call(run, when="call"))
+        report.outcome, report.longrepr = again.outcome, again.longrepr
+    return report
+"""
+        )
+        source = """
+            count = 0
+
+            def test_a(vm, vm_factory):
+                global count
+                count += 1
+                with vm_factory.boot("alpha-2"):
+                    assert False, count
+        """
+        happened = kept(source, failed=1)
+        assert [line for line in happened if line.startswith("keep")] == [
+            "keep alpha-1-1 1 call AssertionError: 1",
+            "keep alpha-2-2 2 call AssertionError: 1",
+            "keep alpha-1-3 1 call AssertionError: 2",
+            "keep alpha-2-4 2 call AssertionError: 2",
+        ]
 
     def test_all(self, kept):
         source = """
@@ -270,6 +328,72 @@ class TestWhichOnesStay:
             "keep alpha-1-3 1 call passed",
             "keep alpha-1-3 1 teardown AssertionError: left",
         ]
+
+
+class TestTimeouts:
+    """Those of pytest-timeout, by its alarm."""
+
+    OPTIONS = ("-p", "pytest_timeout", "--timeout=0.5", "--timeout-method=signal")
+
+    @pytest.mark.parametrize("block", ["with vm_factory.boot('alpha-1'): sleep(9)", "sleep(9)"])
+    def test_a_test_that_takes_too_long_has_failed(self, kept, block):
+        source = f"""
+            from time import sleep
+
+            def test_a(vm, vm_factory):
+                {block}
+        """
+        keeps = [line for line in kept(source, *self.OPTIONS, failed=1) if line.startswith("keep")]
+        assert keeps[0].startswith("keep alpha-1-1 1 call Failed: Timeout")
+        assert len(keeps) == (2 if "boot" in block else 1)
+
+    def test_saving_does_not_count(self, kept):
+        source = """
+            from time import sleep
+
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(vm, pytestconfig):
+                keeper = pytestconfig.stash[RUN].keeping.keeper
+                keep = keeper.keep
+                keeper.keep = lambda guest, moment: (sleep(0.6), keep(guest, moment))[1]
+                assert False, "why"
+        """
+        assert kept(source, *self.OPTIONS, failed=1)[1:] == [
+            "keep alpha-1-1 1 call AssertionError: why",
+            "end alpha-1-1",
+        ]
+
+
+class TestInterrupts:
+    def test_what_is_kept_is_shown(self, suite):
+        suite.write("""
+            import os, signal
+
+            def test_a(vm): assert False
+            def test_b(vm): os.kill(os.getpid(), signal.SIGINT)
+        """)
+        result = suite.run_apart("--vm-keep=failed")
+        assert result.ret == pytest.ExitCode.INTERRUPTED
+        shown = [line for line in result.outlines if line.startswith("failed in call")]
+        assert shown == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
+        assert [line for line in suite.guests if line.startswith(("keep", "forget"))] == [
+            "keep alpha-1-1 1 call AssertionError: assert False"
+        ]
+
+    def test_while_a_guest_is_saved(self, suite):
+        suite.write("""
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(vm, pytestconfig):
+                def keep(guest, moment): raise KeyboardInterrupt
+                pytestconfig.stash[RUN].keeping.keeper.keep = keep
+                assert False
+        """)
+        result = suite.run_apart("--vm-keep=failed")
+        assert result.ret == pytest.ExitCode.INTERRUPTED
+        assert suite.guests == ["boot alpha-1-1", "end alpha-1-1"]
+        assert "vmsandbox enter" not in result.stdout.str()
 
 
 class TestWhatIsSaid:
@@ -342,21 +466,38 @@ class TestWhatIsSaid:
             from pytest_vmsandbox.core.errors import CacheError
             from pytest_vmsandbox.plugin import RUN
 
+            def fail(pytestconfig, error):
+                pytestconfig.stash[RUN].keeping.keeper.fails = error
+                assert False
             def test_a(vm, pytestconfig):
-                keeper = pytestconfig.stash[RUN].keeping.keeper
-                keeper.fails = CacheError("alpha-1-1 could not be kept", details="the disk\\nis full")
-                assert False
-            def test_b(vm, pytestconfig):
-                pytestconfig.stash[RUN].keeping.keeper.fails = KeyError("x")
-                assert False
+                fail(pytestconfig, CacheError("alpha-1-1 could not be kept", details="disk\\nfull"))
+            def test_b(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_c(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_d(vm, pytestconfig):
+                run = pytestconfig.stash[RUN].keeping._removed.append("the kept guest x was removed")
         """
-        kept(source, failed=2)
-        suite.result.stdout.fnmatch_lines(
-            [
-                "*- vmsandbox -*",
-                "alpha-1-1 could not be kept: the disk",
-                "vmsandbox: alpha-1-1 could not be kept: the disk (test_suite.py::test_a?alpha-1?)",
-                "vmsandbox: alpha-1-2 could not be kept: KeyError('x') (test_suite.py::test_b?alpha-1?)",
-            ]
-        )
+        kept(source, failed=3, passed=1)
+        shown = suite.result.outlines
+        assert "alpha-1-1 could not be kept: disk" in shown
+        assert "alpha-1-2 could not be kept: KeyError('x')" in shown
+        assert [line for line in shown if line.startswith("vmsandbox: the ")] == [
+            "vmsandbox: the guest of test_suite.py::test_a[alpha-1] could not be kept: disk",
+            "vmsandbox: the guest of test_suite.py::test_b[alpha-1] and 1 more could not be kept: KeyError('x')",
+            "vmsandbox: the kept guest x was removed",
+        ]
         assert "kept guests" not in suite.result.stdout.str()
+
+    def test_guests_that_are_removed_for_lack_of_room_take_one_line(self, kept, suite):
+        source = """
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(pytestconfig):
+                removed = pytestconfig.stash[RUN].keeping._removed
+                removed += ["the first was removed", "the second was removed"]
+        """
+        kept(source, "-ovm_keep_size=1MiB", passed=1)
+        (line,) = [line for line in suite.result.outlines if "was removed" in line]
+        assert line.startswith(
+            "vmsandbox: 2 kept guests were removed, the oldest first, because vm_"
+        )
+        assert line.endswith("is 1MiB. The last one: the second was removed")

@@ -88,6 +88,8 @@ def test_a_typo_hides_no_test_of_other_images(suite):
         ("vm_user = a b", ["vm_user"]),
         ("vm_accel = fast", ["vm_accel", "auto, kvm, hvf, tcg"]),
         ("vm_missing = maybe", ["vm_missing", "error, skip"]),
+        ("vm_keep = some", ["vm_keep", "none, failed, all"]),
+        ("vm_keep_size = much", ["vm_keep_size"]),
         ("vm_boot_timeout = soon", ["vm_boot_timeout", "seconds"]),
         ("vm_boot_timeout = -1", ["vm_boot_timeout", "seconds"]),
         ("vm_boot_timeout = nan", ["vm_boot_timeout", "seconds"]),

@@ -17,7 +17,7 @@ from pytest_vmsandbox.core.errors import ImageError
 
 STATIC = b"\x7fELF static"
 DYNAMIC = b"\x7fELF /lib64/ld-linux-x86-64.so.2"
-STRANGE = "q:e|m, \\x41%s'\"ü"  # a name with what has a meaning somewhere
+STRANGE = "q:e|m, \\x41%s'\"ü\n"  # a name with what has a meaning somewhere
 LIB = Path(__file__).resolve().parents[2] / "images/debian/lib.sh"
 
 

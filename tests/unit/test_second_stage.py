@@ -206,7 +206,8 @@ class TestRecipe:
         """
         result = self.run(tmp_path, script, start=UNSHARE)
         if option == "exec":
-            assert (result.stdout, result.stderr) == ("trixie minbase apt\n", "")
+            assert result.stdout.startswith("trixie minbase apt")
+            assert result.stderr == ""
         else:
             assert result.stdout == ""
             assert f"no program can be run in {tmp_path}/place, which" in result.stderr
