@@ -22,6 +22,7 @@ from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, VMSandboxError
+from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -167,6 +168,7 @@ class Keeper:
 
         try:
             kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
+            self._check_size(kept)
             with self._limiting:
                 self._remove_former(job.moment)
                 self._store.limit(self._limit, self._tell)
@@ -178,6 +180,19 @@ class Keeper:
         except Exception as error:
             raise KeepError(f"{name} could not be kept: {error!r}") from error
         return kept
+
+    def _check_size(self, kept: KeptGuest) -> None:
+        """Remove a guest that alone takes more than the limit, before older ones go for it.
+
+        Raises:
+            CacheError: it takes more.
+        """
+        if (size := kept.size_on_disk) > self._limit:
+            self._store.discard([kept.folder])
+            raise CacheError(
+                f"it takes {format_size(size)}, and vm_keep_size is {format_size(self._limit)}",
+                remedy="set vm_keep_size to more (ini file)",
+            )
 
     @staticmethod
     def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:

@@ -133,13 +133,18 @@ class Gatherer:
         """Another attempt at a test begins. What a guest showed before is replaced if it fails again."""
         self._seen.clear()
 
-    def gather(self, nodeid: str, guest: Guest) -> None:
-        """Look at a guest, if this attempt has not failed before. This raises no error."""
-        if guest.name in self._seen:
+    def gather(self, nodeid: str, guest: Guest, name: str = "") -> None:
+        """Look at a guest, if this attempt has not failed before. This raises no error.
+
+        Args:
+            name: of its folder; empty for its own name.
+        """
+        name = name or guest.name
+        if name in self._seen:
             return
-        self._seen.add(guest.name)
+        self._seen.add(name)
         with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
-            picture = self._artifacts().of_guest(nodeid, guest.name) / "screenshot.png"
+            picture = self._artifacts().of_guest(nodeid, name) / "screenshot.png"
             guest.screenshot(picture)
             picture.chmod(0o600)
         self._asked_for.add(nodeid)
@@ -150,7 +155,7 @@ class Gatherer:
             )
             return
         with suppress(OSError):  # the disk may be full
-            self._artifacts().add(nodeid, guest.name, self._ask(guest))
+            self._artifacts().add(nodeid, name, self._ask(guest))
 
 
 def _link(source: str, dest: str) -> None:

@@ -480,9 +480,9 @@ class Run:
         if report.failed and lines:
             report.sections.append(("vmsandbox", "\n".join(lines)))
 
-    def preparation_failed(self, guest: Guest) -> None:
+    def preparation_failed(self, guest: Guest, name: str) -> None:
         if self.item is not None:
-            self._gatherer.gather(self.item.nodeid, guest)
+            self._gatherer.gather(self.item.nodeid, guest, name)
 
     def asked(self, guest: Guest) -> dict[str, str]:
         """What a guest says about itself, by the name of a file for each text."""
