@@ -6,6 +6,7 @@ what the guest has written to its disks, links the files of its image, and puts 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -22,6 +23,7 @@ from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, VMSandboxError
+from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names
 from pytest_vmsandbox.guests.backend import Backend
@@ -174,9 +176,12 @@ class Keeper:
                 self._store.limit(self._limit, self._tell)
         except VMSandboxError as error:
             details = "\n".join(filter(None, [error.brief, error.details]))
-            raise KeepError(
-                f"{name} could not be kept", details=details, remedy=error.remedy
-            ) from error
+            remedy = error.remedy
+            if os.strerror(errno.ENOSPC) in details:
+                remedy = (
+                    f"make room on the disk of {self._store.root}, or set {CACHE} to another folder"
+                )
+            raise KeepError(f"{name} could not be kept", details=details, remedy=remedy) from error
         except Exception as error:
             raise KeepError(f"{name} could not be kept: {error!r}") from error
         return kept

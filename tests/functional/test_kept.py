@@ -150,6 +150,8 @@ def test_a_full_disk_leaves_nothing_and_the_guest_goes_on(
         (outcome,) = keeper.close()
         assert outcome.kept is None
         assert outcome.error is raised.value
+        assert "No space left on device" in outcome.error.details
+        assert outcome.error.remedy.startswith(f"make room on the disk of {small}/kept, or set ")
         assert [path.name for path in Path(small).rglob("*")] == ["kept", f"{outcome.key}.lock"]
 
 
