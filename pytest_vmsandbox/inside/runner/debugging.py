@@ -161,13 +161,11 @@ class Failures:
         self.always = debugging.settings["pdb"]
         self.is_first = True  # whether this attempt at a test has not failed yet
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
-        self.is_first = True  # another attempt at the test
-
     @pytest.hookimpl(tryfirst=True, wrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[Any]) -> Generator[None, Any, Any]:
         """Stop for what failed without an exception: it has passed, and should not have."""
+        if call.when == "setup":
+            self.is_first = True  # another attempt at the test
         report = yield
         if self.is_first and report.failed and not check_interactive_exception(call, report):
             self.is_first = False
