@@ -125,7 +125,7 @@ def pytest_configure(config):
     session = config.stash[RUN]
     session.factory = FakeFactory(session)
     session.keeping.keeper = FakeKeeper(session)
-    session.asked = lambda guest: {"processes.txt": f"those of {guest.name}"}
+    session._gatherer._ask = lambda guest: {"processes.txt": f"those of {guest.name}"}
 """
 
 
