@@ -136,6 +136,7 @@ class Keeping:
         self._tell = tell
         self._tests: dict[str, _Test] = {}
         self._problems: defaultdict[str, list[str]] = defaultdict(list)  # reason → tests
+        self._has_workers = False
         self._removed: list[str] = []  # lines about guests for which there was no room
         self.lines: dict[str, Line] = {}
 
@@ -237,6 +238,8 @@ class Keeping:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Hear how a test ends. Other plugins may have changed the report until now."""
         if (test := self._tests.get(report.nodeid)) is None:
+            if report.failed:  # in a worker of xdist, which may not live to the end
+                self.take_over(getattr(report, "vm_kept", {}))
             return
         if report.when == "setup":
             test.has_failed = test.is_over = False
@@ -376,6 +379,8 @@ class Keeping:
         mine = {kept.key: self.lines[kept.key] for kept in test.kept.values()}
         commands = [enter for enter, _ in commands_for(mine)]
         report.user_properties += [(ENTER, command) for command in commands]
+        if mine:
+            report.vm_kept = {key: asdict(line) for key, line in mine.items()}  # type: ignore[attr-defined]
         return [*(f"enter: {command}" for command in commands), *test.problems.values()]
 
     def advise(self) -> None:
@@ -385,6 +390,14 @@ class Keeping:
 
     def summary(self) -> list[str]:
         """The title of the summary's section and its lines; nothing if no guest is kept."""
+        if self._has_workers:
+            sizes = {key: self.size_of(key) for key in self.lines}
+            self.lines = {
+                key: replace(line, size=size)
+                for key, line in self.lines.items()
+                if (size := sizes[key])
+                is not None  # else it was removed, or its worker has crashed
+            }
         if not self.lines:
             return []
         title = "kept guests"
@@ -403,7 +416,16 @@ class Keeping:
 
     def take_over(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what a worker of xdist sends."""
+        self._has_workers |= bool(found)
         self.lines |= {key: Line(**line) for key, line in found.items()}
+
+    def size_of(self, key: str) -> int | None:
+        """How many bytes a kept guest takes; None if there is none."""
+        from pytest_vmsandbox.core.paths import cache_dir
+        from pytest_vmsandbox.guests.kept import KeptStore
+
+        kept = KeptStore(cache_dir()).get(key)
+        return None if kept is None else kept.size_on_disk
 
 
 def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
