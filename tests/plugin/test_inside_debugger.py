@@ -1,5 +1,6 @@
 """Debuggers of tests inside, at a real terminal. This machine plays the guest, and its SSH client."""
 
+import json
 import sys
 
 import pytest
@@ -110,3 +111,46 @@ def test_without_a_terminal(tmp_path):
     assert "--pdb needs a terminal for tests that run inside a guest" in output
     assert "--vm-keep=failed" in output
     assert len(suite.guests) == 1
+
+
+ENDS = """
+import os, time, pytest
+
+def test_fails(): assert not 41
+def test_dies(): os._exit(3)
+@pytest.mark.vm(test_timeout=1)
+def test_hangs(): time.sleep(1000)
+@pytest.mark.xfail(strict=True)
+def test_strict(): pass
+def test_passes(): pass
+"""
+NOTE = """
+import json
+from pytest_vmsandbox.plugin.run import Run
+
+def at_failure(self, item, phase, error, **about):
+    if about:  # at the moment of the failure
+        (lease,) = item.session.config.pluginmanager.get_plugin("vmsandbox-inside").leases._leases.values()
+        alive = lease.session is not None and not lease.session._over
+        with open("failures", "a") as file:
+            file.write(json.dumps([item.name, phase, error, about["stands"], alive]) + "\\n")
+
+Run.at_failure = at_failure
+"""
+
+
+def test_what_is_known_at_the_moment_of_each_failure(tmp_path):
+    """An interpreter that hangs is still alive then."""
+    suite = Suite(tmp_path)
+    suite.write("test_it.py", ENDS)
+    with (tmp_path / "host_plugin.py").open("a") as file:
+        file.write(NOTE)
+    status, output = suite.run("--in-vm")
+    assert status == 1, output
+    rows = map(json.loads, (suite.path / "failures").read_text().splitlines())
+    assert [(name.partition("[")[0], *row) for name, *row in rows] == [
+        ("test_fails", "call", "assert not 41", True, True),
+        ("test_dies", "call", "the interpreter ended with status 3", False, False),
+        ("test_hangs", "call", "the test did not end within 1 s", False, True),
+        ("test_strict", "call", "[XPASS(strict)] ", False, True),
+    ]
