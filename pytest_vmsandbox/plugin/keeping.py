@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.backend import Backend
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.keeping import Keeper
+    from pytest_vmsandbox.guests.kept import Moment
 
 _LONGEST_ERROR = 200  # characters
 ENTER = "vm_enter"  # the property, in junit's file, with the command that enters a kept guest
@@ -96,6 +97,11 @@ class Line:
     failed: bool
     size: int = 0
 
+    @classmethod
+    def of(cls, moment: Moment, guest: str) -> Line:
+        """A guest that was kept at a moment."""
+        return cls(moment.nodeid, guest, moment.phase, moment.outcome == "failed")
+
 
 class Keeping:
     """Keeps guests of tests. It is registered as a plugin if the run keeps any.
@@ -130,6 +136,7 @@ class Keeping:
         self._tell = tell
         self._tests: dict[str, _Test] = {}
         self._problems: defaultdict[str, list[str]] = defaultdict(list)  # reason → tests
+        self._has_workers = False
         self._removed: list[str] = []  # lines about guests for which there was no room
         self.lines: dict[str, Line] = {}
 
@@ -155,11 +162,13 @@ class Keeping:
         if "keeper" not in self.__dict__:
             return
         keeper = self.__dict__.pop("keeper")
-        for outcome in keeper.close():
-            line = self.lines.pop(outcome.key, None)
+        for outcome in keeper.close():  # also one whose test was interrupted meanwhile
+            moment = outcome.moment
+            self.lines.pop(outcome.key, None)
             if outcome.error is not None:
-                self._problems[_why(outcome.error, outcome.guest)].append(outcome.moment.nodeid)
-            elif line is not None and outcome.kept is not None:  # else there was no room
+                self._problems[_why(outcome.error, outcome.guest)].append(moment.nodeid)
+            elif outcome.kept is not None:  # else there was no room
+                line = Line.of(moment, outcome.guest)
                 self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
         for why, nodeids in self._problems.items():
             more = f" and {len(nodeids) - 1} more" if len(nodeids) > 1 else ""
@@ -229,6 +238,8 @@ class Keeping:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Hear how a test ends. Other plugins may have changed the report until now."""
         if (test := self._tests.get(report.nodeid)) is None:
+            if report.failed:  # in a worker of xdist, which may not live to the end
+                self.take_over(getattr(report, "vm_kept", {}))
             return
         if report.when == "setup":
             test.has_failed = test.is_over = False
@@ -337,14 +348,13 @@ class Keeping:
     ) -> None:
         from pytest_vmsandbox.guests.kept import Moment
 
-        failed = occasion.error is not None
         try:
             moment = Moment(
                 nodeid=item.nodeid,
                 rootdir=str(self._config.rootpath),
                 number=number,
                 phase=occasion.phase,
-                outcome="failed" if failed else "passed",
+                outcome="passed" if occasion.error is None else "failed",
                 error=_in_one_line(occasion.error),
                 **occasion.about,
             )
@@ -357,7 +367,7 @@ class Keeping:
         else:
             test.problems.pop(guest.name, None)
             test.kept[guest.name] = _Kept(key, occasion)
-            self.lines[key] = Line(item.nodeid, guest.name, occasion.phase, failed)
+            self.lines[key] = Line.of(moment, guest.name)
 
     # -- what people see --------------------------------------------------------------------------------
 
@@ -369,6 +379,8 @@ class Keeping:
         mine = {kept.key: self.lines[kept.key] for kept in test.kept.values()}
         commands = [enter for enter, _ in commands_for(mine)]
         report.user_properties += [(ENTER, command) for command in commands]
+        if mine:
+            report.vm_kept = {key: asdict(line) for key, line in mine.items()}  # type: ignore[attr-defined]
         return [*(f"enter: {command}" for command in commands), *test.problems.values()]
 
     def advise(self) -> None:
@@ -378,6 +390,14 @@ class Keeping:
 
     def summary(self) -> list[str]:
         """The title of the summary's section and its lines; nothing if no guest is kept."""
+        if self._has_workers:
+            sizes = {key: self.size_of(key) for key in self.lines}
+            self.lines = {
+                key: replace(line, size=size)
+                for key, line in self.lines.items()
+                if (size := sizes[key])
+                is not None  # else it was removed, or its worker has crashed
+            }
         if not self.lines:
             return []
         title = "kept guests"
@@ -396,7 +416,16 @@ class Keeping:
 
     def take_over(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what a worker of xdist sends."""
+        self._has_workers |= bool(found)
         self.lines |= {key: Line(**line) for key, line in found.items()}
+
+    def size_of(self, key: str) -> int | None:
+        """How many bytes a kept guest takes; None if there is none."""
+        from pytest_vmsandbox.core.paths import cache_dir
+        from pytest_vmsandbox.guests.kept import KeptStore
+
+        kept = KeptStore(cache_dir()).get(key)
+        return None if kept is None else kept.size_on_disk
 
 
 def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
