@@ -353,7 +353,7 @@ def test_the_content_of_a_module(tmp_path, pack):
     assert kernel_files.plain_module(file) == b"\x7fELF module"
 
 
-@pytest.mark.parametrize("content", [b"", b"TOP SECRET", gzip.compress(b"TOP SECRET")])
+@pytest.mark.parametrize("content", [b"", b"TOP SECRET", gzip.compress(b"TOP SECRET", mtime=0)])
 def test_what_is_no_module(tmp_path, content):
     (file := tmp_path / "a.ko").write_bytes(content)
     with pytest.raises(ConfigError, match=r"a\.ko is no kernel module") as caught:
