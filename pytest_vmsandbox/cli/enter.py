@@ -43,6 +43,7 @@ _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))  # seconds of each
 @guest_option
 @click.option("--ssh", is_flag=True, help="Print the SSH command line, and wait.")
 @click.option("--console", is_flag=True, help="Use its serial console. Ctrl-] leaves.")
+@click.option("--pdb", is_flag=True, help="Debug the test that failed inside the guest.")
 @click.pass_context
 def enter(
     ctx: click.Context,
@@ -53,6 +54,7 @@ def enter(
     guest: str | None,
     ssh: bool,
     console: bool,
+    pdb: bool,
 ) -> None:
     """Enter the kept guest of a failed test. It goes on from the moment of the failure.
 
@@ -69,17 +71,20 @@ def enter(
     --console is for a guest that panicked, hangs or has no network. It shows what was written to the
     serial console, then passes on what both sides write.
 
+    --pdb is for a test inside the guest. It connects the terminal to pytest's debugger, in the
+    interpreter that stands where the test failed.
+
     \b
     vmsandbox enter 'tests/test_app.py::test_start[debian-13]'
     vmsandbox enter test_app.py::test_start -- journalctl -b
     """  # noqa: D301  # a mark for click
-    if sum(map(bool, (command, ssh, console))) > 1:
+    if sum(map(bool, (command, ssh, console, pdb))) > 1:
         raise ConfigError(
-            "a COMMAND, --ssh and --console exclude each other", remedy="use one of them"
+            "a COMMAND, --ssh, --console and --pdb exclude each other", remedy="use one of them"
         )
     store = KeptStore(cache_dir())
     kept = choose(store, nodeid, guest)
-    _check(kept, console=console, shell=not (command or ssh or console))
+    _check(kept, console=console, pdb=pdb, shell=not (command or ssh or console or pdb))
     output = _output_aside() if ssh else -1
     with in_use(store, kept), _running(kept, wait=not console) as running:
         if console:
@@ -88,6 +93,10 @@ def enter(
             status = 0
         elif ssh:
             status = _offer(running, output)
+        elif pdb:
+            from pytest_vmsandbox.inside.debugging import debug
+
+            status = debug(running, kept.moment, patience=running.engine.stretch(1.0))
         elif command:
             status = attach(running, command, inf, _folder(running, kept))
         else:
@@ -95,15 +104,18 @@ def enter(
     ctx.exit(passed_on(status))
 
 
-def _check(kept: KeptGuest, *, console: bool, shell: bool) -> None:
+def _check(kept: KeptGuest, *, console: bool, pdb: bool, shell: bool) -> None:
     """Check that this way in leads anywhere, before the guest goes on.
 
     Raises:
+        ConfigError: --pdb has no terminal, or there is no interpreter to debug.
         GuestLost: the guest did not answer when it was kept.
         LaunchError: there is no SSH client for a shell.
     """
     moment = kept.moment
     mine = line(kept, several=True)
+    if pdb:
+        _check_debugger(kept)
     if not (console or kept.answers) and kept.has_memory:
         raise GuestLost(
             f"{kept.guest} did not answer when it was kept, so neither a shell nor a program gets there",
@@ -112,6 +124,26 @@ def _check(kept: KeptGuest, *, console: bool, shell: bool) -> None:
         )
     if shell:
         require_ssh(f"{mine} -- COMMAND, or {mine} --console")
+
+
+def _check_debugger(kept: KeptGuest) -> None:
+    moment = kept.moment
+    if not moment.folder:
+        raise ConfigError(
+            f"{moment.nodeid} ran on the host, so no interpreter stands in its guest",
+            remedy="debug it with 'pytest --pdb'. --pdb of this command is for tests inside the guest",
+        )
+    if not (moment.stands and kept.has_memory):
+        raise ConfigError(
+            f"no interpreter stands in {kept.guest}: that of the test had ended or did not answer",
+            details=f"{moment.nodeid}: {why(kept)}",
+            remedy=f"look around in a shell: {line(kept, several=True)}",
+        )
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(
+            "--pdb needs a terminal",
+            remedy="run it in one, without redirecting its input or output",
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pytest_vmsandbox.cli.screen import Screen, write_json
 from pytest_vmsandbox.core.errors import CacheError, ConfigError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.spec import format_size
+from pytest_vmsandbox.core.text import one_line
 from pytest_vmsandbox.guests import exported
 from pytest_vmsandbox.guests.kept import TPM, KeptGuest, KeptStore, key_of
 
@@ -182,19 +183,16 @@ def import_(*, file: Path, trust: bool) -> None:
     QEMU reads the saved state of the guest. Somebody who has made a FILE by hand can attack this machine
     with it, so --trust is needed. Files and sizes are checked in any case.
     """
-    if not trust:
-        raise ConfigError(
-            f"{file} is not imported: QEMU would read the state in it, and a state that was made for it "
-            "can attack this machine",
-            remedy=f"if you trust its maker: vmsandbox kept import {shlex.quote(str(file))} --trust",
-        )
     store = KeptStore(cache_dir())
     screen = Screen()
     with exported.read(file, KEPT) as export:
         it = _checked(export, file)
+        if not trust:
+            raise _not_trusted(it, file)
         key = key_of(it.moment)
-        if (store.root / key).exists():
+        if store.get(key) is not None:
             raise _kept_already(it)
+        is_unreadable = (store.root / key).exists()
         unpacked: list[str] = []
 
         def fill(folder: Path, _: int) -> dict[str, object]:
@@ -203,13 +201,31 @@ def import_(*, file: Path, trust: bool) -> None:
                 export.unpack(folder, tell)
             return dict(export.record)
 
-        made = store.make(key, fill, on_busy=lambda: screen.say("waiting: it is being kept here"))
+        busy = "waiting: a run keeps the guest of this test"
+        made = store.make(key, fill, on_busy=lambda: screen.say(busy), replace=is_unreadable)
     if not unpacked:  # another process was faster
         raise _kept_already(it)
     screen.say(f"imported {made.guest} of {made.moment.nodeid}: {format_size(made.size_on_disk)}")
-    if more := made.record["more_args"]:
-        screen.say(f"its QEMU gets further arguments: {shlex.join(more)}", "yellow")
+    for text in _unusual(made):
+        screen.say(text, "yellow")
     screen.say(f"enter it by: {line(made, several=len(find(store, made.moment.nodeid)) > 1)}")
+
+
+def _not_trusted(it: KeptGuest, file: Path) -> ConfigError:
+    it_is = (
+        f"{file.name} has {it.guest} of {it.moment.nodeid}, in which {it.moment.rootdir} was tested"
+    )
+    return ConfigError(
+        f"{file} is not imported: QEMU would read the state in it, and a state that was made for it "
+        "can attack this machine",
+        details="\n".join(one_line(text) for text in (it_is, *_unusual(it))),
+        remedy=f"if you trust its maker: vmsandbox kept import {shlex.quote(str(file))} --trust",
+    )
+
+
+def _unusual(it: KeptGuest) -> Iterator[str]:
+    if more := it.record["more_args"]:
+        yield f"its QEMU gets further arguments, which a hook has added: {shlex.join(more)}"
 
 
 def _checked(export: exported.Export, file: Path) -> KeptGuest:
@@ -218,6 +234,7 @@ def _checked(export: exported.Export, file: Path) -> KeptGuest:
     try:
         _described(it)
         why(it)
+        list(_unusual(it))
         strange = set(_named(it.record)) - it.record["digests"].keys()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
         raise ConfigError(
@@ -328,7 +345,8 @@ def why(it: KeptGuest) -> str:
     moment = it.moment
     if moment.outcome != "failed":
         return "passed"
-    return f"{moment.phase}: {moment.error}" if moment.phase != "call" else moment.error or "failed"
+    error = one_line(moment.error) or "failed"
+    return error if moment.phase == "call" else f"{moment.phase}: {error}"
 
 
 def number(count: int) -> str:

@@ -51,6 +51,17 @@ class Deadline:
         """Whether no time is left."""
         return self.elapsed >= self.seconds
 
+    def postpone(self, seconds: float) -> None:
+        """Move the deadline by `seconds` that do not count.
+
+        Example:
+            >>> deadline = Deadline(60)
+            >>> deadline.postpone(5)
+            >>> deadline.remaining() > 64
+            True
+        """
+        self._start += seconds
+
     def pause(self, seconds: float) -> None:
         """Sleep for `seconds`, but not beyond the deadline."""
         time.sleep(self.remaining(seconds))

@@ -69,8 +69,12 @@ class Callbacks(Protocol):
         """A guest with that name will be handed out."""
         return
 
-    def preparation_failed(self, guest: Guest) -> None:
-        """A preparation of a guest has failed. The guest is about to be ended."""
+    def preparation_failed(self, guest: Guest, name: str) -> None:
+        """A preparation of a guest has failed. The guest is about to be ended.
+
+        Args:
+            name: under which it logs.
+        """
         return
 
     def guest_ready(self, guest: Guest) -> None:

@@ -290,7 +290,7 @@ class GuestFactory:
                 engine.facts = step.run(guest) or {}
                 refuse_attached(engine)
             except Exception:
-                backend.callbacks.preparation_failed(guest)
+                backend.callbacks.preparation_failed(guest, name)
                 raise
         engine.spec = blueprint.hardware
         return guest

@@ -88,12 +88,21 @@ def _freeze_running(machines: Machines, running: Running, state: Path, stack: Ex
             console=machine.console.saved,
         )
         if has_memory:
-            with state.open("xb", buffering=0) as file:
-                machine.save(file, with_memory=True)
+            _save(machine, state)
     finally:
         if was_running:
             _resume(running, has_helper=has_helper)
     return frozen
+
+
+def _save(machine: Machine, state: Path) -> None:
+    """Write state and memory to a new file. If that fails, its room is free before the guest goes on."""
+    with state.open("xb", buffering=0) as file:
+        try:
+            machine.save(file, with_memory=True)
+        except BaseException:
+            file.truncate(0)
+            raise
 
 
 def _paused(running: Running) -> bool:

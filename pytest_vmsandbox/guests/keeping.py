@@ -6,6 +6,7 @@ what the guest has written to its disks, links the files of its image, and puts 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -22,6 +23,8 @@ from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, VMSandboxError
+from pytest_vmsandbox.core.paths import CACHE
+from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -167,17 +170,34 @@ class Keeper:
 
         try:
             kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
+            self._check_size(kept)
             with self._limiting:
                 self._remove_former(job.moment)
                 self._store.limit(self._limit, self._tell)
         except VMSandboxError as error:
             details = "\n".join(filter(None, [error.brief, error.details]))
-            raise KeepError(
-                f"{name} could not be kept", details=details, remedy=error.remedy
-            ) from error
+            remedy = error.remedy
+            if os.strerror(errno.ENOSPC) in details:
+                remedy = (
+                    f"make room on the disk of {self._store.root}, or set {CACHE} to another folder"
+                )
+            raise KeepError(f"{name} could not be kept", details=details, remedy=remedy) from error
         except Exception as error:
             raise KeepError(f"{name} could not be kept: {error!r}") from error
         return kept
+
+    def _check_size(self, kept: KeptGuest) -> None:
+        """Remove a guest that alone takes more than the limit, before older ones go for it.
+
+        Raises:
+            CacheError: it takes more.
+        """
+        if (size := kept.size_on_disk) > self._limit:
+            self._store.discard([kept.folder])
+            raise CacheError(
+                f"it takes {format_size(size)}, and vm_keep_size is {format_size(self._limit)}",
+                remedy="set vm_keep_size to more (ini file)",
+            )
 
     @staticmethod
     def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:

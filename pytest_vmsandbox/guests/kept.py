@@ -171,7 +171,7 @@ class KeptStore(Store[KeptGuest]):
                 raise ConfigError(
                     f"{nodeid!r} can be one of {len(found)} tests with a kept guest",
                     details="\n".join(sorted(_shown(test, own) for test in found)),
-                    remedy="name one of them",
+                    remedy="give more of its id; or run the command in the folder of its project",
                 )
         raise ConfigError(
             f"no guest of {nodeid!r} was kept",

@@ -439,8 +439,8 @@ class Machines:
         """The files of the guest's TPM as they are now; none without a TPM."""
         if "_tpm_folder" not in vars(self):
             return dict(self.tpm)
-        files = (path for path in sorted(self._tpm_folder.iterdir()) if path.suffix != ".lock")
-        return {path.name: path.read_bytes() for path in files if path.is_file()}
+        files = sorted(self._tpm_folder.glob("[!.]*"))  # not its lock
+        return {path.name: path.read_bytes() for path in files}
 
     def freeze_disks(self, machine: Machine | None) -> Disks:
         """The disks as they are now. What the guest writes from now on goes into files on top of them.

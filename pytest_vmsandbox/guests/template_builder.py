@@ -288,7 +288,7 @@ class TemplateBuilder:
                         facts = steps[-1].run(guest)
                         refuse_attached(engine)
                     except Exception as error:
-                        self._callbacks.preparation_failed(guest)
+                        self._callbacks.preparation_failed(guest, known_as)
                         raise _StepError(error) from error
                 else:
                     grow(guest, blueprint)

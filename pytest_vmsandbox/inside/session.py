@@ -9,12 +9,12 @@ import re
 import secrets
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
-from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import InterpreterLost, VMSandboxError
 from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.inside.connection import Connection
@@ -138,6 +138,7 @@ class GuestSession:
         *,
         environment: Mapping[str, str],
         fixtures: Mapping[str, str | None],
+        debugging: Mapping[str, object],
         timeout: float,
     ) -> tuple[GuestSession, list[Message]]:
         """The session that waits in a cloned guest.
@@ -146,6 +147,7 @@ class GuestSession:
             collected: what it has collected: the attributes of `Collected`.
             environment: variables that differ in each clone.
             fixtures: values of this side's fixtures.
+            debugging: the settings of the runner's `Debugging`.
             timeout: seconds for its answer.
 
         Returns:
@@ -157,7 +159,7 @@ class GuestSession:
         """
         session = cls(connection)
         session.collected = Collected(**collected)
-        own = {"environment": environment, "fixtures": fixtures}
+        own = {"environment": environment, "fixtures": fixtures, "debugging": debugging}
         connection.ask({"do": "wake", "seed": secrets.token_hex(32), **own})
         said: list[Message] = []
         deadline = Deadline(timeout)
@@ -197,14 +199,23 @@ class GuestSession:
         self.announced.append(nodeid)
 
     def run(
-        self, nodeid: str, *, limit: float, call_limit: float | None = None, **how: Unpack[How]
+        self,
+        nodeid: str,
+        *,
+        limit: float,
+        call_limit: float | None = None,
+        if_stuck: Callable[[str], object] | None = None,
+        **how: Unpack[How],
     ) -> Iterator[Message]:
         """Run one item. Yields what the session says, up to and including ``done``.
+
+        Time does not count while you handle ``stopped`` and ``terminal``, for which the session waits.
 
         Args:
             nodeid: one of `collected`.
             limit: the item's timeout in seconds.
             call_limit: the timeout of its function in seconds, if the item is `timed`.
+            if_stuck: is called with what happened before an interpreter is killed at its timeout.
             how: unless the item was announced.
 
         Raises:
@@ -226,7 +237,7 @@ class GuestSession:
         self._running = True
         deadline = whole = Deadline(limit)
         while self._running:
-            message = self._hear(deadline, _RUN)
+            message = self._hear(deadline, _RUN, if_stuck)
             if "call" in message:
                 deadline = whole
                 if message["call"] and call_limit is not None and call_limit < whole.remaining():
@@ -235,7 +246,35 @@ class GuestSession:
                 if message["done"] != nodeid:
                     raise broken("it ended another test", message["done"])
                 self._running = False
+            begun = monotonic()
             yield message
+            if "stopped" in message or "terminal" in message:
+                for each in {id(it): it for it in (whole, deadline)}.values():
+                    each.postpone(monotonic() - begun)
+
+    def go_on(self) -> None:
+        """Let a session go on that has stopped.
+
+        Raises:
+            GuestLost: the guest is gone.
+        """
+        self._connection.say({"do": "go on"})
+
+    def debug(self) -> None:
+        """Let a session that has stopped open its debugger. It asks for a terminal then.
+
+        Raises:
+            GuestLost: the guest is gone.
+        """
+        self._connection.say({"do": "debug"})
+
+    def take_back(self, terminal: object) -> None:
+        """Tell the session that nobody lends it the terminal any more that it asked for.
+
+        Raises:
+            GuestLost: the guest is gone.
+        """
+        self._connection.say({"do": "no terminal", "n": terminal})
 
     def interrupt(self, seconds: float) -> list[Message]:
         """Let the session tear everything down, as after Ctrl-C. Kill it after `seconds`.
@@ -301,11 +340,15 @@ class GuestSession:
         if "output" not in message or "exit" in message or self._output <= _MAX_OUTPUT:
             said.append(message)
 
-    def _hear(self, deadline: Deadline, what: str) -> Message:
+    def _hear(
+        self, deadline: Deadline, what: str, if_stuck: Callable[[str], object] | None = None
+    ) -> Message:
         """The next message. After the deadline, the session is asked for its stacks and killed."""
         try:
             message = self._next(deadline)
         except TimeoutError:
+            if if_stuck is not None:
+                if_stuck(f"{what} within {deadline.seconds:g} s")
             raise self._killed(what, deadline.seconds) from None
         if "exit" in message:
             self._over = True

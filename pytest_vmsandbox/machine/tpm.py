@@ -84,7 +84,8 @@ def running(launcher: Launcher, folder: Path, identity: Identity | None) -> Iter
     """
     program = find_swtpm()
     if identity is not None:
-        os.chown(folder, identity.uid, identity.gid)
+        for path in (folder, *folder.iterdir()):  # a kept guest's TPM has files before
+            os.chown(path, identity.uid, identity.gid)
     state = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     ours, theirs = socket.socketpair()
     with ours:

@@ -10,8 +10,15 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_vmsandbox.core.errors import VMSandboxError
+
+if TYPE_CHECKING:
+    from pytest_vmsandbox.guests.guest import Guest
 
 _LOGS = "guests-"  # the start of the names of folders for logs
+_MOST_ASKED = 20  # failed tests; it takes 0.2 s for each, and longer if a guest hangs
 _MAX_NAME = 120  # characters; file systems allow 255 bytes
 # Node ids whose folder names are unique: only separators in them are replaced.
 _PLAIN = re.compile(r"(?:\w[\w.]*/)*\w[\w.]*(?:::\w+)*(?:\[\w+(?:[.-]\w+)*\])?", re.ASCII)
@@ -99,6 +106,56 @@ class Artifacts:
     def discard(self, nodeid: str) -> None:
         """Remove the folder of a test that passed."""
         shutil.rmtree(self._root / folder_name(nodeid), ignore_errors=True)
+
+
+class Gatherer:
+    """Puts into the artifacts what guests show and say when a test has failed.
+
+    Args:
+        artifacts: of the run.
+        ask: returns what a guest says about itself, by the name of a file for each text.
+        tell: prints a line at the end of the run.
+    """
+
+    def __init__(
+        self,
+        artifacts: Callable[[], Artifacts],
+        ask: Callable[[Guest], Mapping[str, str]],
+        tell: Callable[[str], object],
+    ) -> None:
+        self._artifacts = artifacts
+        self._ask = ask
+        self._tell = tell
+        self._seen: set[str] = set()  # guests, in this attempt at a test
+        self._asked_for: set[str] = set()  # failed tests
+
+    def begin(self) -> None:
+        """Another attempt at a test begins. What a guest showed before is replaced if it fails again."""
+        self._seen.clear()
+
+    def gather(self, nodeid: str, guest: Guest, name: str = "") -> None:
+        """Look at a guest, if this attempt has not failed before. This raises no error.
+
+        Args:
+            name: of its folder; empty for its own name.
+        """
+        name = name or guest.name
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
+            picture = self._artifacts().of_guest(nodeid, name) / "screenshot.png"
+            guest.screenshot(picture)
+            picture.chmod(0o600)
+        self._asked_for.add(nodeid)
+        if len(self._asked_for) > _MOST_ASKED:
+            self._tell(
+                f"the guests of the first {_MOST_ASKED} failed tests were asked for their processes, memory and "
+                "logs, and those of others were not, to save time"
+            )
+            return
+        with suppress(OSError):  # the disk may be full
+            self._artifacts().add(nodeid, name, self._ask(guest))
 
 
 def _link(source: str, dest: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.backend import Backend
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.keeping import Keeper
+    from pytest_vmsandbox.guests.kept import Moment
 
 _LONGEST_ERROR = 200  # characters
 ENTER = "vm_enter"  # the property, in junit's file, with the command that enters a kept guest
@@ -95,6 +97,11 @@ class Line:
     failed: bool
     size: int = 0
 
+    @classmethod
+    def of(cls, moment: Moment, guest: str) -> Line:
+        """A guest that was kept at a moment."""
+        return cls(moment.nodeid, guest, moment.phase, moment.outcome == "failed")
+
 
 class Keeping:
     """Keeps guests of tests. It is registered as a plugin if the run keeps any.
@@ -128,6 +135,9 @@ class Keeping:
         self._backend = backend
         self._tell = tell
         self._tests: dict[str, _Test] = {}
+        self._problems: defaultdict[str, list[str]] = defaultdict(list)  # reason → tests
+        self._has_workers = False
+        self._removed: list[str] = []  # lines about guests for which there was no room
         self.lines: dict[str, Line] = {}
 
     @cached_property
@@ -145,19 +155,32 @@ class Keeping:
         from pytest_vmsandbox.guests.keeping import Keeper
 
         limit = options.keep_size(self._config)
-        return Keeper(self._backend(), limit=limit, tell=self._tell)
+        return Keeper(self._backend(), limit=limit, tell=self._removed.append)
 
     def close(self) -> None:
         """Wait until all guests are saved."""
         if "keeper" not in self.__dict__:
             return
         keeper = self.__dict__.pop("keeper")
-        for outcome in keeper.close():
-            line = self.lines.pop(outcome.key, None)
+        for outcome in keeper.close():  # also one whose test was interrupted meanwhile
+            moment = outcome.moment
+            self.lines.pop(outcome.key, None)
             if outcome.error is not None:
-                self._tell(f"{_why(outcome.error, outcome.guest)} ({outcome.moment.nodeid})")
-            elif line is not None and outcome.kept is not None:  # else there was no room
+                self._problems[_why(outcome.error, outcome.guest)].append(moment.nodeid)
+            elif outcome.kept is not None:  # else there was no room
+                line = Line.of(moment, outcome.guest)
                 self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
+        for why, nodeids in self._problems.items():
+            more = f" and {len(nodeids) - 1} more" if len(nodeids) > 1 else ""
+            self._tell(f"the guest of {nodeids[0]}{more} could not be kept: {why}")
+        if len(self._removed) == 1:
+            self._tell(self._removed[0])
+        elif self._removed:
+            room = format_size(options.keep_size(self._config))
+            self._tell(
+                f"{len(self._removed)} kept guests were removed, the oldest first, because vm_keep_size is "
+                f"{room}. The last one: {self._removed[-1]}"
+            )
 
     # -- the course of a test ---------------------------------------------------------------------
 
@@ -215,6 +238,8 @@ class Keeping:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Hear how a test ends. Other plugins may have changed the report until now."""
         if (test := self._tests.get(report.nodeid)) is None:
+            if report.failed:  # in a worker of xdist, which may not live to the end
+                self.take_over(getattr(report, "vm_kept", {}))
             return
         if report.when == "setup":
             test.has_failed = test.is_over = False
@@ -323,26 +348,26 @@ class Keeping:
     ) -> None:
         from pytest_vmsandbox.guests.kept import Moment
 
-        failed = occasion.error is not None
         try:
             moment = Moment(
                 nodeid=item.nodeid,
                 rootdir=str(self._config.rootpath),
                 number=number,
                 phase=occasion.phase,
-                outcome="failed" if failed else "passed",
+                outcome="passed" if occasion.error is None else "failed",
                 error=_in_one_line(occasion.error),
                 **occasion.about,
             )
             with _alarm_paused():
                 key = self.keeper.keep(guest, moment)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no failure of the test
-            test.problems[guest.name] = why = _why(error, guest.name)
-            self._tell(f"{why} ({item.nodeid})")
+            why = _why(error, guest.name)
+            test.problems[guest.name] = f"{guest.name} could not be kept: {why}"
+            self._problems[why].append(item.nodeid)
         else:
             test.problems.pop(guest.name, None)
             test.kept[guest.name] = _Kept(key, occasion)
-            self.lines[key] = Line(item.nodeid, guest.name, occasion.phase, failed)
+            self.lines[key] = Line.of(moment, guest.name)
 
     # -- what people see --------------------------------------------------------------------------------
 
@@ -354,6 +379,8 @@ class Keeping:
         mine = {kept.key: self.lines[kept.key] for kept in test.kept.values()}
         commands = [enter for enter, _ in commands_for(mine)]
         report.user_properties += [(ENTER, command) for command in commands]
+        if mine:
+            report.vm_kept = {key: asdict(line) for key, line in mine.items()}  # type: ignore[attr-defined]
         return [*(f"enter: {command}" for command in commands), *test.problems.values()]
 
     def advise(self) -> None:
@@ -363,6 +390,14 @@ class Keeping:
 
     def summary(self) -> list[str]:
         """The title of the summary's section and its lines; nothing if no guest is kept."""
+        if self._has_workers:
+            sizes = {key: self.size_of(key) for key in self.lines}
+            self.lines = {
+                key: replace(line, size=size)
+                for key, line in self.lines.items()
+                if (size := sizes[key])
+                is not None  # else it was removed, or its worker has crashed
+            }
         if not self.lines:
             return []
         title = "kept guests"
@@ -381,7 +416,16 @@ class Keeping:
 
     def take_over(self, found: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what a worker of xdist sends."""
+        self._has_workers |= bool(found)
         self.lines |= {key: Line(**line) for key, line in found.items()}
+
+    def size_of(self, key: str) -> int | None:
+        """How many bytes a kept guest takes; None if there is none."""
+        from pytest_vmsandbox.core.paths import cache_dir
+        from pytest_vmsandbox.guests.kept import KeptStore
+
+        kept = KeptStore(cache_dir()).get(key)
+        return None if kept is None else kept.size_on_disk
 
 
 def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
@@ -397,10 +441,11 @@ def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
 
 
 def _why(error: Exception, guest: str) -> str:
-    """Why a guest was not kept, in one line."""
+    """Why a guest could not be kept, in one line."""
     if not isinstance(error, VMSandboxError):
-        return one_line(f"{guest} could not be kept: {error!r}")
-    return one_line(": ".join(filter(None, [error.brief, error.details.partition("\n")[0]])))
+        return one_line(repr(error))
+    brief = error.brief.removeprefix(f"{guest} could not be kept").lstrip(": ")
+    return one_line(": ".join(filter(None, [brief, error.details.partition("\n")[0]])))
 
 
 def _in_one_line(error: BaseException | str | None) -> str:

@@ -10,13 +10,14 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin import config as options, plan as plans
+from pytest_vmsandbox.plugin import config as options, plan as plans, terminal
 from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, Variant, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
 # Options that are refused for tests inside guests; and those that have no effect on them.
-_REFUSED = ("--pdb", "--trace", "--setup-plan", "--setup-only")
+_REFUSED = ("--setup-plan", "--setup-only")
+_AT_TERMINAL = ("--pdb", "--trace")  # refused without a terminal
 _WITHOUT_EFFECT = ("--setup-show", "--benchmark-cprofile")
 _THOSE = "tests that run inside a guest"
 
@@ -272,7 +273,13 @@ def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
 
 def _refused_for(config: pytest.Config) -> Iterator[str]:
     """Errors for options that tests inside guests cannot have."""
-    if option := refused(config):
+    if (option := refused(config)) in _AT_TERMINAL:
+        yield (
+            f"{option} needs a terminal for tests that run inside a guest, but standard input or output is "
+            "none\nRemedy: run pytest at a terminal, without a pipe. Elsewhere, keep the guests of failed "
+            "tests by --vm-keep=failed. Later, vmsandbox enter --pdb opens the debugger in such a guest"
+        )
+    elif option:
         yield (
             f"{option} does not work for tests that run inside a guest\nRemedy: leave out --in-vm, and "
             "deselect tests with the marker in_vm by -m 'not in_vm'. To look around in a guest, run "
@@ -287,7 +294,8 @@ def _refused_for(config: pytest.Config) -> Iterator[str]:
 
 def refused(config: pytest.Config) -> str | None:
     """The first given option that tests inside guests cannot have; None without one."""
-    return next((option for option in _REFUSED if config.getoption(option, default=False)), None)
+    given = [one for one in (*_AT_TERMINAL, *_REFUSED) if config.getoption(one, default=False)]
+    return next((one for one in given if one in _REFUSED or not terminal.is_there(config)), None)
 
 
 def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.spec import parse_kernel
 from pytest_vmsandbox.plugin import config as options, plan as plans
-from pytest_vmsandbox.plugin.artifacts import Artifacts
+from pytest_vmsandbox.plugin.artifacts import Artifacts, Gatherer
 from pytest_vmsandbox.plugin.keeping import Keeping
 from pytest_vmsandbox.plugin.plan import Variant
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
@@ -88,7 +88,7 @@ class Run:
         self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
-        self._gathered: set[str] = set()  # guests whose last failure is among the artifacts
+        self._gatherer = Gatherer(lambda: self.artifacts, self.asked, self.tell)
         self._stack = ExitStack()
         self.keeping = Keeping(
             config,
@@ -101,6 +101,7 @@ class Run:
     def close(self) -> None:
         """End all remaining guests."""
         try:
+            self.keeping.close()  # there may be no end of a session, as after an error of pytest's
             self._stack.close()
         finally:
             if "artifacts" in self.__dict__:
@@ -326,8 +327,8 @@ class Run:
             known.has_failed = True
             self.artifacts.keep_logs(item.nodeid, name)
             if known.guest is not None:
-                self._gather(item, known.guest)
-        self._gathered.clear()
+                self._gatherer.gather(item.nodeid, known.guest)
+        self._gatherer.begin()
         for name in [name for name, known in self._guests.items() if known.guest is None]:
             self.artifacts.discard_logs(name)
             del self._guests[name]
@@ -409,7 +410,7 @@ class Run:
         except Exception as error:
             if self.item is not None:
                 self.keeping.ending(self.item, guest, error)
-                self._gather(self.item, guest)
+                self._gatherer.gather(self.item.nodeid, guest)
             known.guest = None
             raise
 
@@ -422,7 +423,7 @@ class Run:
         if item is not None and guest.name in self._used_by(item):
             failed = failed or item.stash.get(FAILED, False)
         if failed and item is not None:
-            self._gather(item, guest)
+            self._gatherer.gather(item.nodeid, guest)
         known = self._guests[guest.name]
         known.guest = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
@@ -433,7 +434,7 @@ class Run:
 
     def begin_attempt(self) -> None:
         """Another attempt at the current test begins: its guests have not been looked at."""
-        self._gathered.clear()
+        self._gatherer.begin()
 
     def at_failure(
         self,
@@ -451,7 +452,7 @@ class Run:
         self.keep_now(item, phase, error, **about)
         for name in self._used_by(item):
             if (guest := self._guests[name].guest) is not None:
-                self._gather(item, guest)
+                self._gatherer.gather(item.nodeid, guest)
 
     @property
     def keeps(self) -> bool:
@@ -479,21 +480,9 @@ class Run:
         if report.failed and lines:
             report.sections.append(("vmsandbox", "\n".join(lines)))
 
-    def preparation_failed(self, guest: Guest) -> None:
+    def preparation_failed(self, guest: Guest, name: str) -> None:
         if self.item is not None:
-            self._gather(self.item, guest)
-
-    def _gather(self, item: pytest.Item, guest: Guest) -> None:
-        """Put into the artifacts what a guest shows and says at the failure of a test."""
-        if guest.name in self._gathered:
-            return
-        self._gathered.add(guest.name)
-        with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
-            picture = self.artifacts.of_guest(item.nodeid, guest.name) / "screenshot.png"
-            guest.screenshot(picture)
-            picture.chmod(0o600)
-        with suppress(OSError):  # the disk may be full
-            self.artifacts.add(item.nodeid, guest.name, self.asked(guest))
+            self._gatherer.gather(self.item.nodeid, guest, name)
 
     def asked(self, guest: Guest) -> dict[str, str]:
         """What a guest says about itself, by the name of a file for each text."""

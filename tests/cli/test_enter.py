@@ -155,7 +155,7 @@ class TestShell:
 
 class TestRefused:
     @pytest.mark.parametrize(
-        "ways", [("--ssh", "--console"), ("--console", "--", "ls"), ("--ssh", "ls")]
+        "ways", [("--ssh", "--pdb"), ("--console", "--", "ls"), ("--pdb", "ls")]
     )
     def test_one_way_in_at_a_time(self, invoke, cache, ways):
         made_kept.add(cache, NODEID)
@@ -170,6 +170,20 @@ class TestRefused:
         assert "did not answer when it was kept" in done.stderr
         assert "kernel panic" in done.stderr
         assert "--console" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("facts", "why"),
+        [
+            ({}, "ran on the host"),
+            ({"folder": "/p", "stands": False}, "no interpreter stands"),
+            ({"folder": "/p", "stands": True, "has_memory": False}, "no interpreter stands"),
+            ({"folder": "/p", "stands": True}, "needs a terminal"),
+        ],
+    )
+    def test_no_debugger(self, invoke, cache, calls, facts, why):
+        made_kept.add(cache, NODEID, **facts)
+        done = invoke(NODEID, "--pdb")
+        assert (done.exit_code, calls["entered"], why in done.stderr) == (2, [], True)
 
     def test_one_that_comes_up_no_more_has_a_console(self, invoke, cache, monkeypatch):
         def entered(*_, **__):
@@ -313,7 +327,9 @@ class TestConsole:
         heard: list[bytes] = []
         thread = threading.Thread(target=person, daemon=True)
         thread.start()
-        terminal.converse(played.console, lambda: False, keys=played.terminal, screen=played.out)
+        terminal.converse(
+            played.console, lambda: not thread.is_alive(), keys=played.terminal, screen=played.out
+        )
         thread.join(20)
         assert [*heard, played.guest.recv(99)] == [b"a\x03", b"\x1b[1mback\r\n", b"b"]
         assert termios.tcgetattr(played.terminal) == before

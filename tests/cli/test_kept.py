@@ -237,6 +237,7 @@ class TestImport:
         done = invoke("kept", "import", str(file))
         assert done.exit_code == 2
         assert "--trust" in done.stderr
+        assert "tiny-1 of tests/test_x.py::test_y[tiny]" in done.stderr
         assert ids(cache) == set()
 
     def test_not_twice(self, invoke, cache, file):
@@ -286,8 +287,16 @@ class TestImport:
         with (tmp_path / "file").open("wb") as out:
             exported.write(it, out)
         invoke("kept", "rm", "--all")
-        done = invoke("kept", "import", str(tmp_path / "file"), "--trust")
-        assert "further arguments: -device 'evil thing'" in done.stdout
+        for options in ((), ("--trust",)):
+            done = invoke("kept", "import", str(tmp_path / "file"), *options)
+            assert "which a hook has added: -device 'evil thing'" in done.stderr + done.stdout
+
+    def test_in_the_place_of_what_cannot_be_read(self, invoke, cache, file):
+        assert invoke("kept", "import", str(file), "--trust").exit_code == 0
+        [it] = KeptStore(cache).all()
+        (it.folder / "kept.json").write_text("{")
+        assert invoke("kept", "import", str(file), "--trust").exit_code == 0
+        assert KeptStore(cache).all() == [it]
 
 
 class TestOthers:

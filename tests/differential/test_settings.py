@@ -254,7 +254,9 @@ WITHOUT_ROW = {
     "something is printed, and no test runs":
         "cacheshow collectonly help show_fixtures_per_test showfixtures version",
     "it is refused, or told that it shows nothing: test_usage has it":
-        "setuponly setupplan setupshow trace usepdb usepdb_cls",
+        "setuponly setupplan setupshow",
+    "it opens a debugger at a terminal: tests/plugin/test_inside_debugger.py has it":
+        "trace usepdb usepdb_cls",
     "what is chosen and ordered here: test_outcomes has those, with two runs each":
         "cacheclear failedfirst last_failed_no_failures lf newfirst stepwise_reset",
     "a file that this side cannot collect is one test here, and the guest's: below, and in test_outcomes": """

@@ -6,7 +6,9 @@ import json
 import os
 import pty
 import re
+import secrets
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,18 +215,29 @@ def test_shell_without_a_terminal():
     assert (done.returncode, done.stdout) == (7, b"tiny-1\n")
 
 
-def test_shell_on_a_terminal():
+def on_a_terminal(*arguments):
+    """The command at a terminal: its process, and the terminal's other end."""
     child, terminal = pty.fork()
     if child == 0:
-        os.execve(sys.executable, [*VMSANDBOX, "shell", "tiny"], {**os.environ, "TERM": "xterm"})
+        os.execve(sys.executable, [*VMSANDBOX, *arguments], {**os.environ, "TERM": "xterm"})
+    return child, terminal
+
+
+def end_of(child, terminal):
+    """Its exit status."""
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_shell_on_a_terminal():
+    child, terminal = on_a_terminal("shell", "tiny")
     seen = read_until(terminal, b"# ")
     assert b"\x1b" in seen  # something moved while it booted
     assert b"removed when you leave" in seen
     os.write(terminal, b"echo $((6 * 7)); exit 5\r")
     assert re.search(rb"^42\r$", read_until(terminal, None), re.MULTILINE)
-    _, status = os.waitpid(child, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 5
+    assert end_of(child, terminal) == 5
 
 
 def read_until(terminal, end):
@@ -240,6 +253,80 @@ def read_until(terminal, end):
         except OSError:  # the other side is closed
             break
     return seen
+
+
+SUITE = """
+import pytest
+
+@pytest.mark.vm("tiny")
+@pytest.mark.parametrize("text", ["a b'c\\"$d é"])
+def test_odd(vm, text):
+    vm.write_text("/root/file", "kept")
+    vm.shell("echo on its console >/dev/console")
+    assert vm is None
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The words of the line in pytest's summary, which a shell reads."""
+    folder = tmp_path_factory.mktemp("project") / "tests"
+    folder.mkdir()
+    name = f"test_{secrets.token_hex(4)}"  # not one of another run in the same cache
+    (folder / f"{name}.py").write_text(SUITE)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--vm-keep=failed", "tests"],
+        cwd=folder.parent, capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    lines = re.findall(r"^.*(vmsandbox enter .*)$", done.stdout, re.MULTILINE)
+    [line] = {line.strip() for line in lines}  # in the report, and in the summary
+    program, *words = shlex.split(line)
+    assert program == "vmsandbox"
+    yield words
+    vmsandbox("kept", "rm", words[1])
+
+
+class TestKept:
+    """The guest of one failed test, entered in every way."""
+
+    def test_one_command_far_from_the_project(self, words, tmp_path):
+        change = 'printf "$(cat /root/file)"; echo changed >/root/file; exit 4'
+        done = vmsandbox(*words, "--", "sh", "-c", change, cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (4, b"kept", b"")
+
+    def test_a_shell_on_a_terminal(self, words):
+        child, terminal = on_a_terminal(*words)
+        seen = read_until(terminal, b"# ")
+        assert b"Your changes are gone when you leave" in seen
+        assert b"assert <Guest" in seen
+        os.write(terminal, b"cat /root/file; exit 5\r")  # what was changed is gone
+        assert b"\r\nkept" in read_until(terminal, None)
+        assert end_of(child, terminal) == 5
+
+    def test_its_console_on_a_terminal(self, words):
+        child, terminal = on_a_terminal(*words, "--console")
+        read_until(terminal, b"on its console")
+        os.write(terminal, b"\x1d")
+        assert end_of(child, terminal) == 0
+
+    def test_ssh_for_a_script(self, words, tmp_path):
+        script = 'line=$("$@" --ssh & echo $! >pid); eval "$line cat /root/file"; kill $(cat pid)'
+        done = subprocess.run(
+            ["/bin/sh", "-c", script, "sh", *VMSANDBOX, *words],
+            cwd=tmp_path, capture_output=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"kept", b"")
+
+    def test_in_another_cache(self, words, tmp_path):
+        file, elsewhere = tmp_path / "file", {**os.environ, "VMSANDBOX_CACHE": f"{tmp_path}/cache"}
+        assert vmsandbox("kept", "export", words[1], str(file)).returncode == 0
+        done = vmsandbox("kept", "import", str(file), "--trust", env=elsewhere)
+        assert done.returncode == 0, done.stderr
+        done = vmsandbox(*words, "--", "cat", "/root/file", env=elsewhere)
+        assert (done.returncode, done.stdout) == (0, b"kept"), done.stderr
+        [listed] = json.loads(vmsandbox("kept", "list", "--json", env=elsewhere).stdout)["kept"]
+        assert listed["test"] == words[1]
 
 
 def test_quickstart_where_everything_is_there(tmp_path):

@@ -327,9 +327,14 @@ class TestTemplates:
             vm.shell("echo so it went >/dev/console")
             vm.run(["false"])
 
-        one = factory(logs=logs, guest_begun=begun.append)
+        def failed(guest, name):
+            asked[name] = gathered(guest)
+
+        asked = {}
+        one = factory(logs=logs, guest_begun=begun.append, preparation_failed=failed)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
+        assert "MemTotal" in asked["tiny-prepared-2"]["memory.txt"]
         assert begun == ["tiny-prepared-1", "tiny-prepared-2"]  # the image itself, and the layer
         assert "vmsandbox: init" in (tmp_path / begun[0] / "console.log").read_text()
         layer = (tmp_path / begun[1] / "console.log").read_text()

@@ -150,4 +150,19 @@ def test_a_full_disk_leaves_nothing_and_the_guest_goes_on(
         (outcome,) = keeper.close()
         assert outcome.kept is None
         assert outcome.error is raised.value
+        assert "No space left on device" in outcome.error.details
+        assert outcome.error.remedy.startswith(f"make room on the disk of {small}/kept, or set ")
         assert [path.name for path in Path(small).rglob("*")] == ["kept", f"{outcome.key}.lock"]
+
+
+def test_one_that_is_larger_than_the_limit_takes_no_older_one_away(vm_factory, keeper, tmp_path):
+    with vm_factory.boot("tiny", **SIZE) as vm:
+        keeper.keep(vm, moment())
+        with keeper, Keeper(vm_factory.backend, limit=1 << 20, tell=pytest.fail) as small:
+            small._store = keeper._store
+            small.keep(vm, moment(number=2))
+            (outcome,) = small.close()
+    assert outcome.kept is None
+    assert str(outcome.error).startswith(f"{vm.name} could not be kept\nit takes ")
+    assert "vm_keep_size is 1MiB" in str(outcome.error)
+    assert [kept.moment.number for kept in keeper._store.all()] == [1]

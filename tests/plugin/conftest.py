@@ -95,6 +95,7 @@ class FakeKeeper:
     def __init__(self, session):
         self.note, self.there = session.factory.note, {}
         self.fails = None
+        self.interrupted = False
 
     def keep(self, guest, moment):
         key = f"{moment.nodeid}#{moment.number}"
@@ -104,7 +105,11 @@ class FakeKeeper:
         if self.fails is not None:
             raise self.fails
         kept = SimpleNamespace(size_on_disk=3 << 20)
-        self.there[key] = SimpleNamespace(key=key, kept=kept, error=None)
+        self.there[key] = SimpleNamespace(
+            key=key, moment=moment, guest=guest.name, kept=kept, error=None
+        )
+        if self.interrupted:
+            raise KeyboardInterrupt
         return key
 
     def forget(self, key):
@@ -120,7 +125,8 @@ def pytest_configure(config):
     session = config.stash[RUN]
     session.factory = FakeFactory(session)
     session.keeping.keeper = FakeKeeper(session)
-    session.asked = lambda guest: {"processes.txt": f"those of {guest.name}"}
+    session.keeping.size_of = lambda key: None if "removed" in key else 3 << 20
+    session._gatherer._ask = lambda guest: {"processes.txt": f"those of {guest.name}"}
 """
 
 

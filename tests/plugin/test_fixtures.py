@@ -359,6 +359,20 @@ class TestArtifacts:
         mine = [it for it in kept if it.name != "console.log"]  # which the fake has written
         assert [it for it in mine if it.stat().st_mode & 0o077] == []
 
+    def test_many_failures_take_no_longer(self, suite):
+        suite.write("""
+            import pytest
+
+            @pytest.mark.vm(isolation="module")
+            @pytest.mark.parametrize("number", range(22))
+            def test_x(vm, number): assert False
+        """)
+        result = suite.run("--vm-artifacts=kept")
+        result.assert_outcomes(failed=22)
+        assert len([*suite.path.glob("kept/*/*/processes.txt")]) == 20
+        assert len([*suite.path.glob("kept/*/*/screenshot.png")]) == 22
+        assert result.stdout.str().count("the first 20 failed tests were asked") == 1
+
 
 class TestLogsOfGuestsThatTestsShare:
     def test_have_no_folder_before_something_is_put_into_it(self, suite):

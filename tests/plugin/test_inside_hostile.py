@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
-from pytest_vmsandbox.plugin.in_vm import leases, provisioning, side_messages
+from pytest_vmsandbox.plugin.in_vm import debugging, leases, provisioning, side_messages
 from pytest_vmsandbox.plugin.in_vm.provisioning import Lease
 from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import plan_of
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.in_vm
 def test_one(): pass
 def test_two(): pass
 """
+PLACE = GuestPaths(python="/python", runner="/runner", folder="/run")
 EVIL = "\x1b[2J\x1b]0;x\x07over\rwritten\u202e"
 
 
@@ -89,6 +90,7 @@ def told(suite, monkeypatch):
                 script: Any = Script(said)
                 outcomes = ["rerun"] if "pytest_rerunfailures" in args else []
                 lease.guest = script
+                lease.tree, lease.place = "/there", PLACE
                 lease.reader = ReportReader("/there", suite.path, {}, outcomes=outcomes)
                 lease.connection = Connection(script, script, patience=1.0)
                 lease.session = GuestSession(lease.connection)
@@ -265,6 +267,7 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
             guest=script,
             payload=payload,
             tree="/there",
+            place=PLACE,
             connection=Connection(script, script, patience=1.0),
             reader=ReportReader("/there", suite.path, {}),
             config={},
@@ -281,3 +284,18 @@ def test_rubbish_said_while_collecting_is_not_heard_out_again_and_again(suite, m
     result.assert_outcomes(errors=2)
     result.stdout.fnmatch_lines(["*GuestLost*protocol*"])
     assert len(opened) == 1
+
+
+@pytest.mark.parametrize("about", [None, {}, {"phase": "never"}, {"phase": ["call"]}, "call"])
+def test_a_stop_that_is_none(told, about):
+    told({"stopped": about}).assert_outcomes(errors=1, passed=1)
+
+
+def test_a_guest_that_stops_for_ever(told, monkeypatch):
+    """The time of stops does not count, so their number is limited."""
+    monkeypatch.setattr(debugging, "_MAX_STOPS", 5)
+    stop = {"stopped": {"phase": "call", "error": EVIL, "first": True, "stands": True}}
+    told(SETUP, *[stop] * 5, CALL, TEARDOWN, DONE).assert_outcomes(passed=2)
+    result = told(SETUP, *[stop, {"terminal": EVIL}] * 5, CALL, TEARDOWN, DONE)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*it stopped more than 5 times in one test*"])

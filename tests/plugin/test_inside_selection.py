@@ -76,8 +76,8 @@ def test_what_cannot_be_parametrized_runs_on_the_first_image(suite):
     [
         ("@pytest.mark.in_vm\ndef test_it(vm): pass", (), "cannot drive a guest"),
         ("@pytest.mark.in_vm('tiny')\ndef test_it(): pass", (), "takes no argument but True or False"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--pdb",), "--pdb does not work for tests"),
-        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--trace",), "--trace does not work for tests"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--pdb",), "--pdb needs a terminal for tests that run inside"),
+        ("@pytest.mark.in_vm\ndef test_it(): pass", ("--trace",), "--trace needs a terminal for tests that run inside"),
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-plan",), "--setup-plan does not work for"),
         ("@pytest.mark.in_vm\ndef test_it(): pass", ("--setup-only",), "--setup-only does not work for"),
         ("import nothing_of_that_name", ("--in-vm", "--setup-plan"), "--setup-plan does not work for"),

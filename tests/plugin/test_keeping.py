@@ -381,19 +381,20 @@ class TestInterrupts:
             "keep alpha-1-1 1 call AssertionError: assert False"
         ]
 
-    def test_while_a_guest_is_saved(self, suite):
+    def test_a_guest_that_was_being_saved_is_shown(self, suite):
+        """It was saved in a thread."""
         suite.write("""
             from pytest_vmsandbox.plugin import RUN
 
             def test_a(vm, pytestconfig):
-                def keep(guest, moment): raise KeyboardInterrupt
-                pytestconfig.stash[RUN].keeping.keeper.keep = keep
+                pytestconfig.stash[RUN].keeping.keeper.interrupted = True
                 assert False
         """)
         result = suite.run_apart("--vm-keep=failed")
         assert result.ret == pytest.ExitCode.INTERRUPTED
-        assert suite.guests == ["boot alpha-1-1", "end alpha-1-1"]
-        assert "vmsandbox enter" not in result.stdout.str()
+        assert suite.guests[2:] == ["end alpha-1-1"]
+        shown = [line for line in result.outlines if line.startswith("failed in call")]
+        assert shown == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
 
 
 class TestWhatIsSaid:
@@ -421,11 +422,19 @@ class TestWhatIsSaid:
             ["enter: vmsandbox enter 'test_suite.py::test_b?alpha-1?' --guest alpha-2-3"]
         )
 
-    def test_so_it_is_with_xdist(self, suite):
-        suite.write("def test_a(vm): assert False")
+    def test_so_it_is_with_xdist_even_if_a_worker_crashes(self, suite):
+        suite.write("""
+            import os
+
+            def test_a(vm): assert False
+            def test_b(vm): os._exit(1)
+            def test_c(vm): assert False
+            def test_removed(vm): assert False
+        """)
         result = suite.run_apart("-n1", "--vm-keep=failed")
         lines = [line for line in result.outlines if line.startswith("failed in call")]
-        assert lines == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
+        before = "failed in call, 3MiB: vmsandbox enter 'test_suite.py::test"
+        assert lines == [f"{before}_a[alpha-1]'", f"{before}_c[alpha-1]'"]
 
     @pytest.mark.parametrize("args", [["--collect-only"], ["-p", "no:terminal"], []])
     def test_nothing_without_a_failure_of_a_guest(self, suite, args):
@@ -466,21 +475,38 @@ class TestWhatIsSaid:
             from pytest_vmsandbox.core.errors import CacheError
             from pytest_vmsandbox.plugin import RUN
 
+            def fail(pytestconfig, error):
+                pytestconfig.stash[RUN].keeping.keeper.fails = error
+                assert False
             def test_a(vm, pytestconfig):
-                keeper = pytestconfig.stash[RUN].keeping.keeper
-                keeper.fails = CacheError("alpha-1-1 could not be kept", details="the disk\\nis full")
-                assert False
-            def test_b(vm, pytestconfig):
-                pytestconfig.stash[RUN].keeping.keeper.fails = KeyError("x")
-                assert False
+                fail(pytestconfig, CacheError("alpha-1-1 could not be kept", details="disk\\nfull"))
+            def test_b(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_c(vm, pytestconfig): fail(pytestconfig, KeyError("x"))
+            def test_d(vm, pytestconfig):
+                run = pytestconfig.stash[RUN].keeping._removed.append("the kept guest x was removed")
         """
-        kept(source, failed=2)
-        suite.result.stdout.fnmatch_lines(
-            [
-                "*- vmsandbox -*",
-                "alpha-1-1 could not be kept: the disk",
-                "vmsandbox: alpha-1-1 could not be kept: the disk (test_suite.py::test_a?alpha-1?)",
-                "vmsandbox: alpha-1-2 could not be kept: KeyError('x') (test_suite.py::test_b?alpha-1?)",
-            ]
-        )
+        kept(source, failed=3, passed=1)
+        shown = suite.result.outlines
+        assert "alpha-1-1 could not be kept: disk" in shown
+        assert "alpha-1-2 could not be kept: KeyError('x')" in shown
+        assert [line for line in shown if line.startswith("vmsandbox: the ")] == [
+            "vmsandbox: the guest of test_suite.py::test_a[alpha-1] could not be kept: disk",
+            "vmsandbox: the guest of test_suite.py::test_b[alpha-1] and 1 more could not be kept: KeyError('x')",
+            "vmsandbox: the kept guest x was removed",
+        ]
         assert "kept guests" not in suite.result.stdout.str()
+
+    def test_guests_that_are_removed_for_lack_of_room_take_one_line(self, kept, suite):
+        source = """
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(pytestconfig):
+                removed = pytestconfig.stash[RUN].keeping._removed
+                removed += ["the first was removed", "the second was removed"]
+        """
+        kept(source, "-ovm_keep_size=1MiB", passed=1)
+        (line,) = [line for line in suite.result.outlines if "was removed" in line]
+        assert line.startswith(
+            "vmsandbox: 2 kept guests were removed, the oldest first, because vm_"
+        )
+        assert line.endswith("is 1MiB. The last one: the second was removed")

@@ -107,6 +107,7 @@ class Reader:
         if "more lines; full report in element text]" in text:
             text = re.sub(r"^> +available fixtures: .*\n", "", text, flags=re.MULTILINE)
             text = re.sub(r"\[\+\d+ more lines;", "[+… more lines;", text)
+        text = re.sub(r"^-+ vmsandbox -+\nartifacts: .*\n", "", text, flags=re.MULTILINE)
         text = re.sub(r"0x[0-9a-f]{6,}", "0x…", text)
         text = re.sub(r"\b\d+\.\d\ds( \(\d:\d\d:\d\d\))?", "N.NNs", text)
         text = re.sub(

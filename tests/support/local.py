@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import subprocess
+from pathlib import Path
 
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost
 
@@ -63,6 +64,10 @@ class LocalGuest:
     @property
     def engine(self):
         return self
+
+    @property
+    def ssh_command(self):
+        return str(Path(__file__).with_name("local_ssh"))
 
     @property
     def alive(self):

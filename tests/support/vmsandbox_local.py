@@ -142,7 +142,7 @@ def pytest_configure(config):
     session = config.stash[RUN]
     folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
     session.factory = LocalFactory(session, folder)
-    session.asked = lambda guest: {"processes.txt": f"those of {guest.name}"}
+    session._gatherer._ask = lambda guest: {"processes.txt": f"those of {guest.name}"}
     for name in ("install_environment", "install_project", "layout"):
         setattr(install, name, getattr(session.factory, name))
     if "LOCAL_COPY" not in os.environ:  # the guest's copy of the project is the project

@@ -140,7 +140,8 @@ class World:
         kill.OURS.add(pytest.pid)
         wrong = self._killed(pytest, one, cache / "kept")
         wrong += [f"{pid} {kill.cmdline(pid)}" for pid in self._alive(mark)]
-        kill.start_again(env)
+        with GuestFactory.open(Settings(cache=cache, runtime=folder / "runtime")) as factory:
+            factory.backend.clean()  # the next start removes what a dead run could not
         whole, faults = self._kept(cache)
         wrong += [*faults, *sorted(kill.files(folder) - before - whole)]
         state = "over" if pytest.poll() == 1 else "killed"

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from pytest_vmsandbox.core import deadline
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, InterpreterLost
 from pytest_vmsandbox.inside import connection, session
@@ -320,7 +321,9 @@ def woken(*steps):
     script: Any = Script(*steps)
     connection = Connection(script, script, patience=1.0)
     facts = {"items": {ID: None}, "details": {}, "failed": {}}
-    return GuestSession.woken(connection, facts, environment={}, fixtures={}, timeout=0.5)
+    return GuestSession.woken(
+        connection, facts, environment={}, fixtures={}, debugging={}, timeout=0.5
+    )
 
 
 def test_what_had_not_left_the_guest_when_that_was_sealed():
@@ -427,6 +430,9 @@ def test_what_probe_prints(text):
 # -- the real runner -----------------------------------------------------------------------------
 
 
+DEBUGGING = dict.fromkeys(("stop", "pdb", "pdbcls", "trace", "terminal"), False)
+
+
 class Folder:
     """A folder of tests, and a connection on this machine."""
 
@@ -455,7 +461,7 @@ class Folder:
         )
         return pid
 
-    def config(self, *args, live=False):
+    def config(self, *args, live=False, **debugging):
         return {
             "args": [
                 *("--rootdir", str(self.folder), "-c", str(self.folder / "pytest.ini")),
@@ -473,6 +479,7 @@ class Folder:
             "details": [],
             "fixtures": {},
             "live": live,
+            "debugging": DEBUGGING | {"folder": self.place.folder} | debugging,
         }
 
     def start(self, connection, *args, **how):
@@ -870,3 +877,156 @@ def test_a_file_that_is_skipped_is_no_error(reports, expected):
     """So it is no reason for the status with which the guest's pytest ends."""
     failed = {f"test_{number}.py": report for number, report in enumerate(reports)}
     assert Collected(failed=failed).has_errors is expected
+
+
+# -- where a test fails ------------------------------------------------------------------------------
+
+FAILS = """\
+import pytest, unittest
+
+@pytest.fixture
+def bad_setup():
+    raise ValueError("in setup")
+
+@pytest.fixture
+def bad_end():
+    yield
+    raise ValueError("in teardown\\nand more")
+
+def test_setup(bad_setup): pass
+
+def test_call(bad_end):
+    assert not 42
+
+def test_teardown(bad_end): pass
+
+@pytest.mark.xfail(strict=True)
+def test_strict(): pass
+
+@pytest.mark.xfail
+def test_expected(): raise ValueError
+
+def test_skipped(): pytest.skip()
+
+class TestParts(unittest.TestCase):
+    def test_it(self):
+        for number in range(4):
+            with self.subTest(number=number):
+                assert not number % 2, f"part {number}"
+
+def test_passes(): pass
+"""
+STOPS = [
+    ("test_setup", "setup", "ValueError: in setup", True),
+    ("test_call", "call", "assert not 42", True),
+    ("test_teardown", "teardown", "ValueError: in teardown", True),
+    ("test_strict", "call", "[XPASS(strict)] ", False),
+    ("TestParts::test_it", "call", "AssertionError: part 1", True),
+]
+
+
+def test_a_session_stops_at_the_first_failure_of_each_test(inside):
+    """Reports come before or after it, and tests that were announced meanwhile run."""
+    place = inside(FAILS)
+    with place.connection() as connection:
+        talk = place.start(connection, stop=True)
+        names = ids(talk)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            talk.announce(name, next=following, more=True, marks=[])
+        stops, seen = [], []
+        for name in names:
+            for message in talk.run(name, limit=20):
+                seen.append(message)
+                if "stopped" in message:
+                    stop = message["stopped"]
+                    assert stop["first"]
+                    stops.append(
+                        (name.partition("::")[2], stop["phase"], stop["error"], stop["stands"])
+                    )
+                    talk.go_on()
+        assert stops == [row for row in STOPS if row[0] in str(names)]
+        with_stops = outcomes(seen)
+        plain = place.start(connection)
+        seen = [
+            message for name in names for message in plain.run(name, next=None, more=True, limit=20)
+        ]
+        assert outcomes(seen) == with_stops
+        assert not any("stopped" in message for message in seen)
+
+
+def test_a_debugger_stops_at_each_failure(inside):
+    place = inside(FAILS)
+    with place.connection() as connection:
+        talk = place.start(connection, "-k", "test_call", pdb=True)
+        stops = []
+        for message in talk.run(*ids(talk), **HOW | {"limit": 20}):
+            if "stopped" in message:
+                stops.append((message["stopped"]["phase"], message["stopped"]["first"]))
+                talk.go_on()
+        assert stops == [("call", True), ("teardown", False)]
+
+
+@pytest.mark.parametrize("message", [{"stopped": {}}, {"terminal": 1}])
+def test_time_does_not_count_while_a_session_waits(monkeypatch, message):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(deadline, "time", clock)
+    script, talk = play({"call": True}, message, {"call": False}, {"done": ID})
+    for said in talk.run(ID, **HOW | {"limit": 10.0, "call_limit": 5.0}):
+        if said == message:
+            clock.now += 1_000
+    assert script.asked == ["run"]
+
+
+def test_an_interpreter_that_hangs_is_shown_before_it_is_killed():
+    script, talk = play(*[SILENCE] * 9, {"exit": -9, "tail": ""})
+    shown = []
+    with pytest.raises(InterpreterLost):
+        list(
+            talk.run(
+                ID,
+                if_stuck=lambda text: shown.append((text, script.asked[:])),
+                **HOW | {"limit": 0},
+            )
+        )
+    assert shown == [("the test did not end within 0 s", ["run", "DUMP"])]
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "text"),
+    [
+        ("breakpoint()", "call", r"breakpoint\(\) needs a terminal.*vmsandbox enter --pdb"),
+        ("import pdb; pdb.set_trace()", "call", r"breakpoint\(\) needs a terminal"),
+        ("if not os.fork(): breakpoint()", "child", "only while a test runs there"),
+    ],
+)
+def test_a_breakpoint_without_a_terminal_is_an_error(inside, line, where, text):
+    place = inside(f"""\
+        import os
+
+        def test_it():
+            try:
+                {line}
+            except RuntimeError as error:
+                open({where!r}, "w").write(str(error))
+                raise
+        """)
+    with place.connection() as connection:
+        talk = place.start(connection)
+        list(talk.run(*ids(talk), **HOW | {"limit": 20}))
+    assert until((place.folder / where).exists)
+    assert until(lambda: re.search(text, (place.folder / where).read_text()))
+
+
+def test_a_terminal_that_does_not_come_is_an_error(inside):
+    place = inside("def test_it(): breakpoint()")
+    with place.connection() as connection:
+        talk = place.start(connection, terminal=True)
+        said = []
+        for message in talk.run(*ids(talk), **HOW | {"limit": 20}):
+            said.append(message)
+            if "terminal" in message:
+                talk.take_back(message["terminal"] - 1)  # of an earlier one
+                talk.take_back(message["terminal"])
+        assert outcomes(said) == [ALL[0], ("call", "failed"), ALL[2]]
+        assert "could not open a terminal" in str(said)

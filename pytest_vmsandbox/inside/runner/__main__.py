@@ -5,6 +5,7 @@ import os
 import sys
 
 sys.path.append(os.path.dirname(sys.path.pop(0)))
-program = getattr(importlib.import_module("runner.supervisor"), sys.argv[1])
+module = "runner.terminal" if sys.argv[1] == "lend" else "runner.supervisor"
+program = getattr(importlib.import_module(module), sys.argv[1])
 sys.path.pop()
 program(sys.argv[2])

@@ -17,6 +17,7 @@ import types
 # The first descriptor that is out of the way of tests.
 ASIDE = min(900, os.sysconf("SC_OPEN_MAX") // 2)
 BUILTINS = dict(vars(builtins))
+SHARED = {"sys": sys, "os": os}  # those modules that tests see, too
 COPIES: dict[str, types.ModuleType] = {}
 
 

@@ -14,6 +14,7 @@ import pytest
 from _pytest._io import TerminalWriter
 
 from .apart import aside, keep_apart
+from .debugging import Debugging
 from .other_plugins import JUnit, send_benchmarks, send_records, send_results
 from .reporter import Calls, InAnotherGuest, Reporter
 from .serialize import serialized
@@ -52,6 +53,7 @@ class Control:
         )
         self.items: dict[str, pytest.Item] = {}
         self.awake = False  # whether the guest was cloned while this session waited in it
+        self.debugging: Any = None
 
     # -- setting up ---------------------------------------------------------------------------
 
@@ -74,6 +76,8 @@ class Control:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_configure(self, config: pytest.Config) -> None:
+        self.debugging = Debugging(self.wire, config)
+        config.pluginmanager.register(self.debugging)
         if self.settings.get("junit"):
             from _pytest.junitxml import xml_key
 
@@ -116,6 +120,8 @@ class Control:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.pause = Pause.from_parent(session, name="vmsandbox-pause")
+        if self.settings.get("debugging"):
+            self.debugging.begin(self.settings["debugging"])
         self.wire.say({"ready": len(session.items)})  # after pytest's warnings
         while True:
             message = self.wire.hear()
@@ -123,7 +129,7 @@ class Control:
                 return True
             if message["do"] == "wake":
                 self.wake(session.config, message)
-            elif self.run(session, message):
+            elif message["do"] == "run" and self.run(session, message):
                 return True
 
     def wake(self, config: pytest.Config, message: dict[str, Any]) -> None:
@@ -141,6 +147,8 @@ class Control:
             pass
         os.environ.update(message["environment"])
         self.settings["fixtures"].update(message["fixtures"])
+        if message.get("debugging"):
+            self.debugging.begin(message["debugging"])
         # Nobody reads the summary, and plugins import modules for it, which takes longer than a test. It
         # must stay a hook, or pluggy could not unregister plugins.
         name, manager = "pytest_terminal_summary", config.pluginmanager
@@ -153,6 +161,7 @@ class Control:
         item = self.items[nodeid]
         item._report_sections.clear()  # noqa: SLF001  # the host may run an item twice
         self.reporter.begin(nodeid)
+        self.debugging.run(item)
         for name, reason in message.get("marks", ()):
             item.add_marker(getattr(pytest.mark, name)(reason=reason))
         if attempt := message.get("attempt", 0):  # earlier attempts were in other guests
@@ -166,6 +175,7 @@ class Control:
         except InAnotherGuest:
             pass
         finally:
+            self.debugging.end()
             if calls is not None:
                 config.pluginmanager.unregister(calls)
         send_benchmarks(config, self.wire, about_machine=self.settings.get("machine", False))

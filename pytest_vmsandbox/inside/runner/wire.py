@@ -55,6 +55,7 @@ class Wire:
         sock = socket.socket(fileno=aside(sock.detach()))
         # Bind them now, because a test may patch the methods of sockets.
         self.call, self.receive = sock.send, sock.recv
+        self.fd = sock.fileno()
         self.pipe = aside(pipe)
         os.set_blocking(self.pipe, False)
         self.poller = select.poll()
@@ -96,17 +97,33 @@ class Wire:
         except (BrokenPipeError, ConnectionResetError):
             pass
 
-    def hear(self) -> dict[str, Any] | None:
-        """The next message; None at the end."""
+    def hear(self, *wanted: str) -> dict[str, Any] | None:
+        """The next message; None at the end.
+
+        Args:
+            wanted: what it must tell us to do. Other messages wait.
+        """
         if os.getpid() != self.owner:  # the child of a test came back: messages are not for it
             os._exit(0)
-        while not self.waiting:
-            data = self.receive(CHUNK)
-            if not data:
+        while (message := self.find(*wanted)) is None:
+            if not self.pull():
                 return None
-            self.waiting += self.lines.feed(data)
-        message: dict[str, Any] = json.loads(self.waiting.pop(0).decode())
         return message
+
+    def find(self, *wanted: str) -> dict[str, Any] | None:
+        """The first message that waits and is wanted; None without one."""
+        for place, data in enumerate(self.waiting):
+            message: dict[str, Any] = json.loads(data.decode())
+            if not wanted or message["do"] in wanted:
+                del self.waiting[place]
+                return message
+        return None
+
+    def pull(self) -> bool:
+        """Receive messages, which wait from now on. Returns False at the end."""
+        data = self.receive(CHUNK)
+        self.waiting += self.lines.feed(data)
+        return bool(data)
 
 
 def clean(value: Any, depth: int = 0) -> Any:

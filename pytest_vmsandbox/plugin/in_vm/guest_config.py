@@ -20,6 +20,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from pytest_vmsandbox.inside.distributions import HOST_ONLY, LEFT_OUT
+from pytest_vmsandbox.plugin import terminal
 from pytest_vmsandbox.plugin.in_vm import other_plugins
 from pytest_vmsandbox.plugin.in_vm.remote_reports import RERUN, RETRIED
 
@@ -172,6 +173,22 @@ def outcomes(config: pytest.Config) -> list[str]:
     """Further outcomes of tests that plugins of this side know."""
     manager = config.pluginmanager
     return [outcome for plugin, outcome in _OUTCOMES.items() if manager.has_plugin(plugin)]
+
+
+def debugging(config: pytest.Config, folder: str) -> dict[str, object]:
+    """The settings of the runner's `Debugging`. They come when a session begins or wakes up.
+
+    Args:
+        folder: of the supervisor's socket.
+    """
+    return {
+        "stop": True,  # so that this side sees the guest as it is at the failure
+        "pdb": config.getoption("usepdb", default=False),
+        "pdbcls": config.getoption("usepdb_cls", default=None),
+        "trace": config.getoption("trace", default=False),
+        "terminal": terminal.is_there(config),
+        "folder": folder,
+    }
 
 
 def environment() -> dict[str, str]:

@@ -21,6 +21,7 @@ from pytest_vmsandbox.inside.session import Collected, GuestSession, How
 from pytest_vmsandbox.inside.wire import broken
 from pytest_vmsandbox.plugin import config as options, plan as plans
 from pytest_vmsandbox.plugin.in_vm import other_plugins
+from pytest_vmsandbox.plugin.in_vm.debugging import Debuggers
 from pytest_vmsandbox.plugin.in_vm.hooks import ENDING, Hooks, end_run
 from pytest_vmsandbox.plugin.in_vm.leases import Leases
 from pytest_vmsandbox.plugin.in_vm.provisioning import Lease, remedy
@@ -43,6 +44,7 @@ class Inside:
         self._messages = SideMessages(run, self._hooks)
         self.leases = Leases(run, session, self._messages)
         self._schedule = Schedule(session)
+        self._debuggers = Debuggers(run)
         self._retried: set[str] = set()  # tests that lost a guest to the host or chance
         self._ids: set[str] = set()  # ids of this side's tests, without the image
         # Image and file → the first test that cannot run because that file cannot be collected.
@@ -89,18 +91,23 @@ class Inside:
         names: dict[str, Any] = {"nodeid": item.nodeid, "location": item.location}
         self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
         last: pytest.TestReport | None = None
-        for number, reports in enumerate(self._attempts(item, nextitem)):
-            if number:
-                if last is not None:
-                    self._log(item, last)
-                self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
-                self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
-            last = None
-            for report in reports:
-                if report.when == "teardown":
-                    last = report
-                else:
-                    self._log(item, report)
+        try:
+            for number, reports in enumerate(self._attempts(item, nextitem)):
+                if number:
+                    if last is not None:
+                        self._log(item, last)
+                    self._hooks.notify(item.ihook.pytest_runtest_logfinish, **names)
+                    self._hooks.notify(item.ihook.pytest_runtest_logstart, **names)
+                last = None
+                for report in reports:
+                    if report.when == "teardown":
+                        last = report
+                    else:
+                        self._log(item, report)
+        except ENDING:  # the run ends after the report, such as in a debugger
+            if last is not None and last.failed:
+                self._log(item, last)
+            raise
         if last is not None and last.failed:
             self._note_failure(item, last)
         # Fixtures of this side, used by tests that ran here, may end now; and so may the guest.
@@ -143,7 +150,7 @@ class Inside:
         Args:
             attempt: the number of earlier attempts in guests of their own.
         """
-        self._run.begin_attempt()
+        self._debuggers.begin(item)
         call = pytest.CallInfo.from_call(
             lambda: self.leases.lease(item), when="setup", reraise=ENDING
         )
@@ -173,13 +180,17 @@ class Inside:
             raise
         except VMSandboxError as error:
             ahead = list(lease.session.announced) if lease.session is not None else []
-            self.leases.lose(lease, error)
+            runs_again = False
             if isinstance(error, GuestLost) and not any(each.has_failed for each in attempts):
-                if self._runs_again(item, error, ahead):
-                    yield from self._attempts(item, nextitem, attempt)
-                    return
+                runs_again = self._runs_again(item, error, ahead)
             elif ahead:
                 self._schedule.alone.update(ahead)
+            if not runs_again:
+                self._debuggers.lost(item, attempts[-1].phase, error, lease)
+            self.leases.lose(lease, error)
+            if runs_again:
+                yield from self._attempts(item, nextitem, attempt)
+                return
             attempts[-1].fail(error, partial(self._report, item))
         self._keep(lease, attempts, records)
         yield from (each.reports for each in attempts)
@@ -229,8 +240,12 @@ class Inside:
             self._announce(lease.session, item)
         patience = lease.connection.patience
         limit = plan_of(item).timeout or options.test_timeout(self._run.config) * patience
-        call_limit = self._call_limit(item)
-        for message in lease.session.run(nodeid, limit=limit, call_limit=call_limit, **how):
+        limits: dict[str, Any] = {"limit": limit, "call_limit": self._call_limit(item)}
+
+        def stuck(error: str) -> None:
+            self._debuggers.keep(item, attempts[-1].phase, error, lease)
+
+        for message in lease.session.run(nodeid, if_stuck=stuck, **limits, **how):
             if "report" in message:
                 data = message["report"]
                 report = lease.reader.test_report(item, nodeid, data)
@@ -244,6 +259,11 @@ class Inside:
             elif message.get("stop"):
                 name = "shouldfail" if message.get("fail") else "shouldstop"
                 setattr(item.session, name, colourless(str(message["stop"])))
+            elif "stopped" in message:
+                if self._debuggers.stopped(item, message["stopped"], lease):
+                    attempts[-1].show()
+            elif "terminal" in message:
+                self._debuggers.lend(lease, message["terminal"])
             elif (record := self._messages.record(lease, item, message)) is not None:
                 records.append(record)
             elif "interrupted" in message:
@@ -437,6 +457,11 @@ class Attempt:
         is_rerun = self.is_rerun
         return [report for report, is_subtest in self._reports if not (is_subtest and is_rerun)]
 
+    @property
+    def phase(self) -> str:
+        """The phase that is due, or missing."""
+        return [*self.missing, *self.due, "teardown"][0]
+
     def add(self, report: pytest.TestReport, *, is_subtest: bool = False) -> None:
         """Add the report of a phase or a subtest.
 
@@ -451,6 +476,11 @@ class Attempt:
             if report.when == "setup" and not report.passed:
                 self.due = ["teardown"]
         self._reports.append((report, is_subtest))
+
+    def show(self) -> None:
+        """Note that a debugger shows the last report. pytest does not show it again then."""
+        if self._reports:
+            self._reports[-1][0]._pdbshown = True  # type: ignore[attr-defined]  # noqa: SLF001
 
     def check(self) -> None:
         """Check that all reports are here.
@@ -469,7 +499,7 @@ class Attempt:
         """
         if self.has_called and self.due[:1] == ["setup"]:  # its report was held back
             self.add(report("setup"))
-        phase = [*self.missing, *self.due, "teardown"][0]
+        phase = self.phase
         if self.missing:
             before = PHASES[: PHASES.index(phase)]
             self._reports = [pair for pair in self._reports if pair[0].when in before]

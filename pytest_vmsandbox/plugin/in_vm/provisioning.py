@@ -22,7 +22,7 @@ from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.inside import distributions, install, project, requirements
-from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.install import Installed, Payload
 from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
@@ -47,6 +47,7 @@ class Lease:
     Attributes:
         payload: what was sent to the guest.
         tree: the project's folder in the guest.
+        place: of the interpreter and the runner.
         said: messages of its session that were not passed on yet.
         has_collected: whether a session there has collected, and its messages were passed on.
         has_failed: whether a test there has failed.
@@ -56,6 +57,7 @@ class Lease:
     guest: Guest
     payload: Payload
     tree: str
+    place: GuestPaths
     connection: Connection
     reader: ReportReader
     config: Mapping[str, object]
@@ -154,6 +156,7 @@ class Provisioner:
                 guest=guest,
                 payload=payload,
                 tree=installed.tree,
+                place=installed.place,
                 connection=connection,
                 reader=ReportReader(
                     installed.tree,
@@ -161,7 +164,10 @@ class Provisioner:
                     installed.outside,
                     outcomes=guest_config.outcomes(self._config),
                 ),
-                config=self._session_config(plan, installed, _own(guest)),
+                config={
+                    **self._session_config(plan, installed, _own(guest)),
+                    "debugging": self._debugging(installed.place),
+                },
                 stack=stack,
             )
             if alone:
@@ -308,6 +314,9 @@ class Provisioner:
             "live": config.getoption("capture", default="no") == "no",
         }
 
+    def _debugging(self, place: GuestPaths) -> dict[str, object]:
+        return guest_config.debugging(self._config, place.folder)
+
     def _resume(self, lease: Lease, kind: Place) -> None:
         """Take over the session that waits in a clone."""
         facts: Any = lease.guest.engine.facts
@@ -317,6 +326,7 @@ class Provisioner:
                 facts["collected"],
                 environment=_own(lease.guest),
                 fixtures=guest_config.fixtures(self._config),
+                debugging=self._debugging(lease.place),
                 timeout=COLLECT_SECONDS * lease.connection.patience,
             )
         except InterpreterLost as error:
