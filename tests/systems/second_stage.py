@@ -37,10 +37,6 @@ MAY_DIFFER = {
     "var/lib/apt/extended_states": "what the guest's packages need is marked, even of those that stay anyway",
     "var/lib/dpkg/status-old": "what packages were before the last change",
 }
-# Modules of Python that the package's script imports to compile others, and itself, which is one of them. What compiles
-# such a module first writes its header: an import puts the time there, and that script a digest, by SOURCE_DATE_EPOCH.
-# Which one is first depends on the order in which packages are configured. The code behind the header must be the same.
-COMPILED, HEADER = "usr/share/python3/debpython/__pycache__/*.pyc", 16
 # Lists whose order, and numbers in them, depend on the order in which packages were configured.
 LISTS = ("etc/passwd", "etc/group", "etc/shadow", "etc/gshadow")
 
@@ -115,8 +111,6 @@ def content(path: Path, name: str) -> str:
     data = path.read_bytes()
     if name in LISTS:
         data = b"\n".join(sorted(re.sub(rb"\d+", b"N", line) for line in data.splitlines()))
-    elif fnmatch.fnmatch(name, COMPILED):
-        data = data[HEADER:]
     elif name == "var/lib/dpkg/triggers/File":
         data = b"\n".join(sorted(data.splitlines()))
     return hashlib.sha256(data).hexdigest()[:16]
