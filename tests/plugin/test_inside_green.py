@@ -238,3 +238,24 @@ def test_an_option_that_cannot_be_told(suite, is_given):
     assert status == (1 if is_given else 0), output
     assert "1 skipped" in output
     assert ("these options have their default values in guests" in output) == is_given
+
+
+CHILD = """
+import os
+
+def test_it():
+    if not (child := os.fork()):
+        {does}
+        return
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child has failed"
+"""
+
+
+@pytest.mark.parametrize(("does", "passed"), [("assert 1 == 2", False), ("pass", True)])
+def test_the_child_of_a_test_that_forks(suite, does, passed):
+    """It comes back into pytest, which ends with its own status there."""
+    suite.write("test_it.py", CHILD.format(does=does))
+    status, output = suite.run("--in-vm")
+    assert status == (0 if passed else 1), output
+    assert ("the child has failed" in output) is not passed

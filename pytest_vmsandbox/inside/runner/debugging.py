@@ -79,6 +79,8 @@ class Debugging:
 
     def stop(self, phase: str, error: str, *, first: bool, stands: bool) -> bool:
         """Wait until the host lets the test go on. Returns whether to debug here."""
+        if os.getpid() != self.wire.owner:  # a test has forked, and this is its child
+            return False
         line = clean(error.partition("\n")[0])[:MAX_ERROR]
         about = {"phase": phase, "error": line, "first": first, "stands": stands}
         self.wire.say({"stopped": about})

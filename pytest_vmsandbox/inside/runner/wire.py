@@ -63,6 +63,7 @@ class Wire:
         self.lines = Lines()
         self.waiting: list[bytes] = []
         self.owner = os.getpid()
+        self.child_has_failed = False  # in the child of a test that has forked
         self.lock = _thread.RLock()  # threads of tests log, too
 
     def say(self, message: dict[str, Any]) -> None:
@@ -73,7 +74,8 @@ class Wire:
 
     def note(self, message: dict[str, Any]) -> None:
         """Send a message together with the next one."""
-        if os.getpid() != self.owner:  # a test has forked: ignore messages of its child
+        if os.getpid() != self.owner:  # a test has forked: only its child's exit status tells of it
+            self.child_has_failed |= message.get("report", {}).get("outcome") == "failed"
             return
         data = json.dumps(message).encode() + b"\n"
         with self.lock:
@@ -104,7 +106,7 @@ class Wire:
             wanted: what it must tell us to do. Other messages wait.
         """
         if os.getpid() != self.owner:  # the child of a test came back: messages are not for it
-            os._exit(0)
+            os._exit(int(self.child_has_failed))  # as pytest ends
         while (message := self.find(*wanted)) is None:
             if not self.pull():
                 return None
