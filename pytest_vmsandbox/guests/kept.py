@@ -174,9 +174,15 @@ class KeptStore(Store[KeptGuest]):
                     remedy="give more of its id; or run the command in the folder of its project",
                 )
         raise ConfigError(
-            f"no guest of {nodeid!r} was kept",
-            details="\n".join(sorted(_shown(test, own) for test in tests)),
-            remedy="name one of these tests" if tests else "run the test with --vm-keep=failed",
+            f"no guest of {nodeid!r} is kept: the test was not run with --vm-keep, it passed, it had no "
+            "guest, or the guest was removed",
+            details="\n".join(
+                ["Guests of these tests are kept:", *sorted(_shown(test, own) for test in tests)]
+                if tests
+                else []
+            ),
+            remedy="run the test with --vm-keep=failed"
+            + ("; or name one of these tests" if tests else ""),
         )
 
     def limit(self, size: int, tell: Callable[[str], object]) -> None:
