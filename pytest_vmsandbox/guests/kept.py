@@ -185,6 +185,11 @@ class KeptStore(Store[KeptGuest]):
             + ("; or name one of these tests" if tests else ""),
         )
 
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that become free without any of them."""
+        return _own_bytes(kept.folder for kept in self.all())
+
     def limit(self, size: int, tell: Callable[[str], object]) -> None:
         """Remove the oldest kept guests until they take at most `size` bytes together.
 
