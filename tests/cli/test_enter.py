@@ -209,8 +209,12 @@ def test_what_it_is():
         moment=SimpleNamespace(nodeid="a::b", outcome="failed", phase="call", error="assert 0"),
         saved_at=wall() - 7300,
     )
-    said = enter._introduced(it)
+    said = enter._introduced(it, console=False)
     assert said == "a::b, assert 0, 2 hours ago. Your changes are gone when you leave"
+    said = enter._introduced(it, console=True)
+    assert said.startswith("a::b, assert 0, 2 hours ago. Your changes are gone when you leave\n")
+    assert "Ctrl-] leaves" in said
+    assert "if a program in the guest reads its console" in said
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ class TestKept:
 
     def test_its_console_on_a_terminal(self, words):
         child, terminal = on_a_terminal(*words, "--console")
-        read_until(terminal, b"on its console")
+        assert b"Ctrl-] leaves" in read_until(terminal, b"on its console")
         os.write(terminal, b"\x1d")
         assert end_of(child, terminal) == 0
 
