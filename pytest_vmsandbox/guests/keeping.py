@@ -177,7 +177,7 @@ class Keeper:
         except VMSandboxError as error:
             details = "\n".join(filter(None, [error.brief, error.details]))
             remedy = error.remedy
-            if os.strerror(errno.ENOSPC) in details:
+            if any(os.strerror(number) in details for number in (errno.ENOSPC, errno.EDQUOT)):
                 remedy = (
                     f"make room on the disk of {self._store.root}, or set {CACHE} to another folder"
                 )

@@ -177,6 +177,16 @@ class KeptStore(Store[KeptGuest]):
                 )
         raise _none_of(nodeid, tests, own)
 
+    def below(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
+        """All kept guests of the tests in a file, a class or a folder of a project; of all tests for a dot."""
+        start = nodeid if "::" in nodeid else os.path.normpath(nodeid)
+        return [
+            kept
+            for kept in self.all()
+            if kept.moment.rootdir == os.fspath(rootdir)
+            and (start == os.curdir or kept.moment.nodeid.startswith((f"{start}/", f"{start}::")))
+        ]
+
     def limit(self, size: int, tell: Callable[[str], object]) -> None:
         """Remove the oldest kept guests until they take at most `size` bytes together.
 

@@ -139,10 +139,11 @@ class TestFind:
     def test_none_of_very_many(self, store, keep):
         for number in range(12):
             keep(moment(f"t.py::test_{number:02}[tiny]"), saved_at=number)
+        keep(moment("t.py::test_of_others[tiny]", rootdir="/other"), saved_at=99)
         with pytest.raises(ConfigError) as raised:
             store.find("test_z", HERE)
         lines = raised.value.details.splitlines()
-        assert lines[-2:] == ["  t.py::test_02[tiny]", "  and 2 more: 'vmsandbox kept list'"]
+        assert lines[-2:] == ["  t.py::test_02[tiny]", "  and 3 more: 'vmsandbox kept list'"]
         assert "  t.py::test_11[tiny]" in lines
 
 
