@@ -249,9 +249,11 @@ def _none_of(
 ) -> ConfigError:
     """That no guest of a test is kept, which ones could be meant, and what can be done."""
     remedy = "run the test with --vm-keep=failed"
-    why = "the test has passed, or it ran without --vm-keep, or none of its guests was up"
+    why = (
+        "the test was not run with --vm-keep, it passed, it had no guest, or the guest was removed"
+    )
     if not tests:
-        return ConfigError(f"no guest of {nodeid!r} was kept", details=why, remedy=remedy)
+        return ConfigError(f"no guest of {nodeid!r} is kept", details=why, remedy=remedy)
     # Those of this project first, then the newest.
     newest = sorted(tests, key=lambda test: tests[test][0].saved_at, reverse=True)
     newest.sort(key=lambda test: test[0] != own)
@@ -259,7 +261,7 @@ def _none_of(
     if more := len(newest) - len(shown):
         shown.append(f"  and {more} more: 'vmsandbox kept list'")
     return ConfigError(
-        f"no guest of {nodeid!r} was kept",
+        f"no guest of {nodeid!r} is kept",
         details="\n".join([why, "kept are those of:", *shown]),
         remedy=f"name one of these tests, or {remedy}",
     )

@@ -338,6 +338,11 @@ class TestConsole:
         assert [*heard, played.guest.recv(99)] == [b"a\x03", b"\x1b[1mback\r\n", b"b"]
         assert termios.tcgetattr(played.terminal) == before
 
+    def test_what_is_typed_too_early_counts(self, played):
+        os.write(played.keys, b"a\x1d")
+        terminal.converse(played.console, lambda: True, keys=played.terminal, screen=played.out)
+        assert played.guest.recv(99) == b"a"
+
     def test_it_ends_with_the_guest(self, played):
         with pytest.raises(GuestLost, match="has ended"):
             terminal.converse(played.console, lambda: True, keys=played.terminal, screen=played.out)

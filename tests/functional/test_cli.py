@@ -260,7 +260,7 @@ def read_until(terminal, end):
 SUITE = """
 import pytest
 
-@pytest.mark.vm("tiny")
+@pytest.mark.vm("tiny", memory="160MiB")
 @pytest.mark.parametrize("text", ["a b'c\\"$d é"])
 def test_odd(vm, text):
     vm.write_text("/root/file", "kept")
