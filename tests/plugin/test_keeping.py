@@ -439,6 +439,11 @@ class TestTimeouts:
         result.assert_outcomes(failed=1, passed=1)
         assert "INTERNALERROR" not in result.stdout.str()
 
+    def test_pytests_own_limit_does_not_end_the_run_then(self, suite):
+        suite.write(self.SLOW + "\n        def test_a(vm): assert 0")
+        ends = "-ofaulthandler_timeout=0.5", "-ofaulthandler_exit_on_timeout=true"
+        suite.run_apart(*ends).assert_outcomes(failed=1)
+
     @pytest.mark.parametrize("method", ["signal", "thread"])
     def test_the_rest_of_the_test_has_the_rest_of_its_time(self, suite, method):
         suite.write(
