@@ -137,7 +137,7 @@ def _check_debugger(kept: KeptGuest) -> None:
         raise ConfigError(
             f"no interpreter stands at an exception in {kept.guest}",
             details=f"{moment.nodeid}: {why(kept)}\n"
-            "either the test failed without an exception (a strict xfail that passed, say), "
+            "either the test ended without an exception (it passed, though an xfail may be strict), "
             "or its interpreter had ended or did not answer",
             remedy=f"look around in a shell: {line(kept, several=True)}",
         )

@@ -179,3 +179,47 @@ def test_what_is_known_at_the_moment_of_each_failure(tmp_path):
     ]
     assert "ERROR test_it.py::test_signal" in output
     assert "6 failed, 1 passed, 1 error" in output
+
+
+ALL = """
+from pathlib import Path
+import pytest
+
+RAN = Path(__file__).with_name("ran")
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes(n): RAN.open("a").write("x")
+@pytest.mark.xfail
+def test_xfails():
+    RAN.open("a").write("x")
+    assert 0
+def test_fails(): assert 0
+"""
+KEEP = """
+from pytest_vmsandbox.plugin.keeping import Keeping
+
+def keep_each(self, item, names, occasion, only=None):
+    if "folder" not in occasion.about:
+        return  # what is known when the report comes, which is too late
+    ran = (item.session.config.rootpath / "ran").read_text()
+    outcome = "failed" if occasion.error else "passed"
+    with open("kept", "a") as file:
+        file.write(f"{item.originalname} {len(ran)} {occasion.phase} {outcome}\\n")
+
+Keeping._keep_each = keep_each
+"""
+
+
+def test_the_guest_of_each_test_is_kept_before_another_one_runs_there(tmp_path):
+    suite = Suite(tmp_path)
+    suite.write("test_it.py", ALL)
+    with (tmp_path / "host_plugin.py").open("a") as file:
+        file.write(KEEP)
+    status, output = suite.run("--in-vm", "--vm-keep=all")
+    assert status == 1, output
+    assert (suite.path / "kept").read_text().splitlines() == [
+        "test_passes 1 call passed",
+        "test_passes 2 call passed",
+        "test_xfails 3 call passed",
+        "test_fails 3 call failed",
+    ]
