@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -156,6 +156,20 @@ def size_on_disk(folder: Path) -> int:
     )
 
 
+def own_size(folders: Iterable[Path]) -> int:
+    """Bytes that become free with these folders: of files that are only there, without holes."""
+    found: dict[tuple[int, int], list[int]] = {}  # file → bytes, links elsewhere
+    for folder in folders:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                status = (Path(parent) / name).lstat()
+                known = found.setdefault(
+                    (status.st_dev, status.st_ino), [status.st_blocks * 512, status.st_nlink]
+                )
+                known[1] -= 1
+    return sum(size for size, elsewhere in found.values() if elsewhere == 0)
+
+
 @contextmanager
 def removed_afterwards(folder: Path) -> Iterator[Path]:
     """Remove `folder` at the end, if it is still there.
@@ -183,7 +197,7 @@ def remove_tree(folder: Path) -> int:
     Raises:
         TeardownError: something in it cannot be removed.
     """
-    size = size_on_disk(folder)
+    size = own_size([folder])
     shutil.rmtree(folder, ignore_errors=True)
     # Files that mmdebstrap unpacks for an ordinary user belong to that user's range in /etc/subuid.
     # Only root in a user namespace can remove these, and files in read-only folders.

@@ -290,7 +290,7 @@ class Store(Generic[E]):
         if not folder.exists():
             return 0
         # Rename it first: a half-removed folder must not look like a whole one.
-        size = files.size_on_disk(folder)
+        size = files.own_size([folder])
         try:
             folder.rename(tempfile.mkdtemp(prefix=_GONE, dir=self.root))
         except FileNotFoundError:  # somebody else was faster
@@ -343,14 +343,15 @@ class Store(Generic[E]):
     def shrink(self, *, keep: Path | None = None, limit: int = LIMIT) -> None:
         """Remove templates and environments until they take at most `limit` bytes together.
 
-        The least recently used go first. What is in use stays.
+        The least recently used go first. What is in use stays. Files that kept guests have, too, do not
+        count.
 
         Args:
             keep: a folder that stays in any case.
         """
         stores = [Store(self.root.parent, kind, Entry) for kind in _MADE_ANEW]
         found = [(folder, store) for store in stores for folder in store.folders()]
-        total = sum(files.size_on_disk(folder) for folder, _ in found)
+        total = sum(files.own_size([folder]) for folder, _ in found)
         for folder, store in sorted(found, key=lambda pair: _last_use(pair[0])):
             if total <= limit:
                 return

@@ -86,7 +86,7 @@ def enter(
     kept = choose(store, nodeid, guest)
     _check(kept, console=console, pdb=pdb, shell=not (command or ssh or console or pdb))
     output = _output_aside() if ssh else -1
-    with in_use(store, kept), _running(kept, wait=not console) as running:
+    with in_use(store, kept), _running(kept, console=console) as running:
         if console:
             with running.engine.use(hold=True) as its:
                 terminal.converse(running.console, lambda: its.machine.ended() is not None)
@@ -149,7 +149,7 @@ def _check_debugger(kept: KeptGuest) -> None:
 
 
 @contextmanager
-def _running(kept: KeptGuest, *, wait: bool) -> Iterator[Guest]:
+def _running(kept: KeptGuest, *, console: bool) -> Iterator[Guest]:
     """The guest, going on. Our own lines go to standard error."""
     screen = Screen(stderr=True)
     if not kept.has_memory:
@@ -157,18 +157,24 @@ def _running(kept: KeptGuest, *, wait: bool) -> Iterator[Guest]:
     with GuestFactory.open(Settings(), Announcer(screen.say)) as factory, ExitStack() as stack:
         try:
             with screen.waiting(f"entering {kept.guest}"):
-                guest = stack.enter_context(entered(factory.backend, kept, wait=wait))
+                guest = stack.enter_context(entered(factory.backend, kept, wait=not console))
         except (BootError, GuestLost) as error:
             error.add_note(f"Look at its serial console: {line(kept, several=True)} --console")
             raise
         if screen.lively:
-            screen.say(_introduced(kept), "dim")
+            screen.say(_introduced(kept, console=console), "dim")
         yield guest
 
 
-def _introduced(kept: KeptGuest) -> str:
+def _introduced(kept: KeptGuest, *, console: bool) -> str:
     ago = _ago(wall() - kept.saved_at)
-    return f"{kept.moment.nodeid}, {why(kept)}, {ago}. Your changes are gone when you leave"
+    text = f"{kept.moment.nodeid}, {why(kept)}, {ago}. Your changes are gone when you leave"
+    if not console:
+        return text
+    return (
+        f"{text}\nCtrl-] leaves. What you type has an effect only if a program in the guest reads its console, "
+        "such as a login prompt"
+    )
 
 
 def _ago(seconds: float) -> str:

@@ -77,17 +77,28 @@ def list_(*, as_json: bool) -> None:
 @kept.command
 @click.argument("nodeids", nargs=-1, metavar="[NODEID...]")
 @click.option("--all", "every", is_flag=True, help="Remove all of them.")
-def rm(*, nodeids: tuple[str, ...], every: bool) -> None:
+@guest_option
+def rm(*, nodeids: tuple[str, ...], every: bool, guest: str | None) -> None:
     """Remove the kept guests of tests.
 
-    One that somebody has entered stays, and the exit status is 69.
+    A NODEID may also be a file, a class or a folder of the project here: then it stands for all tests in
+    it. A dot stands for the whole project. --all takes those of all projects.
+
+    A guest that somebody has entered stays, and the exit status is 69.
     """
-    if every == bool(nodeids):
-        raise ConfigError("nothing to remove is named", remedy="give NODEIDs of tests, or --all")
+    if every == bool(nodeids) or (every and guest):
+        raise ConfigError(
+            "nothing to remove is named",
+            remedy="give NODEIDs of tests, a dot for all of this project, or --all",
+        )
     store = KeptStore(cache_dir())
     folders = store.folders() if every else []
     for nodeid in nodeids:
-        folders += [it.folder for it in find(store, nodeid)]
+        if guest is not None:
+            folders.append(choose(store, nodeid, guest).folder)
+        else:
+            below = store.below(nodeid, _project(store))
+            folders += [it.folder for it in below or find(store, nodeid)]
     done = store.discard(dict.fromkeys(folders))
     store.sweep()
     if done.removed or not done.in_use:

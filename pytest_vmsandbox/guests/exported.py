@@ -18,7 +18,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -39,6 +39,7 @@ _MAX_TEXT = 16 * MIB  # bytes of the record, and of the index
 _MAX_DEPTH = 4
 _MAX_END = MIB  # bytes of zeros that fill up the archive
 _ROOM_LEFT = 256 * MIB
+_HARM = "is damaged, or made to do harm: "  # so begin errors of the reader
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _ANY_RATIO = 1 << 20  # the index bounds what comes out, so a memory of one byte is no bomb
@@ -228,11 +229,17 @@ def read(path: Path, kind: Kind) -> Iterator[Export]:
         kind: of what was exported.
 
     Raises:
-        ConfigError: it is something else, or damaged.
+        ConfigError: it is not there, or something else, or damaged.
     """
-    name = path.name or str(path)
-    try:
-        with opened(path, name) as source:
+    name = str(path)
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(opened(path, name))
+        except ImageError as error:
+            raise ConfigError(
+                error.brief, remedy="name a file that 'vmsandbox kept export' has written"
+            ) from error
+        try:
             pieces = unpacked(source, Limits(ratio=_ANY_RATIO))
             members = tar.members(source, pieces)
             record = _text(name, next(members, None), RECORD)
@@ -242,8 +249,9 @@ def read(path: Path, kind: Kind) -> Iterator[Export]:
             paths = _checked_paths(name, record.get("digests"), {IN_USE, kind.record})
             files = tuple(_read_index(name, index, paths))
             yield Export(record, name, files, members, pieces)
-    except ImageError as error:
-        raise _refused(name, error.brief) from error
+        except ImageError as error:
+            why = error.brief.removeprefix(f"{name} ").removeprefix(_HARM)
+            raise _refused(name, why) from error
 
 
 def _text(name: str, member: tar.Member | None, expected: str) -> dict[str, Any]:

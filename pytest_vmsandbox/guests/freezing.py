@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.guests import resume
@@ -14,6 +16,7 @@ from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 
+_MORE = 1 << 20  # bytes, more than QEMU writes at once
 _ANSWER_SECONDS = 0.5  # on a usual host with KVM; a guest that takes longer is saved as it is
 
 
@@ -100,9 +103,22 @@ def _save(machine: Machine, state: Path) -> None:
     with state.open("xb", buffering=0) as file:
         try:
             machine.save(file, with_memory=True)
-        except BaseException:
-            file.truncate(0)
+        except MonitorError as error:
+            if why := _unwritable(file):
+                raise MonitorError(f"its memory could not be written: {why}") from error
             raise
+        finally:
+            if sys.exception() is not None:
+                file.truncate(0)
+
+
+def _unwritable(file: IO[bytes]) -> str:
+    """Why nothing more can be written to a file; empty if it can. QEMU does not always say it."""
+    try:
+        os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, _MORE)
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 def _paused(running: Running) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
@@ -166,18 +167,19 @@ class Keeper:
             with ExitStack() as stack:
                 frozen = self._frozen(job.guest.engine, folder / names.STATE, stack)
                 job.goes_on.set()
-                return _written(folder, job.guest.engine.machines, frozen, job.moment)
+                record = _written(folder, job.guest.engine.machines, frozen, job.moment)
+            self._check_size(folder)
+            return record
 
         try:
             kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
-            self._check_size(kept)
             with self._limiting:
                 self._remove_former(job.moment)
                 self._store.limit(self._limit, self._tell)
         except VMSandboxError as error:
             details = "\n".join(filter(None, [error.brief, error.details]))
             remedy = error.remedy
-            if os.strerror(errno.ENOSPC) in details:
+            if any(os.strerror(number) in details for number in (errno.ENOSPC, errno.EDQUOT)):
                 remedy = (
                     f"make room on the disk of {self._store.root}, or set {CACHE} to another folder"
                 )
@@ -186,14 +188,13 @@ class Keeper:
             raise KeepError(f"{name} could not be kept: {error!r}") from error
         return kept
 
-    def _check_size(self, kept: KeptGuest) -> None:
-        """Remove a guest that alone takes more than the limit, before older ones go for it.
+    def _check_size(self, folder: Path) -> None:
+        """Check that a guest alone does not take more than the limit, before older ones go for it.
 
         Raises:
             CacheError: it takes more.
         """
-        if (size := kept.size_on_disk) > self._limit:
-            self._store.discard([kept.folder])
+        if (size := own_size([folder])) > self._limit:
             raise CacheError(
                 f"it takes {format_size(size)}, and vm_keep_size is {format_size(self._limit)}",
                 remedy="set vm_keep_size to more (ini file)",

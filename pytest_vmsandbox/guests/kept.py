@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import KEPT, PRIVATE_KEY, Entry, Store
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware, format_size
@@ -29,6 +30,7 @@ STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
     "tpm",
 )
 _KEY_DIGITS = 16
+_SHOWN = 10  # ids in an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class KeptGuest(Entry):
     @property
     def size_on_disk(self) -> int:
         """Bytes that become free with it: files that others have, too, do not count."""
-        return _own_bytes([self.folder])
+        return own_size([self.folder])
 
 
 class KeptStore(Store[KeptGuest]):
@@ -173,11 +175,17 @@ class KeptStore(Store[KeptGuest]):
                     details="\n".join(sorted(_shown(test, own) for test in found)),
                     remedy="give more of its id; or run the command in the folder of its project",
                 )
-        raise ConfigError(
-            f"no guest of {nodeid!r} was kept",
-            details="\n".join(sorted(_shown(test, own) for test in tests)),
-            remedy="name one of these tests" if tests else "run the test with --vm-keep=failed",
-        )
+        raise _none_of(nodeid, tests, own)
+
+    def below(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
+        """All kept guests of the tests in a file, a class or a folder of a project; of all tests for a dot."""
+        start = nodeid if "::" in nodeid else os.path.normpath(nodeid)
+        return [
+            kept
+            for kept in self.all()
+            if kept.moment.rootdir == os.fspath(rootdir)
+            and (start == os.curdir or kept.moment.nodeid.startswith((f"{start}/", f"{start}::")))
+        ]
 
     def limit(self, size: int, tell: Callable[[str], object]) -> None:
         """Remove the oldest kept guests until they take at most `size` bytes together.
@@ -189,7 +197,7 @@ class KeptStore(Store[KeptGuest]):
         """
         there = sorted(self.all(), key=lambda kept: kept.saved_at)
         for oldest in list(there):
-            if (total := _own_bytes(kept.folder for kept in there)) <= size:
+            if (total := own_size(kept.folder for kept in there)) <= size:
                 return
             if self.discard([oldest.folder]).removed:
                 there.remove(oldest)
@@ -197,20 +205,6 @@ class KeptStore(Store[KeptGuest]):
                     f"the kept guest {oldest.guest} of {oldest.moment.nodeid} was removed: kept guests took "
                     f"{format_size(total)}, and vm_keep_size is {format_size(size)}"
                 )
-
-
-def _own_bytes(folders: Iterable[Path]) -> int:
-    """Bytes on the disk of the files that are in these folders only, without holes."""
-    found: dict[tuple[int, int], list[int]] = {}  # file → bytes, links elsewhere
-    for folder in folders:
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                status = (Path(parent) / name).lstat()
-                known = found.setdefault(
-                    (status.st_dev, status.st_ino), [status.st_blocks * 512, status.st_nlink]
-                )
-                known[1] -= 1
-    return sum(size for size, elsewhere in found.values() if elsewhere == 0)
 
 
 def _is_id(kept: KeptGuest, nodeid: str) -> bool:
@@ -248,6 +242,29 @@ def _without_image(kept: KeptGuest) -> str:
             if rest != inside:
                 return f"{name}[{rest}]"
     return nodeid
+
+
+def _none_of(
+    nodeid: str, tests: Mapping[tuple[str, str], Sequence[KeptGuest]], own: str
+) -> ConfigError:
+    """That no guest of a test is kept, which ones could be meant, and what can be done."""
+    remedy = "run the test with --vm-keep=failed"
+    why = (
+        "the test was not run with --vm-keep, it passed, it had no guest, or the guest was removed"
+    )
+    if not tests:
+        return ConfigError(f"no guest of {nodeid!r} is kept", details=why, remedy=remedy)
+    # Those of this project first, then the newest.
+    newest = sorted(tests, key=lambda test: tests[test][0].saved_at, reverse=True)
+    newest.sort(key=lambda test: test[0] != own)
+    shown = [f"  {_shown(test, own)}" for test in newest[:_SHOWN]]
+    if more := len(newest) - len(shown):
+        shown.append(f"  and {more} more: 'vmsandbox kept list'")
+    return ConfigError(
+        f"no guest of {nodeid!r} is kept",
+        details="\n".join([why, "kept are those of:", *shown]),
+        remedy=f"name one of these tests, or {remedy}",
+    )
 
 
 def _shown(test: tuple[str, str], own: str) -> str:

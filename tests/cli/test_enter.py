@@ -209,8 +209,12 @@ def test_what_it_is():
         moment=SimpleNamespace(nodeid="a::b", outcome="failed", phase="call", error="assert 0"),
         saved_at=wall() - 7300,
     )
-    said = enter._introduced(it)
+    said = enter._introduced(it, console=False)
     assert said == "a::b, assert 0, 2 hours ago. Your changes are gone when you leave"
+    said = enter._introduced(it, console=True)
+    assert said.startswith("a::b, assert 0, 2 hours ago. Your changes are gone when you leave\n")
+    assert "Ctrl-] leaves" in said
+    assert "if a program in the guest reads its console" in said
 
 
 @pytest.mark.parametrize(
@@ -333,6 +337,11 @@ class TestConsole:
         thread.join(20)
         assert [*heard, played.guest.recv(99)] == [b"a\x03", b"\x1b[1mback\r\n", b"b"]
         assert termios.tcgetattr(played.terminal) == before
+
+    def test_what_is_typed_too_early_counts(self, played):
+        os.write(played.keys, b"a\x1d")
+        terminal.converse(played.console, lambda: True, keys=played.terminal, screen=played.out)
+        assert played.guest.recv(99) == b"a"
 
     def test_it_ends_with_the_guest(self, played):
         with pytest.raises(GuestLost, match="has ended"):

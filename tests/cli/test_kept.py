@@ -111,6 +111,32 @@ class TestList:
 
 
 class TestRm:
+    def test_of_a_file_a_folder_and_the_project(self, invoke, cache, tmp_path):
+        here = {"rootdir": os.fspath(tmp_path)}
+        for nodeid in (
+            "a/x.py::t[tiny]",
+            "a/x.py::C::u[tiny]",
+            "a/xx.py::t[tiny]",
+            "b/x.py::t[tiny]",
+        ):
+            made_kept.add(cache, nodeid, **here)
+        made_kept.add(cache, "a/x.py::other[tiny]")
+        assert "removed: 1 kept guest" in invoke("kept", "rm", "a/x.py::C").stdout
+        assert "removed: 1 kept guest" in invoke("kept", "rm", "./a/x.py").stdout
+        assert ids(cache) == {"a/xx.py::t[tiny]", "b/x.py::t[tiny]", "a/x.py::other[tiny]"}
+        assert "removed: 1 kept guest" in invoke("kept", "rm", "a/").stdout
+        assert "removed: 1 kept guest" in invoke("kept", "rm", ".").stdout
+        assert ids(cache) == {"a/x.py::other[tiny]"}  # of another project
+        assert invoke("kept", "rm", ".").exit_code == 2
+
+    def test_one_guest_of_a_test(self, invoke, cache):
+        made_kept.add(cache)
+        made_kept.add(cache, number=2, guest="tiny-2")
+        done = invoke("kept", "rm", "test_y", "--guest", "tiny-2")
+        assert "removed: 1 kept guest" in done.stdout
+        assert [it.guest for it in KeptStore(cache).all()] == ["tiny-1"]
+        assert invoke("kept", "rm", "test_y", "--guest", "tiny-2").exit_code == 2
+
     def test_of_one_test(self, invoke, cache):
         made_kept.add(cache)
         made_kept.add(cache, number=2, guest="tiny-2")
@@ -239,6 +265,19 @@ class TestImport:
         assert "--trust" in done.stderr
         assert "tiny-1 of tests/test_x.py::test_y[tiny]" in done.stderr
         assert ids(cache) == set()
+
+    def test_no_such_file(self, invoke, tmp_path):
+        done = invoke("kept", "import", str(tmp_path / "nix.kept"), "--trust")
+        assert done.exit_code == 2
+        assert f"{tmp_path}/nix.kept cannot be read: it does not exist" in done.stderr
+        assert "damaged" not in done.stderr
+
+    def test_something_else(self, invoke, tmp_path):
+        (tmp_path / "test_x.py").write_text("import os\n" * 99)
+        done = invoke("kept", "import", str(tmp_path / "test_x.py"), "--trust")
+        assert done.exit_code == 2
+        assert f"{tmp_path}/test_x.py is no kept guest, or it is damaged: " in done.stderr
+        assert done.stderr.count("damaged") == 1, done.stderr
 
     def test_not_twice(self, invoke, cache, file):
         assert invoke("kept", "import", str(file), "--trust").exit_code == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox import VMSandboxError
+from pytest_vmsandbox import ConfigError, VMSandboxError
 from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.keeping import Keeper, KeepError
 from pytest_vmsandbox.guests.kept import KeptStore, Moment
@@ -70,14 +70,14 @@ def keeper(vm_factory, tmp_path, monkeypatch):
         yield keeper
 
 
-def in_a_new_process(cache, **environment):
+def in_a_new_process(cache):
     return subprocess.run(
         [sys.executable, "-c", ENTER], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "VMSANDBOX_CACHE": str(cache), **environment},
+        env={**os.environ, "VMSANDBOX_CACHE": str(cache)},
     )  # fmt: skip
 
 
-def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path):
+def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path, monkeypatch):
     with vm_factory.boot("tiny", disks=["16MiB"], **SIZE) as vm:
         service = vm.popen(["sh", "-c", "while :; do echo hello | nc -l -p 7000; done"])
         disk = vm.attach_disk(size="8MiB")
@@ -99,6 +99,8 @@ def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path):
     }
     assert modes == {0o600}
 
+    # Proving the accelerator anew would take longer than all of the rest.
+    (tmp_path / "kept" / "accelerator").symlink_to(vm_factory.backend.cache / "accelerator")
     done = in_a_new_process(tmp_path / "kept")
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
@@ -115,10 +117,13 @@ def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path):
     shutil.copy(find_qemu("x86_64").path, another)
     with another.open("ab") as file:
         file.write(b"\0")
-    refused = in_a_new_process(tmp_path / "kept", VMSANDBOX_QEMU=str(another))
-    assert "cannot go on with this QEMU: another build has saved it" in refused.stderr
-    assert f"saved by: QEMU {kept.qemu[0]} (SHA-256 {kept.qemu[1]})" in refused.stderr
-    assert "Remedy: install QEMU" in refused.stderr
+    monkeypatch.setenv("VMSANDBOX_QEMU", str(another))
+    with pytest.raises(ConfigError) as refused, entered(vm_factory, kept):
+        pass
+    said = str(refused.value)
+    assert "cannot go on with this QEMU: another build has saved it" in said
+    assert f"saved by: QEMU {kept.qemu[0]} (SHA-256 {kept.qemu[1]})" in said
+    assert f"Remedy: install QEMU {kept.qemu[0]} from the same package" in said
 
 
 def test_guests_that_do_not_answer(vm_factory, keeper):
@@ -137,16 +142,23 @@ def test_guests_that_do_not_answer(vm_factory, keeper):
         assert vm.qmp("query-status")["status"] == "guest-panicked"
 
 
-def test_a_full_disk_leaves_nothing_and_the_guest_goes_on(
-    vm_factory, keeper, tmp_path, monkeypatch
-):
-    with small_file_system(tmp_path / "small", "16m") as small:
-        monkeypatch.setattr(keeper, "_store", KeptStore(small))
-        with vm_factory.boot("tiny", **SIZE) as vm:
-            with pytest.raises(KeepError, match=f"{vm.name} could not be kept") as raised:
-                keeper.keep(vm, moment())
-            before = time.time()
-            assert abs(int(vm.run(["date", "+%s"]).stdout) - before) < 3
+def test_no_room(vm_factory, keeper, tmp_path):
+    """Neither on the disk, nor for the limit: the guest goes on, and nothing is left of it."""
+    with vm_factory.boot("tiny", **SIZE) as vm:
+        on_a_full_disk(vm, vm_factory, tmp_path)
+        larger_than_the_limit(vm, vm_factory, keeper)
+
+
+def on_a_full_disk(vm, vm_factory, tmp_path):
+    with (
+        small_file_system(tmp_path / "small", "16m") as small,
+        Keeper(vm_factory.backend, limit=1 << 40, tell=pytest.fail) as keeper,
+    ):
+        keeper._store = KeptStore(small)
+        with pytest.raises(KeepError, match=f"{vm.name} could not be kept") as raised:
+            keeper.keep(vm, moment())
+        before = time.time()
+        assert abs(int(vm.run(["date", "+%s"]).stdout) - before) < 3
         (outcome,) = keeper.close()
         assert outcome.kept is None
         assert outcome.error is raised.value
@@ -155,14 +167,14 @@ def test_a_full_disk_leaves_nothing_and_the_guest_goes_on(
         assert [path.name for path in Path(small).rglob("*")] == ["kept", f"{outcome.key}.lock"]
 
 
-def test_one_that_is_larger_than_the_limit_takes_no_older_one_away(vm_factory, keeper, tmp_path):
-    with vm_factory.boot("tiny", **SIZE) as vm:
-        keeper.keep(vm, moment())
-        with keeper, Keeper(vm_factory.backend, limit=1 << 20, tell=pytest.fail) as small:
-            small._store = keeper._store
-            small.keep(vm, moment(number=2))
-            (outcome,) = small.close()
+def larger_than_the_limit(vm, vm_factory, keeper):
+    """One that is takes no older ones away, also not that of the same test."""
+    keeper.keep(vm, moment())
+    with keeper, Keeper(vm_factory.backend, limit=1 << 20, tell=pytest.fail) as small:
+        small._store = keeper._store
+        small.keep(vm, moment(error="later"))
+        (outcome,) = small.close()
     assert outcome.kept is None
     assert str(outcome.error).startswith(f"{vm.name} could not be kept\nit takes ")
     assert "vm_keep_size is 1MiB" in str(outcome.error)
-    assert [kept.moment.number for kept in keeper._store.all()] == [1]
+    assert [kept.moment.error for kept in keeper._store.all()] == ["assert 0"]

@@ -29,10 +29,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pytest_vmsandbox.cache.store import IN_USE
+from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.spec import parse_size
 from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
+from pytest_vmsandbox.guests.templates import TemplateStore
 from torture import kill
 
 BEGIN_SECONDS = 120.0  # for the first guest to be kept
@@ -94,7 +97,7 @@ def main() -> int:
 
 
 class World:
-    """What the rounds share: the images, and a template, which the first one builds."""
+    """What the rounds share: the images, and a template. It is built, unless the user's cache has it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,6 +106,7 @@ class World:
         self._counting = threading.Lock()
         self._cache = folder / "cache"
         kill.make_cache(self._cache)
+        copy_templates(self._cache)
         settings = Settings(cache=self._cache, runtime=folder / "runtime", clones="demand")
         with GuestFactory.open(settings) as factory, factory.boot("tiny", memory=MEMORY):
             pass
@@ -119,7 +123,7 @@ class World:
         mark = f"VMSANDBOX_TORTURE_KEEP={os.getpid()}.{one.number}"
         env = {
             **os.environ, "VMSANDBOX_CACHE": str(cache), "VMSANDBOX_RUNTIME": str(folder / "runtime"),
-            "TMPDIR": str(folder), **dict([mark.split("=")]),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TMPDIR": str(folder), **dict([mark.split("=")]),
         }  # fmt: skip
         before = kill.files(folder)
         argv = [
@@ -129,7 +133,7 @@ class World:
             "-p",
             "no:cacheprovider",
             "-p",
-            "no:benchmark",
+            "vmsandbox",
             "--vm-keep=failed",
             "test_suite.py",
         ]
@@ -211,6 +215,19 @@ class World:
             (kept,) = KeptStore(self._one).all()
             with entered(factory, kept) as vm:
                 return vm.read_text("/here") == "kept"
+
+
+def copy_templates(cache: Path) -> None:
+    """Copy templates of the same size from the user's cache: a copy is as good as a new one."""
+    store = TemplateStore(cache_dir())
+    for template in store.all():
+        same = template.image == "tiny" and template.memory.stat().st_size == parse_size(
+            MEMORY, "memory"
+        )
+        with contextlib.suppress(FileNotFoundError):  # somebody else has removed it
+            if same:
+                with store.hold(template.folder):
+                    shutil.copytree(template.folder, cache / "templates" / template.folder.name)
 
 
 def fault_of(kept: KeptGuest) -> str:

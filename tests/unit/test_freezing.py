@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +149,17 @@ def test_a_full_disk_has_room_again_before_it_goes_on(frozen):
     with pytest.raises(MonitorError, match="no room"):
         frozen(machine, Helper())
     assert machine.done == ["pause", "disks", "save", "resume"]
+    assert machine.sizes == [0]
+
+
+def test_that_the_disk_is_full_is_said_though_qemu_does_not(frozen, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    machine = Machine(fault=MonitorError("QEMU failed to save or load the guest's state"))
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(MonitorError, match="No space left on device"):
+        frozen(machine, Helper())
     assert machine.sizes == [0]
 
 

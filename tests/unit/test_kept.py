@@ -121,13 +121,30 @@ class TestFind:
         assert raised.value.details == "a.py::test_y[debian-13]\na.py::test_y[tiny]"
 
     def test_none(self, store, keep):
-        with pytest.raises(ConfigError, match="no guest of 'test_z' was kept") as raised:
+        with pytest.raises(ConfigError, match="no guest of 'test_z' is kept") as raised:
             store.find("test_z", HERE)
         assert raised.value.remedy == "run the test with --vm-keep=failed"
         keep(moment(rootdir="/other"))
         with pytest.raises(ConfigError) as raised:
             store.find("est_y", HERE)  # only a whole word is an end
-        assert raised.value.details == "tests/test_x.py::test_y[debian-13] (in /other)"
+        assert raised.value.details.splitlines()[-2:] == [
+            "kept are those of:",
+            "  tests/test_x.py::test_y[debian-13] (in /other)",
+        ]
+        assert raised.value.details.startswith("the test was not run with --vm-keep, ")
+        assert (
+            raised.value.remedy == "name one of these tests, or run the test with --vm-keep=failed"
+        )
+
+    def test_none_of_very_many(self, store, keep):
+        for number in range(12):
+            keep(moment(f"t.py::test_{number:02}[tiny]"), saved_at=number)
+        keep(moment("t.py::test_of_others[tiny]", rootdir="/other"), saved_at=99)
+        with pytest.raises(ConfigError) as raised:
+            store.find("test_z", HERE)
+        lines = raised.value.details.splitlines()
+        assert lines[-2:] == ["  t.py::test_02[tiny]", "  and 3 more: 'vmsandbox kept list'"]
+        assert "  t.py::test_11[tiny]" in lines
 
 
 class TestItsRoom:
@@ -156,6 +173,16 @@ class TestItsRoom:
         store.limit((1 << 20) - 1, lambda _: None)
         assert store.all() == []
         assert not second.folder.exists()
+
+    def test_what_is_said_to_be_freed_is_what_becomes_free(self, store, keep, tmp_path):
+        disk = tmp_path / "disk.raw"
+        disk.write_bytes(os.urandom(1 << 20))
+        first = keep(moment(), linked=disk)
+        second = keep(moment(number=2), linked=disk)
+        size = first.size_on_disk
+        assert store.discard([first.folder]).freed == size < 1 << 20
+        disk.unlink()
+        assert store.discard([second.folder]).freed == size + (1 << 20)
 
     def test_what_is_in_use_stays(self, store, keep):
         kept, told = keep(moment()), []
