@@ -18,6 +18,7 @@ from pytest_vmsandbox.machine.loop import LoopThread
 
 Event = Mapping[str, Any]
 _ANSWER_SECONDS = 30.0
+_AGAIN_SECONDS = 1.0  # the same, while QEMU owes an answer: it was stopped, perhaps
 _CLOSE_SECONDS = 5.0
 
 
@@ -39,6 +40,7 @@ class Monitor:
         self._client.register_listener(self._listener)
         self._events: list[Event] = []
         self._arrived = threading.Condition()
+        self._owes = False  # whether the last answer has not come in time
         self._passing = threading.Lock()  # QEMU keeps one descriptor until a command takes it
 
     @contextmanager
@@ -82,12 +84,16 @@ class Monitor:
             MonitorError: QEMU refused it, did not answer in time, or is gone.
         """
         self._record("->", {"execute": command, "arguments": dict(arguments or {})})
+        if self._owes:
+            timeout = min(timeout, _AGAIN_SECONDS)
         try:
             with nullcontext() if fd is None else self._passing:
                 answer = self._await(self._execute(command, arguments, fd), timeout, command)
         except MonitorError as error:
+            self._owes = error.transient
             self._record("<-", {"error": error.brief})
             raise
+        self._owes = False
         self._record("<-", {"return": answer})
         return answer
 

@@ -63,9 +63,8 @@ class Artifacts:
         """Put texts about a guest into its folder in the folder of a test, by the name of a file for each."""
         for name, text in texts.items():
             file = self.of_guest(nodeid, guest) / name
-            file.unlink(missing_ok=True)
-            file.touch(0o600)
-            file.write_text(text, "utf-8", "replace")
+            with _private(file):
+                file.write_text(text, "utf-8", "replace")
 
     def of_logs(self, guest: str) -> Path:
         """The folder that a guest logs into, private to this run. It is made if it is missing."""
@@ -170,9 +169,9 @@ class Gatherer:
 
     def _look(self, nodeid: str, guest: Guest, name: str) -> None:
         picture = self._artifacts().of_guest(nodeid, name) / "screenshot.png"
-        with suppress(VMSandboxError):  # the guest may be gone, which is the failure
+        # The guest may be gone, which is the failure.
+        with suppress(VMSandboxError), _private(picture):
             guest.screenshot(picture)
-            picture.chmod(0o600)
         self._asked_for.add(nodeid)
         if len(self._asked_for) > _MOST_ASKED:
             self._tell(
@@ -209,6 +208,18 @@ def temporary_folder(config: pytest.Config) -> Path:
     if factory is None:
         return Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
     return factory.mktemp("vm-artifacts")
+
+
+@contextmanager
+def _private(file: Path) -> Iterator[None]:
+    """A new file that only this user can read. There is none if the block fails."""
+    file.unlink(missing_ok=True)
+    file.touch(0o600)
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _link(source: str, dest: str) -> None:

@@ -43,10 +43,15 @@ class _Occasion:
     is_certain: bool = True
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether the test has failed then, perhaps in an attempt that a plugin has repeated."""
+        return self.error is not None and self.is_certain
+
     def covers(self, later: _Occasion) -> bool:
         """Whether a guest that was kept on this occasion need not be kept again on a later one."""
         if self.error is None or later.error is None:
-            return later.error is None and (self.error is None or self.is_certain)
+            return self.error is later.error
         return self.is_certain or belong_together(self.error, later.error)
 
 
@@ -200,7 +205,7 @@ class Keeping:
             kept.key
             for kept in test.kept.values()
             if test.has_failed
-            or self._keeps_all
+            or (self._keeps_all and not kept.occasion.is_failure)
             or (not test.is_over and kept.occasion.is_certain)  # somebody pressed Ctrl-C
         )
         if test.has_failed and not stays:  # a plugin has repeated the test without our hooks

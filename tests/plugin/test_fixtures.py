@@ -319,6 +319,27 @@ class TestArtifacts:
         told = [line for line in result.outlines if "missing or not complete" in line]
         assert len(told) == (1 if trouble == "full" else 0)
 
+    def test_no_part_of_a_file_is_left(self, suite):
+        suite.write("""
+            from pytest_vmsandbox.core.errors import MonitorError
+            from pytest_vmsandbox.plugin import RUN
+
+            def half(path):
+                path.write_bytes(b"half")
+                raise MonitorError("no more")
+
+            def test_a(vm):
+                vm.screenshot = half
+                assert False
+
+            def test_b(vm, pytestconfig):
+                pytestconfig.stash[RUN]._gatherer._ask = lambda _: {"text": b"no str"}
+                assert False
+        """)
+        suite.run("--vm-artifacts=kept").assert_outcomes(failed=2)
+        names = sorted(file.name for file in suite.path.glob("kept/*/*/*"))
+        assert names == ["console.log", "console.log", "processes.txt", "screenshot.png"]
+
     def test_a_failure_that_a_test_expects_is_not_looked_at_instead_of_its_own(self, suite):
         suite.write("""
             import pytest

@@ -350,6 +350,29 @@ def pytest_runtest_makereport(item, call):
             "keep alpha-2-4 2 call AssertionError: 2",
         ]
 
+    def test_all_has_no_failed_attempt_of_a_test_that_passes(self, kept, suite):
+        """A plugin repeats the test without pytest's hooks."""
+        source = """
+            import pytest
+
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(vm, request, pytestconfig):
+                pytestconfig.stash[RUN].at_failure(request.node, "call", "first attempt")
+            def test_b(vm_factory, request, pytestconfig):
+                with vm_factory.boot("alpha-1"):
+                    pytestconfig.stash[RUN].at_failure(request.node, "call", "first attempt")
+        """
+        happened = kept(source, keep="all", passed=2)
+        assert [line for line in happened if not line.startswith(("boot", "end"))] == [
+            "keep alpha-1-1 1 call first attempt",
+            "keep alpha-1-1 1 call passed",
+            "keep alpha-1-2 1 call first attempt",
+            "forget test_b#1",
+        ]
+        (line,) = [line for line in suite.result.outlines if "vmsandbox enter" in line]
+        assert line.startswith("passed, 3MiB: ")
+
     def test_all(self, kept):
         source = """
             import pytest
