@@ -276,6 +276,7 @@ class Backend:
             settings=self.settings,
             hints=self.callbacks.hints,
             on_resume=self.idle.pause_some,
+            on_restore=self.callbacks.guest_restoring,
         )
 
     def _check_network(self, hardware: Hardware) -> None:

@@ -81,6 +81,10 @@ class Callbacks(Protocol):
         """A guest answers, and is about to be handed out."""
         return
 
+    def guest_restoring(self, guest: str, error: BaseException) -> None:
+        """A block with a snapshot of a guest was left with an error. The snapshot is about to be restored."""
+        return
+
     def guest_stopping(self, guest: Guest, error: BaseException | None) -> None:
         """A guest is about to be ended.
 

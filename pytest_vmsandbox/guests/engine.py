@@ -44,11 +44,11 @@ class Engine:
         settings: have the timeouts of boots and commands.
         hints: lines for errors: where the artifacts are, and so on.
         on_resume: called when the guest goes on after a pause.
+        on_restore: called with its name and the error that lets a snapshot be restored.
 
     Attributes:
         spec: the guest's hardware.
-        origin: how the guest was made: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or
-            ``booted``.
+        origin: ``armed`` (cloned ahead of demand), ``cloned`` (on demand) or ``booted``.
         facts: what its last preparation has returned, as JSON values; empty for preparations of users.
         machines: its machines, and the disks that they have.
         orderly: held while the guest shuts itself down, or its disks change.
@@ -63,17 +63,17 @@ class Engine:
         settings: Settings,
         hints: Callable[[], Sequence[str]],
         on_resume: Callable[[], None] = lambda: None,
+        on_restore: Callable[[str, BaseException], None] = lambda *_: None,
     ) -> None:
-        self.name = machines.name
-        self.image = machines.blueprint.image
+        self.name, self.image = machines.name, machines.blueprint.image
         self.spec = machines.blueprint.hardware
         self.stretch = machines.blueprint.stretch
         self.origin = "booted"
         self.facts: Mapping[str, object] = {}
         self.machines = machines
-        self._settings = settings
-        self._hints = hints
+        self._settings, self._hints = settings, hints
         self._on_resume = on_resume
+        self.on_restore = on_restore
         self.running: Running | None = None
         self.power = threading.RLock()
         self.orderly = threading.Lock()

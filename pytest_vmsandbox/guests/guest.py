@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, overload
 
 from pytest_vmsandbox.core.deadline import Deadline
@@ -491,9 +492,21 @@ class _Snapshot:
         with self._engine.explained():
             self._saved = self._engine.save()
 
-    def __exit__(self, *_: object) -> None:
-        with self._engine.explained():
-            self._engine.roll_back(self._saved)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            # pytest's failures are no subclasses of Exception. With the others, there is no time.
+            if error is not None and not isinstance(
+                error, (KeyboardInterrupt, SystemExit, GeneratorExit)
+            ):
+                self._engine.on_restore(self._engine.name, error)
+        finally:
+            with self._engine.explained():
+                self._engine.roll_back(self._saved)
 
 
 def _warn_of(what: str, source: StrPath, left_out: Sequence[str]) -> None:

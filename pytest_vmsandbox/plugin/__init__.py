@@ -14,6 +14,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import (
+    alarms,
     config as options,
     hookspecs,
     naming,
@@ -59,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     run = config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
+    config.pluginmanager.register(alarms, "vmsandbox-alarms")
     with suppress(pytest.UsageError):  # it is reported with all other wrong values
         if run.keeps:
             config.pluginmanager.register(run.keeping, "vmsandbox-keeping")
@@ -280,6 +282,8 @@ class _Protocol:
         if call.when == "setup":
             run.begin_attempt()
         if report.failed:
+            if call.excinfo is not None:
+                alarms.stop(item)
             error = report.longreprtext if call.excinfo is None else call.excinfo.value
             run.at_failure(item, call.when, error)
         elif call.when == "call":

@@ -6,13 +6,17 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.plugin.keeping import belong_together
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
@@ -66,18 +70,23 @@ class Artifacts:
     def of_logs(self, guest: str) -> Path:
         """The folder that a guest logs into, private to this run. It is made if it is missing."""
         folder = self._guests / guest
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed them
         return folder
 
     def keep_logs(self, nodeid: str, guest: str) -> None:
-        """Link a guest's logs into the folder of a test. The guest may go on logging."""
+        """Link a guest's logs into the folder of a test. The guest may go on logging.
+
+        Raises:
+            OSError: they are missing there, or not complete.
+        """
         place = self.of_guest(nodeid, guest)
-        with suppress(OSError):  # the test must not fail because of a full disk
-            shutil.copytree(self._guests / guest, place, copy_function=_link, dirs_exist_ok=True)
+        if (logs := self._guests / guest).is_dir():
+            shutil.copytree(logs, place, copy_function=_link, dirs_exist_ok=True)
 
     def discard_logs(self, guest: str) -> None:
         """Remove the folder that a guest has logged into. Links in tests' folders stay."""
-        shutil.rmtree(self._guests / guest, ignore_errors=True)
+        if self._logs is not None:
+            shutil.rmtree(self._logs / guest, ignore_errors=True)
 
     def close(self) -> None:
         """Remove the logs of guests. Links in tests' folders stay."""
@@ -126,25 +135,42 @@ class Gatherer:
         self._artifacts = artifacts
         self._ask = ask
         self._tell = tell
-        self._seen: set[str] = set()  # guests, in this attempt at a test
+        # Guests, in this attempt at a test, with an error that the test may expect.
+        self._seen: dict[str, BaseException | str | None] = {}
         self._asked_for: set[str] = set()  # failed tests
 
     def begin(self) -> None:
         """Another attempt at a test begins. What a guest showed before is replaced if it fails again."""
         self._seen.clear()
 
-    def gather(self, nodeid: str, guest: Guest, name: str = "") -> None:
+    def gather(
+        self,
+        nodeid: str,
+        guest: Guest,
+        name: str = "",
+        *,
+        error: BaseException | str | None = None,
+        is_certain: bool = True,
+    ) -> None:
         """Look at a guest, if this attempt has not failed before. This raises no error.
 
         Args:
             name: of its folder; empty for its own name.
+            error: what was raised, or one line.
+            is_certain: whether the test has failed. It may expect what was raised.
         """
         name = name or guest.name
-        if name in self._seen:
+        if self._was_seen(name, error, is_certain=is_certain):
             return
-        self._seen.add(name)
-        with suppress(VMSandboxError, OSError):  # the guest may be gone, which is the failure
-            picture = self._artifacts().of_guest(nodeid, name) / "screenshot.png"
+        try:
+            with telling(self._tell):
+                self._look(nodeid, guest, name)
+        except Exception as failed:  # noqa: BLE001  # whatever it is, it is no failure of the test
+            self._tell(f"{guest.name} could not be asked what it was doing: {failed!r}")
+
+    def _look(self, nodeid: str, guest: Guest, name: str) -> None:
+        picture = self._artifacts().of_guest(nodeid, name) / "screenshot.png"
+        with suppress(VMSandboxError):  # the guest may be gone, which is the failure
             guest.screenshot(picture)
             picture.chmod(0o600)
         self._asked_for.add(nodeid)
@@ -154,14 +180,43 @@ class Gatherer:
                 "logs, and those of others were not, to save time"
             )
             return
-        with suppress(OSError):  # the disk may be full
-            self._artifacts().add(nodeid, name, self._ask(guest))
+        self._artifacts().add(nodeid, name, self._ask(guest))
+
+    def _was_seen(self, name: str, error: BaseException | str | None, *, is_certain: bool) -> bool:
+        """Whether this attempt has looked at a guest for the same failure, or for its first one."""
+        was_seen, earlier = name in self._seen, self._seen.get(name)
+        if was_seen and earlier and error and not belong_together(earlier, error):
+            was_seen = False
+        if not was_seen or is_certain:
+            self._seen[name] = None if is_certain else error
+        return was_seen
+
+
+@contextmanager
+def telling(tell: Callable[[str], object]) -> Iterator[None]:
+    """Print a line at the end of the run if artifacts cannot be written. No test fails because of that."""
+    try:
+        yield
+    except OSError as error:
+        why = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or error
+        brief, _, _ = str(why).partition(": '")
+        tell(f"artifacts of failed tests are missing or not complete: {brief}")
+
+
+def temporary_folder(config: pytest.Config) -> Path:
+    """Make a folder. pytest removes it some runs later, unless its `tmpdir` is off."""
+    factory: pytest.TempPathFactory | None = getattr(config, "_tmp_path_factory", None)
+    if factory is None:
+        return Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
+    return factory.mktemp("vm-artifacts")
 
 
 def _link(source: str, dest: str) -> None:
     Path(dest).unlink(missing_ok=True)
     try:
         os.link(source, dest)
+    except FileNotFoundError:  # the guest has just removed it
+        return
     except OSError:  # a file system without hard links
         shutil.copy2(source, dest)
 

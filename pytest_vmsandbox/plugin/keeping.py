@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from _pytest.unittest import TestCaseFunction
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.core.text import one_line, printable
-from pytest_vmsandbox.plugin import config as options
+from pytest_vmsandbox.plugin import alarms, config as options
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.backend import Backend
@@ -48,7 +47,7 @@ class _Occasion:
         """Whether a guest that was kept on this occasion need not be kept again on a later one."""
         if self.error is None or later.error is None:
             return later.error is None and (self.error is None or self.is_certain)
-        return self.is_certain or _belong_together(self.error, later.error)
+        return self.is_certain or belong_together(self.error, later.error)
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,13 @@ class Line:
     guest: str
     phase: str
     failed: bool
+    number: int = 1
     size: int = 0
 
     @classmethod
     def of(cls, moment: Moment, guest: str) -> Line:
         """A guest that was kept at a moment."""
-        return cls(moment.nodeid, guest, moment.phase, moment.outcome == "failed")
+        return cls(moment.nodeid, guest, moment.phase, moment.outcome == "failed", moment.number)
 
 
 class Keeping:
@@ -358,7 +358,7 @@ class Keeping:
                 error=_in_one_line(occasion.error),
                 **occasion.about,
             )
-            with _alarm_paused():
+            with alarms.paused(item):
                 key = self.keeper.keep(guest, moment)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no failure of the test
             why = _why(error, guest.name)
@@ -406,8 +406,10 @@ class Keeping:
             title += f" ({format_size(total)} of {limit})"
         rows = []
         for command, line in commands_for(self.lines):
-            about = f"failed in {line.phase}" if line.failed else "passed"
-            rows.append(f"{about}, {format_size(line.size)}: {command}")
+            about = [f"failed in {line.phase}" if line.failed else "passed"]
+            if _are_several(self.lines, line):
+                about.append(f"its guest {line.number}")  # as it asked for them
+            rows.append(f"{', '.join([*about, format_size(line.size)])}: {command}")
         return [title, *rows]
 
     def found(self) -> dict[str, dict[str, Any]]:
@@ -430,14 +432,18 @@ class Keeping:
 
 def commands_for(lines: Mapping[str, Line]) -> list[tuple[str, Line]]:
     """What a person types to enter each kept guest. Guests of one test are told apart by name."""
-    nodeids = [line.nodeid for line in lines.values()]
     found = []
     for line in lines.values():
         words = ["vmsandbox", "enter", line.nodeid]
-        if nodeids.count(line.nodeid) > 1:
+        if _are_several(lines, line):
             words += ["--guest", line.guest]
         found.append((shlex.join(words), line))
     return found
+
+
+def _are_several(lines: Mapping[str, Line], line: Line) -> bool:
+    """Whether several guests of its test are kept."""
+    return [other.nodeid for other in lines.values()].count(line.nodeid) > 1
 
 
 def _why(error: Exception, guest: str) -> str:
@@ -453,12 +459,16 @@ def _in_one_line(error: BaseException | str | None) -> str:
     if isinstance(error, BaseException):
         said = error.brief if isinstance(error, VMSandboxError) else str(error)
         first = next(iter(said.splitlines()), "")
-        error = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        kind = type(error).__name__
+        if isinstance(error, AssertionError) and first.startswith("assert "):
+            error = first  # as pytest shows it
+        else:
+            error = f"{kind}: {first}" if first else kind
     *_, last = ["", *printable(error or "").splitlines()]
-    return last[:_LONGEST_ERROR]
+    return last[:_LONGEST_ERROR].strip()
 
 
-def _belong_together(earlier: BaseException | str, later: BaseException | str) -> bool:
+def belong_together(earlier: BaseException | str, later: BaseException | str) -> bool:
     """Whether one of two errors has led to the other one."""
     return any(error is earlier for error in _behind(later)) or any(
         error is later for error in _behind(earlier)
@@ -479,17 +489,3 @@ def _behind(error: object) -> list[object]:
         if isinstance(error, BaseExceptionGroup):
             waiting += error.exceptions
     return found
-
-
-@contextmanager
-def _alarm_paused() -> Iterator[None]:
-    """Stop the alarm of pytest-timeout meanwhile: saving a guest is no part of the test."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    seconds, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    try:
-        yield
-    finally:
-        if seconds:
-            signal.setitimer(signal.ITIMER_REAL, seconds, interval)

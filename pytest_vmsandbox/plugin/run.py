@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext, suppress
@@ -20,8 +19,8 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.spec import parse_kernel
-from pytest_vmsandbox.plugin import config as options, plan as plans
-from pytest_vmsandbox.plugin.artifacts import Artifacts, Gatherer
+from pytest_vmsandbox.plugin import alarms, config as options, plan as plans
+from pytest_vmsandbox.plugin.artifacts import Artifacts, Gatherer, telling, temporary_folder
 from pytest_vmsandbox.plugin.keeping import Keeping
 from pytest_vmsandbox.plugin.plan import Variant
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
@@ -283,18 +282,15 @@ class Run:
     @cached_property
     def artifacts(self) -> Artifacts:
         """The artifacts. Without an option, they go beside pytest's other temporary folders."""
-        root = options.artifacts_dir(self.config) or self._temporary()
+        root = options.artifacts_dir(self.config) or temporary_folder(self.config)
         return Artifacts(root, own=self.factory.backend.own)
 
-    def _temporary(self) -> Path:
-        """Make a temporary folder. pytest removes it some runs later, unless its `tmpdir` is off."""
-        factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
-        if factory is None:
-            return Path(tempfile.mkdtemp(prefix="vm-artifacts-"))
-        return factory.mktemp("vm-artifacts")
-
     def artifacts_of(self, item: pytest.Item) -> Path:
-        """The folder of a test, with the logs of the guests that the test may have used."""
+        """The folder of a test, with the logs of the guests that the test may have used.
+
+        Raises:
+            OSError: there is no folder, or not all logs are in it.
+        """
         for guest in self._used_by(item):
             self.artifacts.keep_logs(item.nodeid, guest)
         return self.artifacts.of_test(item.nodeid)
@@ -311,6 +307,10 @@ class Run:
     def finish(self, item: pytest.Item) -> None:
         """Forget a test. Its artifacts stay only if it failed."""
         self.item = None
+        with alarms.paused(item):
+            self._finish(item)
+
+    def _finish(self, item: pytest.Item) -> None:
         self.keeping.finish(item)
         used = self._used_by(item)
         for known in self._guests.values():
@@ -325,7 +325,8 @@ class Run:
         for name in used:
             known = self._guests[name]
             known.has_failed = True
-            self.artifacts.keep_logs(item.nodeid, name)
+            with telling(self.tell):
+                self.artifacts.keep_logs(item.nodeid, name)
             if known.guest is not None:
                 self._gatherer.gather(item.nodeid, known.guest)
         self._gatherer.begin()
@@ -346,21 +347,15 @@ class Run:
                 lines[self.factory.backend.describe(image)] = None
             except VMSandboxError as error:
                 lines[f"vmsandbox: {error.brief}"] = None
-        if lines and (about := self._about_lock()):
+        if lines and (about := _about_lock(self.config)):
             lines[f"vmsandbox: {about}"] = None
         return list(lines)
 
-    def _about_lock(self) -> str:
-        """A line about the lock file, or about one that does not count; empty without any."""
-        root = self.config.rootpath
-        if (used := lock_file(root)) is not None:
-            return f"images must be as in {used.name}"
-        others = map(lock_file, (self.config.invocation_params.dir, *root.parents))
-        other = next(filter(None, others), None)
-        return f"{other} does not count, because pytest's rootdir is {root}" if other else ""
-
     def logs(self, guest: str) -> Path | None:
-        return self.artifacts.of_logs(guest)
+        folder = None
+        with telling(self.tell):
+            folder = self.artifacts.of_logs(guest)
+        return folder  # noqa: RET504  # None if there can be none
 
     def guest_begun(self, guest: str) -> None:
         if self.item is not None:
@@ -373,10 +368,10 @@ class Run:
         plan = plans.plan_of(self.item)
         argument = plan.file if plan.is_remote else self.item.nodeid
         again = [argument, *options.which_guest(self.config)]
-        return [
-            f"artifacts: {self.artifacts_of(self.item)}",
-            f"reproduce: pytest {shlex.join(again)}",
-        ]
+        lines = [f"reproduce: pytest {shlex.join(again)}"]
+        with telling(self.tell):
+            lines.insert(0, f"artifacts: {self.artifacts_of(self.item)}")
+        return lines
 
     def say(self, text: str) -> None:
         """Print a line about a long wait on the terminal, even while pytest captures output."""
@@ -409,21 +404,34 @@ class Run:
             self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
         except Exception as error:
             if self.item is not None:
-                self.keeping.ending(self.item, guest, error)
-                self._gatherer.gather(self.item.nodeid, guest)
+                self._before_end(self.item, guest, error)
             known.guest = None
             raise
+
+    def guest_restoring(self, guest: str, error: BaseException) -> None:
+        item, known = self.item, self._guests[guest].guest
+        if item is None or known is None or isinstance(error, pytest.skip.Exception):
+            return
+        self._before_end(item, known, error)
+
+    def _before_end(
+        self, item: pytest.Item, guest: Guest, error: BaseException | None, *, failed: bool = True
+    ) -> None:
+        """Keep a guest, and look at it, before it ends or is restored. The test may expect the error."""
+        with alarms.paused(item):
+            self.keeping.ending(item, guest, error)
+            if failed:
+                certain = error is None
+                self._gatherer.gather(item.nodeid, guest, error=error, is_certain=certain)
 
     def guest_stopping(self, guest: Guest, error: BaseException | None) -> None:
         item, failed = self.item, error is not None
         if isinstance(error, pytest.skip.Exception):
             failed, error = False, None
         if item is not None:
-            self.keeping.ending(item, guest, error)
-        if item is not None and guest.name in self._used_by(item):
-            failed = failed or item.stash.get(FAILED, False)
-        if failed and item is not None:
-            self._gatherer.gather(item.nodeid, guest)
+            if guest.name in self._used_by(item):
+                failed = failed or item.stash.get(FAILED, False)
+            self._before_end(item, guest, error, failed=failed)
         known = self._guests[guest.name]
         known.guest = None
         self.config.hook.pytest_vmsandbox_guest_stopping(
@@ -449,10 +457,11 @@ class Run:
             error: what was raised, or one line.
             about: what else is known, as in `guests.kept.Moment`.
         """
-        self.keep_now(item, phase, error, **about)
-        for name in self._used_by(item):
-            if (guest := self._guests[name].guest) is not None:
-                self._gatherer.gather(item.nodeid, guest)
+        with alarms.paused(item):
+            self.keep_now(item, phase, error, **about)
+            for name in self._used_by(item):
+                if (guest := self._guests[name].guest) is not None:
+                    self._gatherer.gather(item.nodeid, guest, error=error)
 
     @property
     def keeps(self) -> bool:
@@ -473,16 +482,18 @@ class Run:
         lines = self.keeping.show(item, report)
         has_failed = report.failed or item.stash.get(FAILED, False)
         if has_failed and "artifacts" in self.__dict__ and self._used_by(item):
-            folder = self.artifacts_of(item)
-            report.user_properties.append(("vm_artifacts", str(folder)))
-            if (line := f"artifacts: {folder}") not in report.longreprtext:
-                lines.insert(0, line)
+            with telling(self.tell), alarms.paused(item):
+                folder = self.artifacts_of(item)
+                report.user_properties.append(("vm_artifacts", str(folder)))
+                if (line := f"artifacts: {folder}") not in report.longreprtext:
+                    lines.insert(0, line)
         if report.failed and lines:
             report.sections.append(("vmsandbox", "\n".join(lines)))
 
     def preparation_failed(self, guest: Guest, name: str) -> None:
         if self.item is not None:
-            self._gatherer.gather(self.item.nodeid, guest, name)
+            with alarms.paused(self.item):
+                self._gatherer.gather(self.item.nodeid, guest, name)
 
     def asked(self, guest: Guest) -> dict[str, str]:
         """What a guest says about itself, by the name of a file for each text."""
@@ -511,3 +522,13 @@ class SharedGuests:
         guest, _ = self._guests[key]
         self._run.note_use(guest)
         return guest
+
+
+def _about_lock(config: pytest.Config) -> str:
+    """A line about the lock file, or about one that does not count; empty without any."""
+    root = config.rootpath
+    if (used := lock_file(root)) is not None:
+        return f"images must be as in {used.name}"
+    others = map(lock_file, (config.invocation_params.dir, *root.parents))
+    other = next(filter(None, others), None)
+    return f"{other} does not count, because pytest's rootdir is {root}" if other else ""

@@ -294,6 +294,49 @@ class TestArtifacts:
         (note,) = (suite.path / "base").glob("vm-artifacts0/*/note")
         assert note.read_text() == "bad"
 
+    @pytest.mark.parametrize("trouble", ["full", "removed"])
+    def test_where_none_can_be_written_the_test_has_its_own_failure(self, suite, trouble):
+        does = {
+            "full": "run.artifacts.of_test = lambda _: os.write(os.open('/dev/full', os.O_WRONLY), b'x')",
+            "removed": "shutil.rmtree('kept')",
+        }[trouble]
+        suite.write(f"""
+            import os, shutil
+
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_good(vm, pytestconfig):
+                run = pytestconfig.stash[RUN]
+                {does}
+            def test_bad(vm): assert False, "why"
+            def test_block(vm_factory):
+                with vm_factory.boot("alpha-1"): assert False, "why"
+            def test_hint(vm, pytestconfig):
+                assert any(line.startswith("reproduce:") for line in pytestconfig.stash[RUN].hints())
+        """)
+        result = suite.run("--vm-artifacts=kept")
+        result.assert_outcomes(passed=2, failed=2)
+        told = [line for line in result.outlines if "missing or not complete" in line]
+        assert len(told) == (1 if trouble == "full" else 0)
+
+    def test_a_failure_that_a_test_expects_is_not_looked_at_instead_of_its_own(self, suite):
+        suite.write("""
+            import pytest
+
+            from pytest_vmsandbox.plugin import RUN
+
+            def test_a(vm, pytestconfig):
+                run, seen = pytestconfig.stash[RUN], []
+                run._gatherer._ask = lambda guest: {"text": guest.alive}
+                vm.alive = "expected"
+                run.guest_restoring(vm.name, ValueError())
+                vm.alive = "failed"
+                raise KeyError
+        """)
+        suite.run("--vm-artifacts=kept").assert_outcomes(failed=1)
+        (text,) = suite.path.glob("kept/*/*/text")
+        assert text.read_text() == "failed"
+
     def test_a_failed_setup_or_teardown_counts_as_failed(self, suite):
         suite.write("""
             import pytest

@@ -130,6 +130,36 @@ class TestTheMoment:
         ]
         assert happened[4:] == ["end alpha-2-2", "end alpha-1-1"]
 
+    def test_a_snapshot_that_is_about_to_be_restored(self, kept):
+        source = """
+            import pytest
+
+            from pytest_vmsandbox.plugin import RUN
+
+            def left(config, guest, error):  # what `Guest.snapshot` does at its end
+                guest.alive = "in the block"
+                config.stash[RUN].guest_restoring(guest.name, error)
+                guest.alive = True
+
+            def test_a(vm, pytestconfig):
+                with pytest.raises(ZeroDivisionError):
+                    try:
+                        1 / 0
+                    except ZeroDivisionError as error:
+                        left(pytestconfig, vm, error)
+                        raise
+                try:
+                    assert False, "why"
+                except AssertionError as error:
+                    left(pytestconfig, vm, error)
+                    raise
+        """
+        assert kept(source, "--vm-artifacts=kept", failed=1)[1:] == [
+            "keep alpha-1-1 1 call ZeroDivisionError: division by zero in the block",
+            "keep alpha-1-1 1 call AssertionError: why in the block",
+            "end alpha-1-1",
+        ]
+
     def test_a_hook_that_refuses_the_guest(self, kept, suite):
         conftest = suite.path / "conftest.py"
         more = "\ndef pytest_vmsandbox_guest_ready(guest): assert guest is None, 'not ready'\n"
@@ -364,6 +394,53 @@ class TestTimeouts:
             "end alpha-1-1",
         ]
 
+    SLOW = """
+        from time import sleep
+
+        import pytest
+
+        from pytest_vmsandbox.plugin import RUN
+
+        @pytest.fixture(autouse=True)
+        def slow(pytestconfig):
+            pytestconfig.stash[RUN]._gatherer._ask = lambda guest: sleep(0.6) or {}
+    """
+
+    @pytest.mark.parametrize("method", ["signal", "thread"])
+    def test_looking_at_a_guest_does_not_count(self, suite, method):
+        suite.write(
+            self.SLOW
+            + """
+        def test_a(vm):
+            assert 0, "why"
+
+        def test_b(vm, vm_factory):
+            with pytest.raises(ZeroDivisionError), vm_factory.boot("alpha-1"):
+                1 / 0
+        """
+        )
+        result = suite.run_apart("--timeout=0.5", f"--timeout-method={method}")
+        result.assert_outcomes(failed=1, passed=1)
+        assert "INTERNALERROR" not in result.stdout.str()
+
+    @pytest.mark.parametrize("method", ["signal", "thread"])
+    def test_the_rest_of_the_test_has_the_rest_of_its_time(self, suite, method):
+        suite.write(
+            self.SLOW
+            + """
+        def test_b(vm, vm_factory):
+            with pytest.raises(ZeroDivisionError), vm_factory.boot("alpha-1"):
+                1 / 0
+            sleep(9)
+        """
+        )
+        result = suite.run_apart("--timeout=0.5", f"--timeout-method={method}")
+        if method == "signal":
+            result.assert_outcomes(failed=1)
+        else:  # it ends the whole run
+            assert result.ret == 1
+        assert "Timeout" in result.stdout.str()
+
 
 class TestInterrupts:
     def test_what_is_kept_is_shown(self, suite):
@@ -378,7 +455,7 @@ class TestInterrupts:
         shown = [line for line in result.outlines if line.startswith("failed in call")]
         assert shown == ["failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_a[alpha-1]'"]
         assert [line for line in suite.guests if line.startswith(("keep", "forget"))] == [
-            "keep alpha-1-1 1 call AssertionError: assert False"
+            "keep alpha-1-1 1 call assert False"
         ]
 
     def test_a_guest_that_was_being_saved_is_shown(self, suite):
@@ -412,11 +489,12 @@ class TestWhatIsSaid:
         lines = suite.result.outlines
         at = next(number for number, line in enumerate(lines) if "= kept guests" in line)
         assert "kept guests (9MiB of 8GiB)" in lines[at]
-        before = "failed in call, 3MiB: vmsandbox enter 'test_suite.py::test_"
+        enter = "3MiB: vmsandbox enter 'test_suite.py::test_"
+        before, several = f"failed in call, {enter}", f"failed in call, its guest {{}}, {enter}"
         assert lines[at + 1 : at + 4] == [
             f"""{before}a[alpha-1-it'"'"'s]'""",
-            f"{before}b[alpha-1]' --guest alpha-1-2",
-            f"{before}b[alpha-1]' --guest alpha-2-3",
+            f"{several.format(1)}b[alpha-1]' --guest alpha-1-2",
+            f"{several.format(2)}b[alpha-1]' --guest alpha-2-3",
         ]
         suite.result.stdout.fnmatch_lines(
             ["enter: vmsandbox enter 'test_suite.py::test_b?alpha-1?' --guest alpha-2-3"]

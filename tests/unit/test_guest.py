@@ -1074,6 +1074,24 @@ class TestSnapshot:
         vm.run(["true"])
         assert [it.closed for it in platform.transports] == [True, False]
 
+    @pytest.mark.parametrize("error", [ValueError, pytest.fail.Exception, KeyboardInterrupt])
+    def test_an_error_is_told_before(self, platform, error):
+        told = []
+
+        def hear(name, failure):
+            told.append((name, type(failure), len(platform.machines)))
+            raise RuntimeError
+
+        with make(platform, on_restore=hear) as vm:
+            with vm.snapshot():
+                pass
+            assert not told
+            is_told = error is not KeyboardInterrupt  # there is no time
+            with pytest.raises(RuntimeError if is_told else error), vm.snapshot():
+                raise error("x")
+            assert len(platform.machines) == 3  # it is restored in any case
+        assert told == ([("tiny-1", error, 2)] if is_told else [])
+
     def test_also_when_the_test_fails_in_it(self, platform, vm):
         with pytest.raises(KeyError), vm.snapshot():
             raise KeyError
