@@ -135,8 +135,10 @@ def _check_debugger(kept: KeptGuest) -> None:
         )
     if not (moment.stands and kept.has_memory):
         raise ConfigError(
-            f"no interpreter stands in {kept.guest}: that of the test had ended or did not answer",
-            details=f"{moment.nodeid}: {why(kept)}",
+            f"no interpreter stands at an exception in {kept.guest}",
+            details=f"{moment.nodeid}: {why(kept)}\n"
+            "either the test ended without an exception (it passed, though an xfail may be strict), "
+            "or its interpreter had ended or did not answer",
             remedy=f"look around in a shell: {line(kept, several=True)}",
         )
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

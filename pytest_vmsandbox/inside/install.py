@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pytest_vmsandbox.guests.guest import Guest
@@ -163,7 +163,7 @@ def environment_step(payload: Payload) -> Step:
 
 def project_digest(payload: Payload) -> str:
     """SHA-256, in hex, of what `install_project` puts there. For files it covers times, not content."""
-    trees = [asdict(tree) for tree in (payload.tree, *payload.outside)]
+    trees = [asdict(replace(tree, sent={})) for tree in (payload.tree, *payload.outside)]
     parts = [asdict(payload.project), *trees]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

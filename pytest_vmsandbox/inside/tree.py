@@ -8,7 +8,7 @@ import pwd
 import stat
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from pytest_vmsandbox.core.errors import ConfigError
@@ -63,10 +63,12 @@ class Tree:
         root: the project's folder, with links resolved.
         entries: path relative to `root` → entry. Paths have ``/`` between names, and are in the file
             system's encoding with surrogate escapes. A folder comes before its content.
+        sent: path of a file → its other versions that guests got, because it was written meanwhile.
     """
 
     root: Path
     entries: Mapping[str, TreeEntry]
+    sent: dict[str, list[TreeEntry]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, root: Path, *, more: Sequence[str] = ()) -> Tree:

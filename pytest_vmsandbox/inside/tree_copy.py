@@ -144,7 +144,8 @@ def changes(stream: Streamer, tree: Tree, dest: str) -> Changes:
     written = {
         path: entry
         for path, entry in there.items()
-        if entry.kind == "file" and _version(entry) != _version(tree.entries.get(path))
+        if entry.kind == "file"
+        and _version(entry) not in map(_version, (tree.entries.get(path), *tree.sent.get(path, ())))
     }
     removed = [
         path for path, entry in tree.entries.items() if entry.kind == "file" and path not in there
@@ -304,7 +305,7 @@ def _pack(tree: Tree, file: IO[bytes]) -> None:
     ):
         for path, entry in tree.entries.items():
             try:
-                _add(archive, f"{tree.root}/{path}", f"./{path}", entry)
+                sent = _add(archive, f"{tree.root}/{path}", f"./{path}", entry)
             except BrokenPipeError:
                 raise  # the guest reads no more, and reports why
             except OSError as error:
@@ -314,10 +315,15 @@ def _pack(tree: Tree, file: IO[bytes]) -> None:
                     remedy="run the tests again. If something writes this file during runs, add it to "
                     ".gitignore",
                 ) from error
+            if sent is not None and _version(sent) != _version(entry):
+                tree.sent.setdefault(path, []).append(sent)
 
 
-def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> None:
+def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> TreeEntry | None:
     """Add a file, a link or a folder to an archive.
+
+    Returns:
+        A file as it is now.
 
     Raises:
         OSError: it has changed meanwhile, or cannot be read.
@@ -331,7 +337,7 @@ def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> N
             member.type = tarfile.SYMTYPE
             member.linkname = os.readlink(place)  # noqa: PTH115  # unresolved
         archive.addfile(member)
-        return
+        return None
     # If a link or a pipe has taken its place, we neither read it nor wait for it.
     descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as content:  # noqa: PTH123  # a descriptor
@@ -339,11 +345,15 @@ def _add(archive: tarfile.TarFile, place: str, name: str, entry: TreeEntry) -> N
         if not stat.S_ISREG(status.st_mode):
             raise OSError("it is no longer a file")
         member.size, member.mode = status.st_size, status.st_mode & 0o777
-        _stamp(member, max(0, status.st_mtime_ns))
+        sent = TreeEntry(
+            kind="file", size=member.size, mtime_ns=max(0, status.st_mtime_ns), mode=member.mode
+        )
+        _stamp(member, sent.mtime_ns)
         archive.addfile(member, content)
         after = os.fstat(descriptor)
         if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             raise OSError("it was written to")
+        return sent
 
 
 def _stamp(member: tarfile.TarInfo, mtime_ns: int) -> None:

@@ -287,10 +287,14 @@ class Keeping:
         elif self._keeps_all and guest.name in names and guest.name not in test.kept:
             self._keep_each(item, names, _Occasion(test.phase), only=guest)
 
-    def passed(self, item: pytest.Item) -> None:
-        """The function of a test has not failed. Under ``--vm-keep=all``, its guests are kept."""
+    def passed(self, item: pytest.Item, **about: Any) -> None:
+        """The function of a test has not failed. Under ``--vm-keep=all``, its guests are kept.
+
+        Args:
+            about: what else `guests.kept.Moment` says.
+        """
         if self._keeps_all:
-            self._keep_each(item, self._names(item), _Occasion("call"))
+            self._keep_each(item, self._names(item), _Occasion("call", about=about))
 
     def keep(
         self,

@@ -175,7 +175,7 @@ class TestRefused:
         ("facts", "why"),
         [
             ({}, "ran on the host"),
-            ({"folder": "/p", "stands": False}, "no interpreter stands"),
+            ({"folder": "/p", "stands": False}, "ended without an exception"),
             ({"folder": "/p", "stands": True, "has_memory": False}, "no interpreter stands"),
             ({"folder": "/p", "stands": True}, "needs a terminal"),
         ],

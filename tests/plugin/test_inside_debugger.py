@@ -114,7 +114,7 @@ def test_without_a_terminal(tmp_path):
 
 
 ENDS = """
-import os, time, pytest
+import os, signal, time, pytest
 
 def test_fails(): assert not 41
 def test_dies(): os._exit(3)
@@ -122,10 +122,25 @@ def test_dies(): os._exit(3)
 def test_hangs(): time.sleep(1000)
 @pytest.mark.xfail(strict=True)
 def test_strict(): pass
+
+def too_late(*_):
+    raise TimeoutError
+
+@pytest.fixture
+def limit():
+    for number in (signal.SIGALRM, signal.SIGUSR1):
+        signal.signal(number, too_late)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+def test_alarm(limit):
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    assert not 43
+def test_signal(limit): assert not os.getpid()
 def test_passes(): pass
 """
 NOTE = """
-import json
+import json, os, signal, time
 from pytest_vmsandbox.plugin.run import Run
 
 def at_failure(self, item, phase, error, **about):
@@ -134,13 +149,17 @@ def at_failure(self, item, phase, error, **about):
         alive = lease.session is not None and not lease.session._over
         with open("failures", "a") as file:
             file.write(json.dumps([item.name, phase, error, about["stands"], alive]) + "\\n")
+        if item.name.startswith("test_alarm"):
+            time.sleep(0.7)
+        if item.name.startswith("test_signal"):
+            os.kill(int(error.split()[-1]), signal.SIGUSR1)
 
 Run.at_failure = at_failure
 """
 
 
 def test_what_is_known_at_the_moment_of_each_failure(tmp_path):
-    """An interpreter that hangs is still alive then."""
+    """An interpreter that hangs is still alive then, and no signal interrupts one that stands."""
     suite = Suite(tmp_path)
     suite.write("test_it.py", ENDS)
     with (tmp_path / "host_plugin.py").open("a") as file:
@@ -148,9 +167,59 @@ def test_what_is_known_at_the_moment_of_each_failure(tmp_path):
     status, output = suite.run("--in-vm")
     assert status == 1, output
     rows = map(json.loads, (suite.path / "failures").read_text().splitlines())
-    assert [(name.partition("[")[0], *row) for name, *row in rows] == [
+    seen = [(name.partition("[")[0], *row) for name, *row in rows]
+    signalled = seen.pop()
+    assert (signalled[0], signalled[1], signalled[-1]) == ("test_signal", "call", True)
+    assert seen == [
         ("test_fails", "call", "assert not 41", True, True),
         ("test_dies", "call", "the interpreter ended with status 3", False, False),
         ("test_hangs", "call", "the test did not end within 1 s", False, True),
-        ("test_strict", "call", "[XPASS(strict)] ", False, True),
+        ("test_strict", "call", "[XPASS(strict)]", False, True),
+        ("test_alarm", "call", "assert not 43", True, True),
+    ]
+    assert "ERROR test_it.py::test_signal" in output
+    assert "6 failed, 1 passed, 1 error" in output
+
+
+ALL = """
+from pathlib import Path
+import pytest
+
+RAN = Path(__file__).with_name("ran")
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_passes(n): RAN.open("a").write("x")
+@pytest.mark.xfail
+def test_xfails():
+    RAN.open("a").write("x")
+    assert 0
+def test_fails(): assert 0
+"""
+KEEP = """
+from pytest_vmsandbox.plugin.keeping import Keeping
+
+def keep_each(self, item, names, occasion, only=None):
+    if "folder" not in occasion.about:
+        return  # what is known when the report comes, which is too late
+    ran = (item.session.config.rootpath / "ran").read_text()
+    outcome = "failed" if occasion.error else "passed"
+    with open("kept", "a") as file:
+        file.write(f"{item.originalname} {len(ran)} {occasion.phase} {outcome}\\n")
+
+Keeping._keep_each = keep_each
+"""
+
+
+def test_the_guest_of_each_test_is_kept_before_another_one_runs_there(tmp_path):
+    suite = Suite(tmp_path)
+    suite.write("test_it.py", ALL)
+    with (tmp_path / "host_plugin.py").open("a") as file:
+        file.write(KEEP)
+    status, output = suite.run("--in-vm", "--vm-keep=all")
+    assert status == 1, output
+    assert (suite.path / "kept").read_text().splitlines() == [
+        "test_passes 1 call passed",
+        "test_passes 2 call passed",
+        "test_xfails 3 call passed",
+        "test_fails 3 call failed",
     ]

@@ -140,7 +140,9 @@ def end_all(word):
 def pytest_configure(config):
     reporting._HIDDEN += (f"{Path(__file__).parent}{os.sep}",)  # it stands in for ours
     session = config.stash[RUN]
-    folder = Path(session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-")))
+    folder = Path(
+        session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-", dir="/tmp"))
+    )
     session.factory = LocalFactory(session, folder)
     session._gatherer._ask = lambda guest: {"processes.txt": f"those of {guest.name}"}
     for name in ("install_environment", "install_project", "layout"):

@@ -920,7 +920,7 @@ STOPS = [
     ("test_setup", "setup", "ValueError: in setup", True),
     ("test_call", "call", "assert not 42", True),
     ("test_teardown", "teardown", "ValueError: in teardown", True),
-    ("test_strict", "call", "[XPASS(strict)] ", False),
+    ("test_strict", "call", "[XPASS(strict)]", False),
     ("TestParts::test_it", "call", "AssertionError: part 1", True),
 ]
 

@@ -638,6 +638,16 @@ class TestChanges:
             push(guest.stream_script, tree, str(tmp_path / "dest"))
         assert ".gitignore" in caught.value.remedy
 
+    def test_a_file_that_grew_before_it_was_sent_is_unchanged_there(self, guest, root, tmp_path):
+        """The output of pytest may go into it. No test has written it."""
+        write(root, "out.txt", text="a")
+        tree, dest = Tree.of(root), tmp_path / "dest"
+        write(root, "out.txt", text="a line more")
+        push(guest.stream_script, tree, str(dest))
+        assert changes(guest.stream_script, tree, str(dest)) == NONE
+        write(dest, "out.txt", text="a test's")
+        assert [*changes(guest.stream_script, tree, str(dest)).written] == ["out.txt"]
+
     def test_a_link_that_is_gone(self, guest, root, tmp_path):
         (root / RAW).symlink_to("x")
         tree = Tree.of(root)

@@ -13,6 +13,7 @@ from _pytest.runner import check_interactive_exception
 
 from .apart import SHARED, keep_apart
 from .serialize import text_of
+from .signals import HeldSignals, HeldTimer
 from .terminal import NoTerminal, Terminal
 from .wire import Wire, clean
 
@@ -46,6 +47,7 @@ class Debugging:
         self.terminal: Terminal | None = None
         self.is_running = False  # whether a test runs
         self.writer: Any = None  # of the terminal reporter, if it is lent the terminal
+        self.late: BaseException | None = None  # raised for a signal while the session stood
         self.lend: Any = pytestPDB._init_pdb  # noqa: SLF001  # all ways into the debugger lead through it
         vars_of: Any = pytestPDB
         vars_of._init_pdb = self.open  # noqa: SLF001
@@ -81,10 +83,16 @@ class Debugging:
         """Wait until the host lets the test go on. Returns whether to debug here."""
         if os.getpid() != self.wire.owner:  # a test has forked, and this is its child
             return False
-        line = clean(error.partition("\n")[0])[:MAX_ERROR]
+        line = clean(error.partition("\n")[0]).strip()[:MAX_ERROR]
         about = {"phase": phase, "error": line, "first": first, "stands": stands}
-        self.wire.say({"stopped": about})
-        answer = self.wire.hear("go on", "debug")
+        signals = HeldSignals()
+        with signals:
+            self.wire.say({"stopped": about})
+            answer = self.wire.hear("go on", "debug")
+        if (raised := signals.deliver()) is not None:
+            if phase == "teardown":  # the last that belongs to this test
+                raise raised
+            self.late = self.late or raised
         return answer is not None and answer["do"] == "debug"
 
     def debug(self, node: pytest.Item, call: Any, report: Any) -> None:
@@ -173,8 +181,19 @@ class Failures:
             self.is_first = False
             why = report.longrepr
             error = why if isinstance(why, str) else text_of(why)
-            self.debugging.stop(report.when, error, first=True, stands=False)
+            with HeldTimer():
+                self.debugging.stop(report.when, error, first=True, stands=False)
         return report
+
+    @pytest.hookimpl(tryfirst=True, wrapper=True)
+    def pytest_runtest_teardown(self) -> Generator[None, Any, Any]:
+        """An error of a signal that came while the session stood is one of the teardown."""
+        try:
+            return (yield)
+        finally:
+            late, self.debugging.late = self.debugging.late, None
+            if late is not None:
+                raise late
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_exception_interact(
@@ -188,5 +207,6 @@ class Failures:
             error = call.excinfo.exconly(tryshort=True)
         except Exception:  # of its own, or the test has patched something
             error = call.excinfo.typename
-        if self.debugging.stop(str(call.when), error, first=first, stands=True):
-            self.debugging.debug(node, call, report)
+        with HeldTimer():
+            if self.debugging.stop(str(call.when), error, first=first, stands=True):
+                self.debugging.debug(node, call, report)

@@ -74,7 +74,9 @@ class Wire:
 
     def note(self, message: dict[str, Any]) -> None:
         """Send a message together with the next one."""
-        if os.getpid() != self.owner:  # a test has forked: only its child's exit status tells of it
+        if (
+            os.getpid() != self.owner
+        ):  # a test has forked, and its child says how it ended by its exit status
             self.child_has_failed |= message.get("report", {}).get("outcome") == "failed"
             return
         data = json.dumps(message).encode() + b"\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.inside import debugging
@@ -78,15 +78,19 @@ class Debuggers:
             stands: whether an interpreter waits there.
         """
         self._is_kept = True
-        self._run.at_failure(
-            item,
-            phase,
-            colourless(error)[:_MAX_ERROR],
-            folder=lease.tree,
-            python=lease.place.python,
-            stands=stands,
-            environment=tuple(options.guest_environment(self._run.config)),
-        )
+        about = self._about(lease)
+        self._run.at_failure(item, phase, colourless(error)[:_MAX_ERROR], stands=stands, **about)
+
+    def passed(self, item: pytest.Item, lease: Lease) -> None:
+        """Keep the guest of a test that has passed, if guests of all tests are kept."""
+        self._run.keeping.passed(item, **self._about(lease))
+
+    def _about(self, lease: Lease) -> dict[str, Any]:
+        return {
+            "folder": lease.tree,
+            "python": lease.place.python,
+            "environment": tuple(options.guest_environment(self._run.config)),
+        }
 
     def lost(self, item: pytest.Item, phase: str, error: VMSandboxError, lease: Lease) -> None:
         """Keep the guest of a test whose interpreter ended, or that is broken itself."""

@@ -193,6 +193,8 @@ class Inside:
                 return
             attempts[-1].fail(error, partial(self._report, item))
         self._keep(lease, attempts, records)
+        if not attempts[-1].is_rerun and not attempts[-1].has_failed:
+            self._debuggers.passed(item, lease)
         yield from (each.reports for each in attempts)
         if attempts[-1].is_rerun:
             with self.leases.ending(item, None):  # the next attempt has a fresh guest
@@ -374,8 +376,9 @@ class Schedule:
         option = session.config.option
         self._session = session
         self.alone: set[str] = set()
-        # A result can end the run. Then no further test may have run.
-        self._may_end = option.maxfail or getattr(option, "stepwise", False)
+        # A result can end the run. Then no further test may have run. Nor if each guest is kept as it is.
+        keeps_all = options.keep(session.config) == "all"
+        self._waits = option.maxfail or getattr(option, "stepwise", False) or keeps_all
 
     def next(
         self, item: pytest.Item, nextitem: pytest.Item | None = None
@@ -417,7 +420,7 @@ class Schedule:
 
     def ahead(self, item: pytest.Item) -> Iterator[pytest.Item]:
         """The test, and the following tests that may run while its reports are on their way here."""
-        following = item if self._is_known and not self._may_end else None
+        following = item if self._is_known and not self._waits else None
         for _ in range(1 + _AHEAD):
             if following is None or plan_of(following).plain in self.alone:
                 return
