@@ -19,7 +19,7 @@ from pytest_vmsandbox.cli import foreground, terminal
 from pytest_vmsandbox.cli.guests import Passing, attach, passed_on, read_words, require_ssh
 from pytest_vmsandbox.cli.kept import choose, guest_option, in_use, line, why
 from pytest_vmsandbox.cli.screen import Screen
-from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
@@ -32,6 +32,8 @@ from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 
 _LOOK_MS = 1000  # how often we check that the guest is still there
 _CHUNK = 4096
+_END_SECONDS = 3.0  # between the end of a connection and that of its guest
+_SSH_FAILED = 255  # its status if the connection broke, for instance
 _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))  # seconds of each
 
 
@@ -191,6 +193,11 @@ def _ago(seconds: float) -> str:
 
 
 def _shell(guest: Guest, kept: KeptGuest) -> int:
+    """A shell in the guest. Returns its exit status.
+
+    Raises:
+        GuestLost: the guest is gone.
+    """
     words = shlex.split(guest.ssh_command)
     if folder := _folder(guest, kept):
         # sshd starts it by the user's login shell, whatever that is.
@@ -201,7 +208,14 @@ def _shell(guest: Guest, kept: KeptGuest) -> int:
             *words[1:],
             for_any_shell(inside),
         ]
-    return foreground.run(words)
+    status = foreground.run(words)
+    if status == _SSH_FAILED:  # a guest that powers off closes its connections first
+        deadline = Deadline(_END_SECONDS)
+        while (loss := guest.engine.loss) is None and not deadline.expired:
+            deadline.pause(_LOOK_MS / 10_000)
+        if loss is not None:
+            raise loss
+    return status
 
 
 def _folder(guest: Guest, kept: KeptGuest) -> str | None:

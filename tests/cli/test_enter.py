@@ -145,6 +145,16 @@ class TestShell:
         )
         assert done.stdout.splitlines()[0] == str(folder)
 
+    def test_it_says_that_the_guest_is_gone(self, invoke, cache, calls, monkeypatch):
+        def run(_):
+            calls["entered"][0].engine.loss = GuestLost("tiny-1: it was powered off")
+            return 255
+
+        monkeypatch.setattr(foreground, "run", run)
+        made_kept.add(cache, NODEID)
+        done = invoke(NODEID)
+        assert (done.exit_code, "it was powered off" in done.stderr) == (69, True)
+
     def test_without_an_ssh_client(self, invoke, cache, monkeypatch, calls):
         made_kept.add(cache, NODEID)
         monkeypatch.setenv("PATH", "/nowhere")
