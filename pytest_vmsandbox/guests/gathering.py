@@ -115,8 +115,21 @@ def split(said: bytes, token: str) -> dict[str, str]:
 
 def _clean(text: str, secret: Iterable[str]) -> str:
     """A text without control sequences and secret values."""
-    text = printable(text)
-    for value in secret:
-        if len(value) >= _LEAST_SECRET:
-            text = text.replace(value, "[secret]")
+    values = _as_shown(secret)
+    return _masked(printable(_masked(text, values)), values)
+
+
+def _masked(text: str, values: Iterable[str]) -> str:
+    for value in values:
+        text = text.replace(value, "[secret]")
     return text
+
+
+def _as_shown(secret: Iterable[str]) -> list[str]:
+    """What may be left of values in a text, the longest first: one may be the beginning of another.
+
+    Logs have their own text before each line, and others replace control characters.
+    """
+    found = {part for value in secret for part in (value, *value.splitlines())}
+    found |= {part.strip() for part in found} | {printable(part) for part in found}
+    return sorted((part for part in found if len(part) >= _LEAST_SECRET), key=len, reverse=True)

@@ -274,6 +274,11 @@ class KeptStore(Store[KeptGuest]):
             and (start == os.curdir or kept.moment.nodeid.startswith((f"{start}/", f"{start}::")))
         ]
 
+    @property
+    def size_on_disk(self) -> int:
+        """Bytes that become free without any of them."""
+        return own_size(kept.folder for kept in self.all())
+
     def limit(self, size: int, tell: Callable[[str], object]) -> None:
         """Remove the oldest kept guests until they take at most `size` bytes together.
 

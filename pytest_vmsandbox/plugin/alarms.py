@@ -5,6 +5,7 @@ An alarm is an exception out of nowhere. In one of our hooks, it would end the w
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,10 @@ def pytest_timeout_cancel_timer(item: pytest.Item) -> Generator[None, object, ob
 
 
 def stop(item: pytest.Item) -> None:
-    """Stop pytest-timeout's limit for a test that has failed, as pytest-timeout does a little later."""
+    """Stop the limits for a test that has failed, as pytest and pytest-timeout do a little later."""
+    config = item.config
+    if config.pluginmanager.has_plugin("faulthandler") and config.getini("faulthandler_timeout"):
+        faulthandler.cancel_dump_traceback_later()  # it may end this process
     if item.stash.get(_LIMIT, None) is not None:
         item.config.hook.pytest_timeout_cancel_timer(item=item)
 

@@ -185,7 +185,7 @@ class Gatherer:
     def _was_seen(self, name: str, error: BaseException | str | None, *, is_certain: bool) -> bool:
         """Whether this attempt has looked at a guest for the same failure, or for its first one."""
         was_seen, earlier = name in self._seen, self._seen.get(name)
-        if was_seen and earlier and error and not belong_together(earlier, error):
+        if earlier is not None and error is not None and not belong_together(earlier, error):
             was_seen = False
         if not was_seen or is_certain:
             self._seen[name] = None if is_certain else error

@@ -135,7 +135,7 @@ class Keeping:
         self._backend = backend
         self._tell = tell
         self._tests: dict[str, _Test] = {}
-        self._problems: defaultdict[str, list[str]] = defaultdict(list)  # reason → tests
+        self._problems: defaultdict[str, dict[str, None]] = defaultdict(dict)  # reason → tests
         self._has_workers = False
         self._removed: list[str] = []  # lines about guests for which there was no room
         self.lines: dict[str, Line] = {}
@@ -166,20 +166,22 @@ class Keeping:
             moment = outcome.moment
             self.lines.pop(outcome.key, None)
             if outcome.error is not None:
-                self._problems[_why(outcome.error, outcome.guest)].append(moment.nodeid)
+                self._problems[_why(outcome.error, outcome.guest)][moment.nodeid] = None
             elif outcome.kept is not None:  # else there was no room
                 line = Line.of(moment, outcome.guest)
                 self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
         for why, nodeids in self._problems.items():
-            more = f" and {len(nodeids) - 1} more" if len(nodeids) > 1 else ""
-            self._tell(f"the guest of {nodeids[0]}{more} could not be kept: {why}")
+            first, *others = nodeids
+            more = f" and {len(others)} more" if others else ""
+            self._tell(f"the guest of {first}{more} could not be kept: {why}")
         if len(self._removed) == 1:
             self._tell(self._removed[0])
         elif self._removed:
             room = format_size(options.keep_size(self._config))
+            last, _, _ = self._removed[-1].partition(" was removed: ")
             self._tell(
                 f"{len(self._removed)} kept guests were removed, the oldest first, because vm_keep_size is "
-                f"{room}. The last one: {self._removed[-1]}"
+                f"{room}. The last one was {last}"
             )
 
     # -- the course of a test ---------------------------------------------------------------------
@@ -319,7 +321,8 @@ class Keeping:
         if not self.is_on:
             return
         if phase == "call" and is_certain and isinstance(error, BaseException):
-            error = self._test(item).raised or error
+            raised = self._test(item).raised
+            error = error if raised is None else raised  # an exception may have no truth
         guests, names = self._guests(), self._names(item)
         if of_others and not any(guests[name] for name in names):
             names = [name for name, guest in guests.items() if guest is not None]
@@ -367,7 +370,7 @@ class Keeping:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no failure of the test
             why = _why(error, guest.name)
             test.problems[guest.name] = f"{guest.name} could not be kept: {why}"
-            self._problems[why].append(item.nodeid)
+            self._problems[why][item.nodeid] = None
         else:
             test.problems.pop(guest.name, None)
             test.kept[guest.name] = _Kept(key, occasion)
@@ -407,7 +410,7 @@ class Keeping:
         title = "kept guests"
         if total := sum(line.size for line in self.lines.values()):
             limit = format_size(options.keep_size(self._config))
-            title += f" ({format_size(total)} of {limit})"
+            title += f" ({format_size(total)}; all there are: {format_size(self.size_of_all())} of {limit})"
         rows = []
         for command, line in commands_for(self.lines):
             about = [f"failed in {line.phase}" if line.failed else "passed"]
@@ -424,6 +427,13 @@ class Keeping:
         """Take over what a worker of xdist sends."""
         self._has_workers |= bool(found)
         self.lines |= {key: Line(**line) for key, line in found.items()}
+
+    def size_of_all(self) -> int:
+        """How many bytes all kept guests take, also those of earlier runs."""
+        from pytest_vmsandbox.core.paths import cache_dir
+        from pytest_vmsandbox.guests.kept import KeptStore
+
+        return KeptStore(cache_dir()).size_on_disk
 
     def size_of(self, key: str) -> int | None:
         """How many bytes a kept guest takes; None if there is none."""
@@ -455,13 +465,22 @@ def _why(error: Exception, guest: str) -> str:
     if not isinstance(error, VMSandboxError):
         return one_line(repr(error))
     brief = error.brief.removeprefix(f"{guest} could not be kept").lstrip(": ")
-    return one_line(": ".join(filter(None, [brief, error.details.partition("\n")[0]])))
+    why = ": ".join(filter(None, [brief, error.details.partition("\n")[0]]))
+    return one_line(f"{why} ({error.remedy})" if error.remedy else why)
+
+
+def _text_of(error: BaseException) -> str:
+    """What an error says. Those of users may fail when they are asked."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001
+        return ""
 
 
 def _in_one_line(error: BaseException | str | None) -> str:
     """An error in one line, which is safe to show."""
     if isinstance(error, BaseException):
-        said = error.brief if isinstance(error, VMSandboxError) else str(error)
+        said = error.brief if isinstance(error, VMSandboxError) else _text_of(error)
         first = next(iter(said.splitlines()), "")
         kind = type(error).__name__
         if isinstance(error, AssertionError) and first.startswith("assert "):

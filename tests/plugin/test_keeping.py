@@ -26,6 +26,22 @@ class TestTheMoment:
             "end alpha-1-1",
         ]
 
+    def test_an_error_that_fails_itself(self, kept):
+        source = """
+            class Evil(Exception):
+                def __str__(self): raise KeyError
+                __repr__ = __eq__ = __str__
+                __len__ = lambda self: 0
+            def test_a(vm, vm_factory):
+                with vm_factory.boot("alpha-1"):
+                    raise Evil
+        """
+        happened = kept(source, "--vm-artifacts=kept", failed=1)
+        assert [line for line in happened if line.startswith("keep")] == [
+            "keep alpha-1-1 1 call Evil",
+            "keep alpha-1-2 2 call Evil",
+        ]
+
     def test_a_setup_that_fails(self, kept):
         source = """
             import pytest
@@ -423,6 +439,11 @@ class TestTimeouts:
         result.assert_outcomes(failed=1, passed=1)
         assert "INTERNALERROR" not in result.stdout.str()
 
+    def test_pytests_own_limit_does_not_end_the_run_then(self, suite):
+        suite.write(self.SLOW + "\n        def test_a(vm): assert 0")
+        ends = "-ofaulthandler_timeout=0.5", "-ofaulthandler_exit_on_timeout=true"
+        suite.run_apart(*ends).assert_outcomes(failed=1)
+
     @pytest.mark.parametrize("method", ["signal", "thread"])
     def test_the_rest_of_the_test_has_the_rest_of_its_time(self, suite, method):
         suite.write(
@@ -488,7 +509,7 @@ class TestWhatIsSaid:
         kept(source, "-q", failed=2, passed=1)
         lines = suite.result.outlines
         at = next(number for number, line in enumerate(lines) if "= kept guests" in line)
-        assert "kept guests (9MiB of 8GiB)" in lines[at]
+        assert "kept guests (9MiB; all there are: 1GiB of 8GiB)" in lines[at]
         enter = "3MiB: vmsandbox enter 'test_suite.py::test_"
         before, several = f"failed in call, {enter}", f"failed in call, its guest {{}}, {enter}"
         assert lines[at + 1 : at + 4] == [
@@ -574,17 +595,37 @@ class TestWhatIsSaid:
         ]
         assert "kept guests" not in suite.result.stdout.str()
 
+    def test_a_guest_that_cannot_be_kept_counts_once(self, kept, suite):
+        source = """
+            import pytest
+
+            from pytest_vmsandbox.core.errors import CacheError
+            from pytest_vmsandbox.plugin import RUN
+
+            @pytest.fixture
+            def app(vm, pytestconfig):
+                yield
+                error = CacheError("x is in use", remedy="end it")
+                pytestconfig.stash[RUN].keeping.keeper.fails = error
+                assert False
+            def test_a(app): pass
+        """
+        kept(source, passed=1, errors=1)
+        assert [line for line in suite.result.outlines if line.startswith("vmsandbox: the ")] == [
+            "vmsandbox: the guest of test_suite.py::test_a[alpha-1] could not be kept: x is in use (end it)"
+        ]
+
     def test_guests_that_are_removed_for_lack_of_room_take_one_line(self, kept, suite):
         source = """
             from pytest_vmsandbox.plugin import RUN
 
             def test_a(pytestconfig):
                 removed = pytestconfig.stash[RUN].keeping._removed
-                removed += ["the first was removed", "the second was removed"]
+                removed += [f"the kept guest {it} of {it} was removed: no room" for it in "ab"]
         """
         kept(source, "-ovm_keep_size=1MiB", passed=1)
-        (line,) = [line for line in suite.result.outlines if "was removed" in line]
+        (line,) = [line for line in suite.result.outlines if "were removed" in line]
         assert line.startswith(
             "vmsandbox: 2 kept guests were removed, the oldest first, because vm_"
         )
-        assert line.endswith("is 1MiB. The last one: the second was removed")
+        assert line.endswith("is 1MiB. The last one was the kept guest b of b")

@@ -102,6 +102,27 @@ def test_secrets_are_left_out(guest):
     assert "1" in found["memory.txt"]
 
 
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        ("a=abcdefgh b=abcdefghijkl", "a=[secret] b=[secret]"),  # one is the beginning of the other
+        ("[1.0] -KEY BEGINS-\n[1.1] -KEY ENDS-", "[1.0] [secret]\n[1.1] [secret]"),
+        ("echo \x1b[1mbold", "echo [secret]"),
+        ("echo bold\x07 type", "echo [secret]"),
+        ("echo bold type", "echo [secret]"),
+    ],
+)
+def test_nothing_is_left_of_a_secret(said, left):
+    secret = [
+        "abcdefgh",
+        "abcdefghijkl",
+        "-KEY BEGINS-\r\n-KEY ENDS-\n",
+        "\x1b[1mbold",
+        "bold\x07 type",
+    ]
+    assert gathering._clean(said, secret) == left
+
+
 def test_a_guest_cannot_send_without_end(guest, monkeypatch):
     monkeypatch.setattr(gathering, "MOST", 1000)
     guest.more = b"x" * 20_000
