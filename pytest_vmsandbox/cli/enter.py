@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import select
 import shlex
+import shutil
 import signal
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import NoReturn
@@ -19,10 +20,11 @@ from pytest_vmsandbox.cli import foreground, terminal
 from pytest_vmsandbox.cli.guests import Passing, attach, passed_on, read_words, require_ssh
 from pytest_vmsandbox.cli.kept import choose, guest_option, in_use, line, why
 from pytest_vmsandbox.cli.screen import Screen
-from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.core.text import one_line
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import for_any_shell
 from pytest_vmsandbox.guests.entering import entered
@@ -32,6 +34,8 @@ from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 
 _LOOK_MS = 1000  # how often we check that the guest is still there
 _CHUNK = 4096
+_END_SECONDS = 3.0  # between the end of a connection and that of its guest
+_SSH_FAILED = 255  # its status if the connection broke, for instance
 _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))  # seconds of each
 
 
@@ -62,7 +66,7 @@ def enter(
     test. You may leave out the image, and the folders at its beginning.
 
     A shell opens, for a test inside the guest in the project's folder there. With a COMMAND, that runs
-    instead, as in 'vmsandbox run'. The exit status is that of the shell or the COMMAND. What you change
+    instead, as in 'vmsandbox run', and at a terminal it has one, too. The exit status is that of the shell or the COMMAND. What you change
     is gone afterwards: the kept guest stays as it was, and several people can enter it at once.
 
     --ssh prints a command line for other tools. The guest runs until Ctrl-C, a SIGTERM, or the end of
@@ -97,10 +101,10 @@ def enter(
             from pytest_vmsandbox.inside.debugging import debug
 
             status = debug(running, kept.moment, patience=running.engine.stretch(1.0))
-        elif command:
+        elif command and not _is_at_terminal():
             status = attach(running, command, inf, _folder(running, kept))
         else:
-            status = _shell(running, kept)
+            status = _shell(running, kept, command)
     ctx.exit(passed_on(status))
 
 
@@ -170,7 +174,8 @@ def _introduced(kept: KeptGuest, *, console: bool) -> str:
     ago = _ago(wall() - kept.saved_at)
     text = f"{kept.moment.nodeid}, {why(kept)}, {ago}. Your changes are gone when you leave"
     if not console:
-        return text
+        python = one_line(kept.moment.python)
+        return f"{text}\nThe test's Python is {python}" if python else text
     return (
         f"{text}\nCtrl-] leaves. What you type has an effect only if a program in the guest reads its console, "
         "such as a login prompt"
@@ -190,18 +195,33 @@ def _ago(seconds: float) -> str:
     return "just now"
 
 
-def _shell(guest: Guest, kept: KeptGuest) -> int:
+def _is_at_terminal() -> bool:
+    """Whether a COMMAND can have a terminal, as `top` or an editor needs it."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and shutil.which("ssh") is not None
+
+
+def _shell(guest: Guest, kept: KeptGuest, command: Sequence[str]) -> int:
+    """A shell in the guest, or a command with a terminal. Returns its exit status.
+
+    Raises:
+        GuestLost: the guest is gone.
+    """
     words = shlex.split(guest.ssh_command)
-    if folder := _folder(guest, kept):
+    folder = _folder(guest, kept)
+    if folder or command:
         # sshd starts it by the user's login shell, whatever that is.
-        inside = f'cd {shlex.quote(folder)}; exec "${{SHELL:-/bin/sh}}" -l'
-        words = [
-            words[0],
-            *(["-t"] if sys.stdin.isatty() else []),
-            *words[1:],
-            for_any_shell(inside),
-        ]
-    return foreground.run(words)
+        inside = f"cd {shlex.quote(folder)}; " if folder else ""
+        inside += f"exec {shlex.join(command)}" if command else 'exec "${SHELL:-/bin/sh}" -l'
+        terminal_too = ["-t"] if command or sys.stdin.isatty() else []
+        words = [words[0], *terminal_too, *words[1:], for_any_shell(inside)]
+    status = foreground.run(words)
+    if status == _SSH_FAILED:  # a guest that powers off closes its connections first
+        deadline = Deadline(_END_SECONDS)
+        while (loss := guest.engine.loss) is None and not deadline.expired:
+            deadline.pause(_LOOK_MS / 10_000)
+        if loss is not None:
+            raise loss
+    return status
 
 
 def _folder(guest: Guest, kept: KeptGuest) -> str | None:

@@ -20,7 +20,7 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.core.text import one_line
 from pytest_vmsandbox.guests import exported
-from pytest_vmsandbox.guests.kept import TPM, KeptGuest, KeptStore, key_of
+from pytest_vmsandbox.guests.kept import TPM, KeptGuest, KeptStore, harmful, key_of, misshapen
 
 guest_option = click.option(
     "--guest",
@@ -242,6 +242,11 @@ def _unusual(it: KeptGuest) -> Iterator[str]:
 def _checked(export: exported.Export, file: Path) -> KeptGuest:
     """What a file has, as far as its record can be read."""
     it = KeptGuest(folder=file, record=export.record)
+    if wrong := misshapen(export.record) or harmful(export.record):
+        raise ConfigError(
+            f"{file.name} is no kept guest, or it is damaged: its record cannot be read ({wrong})",
+            remedy="export it again where it was kept",
+        )
     try:
         _described(it)
         why(it)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import KEPT, PRIVATE_KEY, Entry, Store
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware, format_size
+from pytest_vmsandbox.core.text import printable
 
 STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
     "state",
@@ -31,6 +33,9 @@ STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
 )
 _KEY_DIGITS = 16
 _SHOWN = 10  # ids in an error
+_MAX_NUMBER = 1e18
+_MAX_LABEL = 1 << 20  # characters
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,76 @@ def key_of(moment: Moment) -> str:
     """The key of a guest that is kept: a later failure of the same test replaces it."""
     parts = json.dumps([moment.rootdir, moment.nodeid, moment.number])
     return hashlib.sha256(parts.encode()).hexdigest()[:_KEY_DIGITS]
+
+
+# -- the shape of a record --------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(it, str) for it in value)
+
+
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+_MOMENT: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("nodeid", "rootdir", "phase", "outcome"), _is(str)),
+    **dict.fromkeys(("error", "folder", "python"), _is(str)),
+    "number": lambda value: _is_number(value) and isinstance(value, int),
+    "stands": _is(bool),
+    "environment": _are_texts,
+}
+_RECORD: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("guest", "image"), _is(str)),
+    **dict.fromkeys(("qemu", "accelerator", "version", "processor", "host", "line"), _is(str)),
+    **dict.fromkeys(("saved_at", "lead"), _is_number),
+    **dict.fromkeys(("has_memory", "has_helper", "answers"), _is(bool)),
+    **dict.fromkeys(("more_args", "tpm"), _are_texts),
+    **dict.fromkeys(("layers", "plugged"), _is(list, tuple)),
+    **dict.fromkeys(("hardware", "helper"), _is(dict)),
+    **dict.fromkeys(("kernel", "uefi"), _is(dict, type(None))),
+}
+_NEEDED = {"guest", "image", "qemu", "accelerator", "saved_at", "has_memory", "answers", "hardware"}
+
+
+def misshapen(record: Mapping[str, Any]) -> str:
+    """Which value of a record has the wrong type; empty if none has."""
+    moment = record.get("moment")
+    if not isinstance(moment, dict) or moment.keys() != _MOMENT.keys():
+        return "moment"
+    wrong = [f"moment.{name}" for name, fits in _MOMENT.items() if not fits(moment[name])]
+    wrong += [
+        name
+        for name, fits in _RECORD.items()
+        if (name in record or name in _NEEDED) and not fits(record.get(name))
+    ]
+    return next(iter(wrong), "")
+
+
+def harmful(record: Mapping[str, Any]) -> str:
+    """Which value of a stranger's record could do harm where it is used or shown; empty if none could.
+
+    Args:
+        record: its types are right.
+    """
+    moment = record["moment"]
+    labels = {f"moment.{name}": moment[name] for name in ("nodeid", "rootdir", "phase", "outcome")}
+    labels |= {name: record[name] for name in ("qemu", "accelerator", "version") if name in record}
+    wrong = [name for name, text in labels.items() if not _is_label(text)]
+    wrong += [name for name in ("guest", "image") if not _NAME.fullmatch(record[name])]
+    return next(iter(wrong), "")
+
+
+def _is_label(text: str) -> bool:
+    """Whether a text can be a part of a line."""
+    return len(text) <= _MAX_LABEL and len(text.splitlines()) <= 1 and printable(text) == text
 
 
 class KeptGuest(Entry):
@@ -149,11 +224,17 @@ class KeptStore(Store[KeptGuest]):
     def __init__(self, cache: Path) -> None:
         super().__init__(cache, KEPT, KeptGuest)
 
+    def get(self, key: str) -> KeptGuest | None:
+        """The kept guest with that key, if it is there and its record has the right shape."""
+        kept = super().get(key)
+        return None if kept is None or misshapen(kept.record) else kept
+
     def find(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
         """All kept guests of a test, by their numbers.
 
         Args:
-            nodeid: the test's id, the id without the image, or the end of only one id.
+            nodeid: the test's id, the id without the image, the end of only one id, or one of these without
+                parameters.
             rootdir: of the user's project. Its own guests come before those of other projects.
 
         Raises:
@@ -163,7 +244,13 @@ class KeptStore(Store[KeptGuest]):
         for kept in self.all():
             tests.setdefault((kept.moment.rootdir, kept.moment.nodeid), []).append(kept)
         own = os.fspath(rootdir)
-        for matches in (_is_id, _is_id_without_image, _is_end, _is_end_without_image):
+        for matches in (
+            _is_id,
+            _is_id_without_image,
+            _is_end,
+            _is_end_without_image,
+            _is_without_parameters,
+        ):
             found = {test: kept for test, kept in tests.items() if matches(kept[0], nodeid)}
             found = {test: kept for test, kept in found.items() if test[0] == own} or found
             if len(found) == 1:
@@ -226,6 +313,11 @@ def _is_end(kept: KeptGuest, nodeid: str) -> bool:
 
 def _is_end_without_image(kept: KeptGuest, nodeid: str) -> bool:
     return _ends_with(_without_image(kept), nodeid)
+
+
+def _is_without_parameters(kept: KeptGuest, nodeid: str) -> bool:
+    name = kept.moment.nodeid.partition("[")[0]
+    return name == nodeid or _ends_with(name, nodeid)
 
 
 def _ends_with(whole: str, end: str) -> bool:

@@ -145,6 +145,31 @@ class TestShell:
         )
         assert done.stdout.splitlines()[0] == str(folder)
 
+    def test_a_command_at_a_terminal_has_one(self, invoke, cache, calls, monkeypatch, tmp_path):
+        monkeypatch.setattr(enter, "_is_at_terminal", lambda: True)
+        folder = tmp_path / "it's here"
+        folder.mkdir()
+        made_kept.add(cache, NODEID, folder=str(folder))
+        monkeypatch.setattr(Played, "folders", (str(folder),))
+        invoke(NODEID, "--", "printf", "%s|", "a b", "$HOME", "'", "-t")
+        [words] = calls["run"]
+        assert words[:-1] == ["ssh", "-t", "-o", "Port=1", "root@127.0.0.1"]
+        done = subprocess.run(
+            ["/bin/sh", "-c", f"{words[-1]}; pwd"], text=True, capture_output=True, check=True
+        )
+        assert done.stdout.startswith("a b|$HOME|'|-t|")
+        assert calls["attach"] == []
+
+    def test_it_says_that_the_guest_is_gone(self, invoke, cache, calls, monkeypatch):
+        def run(_):
+            calls["entered"][0].engine.loss = GuestLost("tiny-1: it was powered off")
+            return 255
+
+        monkeypatch.setattr(foreground, "run", run)
+        made_kept.add(cache, NODEID)
+        done = invoke(NODEID)
+        assert (done.exit_code, "it was powered off" in done.stderr) == (69, True)
+
     def test_without_an_ssh_client(self, invoke, cache, monkeypatch, calls):
         made_kept.add(cache, NODEID)
         monkeypatch.setenv("PATH", "/nowhere")
@@ -206,11 +231,16 @@ def test_disks_only_are_booted_and_that_is_said(invoke, cache):
 
 def test_what_it_is():
     it: Any = SimpleNamespace(
-        moment=SimpleNamespace(nodeid="a::b", outcome="failed", phase="call", error="assert 0"),
+        moment=SimpleNamespace(
+            nodeid="a::b", outcome="failed", phase="call", error="assert 0", python=""
+        ),
         saved_at=wall() - 7300,
     )
     said = enter._introduced(it, console=False)
     assert said == "a::b, assert 0, 2 hours ago. Your changes are gone when you leave"
+    it.moment.python = "/opt/env/bin/python"
+    said = enter._introduced(it, console=False)
+    assert said.endswith("leave\nThe test's Python is /opt/env/bin/python")
     said = enter._introduced(it, console=True)
     assert said.startswith("a::b, assert 0, 2 hours ago. Your changes are gone when you leave\n")
     assert "Ctrl-] leaves" in said

@@ -299,6 +299,20 @@ class TestImport:
             ({"plugged": [{"layers": [], "base": "/dev/sda"}]}, "names '/dev/sda'"),
             ({"plugged": 5}, "cannot be read"),
             ({"moment": {}}, "cannot be read"),
+            ({"moment.nodeid": ["a"]}, "moment.nodeid"),
+            ({"moment.nodeid": "a.py::t\nINJECTED"}, "moment.nodeid"),
+            ({"moment.nodeid": "x" * 3_000_000}, "moment.nodeid"),
+            ({"moment.number": "1"}, "moment.number"),
+            ({"moment.number": 10**400}, "moment.number"),
+            ({"moment.rootdir": None}, "moment.rootdir"),
+            ({"moment.phase": "\x1b[31m"}, "moment.phase"),
+            ({"moment.environment": "ABC"}, "moment.environment"),
+            ({"guest": "../../x"}, "guest"),
+            ({"guest": "a,file=/etc/passwd"}, "guest"),
+            ({"image": "\x1b[31m"}, "image"),
+            ({"helper": 5}, "helper"),
+            ({"lead": "x"}, "lead"),
+            ({"more_args": ["-name", 5]}, "more_args"),
             ({"saved_at": 1e300}, "cannot be read"),
             ({"schema": 99}, "another version"),
         ],
@@ -307,7 +321,11 @@ class TestImport:
     def test_records_of_strangers(self, invoke, cache, file, change, said):
         with tarfile.open(file) as archive:
             members = [(member, archive.extractfile(member).read()) for member in archive]
-        record = json.loads(members[0][1]) | change
+        record = json.loads(members[0][1])
+        for path, value in change.items():
+            *parents, name = path.split(".")
+            place = record[parents[0]] if parents else record
+            place[name] = value
         members[0] = (members[0][0], json.dumps(record).encode())
         members[0][0].size = len(members[0][1])
         out = io.BytesIO()

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -109,6 +110,18 @@ def test_a_disk_of_many_files(tmp_path, work):
     text = disks.descriptor(*extents, kind="twoGbMaxExtentFlat")
     found = imported(tmp_path, work, {"disk.vmdk": text} | parts)
     assert found == disks.content()[: 512 * number]
+
+
+@pytest.mark.parametrize("name", [VMDK, "vmdk-split-flat"])
+def test_a_vmdk_whose_new_cid_is_shorter(name, tmp_path, work):
+    """The end of the former text stays behind it."""
+    contents = dict(made(name))
+    before = contents["disk.vmdk"]
+    start = before.index(b"# Disk DescriptorFile")
+    old = before[start : before.index(b"\0", start)]
+    new = re.sub(rb"\nCID=\w+", b"\nCID=a1", old, count=1) + b"\0"
+    contents["disk.vmdk"] = patched(before, (start, new))
+    assert imported(tmp_path, work, contents) == disks.content()
 
 
 def test_a_vmdk_with_a_footer(tmp_path, work):
@@ -327,7 +340,7 @@ HARMFUL = {
     ),
     "a strange line": (text(FLAT, more="hello world\n"), "unknown line 'hello world'"),
     "a return in a line": (text(FLAT, more='ddb.a = "\rRW 1"\n'), "cannot be printed"),
-    "a NUL in a name": (text('RW 1 FLAT "fl\0at" 0'), "cannot be printed"),
+    "a NUL in a name": (text('RW 1 FLAT "fl\0at" 0'), "behind the end"),
     "a parent in a sparse one": (
         vmdk(disks.descriptor(GOOD_EXTENT, kind=SPARSE, parent="0")),
         "names a parent",

@@ -114,7 +114,7 @@ def test_without_a_terminal(tmp_path):
 
 
 ENDS = """
-import os, signal, time, pytest
+import faulthandler, os, signal, time, pytest
 
 def test_fails(): assert not 41
 def test_dies(): os._exit(3)
@@ -135,6 +135,7 @@ def limit():
 
 def test_alarm(limit):
     signal.setitimer(signal.ITIMER_REAL, 0.5)
+    faulthandler.dump_traceback_later(0.5, exit=True)
     assert not 43
 def test_signal(limit): assert not os.getpid()
 def test_passes(): pass

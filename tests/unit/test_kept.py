@@ -71,6 +71,14 @@ class TestItsRecord:
         keep(moment(error="second"))
         assert [kept.moment.error for kept in store.all()] == ["second"]
 
+    def test_of_a_wrong_shape_is_unreadable(self, store, keep):
+        keep(moment())
+        bad = keep(moment(["a"], number=[1]))
+        assert [kept.moment.number for kept in store.all()] == [1]
+        assert store.unreadable(bad.folder.name)
+        assert len(store.find("test_y", HERE)) == 1
+        assert tidy(store.root.parent, pytest.fail) == 0
+
 
 class TestFind:
     @pytest.mark.parametrize(
@@ -112,6 +120,13 @@ class TestFind:
         keep(moment("test_x.py::test_y[tiny]"))
         (kept,) = store.find("test_x.py::test_y[tiny]", HERE)
         assert kept.moment.nodeid == "test_x.py::test_y[tiny]"
+
+    def test_without_its_parameters_if_one_is_left(self, store, keep):
+        keep(moment("t.py::test_y[debian-13-x y]"))
+        assert len(store.find("test_y", HERE)) == len(store.find("t.py::test_y", HERE)) == 1
+        keep(moment("t.py::test_y[debian-13-z]"))
+        with pytest.raises(ConfigError, match="can be one of 2 tests"):
+            store.find("t.py::test_y", HERE)
 
     def test_several_tests(self, store, keep):
         keep(moment("a.py::test_y[debian-13]"))

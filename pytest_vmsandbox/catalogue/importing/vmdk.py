@@ -34,6 +34,7 @@ _AT_END = -1  # the grain directory is named by the footer
 _FOOTER, _FOOTER_TYPE = 3 * SECTOR, 3
 _DESCRIPTOR_AT = 1  # sector
 _MAX_EXTENTS = 1024
+_CID_DIGITS = 8
 _NO_PARENT = 0xFFFFFFFF
 _ONE_FILE = ("monolithicSparse", "streamOptimized")
 _SEVERAL = ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "vmfs")
@@ -94,10 +95,10 @@ def _check_sparse(file: SourceFile) -> int:
     length = descriptor_sectors * SECTOR
     if length > MAX_TEXT:
         raise damaged(file, f"a descriptor of {length} bytes")
-    text, zero, rest = file.at(SECTOR, length).partition(b"\0")
-    if not zero or rest.strip(b"\0"):
+    whole_text = file.at(SECTOR, length)
+    if b"\0" not in whole_text:
         raise damaged(file, "text behind the end of its descriptor")
-    descriptor = _descriptor(file, text)
+    descriptor = _descriptor(file, _to_its_end(file, whole_text))
     if descriptor.kind not in _ONE_FILE:
         raise flatten(file, f"is a VMDK image of the kind {descriptor.kind!r}", "vmdk")
     whole = [_Extent(sectors, "SPARSE", extent.name, 0) for extent in descriptor.extents[:1]]
@@ -161,7 +162,7 @@ def _check_directory(file: SourceFile, sector: int, count: int) -> None:
 def _check_several(file: SourceFile, others: Mapping[str, SourceFile]) -> CheckedDisk:
     if file.size > MAX_TEXT:
         raise damaged(file, f"a descriptor of {file.size} bytes")
-    descriptor = _descriptor(file, file.at(0, file.size).rstrip(b"\0"))
+    descriptor = _descriptor(file, _to_its_end(file, file.at(0, file.size)))
     if descriptor.kind not in _SEVERAL:
         raise flatten(file, f"is a VMDK image of the kind {descriptor.kind!r}", "vmdk")
     names = list(dict.fromkeys(extent.name for extent in descriptor.extents))
@@ -191,6 +192,22 @@ def _check_several(file: SourceFile, others: Mapping[str, SourceFile]) -> Checke
 
 
 # -- the text ---------------------------------------------------------------------------------------
+
+
+def _to_its_end(file: SourceFile, data: bytes) -> bytes:
+    """The text of a descriptor, without what is behind its end.
+
+    qemu-img writes a new CID there, without leading zeros. If it is shorter than the former one, the end of
+    the former text stays behind the new end.
+
+    Raises:
+        ImageError: there is other text behind its end.
+    """
+    text, _, rest = data.partition(b"\0")
+    rest = rest.strip(b"\0")
+    if len(rest) >= _CID_DIGITS or not text.endswith(rest):
+        raise damaged(file, "text behind the end of its descriptor")
+    return text
 
 
 def _descriptor(file: SourceFile, text: bytes) -> _Descriptor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Generator
 from typing import Any
@@ -85,6 +86,7 @@ class Debugging:
             return False
         line = clean(error.partition("\n")[0]).strip()[:MAX_ERROR]
         about = {"phase": phase, "error": line, "first": first, "stands": stands}
+        faulthandler.cancel_dump_traceback_later()  # as pytest does, a little later
         signals = HeldSignals()
         with signals:
             self.wire.say({"stopped": about})
