@@ -68,7 +68,7 @@ class Debugging:
 
     def run(self, item: pytest.Item) -> None:
         """A test begins."""
-        self.is_running = True
+        self.is_running, self.late = True, None
         runner: Any = getattr(item, "runner", None)  # of doctests
         if self.settings.get("pdb") and hasattr(runner, "continue_on_failure"):
             runner.continue_on_failure = False
@@ -187,15 +187,12 @@ class Failures:
                 self.debugging.stop(report.when, error, first=True, stands=False)
         return report
 
-    @pytest.hookimpl(tryfirst=True, wrapper=True)
-    def pytest_runtest_teardown(self) -> Generator[None, Any, Any]:
+    @pytest.hookimpl(trylast=True)  # no wrapper: it would be in the traceback of each teardown
+    def pytest_runtest_teardown(self) -> None:
         """An error of a signal that came while the session stood is one of the teardown."""
-        try:
-            return (yield)
-        finally:
-            late, self.debugging.late = self.debugging.late, None
-            if late is not None:
-                raise late
+        late, self.debugging.late = self.debugging.late, None
+        if late is not None:
+            raise late
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_exception_interact(
