@@ -17,7 +17,6 @@ names a file.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import hashlib
 import http.server
@@ -140,9 +139,7 @@ def main() -> int:
     parser.add_argument("--guests", action="store_true", help="boot guests for two of the images")
     parser.add_argument("--state", type=Path, help="a file with the rounds that were passed")
     args = parser.parse_args()
-    ctypes.CDLL(None).prctl(kill.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=kill.reap, daemon=True).start()
+    kill.become_reaper()
     rng = random.Random(args.seed)
     rounds = [
         Round(

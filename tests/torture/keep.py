@@ -11,11 +11,8 @@ moments. At the end, one of the kept guests is entered.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import ctypes
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -24,7 +21,6 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,36 +51,9 @@ def test_fails(vm, number):
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One kill: which signal, and how many seconds after the first guest is being kept."""
-
-    number: int
-    signal: signal.Signals
-    after: float
-
-
 def main() -> int:
     """Run the rounds; 0 if nothing but complete guests was ever left."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=1, help="rounds at the same time")
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds before a kill")
-    args = parser.parse_args()
-    ctypes.CDLL(None).prctl(kill.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=kill.reap, daemon=True).start()
-    rng = random.Random(args.seed)
-    rounds = [
-        Round(
-            number=number,
-            signal=rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]),
-            after=rng.uniform(0, args.longest),
-        )
-        for number in range(args.kills)
-    ]
-    print(f"seed {args.seed}: {args.kills} kills", flush=True)
+    args, rounds = kill.begin(__doc__, longest=3.0)
     with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
         world = World(Path(scratch))
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -111,7 +80,7 @@ class World:
         with GuestFactory.open(settings) as factory, factory.boot("tiny", memory=MEMORY):
             pass
 
-    def play(self, one: Round) -> bool:
+    def play(self, one: kill.Round) -> bool:
         """Play a round; whether something was wrong afterwards."""
         folder = self.folder / f"round{one.number}"
         folder.mkdir()
@@ -161,7 +130,7 @@ class World:
         shutil.rmtree(folder)
         return bool(wrong)
 
-    def _killed(self, pytest: subprocess.Popen[bytes], one: Round, kept: Path) -> list[str]:
+    def _killed(self, pytest: subprocess.Popen[bytes], one: kill.Round, kept: Path) -> list[str]:
         """Kill pytest in its moment. Returns what was wrong."""
         began = time.monotonic()
         while not kept.exists() and pytest.poll() is None:

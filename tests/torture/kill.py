@@ -76,16 +76,29 @@ class Round:
 
 def main() -> int:
     """Run the rounds; 0 if nothing was ever left."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    args, rounds = begin(__doc__, longest=25.0)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        bad = sum(pool.map(play, rounds))
+    print(f"longest end after SIGINT: {max(INTERRUPTED, default=0):.1f} s")
+    print(f"complete templates that were left: {len(TEMPLATES)}")
+    print(f"{args.kills - bad} passed, {bad} failed")
+    return 1 if bad else 0
+
+
+def begin(about: str, *, longest: float) -> tuple[argparse.Namespace, list[Round]]:
+    """Read the command line, and plan the rounds. This process becomes the reaper of all orphans.
+
+    Args:
+        about: the docstring of the program.
+        longest: the default of the longest time before a kill, in seconds.
+    """
+    parser = argparse.ArgumentParser(description=about.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1, help="rounds at the same time")
-    parser.add_argument("--longest", type=float, default=25.0, help="seconds before a kill")
+    parser.add_argument("--longest", type=float, default=longest, help="seconds before a kill")
     args = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    # A shell starts what ends in `&` with SIGINT ignored, and pytest would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=reap, daemon=True).start()
+    become_reaper()
     rng = random.Random(args.seed)
     rounds = [
         Round(
@@ -96,12 +109,15 @@ def main() -> int:
         for number in range(args.kills)
     ]
     print(f"seed {args.seed}: {args.kills} kills", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        bad = sum(pool.map(play, rounds))
-    print(f"longest end after SIGINT: {max(INTERRUPTED, default=0):.1f} s")
-    print(f"complete templates that were left: {len(TEMPLATES)}")
-    print(f"{args.kills - bad} passed, {bad} failed")
-    return 1 if bad else 0
+    return args, rounds
+
+
+def become_reaper() -> None:
+    """Become the parent of all orphans, and reap them."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # A shell starts what ends in `&` with SIGINT ignored, and pytest would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=reap, daemon=True).start()
 
 
 def play(one: Round) -> bool:
