@@ -159,7 +159,7 @@ def describe(_: Sphinx, __: click.Context, lines: list[str]) -> None:
             lines[number] = f"| ``{term}``"
         else:
             escaped = re.sub(r"([*`])", r"\\\1", line)
-            lines[number] = re.sub(r"(?<![\w-])--[a-z][a-z-]*", r"``\g<0>``", escaped)
+            lines[number] = re.sub(r"(?<![\w-])--[a-z][a-z-]*(?:=\w+)?", r"``\g<0>``", escaped)
 
 
 def check_complete(_: Sphinx, env: BuildEnvironment) -> None:

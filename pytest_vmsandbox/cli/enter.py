@@ -66,8 +66,9 @@ def enter(
     test. You may leave out the image, and the folders at its beginning.
 
     A shell opens, for a test inside the guest in the project's folder there. With a COMMAND, that runs
-    instead, as in 'vmsandbox run', and at a terminal it has one, too. The exit status is that of the shell or the COMMAND. What you change
-    is gone afterwards: the kept guest stays as it was, and several people can enter it at once.
+    instead, as in 'vmsandbox run', and at a terminal it has one, too. The exit status is that of the
+    shell or the COMMAND. What you change is gone afterwards: the kept guest stays as it was, and several
+    people can enter it at once.
 
     --ssh prints a command line for other tools. The guest runs until Ctrl-C, a SIGTERM, or the end of
     standard input if that is a terminal or a pipe.
