@@ -42,7 +42,7 @@ def test_nothing_heavy_is_imported():
 def main() -> None:
     """Run all checks; the first that fails ends the program with status 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--release", type=Path, metavar="DIST")
+    parser.add_argument("--release", type=lambda name: Path(name).resolve(), metavar="DIST")
     dist = parser.parse_args().release
     with tempfile.TemporaryDirectory(prefix="vmsandbox-wheel-") as name:
         folder = Path(name)
