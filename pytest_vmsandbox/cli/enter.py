@@ -16,15 +16,17 @@ from typing import NoReturn
 
 import click
 
-from pytest_vmsandbox.cli import foreground, terminal
-from pytest_vmsandbox.cli.guests import Passing, attach, passed_on, read_words, require_ssh
+from pytest_vmsandbox.cli import terminal
+from pytest_vmsandbox.cli.guests import Passing, attach, passed_on, read_words
 from pytest_vmsandbox.cli.kept import choose, guest_option, in_use, line, why
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.text import one_line
+from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import for_any_shell
 from pytest_vmsandbox.guests.entering import entered
@@ -128,7 +130,7 @@ def _check(kept: KeptGuest, *, console: bool, pdb: bool, shell: bool) -> None:
             remedy=f"use its serial console: {mine} --console",
         )
     if shell:
-        require_ssh(f"{mine} -- COMMAND, or {mine} --console")
+        require_client(instead=f"{mine} -- COMMAND, or {mine} --console")
 
 
 def _check_debugger(kept: KeptGuest) -> None:

@@ -6,7 +6,6 @@ import io
 import os
 import select
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +15,13 @@ from pathlib import Path
 
 import click
 
-from pytest_vmsandbox.cli import foreground
 from pytest_vmsandbox.cli.options import guest_options
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import CommandTimeout, LaunchError
+from pytest_vmsandbox.core.errors import CommandTimeout
 from pytest_vmsandbox.core.settings import Settings
+from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.factory import GuestFactory
@@ -142,30 +142,13 @@ def shell(
     When you leave the shell, the guest and everything in it is removed. The exit status is that of the
     shell, or 255 if the connection breaks.
     """
-    require_ssh(f"vmsandbox run {shlex.quote(image)} -- COMMAND")
+    require_client(instead=f"vmsandbox run {shlex.quote(image)} -- COMMAND")
     with fresh_guest(image, settings, hardware) as guest:
         screen = Screen(stderr=True)
         if screen.lively:
             screen.say(f"{guest.name}: this guest is removed when you leave the shell", "dim")
         status = foreground.run(shlex.split(guest.ssh_command))
     ctx.exit(passed_on(status))
-
-
-def require_ssh(instead: str) -> None:
-    """Check that there is an SSH client.
-
-    Args:
-        instead: a command line that needs none.
-
-    Raises:
-        LaunchError: there is none.
-    """
-    if shutil.which("ssh") is None:
-        raise LaunchError(
-            "there is no SSH client on this machine",
-            remedy="install one: apt-get install openssh-client (Debian, Ubuntu). Without one, you can use "
-            f"{instead}",
-        )
 
 
 def passed_on(status: int) -> int:

@@ -14,11 +14,12 @@ import click
 from pytest_vmsandbox.catalogue import programs
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
 from pytest_vmsandbox.catalogue.definition import ImageDefinition
-from pytest_vmsandbox.cli import checks, foreground
+from pytest_vmsandbox.cli import checks, pytest_environment
 from pytest_vmsandbox.cli.building import build_one
 from pytest_vmsandbox.cli.checks import Check, Status
 from pytest_vmsandbox.cli.doctor import examine, show
 from pytest_vmsandbox.cli.screen import Screen
+from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE, Settings
 
@@ -166,9 +167,17 @@ def _run_suite(screen: Screen, image: str) -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         suite = folder / "suite"
         shutil.copytree(_SUITE, suite, ignore=shutil.ignore_patterns("__pycache__"))
-        environment = {**foreground.pytest_variables(), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**pytest_environment.pytest_variables(), "PYTHONDONTWRITEBYTECODE": "1"}
         argv = [
-            *(sys.executable, "-m", "pytest", "-p", foreground.PLUGIN, "-v", f"--vm={image}"),
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                pytest_environment.PLUGIN,
+                "-v",
+                f"--vm={image}",
+            ),
             *("--durations=0", "--durations-min=1"),  # shows what takes time
             *(f"--rootdir={suite}", "-c", str(suite / "pytest.ini")),
             *(f"--vm-artifacts={folder / 'artifacts'}", str(suite)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pytest_vmsandbox.core.errors import ImageError
+from pytest_vmsandbox.core.errors import ImageError, LaunchError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +156,22 @@ def _quoted(path: Path) -> str:
     """A path in the syntax of OpenSSH's options."""
     text = str(path).replace("%", "%%")
     return f'"{text}"' if " " in text else text
+
+
+def require_client(
+    brief: str = "there is no SSH client on this machine", *, instead: str = ""
+) -> None:
+    """Check that this machine has an SSH client.
+
+    Args:
+        brief: the error, if it has none.
+        instead: a command line that needs none; empty for none.
+
+    Raises:
+        LaunchError: it has none.
+    """
+    if shutil.which("ssh") is None:
+        remedy = "install one: apt-get install openssh-client (Debian, Ubuntu)"
+        if instead:
+            remedy += f". Without one, you can use {instead}"
+        raise LaunchError(brief, remedy=remedy)

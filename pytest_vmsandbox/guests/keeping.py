@@ -11,7 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -133,7 +133,7 @@ class Keeper:
     def forget(self, key: str) -> None:
         """Remove a kept guest, for instance because the test has passed when it was run again."""
         if (job := self._jobs.pop(key, None)) is not None:
-            wait([job.future], return_when=FIRST_COMPLETED)
+            wait([job.future])
         with suppress(VMSandboxError):  # it is in use, or somebody else removes it
             self._store.discard([self._store.root / key])
 

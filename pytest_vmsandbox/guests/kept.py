@@ -52,8 +52,7 @@ class Moment:
         folder: the project's files in the guest, for a test that runs inside.
         python: the interpreter in the guest, likewise.
         stands: whether an interpreter waits there where the test failed.
-        environment: names of the variables that the hook ``pytest_vmsandbox_env`` or a setting gave to the
-            guest. Their values are in its memory.
+        environment: names of the variables that ``vm_env`` gave to the guest. Their values are in its memory.
     """
 
     nodeid: str

@@ -6,11 +6,11 @@ While a debugger is open, what the guest writes goes to the terminal as it is.
 from __future__ import annotations
 
 import shlex
-import shutil
 
 from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import InterpreterLost, LaunchError
+from pytest_vmsandbox.core.errors import InterpreterLost
+from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.kept import Moment
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
@@ -22,16 +22,12 @@ _ALIVE = ("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8")
 
 
 def check_client() -> None:
-    """Check that this machine has an SSH client.
+    """Check that this machine has an SSH client, which a debugger in a guest needs.
 
     Raises:
         LaunchError: it has none.
     """
-    if shutil.which("ssh") is None:
-        raise LaunchError(
-            "a debugger in a guest needs an SSH client on this machine, and there is none",
-            remedy="install one: apt-get install openssh-client (Debian, Ubuntu)",
-        )
+    require_client("a debugger in a guest needs an SSH client on this machine, and there is none")
 
 
 def lend_terminal(guest: Guest, place: GuestPaths) -> int:

@@ -458,7 +458,7 @@ class Run:
             about: what else is known, as in `guests.kept.Moment`.
         """
         with alarms.paused(item):
-            self.keep_now(item, phase, error, **about)
+            self.keeping.keep(item, phase, error, **about)
             for name in self._used_by(item):
                 if (guest := self._guests[name].guest) is not None:
                     self._gatherer.gather(item.nodeid, guest, error=error)
@@ -467,12 +467,6 @@ class Run:
     def keeps(self) -> bool:
         """Whether the guests of failed tests are kept."""
         return self.keeping.is_on
-
-    def keep_now(
-        self, item: pytest.Item, phase: str, error: BaseException | str, **about: Any
-    ) -> None:
-        """Keep all guests of a test as they are, if this run keeps guests. It raises no error."""
-        self.keeping.keep(item, phase, error, **about)
 
     def show(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Add to a test's report which guest it had, and what is left of it if the test failed."""

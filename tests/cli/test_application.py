@@ -590,7 +590,7 @@ def test_the_suite_is_shipped():
 def test_a_program_in_front_is_given_time_to_end_after_an_interrupt():
     """As pytest needs it for its summary, and dpkg for its database."""
     code = (
-        "import signal, sys; from pytest_vmsandbox.cli import foreground\n"
+        "import signal, sys; from pytest_vmsandbox.core import foreground\n"
         "script = 'trap \"sleep 1; echo orderly; exit 3\" INT; echo up; while :; do sleep 0.1; done'\n"
         "try: foreground.run(['sh', '-c', script])\n"
         "except KeyboardInterrupt: print('then us')\n"

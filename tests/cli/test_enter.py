@@ -20,7 +20,8 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
-from pytest_vmsandbox.cli import enter, foreground, terminal
+from pytest_vmsandbox.cli import enter, terminal
+from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.guests.kept import KeptStore

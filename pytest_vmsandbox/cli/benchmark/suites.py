@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytest_vmsandbox.cli import foreground
+from pytest_vmsandbox.cli import pytest_environment
 from pytest_vmsandbox.cli.benchmark.guests import CannotMeasureError, Result, Setup, median
 from pytest_vmsandbox.core.settings import CLONES_VARIABLE
 from pytest_vmsandbox.inside.install import Payload, install
@@ -91,7 +91,7 @@ def idle_pairs(folder: Path, number: int) -> Pairs:
 
 def _run_empty(folder: Path, *more: str) -> float:
     began = time.perf_counter()
-    _pytest(folder, foreground.without_options(), *more)
+    _pytest(folder, pytest_environment.without_options(), *more)
     return (time.perf_counter() - began) * 1000
 
 
@@ -189,9 +189,9 @@ def _run_with_plugin(setup: Setup, folder: Path, *more: str) -> float:
     """Run a suite with the plugin. Returns the seconds that the suite has measured."""
     took = folder.parent / "took"
     took.unlink(missing_ok=True)
-    variables = {**foreground.pytest_variables(), TOOK: str(took)}
+    variables = {**pytest_environment.pytest_variables(), TOOK: str(took)}
     variables.pop(CLONES_VARIABLE, None)  # the default of pytest
-    _pytest(folder, variables, "-p", foreground.PLUGIN, f"--vm={setup.image}", *more)
+    _pytest(folder, variables, "-p", pytest_environment.PLUGIN, f"--vm={setup.image}", *more)
     if not took.exists():
         raise CannotMeasureError("pytest ended, but the suite has not written its time")
     return float(took.read_text(encoding="utf-8"))

@@ -1,12 +1,9 @@
-"""Runs programs in the foreground, and makes the environment for pytest."""
+"""Makes the environment for a pytest that a command starts."""
 
 from __future__ import annotations
 
 import os
 
-from pytest_vmsandbox.core.foreground import run
-
-__all__ = ["PLUGIN", "pytest_variables", "run", "without_options"]
 PLUGIN = "vmsandbox"  # the name of our entry point
 
 
