@@ -110,7 +110,12 @@ def unpack(suite: str, folder: Path) -> None:
     print(f"second QEMU: fetching that of Debian {suite}", flush=True)
     work = folder / "work"
     work.mkdir()
-    environment = {"VMSANDBOX_OUT": str(folder), "VMSANDBOX_WORK": str(work), "SUITE": suite}
+    environment = {
+        "VMSANDBOX_OUT": str(folder),
+        "VMSANDBOX_WORK": str(work),
+        "VMSANDBOX_DEBIAN_ARCHITECTURE": "amd64",
+        "SUITE": suite,
+    }
     try:
         subprocess.run(
             [HERE / "unpack"],
