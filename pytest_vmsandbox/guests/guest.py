@@ -19,6 +19,7 @@ from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.faults.faults import TakesFaults
 from pytest_vmsandbox.guests.machines import Saved
 from pytest_vmsandbox.guests.plugging import TakesDisks
 from pytest_vmsandbox.guests.process import Process
@@ -34,7 +35,7 @@ _INSTEAD = {  # what to do instead of the arguments that `popen` does not take
 _POLL_SECONDS = 0.25
 
 
-class Guest(TakesDisks):
+class Guest(TakesDisks, TakesFaults):
     """A running virtual machine. `GuestFactory.boot` makes it and ends it.
 
     Every method that talks to the guest raises `GuestLost` if the guest is gone.

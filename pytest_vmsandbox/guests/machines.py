@@ -19,6 +19,7 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
@@ -312,6 +313,7 @@ class Machines:
         tpm: the files of its TPM before it was first switched on here: name → content.
         has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
+        faults: of the guest, which outlive a machine.
     """
 
     blueprint: Blueprint
@@ -329,10 +331,14 @@ class Machines:
     tpm: Mapping[str, bytes] = field(default_factory=dict)
     has_helper: bool = True
     is_awaited: bool = True
+    faults: Ledger = field(init=False)
     _lead: float = 0.0  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
     _own: ExitStack = field(default_factory=ExitStack)  # files of snapshots and for SSH
+
+    def __post_init__(self) -> None:
+        self.faults = Ledger(self.logs)
 
     def close(self) -> None:
         """Close the files of snapshots and for SSH. The guest is off."""
@@ -402,6 +408,7 @@ class Machines:
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
             running.stack.callback(running.hang_up)
+            self.faults.switched_on(machine)
             return running
 
     def _go_on(self, machine: Machine, helper: Helper) -> None:

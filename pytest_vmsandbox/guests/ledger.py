@@ -1,0 +1,127 @@
+"""The ledger of a guest's faults: which are in force, and which were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.machine.machine import Machine
+
+FILE = "faults.log"  # in the folder for a guest's logs
+
+
+class Ends(Protocol):
+    """A fault, as the ledger knows it."""
+
+    def end(self) -> None:
+        """End it, and restore the guest."""
+
+    def switched_on(self, machine: Machine) -> None:
+        """The guest has a new machine. A fault of the hardware is put into it."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One fault.
+
+    Attributes:
+        fault: the fault.
+        text: what it does, in a few words.
+        begun, ended: seconds since the epoch; None if it is still in force.
+        error: what was raised while it was in force, and ended it.
+    """
+
+    fault: Ends
+    text: str
+    begun: float
+    ended: float | None = None
+    error: BaseException | None = None
+
+    def __str__(self) -> str:
+        """For people: what it was, and when."""
+        until = "still in force" if self.ended is None else f"ended {_time(self.ended)}"
+        return f"{self.text} (began {_time(self.begun)}, {until})"
+
+
+@dataclass(eq=False)
+class Ledger:
+    """The faults of one guest. You may call all methods from any thread.
+
+    Args:
+        logs: the folder for the guest's logs, or None.
+    """
+
+    logs: Path | None
+    _entries: list[Entry] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def in_force(self) -> list[Entry]:
+        """The faults that are in force, the first one first."""
+        with self._lock:
+            return [entry for entry in self._entries if entry.ended is None]
+
+    def begun(self, fault: Ends, text: str) -> None:
+        """Note that a fault is in force from now on."""
+        entry = Entry(fault, text, wall())
+        with self._lock:
+            self._entries.append(entry)
+        self._write(entry.begun, "begin", text)
+
+    def ended(self, fault: Ends, error: BaseException | None = None) -> None:
+        """Note that a fault is not in force any more.
+
+        Args:
+            error: what ended the block that it was made for.
+        """
+        for entry in self.in_force:
+            if entry.fault is fault:
+                entry.ended, entry.error = wall(), error
+                self._write(entry.ended, "end", entry.text)
+
+    def note(self, text: str) -> None:
+        """Note something that has happened at one moment, and has no end."""
+        self._write(wall(), "event", text)
+
+    def at_failure(self, is_cause: Callable[[BaseException], bool]) -> list[Entry]:
+        """The faults that were in force when a test failed. This forgets those that are over.
+
+        Args:
+            is_cause: whether an error that a fault saw belongs to the failure.
+        """
+        with self._lock:
+            found = [
+                entry
+                for entry in self._entries
+                if entry.ended is None or (entry.error is not None and is_cause(entry.error))
+            ]
+            self._entries = [entry for entry in self._entries if entry.ended is None]
+        return found
+
+    def switched_on(self, machine: Machine) -> None:
+        """The guest has a new machine."""
+        for entry in self.in_force:
+            entry.fault.switched_on(machine)
+
+    def end_all(self) -> None:
+        """End all faults that are in force, the last one first."""
+        for entry in reversed(self.in_force):
+            entry.fault.end()
+
+    def _write(self, when: float, what: str, text: str) -> None:
+        if self.logs is not None:
+            line = f"{_time(when)} {what:5} {text}\n"
+            with suppress(OSError), (self.logs / FILE).open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+def _time(seconds: float) -> str:
+    """A moment in UTC, with milliseconds, as in other logs."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S}.{moment.microsecond // 1000:03}Z"
