@@ -401,6 +401,7 @@ class Machines:
                 quiet_seconds=quiet,
             )
             machine.is_silent = helper.is_silent
+            self.faults.switched_on(machine)  # a restored guest has them before it goes on
             if state is not None:
                 helper.lead = self._lead
                 self._go_on(machine, helper)
@@ -408,7 +409,6 @@ class Machines:
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
             running.stack.callback(running.hang_up)
-            self.faults.switched_on(machine)
             return running
 
     def _go_on(self, machine: Machine, helper: Helper) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import IO
 
 from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.deadline import Deadline
@@ -14,28 +15,11 @@ from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.machine import cmdline
 from pytest_vmsandbox.machine.cmdline import Descriptors, PluggedDescriptors
 from pytest_vmsandbox.machine.disk import PluggedDisk
+from pytest_vmsandbox.machine.filters import Execute, Filter, Filters, delete_node, error_of, lend
 from pytest_vmsandbox.machine.qmp import Event, Monitor
 
 _ASK_SECONDS = 5.0  # after which a guest is asked again: its reset may have lost the request
 _LOOK_SECONDS = 1.0
-_RELEASE_SECONDS, _RELEASE_POLL_SECONDS = (
-    10.0,
-    0.01,
-)  # QEMU lets go of a disk a moment after the event
-
-
-class Execute(Protocol):
-    """Executes a command of QEMU's monitor."""
-
-    def __call__(
-        self, command: str, arguments: Mapping[str, object], *, fd: int | None = None
-    ) -> Any:
-        """Return its answer.
-
-        Raises:
-            MonitorError: QEMU refused it.
-            GuestLost: QEMU is gone.
-        """
 
 
 @dataclass(frozen=True)
@@ -55,8 +39,8 @@ class _Plugged:
 class Drives:
     """The block devices of one QEMU.
 
-    Another block device can be put under a disk while the guest runs (``qom-set`` of the property
-    ``drive``), for instance one that fails on purpose. `own` tells ours from such ones.
+    Filters can be put under a disk while the guest runs: see `Filter`. You may call all methods from any
+    thread.
 
     Args:
         execute: executes a command of its monitor.
@@ -64,18 +48,23 @@ class Drives:
         architecture: of the guest.
 
     Attributes:
-        own: the names of all block devices that the guest's disks have written into.
+        own: the names of all block devices that the guest's disks have read and written. `errors` tells
+            them from those that others have added, which may fail on purpose.
     """
 
     execute: Execute
     monitor: Monitor
     architecture: Architecture
     own: set[str] = field(default_factory=set)
-    _tops: dict[str, str] = field(
-        default_factory=dict
-    )  # the disks that can be written: name → node
+    _filters: Filters = field(init=False)
+    _storage: dict[str, str] = field(default_factory=dict)  # the disks: name → block device
+    _read_only: set[str] = field(default_factory=set)  # the names of those that are only read
     _plugged: dict[str, _Plugged] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _lock: threading.RLock = field(default_factory=threading.RLock)  # while they change
+
+    def __post_init__(self) -> None:
+        self._filters = Filters(self.execute, self.monitor)
 
     def started_with(self, names: Sequence[str], fds: Descriptors) -> None:
         """Note what QEMU has on its command line.
@@ -83,22 +72,71 @@ class Drives:
         Args:
             names: of the disks that are always there.
         """
-        self._tops = {name: name for name in names}
+        self._storage = {name: name for name in names}
+        if fds.modules is not None:
+            self._storage[cmdline.MODULES_DISK] = cmdline.MODULES_DISK
+            self._read_only.add(cmdline.MODULES_DISK)
+        self.own.update(self._storage.values())
         for disk in fds.plugged:
             nodes = [
                 (str(node["node-name"]), number) for number, node in cmdline.plugged_nodes(disk)
             ]
             self._note(disk, nodes)
-        self.own.update(self._tops.values(), [cmdline.MODULES_DISK])
 
     def errors(self) -> Iterator[Event]:
-        """The events of our own block devices that failed. Others may fail on purpose."""
+        """The events that tell that this host failed. What fails on purpose is not among them."""
         for event in self.monitor.events():
-            if event["event"] == "BLOCK_IO_ERROR" and event["data"].get("node-name") in self.own:
+            if error_of(event)[0] in self.own or self._filters.hides_failure(event):
                 yield event
+
+    # -- filters ----------------------------------------------------------------------------------
+
+    def insert(self, disk: str, new: Filter) -> None:
+        """Put a filter under a disk. If it is there already, or there is no such disk, nothing happens.
+
+        Raises:
+            MonitorError: QEMU cannot do it. Everything is as before then.
+        """
+        with self._lock:
+            if disk in self._storage:
+                self._filters.insert(
+                    disk, self._storage[disk], new, read_only=disk in self._read_only
+                )
+
+    def remove(self, disk: str, old: Filter) -> None:
+        """Take a filter away from under a disk. If it is not there, nothing happens.
+
+        Raises:
+            MonitorError: QEMU cannot do it.
+        """
+        with self._lock:
+            if disk in self._storage:
+                self._filters.remove(
+                    disk, self._storage[disk], old, read_only=disk in self._read_only
+                )
+
+    def has_failed(self, which: Filter) -> bool:
+        """Whether a filter has let a request fail already."""
+        return self._filters.has_failed(which)
+
+    def make_savable(self) -> None:
+        """Call this before a paused guest is saved or moved.
+
+        QEMU flushes all disks then, and gives up if a filter lets that fail.
+
+        Raises:
+            MonitorError: QEMU cannot do it.
+        """
+        with self._lock:
+            for disk, storage in self._storage.items():
+                self._filters.renew_failing(disk, storage, read_only=disk in self._read_only)
+
+    # -- disks that change, come and go -----------------------------------------------------------
 
     def put_on_top(self, overlays: Sequence[IO[bytes]]) -> None:
         """Let each disk write to a new, empty qcow2 file from now on. Older files do not change any more.
+
+        Filters stay above it.
 
         Args:
             overlays: a file for each disk that the guest can write to.
@@ -106,16 +144,19 @@ class Drives:
         Raises:
             MonitorError: QEMU cannot do it.
         """
-        for name, file in zip(list(self._tops), overlays, strict=True):
-            top = f"top-{next(self._numbers)}"  # a name may have 31 characters
-            number = self._lend(file)
-            device = cmdline.overlay(top, number, None)
-            self.execute("blockdev-add", {**device, "backing": None})
-            self.execute("blockdev-snapshot", {"node": self._tops[name], "overlay": top})
-            self._tops[name] = top
-            self.own.add(top)
-            if name in self._plugged:
-                self._plugged[name].nodes.append((top, number))
+        with self._lock:
+            written = [name for name in self._storage if name not in self._read_only]
+            for name, file in zip(written, overlays, strict=True):
+                top = f"top-{next(self._numbers)}"  # a name may have 31 characters
+                number = lend(self.execute, file)
+                device = cmdline.overlay(top, number, None)
+                self.execute("blockdev-add", {**device, "backing": None})
+                below = self._storage[name]
+                self.execute("blockdev-snapshot", {"node": below, "overlay": top})
+                self._storage[name] = top
+                self.own.add(top)
+                if name in self._plugged:
+                    self._plugged[name].nodes.append((top, number))
 
     def plug(self, disk: PluggedDisk) -> None:
         """Plug a disk into its root port. The guest finds it a moment later.
@@ -126,12 +167,12 @@ class Drives:
         nodes: list[tuple[str, int]] = []
         lent: list[int] = []
 
-        def lend(file: IO[bytes]) -> int:
-            lent.append(self._lend(file))
+        def given(file: IO[bytes]) -> int:
+            lent.append(lend(self.execute, file))
             return lent[-1]
 
         try:
-            described = descriptors_of(disk, lend)
+            described = descriptors_of(disk, given)
             for number, node in cmdline.plugged_nodes(described):
                 self.execute("blockdev-add", node)
                 nodes.append((str(node["node-name"]), number))
@@ -176,39 +217,32 @@ class Drives:
                 asked = Deadline(_ASK_SECONDS)
             elif deadline.expired:
                 return False
-        self._forget(name)
-        self._delete(plugged.nodes)
+        with self._lock:
+            self._forget(name)
+            self._filters.forget(name)
+            self._delete(plugged.nodes)
         return True
 
     def _note(self, disk: PluggedDescriptors, nodes: list[tuple[str, int]]) -> None:
         """Note a disk in a root port."""
-        self._plugged[disk.name] = _Plugged(nodes, len(self.monitor.events()))
-        if not disk.read_only:
-            self._tops[disk.name] = nodes[-1][0]
-        self.own.update(node for node, _ in nodes)
+        with self._lock:
+            self._plugged[disk.name] = _Plugged(nodes, len(self.monitor.events()))
+            self._storage[disk.name] = nodes[-1][0]
+            if disk.read_only:
+                self._read_only.add(disk.name)
+            self.own.update(node for node, _ in nodes)
 
     def _forget(self, name: str) -> None:
-        self._plugged.pop(name, None)
-        self._tops.pop(name, None)
+        with self._lock:
+            self._plugged.pop(name, None)
+            self._storage.pop(name, None)
+            self._read_only.discard(name)
 
     def _delete(self, nodes: Sequence[tuple[str, int]]) -> None:
         """Delete block devices, the highest first, and close QEMU's descriptors of their files."""
-        deadline = Deadline(_RELEASE_SECONDS)
         for node, number in reversed(nodes):
-            while True:
-                try:
-                    self.execute("blockdev-del", {"node-name": node})
-                    break
-                except MonitorError:
-                    if deadline.expired:
-                        raise
-                    deadline.pause(_RELEASE_POLL_SECONDS)
+            delete_node(self.execute, node)
             self.execute("remove-fd", {"fdset-id": number})
-
-    def _lend(self, file: IO[bytes]) -> int:
-        """The number of a new set of descriptors in QEMU, with this file."""
-        added = self.execute("add-fd", {}, fd=file.fileno())
-        return int(added["fdset-id"])
 
 
 def descriptors_of(disk: PluggedDisk, lend: Callable[[IO[bytes]], int]) -> PluggedDescriptors:

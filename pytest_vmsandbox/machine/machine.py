@@ -398,13 +398,13 @@ class Machine:
         """Pause the machine, and write its state to an open file.
 
         Args:
-            with_memory: whether to write its memory, too. If not, the memory is a file, which is complete
-                now.
+            with_memory: whether to write its memory, too. If not, the file of its memory is complete now.
 
         Raises:
             MonitorError: QEMU cannot do it, for instance because a device has a state that cannot be saved.
         """
         self.pause()
+        self.drives.make_savable()
         self._transfer("migrate", state, has_memory=with_memory)
 
     def _load(self, state: IO[bytes], *, has_memory: bool) -> None:

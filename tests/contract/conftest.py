@@ -16,7 +16,7 @@ from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start, processor_models
-from pytest_vmsandbox.machine.disk import NO_DISKS
+from pytest_vmsandbox.machine.disk import NO_DISKS, Disks
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
@@ -133,3 +133,19 @@ def stand(request):
 def machine(stand):
     with stand.machine() as machine:
         yield machine
+
+
+@pytest.fixture
+def state(tmp_path):
+    """A file for the state of a guest."""
+    with (tmp_path / "state").open("x+b", buffering=0) as file:
+        yield file
+
+
+@pytest.fixture
+def disks(tmp_path):
+    (tmp_path / "base.raw").write_bytes(bytes(MIB))
+    with Disks.open(
+        base=tmp_path / "base.raw", root_size=2 * MIB, blank=[MIB], folder=tmp_path
+    ) as disks:
+        yield disks

@@ -573,22 +573,6 @@ def ram(tmp_path):
         yield file
 
 
-@pytest.fixture
-def state(tmp_path):
-    """A file for the state of a guest."""
-    with (tmp_path / "state").open("x+b", buffering=0) as file:
-        yield file
-
-
-@pytest.fixture
-def disks(tmp_path):
-    (tmp_path / "base.raw").write_bytes(bytes(MIB))
-    with Disks.open(
-        base=tmp_path / "base.raw", root_size=2 * MIB, blank=[MIB], folder=tmp_path
-    ) as disks:
-        yield disks
-
-
 class TestState:
     def test_pause_and_resume(self, machine):
         machine.pause()

@@ -95,6 +95,8 @@ class Fault(ABC):
     def switched_on(self, machine: Machine) -> None:  # noqa: B027  # most faults need nothing
         """The guest has a new machine: it was switched on, or a snapshot was restored.
 
+        A machine that was restored does not run yet.
+
         A fault of the hardware is put into the new machine. Others need nothing, because what was in the
         guest's memory is gone.
         """
