@@ -22,6 +22,7 @@ from pytest_vmsandbox import CommandError, GuestLost, Provision
 from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
+from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests import resume, template_builder
 from pytest_vmsandbox.guests.callbacks import Announcer
@@ -47,8 +48,6 @@ class Told(list):
 @pytest.fixture
 def cache(tmp_path):
     """A cache without templates; images and verdicts are those of the user."""
-    from pytest_vmsandbox.core.paths import cache_dir
-
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     for name in ("images", "accelerator"):
@@ -56,22 +55,34 @@ def cache(tmp_path):
     return folder
 
 
+def opener(stack, cache):
+    """Opens factories on a cache, each as a run of its own."""
+
+    def open_one(clones="demand", cache=cache, captures=False, **more):
+        told = Told()
+        callbacks = Announcer(told.append)
+        for name, callback in more.items():
+            setattr(callbacks, name, callback)
+        settings = Settings(cache=cache, clones=clones, captures=captures)
+        one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
+        one.told = told
+        return one
+
+    return open_one
+
+
 @pytest.fixture
-def factory(cache):
-    """Opens factories on that cache, each as a run of its own."""
+def factory():
+    """Opens factories on the user's cache: a template that another test has made is not made again."""
     with ExitStack() as stack:
+        yield opener(stack, cache_dir())
 
-        def open_one(clones="demand", cache=cache, captures=False, **more):
-            told = Told()
-            callbacks = Announcer(told.append)
-            for name, callback in more.items():
-                setattr(callbacks, name, callback)
-            settings = Settings(cache=cache, clones=clones, captures=captures)
-            one: Any = stack.enter_context(GuestFactory.open(settings, callbacks))
-            one.told = told
-            return one
 
-        yield open_one
+@pytest.fixture
+def first_factory(cache):
+    """Opens factories on the cache without templates."""
+    with ExitStack() as stack:
+        yield opener(stack, cache)
 
 
 def offset(vm) -> float:
@@ -94,7 +105,8 @@ class TestWhatIsPutRight:
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin in {"cloned", "armed"}
             assert abs(offset(vm)) < 0.05
-        time.sleep(30)
+        assert one.await_armed(120)
+        time.sleep(3)
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "armed"
             assert abs(offset(vm)) < 0.05
@@ -268,13 +280,13 @@ class TestTemplates:
             assert "so it goes" not in vm.console.own
         assert again.told == []
 
-    def test_two_runs_at_once_make_it_once(self, factory):
+    def test_two_runs_at_once_make_it_once(self, first_factory):
         import threading
 
         said = []
 
         def use():
-            one = factory()
+            one = first_factory()
             with one.boot("tiny", **TINY) as vm:
                 vm.run(["true"])
             said.extend(one.told)
@@ -286,7 +298,7 @@ class TestTemplates:
             thread.join()
         assert len([line for line in said if line.startswith("preparing")]) == 1
 
-    def test_prepared_once_per_change(self, factory):
+    def test_prepared_once_per_change(self, first_factory):
         done = []
 
         def prepare(vm):
@@ -303,10 +315,10 @@ class TestTemplates:
                 assert vm.read_text("/opt/made") == "here"
                 assert vm.run(["pidof", "sleep"]).stdout.strip()
 
-        use(factory(), ["1"])
-        use(factory(image=lambda: "tiny"), ["1"], base=None)
+        use(first_factory(), ["1"])
+        use(first_factory(image=lambda: "tiny"), ["1"], base=None)
         assert len(done) == 1
-        use(factory(), ["2"])
+        use(first_factory(), ["2"])
         assert len(done) == 2
 
     def test_a_preparation_that_fails_is_told_as_it_is(self, factory):
@@ -315,7 +327,7 @@ class TestTemplates:
             one.prepare("tiny", lambda vm: vm.run(["false"]), depends_on=[])
         assert one.told.about("are booted, because they cannot be cloned") == []
 
-    def test_a_guest_that_is_prepared_logs_for_who_waits_for_it(self, factory, tmp_path):
+    def test_a_guest_that_is_prepared_logs_for_who_waits_for_it(self, first_factory, tmp_path):
         begun = []
 
         def logs(guest):
@@ -331,7 +343,7 @@ class TestTemplates:
             asked[name] = gathered(guest)
 
         asked = {}
-        one = factory(logs=logs, guest_begun=begun.append, preparation_failed=failed)
+        one = first_factory(logs=logs, guest_begun=begun.append, preparation_failed=failed)
         with pytest.raises(CommandError):
             one.prepare("tiny", prepare, depends_on=[])
         assert "MemTotal" in asked["tiny-prepared-2"]["memory.txt"]
@@ -342,12 +354,12 @@ class TestTemplates:
             layer.index("vmsandbox: init") < layer.index("saved here") < layer.index("so it went")
         )
 
-    def test_the_hook_gives_every_guest_a_layer(self, factory):
+    def test_the_hook_gives_every_guest_a_layer(self, first_factory):
         layer = Provision(
             name="a file", depends_on=["1"], run=lambda vm: vm.write_text("/opt/layer", "x")
         )
         for clones in ("demand", "never"):
-            one = factory(clones, provisions=lambda image: [layer] if image == "tiny" else [])
+            one = first_factory(clones, provisions=lambda image: [layer] if image == "tiny" else [])
             with one.boot("tiny", **TINY, user="tester") as vm:  # the image's user makes it
                 assert vm.shell("id -un; stat -c %U /opt/layer").stdout == "tester\nroot\n"
                 assert vm.read_text("/opt/layer") == "x"
@@ -404,7 +416,7 @@ class TestSnapshot:
 
 
 class TestFallback:
-    def test_a_qemu_that_does_not_ignore_shared_memory(self, factory, monkeypatch):
+    def test_a_qemu_that_does_not_ignore_shared_memory(self, first_factory, monkeypatch):
         """It is asked for in vain: guests are booted, and that is said once."""
         execute = Monitor.execute
 
@@ -414,7 +426,7 @@ class TestFallback:
             return execute(self, command, arguments, **more)
 
         monkeypatch.setattr(Monitor, "execute", refuse)
-        one = factory()
+        one = first_factory()
         for _ in range(2):
             with one.boot("tiny", **TINY) as vm:
                 assert vm.origin == "booted"
@@ -422,34 +434,37 @@ class TestFallback:
         (line,) = one.told.about("are booted, because they cannot be cloned")
         assert "x-ignore-shared" in line
 
-    def test_a_cache_without_room(self, factory, cache, tmp_path):
+    def test_a_cache_without_room(self, first_factory, cache, tmp_path):
         """QEMU would be ended by SIGBUS: its guest's memory would lie there."""
         with small_file_system(tmp_path / "small", "64M") as small:
             for entry in cache.iterdir():
                 (small / entry.name).symlink_to(entry)
-            one = factory(cache=small)
+            one = first_factory(cache=small)
             with one.boot("tiny", **TINY) as vm:
                 assert vm.origin == "booted"
                 vm.run(["true"])
             (line,) = one.told.about("are booted, because they cannot be cloned")
             assert "the cache has no room for 160MiB of memory" in line
 
-    def test_a_template_that_no_clone_can_be_made_of(self, factory, cache):
+    def test_a_template_that_no_clone_can_be_made_of(self, factory, first_factory, cache):
         """A state that QEMU does not take, though it is what was saved."""
-        with factory().boot("tiny", **TINY):
-            pass
+        with (one := factory()).boot("tiny", **TINY):
+            (opened,) = one._clones._builder._open.values()
+            (cache / "templates").mkdir(mode=0o700)
+            copy = ["cp", "-a", "--sparse=always", opened.template.folder, cache / "templates"]
+            subprocess.run(copy, check=True)
         (template,) = TemplateStore(cache).all()
         (template.folder / "state").write_bytes(b"nonsense")
         content = integrity.read_record(template.folder / "template.json")
         content["digests"]["state"] = integrity.file_digest(template.folder / "state")
         integrity.write_record(template.folder / "template.json", content)
-        one = factory()
+        one = first_factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert one.told.about("are booted, because they cannot be cloned")
 
-    def test_without_clones(self, factory, cache):
-        one = factory("never")
+    def test_without_clones(self, first_factory, cache):
+        one = first_factory("never")
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert not (cache / "templates").exists()
@@ -481,10 +496,10 @@ class TestChance:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(10)
 
-    def test_a_guest_that_is_killed_while_its_template_is_built(self, factory, first):
+    def test_a_guest_that_is_killed_while_its_template_is_built(self, first_factory, first):
         retried = []
         first(template_builder, "settle", lambda guest, _: self.kill(machine_of(guest).process))
-        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
+        with first_factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"
         (error,) = retried
         assert "SIGKILL" in error.brief
@@ -498,14 +513,14 @@ class TestChance:
         assert "SIGKILL" in error.brief
         assert "while booting" in error.brief
 
-    def test_one_that_panics_while_it_boots_is_no_chance(self, factory, first):
+    def test_one_that_panics_while_it_boots_is_no_chance(self, first_factory, first):
         retried = []
 
         def panic(vm, _):
             vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger"])
 
         first(template_builder, "settle", panic)
-        with factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
+        with first_factory(note_retry=retried.append).boot("tiny", **TINY) as vm:
             assert vm.origin == "booted"
         assert retried == []
 
@@ -613,7 +628,7 @@ def test_many_guests_rest_until_they_are_asked(factory, monkeypatch):
             assert not vm.engine.resting
 
 
-def test_another_qemu_has_templates_of_its_own(factory, cache):
+def test_another_qemu_has_templates_of_its_own(factory):
     """The digest is of all that a state depends on; here, of the build of QEMU."""
     one = factory()
     blueprint = one.backend.blueprint("tiny", one.hardware("tiny", TINY))
