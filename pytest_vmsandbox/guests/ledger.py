@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -117,8 +118,13 @@ class Ledger:
     def _write(self, when: float, what: str, text: str) -> None:
         if self.logs is not None:
             line = f"{_time(when)} {what:5} {text}\n"
-            with suppress(OSError), (self.logs / FILE).open("a", encoding="utf-8") as file:
-                file.write(line)
+            with suppress(OSError), open(self.logs / FILE, "ab", opener=_private) as file:
+                file.write(line.encode(errors="replace"))
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that only this user can read, if it is new."""
+    return os.open(path, flags, 0o600)
 
 
 def _time(seconds: float) -> str:

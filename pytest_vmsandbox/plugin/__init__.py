@@ -61,8 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
     run = config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
     config.pluginmanager.register(alarms, "vmsandbox-alarms")
+    config.pluginmanager.register(run.faults, "vmsandbox-faults")
     with suppress(pytest.UsageError):  # it is reported with all other wrong values
-        if run.keeps:
+        if run.keeping.is_on:
             config.pluginmanager.register(run.keeping, "vmsandbox-keeping")
 
 
@@ -287,8 +288,10 @@ class _Protocol:
             error = report.longreprtext if call.excinfo is None else call.excinfo.value
             run.at_failure(item, call.when, error)
         elif call.when == "call":
-            run.keeping.passed(item)
+            run.at_success(item)
         run.show(item, report)
+        if call.when == "teardown":
+            run.faults.finish(item)
         return report
 
 

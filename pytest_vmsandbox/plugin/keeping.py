@@ -151,7 +151,8 @@ class Keeping:
         return options.keep(self._config) in {"failed", "all"}
 
     @cached_property
-    def _keeps_all(self) -> bool:
+    def keeps_all(self) -> bool:
+        """Whether the guests of tests that pass are kept, too."""
         return options.keep(self._config) == "all"
 
     @cached_property
@@ -205,7 +206,7 @@ class Keeping:
             kept.key
             for kept in test.kept.values()
             if test.has_failed
-            or (self._keeps_all and not kept.occasion.is_failure)
+            or (self.keeps_all and not kept.occasion.is_failure)
             or (not test.is_over and kept.occasion.is_certain)  # somebody pressed Ctrl-C
         )
         if test.has_failed and not stays:  # a plugin has repeated the test without our hooks
@@ -291,7 +292,7 @@ class Keeping:
         test, names = self._test(item), self._names(item)
         if error is not None:
             self.keep(item, test.phase, error, is_certain=False, also=guest)
-        elif self._keeps_all and guest.name in names and guest.name not in test.kept:
+        elif self.keeps_all and guest.name in names and guest.name not in test.kept:
             self._keep_each(item, names, _Occasion(test.phase), only=guest)
 
     def passed(self, item: pytest.Item, **about: Any) -> None:
@@ -300,7 +301,7 @@ class Keeping:
         Args:
             about: what else `guests.kept.Moment` says.
         """
-        if self._keeps_all:
+        if self.keeps_all:
             self._keep_each(item, self._names(item), _Occasion("call", about=about))
 
     def keep(

@@ -6,9 +6,9 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,8 +19,9 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import lock_file
 from pytest_vmsandbox.core.spec import parse_kernel
-from pytest_vmsandbox.plugin import alarms, config as options, plan as plans
+from pytest_vmsandbox.plugin import alarms, config as options, plan as plans, terminal
 from pytest_vmsandbox.plugin.artifacts import Artifacts, Gatherer, telling, temporary_folder
+from pytest_vmsandbox.plugin.faults import FaultsOfTests
 from pytest_vmsandbox.plugin.keeping import Keeping
 from pytest_vmsandbox.plugin.plan import Variant
 from pytest_vmsandbox.plugin.reporting import FAILED, RETRIED
@@ -69,6 +70,7 @@ class Run:
         labels: of images on kernels of the user, as ids of tests show them.
         coming: image and hardware of each fresh guest that tests will ask for.
         keeping: the guests of failed tests.
+        faults: those that tests begin in their guests.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -87,7 +89,7 @@ class Run:
         self._wrong: dict[tuple[str, Path], ConfigError] = {}  # image and kernel
         self.coming: list[tuple[str, Hardware]] = []
         self._guests: defaultdict[str, _Known] = defaultdict(_Known)  # by name
-        self._gatherer = Gatherer(lambda: self.artifacts, self.asked, self.tell)
+        self._gatherer = Gatherer(lambda: self.artifacts, partial(_asked, config), self.tell)
         self._stack = ExitStack()
         self.keeping = Keeping(
             config,
@@ -96,6 +98,7 @@ class Run:
             backend=lambda: self.factory.backend,
             tell=self.tell,
         )
+        self.faults = FaultsOfTests(self._running, self)
 
     def close(self) -> None:
         """End all remaining guests."""
@@ -304,6 +307,11 @@ class Run:
             if known.is_used or known.guest is None or (asks and not known.is_noted)
         ]
 
+    def _running(self, names: Iterable[str] | None = None) -> list[Guest]:
+        """The guests of these names that still run; without names, all that run."""
+        found = [self._guests[name].guest for name in (self._guests if names is None else names)]
+        return [guest for guest in found if guest is not None]
+
     def finish(self, item: pytest.Item) -> None:
         """Forget a test. Its artifacts stay only if it failed."""
         self.item = None
@@ -375,13 +383,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line about a long wait on the terminal, even while pytest captures output."""
-        plugin = self.config.pluginmanager.get_plugin
-        capture, reporter = plugin("capturemanager"), plugin("terminalreporter")
-        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            if hasattr(self.config, "workerinput"):  # a worker of xdist has no terminal
-                print(f"vmsandbox: {text}", file=sys.stderr, flush=True)  # noqa: T201
-            elif reporter is not None:
-                reporter.write_line(f"vmsandbox: {text}")
+        terminal.say(self.config, text)
 
     def missing(self, error: VMSandboxError) -> NoReturn:
         if options.skip_missing(self.config):
@@ -402,8 +404,10 @@ class Run:
         known.guest, known.has_come = guest, True
         try:
             self.config.hook.pytest_vmsandbox_guest_ready(config=self.config, guest=guest)
+            self.faults.outlive_tests(guest)
         except Exception as error:
             if self.item is not None:
+                self.faults.before_end(self.item, guest, error)
                 self._before_end(self.item, guest, error)
             known.guest = None
             raise
@@ -431,6 +435,8 @@ class Run:
         if item is not None:
             if guest.name in self._used_by(item):
                 failed = failed or item.stash.get(FAILED, False)
+            is_looked_at = failed or self.keeping.keeps_all
+            self.faults.before_end(item, guest, error, is_looked_at=is_looked_at)
             self._before_end(item, guest, error, failed=failed)
         known = self._guests[guest.name]
         known.guest = None
@@ -457,23 +463,27 @@ class Run:
             error: what was raised, or one line.
             about: what else is known, as in `guests.kept.Moment`.
         """
+        guests = self._running(self._used_by(item))
         with alarms.paused(item):
+            self.faults.at_failure(
+                item, phase, guests, error
+            )  # first: a frozen guest could not be asked
             self.keeping.keep(item, phase, error, **about)
-            for name in self._used_by(item):
-                if (guest := self._guests[name].guest) is not None:
-                    self._gatherer.gather(item.nodeid, guest, error=error)
+            for guest in guests:
+                self._gatherer.gather(item.nodeid, guest, error=error)
 
-    @property
-    def keeps(self) -> bool:
-        """Whether the guests of failed tests are kept."""
-        return self.keeping.is_on
+    def at_success(self, item: pytest.Item) -> None:
+        """The function of a test has passed, and its guests still run."""
+        if self.keeping.keeps_all:
+            self.faults.end_of_call(item)
+            self.keeping.passed(item)
 
     def show(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Add to a test's report which guest it had, and what is left of it if the test failed."""
         given = dict(report.user_properties)
         if "vm" not in given and (label := plans.plan_of(item).variant.label):
             report.user_properties.append(("vm", label))
-        lines = self.keeping.show(item, report)
+        lines = [*self.faults.shown(), *self.keeping.show(item, report)]
         has_failed = report.failed or item.stash.get(FAILED, False)
         if has_failed and "artifacts" in self.__dict__ and self._used_by(item):
             with telling(self.tell), alarms.paused(item):
@@ -486,14 +496,9 @@ class Run:
 
     def preparation_failed(self, guest: Guest, name: str) -> None:
         if self.item is not None:
+            self.faults.before_end(self.item, guest, sys.exception())
             with alarms.paused(self.item):
                 self._gatherer.gather(self.item.nodeid, guest, name)
-
-    def asked(self, guest: Guest) -> dict[str, str]:
-        """What a guest says about itself, by the name of a file for each text."""
-        from pytest_vmsandbox.guests.gathering import gathered
-
-        return gathered(guest, secret=options.guest_environment(self.config).values())
 
 
 class SharedGuests:
@@ -516,6 +521,13 @@ class SharedGuests:
         guest, _ = self._guests[key]
         self._run.note_use(guest)
         return guest
+
+
+def _asked(config: pytest.Config, guest: Guest) -> dict[str, str]:
+    """What a guest says about itself, by the name of a file for each text."""
+    from pytest_vmsandbox.guests.gathering import gathered
+
+    return gathered(guest, secret=options.guest_environment(config).values())
 
 
 def _about_lock(config: pytest.Config) -> str:

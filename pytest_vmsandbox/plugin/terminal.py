@@ -1,9 +1,10 @@
-"""The terminal that pytest was started on, for debuggers in guests."""
+"""The terminal that pytest was started on: for debuggers in guests, and for lines that cannot wait."""
 
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,3 +38,14 @@ def is_there(config: pytest.Config) -> bool:
         with uncaptured(config):
             config.stash[_IS_THERE] = os.isatty(0) and os.isatty(1)
     return config.stash[_IS_THERE]
+
+
+def say(config: pytest.Config, text: str) -> None:
+    """Print a line on the terminal, even while pytest captures output."""
+    plugin = config.pluginmanager.get_plugin
+    capture, reporter = plugin("capturemanager"), plugin("terminalreporter")
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        if hasattr(config, "workerinput"):  # a worker of xdist has no terminal
+            print(f"vmsandbox: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        elif reporter is not None:
+            reporter.write_line(f"vmsandbox: {text}")

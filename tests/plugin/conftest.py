@@ -7,10 +7,12 @@ import pytest
 
 from pytest_vmsandbox.catalogue import store
 from pytest_vmsandbox.core.architecture import native_architecture
+from pytest_vmsandbox.guests.faults import fault
 from support import images
 
 # pytester forgets what a run in this process imports: what takes long to import is kept.
 assert store
+assert fault
 
 IMAGES = {
     "alpha-1": native_architecture(),
@@ -25,19 +27,42 @@ vm_images = alpha-1
 """
 # The fake writes what happens to guests into the file `guests`, also from several processes.
 FAKE = """
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 
-from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.core.errors import BootError, MonitorError
 from pytest_vmsandbox.core.spec import Hardware, format_size
+from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.plugin import RUN
 
 
+def note(config, *words):
+    with (config.rootpath / "guests").open("a") as file:
+        print(*words, file=file)
+
+
+class FakeFault(Fault):
+    def _start(self):
+        pass
+
+    def _stop(self):
+        note(self._engine.config, "restore", self._engine.name, self.text)
+        if "stays" in self.text:
+            raise MonitorError(f"QEMU refuses:\\n{self.text}")
+
+
 class FakeGuest:
-    def __init__(self, name, image):
-        self.name, self.image, self.alive = name, image, True
+    def __init__(self, name, image, config, logs):
+        self.name, self.image, self.alive, self.config = name, image, True, config
+        self.engine = self
+        self.machines = SimpleNamespace(faults=Ledger(logs))
+        self.explained = nullcontext
+
+    def fault(self, text):
+        return FakeFault(self, text).begin()
 
     def screenshot(self, path):
         path.write_bytes(b"a picture")
@@ -57,8 +82,7 @@ class FakeFactory:
         pass
 
     def note(self, *words):
-        with (self.session.config.rootpath / "guests").open("a") as file:
-            print(*words, file=file)
+        note(self.session.config, *words)
 
     def boot(self, image, **hardware):
         return self.lease(image, Hardware(user="root").changed(hardware))
@@ -72,10 +96,11 @@ class FakeFactory:
         for name in {"memory", "disk"} & {*hardware}:
             hardware[name] = format_size(hardware[name])
         self.count += 1
-        guest = FakeGuest(f"{image}-{self.count}", image)
-        self.note("boot", guest.name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
-        self.session.guest_begun(guest.name)
-        logs = self.session.logs(guest.name)
+        name, config = f"{image}-{self.count}", self.session.config
+        self.note("boot", name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
+        self.session.guest_begun(name)
+        logs = self.session.logs(name)
+        guest = FakeGuest(name, image, config, logs)
         (logs / "console.log").write_text(f"{guest.name} boots")
         if image == "beta" and hardware.get("cpus") == 13:
             raise BootError("beta does not come up", stage="kernel", seconds=3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode
@@ -47,6 +48,7 @@ class Script:
         self.said, self.waiting = said, []
         self.name, self.image, self.alive, self.loss = "alpha-1-1", "alpha-1", True, None
         self.engine = self
+        self.machines = SimpleNamespace(faults=Ledger(None))
 
     def send(self, data, timeout):
         for line in data.splitlines():

@@ -7,8 +7,10 @@ import select
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost
+from pytest_vmsandbox.guests.ledger import Ledger
 
 
 class LocalProcess:
@@ -60,6 +62,7 @@ class LocalGuest:
         self.name, self.image = name, image
         self.lost = None
         self.transient = False  # whether something else than the guest was at fault
+        self.machines = SimpleNamespace(faults=Ledger(None))
 
     @property
     def engine(self):
