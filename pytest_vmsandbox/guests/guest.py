@@ -18,6 +18,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import StrPath
+from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.faults import TakesFaults
 from pytest_vmsandbox.guests.machines import Saved
@@ -491,6 +492,7 @@ class _Snapshot:
 
     def __enter__(self) -> None:
         with self._engine.explained():
+            refuse_recorded(self._engine)
             self._saved = self._engine.save()
 
     def __exit__(

@@ -56,9 +56,14 @@ class Ledger:
 
     Args:
         logs: the folder for the guest's logs, or None.
+
+    Attributes:
+        recorded: the disks that are recorded for crash points now: name → told of the events of QEMU
+            while the next recording began.
     """
 
     logs: Path | None
+    recorded: dict[str, Callable[[range], None]] = field(default_factory=dict)
     _entries: list[Entry] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -37,9 +37,7 @@ _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _LOOK_SECONDS = 2.0
 _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
-_SILENT_SECONDS = (
-    10.0  # of a kernel of the user; our own kernels take about 1 s to the first program
-)
+_SILENT_SECONDS = 10.0  # of a kernel of the user; ours take about 1 s to the first program
 _PANICKED = "guest-panicked"  # QEMU's status
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
@@ -493,9 +491,7 @@ class Machines:
         resume.pause(machine, helper)  # the helper has read everything so far
         try:
             frozen = self.freeze_disks(machine)
-            state = self._own.enter_context(
-                tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)  # noqa: SIM115
-            )
+            state = self.unnamed_file()
             machine.save(state, with_memory=True)
             console = machine.console.saved
         finally:
@@ -511,6 +507,12 @@ class Machines:
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)
+
+    def unnamed_file(self) -> IO[bytes]:
+        """A new file in the cache, without a name. It is closed when the guest is removed."""
+        return self._own.enter_context(
+            tempfile.TemporaryFile(dir=self.hypervisor.cache, buffering=0)
+        )
 
     def _fresh_overlay(self, size: int) -> IO[bytes]:
         return self._own.enter_context(empty_overlay(size, self.hypervisor.cache))

@@ -68,6 +68,8 @@ class Filter:
         files: open files that it needs. They are the caller's: QEMU gets descriptors of its own.
         reasons: what QEMU says of the errors that it makes on purpose, as `os.strerror` does. A filter
             without any never fails by itself, so its errors are this host's.
+        detached: called when the filter is taken away: nothing comes through it any more, and its block
+            device is still there. QEMU flushes that once more when it deletes it.
     """
 
     order: int
@@ -75,6 +77,7 @@ class Filter:
     object: Mapping[str, object] | None = None
     files: Sequence[IO[bytes]] = ()
     reasons: Collection[str] = ()
+    detached: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +155,10 @@ class Filters:
 
     def forget(self, disk: str) -> None:
         """Delete all filters of a disk that has no device any more."""
-        for layer in reversed(self._layers.pop(disk, [])):
+        layers = self._layers.pop(disk, [])
+        for layer in layers:
+            layer.held.filter.detached()
+        for layer in reversed(layers):
             delete_node(self.execute, layer.node)
             self._release(layer.held)
 
@@ -206,6 +212,9 @@ class Filters:
                     delete_node(self.execute, layer.node)
             raise
         self._layers[disk] = [*below, *fresh]
+        for layer in before:
+            if layer.held not in wanted:
+                layer.held.filter.detached()
         for layer in reversed(before):
             delete_node(self.execute, layer.node)
 

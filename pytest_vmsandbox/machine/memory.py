@@ -82,12 +82,17 @@ def _give_back(file: IO[bytes], size: int) -> None:
         for at in range(0, len(data), _PIECE):
             piece = data[at : at + _PIECE]
             if piece != zero[: len(piece)]:
-                _make_hole(file, done, start + at)
+                make_hole(file, done, start + at)
                 done = start + at + len(piece)
-    _make_hole(file, done, size)
+    make_hole(file, done, size)
 
 
-def _make_hole(file: IO[bytes], start: int, end: int) -> None:
+def make_hole(file: IO[bytes], start: int, end: int) -> None:
+    """Make a hole, which reads as zeros, from one byte to another.
+
+    Raises:
+        OSError: the file system cannot do it.
+    """
     if end > start:
         _fallocate(file, _KEEP_SIZE | _PUNCH_HOLE, start, end - start)
 

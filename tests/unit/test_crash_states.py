@@ -1,14 +1,17 @@
 """Which states a power cut can leave: compared with all of them, on small logs."""
 
 import itertools
+import os
 import random
 import struct
 import tempfile
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, MonitorError
+from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.exploring import explore, spread
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry, Log
 from pytest_vmsandbox.guests.crash.states import History, Mark, State, pieces
@@ -195,6 +198,59 @@ def test_spread_has_all_items_once():
     for length in range(40):
         assert sorted(spread(range(length))) == list(range(length))
     assert list(spread(range(8))) == [0, 4, 2, 6, 1, 5, 3, 7]
+
+
+# -- the content ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_file_gets_the_content_of_one_state_after_the_other(seed, tmp_path):
+    history = some_history(seed, length=30)
+    chance = random.Random(seed)
+    data = chance.randbytes(1000 * 40)
+    before = chance.randbytes(4 * SECTOR) + bytes((SECTORS - 4) * SECTOR)
+
+    def expected(state):
+        parts = []
+        for number, sector in enumerate(content(history, state)):
+            if sector == "base":
+                parts.append(before[number * SECTOR : (number + 1) * SECTOR])
+            else:
+                parts.append(data[sector : sector + SECTOR] if sector else bytes(SECTOR))
+        return b"".join(parts)
+
+    with ExitStack() as stack:
+        base, log = (stack.enter_context(tempfile.TemporaryFile(buffering=0)) for _ in range(2))
+        base.write(before[: 4 * SECTOR])
+        base.truncate(len(before))
+        log.write(data)
+        with Builder(base, log, history, tmp_path) as builder:
+            assert builder.size == len(before)
+            for number, state in enumerate(explore(history, seed=seed, count=150, tear=TEAR)):
+                with builder.state(state):
+                    assert os.pread(base.fileno(), len(before) + 1, 0) == expected(state)
+                if number % 50 == 0:
+                    builder.write(state, tmp_path / state.name)
+                    assert (tmp_path / state.name).read_bytes() == expected(state)
+            with pytest.raises(ConfigError), builder.state(State(99)):
+                pass
+        assert os.pread(base.fileno(), len(before) + 1, 0) == before
+
+
+def test_a_file_stays_sparse(tmp_path):
+    size = 1 << 30
+    history = History([Entry(0, "write", 4096, 8192, 512), Entry(1, "discard", 0, size)])
+    with ExitStack() as stack:
+        base, log = (stack.enter_context(tempfile.TemporaryFile(buffering=0)) for _ in range(2))
+        base.truncate(size)
+        log.write(b"x" * 16384)
+        with Builder(base, log, history, tmp_path) as builder:
+            for point in (2, 1, 2):
+                with builder.state(State(point)):
+                    assert os.fstat(base.fileno()).st_blocks * SECTOR < 1 << 20
+            builder.write(State(1), tmp_path / "disk.raw")
+        assert (tmp_path / "disk.raw").stat().st_blocks * SECTOR < 1 << 20
+        assert os.fstat(base.fileno()).st_blocks * SECTOR < 1 << 20
 
 
 # -- the log ---------------------------------------------------------------------------------------

@@ -63,11 +63,13 @@ class Log:
     Attributes:
         file: the log file.
         entries: what was read until now.
+        is_finished: whether there will be no more.
     """
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self.file = file
         self.entries: list[Entry] = []
+        self.is_finished = False
         self._size = size
         self._position = SECTOR  # of the next header
 
@@ -90,7 +92,7 @@ class Log:
             self._position += SECTOR + (entry.length if entry.kind == "write" else 0)
 
     def finish(self) -> list[Entry]:
-        """Read the rest, when QEMU does not write to the log any more.
+        """Read the rest, when the guest does not write to the disk any more. This does it once.
 
         Returns:
             All entries.
@@ -98,6 +100,8 @@ class Log:
         Raises:
             MonitorError: the log is damaged, or its end is missing.
         """
+        if self.is_finished:
+            return self.entries
         is_whole = self.read()
         size = os.fstat(self.file.fileno()).st_size
         if not is_whole or size < (self._position if self.entries else 0):
@@ -105,6 +109,7 @@ class Log:
         head = os.pread(self.file.fileno(), 8, 0)
         if head.strip(b"\0") and int.from_bytes(head, "little") != _MAGIC:
             raise self._damaged("it does not begin as one")
+        self.is_finished = True
         return self.entries
 
     def _entry(self, sector: int, count: int, flags: int, extra: int) -> Entry:
