@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.factory import GuestFactory
+    from pytest_vmsandbox.guests.faults.fault import Fault
+    from pytest_vmsandbox.guests.faults.faults import Faults
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.plugging import AttachedDisk
     from pytest_vmsandbox.guests.process import Process
@@ -42,6 +44,8 @@ _MODULES = (  # the modules that define them, the cheapest to import first
     "guests.access",
     "guests.provision",
     "guests.plugging",
+    "guests.faults.fault",
+    "guests.faults.faults",
     "guests.guest",
     "guests.factory",
 )
@@ -54,6 +58,8 @@ __all__ = [
     "CommandResult",
     "CommandTimeout",
     "ConfigError",
+    "Fault",
+    "Faults",
     "Guest",
     "GuestFactory",
     "GuestLost",

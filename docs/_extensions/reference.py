@@ -16,6 +16,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import click
@@ -28,11 +29,11 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import pytest_vmsandbox
-from pytest_vmsandbox import Guest, Process, SSHAccess, plugin
+from pytest_vmsandbox import Faults, Guest, Process, SSHAccess, plugin
 from pytest_vmsandbox.cli import bench
 from pytest_vmsandbox.plugin import config, hookspecs
 
-_WHOLE = (Guest, Process, SSHAccess)  # all of their methods and properties are public
+_WHOLE = (Faults, Guest, Process, SSHAccess)  # all of their methods and properties are public
 _LOG = logging.getLogger(__name__)
 _TYPES = {  # of ini keys, as pytest calls them
     None: "",
@@ -169,8 +170,9 @@ def check_complete(_: Sphinx, env: BuildEnvironment) -> None:
     members = [
         f"{kind.__name__}.{name}"
         for kind in _WHOLE
-        for name, value in vars(kind).items()
-        if not name.startswith("_") and (callable(value) or isinstance(value, property))
+        for name, value in inspect.getmembers(kind)
+        if not name.startswith("_")
+        and (callable(value) or isinstance(value, property | cached_property))
     ]
     wanted = {
         *(f"pytest_vmsandbox.{name}" for name in (*pytest_vmsandbox.__all__, *members)),

@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import re
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -43,9 +44,17 @@ def public_objects():
     for name in (*pytest_vmsandbox.__all__, "Console"):
         found = Console if name == "Console" else getattr(pytest_vmsandbox, name)
         yield name, found
-        for attribute, value in vars(found).items():
-            if not attribute.startswith("_") and (callable(value) or isinstance(value, property)):
+        for attribute, value in ours(found):
+            if callable(value) or isinstance(value, property | cached_property):
                 yield f"{name}.{attribute}", value
+
+
+def ours(kind):
+    """The attributes of a class that it does not have from Python, with those of its parts."""
+    members = [name for base in kind.mro() if base.__module__ != "builtins" for name in vars(base)]
+    for name in dict.fromkeys(members):
+        if not name.startswith("_"):
+            yield name, inspect.getattr_static(kind, name)
 
 
 def hooks():

@@ -29,6 +29,7 @@ CALLS = {
     "alive": lambda vm, _: vm.alive,
     "origin": lambda vm, _: vm.origin,
     "spec": lambda vm, _: vm.spec,
+    "faults": lambda vm, _: vm.faults.in_force,
     "run": lambda vm, _: vm.run(["true"]),
     "shell": lambda vm, _: vm.shell("true"),
     "popen": lambda vm, _: popen(vm),
@@ -52,7 +53,7 @@ CALLS = {
     "power_on": lambda vm, _: vm.power_on(),
     "power_cut": lambda vm, _: vm.power_cut(),
 }
-LOOKS = {"alive", "origin", "spec"}  # they do not let it go on
+LOOKS = {"alive", "faults", "origin", "spec"}  # they do not let it go on
 SWITCHES = {"power_off", "power_on", "power_cut"}  # the second one comes too late
 
 

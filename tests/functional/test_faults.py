@@ -1,0 +1,68 @@
+"""Faults of real guests when a test fails: they are shown, and ended before anybody looks at the guest."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from pytest_vmsandbox.guests.entering import entered
+from pytest_vmsandbox.guests.kept import KeptStore
+
+SUITE = """
+    import os
+    import signal
+
+    import pytest
+
+    from pytest_vmsandbox.guests.faults.fault import Fault
+
+    pytestmark = pytest.mark.vm("tiny", memory="160MiB", isolation="module")
+
+    class Stopped(Fault):
+        def _start(self):
+            self.pid = self._engine.pid
+            os.kill(self.pid, signal.SIGSTOP)
+        def _stop(self):
+            os.kill(self.pid, signal.SIGCONT)
+
+    def test_fails(vm):
+        vm.write_text("/tmp/left", "when it failed")
+        Stopped(vm.engine, "QEMU is stopped").begin()
+        assert 0
+
+    def test_leaves(vm):
+        Stopped(vm.engine, "QEMU is stopped").begin()
+
+    def test_next(vm):
+        assert vm.read_text("/tmp/left") == "when it failed"
+        assert vm.faults.in_force == ()
+"""
+
+
+@pytest.mark.origins("cloned")
+def test_a_frozen_guest_goes_on_when_its_test_has_failed(vm_factory, tmp_path):
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_it.py").write_text(textwrap.dedent(SUITE))
+    command = [sys.executable, "-m", "pytest", "--vm-keep=failed", "--vm-artifacts=artifacts"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    store = KeptStore(vm_factory.backend.cache)
+    kept = store.find("test_it.py::test_fails", tmp_path)
+    try:
+        assert "1 failed, 2 passed" in run.stdout, run.stdout
+        assert len(kept) == 1, run.stdout
+        with entered(vm_factory, kept[0]) as guest:
+            assert guest.read_text("/tmp/left") == "when it failed"
+    finally:
+        for one in kept:
+            store.discard([one.folder])
+    assert re.search(r"fault in tiny-\d+: QEMU is stopped \(began .*, ended .*\)\n", run.stdout)
+    assert re.search(
+        r"test_leaves\[tiny\] left a fault in force in tiny-\d+, which was ended", run.stdout
+    )
+    (folder,) = (tmp_path / "artifacts").glob("*test_fails*/tiny-[0-9]*")
+    assert "QEMU is stopped" in (folder / "faults.log").read_text()
+    assert (folder / "processes.txt").read_text()
