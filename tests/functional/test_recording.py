@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import IO
 
 import pytest
 
 from pytest_vmsandbox import ConfigError, Guest
 from pytest_vmsandbox.guests.crash.building import Builder
+from pytest_vmsandbox.guests.crash.layers import write_layer
 from pytest_vmsandbox.guests.crash.log import SECTOR
-from pytest_vmsandbox.guests.crash.recording import content, flatten, recorded
+from pytest_vmsandbox.guests.crash.recording import Content, content, flatten, recorded
 from pytest_vmsandbox.guests.crash.states import State
+from pytest_vmsandbox.machine.disk import empty_overlay
 
 SIZE = 64 << 20
 DEVICE = "/dev/vda"  # tiny has no root disk
@@ -51,6 +54,19 @@ def test_a_recording_has_all_that_a_guest_writes(vm, tmp_path):
     with Builder(recorder.base, recorder.log, history, tmp_path) as builder:
         with builder.state(State(len(history.entries))):
             assert differences(builder.file, disk_now(vm, "disk0")) == []
+            hypervisor = vm.engine.machines.hypervisor
+            with empty_overlay(SIZE, hypervisor.cache) as layer, tempfile.TemporaryFile() as file:
+                state = State(len(history.entries))
+                write_layer(
+                    recorder.before,
+                    recorder.log,
+                    history,
+                    state,
+                    target=layer,
+                    hypervisor=hypervisor,
+                )
+                flatten(Content(SIZE, None, (*recorder.before.layers, layer)), file)
+                assert differences(builder.file, file) == []
         (mark,) = history.marks
         promised = State(mark.position)
         assert history.acknowledged(promised) == [{"done": ["one"]}]

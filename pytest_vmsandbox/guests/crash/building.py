@@ -94,21 +94,21 @@ class Builder:
         """
         with self.state(state), path.open("xb", buffering=0) as target:
             os.ftruncate(target.fileno(), self.size)
-            for start, end in _parts(self.file, 0, self.size):
-                _copy(self.file, start, target, start, end - start)
+            for start, end in parts(self.file, 0, self.size):
+                copy(self.file, start, target, start, end - start)
 
     def _do(self, extent: Extent) -> None:
         saved = self._steps[-1].saved + _length(self._steps[-1].parts) if self._steps else 0
         end = extent.offset + extent.length
-        step = _Step(extent, list(_parts(self.file, extent.offset, end)), saved)
+        step = _Step(extent, list(parts(self.file, extent.offset, end)), saved)
         for first, last in step.parts:
-            _copy(self.file, first, self._past, saved, last - first)
+            copy(self.file, first, self._past, saved, last - first)
             saved += last - first
         self._steps.append(step)
         if extent.data is None:
             _clear(self.file, extent.offset, end)
         else:
-            _copy(self._log, extent.data, self.file, extent.offset, extent.length)
+            copy(self._log, extent.data, self.file, extent.offset, extent.length)
 
     def _undo(self, number: int) -> None:
         """Take all steps back but a number of them."""
@@ -118,17 +118,17 @@ class Builder:
             if _length(step.parts) < extent.length:
                 _clear(self.file, extent.offset, extent.offset + extent.length)
             for first, last in step.parts:
-                _copy(self._past, saved, self.file, first, last - first)
+                copy(self._past, saved, self.file, first, last - first)
                 saved += last - first
             self._steps.pop()
         self._durable = min(self._durable, number)
 
 
-def _length(parts: list[tuple[int, int]]) -> int:
-    return sum(end - start for start, end in parts)
+def _length(ranges: list[tuple[int, int]]) -> int:
+    return sum(end - start for start, end in ranges)
 
 
-def _parts(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, int]]:
+def parts(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, int]]:
     """The parts of a range of a file that are no holes."""
     while start < end:
         try:
@@ -154,7 +154,12 @@ def _clear(file: IO[bytes], start: int, end: int) -> None:
             start += os.pwrite(file.fileno(), bytes(min(_CHUNK, end - start)), start)
 
 
-def _copy(source: IO[bytes], at: int, target: IO[bytes], to: int, length: int) -> None:
+def copy(source: IO[bytes], at: int, target: IO[bytes], to: int, length: int) -> None:
+    """Copy a part of a file into another one.
+
+    Raises:
+        OSError: the file ends before, or there is no room.
+    """
     while length:
         piece = os.pread(source.fileno(), min(_CHUNK, length), at)
         if not piece:

@@ -53,6 +53,22 @@ class Content:
     base: IO[bytes] | None
     layers: tuple[IO[bytes], ...]
 
+    def files(self) -> list[IO[bytes]]:
+        """All files, lowest first."""
+        return [*([] if self.base is None else [self.base]), *self.layers]
+
+    def node(self) -> dict[str, object]:
+        """What QEMU's tools read. The files are passed to them under the same numbers."""
+        node: dict[str, object] = {}
+        for file in self.files():
+            kind = "raw" if file is self.base else "qcow2"
+            name = f"/proc/self/fd/{file.fileno()}"
+            # The QEMU of the guest still has it open, and has locked it.
+            opened = {"driver": "file", "filename": name, "locking": "off", "read-only": True}
+            below = {"backing": node} if node else {}
+            node = {"driver": kind, "file": opened, "read-only": True, **below}
+        return node
+
 
 class Recorder:
     """A recording of one disk. `recorded` makes it.
@@ -318,26 +334,17 @@ def flatten(before: Content, target: IO[bytes]) -> None:
         CacheError: qemu-img cannot do it.
     """
     os.ftruncate(target.fileno(), before.size)
-    node: dict[str, object] | None = None
-    files = [(before.base, "raw")] if before.base is not None else []
-    for file, kind in [*files, *((layer, "qcow2") for layer in before.layers)]:
-        # QEMU still has them open.
-        name = f"/proc/self/fd/{file.fileno()}"
-        opened = {"driver": "file", "filename": name, "locking": "off", "read-only": True}
-        backing = {} if node is None else {"backing": node}
-        node = {"driver": kind, "file": opened, "read-only": True, **backing}
     argv = ["qemu-img", "convert", "-q", "-n", "--target-is-zero", "-W", "-O", "raw"]
-    pass_fds = [file.fileno() for file, _ in files] + [it.fileno() for it in before.layers]
     try:
         subprocess.run(
-            [*argv, f"json:{json.dumps(node)}", f"/proc/self/fd/{target.fileno()}"],
+            [*argv, f"json:{json.dumps(before.node())}", f"/proc/self/fd/{target.fileno()}"],
             check=True,
             capture_output=True,
             timeout=_CONVERT_SECONDS,
             stdin=subprocess.DEVNULL,
             encoding="utf-8",
             errors="replace",
-            pass_fds=[*pass_fds, target.fileno()],
+            pass_fds=[*(file.fileno() for file in before.files()), target.fileno()],
         )
     except (subprocess.SubprocessError, OSError) as error:
         raise CacheError(
