@@ -19,6 +19,7 @@ from typing import TypeVar
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry
 from pytest_vmsandbox.guests.crash.states import TEAR, History, State, pieces
 
+_BATCH = 50  # states
 _FEW = 8  # writes, of which all subsets are tried
 _FRUITLESS = 200  # random states that were known already, after which there are hardly more
 _T = TypeVar("_T")
@@ -60,11 +61,15 @@ def explore(history: History, *, seed: int, count: int, tear: int = TEAR) -> Ite
         fresh(_in_turn(*map(_subsets, _few_pending(history)))),
         fresh(chance),
     )
-    yielded = 0
-    for state in islice(first, half):
-        yielded += 1
-        yield state
-    yield from islice(chosen, count - yielded)
+    telling = list(islice(first, half))
+    yield from _batches(iter(telling))
+    yield from _batches(islice(chosen, count - len(telling)))
+
+
+def _batches(states: Iterator[State]) -> Iterator[State]:
+    """The same states. In each batch, the earlier points come first: such a sequence is cheap to build."""
+    while batch := list(islice(states, _BATCH)):
+        yield from sorted(batch, key=lambda state: state.point)
 
 
 def spread(items: Sequence[_T]) -> Iterator[_T]:
