@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     )
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.access import SSHAccess
+    from pytest_vmsandbox.guests.crash.crash_points import CrashPoints
+    from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
     from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.faults.fault import Fault
     from pytest_vmsandbox.guests.faults.faults import Faults
@@ -44,6 +46,8 @@ _MODULES = (  # the modules that define them, the cheapest to import first
     "guests.access",
     "guests.provision",
     "guests.plugging",
+    "guests.crash.report",
+    "guests.crash.crash_points",
     "guests.faults.fault",
     "guests.faults.faults",
     "guests.guest",
@@ -58,6 +62,10 @@ __all__ = [
     "CommandResult",
     "CommandTimeout",
     "ConfigError",
+    "CrashFailure",
+    "CrashPointError",
+    "CrashPoints",
+    "CrashReport",
     "Fault",
     "Faults",
     "Guest",

@@ -18,6 +18,7 @@ from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import commands, forwarding, transfer
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import StrPath
+from pytest_vmsandbox.guests.crash.crash_points import HasCrashPoints
 from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.faults import TakesFaults
@@ -36,7 +37,7 @@ _INSTEAD = {  # what to do instead of the arguments that `popen` does not take
 _POLL_SECONDS = 0.25
 
 
-class Guest(TakesDisks, TakesFaults):
+class Guest(TakesDisks, TakesFaults, HasCrashPoints):
     """A running virtual machine. `GuestFactory.boot` makes it and ends it.
 
     Every method that talks to the guest raises `GuestLost` if the guest is gone.

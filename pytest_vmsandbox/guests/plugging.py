@@ -32,7 +32,7 @@ _UNDO_SECONDS = 5.0
 _HEAD = 4096  # bytes that tell the format of a file
 # Prints the device with a serial number. Nothing but /sys is needed. If there is udev, its links are
 # there as well.
-_FIND = r"""
+FIND_DISK = r"""
 for file in /sys/block/*/serial; do
     serial=
     read -r serial 2>/dev/null <"$file" || [ -n "$serial" ] || continue
@@ -238,7 +238,7 @@ def _await_device(engine: Engine, serial: str, deadline: Deadline) -> str:
     Raises:
         CommandTimeout: it does not come.
     """
-    argv = ("/bin/sh", "-c", _FIND, "sh", serial)
+    argv = ("/bin/sh", "-c", FIND_DISK, "sh", serial)
     while True:
         found = engine.run(
             Command(argv=argv, user="root"), timeout=max(deadline.remaining(), 1.0)

@@ -47,6 +47,7 @@ CALLS = {
     "ssh_config": lambda vm, folder: vm.ssh_config(folder / "ssh_config"),
     "attach_disk": lambda vm, _: vm.attach_disk(size="1MiB"),
     "detach": lambda vm, _: vm.detach(vm.attach_disk(size="1MiB")),
+    "crash_points": lambda vm, _: recorded(vm),
     "snapshot": lambda vm, _: snapshot(vm),
     "reboot": lambda vm, _: vm.reboot(timeout=SECONDS),
     "power_off": lambda vm, _: vm.power_off(),
@@ -78,6 +79,12 @@ def test_two_at_a_time(vm_factory, tmp_path):
                 assert errors == [], name
             assert vm.engine.is_on == (name not in {"power_off", "power_cut"})
             assert vm.engine.resting == (name in LOOKS)
+
+
+def recorded(vm):
+    disk = vm.attach_disk(size="1MiB")
+    vm.crash_points(disk)
+    vm.detach(disk)
 
 
 def rest(vm):

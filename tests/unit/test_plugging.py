@@ -304,7 +304,7 @@ def test_how_a_disk_is_found(tmp_path):
     for name, serial in {"vda": "root", "vdb": "da", "vdc": "data", "loop0": ""}.items():
         (tmp_path / "block" / name).mkdir(parents=True)
         (tmp_path / "block" / name / "serial").write_text(serial)
-    program = plugging._FIND.replace("/sys/block", f"{tmp_path}/block").replace("-b ", "-n ")
+    program = plugging.FIND_DISK.replace("/sys/block", f"{tmp_path}/block").replace("-b ", "-n ")
     argv = ["/bin/sh", "-c", program.replace("udevadm", "no-such-program"), "sh"]
 
     def find(serial):

@@ -1,0 +1,353 @@
+"""What users hold to find out what a power cut can break."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import parse_size
+from pytest_vmsandbox.guests import commands
+from pytest_vmsandbox.guests.commands import Command, StrPath
+from pytest_vmsandbox.guests.crash import checker, mounts
+from pytest_vmsandbox.guests.crash.building import Builder
+from pytest_vmsandbox.guests.crash.checker import CheckFunction
+from pytest_vmsandbox.guests.crash.checking import Bench, mounted
+from pytest_vmsandbox.guests.crash.exploring import explore
+from pytest_vmsandbox.guests.crash.mounts import Place
+from pytest_vmsandbox.guests.crash.recording import Recorder, recorded
+from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
+from pytest_vmsandbox.guests.crash.searching import Search
+from pytest_vmsandbox.guests.crash.states import State
+from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.plugging import AttachedDisk
+
+_STATES = 600
+_STATE_SECONDS = 30.0
+
+
+class Subtests(Protocol):
+    """The fixture ``subtests`` of pytest 9 or of pytest-subtests."""
+
+    def test(self, msg: str | None = None) -> AbstractContextManager[object]:
+        """A part of a test that fails on its own."""
+
+
+class CrashPoints:
+    """A recording of all that a guest writes to one disk, and a search through the power cuts in it.
+
+    It is a context manager: the block is what is recorded. `Guest.crash_points` makes it.
+    """
+
+    def __init__(self, engine: Engine, disk: str, seed: int) -> None:
+        self._engine, self._disk, self._seed = engine, disk, seed
+        self._recording: AbstractContextManager[Recorder] | None = None
+        self._recorder: Recorder | None = None
+        self._place: Place | None = None
+
+    def __repr__(self) -> str:
+        state = "recorded" if self._place else "not recorded"
+        return f"<CrashPoints {self._disk} of {self._engine.name} ({state})>"
+
+    def __enter__(self) -> Self:
+        if self._recording is not None:
+            raise ConfigError(
+                "this recording has begun already",
+                remedy="make another one: with vm.crash_points(…) as cuts:",
+            )
+        with self._engine.explained():
+            self._recording = recorded(self._engine, self._disk)
+            self._recorder = self._recording.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._recording is not None
+        with self._engine.explained():
+            try:
+                if (
+                    error is None
+                ):  # what is still in the guest's memory is written, so it is recorded, too
+                    self._engine.run(Command(argv=("sync",), user="root"))
+            except BaseException as failed:
+                self._recording.__exit__(type(failed), failed, failed.__traceback__)
+                raise
+            self._recording.__exit__(kind, error, traceback)
+            if error is None:
+                self._place = mounts.find(self._engine, self._disk)
+
+    def acknowledge(self, value: object) -> None:
+        """Say what the workload has promised to keep. From now on, no power cut may lose it.
+
+        Call it when the program under test has answered, for instance after a commit has returned.
+
+        Args:
+            value: any JSON value. The checker gets the list of those that were acknowledged before the power
+                cut.
+
+        Raises:
+            ConfigError: nothing is recorded now, or it is no JSON value.
+        """
+        if self._recorder is None or self._place is not None:
+            raise ConfigError(
+                "acknowledge() works only while the recording lasts",
+                remedy="call it in the block: with vm.crash_points(…) as cuts:",
+            )
+        self._recorder.acknowledge(value)
+
+    def check(
+        self,
+        checker: CheckFunction | Sequence[StrPath],
+        *,
+        states: int = _STATES,
+        seed: int | None = None,
+        tear: str | int = "4KiB",
+        timeout: float | None = None,
+        subtests: Subtests | None = None,
+    ) -> CrashReport:
+        """Give states that a power cut can leave to a checker, and report those that break the promise.
+
+        The checker runs in this guest, as root. For each state, the disk is mounted where and as it was
+        mounted when the recording ended. Before, the programs that use it are killed, and it is unmounted.
+        Afterwards the guest is as it was before this call.
+
+        Args:
+            checker: a function ``check(folder, acknowledged)``. Its source is sent to the guest and runs
+                there with the guest's Python (3.7 or later): import what it needs inside of it. ``folder`` is
+                a `pathlib.Path`: the mounted disk, or the device file of one that was not mounted.
+                ``acknowledged`` is the list of values that were acknowledged before the power cut. If it
+                raises anything, the state breaks the promise.
+                Or a list of words: a program. It starts in the folder, with the variables
+                ``VMSANDBOX_FOLDER`` and ``VMSANDBOX_ACKNOWLEDGED`` (JSON). If it returns non-zero, the state
+                breaks the promise.
+            states: how many states are tried at most. The telling ones come first.
+            seed: chooses the random states; None for that of `Guest.crash_points`. The same seed gives the
+                same states.
+            tear: the disk writes pieces of this size as a whole, a multiple of 512 bytes. Many file systems
+                are damaged by smaller ones than 4 KiB.
+            timeout: seconds for each state; None for 30, longer on a slow host.
+            subtests: the fixture of this name. Each way to break the promise becomes a subtest that fails.
+
+        Returns:
+            A `CrashReport`.
+
+        Raises:
+            CrashPointError: a state breaks the promise. The error has the report. Or the check fails
+                without any power cut.
+            ConfigError: the checker cannot run in the guest, or the disk cannot be unmounted.
+        """
+        with self._engine.explained(), self._opened() as (builder, place):
+            seconds = self._engine.stretch(_STATE_SECONDS)
+            report = self._searched(
+                checker,
+                builder,
+                place,
+                states=_positive(states, "states"),
+                seed=self._seed if seed is None else seed,
+                tear=_tear(tear),
+                seconds=seconds if timeout is None else commands.seconds(timeout),
+            )
+        if subtests is not None:
+            for failure in report.failures:
+                with subtests.test(msg=failure.kind):
+                    raise _error(report, [failure])
+        elif report.failures:
+            raise _error(report, report.failures)
+        return report
+
+    def _searched(
+        self,
+        check: CheckFunction | Sequence[StrPath],
+        builder: Builder,
+        place: Place,
+        *,
+        states: int,
+        seed: int,
+        tear: int,
+        seconds: float,
+    ) -> CrashReport:
+        assert self._recorder is not None
+        history = self._recorder.history
+        program = checker.program(check, place)
+        with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
+            chosen = explore(history, seed=seed, count=states, tear=tear)
+            report = Search(disk=self._disk, history=history, bench=bench, chosen=chosen).run()
+        return replace(report, failures=tuple(self._kept(builder, it) for it in report.failures))
+
+    def _kept(self, builder: Builder, failure: CrashFailure) -> CrashFailure:
+        """A failure with its disk among the guest's logs, if it has any."""
+        logs = self._engine.machines.logs
+        if logs is None:
+            return failure
+        image = logs / f"crash-{self._disk}-{failure.state}.raw"
+        try:
+            image.unlink(missing_ok=True)  # of an earlier check
+            builder.write(State.parse(failure.state), image)
+        except OSError:  # the disk is full: the failure says enough without it
+            image.unlink(missing_ok=True)
+            return failure
+        return replace(failure, image=image)
+
+    @contextmanager
+    def state(self, name: str) -> Iterator[str]:
+        """A block in which the guest has one state on the disk, mounted.
+
+        The name is one of a report of this recording. The disk is mounted as for a checker: the programs
+        that use it are killed before, and the guest is as it was before when the block ends.
+
+        Args:
+            name: such as ``"41-38"``: the first 41 requests, without number 38.
+
+        Returns:
+            A context manager. It gives the folder where the disk is mounted, or the device file.
+
+        Raises:
+            ConfigError: no power cut in this recording leaves such a state, or it cannot be mounted.
+
+        Example::
+
+            with cuts.state("41-38") as folder:
+                print(vm.run(["ls", "-l", folder]).stdout)
+        """
+        with self._engine.explained(), self._opened() as (builder, place):
+            state = self._named(name)
+            _refuse_root(self._disk, place)
+            with mounted(self._engine, self._disk, place, builder, state) as folder:
+                yield folder
+
+    def write_state(self, name: str, path: StrPath) -> None:
+        """Write the whole disk in one state to a file of this host, for `Guest.attach_disk`.
+
+        Args:
+            name: of a state, as for `state`.
+            path: a new raw file. Zeros become holes.
+
+        Raises:
+            ConfigError: no power cut in this recording leaves such a state.
+            OSError: ``path`` cannot be written.
+        """
+        with self._engine.explained(), self._opened() as (builder, _):
+            builder.write(self._named(name), Path(path))
+
+    def _named(self, name: str) -> State:
+        assert self._recorder is not None
+        state = State.parse(name)
+        self._recorder.history.check(state)
+        return state
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Builder, Place]]:
+        """What makes states, and where the disk was.
+
+        Raises:
+            ConfigError: nothing was recorded yet.
+        """
+        if self._recorder is None or self._place is None:
+            raise ConfigError(
+                "there is no complete recording yet",
+                remedy="call this after the block: with vm.crash_points(…) as cuts:",
+            )
+        recorder = self._recorder
+        folder = self._engine.machines.hypervisor.cache
+        with Builder(recorder.base, recorder.log, recorder.history, folder) as builder:
+            yield builder, self._place
+
+
+class HasCrashPoints:
+    """The part of `Guest` that is about power cuts at every point."""
+
+    engine: Engine
+
+    def crash_points(self, disk: AttachedDisk | str, *, seed: int = 0) -> CrashPoints:
+        """Record all that the guest writes to a disk, to find out what a power cut can break.
+
+        The block is what is recorded. Afterwards, `CrashPoints.check` computes what a power cut can leave on
+        the disk: at any point, with some of the writes lost that no flush has followed yet, reordered, or
+        torn.
+
+        Format and mount the disk before. The disk may be at most 8 GiB. While it is recorded, the guest
+        cannot be switched off, and no snapshot can be taken or restored.
+
+        Args:
+            disk: what `attach_disk` has returned, or a name: ``disk0`` and so on for those of ``disks``.
+            seed: of the random states.
+
+        Returns:
+            `CrashPoints`, a context manager.
+
+        Raises:
+            ConfigError: there is no such disk.
+
+        Example::
+
+            with vm.crash_points("disk0") as cuts:
+                for value in ("one", "two"):
+                    vm.run(["/usr/bin/save", value, "/mnt/file"])
+                    cuts.acknowledge(value)
+
+
+            def check(folder, acknowledged):
+                if acknowledged:
+                    assert (folder / "file").read_text() >= acknowledged[-1]
+
+
+            cuts.check(check)
+        """
+        name = disk.name if isinstance(disk, AttachedDisk) else disk
+        with self.engine.explained():
+            names = self.engine.machines.disk_names()
+            if name not in names:
+                raise ConfigError(
+                    f"{self.engine.name} has no disk {name!r}",
+                    remedy=f"use one of {', '.join(names)}, or what vm.attach_disk() has returned",
+                )
+            return CrashPoints(self.engine, name, seed)
+
+
+def _error(report: CrashReport, failures: Sequence[CrashFailure]) -> CrashPointError:
+    return CrashPointError(
+        report.brief,
+        details="\n\n".join(map(str, failures)),
+        remedy="let the program flush what it promises before it promises it: fsync the file, and the folder "
+        "after a rename",
+        report=report,
+    )
+
+
+def _refuse_root(disk: str, place: Place) -> None:
+    """Refuse a disk that the guest runs from.
+
+    Raises:
+        ConfigError: the guest runs from it.
+    """
+    if place.is_root:
+        raise ConfigError(
+            f"the guest runs from the disk {disk!r}, so it cannot be unmounted",
+            remedy="keep what you test on a disk of its own: disks=['64MiB'] (marker vm)",
+        )
+
+
+def _positive(number: int, name: str) -> int:
+    if not commands.is_number(number, int) or number < 1:
+        raise ConfigError(f"{name}={number!r} is invalid", remedy="use a whole number from 1 on")
+    return number
+
+
+def _tear(tear: str | int) -> int:
+    """Bytes that a disk writes as a whole.
+
+    Raises:
+        ConfigError: it is no multiple of a sector.
+    """
+    size = tear if isinstance(tear, int) else parse_size(tear, "tear")
+    if size <= 0 or size % 512:
+        raise ConfigError(f"tear={tear!r} is invalid", remedy="use a multiple of 512 bytes")
+    return size

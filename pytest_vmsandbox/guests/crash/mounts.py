@@ -1,0 +1,175 @@
+"""Where a disk is mounted in a guest, and how it is unmounted although programs use it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.plugging import FIND_DISK
+
+# Prints the device files of a disk and of its partitions, an empty line, and what is mounted. $1: its serial number.
+_LOOK = (
+    FIND_DISK
+    + r"""
+for file in "/sys/block/$name/$name"*/partition; do
+    [ -e "$file" ] || continue
+    file=${file%/partition}
+    echo "/dev/${file##*/}"
+done
+echo
+cat /proc/self/mountinfo
+"""
+)
+
+# Kills what uses files below some places. $@: folders and devices.
+LEAVE = r"""
+{
+    ls -l /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/exe /proc/[0-9]*/fd/* 2>/dev/null |
+        while IFS= read -r line; do
+            for place; do
+                case "$line " in
+                *" -> $place "* | *" -> $place/"*) line=${line#* /proc/}; echo "${line%%/*}" ;;
+                esac
+            done
+        done
+    for place; do grep -lF " $place/" /proc/[0-9]*/maps 2>/dev/null; done | sed 's|^/proc/||; s|/.*||'
+} | while read -r number; do
+    [ "$number" = $$ ] || [ "$number" = 1 ] || kill -9 "$number" 2>/dev/null
+done
+"""
+
+# Unmounts folders, although programs use them, and prints those that stay busy. $1: how many there are; then they, and devices.
+_UNMOUNT = (
+    r"""
+leave() {
+"""
+    + LEAVE
+    + r"""
+}
+count=$1
+shift
+for try in 1 2 3 4 5 6 7 8 9 10; do
+    busy=
+    n=0
+    for folder; do
+        n=$((n + 1))
+        [ $n -le "$count" ] || break
+        umount "$folder" 2>/dev/null || ! grep -qF " $folder " /proc/self/mountinfo || busy="$busy $folder"
+    done
+    [ -n "$busy" ] || exit 0
+    leave "$@"
+    sleep 0.2
+done
+echo "$busy"
+exit 1
+"""
+)
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A file system that is mounted.
+
+    Attributes:
+        source: its device file.
+        folder: where it is mounted.
+        kind: its type, such as ``ext4``.
+        options: how it was mounted.
+    """
+
+    source: str
+    folder: str
+    kind: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A disk in a guest.
+
+    Attributes:
+        devices: its device file, and those of its partitions.
+        mounts: its file systems, in the order in which they were mounted.
+        folders: all folders that must be unmounted to have it free, the last one first.
+    """
+
+    devices: tuple[str, ...]
+    mounts: tuple[Mount, ...]
+    folders: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """The folder that a checker gets, or the device file if nothing is mounted."""
+        return self.mounts[0].folder if self.mounts else self.devices[0]
+
+    @property
+    def is_root(self) -> bool:
+        """Whether the guest runs from it."""
+        return any(mount.folder == "/" for mount in self.mounts)
+
+
+def find(engine: Engine, disk: str) -> Place:
+    """Where a disk is in a running guest.
+
+    Raises:
+        ConfigError: the guest does not see it.
+    """
+    argv = ("/bin/sh", "-c", _LOOK, "sh", disk)
+    text = engine.run(Command(argv=argv, user="root")).stdout.decode(errors="replace")
+    head, _, table = text.partition("\n\n")
+    devices = tuple(head.split())
+    if not devices or not all(re.fullmatch(r"/dev/[\w!-]+", device) for device in devices):
+        raise ConfigError(
+            f"{engine.name} does not see the disk {disk!r}",
+            remedy="it must have the driver virtio_blk, and /sys must be mounted",
+        )
+    return _place(devices, table)
+
+
+def _place(devices: tuple[str, ...], table: str) -> Place:
+    mounts: list[Mount] = []
+    folders: list[str] = []
+    for line in table.splitlines():
+        words = line.split(" ")
+        if "-" not in words[6:]:
+            continue
+        rest = words[words.index("-", 6) + 1 :]
+        folder, kind, source = _plain(words[4]), rest[0], _plain(rest[1])
+        is_below = any(folder.startswith(f"{mount.folder.rstrip('/')}/") for mount in mounts)
+        if source in devices:
+            options = [*words[5].split(","), *_plain(rest[2]).split(",")]
+            known = {mount.source for mount in mounts}
+            if source not in known:  # others are bind mounts
+                mounts.append(Mount(source, folder, kind, tuple(dict.fromkeys(options))))
+        elif not is_below:
+            continue
+        folders.insert(0, folder)
+    return Place(devices, tuple(mounts), tuple(folders))
+
+
+def _plain(word: str) -> str:
+    """A word of the table of mounts, which has spaces as octal numbers."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), word)
+
+
+def release(engine: Engine, place: Place) -> None:
+    """Kill what uses a disk, and unmount it.
+
+    Raises:
+        ConfigError: something uses it nevertheless.
+    """
+    words = [str(len(place.folders)), *place.folders, *place.devices]
+    argv = ("/bin/sh", "-c", _UNMOUNT, "sh", *words)
+    done = engine.run(Command(argv=argv, user="root"))
+    if done.returncode:
+        busy = printable(done.stdout.decode(errors="replace")).strip()
+        raise ConfigError(
+            f"{engine.name} cannot unmount {busy or place.folder}: something uses it",
+            details=printable(done.stderr.decode(errors="replace")),
+            remedy="stop what uses the disk before check(): a swap file, a loop device, NFS, or a volume on it",
+        )

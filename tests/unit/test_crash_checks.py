@@ -1,0 +1,326 @@
+"""Checks of crash points: what is sent to the guest, what comes back, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pytest_vmsandbox import CrashPointError
+from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
+from pytest_vmsandbox.guests.crash import checker, mounts
+from pytest_vmsandbox.guests.crash.checking import Verdict, judged
+from pytest_vmsandbox.guests.crash.log import Entry
+from pytest_vmsandbox.guests.crash.mounts import Mount, Place
+from pytest_vmsandbox.guests.crash.report import writes_of
+from pytest_vmsandbox.guests.crash.searching import Search, smallest
+from pytest_vmsandbox.guests.crash.states import History, Mark, State
+
+NOTHING = Place(devices=("/dev/null",), mounts=(), folders=())
+FACTOR = 7
+
+
+def good(folder: Path, acknowledged: list[str]) -> None:
+    import os.path
+
+    def inner(text: str) -> str:
+        return text.upper()
+
+    names = {inner(it) for it in acknowledged}
+    assert os.path.exists(folder), names
+
+
+def needs_a_global(folder, acknowledged):
+    assert len(acknowledged) < FACTOR
+
+
+def needs_an_import(folder, acknowledged):
+    json.loads("[]")
+
+
+def one_argument(folder):
+    pass
+
+
+def generator(folder, acknowledged):
+    yield folder
+
+
+@dataclass
+class Called:
+    def __call__(self, folder, acknowledged):
+        pass
+
+
+def decorator(function):
+    return function
+
+
+@decorator
+def decorated(folder, acknowledged):
+    pass
+
+
+def closure():
+    wanted = 3
+
+    def check(folder, acknowledged):
+        assert len(acknowledged) == wanted
+
+    return check
+
+
+class TestFunctions:
+    def test_a_source_that_stands_alone_is_taken(self):
+        source, file, first = checker.source_of(good)
+        assert source.startswith("def good(folder: Path")
+        assert Path(file) == Path(__file__)
+        assert Path(__file__).read_text("utf-8").splitlines()[first - 1] == source.splitlines()[0]
+
+    @pytest.mark.parametrize(
+        ("check", "why"),
+        [
+            (needs_a_global, "names from outside: FACTOR"),
+            (needs_an_import, "names from outside: json"),
+            (one_argument, "two arguments"),
+            (generator, "generator"),
+            (Called(), "plain function"),
+            (lambda folder, acknowledged: None, "plain function"),
+            (len, "plain function"),
+            (decorated, "decorator"),
+            (closure(), "the function around it: wanted"),
+        ],
+    )
+    def test_others_are_refused(self, check, why):
+        with pytest.raises(ConfigError, match=why) as caught:
+            checker.program(check, NOTHING)
+        assert caught.value.remedy
+
+    def test_the_remedy_for_a_name_from_outside(self):
+        with pytest.raises(ConfigError) as caught:
+            checker.source_of(needs_an_import)
+        assert "import json inside the function" in caught.value.remedy
+
+    def test_a_script_is_no_list_of_words(self):
+        with pytest.raises(TypeError, match="/bin/sh"):
+            checker.program("test -e file", NOTHING)
+
+    def test_a_program_cannot_get_endless_values(self):
+        values = ["x" * 1000] * 200
+        assert checker.line(values, is_python=True).endswith(b"\n")
+        with pytest.raises(ConfigError, match="200 values"):
+            checker.line(values, is_python=False)
+
+
+class TestMounts:
+    TABLE = (
+        "26 1 254:0 / / rw,noatime shared:1 - ext4 /dev/vda rw\n"
+        "40 26 254:16 / /mnt/a\\040b rw,nosuid shared:9 - ext4 /dev/vdb rw,errors=remount-ro\n"
+        "41 40 0:30 / /mnt/a\\040b/tmp rw - tmpfs tmpfs rw\n"
+        "42 26 254:16 /sub /srv rw - ext4 /dev/vdb rw,errors=remount-ro\n"
+        "43 26 254:17 / /boot rw - vfat /dev/vdb1 rw\n"
+        "nonsense\n"
+    )
+
+    def test_what_is_mounted_from_a_disk(self):
+        place = mounts._place(("/dev/vdb", "/dev/vdb1"), self.TABLE)
+        assert place.mounts == (
+            Mount("/dev/vdb", "/mnt/a b", "ext4", ("rw", "nosuid", "errors=remount-ro")),
+            Mount("/dev/vdb1", "/boot", "vfat", ("rw",)),
+        )
+        assert place.folders == ("/boot", "/srv", "/mnt/a b/tmp", "/mnt/a b")
+        assert place.folder == "/mnt/a b"
+        assert not place.is_root
+
+    def test_a_disk_that_is_not_mounted(self):
+        place = mounts._place(("/dev/vdc",), self.TABLE)
+        assert (place.mounts, place.folder) == ((), "/dev/vdc")
+
+    def test_the_disk_that_the_guest_runs_from(self):
+        assert mounts._place(("/dev/vda",), self.TABLE).is_root
+
+
+class TestVerdicts:
+    @pytest.mark.parametrize(
+        ("word", "status", "text", "kind"),
+        [
+            ("broken", 0, "AssertionError: 12 of 0x1f\nmore", "AssertionError: N of N"),
+            ("broken", 0, "AssertionError: [1, 2, 3] there", "AssertionError: [N] there"),
+            ("broken", 3, "torn: 17", "status 3: torn: N"),
+            ("broken", 3, "", "status 3"),
+            ("broken", 0, "", "broken"),
+            ("unmountable", 0, "mount: no", "the file system cannot be mounted"),
+            ("busy", 0, "", "the file system cannot be unmounted after the check"),
+        ],
+    )
+    def test_kinds(self, word, status, text, kind):
+        assert judged(word, status, text).kind == kind
+
+    def test_a_check_that_cannot_run_is_no_verdict(self):
+        with pytest.raises(ConfigError, match="cannot run") as caught:
+            judged("refused", 0, "SyntaxError: x")
+        assert "SyntaxError" in caught.value.details
+
+
+def entries(*kinds):
+    return [
+        Entry(
+            number, kind, 0 if kind == "flush" else number * 4096, 0 if kind == "flush" else 8192, 0
+        )
+        for number, kind in enumerate(kinds)
+    ]
+
+
+class Bench:
+    """Says of each state what a function says."""
+
+    def __init__(self, say):
+        self.say, self.seen = say, []
+
+    def verdict(self, state, acknowledged):
+        self.seen.append(state)
+        return Verdict(kind=self.say(state, acknowledged), reason="why")
+
+
+def search(history, say, chosen):
+    return Search(disk="disk0", history=history, bench=Bench(say), chosen=iter(chosen))
+
+
+class TestSearch:
+    HISTORY = History(
+        entries("write", "write", "flush", "write", "write", "flush", "write"),
+        [Mark(3, "one"), Mark(6, "two")],
+    )
+
+    def test_nothing_breaks(self):
+        report = search(self.HISTORY, lambda *_: "", [State(1), State(4)]).run()
+        assert (report.states, report.broken, report.failures) == (2, 0, ())
+        assert str(report).startswith("0 of 2 states")
+
+    def test_each_kind_is_told_with_its_smallest_state(self):
+        def say(state, acknowledged):
+            return "lost" if 3 in state.lost else "torn" if state.torn else ""
+
+        chosen = [
+            State(5, frozenset({3, 4})),
+            State(5, frozenset({4})),
+            State(5, frozenset({3})),
+            State(7, torn=frozenset({(6, 0)})),
+        ]
+        report = search(self.HISTORY, say, chosen).run()
+        assert (report.states, report.broken) == (4, 3)
+        lost, torn = report.failures
+        assert (lost.kind, lost.count, lost.state) == ("lost", 2, "4-3")
+        assert lost.acknowledged == ("one",)
+        assert lost.writes == ("2 flush", "3 write at 12288, 8KiB: LOST")
+        assert (torn.kind, torn.count, torn.state) == ("torn", 1, "7-6.0")
+        assert torn.writes[-1].endswith("torn, without 0 of 2 pieces of 4096 bytes")
+        assert 'with cuts.state("4-3") as folder' in str(report)
+
+    @pytest.mark.parametrize(("point", "when"), [(0, "before the recording"), (7, "all writes")])
+    def test_a_check_that_fails_without_a_power_cut(self, point, when):
+        def say(state, _):
+            return "wrong" if state == State(point) else ""
+
+        with pytest.raises(CrashPointError, match=when) as caught:
+            search(self.HISTORY, say, [State(1)]).run()
+        assert caught.value.report is None
+
+    def test_a_check_that_is_not_steady_accuses_nobody(self):
+        answers = iter(["", "", "lost"])
+
+        with pytest.raises(CrashPointError, match="not steady"):
+            search(self.HISTORY, lambda *_: next(answers, ""), [State(1)]).run()
+
+    def test_few_tries_make_a_state_smaller(self):
+        history = History(entries(*["write"] * 200))
+        state = State(200, frozenset(range(0, 200, 2)))
+        tries = []
+
+        def look(candidate):
+            tries.append(candidate)
+            return Verdict(kind="")
+
+        assert smallest(history, state, Verdict(kind="x"), look)[0] == state
+        assert len(tries) == len(set(tries)) == 60
+
+    def test_many_writes_are_shown_around_those_that_are_lost(self):
+        history = History(entries(*["write"] * 200))
+        lines = writes_of(history, State(200, frozenset({100})))
+        assert lines[0] == "… 99 more"
+        assert [line for line in lines if "LOST" in line] == ["100 write at 409600, 8KiB: LOST"]
+        assert len(lines) < 10
+
+
+def test_the_failure_is_the_fault_of_the_program_under_test():
+    assert issubclass(CrashPointError, AssertionError)
+    assert not issubclass(CrashPointError, INFRASTRUCTURE)
+
+
+def ask(check, lines, tmp_path):
+    """Run a check here as it runs in a guest, for a disk that is not mounted."""
+    program = checker.program(check, Place((str(tmp_path),), (), ()))
+    if program.is_python:  # the device is a folder here
+        text = program.command.argv[3].replace("        drop_buffers(self.plan)\n", "")
+        argv = [sys.executable, "-I", "-c", text]
+    else:
+        argv = list(program.command.argv)
+    data = program.opening + b"".join(
+        checker.line(line, is_python=program.is_python) for line in lines
+    )
+    done = subprocess.run(argv, input=data, capture_output=True, timeout=60, check=True)
+    answers, rest = [], done.stdout
+    while rest:
+        head, _, rest = rest.partition(b"\n")
+        word, size = head.split()
+        answers.append((word.decode(), rest[: int(size)].decode()))
+        rest = rest[int(size) :]
+    return answers
+
+
+def talkative(folder, acknowledged):
+    import os
+    import sys
+
+    print("a line")
+    if acknowledged == ["much"]:
+        print("x" * 100_000)
+        assert not acknowledged, "y" * 100_000
+    elif acknowledged == ["ends"]:
+        os._exit(3)
+    elif acknowledged == ["signal"]:
+        os.kill(os.getpid(), 9)
+    elif acknowledged == ["exit"]:
+        sys.exit("no")
+    else:
+        assert acknowledged == ["fine"]
+
+
+class TestResident:
+    def test_functions(self, tmp_path):
+        words = [["fine"], ["much"], ["ends"], ["signal"], ["exit"], [], ["fine"]]
+        ready, *answers = ask(talkative, words, tmp_path)
+        assert ready == ("ready", "")
+        assert [word for word, _ in answers] == ["ok", *["broken"] * 5, "ok"]
+        assert all(len(text) <= checker.LIMIT for _, text in answers)
+        assert answers[2][1].startswith("the check ended its Python with status 3")
+        assert answers[3][1].startswith("the check was ended by signal 9")
+        assert answers[4][1].startswith("SystemExit: no")
+        first, *more = answers[5][1].splitlines()
+        assert first == 'AssertionError: assert acknowledged == ["fine"]'
+        assert "It printed:\na line" in answers[5][1]
+        assert __file__ in more[0]
+
+    def test_programs(self, tmp_path):
+        script = 'case $VMSANDBOX_ACKNOWLEDGED in *no*) echo "bad $VMSANDBOX_FOLDER"; exit 3 ;; esac; cat'
+        answers = ask(["/bin/sh", "-c", script], [["yes"], ["no"], ["yes"]], tmp_path)
+        assert answers == [
+            ("ready", ""),
+            ("ok", ""),
+            ("broken-3", f"bad {tmp_path}\n"),
+            ("ok", ""),
+        ]
