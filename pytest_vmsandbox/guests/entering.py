@@ -24,6 +24,7 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.keeping import line_digest, processor_digest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
@@ -99,7 +100,7 @@ def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
     )
     if kept.has_memory:
         state = stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
-        machines.go_on_from(state, kept.record["lead"])
+        machines.go_on_from(state, Lead(kept.record["lead"]))
     return machines
 
 

@@ -12,6 +12,7 @@ from typing import IO
 
 from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
@@ -29,7 +30,7 @@ class Frozen:
         has_memory: whether the file has its state and memory.
         has_helper: whether its helper answered.
         answers: whether programs can be started in it: by its helper, or by SSH if it never had one.
-        lead: the seconds by which a test had set its clock ahead of this host's.
+        lead: by how much its clock had to be ahead of this host's.
         console: what it had written to its console.
         variables: of its UEFI firmware; empty without it.
         tpm: the files of its TPM: name → content.
@@ -40,7 +41,7 @@ class Frozen:
     has_memory: bool
     has_helper: bool
     answers: bool
-    lead: float
+    lead: Lead
     console: str
     variables: bytes
     tpm: Mapping[str, bytes]
@@ -157,7 +158,7 @@ def _frozen(
     has_memory: bool = False,
     has_helper: bool = False,
     answers: bool = False,
-    lead: float = 0.0,
+    lead: Lead = Lead(),  # noqa: B008  # it cannot be changed
     console: str = "",
 ) -> Frozen:
     """What is frozen of a guest that is paused, or off."""

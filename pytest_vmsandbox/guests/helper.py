@@ -22,6 +22,7 @@ from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost, VMSandboxError
 from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
 from pytest_vmsandbox.machine.port import Port
 
@@ -51,7 +52,8 @@ class Helper:
         quiet_seconds: see `Channel`.
 
     Attributes:
-        lead: the seconds by which the guest's clock must be ahead of this host's.
+        lead: by how much the guest's clock must be ahead of this host's.
+        is_frozen: whether a fault keeps the guest's CPUs from running, so no answer comes.
         changed: is notified when anything arrives.
     """
 
@@ -61,7 +63,8 @@ class Helper:
         self.quiet_seconds = quiet_seconds
         self.check = check
         self.patience = patience
-        self.lead = 0.0
+        self.lead = Lead()
+        self.is_frozen = False
         self._port = port
         self.changed = threading.Condition()
         self._numbers = itertools.count(1)
@@ -100,8 +103,8 @@ class Helper:
         self._await(self._send_request(b"p", b"vmsandbox"), timeout)
 
     def is_silent(self) -> bool:
-        """Whether it was there, and does not answer within a few seconds."""
-        if not self.is_there:
+        """Whether it was there, and does not answer within a few seconds, without a fault."""
+        if not self.is_there or self.is_frozen:
             return False
         try:
             self.ping(_SILENT_SECONDS)
@@ -123,13 +126,15 @@ class Helper:
 
     def send_clock(self) -> int:
         """Ask to set the clock, without waiting. `clock_error` reads the answer."""
-        now = wall() + self.lead
+        now = wall()
+        now += self.lead.at(now)
         return self._send_request(b"c", struct.pack("<qq", int(now), int(now % 1 * 1e9)))
 
     def clock_error(self, number: int, started: float) -> float:
         """The error of the guest's clock, in seconds, after `send_clock` at the time `started`."""
         least, most = self._await_lead(number, started, None)
-        return max(0.0, self.lead - least) if least < self.lead else max(0.0, most - self.lead)
+        lead = self.lead.at(started)
+        return max(0.0, lead - least) if least < lead else max(0.0, most - lead)
 
     def read_lead(self, timeout: float | None = None) -> tuple[float, float]:
         """The seconds by which the guest's clock is ahead of this host's: at least, and at most.
@@ -266,7 +271,9 @@ class Helper:
         if deadline.expired:
             raise GuestLost(
                 f"the helper in the guest did not answer within {deadline.seconds:g} s",
-                remedy="check whether a test stops all processes in the guest. This machine may also be "
+                remedy="the guest is frozen by a fault: end the fault first"
+                if self.is_frozen
+                else "check whether a test stops all processes in the guest. This machine may also be "
                 "overloaded: run fewer guests or workers at a time",
             )
 
@@ -298,6 +305,8 @@ class Helper:
             self.post(kind, number, payload)
             deadline = Deadline(self.patience)
             while not channel.is_open:
+                if self.is_frozen and kind == b"x" and channel.starts_later():
+                    break
                 channel.wait(_LOOK_SECONDS)
                 if channel.failure is not None:
                     self._failed(kind, channel, command, login)
@@ -399,6 +408,7 @@ class HelperChannel:
         number: of the channel.
         generation: of the helper that has it.
         failure: stage and number of the error, if the program could not be started.
+        is_awaited: whether somebody waits for its start.
         was_left: whether we closed it because the guest goes down.
         ended: whether the program's end is known, or will never be known.
     """
@@ -409,6 +419,7 @@ class HelperChannel:
         self.generation = generation
         self.group = 0
         self.is_open = False
+        self.is_awaited = True
         self.failure: tuple[int, int] | None = None
         self.was_left = False
         self.closed = False
@@ -426,6 +437,11 @@ class HelperChannel:
     # -- for readers and writers --------------------------------------------------------------------
 
     @property
+    def pid(self) -> int | None:
+        """Its process id in the guest; None before it has started."""
+        return self.group or None
+
+    @property
     def output_ended(self) -> bool:
         """Whether no more output will come."""
         return not self._open_streams
@@ -439,6 +455,12 @@ class HelperChannel:
     def is_connected(self) -> bool:
         """Whether the helper that has it is still there."""
         return self._helper.is_current(self.generation)
+
+    def starts_later(self) -> bool:
+        """Do not wait for its start any more. Returns whether it has not failed yet."""
+        with self._changed:
+            self.is_awaited = self.failure is not None
+            return not self.is_awaited
 
     def wait(self, seconds: float) -> None:
         """Wait until something has changed."""
@@ -524,6 +546,8 @@ class HelperChannel:
         elif kind == "F":
             stage, number = struct.unpack("<Bi", payload)
             self.failure = stage, number
+            if not self.is_awaited:
+                self.end_at_once(_NOT_EXECUTABLE, f"{os.strerror(number)}\n".encode())
         elif kind == "o":
             stream, data = payload[0], payload[1:]
             if stream not in self._open_streams or (

@@ -252,7 +252,7 @@ def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -
         "has_memory": frozen.has_memory,
         "has_helper": frozen.has_helper,
         "answers": frozen.answers,
-        "lead": frozen.lead,
+        "lead": frozen.lead.at(wall()),
         "qemu": blueprint.qemu.build,
         "accelerator": blueprint.verdict.accelerator,
         "processor": blueprint.verdict.processor,

@@ -19,6 +19,7 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.machine import capture
@@ -282,14 +283,14 @@ class Saved:
     Attributes:
         state: a file.
         disks: the disks. Nobody writes to their files any more.
-        lead: the seconds by which a test had set its clock ahead of this host's.
+        lead: by how much its clock had to be ahead of this host's.
         held: whether it must not be paused.
         console: what it had written to its console.
     """
 
     state: IO[bytes]
     disks: Disks
-    lead: float
+    lead: Lead
     held: bool
     console: str
 
@@ -330,7 +331,7 @@ class Machines:
     has_helper: bool = True
     is_awaited: bool = True
     faults: Ledger = field(init=False)
-    _lead: float = 0.0  # of the clock in that state
+    _lead: Lead = field(default_factory=Lead)  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
     _own: ExitStack = field(default_factory=ExitStack)  # files of snapshots and for SSH
@@ -463,7 +464,7 @@ class Machines:
         self.disks = disks
         return frozen
 
-    def go_on_from(self, state: IO[bytes], lead: float) -> None:
+    def go_on_from(self, state: IO[bytes], lead: Lead) -> None:
         """Let the next machine go on from a saved state that has the memory in it."""
         self.state, self._lead = state, lead
 

@@ -41,6 +41,10 @@ class Channel(Protocol):
     quiet_seconds: float
 
     @property
+    def pid(self) -> int | None:
+        """Its process id in the guest; None if it is unknown."""
+
+    @property
     def output_ended(self) -> bool:
         """Whether no more output will come."""
 
@@ -274,6 +278,11 @@ class RemoteProcess:
                 )
         return self._status()
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id in the guest; None if it is unknown."""
+        return self._channel.pid
+
     def signal(self, name: str) -> None:
         """Send a signal, such as ``"TERM"``, to its process group."""
         if not self._channel.ended:
@@ -392,6 +401,11 @@ class Process:
             self.stdin = TextWriter(self.stdin, encoding="utf-8", write_through=True)
             self.stdout = io.TextIOWrapper(self.stdout, encoding="utf-8", errors="replace")
             self.stderr = io.TextIOWrapper(self.stderr, encoding="utf-8", errors="replace")
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id in the guest; None without a helper in the guest."""
+        return self._remote.pid
 
     def poll(self) -> int | None:
         """Its exit status (−N: signal N), or None while it runs."""

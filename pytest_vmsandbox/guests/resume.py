@@ -2,16 +2,19 @@
 
 The clock of such a guest shows when it was saved. Its random numbers are the same as in other guests
 that go on from there. If a test has set the clock, it keeps its difference to this host's clock. We
-note that difference before the guest's CPUs stop.
+note that difference before the guest's CPUs stop. What a fault does to the clock is known exactly, and
+goes on as if the CPUs had never stopped.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost
 from pytest_vmsandbox.guests.helper import Helper
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.machine.machine import Machine
 
 CLOCK_SECONDS = 0.05  # allowed error of a guest's clock when a test gets the guest
@@ -31,7 +34,10 @@ def from_state(machine: Machine, helper: Helper) -> None:
     helper.assume()
     machine.resume()
     helper.seed(os.urandom(_SEED_BYTES))
-    set_clock(helper)
+    if helper.lead.is_free:
+        helper.read_lead()  # this starts the timers, as setting it would
+    else:
+        set_clock(helper)
 
 
 def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
@@ -57,20 +63,55 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
 
     Raises:
         GuestLost: it does not answer.
+        ConfigError: a fault has frozen it.
     """
-    helper.lead = _lead(helper, timeout)
+    if helper.is_frozen:
+        raise ConfigError(
+            "a guest that a fault has frozen cannot be saved",
+            remedy="end the fault before the snapshot, or freeze the guest in the block of the snapshot",
+        )
+    helper.lead = noted(machine, helper, timeout)
     machine.pause()
 
 
-def _lead(helper: Helper, timeout: float | None) -> float:
-    """The seconds by which a test has set a guest's clock ahead of this host's."""
+def noted(machine: Machine, helper: Helper, timeout: float | None = None) -> Lead:
+    """By how much a guest's clock is ahead of this host's: what faults do, and what a test has done by itself.
+
+    Args:
+        timeout: seconds for its helper to answer; None for the helper's default.
+
+    Raises:
+        GuestLost: it does not answer.
+    """
+    now = wall()
+    lead = helper.lead.after_resets(_resets(machine)) if helper.lead.drifts else helper.lead
+    if lead.is_free:
+        return lead
+    by_hand = measured(helper, timeout) - replace(lead, seconds=0.0).at(now)
+    return replace(lead, seconds=by_hand if abs(by_hand) >= _MEANT_SECONDS else 0.0)
+
+
+def _resets(machine: Machine) -> list[float]:
+    """When a machine was reset, in seconds since the epoch."""
+    return [
+        event["timestamp"]["seconds"] + event["timestamp"]["microseconds"] / 1e6
+        for event in machine.monitor.events()
+        if event["event"] == "RESET"
+    ]
+
+
+def measured(helper: Helper, timeout: float | None = None) -> float:
+    """The seconds by which a guest's clock is ahead of this host's now, as exactly as we can find out.
+
+    Raises:
+        GuestLost: it does not answer within `timeout` seconds.
+    """
     least, most = helper.read_lead(timeout)
     for _ in range(_LEAD_TRIES - 1):
         if most - least <= CLOCK_SECONDS:
             break
         least, most = min((least, most), helper.read_lead(timeout), key=_width)
-    lead = (least + most) / 2
-    return lead if abs(lead) >= _MEANT_SECONDS else 0.0
+    return (least + most) / 2
 
 
 def _width(span: tuple[float, float]) -> float:
@@ -83,6 +124,10 @@ def from_pause(machine: Machine, helper: Helper) -> None:
     Raises:
         GuestLost: it does not answer, or its clock cannot be set.
     """
+    if helper.lead.is_free:
+        machine.resume()
+        helper.read_lead()  # this starts the timers, as setting it would
+        return
     started, number = wall(), helper.send_clock()  # the request waits there until the CPUs run
     machine.resume()
     if helper.clock_error(number, started) > CLOCK_SECONDS:

@@ -331,6 +331,8 @@ class SSHChannel:
         self._is_ready = {STDOUT: channel.recv_ready, STDERR: channel.recv_stderr_ready}
         channel.settimeout(_LOOK_SECONDS)
 
+    pid = None  # the protocol does not tell it
+
     @property
     def output_ended(self) -> bool:
         """Whether no more output will come."""

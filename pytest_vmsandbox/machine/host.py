@@ -221,6 +221,12 @@ def processor_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else 0.0
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process. If nobody can tell, we assume so."""
+    words = " ".join(_lines(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+    return not words or words[0] in {"T", "t"}
+
+
 class Pace:
     """What one process knows about this machine's speed. Any thread may use it.
 

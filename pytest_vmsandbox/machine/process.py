@@ -73,6 +73,8 @@ class OwnedProcess:
     _tail: str | None = None  # known at the end; until then it is in the file
     _returncode: int | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stops: int = 0
+    _stopping: threading.Lock = field(default_factory=threading.Lock)
 
     def _await_start(self) -> None:
         message = self._read(Deadline(_REAP_SECONDS))
@@ -125,6 +127,21 @@ class OwnedProcess:
         """Send a signal. Does nothing if the process is gone."""
         with suppress(LaunchError):  # the launcher is gone, and took the process with it
             self._launcher.send({"id": self._number, "signal": number})
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop it while this lasts. If several do so, it goes on when the last one has ended."""
+        with self._stopping:
+            self._stops += 1
+            if self._stops == 1:
+                self.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with self._stopping:
+                self._stops -= 1
+                if self._stops == 0:
+                    self.signal(signal.SIGCONT)
 
     @property
     def stderr_tail(self) -> str:

@@ -28,12 +28,16 @@ class Monitor:
     Args:
         log: a file for the protocol's log, or None.
         pace: what we know about this host's speed.
+
+    Attributes:
+        is_stopped: whether a fault has stopped QEMU, so no answer comes.
     """
 
     def __init__(self, loop: LoopThread, log: IO[str] | None, pace: Pace) -> None:
         self._loop = loop
         self._log = log
         self._pace = pace
+        self.is_stopped = False
         self._client = QMPClient("vmsandbox")
         self._client.logger.disabled = True  # it raises what it logs
         self._listener = EventListener()
@@ -154,10 +158,13 @@ class Monitor:
             return future.result(timeout)
         except TimeoutError as error:
             future.cancel()
-            self._pace.was_late()
+            if not self.is_stopped:
+                self._pace.was_late()
             raise MonitorError(
                 f"QEMU's monitor did not answer to {what!r} within {timeout:g} s",
-                remedy="this machine may be overloaded: run fewer guests or workers at a time",
+                remedy="the guest is frozen by a fault: end the fault first"
+                if self.is_stopped
+                else "this machine may be overloaded: run fewer guests or workers at a time",
                 transient=True,
             ) from error
         except ExecuteError as error:

@@ -12,6 +12,7 @@ import pytest
 
 from pytest_vmsandbox import GuestLost, MonitorError
 from pytest_vmsandbox.guests.freezing import freeze
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.machine.disk import NO_DISKS
 
 
@@ -50,7 +51,8 @@ class Machine:
 
 
 class Helper:
-    lead = 3.0
+    lead = Lead(3.0)
+    is_frozen = False
 
     def __init__(self, *, answers=True):
         self.answers = answers
@@ -100,7 +102,7 @@ def test_one_that_runs_goes_on_with_its_clock(frozen, tmp_path):
     machine = Machine()
     it = frozen(machine, Helper())
     assert machine.done == ["pause", "disks", "save", "resume"]
-    assert (it.has_memory, it.has_helper, it.answers, it.lead) == (True, True, True, 60.0)
+    assert (it.has_memory, it.has_helper, it.answers, it.lead) == (True, True, True, Lead(60.0))
     assert it.console == "on the console"
     assert it.more_args == ("-device", "x")
     assert (tmp_path / "state").read_bytes() == b"state"
@@ -125,7 +127,7 @@ def test_one_that_rests_goes_on_resting(frozen):
     machine = Machine("paused")
     it = frozen(machine, Helper(), resting=True)
     assert machine.done == ["disks", "save"]
-    assert (it.has_helper, it.answers, it.lead) == (True, True, 3.0)
+    assert (it.has_helper, it.answers, it.lead) == (True, True, Lead(3.0))
 
 
 @pytest.mark.parametrize("way_in", [True, False])

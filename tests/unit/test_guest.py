@@ -42,6 +42,7 @@ from pytest_vmsandbox.guests.access import KeyPair, SSHAccess
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
@@ -136,7 +137,8 @@ class FakeTransport:
 class FakeHelper:
     """The helper of a fake guest; it keeps the clock right."""
 
-    lead = 0.0
+    lead = Lead()
+    is_frozen = False
     quiet_seconds = 0.5
 
     def __init__(self, platform):

@@ -30,6 +30,7 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.guests import commands, helper as helper_module, process as process_module
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper import Helper
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
 from support.arguments import FITS, TOO_LONG, output_of
@@ -840,7 +841,7 @@ class TestRequests:
         least, most = fake.during(fake.helper.read_lead, play)
         assert got[0][2] == b""  # it is only read
         assert least - 1e-3 <= lead <= most + 1e-3
-        fake.helper.lead = lead
+        fake.helper.lead = Lead(lead)
         error = fake.during(fake.helper.set_clock, play)
         after = time.time()
         seconds, nanoseconds = struct.unpack("<qq", got[1][2])

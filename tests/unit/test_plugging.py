@@ -14,6 +14,7 @@ from pytest_vmsandbox.catalogue.importing import vmdk, vpc
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import plugging
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import TakesDisks, refuse_attached
 from pytest_vmsandbox.machine.disk import Disks
@@ -280,7 +281,7 @@ class TestSnapshot:
             vm.detach(first)
             vm.attach_disk(size="1MiB")
             (own,) = machines.disks.plugged[-1].layers
-            saved: Any = SimpleNamespace(disks=frozen, state=None, lead=0.0, console="")
+            saved: Any = SimpleNamespace(disks=frozen, state=None, lead=Lead(), console="")
             machines.roll_back(saved)
             assert own.closed
             assert [disk.name for disk in machines.disks.plugged] == ["attached0", "attached1"]

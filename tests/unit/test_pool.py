@@ -14,6 +14,7 @@ from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.core.spec import GIB, Hardware
 from pytest_vmsandbox.guests import cloning, pool as pool_module
 from pytest_vmsandbox.guests.cloning import Clone
+from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.pool import CLAIM, Pool
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.quota import Quota
@@ -36,6 +37,8 @@ def settled():
 
 class FakeMachine:
     """A machine and its helper; `fault` is raised when it is to go on."""
+
+    lead = Lead()
 
     def __init__(self):
         self.running = False

@@ -3,8 +3,9 @@
 import pytest
 
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import GuestLost
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost
 from pytest_vmsandbox.guests import resume
+from pytest_vmsandbox.guests.lead import Drift, Lead
 
 
 class Fakes:
@@ -18,7 +19,10 @@ class Fakes:
     def __init__(self, *errors, spans=()):
         self.errors = list(errors)
         self.spans = list(spans)
-        self.lead = 0.0
+        self.lead = Lead()
+        self.is_frozen = False
+        self.monitor = self
+        self.resets = []
         self.done = []
         self.seeds = []
         self.files = {}
@@ -39,7 +43,13 @@ class Fakes:
 
     # -- of a helper
 
-    def read_lead(self, timeout):
+    def events(self):
+        return [
+            {"event": "RESET", "timestamp": {"seconds": int(at), "microseconds": 500_000}}
+            for at in self.resets
+        ]
+
+    def read_lead(self, timeout=None):
         self._do(f"read {timeout}")
         return self.spans.pop(0) if len(self.spans) > 1 else self.spans[0]
 
@@ -168,12 +178,12 @@ class TestPause:
     )
     def test_what_was_done_to_the_clock_is_known_then(self, span, lead):
         fakes = self.pause(span)
-        assert fakes.lead == pytest.approx(lead)
+        assert fakes.lead.at(0) == pytest.approx(lead)
         assert fakes.done == ["read None", "pause"]
 
     def test_what_is_known_best_counts(self):
         fakes = self.pause((-5.0, 5.0), (59.9, 60.1), (50.0, 70.0), (0.0, 0.0), timeout=1.0)
-        assert fakes.lead == pytest.approx(60.0)
+        assert fakes.lead.at(0) == pytest.approx(60.0)
         assert fakes.done == ["read 1.0"] * 3 + ["pause"]
 
     def test_a_guest_that_does_not_answer_is_not_paused(self):
@@ -182,6 +192,43 @@ class TestPause:
         with pytest.raises(GuestLost, match="no read"):
             pause(fakes)
         assert fakes.done == ["read None"]
+
+    def test_what_a_fault_does_to_the_clock_is_not_what_the_test_did(self):
+        """Even a fault of less than two seconds is kept, and its rate."""
+        fakes = Fakes(spans=[(1.0, 1.0)])
+        drift = Drift(offset=1.0, rate=0.9, since=wall())
+        fakes.lead = Lead().with_drift(drift)
+        pause(fakes)
+        assert (fakes.lead.seconds, fakes.lead.drifts) == (0.0, (drift,))
+        fakes.spans = [(61.0, 61.0)]
+        pause(fakes)
+        assert fakes.lead.seconds == pytest.approx(60.0, abs=1.0)
+        assert fakes.lead.drifts == (drift,)
+
+    def test_a_reset_has_ended_what_faults_did_before(self):
+        fakes = Fakes(spans=[(0.0, 0.0)])
+        before, after = Drift(60.0, since=wall() - 100), Drift(0.5, since=wall())
+        fakes.lead = Lead(0.0, (before, after))
+        fakes.resets = [wall() - 200, wall() - 50]
+        pause(fakes)
+        assert fakes.lead == Lead(0.0, (after,))
+
+    def test_a_leap_second_to_come_is_left_alone(self):
+        fakes = Fakes(spans=[(0.0, 0.0)])
+        fakes.lead = lead = Lead().with_drift(Drift(9.0, since=wall(), is_free=True))
+        pause(fakes)
+        from_pause(fakes)
+        from_state(fakes)
+        assert fakes.lead == lead
+        done = ["pause", "resume", "read None", "assume", "resume", "seed", "read None"]
+        assert fakes.done == done
+
+    def test_a_frozen_guest_is_not_paused(self):
+        fakes = Fakes()
+        fakes.is_frozen = True
+        with pytest.raises(ConfigError, match="frozen cannot be saved"):
+            pause(fakes)
+        assert fakes.done == []
 
 
 class TestFromPause:

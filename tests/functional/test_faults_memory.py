@@ -1,0 +1,80 @@
+"""Too little memory, as programs in the guest see it."""
+
+import pytest
+
+from pytest_vmsandbox import ConfigError
+
+HOG = "dd if=/dev/zero of=/dev/null bs={}M count=1 2>/dev/null"
+KIB = 1024
+
+
+def available(vm):
+    """MiB."""
+    lines = vm.read_text("/proc/meminfo").splitlines()
+    return next(int(line.split()[1]) // KIB for line in lines if line.startswith("MemAvailable"))
+
+
+@pytest.mark.origins("cloned")
+@pytest.mark.vm("tiny", memory="256MiB")
+def test_of_the_whole_guest(vm):
+    with vm.faults.memory("48MiB") as fault:
+        assert 40 <= available(vm) <= 56
+        vm.shell(HOG.format(8))
+        killed = vm.shell(HOG.format(100), check=False)
+        assert killed.returncode in {-9, 137, 1}  # killed, or no memory
+        assert vm.run(["true"]).returncode == 0  # the helper lives
+        assert "48MiB" in fault.text
+    assert available(vm) > 128
+    assert "ramfs" not in vm.read_text("/proc/mounts")
+    vm.shell(HOG.format(100))
+    with pytest.raises(ConfigError, match="available already"):
+        vm.faults.memory("1GiB")
+    assert not vm.faults.in_force
+
+
+@pytest.mark.origins("cloned")
+@pytest.mark.vm("tiny", memory="256MiB")
+def test_of_one_process(vm):
+    mounts = vm.read_text("/proc/mounts")
+    script = f"read go; {HOG.format(60)}; echo $?; read go; {HOG.format(60)}; echo $?"
+    with vm.popen(["sh", "-c", script]) as it, vm.popen(["sh", "-c", script]) as other:
+        before = vm.read_text(f"/proc/{it.pid}/cgroup")
+        with vm.faults.memory("24MiB", of=it):
+            for process, status in ((it, "137"), (other, "0")):
+                process.stdin.write("\n")
+                assert process.stdout.readline().strip() == status
+        assert "vmsandbox" not in vm.read_text(f"/proc/{it.pid}/cgroup")
+        assert before
+        it.stdin.write("\n")
+        assert it.stdout.readline().strip() == "0"
+        assert "Killed process" in vm.run(["dmesg"]).stdout
+        assert vm.read_text("/proc/mounts") == mounts
+        with vm.faults.memory("24MiB", of=other.pid):
+            pass
+        with pytest.raises(ConfigError, match="systemd"):
+            vm.faults.memory("24MiB", of="it.service")
+        with pytest.raises(ConfigError, match="no process 99999"):
+            vm.faults.memory("24MiB", of=99999)
+    for wrong in ({"of": "it"}, {"of": 0}, {"of": True}):
+        with pytest.raises(ConfigError):
+            vm.faults.memory("24MiB", **wrong)
+    with pytest.raises(ConfigError, match="at least 16MiB"):
+        vm.faults.memory("1MiB")
+
+
+@pytest.mark.origins("cloned")
+@pytest.mark.vm("debian-13")
+def test_of_a_service(vm):
+    unit = f"[Service]\nMemoryMax=1G\nExecStart=/bin/sh -c 'while sleep 0.2; do [ ! -e /go ] || {{ {HOG.format(60)}; echo $$? >/said; rm /go; }}; done'\nOOMPolicy=continue\n"
+    vm.write_text("/etc/systemd/system/hog.service", unit)
+    vm.shell("systemctl daemon-reload && systemctl start hog")
+    limit = "/sys/fs/cgroup/system.slice/hog.service/memory.max"
+    with vm.faults.memory("24MiB", of="hog.service"):
+        assert int(vm.read_text(limit)) == 24 << 20
+        vm.run(["touch", "/go"])
+        vm.wait_until(["test", "-s", "/said"], timeout=120)
+        assert vm.read_text("/said").strip() == "137"
+    assert int(vm.read_text(limit)) == 1 << 30
+    vm.shell("rm /said; touch /go")
+    vm.wait_until(["test", "-s", "/said"], timeout=120)
+    assert vm.read_text("/said").strip() == "0"
