@@ -6,7 +6,8 @@ sector with its header, and the data after that.
 QEMU logs a request when the disk below has done it, and answers the guest only after that. So all that a
 guest has seen done is in the log, and a request that follows another one's end comes later there. What
 QEMU 7.2 to 11 do not log: a flush if nothing was written since the last one, and the flag FUA, which they
-turn into a flush. A request to write zeros is logged as a write of zeros.
+turn into a flush. A request to write zeros is logged as a write of zeros. Before 7.2.9, another request at
+the same time could damage the log then, and `Log` says so.
 
 A header gets its place before it is written, so several requests at once can leave a gap for a moment.
 The number of entries in the super block is only right after a flush. It is not used.

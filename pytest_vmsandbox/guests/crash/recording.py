@@ -28,10 +28,11 @@ from pytest_vmsandbox.guests.commands import Command, check_status, text_of
 from pytest_vmsandbox.guests.crash.log import Log
 from pytest_vmsandbox.guests.crash.states import History, Mark
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Machines, Running
+from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.cmdline import ROOT_DISK, disk_names
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.filters import RECORDER, Filter, Place
+from pytest_vmsandbox.machine.machine import Machine
 
 _POLL_SECONDS = 0.001
 _WRITE_SECONDS = 30.0  # in which QEMU writes a header
@@ -86,7 +87,7 @@ class Recorder:
         self.disk = disk
         self.log = _unnamed(engine.machines)
         self._engine = engine
-        self._running: Running
+        self._machine: Machine
         self._events = 0  # of QEMU, before the recording began
         self.known: set[int] = set()
         self._entries = Log(self.log, self.before.size)
@@ -165,7 +166,7 @@ class Recorder:
                     machine.resume()
                 else:
                     resume.from_pause(machine, helper)
-            self._running, self._events = running, len(machine.monitor.events())
+            self._machine, self._events = machine, len(machine.monitor.events())
             for note in [*engine.machines.faults.recorded.values()]:
                 note(range(since, self._events))
 
@@ -182,7 +183,7 @@ class Recorder:
             finally:
                 self._is_over = True
                 if self._goes_on():
-                    self._running.machine.drives.remove(self.disk, self._filter)
+                    self._machine.drives.remove(self.disk, self._filter)
             self._entries.finish()
 
     def _device(self, place: Place) -> Mapping[str, object]:
@@ -201,7 +202,8 @@ class Recorder:
 
     def _goes_on(self) -> bool:
         """Whether the guest is still the one that is recorded."""
-        return self._engine.running is self._running
+        running = self._engine.running
+        return running is not None and running.machine is self._machine
 
     def _check(self) -> None:
         """Check that all was recorded until now.
@@ -216,11 +218,10 @@ class Recorder:
             raise self._ended("the guest was switched off, restored, or moved to another QEMU")
         if self._entries.is_finished:
             raise self._ended("it was detached")
-        machine = self._running.machine
-        machine.check()
+        self._machine.check()
         stops = {
             number
-            for number, event in enumerate(machine.monitor.events())
+            for number, event in enumerate(self._machine.monitor.events())
             if event["event"] == "STOP" and number >= self._events
         }
         if stops - self.known:
@@ -240,9 +241,12 @@ class Recorder:
         """
         deadline = Deadline(_WRITE_SECONDS)
         while not self._entries.read():
-            self._running.machine.check()
+            self._machine.check()
             if deadline.expired:
-                self._entries.finish()  # this raises
+                raise MonitorError(
+                    f"QEMU has not written a request to its log for {_WRITE_SECONDS:g} s",
+                    remedy="the disk with the cache may be full or too slow",
+                )
             deadline.pause(_POLL_SECONDS)
 
 
