@@ -58,8 +58,17 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
     Raises:
         GuestLost: it does not answer.
     """
-    helper.lead = _lead(helper, timeout)
+    note_lead(helper, timeout)
     machine.pause()
+
+
+def note_lead(helper: Helper, timeout: float | None = None) -> None:
+    """Note how far a test has set a guest's clock ahead, before the guest's CPUs stop.
+
+    Raises:
+        GuestLost: it does not answer.
+    """
+    helper.lead = _lead(helper, timeout)
 
 
 def _lead(helper: Helper, timeout: float | None) -> float:
