@@ -227,7 +227,7 @@ class Running:
         if self.setup is not None and self.helper is None and self.blueprint.has_way_in:
             self._known_restarts = self._restarts()
             self.setup.give(self.resident, self.start_by_ssh, self.blueprint.stretch)
-            self._leave_ssh()
+            self.leave_ssh()
         if self.blueprint.built.key is not None:
             self._introduce()
 
@@ -265,10 +265,10 @@ class Running:
         """Forget all programs and connections, because the guest restarts or is switched off."""
         self.left.clear()
         self.restarted = True
-        self._leave_ssh()
+        self.leave_ssh()
         self.resident.close()
 
-    def _leave_ssh(self) -> None:
+    def leave_ssh(self) -> None:
         """Close all connections by SSH."""
         with self._lock:
             transports, self._transports = self._transports, {}
@@ -276,7 +276,7 @@ class Running:
             transport.close()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Saved:
     """The state of a guest, memory included, and its disks at that moment.
 
@@ -286,6 +286,7 @@ class Saved:
         lead: by how much its clock had to be ahead of this host's.
         held: whether it must not be paused.
         console: what it had written to its console.
+        blueprint: what it was made of: another QEMU may not load its state.
     """
 
     state: IO[bytes]
@@ -293,6 +294,7 @@ class Saved:
     lead: Lead
     held: bool
     console: str
+    blueprint: Blueprint
 
 
 @dataclass(eq=False)
@@ -497,14 +499,12 @@ class Machines:
             console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(
-            state=state, disks=frozen, lead=helper.lead, held=running.held, console=console
-        )
+        return Saved(state, frozen, helper.lead, running.held, console, self.blueprint)
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""
         self.go_on_from(saved.state, saved.lead)
-        self.console = saved.console
+        self.console, self.blueprint = saved.console, saved.blueprint
         for disk in self.disks.plugged:
             disk.close()  # unless the snapshot has its files
         self.disks = saved.disks.on_top(self._fresh_overlay)

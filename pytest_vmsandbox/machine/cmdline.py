@@ -109,6 +109,7 @@ class MachineSpec:
         modules: a file system with the modules of a kernel that is not the image's; None without one.
         uefi: the firmware that boots the guest. Without it and without a kernel, BIOS does.
         tpm: whether the guest has a TPM.
+        generation: its generation id; ``auto`` for a new one.
         more_args: added to QEMU's command line.
     """
 
@@ -126,6 +127,7 @@ class MachineSpec:
     modules: Path | None = None
     uefi: Uefi | None = None
     tpm: bool = False
+    generation: str = "auto"
     more_args: tuple[str, ...] = ()
 
 
@@ -456,7 +458,7 @@ def network(spec: MachineSpec) -> list[str]:
 
 def entropy(spec: MachineSpec) -> list[str]:
     """Random numbers, and a generation id that tells a kernel that it was cloned."""
-    generation = ["-device", "vmgenid,id=generation,guid=auto"]
+    generation = ["-device", f"vmgenid,id=generation,guid={spec.generation}"]
     return [
         *("-device", f"{virtio('rng', spec)},id=entropy"),
         *(generation if spec.architecture.has_generation else []),

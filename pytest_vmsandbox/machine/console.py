@@ -33,11 +33,13 @@ class Console:
 
     Attributes:
         line: what carries the bytes that are typed to the guest; None if nobody can type.
+        gate: while it is held, nothing is typed.
     """
 
     def __init__(self, log: IO[bytes] | None, before: str = "") -> None:
         self._log = log
         self.line: socket.socket | None = None
+        self.gate = threading.Lock()
         self._followers: list[Callable[[bytes], object]] = []
         self._logged = 0
         self._before = before
@@ -106,7 +108,7 @@ class Console:
         while view:
             if not poller.poll(deadline.remaining() * 1000):
                 raise TimeoutError(f"the guest took no input on its console for {timeout:g} s")
-            with suppress(BlockingIOError):
+            with suppress(BlockingIOError), self.gate:
                 view = view[self.line.send(view) :]
 
     def begin_boot(self) -> None:

@@ -83,6 +83,10 @@ class Drives:
             ]
             self._note(disk, nodes)
 
+    def move(self, execute: Execute) -> None:
+        """Another machine has taken this QEMU over, and executes its commands from now on."""
+        self.execute = self._filters.execute = execute
+
     def errors(self) -> Iterator[Event]:
         """The events that tell that this host failed. What fails on purpose is not among them."""
         for event in self.monitor.events():

@@ -13,12 +13,13 @@ from typing import IO, Any
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, GuestLost, LaunchError, MonitorError
-from pytest_vmsandbox.machine import cmdline, host, stages, starting, tpm
+from pytest_vmsandbox.machine import cmdline, forwards, host, stages, starting, tpm
 from pytest_vmsandbox.machine.cmdline import MachineSpec
 from pytest_vmsandbox.machine.console import Console, last_lines
 from pytest_vmsandbox.machine.disk import NO_DISKS, Disks
 from pytest_vmsandbox.machine.drives import Drives
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.lending import lent, state_address
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.qmp import Monitor
@@ -73,17 +74,20 @@ class Machine:
     spec: MachineSpec
     process: OwnedProcess
     monitor: Monitor
-    console: Console
-    helper: Port
+    lines: starting.Lines
     _pace: host.Pace
+    _own: ExitStack  # ends QEMU
     _tpm: Tpm | None = None
     is_silent: Callable[[], bool] | None = None
+    console: Console = field(init=False)
+    helper: Port = field(init=False)
     drives: Drives = field(init=False)
     _is_over: bool = False  # whether we have ended it
     _asked_at: int = 0  # the size of the console when the guest was last asked whether it panicked
     _asking: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
+        self.console, self.helper = self.lines.console, self.lines.port
         self.drives = Drives(self.execute, self.monitor, self.spec.architecture)
 
     @classmethod
@@ -99,6 +103,7 @@ class Machine:
         state: IO[bytes] | None = None,
         tpm_folder: Path | None = None,
         before: str = "",
+        follows: Machine | None = None,
     ) -> Iterator[Machine]:
         """Start QEMU and connect to its monitor. At the end, the process is killed and reaped.
 
@@ -108,6 +113,7 @@ class Machine:
             state: the state to load, if `spec.start` needs one. Such a machine is paused.
             tpm_folder: keeps what the guest's TPM keeps without power, if `spec.tpm`.
             before: what the guest had written to its console when `state` was saved.
+            follows: the machine that the guest moves away from, whose console and port it gets.
 
         Raises:
             LaunchError: the host has no room, QEMU ended before it greeted us, or it cannot load the
@@ -117,37 +123,48 @@ class Machine:
         host.require_memory(spec.hardware.memory if memory is None else host.CLONE_GROWTH)
         loop = hypervisor.loop
         with ExitStack() as stack:
-            its_tpm = starting.start_tpm(stack, hypervisor, spec, tpm_folder)
-            fds, given = starting.descriptors(stack, spec, memory, disks, its_tpm)
+            lines = starting.lines(stack, loop, logs, before) if follows is None else follows.lines
+            own = stack.enter_context(ExitStack())
+            its_tpm = starting.start_tpm(own, hypervisor, spec, tpm_folder)
+            fds, given = starting.descriptors(own, spec, memory, disks, its_tpm)
+            given |= {fds.console: lines.console_end.fileno(), fds.helper: lines.port_end.fileno()}
             argv = cmdline.argv(spec, fds)
-            console, monitor_log = starting.logged(stack, logs, argv, before)
+            monitor_log = starting.monitor_log(own, logs, argv)
             with ExitStack() as theirs:
-                our_monitor, our_console, our_helper = (
-                    starting.channel(stack, theirs, given, number)
-                    for number in (fds.monitor, fds.console, fds.helper)
-                )
-                console.line, helper = our_console, Port(our_helper)
-                stack.enter_context(loop.reading(our_console, console.feed))
-                stack.enter_context(loop.reading(our_helper, helper.feed))
-                process = stack.enter_context(
+                our_monitor = starting.channel(own, theirs, given, fds.monitor)
+                process = own.enter_context(
                     starting.spawned(hypervisor.launcher, spec, argv, given)
                 )
                 if its_tpm is not None:
                     theirs.enter_context(its_tpm.channel)
-            monitor = Monitor(loop, monitor_log, hypervisor.pace)
+            former = () if follows is None else follows.monitor.events()
+            monitor = Monitor(loop, monitor_log, hypervisor.pace, former)
             try:
-                stack.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
+                own.enter_context(monitor.connected(our_monitor, timeout=GREETING_SECONDS))
             except MonitorError as error:
                 raise starting.did_not_start(process, its_tpm) from error
-            machine = cls(spec, process, monitor, console, helper, hypervisor.pace, its_tpm)
-            names = cmdline.disk_names(spec.hardware, has_base=disks.base is not None)
-            machine.drives.started_with(names, fds)
             # Kill QEMU before the monitor is disconnected, so nothing waits for a dying QEMU.
-            stack.callback(machine.kill)
-            stack.callback(setattr, machine, "_is_over", True)
+            own.callback(_kill, process)
+            names = cmdline.disk_names(spec.hardware, has_base=disks.base is not None)
+            machine = cls(spec, process, monitor, lines, hypervisor.pace, own.pop_all(), its_tpm)
+            stack.callback(machine._end)
+            machine.drives.started_with(names, fds)
             if state is not None:
                 machine._load(state, has_memory=memory is None)
             yield machine
+
+    def take_over(self, other: Machine) -> None:
+        """Go on with the QEMU of another machine, to which the guest has moved. Our own QEMU is killed."""
+        former, self._own = self._own, other._own.pop_all()
+        other.monitor.follow(self.monitor)
+        other.drives.move(self.execute)
+        self.spec, self.drives = other.spec, other.drives
+        self.process, self.monitor = other.process, other.monitor
+        former.close()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._own.close()
 
     # -- how it is doing ------------------------------------------------------------------------
 
@@ -195,6 +212,7 @@ class Machine:
             elif not self.spec.architecture.reports_panic and self._shows_panic():
                 raise self._panic()
             return
+        self.lines.hang_up()
         if "SHUTDOWN" in names:
             reason = events[names.index("SHUTDOWN")].get("data", {}).get("reason", "")
             raise GuestLost(
@@ -368,7 +386,7 @@ class Machine:
             MonitorError: QEMU refuses it.
         """
         if not (here := self._forwarded(port, protocol)):
-            answer = self.human(f"hostfwd_add {cmdline.NETDEV} {protocol}:127.0.0.1:0-:{port}")
+            answer = self.human(forwards.add_line(protocol, port))
             here = self._forwarded(port, protocol)
             if not here:
                 raise MonitorError(
@@ -377,11 +395,9 @@ class Machine:
         return here
 
     def _forwarded(self, port: int, protocol: str) -> tuple[str, int] | None:
-        # TCP[HOST_FORWARD]  12       127.0.0.1 40123       10.0.2.15    22     0     0
-        for line in self.human("info usernet").splitlines():
-            words = line.split()
-            if words[:1] == [f"{protocol.upper()}[HOST_FORWARD]"] and words[5] == str(port):
-                return words[2], int(words[3])
+        for it in forwards.listed(self.human(forwards.SHOW)):
+            if (it.protocol, it.port) == (protocol, port):
+                return it.host, it.here
         return None
 
     # -- its state --------------------------------------------------------------------------------
@@ -432,7 +448,7 @@ class Machine:
         mode = "wb" if command == "migrate" else "rb"
         with (
             Path(f"/proc/self/fd/{state.fileno()}").open(mode, buffering=0) as own,
-            self._state_address(own) as uri,
+            state_address(self.execute, self.spec.version, own) as uri,
         ):
             self.execute(command, {"uri": uri})
         deadline = Deadline(self._pace.stretch(_STATE_SECONDS))
@@ -460,34 +476,13 @@ class Machine:
             why = str(self.execute("query-migrate").get("error-desc", ""))
             raise MonitorError("QEMU failed to save or load the guest's state", details=why)
 
-    @contextmanager
-    def _state_address(self, file: IO[bytes]) -> Iterator[str]:
-        """The address of an open file for a state. It is valid until QEMU has opened the file."""
-        if not cmdline.saves_to_file_addresses(self.spec.version):
-            self.execute("getfd", {"fdname": "state"}, fd=file.fileno())
-            yield "fd:state"
-            return
-        with self._lent(file) as name:
-            yield f"file:{name}"
-
-    @contextmanager
-    def _lent(self, file: IO[bytes]) -> Iterator[str]:
-        """A name by which QEMU can open a file that we have open, while this lasts."""
-        added: Any = self.execute("add-fd", fd=file.fileno())
-        number = added["fdset-id"]
-        try:
-            yield f"/dev/fdset/{number}"
-        finally:
-            with suppress(MonitorError):  # QEMU is gone; the next command reports it
-                self.monitor.execute("remove-fd", {"fdset-id": number})
-
     def screenshot(self, file: IO[bytes]) -> None:
         """Write the display to an open file, as PNG.
 
         Raises:
             MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
         """
-        with self._lent(file) as name:
+        with lent(self.execute, file) as name:
             self.execute("screendump", {"filename": name, "format": "png"})
 
     def end(self, timeout: float) -> bool:
@@ -511,5 +506,9 @@ class Machine:
 
     def kill(self) -> None:
         """Pull the plug."""
-        self.process.signal(signal.SIGKILL)
-        self.process.wait(_TERM_SECONDS)
+        _kill(self.process)
+
+
+def _kill(process: OwnedProcess) -> None:
+    process.signal(signal.SIGKILL)
+    process.wait(_TERM_SECONDS)

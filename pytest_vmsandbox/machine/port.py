@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
+import struct
+import termios
 import threading
 from collections.abc import Callable
 
@@ -18,10 +21,16 @@ class Port:
 
     Args:
         sock: our end of a socket pair. The caller owns it, and calls `feed` with what arrives there.
+
+    Attributes:
+        gate: while it is held, nothing is sent, not even the rest of a message.
+        received: the number of bytes that have arrived.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self.gate = threading.Lock()
+        self.received = 0
         self._listener: Callable[[bytes], object] | None = None
         self._early = b""
         self._receiving = threading.Lock()
@@ -37,11 +46,22 @@ class Port:
 
     def feed(self, data: bytes) -> None:
         """Take what the guest wrote."""
+        self.received += len(data)
         with self._receiving:
             if self._listener is None:
                 self._early += data[: _MAX_EARLY - len(self._early)]
             else:
                 self._listener(data)
+
+    @property
+    def unread(self) -> int:
+        """What we have sent and QEMU has not read, as the memory that this takes; 0 if it has read all."""
+        return unread(self._sock)
+
+    @property
+    def is_still(self) -> bool:
+        """Whether there is nothing that we have not read."""
+        return is_empty(self._sock)
 
     def send(self, data: bytes, timeout: float) -> None:
         """Send all of `data`.
@@ -54,7 +74,8 @@ class Port:
         with self._sending:
             while view:
                 try:
-                    view = view[self._sock.send(view) :]
+                    with self.gate:
+                        view = view[self._sock.send(view) :]
                 except BlockingIOError:
                     poller = select.poll()
                     poller.register(self._sock, select.POLLOUT)
@@ -67,3 +88,16 @@ class Port:
                         ) from None
                 except OSError as error:
                     raise GuestLost("the guest's QEMU is gone", stage="launch") from error
+
+
+def is_empty(sock: socket.socket) -> bool:
+    """Whether there is nothing to read from a socket now."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return not poller.poll(0)
+
+
+def unread(sock: socket.socket) -> int:
+    """What was sent on a Unix socket and not read, as the memory that this takes; 0 if all was read."""
+    (size,) = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+    return int(size)

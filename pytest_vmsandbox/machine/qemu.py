@@ -18,7 +18,7 @@ from pytest_vmsandbox.core.architecture import (
     architecture_of,
     native_architecture,
 )
-from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 
 _VERSION_SECONDS = 30.0
 
@@ -76,6 +76,26 @@ def find_qemu(architecture: str) -> Qemu:
             f"{wanted} lacks its firmware {its.firmware}, which guests of {its.debian} need",
             remedy=f"install it: {programs.install_line([its.firmware_package])}",
         )
+    return qemu
+
+
+def qemu_at(path: Path, architecture: str) -> Qemu:
+    """The QEMU at a path.
+
+    Raises:
+        ConfigError: there is none, or it emulates another architecture.
+    """
+    its = architecture_of(architecture)
+    remedy = f"use the path of a qemu-system-{its.qemu}"
+    if (found := shutil.which(path)) is None:
+        raise ConfigError(f"{path} is no program", remedy=remedy)
+    status = Path(found).stat()
+    try:
+        qemu = _inspect(found, status.st_mtime_ns, status.st_size)
+    except LaunchError as error:
+        raise ConfigError(error.brief, details=error.details, remedy=remedy) from error
+    if _target(found, status.st_mtime_ns, status.st_size) not in {"", its.qemu}:
+        raise ConfigError(f"{path} emulates another architecture than {its.debian}", remedy=remedy)
     return qemu
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import IO, Any
 
@@ -28,12 +28,15 @@ class Monitor:
     Args:
         log: a file for the protocol's log, or None.
         pace: what we know about this host's speed.
+        former: the events of the QEMU that the guest moves away from. Their numbers stay valid.
 
     Attributes:
         is_stopped: whether a fault has stopped QEMU, so no answer comes.
     """
 
-    def __init__(self, loop: LoopThread, log: IO[str] | None, pace: Pace) -> None:
+    def __init__(
+        self, loop: LoopThread, log: IO[str] | None, pace: Pace, former: Sequence[Event] = ()
+    ) -> None:
         self._loop = loop
         self._log = log
         self._pace = pace
@@ -42,7 +45,8 @@ class Monitor:
         self._client.logger.disabled = True  # it raises what it logs
         self._listener = EventListener()
         self._client.register_listener(self._listener)
-        self._events: list[Event] = []
+        self._events: list[Event] = list(former)
+        self._former = len(former)
         self._arrived = threading.Condition()
         self._owes = False  # whether the last answer has not come in time
         self._passing = threading.Lock()  # QEMU keeps one descriptor until a command takes it
@@ -110,6 +114,13 @@ class Monitor:
         """All events so far."""
         with self._arrived:
             return list(self._events)
+
+    def follow(self, former: Monitor) -> None:
+        """Note what QEMU has told to a former monitor since this one was made. The guest moves now."""
+        late = former.events()[self._former :]
+        with self._arrived:
+            self._events += late
+            self._arrived.notify_all()
 
     def wait_event(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,8 @@ from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
+from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess, status_text, was_killed
 from pytest_vmsandbox.machine.tpm import Tpm
 
@@ -22,28 +25,65 @@ _END_SECONDS = 5.0
 _SAVED_HERE = "[vmsandbox: the guest was saved here, and went on from here for the test]"
 
 
-def logged(
-    stack: ExitStack, folder: Path | None, argv: list[str], before: str
-) -> tuple[Console, IO[str] | None]:
-    """A machine's console with its log file, and the log file for its monitor. Only this user can read them.
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """A machine's console and the helper's port.
+
+    We keep QEMU's ends of their sockets: if the guest moves to another QEMU, that one gets them, too. So
+    what nobody has read yet is still there.
+
+    Attributes:
+        console: what the guest has written.
+        port: the helper's.
+        console_end, port_end: QEMU's ends.
+    """
+
+    console: Console
+    port: Port
+    console_end: socket.socket
+    port_end: socket.socket
+
+    def hang_up(self) -> None:
+        """QEMU is gone: nobody should wait until it reads what is sent."""
+        self.console_end.close()
+        self.port_end.close()
+
+
+def lines(stack: ExitStack, loop: LoopThread, folder: Path | None, before: str) -> Lines:
+    """A machine's console and the helper's port. `stack` closes their sockets and the log.
 
     Args:
+        folder: for the log of the console, or None.
         before: what the guest had written to its console before it was saved. The log begins with it.
     """
+    log: IO[bytes] | None = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: on a full disk, closing a buffered file would fail again.
+        log = stack.enter_context(
+            open(folder / "console.log", "ab", buffering=0, opener=host.private)  # noqa: SIM115
+        )
+        if before and not log.tell():  # otherwise an earlier machine of this guest has written it
+            with suppress(OSError):  # a full disk: the text is still there
+                log.write(f"{before.rstrip()}\n{_SAVED_HERE}\n".encode("utf-8", "replace"))
+    console = Console(log, before)
+    (console.line, its_end), (our_port, port_end) = socket.socketpair(), socket.socketpair()
+    for end in (console.line, its_end, our_port, port_end):
+        stack.enter_context(end)
+    port = Port(our_port)
+    stack.enter_context(loop.reading(console.line, console.feed))
+    stack.enter_context(loop.reading(our_port, port.feed))
+    return Lines(console=console, port=port, console_end=its_end, port_end=port_end)
+
+
+def monitor_log(stack: ExitStack, folder: Path | None, argv: list[str]) -> IO[str] | None:
+    """The log file for a machine's monitor. Only this user can read it. Another one has the command line."""
     if folder is None:
-        return Console(None, before), None
-    folder.mkdir(parents=True, exist_ok=True)
+        return None
     text = "\n".join(argv) + "\n"  # names of files may not be UTF-8
     with open(folder / "qemu.argv", "wb", opener=host.private) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
-    # Unbuffered: on a full disk, closing a buffered file would fail again.
-    log: IO[bytes] = stack.enter_context(
-        open(folder / "console.log", "ab", buffering=0, opener=host.private)  # noqa: SIM115
-    )
-    if before and not log.tell():  # otherwise an earlier machine of this guest has written it
-        with suppress(OSError):  # a full disk: the text is still there
-            log.write(f"{before.rstrip()}\n{_SAVED_HERE}\n".encode("utf-8", "replace"))
-    return Console(log, before), stack.enter_context(
+    return stack.enter_context(
         open(folder / "qmp.log", "a", buffering=1, encoding="utf-8", opener=host.private)
     )
 

@@ -43,3 +43,13 @@ def test_one_that_answers_again_is(waits, then):
     waits("stopped")
     waits(then)
     assert waits("answers", timeout=20) == 20
+
+
+def test_events_go_on_when_a_guest_moves():
+    with LoopThread() as loop:
+        before = Monitor(loop, None, Pace(), [{"event": "RESET"}])
+        after = Monitor(loop, None, Pace(), before.events())
+        before._events.append({"event": "STOP"})
+        after.follow(before)
+        assert [event["event"] for event in after.events()] == ["RESET", "STOP"]
+        assert after.wait_event("STOP", since=1, timeout=0) == {"event": "STOP"}

@@ -281,7 +281,9 @@ class TestSnapshot:
             vm.detach(first)
             vm.attach_disk(size="1MiB")
             (own,) = machines.disks.plugged[-1].layers
-            saved: Any = SimpleNamespace(disks=frozen, state=None, lead=Lead(), console="")
+            saved: Any = SimpleNamespace(
+                disks=frozen, state=None, lead=Lead(), console="", blueprint=machines.blueprint
+            )
             machines.roll_back(saved)
             assert own.closed
             assert [disk.name for disk in machines.disks.plugged] == ["attached0", "attached1"]
