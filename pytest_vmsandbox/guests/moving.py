@@ -118,6 +118,11 @@ def _check(running: Running, machines: Machines, qemu: Qemu) -> Helper:
             f"{what}: it runs in QEMU {own.release}, and QEMU {qemu.release} may not understand what it saves",
             remedy=f"use the same version, or a newer one of the series {series}",
         )
+    if names := sorted(machines.faults.recorded):  # the new QEMU would not record
+        raise ConfigError(
+            f"{what} while a disk is recorded: {', '.join(names)}",
+            remedy="move it before crash_points begins, or after its block",
+        )
     if running.machine.spec.tpm:
         raise ConfigError(
             f"{what}: it has a TPM, whose process does not move along",

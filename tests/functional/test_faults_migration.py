@@ -41,6 +41,10 @@ def test_what_is_refused(vm, monkeypatch, tmp_path):
     monkeypatch.setattr(machines, "blueprint", dataclasses.replace(blueprint, qemu=other))
     with pytest.raises(ConfigError, match="may not understand"):
         moving_guest.move(vm.engine, newer)
+    monkeypatch.setattr(machines, "blueprint", dataclasses.replace(blueprint, qemu=newer))
+    monkeypatch.setitem(machines.faults.recorded, "disk0", print)
+    with pytest.raises(ConfigError, match="while a disk is recorded: disk0"):
+        moving_guest.move(vm.engine, newer)
     assert vm.run(["echo", "goes on"]).stdout == "goes on\n"
     assert (vm.engine.pid, vm.faults.in_force) == (pid, ())
 
