@@ -13,29 +13,17 @@ from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.kept import KeptStore
 
 SUITE = """
-    import os
-    import signal
-
     import pytest
-
-    from pytest_vmsandbox.guests.faults.fault import Fault
 
     pytestmark = pytest.mark.vm("tiny", memory="160MiB", isolation="module")
 
-    class Stopped(Fault):
-        def _start(self):
-            self.pid = self._engine.pid
-            os.kill(self.pid, signal.SIGSTOP)
-        def _stop(self):
-            os.kill(self.pid, signal.SIGCONT)
-
     def test_fails(vm):
         vm.write_text("/tmp/left", "when it failed")
-        Stopped(vm.engine, "QEMU is stopped").begin()
+        vm.faults.freeze(clock="runs")
         assert 0
 
     def test_leaves(vm):
-        Stopped(vm.engine, "QEMU is stopped").begin()
+        vm.faults.freeze(clock="runs")
 
     def test_next(vm):
         assert vm.read_text("/tmp/left") == "when it failed"
@@ -59,10 +47,12 @@ def test_a_frozen_guest_goes_on_when_its_test_has_failed(vm_factory, tmp_path):
     finally:
         for one in kept:
             store.discard([one.folder])
-    assert re.search(r"fault in tiny-\d+: QEMU is stopped \(began .*, ended .*\)\n", run.stdout)
+    assert re.search(
+        r"fault in tiny-\d+: guest frozen, clock runs \(began .*, ended .*\)\n", run.stdout
+    )
     assert re.search(
         r"test_leaves\[tiny\] left a fault in force in tiny-\d+, which was ended", run.stdout
     )
     (folder,) = (tmp_path / "artifacts").glob("*test_fails*/tiny-[0-9]*")
-    assert "QEMU is stopped" in (folder / "faults.log").read_text()
+    assert "guest frozen, clock runs" in (folder / "faults.log").read_text()
     assert (folder / "processes.txt").read_text()

@@ -1,8 +1,8 @@
 """Whatever ends pytest ends its guests. What ends a build of images, or ends pytest while it keeps guests, leaves
 nothing half-made.
 
-The long versions: tests/torture/kill.py --kills 100, tests/torture/builds.py --kills 60 --guests, and
-tests/torture/keep.py --kills 100.
+The long versions: tests/torture/kill.py --kills 100, tests/torture/builds.py --kills 60 --guests,
+tests/torture/keep.py --kills 100, and tests/torture/faults.py --kills 100.
 """
 
 from __future__ import annotations
@@ -40,3 +40,13 @@ def test_pytest_killed_while_it_keeps_guests():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("10 passed, 0 failed\n")
+
+
+def test_pytest_killed_while_faults_are_in_force():
+    done = subprocess.run(
+        [sys.executable, "-P", TORTURE / "faults.py", "--seed", "20261129", "--kills", "11", "--jobs", "2",
+         "--longest", "1.5"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("11 passed, 0 failed\n")

@@ -112,7 +112,7 @@ class World:
         )  # fmt: skip
         kill.OURS.add(pytest.pid)
         wrong = self._killed(pytest, one, cache / "kept")
-        wrong += [f"{pid} {kill.cmdline(pid)}" for pid in self._alive(mark)]
+        wrong += [f"{pid} {kill.cmdline(pid)}" for pid in self.alive(mark)]
         with GuestFactory.open(Settings(cache=cache, runtime=folder / "runtime")) as factory:
             factory.backend.clean()  # the next start removes what a dead run could not
         whole, faults = self._kept(cache)
@@ -148,7 +148,7 @@ class World:
         return wrong
 
     @staticmethod
-    def _alive(mark: str) -> list[int]:
+    def alive(mark: str) -> list[int]:
         """The processes of a round that do not end. They are killed."""
         began = time.monotonic()
         while alive := kill.marked(mark):
