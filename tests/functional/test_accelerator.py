@@ -45,7 +45,7 @@ def test_the_verdict_is_remembered(vm_factory):
     assert vm_factory.backend.accelerator("tiny") == verdict
 
 
-@pytest.mark.origins("booted")
+@pytest.mark.origins("cloned")
 def test_auto_is_right(vm_factory):
     """Where KVM runs kernels `auto` takes it; where it only looks as if, it does not."""
     verdict = vm_factory.backend.accelerator("tiny")

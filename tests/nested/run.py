@@ -51,11 +51,13 @@ STEPS = {
     "power": [KVM, f"{MACHINE}::test_power", "-k", "tiny"],
     "machine": [
         KVM,
-        *(f"{MACHINE}::test_{name}" for name in ("nobody_was_here_before", "hardware", "console")),
-        *(f"{MACHINE}::test_{name}" for name in ("power_off_from_inside", "two_at_once")),
+        *(
+            f"{MACHINE}::test_{name}"
+            for name in ("nobody_was_here_before", "one_guest", "two_at_once")
+        ),
         *("-k", "cloned"),
     ],
-    "panic": [KVM, f"{MACHINE}::test_kernel_panic_is_told_by_name"],
+    "panic": [KVM, f"{MACHINE}::test_power_off_and_panic_from_inside"],
     "put-right": [KVM, f"{CLONES}::TestWhatIsPutRight"],
     "ahead": [KVM, f"{CLONES}::TestKeepingAhead"],
     "sharing": [KVM, f"{CLONES}::TestSharingNothing"],
