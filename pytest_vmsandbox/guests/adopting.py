@@ -26,8 +26,9 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.changing import Lines
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Running, check_network
+from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
+from pytest_vmsandbox.guests.ways_in import check_network
 
 _SSH_PORT = 22
 _CONNECT_SECONDS = 20.0

@@ -18,8 +18,9 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
-from pytest_vmsandbox.guests.machines import Machines, Running, check_network
+from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
+from pytest_vmsandbox.guests.ways_in import check_network
 from pytest_vmsandbox.machine.machine import Machine
 
 _EXERCISE = Command(argv=("true",))

@@ -79,7 +79,7 @@ def _freeze_running(machines: Machines, running: Running, state: Path, stack: Ex
     # A guest that rests is paused, and has answered before.
     has_helper = _paused(running) if was_running else running.resting and running.helper is not None
     try:
-        has_memory = not machines.blueprint.unsaved
+        has_memory = not machines.unsaved
         frozen = _frozen(
             machines,
             machine,

@@ -15,7 +15,8 @@ from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.access import greeting
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Running, check_way_in
+from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.ways_in import check_way_in
 
 MOST = 256 << 10  # bytes of each text; the end is what matters
 WHY_NOT = "not-gathered.txt"  # the file that says why there is none, or not all

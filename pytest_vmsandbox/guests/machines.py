@@ -22,6 +22,13 @@ from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.ways_in import (
+    CONNECT_SECONDS,
+    LOOK_SECONDS,
+    SSH_PORT,
+    check_network,
+    check_way_in,
+)
 from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
@@ -31,12 +38,9 @@ from pytest_vmsandbox.machine.machine import Machine
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.ssh import SSHTransport
 
-_SSH_PORT = 22
-_CONNECT_SECONDS = 20.0
 _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
-_LOOK_SECONDS = 2.0
 _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
 _SILENT_SECONDS = 10.0  # of a kernel of the user; ours take about 1 s to the first program
 _PANICKED = "guest-panicked"  # QEMU's status
@@ -131,12 +135,12 @@ class Running:
         from pytest_vmsandbox.guests import ssh  # slow to import, and rarely needed
 
         return ssh.SSHTransport(
-            address=lambda: self.machine.forward(_SSH_PORT),
+            address=lambda: self.machine.forward(SSH_PORT),
             user=login,
             key=self.key,
             host_key=self.blueprint.built.host_key,
             check=self.machine.check,
-            connect_timeout=self.blueprint.stretch(_CONNECT_SECONDS),
+            connect_timeout=self.blueprint.stretch(CONNECT_SECONDS),
             quiet_seconds=self.resident.quiet_seconds,
         )
 
@@ -153,7 +157,7 @@ class Running:
         if announced and self.helper is not None:
             return True
         try:
-            address = self.machine.forward(_SSH_PORT)
+            address = self.machine.forward(SSH_PORT)
         except VMSandboxError:
             return False  # the caller finds out why
         return greeting(address, timeout if announced else _UNANNOUNCED_SECONDS)
@@ -207,7 +211,7 @@ class Running:
             BootError: it does not answer in time, or is gone.
         """
         machine = self.machine
-        while not self.answers(deadline.remaining(_LOOK_SECONDS)):
+        while not self.answers(deadline.remaining(LOOK_SECONDS)):
             self._check_booting(deadline.elapsed)
             if deadline.expired:
                 missing = (
@@ -315,6 +319,7 @@ class Machines:
         has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
         faults: of the guest, which outlive a machine.
+        plugged: devices in root ports, except for disks: id → port. They are in no saved state.
     """
 
     blueprint: Blueprint
@@ -333,6 +338,7 @@ class Machines:
     has_helper: bool = True
     is_awaited: bool = True
     faults: Ledger = field(init=False)
+    plugged: dict[str, str] = field(default_factory=dict)
     _lead: Lead = field(default_factory=Lead)  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -478,10 +484,12 @@ class Machines:
             ConfigError: the guest has no helper.
         """
         machine = running.machine
-        if unsaved := self.blueprint.unsaved:
+        if unsaved := self.unsaved:
             raise ConfigError(
                 f"snapshot() does not work with {self.name}: {unsaved}",
-                remedy="use a newer QEMU, or boot a fresh guest instead of a rollback",
+                remedy="end that fault before"
+                if self.plugged
+                else "use a newer QEMU, or boot a fresh guest instead of a rollback",
             )
         if (helper := running.helper) is None:
             why = None if self.setup is None else self.setup.failure
@@ -519,13 +527,21 @@ class Machines:
         return self._own.enter_context(empty_overlay(size, self.hypervisor.cache))
 
     @property
+    def unsaved(self) -> str:
+        """Why the guest's state cannot be saved; empty if it can."""
+        names = " and ".join(self.plugged)
+        if names:
+            return f"{names} is plugged in for a fault, and cannot be part of a saved state"
+        return self.blueprint.unsaved
+
+    @property
     def takes_disks(self) -> bool:
         """Whether a disk can be attached while the guest runs."""
         return self.blueprint.architecture.hot_plug != "none"
 
     def free_port(self) -> str | None:
-        """A root port without a disk; None if there is none."""
-        taken = {disk.port for disk in self.disks.plugged}
+        """A free root port; None if there is none."""
+        taken = {*self.plugged.values(), *(disk.port for disk in self.disks.plugged)}
         return next((port for port in PORTS if port not in taken), None)
 
     def disk_names(self) -> list[str]:
@@ -551,7 +567,7 @@ class Machines:
             GuestLost: the guest does not answer on SSH.
         """
         check_way_in(self.blueprint, machine.spec.name)
-        host, port = machine.forward(_SSH_PORT)
+        host, port = machine.forward(SSH_PORT)
         check_network(machine, self.blueprint, machine.check)
         folder = self.hypervisor.folder
         known, key = folder / f"known_hosts.{self.name}", folder / f"key.{self.key.name}"
@@ -559,42 +575,3 @@ class Machines:
         self._own.callback(known.unlink, missing_ok=True)
         known.write_text(f"[{host}]:{port} {self.blueprint.built.host_key}\n", encoding="utf-8")
         return SSHAccess(host=host, port=port, user=user, key_file=key, known_hosts_file=known)
-
-
-def check_way_in(blueprint: Blueprint, name: str) -> None:
-    """Check that programs can be started in a guest.
-
-    Raises:
-        ConfigError: nobody can log in.
-    """
-    if not blueprint.has_way_in:
-        raise ConfigError(
-            f"nothing can be run in {name}: there is no way into {blueprint.image} (login.method is "
-            "'none')",
-            remedy="drive it by its console and by QEMU: vm.console.wait_for(…), vm.console.text, "
-            "vm.qmp(…), vm.power_cut(), vm.power_on()",
-        )
-
-
-def check_network(machine: Machine, blueprint: Blueprint, check: Callable[[], None]) -> None:
-    """Check that we can reach the guest through its network.
-
-    Args:
-        check: called often. Its exception ends the wait.
-
-    Raises:
-        GuestLost: its SSH server does not greet.
-    """
-    address = machine.forward(_SSH_PORT)
-    deadline = Deadline(blueprint.stretch(_CONNECT_SECONDS))
-    while not greeting(address, deadline.remaining(_LOOK_SECONDS)):
-        check()
-        if deadline.expired:
-            raise GuestLost(
-                f"{machine.spec.name} cannot be reached through its network: its SSH server does not "
-                f"answer within {deadline.seconds:g} s",
-                stage="ssh",
-                remedy="check the SSH server and the network in the guest: a test or a preparation may have "
-                "stopped or reconfigured them",
-            )
-        deadline.pause(_LOOK_SECONDS / 10)

@@ -22,7 +22,7 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.lending import lent, state_address
 from pytest_vmsandbox.machine.port import Port
 from pytest_vmsandbox.machine.process import OwnedProcess, status_text, was_killed
-from pytest_vmsandbox.machine.qmp import Monitor
+from pytest_vmsandbox.machine.qmp import Event, Monitor
 from pytest_vmsandbox.machine.tpm import Tpm
 
 GREETING_SECONDS = 30.0
@@ -202,7 +202,7 @@ class Machine:
         names = [event["event"] for event in events]
         if "BLOCK_IO_ERROR" in names:
             self._check_disk_errors()
-        if "GUEST_PANICKED" in names:
+        if any(map(_is_end, events)):
             raise self._panic()
         status = self.ended()
         if status is None:
@@ -512,3 +512,8 @@ class Machine:
 def _kill(process: OwnedProcess) -> None:
     process.signal(signal.SIGKILL)
     process.wait(_TERM_SECONDS)
+
+
+def _is_end(event: Event) -> bool:
+    """Whether an event tells that the guest has panicked, and does not restart by itself."""
+    return event["event"] == "GUEST_PANICKED" and bool(event["data"]["action"] != "run")

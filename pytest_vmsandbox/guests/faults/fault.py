@@ -84,6 +84,12 @@ class Fault(ABC):
                 raise
         return self
 
+    def lapse(self) -> None:
+        """Note that it is over by itself, so nothing is left to restore."""
+        if not self._is_over:
+            self._is_over = True
+            self._engine.machines.faults.ended(self)
+
     @abstractmethod
     def _start(self) -> None:
         """Bring it about. If this raises, nothing is left of it."""
