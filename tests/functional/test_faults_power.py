@@ -99,13 +99,13 @@ def test_watchdog(vm):
         watchdog.fired(60)
         second = boots(vm)
         assert second != first
-        assert [vm.engine.machines.free_port()] == ["port1"]
+        assert vm.engine.machines.free_port() == "port1"
     assert vm.shell("cat /sys/bus/pci/devices/*/device").stdout.count("0x25ab") == 0
     assert vm.engine.machines.free_port() == "port0"
     with vm.faults.watchdog("poweroff", seconds=2) as watchdog:
         vm.write_text("/dev/watchdog", "feed me")
         watchdog.fired(60)
     assert boots(vm) != second
-    with vm.snapshot(), pytest.raises(ConfigError, match="has no driver"):
-        vm.shell("rm -r /lib/modules/*")
+    vm.shell("rm -r /lib/modules/*")
+    with pytest.raises(ConfigError, match="has no driver"):
         vm.faults.watchdog()

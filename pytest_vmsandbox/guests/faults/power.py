@@ -18,8 +18,8 @@ from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.process import RemoteProcess
 
 _LOOK_SECONDS = 0.25
-# The button is an input device. Whoever reads it must have opened it before somebody presses it.
-_LISTEN = """
+# The button is an input device. A press is lost unless a program has opened it before.
+_LISTEN = r"""
 PATH=$PATH:/usr/sbin:/usr/bin:/sbin:/bin
 modprobe -a button evdev 2>/dev/null
 if [ -d /run/systemd/system ]; then
