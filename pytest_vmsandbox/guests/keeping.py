@@ -289,7 +289,7 @@ def _copy_disks(folder: Path, frozen: Frozen) -> tuple[list[list[str]], list[dic
         for file, name in zip(files, layers[-1], strict=True):
             _link_open(file, folder / name)
     plugged: list[dict[str, object]] = []
-    for number, attached in enumerate(frozen.disks.plugged):
+    for number, attached in enumerate(frozen.disks.plugged_in):
         own = [f"plugged{number}.{depth}.qcow2" for depth in range(len(attached.layers))]
         for file, name in zip(attached.layers, own, strict=True):
             _copy(file, folder / name)

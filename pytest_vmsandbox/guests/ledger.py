@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.machine.machine import Machine
 
 FILE = "faults.log"  # in the folder for a guest's logs
@@ -65,6 +66,7 @@ class Ledger:
     logs: Path | None
     recorded: dict[str, Callable[[range], None]] = field(default_factory=dict)
     _entries: list[Entry] = field(default_factory=list)
+    _owed: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -94,6 +96,21 @@ class Ledger:
     def note(self, text: str) -> None:
         """Note something that has happened at one moment, and has no end."""
         self._write(wall(), "event", text)
+
+    def owes(self, restore: Callable[[], None]) -> None:
+        """Note that the guest was gone when a fault ended. It is restored when it answers again."""
+        with self._lock:
+            self._owed.append(restore)
+
+    def answered(self) -> None:
+        """The guest answers after a start."""
+        with self._lock:
+            owed, self._owed = self._owed, []
+        for restore in owed:
+            try:
+                restore()
+            except VMSandboxError as error:
+                self.note(f"the guest could not be restored: {error.brief}")
 
     def at_failure(self, is_cause: Callable[[BaseException], bool]) -> list[Entry]:
         """The faults that were in force when a test failed. This forgets those that are over.

@@ -64,6 +64,7 @@ class Running:
         last_use: when it was last used.
         left: programs that go on even if their starters forget them.
         restarted: whether the guest has restarted since the machine was started.
+        answered: called when the guest answers after a start.
     """
 
     machine: Machine
@@ -78,6 +79,7 @@ class Running:
     last_use: float = field(default_factory=monotonic)
     left: list[RemoteProcess] = field(default_factory=list)
     restarted: bool = False
+    answered: Callable[[], None] | None = None
     _known_restarts: int = 0
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -150,8 +152,7 @@ class Running:
             return True
         if not self.blueprint.has_way_in:
             return self._is_ready(timeout)
-        # If we connect before the guest's network is up, we wait for a retransmission. So we look at the
-        # console first. If an image does not announce its server there, we just try.
+        # Who connects before the network is up waits for a retransmission: look at the console first.
         goes_on = self.machine.spec.start.is_loaded and not self.restarted
         announced = not goes_on and self.machine.reaches("ssh", timeout)
         if announced and self.helper is not None:
@@ -214,11 +215,10 @@ class Running:
         while not self.answers(deadline.remaining(LOOK_SECONDS)):
             self._check_booting(deadline.elapsed)
             if deadline.expired:
-                missing = (
-                    "did not answer on SSH"
-                    if self.blueprint.has_way_in
-                    else f"did not show {self.blueprint.built.definition.login.ready!r} on its console"
-                )
+                missing = "did not answer on SSH"
+                if not self.blueprint.has_way_in:
+                    ready = self.blueprint.built.definition.login.ready
+                    missing = f"did not show {ready!r} on its console"
                 raise BootError(
                     f"{machine.spec.name} {missing} within {deadline.seconds:g} s; "
                     f"it got as far as: {machine.stage}",
@@ -234,6 +234,8 @@ class Running:
             self.leave_ssh()
         if self.blueprint.built.key is not None:
             self._introduce()
+        if self.answered is not None:
+            self.answered()
 
     def _introduce(self) -> None:
         """Tell a guest its name after a boot, because no command line of a kernel does so."""
@@ -415,6 +417,7 @@ class Machines:
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
+            running.answered = self.faults.answered
             running.stack.callback(running.hang_up)
             return running
 
@@ -426,10 +429,7 @@ class Machines:
             machine.resume()
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:
-        """The error if this host could not read or write the guest's disks, now or in an earlier machine.
-
-        Ask before a machine is switched off.
-        """
+        """The error if this host failed to use the guest's disks until now. Ask before it is off."""
         if self._disk_failure is None and running is not None:
             try:
                 running.machine.check_disks()
@@ -441,8 +441,7 @@ class Machines:
     def _tpm_folder(self) -> Path:
         """What the guest's TPM keeps without power.
 
-        It is in the cache, which is usually below the user's home: there, Ubuntu's AppArmor lets
-        swtpm write.
+        It is in the cache, usually below the user's home: there, Ubuntu's AppArmor lets swtpm write.
         """
         folder = self._own.enter_context(self.hypervisor.scratch("tpm"))
         for name, content in self.tpm.items():

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -188,22 +188,75 @@ def _detach(engine: Engine, wanted: AttachedDisk | str, *, timeout: float | None
     """
     seconds = engine.command_seconds if timeout is None else timeout
     with engine.orderly, ExitStack() as stack:
-        disk = _attached(engine.machines, wanted)
-        if engine.is_on:
-            running = stack.enter_context(engine.use())
-            machine = running.machine
-            machine.check()
-            if not machine.drives.unplug(disk.name, Deadline(seconds), machine.check):
-                raise CommandTimeout(
-                    f"{engine.name} did not let go of the disk {disk.name!r} within {seconds:g} s, so it is "
-                    "still attached",
-                    seconds=seconds,
-                    remedy="a guest that is still booting, is paused, or has no ACPI hot-plug does not "
-                    "answer: wait until it is up, give it more time with timeout=, or detach the disk "
-                    "while the guest is switched off",
-                )
-            stack.enter_context(engine.still(running))
+        disk = attached(engine.machines, wanted)
+        _unplugged(engine, disk, seconds, stack)
         engine.machines.remove(disk)
+
+
+def pull_out(engine: Engine, name: str) -> None:
+    """Pull an attached disk out of its port for a while. Its name and its port stay taken.
+
+    Raises:
+        ConfigError: no such disk is attached.
+        CommandTimeout: the guest does not let go of it.
+    """
+    with engine.orderly, ExitStack() as stack:
+        disk = attached(engine.machines, name)
+        _unplugged(engine, disk, engine.command_seconds, stack)
+        _replace(engine.machines, replace(disk, is_out=True))
+
+
+def put_back(engine: Engine, name: str) -> None:
+    """Plug a disk in again that `pull_out` has pulled out, and wait until the guest has it.
+
+    If it was detached meanwhile, or is plugged in, nothing happens.
+
+    Raises:
+        MonitorError: QEMU cannot do it.
+        CommandTimeout: the guest does not find it.
+    """
+    with engine.orderly, ExitStack() as stack:
+        disks = [disk for disk in engine.machines.disks.plugged if disk.name == name]
+        if not disks or not disks[0].is_out:
+            return
+        disk = replace(disks[0], is_out=False)
+        if engine.loss is not None:  # it will be there when the guest is switched on again
+            _replace(engine.machines, disk)
+            return
+        running = stack.enter_context(engine.use())
+        running.machine.drives.plug(disk)
+        _replace(engine.machines, disk)
+        if engine.has_helper:
+            _await_device(engine, disk.name, Deadline(engine.command_seconds))
+
+
+def _replace(machines: Machines, disk: PluggedDisk) -> None:
+    """Note that an attached disk has changed."""
+    now = (disk if other.name == disk.name else other for other in machines.disks.plugged)
+    machines.disks = replace(machines.disks, plugged=tuple(now))
+
+
+def _unplugged(engine: Engine, disk: PluggedDisk, seconds: float, stack: ExitStack) -> None:
+    """Wait until a guest has let go of a disk, if it has it. Until `stack` ends, what runs is the same.
+
+    Raises:
+        CommandTimeout: the guest does not let go of it.
+    """
+    if not engine.is_on or disk.is_out:
+        return
+    running = stack.enter_context(engine.use())
+    machine = running.machine
+    machine.check()
+    if not machine.drives.unplug(disk.name, Deadline(seconds), machine.check):
+        raise CommandTimeout(
+            f"{engine.name} did not let go of the disk {disk.name!r} within {seconds:g} s, so it is still "
+            "attached",
+            seconds=seconds,
+            remedy="a guest that is still booting, is paused, or has no ACPI hot-plug does not answer: wait "
+            "until it is up, give it more time with timeout=, or detach the disk while the guest is "
+            "switched off",
+        )
+    stack.enter_context(engine.still(running))
 
 
 def refuse_attached(engine: Engine) -> None:
@@ -255,7 +308,7 @@ def _await_device(engine: Engine, serial: str, deadline: Deadline) -> str:
         deadline.pause(_POLL_SECONDS)
 
 
-def _attached(machines: Machines, wanted: AttachedDisk | str) -> PluggedDisk:
+def attached(machines: Machines, wanted: AttachedDisk | str) -> PluggedDisk:
     """The attached disk with a name.
 
     Raises:

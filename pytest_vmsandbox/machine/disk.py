@@ -34,6 +34,7 @@ class PluggedDisk:
         base: a file of this host, which is only read; None for a blank disk.
         layers: qcow2 files on top of that, lowest first. The guest writes to the last one.
         kept: whether a snapshot has its files, too.
+        is_out: whether it was pulled out of its root port, and will be put back.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PluggedDisk:
     base: IO[bytes] | None
     layers: tuple[IO[bytes], ...]
     kept: bool = False
+    is_out: bool = False
 
     def close(self) -> None:
         """Close its files, unless a snapshot has them, too."""
@@ -60,7 +62,7 @@ class Disks:
         overlays: the qcow2 files of the root disk, if there is a base, then of each further disk. The
             lowest file comes first. The guest writes to the last one.
         sizes: bytes of each disk, as the guest sees it.
-        plugged: the disks that were attached to the guest.
+        plugged: the disks that were attached to the guest. The guest may not have some of them now.
         flash: the files of UEFI firmware, or None without it.
     """
 
@@ -144,9 +146,14 @@ class Disks:
         )
         return replace(self, overlays=tuple(map(again, self.overlays)), plugged=plugged)
 
+    @property
+    def plugged_in(self) -> list[PluggedDisk]:
+        """The disks in root ports that the guest has now."""
+        return [disk for disk in self.plugged if not disk.is_out]
+
     def tops(self) -> list[IO[bytes]]:
         """The file that the guest writes to, of each disk that it can write to."""
-        plugged = [disk.layers[-1] for disk in self.plugged if not disk.read_only]
+        plugged = [disk.layers[-1] for disk in self.plugged_in if not disk.read_only]
         return [layers[-1] for layers in self.overlays] + plugged
 
 

@@ -136,7 +136,7 @@ def descriptors(
         memory=give(ram) if ram is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
-        plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged),
+        plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged_in),
     )
     return fds, given
 
