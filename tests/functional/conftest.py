@@ -7,6 +7,22 @@ import pytest
 from pytest_vmsandbox.plugin import RUN
 from support import leaks
 
+# The files that take longest, in that order. A worker that got one of them last would leave the other one idle.
+LONGEST = (
+    "test_documentation.py",
+    "test_debian.py",
+    "test_ownership.py",
+    "test_inside.py",
+    "test_isolated.py",
+    "test_machine.py",
+    "test_damage.py",
+    "test_inside_fidelity.py",
+    "test_foreign.py",
+    "test_finalizers.py",
+    "test_crash_points.py",
+    "test_clones.py",
+    "test_faults_power.py",
+)
 ORIGINS = {"cloned": "demand", "booted": "never"}  # how a guest comes to be, and what asks for it
 
 
@@ -14,6 +30,15 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "origins(*ways): cloned or booted; only these are of interest"
     )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest. xdist would begin with those that have most tests."""
+    result = yield
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    return result
 
 
 def pytest_generate_tests(metafunc):
