@@ -37,6 +37,7 @@ from pytest_vmsandbox.guests import (
     machines as machines_module,
     ssh,
     transfer,
+    ways_in,
 )
 from pytest_vmsandbox.guests.access import KeyPair, SSHAccess
 from pytest_vmsandbox.guests.commands import Command
@@ -340,6 +341,7 @@ def platform(tmp_path, monkeypatch):
     monkeypatch.setattr(machines_module, "Helper", lambda *_, **__: FakeHelper(platform))
     monkeypatch.setattr(ssh, "SSHTransport", platform.connection)
     monkeypatch.setattr(machines_module, "greeting", lambda *_: platform.answer)
+    monkeypatch.setattr(ways_in, "greeting", lambda *_: platform.answer)
     return platform
 
 
