@@ -198,6 +198,9 @@ class Filters:
         below, before, fresh = layers[:kept], layers[kept:], list[_Layer]()
         if not before and not wanted[kept:]:
             return
+        # Since 10.0, QEMU activates the block devices of a restored guest only when that goes on.
+        with suppress(MonitorError):  # an older QEMU has no such command
+            self.execute("blockdev-set-active", {"active": True})
         top = below[-1].node if below else storage
         try:
             for held in wanted[kept:]:
