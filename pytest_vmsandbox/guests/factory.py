@@ -18,7 +18,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import refuse_attached
+from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 from pytest_vmsandbox.machine import host
@@ -288,7 +288,7 @@ class GuestFactory:
             engine.spec = blueprint.with_user(doer(blueprint, step)).hardware
             try:
                 engine.facts = step.run(guest) or {}
-                refuse_attached(engine)
+                refuse_left(engine)
             except Exception:
                 backend.callbacks.preparation_failed(guest, name)
                 raise

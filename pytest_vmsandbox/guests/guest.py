@@ -511,6 +511,7 @@ class _Snapshot:
         finally:
             with self._engine.explained():
                 self._engine.roll_back(self._saved)
+                self._engine.machines.faults.rolled_back(self._saved.faults)
 
 
 def _warn_of(what: str, source: StrPath, left_out: Sequence[str]) -> None:

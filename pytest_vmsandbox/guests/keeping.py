@@ -23,7 +23,7 @@ from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import CacheError, VMSandboxError
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names
@@ -203,6 +203,11 @@ class Keeper:
     @staticmethod
     def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:
         with seized(engine, _SEIZE_SECONDS) as running:
+            if running is not None and running.resident.is_frozen:
+                raise ConfigError(
+                    "a fault has frozen it",
+                    remedy="end the fault before: a frozen guest could not be entered",
+                )
             return freeze(engine.machines, running, state, stack)
 
     def _remove_former(self, moment: Moment) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.machine.machine import Machine
 
 FILE = "faults.log"  # in the folder for a guest's logs
@@ -21,11 +21,16 @@ FILE = "faults.log"  # in the folder for a guest's logs
 class Ends(Protocol):
     """A fault, as the ledger knows it."""
 
+    freezes: bool
+
     def end(self) -> None:
         """End it, and restore the guest."""
 
     def switched_on(self, machine: Machine) -> None:
         """The guest has a new machine. A fault of the hardware is put into it."""
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """A snapshot was restored: the guest is as it was when this fault was in force, or was not."""
 
 
 @dataclass(eq=False)
@@ -131,6 +136,31 @@ class Ledger:
         """The guest has a new machine."""
         for entry in self.in_force:
             entry.fault.switched_on(machine)
+
+    def rolled_back(self, then: Collection[Entry]) -> None:
+        """A snapshot was restored, and the guest answers.
+
+        Args:
+            then: the faults that were in force when the snapshot was taken.
+
+        Raises:
+            VMSandboxError: a fault that is over came back, and could not be ended again.
+        """
+        for entry in reversed(dict.fromkeys([*then, *self.in_force])):
+            entry.fault.rolled_back(was_in_force=entry in then)
+
+    def refuse_left(self) -> None:
+        """Refuse that a preparation leaves a fault in force. Nobody could end it in the saved guest.
+
+        Raises:
+            ConfigError: a fault is in force.
+        """
+        if texts := [entry.text for entry in self.in_force]:
+            raise ConfigError(
+                f"a preparation has left faults in force: {', '.join(texts)}. They cannot be part of an image",
+                remedy="use a block (with vm.faults…), or call vm.faults.end_all() at the end of the "
+                "preparation. Begin faults that tests need in the test, or in a fixture",
+            )
 
     def end_all(self) -> None:
         """End all faults that are in force, the last one first."""

@@ -20,7 +20,7 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.ledger import Entry, Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.guests.ways_in import (
     CONNECT_SECONDS,
@@ -293,6 +293,7 @@ class Saved:
         held: whether it must not be paused.
         console: what it had written to its console.
         blueprint: what it was made of: another QEMU may not load its state.
+        faults: those that were in force.
     """
 
     state: IO[bytes]
@@ -301,6 +302,7 @@ class Saved:
     held: bool
     console: str
     blueprint: Blueprint
+    faults: list[Entry]
 
 
 @dataclass(eq=False)
@@ -498,6 +500,7 @@ class Machines:
                 details="" if why is None else why.brief,
                 remedy="use an image that has the helper, such as debian-13",
             )
+        faults = self.faults.in_force
         resume.pause(machine, helper)  # the helper has read everything so far
         try:
             frozen = self.freeze_disks(machine)
@@ -506,7 +509,7 @@ class Machines:
             console = machine.console.saved
         finally:
             resume.from_pause(machine, helper)
-        return Saved(state, frozen, helper.lead, running.held, console, self.blueprint)
+        return Saved(state, frozen, helper.lead, running.held, console, self.blueprint, faults)
 
     def roll_back(self, saved: Saved) -> None:
         """Let the next machine go on from a saved state."""

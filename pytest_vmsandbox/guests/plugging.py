@@ -259,12 +259,13 @@ def _unplugged(engine: Engine, disk: PluggedDisk, seconds: float, stack: ExitSta
     stack.enter_context(engine.still(running))
 
 
-def refuse_attached(engine: Engine) -> None:
-    """Refuse that a preparation leaves a disk attached: it would not be in the saved guest.
+def refuse_left(engine: Engine) -> None:
+    """Refuse that a preparation leaves a fault in force, or a disk attached: that cannot be in a saved guest.
 
     Raises:
-        ConfigError: a disk is attached.
+        ConfigError: there is such a fault or disk.
     """
+    engine.machines.faults.refuse_left()
     if names := [disk.name for disk in engine.machines.disks.plugged]:
         raise ConfigError(
             f"a preparation has left disks attached: {', '.join(names)}. They cannot be part of an image",

@@ -30,7 +30,7 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import refuse_attached
+from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import Facts, Step
 from pytest_vmsandbox.guests.templates import (
     CONSOLE,
@@ -286,7 +286,7 @@ class TemplateBuilder:
                 if steps:
                     try:
                         facts = steps[-1].run(guest)
-                        refuse_attached(engine)
+                        refuse_left(engine)
                     except Exception as error:
                         self._callbacks.preparation_failed(guest, known_as)
                         raise _StepError(error) from error

@@ -115,8 +115,13 @@ def screen(machine: Machine) -> bytes:
     """A machine's screen, as PNG.
 
     Raises:
-        MonitorError: QEMU cannot do it (older than 7.1, or built without PNG).
+        MonitorError: QEMU cannot do it (older than 7.1, or built without PNG), or a fault has stopped it.
     """
+    if machine.monitor.is_stopped:
+        raise MonitorError(
+            "QEMU cannot show the screen, because a fault has stopped it",
+            remedy="end the fault first",
+        )
     with TemporaryFile() as picture:  # a kill leaves nothing
         own = Path(f"/proc/self/fd/{picture.fileno()}")
         with own.open("wb") as file:

@@ -265,8 +265,9 @@ class Machine:
         Raises:
             GuestLost: it could not.
         """
-        with suppress(MonitorError):  # QEMU answers when it has told us of all errors before
-            self.monitor.execute("query-status", timeout=_TERM_SECONDS)
+        if not self.monitor.is_stopped:  # by a fault
+            with suppress(MonitorError):  # QEMU answers when it has told us of all errors before
+                self.monitor.execute("query-status", timeout=_TERM_SECONDS)
         self._check_disk_errors()
 
     def _check_disk_errors(self) -> None:

@@ -110,6 +110,17 @@ class FaultsOfTests:
             for line in self._lines:  # pytest shows its report after the debugger
                 self._speaker.say(line)
 
+    def before_restore(self, item: pytest.Item, guest: Guest, error: BaseException) -> None:
+        """A snapshot is about to be restored because of an error. A frozen guest thaws, to be looked at.
+
+        The other faults stay in force, because the test may expect the error. This raises no error.
+        """
+        frozen = [entry for entry in ledger_of(guest).in_force if entry.fault.freezes]
+        with alarms.paused(item):
+            self._end_each(frozen)
+        for entry in frozen:
+            entry.error = error
+
     def before_end(
         self,
         item: pytest.Item,

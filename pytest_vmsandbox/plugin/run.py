@@ -416,6 +416,7 @@ class Run:
         item, known = self.item, self._guests[guest].guest
         if item is None or known is None or isinstance(error, pytest.skip.Exception):
             return
+        self.faults.before_restore(item, known, error)
         self._before_end(item, known, error)
 
     def _before_end(

@@ -28,6 +28,11 @@ SUITE = """
     def test_next(vm):
         assert vm.read_text("/tmp/left") == "when it failed"
         assert vm.faults.in_force == ()
+
+    def test_meets_a_snapshot(vm):
+        with vm.snapshot():
+            vm.faults.freeze()
+            assert 0
 """
 
 
@@ -38,18 +43,22 @@ def test_a_frozen_guest_goes_on_when_its_test_has_failed(vm_factory, tmp_path):
     command = [sys.executable, "-m", "pytest", "--vm-keep=failed", "--vm-artifacts=artifacts"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     store = KeptStore(vm_factory.backend.cache)
-    kept = store.find("test_it.py::test_fails", tmp_path)
+    kept = [
+        one
+        for name in ("test_fails", "test_meets_a_snapshot")
+        for one in store.find(f"test_it.py::{name}", tmp_path)
+    ]
     try:
-        assert "1 failed, 2 passed" in run.stdout, run.stdout
-        assert len(kept) == 1, run.stdout
+        assert "2 failed, 2 passed" in run.stdout, run.stdout
+        assert [one.answers for one in kept] == [True, True], run.stdout
         with entered(vm_factory, kept[0]) as guest:
             assert guest.read_text("/tmp/left") == "when it failed"
     finally:
         for one in kept:
             store.discard([one.folder])
-    assert re.search(
-        r"fault in tiny-\d+: guest frozen, clock runs \(began .*, ended .*\)\n", run.stdout
-    )
+    for clock in ("runs", "stops"):
+        line = rf"fault in tiny-\d+: guest frozen, clock {clock} \(began .*, ended .*\)\n"
+        assert re.search(line, run.stdout)
     assert re.search(
         r"test_leaves\[tiny\] left a fault in force in tiny-\d+, which was ended", run.stdout
     )

@@ -210,6 +210,11 @@ def test_an_attached_disk_is_gone(vm):
         assert not there()
     assert vm.shell(content).stdout == "kept\n"
 
+    gone = vm.faults.disk("data", gone=True)
+    with vm.snapshot():
+        gone.end()
+        assert vm.shell(content).stdout == "kept\n"
+    assert vm.shell(content).stdout == "kept\n"
     with vm.snapshot():
         gone = vm.faults.disk("data", gone=True)
         assert not there()

@@ -46,6 +46,13 @@ def test_clock(vm):
         vm.run(["date", "-s", "2031-01-01 00:00:00"])  # as NTP in the guest may do
         vm.engine.rest()
     assert is_ahead(vm, 0)
+    ended = vm.faults.clock(7200)
+    with vm.snapshot():
+        ended.end()
+        vm.faults.clock(-7200)
+        assert is_ahead(vm, -7200)
+    assert is_ahead(vm, 0)  # neither of them
+    assert not vm.faults.in_force
     fault = vm.faults.clock(-86400)
     vm.power_cut()
     vm.power_on()
@@ -109,7 +116,7 @@ def test_frozen_and_paused(vm):
     with vm.snapshot():
         forgotten = vm.faults.freeze()
     vm.run(["true"])  # what is restored is not frozen
-    forgotten.end()
+    assert not forgotten.in_force
     with vm.faults.freeze():
         vm.power_cut()
     vm.power_on()
@@ -139,6 +146,11 @@ def test_stalled(vm):
         assert vm.engine.processor_seconds - used <= 0.4 * (time.monotonic() - began)
         assert uptime(vm) - up >= 4 - 0.5  # its clock does not stop
         assert is_ahead(vm, 0)
+        with vm.snapshot():
+            pass
+        began, used = time.monotonic(), vm.engine.processor_seconds  # of another QEMU
+        time.sleep(4)
+        assert vm.engine.processor_seconds - used <= 0.4 * (time.monotonic() - began)
     busy.kill()
     for wrong in ({"share": 0}, {"share": 1}, {"share": 0.5, "period": 0}):
         with pytest.raises(ConfigError):

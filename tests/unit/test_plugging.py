@@ -16,7 +16,7 @@ from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import TakesDisks, refuse_attached
+from pytest_vmsandbox.guests.plugging import TakesDisks, refuse_left
 from pytest_vmsandbox.machine.disk import Disks
 
 
@@ -293,13 +293,13 @@ class TestSnapshot:
 
 class TestPreparation:
     def test_may_not_leave_any(self, vm, engine):
-        refuse_attached(engine)
+        refuse_left(engine)
         disk = vm.attach_disk(size="1MiB")
         with pytest.raises(ConfigError, match="has left disks attached: attached0") as caught:
-            refuse_attached(engine)
+            refuse_left(engine)
         assert "disks=['1GiB']" in caught.value.remedy
         vm.detach(disk)
-        refuse_attached(engine)
+        refuse_left(engine)
 
 
 def test_how_a_disk_is_found(tmp_path):

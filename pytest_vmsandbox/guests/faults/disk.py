@@ -37,13 +37,20 @@ _KINDS: Mapping[str, Sequence[str | None]] = {
     "all": (None,),
 }
 _NO_PATH, _NO_LIMIT = 44, 45  # exit statuses of the script
-# Fills the file system that has the path $1 with files whose names begin with $2, until only $3 bytes
-# are left in it. It prints where they are, and the device. `fallocate` writes no data, but
-# does not work everywhere. What is left to a file system after that, `dd` takes.
-_FILL = r"""
+# Prints the top folder of the file system that has the path $1, and its device.
+_PLACE = r"""
 [ -e "$1" ] || exit 44
 if [ -d "$1" ]; then cd -P -- "$1"; else cd -P -- "$(dirname -- "$1")"; fi || exit
 while [ "$(pwd -P)" != / ] && [ "$(stat -c %d ..)" = "$(stat -c %d .)" ]; do cd -P ..; done
+pwd -P
+here=$(pwd -P) device=
+while read -r source point _; do [ "$point" != "$here" ] || device=$source; done </proc/mounts
+echo "$device"
+"""
+# Fills the file system with the top folder $1 with files whose names begin with $2, until only $3 bytes are left in
+# it. `fallocate` writes no data, but does not work everywhere. What is left to a file system after that, `dd` takes.
+_FILL = r"""
+cd -P -- "$1" || exit
 set -- "$2" "$3" $(stat -f -c '%b %S' .)
 [ "$3" -gt 0 ] || exit 45
 sync
@@ -60,12 +67,8 @@ done
 for block in 65536 4096 512; do dd if=/dev/zero bs=$block 2>/dev/null >>"$1"; done
 rm -f "$1.left"
 sync
-pwd -P
-here=$(pwd -P) device=
-while read -r source point _; do [ "$point" != "$here" ] || device=$source; done </proc/mounts
-echo "$device"
 """
-# Removes these files: from the folder $2, or, if they are not there, from the device $3, unless it is
+# Removes the files $1: from the folder $2, or, if they are not there, from the device $3, unless it is
 # mounted elsewhere.
 _EMPTY = r"""
 [ ! -e "$2/$1" ] || exec rm -f -- "$2/$1" "$2/$1.left"
@@ -396,6 +399,9 @@ class _Filtered(Fault):
         if self.in_force:
             self._put_into(machine)
 
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """It stays as it is."""
+
     def _put_into(self, machine: Machine) -> None:
         if (last := self._machine) is not None and any(map(last.drives.has_failed, self._once)):
             self._filters = [it for it in self._filters if it not in self._once]
@@ -445,8 +451,16 @@ class _Vanished(_Filtered):
 
     def _stop(self) -> None:
         super()._stop()
+        self._put_back()
+
+    def _put_back(self) -> None:
         with suppress(GuestLost):  # the disk is there when the guest is switched on again
             put_back(self._engine, self._disk)
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """If the disk was out, it is out again. If it was there, it fails."""
+        if was_in_force and not self.in_force:
+            self._put_back()
 
 
 class _Full(Fault):
@@ -460,7 +474,10 @@ class _Full(Fault):
         self._folder = self._device = ""
 
     def _start(self) -> None:
-        result = self._run(_FILL, self._path, self._name, str(self._left))
+        result = self._run(_PLACE, self._path)
+        if result.returncode == 0:
+            self._folder, self._device = result.stdout.splitlines()
+            result = self._run(_FILL, self._folder, self._name, str(self._left))
         if result.returncode == _NO_PATH:
             raise ConfigError(
                 f"there is no {self._path} in {self._engine.name}, so its file system cannot be filled",
@@ -477,7 +494,6 @@ class _Full(Fault):
                 result=result,
                 remedy="it may be read-only, or may not take a file of root in its top folder",
             )
-        self._folder, self._device = result.stdout.splitlines()
 
     def _stop(self) -> None:
         try:
@@ -486,6 +502,8 @@ class _Full(Fault):
             self._engine.machines.faults.owes(self._restore)
 
     def _restore(self) -> None:
+        if not self._folder:  # Ctrl-C came before anything was filled
+            return
         result = self._run(_EMPTY, self._name, self._folder, self._device)
         if result.returncode != 0:
             raise CommandError(

@@ -22,20 +22,22 @@ class Fault(ABC):
         text: what it does, in a few words.
     """
 
+    freezes = False  # whether the guest answers nothing meanwhile
+
     def __init__(self, engine: Engine, text: str) -> None:
         self.text = text
         self._engine = engine
         self._ending = threading.Lock()
-        self._is_over = False
+        self._is_ending = self._is_over = False
 
     def __repr__(self) -> str:
-        state = "over" if self._is_over else "in force"
+        state = "in force" if self.in_force else "over"
         return f"<Fault {self.text} ({state})>"
 
     @property
     def in_force(self) -> bool:
         """Whether it is still in force."""
-        return not self._is_over
+        return not (self._is_over or self._is_ending)
 
     def __enter__(self) -> Self:
         return self
@@ -65,38 +67,50 @@ class Fault(ABC):
         with self._ending:
             if self._is_over:
                 return
-            self._is_over = True
+            self._is_ending = True
             try:
                 with self._engine.explained():
                     self._stop()
-            finally:
-                self._engine.machines.faults.ended(self, error)
+            except Exception:
+                self._note_end(error)
+                raise
+            finally:  # after Ctrl-C, it can be ended again
+                self._is_ending = False
+            self._note_end(error)
 
     def begin(self) -> Self:
-        """Bring it about. The methods of `Faults` call this."""
+        """Bring it about. The methods of `Faults` call this.
+
+        After Ctrl-C, nobody knows how far it has come. So it counts as in force, and can be ended.
+        """
         with self._engine.explained():
             self._engine.machines.faults.begun(self, self.text)
             try:
                 self._start()
-            except BaseException:
-                self._is_over = True
-                self._engine.machines.faults.ended(self)
+            except Exception:
+                self._note_end()
                 raise
         return self
 
     def lapse(self) -> None:
         """Note that it is over by itself, so nothing is left to restore."""
-        if not self._is_over:
-            self._is_over = True
-            self._engine.machines.faults.ended(self)
+        if self.in_force:
+            self._note_end()
+
+    def _note_end(self, error: BaseException | None = None) -> None:
+        self._engine.machines.faults.ended(self, error)
+        self._is_over = True
 
     @abstractmethod
     def _start(self) -> None:
-        """Bring it about. If this raises, nothing is left of it."""
+        """Bring it about. If this raises an `Exception`, nothing is left of it."""
 
     @abstractmethod
     def _stop(self) -> None:
-        """Restore the guest, in whatever state it is. It may be switched off, lost or restored."""
+        """Restore the guest, in whatever state it is. It may be switched off, lost or restored.
+
+        Ctrl-C may have interrupted `_start`, or an earlier call of this.
+        """
 
     def switched_on(self, machine: Machine) -> None:  # noqa: B027  # most faults need nothing
         """The guest has a new machine: it was switched on, or a snapshot was restored.
@@ -106,3 +120,19 @@ class Fault(ABC):
         A fault of the hardware is put into the new machine. Others need nothing, because what was in the
         guest's memory is gone.
         """
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """A snapshot was restored: the guest is as it was when this fault was in force, or was not.
+
+        A fault of the hardware stays as it is. The others are in the guest's memory or on its disks: so
+        one that was in force is back, and is ended again if it is over. One that was not is gone.
+
+        Raises:
+            VMSandboxError: it could not be ended again.
+        """
+        if not was_in_force:
+            self.lapse()
+        elif not self.in_force:
+            self._engine.machines.faults.note(f"ended again after a rollback: {self.text}")
+            with self._ending, self._engine.explained():
+                self._stop()

@@ -115,7 +115,7 @@ class Panic(Outage):
         after = "" if reboots is None else f", restart after {reboots} s"
         super().__init__(engine, f"kernel panic{after}")
         self._reboots = reboots
-        self._running: Running
+        self._running: Running | None = None
         self._since = 0
 
     def _start(self) -> None:
@@ -150,6 +150,8 @@ class Panic(Outage):
 
     def _stop(self) -> None:
         engine, running = self._engine, self._running
+        if running is None:
+            return
         if self._reboots is not None and running is engine.running and engine.loss is None:
             outage.await_reset(engine, running, self._since)
             running.machine.execute("set-action", {"panic": "pause"})

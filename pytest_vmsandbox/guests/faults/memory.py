@@ -71,13 +71,13 @@ if [ "$root" = /run/vmsandbox-cgroup ] && ! ls -d "$root"/vmsandbox-fault-* >/de
     umount "$root" && rmdir "$root"
 fi
 """
-# Systemd keeps such a limit also when it starts the service again.
-_LIMIT_SERVICE = r"""
+_SERVICE = r"""
 command -v systemctl >/dev/null || exit 67
 [ "$(systemctl show -p LoadState --value "$1")" = loaded ] || exit 68
 systemctl show -p MemoryMax -p MemorySwapMax "$1"
-systemctl set-property --runtime "$1" "MemoryMax=$2" MemorySwapMax=0
 """
+# Systemd keeps such limits also when it starts the service again.
+_LIMIT_SERVICE = 'systemctl set-property --runtime "$@"'
 
 
 class MemoryFaults:
@@ -96,8 +96,8 @@ class MemoryFaults:
         *them*, and the rest of the guest has all its memory. They cannot use swap. At the end, a process
         and its descendants go back to their cgroup, and a service has its former limit.
 
-        The balloon is not used: a guest gives memory back too slowly. After a reboot, a power cut or the
-        end of a snapshot that was taken before, nothing is left of the fault.
+        The balloon is not used: a guest gives memory back too slowly. After a reboot or a power cut, nothing
+        is left of the fault. After the end of a snapshot that was taken before, it is over.
 
         Args:
             limit: bytes, or a size such as ``"64MiB"``. For the whole guest, at least 16 MiB.
@@ -195,15 +195,17 @@ class _Service(Fault):
 
     def _start(self) -> None:
         try:
-            said = run_as_root(self._engine, _LIMIT_SERVICE, self._name, self._size)
+            self._former = run_as_root(self._engine, _SERVICE, self._name).split()
         except CommandError as error:
             raise _explained(error, self._engine, self._name) from error
-        self._former = said.split()
+        self._limit(f"MemoryMax={self._size}", "MemorySwapMax=0")
 
     def _stop(self) -> None:
-        if self._engine.loss is None:
-            script = 'systemctl set-property --runtime "$@"'
-            run_as_root(self._engine, script, self._name, *self._former)
+        if self._former and self._engine.loss is None:
+            self._limit(*self._former)
+
+    def _limit(self, *limits: str) -> None:
+        run_as_root(self._engine, _LIMIT_SERVICE, self._name, *limits)
 
 
 def _explained(error: CommandError, engine: Engine, what: str) -> ConfigError | CommandError:

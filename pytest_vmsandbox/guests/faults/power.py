@@ -164,8 +164,8 @@ class Suspend(Outage):
     def __init__(self, engine: Engine, seconds: float | None) -> None:
         self._seconds = seconds
         super().__init__(engine, "suspended" if seconds is None else f"suspended for {seconds:g} s")
-        self._running: Running
-        self._process: RemoteProcess
+        self._running: Running | None = None
+        self._process: RemoteProcess | None = None
         self._timer: threading.Timer | None = None
         self._registers: AcpiRegisters | None = None
 
@@ -213,18 +213,20 @@ class Suspend(Outage):
         if self._timer is not None:
             self._timer.cancel()
         try:
-            if running is not engine.running or engine.loss is not None:
+            if running is None or running is not engine.running or engine.loss is not None:
                 return  # it was switched off, rolled back or lost, and others say so
             with suppress(MonitorError):  # something else has woken it
                 running.machine.execute("system_wakeup")
             # The program goes on when the guest does.
-            self._process.communicate(None, ignore, ignore, engine.boot_seconds)
+            if self._process is not None:
+                self._process.communicate(None, ignore, ignore, engine.boot_seconds)
             with engine.use(), engine.still(running), _paused(running):
                 if self._registers is not None:
                     self._registers.restore()
         finally:
-            with suppress(VMSandboxError):
-                self._process.close()
+            if self._process is not None:
+                with suppress(VMSandboxError):
+                    self._process.close()
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
-from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests.commands import is_number
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import timekeeping
@@ -34,7 +35,8 @@ class ProcessorFaults:
 
         With ``clock="stops"`` the virtual machine is paused, as by an administrator or for a backup. The
         guest loses the time on all its clocks. It is behind from then on, until the fault ends: only
-        then its clock is corrected. ``snapshot`` in the block keeps that, once it has thawed.
+        then its clock is corrected. ``snapshot`` in the block keeps that, once it has thawed. The clock of a
+        guest without a helper stays behind.
 
         With ``clock="runs"`` its CPUs are stolen, as on an overloaded host. Its clocks jump ahead when it
         thaws, and are right. QEMU itself stands still, so nothing that needs QEMU is answered meanwhile
@@ -104,83 +106,107 @@ class ProcessorFaults:
 
 
 class _Held(Fault):
-    """A fault that keeps the guest's CPUs from running. Its thread ends with the fault or the machine."""
+    """A fault that keeps the guest's CPUs from running.
+
+    A thread begins and ends it: Ctrl-C interrupts the main thread only, so it cannot leave the CPUs
+    stopped. The thread ends with the fault or the machine.
+    """
 
     def __init__(self, engine: Engine, text: str) -> None:
         super().__init__(engine, text)
         self._over = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, name=f"vmsandbox-fault-{engine.name}", daemon=True
-        )
-        self._stack = ExitStack()
-        self._machine: Machine
+        self._thread = threading.Thread()
+        self._known = threading.Event()  # set when the CPUs are held, or cannot be
+        self._is_held = False
+        self._machine: Machine | None = None
+        self._error: Exception | None = None  # in the thread
 
     def _start(self) -> None:
-        with ExitStack() as stack:
-            running = stack.enter_context(self._engine.use())  # an idle guest would be paused
-            self._machine = running.machine
-            with self._engine.still(running):
-                running.stack.callback(self._over.set)
-            self._hold(running, stack)
-            self._stack = stack.pop_all()
+        self._start_thread()
+        self._known.wait()
+        if not self._is_held:
+            self._raise_error()
+
+    def _start_thread(self) -> None:
+        self._over = threading.Event()
+        name = f"vmsandbox-fault-{self._engine.name}"
+        self._thread = threading.Thread(
+            target=self._work, args=[self._over], name=name, daemon=True
+        )
         self._thread.start()
 
-    def _hold(self, running: Running, stack: ExitStack) -> None:
-        """Begin it. `stack` ends it."""
+    def _work(self, over: threading.Event) -> None:
+        try:
+            with self._engine.use() as running:  # an idle guest would be paused
+                with self._engine.still(running):
+                    running.stack.callback(over.set)
+                self._machine = running.machine
+                with self._holding(running):
+                    self._is_held = True
+                    self._known.set()
+                    self._hold(running, over)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller gets it
+            self._error = error
+        finally:
+            self._known.set()
 
-    def _work(self) -> None:
-        """What the thread does, until `_over` is set."""
+    @contextmanager
+    def _holding(self, running: Running) -> Iterator[None]:  # noqa: ARG002  # not all need it
+        """Hold the CPUs while this lasts."""
+        yield
+
+    @abstractmethod
+    def _hold(self, running: Running, over: threading.Event) -> None:
+        """Wait until it is over."""
 
     def _stop(self) -> None:
         self._over.set()
-        self._thread.join()
-        try:
-            self._stack.close()
-        except VMSandboxError:
-            if self._machine.ended() is None and self._engine.loss is None:
-                raise
+        if self._thread.ident is not None:  # Ctrl-C may have come before
+            self._thread.join()
+        if (
+            self._machine is not None
+            and self._machine.ended() is None
+            and self._engine.loss is None
+        ):
+            self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 class _Freeze(_Held):
     """CPUs that stand still."""
 
+    freezes = True
+
     def __init__(self, engine: Engine, seconds: float | None, clock: Clock) -> None:
         how_long = "" if seconds is None else f" for {seconds:g} s"
         super().__init__(engine, f"guest frozen{how_long}, clock {clock}")
         self._seconds, self._clock = seconds, clock
-        self._holding = ExitStack()
         self._lost = Drift()
 
-    def _hold(self, running: Running, stack: ExitStack) -> None:
-        if running.resident.is_frozen:
+    @contextmanager
+    def _holding(self, running: Running) -> Iterator[None]:
+        resident = running.resident
+        if resident.is_frozen:
             raise ConfigError(
                 f"{self._engine.name} is frozen already", remedy="end the other fault first"
             )
-        with ExitStack() as holding:
-            running.resident.is_frozen = True
-            holding.callback(setattr, running.resident, "is_frozen", False)
-            if self._clock == "stops":
-                holding.callback(self._note_lost, running)
-                holding.enter_context(_paused(running.machine))
-            else:
-                holding.enter_context(_stopped(running.machine))
-            self._holding = holding.pop_all()
-        stack.callback(self._thaw)
+        resident.is_frozen = True
+        try:
+            with (_paused if self._clock == "stops" else _stopped)(running.machine):
+                yield
+            if self._clock == "stops" and (helper := running.helper) is not None:
+                # The clock stays behind until the end. This comes before anybody may save the guest.
+                self._lost = timekeeping.lost_time(helper)
+        finally:
+            resident.is_frozen = False
 
-    def _work(self) -> None:
-        if not self._over.wait(self._seconds):
-            with suppress(VMSandboxError):  # the machine is gone
-                self._thaw()
-            self._engine.machines.faults.note(f"thawed: {self.text}")
-
-    def _thaw(self) -> None:
-        """Let its CPUs go on. It happens once: either in the thread, or when the thread has ended."""
-        self._holding.pop_all().close()
-
-    def _note_lost(self, running: Running) -> None:
-        """Let the clock stay behind until the end. It comes before anybody may save the guest."""
-        if (helper := running.helper) is not None:
-            self._lost = timekeeping.lost_time(helper)
+    def _hold(self, running: Running, over: threading.Event) -> None:  # noqa: ARG002
+        if not over.wait(self._seconds):
+            self._engine.machines.faults.note(f"thaws: {self.text}")
 
     def _stop(self) -> None:
         super()._stop()
@@ -188,34 +214,43 @@ class _Freeze(_Held):
 
 
 class _Stall(_Held):
-    """CPUs that get a part of the time."""
+    """CPUs that get a part of the time. That of a new machine do so, too."""
 
     def __init__(self, engine: Engine, share: float, period: float) -> None:
         super().__init__(engine, f"guest stalled for {share:.0%} of the time")
         self._share, self._period = share, period
 
-    def _work(self) -> None:
+    def _hold(self, running: Running, over: threading.Event) -> None:
         ran = (1 - self._share) * self._period  # all in all; it begins with a stop
         stood = 0.0
-        while not self._over.is_set():
-            with self._machine.process.stopped():
+        while not over.is_set():
+            with running.machine.process.stopped():
                 # Both waits may take longer than they should, so what has passed is measured.
-                stood += self._wait(ran * self._share / (1 - self._share) - stood)
-            ran += self._wait((1 - self._share) * self._period)
+                stood += _waited(over, ran * self._share / (1 - self._share) - stood)
+            ran += _waited(over, (1 - self._share) * self._period)
 
-    def _wait(self, seconds: float) -> float:
-        """Wait until then or until it is over. Returns how long that took, in seconds."""
-        started = monotonic()
-        if seconds > 0:
-            self._over.wait(seconds)
-        return monotonic() - started
+    def switched_on(self, machine: Machine) -> None:
+        """Stall the new machine, too. A guest that moves to another QEMU keeps its machine."""
+        if self.in_force and machine is not self._machine:
+            self._start_thread()
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """It stays as it is."""
+
+
+def _waited(over: threading.Event, seconds: float) -> float:
+    """Wait until then or until it is over. Returns how long that took, in seconds."""
+    started = monotonic()
+    if seconds > 0:
+        over.wait(seconds)
+    return monotonic() - started
 
 
 @contextmanager
 def _paused(machine: Machine) -> Iterator[None]:
     """Pause a machine while this lasts."""
-    machine.pause()
     try:
+        machine.pause()
         yield
     finally:
         machine.resume()

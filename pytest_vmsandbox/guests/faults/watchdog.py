@@ -42,7 +42,7 @@ class Watchdog(Fault):
         super().__init__(engine, f"watchdog ({seconds} s, then {action})")
         self._action = action
         self._seconds = seconds
-        self._machine: Machine
+        self._machine: Machine | None = None
         self._since = 0
 
     def fired(self, timeout: float | None = None) -> None:
@@ -72,7 +72,9 @@ class Watchdog(Fault):
 
     def _await_event(self, name: str, deadline: Deadline, what: str) -> None:
         """Wait for an event of the machine, from the last one on that was waited for."""
-        machine, monitor = self._machine, self._machine.monitor
+        machine = self._machine
+        assert machine is not None
+        monitor = machine.monitor
         while (
             event := monitor.wait_event(
                 name, since=self._since, timeout=deadline.remaining(_LOOK_SECONDS)
@@ -98,6 +100,9 @@ class Watchdog(Fault):
             except (ConfigError, MonitorError, GuestLost) as error:
                 self._engine.machines.faults.note(f"{self.text}: {error.brief}")
                 self.lapse()
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """It stays as it is."""
 
     def _start(self) -> None:
         engine = self._engine
@@ -132,7 +137,7 @@ class Watchdog(Fault):
                 deadline.pause(_LOOK_SECONDS)
         except BaseException:
             with suppress(CommandTimeout, GuestLost, MonitorError):
-                self._unplug()
+                self._unplug(running.machine)
             raise
 
     def _run(self, script: str) -> str | None:
@@ -150,13 +155,17 @@ class Watchdog(Fault):
             )
         self._machine, self._since = machine, len(machine.monitor.events())
         machine.execute("watchdog-set-action", {"action": self._action})
-        machine.execute("device_add", {"driver": "i6300esb", "id": _ID, "bus": port})
         machines.plugged[_ID] = port
+        try:
+            machine.execute("device_add", {"driver": "i6300esb", "id": _ID, "bus": port})
+        except (MonitorError, GuestLost):
+            machines.plugged.pop(_ID)
+            raise
 
     def _stop(self) -> None:
         engine, machine = self._engine, self._machine
         running = engine.running
-        if running is None or running.machine is not machine:
+        if machine is None or running is None or running.machine is not machine:
             engine.machines.plugged.pop(_ID, None)
             return
         try:
@@ -165,19 +174,20 @@ class Watchdog(Fault):
             if machine.monitor.wait_event("RESET", since=self._since, timeout=0):
                 with engine.use(hold=True):
                     outage.await_restarted(engine, running)
-            self._unplug()
+            if _ID in engine.machines.plugged:
+                self._unplug(machine)
         except GuestLost:
             engine.machines.plugged.pop(_ID, None)
             if any(event["event"] == "WATCHDOG" for event in machine.monitor.events()):
                 outage.switch_on_again(engine)
 
-    def _unplug(self) -> None:
+    def _unplug(self, machine: Machine) -> None:
         """Pull it out. The guest has to let go of it.
 
         Raises:
             CommandTimeout: it does not.
         """
-        engine, machine = self._engine, self._machine
+        engine = self._engine
         deadline, asked = Deadline(engine.command_seconds), Deadline(0)
         since = len(machine.monitor.events())
         with engine.orderly, engine.use():

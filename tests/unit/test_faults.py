@@ -1,0 +1,193 @@
+"""What becomes of a fault that Ctrl-C interrupts, that a snapshot meets, or that a preparation leaves."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_vmsandbox import ConfigError, GuestLost
+from pytest_vmsandbox.guests.faults import processors
+from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
+from pytest_vmsandbox.guests.ledger import Ledger
+
+
+class FakeMachine:
+    """A machine whose CPUs can be paused, and whose process can be stopped."""
+
+    def __init__(self):
+        self.done = []
+        self.stops = 0
+        self.process = SimpleNamespace(stopped=self.stopped)
+
+    def pause(self):
+        self.done.append("pause")
+
+    def resume(self):
+        self.done.append("resume")
+
+    def ended(self):
+        return None
+
+    @contextmanager
+    def stopped(self):
+        self.stops += 1
+        yield
+
+
+class FakeEngine:
+    """The engine of a guest without a helper."""
+
+    name = "tiny-1"
+    loss = None
+    explained = staticmethod(nullcontext)
+
+    def __init__(self):
+        self.machines = SimpleNamespace(faults=Ledger(None))
+        self.running = self.switched_on()
+
+    def switched_on(self):
+        resident = SimpleNamespace(is_frozen=False)
+        return SimpleNamespace(
+            machine=FakeMachine(), stack=ExitStack(), resident=resident, helper=None
+        )
+
+    @contextmanager
+    def use(self):
+        yield self.running
+
+    @contextmanager
+    def still(self, running):
+        yield
+
+
+class FakeFault(Fault):
+    """A fault that can fail."""
+
+    def __init__(self, engine, start=None, stop=None):
+        super().__init__(engine, "deaf")
+        self.start, self.stop = start, stop
+        self.stopped = 0
+
+    def _start(self):
+        if self.start:
+            raise self.start
+
+    def _stop(self):
+        self.stopped += 1
+        if (error := self.stop) is not None:
+            self.stop = None
+            raise error
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+@pytest.fixture
+def ledger(engine):
+    return engine.machines.faults
+
+
+@pytest.fixture
+def faults(engine):
+    made = ProcessorFaults()
+    made.engine = engine
+    return made
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), pytest.fail.Exception("timeout")])
+    def test_an_end_can_be_repeated(self, engine, ledger, error):
+        fault = FakeFault(engine, stop=error)
+        with pytest.raises(type(error)), fault.begin():
+            pass
+        assert fault.in_force
+        ledger.end_all()
+        assert (fault.in_force, fault.stopped, ledger.in_force) == (False, 2, [])
+        fault.end()
+        assert fault.stopped == 2
+
+    def test_a_beginning_counts_as_in_force(self, engine, ledger):
+        fault = FakeFault(engine, start=KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            fault.begin()
+        assert fault.in_force
+        ledger.end_all()
+        assert (fault.in_force, fault.stopped) == (False, 1)
+
+    def test_what_fails_is_over(self, engine, ledger):
+        fault = FakeFault(engine, start=GuestLost("gone"))
+        with pytest.raises(GuestLost):
+            fault.begin()
+        assert (fault.in_force, ledger.in_force) == (False, [])
+        fault = FakeFault(engine, stop=GuestLost("gone")).begin()
+        with pytest.raises(GuestLost):
+            fault.end()
+        assert (fault.in_force, ledger.in_force) == (False, [])
+
+    def test_no_guest_stays_frozen(self, engine, ledger, faults, monkeypatch):
+        """The thread goes on, so the CPUs are paused and resumed as if nothing had happened."""
+        running, start = engine.running, processors._Freeze._start_thread
+
+        def start_and_interrupt(fault):
+            start(fault)
+            fault._known.wait = interrupt
+
+        monkeypatch.setattr(processors._Freeze, "_start_thread", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            faults.freeze()
+        (entry,) = ledger.in_force
+        with monkeypatch.context() as patch:
+            patch.setattr("threading.Thread.join", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                entry.fault.end()
+        assert ledger.in_force == [entry]
+        ledger.end_all()
+        assert running.machine.done == ["pause", "resume"]
+        assert not running.resident.is_frozen
+        assert ledger.in_force == []
+
+
+class TestRollback:
+    """A snapshot is restored. What is in the guest is as it was then."""
+
+    def test_what_was_ended_since_is_ended_again(self, engine, ledger):
+        outer, inner = FakeFault(engine).begin(), FakeFault(engine).begin()
+        then = ledger.in_force
+        inner.end()
+        ledger.rolled_back(then)
+        assert (inner.stopped, inner.in_force) == (2, False)
+        assert (outer.stopped, outer.in_force) == (0, True)
+
+    def test_what_began_since_is_gone(self, engine, ledger):
+        then = ledger.in_force
+        fault = FakeFault(engine).begin()
+        ledger.rolled_back(then)
+        assert (fault.stopped, fault.in_force, ledger.in_force) == (0, False, [])
+
+    def test_a_stall_stays_in_force(self, engine, ledger, faults):
+        then = ledger.in_force
+        with faults.stall(0.5, period=0.001) as fault:
+            former, engine.running = engine.running, engine.switched_on()
+            former.stack.close()
+            ledger.switched_on(engine.running.machine)
+            ledger.rolled_back(then)
+            assert fault.in_force
+            fault._thread.join(0.01)
+        assert engine.running.machine.stops
+        assert not fault._thread.is_alive()
+
+
+def test_a_preparation_may_not_leave_any(engine, ledger):
+    ledger.refuse_left()
+    with FakeFault(engine).begin():
+        with pytest.raises(ConfigError, match="has left faults in force: deaf") as caught:
+            ledger.refuse_left()
+        assert "vm.faults.end_all()" in caught.value.remedy
+    ledger.refuse_left()
