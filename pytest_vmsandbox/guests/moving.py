@@ -118,6 +118,11 @@ def _check(running: Running, machines: Machines, qemu: Qemu) -> Helper:
             f"{what}: it runs in QEMU {own.release}, and QEMU {qemu.release} may not understand what it saves",
             remedy=f"use the same version, or a newer one of the series {series}",
         )
+    if machines.plugged:
+        raise ConfigError(
+            f"{what}: {' and '.join(machines.plugged)} is plugged in for a fault, and would not move along",
+            remedy="end that fault before, or begin it after the move",
+        )
     if names := sorted(machines.faults.recorded):  # the new QEMU would not record
         raise ConfigError(
             f"{what} while a disk is recorded: {', '.join(names)}",

@@ -45,6 +45,9 @@ def test_what_is_refused(vm, monkeypatch, tmp_path):
     monkeypatch.setitem(machines.faults.recorded, "disk0", print)
     with pytest.raises(ConfigError, match="while a disk is recorded: disk0"):
         moving_guest.move(vm.engine, newer)
+    monkeypatch.setitem(machines.plugged, "watchdog", "port3")
+    with pytest.raises(ConfigError, match="watchdog is plugged in for a fault"):
+        moving_guest.move(vm.engine, newer)
     assert vm.run(["echo", "goes on"]).stdout == "goes on\n"
     assert (vm.engine.pid, vm.faults.in_force) == (pid, ())
 
