@@ -230,6 +230,15 @@ class TestSearch:
             search(self.HISTORY, say, [State(1)]).run()
         assert caught.value.report is None
 
+    def test_what_is_promised_before_the_first_write_is_a_power_cuts_fault(self):
+        history = History(entries("write", "flush"), [Mark(0, "too early")])
+
+        def say(state, acknowledged):
+            return "lost" if acknowledged and state.point == 0 else ""
+
+        (lost,) = search(history, say, [State(0)]).run().failures
+        assert (lost.kind, lost.state, lost.acknowledged) == ("lost", "0", ("too early",))
+
     def test_a_check_that_is_not_steady_accuses_nobody(self):
         answers = iter(["", "", "lost"])
 

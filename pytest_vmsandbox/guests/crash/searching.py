@@ -77,11 +77,13 @@ class Search:
 
     def _check_without_power_cut(self) -> None:
         """Check the disk before the recording and after it: without a power cut, nothing is broken."""
-        for point, when in (
-            (0, "as it was before the recording"),
-            (len(self.history.entries), "with all writes"),
+        last = State(len(self.history.entries))
+        for state, acknowledged, when in (
+            # What was promised before the first write is left out: it was not promised before the recording.
+            (State(0), [], "as it was before the recording"),
+            (last, self.history.acknowledged(last), "with all writes"),
         ):
-            verdict = self._verdict(State(point))
+            verdict = self.bench.verdict(state, acknowledged)
             if verdict.is_broken:
                 raise CrashPointError(
                     f"the check fails for the disk {when}: {verdict.kind}. No power cut is to blame",
