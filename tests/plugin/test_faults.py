@@ -169,9 +169,11 @@ class TestInForce:
             from pytest_vmsandbox.plugin import RUN
 
             def test_a(vm, pytestconfig):
-                fault = vm.fault("slow")
+                fault, frozen = vm.fault("slow"), vm.fault("frozen")
+                frozen.freezes = True
                 pytestconfig.stash[RUN].guest_restoring(vm.name, ValueError())
                 assert fault.in_force
+                assert not frozen.in_force  # or nobody could look at the guest
         """
         assert shown(source, "--vm-keep=failed", passed=1)[0] == []
 
