@@ -632,6 +632,15 @@ class TestEnd:
         process.close()
         os.kill(group, 9)
 
+    def test_nothing_is_sent_to_a_frozen_guest(self, helper, monkeypatch):
+        """It might wait until there is room."""
+        process = start(helper, "sleep", "1000")
+        monkeypatch.setattr(helper, "is_frozen", True)
+        with monkeypatch.context() as patch:
+            patch.setattr(helper, "post", pytest.fail)
+            helper.close()
+        os.kill(process._channel.group, 9)
+
     def test_the_guest_forgets_them(self, real):
         """So that a template holds none."""
         for _ in range(3):
