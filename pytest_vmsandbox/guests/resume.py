@@ -71,7 +71,12 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
             remedy="end the fault before the snapshot, or freeze the guest in the block of the snapshot",
         )
     helper.lead = noted(machine, helper, timeout)
-    machine.pause()
+    try:
+        machine.pause()
+    except BaseException as error:
+        if not isinstance(error, Exception):  # after Ctrl-C, nobody else would resume it
+            machine.resume()
+        raise
 
 
 def noted(machine: Machine, helper: Helper, timeout: float | None = None) -> Lead:

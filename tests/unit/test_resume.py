@@ -230,6 +230,21 @@ class TestPause:
             pause(fakes)
         assert fakes.done == []
 
+    @pytest.mark.parametrize(
+        ("error", "resumed"), [(KeyboardInterrupt(), ["resume"]), (GuestLost("gone"), [])]
+    )
+    def test_after_an_interrupt_the_guest_goes_on(self, monkeypatch, error, resumed):
+        fakes = Fakes(spans=[(0.0, 0.0)])
+
+        def fail():
+            fakes.done.clear()
+            raise error
+
+        monkeypatch.setattr(fakes, "pause", fail)
+        with pytest.raises(type(error)):
+            pause(fakes)
+        assert fakes.done == resumed
+
 
 class TestFromPause:
     def test_the_clock_waits_there_when_the_processors_go_on(self):
