@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 
 from pytest_vmsandbox.core.deadline import wall
-from pytest_vmsandbox.core.errors import ConfigError, GuestLost
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.machine.machine import Machine
@@ -74,7 +74,7 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
     try:
         machine.pause()
     except BaseException as error:
-        if not isinstance(error, Exception):  # after Ctrl-C, nobody else would resume it
+        if not isinstance(error, VMSandboxError):  # after Ctrl-C, nobody else would resume it
             machine.resume()
         raise
 

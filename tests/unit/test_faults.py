@@ -102,7 +102,9 @@ def interrupt(*_):
 
 
 class TestInterrupted:
-    @pytest.mark.parametrize("error", [KeyboardInterrupt(), pytest.fail.Exception("timeout")])
+    @pytest.mark.parametrize(
+        "error", [KeyboardInterrupt(), pytest.fail.Exception(), TimeoutError()]
+    )
     def test_an_end_can_be_repeated(self, engine, ledger, error):
         fault = FakeFault(engine, stop=error)
         with pytest.raises(type(error)), fault.begin():
@@ -114,8 +116,8 @@ class TestInterrupted:
         assert fault.stopped == 2
 
     def test_a_beginning_counts_as_in_force(self, engine, ledger):
-        fault = FakeFault(engine, start=KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
+        fault = FakeFault(engine, start=TimeoutError())  # of the handler of a signal
+        with pytest.raises(TimeoutError):
             fault.begin()
         assert fault.in_force
         ledger.end_all()
@@ -152,6 +154,26 @@ class TestInterrupted:
         assert running.machine.done == ["pause", "resume"]
         assert not running.resident.is_frozen
         assert ledger.in_force == []
+
+
+class TestBlocks:
+    def test_a_fault_that_was_ended_has_no_further_block(self, engine):
+        fault = FakeFault(engine).begin()
+        with fault:
+            pass
+        for used in (fault, FakeFault(engine).begin()):
+            used.end()
+            with pytest.raises(ConfigError, match="cannot be used again: deaf") as caught, used:
+                pass
+            assert "call the method" in caught.value.remedy
+
+    def test_one_that_is_over_by_itself_has_one(self, engine):
+        fault = FakeFault(engine).begin()
+        fault.lapse()
+        with fault:
+            assert not fault.in_force
+        with pytest.raises(ConfigError, match="cannot be used again"), fault:
+            pass
 
 
 class TestRollback:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
-from pytest_vmsandbox.core.errors import VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.machine.machine import Machine
 
@@ -29,6 +29,7 @@ class Fault(ABC):
         self._engine = engine
         self._ending = threading.Lock()
         self._is_ending = self._is_over = False
+        self._was_entered = self._has_lapsed = False
 
     def __repr__(self) -> str:
         state = "in force" if self.in_force else "over"
@@ -40,6 +41,12 @@ class Fault(ABC):
         return not (self._is_over or self._is_ending)
 
     def __enter__(self) -> Self:
+        if self._is_over and (self._was_entered or not self._has_lapsed):
+            raise ConfigError(
+                f"this fault is over, and cannot be used again: {self.text}",
+                remedy="call the method of vm.faults again: with vm.faults.… as fault:",
+            )
+        self._was_entered = True
         return self
 
     def __exit__(
@@ -71,23 +78,24 @@ class Fault(ABC):
             try:
                 with self._engine.explained():
                     self._stop()
-            except Exception:
+            except VMSandboxError:
                 self._note_end(error)
                 raise
-            finally:  # after Ctrl-C, it can be ended again
+            finally:  # after Ctrl-C, or what a handler of a signal raises, it can be ended again
                 self._is_ending = False
             self._note_end(error)
 
     def begin(self) -> Self:
         """Bring it about. The methods of `Faults` call this.
 
-        After Ctrl-C, nobody knows how far it has come. So it counts as in force, and can be ended.
+        After Ctrl-C, or what the handler of a signal raises, nobody knows how far it has come. So it counts
+        as in force, and can be ended.
         """
         with self._engine.explained():
             self._engine.machines.faults.begun(self, self.text)
             try:
                 self._start()
-            except Exception:
+            except VMSandboxError:
                 self._note_end()
                 raise
         return self
@@ -95,6 +103,7 @@ class Fault(ABC):
     def lapse(self) -> None:
         """Note that it is over by itself, so nothing is left to restore."""
         if self.in_force:
+            self._has_lapsed = True
             self._note_end()
 
     def _note_end(self, error: BaseException | None = None) -> None:
@@ -103,13 +112,13 @@ class Fault(ABC):
 
     @abstractmethod
     def _start(self) -> None:
-        """Bring it about. If this raises an `Exception`, nothing is left of it."""
+        """Bring it about. If this raises a `VMSandboxError`, nothing is left of it."""
 
     @abstractmethod
     def _stop(self) -> None:
         """Restore the guest, in whatever state it is. It may be switched off, lost or restored.
 
-        Ctrl-C may have interrupted `_start`, or an earlier call of this.
+        Any other error, such as Ctrl-C, may have interrupted `_start`, or an earlier call of this.
         """
 
     def switched_on(self, machine: Machine) -> None:  # noqa: B027  # most faults need nothing

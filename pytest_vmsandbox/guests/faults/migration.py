@@ -30,7 +30,7 @@ class Migrated(Fault):
         )
         self.source, self.target = how.source, how.target
         self.seconds, self.gap = how.seconds, how.gap
-        self._is_over = True
+        self._is_over = self._has_lapsed = True
 
     def _start(self) -> None:
         """It has happened."""
