@@ -8,6 +8,7 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.clock import ClockFaults
 from pytest_vmsandbox.guests.faults.disk import DiskFaults
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.faults.full import FullFaults
 from pytest_vmsandbox.guests.faults.kernel import KernelFaults
 from pytest_vmsandbox.guests.faults.memory import MemoryFaults
 from pytest_vmsandbox.guests.faults.migration import Migration
@@ -16,7 +17,14 @@ from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
 
 
 class Faults(
-    DiskFaults, ClockFaults, ProcessorFaults, MemoryFaults, PowerFaults, KernelFaults, Migration
+    DiskFaults,
+    FullFaults,
+    ClockFaults,
+    ProcessorFaults,
+    MemoryFaults,
+    PowerFaults,
+    KernelFaults,
+    Migration,
 ):
     """The faults that a test can bring about in a guest: `Guest.faults`.
 
