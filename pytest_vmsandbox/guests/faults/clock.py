@@ -78,8 +78,9 @@ class ClockFaults:
     ) -> Fault:
         """Make the guest's clock wrong: ahead, behind, too fast, too slow, or with a leap second.
 
-        It stays exactly as wrong when an idle guest was paused, and after `Guest.snapshot`, in the block
-        and at its end. Faults of the clock add up. When they have ended, the clock is right, also if a
+        It stays exactly as wrong when an idle guest was paused, and when `Guest.snapshot` takes or restores
+        a snapshot in the block of the fault. If the fault began in the block of a snapshot, it is over
+        after the rollback. Faults of the clock add up. When they have ended, the clock is right, also if a
         program in the guest has set it meanwhile. After a reboot or a power cut, the guest has the right
         time by itself, and this fault is without effect.
 
