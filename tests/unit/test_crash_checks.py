@@ -13,14 +13,14 @@ import pytest
 from pytest_vmsandbox import CrashPointError
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
 from pytest_vmsandbox.guests.crash import checker, mounts
-from pytest_vmsandbox.guests.crash.checking import Verdict, judged
+from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
 from pytest_vmsandbox.guests.crash.report import writes_of
 from pytest_vmsandbox.guests.crash.searching import Search, smallest
 from pytest_vmsandbox.guests.crash.states import History, Mark, State
 
-NOTHING = Place(devices=("/dev/null",), mounts=(), folders=())
+NOTHING = Place()
 FACTOR = 7
 
 
@@ -272,12 +272,10 @@ def test_the_failure_is_the_fault_of_the_program_under_test():
 
 def ask(check, lines, tmp_path):
     """Run a check here as it runs in a guest, for a disk that is not mounted."""
-    program = checker.program(check, Place((str(tmp_path),), (), ()))
-    if program.is_python:  # the device is a folder here
-        text = program.command.argv[3].replace("        drop_buffers(self.plan)\n", "")
-        argv = [sys.executable, "-I", "-c", text]
-    else:
-        argv = list(program.command.argv)
+    program = checker.program(check, Place(folder=str(tmp_path)))
+    argv = list(program.command.argv)
+    if program.is_python:
+        argv[0] = sys.executable
     data = program.opening + b"".join(
         checker.line(line, is_python=program.is_python) for line in lines
     )

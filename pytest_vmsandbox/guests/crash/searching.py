@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.guests.crash.checking import Looks, Verdict
+from pytest_vmsandbox.guests.crash.conversation import Looks, Verdict
 from pytest_vmsandbox.guests.crash.report import (
     CrashFailure,
     CrashPointError,
