@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from pytest_vmsandbox import CrashPointError
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
-from pytest_vmsandbox.guests.crash import checker, mounts
+from pytest_vmsandbox.guests.crash import checker, crash_points, mounts
 from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
@@ -331,3 +332,40 @@ class TestResident:
             ("broken-3", f"bad {tmp_path}\n"),
             ("ok", ""),
         ]
+
+
+class Subtests:
+    """Notes what subtests raise, as pytest's fixture does."""
+
+    def __init__(self):
+        self.raised = []
+
+    @contextmanager
+    def test(self, msg=None):
+        try:
+            yield
+        except CrashPointError as error:
+            self.raised.append((msg, error))
+
+
+class TestFailures:
+    def report(self):
+        def say(state, _):
+            return "lost" if state.lost else "torn" if state.torn else ""
+
+        chosen = [State(5, frozenset({4})), State(7, torn=frozenset({(6, 0)}))]
+        return search(TestSearch.HISTORY, say, chosen).run()
+
+    def test_all_are_one_error(self):
+        report = self.report()
+        with pytest.raises(CrashPointError) as caught:
+            crash_points._raise_failures(report, None)
+        assert caught.value.report is report
+        assert "1 broke: lost" in str(caught.value)
+        assert "1 broke: torn" in str(caught.value)
+
+    def test_each_is_a_subtest(self):
+        subtests = Subtests()
+        crash_points._raise_failures(self.report(), subtests)
+        assert [msg for msg, _ in subtests.raised] == ["lost", "torn"]
+        assert "torn" not in subtests.raised[0][1].details
