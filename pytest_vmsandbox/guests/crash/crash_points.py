@@ -30,6 +30,7 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.plugging import AttachedDisk
 
 _STATES, _BOOTS = 600, 20
+_TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller
 _STATE_SECONDS = 30.0
 
 Chosen = Callable[[History], Iterator[State]]
@@ -172,7 +173,7 @@ class CrashPoints:
         with self._builder(recorder) as builder:
             program = checker.program(check, place)
             with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
-                report = self._searched(recorder, bench, chosen)
+                report = self._searched(recorder, bench, chosen, _TRIES)
             failures = tuple(self._kept(builder, it) for it in report.failures)
         return replace(report, failures=failures)
 
@@ -181,11 +182,16 @@ class CrashPoints:
         recorder, place = self._recorded()
         program = checker.program(check, Place(folder=_booted_folder(place)))
         with Boots(self._engine, recorder, program, seconds) as bench:
-            return self._searched(recorder, bench, chosen)
+            return self._searched(recorder, bench, chosen, _BOOT_TRIES)
 
-    def _searched(self, recorder: Recorder, bench: Looks, chosen: Chosen) -> CrashReport:
+    def _searched(
+        self, recorder: Recorder, bench: Looks, chosen: Chosen, tries: int
+    ) -> CrashReport:
         history = recorder.history
-        return Search(disk=self._disk, history=history, bench=bench, chosen=chosen(history)).run()
+        search = Search(
+            disk=self._disk, history=history, bench=bench, chosen=chosen(history), tries=tries
+        )
+        return search.run()
 
     def _kept(self, builder: Builder, failure: CrashFailure) -> CrashFailure:
         """A failure with its disk among the guest's logs, if it has any."""
