@@ -1,4 +1,4 @@
-"""Looks for power cuts that break programs known to be right or wrong, on ext4, xfs and btrfs.
+"""Looks for power cuts that break programs known to be right or wrong, on ext4, xfs, btrfs and the root disk.
 
 Run it by hand: ``python tests/systems/crash.py [CASE…]``, where a case is such as ``ext4/rename``. Where a
 case needs packages of Debian's archive, it prepares debian-13 with them, which takes minutes on a slow host.
@@ -29,7 +29,8 @@ MAKE = {
     "btrfs": ("128MiB", ["mkfs.btrfs", "-q"]),
 }
 PACKAGES = {"ext4": (), "xfs": ("xfsprogs",), "btrfs": ("btrfs-progs",)}
-STATES, DATABASE_STATES = 600, 100
+ROOT = "root"  # in place of a file system: the disk that the guest runs from
+STATES, DATABASE_STATES, BOOTS = 600, 100, 8
 
 # Programs that keep a text. Each reads a text, keeps it, and prints a line.
 WRITER = """
@@ -68,7 +69,8 @@ for line in sys.stdin:
 
 
 def check_file(folder: Path, acknowledged: list[str]) -> None:
-    text = (folder / "file").read_text()
+    file = folder / "file"
+    text = (file if file.exists() else folder / "mnt/data/file").read_text()  # in a booted guest
     assert len(text) == 20000, "the length is wrong"
     assert len(set(text)) == 1, "torn"
     assert text[0] >= max(acknowledged, default="A"), "an acknowledged text is lost"
@@ -129,7 +131,8 @@ def file_case(kind: str, name: str) -> Case:
         vm.shell(f"head -c 20000 /dev/zero | tr '\\0' A >{FOLDER}/file; sync")
         return fed(vm, WRITER.format(folder=FOLDER, keep=KEEP[name]))
 
-    return Case(kind, start, check_file, is_right=name == "right")
+    states = BOOTS if kind == ROOT else STATES
+    return Case(kind, start, check_file, is_right=name == "right", states=states)
 
 
 def sqlite_case(kind: str, journal: str, synchronous: str, *, is_right: bool) -> Case:
@@ -186,7 +189,7 @@ def fed(vm: Guest, script: str) -> Callable[[str], None]:
 
 
 CASES = {
-    **{f"{kind}/{name}": file_case(kind, name) for kind in MAKE for name in KEEP},
+    **{f"{kind}/{name}": file_case(kind, name) for kind in (*MAKE, ROOT) for name in KEEP},
     **{
         f"ext4/sqlite-{journal}-{synchronous}": sqlite_case(
             "ext4", journal, synchronous, is_right=is_right
@@ -209,7 +212,7 @@ CASES = {
 
 def image_of(factory: GuestFactory, case: Case) -> str | PreparedImage:
     """debian-13 with the programs that a case needs."""
-    packages = [*PACKAGES[case.kind], *case.packages]
+    packages = [*PACKAGES.get(case.kind, ()), *case.packages]
     if not packages:
         return "debian-13"
 
@@ -226,11 +229,12 @@ def image_of(factory: GuestFactory, case: Case) -> str | PreparedImage:
 
 @contextmanager
 def recorded(vm: Guest, case: Case) -> Iterator[CrashPoints]:
-    _, make = MAKE[case.kind]
-    vm.run([*make, DEVICE])
-    vm.shell(f"modprobe {case.kind}; mkdir -p {FOLDER} && mount {DEVICE} {FOLDER}")
+    vm.shell(f"mkdir -p {FOLDER}")
+    if case.kind != ROOT:
+        vm.run([*MAKE[case.kind][1], DEVICE])
+        vm.shell(f"modprobe {case.kind}; mount {DEVICE} {FOLDER}")
     keep = case.start(vm)
-    with vm.crash_points("disk0") as cuts:
+    with vm.crash_points(ROOT if case.kind == ROOT else "disk0") as cuts:
         for number in range(UPDATES):
             text = "BCDEFGHI"[number]
             keep(text)
@@ -240,7 +244,8 @@ def recorded(vm: Guest, case: Case) -> Iterator[CrashPoints]:
 
 def searched(cuts: CrashPoints, case: Case, states: int) -> CrashReport:
     try:
-        return cuts.check(case.check, states=min(states, case.states))
+        boot = case.kind == ROOT
+        return cuts.check(case.check, states=min(states, case.states), boot=boot)
     except CrashPointError as error:
         if error.report is None:
             raise
@@ -257,8 +262,9 @@ def main() -> int:
     with GuestFactory.open(settings, Announcer(lambda text: print(f"  {text}"))) as factory:
         for name in options.cases or CASES:
             case = CASES[name]
-            image, size = image_of(factory, case), case.size or MAKE[case.kind][0]
-            with factory.boot(image, disks=[size]) as vm, recorded(vm, case) as cuts:
+            image = image_of(factory, case)
+            disks = [] if case.kind == ROOT else [case.size or MAKE[case.kind][0]]
+            with factory.boot(image, disks=disks) as vm, recorded(vm, case) as cuts:
                 report = searched(cuts, case, options.states)
             is_as_known = case.is_right == (report.broken == 0)
             wrong += not is_as_known
