@@ -100,6 +100,13 @@ class TestPrograms:
             cuts.check(check)
         with pytest.raises(CrashPointError, match="No power cut is to blame"):
             cuts.check(["false"])
+
+        # It boots from states where that is asked for.
+        booted = ["sh", "-c", f"mount /dev/vda {FOLDER} && cd {FOLDER} && {{ {CHECK} }}"]
+        assert cuts.check(booted, states=1, boot=True).broken == 0
+        with cuts.state("0", boot=True):
+            vm.run(["mount", "/dev/vda", FOLDER])
+            assert vm.read_text(f"{FOLDER}/file") == "old\n"
         assert vm.read_text(f"{FOLDER}/file") == "3\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,15 @@ import pytest
 
 from pytest_vmsandbox import CrashPointError
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
-from pytest_vmsandbox.guests.crash import checker, mounts
-from pytest_vmsandbox.guests.crash.checking import Verdict, judged
+from pytest_vmsandbox.guests.crash import checker, crash_points, mounts
+from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
 from pytest_vmsandbox.guests.crash.report import writes_of
 from pytest_vmsandbox.guests.crash.searching import Search, smallest
 from pytest_vmsandbox.guests.crash.states import History, Mark, State
 
-NOTHING = Place(devices=("/dev/null",), mounts=(), folders=())
+NOTHING = Place()
 FACTOR = 7
 
 
@@ -187,7 +188,8 @@ class Bench:
 
 
 def search(history, say, chosen):
-    return Search(disk="disk0", history=history, bench=Bench(say), chosen=iter(chosen))
+    bench = Bench(say)
+    return Search(disk="disk0", history=history, bench=bench, chosen=iter(chosen), tries=60)
 
 
 class TestSearch:
@@ -254,8 +256,8 @@ class TestSearch:
             tries.append(candidate)
             return Verdict(kind="")
 
-        assert smallest(history, state, Verdict(kind="x"), look)[0] == state
-        assert len(tries) == len(set(tries)) == 60
+        assert smallest(history, state, Verdict(kind="x"), look, 7)[0] == state
+        assert len(tries) == len(set(tries)) == 7
 
     def test_many_writes_are_shown_around_those_that_are_lost(self):
         history = History(entries(*["write"] * 200))
@@ -272,12 +274,10 @@ def test_the_failure_is_the_fault_of_the_program_under_test():
 
 def ask(check, lines, tmp_path):
     """Run a check here as it runs in a guest, for a disk that is not mounted."""
-    program = checker.program(check, Place((str(tmp_path),), (), ()))
-    if program.is_python:  # the device is a folder here
-        text = program.command.argv[3].replace("        drop_buffers(self.plan)\n", "")
-        argv = [sys.executable, "-I", "-c", text]
-    else:
-        argv = list(program.command.argv)
+    program = checker.program(check, Place(folder=str(tmp_path)))
+    argv = list(program.command.argv)
+    if program.is_python:
+        argv[0] = sys.executable
     data = program.opening + b"".join(
         checker.line(line, is_python=program.is_python) for line in lines
     )
@@ -333,3 +333,40 @@ class TestResident:
             ("broken-3", f"bad {tmp_path}\n"),
             ("ok", ""),
         ]
+
+
+class Subtests:
+    """Notes what subtests raise, as pytest's fixture does."""
+
+    def __init__(self):
+        self.raised = []
+
+    @contextmanager
+    def test(self, msg=None):
+        try:
+            yield
+        except CrashPointError as error:
+            self.raised.append((msg, error))
+
+
+class TestFailures:
+    def report(self):
+        def say(state, _):
+            return "lost" if state.lost else "torn" if state.torn else ""
+
+        chosen = [State(5, frozenset({4})), State(7, torn=frozenset({(6, 0)}))]
+        return search(TestSearch.HISTORY, say, chosen).run()
+
+    def test_all_are_one_error(self):
+        report = self.report()
+        with pytest.raises(CrashPointError) as caught:
+            crash_points._raise_failures(report, None)
+        assert caught.value.report is report
+        assert "1 broke: lost" in str(caught.value)
+        assert "1 broke: torn" in str(caught.value)
+
+    def test_each_is_a_subtest(self):
+        subtests = Subtests()
+        crash_points._raise_failures(self.report(), subtests)
+        assert [msg for msg, _ in subtests.raised] == ["lost", "torn"]
+        assert "torn" not in subtests.raised[0][1].details

@@ -21,6 +21,7 @@ from pytest_vmsandbox.guests.commands import Command, StrPath, command
 from pytest_vmsandbox.guests.crash.mounts import LEAVE, Place
 
 CheckFunction = Callable[[Path, list[Any]], object]
+Check = CheckFunction | Sequence[StrPath]
 LIMIT = 16_384  # bytes of text that a check can send for one state
 _FEW_ARGUMENTS = 100_000  # characters of what was acknowledged, for a variable of a program
 _FORGET = "btrfs device scan --forget 2>/dev/null"
@@ -93,7 +94,7 @@ class Program:
     is_python: bool
 
 
-def program(check: CheckFunction | Sequence[StrPath], place: Place) -> Program:
+def program(check: Check, place: Place) -> Program:
     """What runs a check in the guest.
 
     Args:
@@ -160,7 +161,7 @@ def _shell_script(place: Place) -> str:
         unmount=" && ".join(f"{{ {it}; }}" for it in unmounts) or ":",
         limit=LIMIT,
         folder=quoted(place.folder),
-        cwd=quoted(place.folder if place.mounts else "/"),
+        cwd=quoted("/" if place.folder in place.devices else place.folder),
         folders=shlex.join(it.folder for it in place.mounts),
     )
 

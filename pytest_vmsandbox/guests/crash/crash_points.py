@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,20 +15,25 @@ from pytest_vmsandbox.core.spec import parse_size
 from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.commands import Command, StrPath
 from pytest_vmsandbox.guests.crash import checker, mounts
+from pytest_vmsandbox.guests.crash.booting import Boots, booted
 from pytest_vmsandbox.guests.crash.building import Builder
-from pytest_vmsandbox.guests.crash.checker import CheckFunction
+from pytest_vmsandbox.guests.crash.checker import Check
 from pytest_vmsandbox.guests.crash.checking import Bench, mounted
+from pytest_vmsandbox.guests.crash.conversation import Looks
 from pytest_vmsandbox.guests.crash.exploring import explore
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.recording import Recorder, recorded
 from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
 from pytest_vmsandbox.guests.crash.searching import Search
-from pytest_vmsandbox.guests.crash.states import State
+from pytest_vmsandbox.guests.crash.states import History, State
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.plugging import AttachedDisk
 
-_STATES = 600
+_STATES, _BOOTS = 600, 20
+_TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller
 _STATE_SECONDS = 30.0
+
+Chosen = Callable[[History], Iterator[State]]
 
 
 class Subtests(Protocol):
@@ -105,11 +111,12 @@ class CrashPoints:
 
     def check(
         self,
-        checker: CheckFunction | Sequence[StrPath],
+        checker: Check,
         *,
-        states: int = _STATES,
+        states: int | None = None,
         seed: int | None = None,
         tear: str | int = "4KiB",
+        boot: bool = False,
         timeout: float | None = None,
         subtests: Subtests | None = None,
     ) -> CrashReport:
@@ -128,11 +135,14 @@ class CrashPoints:
                 Or a list of words: a program. It starts in the folder, with the variables
                 ``VMSANDBOX_FOLDER`` and ``VMSANDBOX_ACKNOWLEDGED`` (JSON). If it returns non-zero, the state
                 breaks the promise.
-            states: how many states are tried at most. The telling ones come first.
+            states: how many states are tried at most; None for 600, or 20 with `boot`. The telling ones
+                come first.
             seed: chooses the random states; None for that of `Guest.crash_points`. The same seed gives the
                 same states.
             tear: the disk writes pieces of this size as a whole, a multiple of 512 bytes. Many file systems
                 are damaged by smaller ones than 4 KiB.
+            boot: whether the guest boots for each state, in place of a mount. This takes seconds for each,
+                and is for the disk that the guest runs from. The checker gets the folder ``/`` then.
             timeout: seconds for each state; None for 30, longer on a slow host.
             subtests: the fixture of this name. Each way to break the promise becomes a subtest that fails.
 
@@ -144,43 +154,44 @@ class CrashPoints:
                 without any power cut.
             ConfigError: the checker cannot run in the guest, or the disk cannot be unmounted.
         """
-        with self._engine.explained(), self._opened() as (builder, place):
+        with self._engine.explained():
             seconds = self._engine.stretch(_STATE_SECONDS)
-            report = self._searched(
-                checker,
-                builder,
-                place,
-                states=_positive(states, "states"),
+            search = partial(
+                explore,
                 seed=self._seed if seed is None else seed,
+                count=_positive(states or (_BOOTS if boot else _STATES), "states"),
                 tear=_tear(tear),
-                seconds=seconds if timeout is None else commands.seconds(timeout),
             )
-        if subtests is not None:
-            for failure in report.failures:
-                with subtests.test(msg=failure.kind):
-                    raise _error(report, [failure])
-        elif report.failures:
-            raise _error(report, report.failures)
+            run = self._booted if boot else self._mounted
+            report = run(checker, search, seconds if timeout is None else commands.seconds(timeout))
+        _raise_failures(report, subtests)
         return report
 
+    def _mounted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
+        """Try states in the running guest."""
+        recorder, place = self._recorded()
+        with self._builder(recorder) as builder:
+            program = checker.program(check, place)
+            with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
+                report = self._searched(recorder, bench, chosen, _TRIES)
+            failures = tuple(self._kept(builder, it) for it in report.failures)
+        return replace(report, failures=failures)
+
+    def _booted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
+        """Boot the guest for each state."""
+        recorder, place = self._recorded()
+        program = checker.program(check, Place(folder=_booted_folder(place)))
+        with Boots(self._engine, recorder, program, seconds) as bench:
+            return self._searched(recorder, bench, chosen, _BOOT_TRIES)
+
     def _searched(
-        self,
-        check: CheckFunction | Sequence[StrPath],
-        builder: Builder,
-        place: Place,
-        *,
-        states: int,
-        seed: int,
-        tear: int,
-        seconds: float,
+        self, recorder: Recorder, bench: Looks, chosen: Chosen, tries: int
     ) -> CrashReport:
-        assert self._recorder is not None
-        history = self._recorder.history
-        program = checker.program(check, place)
-        with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
-            chosen = explore(history, seed=seed, count=states, tear=tear)
-            report = Search(disk=self._disk, history=history, bench=bench, chosen=chosen).run()
-        return replace(report, failures=tuple(self._kept(builder, it) for it in report.failures))
+        history = recorder.history
+        search = Search(
+            disk=self._disk, history=history, bench=bench, chosen=chosen(history), tries=tries
+        )
+        return search.run()
 
     def _kept(self, builder: Builder, failure: CrashFailure) -> CrashFailure:
         """A failure with its disk among the guest's logs, if it has any."""
@@ -197,7 +208,7 @@ class CrashPoints:
         return replace(failure, image=image)
 
     @contextmanager
-    def state(self, name: str) -> Iterator[str]:
+    def state(self, name: str, *, boot: bool = False) -> Iterator[str]:
         """A block in which the guest has one state on the disk, mounted.
 
         The name is one of a report of this recording. The disk is mounted as for a checker: the programs
@@ -205,6 +216,7 @@ class CrashPoints:
 
         Args:
             name: such as ``"41-38"``: the first 41 requests, without number 38.
+            boot: whether the guest boots with that disk instead, as for `check`.
 
         Returns:
             A context manager. It gives the folder where the disk is mounted, or the device file.
@@ -217,10 +229,17 @@ class CrashPoints:
             with cuts.state("41-38") as folder:
                 print(vm.run(["ls", "-l", folder]).stdout)
         """
-        with self._engine.explained(), self._opened() as (builder, place):
-            state = self._named(name)
-            _refuse_root(self._disk, place)
-            with mounted(self._engine, self._disk, place, builder, state) as folder:
+        with self._engine.explained():
+            recorder, place = self._recorded()
+            state = _named(recorder, name)
+            if boot:
+                with booted(self._engine, recorder, state):
+                    yield _booted_folder(place)
+                return
+            with (
+                self._builder(recorder) as builder,
+                mounted(self._engine, self._disk, place, builder, state) as folder,
+            ):
                 yield folder
 
     def write_state(self, name: str, path: StrPath) -> None:
@@ -234,31 +253,27 @@ class CrashPoints:
             ConfigError: no power cut in this recording leaves such a state.
             OSError: ``path`` cannot be written.
         """
-        with self._engine.explained(), self._opened() as (builder, _):
-            builder.write(self._named(name), Path(path))
+        with self._engine.explained():
+            recorder, _ = self._recorded()
+            with self._builder(recorder) as builder:
+                builder.write(_named(recorder, name), Path(path))
 
-    def _named(self, name: str) -> State:
-        assert self._recorder is not None
-        state = State.parse(name)
-        self._recorder.history.check(state)
-        return state
-
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[Builder, Place]]:
-        """What makes states, and where the disk was.
+    def _recorded(self) -> tuple[Recorder, Place]:
+        """The recording, and where the disk was.
 
         Raises:
-            ConfigError: nothing was recorded yet.
+            ConfigError: it is not complete.
         """
         if self._recorder is None or self._place is None:
             raise ConfigError(
                 "there is no complete recording yet",
                 remedy="call this after the block: with vm.crash_points(…) as cuts:",
             )
-        recorder = self._recorder
+        return self._recorder, self._place
+
+    def _builder(self, recorder: Recorder) -> Builder:
         folder = self._engine.machines.hypervisor.cache
-        with Builder(recorder.base, recorder.log, recorder.history, folder) as builder:
-            yield builder, self._place
+        return Builder(recorder.base, recorder.log, recorder.history, folder)
 
 
 class HasCrashPoints:
@@ -273,8 +288,8 @@ class HasCrashPoints:
         the disk: at any point, with some of the writes lost that no flush has followed yet, reordered, or
         torn.
 
-        Format and mount the disk before. The disk may be at most 8 GiB. While it is recorded, the guest
-        cannot be switched off, and no snapshot can be taken or restored.
+        Format and mount the disk before. While it is recorded, do not switch the guest off, nor take or
+        restore a snapshot.
 
         Args:
             disk: what `attach_disk` has returned, or a name: ``disk0`` and so on for those of ``disks``.
@@ -312,6 +327,20 @@ class HasCrashPoints:
             return CrashPoints(self.engine, name, seed)
 
 
+def _raise_failures(report: CrashReport, subtests: Subtests | None) -> None:
+    """Raise the failures of a report, in subtests of their own if there are any.
+
+    Raises:
+        CrashPointError: there is a failure.
+    """
+    if subtests is not None:
+        for failure in report.failures:
+            with subtests.test(msg=failure.kind):
+                raise _error(report, [failure])
+    elif report.failures:
+        raise _error(report, report.failures)
+
+
 def _error(report: CrashReport, failures: Sequence[CrashFailure]) -> CrashPointError:
     return CrashPointError(
         report.brief,
@@ -322,17 +351,20 @@ def _error(report: CrashReport, failures: Sequence[CrashFailure]) -> CrashPointE
     )
 
 
-def _refuse_root(disk: str, place: Place) -> None:
-    """Refuse a disk that the guest runs from.
+def _named(recorder: Recorder, name: str) -> State:
+    """The state of a recording with a name.
 
     Raises:
-        ConfigError: the guest runs from it.
+        ConfigError: there is none.
     """
-    if place.is_root:
-        raise ConfigError(
-            f"the guest runs from the disk {disk!r}, so it cannot be unmounted",
-            remedy="keep what you test on a disk of its own: disks=['64MiB'] (marker vm)",
-        )
+    state = State.parse(name)
+    recorder.history.check(state)
+    return state
+
+
+def _booted_folder(place: Place) -> str:
+    """What a check gets in a booted guest. Nobody but the guest mounts the disk there."""
+    return place.folder if place.mounts else "/"
 
 
 def _positive(number: int, name: str) -> int:

@@ -96,16 +96,13 @@ class Place:
         devices: its device file, and those of its partitions.
         mounts: its file systems, in the order in which they were mounted.
         folders: all folders that must be unmounted to have it free, the last one first.
+        folder: what a check gets: where it is mounted, or the device file.
     """
 
-    devices: tuple[str, ...]
-    mounts: tuple[Mount, ...]
-    folders: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        """The folder that a checker gets, or the device file if nothing is mounted."""
-        return self.mounts[0].folder if self.mounts else self.devices[0]
+    devices: tuple[str, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+    folders: tuple[str, ...] = ()
+    folder: str = "/"
 
     @property
     def is_root(self) -> bool:
@@ -149,7 +146,8 @@ def _place(devices: tuple[str, ...], table: str) -> Place:
         elif not is_below:
             continue
         folders.insert(0, folder)
-    return Place(devices, tuple(mounts), tuple(folders))
+    first = mounts[0].folder if mounts else devices[0]
+    return Place(devices, tuple(mounts), tuple(folders), first)
 
 
 def _plain(word: str) -> str:

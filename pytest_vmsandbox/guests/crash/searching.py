@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.guests.crash.checking import Looks, Verdict
+from pytest_vmsandbox.guests.crash.conversation import Looks, Verdict
 from pytest_vmsandbox.guests.crash.report import (
     CrashFailure,
     CrashPointError,
@@ -16,7 +16,6 @@ from pytest_vmsandbox.guests.crash.report import (
 from pytest_vmsandbox.guests.crash.states import History, State
 
 _KINDS = 5  # that are made small and shown; more are mostly one cause in several words
-_TRIES = 60  # states that are tried to make one of them smaller
 
 
 @dataclass
@@ -36,12 +35,14 @@ class Search:
         disk: the name of the disk.
         bench: shows a state to the check.
         chosen: the states to try. They come when they are needed.
+        tries: states that are tried at most to make one of them smaller.
     """
 
     disk: str
     history: History
     bench: Looks
     chosen: Iterator[State]
+    tries: int
 
     def run(self) -> CrashReport:
         """Try all states.
@@ -107,7 +108,7 @@ class Search:
                 remedy="let the verdict depend on nothing but the disk and what was acknowledged: no timeouts, no "
                 "random numbers",
             )
-        state, verdict = smallest(self.history, kind.state, kind.verdict, self._verdict)
+        state, verdict = smallest(self.history, kind.state, kind.verdict, self._verdict, self.tries)
         return CrashFailure(
             kind=verdict.kind,
             count=kind.count,
@@ -120,11 +121,16 @@ class Search:
 
 
 def smallest(
-    history: History, state: State, verdict: Verdict, look: Callable[[State], Verdict]
+    history: History, state: State, verdict: Verdict, look: Callable[[State], Verdict], tries: int
 ) -> tuple[State, Verdict]:
-    """A smaller state that breaks in the same way, and what is said of it."""
+    """A smaller state that breaks in the same way, and what is said of it.
+
+    Args:
+        look: tells what is said of a state.
+        tries: how many states are looked at.
+    """
     known: set[State] = {state}
-    left = _TRIES
+    left = tries
     is_smaller = True
     while is_smaller:
         is_smaller = False
