@@ -5,12 +5,14 @@ import os
 import random
 import struct
 import tempfile
+import tracemalloc
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, MonitorError
+from pytest_vmsandbox.guests.crash import exploring
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.exploring import explore, spread
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry, Log
@@ -98,6 +100,44 @@ def test_all_contents_without_tearing_are_found_in_a_small_recording(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_no_content_is_left_out_if_writes_are_large(seed, monkeypatch):
+    monkeypatch.setattr(exploring, "_LARGE", 0)
+    history = some_history(seed, length=8)
+    large = 16 * SECTOR  # nothing tears
+    found = {content(history, it) for it in explore(history, seed=1, count=5000, tear=large)}
+    monkeypatch.setattr(exploring, "_LARGE", 1)
+    torn = [content(history, it) for it in explore(history, seed=1, count=300, tear=TEAR)]
+    assert found == all_contents(history, tear=None)
+    assert set(torn) <= all_contents(history, tear=TEAR)
+
+
+def test_huge_writes_take_little_memory():
+    half = 2 << 30
+    history = History([Entry(0, "write", 512, half, 512), Entry(1, "write", half, half, half)])
+    tracemalloc.start()
+    try:
+        found = list(explore(history, seed=1, count=60))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20
+    assert len(found) == 60
+    for state in found:
+        history.check(state)
+        assert State.parse(state.name) == state
+        assert len(state.name) < 150
+
+
+def test_pieces_of_a_huge_write_are_larger():
+    whole = pieces(Entry(0, "write", 512, 4 << 20, 512), 4096)
+    assert len(whole) == 1025
+    assert whole[:2] == [(512, 4096), (4096, 8192)]
+    huge = pieces(Entry(0, "write", 512, 2 << 30, 512), 4096)
+    assert huge[:2] == [(512, 2 << 20), (2 << 20, 4 << 20)]
+    assert huge[-1] == (2 << 30, (2 << 30) + 512)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_any_order_of_pending_writes_is_a_state(seed):
     history = some_history(seed, length=6, plain=True)
     point = len(history.entries)
@@ -152,6 +192,7 @@ def test_names():
     [
         "", "x", "41-", "-3", "41-40.", "41-40-38", "41-38-38", "041", "41-40.2.3", "41-40.3~2", "41@512",
         "41-40.2@4096", "41-40.2@100", "41-40.2@0", "41 ", "٤١", 41,
+        "41-40.0~9999999999", "41-40.0~1026", "41-40.9999999999", "9" * 5000,
     ],
 )  # fmt: skip
 def test_what_is_no_name(name):
@@ -251,6 +292,21 @@ def test_a_file_stays_sparse(tmp_path):
             builder.write(State(1), tmp_path / "disk.raw")
         assert (tmp_path / "disk.raw").stat().st_blocks * SECTOR < 1 << 20
         assert os.fstat(base.fileno()).st_blocks * SECTOR < 1 << 20
+
+
+def test_zeros_in_the_log_become_holes(tmp_path):
+    history = History([Entry(0, "write", 0, 64 << 20, 4096)])
+    with ExitStack() as stack:
+        base, log = (stack.enter_context(tempfile.TemporaryFile(buffering=0)) for _ in range(2))
+        base.write(b"old" * 4096)
+        base.truncate(64 << 20)
+        log.truncate(4096 + (64 << 20))
+        log.seek(4096 + 8192)
+        log.write(b"new" * 4096)
+        with Builder(base, log, history, tmp_path) as builder, builder.state(State(1)):
+            assert os.fstat(base.fileno()).st_blocks * SECTOR < 1 << 20
+            new = bytes(8192) + b"new" * 4096
+            assert os.pread(base.fileno(), 24576, 0) == new.ljust(24576, b"\0")
 
 
 # -- the log ---------------------------------------------------------------------------------------

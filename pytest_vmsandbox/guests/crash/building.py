@@ -105,10 +105,13 @@ class Builder:
             copy(self.file, first, self._past, saved, last - first)
             saved += last - first
         self._steps.append(step)
-        if extent.data is None:
+        data = extent.data
+        filled = [] if data is None else list(parts(self._log, data, data + extent.length))
+        if _length(filled) < extent.length:  # QEMU logs zeros as a hole
             _clear(self.file, extent.offset, end)
-        else:
-            copy(self._log, extent.data, self.file, extent.offset, extent.length)
+        for first, last in filled:
+            assert data is not None
+            copy(self._log, first, self.file, extent.offset + first - data, last - first)
 
     def _undo(self, number: int) -> None:
         """Take all steps back but a number of them."""

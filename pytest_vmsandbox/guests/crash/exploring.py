@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations, islice
@@ -21,6 +21,8 @@ from pytest_vmsandbox.guests.crash.states import TEAR, History, State, pieces
 
 _BATCH = 50  # states
 _FEW = 8  # writes, of which all subsets are tried
+_LARGE = 64  # pieces: a write with more is one thing when contents are compared
+_RUNS = 4  # of pieces that are there when a write is torn at random
 _FRUITLESS = 200  # random states that were known already, after which there are hardly more
 _T = TypeVar("_T")
 
@@ -148,10 +150,19 @@ def _random_ones(history: History, chance: random.Random, tear: int) -> Iterator
         torn: set[tuple[int, int]] = set()
         for it in chance.sample(pending, min(len(pending), chance.randint(0, 3))):
             if number := large.get(it, 0):
-                there = chance.sample(range(number), chance.randint(1, number - 1))
-                torn |= {(it.number, piece) for piece in set(range(number)) - set(there)}
+                there = _some_pieces(number, chance)
+                torn |= {(it.number, piece) for piece in set(range(number)) - there}
                 lost.discard(it.number)
         yield State(point, frozenset(lost), frozenset(torn), tear)
+
+
+def _some_pieces(number: int, chance: random.Random) -> set[int]:
+    """Some pieces of a write, but not all, in few runs, so that the names of states are short."""
+    if number <= 2 * _RUNS:
+        return set(chance.sample(range(number), chance.randint(1, number - 1)))
+    ends = sorted(chance.sample(range(number + 1), 2 * chance.randint(1, _RUNS)))
+    found = set[int]().union(*map(range, ends[::2], ends[1::2]))
+    return found if len(found) < number else found - {chance.randrange(number)}
 
 
 def _numbers(entries: Sequence[Entry]) -> frozenset[int]:
@@ -175,13 +186,15 @@ _Versions = tuple[
     tuple[int, int], ...
 ]  # which entries show in a block, and in which of its sectors
 _EMPTY: _Versions = ()
+_Large = tuple[int, tuple[int, ...]]  # an entry, and the pieces that it has lost
 
 
 class _Fingerprints:
     """Numbers for contents of the disk: equal only for equal contents, as far as entries can tell.
 
     The fingerprint of a disk is the exclusive or of those of its blocks, so only blocks that a state
-    changes are computed. A discarded range counts as a block of its own.
+    changes are computed. A discarded range counts as a block of its own, and so does a large write, with
+    what it has lost.
     """
 
     def __init__(self, history: History, tear: int) -> None:
@@ -192,9 +205,9 @@ class _Fingerprints:
         whole, floor = 0, 0
         for end in (*history.flushes, len(history.entries)):
             self._durable[floor] = whole
-            touched, discards = self._changes(floor, State(end), blocks.get)
+            touched, ranges = self._changes(floor, State(end), blocks.get)
             self._before[floor] = {block: blocks.get(block, _EMPTY) for block in touched}
-            whole ^= self._difference(self._before[floor], touched, discards)
+            whole ^= self._difference(self._before[floor], touched, ranges)
             blocks |= touched
             floor = end
 
@@ -208,41 +221,44 @@ class _Fingerprints:
 
     def _changes(
         self, floor: int, state: State, before: Callable[[int, _Versions], _Versions]
-    ) -> tuple[dict[int, _Versions], list[int]]:
-        """What the entries after the durable ones change: blocks, and discards."""
+    ) -> tuple[dict[int, _Versions], list[_Large]]:
+        """What the entries after the durable ones change: blocks, and large ranges."""
         touched: dict[int, _Versions] = {}
-        discards = []
+        ranges: list[_Large] = []
+        lost: defaultdict[int, list[int]] = defaultdict(list)
+        for number, piece in sorted(state.torn):
+            lost[number].append(piece)
         for entry in self._history.entries[floor : state.point]:
             if entry.kind == "flush" or entry.number in state.lost:
                 continue
-            if entry.kind == "discard":
-                discards.append(entry.number)
+            if entry.kind == "discard" or entry.length > _LARGE * self._tear:
+                ranges.append((entry.number, tuple(lost[entry.number])))
                 continue
             first = entry.offset // self._tear
             for piece, (start, end) in enumerate(pieces(entry, self._tear)):
-                if (entry.number, piece) not in state.torn:
+                if piece not in lost[entry.number]:
                     block = first + piece
                     base = block * self._tear
                     mask = (1 << (end - base) // SECTOR) - (1 << (start - base) // SECTOR)
                     older = touched.get(block) or before(block, _EMPTY)
                     shown = [(it, rest) for it, had in older if (rest := had & ~mask)]
                     touched[block] = (*shown, (entry.number, mask))
-        return touched, discards
+        return touched, ranges
 
     @staticmethod
     def _difference(
-        before: dict[int, _Versions], after: dict[int, _Versions], discards: Sequence[int]
+        before: dict[int, _Versions], after: dict[int, _Versions], ranges: Sequence[_Large]
     ) -> int:
         found = 0
         for block, versions in after.items():
             if (old := before[block]) != versions:
                 found ^= _token(block, old) ^ _token(block, versions)
-        for number in discards:
-            found ^= _token(-1 - number, _EMPTY)
+        for number, lost in ranges:
+            found ^= _token(-1 - number, lost)
         return found
 
 
-def _token(block: int, versions: _Versions) -> int:
+def _token(block: int, versions: object) -> int:
     """A random number for one block."""
     text = repr((block, versions)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests.crash.states import History, State, pieces
+from pytest_vmsandbox.guests.crash.states import History, State, pieces, runs, step
 
 _MANY = 12  # writes that are shown around those that are lost
 _REASON_LINES = 12
@@ -125,7 +125,10 @@ def writes_of(history: History, state: State) -> tuple[str, ...]:
             fate = "LOST"
         elif entry.number in torn:
             gone = pieces_in_words(torn[entry.number])
-            fate = f"torn, without {gone} of {len(pieces(entry, state.tear))} pieces of {state.tear} bytes"
+            fate = (
+                f"torn, without {gone} of {len(pieces(entry, state.tear))} pieces "
+                f"of {step(entry, state.tear)} bytes"
+            )
         elif entry.is_durable:
             fate = "kept, FUA"
         if fate.startswith(("LOST", "torn")):
@@ -137,8 +140,9 @@ def writes_of(history: History, state: State) -> tuple[str, ...]:
 
 
 def pieces_in_words(numbers: set[int]) -> str:
-    """Numbers of pieces, as in ``0, 2, 5``."""
-    return ", ".join(map(str, sorted(numbers)))
+    """Numbers of pieces, as in ``0, 2, 5 to 9``."""
+    found = runs(sorted(numbers))
+    return ", ".join(f"{first}" if first == last else f"{first} to {last}" for first, last in found)
 
 
 def _around(lines: Sequence[str], special: Sequence[int]) -> Iterator[str]:

@@ -21,7 +21,12 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry
 
 TEAR = 4096  # bytes: what a disk writes as a whole. Below that, ext4's own super block tears
-_NAME = re.compile(r"(\d+)((?:-\d+(?:\.\d+(?:~\d+)?)*)*)(?:@(\d+))?", re.ASCII)
+_MOST_PIECES = (
+    1024  # of one write, as large as Linux makes it: 4 MiB. Those of larger ones are larger
+)
+_NUMBER = r"\d{1,18}"
+_PART = rf"-{_NUMBER}(?:\.{_NUMBER}(?:~{_NUMBER})?)*"
+_NAME = re.compile(rf"({_NUMBER})((?:{_PART})*)(?:@({_NUMBER}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Mark:
 class State:
     """What one power cut leaves on the disk.
 
-    A write is torn along the multiples of `tear` on the disk. Its pieces have numbers from 0 on.
+    A write is torn along the multiples of `tear` on the disk, a large one along multiples of more: see
+    `step`. Its pieces have numbers from 0 on.
 
     Attributes:
         point: how many entries there were before the power cut.
@@ -71,7 +77,7 @@ class State:
         for number, piece in self.torn:
             pieces[number].append(piece)
         changed = [
-            "".join([str(number), *map(_range, _runs(sorted(pieces[number])))])
+            "".join([str(number), *map(_range, runs(sorted(pieces[number])))])
             for number in sorted({*self.lost, *pieces})
         ]
         return "-".join([str(self.point), *changed]) + (
@@ -93,8 +99,9 @@ class State:
             if not ranges:
                 lost.add(int(number))
             for text in ranges:
-                first, _, last = text.partition("~")
-                torn |= {(int(number), it) for it in range(int(first), int(last or first) + 1)}
+                first, _, end = text.partition("~")
+                last = min(int(end or first), _MOST_PIECES + 1)  # no write has so many
+                torn |= {(int(number), it) for it in range(int(first), last + 1)}
         tear = int(match[3] or TEAR)
         state = cls(int(match[1]), frozenset(lost), frozenset(torn), tear)
         if state.name != name or tear <= 0 or tear % SECTOR:  # each state has one name
@@ -112,7 +119,7 @@ def _no_state(name: object) -> ConfigError:
     )
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Ascending numbers as first and last of each run."""
     for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         found = [number for _, number in run]
@@ -239,9 +246,18 @@ class History:
         return sorted(it for it in bold | near | set(flushes[-3:]) if 0 <= it < point)
 
 
+def step(entry: Entry, tear: int) -> int:
+    """Bytes of a piece of a write: `tear`, or so many times more that there are not too many of them."""
+    size = tear
+    while entry.length > size * _MOST_PIECES:
+        size *= 2
+    return size
+
+
 def pieces(entry: Entry, tear: int) -> list[tuple[int, int]]:
     """The pieces of a write, as first byte and the byte after the last one."""
-    cuts = range(entry.offset // tear * tear + tear, entry.end, tear)
+    size = step(entry, tear)
+    cuts = range(entry.offset // size * size + size, entry.end, size)
     return list(itertools.pairwise([entry.offset, *cuts, entry.end]))
 
 
