@@ -274,7 +274,7 @@ class Backend:
         return Engine(
             machines,
             settings=self.settings,
-            hints=self.callbacks.hints,
+            hints=lambda: [*machines.faults.hints(), *self.callbacks.hints()],
             on_resume=self.idle.pause_some,
             on_restore=self.callbacks.guest_restoring,
         )

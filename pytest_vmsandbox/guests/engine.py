@@ -274,14 +274,7 @@ class Engine:
                     idle,
                 )
             except CommandTimeout as late:
-                raise CommandTimeout(
-                    late.brief,
-                    seconds=late.seconds,
-                    stdout=bytes(written),
-                    stderr=bytes(said),
-                    remedy="give it more time with timeout=, or all commands with vm_command_timeout (ini "
-                    "file)",
-                ) from late
+                raise _late(late, running, bytes(written), bytes(said)) from late
             finally:
                 process.close()
         return CommandResult(
@@ -503,6 +496,17 @@ def seized(engine: Engine, seconds: float) -> Iterator[Running | None]:
                 )
             stack.callback(lock.release)
         yield engine.running
+
+
+def _late(late: CommandTimeout, running: Running, stdout: bytes, stderr: bytes) -> CommandTimeout:
+    """The error of a program that did not end in time, with its output so far."""
+    brief = late.brief
+    remedy = "give it more time with timeout=, or all commands with vm_command_timeout (ini file)"
+    if running.resident.is_away:  # the program may not even have started
+        name = running.machine.spec.name
+        brief = f"{name} did not answer within {late.seconds:g} s: a fault keeps it from answering"
+        remedy = "end the fault before. For a fault that ends by itself, a longer timeout= may do"
+    return CommandTimeout(brief, seconds=late.seconds, stdout=stdout, stderr=stderr, remedy=remedy)
 
 
 def _ask(

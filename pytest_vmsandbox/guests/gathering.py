@@ -98,8 +98,8 @@ def _check_alive(running: Running, seconds: float) -> None:
     """
     machine, deadline = running.machine, Deadline(seconds)
     machine.check()
-    if running.resident.is_frozen:
-        raise GuestLost(f"a fault has frozen {machine.spec.name}", stage="command")
+    if running.resident.is_away:
+        raise GuestLost(f"a fault keeps {machine.spec.name} from answering", stage="command")
     check_way_in(running.blueprint, machine.spec.name)
     if (helper := running.helper) is not None:
         helper.ping(seconds)

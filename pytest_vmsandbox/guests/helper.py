@@ -54,6 +54,7 @@ class Helper:
     Attributes:
         lead: by how much the guest's clock must be ahead of this host's.
         is_frozen: whether a fault keeps the guest's CPUs from running, so no answer comes.
+        sleeps: whether the guest is suspended, so no answer comes either.
         changed: is notified when anything arrives.
     """
 
@@ -65,6 +66,7 @@ class Helper:
         self.patience = patience
         self.lead = Lead()
         self.is_frozen = False
+        self.sleeps: Callable[[], bool] = lambda: False
         self._port = port
         self.changed = threading.Condition()
         self._numbers = itertools.count(1)
@@ -82,6 +84,11 @@ class Helper:
     def is_there(self) -> bool:
         """Whether it has said hello, or was there when the guest was saved."""
         return self._generation > 0
+
+    @property
+    def is_away(self) -> bool:
+        """Whether a fault keeps the guest from answering."""
+        return self.is_frozen or self.sleeps()
 
     def assume(self) -> None:
         """Note that the helper is there: it said hello before the guest was saved.
@@ -104,7 +111,7 @@ class Helper:
 
     def is_silent(self) -> bool:
         """Whether it was there, and does not answer within a few seconds, without a fault."""
-        if not self.is_there or self.is_frozen:
+        if not self.is_there or self.is_away:
             return False
         try:
             self.ping(_SILENT_SECONDS)
@@ -227,7 +234,7 @@ class Helper:
                 channel.was_left = True
             self._lose_channels()
             self._generation = 0
-        if self.is_frozen:  # nobody would read it
+        if self.is_away:  # nobody would read it
             return
         with suppress(VMSandboxError):  # the guest may be down already
             for number in numbers:
@@ -273,8 +280,8 @@ class Helper:
         if deadline.expired:
             raise GuestLost(
                 f"the helper in the guest did not answer within {deadline.seconds:g} s",
-                remedy="the guest is frozen by a fault: end the fault first"
-                if self.is_frozen
+                remedy="a fault keeps the guest from answering: end the fault first"
+                if self.is_away
                 else "check whether a test stops all processes in the guest. This machine may also be "
                 "overloaded: run fewer guests or workers at a time",
             )
@@ -307,7 +314,7 @@ class Helper:
             self.post(kind, number, payload)
             deadline = Deadline(self.patience)
             while not channel.is_open:
-                if self.is_frozen and kind == b"x" and channel.starts_later():
+                if self.is_away and kind == b"x" and channel.starts_later():
                     break
                 channel.wait(_LOOK_SECONDS)
                 if channel.failure is not None:

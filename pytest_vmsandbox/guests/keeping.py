@@ -203,10 +203,10 @@ class Keeper:
     @staticmethod
     def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:
         with seized(engine, _SEIZE_SECONDS) as running:
-            if running is not None and running.resident.is_frozen:
+            if running is not None and running.resident.is_away:
                 raise ConfigError(
-                    "a fault has frozen it",
-                    remedy="end the fault before: a frozen guest could not be entered",
+                    "a fault keeps it from answering",
+                    remedy="end the fault before: otherwise the guest could not be entered",
                 )
             return freeze(engine.machines, running, state, stack)
 

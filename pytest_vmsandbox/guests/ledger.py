@@ -80,6 +80,11 @@ class Ledger:
         with self._lock:
             return [entry for entry in self._entries if entry.ended is None]
 
+    def hints(self) -> list[str]:
+        """A line for an error of the guest: faults in force may be its cause."""
+        texts = [entry.text for entry in self.in_force]
+        return [f"faults in force: {'; '.join(texts)}"] if texts else []
+
     def begun(self, fault: Ends, text: str) -> None:
         """Note that a fault is in force from now on."""
         entry = Entry(fault, text, wall())

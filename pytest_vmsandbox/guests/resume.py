@@ -63,12 +63,12 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
 
     Raises:
         GuestLost: it does not answer.
-        ConfigError: a fault has frozen it.
+        ConfigError: a fault has frozen or suspended it.
     """
-    if helper.is_frozen:
+    if helper.is_away:
         raise ConfigError(
-            "a guest that a fault has frozen cannot be saved",
-            remedy="end the fault before the snapshot, or freeze the guest in the block of the snapshot",
+            "a guest that a fault keeps from answering cannot be saved",
+            remedy="end the fault before the snapshot, or begin it in the block of the snapshot",
         )
     helper.lead = noted(machine, helper, timeout)
     try:

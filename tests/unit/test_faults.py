@@ -47,7 +47,7 @@ class FakeEngine:
         self.running = self.switched_on()
 
     def switched_on(self):
-        resident = SimpleNamespace(is_frozen=False)
+        resident = SimpleNamespace(is_frozen=False, is_away=False)
         return SimpleNamespace(
             machine=FakeMachine(), stack=ExitStack(), resident=resident, helper=None
         )
@@ -213,3 +213,30 @@ def test_a_preparation_may_not_leave_any(engine, ledger):
             ledger.refuse_left()
         assert "vm.faults.end_all()" in caught.value.remedy
     ledger.refuse_left()
+
+
+class TestWhileTheGuestIsAway:
+    def test_a_fault_that_needs_answers_is_refused_at_once(self, engine, ledger):
+        engine.running.resident.is_away = True
+        with pytest.raises(ConfigError, match="cannot begin now: deaf"):
+            FakeFault(engine).begin()
+        assert ledger.in_force == []
+
+    def test_other_faults_begin(self, engine):
+        engine.running.resident.is_away = True
+        fault = FakeFault(engine)
+        fault.needs_answers = False
+        assert fault.begin().in_force
+
+    def test_a_guest_that_is_off_decides_itself(self, engine):
+        engine.running = None
+        assert FakeFault(engine).begin().in_force
+
+
+class TestHints:
+    def test_name_what_is_in_force(self, engine, ledger):
+        first, second = FakeFault(engine).begin(), FakeFault(engine).begin()
+        assert ledger.hints() == ["faults in force: deaf; deaf"]
+        first.end()
+        second.end()
+        assert ledger.hints() == []

@@ -53,6 +53,7 @@ class Machine:
 class Helper:
     lead = Lead(3.0)
     is_frozen = False
+    is_away = False
 
     def __init__(self, *, answers=True):
         self.answers = answers

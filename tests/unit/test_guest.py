@@ -140,6 +140,7 @@ class FakeHelper:
 
     lead = Lead()
     is_frozen = False
+    is_away = False
     quiet_seconds = 0.5
 
     def __init__(self, platform):

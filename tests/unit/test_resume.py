@@ -21,6 +21,7 @@ class Fakes:
         self.spans = list(spans)
         self.lead = Lead()
         self.is_frozen = False
+        self.is_away = False
         self.monitor = self
         self.resets = []
         self.done = []
@@ -225,8 +226,8 @@ class TestPause:
 
     def test_a_frozen_guest_is_not_paused(self):
         fakes = Fakes()
-        fakes.is_frozen = True
-        with pytest.raises(ConfigError, match="frozen cannot be saved"):
+        fakes.is_away = True
+        with pytest.raises(ConfigError, match="answering cannot be saved"):
             pause(fakes)
         assert fakes.done == []
 

@@ -288,6 +288,8 @@ def _gone(engine: Engine, name: str) -> Fault:
 class _Filtered(Fault):
     """A disk with block filters under it."""
 
+    needs_answers = False
+
     def __init__(
         self,
         engine: Engine,
@@ -362,6 +364,8 @@ class _Vanished(_Filtered):
     If the guest is restored to a moment when it had the disk, the disk fails every request instead: it
     cannot be pulled out without the guest.
     """
+
+    needs_answers = True
 
     def __init__(self, engine: Engine, disk: str, dead: _Failing) -> None:
         super().__init__(engine, f"disk {disk}: gone", disk, failing=dead)

@@ -23,6 +23,7 @@ class Fault(ABC):
     """
 
     freezes = False  # whether the guest answers nothing meanwhile
+    needs_answers = True  # whether the guest must answer when it begins
 
     def __init__(self, engine: Engine, text: str) -> None:
         self.text = text
@@ -92,6 +93,7 @@ class Fault(ABC):
         as in force, and can be ended.
         """
         with self._engine.explained():
+            self._check_guest()
             self._engine.machines.faults.begun(self, self.text)
             try:
                 self._start()
@@ -99,6 +101,19 @@ class Fault(ABC):
                 self._note_end()
                 raise
         return self
+
+    def _check_guest(self) -> None:
+        """Check that no other fault keeps the guest from answering, if this one needs answers.
+
+        Raises:
+            ConfigError: one does. Without this, the test would wait for a guest that cannot answer.
+        """
+        running = self._engine.running
+        if self.needs_answers and running is not None and running.resident.is_away:
+            raise ConfigError(
+                f"this fault cannot begin now: {self.text}. Another one keeps {self._engine.name} from answering",
+                remedy="end the other fault first, or begin this one before it",
+            )
 
     def lapse(self) -> None:
         """Note that it is over by itself, so nothing is left to restore."""

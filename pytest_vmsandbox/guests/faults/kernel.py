@@ -94,6 +94,7 @@ class Nmi(Fault):
     def begin(self) -> Self:
         """Inject it. Nothing is in force afterwards."""
         with self._engine.explained():
+            self._check_guest()
             self._start()
         self.lapse()
         return self

@@ -16,6 +16,7 @@ from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.outage import Outage
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.machine.qmp import Monitor
 
 _LOOK_SECONDS = 0.25
 # The button is an input device. A press is lost unless a program has opened it before.
@@ -83,7 +84,7 @@ class PowerFaults:
     def suspend(self, seconds: float | None = None) -> Fault:
         """Suspend the guest to its memory (S3). It returns when the guest sleeps.
 
-        Calls that need the guest fail or time out meanwhile. At the end, the guest is woken, and it
+        Calls that need the guest run into their timeout meanwhile, and faults that need it are refused. At the end, the guest is woken, and it
         answers again, with the right time.
 
         Args:
@@ -109,6 +110,8 @@ class PowerFaults:
 
 class PowerCut(Outage):
     """The plug is pulled."""
+
+    needs_answers = False
 
     def _start(self) -> None:
         self._engine.power_cut()
@@ -196,6 +199,7 @@ class Suspend(Outage):
                 what="fall asleep",
                 needs="look at vm.console.tail(): a driver may refuse to suspend",
             )
+            running.resident.sleeps = lambda: not _woken(monitor, since)
             if self._seconds is not None:
                 self._timer = threading.Timer(self._seconds, self._wake_by_itself)
                 self._timer.daemon = True
@@ -217,6 +221,7 @@ class Suspend(Outage):
                 return  # it was switched off, rolled back or lost, and others say so
             with suppress(MonitorError):  # something else has woken it
                 running.machine.execute("system_wakeup")
+            running.resident.sleeps = lambda: False
             # The program goes on when the guest does.
             if self._process is not None:
                 self._process.communicate(None, ignore, ignore, engine.boot_seconds)
@@ -227,6 +232,11 @@ class Suspend(Outage):
             if self._process is not None:
                 with suppress(VMSandboxError):
                     self._process.close()
+
+
+def _woken(monitor: Monitor, since: int) -> bool:
+    """Whether a guest runs again that fell asleep after so many events."""
+    return any(event["event"] in ("WAKEUP", "RESET") for event in monitor.events()[since:])
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class ProcessorFaults:
         (`Guest.qmp`, `Guest.screenshot`, other faults).
 
         Calls that need the guest wait until it thaws, or run into their timeout. `Guest.popen` returns at
-        once. `Guest.power_cut` works.
+        once. `Guest.power_cut` works. Faults that need the guest are refused.
 
         Args:
             seconds: after which it thaws by itself, also in the block; None for the end of the fault.
@@ -111,6 +111,8 @@ class _Held(Fault):
     A thread begins and ends it: Ctrl-C interrupts the main thread only, so it cannot leave the CPUs
     stopped. The thread ends with the fault or the machine.
     """
+
+    needs_answers = False
 
     def __init__(self, engine: Engine, text: str) -> None:
         super().__init__(engine, text)
@@ -190,9 +192,10 @@ class _Freeze(_Held):
     @contextmanager
     def _holding(self, running: Running) -> Iterator[None]:
         resident = running.resident
-        if resident.is_frozen:
+        if resident.is_away:
             raise ConfigError(
-                f"{self._engine.name} is frozen already", remedy="end the other fault first"
+                f"{self._engine.name} is frozen already, or suspended",
+                remedy="end the other fault first",
             )
         resident.is_frozen = True
         try:
