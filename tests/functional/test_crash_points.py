@@ -86,6 +86,8 @@ class TestPrograms:
             pass
 
     def test_what_is_right_survives(self, vm):
+        with pytest.raises(ConfigError, match="no disk 'modules'.*\n.*use one of these: disk0\n"):
+            vm.crash_points("modules")
         mount(vm, "/dev/vda")
         cuts = record(vm, RIGHT)
         report = cuts.check(["sh", "-c", CHECK], states=STATES)

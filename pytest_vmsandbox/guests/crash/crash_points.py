@@ -22,7 +22,7 @@ from pytest_vmsandbox.guests.crash.checking import Bench, mounted
 from pytest_vmsandbox.guests.crash.conversation import Looks
 from pytest_vmsandbox.guests.crash.exploring import explore
 from pytest_vmsandbox.guests.crash.mounts import Place
-from pytest_vmsandbox.guests.crash.recording import Recorder, recorded
+from pytest_vmsandbox.guests.crash.recording import Recorder, content, recorded
 from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
 from pytest_vmsandbox.guests.crash.searching import Search
 from pytest_vmsandbox.guests.crash.states import History, State
@@ -299,7 +299,7 @@ class HasCrashPoints:
             `CrashPoints`, a context manager.
 
         Raises:
-            ConfigError: there is no such disk.
+            ConfigError: there is no such disk, or the guest can only read it.
 
         Example::
 
@@ -318,12 +318,8 @@ class HasCrashPoints:
         """
         name = disk.name if isinstance(disk, AttachedDisk) else disk
         with self.engine.explained():
-            names = self.engine.machines.disk_names()
-            if name not in names:
-                raise ConfigError(
-                    f"{self.engine.name} has no disk {name!r}",
-                    remedy=f"use one of {', '.join(names)}, or what vm.attach_disk() has returned",
-                )
+            machines = self.engine.machines
+            content(machines, machines.disks, name)  # there is such a disk
             return CrashPoints(self.engine, name, seed)
 
 
