@@ -40,6 +40,7 @@ class Architecture:
         emulated: the CPU models under emulation: the first version of QEMU → model.
         native: the CPU models to try with KVM, the best one first.
         on_emulation, on_kvm: options of the board that depend on the accelerator.
+        append_emulated: what an emulated guest's kernel needs on its command line; empty if nothing.
         slowness: how much slower such a guest is under emulation than one of x86: the larger ratio of CPU
             time for a boot and for 300 small programs, measured with QEMU 7.2 and rounded up.
         timers_since: the first version of QEMU that saves all timers of an emulated guest. If an older one
@@ -80,6 +81,7 @@ class Architecture:
     native: tuple[str, ...] = ("host",)
     on_emulation: str = ""
     on_kvm: str = ""
+    append_emulated: str = ""
     slowness: float = 1.0
     timers_since: tuple[int, ...] = (0,)
     kvm_on: tuple[str, ...] = ()
@@ -124,6 +126,8 @@ def _elsewhere(dnf: str, pacman: str, zypper: str, card: str = "") -> dict[str, 
 # QEMU before 8.0 corrupts flags after cmpxchg16b, which breaks Debian 13's kernel. On some hosts that are
 # virtual machines, QEMU aborts on the register of arch-capabilities. With graphics=off, BIOS and boot
 # loaders write to the serial console, too. The unused SATA controller is off, so a guest boots faster.
+# Linux checks at boot that the timer ticks, and panics if it does not: on a loaded host, an emulated one may
+# come too late («IO-APIC + timer doesn't work»). With KVM, Linux does not check it.
 _X86_64 = Architecture(
     name="x86_64",
     debian="amd64",
@@ -137,6 +141,7 @@ _X86_64 = Architecture(
     board_options="graphics=off,sata=off",
     emulated={(0,): "Nehalem,-cx16", (8, 0): "Nehalem"},
     native=("host", "host,-arch-capabilities"),
+    append_emulated="no_timer_check",
     kvm_on=("x86_64",),
     console="ttyS0",
     panic="pvpanic-pci",

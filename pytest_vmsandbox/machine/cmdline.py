@@ -275,8 +275,11 @@ def kernel(spec: MachineSpec, fds: Descriptors) -> list[str]:
     if fds.kernel is None:
         return []
     initrd = [] if fds.initrd is None else ["-initrd", f"/proc/self/fd/{fds.initrd}"]
-    is_slow = spec.accelerator == "tcg" and spec.version < (9, 0)
-    append = f"{spec.append} norandmaps" if is_slow else spec.append
+    words = [spec.append]
+    if spec.accelerator == "tcg":
+        words += [spec.architecture.append_emulated]
+        words += ["norandmaps"] if spec.version < (9, 0) else []
+    append = " ".join(filter(None, words))
     return ["-kernel", f"/proc/self/fd/{fds.kernel}", *initrd, "-append", append]
 
 

@@ -166,7 +166,7 @@ def test_loading(start):
         (Descriptors(initrd=6), []),
         (
             Descriptors(kernel=5),
-            ["-kernel", "/proc/self/fd/5", "-append", "console=ttyS0 quiet"],
+            ["-kernel", "/proc/self/fd/5", "-append", "console=ttyS0 quiet no_timer_check"],
         ),
         (
             Descriptors(kernel=5, initrd=6),
@@ -176,7 +176,7 @@ def test_loading(start):
                 "-initrd",
                 "/proc/self/fd/6",
                 "-append",
-                "console=ttyS0 quiet",
+                "console=ttyS0 quiet no_timer_check",
             ],
         ),
     ],
@@ -188,13 +188,13 @@ def test_kernel(fds, argv):
 @pytest.mark.parametrize(
     ("accelerator", "version", "more"),
     [
-        ("tcg", (7, 2), " norandmaps"),
-        ("tcg", (8, 2), " norandmaps"),
-        ("tcg", (9, 0), ""),
+        ("tcg", (7, 2), " no_timer_check norandmaps"),
+        ("tcg", (8, 2), " no_timer_check norandmaps"),
+        ("tcg", (9, 0), " no_timer_check"),
         ("kvm", (7, 2), ""),
     ],
 )
-def test_addresses_are_not_randomized_where_that_is_slow(accelerator, version, more):
+def test_what_emulation_adds_to_the_command_line(accelerator, version, more):
     spec = replace(SPEC, accelerator=accelerator, version=version)
     assert cmdline.kernel(spec, Descriptors(kernel=5))[-1] == f"console=ttyS0 quiet{more}"
 

@@ -126,7 +126,7 @@ class Panic(Outage):
             if not engine.machines.blueprint.architecture.panic:
                 raise ConfigError(
                     f"{engine.name} cannot restart after a panic: its architecture has no device for panics",
-                    remedy="leave out reboots=, or use a guest of x86_64",
+                    remedy="leave out reboots=, or use an image such as debian-13",
                 )
             script = f"echo {self._reboots} >/proc/sys/kernel/panic && {_PANIC}"
         with engine.orderly, engine.use(hold=True) as running:

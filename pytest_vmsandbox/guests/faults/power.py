@@ -178,7 +178,7 @@ class Suspend(Outage):
         if can.returncode:
             raise ConfigError(
                 f"{engine.name} cannot suspend to memory: /sys/power does not offer it",
-                remedy="use a guest of x86_64 whose kernel has CONFIG_SUSPEND, such as debian-13",
+                remedy="use a guest whose kernel has CONFIG_SUSPEND, such as debian-13",
             )
         with engine.orderly, engine.use(hold=True) as running:
             machine, monitor = running.machine, running.machine.monitor

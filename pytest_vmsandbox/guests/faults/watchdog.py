@@ -109,7 +109,7 @@ class Watchdog(Fault):
         if engine.machines.blueprint.architecture.hot_plug != "port":
             raise ConfigError(
                 f"no watchdog can be plugged into {engine.name}: its architecture has no root ports",
-                remedy="use a guest of x86_64",
+                remedy="use an image such as debian-13",
             )
         if _ID in engine.machines.plugged:
             raise ConfigError(
