@@ -18,10 +18,10 @@ from pathlib import Path
 from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport, Guest, GuestFactory
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.plugging import AttachedDisk
 from pytest_vmsandbox.guests.provision import PreparedImage
 
 FOLDER = "/mnt/data"
-DEVICE = "/dev/vdb"
 UPDATES = 6
 MAKE = {
     "ext4": ("64MiB", ["mkfs.ext4", "-q"]),
@@ -229,12 +229,15 @@ def image_of(factory: GuestFactory, case: Case) -> str | PreparedImage:
 
 @contextmanager
 def recorded(vm: Guest, case: Case) -> Iterator[CrashPoints]:
+    disk: AttachedDisk | str = ROOT
     vm.shell(f"mkdir -p {FOLDER}")
-    if case.kind != ROOT:
-        vm.run([*MAKE[case.kind][1], DEVICE])
-        vm.shell(f"modprobe {case.kind}; mount {DEVICE} {FOLDER}")
+    if case.kind != ROOT:  # attached, because other hardware would need another preparation
+        size, make = MAKE[case.kind]
+        disk = vm.attach_disk(size=case.size or size)
+        vm.run([*make, disk.device])
+        vm.shell(f"modprobe {case.kind}; mount {disk.device} {FOLDER}")
     keep = case.start(vm)
-    with vm.crash_points(ROOT if case.kind == ROOT else "disk0") as cuts:
+    with vm.crash_points(disk) as cuts:
         for number in range(UPDATES):
             text = "BCDEFGHI"[number]
             keep(text)
@@ -263,8 +266,7 @@ def main() -> int:
         for name in options.cases or CASES:
             case = CASES[name]
             image = image_of(factory, case)
-            disks = [] if case.kind == ROOT else [case.size or MAKE[case.kind][0]]
-            with factory.boot(image, disks=disks) as vm, recorded(vm, case) as cuts:
+            with factory.boot(image) as vm, recorded(vm, case) as cuts:
                 report = searched(cuts, case, options.states)
             is_as_known = case.is_right == (report.broken == 0)
             wrong += not is_as_known
