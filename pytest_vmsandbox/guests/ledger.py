@@ -66,10 +66,12 @@ class Ledger:
     Attributes:
         recorded: the disks that are recorded for crash points now: name → told of the events of QEMU
             while the next recording began.
+        unrestored: what could not be restored when the guest answered again. A reader takes the lines out.
     """
 
     logs: Path | None
     recorded: dict[str, Callable[[range], None]] = field(default_factory=dict)
+    unrestored: list[str] = field(default_factory=list)
     _entries: list[Entry] = field(default_factory=list)
     _owed: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -113,14 +115,16 @@ class Ledger:
             self._owed.append(restore)
 
     def answered(self) -> None:
-        """The guest answers after a start."""
+        """The guest answers after a start. What cannot be restored is noted, and raises no error."""
         with self._lock:
             owed, self._owed = self._owed, []
         for restore in owed:
             try:
                 restore()
             except VMSandboxError as error:
-                self.note(f"the guest could not be restored: {error.brief}")
+                text = f"the guest could not be restored: {error.brief}"
+                self.unrestored.append(text)
+                self.note(text)
 
     def at_failure(self, is_cause: Callable[[BaseException], bool]) -> list[Entry]:
         """The faults that were in force when a test failed. This forgets those that are over.
@@ -143,7 +147,7 @@ class Ledger:
             entry.fault.switched_on(machine)
 
     def rolled_back(self, then: Collection[Entry]) -> None:
-        """A snapshot was restored, and the guest answers.
+        """A snapshot was restored, and the guest answers. What was owed to it since then is not any more.
 
         Args:
             then: the faults that were in force when the snapshot was taken.
@@ -151,6 +155,8 @@ class Ledger:
         Raises:
             VMSandboxError: a fault that is over came back, and could not be ended again.
         """
+        with self._lock:
+            self._owed.clear()
         for entry in reversed(dict.fromkeys([*then, *self.in_force])):
             entry.fault.rolled_back(was_in_force=entry in then)
 

@@ -142,6 +142,7 @@ class FaultsOfTests:
         for entry in found:
             cause = error if entry in in_force else entry.error
             self._met.append(_Met(_line(guest, entry, why), cause))
+        self._tell_unrestored(item, guest)
 
     def shown(self) -> list[str]:
         """The lines for the report of the failure. They are returned once."""
@@ -168,6 +169,7 @@ class FaultsOfTests:
                         )
                     else:
                         self._speaker.tell(f"{left}, which was ended: {entry.text}")
+            self._tell_unrestored(item, guest)
             ledger.at_failure(lambda _: False)  # nothing that is over counts for other tests
         self._lasting &= self._in_force()
 
@@ -179,6 +181,12 @@ class FaultsOfTests:
     def _of_test(self, ledger: Ledger) -> list[Entry]:
         """The faults in force that end with the test."""
         return [entry for entry in ledger.in_force if entry not in self._lasting]
+
+    def _tell_unrestored(self, item: pytest.Item, guest: Guest) -> None:
+        """Let the run fail if a fault was over that has left something in a guest."""
+        unrestored = ledger_of(guest).unrestored
+        while unrestored:
+            self._speaker.tell_problem(f"{item.nodeid}: {guest.name}: {unrestored.pop(0)}")
 
     def _end_each(self, entries: list[Entry]) -> dict[Entry, str]:
         """End faults, the last one first. Returns why some could not be ended; empty for the others."""

@@ -141,6 +141,36 @@ def test_the_file_system_is_full(mounted):
         vm.faults.full("/mnt")
 
 
+@shared
+def test_a_full_file_system_is_found_wherever_it_is(mounted):
+    vm = mounted
+    vm.shell("mkdir -p '/a b'")
+    hide = "mount -t tmpfs -o size=4M none"
+    for path, meanwhile, then in (
+        ("/mnt", f"umount /mnt && mount {DISK} '/a b'", "true"),
+        ("/a b", "umount '/a b'", f"mount {DISK} /mnt"),
+        ("/mnt", f"{hide} /mnt", "umount /mnt"),
+        ("/mnt", f"mount --bind /mnt/lost+found '/a b' && umount /mnt && {hide} '/a b'", "true"),
+    ):
+        with vm.faults.full(path):
+            vm.shell(meanwhile)
+        vm.shell(then)
+        for left in "/mnt", "/a b":
+            assert "vmsandbox" not in vm.run(["ls", "-A", left]).stdout
+    vm.shell(f"umount '/a b' '/a b'; {hide} '/a b'; mount {DISK} /mnt")
+    with vm.faults.full("/a b"):  # in memory: it is looked for, or gone
+        vm.shell("mkdir -p /b && mount --bind '/a b' /b && umount '/a b'")
+    assert vm.run(["ls", "-A", "/b"]).stdout == ""
+    with vm.faults.full("/b"):
+        vm.shell(f"umount /b && {hide} '/a b'")
+    hidden = vm.faults.full("/a b")
+    vm.shell(f"{hide} '/a b'")
+    with pytest.raises(CommandError, match="cannot be removed") as caught:
+        hidden.end()
+    assert "another one is mounted over it" in caught.value.details
+    vm.shell("umount '/a b' '/a b'")
+
+
 @own
 @pytest.mark.origins("cloned")
 def test_with_snapshots_and_power_cuts(vm):
@@ -175,6 +205,10 @@ def test_with_snapshots_and_power_cuts(vm):
     assert failing(vm) == set()
 
     vm.shell(f"mkfs.ext4 -q {DISK} && mount {DISK} /mnt")
+    full = vm.faults.full("/mnt")
+    with vm.snapshot():
+        full.end()
+    assert vm.shell("ls -A /mnt").stdout == "lost+found\n"  # it was ended once more
     full = vm.faults.full("/mnt")
     vm.power_cut()
     vm.power_on()

@@ -286,6 +286,31 @@ class TestSharedGuests:
         )
         assert line.endswith("which could not be ended: stays: QEMU refuses: stays")
 
+    def test_what_is_left_of_one_that_is_over_fails_the_run(self, shown, suite):
+        source = """
+            import pytest
+
+            from pytest_vmsandbox import ConfigError
+
+            def answers(vm):
+                def restore(): raise ConfigError("it is full", remedy="none")
+                vm.machines.faults.owes(restore)
+                vm.machines.faults.answered()
+
+            @pytest.mark.vm(isolation="session")
+            def test_a(vm): answers(vm)
+            @pytest.mark.vm(isolation="session")
+            def test_b(vm): pass
+            def test_c(vm_factory):
+                with vm_factory.boot("alpha-2") as vm: answers(vm)
+        """
+        shown(source, passed=3)
+        assert suite.result.ret == pytest.ExitCode.TESTS_FAILED
+        assert told(suite) == [
+            f"vmsandbox: test_suite.py::test_{test}: {guest}: the guest could not be restored: it is full"
+            for test, guest in (("a[alpha-1]", "alpha-1-1"), ("c", "alpha-2-2"))
+        ]
+
     def test_of_a_fixture_of_a_wider_scope_stays(self, shown, suite):
         source = """
             import pytest

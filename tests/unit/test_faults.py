@@ -206,6 +206,33 @@ class TestRollback:
         assert not fault._thread.is_alive()
 
 
+class TestOwed:
+    """A fault has ended while the guest was off."""
+
+    @pytest.fixture
+    def owed(self, ledger):
+        done = []
+
+        def restore():
+            done.append("tried")
+            raise ConfigError("no room", remedy="make some")
+
+        ledger.owes(restore)
+        return done
+
+    def test_what_cannot_be_restored_is_told(self, ledger, owed):
+        assert ledger.unrestored == []
+        ledger.answered()
+        assert ledger.unrestored == ["the guest could not be restored: no room"]
+        ledger.answered()
+        assert owed == ["tried"]
+
+    def test_nothing_is_owed_to_the_past(self, ledger, owed):
+        ledger.rolled_back([])
+        ledger.answered()
+        assert owed == []
+
+
 def test_a_preparation_may_not_leave_any(engine, ledger):
     ledger.refuse_left()
     with FakeFault(engine).begin():

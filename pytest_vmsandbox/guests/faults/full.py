@@ -5,23 +5,55 @@ from __future__ import annotations
 import os
 import secrets
 
-from pytest_vmsandbox.core.errors import CommandError, CommandResult, ConfigError, GuestLost
+from pytest_vmsandbox.core.errors import (
+    CommandError,
+    CommandResult,
+    ConfigError,
+    GuestLost,
+    VMSandboxError,
+)
 from pytest_vmsandbox.core.spec import format_size, parse_size
 from pytest_vmsandbox.guests.commands import Command, StrPath, text_of
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
 
 _NO_PATH, _NO_LIMIT = 44, 45  # exit statuses of the script
-# Prints the top folder of the file system that has the path $1, and its device.
-_PLACE = r"""
+# Calls `seen` for each mount: its device number as `stat` shows it, its root in the file system, its mount point, its
+# type and its source. In the kernel's list, a space is \040, and so on.
+_MOUNTS = r"""
+mounts() {
+    set -f
+    while read -r _ _ number root point rest; do
+        set -- ${rest##* - }
+        number=$((${number%:*} << 8 | ${number#*:} & 255 | (${number#*:} & ~255) << 12))
+        seen "$number" "$(plain "$root")" "$(plain "$point")" "$1" "$2"
+    done </proc/self/mountinfo
+}
+plain() {
+    case $1 in *\\*) printf "$(printf %s "$1" | sed s/%/%%/g)" ;; *) printf %s "$1" ;; esac
+}
+boot=$(cat /proc/sys/kernel/random/boot_id)
+"""
+# Prints where the file system is that has the path $1, a line each: its top folder, its device, the place of that
+# folder in it, its type, its device number, and the guest's boot.
+_PLACE = (
+    _MOUNTS
+    + r"""
 [ -e "$1" ] || exit 44
 if [ -d "$1" ]; then cd -P -- "$1"; else cd -P -- "$(dirname -- "$1")"; fi || exit
-while [ "$(pwd -P)" != / ] && [ "$(stat -c %d ..)" = "$(stat -c %d .)" ]; do cd -P ..; done
-pwd -P
-here=$(pwd -P) device=
-while read -r source point _; do [ "$point" != "$here" ] || device=$source; done </proc/mounts
-echo "$device"
+number=$(stat -c %d .)
+while [ "$(pwd -P)" != / ] && [ "$(stat -c %d ..)" = "$number" ]; do cd -P ..; done
+here=$(pwd -P) known=$number longest=0 device='' inner='' kind=''
+seen() {
+    case $here/ in "${3%/}"/*) ;; *) return ;; esac
+    [ "$1" = "$known" ] || [ "$4" = btrfs ] || return
+    [ ${#3} -ge "$longest" ] || return
+    longest=${#3} device=$5 inner=${2%/}${here#"${3%/}"} kind=$4
+}
+mounts
+printf '%s\n' "$here" "$device" "$inner" "$kind" "$known" "$boot"
 """
+)
 # Fills the file system with the top folder $1 with files whose names begin with $2, until only $3 bytes are left in
 # it. `fallocate` writes no data, but does not work everywhere. What is left to a file system after that, `dd` takes.
 _FILL = r"""
@@ -43,19 +75,37 @@ for block in 65536 4096 512; do dd if=/dev/zero bs=$block 2>/dev/null >>"$1"; do
 rm -f "$1.left"
 sync
 """
-# Removes the files $1: from the folder $2, or, if they are not there, from the device $3, unless it is
-# mounted elsewhere.
-_EMPTY = r"""
-[ ! -e "$2/$1" ] || exec rm -f -- "$2/$1" "$2/$1.left"
-[ -b "$3" ] || exit 0
-while read -r source _; do [ "$source" != "$3" ] || exit 0; done </proc/mounts
-folder=$(mktemp -d) || exit
-if mount "$3" "$folder" 2>/dev/null; then
-    rm -f -- "$folder/$1" "$folder/$1.left"
-    umount "$folder"
+# Removes the files $1 from a file system of which _PLACE has told the rest. If they are not where they were, the device
+# is mounted once more. A file system without a device is looked for; one in memory is gone with its last mount.
+_EMPTY = (
+    _MOUNTS
+    + r"""
+name=$1 folder=$2 device=$3 inner=${4%/} kind=$5 known=$6
+removed() { rm -f -- "$1/$name" "$1/$name.left"; }
+if [ -e "$folder/$name" ]; then removed "$folder"; exit; fi
+if [ -b "$device" ]; then
+    own=/run/$name options=rw
+    [ "$kind" != btrfs ] || options=subvolid=5
+    mkdir -p "$own" || exit
+    mount -o "$options" "$device" "$own" && { removed "$own$inner"; status=$?; umount "$own"; }
+    rmdir "$own" || exit
+    exit "${status:-1}"
 fi
-rmdir "$folder"
+case $kind in tmpfs | ramfs | rootfs) lasts=; [ "$boot" = "$7" ] || exit 0 ;; *) lasts=1 ;; esac
+found=
+seen() {
+    [ "$1" = "$known" ] || return
+    case $inner/ in "${2%/}"/*) ;; *) return ;; esac
+    at=${3%/}${inner#"${2%/}"} lasts=1
+    [ "$(stat -c %d "$at/" 2>/dev/null)" != "$known" ] || { removed "$at" && found=1; }
+}
+mounts
+if [ -n "$lasts" ] && [ -z "$found" ]; then
+    echo "its file system is not mounted, or another one is mounted over it" >&2
+    exit 1
+fi
 """
+)
 
 
 class FullFaults:
@@ -66,9 +116,9 @@ class FullFaults:
     def full(self, path: StrPath = "/", *, left: str | int = 0) -> Fault:
         """Fill a file system in the guest. Programs get ENOSPC when they write, those of root too.
 
-        A hidden file in the top folder of the file system takes the room. At the end it is removed. It stays
-        when the guest reboots, or is switched off and on, unless the file system is in
-        memory. Room that others give back later is not taken.
+        A hidden file in the top folder of the file system takes the room. At the end it is removed, also if
+        the file system was unmounted meanwhile. It stays when the guest reboots, or is switched off and on,
+        unless the file system is in memory. Room that others give back later is not taken.
 
         Args:
             path: any file or folder in the file system.
@@ -80,7 +130,8 @@ class FullFaults:
 
         Raises:
             ConfigError: there is no such path, or its file system has no size.
-            CommandError: the file system cannot be filled, for instance because it is read-only.
+            CommandError: the file system cannot be filled, for instance because it is read-only. At the end:
+                the file cannot be removed.
 
         Example::
 
@@ -101,13 +152,18 @@ class _Full(Fault):
         super().__init__(engine, f"file system with {path}: {room}")
         self._path, self._left = path, left
         self._name = f".vmsandbox-full-{secrets.token_hex(4)}"
-        self._folder = self._device = ""
+        self._folder = ""
+        self._place: list[str] = []  # what else there is to know to find it again
 
     def _start(self) -> None:
         result = self._run(_PLACE, self._path)
         if result.returncode == 0:
-            self._folder, self._device = result.stdout.splitlines()
-            result = self._run(_FILL, self._folder, self._name, str(self._left))
+            self._folder, *self._place = result.stdout[:-1].split("\n")
+            try:
+                result = self._run(_FILL, self._folder, self._name, str(self._left))
+            except VMSandboxError:
+                self._stop()
+                raise
         if result.returncode == _NO_PATH:
             raise ConfigError(
                 f"there is no {self._path} in {self._engine.name}, so its file system cannot be filled",
@@ -134,12 +190,13 @@ class _Full(Fault):
     def _restore(self) -> None:
         if not self._folder:  # Ctrl-C came before anything was filled
             return
-        result = self._run(_EMPTY, self._name, self._folder, self._device)
+        result = self._run(_EMPTY, self._name, self._folder, *self._place)
         if result.returncode != 0:
             raise CommandError(
                 f"{self._folder}/{self._name} in {self._engine.name} cannot be removed",
                 result=result,
-                remedy="remove it in the guest to get the room back",
+                remedy="end the fault while its file system is mounted, or at least its disk is there. To get the "
+                "room back, remove the file in the guest",
             )
 
     def _run(self, script: str, *arguments: str) -> CommandResult[str]:
