@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -375,7 +376,7 @@ class TestFailures:
         assert "torn" not in subtests.raised[0][1].details
 
 
-class Engine:
+class Here:
     """Runs scripts on this host, and has one disk."""
 
     name = "guest"
@@ -398,14 +399,22 @@ class Engine:
         return nullcontext()
 
 
+def engine(answer=None) -> Any:
+    return Here(answer)
+
+
+def namespace(**names: object) -> Any:
+    return SimpleNamespace(**names)
+
+
 class TestFreeing:
     def test_a_disk_that_is_gone(self):
         with pytest.raises(ConfigError, match=r"'disk1' is gone.*snapshot\(\)"):
-            freeing.release(Engine(), "disk1", Place(("/dev/vdb",)))
+            freeing.release(engine(), "disk1", Place(("/dev/vdb",)))
 
     def test_a_disk_with_another_name(self):
         with pytest.raises(ConfigError, match="was /dev/vdb .* and is /dev/vdc now"):
-            freeing.release(Engine(b"/dev/vdc\n\n"), "disk0", Place(("/dev/vdb",)))
+            freeing.release(engine(b"/dev/vdc\n\n"), "disk0", Place(("/dev/vdb",)))
 
     @pytest.mark.parametrize("folder", ["/mnt/a b", "/mnt/tab\there", "/mnt/back\\040slash"])
     def test_folders_with_odd_names(self, folder):
@@ -438,16 +447,16 @@ class TestFreeing:
         place = Place((str(device),))
         with (tmp_path / "base").open("w+b", buffering=0) as base:
             base.write(before)
-            builder = SimpleNamespace(file=base, history=history)
-            freeing.compare(Engine(), place, ":", builder, State(3))
+            builder = namespace(file=base, history=history)
+            freeing.compare(engine(), place, ":", builder, State(3))
             base.seek(2 * 4096 + 8191)  # the last byte of the last write
             base.write(b"x")
             with pytest.raises(ConfigError, match="does not see the state 3"):
-                freeing.compare(Engine(), place, ":", builder, State(3))
+                freeing.compare(engine(), place, ":", builder, State(3))
 
     def test_places_far_away_are_compared(self):
         history = History([Entry(number, "write", number << 20, 4096, 0) for number in range(99)])
-        samples = freeing._samples(SimpleNamespace(history=history))
+        samples = freeing._samples(namespace(history=history))
         assert samples[0] == (0, 16)
         assert samples[-1] == (98 << 8, 1)
         assert len(samples) < 20
@@ -455,8 +464,8 @@ class TestFreeing:
 
 class TestNested:
     def test_what_is_nested_is_refused(self, tmp_path):
-        cuts = crash_points.CrashPoints(Engine(), "disk0", 0)
-        cuts._recorder, cuts._place = SimpleNamespace(), NOTHING
+        cuts = crash_points.CrashPoints(engine(), "disk0", 0)
+        cuts._recorder, cuts._place = namespace(), NOTHING
         with cuts._opened():
             for use in (
                 lambda: cuts.check(["true"]),

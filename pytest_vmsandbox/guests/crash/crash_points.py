@@ -153,7 +153,8 @@ class CrashPoints:
         Raises:
             CrashPointError: a state breaks the promise. The error has the report. Or the check fails
                 without any power cut.
-            ConfigError: the checker cannot run in the guest, or the disk cannot be unmounted.
+            ConfigError: the checker cannot run in the guest, the disk cannot be freed, as of a loop device, or
+                this is called in a block of `state`.
         """
         with self._engine.explained():
             seconds = self._engine.stretch(_STATE_SECONDS)
