@@ -67,11 +67,13 @@ class Ledger:
         recorded: the disks that are recorded for crash points now: name → told of the events of QEMU
             while the next recording began.
         unrestored: what could not be restored when the guest answered again. A reader takes the lines out.
+        shows_states: whether crash points use the guest or a recording now.
     """
 
     logs: Path | None
     recorded: dict[str, Callable[[range], None]] = field(default_factory=dict)
     unrestored: list[str] = field(default_factory=list)
+    shows_states: bool = False
     _entries: list[Entry] = field(default_factory=list)
     _owed: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -59,6 +59,9 @@ class TestPrograms:
     def test_what_is_wrong_is_found(self, vm, tmp_path):
         mount(vm, "/dev/vda")
         vm.popen(["sh", "-c", f"exec 3<{FOLDER}/; sleep 1000"])  # it is in the way
+        # It keeps the file system of before, so all states would look like that.
+        vm.popen(["unshare", "-m", "sh", "-c", "echo >/root/unshared; sleep 1000"])
+        vm.shell("until test -e /root/unshared; do sleep 0.1; done", timeout=60)
         cuts = record(vm, WRONG)
         error = failure_of(cuts, ["sh", "-c", CHECK])
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox import CrashPointError
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
-from pytest_vmsandbox.guests.crash import checker, crash_points, mounts
+from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts
 from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
@@ -325,7 +328,8 @@ class TestResident:
         assert __file__ in more[0]
 
     def test_programs(self, tmp_path):
-        script = 'case $VMSANDBOX_ACKNOWLEDGED in *no*) echo "bad $VMSANDBOX_FOLDER"; exit 3 ;; esac; cat'
+        # Nothing is left of the output's file. /dev/shm is memory of this host.
+        script = 'test ! -e /dev/shm/vmsandbox-check.$PPID || exit 9; case $VMSANDBOX_ACKNOWLEDGED in *no*) echo "bad $VMSANDBOX_FOLDER"; exit 3 ;; esac; cat'
         answers = ask(["/bin/sh", "-c", script], [["yes"], ["no"], ["yes"]], tmp_path)
         assert answers == [
             ("ready", ""),
@@ -370,3 +374,107 @@ class TestFailures:
         crash_points._raise_failures(self.report(), subtests)
         assert [msg for msg, _ in subtests.raised] == ["lost", "torn"]
         assert "torn" not in subtests.raised[0][1].details
+
+
+class Here:
+    """Runs scripts on this host, and has one disk."""
+
+    name = "guest"
+
+    def __init__(self, answer=None):
+        self.answer = answer
+        self.machines = SimpleNamespace(
+            disk_names=lambda: ["disk0"], faults=SimpleNamespace(shows_states=False)
+        )
+
+    def run(self, command):
+        if self.answer is not None:
+            return SimpleNamespace(stdout=self.answer, stderr=b"", returncode=0)
+        return subprocess.run(command.argv, capture_output=True, check=False)
+
+    def stretch(self, seconds):
+        return seconds
+
+    def explained(self):
+        return nullcontext()
+
+
+def engine(answer=None) -> Any:
+    return Here(answer)
+
+
+def namespace(**names: object) -> Any:
+    return SimpleNamespace(**names)
+
+
+class TestFreeing:
+    def test_a_disk_that_is_gone(self):
+        with pytest.raises(ConfigError, match=r"'disk1' is gone.*snapshot\(\)"):
+            freeing.release(engine(), "disk1", Place(("/dev/vdb",)))
+
+    def test_a_disk_with_another_name(self):
+        with pytest.raises(ConfigError, match="was /dev/vdb .* and is /dev/vdc now"):
+            freeing.release(engine(b"/dev/vdc\n\n"), "disk0", Place(("/dev/vdb",)))
+
+    @pytest.mark.parametrize("folder", ["/mnt/a b", "/mnt/tab\there", "/mnt/back\\040slash"])
+    def test_folders_with_odd_names(self, folder):
+        assert mounts._plain(mounts.escaped(folder)) == folder
+        assert not set(mounts.escaped(folder)) & set(" \t\n")
+
+    def test_what_uses_files_is_killed(self, tmp_path):
+        folder = tmp_path / "a b"
+        folder.mkdir()
+        others = tmp_path / "a b c"
+        others.mkdir()
+        inside, outside = (
+            subprocess.Popen(["sleep", "1000"], cwd=place) for place in (folder, others)
+        )
+        script = f'{freeing.FUNCTIONS}leave "$@"'
+        try:
+            subprocess.run(["/bin/sh", "-c", script, "sh", folder], check=True)
+            assert inside.wait(60) == -signal.SIGKILL
+            assert outside.poll() is None
+        finally:
+            for process in (inside, outside):
+                process.kill()
+                process.wait()
+
+    def test_a_guest_that_sees_another_state_is_an_error(self, tmp_path):
+        before = bytes(range(256)) * 512
+        device = tmp_path / "device"
+        device.write_bytes(before)
+        history = History(entries("write", "flush", "write"))
+        place = Place((str(device),))
+        with (tmp_path / "base").open("w+b", buffering=0) as base:
+            base.write(before)
+            builder = namespace(file=base, history=history)
+            freeing.compare(engine(), place, ":", builder, State(3))
+            base.seek(2 * 4096 + 8191)  # the last byte of the last write
+            base.write(b"x")
+            with pytest.raises(ConfigError, match="does not see the state 3"):
+                freeing.compare(engine(), place, ":", builder, State(3))
+
+    def test_places_far_away_are_compared(self):
+        history = History([Entry(number, "write", number << 20, 4096, 0) for number in range(99)])
+        samples = freeing._samples(namespace(history=history))
+        assert samples[0] == (0, 16)
+        assert samples[-1] == (98 << 8, 1)
+        assert len(samples) < 20
+
+
+class TestNested:
+    def test_what_is_nested_is_refused(self, tmp_path):
+        cuts = crash_points.CrashPoints(engine(), "disk0", 0)
+        cuts._recorder, cuts._place = namespace(), NOTHING
+        with cuts._opened():
+            for use in (
+                lambda: cuts.check(["true"]),
+                lambda: cuts.check(["true"], boot=True),
+                lambda: cuts.write_state("0", tmp_path / "disk.raw"),
+                lambda: cuts.state("0").__enter__(),
+                crash_points.CrashPoints(cuts._engine, "disk0", 0).__enter__,
+            ):
+                with pytest.raises(ConfigError, match="used already"):
+                    use()
+        with cuts._opened():  # that has ended
+            pass

@@ -48,12 +48,13 @@ class Builder:
     Attributes:
         file: has the content of the state. Nobody else may write to it.
         size: bytes of the disk.
+        history: of the recording.
     """
 
     def __init__(self, base: IO[bytes], log: IO[bytes], history: History, folder: Path) -> None:
         self.file = base
         self.size = os.fstat(base.fileno()).st_size
-        self._log, self._history = log, history
+        self._log, self.history = log, history
         self._past = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # see __exit__
         self._steps: list[_Step] = []
         self._durable = 0  # how many steps are for durable entries: one for each
@@ -73,14 +74,14 @@ class Builder:
             ConfigError: no power cut in this recording leaves that state.
             CacheError: the disk with the cache is full.
         """
-        self._history.check(state)
-        floor = self._history.floor(state.point)
+        self.history.check(state)
+        floor = self.history.floor(state.point)
         with _explained():
             self._undo(min(floor, self._durable))
-            for entry in self._history.entries[len(self._steps) : floor]:
+            for entry in self.history.entries[len(self._steps) : floor]:
                 self._do(Extent(entry.offset, entry.length, entry.data))
             self._durable = floor
-            for extent in self._history.extents(state):
+            for extent in self.history.extents(state):
                 self._do(extent)
         yield
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests.commands import Command, StrPath, command
-from pytest_vmsandbox.guests.crash.mounts import LEAVE, Place
+from pytest_vmsandbox.guests.crash.freeing import FUNCTIONS
+from pytest_vmsandbox.guests.crash.mounts import Place, escaped
 
 CheckFunction = Callable[[Path, list[Any]], object]
 Check = CheckFunction | Sequence[StrPath]
@@ -29,9 +30,7 @@ _GIVEN = {"__name__", "__builtins__"}  # what the source finds beside the builti
 
 # Runs a program for each line that it reads, as resident.py does it with a function. $@: the program.
 _SHELL = r"""
-leave() {{
-{leave}
-}}
+{functions}
 drop() {{
     {drop}
 }}
@@ -53,25 +52,27 @@ umask 077
 output=/dev/shm/vmsandbox-check.$$
 : >"$output" 2>/dev/null || output=/tmp/vmsandbox-check.$$
 : >"$output" || exit 1
-trap 'rm -f "$output"' EXIT
-exec 3<&0 4>&1 </dev/null >/dev/null 2>&1
+exec 3<&0 4>&1 5<>"$output" </dev/null >/dev/null 2>&1
+rm "$output"  # nothing is left of it, however this ends
+output=/proc/$$/fd/5
 export VMSANDBOX_ACKNOWLEDGED VMSANDBOX_FOLDER={folder}
 answer ready
 while IFS= read -r VMSANDBOX_ACKNOWLEDGED <&3; do
     word=ok
     drop
     if mount_all >"$output" 2>&1; then
-        (cd {cwd} && exec 3<&- 4>&- && exec "$@") >"$output" 2>&1
+        (cd {cwd} && exec 3<&- 4>&- 5<&- && exec "$@") >"$output" 2>&1
         status=$?
         [ $status = 0 ] || word=broken-$status
     else
         word=unmountable
     fi
     n=0
-    until unmount_all; do
+    until unmount_all && [ -z "$(held {devices})" ]; do
         n=$((n + 1))
         [ $n -lt 10 ] || {{ word=busy; break; }}
-        leave {folders}
+        leave {folders} {devices}
+        ! unmount_all || expel {devices}
         sleep 0.1
     done
     answer "$word"
@@ -151,11 +152,11 @@ def mount_script(place: Place) -> str:
 def _shell_script(place: Place) -> str:
     quoted = shlex.quote
     unmounts = [
-        f"! grep -qF {quoted(f' {it.folder} ')} /proc/self/mountinfo || umount {quoted(it.folder)}"
+        f"! grep -qF {quoted(f' {escaped(it.folder)} ')} /proc/self/mountinfo || umount {quoted(it.folder)}"
         for it in reversed(place.mounts)
     ]
     return _SHELL.format(
-        leave=LEAVE,
+        functions=FUNCTIONS,
         drop=drop_script(place),
         mount=mount_script(place),
         unmount=" && ".join(f"{{ {it}; }}" for it in unmounts) or ":",
@@ -163,6 +164,7 @@ def _shell_script(place: Place) -> str:
         folder=quoted(place.folder),
         cwd=quoted("/" if place.folder in place.devices else place.folder),
         folders=shlex.join(it.folder for it in place.mounts),
+        devices=shlex.join(place.devices),
     )
 
 
@@ -185,7 +187,7 @@ def _function(check: Callable[..., object], place: Place) -> Program:
         "folder": place.folder,
         "devices": place.devices,
         "mounts": [[it.source, it.folder, it.kind, it.options] for it in place.mounts],
-        "leave": LEAVE,
+        "functions": FUNCTIONS,
     }
     argv = ("python3", "-I", "-c", _resident())
     return Program(

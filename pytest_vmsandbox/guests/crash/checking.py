@@ -24,7 +24,8 @@ from pytest_vmsandbox.guests.crash.conversation import (
     Verdict,
     conversation,
 )
-from pytest_vmsandbox.guests.crash.mounts import Place, release
+from pytest_vmsandbox.guests.crash.freeing import compare, release
+from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Saved
@@ -58,6 +59,8 @@ class Bench:
         self._talk: Conversation | None = None
         self._shown: Filter | None = None
         self._stack = ExitStack()
+        # These differ in all that was written. If the guest sees both, it sees those between.
+        self._unseen = {State(0), State(len(builder.history.entries))}
 
     def __enter__(self) -> Self:
         refuse_faults(self._engine)
@@ -80,7 +83,7 @@ class Bench:
 
     def _begin(self) -> Conversation:
         """Free the disk, and start the check."""
-        release(self._engine, self._place)
+        release(self._engine, self._disk, self._place)
         self._talk = self._stack.enter_context(conversation(self._engine, self._check))
         return self._talk
 
@@ -98,6 +101,10 @@ class Bench:
             talk = self._talk or self._begin()
             try:
                 self._show()
+                if state in self._unseen:
+                    drop = checker.drop_script(self._place)
+                    compare(self._engine, self._place, drop, self._builder, state)
+                    self._unseen.remove(state)
                 return talk.ask(line, self._seconds)
             except Unusable as broken:
                 self._end()
@@ -176,10 +183,11 @@ def mounted(
     refuse_root(disk, place)
     saved = engine.save()
     try:
-        release(engine, place)
+        release(engine, disk, place)
         with builder.state(state):
             with shown(builder, engine) as content, engine.use() as running:
                 running.machine.drives.insert(disk, content)
+            compare(engine, place, checker.drop_script(place), builder, state)
             _mount(engine, place, state)
             yield place.folder
     finally:

@@ -66,6 +66,7 @@ class CrashPoints:
                 remedy="make another one: with vm.crash_points(…) as cuts:",
             )
         with self._engine.explained():
+            _refuse_nested(self._engine)
             self._recording = recorded(self._engine, self._disk)
             self._recorder = self._recording.__enter__()
         return self
@@ -152,7 +153,8 @@ class CrashPoints:
         Raises:
             CrashPointError: a state breaks the promise. The error has the report. Or the check fails
                 without any power cut.
-            ConfigError: the checker cannot run in the guest, or the disk cannot be unmounted.
+            ConfigError: the checker cannot run in the guest, the disk cannot be freed, as of a loop device, or
+                this is called in a block of `state`.
         """
         with self._engine.explained():
             seconds = self._engine.stretch(_STATE_SECONDS)
@@ -169,8 +171,7 @@ class CrashPoints:
 
     def _mounted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
         """Try states in the running guest."""
-        recorder, place = self._recorded()
-        with self._builder(recorder) as builder:
+        with self._opened() as (recorder, place), self._builder(recorder) as builder:
             program = checker.program(check, place)
             with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
                 report = self._searched(recorder, bench, chosen, _TRIES)
@@ -179,10 +180,10 @@ class CrashPoints:
 
     def _booted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
         """Boot the guest for each state."""
-        recorder, place = self._recorded()
-        program = checker.program(check, Place(folder=_booted_folder(place)))
-        with Boots(self._engine, recorder, program, seconds) as bench:
-            return self._searched(recorder, bench, chosen, _BOOT_TRIES)
+        with self._opened() as (recorder, place):
+            program = checker.program(check, Place(folder=_booted_folder(place)))
+            with Boots(self._engine, recorder, program, seconds) as bench:
+                return self._searched(recorder, bench, chosen, _BOOT_TRIES)
 
     def _searched(
         self, recorder: Recorder, bench: Looks, chosen: Chosen, tries: int
@@ -229,8 +230,7 @@ class CrashPoints:
             with cuts.state("41-38") as folder:
                 print(vm.run(["ls", "-l", folder]).stdout)
         """
-        with self._engine.explained():
-            recorder, place = self._recorded()
+        with self._engine.explained(), self._opened() as (recorder, place):
             state = _named(recorder, name)
             if boot:
                 with booted(self._engine, recorder, state):
@@ -253,23 +253,32 @@ class CrashPoints:
             ConfigError: no power cut in this recording leaves such a state.
             OSError: ``path`` cannot be written.
         """
-        with self._engine.explained():
-            recorder, _ = self._recorded()
-            with self._builder(recorder) as builder:
-                builder.write(_named(recorder, name), Path(path))
+        with (
+            self._engine.explained(),
+            self._opened() as (recorder, _),
+            self._builder(recorder) as builder,
+        ):
+            builder.write(_named(recorder, name), Path(path))
 
-    def _recorded(self) -> tuple[Recorder, Place]:
-        """The recording, and where the disk was.
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Recorder, Place]]:
+        """The recording, and where the disk was. Nobody else can use crash points of the guest meanwhile.
 
         Raises:
-            ConfigError: it is not complete.
+            ConfigError: it is not complete, or somebody else does.
         """
         if self._recorder is None or self._place is None:
             raise ConfigError(
                 "there is no complete recording yet",
                 remedy="call this after the block: with vm.crash_points(…) as cuts:",
             )
-        return self._recorder, self._place
+        _refuse_nested(self._engine)
+        ledger = self._engine.machines.faults
+        ledger.shows_states = True
+        try:
+            yield self._recorder, self._place
+        finally:
+            ledger.shows_states = False
 
     def _builder(self, recorder: Recorder) -> Builder:
         folder = self._engine.machines.hypervisor.cache
@@ -345,6 +354,19 @@ def _error(report: CrashReport, failures: Sequence[CrashFailure]) -> CrashPointE
         "after a rename",
         report=report,
     )
+
+
+def _refuse_nested(engine: Engine) -> None:
+    """Refuse crash points in a block or a call that shows a state: it would see that state's disk.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if engine.machines.faults.shows_states:
+        raise ConfigError(
+            f"crash points of {engine.name} are used already: by a block of state(), or by another thread",
+            remedy="let that end before",
+        )
 
 
 def _named(recorder: Recorder, name: str) -> State:

@@ -1,4 +1,4 @@
-"""Where a disk is mounted in a guest, and how it is unmounted although programs use it."""
+"""Where a disk is mounted in a guest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.plugging import FIND_DISK
@@ -25,49 +24,6 @@ cat /proc/self/mountinfo
 """
 )
 
-# Kills what uses files below some places. $@: folders and devices.
-LEAVE = r"""
-{
-    ls -l /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/exe /proc/[0-9]*/fd/* 2>/dev/null |
-        while IFS= read -r line; do
-            for place; do
-                case "$line " in
-                *" -> $place "* | *" -> $place/"*) line=${line#* /proc/}; echo "${line%%/*}" ;;
-                esac
-            done
-        done
-    for place; do grep -lF " $place/" /proc/[0-9]*/maps 2>/dev/null; done | sed 's|^/proc/||; s|/.*||'
-} | while read -r number; do
-    [ "$number" = $$ ] || [ "$number" = 1 ] || kill -9 "$number" 2>/dev/null
-done
-"""
-
-# Unmounts folders, although programs use them, and prints those that stay busy. $1: how many there are; then they, and devices.
-_UNMOUNT = (
-    r"""
-leave() {
-"""
-    + LEAVE
-    + r"""
-}
-count=$1
-shift
-for try in 1 2 3 4 5 6 7 8 9 10; do
-    busy=
-    n=0
-    for folder; do
-        n=$((n + 1))
-        [ $n -le "$count" ] || break
-        umount "$folder" 2>/dev/null || ! grep -qF " $folder " /proc/self/mountinfo || busy="$busy $folder"
-    done
-    [ -n "$busy" ] || exit 0
-    leave "$@"
-    sleep 0.2
-done
-echo "$busy"
-exit 1
-"""
-)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -155,19 +111,6 @@ def _plain(word: str) -> str:
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), word)
 
 
-def release(engine: Engine, place: Place) -> None:
-    """Kill what uses a disk, and unmount it.
-
-    Raises:
-        ConfigError: something uses it nevertheless.
-    """
-    words = [str(len(place.folders)), *place.folders, *place.devices]
-    argv = ("/bin/sh", "-c", _UNMOUNT, "sh", *words)
-    done = engine.run(Command(argv=argv, user="root"))
-    if done.returncode:
-        busy = printable(done.stdout.decode(errors="replace")).strip()
-        raise ConfigError(
-            f"{engine.name} cannot unmount {busy or place.folder}: something uses it",
-            details=printable(done.stderr.decode(errors="replace")),
-            remedy="stop what uses the disk before check(): a swap file, a loop device, NFS, or a volume on it",
-        )
+def escaped(folder: str) -> str:
+    """A folder as the table of mounts has it."""
+    return re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", folder)

@@ -159,7 +159,27 @@ class Resident:
         for folder in reversed(mounted):
             if not self.unmounted(folder):
                 return "busy", found[1]
+        if not self.freed():
+            return "busy", found[1]
         return found
+
+    def freed(self) -> bool:
+        """Let nothing have the disk any more. Returns whether that worked."""
+        end = time.monotonic() + BUSY_SECONDS
+        for device in self.plan["devices"]:
+            while True:
+                try:
+                    os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+                    break
+                except OSError as error:
+                    if error.errno != errno.EBUSY or time.monotonic() > end:
+                        return False
+                self.shell('leave "$@"; expel "$@"', *self.plan["devices"])
+                time.sleep(0.02)
+        return True
+
+    def shell(self, command: str, *words: str) -> None:
+        subprocess.call(["/bin/sh", "-c", self.plan["functions"] + command, "sh", *words])
 
     def unmounted(self, folder: str) -> bool:
         """Unmount a folder, although programs use it. Returns whether that worked."""
@@ -172,7 +192,7 @@ class Resident:
                     return False
             else:
                 return True
-            subprocess.call(["/bin/sh", "-c", self.plan["leave"], "sh", folder])
+            self.shell('leave "$@"', folder)
             time.sleep(0.02)
 
     def judged(self, acknowledged: list[Any]) -> tuple[str, str]:
