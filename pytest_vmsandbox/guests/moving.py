@@ -63,7 +63,9 @@ def move(engine: Engine, qemu: Qemu) -> Move:
             _move(engine, running, spec, blueprint)
         except VMSandboxError:
             with suppress(VMSandboxError):  # the guest's clock has stood still
-                if not helper.lead.is_free:
+                if machine.execute("query-status")["status"] != "running":
+                    resume.from_pause(machine, helper)
+                elif not helper.lead.is_free:
                     resume.set_clock(helper)
             raise
         resume.from_pause(machine, helper)

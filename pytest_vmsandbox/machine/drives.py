@@ -15,7 +15,15 @@ from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.machine import cmdline
 from pytest_vmsandbox.machine.cmdline import Descriptors, PluggedDescriptors
 from pytest_vmsandbox.machine.disk import PluggedDisk
-from pytest_vmsandbox.machine.filters import Execute, Filter, Filters, delete_node, error_of, lend
+from pytest_vmsandbox.machine.filters import (
+    RECORDER,
+    Execute,
+    Filter,
+    Filters,
+    delete_node,
+    error_of,
+    lend,
+)
 from pytest_vmsandbox.machine.qmp import Event, Monitor
 
 _ASK_SECONDS = 5.0  # after which a guest is asked again: its reset may have lost the request
@@ -60,6 +68,7 @@ class Drives:
     _storage: dict[str, str] = field(default_factory=dict)  # the disks: name → block device
     _read_only: set[str] = field(default_factory=set)  # the names of those that are only read
     _plugged: dict[str, _Plugged] = field(default_factory=dict)
+    _waiting: dict[str, list[Filter]] = field(default_factory=dict)  # of disks that are not there
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _lock: threading.RLock = field(default_factory=threading.RLock)  # while they change
 
@@ -83,9 +92,15 @@ class Drives:
             ]
             self._note(disk, nodes)
 
-    def move(self, execute: Execute) -> None:
-        """Another machine has taken this QEMU over, and executes its commands from now on."""
+    def move(self, execute: Execute, former: Drives) -> None:
+        """Another machine has taken this QEMU over, and executes its commands from now on.
+
+        Args:
+            former: the block devices of its QEMU before.
+        """
         self.execute = self._filters.execute = execute
+        self._filters.follow(former._filters)
+        self.own |= former.own
 
     def errors(self) -> Iterator[Event]:
         """The events that tell that this host failed. What fails on purpose is not among them."""
@@ -96,7 +111,9 @@ class Drives:
     # -- filters ----------------------------------------------------------------------------------
 
     def insert(self, disk: str, new: Filter) -> None:
-        """Put a filter under a disk. If it is there already, or there is no such disk, nothing happens.
+        """Put a filter under a disk. If it is there already, nothing happens.
+
+        If there is no such disk, it waits until the disk is plugged in.
 
         Raises:
             MonitorError: QEMU cannot do it. Everything is as before then.
@@ -106,6 +123,8 @@ class Drives:
                 self._filters.insert(
                     disk, self._storage[disk], new, read_only=disk in self._read_only
                 )
+            elif new not in (waiting := self._waiting.setdefault(disk, [])):
+                waiting.append(new)
 
     def remove(self, disk: str, old: Filter) -> None:
         """Take a filter away from under a disk. If it is not there, nothing happens.
@@ -118,10 +137,29 @@ class Drives:
                 self._filters.remove(
                     disk, self._storage[disk], old, read_only=disk in self._read_only
                 )
+            elif old in (waiting := self._waiting.get(disk, [])):
+                waiting.remove(old)
 
     def has_failed(self, which: Filter) -> bool:
-        """Whether a filter has let a request fail already."""
-        return self._filters.has_failed(which)
+        """Whether a filter that lets a request fail once has done so already."""
+        with self._lock:
+            return self._filters.has_failed(which)
+
+    def count_failures(self) -> None:
+        """Note which filters have let a request fail. Call this before QEMU ends.
+
+        Raises:
+            MonitorError: QEMU does not tell.
+            GuestLost: QEMU is gone.
+        """
+        with self._lock:
+            self._filters.count()
+
+    @property
+    def fail_flushes(self) -> bool:
+        """Whether a filter lets flushes fail."""
+        with self._lock:
+            return self._filters.fail_flushes
 
     def make_savable(self) -> None:
         """Call this before a paused guest is saved or moved.
@@ -163,7 +201,7 @@ class Drives:
                     self._plugged[name].nodes.append((top, number))
 
     def plug(self, disk: PluggedDisk) -> None:
-        """Plug a disk into its root port. The guest finds it a moment later.
+        """Plug a disk into its root port, with its filters. The guest finds it a moment later.
 
         Raises:
             MonitorError: QEMU cannot do it.
@@ -192,9 +230,13 @@ class Drives:
                 ):  # it went with its block device, or with QEMU
                     self.execute("remove-fd", {"fdset-id": number})
             raise
+        for it in self._waiting.pop(disk.name, []):
+            self.insert(disk.name, it)
 
     def unplug(self, name: str, deadline: Deadline, check: Callable[[], None]) -> bool:
         """Ask the guest to let go of a disk, and pull it out.
+
+        Its filters wait for a disk of that name, but a recorder does not.
 
         Args:
             name: of the disk.
@@ -207,6 +249,7 @@ class Drives:
             MonitorError: QEMU cannot do it.
         """
         plugged, device = self._plugged[name], cmdline.disk_id(name)
+        self.count_failures()
         asked = Deadline(0)
         while not self.monitor.wait_event(
             "DEVICE_DELETED",
@@ -223,7 +266,8 @@ class Drives:
                 return False
         with self._lock:
             self._forget(name)
-            self._filters.forget(name)
+            filters = self._filters.forget(name)
+            self._waiting[name] = [it for it in filters if it.order > RECORDER]
             self._delete(plugged.nodes)
         return True
 

@@ -21,6 +21,11 @@ from pytest_vmsandbox.machine.qmp import Event, Monitor
 # Where a filter is: lower numbers are nearer to the storage. A recorder sees what reaches the storage.
 RECORDER, THROTTLE, ERRORS = range(3)
 
+# Kinds of requests → what QEMU calls them in its counters.
+KINDS: Mapping[str, str] = {"read": "rd", "write": "wr", "flush": "flush"}
+
+_KINDS_OF = {"read": {"read"}, "write": {"write", "flush"}}  # operation of an event → what it was
+
 _RELEASE_SECONDS, _RELEASE_POLL_SECONDS = 10.0, 0.01  # QEMU lets go of a disk a moment later
 
 
@@ -68,6 +73,8 @@ class Filter:
         files: open files that it needs. They are the caller's: QEMU gets descriptors of its own.
         reasons: what QEMU says of the errors that it makes on purpose, as `os.strerror` does. A filter
             without any never fails by itself, so its errors are this host's.
+        kinds: the requests that it lets fail: of `KINDS`.
+        once: whether only the first one of them fails.
         detached: called when the filter is taken away: nothing comes through it any more, and its block
             device is still there. QEMU flushes that once more when it deletes it.
     """
@@ -77,6 +84,8 @@ class Filter:
     object: Mapping[str, object] | None = None
     files: Sequence[IO[bytes]] = ()
     reasons: Collection[str] = ()
+    kinds: Collection[str] = ()
+    once: bool = False
     detached: Callable[[], None] = lambda: None
 
 
@@ -115,6 +124,14 @@ class Filters:
     # Each filter's block device, also those of the past → the filter and those below it.
     _through: dict[str, tuple[Filter, ...]] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _failed: set[Filter] = field(default_factory=set)  # those that fail once, and have
+    # Of each disk, when we have looked last: kind → requests that have failed.
+    _counts: dict[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def follow(self, former: Filters) -> None:
+        """The guest has moved here. Our events are also those of the QEMU before, which had other filters."""
+        self._through, self._failed = former._through, former._failed
+        self._numbers = former._numbers  # a name is never used again
 
     def insert(self, disk: str, storage: str, new: Filter, *, read_only: bool) -> None:
         """Put a filter into its place. If it is there already, nothing happens.
@@ -153,14 +170,16 @@ class Filters:
                 self._rebuild(disk, storage, rest, kept=kept, read_only=read_only)
                 self._release(held)
 
-    def forget(self, disk: str) -> None:
-        """Delete all filters of a disk that has no device any more."""
+    def forget(self, disk: str) -> list[Filter]:
+        """Delete all filters of a disk that has no device any more. Returns them, the lowest first."""
         layers = self._layers.pop(disk, [])
+        self._counts.pop(disk, None)
         for layer in layers:
             layer.held.filter.detached()
         for layer in reversed(layers):
             delete_node(self.execute, layer.node)
             self._release(layer.held)
+        return [layer.held.filter for layer in layers]
 
     def renew_failing(self, disk: str, storage: str, *, read_only: bool) -> None:
         """Make the block devices that fail on purpose again: they have nothing to flush then."""
@@ -174,12 +193,57 @@ class Filters:
             read_only=read_only,
         )
 
+    @property
+    def fail_flushes(self) -> bool:
+        """Whether a filter lets flushes fail."""
+        held = (layer.held for layers in self._layers.values() for layer in layers)
+        return any("flush" in it.filter.kinds for it in held)
+
     def has_failed(self, which: Filter) -> bool:
-        """Whether a filter has let a request fail already."""
-        return any(
-            reason in which.reasons and which in self._through.get(node, ())
-            for node, reason in map(error_of, self.monitor.events())
-        )
+        """Whether a filter that lets a request fail once has done so already."""
+        try:
+            self.count()
+        except (MonitorError, GuestLost):  # QEMU has ended: we know only what it has reported
+            return which in self._failed or any(
+                error_of(event)[1] in which.reasons
+                and which in self._through.get(error_of(event)[0], ())
+                and not _KINDS_OF[event["data"]["operation"]].isdisjoint(which.kinds)
+                for event in self.monitor.events()
+            )
+        return which in self._failed
+
+    def count(self) -> None:
+        """Note which filters have let a request fail. Call this before QEMU ends.
+
+        Since 10.0, QEMU reports at most one error a second of each disk, but its counters have them all.
+
+        Raises:
+            MonitorError: QEMU does not tell.
+            GuestLost: QEMU is gone.
+        """
+        for disk, layers in self._layers.items():
+            if any(layer.held.filter.once for layer in layers):
+                self._count(disk)
+
+    def _count(self, disk: str) -> None:
+        path = f"/{cmdline.disk_id(disk)}/"
+        for device in self.execute("query-blockstats", {}):
+            if path in device.get("qdev", ""):
+                self._note_failures(disk, device["stats"])
+
+    def _note_failures(self, disk: str, stats: Mapping[str, int]) -> None:
+        before = self._counts.get(disk, {})
+        now = {kind: stats[f"failed_{name}_operations"] for kind, name in KINDS.items()}
+        self._counts[disk] = now
+        filters = [layer.held.filter for layer in self._layers.get(disk, [])]
+        for kind in KINDS:
+            left = now[kind] - before.get(kind, 0)
+            for which in reversed(filters):  # a request meets the highest one first
+                if kind in which.kinds and which not in self._failed:
+                    if left <= 0 or not which.once:
+                        break
+                    left -= 1
+                    self._failed.update(it for it in filters if _is_like(it, which))
 
     def hides_failure(self, event: Event) -> bool:
         """Whether this host failed below a filter: an error that no filter has made on purpose."""
@@ -202,7 +266,10 @@ class Filters:
         with suppress(MonitorError):  # an older QEMU has no such command
             self.execute("blockdev-set-active", {"active": True})
         top = below[-1].node if below else storage
+        fails_once = any(held.filter.once for held in (*wanted, *(it.held for it in layers)))
         try:
+            if fails_once:
+                self._count(disk)
             for held in wanted[kept:]:
                 fresh.append(self._made(held, top, read_only=read_only))
                 top = fresh[-1].node
@@ -214,6 +281,9 @@ class Filters:
                 for layer in reversed(fresh):
                     delete_node(self.execute, layer.node)
             raise
+        if fails_once:  # what has failed until now did not come through those that are new
+            with suppress(MonitorError, GuestLost):
+                self._count(disk)
         self._layers[disk] = [*below, *fresh]
         for layer in before:
             if layer.held not in wanted:
@@ -227,7 +297,7 @@ class Filters:
             below=below,
             id=held.id,
             files=tuple(f"/dev/fdset/{number}" for number in held.sets),
-            has_failed=self.has_failed(held.filter),
+            has_failed=held.filter in self._failed,
         )
         own = {"node-name": node, "read-only": read_only, "discard": "unmap"}
         self.execute("blockdev-add", {**own, **held.filter.device(place)})
@@ -238,6 +308,11 @@ class Filters:
             self.execute("remove-fd", {"fdset-id": number})
         if held.filter.object is not None:
             self.execute("object-del", {"id": held.id})
+
+
+def _is_like(one: Filter, other: Filter) -> bool:
+    """Whether nobody can tell the failures of two filters that fail once: they may be parts of one fault."""
+    return one.once and (one.kinds, one.reasons) == (other.kinds, other.reasons)
 
 
 def _order(held: _Held) -> int:

@@ -157,7 +157,7 @@ class Machine:
         """Go on with the QEMU of another machine, to which the guest has moved. Our own QEMU is killed."""
         former, self._own = self._own, other._own.pop_all()
         other.monitor.follow(self.monitor)
-        other.drives.move(self.execute)
+        other.drives.move(self.execute, self.drives)
         self.spec, self.drives = other.spec, other.drives
         self.process, self.monitor = other.process, other.monitor
         former.close()
@@ -268,6 +268,7 @@ class Machine:
         if not self.monitor.is_stopped:  # by a fault
             with suppress(MonitorError):  # QEMU answers when it has told us of all errors before
                 self.monitor.execute("query-status", timeout=_TERM_SECONDS)
+                self.drives.count_failures()
         self._check_disk_errors()
 
     def _check_disk_errors(self) -> None:
@@ -404,8 +405,9 @@ class Machine:
     # -- its state --------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Stop the CPUs."""
+        """Stop the CPUs. QEMU flushes all disks then: that uses no fault up that is meant for the guest."""
         self.execute("stop")
+        self.drives.make_savable()
 
     def resume(self) -> None:
         """Let the CPUs go on."""
@@ -421,7 +423,6 @@ class Machine:
             MonitorError: QEMU cannot do it, for instance because a device has a state that cannot be saved.
         """
         self.pause()
-        self.drives.make_savable()
         self._transfer("migrate", state, has_memory=with_memory)
 
     def _load(self, state: IO[bytes], *, has_memory: bool) -> None:
@@ -507,6 +508,9 @@ class Machine:
 
     def kill(self) -> None:
         """Pull the plug."""
+        if not self.monitor.is_stopped:  # by a fault
+            with suppress(MonitorError, GuestLost):
+                self.drives.count_failures()
         _kill(self.process)
 
 

@@ -63,6 +63,8 @@ def moved(
                 deadline = Deadline(hypervisor.pace.stretch(_MOVE_SECONDS))
                 patience = Deadline(hypervisor.pace.stretch(_PATIENCE_SECONDS))
                 since = _begin(machine, other)
+                if machine.drives.fail_flushes:  # QEMU flushes when it stops the CPUs, or gives up
+                    machine.pause()
                 _await_stop(machine, other, since[machine], patience, deadline)
                 stack.enter_context(machine.helper.gate)
                 _settle(machine, deadline)

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
-from pytest_vmsandbox.machine.disk import empty_overlay
+from pytest_vmsandbox.core.spec import MIB
+from pytest_vmsandbox.machine.disk import PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.filters import ERRORS, RECORDER, THROTTLE, Filter
 
 
@@ -113,6 +115,31 @@ def test_above_what_is_put_on_top(real, disks, each, state, tmp_path):
         assert chain(machine, "root") == (["qcow2"], storage)
 
 
+def test_a_disk_that_is_pulled_out(real, disks, each, tmp_path):
+    """Its filters come back with it, also those that were put in meanwhile. A recording is over."""
+    errors, throttle, recorder = each
+    with real.machine(disks=disks) as machine, empty_overlay(MIB, tmp_path) as layer:
+        disk = PluggedDisk(
+            name="data", port="port0", size=MIB, read_only=False, base=None, layers=(layer,)
+        )
+        before = held(machine)
+        machine.drives.plug(disk)
+        for it in recorder, errors:
+            machine.drives.insert("data", it)
+        for _ in range(2):
+            assert machine.drives.unplug("data", Deadline(0), machine.check) is False
+            machine.execute("system_reset")
+            assert machine.drives.unplug("data", Deadline(30), machine.check) is True
+            assert held(machine) == before
+            machine.drives.insert("data", throttle)
+            machine.drives.plug(disk)
+            assert chain(machine, "data") == (["blkdebug", "throttle", "qcow2"], "at-data")
+            machine.drives.remove("data", throttle)
+            assert chain(machine, "data") == (["blkdebug", "qcow2"], "at-data")
+        machine.drives.remove("data", errors)
+        assert chain(machine, "data") == (["qcow2"], "at-data")
+
+
 def test_what_cannot_be_made(real, disks, each, log):
     with real.machine(disks=disks) as machine:
         before = held(machine)
@@ -127,6 +154,7 @@ def test_what_cannot_be_made(real, disks, each, log):
                 replace(wrong, object={"qom-type": "throttle-group", "limits": {"limit": 1}}),
             )
         assert held(machine) == before
+        machine.drives.insert("no-such-disk", each[0])
         machine.drives.insert("no-such-disk", each[0])
         machine.drives.remove("no-such-disk", each[0])
         assert held(machine) == before

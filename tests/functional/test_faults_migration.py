@@ -118,6 +118,40 @@ def test_it_moves(vm, monkeypatch):
     vm.power_on()
 
 
+@needs_a_new_qemu
+def test_the_fault_of_a_disk_moves_along(vm, monkeypatch):
+    disk = vm.attach_disk(size="16MiB")
+
+    def write():
+        dd = f"dd if=/dev/zero of={disk.device} bs=4k count=1 oflag=direct conv=fsync"
+        return vm.shell(dd, check=False).stderr.count("Input/output error")
+
+    always = vm.faults.disk(disk, fail="read", sectors=[8])
+    with (
+        vm.faults.disk(disk, fail="write", once=True),
+        vm.faults.disk(disk, fail="flush", once=True),
+    ):
+        assert write() == 1
+        vm.faults.migrate()
+        assert write() == 1  # the flush
+        assert write() == 0
+        vm.faults.migrate()
+        assert write() == 0
+    read = f"dd if={disk.device} of=/dev/null bs=4k skip=1 count=1 iflag=direct"
+    assert vm.shell(read, check=False).returncode == 1
+
+    def refuse(_):
+        raise MonitorError("no fault can be put in")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(always, "switched_on", refuse)
+        with pytest.raises(MonitorError, match="no fault"):
+            vm.faults.migrate()
+    assert vm.run(["echo", "goes on"]).stdout == "goes on\n"
+    always.end()
+    vm.engine.check_disks()
+
+
 def feed(program, data):
     program.stdin.write(data)
     program.stdin.close()

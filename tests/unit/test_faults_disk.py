@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox import ConfigError
+from pytest_vmsandbox import ConfigError, GuestLost
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.guests.faults import disk
 from pytest_vmsandbox.machine.disk import Disks
@@ -74,8 +74,7 @@ def failing(fail, **wanted):
 )
 def test_rules(fail, once, kinds, text):
     made = failing(fail, once=once)
-    (only,) = made.filters()
-    rules = only.device(PLACE)["inject-error"]
+    rules = [rule for it in made.filters() for rule in it.device(PLACE)["inject-error"]]
     assert [rule.get("iotype") for rule in rules] == kinds
     assert all(rule["errno"] == 5 and rule["once"] is once for rule in rules)
     assert str(made) == text
@@ -114,9 +113,79 @@ class TestWhoFailed:
         assert not filters.hides_failure(self.event("another", os.strerror(28)))
         assert not filters.hides_failure({"event": "STOP", "data": {}})
 
-    def test_which_one_has_failed(self, filters):
-        filters.monitor.events = lambda: [
-            self.event(filters._layers["disk0"][-1].node, os.strerror(5))
-        ]
-        assert filters.has_failed(self.lower)
-        assert not filters.has_failed(self.upper)
+
+class TestWhichHasFailed:
+    """Of filters that fail once, QEMU's counters tell which have done so. Not each failure has an event."""
+
+    @pytest.fixture
+    def counted(self):
+        return {"failed_rd_operations": 0, "failed_wr_operations": 0, "failed_flush_operations": 0}
+
+    @pytest.fixture
+    def filters(self, counted):
+        def execute(command, arguments, **more):
+            if "stats" not in self.qemu:
+                raise GuestLost("QEMU has ended")
+            return [self.qemu] if command == "query-blockstats" else {"fdset-id": 1}
+
+        self.qemu = {"qdev": "/machine/peripheral/disk-disk0/virtio-backend", "stats": counted}
+        self.events = []
+        monitor: Any = SimpleNamespace(events=lambda: self.events)
+        return Filters(execute, monitor)
+
+    def put(self, filters, *more):
+        for it in more:
+            filters.insert("disk0", "disk0", it, read_only=False)
+
+    def test_of_several_kinds(self, filters, counted):
+        read, flush = failing(("read", "flush"), once=True).filters()
+        counted["failed_rd_operations"] = 5  # before it came
+        self.put(filters, read, flush)
+        assert not filters.has_failed(read)
+        counted["failed_rd_operations"] += 1
+        assert (filters.has_failed(read), filters.has_failed(flush)) == (True, False)
+        counted["failed_flush_operations"] += 1
+        filters.forget("disk0")  # without a look before
+        assert not filters.has_failed(flush)
+
+    def test_the_highest_one_is_the_first(self, filters, counted):
+        (lower,) = failing("write", once=True).filters()
+        (upper,) = failing("write", once=True, error="ENOSPC").filters()
+        (always,) = failing("write", error="EROFS").filters()
+        self.put(filters, lower, upper)
+        counted["failed_wr_operations"] += 1
+        assert (filters.has_failed(lower), filters.has_failed(upper)) == (False, True)
+        self.put(filters, always)
+        counted["failed_wr_operations"] += 9
+        assert not filters.has_failed(lower)
+        filters.remove("disk0", "disk0", always, read_only=False)
+        counted["failed_wr_operations"] += 1
+        assert filters.has_failed(lower)
+
+    def test_all_parts_of_a_fault(self, filters, counted):
+        parts = failing("read", once=True, sectors=range(1000)).filters()
+        self.put(filters, *parts)
+        counted["failed_rd_operations"] += 1
+        assert all(map(filters.has_failed, parts))
+
+    def test_after_the_end_of_qemu(self, filters):
+        """Only the events are left."""
+        read, flush = failing(("read", "flush"), once=True).filters()
+        self.put(filters, read, flush)
+        data = {"node-name": filters._layers["disk0"][-1].node, "reason": os.strerror(5)}
+        self.events = [{"event": "BLOCK_IO_ERROR", "data": {**data, "operation": "read"}}]
+        del self.qemu["stats"]
+        assert (filters.has_failed(read), filters.has_failed(flush)) == (True, False)
+
+    def test_after_a_move(self, filters, counted):
+        """Names are not used again: the former events are not about the new filters."""
+        (which,) = failing("read", once=True).filters()
+        self.put(filters, which)
+        counted["failed_rd_operations"] += 1
+        assert filters.has_failed(which)
+        former = set(filters._through)
+        other = Filters(filters.execute, filters.monitor)
+        other.follow(filters)
+        assert other.has_failed(which)
+        self.put(other, Filter(order=ERRORS, device=lambda _: {}))
+        assert set(other._through) > former

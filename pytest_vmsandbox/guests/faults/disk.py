@@ -15,7 +15,7 @@ from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import AttachedDisk, pull_out, put_back
 from pytest_vmsandbox.machine.cmdline import disk_names
-from pytest_vmsandbox.machine.filters import ERRORS, THROTTLE, Filter, Place
+from pytest_vmsandbox.machine.filters import ERRORS, KINDS, THROTTLE, Filter, Place
 from pytest_vmsandbox.machine.machine import Machine
 
 _SECTOR = 512  # bytes
@@ -185,11 +185,22 @@ class _Failing:
         return f"{what} fail with {errno.errorcode[self.number]}" + ", once" * self.once
 
     def filters(self) -> list[Filter]:
-        """What lets them fail."""
+        """What lets them fail. Each kind that fails once has its own: one of them may have failed already."""
         starts = range(0, max(len(self.sectors), 1), _AT_A_TIME)
-        parts = [replace(self, sectors=self.sectors[it : it + _AT_A_TIME]) for it in starts]
-        reasons = {os.strerror(self.number)}
-        return [Filter(order=ERRORS, device=part.device, reasons=reasons) for part in parts]
+        several = [(kind,) for kind in self.kinds] if self.once else [self.kinds]
+        return [
+            Filter(
+                order=ERRORS,
+                device=replace(
+                    self, kinds=kinds, sectors=self.sectors[it : it + _AT_A_TIME]
+                ).device,
+                reasons={os.strerror(self.number)},
+                kinds=[kind for kind in KINDS if kind in kinds or None in kinds],
+                once=self.once,
+            )
+            for kinds in several
+            for it in starts
+        ]
 
     def device(self, place: Place) -> dict[str, object]:
         """The block device. One that fails once, and has failed, lets all requests pass."""
@@ -325,8 +336,9 @@ class _Filtered(Fault):
         """It stays as it is."""
 
     def _put_into(self, machine: Machine) -> None:
-        if (last := self._machine) is not None and any(map(last.drives.has_failed, self._once)):
-            self._filters = [it for it in self._filters if it not in self._once]
+        if (last := self._machine) is not None:
+            failed = {it for it in self._once if last.drives.has_failed(it)}
+            self._filters = [it for it in self._filters if it not in failed]
         self._machine = machine
         with ExitStack() as undo:
             for it in self._filters:
