@@ -7,12 +7,13 @@ import struct
 import tempfile
 import tracemalloc
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, MonitorError
-from pytest_vmsandbox.guests.crash import exploring
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, MonitorError
+from pytest_vmsandbox.guests.crash import exploring, recording
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.exploring import explore, spread
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry, Log
@@ -369,3 +370,24 @@ def test_a_damaged_log(file, content, why):
 
 def test_nothing_was_written(file):
     assert Log(file, 1 << 20).finish() == []
+
+
+# -- recording -------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_the_guest_does_not_flush():
+    engine: Any = SimpleNamespace(name="tiny-1")
+
+    def answers(text):
+        engine.run = lambda command: SimpleNamespace(stdout=text)
+        return recording._refuse_write_through(engine, "disk0")
+
+    assert answers(b"") is answers(b"/dev/vda\n") is None
+    with pytest.raises(ConfigError, match="takes 'disk0' for a disk without a cache") as caught:
+        answers(b"/dev/vda\n/sys/block/vda/cache_type\n/sys/block/vda/queue/write_cache\n")
+    assert "tee /sys/block/vda/cache_type /sys/block/vda/queue" in caught.value.remedy
+
+
+def test_a_disk_that_is_too_large_for_a_file(file):
+    with pytest.raises(CacheError, match="could not copy a disk"):
+        recording.flatten(recording.Content(1 << 62, None, ()), file)

@@ -297,8 +297,10 @@ class HasCrashPoints:
         the disk: at any point, with some of the writes lost that no flush has followed yet, reordered, or
         torn.
 
-        Format and mount the disk before. While it is recorded, do not switch the guest off, nor take or
-        restore a snapshot.
+        Format and mount the disk before. It may have any size, but its content is copied into the cache. While
+        it is recorded, the guest cannot be switched off, no snapshot can be taken or restored, and no fault of
+        the disk can begin or end. To record several disks, begin all blocks before the work: when another one
+        begins, all disks are flushed.
 
         Args:
             disk: what `attach_disk` has returned, or a name: ``disk0`` and so on for those of ``disks``.
@@ -308,7 +310,8 @@ class HasCrashPoints:
             `CrashPoints`, a context manager.
 
         Raises:
-            ConfigError: there is no such disk, or the guest can only read it.
+            ConfigError: there is no such disk, or the guest can only read it. At the begin or the end of the
+                block: the guest takes it for a disk without a cache (``write through``), or not all was recorded.
 
         Example::
 
