@@ -77,6 +77,8 @@ class Filter:
         once: whether only the first one of them fails.
         detached: called when the filter is taken away: nothing comes through it any more, and its block
             device is still there. QEMU flushes that once more when it deletes it.
+        flushed: called when a filter above it was taken away: QEMU flushes this one, too, when it deletes
+            that.
     """
 
     order: int
@@ -87,6 +89,7 @@ class Filter:
     kinds: Collection[str] = ()
     once: bool = False
     detached: Callable[[], None] = lambda: None
+    flushed: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +291,8 @@ class Filters:
         for layer in before:
             if layer.held not in wanted:
                 layer.held.filter.detached()
+        for layer in below if before else []:
+            layer.held.filter.flushed()
         for layer in reversed(before):
             delete_node(self.execute, layer.node)
 

@@ -114,4 +114,19 @@ def test_what_ends_a_recording(vm):
     pause = [lambda: vm.qmp("stop"), lambda: vm.qmp("cont")]
     is_refused(lambda: record(meanwhile=pause), "was paused")
     is_refused(lambda: record(meanwhile=[vm.power_cut, vm.power_on]), "was switched off")
+    with vm.faults.disk("disk0", rate="1GiB") as fault:
+        record()  # it begins before and ends after that
+        is_refused(lambda: record(meanwhile=[fault.end]), "a fault of the disk has ended")
+    fail = [lambda: vm.faults.disk("disk0", fail="read")]
+    is_refused(lambda: record(meanwhile=fail), "no fault of the disk 'disk0' can begin")
+
+    def cache(kind, file="cache_type"):
+        vm.shell(f"echo write {kind} >/sys/block/vda/{file}")
+
+    for file in ("cache_type", "queue/write_cache"):
+        is_refused(
+            lambda file=file: record(meanwhile=[lambda: cache("through", file)]), "without a cache"
+        )
+        is_refused(record, "takes 'disk0' for a disk without a cache")
+        cache("back", file)
     record()  # the disk can be recorded again

@@ -6,15 +6,16 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pytest_vmsandbox import CrashPointError
+from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
 from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts
 from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
@@ -478,3 +479,24 @@ class TestNested:
                     use()
         with cuts._opened():  # that has ended
             pass
+
+
+def test_a_check_that_passes_warns_of_what_it_left_out(monkeypatch):
+    def checked(report, **options):
+        monkeypatch.setattr(CrashPoints, "_mounted", lambda *_: report)
+        engine: Any = SimpleNamespace(explained=nullcontext, stretch=float)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert CrashPoints(engine, "disk0", 0).check(["true"], **options) is report
+        return [str(it.message) for it in caught]
+
+    report = CrashReport(
+        disk="disk0", requests=900, states=600, broken=0, failures=(), seconds=1.0,
+        boundaries=400, untried=250,
+    )  # fmt: skip
+    (text,) = checked(report)
+    assert text.startswith(
+        "250 of 400 flushes and promises on disk0 were not tried: pass states=2400"
+    )
+    assert checked(report, states=600) == []  # somebody has chosen that
+    assert checked(replace(report, untried=0)) == []

@@ -7,14 +7,15 @@ import struct
 import tempfile
 import tracemalloc
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, MonitorError
-from pytest_vmsandbox.guests.crash import exploring
+from pytest_vmsandbox.core.errors import CacheError, ConfigError, MonitorError
+from pytest_vmsandbox.guests.crash import exploring, recording
 from pytest_vmsandbox.guests.crash.building import Builder
-from pytest_vmsandbox.guests.crash.exploring import explore, spread
+from pytest_vmsandbox.guests.crash.exploring import Exploration, spread
 from pytest_vmsandbox.guests.crash.log import SECTOR, Entry, Log
 from pytest_vmsandbox.guests.crash.states import History, Mark, State, pieces
 
@@ -81,7 +82,7 @@ def test_only_possible_states_are_explored_and_each_content_once(seed):
     history = some_history(seed)
     possible = all_contents(history, tear=TEAR)
     seen = set()
-    for state in explore(history, seed=seed, count=300, tear=TEAR):
+    for state in Exploration(history, seed=seed, count=300, tear=TEAR):
         history.check(state)
         found = content(history, state)
         assert found in possible
@@ -95,7 +96,7 @@ def test_only_possible_states_are_explored_and_each_content_once(seed):
 def test_all_contents_without_tearing_are_found_in_a_small_recording(seed):
     history = some_history(seed, length=8)
     large = 16 * SECTOR  # nothing tears
-    found = {content(history, it) for it in explore(history, seed=1, count=5000, tear=large)}
+    found = {content(history, it) for it in Exploration(history, seed=1, count=5000, tear=large)}
     assert found == all_contents(history, tear=None)
 
 
@@ -104,9 +105,9 @@ def test_no_content_is_left_out_if_writes_are_large(seed, monkeypatch):
     monkeypatch.setattr(exploring, "_LARGE", 0)
     history = some_history(seed, length=8)
     large = 16 * SECTOR  # nothing tears
-    found = {content(history, it) for it in explore(history, seed=1, count=5000, tear=large)}
+    found = {content(history, it) for it in Exploration(history, seed=1, count=5000, tear=large)}
     monkeypatch.setattr(exploring, "_LARGE", 1)
-    torn = [content(history, it) for it in explore(history, seed=1, count=300, tear=TEAR)]
+    torn = [content(history, it) for it in Exploration(history, seed=1, count=300, tear=TEAR)]
     assert found == all_contents(history, tear=None)
     assert set(torn) <= all_contents(history, tear=TEAR)
 
@@ -116,7 +117,7 @@ def test_huge_writes_take_little_memory():
     history = History([Entry(0, "write", 512, half, 512), Entry(1, "write", half, half, half)])
     tracemalloc.start()
     try:
-        found = list(explore(history, seed=1, count=60))
+        found = list(Exploration(history, seed=1, count=60))
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -156,7 +157,7 @@ def test_exploring_is_deterministic_and_bounded(seed):
     history = some_history(seed, length=40)
 
     def names(of):
-        return [it.name for it in explore(history, seed=of, count=60, tear=TEAR)]
+        return [it.name for it in Exploration(history, seed=of, count=60, tear=TEAR)]
 
     assert names(1) == names(1)
     assert len(names(1)) == 60
@@ -164,16 +165,45 @@ def test_exploring_is_deterministic_and_bounded(seed):
     assert names(1)[:10] == names(2)[:10]  # the telling ones do not depend on chance
 
 
+def transactions(number, early=()):
+    """A program that writes twice, flushes, and promises; too early in some of its transactions."""
+    entries: list[Entry] = []
+    marks = []
+    for it in range(number):
+        entries += [Entry(3 * it + at, "write", 8192 * at, 4096, 4096) for at in range(2)]
+        entries.append(Entry(3 * it + 2, "flush"))
+        marks.append(Mark(3 * it + (2 if it in early else 3), it))
+    return History(entries, marks)
+
+
+def test_a_promise_before_its_flush_is_tried_first():
+    history = transactions(1700, early={1234})
+    lost = State(3 * 1234 + 2, frozenset({3 * 1234, 3 * 1234 + 1}))
+    assert lost in set(Exploration(history, seed=1, count=600))
+
+
+def test_boundaries_that_are_left_out_are_counted():
+    history = transactions(100)
+    few, many = (Exploration(history, seed=1, count=count) for count in (60, 6 * 201))
+    assert (
+        few.boundaries == 201
+    )  # 100 flushes, as many promises, and the begin; the last one is the end
+    assert len(list(few)) == 60
+    assert 150 < few.untried < 201
+    assert len(list(many)) > 200
+    assert many.untried == 0
+
+
 def test_few_states_are_spread_over_the_whole_recording():
     history = some_history(3, length=400)
-    points = [it.point for it in explore(history, seed=1, count=40)]
+    points = [it.point for it in Exploration(history, seed=1, count=40)]
     assert all(any(low <= point <= low + 100 for point in points) for low in (0, 100, 200, 300))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_names_make_the_same_state_again(seed):
     history = some_history(seed, length=30)
-    for state in explore(history, seed=seed, count=200, tear=TEAR):
+    for state in Exploration(history, seed=seed, count=200, tear=TEAR):
         assert State.parse(state.name) == state
         assert str(state) == state.name
 
@@ -215,7 +245,7 @@ def test_a_state_of_another_recording(name):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_smaller_states_are_possible_and_come_to_an_end(seed):
     history, chance = some_history(seed, length=30), random.Random(seed)
-    for state in itertools.islice(explore(history, seed=seed, count=200, tear=TEAR), 100, 200):
+    for state in itertools.islice(Exploration(history, seed=seed, count=200, tear=TEAR), 100, 200):
         now = state
         for _ in range(200):
             smaller = list(history.smaller(now))
@@ -267,7 +297,7 @@ def test_a_file_gets_the_content_of_one_state_after_the_other(seed, tmp_path):
         log.write(data)
         with Builder(base, log, history, tmp_path) as builder:
             assert builder.size == len(before)
-            for number, state in enumerate(explore(history, seed=seed, count=150, tear=TEAR)):
+            for number, state in enumerate(Exploration(history, seed=seed, count=150, tear=TEAR)):
                 with builder.state(state):
                     assert os.pread(base.fileno(), len(before) + 1, 0) == expected(state)
                 if number % 50 == 0:
@@ -369,3 +399,24 @@ def test_a_damaged_log(file, content, why):
 
 def test_nothing_was_written(file):
     assert Log(file, 1 << 20).finish() == []
+
+
+# -- recording -------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_the_guest_does_not_flush():
+    engine: Any = SimpleNamespace(name="tiny-1")
+
+    def answers(text):
+        engine.run = lambda command: SimpleNamespace(stdout=text)
+        return recording._refuse_write_through(engine, "disk0")
+
+    assert answers(b"") is answers(b"/dev/vda\n") is None
+    with pytest.raises(ConfigError, match="takes 'disk0' for a disk without a cache") as caught:
+        answers(b"/dev/vda\n/sys/block/vda/cache_type\n/sys/block/vda/queue/write_cache\n")
+    assert "tee /sys/block/vda/cache_type /sys/block/vda/queue" in caught.value.remedy
+
+
+def test_a_disk_that_is_too_large_for_a_file(file):
+    with pytest.raises(CacheError, match="could not copy a disk"):
+        recording.flatten(recording.Content(1 << 62, None, ()), file)

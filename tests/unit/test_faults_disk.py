@@ -9,8 +9,9 @@ import pytest
 from pytest_vmsandbox import ConfigError, GuestLost
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.guests.faults import disk
+from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.machine.disk import Disks
-from pytest_vmsandbox.machine.filters import ERRORS, Filter, Filters, Place
+from pytest_vmsandbox.machine.filters import ERRORS, RECORDER, THROTTLE, Filter, Filters, Place
 
 PLACE = Place(below="disk0", id="filter-1", files=(), has_failed=False)
 
@@ -20,7 +21,8 @@ def faults():
     made = disk.DiskFaults()
     disks = Disks(base=None, overlays=(), sizes=(MIB,))
     blueprint = SimpleNamespace(hardware=Hardware(disks=(MIB,)))
-    machines = SimpleNamespace(name="tiny-1", disks=disks, blueprint=blueprint)
+    ledger = Ledger(None)
+    machines = SimpleNamespace(name="tiny-1", disks=disks, blueprint=blueprint, faults=ledger)
     engine: Any = SimpleNamespace(name="tiny-1", machines=machines)
     made.engine = engine
     return made
@@ -53,6 +55,15 @@ def test_what_is_refused(faults, wanted, message):
     with pytest.raises(ConfigError, match=message) as caught:
         faults.disk(**{"disk": "disk0", **wanted})
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("wanted", [{"rate": 1000}, {"fail": "read"}, {"gone": True}])
+def test_a_disk_that_is_recorded(faults, wanted):
+    faults.engine.machines.faults.recorded["disk0"] = print
+    with pytest.raises(ConfigError, match="can begin while tiny-1 records it") as caught:
+        faults.disk("disk0", **wanted)
+    assert "before the block of crash_points" in caught.value.remedy
+    assert faults.engine.machines.faults.in_force == []
 
 
 def failing(fail, **wanted):
@@ -189,3 +200,37 @@ class TestWhichHasFailed:
         assert other.has_failed(which)
         self.put(other, Filter(order=ERRORS, device=lambda _: {}))
         assert set(other._through) > former
+
+
+def test_a_filter_is_told_when_qemu_flushes_it():
+    """QEMU flushes what is below a block device when it deletes that."""
+    monitor: Any = SimpleNamespace(events=list)
+    told: list[str] = []
+    calls: list[str] = []
+
+    def execute(command, *_, **__):
+        calls.append(command)
+        return {}
+
+    def flushed():
+        assert "blockdev-del" not in calls
+        told.append("flushed")
+
+    def made(order, **more):
+        return Filter(order=order, device=lambda _: {}, **more)
+
+    filters = Filters(execute, monitor)
+    recorder = made(RECORDER, flushed=flushed)
+    early, late = made(THROTTLE), made(ERRORS)
+
+    def change(what, which):
+        calls.clear()
+        told.clear()
+        what("disk0", "disk0", which, read_only=False)
+        return list(told)
+
+    assert change(filters.insert, early) == []
+    assert change(filters.insert, recorder) == []  # the other one is made again above it
+    assert change(filters.insert, late) == []
+    assert change(filters.remove, late) == ["flushed"]
+    assert change(filters.remove, recorder) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -20,10 +21,15 @@ from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.checker import Check
 from pytest_vmsandbox.guests.crash.checking import Bench, mounted
 from pytest_vmsandbox.guests.crash.conversation import Looks
-from pytest_vmsandbox.guests.crash.exploring import explore
+from pytest_vmsandbox.guests.crash.exploring import Exploration
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.recording import Recorder, content, recorded
-from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
+from pytest_vmsandbox.guests.crash.report import (
+    CrashFailure,
+    CrashPointError,
+    CrashReport,
+    untried_text,
+)
 from pytest_vmsandbox.guests.crash.searching import Search
 from pytest_vmsandbox.guests.crash.states import History, State
 from pytest_vmsandbox.guests.engine import Engine
@@ -33,7 +39,7 @@ _STATES, _BOOTS = 600, 20
 _TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller
 _STATE_SECONDS = 30.0
 
-Chosen = Callable[[History], Iterator[State]]
+Chosen = Callable[[History], Exploration]
 
 
 class Subtests(Protocol):
@@ -137,7 +143,7 @@ class CrashPoints:
                 ``VMSANDBOX_FOLDER`` and ``VMSANDBOX_ACKNOWLEDGED`` (JSON). If it returns non-zero, the state
                 breaks the promise.
             states: how many states are tried at most; None for 600, or 20 with `boot`. The telling ones
-                come first.
+                come first. With None, a warning says if not all flushes and promises were tried.
             seed: chooses the random states; None for that of `Guest.crash_points`. The same seed gives the
                 same states.
             tear: the disk writes pieces of this size as a whole, a multiple of 512 bytes. Many file systems
@@ -159,7 +165,7 @@ class CrashPoints:
         with self._engine.explained():
             seconds = self._engine.stretch(_STATE_SECONDS)
             search = partial(
-                explore,
+                Exploration,
                 seed=self._seed if seed is None else seed,
                 count=_positive(states or (_BOOTS if boot else _STATES), "states"),
                 tear=_tear(tear),
@@ -167,6 +173,8 @@ class CrashPoints:
             run = self._booted if boot else self._mounted
             report = run(checker, search, seconds if timeout is None else commands.seconds(timeout))
         _raise_failures(report, subtests)
+        if states is None and not report.broken and report.untried:
+            warnings.warn(untried_text(report), stacklevel=2)
         return report
 
     def _mounted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
@@ -189,10 +197,9 @@ class CrashPoints:
         self, recorder: Recorder, bench: Looks, chosen: Chosen, tries: int
     ) -> CrashReport:
         history = recorder.history
-        search = Search(
-            disk=self._disk, history=history, bench=bench, chosen=chosen(history), tries=tries
-        )
-        return search.run()
+        states = chosen(history)
+        search = Search(disk=self._disk, history=history, bench=bench, chosen=states, tries=tries)
+        return replace(search.run(), boundaries=states.boundaries, untried=states.untried)
 
     def _kept(self, builder: Builder, failure: CrashFailure) -> CrashFailure:
         """A failure with its disk among the guest's logs, if it has any."""
@@ -297,8 +304,10 @@ class HasCrashPoints:
         the disk: at any point, with some of the writes lost that no flush has followed yet, reordered, or
         torn.
 
-        Format and mount the disk before. While it is recorded, do not switch the guest off, nor take or
-        restore a snapshot.
+        Format and mount the disk before. It may have any size, but its content is copied into the cache. While
+        it is recorded, the guest cannot be switched off, no snapshot can be taken or restored, and no fault of
+        the disk can begin or end. To record several disks, begin all blocks before the work: when another one
+        begins, all disks are flushed.
 
         Args:
             disk: what `attach_disk` has returned, or a name: ``disk0`` and so on for those of ``disks``.
@@ -308,7 +317,8 @@ class HasCrashPoints:
             `CrashPoints`, a context manager.
 
         Raises:
-            ConfigError: there is no such disk, or the guest can only read it.
+            ConfigError: there is no such disk, or the guest can only read it. At the begin or the end of the
+                block: the guest takes it for a disk without a cache (``write through``), or not all was recorded.
 
         Example::
 

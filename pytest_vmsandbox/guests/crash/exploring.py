@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import combinations, islice
 from typing import TypeVar
@@ -27,7 +27,7 @@ _FRUITLESS = 200  # random states that were known already, after which there are
 _T = TypeVar("_T")
 
 
-def explore(history: History, *, seed: int, count: int, tear: int = TEAR) -> Iterator[State]:
+class Exploration(Iterable[State]):
     """States that a power cut can leave, each with another content or other promises.
 
     The same arguments give the same states.
@@ -36,36 +36,62 @@ def explore(history: History, *, seed: int, count: int, tear: int = TEAR) -> Ite
         seed: of the random ones.
         count: how many there are at most.
         tear: bytes that the disk writes as a whole, a multiple of 512.
+
+    Attributes:
+        boundaries: how many points there are at which the disk was told to flush or something was promised,
+            with the begin and the end.
+        untried: at how many of them all and nothing of what was pending is not among the states. It is right
+            when all states were taken.
     """
-    fingerprint = _Fingerprints(history, tear).of
-    known: set[tuple[int, int]] = set()
 
-    def fresh(states: Iterator[State]) -> Iterator[State]:
-        fruitless = 0
-        for state in states:
-            key = (fingerprint(state), history.promises(state))
-            if key not in known:
-                known.add(key)
-                fruitless = 0
-                yield state
-            elif (fruitless := fruitless + 1) >= _FRUITLESS and states is chance:
-                return
+    def __init__(self, history: History, *, seed: int, count: int, tear: int = TEAR) -> None:
+        self._history, self._seed, self._count, self._tear = history, seed, count, tear
+        marks = {mark.position for mark in history.marks}
+        self._points = sorted({0, len(history.entries), *history.flushes, *marks})
+        # Who promises before a flush has most to lose.
+        self._early = [it for it in sorted(marks) if history.pending(it)]
+        self.boundaries = self.untried = len(self._points)
 
-    chance = _random_ones(history, random.Random(f"{seed}"), tear)  # noqa: S311  # no secrets here
-    first = fresh(_boundaries(history))
-    half = -(-count // 2)  # the rest is for other kinds
-    chosen = _in_turn(
-        first,
-        fresh(State(point) for point in spread(range(len(history.entries) + 1))),
-        fresh(_one_lost(history)),
-        fresh(_one_alone(history)),
-        fresh(_one_torn(history, tear)),
-        fresh(_in_turn(*map(_subsets, _few_pending(history)))),
-        fresh(chance),
-    )
-    telling = list(islice(first, half))
-    yield from _batches(iter(telling))
-    yield from _batches(islice(chosen, count - len(telling)))
+    def __iter__(self) -> Iterator[State]:
+        history, tear = self._history, self._tear
+        self.untried = self.boundaries
+        fingerprint = _Fingerprints(history, tear).of
+        known: set[tuple[int, int]] = set()
+
+        def fresh(states: Iterator[State]) -> Iterator[State]:
+            fruitless = 0
+            for state in states:
+                key = (fingerprint(state), history.promises(state))
+                if key not in known:
+                    known.add(key)
+                    fruitless = 0
+                    yield state
+                elif (fruitless := fruitless + 1) >= _FRUITLESS and states is chance:
+                    return
+
+        chance = _random_ones(history, random.Random(f"{self._seed}"), tear)  # noqa: S311  # no secrets
+        first = fresh(self._at_boundaries())
+        chosen = _in_turn(
+            first,
+            fresh(State(point) for point in spread(range(len(history.entries) + 1))),
+            fresh(_one_lost(history)),
+            fresh(_one_alone(history)),
+            fresh(_one_torn(history, tear)),
+            fresh(_in_turn(*map(_subsets, _few_pending(history)))),
+            fresh(chance),
+        )
+        telling = list(islice(first, -(-self._count // 2)))  # the rest is for other kinds
+        yield from _batches(iter(telling))
+        yield from _batches(islice(chosen, self._count - len(telling)))
+
+    def _at_boundaries(self) -> Iterator[State]:
+        """All and nothing of what was pending, when the disk was told to flush or something was promised."""
+        for point in spread(self._early):
+            yield State(point, _numbers(self._history.pending(point)))
+        for point in spread(self._points):
+            yield State(point, _numbers(self._history.pending(point)))
+            self.untried -= 1
+            yield State(point)
 
 
 def _batches(states: Iterator[State]) -> Iterator[State]:
@@ -92,14 +118,6 @@ def _in_turn(*streams: Iterator[State]) -> Iterator[State]:
         with suppress(StopIteration):
             yield next(stream)
             left.append(stream)
-
-
-def _boundaries(history: History) -> Iterator[State]:
-    """All and nothing of what was pending, when the disk was told to flush or something was promised."""
-    points = {0, len(history.entries), *history.flushes, *(it.position for it in history.marks)}
-    for point in spread(sorted(points)):
-        yield State(point, _numbers(history.pending(point)))
-        yield State(point)
 
 
 def _one_lost(history: History) -> Iterator[State]:

@@ -29,6 +29,7 @@ from pytest_vmsandbox.guests.crash.log import Log
 from pytest_vmsandbox.guests.crash.states import History, Mark
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.plugging import FIND_DISK
 from pytest_vmsandbox.machine.cmdline import ROOT_DISK, disk_names
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.filters import RECORDER, Filter, Place
@@ -37,6 +38,10 @@ from pytest_vmsandbox.machine.machine import Machine
 _POLL_SECONDS = 0.001
 _WRITE_SECONDS = 30.0  # in which QEMU writes a header
 _CONVERT_SECONDS = 600.0
+# Prints the device file of a disk, and the files that say that it has no cache. $1: its serial number.
+_CACHE = f"""{FIND_DISK}
+[ "$serial" = "$1" ] && grep -sl "write through" "/sys/block/$name/cache_type" "/sys/block/$name/queue/write_cache"
+"""
 _ROOM = f"make room in the cache, or set the environment variable {paths.CACHE} to another folder"
 
 
@@ -94,9 +99,13 @@ class Recorder:
         self._marks: list[Mark] = []
         self._lock = threading.Lock()
         self._devices = 0
-        self._is_over = False
+        self._is_over = self._has_host_flush = False
         self._filter = Filter(
-            order=RECORDER, device=self._device, files=[self.log], detached=self._finished
+            order=RECORDER,
+            device=self._device,
+            files=[self.log],
+            detached=self._finished,
+            flushed=self._flushed,
         )
 
     def acknowledge(self, value: object) -> None:
@@ -146,9 +155,11 @@ class Recorder:
         """Let the disk be frozen, and record from now on.
 
         Raises:
+            ConfigError: the guest takes it for a disk without a cache.
             MonitorError: QEMU cannot do it.
         """
         engine = self._engine
+        _refuse_write_through(engine, self.disk)
         check_status(text_of(engine.run(Command(argv=("sync",), user="root"))))
         with engine.orderly, engine.use(hold=True) as running, engine.still(running):
             machine, helper = running.machine, running.helper
@@ -200,6 +211,10 @@ class Recorder:
         with suppress(MonitorError):  # `end` raises it
             self._entries.finish()
 
+    def _flushed(self) -> None:
+        """QEMU flushes it for this host. Nobody can tell that from a flush of the guest."""
+        self._has_host_flush = True
+
     def _goes_on(self) -> bool:
         """Whether the guest is still the one that is recorded."""
         running = self._engine.running
@@ -218,6 +233,8 @@ class Recorder:
             raise self._ended("the guest was switched off, restored, or moved to another QEMU")
         if self._entries.is_finished:
             raise self._ended("it was detached")
+        if self._has_host_flush:
+            raise self._ended("a fault of the disk has ended, and QEMU flushes the disk then")
         self._machine.check()
         stops = {
             number
@@ -260,8 +277,8 @@ def recorded(engine: Engine, disk: str) -> Iterator[Recorder]:
         disk: its name, such as ``root``, ``disk0`` or that of an attached disk.
 
     Raises:
-        ConfigError: there is no such disk, it is read-only, or it is already recorded; at the end: not
-            all was recorded.
+        ConfigError: there is no such disk, it is read-only, it is already recorded, or the guest takes it
+            for a disk without a cache; at the end: not all was recorded.
         CacheError: there is no room for the log.
     """
     with engine.explained():
@@ -287,6 +304,7 @@ def recorded(engine: Engine, disk: str) -> Iterator[Recorder]:
     else:
         with engine.explained():
             recorder.end()
+            _refuse_write_through(engine, disk)
     finally:
         del names[disk]
 
@@ -301,6 +319,22 @@ def refuse_recorded(engine: Engine) -> None:
         raise ConfigError(
             f"snapshot() does not work with {engine.name} while a disk is recorded: {', '.join(names)}",
             remedy="take the snapshot before crash_points begins, or after its block",
+        )
+
+
+def _refuse_write_through(engine: Engine, disk: str) -> None:
+    """Refuse a disk that the guest takes for one without a cache: it does not flush it then.
+
+    Raises:
+        ConfigError: the guest does not flush it.
+    """
+    argv = ("/bin/sh", "-c", _CACHE, "sh", disk)
+    found = engine.run(Command(argv=argv, user="root")).stdout.decode(errors="replace")
+    if files := found.split()[1:]:
+        raise ConfigError(
+            f"{engine.name} takes {disk!r} for a disk without a cache, so it does not flush what it writes",
+            remedy=f"let it flush, from before the block of crash_points to its end: echo write back | "
+            f"tee {' '.join(files)}",
         )
 
 
@@ -337,9 +371,9 @@ def flatten(before: Content, target: IO[bytes]) -> None:
     Raises:
         CacheError: qemu-img cannot do it.
     """
-    os.ftruncate(target.fileno(), before.size)
     argv = ["qemu-img", "convert", "-q", "-n", "--target-is-zero", "-W", "-O", "raw"]
     try:
+        os.ftruncate(target.fileno(), before.size)
         subprocess.run(
             [*argv, f"json:{json.dumps(before.node())}", f"/proc/self/fd/{target.fileno()}"],
             check=True,

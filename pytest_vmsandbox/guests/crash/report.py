@@ -68,6 +68,8 @@ class CrashReport:
         broken: how many of them broke the promise.
         failures: the ways in which they did, the most frequent one first.
         seconds: how long the search took.
+        boundaries: how many points there are at which the disk was told to flush or a promise was made.
+        untried: how many of them were left out, because there were not enough states.
     """
 
     disk: str
@@ -76,6 +78,8 @@ class CrashReport:
     broken: int
     failures: tuple[CrashFailure, ...]
     seconds: float
+    boundaries: int = 0
+    untried: int = 0
 
     def __str__(self) -> str:
         lines = [self.brief]
@@ -90,6 +94,14 @@ class CrashReport:
             f"{self.broken} of {self.states} states that a power cut can leave on {self.disk} break the promise "
             f"({self.requests} requests, {self.seconds:.0f} s)"
         )
+
+
+def untried_text(report: CrashReport) -> str:
+    """What a check that nothing has broken says if it has left something out."""
+    return (
+        f"{report.untried} of {report.boundaries} flushes and promises on {report.disk} were not tried: pass "
+        f"states={6 * report.boundaries} to check() for all, or states={report.states} for no warning"
+    )
 
 
 class CrashPointError(VMSandboxError, AssertionError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.deadline import monotonic
@@ -41,7 +41,7 @@ class Search:
     disk: str
     history: History
     bench: Looks
-    chosen: Iterator[State]
+    chosen: Iterable[State]
     tries: int
 
     def run(self) -> CrashReport:

@@ -67,7 +67,7 @@ class DiskFaults:
                 its content. Any other disk fails every request, as a disk does that has died.
 
         Raises:
-            ConfigError: there is no such disk, or an argument is invalid.
+            ConfigError: there is no such disk, it is recorded for crash points, or an argument is invalid.
             CommandTimeout: the guest does not let go of the disk that is to vanish.
 
         Example::
@@ -76,6 +76,7 @@ class DiskFaults:
                 assert vm.run(["sync", "/mnt/file"], check=False).returncode != 0
         """
         name, size = _found(self.engine.machines, disk)
+        _refuse_recorded(self.engine.machines, name)
         if gone:
             if once or any(it is not None for it in (rate, iops, fail, sectors)):
                 raise ConfigError(
@@ -114,6 +115,19 @@ def _found(machines: Machines, disk: AttachedDisk | str) -> tuple[str, int]:
             else "give it one: disks=['64MiB'] (marker vm, boot), or vm.attach_disk(size='64MiB')",
         )
     return name, sizes[name]
+
+
+def _refuse_recorded(machines: Machines, name: str) -> None:
+    """Refuse a fault of a disk that is recorded. At its end, QEMU would flush the disk.
+
+    Raises:
+        ConfigError: the disk is recorded.
+    """
+    if name in machines.faults.recorded:
+        raise ConfigError(
+            f"no fault of the disk {name!r} can begin while {machines.name} records it",
+            remedy="begin the fault before the block of crash_points, and end it after that",
+        )
 
 
 def _sizes(machines: Machines) -> dict[str, int]:
