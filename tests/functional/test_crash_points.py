@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_vmsandbox import ConfigError, CrashPointError
+from pytest_vmsandbox.guests.crash.freeing import FUNCTIONS
 
 FOLDER = "/mnt"
 KEEP = "cd /mnt; echo $1 >new; {sync_file} mv new file; {sync_folder}"
@@ -114,10 +115,22 @@ class TestPrograms:
             assert vm.read_text(f"{FOLDER}/file") == "old\n"
         assert vm.read_text(f"{FOLDER}/file") == "3\n"
 
+        # Whatever has the disk is noticed, even if the kernel has no name for it.
+        probe = f"{FUNCTIONS}probe /dev/vda"
+        assert vm.shell(probe).stdout
+        assert vm.shell(f"umount {FOLDER}; {probe}").stdout == ""
+
 
 @pytest.mark.vm("debian-13", disks=["64MiB"])
 @pytest.mark.origins("cloned")
 def test_functions(vm):
+    vm.shell("modprobe loop; losetup /dev/loop0 /dev/vdb")
+    with vm.crash_points("disk0") as cuts:
+        pass
+    with pytest.raises(ConfigError, match="used by the loop device loop0"):
+        cuts.check(check)
+    vm.run(["losetup", "-d", "/dev/loop0"])
+
     mount(vm, "/dev/vdb")
     kinds = [it.kind for it in failure_of(record(vm, WRONG), check).report.failures]
     assert "AssertionError: an acknowledged word is lost" in kinds

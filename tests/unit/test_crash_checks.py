@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
-from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts
+from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts, resident
 from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
@@ -327,6 +329,27 @@ class TestResident:
         assert first == 'AssertionError: assert acknowledged == ["fine"]'
         assert "It printed:\na line" in answers[5][1]
         assert __file__ in more[0]
+
+    def test_what_has_the_disk_after_a_check_is_sent_away(self, tmp_path, monkeypatch):
+        device, said = tmp_path / "device", tmp_path / "said"
+        device.touch()
+        look: Any = object.__new__(resident.Resident)
+        functions = f"leave() {{ :; }}\nexpel() {{ echo $* >>{said}; }}\n"
+        look.plan = {"devices": [str(device)], "functions": functions}
+        real, needed = os.open, 2
+
+        def opened(path, flags, *more):
+            has_it = not said.exists() or len(said.read_text().splitlines()) < needed
+            if path == str(device) and flags & os.O_EXCL and has_it:
+                raise OSError(errno.EBUSY, "busy")
+            return real(path, flags, *more)
+
+        monkeypatch.setattr(os, "open", opened)
+        assert look.freed()
+        assert said.read_text() == f"{device}\n" * needed
+        needed = 9
+        monkeypatch.setattr(resident, "BUSY_SECONDS", -1.0)
+        assert not look.freed()
 
     def test_programs(self, tmp_path):
         # Nothing is left of the output's file. /dev/shm is memory of this host.
