@@ -63,6 +63,40 @@ def test_of_one_process(vm):
 
 
 @pytest.mark.origins("cloned")
+@pytest.mark.vm("tiny", memory="256MiB")
+def test_of_a_process_that_has_memory_already(vm):
+    mounts = vm.read_text("/proc/mounts")
+    script = "a=$(head -c 40000000 /dev/zero | tr '\\0' a); {0}; b=$(head -c 30000000 /dev/zero | tr '\\0' b); {0}"
+    with vm.popen(["sh", "-c", script.format("echo ${#a}; read go")]) as it:
+        assert it.stdout.readline() == "40000000\n"
+        with pytest.raises(ConfigError, match="has .*MiB already, so it cannot be limited"):
+            vm.faults.memory("20MiB", of=it)
+        assert not vm.faults.in_force
+        assert "vmsandbox" not in vm.read_text(f"/proc/{it.pid}/cgroup")
+        assert vm.read_text("/proc/mounts") == mounts
+        with vm.faults.memory("160MiB", of=it):
+            group = vm.shell("cat /run/vmsandbox-cgroup/vmsandbox-fault-*/memory.max").stdout
+            assert int(group) <= (160 << 20) - 40_000_000
+            with pytest.raises(ConfigError, match="another fault limits"):
+                vm.faults.memory("200MiB", of=it)
+        with vm.faults.memory("64MiB", of=it):
+            print(file=it.stdin, flush=True)
+            assert it.wait(60) == -9
+    children = (
+        "i=0; while [ $i -lt 60 ]; do sleep 600 & i=$((i + 1)); [ $i != 15 ] || echo; done; wait"
+    )
+    with vm.popen(["sh", "-c", children]) as it:
+        it.stdout.readline()
+        with vm.faults.memory("64MiB", of=it):  # none escapes that it starts meanwhile
+            family = f"cat /proc/{it.pid}/task/*/children"
+            vm.wait_until(["sh", "-c", f"[ $({family} | wc -w) -eq 60 ]"], timeout=120)
+            groups = vm.shell(f"for pid in $({family}); do cat /proc/$pid/cgroup; done").stdout
+            assert groups.count("vmsandbox-fault-") == 60
+        it.kill()
+        vm.shell("killall sleep", check=False)
+
+
+@pytest.mark.origins("cloned")
 @pytest.mark.vm("debian-13")
 def test_of_a_service(vm):
     script = (
@@ -78,6 +112,12 @@ def test_of_a_service(vm):
         vm.run(["touch", "/go"])
         vm.wait_until(["test", "-s", "/said"], timeout=120)
         assert vm.read_text("/said").strip() == "137"
+    assert int(vm.read_text(limit)) == 1 << 30
+    first, last = (vm.faults.memory(size, of="hog.service") for size in ("32MiB", "48MiB"))
+    assert int(vm.read_text(limit)) == 32 << 20
+    first.end()
+    assert int(vm.read_text(limit)) == 48 << 20
+    last.end()
     assert int(vm.read_text(limit)) == 1 << 30
     vm.shell("rm /said; touch /go")
     vm.wait_until(["test", "-s", "/said"], timeout=120)

@@ -46,8 +46,15 @@ def test_reset_and_the_plug(vm):
     ]
 
 
-def test_panic(vm):
+def test_panic(vm, monkeypatch):
     first = boots(vm)
+    vm.shell("mount --bind /dev/null /proc/sysrq-trigger")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(vm.engine), "command_seconds", 2.0)
+        with pytest.raises(CommandTimeout, match="did not panic"):
+            vm.faults.panic(reboots=1)
+    assert vm.read_text("/proc/sys/kernel/panic") == "0\n"
+    vm.shell("umount /proc/sysrq-trigger")
     with vm.faults.panic():
         assert not vm.alive
         with pytest.raises(GuestLost, match="kernel panic: sysrq triggered crash"):

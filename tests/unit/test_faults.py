@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_vmsandbox import ConfigError, GuestLost
-from pytest_vmsandbox.guests.faults import processors
+from pytest_vmsandbox import CommandTimeout, ConfigError, GuestLost
+from pytest_vmsandbox.guests.faults import memory, processors
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.faults.memory import MemoryFaults
 from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
 from pytest_vmsandbox.guests.ledger import Ledger
 
@@ -204,6 +205,53 @@ class TestRollback:
             fault._thread.join(0.01)
         assert engine.running.machine.stops
         assert not fault._thread.is_alive()
+
+
+class TestLimitsOfOneService:
+    """They overlap. The smallest one in force holds, and then what was there before."""
+
+    @pytest.fixture
+    def limits(self, engine, monkeypatch):
+        """A service whose limits are those of the last call."""
+        known = ["MemoryMax=infinity", "MemorySwapMax=infinity"]
+
+        def run(_, script, name, *limits):
+            assert name == "it.service"
+            if "set-property" not in script:
+                return "\n".join(known)
+            known[:] = limits
+            return ""
+
+        monkeypatch.setattr(memory, "run_as_root", run)
+        self.faults = MemoryFaults()
+        self.faults.engine = engine
+        return known
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_they_end_in_any_order(self, limits, first):
+        before = [*limits]
+        sizes = [20, 10]
+        made = [self.faults.memory(size, of="it.service") for size in sizes]
+        assert limits == ["MemoryMax=10", "MemorySwapMax=0"]
+        made.pop(first).end()
+        assert limits[0] == f"MemoryMax={sizes[1 - first]}"
+        made.pop().end()
+        assert limits == before
+
+    def test_one_that_cannot_begin_leaves_nothing(self, limits, ledger, monkeypatch):
+        before, run = [*limits], vars(memory)["run_as_root"]
+
+        def late(engine, script, *words):
+            run(engine, script, *words)
+            if "MemoryMax=10" in words:
+                raise CommandTimeout("late", seconds=1)
+            return "\n".join(before)
+
+        monkeypatch.setattr(memory, "run_as_root", late)
+        with pytest.raises(CommandTimeout):
+            self.faults.memory(10, of="it.service")
+        assert limits == before
+        assert ledger.in_force == []
 
 
 class TestOwed:

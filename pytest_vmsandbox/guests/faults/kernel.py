@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from typing import Self, get_args
 
-from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost
 from pytest_vmsandbox.guests.commands import is_number
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
@@ -17,6 +18,15 @@ from pytest_vmsandbox.machine.machine import Machine
 
 _LOOK_SECONDS = 0.2
 _PANIC = "echo c >/proc/sysrq-trigger"
+# With a restart after {} seconds. If nothing comes of it, all is as before.
+_RESTARTS = f"""
+read -r former </proc/sys/kernel/panic
+echo {{}} >/proc/sys/kernel/panic || exit
+{_PANIC}
+status=$?
+echo "$former" >/proc/sys/kernel/panic
+exit $status
+"""
 
 
 class KernelFaults:
@@ -118,6 +128,7 @@ class Panic(Outage):
         self._reboots = reboots
         self._running: Running | None = None
         self._since = 0
+        self._has_come = False
 
     def _start(self) -> None:
         engine = self._engine
@@ -128,11 +139,12 @@ class Panic(Outage):
                     f"{engine.name} cannot restart after a panic: its architecture has no device for panics",
                     remedy="leave out reboots=, or use an image such as debian-13",
                 )
-            script = f"echo {self._reboots} >/proc/sys/kernel/panic && {_PANIC}"
-        with engine.orderly, engine.use(hold=True) as running:
+            script = _RESTARTS.format(self._reboots)
+        with engine.orderly, engine.use(hold=True) as running, ExitStack() as undo:
             machine = running.machine
             machine.check()
             if self._reboots is not None:
+                undo.callback(_pauses_again, machine)
                 machine.execute("set-action", {"panic": "none"})
             self._running, self._since = running, len(machine.monitor.events())
             size = machine.console.size
@@ -145,6 +157,8 @@ class Panic(Outage):
                 needs="its kernel needs CONFIG_MAGIC_SYSRQ, and /proc must be mounted",
             )
             process.close()
+            self._has_come = True
+            undo.pop_all()
             if self._reboots is not None:
                 machine.console.begin_boot()
                 running.hang_up()
@@ -154,13 +168,22 @@ class Panic(Outage):
         if running is None:
             return
         if self._reboots is not None and running is engine.running and engine.loss is None:
-            outage.await_reset(engine, running, self._since)
-            running.machine.execute("set-action", {"panic": "pause"})
+            try:
+                if self._has_come:
+                    outage.await_reset(engine, running, self._since)
+            finally:
+                _pauses_again(running.machine)
             return
         if running is engine.running:
             engine.power_cut()
         if not engine.is_on:
             engine.power_on()
+
+
+def _pauses_again(machine: Machine) -> None:
+    """Let a panic pause the guest, as always: so it is noticed."""
+    with suppress(GuestLost):  # its next machine does so
+        machine.execute("set-action", {"panic": "pause"})
 
 
 def _has_panicked(machine: Machine, since: int, size: int) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from pytest_vmsandbox.core.errors import CommandError, ConfigError
+from pytest_vmsandbox.core.errors import CommandError, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, format_size, parse_size
 from pytest_vmsandbox.guests.commands import is_number
 from pytest_vmsandbox.guests.engine import Engine
@@ -13,7 +15,7 @@ from pytest_vmsandbox.guests.faults.programs import run_as_root
 from pytest_vmsandbox.guests.process import Process
 
 _LEAST = 16 * MIB  # bytes that must be left, so that the fault can be ended
-_NO_ROOM, _NO_CGROUPS, _NO_PROCESS = 66, 67, 68
+_NO_ROOM, _NO_CGROUPS, _NO_PROCESS, _TWICE = 66, 67, 68, 69
 # Fills memory until $2 KiB are available. Each step takes half of what is too much: the kernel's estimate is
 # rough, and it needs memory for what it notes about each file.
 _FILL = r"""
@@ -30,44 +32,63 @@ _EMPTY = r"""
 while umount "$1" 2>/dev/null; do :; done
 rmdir "$1" 2>/dev/null || [ ! -e "$1" ]
 """
-# Moves a process and all its descendants into a new cgroup $1 with a limit of $3 bytes. Prints where the process
-# was. Version 2 is mounted where it is not, as long as it is needed.
-_CONFINE = r"""
+# Prints the root of the cgroups (version 2), which are mounted as long as they are needed, and the cgroup of process $1.
+_WHERE = r"""
 root=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
 if [ -z "$root" ]; then
     root=/run/vmsandbox-cgroup
     mkdir -p "$root"
-    mount -t cgroup2 cgroup2 "$root" 2>/dev/null || exit 67
+    mount -t cgroup2 cgroup2 "$root" 2>/dev/null || { rmdir "$root"; exit 67; }
 fi
+from=
+while IFS=: read -r number _ path; do [ "$number" != 0 ] || from=$path; done <"/proc/$1/cgroup" || exit 68
+echo "$root"
+echo "$root$from"
+"""
+# Moves process $2 and all its descendants into a new cgroup $3 below $1, with a limit of $4 bytes. What they hold already
+# stays with their former cgroups, so it is taken off the limit.
+_CONFINE = r"""
+root=$1 group=$1/$3
 grep -qw memory "$root/cgroup.controllers" || exit 67
 echo +memory >"$root/cgroup.subtree_control" || exit 67
-from=
-while IFS=: read -r number _ path; do [ "$number" != 0 ] || from=$path; done <"/proc/$2/cgroup" || exit 68
-mkdir "$root/$1" || exit 67
-echo "$3" >"$root/$1/memory.max" || exit 67
-echo 0 2>/dev/null >"$root/$1/memory.swap.max"
+mkdir "$group" || exit 67
+echo 0 2>/dev/null >"$group/memory.swap.max"
 family() {
     echo "$1"
     for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do family "$child"; done
 }
-for pid in $(family "$2"); do echo "$pid" >"$root/$1/cgroup.procs"; done 2>/dev/null
-grep -qx "$2" "$root/$1/cgroup.procs" || { rmdir "$root/$1"; exit 68; }
-echo "$root$from"
-"""
-# Moves all processes of the cgroup $1 to $2, and removes it. A process may start another one meanwhile.
-_FREE = r"""
-root=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
-[ -n "$root" ] && [ -d "$root/$1" ] || exit 0
-to=$2
-[ -d "$to" ] || to=$root
-echo max >"$root/$1/memory.max"
-for try in 1 2 3 4 5 6 7 8 9 10; do
-    while read -r pid; do echo "$pid" >"$to/cgroup.procs"; done <"$root/$1/cgroup.procs" 2>/dev/null
-    rmdir "$root/$1" 2>/dev/null && break
-    sleep 0.1
+moved=1
+while [ -n "$moved" ]; do  # until nobody has started another one meanwhile
+    moved=
+    for pid in $(family "$2"); do
+        where=$(cat "/proc/$pid/cgroup" 2>/dev/null) || continue
+        case $where in *"/$3") continue ;; */vmsandbox-fault-*) exit 69 ;; esac
+        echo "$pid" 2>/dev/null >"$group/cgroup.procs" && moved=1
+    done
 done
-[ ! -d "$root/$1" ] || rmdir "$root/$1" || exit
-if [ "$root" = /run/vmsandbox-cgroup ] && ! ls -d "$root"/vmsandbox-fault-* >/dev/null 2>&1; then
+grep -qx "$2" "$group/cgroup.procs" || exit 68
+own=$(awk '$1 == "anon" || $1 == "shmem" { sum += $2 } END { printf "%.0f", sum }' "$group/memory.stat")
+all=$(for pid in $(cat "$group/cgroup.procs"); do cat "/proc/$pid/smaps_rollup"; done 2>/dev/null |
+    awk '/^(Pss_Anon|Pss_Shmem|SwapPss):/ { sum += $2 } END { printf "%.0f", sum * 1024 }')
+[ "$all" -gt 0 ] || exit 67
+left=$(($4 - all + own))
+if [ "$left" -le 0 ]; then echo "$all" >&2; exit 66; fi
+echo "$left" >"$group/memory.max" || exit 67
+"""
+# Moves all processes of the cgroup $2 below $1 to $3, and removes it. A process may start another one meanwhile.
+_FREE = r"""
+root=$1 group=$1/$2 to=$3
+[ -d "$to" ] || to=$root
+if [ -d "$group" ]; then
+    echo max >"$group/memory.max"
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        while read -r pid; do echo "$pid" >"$to/cgroup.procs"; done <"$group/cgroup.procs" 2>/dev/null
+        rmdir "$group" 2>/dev/null && break
+        sleep 0.1
+    done
+    [ ! -d "$group" ] || rmdir "$group" || exit
+fi
+if [ "$root" = /run/vmsandbox-cgroup ] && [ -d "$root" ] && ! ls -d "$root"/vmsandbox-fault-* >/dev/null 2>&1; then
     umount "$root" && rmdir "$root"
 fi
 """
@@ -96,6 +117,9 @@ class MemoryFaults:
         *them*, and the rest of the guest has all its memory. They cannot use swap. At the end, a process
         and its descendants go back to their cgroup, and a service has its former limit.
 
+        What a process has already counts, too: with 30 MiB and a limit of 64 MiB, it gets 34 MiB more. It
+        does not get more for what it gives back of those 30 MiB: Linux leaves them to its former cgroup.
+
         The balloon is not used: a guest gives memory back too slowly. After a reboot or a power cut, nothing
         is left of the fault. After the end of a snapshot that was taken before, it is over.
 
@@ -107,7 +131,8 @@ class MemoryFaults:
 
         Raises:
             ConfigError: an argument is invalid, the guest has less memory than that, there is no such
-                process or service, or its kernel has no cgroups (version 2).
+                process or service, or its kernel has no cgroups (version 2). A process has as much as that
+                already, or another fault limits it, or a descendant.
             GuestLost: the guest is off or gone.
 
         Example::
@@ -148,16 +173,16 @@ class _Full(Fault):
         self._folder = f"/run/vmsandbox-fault-{secrets.token_hex(4)}"
 
     def _start(self) -> None:
-        try:
-            run_as_root(self._engine, _FILL, self._folder, self._size // 1024)
-        except CommandError as error:
-            run_as_root(self._engine, _EMPTY, self._folder)
-            if error.result.returncode != _NO_ROOM:
-                raise
-            raise ConfigError(
-                f"{self._engine.name} has less than {format_size(self._size)} available already",
-                remedy="use a smaller limit, or a guest with more memory",
-            ) from error
+        with _nothing_left(self._stop):
+            try:
+                run_as_root(self._engine, _FILL, self._folder, self._size // 1024)
+            except CommandError as error:
+                if error.result.returncode != _NO_ROOM:
+                    raise
+                raise ConfigError(
+                    f"{self._engine.name} has less than {format_size(self._size)} available already",
+                    remedy="use a smaller limit, or a guest with more memory",
+                ) from error
 
     def _stop(self) -> None:
         if self._engine.loss is None:
@@ -171,18 +196,20 @@ class _Programs(Fault):
         super().__init__(engine, f"process {pid} limited to {format_size(size)} of memory")
         self._size, self._pid = size, pid
         self._group = f"vmsandbox-fault-{secrets.token_hex(4)}"
-        self._from = ""
+        self._root = self._from = ""  # folders of cgroups
 
     def _start(self) -> None:
-        try:
-            said = run_as_root(self._engine, _CONFINE, self._group, self._pid, self._size)
-        except CommandError as error:
-            raise _explained(error, self._engine, f"process {self._pid}") from error
-        self._from = said.strip()
+        engine, pid = self._engine, self._pid
+        with _nothing_left(self._stop):
+            try:
+                self._root, self._from = run_as_root(engine, _WHERE, pid)[:-1].split("\n")
+                run_as_root(engine, _CONFINE, self._root, pid, self._group, self._size)
+            except CommandError as error:
+                raise _explained(error, engine, f"process {pid}") from error
 
     def _stop(self) -> None:
-        if self._engine.loss is None:
-            run_as_root(self._engine, _FREE, self._group, self._from)
+        if self._root and self._engine.loss is None:
+            run_as_root(self._engine, _FREE, self._root, self._group, self._from)
 
 
 class _Service(Fault):
@@ -190,22 +217,45 @@ class _Service(Fault):
 
     def __init__(self, engine: Engine, size: int, name: str) -> None:
         super().__init__(engine, f"{name} limited to {format_size(size)} of memory")
-        self._size, self._name = size, name
-        self._former: list[str] = []
+        self.size, self.name = size, name
+        self.former: list[str] = []
 
     def _start(self) -> None:
-        try:
-            self._former = run_as_root(self._engine, _SERVICE, self._name).split()
-        except CommandError as error:
-            raise _explained(error, self._engine, self._name) from error
-        self._limit(f"MemoryMax={self._size}", "MemorySwapMax=0")
+        with _nothing_left(self._stop):
+            try:
+                former = run_as_root(self._engine, _SERVICE, self.name).split()
+            except CommandError as error:
+                raise _explained(error, self._engine, self.name) from error
+            self.former = next((it.former for it in self._others()), former)
+            self._apply(self.size)
 
     def _stop(self) -> None:
-        if self._former and self._engine.loss is None:
-            self._limit(*self._former)
+        if self.former and self._engine.loss is None:
+            self._apply()
+
+    def _others(self) -> list[_Service]:
+        """The faults in force that limit the same service."""
+        faults = (entry.fault for entry in self._engine.machines.faults.in_force)
+        same = [it for it in faults if isinstance(it, _Service) and it.name == self.name]
+        return [it for it in same if it is not self and it.former]
+
+    def _apply(self, *own: int) -> None:
+        """Let the service have the smallest of the limits in force, or its former one."""
+        sizes = [*own, *(it.size for it in self._others())]
+        self._limit(*([f"MemoryMax={min(sizes)}", "MemorySwapMax=0"] if sizes else self.former))
 
     def _limit(self, *limits: str) -> None:
-        run_as_root(self._engine, _LIMIT_SERVICE, self._name, *limits)
+        run_as_root(self._engine, _LIMIT_SERVICE, self.name, *limits)
+
+
+@contextmanager
+def _nothing_left(restore: Callable[[], None]) -> Iterator[None]:
+    """Restore the guest if a fault cannot begin."""
+    try:
+        yield
+    except VMSandboxError:
+        restore()
+        raise
 
 
 def _explained(error: CommandError, engine: Engine, what: str) -> ConfigError | CommandError:
@@ -215,6 +265,17 @@ def _explained(error: CommandError, engine: Engine, what: str) -> ConfigError | 
         return ConfigError(
             f"there is no {what} in {engine.name}, or it has ended",
             remedy="start it before it is limited",
+        )
+    if status == _NO_ROOM:
+        has = format_size(int(error.result.stderr.split()[-1]))
+        return ConfigError(
+            f"{what} in {engine.name} has {has} already, so it cannot be limited to less",
+            remedy="use a larger limit, limit it before it takes so much, or limit a service of systemd",
+        )
+    if status == _TWICE:
+        return ConfigError(
+            f"another fault limits the memory of {what} in {engine.name}, or of a descendant",
+            remedy="end that fault before",
         )
     if status == _NO_CGROUPS:
         return ConfigError(
