@@ -56,12 +56,14 @@ class AttachedDisk:
         device: the guest's device file when it was attached, such as ``/dev/vdb``. After a reboot, the
             disk may have another one. With udev, ``/dev/disk/by-id/virtio-NAME`` stays.
         read_only: whether the guest can only read it.
+        guest: the name of the guest that has it.
     """
 
     name: str
     size: int
     device: str
     read_only: bool
+    guest: str
 
 
 class TakesDisks:
@@ -176,7 +178,13 @@ def _attach(
         with engine.still(running):
             engine.machines.add(disk)
         undo.pop_all()
-        return AttachedDisk(name=disk.name, size=disk.size, device=device, read_only=disk.read_only)
+        return AttachedDisk(
+            name=disk.name,
+            size=disk.size,
+            device=device,
+            read_only=disk.read_only,
+            guest=engine.name,
+        )
 
 
 def _detach(engine: Engine, wanted: AttachedDisk | str, *, timeout: float | None) -> None:
@@ -309,6 +317,22 @@ def _await_device(engine: Engine, serial: str, deadline: Deadline) -> str:
         deadline.pause(_POLL_SECONDS)
 
 
+def name_of(machines: Machines, disk: AttachedDisk | str) -> str:
+    """The name of a disk. Disks of several guests may have the same.
+
+    Raises:
+        ConfigError: it is attached to another guest.
+    """
+    if isinstance(disk, str):
+        return disk
+    if disk.guest != machines.name:
+        raise ConfigError(
+            f"the disk {disk.name!r} is attached to {disk.guest}, not to {machines.name}",
+            remedy="pass it to the guest that has attached it",
+        )
+    return disk.name
+
+
 def attached(machines: Machines, wanted: AttachedDisk | str) -> PluggedDisk:
     """The attached disk with a name.
 
@@ -319,7 +343,7 @@ def attached(machines: Machines, wanted: AttachedDisk | str) -> PluggedDisk:
         raise TypeError(
             f"detach takes what attach_disk has returned, or a name, not {type(wanted).__name__}"
         )
-    name = wanted if isinstance(wanted, str) else wanted.name
+    name = name_of(machines, wanted)
     plugged = machines.disks.plugged
     for disk in plugged:
         if disk.name == name:

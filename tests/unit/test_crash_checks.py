@@ -20,7 +20,7 @@ import pytest
 from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
 from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts, resident
-from pytest_vmsandbox.guests.crash.conversation import Verdict, judged
+from pytest_vmsandbox.guests.crash.conversation import NO_END, Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
 from pytest_vmsandbox.guests.crash.mounts import Mount, Place
 from pytest_vmsandbox.guests.crash.report import writes_of
@@ -112,9 +112,11 @@ class TestFunctions:
             checker.source_of(needs_an_import)
         assert "import json inside the function" in caught.value.remedy
 
-    def test_a_script_is_no_list_of_words(self):
-        with pytest.raises(TypeError, match="/bin/sh"):
-            checker.program("test -e file", NOTHING)
+    @pytest.mark.parametrize("check", ["test -e file", [], 5])
+    def test_what_is_neither_a_function_nor_words(self, check):
+        with pytest.raises(ConfigError, match="neither a function nor") as caught:
+            checker.program(check, NOTHING)
+        assert "/bin/sh" in caught.value.remedy
 
     def test_a_program_cannot_get_endless_values(self):
         values = ["x" * 1000] * 200
@@ -315,7 +317,17 @@ def talkative(folder, acknowledged):
         assert acknowledged == ["fine"]
 
 
+def returns(folder, acknowledged):
+    return acknowledged == ["fine"]
+
+
 class TestResident:
+    def test_a_function_that_returns_a_value_is_refused(self, tmp_path):
+        _, (word, text) = ask(returns, [["lost"]], tmp_path)
+        assert (word, text) == ("refused", "it returned False, and not None: use assert")
+        with pytest.raises(ConfigError, match="it returned False"):
+            judged(word, 0, text)
+
     def test_functions(self, tmp_path):
         words = [["fine"], ["much"], ["ends"], ["signal"], ["exit"], [], ["fine"]]
         ready, *answers = ask(talkative, words, tmp_path)
@@ -378,6 +390,8 @@ class Subtests:
 
 
 class TestFailures:
+    LOST = (State(5, frozenset({4})),)
+
     def report(self):
         def say(state, _):
             return "lost" if state.lost else "torn" if state.torn else ""
@@ -392,6 +406,14 @@ class TestFailures:
         assert caught.value.report is report
         assert "1 broke: lost" in str(caught.value)
         assert "1 broke: torn" in str(caught.value)
+
+    def test_a_check_that_does_not_end_is_the_one_to_mend(self):
+        report = search(
+            TestSearch.HISTORY, lambda state, _: NO_END if state.lost else "", self.LOST
+        )
+        with pytest.raises(CrashPointError) as caught:
+            crash_points._raise_failures(report.run(), None)
+        assert "let the check end" in caught.value.remedy
 
     def test_each_is_a_subtest(self):
         subtests = Subtests()
@@ -523,3 +545,28 @@ def test_a_check_that_passes_warns_of_what_it_left_out(monkeypatch):
     )
     assert checked(report, states=600) == []  # somebody has chosen that
     assert checked(replace(report, untried=0)) == []
+
+
+class TestArguments:
+    @pytest.fixture
+    def cuts(self, tmp_path):
+        guest = engine()
+        guest.machines.hypervisor = namespace(cache=tmp_path)
+        cuts = crash_points.CrashPoints(guest, "disk0", 0)
+        history = History([Entry(0, "flush")])
+        cuts._place = NOTHING
+        with (tmp_path / "base").open("w+b", buffering=0) as base:
+            cuts._recorder = namespace(history=history, base=base, log=base)
+            yield cuts
+
+    @pytest.mark.parametrize(
+        "wanted", [{"seed": "x"}, {"states": 0}, {"timeout": 0}, {"subtests": 5}], ids=str
+    )
+    def test_what_is_invalid(self, cuts, wanted):
+        with pytest.raises(ConfigError, match=next(iter(wanted))):
+            cuts.check(good, **wanted)
+
+    @pytest.mark.parametrize("boot", [True, False])
+    def test_a_recording_without_writes(self, cuts, boot):
+        with pytest.raises(ConfigError, match="nothing was written to the disk disk0"):
+            cuts.check(good, boot=boot)

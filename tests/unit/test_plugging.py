@@ -3,6 +3,7 @@
 import os
 import subprocess
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
 from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import TakesDisks, refuse_left
+from pytest_vmsandbox.guests.plugging import TakesDisks, name_of, refuse_left
 from pytest_vmsandbox.machine.disk import Disks
 
 
@@ -103,10 +104,19 @@ def descriptors():
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def test_a_disk_of_another_guest(vm, machines):
+    disk = replace(vm.attach_disk(size="1MiB"), guest="tiny-2")
+    with pytest.raises(ConfigError, match="attached to tiny-2, not to tiny-1"):
+        vm.detach(disk)
+    with pytest.raises(ConfigError, match="attached to tiny-2, not to tiny-1"):
+        name_of(machines, disk)
+    assert name_of(machines, "attached0") == "attached0"
+
+
 class TestAttach:
     def test_a_blank_one(self, vm, engine):
         assert vm.attach_disk(size="1MiB") == AttachedDisk(
-            name="attached0", size=MIB, device="/dev/vdb", read_only=False
+            name="attached0", size=MIB, device="/dev/vdb", read_only=False, guest="tiny-1"
         )
         assert engine.plugged == ["attached0"]
         (disk,) = engine.machines.disks.plugged

@@ -103,14 +103,14 @@ def program(check: Check, place: Place) -> Program:
 
     Raises:
         ConfigError: the check cannot be sent to a guest.
-        TypeError: it is neither a function nor a list of words.
     """
     if callable(check):
         return _function(check, place)
-    if isinstance(check, str | bytes) or not isinstance(check, Sequence):
-        raise TypeError(
-            f"a check must be a function or a list of words, not {type(check).__name__}; for a script, use "
-            "['/bin/sh', '-c', SCRIPT]"
+    is_one = isinstance(check, str | bytes) or not isinstance(check, Sequence)
+    if is_one or not check:
+        raise ConfigError(
+            f"the check {check!r} is neither a function nor a list of words",
+            remedy="for a script, use ['/bin/sh', '-c', SCRIPT]",
         )
     words = command(check).argv
     argv = ("/bin/sh", "-c", _shell_script(place), "sh", *words)

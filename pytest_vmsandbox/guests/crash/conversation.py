@@ -19,6 +19,7 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.process import STDERR, RemoteProcess
 
+NO_END = "the check does not end"
 _MAX_LINE = 200  # bytes of the first line of an answer
 _START_SECONDS = 60.0
 _WORDS = re.compile(r"(ready|refused|ok|unmountable|busy|broken)(?:-(\d{1,3}))?")
@@ -131,7 +132,7 @@ class Conversation:
             word, status, text = self._answer(Deadline(seconds))
         except TimeoutError:
             text = f"the check and its mounts did not end within {seconds:g} s"
-            raise Unusable(Verdict(kind="the check does not end", reason=text)) from None
+            raise Unusable(Verdict(kind=NO_END, reason=text)) from None
         except GuestLost as lost:
             events = self._running.machine.monitor.events()
             if not any(event["event"] == "GUEST_PANICKED" for event in events):
@@ -217,7 +218,8 @@ def judged(word: str, status: int, text: str) -> Verdict:
         raise ConfigError(
             "the check cannot run in the guest",
             details=text,
-            remedy="the device must be there, and the check must not change the guest's system",
+            remedy="the device must be there, the check must not change the guest's system, and it must raise "
+            "an error instead of returning a value",
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else ""

@@ -20,7 +20,7 @@ from pytest_vmsandbox.guests.crash.booting import Boots, booted
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.checker import Check
 from pytest_vmsandbox.guests.crash.checking import Bench, mounted
-from pytest_vmsandbox.guests.crash.conversation import Looks
+from pytest_vmsandbox.guests.crash.conversation import NO_END, Looks
 from pytest_vmsandbox.guests.crash.exploring import Exploration
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.recording import Recorder, content, recorded
@@ -33,7 +33,7 @@ from pytest_vmsandbox.guests.crash.report import (
 from pytest_vmsandbox.guests.crash.searching import Search
 from pytest_vmsandbox.guests.crash.states import History, State
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.plugging import AttachedDisk
+from pytest_vmsandbox.guests.plugging import AttachedDisk, name_of
 
 _STATES, _BOOTS = 600, 20
 _TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller
@@ -138,7 +138,7 @@ class CrashPoints:
                 there with the guest's Python (3.7 or later): import what it needs inside of it. ``folder`` is
                 a `pathlib.Path`: the mounted disk, or the device file of one that was not mounted.
                 ``acknowledged`` is the list of values that were acknowledged before the power cut. If it
-                raises anything, the state breaks the promise.
+                raises anything, the state breaks the promise. It must return None.
                 Or a list of words: a program. It starts in the folder, with the variables
                 ``VMSANDBOX_FOLDER`` and ``VMSANDBOX_ACKNOWLEDGED`` (JSON). If it returns non-zero, the state
                 breaks the promise.
@@ -159,19 +159,19 @@ class CrashPoints:
         Raises:
             CrashPointError: a state breaks the promise. The error has the report. Or the check fails
                 without any power cut.
-            ConfigError: the checker cannot run in the guest, the disk cannot be freed, as of a loop device, or
-                this is called in a block of `state`.
+            ConfigError: the checker cannot run in the guest, the disk cannot be freed, as of a loop device, nothing
+                was written to it, or this is called in a block of `state`.
         """
         with self._engine.explained():
-            seconds = self._engine.stretch(_STATE_SECONDS)
+            _check_subtests(subtests)
+            seconds = _seconds(timeout, self._engine.stretch(_STATE_SECONDS))
             search = partial(
                 Exploration,
-                seed=self._seed if seed is None else seed,
-                count=_positive(states or (_BOOTS if boot else _STATES), "states"),
+                seed=self._seed if seed is None else _whole(seed, "seed", least=None),
+                count=_whole((_BOOTS if boot else _STATES) if states is None else states, "states"),
                 tear=_tear(tear),
             )
-            run = self._booted if boot else self._mounted
-            report = run(checker, search, seconds if timeout is None else commands.seconds(timeout))
+            report = (self._booted if boot else self._mounted)(checker, search, seconds)
         _raise_failures(report, subtests)
         if states is None and not report.broken and report.untried:
             warnings.warn(untried_text(report), stacklevel=2)
@@ -180,6 +180,7 @@ class CrashPoints:
     def _mounted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
         """Try states in the running guest."""
         with self._opened() as (recorder, place), self._builder(recorder) as builder:
+            _refuse_unwritten(recorder, self._disk)
             program = checker.program(check, place)
             with Bench(self._engine, self._disk, place, builder, program, seconds) as bench:
                 report = self._searched(recorder, bench, chosen, _TRIES)
@@ -189,6 +190,7 @@ class CrashPoints:
     def _booted(self, check: Check, chosen: Chosen, seconds: float) -> CrashReport:
         """Boot the guest for each state."""
         with self._opened() as (recorder, place):
+            _refuse_unwritten(recorder, self._disk)
             program = checker.program(check, Place(folder=_booted_folder(place)))
             with Boots(self._engine, recorder, program, seconds) as bench:
                 return self._searched(recorder, bench, chosen, _BOOT_TRIES)
@@ -335,9 +337,10 @@ class HasCrashPoints:
 
             cuts.check(check)
         """
-        name = disk.name if isinstance(disk, AttachedDisk) else disk
         with self.engine.explained():
             machines = self.engine.machines
+            name = name_of(machines, disk)
+            _whole(seed, "seed", least=None)
             content(machines, machines.disks, name)  # there is such a disk
             return CrashPoints(self.engine, name, seed)
 
@@ -357,11 +360,18 @@ def _raise_failures(report: CrashReport, subtests: Subtests | None) -> None:
 
 
 def _error(report: CrashReport, failures: Sequence[CrashFailure]) -> CrashPointError:
+    remedy = (
+        "let the program flush what it promises before it promises it: fsync the file, and the folder after a "
+        "rename"
+    )
+    if all(failure.kind == NO_END for failure in failures):
+        remedy = (
+            "let the check end for each content of the disk, or give it more time with timeout="
+        )
     return CrashPointError(
         report.brief,
         details="\n\n".join(map(str, failures)),
-        remedy="let the program flush what it promises before it promises it: fsync the file, and the folder "
-        "after a rename",
+        remedy=remedy,
         report=report,
     )
 
@@ -395,10 +405,48 @@ def _booted_folder(place: Place) -> str:
     return place.folder if place.mounts else "/"
 
 
-def _positive(number: int, name: str) -> int:
-    if not commands.is_number(number, int) or number < 1:
-        raise ConfigError(f"{name}={number!r} is invalid", remedy="use a whole number from 1 on")
+def _refuse_unwritten(recorder: Recorder, disk: str) -> None:
+    """Refuse a recording that proves nothing.
+
+    Raises:
+        ConfigError: nothing was written, so no power cut can break anything.
+    """
+    if all(entry.kind == "flush" for entry in recorder.history.entries):
+        raise ConfigError(
+            f"nothing was written to the disk {disk} while it was recorded",
+            remedy="let the workload write to this disk, in the block: mount it before, and look with df where "
+            "the program writes",
+        )
+
+
+def _check_subtests(subtests: object) -> None:
+    if subtests is not None and not callable(getattr(subtests, "test", None)):
+        raise ConfigError(
+            f"subtests={subtests!r} is invalid", remedy="pass the fixture subtests of pytest"
+        )
+
+
+def _whole(number: int, name: str, least: int | None = 1) -> int:
+    """A whole number as users write it.
+
+    Raises:
+        ConfigError: it is none, or is too small.
+    """
+    if not commands.is_number(number, int) or (least is not None and number < least):
+        remedy = "use a whole number" if least is None else f"use a whole number from {least} on"
+        raise ConfigError(f"{name}={number!r} is invalid", remedy=remedy)
     return number
+
+
+def _seconds(timeout: float | None, default: float) -> float:
+    """Seconds for each state.
+
+    Raises:
+        ConfigError: `timeout` leaves the checker no time.
+    """
+    if timeout == 0:
+        raise ConfigError("timeout=0 leaves the checker no time", remedy="use a positive number")
+    return default if timeout is None else commands.seconds(timeout)
 
 
 def _tear(tear: str | int) -> int:

@@ -120,7 +120,7 @@ class Recorder:
             ConfigError: this is no JSON value, or nothing is recorded any more.
         """
         try:
-            copy = json.loads(json.dumps(value))
+            copy = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"acknowledge takes a JSON value: {error}",

@@ -13,7 +13,7 @@ from pytest_vmsandbox.core.spec import format_size, parse_size
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import AttachedDisk, pull_out, put_back
+from pytest_vmsandbox.guests.plugging import AttachedDisk, name_of, pull_out, put_back
 from pytest_vmsandbox.machine.cmdline import disk_names
 from pytest_vmsandbox.machine.filters import ERRORS, KINDS, THROTTLE, Filter, Place
 from pytest_vmsandbox.machine.machine import Machine
@@ -105,7 +105,7 @@ def _found(machines: Machines, disk: AttachedDisk | str) -> tuple[str, int]:
     Raises:
         ConfigError: the guest has no such disk.
     """
-    name = disk.name if isinstance(disk, AttachedDisk) else disk
+    name = name_of(machines, disk)
     sizes = _sizes(machines)
     if name not in sizes:
         raise ConfigError(
