@@ -8,6 +8,7 @@ import pytest
 from pytest_vmsandbox import CommandTimeout, ConfigError, GuestLost
 from pytest_vmsandbox.guests.faults import memory, processors
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.faults.faults import Faults
 from pytest_vmsandbox.guests.faults.memory import MemoryFaults
 from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
 from pytest_vmsandbox.guests.ledger import Ledger
@@ -315,3 +316,19 @@ class TestHints:
         first.end()
         second.end()
         assert ledger.hints() == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "why"),
+    [
+        (lambda faults: faults.clock(-86_400 * 36_500), "before 1970"),
+        (lambda faults: faults.clock(), "what is wrong"),
+        (lambda faults: faults.freeze(float("inf")), "seconds=inf"),
+        (lambda faults: faults.stall(0.5, period=1e-9), "period=1e-09"),
+        (lambda faults: faults.suspend(0), "seconds=0"),
+        (lambda faults: faults.suspend("1"), "seconds='1'"),
+    ],
+)
+def test_arguments_that_mean_no_fault(engine, begin, why):
+    with pytest.raises(ConfigError, match=why):
+        begin(Faults(engine))

@@ -165,15 +165,13 @@ class CrashPoints:
         with self._engine.explained():
             _check_subtests(subtests)
             seconds = _seconds(timeout, self._engine.stretch(_STATE_SECONDS))
-            default = _BOOTS if boot else _STATES
             search = partial(
                 Exploration,
                 seed=self._seed if seed is None else _whole(seed, "seed", least=None),
-                count=_whole(default if states is None else states, "states"),
+                count=_whole((_BOOTS if boot else _STATES) if states is None else states, "states"),
                 tear=_tear(tear),
             )
-            run = self._booted if boot else self._mounted
-            report = run(checker, search, seconds)
+            report = (self._booted if boot else self._mounted)(checker, search, seconds)
         _raise_failures(report, subtests)
         if states is None and not report.broken and report.untried:
             warnings.warn(untried_text(report), stacklevel=2)

@@ -111,6 +111,11 @@ class ClockFaults:
                 f"offset={offset!r} is not a time of at most 100 years",
                 remedy="use a number of seconds, or a timedelta",
             )
+        if wall() + seconds < _DAY:
+            raise ConfigError(
+                f"offset={offset!r}: no clock of Linux shows a time before 1970",
+                remedy="use a smaller offset",
+            )
         if not (is_number(rate, int, float) and _LEAST_RATE <= rate <= _MOST_RATE):
             raise ConfigError(
                 f"rate={rate!r}: no kernel lets its clock run at that rate",
@@ -119,6 +124,11 @@ class ClockFaults:
         if leap not in _FLAGS:
             raise ConfigError(
                 f"leap={leap!r} is invalid", remedy="use 'insert' or 'delete', or leave it out"
+            )
+        if not seconds and rate == 1 and leap is None:
+            raise ConfigError(
+                "faults.clock needs to know what is wrong with the clock",
+                remedy="pass an offset, rate= or leap=",
             )
         return _Clock(self.engine, float(seconds), float(rate), leap).begin()
 
@@ -130,7 +140,7 @@ class _Clock(Fault):
         words = [f"set {offset:+g} s off"] if offset else []
         words += [f"at rate {rate:g}"] if rate != 1 else []
         words += [f"with a leap second to {leap}"] if leap else []
-        super().__init__(engine, f"clock {', '.join(words) or 'as it is'}")
+        super().__init__(engine, f"clock {', '.join(words)}")
         self._offset, self._rate, self._leap = offset, rate, leap
         self._drift = Drift()
         self._by_hand = 0.0  # how far a test had set it off before

@@ -94,8 +94,13 @@ class PowerFaults:
             ConfigError: its kernel or its machine cannot suspend to memory.
             CommandTimeout: it did not fall asleep, or did not wake up at the end.
         """
-        wake_after = None if seconds is None else commands.seconds(seconds)
-        return Suspend(self.engine, wake_after).begin()
+        if seconds is not None and not (
+            commands.is_number(seconds, int, float) and 0 < seconds <= threading.TIMEOUT_MAX
+        ):
+            raise ConfigError(
+                f"seconds={seconds!r} is not a time", remedy="use a positive number, or None"
+            )
+        return Suspend(self.engine, seconds).begin()
 
     def reset(self) -> Fault:
         """Reset the guest at once, as a watchdog or the reset button does. Nothing in it is told.

@@ -22,7 +22,7 @@ from pytest_vmsandbox.machine.machine import Machine
 Clock = Literal["stops", "runs"]
 _STOP_SECONDS = 10.0  # for a signal to take effect
 _LOOK_SECONDS = 0.001
-_LONGEST_PERIOD = 10.0
+_SHORTEST_PERIOD, _LONGEST_PERIOD = 0.001, 10.0
 
 
 class ProcessorFaults:
@@ -66,7 +66,9 @@ class ProcessorFaults:
                 f"clock={clock!r} is neither 'stops' nor 'runs'",
                 remedy="use 'stops' for a paused machine, 'runs' for CPUs that were stolen",
             )
-        if seconds is not None and not (is_number(seconds, int, float) and seconds > 0):
+        if seconds is not None and not (
+            is_number(seconds, int, float) and 0 < seconds <= threading.TIMEOUT_MAX
+        ):
             raise ConfigError(
                 f"seconds={seconds!r} is not a time", remedy="use a positive number, or None"
             )
@@ -81,7 +83,7 @@ class ProcessorFaults:
 
         Args:
             share: the part of the time that is taken, above 0 and below 1.
-            period: seconds, at most 10. Long periods make a guest that stutters.
+            period: seconds, from 0.001 to 10. Long periods make a guest that stutters.
 
         Raises:
             ConfigError: an argument is invalid.
@@ -97,9 +99,9 @@ class ProcessorFaults:
                 f"share={share!r} is not a part of the time",
                 remedy="use a number above 0 and below 1; to stop the guest altogether, use freeze()",
             )
-        if not (is_number(period, int, float) and 0 < period <= _LONGEST_PERIOD):
+        if not (is_number(period, int, float) and _SHORTEST_PERIOD <= period <= _LONGEST_PERIOD):
             raise ConfigError(
-                f"period={period!r} is not a time of at most {_LONGEST_PERIOD:g} s",
+                f"period={period!r} is not a time from {_SHORTEST_PERIOD:g} to {_LONGEST_PERIOD:g} s",
                 remedy="use a number of seconds, such as 0.05; for one long pause, use freeze(seconds)",
             )
         return _Stall(self.engine, share, period).begin()
@@ -220,7 +222,7 @@ class _Stall(_Held):
     """CPUs that get a part of the time. That of a new machine do so, too."""
 
     def __init__(self, engine: Engine, share: float, period: float) -> None:
-        super().__init__(engine, f"guest stalled for {share:.0%} of the time")
+        super().__init__(engine, f"guest stalled for {100 * share:.6g}% of the time")
         self._share, self._period = share, period
 
     def _hold(self, running: Running, over: threading.Event) -> None:
