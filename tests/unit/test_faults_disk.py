@@ -234,3 +234,14 @@ def test_a_filter_is_told_when_qemu_flushes_it():
     assert change(filters.insert, late) == []
     assert change(filters.remove, late) == ["flushed"]
     assert change(filters.remove, recorder) == []
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"fail": True}, {"fail": "read", "once": "yes"}, {"gone": "no"}, {"fail": "read", "sectors": 5},
+     {"iops": 0.5}, {"rate": 10**30}],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_another_type_or_size(faults, wanted):
+    with pytest.raises(ConfigError, match=list(wanted)[-1]):
+        faults.disk("disk0", **wanted)

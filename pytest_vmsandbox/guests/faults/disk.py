@@ -20,6 +20,7 @@ from pytest_vmsandbox.machine.machine import Machine
 
 _SECTOR = 512  # bytes
 _MOST_SECTORS = 4096
+_MOST_BYTES = 900 << 40  # a second; QEMU takes at most 10¹⁵
 _AT_A_TIME = 256  # sectors of one block device: QEMU takes 10 s to make one with 4096
 # What fails → the kinds of requests for QEMU; None for all of them.
 _KINDS: Mapping[str, Sequence[str | None]] = {
@@ -75,6 +76,7 @@ class DiskFaults:
             with vm.faults.disk("disk0", fail="flush", once=True):
                 assert vm.run(["sync", "/mnt/file"], check=False).returncode != 0
         """
+        _check_flags(once=once, gone=gone)
         name, size = _found(self.engine.machines, disk)
         _refuse_recorded(self.engine.machines, name)
         if gone:
@@ -97,6 +99,12 @@ class DiskFaults:
 
 
 # -- what is asked for -----------------------------------------------------------------------------
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} is invalid", remedy="use True or False")
 
 
 def _found(machines: Machines, disk: AttachedDisk | str) -> tuple[str, int]:
@@ -160,13 +168,17 @@ def _limits(rate: object, iops: object) -> dict[str, int]:
     limits = {}
     if rate is not None:
         limits["bps-total"] = _bytes(rate, "rate")
+        if limits["bps-total"] > _MOST_BYTES:
+            raise ConfigError(
+                f"rate={rate!r} is too much", remedy="use at most 900 TiB, or leave rate= out"
+            )
     if iops is not None:
-        if not isinstance(iops, int | float) or isinstance(iops, bool) or not 0 < iops < 1e9:
+        if not isinstance(iops, int | float) or isinstance(iops, bool) or not 1 <= iops < 1e9:
             raise ConfigError(
                 f"iops={iops!r} is not a number of requests a second",
                 remedy="use a number of at least 1",
             )
-        limits["iops-total"] = max(1, round(iops))
+        limits["iops-total"] = round(iops)
     return limits
 
 
@@ -253,8 +265,8 @@ def _failing(
                 "once= and sectors= are about requests that fail", remedy="pass fail=, too"
             )
         return None
-    wanted = (fail,) if isinstance(fail, str) else tuple(fail)
-    if not wanted or not set(wanted) <= set(_KINDS):
+    wanted = (fail,) if isinstance(fail, str) or not isinstance(fail, Sequence) else tuple(fail)
+    if not wanted or not all(it in list(_KINDS) for it in wanted):
         raise ConfigError(
             f"fail={fail!r} is not a kind of request",
             remedy=f"use one or several of {', '.join(_KINDS)}",
@@ -281,6 +293,10 @@ def _checked_sectors(sectors: Iterable[object], size: int) -> tuple[int, ...]:
     Raises:
         ConfigError: there are too many, or the disk does not have them.
     """
+    if not isinstance(sectors, Iterable):
+        raise ConfigError(
+            f"sectors={sectors!r} is no list of sectors", remedy="use numbers: sectors=[5]"
+        )
     chosen: set[int] = set()
     for sector in sectors:
         if not isinstance(sector, int) or not 0 <= sector < size // _SECTOR:
