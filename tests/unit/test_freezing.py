@@ -85,10 +85,8 @@ def frozen(tmp_path):
             blueprint=blueprint,
         )  # fmt: skip
         machines: Any = SimpleNamespace(
-            blueprint=SimpleNamespace(
-                unsaved=unsaved, machine=lambda *_: SimpleNamespace(more_args=("off",))
-            ),
-            name="tiny-1", key=SimpleNamespace(public="ssh-ed25519 x"), disks=NO_DISKS,
+            blueprint=SimpleNamespace(machine=lambda *_: SimpleNamespace(more_args=("off",))),
+            unsaved=unsaved, name="tiny-1", key=SimpleNamespace(public="ssh-ed25519 x"), disks=NO_DISKS,
             freeze_disks=lambda it: machine.done.append("disks" if it else "disks of one that is off")
             or NO_DISKS,
             tpm_files=dict,

@@ -20,6 +20,7 @@ class FakeGuest:
         self.lost, self.refused, self.cut, self.more, self.asked = None, (), None, b"", []
         self.engine = self
         self.helper = SimpleNamespace(ping=lambda seconds: self.asked.append("ping"))
+        self.resident = SimpleNamespace(is_away=False)
         self.blueprint = SimpleNamespace(has_way_in=True, image="tiny")
         self.machine = SimpleNamespace(check=self.check, spec=SimpleNamespace(name=self.name))
 

@@ -200,6 +200,7 @@ class FakeMachine:
         self.process = SimpleNamespace(pid=os.getpid())
         self.status = None
         self.fault = None
+        self.is_stopped = False
         self.disk_fault = None
         self.stage = "kernel" if b"Linux" in platform.first_words else "firmware"
         self.names = []

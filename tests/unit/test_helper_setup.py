@@ -559,7 +559,8 @@ class TestRunning:
         running.resident.found["failed"] = "run"
         running.await_answer(Deadline(1))
         guests: Any = object.__new__(machines.Machines)
-        vars(guests).update(setup=running.setup, name="x", blueprint=SimpleNamespace(unsaved=""))
+        blueprint = SimpleNamespace(unsaved="")
+        vars(guests).update(setup=running.setup, name="x", blueprint=blueprint, plugged={})
         with pytest.raises(ConfigError, match="cannot run in it: because"):
             guests.save(running)
 
