@@ -126,7 +126,7 @@ class TestPrograms:
 def test_functions(vm):
     vm.shell("modprobe loop; losetup /dev/loop0 /dev/vdb")
     with vm.crash_points("disk0") as cuts:
-        pass
+        vm.shell("dd if=/dev/zero of=/dev/loop0 bs=4096 count=1 oflag=direct; sync")
     with pytest.raises(ConfigError, match="used by the loop device loop0"):
         cuts.check(check)
     vm.run(["losetup", "-d", "/dev/loop0"])
