@@ -2,11 +2,12 @@
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox import CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests.faults import memory, processors
+from pytest_vmsandbox.guests.faults import memory, outage, processors
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.faults import Faults
 from pytest_vmsandbox.guests.faults.memory import MemoryFaults
@@ -332,3 +333,20 @@ class TestHints:
 def test_arguments_that_mean_no_fault(engine, begin, why):
     with pytest.raises(ConfigError, match=why):
         begin(Faults(engine))
+
+
+@pytest.mark.parametrize("has_come", [True, False])
+def test_a_guest_that_is_away_before_its_program_is_known_to_have_started(has_come):
+    def start(*_):
+        raise GuestLost("kernel panic")
+
+    engine: Any = SimpleNamespace(
+        command_seconds=1.0, name="tiny-1", spec=SimpleNamespace(user="root")
+    )
+    running: Any = SimpleNamespace(start=start)
+    words = {"what": "panic", "needs": "sysrq"}
+    if has_come:
+        assert outage.provoked(engine, running, "x", lambda: True, **words) is None
+        return
+    with pytest.raises(GuestLost, match="kernel panic"):
+        outage.provoked(engine, running, "x", lambda: False, **words)

@@ -156,7 +156,8 @@ class Panic(Outage):
                 what="panic",
                 needs="its kernel needs CONFIG_MAGIC_SYSRQ, and /proc must be mounted",
             )
-            process.close()
+            if process is not None:
+                process.close()
             self._has_come = True
             undo.pop_all()
             if self._reboots is not None:

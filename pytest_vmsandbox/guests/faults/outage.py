@@ -110,7 +110,7 @@ def provoked(
     *,
     what: str,
     needs: str,
-) -> RemoteProcess:
+) -> RemoteProcess | None:
     """Run a script as root that takes the guest away, and wait for that.
 
     Args:
@@ -119,7 +119,8 @@ def provoked(
         needs: what it needs for that.
 
     Returns:
-        The program. It goes on with the guest, or never. The caller closes it.
+        The program. It goes on with the guest, or never. The caller closes it. None if the guest was away
+        before it told that the program had started.
 
     Raises:
         CommandError: the script returned non-zero.
@@ -128,7 +129,12 @@ def provoked(
     deadline = Deadline(engine.command_seconds)
     command = Command(argv=("/bin/sh", "-c", script), user="root")
     with ExitStack() as stack:
-        process = running.start(command, engine.spec.user)
+        try:
+            process = running.start(command, engine.spec.user)
+        except GuestLost:
+            if has_come():
+                return None
+            raise
         stack.callback(process.close)
         while not has_come():
             try:
