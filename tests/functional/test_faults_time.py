@@ -100,7 +100,7 @@ def test_frozen_and_paused(vm):
         with pytest.raises(CommandTimeout):
             vm.run(["true"], timeout=0.1)
         process = vm.popen(["echo", "later"])
-        with pytest.raises(ConfigError, match="frozen cannot be saved"), vm.snapshot():
+        with pytest.raises(ConfigError, match="keeps from answering cannot be saved"), vm.snapshot():
             pass
         with pytest.raises(ConfigError, match="frozen already"):
             vm.faults.freeze()
@@ -159,9 +159,15 @@ def test_stalled(vm):
 
 @pytest.mark.vm("debian-13", memory="512MiB")
 def test_leap_second(vm):
-    watch = "import time\nlast = 0\nwhile last % 86400 > 43200 or not last:\n    now = time.time()\n    if now < last: print('again')\n    last = now\n"
+    watch = (
+        "import time\nlast = 0\nprint('ready', flush=True)\nwhile True:\n    now = time.time()\n"
+        "    if now < last and now % 86400 > 86398:\n        print('again', flush=True)\n    last = now\n"
+    )
+    watching = vm.popen(["python3", "-c", watch])  # before, as it may take long to start
+    assert watching.stdout.readline() == "ready\n"
     with vm.faults.clock(leap="insert"):
-        assert vm.run(["python3", "-c", watch]).stdout == "again\n"
+        assert watching.stdout.readline() == "again\n"
+        watching.kill()
         assert "inserting leap second 23:59:60 UTC" in vm.run(["dmesg"], user="root").stdout
     assert is_ahead(vm, 0)
     flags = vm.shell("busybox adjtimex | grep status", user="root").stdout

@@ -91,7 +91,7 @@ def drop_buffers(plan: dict[str, Any]) -> None:
     if any(kind == "btrfs" for _, _, kind, _ in plan["mounts"]):
         number = os.open("/dev/btrfs-control", os.O_RDWR)
         try:
-            fcntl.ioctl(number, FORGET_DEVICES, bytes(4096))
+            fcntl.ioctl(number, FORGET_DEVICES, bytearray(4096))  # of bytes, Python takes 1024
         except OSError:  # an old kernel, or there are none
             pass
         finally:
