@@ -107,14 +107,18 @@ class Blueprint:
         """The architecture of the guest."""
         return ARCHITECTURES[self.built.definition.architecture]
 
-    def machine(self, name: str, public_key: str, start: Start = Start.POWER_ON) -> MachineSpec:
+    def machine(
+        self, name: str, public_key: str, start: Start = Start.POWER_ON, *, hostname: str = ""
+    ) -> MachineSpec:
         """The machine of one guest.
 
         Args:
             public_key: opens the guest; as in ``authorized_keys``.
+            hostname: what the guest is called inside; empty for its name.
         """
         direct, key = self.boots_directly, public_key.split()[1]
-        append = f"{self.built.definition.append} vmsandbox.key={key} vmsandbox.name={name}"
+        called = f"vmsandbox.name={hostname or name}"
+        append = f"{self.built.definition.append} vmsandbox.key={key} {called}"
         spec = MachineSpec(
             name=name,
             qemu=str(self.qemu.path),
@@ -129,6 +133,7 @@ class Blueprint:
             initrd=self.built.initrd if direct else None,
             uefi=self.uefi,
             tpm=has_tpm(self.built.definition, self.hardware),
+            hostname=hostname,
         )
         if self.kernel is not None:
             spec = self._on_own_kernel(spec, self.kernel)

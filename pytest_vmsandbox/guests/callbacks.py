@@ -29,6 +29,10 @@ class Callbacks(Protocol):
         """
         return None
 
+    def renamed(self, guest: str, name: str) -> Path | None:
+        """A guest gets another name before it is handed out. Returns the folder for its logs from now on."""
+        return None
+
     def image(self) -> str | None:
         """The image of the current test; None without one."""
         return None

@@ -11,7 +11,7 @@ from pytest_vmsandbox.core.errors import GuestLost, LaunchError, MonitorError, V
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.cloning import Clone, cloned
+from pytest_vmsandbox.guests.cloning import Clone, call, cloned
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.pool import Pool
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
@@ -48,12 +48,13 @@ class Clones:
                 self._fall_back(blueprint, steps, error)
 
     def guest(
-        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack, hostname: str = ""
     ) -> Guest | None:
         """A running clone; None if the guest must be booted.
 
         Args:
             stack: ends the guest.
+            hostname: of the guest; empty for its name.
 
         Raises:
             VMSandboxError: the guest was lost because of the host or chance, or cannot be prepared.
@@ -62,6 +63,8 @@ class Clones:
             return None
         try:
             opened, clone, was_armed = self._lease(blueprint, prepared, stack)
+            if hostname:
+                call(self._backend, clone, hostname)
         except (LaunchError, GuestLost, MonitorError) as error:
             if error.transient:
                 raise

@@ -8,7 +8,7 @@ times as long as the next ones, because QEMU has to translate all code.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.guests import resume
@@ -100,6 +100,20 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
             helper=helper,
             stack=stack.pop_all(),
         )
+
+
+def call(backend: Backend, clone: Clone, hostname: str) -> None:
+    """Give a clone a hostname, and a name after that.
+
+    Raises:
+        GuestLost: the guest could not be renamed.
+    """
+    machines, machine, name = clone.machines, clone.running.machine, backend.name(hostname)
+    machines.logs = machines.faults.logs = backend.callbacks.renamed(machines.name, name)
+    machines.name, machines.hostname = name, hostname
+    machine.spec = replace(machine.spec, name=name, hostname=hostname)
+    in_files = _has_name_in_files(machines.blueprint, machines.setup)
+    resume.rename(clone.helper, hostname, in_files=in_files)
 
 
 def _has_name_in_files(blueprint: Blueprint, setup: HelperSetup | None) -> bool:

@@ -82,11 +82,12 @@ class GuestFactory:
             yield guest
 
     @contextmanager
-    def lease(self, image: Base, hardware: Hardware) -> Iterator[Guest]:
+    def lease(self, image: Base, hardware: Hardware, *, hostname: str = "") -> Iterator[Guest]:
         """A fresh guest, as from `boot`.
 
         Args:
             hardware: of the guest; `hardware` makes one.
+            hostname: of the guest; empty for its name, which is unique.
 
         Raises:
             GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
@@ -96,7 +97,7 @@ class GuestFactory:
         blueprint = self.backend.blueprint(prepared.image, hardware)
         callbacks = self.backend.callbacks
         with ExitStack() as stack:
-            guest = self._retrying(lambda: self._started(blueprint, prepared, stack))
+            guest = self._retrying(lambda: self._started(blueprint, prepared, stack, hostname))
             stack.enter_context(self.backend.idle.holding(guest.engine))
             callbacks.guest_ready(guest)
             try:
@@ -110,12 +111,14 @@ class GuestFactory:
             else:
                 callbacks.guest_stopping(guest, None)
 
-    def _started(self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack) -> Guest:
+    def _started(
+        self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack, hostname: str
+    ) -> Guest:
         """A guest, running and answering; `stack` ends it."""
         with ExitStack() as own:
-            guest = self._clones.guest(blueprint, prepared, own)
+            guest = self._clones.guest(blueprint, prepared, own, hostname)
             if guest is None:
-                guest = self._booted(blueprint, prepared.steps, own)
+                guest = self._booted(blueprint, prepared.steps, own, hostname)
             stack.push(own.pop_all())
             return guest
 
@@ -257,7 +260,9 @@ class GuestFactory:
         """Why guests of an image are booted, as far as that is known; None if they are cloned."""
         return self._clones.refusals.get(image)
 
-    def _booted(self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack) -> Guest:
+    def _booted(
+        self, blueprint: Blueprint, steps: Sequence[Step], stack: ExitStack, hostname: str
+    ) -> Guest:
         """A guest that is booted, and then prepared."""
         backend, network = self.backend, blueprint.hardware.network
         for step in steps:
@@ -269,7 +274,7 @@ class GuestFactory:
                     remedy="boot the guest with network='nat'",
                 )
         blueprint.built.verified()
-        name = backend.name(blueprint.image)
+        name = backend.name(hostname or blueprint.image)
         disks = stack.enter_context(blueprint.disks(backend.cache))
         backend.callbacks.guest_begun(name)
         machines = Machines(
@@ -280,6 +285,7 @@ class GuestFactory:
             disks=disks,
             logs=backend.callbacks.logs(name),
             captures=backend.settings.captures,
+            hostname=hostname,
         )
         engine = stack.enter_context(backend.engine(machines))
         guest = Guest(engine)

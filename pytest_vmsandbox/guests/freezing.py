@@ -166,10 +166,7 @@ def _frozen(
     if (flash := machines.disks.flash) is not None:
         number = flash.variables.fileno()
         variables = os.pread(number, os.fstat(number).st_size, 0)
-    if machine is not None:
-        more_args = machine.spec.more_args
-    else:
-        more_args = machines.blueprint.machine(machines.name, machines.key.public).more_args
+    spec = machines.spec() if machine is None else machine.spec
     return Frozen(
         disks=machines.freeze_disks(machine).frozen(stack),  # the guest may close its own sooner
         has_memory=has_memory,
@@ -179,5 +176,5 @@ def _frozen(
         console=console,
         variables=variables,
         tpm=machines.tpm_files(),
-        more_args=more_args,
+        more_args=spec.more_args,
     )

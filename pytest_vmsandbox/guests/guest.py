@@ -52,7 +52,7 @@ class Guest(TakesDisks, TakesFaults, HasCrashPoints):
     paused any more until it is switched off.
 
     Attributes:
-        name: unique among the guests of this process. It is also the guest's hostname.
+        name: unique among the guests of this process. It is also the hostname, except in a cluster.
         image: the name of its image.
         engine: what it runs on. Not part of the public interface: it changes without notice.
     """

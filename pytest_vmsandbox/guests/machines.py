@@ -30,7 +30,7 @@ from pytest_vmsandbox.guests.ways_in import (
     check_way_in,
 )
 from pytest_vmsandbox.machine import capture
-from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, Start, disk_names
+from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, MachineSpec, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
@@ -239,8 +239,11 @@ class Running:
 
     def _introduce(self) -> None:
         """Tell a guest its name after a boot, because no command line of a kernel does so."""
-        if self.restarted or not self.machine.spec.start.is_loaded:
-            command = Command(argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", self.machine.spec.name))
+        spec = self.machine.spec
+        if self.restarted or not spec.start.is_loaded:
+            command = Command(
+                argv=("/bin/sh", "-c", _SET_HOSTNAME, "sh", spec.hostname or spec.name)
+            )
             process = self.start(command, "root")
             try:
                 process.communicate(None, ignore, ignore, self.blueprint.stretch(_ANSWER_SECONDS))
@@ -310,6 +313,7 @@ class Machines:
     """Starts the machines of one guest, and saves its state.
 
     Attributes:
+        name: of the guest: unique among the guests of this process.
         key: opens the guest.
         disks: of the guest.
         logs: the folder for its logs, or None.
@@ -324,6 +328,7 @@ class Machines:
         is_awaited: whether to wait for its answer after it was switched on.
         faults: of the guest, which outlive a machine.
         plugged: devices in root ports, except for disks: id → port. They are in no saved state.
+        hostname: what the guest is called inside; empty for its name.
     """
 
     blueprint: Blueprint
@@ -343,6 +348,7 @@ class Machines:
     is_awaited: bool = True
     faults: Ledger = field(init=False)
     plugged: dict[str, str] = field(default_factory=dict)
+    hostname: str = ""
     _lead: Lead = field(default_factory=Lead)  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -382,7 +388,7 @@ class Machines:
     ) -> Running:
         state, self.state = self.state, None
         before, self.console = self.console, ""
-        spec = self.blueprint.machine(self.name, self.key.public, start)
+        spec = self.spec(start)
         with ExitStack() as stack:
             machine = stack.enter_context(
                 Machine.running(
@@ -429,6 +435,17 @@ class Machines:
             resume.from_state(machine, helper)
         elif machine.execute("query-status")["status"] != _PANICKED:
             machine.resume()
+
+    def spec(
+        self, start: Start = Start.POWER_ON, blueprint: Blueprint | None = None
+    ) -> MachineSpec:
+        """What the next machine is started from.
+
+        Args:
+            blueprint: what the guest is made of then; None for what it is made of now.
+        """
+        made_of = blueprint or self.blueprint
+        return made_of.machine(self.name, self.key.public, start, hostname=self.hostname)
 
     def disk_failure(self, running: Running | None) -> GuestLost | None:
         """The error if this host failed to use the guest's disks until now. Ask before it is off."""

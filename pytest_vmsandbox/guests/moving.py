@@ -54,7 +54,7 @@ def move(engine: Engine, qemu: Qemu) -> Move:
         source = machines.blueprint
         helper = _check(running, machines, qemu)
         blueprint = replace(source, qemu=qemu)
-        spec = blueprint.machine(machines.name, machines.key.public, Start.RESTORED)
+        spec = machines.spec(Start.RESTORED, blueprint)
         spec = replace(spec, generation=moving.generation_of(machine))
         machines.disk_failure(running)
         helper.lead = resume.noted(machine, helper)

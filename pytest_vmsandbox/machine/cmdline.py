@@ -110,6 +110,7 @@ class MachineSpec:
         uefi: the firmware that boots the guest. Without it and without a kernel, BIOS does.
         tpm: whether the guest has a TPM.
         generation: its generation id; ``auto`` for a new one.
+        hostname: what the guest is called inside; empty for its name.
         more_args: added to QEMU's command line.
     """
 
@@ -128,6 +129,7 @@ class MachineSpec:
     uefi: Uefi | None = None
     tpm: bool = False
     generation: str = "auto"
+    hostname: str = ""
     more_args: tuple[str, ...] = ()
 
 

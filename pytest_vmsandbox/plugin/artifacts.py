@@ -72,6 +72,10 @@ class Artifacts:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed them
         return folder
 
+    def rename_logs(self, guest: str, name: str) -> Path:
+        """Rename the folder that a guest logs into. It may go on with the files that it has open."""
+        return (self._guests / guest).rename(self._guests / name)
+
     def keep_logs(self, nodeid: str, guest: str) -> None:
         """Link a guest's logs into the folder of a test. The guest may go on logging.
 

@@ -365,6 +365,12 @@ class Run:
             folder = self.artifacts.of_logs(guest)
         return folder  # noqa: RET504  # None if there can be none
 
+    def renamed(self, guest: str, name: str) -> Path | None:
+        folder = None
+        with telling(self.tell):
+            folder = self.artifacts.rename_logs(guest, name)
+        return folder  # noqa: RET504  # None if there can be none
+
     def guest_begun(self, guest: str) -> None:
         if self.item is not None:
             self._guests[guest].is_used = True
