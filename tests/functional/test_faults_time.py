@@ -100,7 +100,10 @@ def test_frozen_and_paused(vm):
         with pytest.raises(CommandTimeout):
             vm.run(["true"], timeout=0.1)
         process = vm.popen(["echo", "later"])
-        with pytest.raises(ConfigError, match="keeps from answering cannot be saved"), vm.snapshot():
+        with (
+            pytest.raises(ConfigError, match="keeps from answering cannot be saved"),
+            vm.snapshot(),
+        ):
             pass
         with pytest.raises(ConfigError, match="frozen already"):
             vm.faults.freeze()
