@@ -22,15 +22,14 @@ class Callbacks(Protocol):
     These methods do nothing. A subclass overrides those that it needs.
     """
 
-    def logs(self, guest: str) -> Path | None:
+    def logs(self, guest: str, was: str = "") -> Path | None:
         """The folder for the logs of a guest; None for no logs.
 
         Called from any thread, and also for guests that no test may ever use.
-        """
-        return None
 
-    def renamed(self, guest: str, name: str) -> Path | None:
-        """A guest gets another name before it is handed out. Returns the folder for its logs from now on."""
+        Args:
+            was: its name until now, under which it already logs; empty for a new guest.
+        """
         return None
 
     def image(self) -> str | None:

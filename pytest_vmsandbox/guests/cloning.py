@@ -109,7 +109,7 @@ def call(backend: Backend, clone: Clone, hostname: str) -> None:
         GuestLost: the guest could not be renamed.
     """
     machines, machine, name = clone.machines, clone.running.machine, backend.name(hostname)
-    machines.logs = machines.faults.logs = backend.callbacks.renamed(machines.name, name)
+    machines.logs = machines.faults.logs = backend.callbacks.logs(name, machines.name)
     machines.name, machines.hostname = name, hostname
     machine.spec = replace(machine.spec, name=name, hostname=hostname)
     in_files = _has_name_in_files(machines.blueprint, machines.setup)

@@ -66,15 +66,18 @@ class Artifacts:
             with _private(file):
                 file.write_text(text, "utf-8", "replace")
 
-    def of_logs(self, guest: str) -> Path:
-        """The folder that a guest logs into, private to this run. It is made if it is missing."""
+    def of_logs(self, guest: str, was: str = "") -> Path:
+        """The folder that a guest logs into, private to this run. It is made if it is missing.
+
+        Args:
+            was: the guest's name until now. Its folder is renamed, also while files in it are open.
+        """
         folder = self._guests / guest
+        if was:
+            with suppress(FileNotFoundError):
+                (self._guests / was).rename(folder)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have removed them
         return folder
-
-    def rename_logs(self, guest: str, name: str) -> Path:
-        """Rename the folder that a guest logs into. It may go on with the files that it has open."""
-        return (self._guests / guest).rename(self._guests / name)
 
     def keep_logs(self, nodeid: str, guest: str) -> None:
         """Link a guest's logs into the folder of a test. The guest may go on logging.

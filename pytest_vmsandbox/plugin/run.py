@@ -359,16 +359,10 @@ class Run:
             lines[f"vmsandbox: {about}"] = None
         return list(lines)
 
-    def logs(self, guest: str) -> Path | None:
+    def logs(self, guest: str, was: str = "") -> Path | None:
         folder = None
         with telling(self.tell):
-            folder = self.artifacts.of_logs(guest)
-        return folder  # noqa: RET504  # None if there can be none
-
-    def renamed(self, guest: str, name: str) -> Path | None:
-        folder = None
-        with telling(self.tell):
-            folder = self.artifacts.rename_logs(guest, name)
+            folder = self.artifacts.of_logs(guest, was)
         return folder  # noqa: RET504  # None if there can be none
 
     def guest_begun(self, guest: str) -> None:
