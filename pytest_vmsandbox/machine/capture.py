@@ -16,16 +16,16 @@ from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_vmsandbox.core.errors import MonitorError, VMSandboxError
-from pytest_vmsandbox.core.spec import MIB, format_size
+from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import NETDEV
 from pytest_vmsandbox.machine.loop import LoopThread
+from pytest_vmsandbox.machine.switch.pcap import LIMIT
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.machine.machine import Machine
 
 NAME, NOTE, SCREEN = "network.pcap", "network-note.txt", "screenshot.png"  # the files
-LIMIT = 256 * MIB
 _MOST_OF_PACKET = 65_536  # bytes; the default of filter-dump
 _HEADER, _PACKET = (
     24,

@@ -16,6 +16,7 @@ from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.orphans import LOCK, guarded, sweep
 from pytest_vmsandbox.machine.process import Launcher
+from pytest_vmsandbox.machine.switch.switch import Switch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Hypervisor:
         cache: the user's cache folder, on a file system with room.
         launcher: starts and owns every QEMU.
         loop: the thread that reads from them.
+        switch: joins their network cards. It starts with the first network.
         pace: what we know about this host's speed.
     """
 
@@ -34,6 +36,7 @@ class Hypervisor:
     cache: Path
     launcher: Launcher
     loop: LoopThread
+    switch: Switch
     pace: host.Pace = field(default_factory=host.Pace)
 
     def own(self, folder: Path) -> None:
@@ -68,7 +71,8 @@ class Hypervisor:
             folder = stack.enter_context(_run_folder(runtime or paths.runtime_dir()))
             launcher = stack.enter_context(Launcher(folder))
             loop = stack.enter_context(LoopThread())
-            yield cls(folder=folder, cache=cache, launcher=launcher, loop=loop)
+            switch = stack.enter_context(Switch(launcher))
+            yield cls(folder=folder, cache=cache, launcher=launcher, loop=loop, switch=switch)
 
 
 @contextmanager

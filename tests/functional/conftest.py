@@ -84,12 +84,12 @@ def origin(request, monkeypatch):
 def nothing_left(request):
     """After each test nothing of ours is left: process, file, thread, descriptor, port.
 
-    What belongs to the whole run (the launcher, its folder, the loop, templates that are open, the
-    folder for logs) is there before.
+    What belongs to the whole run (the launcher, its folder, the loop, the switch, templates that are
+    open, the folder for logs) is there before.
     """
     if "vm_factory" in request.fixturenames:
         factory = request.getfixturevalue("vm_factory")
-        _ = factory.backend.hypervisor
+        factory.backend.hypervisor.switch.network("first").close()
         factory.backend.accelerator("tiny")
         _ = factory._clones._builder, factory._clones.pool
         _ = request.config.stash[RUN].artifacts._guests  # locked as long as the run lives
