@@ -30,8 +30,8 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.factory import on_sound_disks
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.leasing import on_sound_disks
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.root_disk import grow as grow_root
 from pytest_vmsandbox.machine import memory

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TypeVar, overload
+from typing import overload
 
-from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError, VMSandboxError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware, Network
 from pytest_vmsandbox.guests.access import KeyPair
@@ -17,13 +17,12 @@ from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
-from pytest_vmsandbox.machine import host
 
-T = TypeVar("T")
 Base = str | PreparedImage | PreparedLayer  # what guests are made of, for users
 
 
@@ -93,23 +92,14 @@ class GuestFactory:
             GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
                 the block made of that.
         """
+        with ExitStack() as stack:
+            guest = self._fresh(image, hardware, hostname, stack)
+            yield stack.enter_context(leased(self.backend, guest))
+
+    def _fresh(self, image: Base, hardware: Hardware, hostname: str, stack: ExitStack) -> Guest:
         prepared = self._prepared(image)
         blueprint = self.backend.blueprint(prepared.image, hardware)
-        callbacks = self.backend.callbacks
-        with ExitStack() as stack:
-            guest = self._retrying(lambda: self._started(blueprint, prepared, stack, hostname))
-            stack.enter_context(self.backend.idle.holding(guest.engine))
-            callbacks.guest_ready(guest)
-            try:
-                with on_sound_disks(guest):
-                    yield guest
-            except (KeyboardInterrupt, SystemExit, GeneratorExit):  # there is no time
-                raise
-            except BaseException as error:  # pytest's failures are no subclasses of Exception
-                callbacks.guest_stopping(guest, error)
-                raise
-            else:
-                callbacks.guest_stopping(guest, None)
+        return retried(self.backend, lambda: self._started(blueprint, prepared, stack, hostname))
 
     def _started(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack, hostname: str
@@ -121,18 +111,6 @@ class GuestFactory:
                 guest = self._booted(blueprint, prepared.steps, own, hostname)
             stack.push(own.pop_all())
             return guest
-
-    def _retrying(self, work: Callable[[], T]) -> T:
-        """Call `work`, and call it again if the host or chance took its guest away."""
-        _ = self.backend.hypervisor  # it raises the limit on open files
-        host.require_descriptors()
-        try:
-            return work()
-        except VMSandboxError as error:
-            if not error.transient:
-                raise
-            self.backend.callbacks.note_retry(error)
-        return work()
 
     @overload
     def prepare(
@@ -210,7 +188,7 @@ class GuestFactory:
     def _build_template(self, prepared: PreparedImage) -> None:
         """Build the template for the default hardware, if guests can be cloned."""
         blueprint = self.backend.blueprint(prepared.image, self.hardware(prepared.image, {}))
-        self._retrying(lambda: self._clones.build_template(blueprint, prepared.steps))
+        retried(self.backend, lambda: self._clones.build_template(blueprint, prepared.steps))
 
     def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:
         """The image with one more step, done when the first such guest is asked for."""
@@ -315,24 +293,3 @@ class GuestFactory:
             kernel = self.backend.callbacks.kernel(defaults.kernel)
             defaults = replace(defaults, kernel=kernel)
         return self.backend.catalogue.get(image).hardware(defaults, arguments)
-
-
-@contextmanager
-def on_sound_disks(guest: Guest) -> Iterator[None]:
-    """Check at the end that this machine could read and write the guest's disks.
-
-    Raises:
-        GuestLost: it could not. So nothing in the block proves anything, whether it failed or not.
-    """
-    with guest.engine.explained():
-        try:
-            yield
-        except GuestLost:
-            raise
-        except Exception as error:
-            try:
-                guest.engine.check_disks()
-            except GuestLost as lost:
-                raise lost from error
-            raise
-        guest.engine.check_disks()

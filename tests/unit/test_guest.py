@@ -30,9 +30,9 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import (
     engine as engine_module,
-    factory as factory_module,
     forwarding,
     guest as guest_module,
+    leasing,
     machines,
     machines as machines_module,
     ssh,
@@ -306,8 +306,8 @@ class FakePlatform:
         self.booting = lambda machine: None
         self.hypervisor = SimpleNamespace(folder=home.parent, cache=home.parent)
 
-    def machine(self, name, public_key, start):
-        return SimpleNamespace(name=name, start=start, tpm=False)
+    def machine(self, name, public_key, start, *, hostname):
+        return SimpleNamespace(name=name, hostname=hostname, start=start, tpm=False)
 
     @contextmanager
     def running(self, hypervisor, spec, *, state, **_):
@@ -415,7 +415,7 @@ class TestThisMachinesDisk:
 
     def test_spoils_whatever_a_block_has_found(self, vm, platform):
         def use(error=None):
-            with factory_module.on_sound_disks(vm):
+            with leasing.on_sound_disks(vm):
                 if error is not None:
                     raise error
 
