@@ -85,7 +85,7 @@ def frozen(tmp_path):
             blueprint=blueprint,
         )  # fmt: skip
         machines: Any = SimpleNamespace(
-            blueprint=SimpleNamespace(machine=lambda *_: SimpleNamespace(more_args=("off",))),
+            spec=lambda: SimpleNamespace(more_args=("off",)),
             unsaved=unsaved, name="tiny-1", key=SimpleNamespace(public="ssh-ed25519 x"), disks=NO_DISKS,
             freeze_disks=lambda it: machine.done.append("disks" if it else "disks of one that is off")
             or NO_DISKS,
