@@ -68,12 +68,14 @@ class Ledger:
             while the next recording began.
         unrestored: what could not be restored when the guest answered again. A reader takes the lines out.
         shows_states: whether crash points use the guest or a recording now.
+        is_closed: whether the guest is removed. It has no fault any more.
     """
 
     logs: Path | None
     recorded: dict[str, Callable[[range], None]] = field(default_factory=dict)
     unrestored: list[str] = field(default_factory=list)
     shows_states: bool = False
+    is_closed: bool = False
     _entries: list[Entry] = field(default_factory=list)
     _owed: list[Callable[[], None]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -82,7 +84,7 @@ class Ledger:
     def in_force(self) -> list[Entry]:
         """The faults that are in force, the first one first."""
         with self._lock:
-            return [entry for entry in self._entries if entry.ended is None]
+            return [it for it in self._entries if it.ended is None and not self.is_closed]
 
     def hints(self) -> list[str]:
         """A line for an error of the guest: faults in force may be its cause."""

@@ -358,7 +358,8 @@ class Machines:
         self.faults = Ledger(self.logs)
 
     def close(self) -> None:
-        """Close the files of snapshots and for SSH. The guest is off."""
+        """Close the files of snapshots and for SSH. The guest is off, and has no fault any more."""
+        self.faults.is_closed = True
         self._own.close()
 
     def switch_on(self) -> Running:

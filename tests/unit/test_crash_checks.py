@@ -566,6 +566,19 @@ class TestArguments:
         with pytest.raises(ConfigError, match=next(iter(wanted))):
             cuts.check(good, **wanted)
 
+    def test_a_long_name_of_a_state_is_short_in_the_name_of_its_file(self, cuts, tmp_path):
+        cuts._engine.machines.logs = tmp_path
+        names = ["-".join(map(str, [point, *range(500)])) for point in (500, 501)]
+        images = set()
+        for name in names:
+            failure = namespace(state=name)
+            builder = namespace(write=lambda state, path: path.write_text(state.name))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(crash_points, "replace", lambda _, image: image)
+                images.add(cuts._kept(builder, failure))
+        assert {image.read_text() for image in images} == {*names}
+        assert crash_points._file_text("41-38") == "41-38"
+
     @pytest.mark.parametrize("boot", [True, False])
     def test_a_recording_without_writes(self, cuts, boot):
         with pytest.raises(ConfigError, match="nothing was written to the disk disk0"):

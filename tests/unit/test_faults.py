@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests.faults import memory, outage, processors
+from pytest_vmsandbox.guests.faults import clock, memory, outage, processors
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.faults import Faults
 from pytest_vmsandbox.guests.faults.memory import MemoryFaults
@@ -157,6 +157,27 @@ class TestInterrupted:
         assert running.machine.done == ["pause", "resume"]
         assert not running.resident.is_frozen
         assert ledger.in_force == []
+
+
+def test_a_guest_that_is_removed_has_no_fault(engine, ledger):
+    fault = FakeFault(engine).begin()
+    ledger.is_closed = True  # as Machines.close does
+    assert (fault.in_force, ledger.in_force, Faults(engine).in_force) == (False, [], ())
+
+
+@pytest.mark.parametrize(
+    ("offset", "text"),
+    [
+        (-34_560_000, "400 days behind"),
+        (86_400, "24 h ahead"),
+        (5400, "90 min ahead"),
+        (-61, "61 s behind"),
+        (0.25, "0.25 s ahead"),
+        (3_000_000_000.5, "3000000000.5 s ahead"),
+    ],
+)
+def test_how_far_a_clock_is_off_in_words(offset, text):
+    assert clock._offset_text(offset) == text
 
 
 class TestBlocks:
@@ -328,6 +349,9 @@ class TestHints:
         (lambda faults: faults.stall(0.5, period=1e-9), "period=1e-09"),
         (lambda faults: faults.suspend(0), "seconds=0"),
         (lambda faults: faults.suspend("1"), "seconds='1'"),
+        (lambda faults: faults.full(""), "path='' is not a path"),
+        (lambda faults: faults.full(None), "path=None is not a path"),
+        (lambda faults: faults.full("/", left=True), "left=True is not a size"),
     ],
 )
 def test_arguments_that_mean_no_fault(engine, begin, why):

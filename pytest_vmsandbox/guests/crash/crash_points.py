@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +39,7 @@ from pytest_vmsandbox.guests.plugging import AttachedDisk, name_of
 _STATES, _BOOTS = 600, 20
 _TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller
 _STATE_SECONDS = 30.0
+_MOST_NAME = 80  # characters of a state in the name of a file
 
 Chosen = Callable[[History], Exploration]
 
@@ -208,7 +210,7 @@ class CrashPoints:
         logs = self._engine.machines.logs
         if logs is None:
             return failure
-        image = logs / f"crash-{self._disk}-{failure.state}.raw"
+        image = logs / f"crash-{self._disk}-{_file_text(failure.state)}.raw"
         try:
             image.unlink(missing_ok=True)  # of an earlier check
             builder.write(State.parse(failure.state), image)
@@ -387,6 +389,13 @@ def _refuse_nested(engine: Engine) -> None:
             f"crash points of {engine.name} are used already: by a block of state(), or by another thread",
             remedy="let that end before",
         )
+
+
+def _file_text(name: str) -> str:
+    """The name of a state for the name of a file, which has at most 255 bytes."""
+    if len(name) <= _MOST_NAME:
+        return name
+    return f"{name[:_MOST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _named(recorder: Recorder, name: str) -> State:

@@ -133,11 +133,20 @@ class ClockFaults:
         return _Clock(self.engine, float(seconds), float(rate), leap).begin()
 
 
+def _offset_text(seconds: float) -> str:
+    """How far a clock is off, as in ``400 days behind``."""
+    where = "ahead" if seconds > 0 else "behind"
+    for name, size in (("days", _DAY), ("h", 3600), ("min", 60)):
+        if abs(seconds) > size and seconds % size == 0:
+            return f"{abs(seconds) // size:.0f} {name} {where}"
+    return f"{abs(seconds):.6f}".rstrip("0").rstrip(".") + f" s {where}"
+
+
 class _Clock(Fault):
     """A wrong clock."""
 
     def __init__(self, engine: Engine, offset: float, rate: float, leap: Leap | None) -> None:
-        words = [f"set {offset:+g} s off"] if offset else []
+        words = [_offset_text(offset)] if offset else []
         words += [f"at rate {rate:g}"] if rate != 1 else []
         words += [f"with a leap second to {leap}"] if leap else []
         super().__init__(engine, f"clock {', '.join(words)}")

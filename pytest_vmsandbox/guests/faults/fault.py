@@ -38,8 +38,8 @@ class Fault(ABC):
 
     @property
     def in_force(self) -> bool:
-        """Whether it is still in force."""
-        return not (self._is_over or self._is_ending)
+        """Whether it is still in force. In a guest that is removed, none is."""
+        return not (self._is_over or self._is_ending or self._engine.machines.faults.is_closed)
 
     def __enter__(self) -> Self:
         if self._is_over and (self._was_entered or not self._has_lapsed):

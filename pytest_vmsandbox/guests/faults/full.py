@@ -17,7 +17,7 @@ from pytest_vmsandbox.guests.commands import Command, StrPath, text_of
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
 
-_NO_PATH, _NO_LIMIT = 44, 45  # exit statuses of the script
+_NO_PATH = 44  # exit status of the script
 # Calls `seen` for each mount: its device number as `stat` shows it, its root in the file system, its mount point, its
 # type and its source. In the kernel's list, a space is \040, and so on.
 _MOUNTS = r"""
@@ -35,7 +35,8 @@ plain() {
 boot=$(cat /proc/sys/kernel/random/boot_id)
 """
 # Prints where the file system is that has the path $1, a line each: its top folder, its device, the place of that
-# folder in it, its type, its device number, and the guest's boot.
+# folder in it, its type, its device number, the guest's boot, and its size: blocks, those that are free, and bytes of
+# one.
 _PLACE = (
     _MOUNTS
     + r"""
@@ -51,22 +52,21 @@ seen() {
     longest=${#3} device=$5 inner=${2%/}${here#"${3%/}"} kind=$4
 }
 mounts
-printf '%s\n' "$here" "$device" "$inner" "$kind" "$known" "$boot"
+printf '%s\n' "$here" "$device" "$inner" "$kind" "$known" "$boot" "$(stat -f -c '%b %f %S' "$here")"
 """
 )
-# Fills the file system with the top folder $1 with files whose names begin with $2, until only $3 bytes are left in
-# it. `fallocate` writes no data, but does not work everywhere. What is left to a file system after that, `dd` takes.
+# Fills the file system with the top folder $1 and $4 bytes with files whose names begin with $2, until only $3 bytes
+# are left in it. `fallocate` writes no data, but does not work everywhere. What is left to a file system after that, `dd` takes.
 _FILL = r"""
 cd -P -- "$1" || exit
-set -- "$2" "$3" $(stat -f -c '%b %S' .)
-[ "$3" -gt 0 ] || exit 45
+shift
 sync
 umask 077
 : >"$1" || exit
 if [ "$2" -gt 0 ]; then
     fallocate -l "$2" "$1.left" || dd if=/dev/zero bs=4096 count=$(($2 / 4096)) >"$1.left"
 fi 2>/dev/null
-step=$(($3 * $4))
+step=$3
 while [ "$step" -ge 4096 ]; do
     size=$(stat -c %s "$1")
     fallocate -o "$size" -l "$step" "$1" 2>/dev/null || step=$((step / 2))
@@ -129,7 +129,7 @@ class FullFaults:
             The `Fault`, which is in force.
 
         Raises:
-            ConfigError: there is no such path, or its file system has no size.
+            ConfigError: there is no such path, or its file system has no size, or less room than is to be left.
             CommandError: the file system cannot be filled, for instance because it is read-only. At the end:
                 the file cannot be removed.
 
@@ -140,8 +140,22 @@ class FullFaults:
         """
         if left == "0":
             left = 0
-        size = left if isinstance(left, int) and left >= 0 else parse_size(left, "left")
-        return _Full(self.engine, os.fspath(path), size).begin()
+        if not isinstance(left, int) or isinstance(left, bool) or left < 0:
+            left = parse_size(left, "left")
+        return _Full(self.engine, _path(path), left).begin()
+
+
+def _path(path: object) -> str:
+    """A path as users write it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(path, str | os.PathLike) and (text := os.fspath(path)):
+        return str(text)
+    raise ConfigError(
+        f"path={path!r} is not a path", remedy="use one in the guest, such as '/' or '/var'"
+    )
 
 
 class _Full(Fault):
@@ -158,9 +172,9 @@ class _Full(Fault):
     def _start(self) -> None:
         result = self._run(_PLACE, self._path)
         if result.returncode == 0:
-            self._folder, *self._place = result.stdout[:-1].split("\n")
+            size = self._found(result.stdout[:-1].split("\n"))
             try:
-                result = self._run(_FILL, self._folder, self._name, str(self._left))
+                result = self._run(_FILL, self._folder, self._name, str(self._left), str(size))
             except VMSandboxError:
                 self._stop()
                 raise
@@ -169,17 +183,35 @@ class _Full(Fault):
                 f"there is no {self._path} in {self._engine.name}, so its file system cannot be filled",
                 remedy="use a path that is there, such as '/'",
             )
-        if result.returncode == _NO_LIMIT:
-            raise ConfigError(
-                f"the file system with {self._path} in {self._engine.name} has no size, so it cannot be full",
-                remedy="use a path on a disk, or in a tmpfs",
-            )
         if result.returncode != 0:
             raise CommandError(
                 f"the file system with {self._path} in {self._engine.name} cannot be filled",
                 result=result,
                 remedy="it may be read-only, or may not take a file of root in its top folder",
             )
+
+    def _found(self, lines: list[str]) -> int:
+        """Note where the file system is. Returns its size in bytes.
+
+        Raises:
+            ConfigError: it has none, or less room than is to be left.
+        """
+        words = lines.pop().split()
+        total, free, block = map(int, words if len(words) == 3 else "000")
+        what = f"the file system with {self._path} in {self._engine.name}"
+        if not total:
+            raise ConfigError(
+                f"{what} has no size, so it cannot be full",
+                remedy="use a path on a disk, or in a tmpfs",
+            )
+        if self._left > 0 and free * block <= self._left:
+            raise ConfigError(
+                f"{what} has only {format_size(free * block)} of room, so left={format_size(self._left)} would "
+                "fill nothing",
+                remedy="use a smaller left=, or leave it out",
+            )
+        self._folder, *self._place = lines
+        return total * block
 
     def _stop(self) -> None:
         try:
