@@ -55,6 +55,9 @@ KEEP = {
     "rename": 'keep(text, "new"); os.rename("new", "file")',
     "right": 'keep(text, "new"); sync("new"); os.rename("new", "file"); sync(".")',
 }
+# What is wrong with a program does not show everywhere: btrfs writes a changed file elsewhere, and then puts it in
+# place at once. So nothing tears until a file is told to be without that.
+NO_COPIES = f"touch {FOLDER}/file; chattr +C {FOLDER}/file; "
 SQLITE = """
 import sqlite3, sys
 db = sqlite3.connect("{folder}/data.db", isolation_level=None)
@@ -126,13 +129,13 @@ class Case:
     packages: tuple[str, ...] = ()
 
 
-def file_case(kind: str, name: str) -> Case:
+def file_case(kind: str, name: str, *, before: str = "", is_right: bool = False) -> Case:
     def start(vm: Guest) -> Callable[[str], None]:
-        vm.shell(f"head -c 20000 /dev/zero | tr '\\0' A >{FOLDER}/file; sync")
+        vm.shell(f"{before}head -c 20000 /dev/zero | tr '\\0' A >{FOLDER}/file; sync")
         return fed(vm, WRITER.format(folder=FOLDER, keep=KEEP[name]))
 
     states = BOOTS if kind == ROOT else STATES
-    return Case(kind, start, check_file, is_right=name == "right", states=states)
+    return Case(kind, start, check_file, is_right=is_right or name == "right", states=states)
 
 
 def sqlite_case(kind: str, journal: str, synchronous: str, *, is_right: bool) -> Case:
@@ -189,7 +192,12 @@ def fed(vm: Guest, script: str) -> Callable[[str], None]:
 
 
 CASES = {
-    **{f"{kind}/{name}": file_case(kind, name) for kind in (*MAKE, ROOT) for name in KEEP},
+    **{f"{kind}/{name}": file_case(kind, name) for kind in MAKE for name in KEEP},
+    **{
+        f"{ROOT}/{name}": file_case(ROOT, name) for name in ("rename", "right")
+    },  # few boots tear nothing
+    "btrfs/in place": file_case("btrfs", "in place", is_right=True),
+    "btrfs/in place, no copies": file_case("btrfs", "in place", before=NO_COPIES),
     **{
         f"ext4/sqlite-{journal}-{synchronous}": sqlite_case(
             "ext4", journal, synchronous, is_right=is_right
