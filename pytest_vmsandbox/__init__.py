@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.faults.fault import Fault
     from pytest_vmsandbox.guests.faults.faults import Faults
     from pytest_vmsandbox.guests.guest import Guest
+    from pytest_vmsandbox.guests.networks.network import Network
     from pytest_vmsandbox.guests.plugging import AttachedDisk
     from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
@@ -51,6 +52,7 @@ _MODULES = (  # the modules that define them, the cheapest to import first
     "guests.faults.fault",
     "guests.faults.faults",
     "guests.guest",
+    "guests.networks.network",
     "guests.factory",
 )
 
@@ -77,6 +79,7 @@ __all__ = [
     "LaunchError",
     "LockError",
     "MonitorError",
+    "Network",
     "PreparedImage",
     "PreparedLayer",
     "Process",
@@ -91,8 +94,11 @@ __all__ = [
 def __getattr__(name: str) -> object:
     for module in _MODULES if name in __all__ else ():
         found = import_module(f"{__name__}.{module}")
-        if hasattr(found, name):
-            return getattr(found, name)
+        value: object = getattr(found, name, None)
+        if (
+            getattr(value, "__name__", "") == name
+        ):  # a type of the same name may have another meaning there
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import overload
 
+from pytest_vmsandbox.core import spec
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.core.spec import Hardware, Network
+from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -19,6 +20,9 @@ from pytest_vmsandbox.guests.clones import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.networks.joining import joined
+from pytest_vmsandbox.guests.networks.network import Addressing, Network
+from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
@@ -39,6 +43,7 @@ class GuestFactory:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._clones = Clones(backend)
+        self._networks = Networks(backend)
         self._provisioned: dict[str, PreparedImage] = {}
         self._key = KeyPair.generate()  # opens booted guests; clones have the key of their template
 
@@ -50,7 +55,7 @@ class GuestFactory:
             yield cls(Backend(settings, callbacks or Announcer(), stack))
 
     @contextmanager
-    def boot(self, image: Base, **hardware: object) -> Iterator[Guest]:
+    def boot(self, image: Base, *, networks: object = (), **hardware: object) -> Iterator[Guest]:
         """A context manager: a fresh guest, which runs and answers. It is gone at the end.
 
         The guest is a clone of a template, made in milliseconds. The first time, the template is built:
@@ -61,6 +66,8 @@ class GuestFactory:
         Args:
             image: a name of the catalogue, or what `prepare` returned. What ``prepare(None, …)``
                 returned is booted on the image of the test that runs now.
+            networks: what `network` has returned. The guest joins these networks. A mapping may give it an
+                address on each: ``{lan: "10.1.0.7"}``.
             hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``, ``kernel``, as in
                 the marker ``vm``. What you leave out is the run's default.
 
@@ -77,16 +84,20 @@ class GuestFactory:
                 guest.run(["true"])
         """
         prepared = self._prepared(image)
-        with self.lease(prepared, self.hardware(prepared.image, hardware)) as guest:
+        asked = self.hardware(prepared.image, hardware)
+        with self.lease(prepared, asked, networks=networks) as guest:
             yield guest
 
     @contextmanager
-    def lease(self, image: Base, hardware: Hardware, *, hostname: str = "") -> Iterator[Guest]:
+    def lease(
+        self, image: Base, hardware: Hardware, *, hostname: str = "", networks: object = ()
+    ) -> Iterator[Guest]:
         """A fresh guest, as from `boot`.
 
         Args:
             hardware: of the guest; `hardware` makes one.
             hostname: of the guest; empty for its name, which is unique.
+            networks: that it joins.
 
         Raises:
             GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
@@ -94,6 +105,7 @@ class GuestFactory:
         """
         with ExitStack() as stack:
             guest = self._fresh(image, hardware, hostname, stack)
+            stack.enter_context(joined(guest, networks))
             yield stack.enter_context(leased(self.backend, guest))
 
     def _fresh(self, image: Base, hardware: Hardware, hostname: str, stack: ExitStack) -> Guest:
@@ -119,7 +131,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: Network | None = None,
+        network: spec.Network | None = None,
     ) -> PreparedImage: ...
     @overload
     def prepare(
@@ -128,7 +140,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: Network | None = None,
+        network: spec.Network | None = None,
     ) -> PreparedLayer: ...
     def prepare(
         self,
@@ -136,7 +148,7 @@ class GuestFactory:
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: Network | None = None,
+        network: spec.Network | None = None,
     ) -> PreparedImage | PreparedLayer:
         """Make an image with more in it, for `boot`. ``run`` is called once, and again if its inputs change.
 
@@ -184,6 +196,47 @@ class GuestFactory:
         if self.backend.callbacks.image() is not None:
             self._build_template(self._prepared(layer))
         return layer
+
+    def network(
+        self,
+        name: str,
+        *,
+        ipv4: str | None = None,
+        ipv6: str | None = None,
+        addresses: Addressing = "fixed",
+        seed: int = 1,
+    ) -> Network:
+        """Make a private network, which guests join with ``boot(…, networks=[…])``.
+
+        It reaches nothing but these guests, and nobody else can reach it. The first one starts the switch
+        of the run, a process that carries all frames.
+
+        Args:
+            name: guests have names such as ``db1.lan`` on it. Several networks may have the same name, but
+                not for one guest.
+            ipv4, ipv6: subnets, such as ``10.1.0.0/24`` and ``fd00:1::/64``; None for ones that no other
+                network of this run has.
+            addresses: ``fixed``: each guest gets the lowest free address when it joins. ``dhcp``: the guest's
+                system asks for that address.
+            seed: of all chance on this network.
+
+        Returns:
+            A `Network`. It is also a context manager, and is gone with the run at the latest.
+
+        Raises:
+            ConfigError: an argument is invalid.
+            LaunchError: the switch cannot be started.
+
+        Example::
+
+            lan = vm_factory.network("lan")
+            with (
+                vm_factory.boot("tiny", networks=[lan]) as a,
+                vm_factory.boot("tiny", networks=[lan]) as b,
+            ):
+                a.run(["ping", "-c1", lan.name_of(b)])
+        """
+        return self._networks.make(name, ipv4, ipv6, addresses, seed)
 
     def _build_template(self, prepared: PreparedImage) -> None:
         """Build the template for the default hardware, if guests can be cloned."""

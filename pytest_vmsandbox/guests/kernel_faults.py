@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pytest_vmsandbox.core.errors import BootError
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.machine.machine import Machine
+
+_SILENT_SECONDS = 10.0  # of a kernel of the user; ours take about 1 s to the first program
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -77,3 +83,39 @@ def fault(console: str) -> Fault | None:
         if re.search(pattern, console, re.MULTILINE):
             return found
     return None
+
+
+def check_booting(machine: Machine, blueprint: Blueprint, seconds: float) -> None:
+    """Check that a guest can still come up.
+
+    Args:
+        seconds: since it was switched on.
+
+    Raises:
+        BootError: it cannot.
+    """
+    if (kernel := blueprint.kernel) is None:
+        machine.check_booting(seconds)
+        return
+    lost: BootError | None = None
+    try:
+        machine.check_booting(seconds)
+    except BootError as error:
+        lost = error
+    known = fault(machine.console.this_boot)
+    if (
+        known is None
+        and seconds > blueprint.stretch(_SILENT_SECONDS)
+        and machine.stage == "firmware"
+    ):
+        known = SILENT
+    if known is not None:
+        raise BootError(
+            f"{machine.spec.name} cannot boot on {kernel.release}: {known.brief}",
+            stage=machine.stage if lost is None else lost.stage,
+            seconds=seconds,
+            details=machine.console_lines(),
+            remedy=known.remedy(has_modules=kernel.modules is not None),
+        ) from lost
+    if lost is not None:
+        raise lost

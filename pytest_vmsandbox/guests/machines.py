@@ -30,6 +30,7 @@ from pytest_vmsandbox.guests.ways_in import (
     check_way_in,
 )
 from pytest_vmsandbox.machine import capture
+from pytest_vmsandbox.machine.cards import HasCard, connected
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, MachineSpec, Start, disk_names
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
@@ -42,7 +43,6 @@ _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
-_SILENT_SECONDS = 10.0  # of a kernel of the user; ours take about 1 s to the first program
 _PANICKED = "guest-panicked"  # QEMU's status
 _PAUSE_SECONDS = 1.0  # a guest that does not answer within this time is not paused
 
@@ -172,39 +172,6 @@ class Running:
             return False
         return True
 
-    def _check_booting(self, seconds: float) -> None:
-        """Check that the guest can still come up.
-
-        Args:
-            seconds: since it was switched on.
-
-        Raises:
-            BootError: it cannot.
-        """
-        machine, kernel = self.machine, self.blueprint.kernel
-        if kernel is None:
-            machine.check_booting(seconds)
-            return
-        lost: BootError | None = None
-        try:
-            machine.check_booting(seconds)
-        except BootError as error:
-            lost = error
-        known = kernel_faults.fault(machine.console.this_boot)
-        is_late = seconds > self.blueprint.stretch(_SILENT_SECONDS)
-        if known is None and is_late and machine.stage == "firmware":
-            known = kernel_faults.SILENT
-        if known is not None:
-            raise BootError(
-                f"{machine.spec.name} cannot boot on {kernel.release}: {known.brief}",
-                stage=machine.stage if lost is None else lost.stage,
-                seconds=seconds,
-                details=machine.console_lines(),
-                remedy=known.remedy(has_modules=kernel.modules is not None),
-            ) from lost
-        if lost is not None:
-            raise lost
-
     def await_answer(self, deadline: Deadline) -> None:
         """Wait until the guest answers.
 
@@ -213,7 +180,7 @@ class Running:
         """
         machine = self.machine
         while not self.answers(deadline.remaining(LOOK_SECONDS)):
-            self._check_booting(deadline.elapsed)
+            kernel_faults.check_booting(machine, self.blueprint, deadline.elapsed)
             if deadline.expired:
                 missing = "did not answer on SSH"
                 if not self.blueprint.has_way_in:
@@ -327,8 +294,10 @@ class Machines:
         has_helper: whether the helper answered when `state` was saved.
         is_awaited: whether to wait for its answer after it was switched on.
         faults: of the guest, which outlive a machine.
-        plugged: devices in root ports, except for disks: id → port. They are in no saved state.
         hostname: what the guest is called inside; empty for its name.
+        plugged: devices in root ports, except for disks and cards: id → port. They are in no saved state.
+        cards: network cards in root ports. Each new machine has them, too.
+        on_answer: called when the guest answers after a start.
     """
 
     blueprint: Blueprint
@@ -349,6 +318,8 @@ class Machines:
     faults: Ledger = field(init=False)
     plugged: dict[str, str] = field(default_factory=dict)
     hostname: str = ""
+    cards: list[HasCard] = field(default_factory=list)
+    on_answer: list[Callable[[], None]] = field(default_factory=list)
     _lead: Lead = field(default_factory=Lead)  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -389,8 +360,8 @@ class Machines:
     ) -> Running:
         state, self.state = self.state, None
         before, self.console = self.console, ""
-        spec = self.spec(start)
-        with ExitStack() as stack:
+        with ExitStack() as stack, ExitStack() as ends:
+            spec = replace(self.spec(start), cards=connected(self.cards, ends))
             machine = stack.enter_context(
                 Machine.running(
                     self.hypervisor,
@@ -426,9 +397,14 @@ class Machines:
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
-            running.answered = self.faults.answered
+            running.answered = self._answered
             running.stack.callback(running.hang_up)
             return running
+
+    def _answered(self) -> None:
+        self.faults.answered()
+        for call in self.on_answer:
+            call()
 
     def _go_on(self, machine: Machine, helper: Helper) -> None:
         """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
@@ -562,6 +538,7 @@ class Machines:
     def free_port(self) -> str | None:
         """A free root port; None if there is none."""
         taken = {*self.plugged.values(), *(disk.port for disk in self.disks.plugged)}
+        taken |= {it.card.port for it in self.cards}
         return next((port for port in PORTS if port not in taken), None)
 
     def disk_names(self) -> list[str]:

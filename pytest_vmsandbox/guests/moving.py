@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.deadline import monotonic
@@ -14,6 +14,7 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.machine import capture, forwards, moving
+from pytest_vmsandbox.machine.cards import connected
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.qemu import Qemu
@@ -82,8 +83,11 @@ def _move(engine: Engine, running: Running, spec: MachineSpec, blueprint: Bluepr
     machine, machines = running.machine, engine.machines
     hypervisor = machines.hypervisor
     ports = forwards.listed(machine.human(forwards.SHOW))
-    moved = moving.moved(machine, hypervisor, spec, disks=machines.disks, logs=machines.logs)
-    with moved as other, engine.still(running):
+    with ExitStack() as stack:
+        spec = replace(spec, cards=connected(machines.cards, stack))
+        moved = moving.moved(machine, hypervisor, spec, disks=machines.disks, logs=machines.logs)
+        other = stack.enter_context(moved)
+        stack.enter_context(engine.still(running))
         machine.take_over(other)
         machines.blueprint = running.blueprint = blueprint
     running.leave_ssh()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.machine import cards
+from pytest_vmsandbox.machine.cards import Card, Connected
 from pytest_vmsandbox.machine.firmware import Uefi
 
 NETDEV = "n0"
@@ -59,6 +61,7 @@ class Descriptors:
         overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
             file is on top of the one before. Only the last one is written.
         plugged: the disks in root ports.
+        cards: the network cards in root ports, and a socket for each; None for one on no network.
     """
 
     monitor: int = 3
@@ -74,6 +77,7 @@ class Descriptors:
     base: int | None = None
     overlays: tuple[tuple[int, ...], ...] = ()
     plugged: tuple[PluggedDescriptors, ...] = ()
+    cards: tuple[tuple[Card, int | None], ...] = ()
 
 
 class Start(Enum):
@@ -112,6 +116,7 @@ class MachineSpec:
         generation: its generation id; ``auto`` for a new one.
         hostname: what the guest is called inside; empty for its name.
         more_args: added to QEMU's command line.
+        cards: the network cards in root ports. Their ends are for this start only.
     """
 
     name: str
@@ -131,6 +136,7 @@ class MachineSpec:
     generation: str = "auto"
     hostname: str = ""
     more_args: tuple[str, ...] = ()
+    cards: tuple[Connected, ...] = ()
 
 
 def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -156,6 +162,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *panic(spec),
         *ports(spec),
         *plugged_disks(spec, fds),
+        *plugged_cards(fds),
         *confinement(),
         *loading(spec),
         *spec.more_args,
@@ -442,6 +449,17 @@ def plugged_device(architecture: Architecture, disk: PluggedDescriptors) -> dict
     """A disk in a root port as a device."""
     device = _disk(architecture, disk.name, node=plugged_node(disk.name))
     return {**device, "bus": disk.port} if architecture.hot_plug == "port" else device
+
+
+def plugged_cards(fds: Descriptors) -> list[str]:
+    """The network cards in root ports, for a machine that starts with them."""
+    args: list[str] = []
+    for card, number in fds.cards:
+        if number is not None:
+            args += ["-netdev", cards.cable_argument(card, number)]
+        device = cards.properties(card, has_cable=number is not None)
+        args += ["-device", _device({**device, cards.QUIET: "off"})]
+    return args
 
 
 def _descriptor_set(number: int) -> list[str]:

@@ -137,6 +137,7 @@ def descriptors(
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
         plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged_in),
+        cards=tuple((it.card, give(it.end) if it.end else None) for it in spec.cards),
     )
     return fds, given
 

@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -32,8 +32,8 @@ from pytest_vmsandbox.guests import (
     engine as engine_module,
     forwarding,
     guest as guest_module,
+    kernel_faults,
     leasing,
-    machines,
     machines as machines_module,
     ssh,
     transfer,
@@ -278,6 +278,15 @@ class FakeMachine:
         file.write(b"picture")
 
 
+@dataclass
+class FakeSpec:
+    name: str
+    hostname: str
+    start: object
+    tpm: bool = False
+    cards: tuple = ()
+
+
 class FakePlatform:
     """What an engine is made of, without QEMU and SSH; it is its blueprint, too."""
 
@@ -307,7 +316,7 @@ class FakePlatform:
         self.hypervisor = SimpleNamespace(folder=home.parent, cache=home.parent)
 
     def machine(self, name, public_key, start, *, hostname):
-        return SimpleNamespace(name=name, hostname=hostname, start=start, tpm=False)
+        return FakeSpec(name, hostname, start)
 
     @contextmanager
     def running(self, hypervisor, spec, *, state, **_):
@@ -873,7 +882,7 @@ class TestPower:
         platform.answer = False
         platform.kernel = SimpleNamespace(release="6.12.9", modules=None)
         platform.first_words = text
-        monkeypatch.setattr(machines, "_SILENT_SECONDS", 0.0)
+        monkeypatch.setattr(kernel_faults, "_SILENT_SECONDS", 0.0)
         said = "has written nothing" if text.startswith(b"SeaBIOS") else "did not answer on SSH"
         with pytest.raises(BootError, match=said), make(platform, boot_timeout=0.1):
             pass

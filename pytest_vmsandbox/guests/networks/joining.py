@@ -1,0 +1,163 @@
+"""Guests join networks: they get their cards, their addresses, and the names of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.networks.network import Network, Seat
+from pytest_vmsandbox.guests.networks.setup import hosts_text, set_up
+from pytest_vmsandbox.machine import cabling
+from pytest_vmsandbox.machine.cards import Connected
+
+
+@contextmanager
+def joined(guest: Guest, wanted: object) -> Iterator[None]:
+    """A guest that runs is on these networks, until the end of the block.
+
+    Args:
+        wanted: the networks; a mapping has an address for each, or None.
+
+    Raises:
+        ConfigError: it cannot join one of them.
+    """
+    machines, addresses = guest.engine.machines, _checked(wanted)
+    with ExitStack() as stack:
+        seats = []
+        for network, address in addresses.items():
+            name = machines.hostname or machines.name
+            seat = network.seat(name, port=_free_port(machines), address=address)
+            stack.callback(network.leave, seat)
+            _plug(guest.engine, seat)
+            seats.append(seat)
+        if seats:
+            admit(guest, seats)
+        yield
+
+
+def admit(guest: Guest, seats: Sequence[Seat]) -> None:
+    """Admit a guest that has its cards. From now on, all know its name.
+
+    Raises:
+        ConfigError: the guest lacks what this needs.
+        GuestLost, CommandTimeout: it does not answer.
+    """
+    engine = guest.engine
+    for seat in seats:
+        seat.engine = engine
+    engine.machines.on_answer.append(partial(_again, engine))
+    with engine.explained():
+        _set_up(engine)
+    for seat in seats:
+        for other in seat.network.others(seat):
+            _tell(other)
+
+
+def _checked(wanted: object) -> dict[Network, object]:
+    """The networks that a user names, and the address on each.
+
+    Raises:
+        ConfigError: they cannot be combined.
+    """
+    if isinstance(wanted, Network | str) or not isinstance(wanted, Sequence | Mapping):
+        raise ConfigError(
+            f"networks={wanted!r} is not a list of networks",
+            remedy="write networks=[lan], with lan = vm_factory.network('lan')",
+        )
+    found: dict[Network, object] = {}
+    for network in wanted:
+        if not isinstance(network, Network):
+            raise ConfigError(
+                f"{network!r} is not a network", remedy="use what vm_factory.network() returned"
+            )
+        for other in found:
+            if other.name == network.name:
+                raise ConfigError(
+                    f"a guest cannot be on two networks called {network.name!r}",
+                    remedy="name each network once, or give them different names",
+                )
+            if other.subnets.overlaps(network.subnets):
+                raise ConfigError(
+                    f"the networks {other.name!r} and {network.name!r} have the same addresses, so one guest "
+                    "cannot be on both",
+                    remedy="give one of them other subnets: ipv4=, ipv6=",
+                )
+        found[network] = wanted[network] if isinstance(wanted, Mapping) else None
+    return found
+
+
+def _free_port(machines: Machines) -> str:
+    if machines.blueprint.architecture.hot_plug != "port":
+        raise ConfigError(
+            f"{machines.name} cannot join a network: guests of {machines.blueprint.architecture.name} have "
+            "no root ports for network cards",
+            remedy="use an image such as debian-13",
+        )
+    if (port := machines.free_port()) is None:
+        raise ConfigError(
+            f"{machines.name} has no free port for another network card: attached disks, network cards and a "
+            "watchdog share four",
+            remedy="use fewer networks, or put disks that are always there into disks=['1GiB']",
+        )
+    return port
+
+
+def _plug(engine: Engine, seat: Seat) -> None:
+    """Plug a card into a guest that runs."""
+    with engine.explained(), engine.orderly, engine.use() as running, ExitStack() as stack:
+        running.machine.check()
+        end = seat.connect()
+        if end is not None:
+            stack.enter_context(end)
+        cabling.plug(running.machine.execute, Connected(seat.card, end))
+        engine.machines.cards.append(seat)
+
+
+def seats_of(engine: Engine) -> list[Seat]:
+    """All places of a guest, in the order in which it has joined."""
+    return [it for it in engine.machines.cards if isinstance(it, Seat)]
+
+
+def _hosts(seats: Sequence[Seat]) -> str:
+    return hosts_text([line for seat in seats for line in seat.network.lines()])
+
+
+def _set_up(engine: Engine, *, fresh: bool = True) -> None:
+    """Give a guest its addresses, if `fresh`, and the names of all others."""
+    seats = seats_of(engine)
+    hosts = _hosts(seats)
+    set_up_cards = [seat.card for seat in seats] if fresh else []
+    dhcp = {seat.card.mac for seat in seats if seat.network.addresses == "dhcp"}
+    found = set_up(engine, set_up_cards, hosts, dhcp=dhcp)
+    for seat in seats:
+        seat.knows = hosts
+        seat.card = replace(seat.card, interface=found.get(seat.card.mac, seat.card.interface))
+
+
+def _again(engine: Engine) -> None:
+    """A guest answers after a start. What was saved has its addresses."""
+    if (running := engine.running) is None:
+        return
+    fresh = running.restarted or not running.machine.spec.start.is_loaded
+    try:
+        _set_up(engine, fresh=fresh)
+    except VMSandboxError as error:
+        text = f"its networks could not be set up again: {error.brief}"
+        engine.machines.faults.unrestored.append(text)
+        engine.machines.faults.note(text)
+
+
+def _tell(seat: Seat) -> None:
+    """Tell a guest the names of all others. One that is off, or does not answer, hears them later."""
+    engine = seat.engine
+    if engine is None or engine.running is None or engine.running.resident.is_away:
+        return
+    if seat.knows != _hosts(seats_of(engine)):
+        with suppress(VMSandboxError):
+            _set_up(engine, fresh=False)

@@ -1,0 +1,193 @@
+"""What can be wrong with the links of a network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, get_args
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import one_of
+from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.machine import cabling
+from pytest_vmsandbox.machine.cards import Card
+from pytest_vmsandbox.machine.machine import Machine
+from pytest_vmsandbox.machine.switch.conditions import Conditions
+from pytest_vmsandbox.machine.switch.switch import SwitchNetwork
+
+Direction = Literal["both", "to", "from"]
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)bit\s*")
+_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Conditions for the frames from one guest, to one guest, or both; None for any."""
+
+    conditions: Conditions
+    source: str | None
+    dest: str | None
+
+
+class LinkFault(Fault):
+    """Something is wrong on the way through the switch. It outlives boots and snapshots of the guest."""
+
+    needs_answers = False
+
+    def __init__(
+        self, engine: Engine, text: str, switch: SwitchNetwork, rules: Sequence[Rule]
+    ) -> None:
+        super().__init__(engine, text)
+        self.switch = switch
+        self._rules = rules
+        self._imposed = ExitStack()
+
+    def _start(self) -> None:
+        try:
+            for rule in self._rules:
+                imposed = self.switch.impose(rule.conditions, source=rule.source, dest=rule.dest)
+                self._imposed.enter_context(imposed)
+        except BaseException:
+            self._imposed.close()
+            raise
+
+    def _stop(self) -> None:
+        self._imposed.close()
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """It stays as it is."""
+
+
+class Unplugged(Fault):
+    """The cable is out of a network card."""
+
+    needs_answers = False
+
+    def __init__(self, engine: Engine, text: str, switch: SwitchNetwork, card: Card) -> None:
+        super().__init__(engine, text)
+        self.switch = switch
+        self._card = card
+
+    def _start(self) -> None:
+        self._set(up=False)
+
+    def _stop(self) -> None:
+        self._set(up=True)
+
+    def _set(self, *, up: bool) -> None:
+        engine = self._engine
+        if engine.loss is None:
+            with engine.use() as running:
+                cabling.set_link(running.machine.execute, self._card, up=up)
+
+    def switched_on(self, machine: Machine) -> None:
+        """The new machine's cable is out, too."""
+        cabling.set_link(machine.execute, self._card, up=False)
+
+    def rolled_back(self, *, was_in_force: bool) -> None:
+        """It stays as it is, but what was saved has the cable as it was then."""
+        if was_in_force and not self.in_force:
+            self._set(up=True)
+
+
+class Capture:
+    """A capture of a network, which goes on until `end`, or until the end of its block."""
+
+    def __init__(self, switch: SwitchNetwork, path: Path) -> None:
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("wb", buffering=0))
+            stack.enter_context(switch.capture(file))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End it. All frames until now are in the file. A second call does nothing."""
+        self._stack.close()
+
+
+def conditions_of(**values: float | str | None) -> Conditions:
+    """The conditions that a user asks for. What is None is as usual.
+
+    Raises:
+        ConfigError: a value is invalid, or there is none.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        names = ", ".join(f"{name}=" for name in values)
+        raise ConfigError(
+            "link needs to know what is wrong with the link", remedy=f"pass one of {names}"
+        )
+    numbers = {
+        name: _rate(value) if name == "rate" else _number(name, value)
+        for name, value in given.items()
+    }
+    return replace(Conditions(), **numbers)  # type: ignore[arg-type]
+
+
+def text_of(conditions: Conditions, direction: Direction) -> str:
+    """What conditions do, in a few words."""
+    usual = Conditions()
+    said = []
+    for field in fields(conditions):
+        if (value := getattr(conditions, field.name)) == getattr(usual, field.name):
+            continue
+        if field.name in ("latency", "jitter"):
+            said.append(f"{field.name} {value:g} s")
+        elif field.name == "rate":
+            said.append(f"rate {value:g} bit/s")
+        else:
+            said.append(f"{field.name} {value:.4g}")
+    way = {"both": "", "to": " (to it)", "from": " (from it)"}[direction]
+    return ", ".join(said or ["nothing"]) + way
+
+
+def rules_of(name: str, conditions: Conditions, direction: object) -> tuple[Direction, list[Rule]]:
+    """The rules for a guest's link.
+
+    Raises:
+        ConfigError: there is no such direction.
+    """
+    way: Direction = one_of(get_args(Direction), direction, "direction")
+    rules = [Rule(conditions, name, None)] * (way != "to")
+    return way, rules + [Rule(conditions, None, name)] * (way != "from")
+
+
+def cuts(side: Sequence[str], other: Sequence[str], *, one_way: bool) -> list[Rule]:
+    """The rules that keep frames of one side from the other."""
+    cut = Conditions(cut=True)
+    rules = [Rule(cut, source, dest) for source in side for dest in other]
+    return rules + [Rule(cut, it.dest, it.source) for it in ([] if one_way else rules)]
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        example = "0.05 for 50 ms" if name in ("latency", "jitter") else "0.1 for every tenth frame"
+        raise ConfigError(f"{name}={value!r} is not a number", remedy=f"use for instance {example}")
+    return float(value)
+
+
+def _rate(value: object) -> float:
+    if isinstance(value, str) and (match := _RATE.fullmatch(value)):
+        return float(match[1]) * _FACTORS[match[2]]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(
+            f"rate={value!r} is not a number of bits per second",
+            remedy="use for instance '10Mbit' (bit, kbit, Mbit, Gbit), or a number",
+        )
+    return float(value)

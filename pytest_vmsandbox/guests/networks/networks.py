@@ -1,0 +1,44 @@
+"""The networks of one run."""
+
+from __future__ import annotations
+
+import threading
+from typing import get_args
+
+from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.spec import one_of
+from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.networks.network import Addressing, Network
+from pytest_vmsandbox.guests.networks.subnets import checked_name, subnets_of
+
+
+class Networks:
+    """Makes networks. Those that are left end with the run."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._made: list[Network] = []
+        self._lock = threading.Lock()
+
+    def make(
+        self, name: object, ipv4: object, ipv6: object, addresses: object, seed: object
+    ) -> Network:
+        """A new network.
+
+        Raises:
+            ConfigError: an argument is invalid.
+            LaunchError: the switch cannot be started.
+        """
+        named = checked_name(name)
+        addressing: Addressing = one_of(get_args(Addressing), addresses, "addresses")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ConfigError(
+                f"seed={seed!r} is not a whole number", remedy="use for instance seed=1"
+            )
+        with self._lock:
+            self._made = [network for network in self._made if not network.is_over]
+            subnets = subnets_of(ipv4, ipv6, [network.subnets for network in self._made])
+            switch = self._backend.hypervisor.switch.network(named, seed=seed)
+            network = Network(named, subnets, addressing, switch)
+            self._made.append(network)
+        return network

@@ -1,0 +1,95 @@
+"""Networks between guests: names, addresses, bad links, and that nothing else is reached."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from pytest_vmsandbox import ConfigError
+
+pytestmark = [pytest.mark.vm("tiny"), pytest.mark.origins("cloned")]
+
+
+@pytest.fixture
+def lan(vm_factory):
+    with vm_factory.network("lan") as lan:
+        yield lan
+
+
+@pytest.fixture
+def pair(vm_factory, lan):
+    with ExitStack() as stack:
+        yield [stack.enter_context(vm_factory.boot("tiny", networks=[lan])) for _ in range(2)]
+
+
+def reaches(guest, name, *more):
+    argv = ["ping", "-c1", "-W2", *more, name]
+    return guest.run(argv, check=False).returncode == 0
+
+
+def carrier(lan, guest):
+    return guest.read_text(f"/sys/class/net/{lan.interface(guest)}/carrier").strip()
+
+
+def test_guests_know_each_other(lan, pair):
+    a, b = pair
+    for name in (lan.name_of(b), f"{lan.name_of(b)}.lan", str(lan.address(b))):
+        assert reaches(a, name)
+    assert reaches(a, lan.name_of(b), "-6")
+    assert reaches(b, str(lan.address(a, version=6)))
+    assert [str(lan.address(guest)).rpartition(".")[2] for guest in pair] == ["1", "2"]
+    with b.popen(["nc", "-l", "-p", "7"]) as server:
+        a.shell(f"until echo hello | nc -w 5 {lan.name_of(b)} 7; do usleep 100000; done")
+        assert server.stdout.read() == "hello\n"
+    assert f"default via {lan.address(b)}" not in a.run(["ip", "route"]).stdout
+
+
+def test_a_card_survives_what_a_guest_survives(lan, pair):
+    a, b = pair
+    name = lan.name_of(b)
+    b.power_cut()
+    assert not reaches(a, name)
+    b.power_on()
+    assert reaches(a, name)
+    assert reaches(b, lan.name_of(a))
+    unplugged = lan.unplug(b)
+    with b.snapshot():
+        assert carrier(lan, b) == "0"
+        unplugged.end()
+        assert carrier(lan, b) == "1"
+        b.run(["ip", "addr", "flush", "dev", lan.interface(b)])
+        assert not reaches(a, name)
+    assert carrier(lan, b) == "1"  # the state had it out, but the fault is over
+    assert reaches(a, name)
+
+
+def test_links_are_as_bad_as_asked_for(lan, pair, tmp_path):
+    a, b = pair
+    name = lan.name_of(b)
+    assert reaches(a, name)
+    with lan.partition(a, b, one_way=True), lan.capture(tmp_path / "pcap"):
+        assert not reaches(a, name)
+    assert b"\x08\x00" in (tmp_path / "pcap").read_bytes()  # it was sent
+    with lan.link(b, loss=1.0, direction="from"):
+        assert not reaches(a, name)
+    with lan.unplug(b):
+        assert carrier(lan, b) == "0"
+        assert not reaches(a, name)
+    with lan.link(b, latency=0.3):
+        said = a.run(["ping", "-c1", "-W9", name]).stdout
+        assert float(said.rpartition("= ")[2].partition("/")[0]) >= 600
+    assert reaches(a, name)
+
+
+def test_networks_are_apart(vm_factory, lan):
+    with (
+        vm_factory.network("lan", ipv4=str(lan.ipv4), ipv6=str(lan.ipv6)) as other,
+        vm_factory.boot("tiny", networks=[lan]) as a,
+        vm_factory.boot("tiny", networks={other: str(lan.ipv4[2])}) as b,
+    ):
+        assert not reaches(a, str(other.address(b)))
+        with pytest.raises(ConfigError, match="not on the network 'lan'"):
+            lan.address(b)
+        with pytest.raises(ConfigError, match="two networks called 'lan'"):
+            vm_factory.boot("tiny", networks=[lan, other]).__enter__()
