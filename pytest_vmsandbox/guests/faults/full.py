@@ -81,7 +81,10 @@ _EMPTY = (
     _MOUNTS
     + r"""
 name=$1 folder=$2 device=$3 inner=${4%/} kind=$5 known=$6
-removed() { rm -f -- "$1/$name" "$1/$name.left"; }
+removed() {
+    rm -f -- "$1/$name" "$1/$name.left" || return
+    [ "$kind" != btrfs ] || sync  # it gives the room back only then
+}
 if [ -e "$folder/$name" ]; then removed "$folder"; exit; fi
 if [ -b "$device" ]; then
     own=/run/$name options=rw
