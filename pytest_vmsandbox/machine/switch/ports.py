@@ -43,6 +43,7 @@ class Port:
     Attributes:
         number: of the port, in the whole switch.
         label: its name in its network.
+        place: what stands for it where chance comes from.
         waits: what it waits for: `READING`, `WRITING`, both, or none.
         awaited: ports whose guests cannot take what it sends. Meanwhile nothing is read from it.
         awaiting: ports that wait for it, until its `patience` ends.
@@ -53,10 +54,13 @@ class Port:
         counts: of its label.
     """
 
-    def __init__(self, number: int, label: str, channel: socket.socket, counts: Counts) -> None:
+    def __init__(
+        self, number: int, label: str, place: str, channel: socket.socket, counts: Counts
+    ) -> None:
         channel.setblocking(False)
         self.number = number
         self.label = label
+        self.place = place
         self.socket = channel
         self.waits = 0
         self.is_deaf = self.is_closed = False

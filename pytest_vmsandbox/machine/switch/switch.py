@@ -73,7 +73,7 @@ class Switch:
 
         Args:
             name: it is part of what chance comes from. Several networks can have the same one.
-            seed: the same frames in the same order have the same fate if seed, name and labels are the same.
+            seed: the same frames in the same order have the same fate if seed, name and places are the same.
 
         Raises:
             LaunchError: the switch cannot be started.
@@ -102,12 +102,13 @@ class SwitchNetwork:
         self._is_closed = False
         self._number = program.ask("network", name=name, seed=seed)["network"]
 
-    def port(self, label: str) -> Port:
+    def port(self, label: str, *, place: str = "") -> Port:
         """A new port, for one network card.
 
         Args:
             label: its name. If several ports have the same one (a guest moves to another QEMU, or the former QEMU is not quite
                 gone), conditions and statistics are for all of them, and they hear nothing from each other.
+            place: what stands for the port in what chance comes from; the label if empty. It should be the same in each run.
 
         Raises:
             LaunchError: the switch is gone.
@@ -115,7 +116,9 @@ class SwitchNetwork:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                number = self._ask("port", label=label, fd=theirs.fileno())["port"]
+                number = self._ask("port", theirs.fileno(), label=label, place=place or label)[
+                    "port"
+                ]
             except BaseException:
                 ours.close()
                 raise
