@@ -309,6 +309,8 @@ class TestConditions:
             b.send(a, b"passes")
             assert a.take() == [b"passes"]
             assert lan.statistics()["a"].dropped == {"cut": 2}
+        with lan.impose(Conditions(latency=0.001), source="b") as other:
+            assert lan.decisions(other) == ["2 begins b>* latency=0.001"]
         a.send(b, b"healed")
         assert b.take() == [b"healed"]
 
