@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -377,14 +376,22 @@ class TestHostileGuest:
         a.send(b, b"taken again")
         assert b.take() == [b"taken again"]
 
-    def test_nothing_is_dropped_if_a_guest_takes_what_comes(self, lan, cards):
-        a, b = cards("ab")
-        bodies = [bytes([number % 256]) * 1400 for number in range(3000)]
-        sender = threading.Thread(target=lambda: [a.send(b, body) for body in bodies])
-        sender.start()
-        assert b.take(3000) == bodies
-        sender.join()
-        assert lan.statistics()["b"].dropped == {}
+    def test_a_sender_waits_for_a_guest_that_is_slow(self, network, ends, monkeypatch):
+        world, a, b = network("ab")
+        monkeypatch.setattr(ports, "monotonic", lambda: 100.0)
+        monkeypatch.setattr(forwarding, "monotonic", lambda: 100.0)
+        given = 0
+        for _ in range(20):
+            while not a.awaited:
+                give(world, a, address("b"), address("a"), b"x" * 1000)
+                given += 1
+            assert not a.wanted() & ports.READING
+            while a.awaited:
+                b.write()
+                ends[b].recv(1 << 20)
+                world.eased(b)
+        assert b.counts.sent + b.queued // (1018 + ports.OVERHEAD) == given
+        assert b.counts.dropped == {}
 
     def test_addresses_are_bounded_for_each_port(self, network):
         world, a, b = network("ab")
@@ -416,6 +423,17 @@ class TestHostileGuest:
         assert a.counts.dropped["overflow"] == 200 - ports.MOST_UNDERWAY // (
             60_018 + ports.OVERHEAD
         )
+
+    @pytest.mark.parametrize("is_frozen", [False, True])
+    def test_nobody_waits_for_a_guest_that_is_frozen(self, network, monkeypatch, is_frozen):
+        world, a, b = network("ab")
+        later = 100.0 + 2 * forwarding.SILENT_SECONDS * is_frozen
+        monkeypatch.setattr(ports, "monotonic", lambda: 100.0)
+        monkeypatch.setattr(forwarding, "monotonic", lambda: later)
+        for _ in range(12):
+            give(world, a, address("b"), address("a"), b"x" * 60_000)
+        assert b.is_deaf is is_frozen
+        assert a.awaited == (set() if is_frozen else {b})
 
     def test_what_waits_is_bounded_whatever_is_patient(self, network):
         world, a, b = network("ab")
@@ -450,7 +468,13 @@ class TestHostileGuest:
 
 
 @pytest.fixture
-def network():
+def ends():
+    """The guest's end of each port that `network` has made."""
+    return {}
+
+
+@pytest.fixture
+def network(ends):
     """Makes a network and its ports in this process. Nobody takes what they send."""
     world = forwarding.Network("lan", 1, Timetable(), set())
     with ExitStack() as stack:
@@ -460,7 +484,7 @@ def network():
                 ours, theirs = socket.socketpair()
                 stack.enter_context(ours)
                 stack.enter_context(theirs)
-                world.add(number, label, label, theirs)
+                ends[world.add(number, label, label, theirs)] = ours
             return [world, *world.ports]
 
         yield make

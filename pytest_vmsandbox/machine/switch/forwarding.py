@@ -16,6 +16,7 @@ TO_ALL = "*"
 AGE_SECONDS = 300.0  # after which an address that was silent is forgotten
 MOST_ADDRESSES = 256  # of one port: the next one replaces its oldest
 PATIENCE_SECONDS = 0.5  # that a guest's frames wait for another one that takes nothing
+SILENT_SECONDS = 0.1  # after which a guest that takes nothing gets no patience
 OVERTAKEN_SECONDS = 0.1  # that a frame waits for one to overtake it
 MOST_OF_LOG = 1 << 20  # bytes
 
@@ -159,7 +160,11 @@ class Network:
 
     def _deliver(self, source: Port, dest: Port, packet: bytes) -> None:
         self._changed.add(dest)
-        if not dest.put(packet) and not source.is_closed:
+        if dest.put(packet) or source.is_closed:
+            return
+        if monotonic() - dest.waiting_since > SILENT_SECONDS:
+            self._give_up(dest)  # it is frozen, so its peers should not wait at all
+        else:
             source.awaited.add(dest)
             dest.awaiting.add(source)
             self._changed.add(source)
