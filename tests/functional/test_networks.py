@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 
 import pytest
@@ -73,6 +74,11 @@ def test_links_are_as_bad_as_asked_for(lan, pair, tmp_path):
     assert b"\x08\x00" in (tmp_path / "pcap").read_bytes()  # it was sent
     with lan.link(b, loss=1.0, direction="from"):
         assert not reaches(a, name)
+    log = (b.engine.machines.logs / "links.log").read_text()
+    assert re.fullmatch(
+        rf"link to lan: loss 1 \(from it\)\n\d begins {name}>\* loss=1\n(\d {name}>\* \d+ lost\n)+\d ends\n",
+        log,
+    )
     with lan.unplug(b):
         assert carrier(lan, b) == "0"
         assert not reaches(a, name)

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pytest_vmsandbox.core.errors import ConfigError
@@ -74,7 +75,8 @@ def main() -> int:
     """Run the rounds; 0 if nothing was ever left."""
     args, rounds = kill.begin(__doc__, longest=3.0)
     with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
-        world = World(Path(scratch))
+        world = World(Path(scratch), SUITE, FAULTS, {"memory": MEMORY, "disks": [DISK]})
+        world.forget_moves_if_qemu_cannot()
         with ThreadPoolExecutor(args.jobs) as pool:
             bad = sum(pool.map(world.play, rounds))
     print("killed:", ", ".join(f"{count} {name}" for name, count in world.killed.items()))
@@ -83,19 +85,34 @@ def main() -> int:
 
 
 class World:
-    """What the rounds share: the images, and a template."""
+    """What the rounds share: the images, and a template.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        suite: a file of tests, in which `{memory}`, `{disk}` and `{body}` are filled in.
+        faults: names → what a test does again and again.
+        hardware: of the guests.
+    """
+
+    def __init__(
+        self, folder: Path, suite: str, faults: dict[str, str], hardware: dict[str, Any]
+    ) -> None:
         self.folder = folder
         self.killed: Counter[str] = Counter()
+        self._suite = suite
+        self._faults = dict(faults)
         self._cache = folder / "cache"
         kill.make_cache(self._cache)
-        settings = Settings(cache=self._cache, runtime=folder / "runtime", clones="demand")
-        hardware = {"memory": MEMORY, "disks": [DISK]}
-        self._faults = dict(FAULTS)
-        with GuestFactory.open(settings) as factory, factory.boot("tiny", **hardware) as guest:
+        self._settings = Settings(cache=self._cache, runtime=folder / "runtime", clones="demand")
+        self._hardware = hardware
+        with GuestFactory.open(self._settings) as factory, factory.boot("tiny", **hardware):
+            pass  # the template is there now
+
+    def forget_moves_if_qemu_cannot(self) -> None:
+        """Leave out the rounds with a guest that moves, if this QEMU cannot do that."""
+        with GuestFactory.open(self._settings) as factory:
             try:
-                guest.faults.migrate()
+                with factory.boot("tiny", **self._hardware) as guest:
+                    guest.faults.migrate()
             except ConfigError as error:
                 print(f"no kills while a guest moves: {error.brief}", flush=True)
                 del self._faults["moves"]
@@ -106,7 +123,9 @@ class World:
         folder = self.folder / f"round{one.number}"
         folder.mkdir()
         body = "".join(f"        {line}\n" for line in self._faults[name].splitlines())
-        (folder / "test_suite.py").write_text(SUITE.format(memory=MEMORY, disk=DISK, body=body))
+        (folder / "test_suite.py").write_text(
+            self._suite.format(memory=MEMORY, disk=DISK, body=body)
+        )
         cache = folder / "cache"
         cache.mkdir(mode=0o700)
         for shared in ("images", "accelerator", "templates"):

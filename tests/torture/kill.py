@@ -238,7 +238,7 @@ def files(folder: Path) -> set[str]:
 
 def marked(mark: str) -> list[int]:
     """Living processes that came from a round: its variable is in their environment, or they
-    are QEMU, whose environment is its own, below our launcher's orphans.
+    are QEMU or the switch, whose environment is their own, below our launcher's orphans.
     """
     found = []
     for pid, _ in descendants(os.getpid()):
@@ -249,11 +249,12 @@ def marked(mark: str) -> list[int]:
         if mark.encode() in environment:
             found.append(pid)
             found.extend(child for child, _ in descendants(pid))
-    # A QEMU whose launcher is gone is our own child now.
+    # What has lost its launcher is our own child now.
     found += [
         pid
         for pid, name in descendants(os.getpid())
-        if name.startswith("qemu") and parent(pid) == os.getpid()
+        if parent(pid) == os.getpid()
+        and (name.startswith("qemu") or "/machine/switch " in cmdline(pid))
     ]
     return sorted(set(found))
 

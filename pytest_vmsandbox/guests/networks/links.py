@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.machine import cabling
+from pytest_vmsandbox.machine import cabling, host
 from pytest_vmsandbox.machine.cards import Card
 from pytest_vmsandbox.machine.machine import Machine
 from pytest_vmsandbox.machine.switch.conditions import Conditions
-from pytest_vmsandbox.machine.switch.switch import SwitchNetwork
+from pytest_vmsandbox.machine.switch.switch import Imposed, SwitchNetwork
 
+LOG = "links.log"  # in the folder for a guest's logs
 Direction = Literal["both", "to", "from"]
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)bit\s*")
 _FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -45,19 +46,28 @@ class LinkFault(Fault):
         super().__init__(engine, text)
         self.switch = switch
         self._rules = rules
-        self._imposed = ExitStack()
+        self._imposed: list[Imposed] = []
 
     def _start(self) -> None:
         try:
             for rule in self._rules:
                 imposed = self.switch.impose(rule.conditions, source=rule.source, dest=rule.dest)
-                self._imposed.enter_context(imposed)
+                self._imposed.append(imposed)
         except BaseException:
-            self._imposed.close()
+            self._end()
             raise
 
     def _stop(self) -> None:
-        self._imposed.close()
+        self._end()
+        if (logs := self._engine.machines.logs) is not None:
+            with suppress(LaunchError, OSError):  # the fault is over, with or without its log
+                lines = self.switch.decisions(*self._imposed)
+                with open(logs / LOG, "a", encoding="utf-8", opener=host.private) as file:
+                    file.writelines(f"{line}\n" for line in (self.text, *lines))
+
+    def _end(self) -> None:
+        for imposed in self._imposed:
+            imposed.end()
 
     def rolled_back(self, *, was_in_force: bool) -> None:
         """It stays as it is."""

@@ -59,7 +59,7 @@ class Seat:
         """QEMU's end of a new cable. The caller closes it."""
         if self._port is not None and (self.engine is None or not self.engine.is_on):
             self._port.close()  # otherwise the guest moves, and its old QEMU may have to go on
-        self._port = self.network.switch.port(self.name)
+        self._port = self.network.switch.port(self.name, place=str(self.number))
         return self._port.socket
 
     def close(self) -> None:

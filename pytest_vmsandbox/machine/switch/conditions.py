@@ -116,17 +116,14 @@ class Rule:
         self.source = source
         self.dest = dest
         self._seed = seed
-        self._flows: dict[tuple[str, str], Flow] = {}
+        self._flows: dict[str, Flow] = {}
         self._free_at = 0.0  # when the frames in its queue are sent
 
-    def flow(self, source: str, dest: str) -> Flow:
-        """The flow of a frame between two ports. `dest` is ``*`` if it goes to all."""
-        try:
-            return self._flows[source, dest]
-        except KeyError:
-            name = f"{source}>{dest}"
-            flow = self._flows[source, dest] = Flow(name, f"{self._seed} {[source, dest]}")
-            return flow
+    def flow(self, name: str, way: str) -> Flow:
+        """The flow of frames on one way. Its name is for the log, and its chance comes from `way`."""
+        if way not in self._flows:
+            self._flows[way] = Flow(name, f"{self._seed} {way}")
+        return self._flows[way]
 
     def sent_at(self, size: int, now: float) -> float | None:
         """When a frame is sent that comes now; None if the queue is full.

@@ -16,6 +16,7 @@ TO_ALL = "*"
 AGE_SECONDS = 300.0  # after which an address that was silent is forgotten
 MOST_ADDRESSES = 256  # of one port: the next one replaces its oldest
 PATIENCE_SECONDS = 0.5  # that a guest's frames wait for another one that takes nothing
+SILENT_SECONDS = 0.1  # after which a guest that takes nothing gets no patience
 OVERTAKEN_SECONDS = 0.1  # that a frame waits for one to overtake it
 MOST_OF_LOG = 1 << 20  # bytes
 
@@ -69,7 +70,7 @@ class Network:
         """Have conditions act from now on. Returns the number of the rule."""
         number = sum(self._imposed.values()) + 1
         nth = self._imposed[source, dest] = self._imposed.get((source, dest), 0) + 1
-        seed = json.dumps([*self._seed, source, dest, nth])
+        seed = json.dumps([*self._seed, source is None, dest is None, nth])
         self._rules[number] = Rule(number, conditions, source, dest, seed)
         self._paths.clear()
         usual = vars(Conditions())
@@ -83,29 +84,31 @@ class Network:
             self._paths.clear()
             self.log.add(f"{number} ends")
 
-    def _path(self, source: str, dest: str) -> list[tuple[Rule, Flow]]:
-        """What acts on frames of a port that go to another port. `TO_ALL` means: before it is known where they go."""
+    def _path(self, source: Port, dest: Port | None) -> list[tuple[Rule, Flow]]:
+        """What acts on frames of a port that go to another port; None: before it is known where they go."""
+        key = source.label, dest.label if dest else TO_ALL
         try:
-            return self._paths[source, dest]
+            return self._paths[key]
         except KeyError:
-            rules = self._rules.values()
-            if dest == TO_ALL:
-                kinds = [[rule for rule in rules if rule.source == source and rule.dest is None]]
-            else:
-                kinds = [
-                    [rule for rule in rules if rule.source == source and rule.dest == dest],
-                    [rule for rule in rules if rule.source is None and rule.dest in {None, dest}],
-                ]
-            path = [(rule, rule.flow(source, dest)) for kind in kinds for rule in kind]
-            self._paths[source, dest] = path
-            return path
+            pass
+        rules = self._rules.values()
+        if dest is None:
+            acting = [rule for rule in rules if rule.source == source.label and rule.dest is None]
+        else:
+            acting = [
+                *(rule for rule in rules if (rule.source, rule.dest) == key),
+                *(rule for rule in rules if rule.source is None and rule.dest in {None, key[1]}),
+            ]
+        way = f"{source.place}>{dest.place if dest else TO_ALL}"
+        path = self._paths[key] = [(rule, rule.flow(">".join(key), way)) for rule in acting]
+        return path
 
-    def _decide(self, source: Port, dest: str) -> Sequence[Step] | None:
+    def _decide(self, source: Port, dest: Port | None) -> Sequence[Step] | None:
         """Decide about a frame; None if it does not arrive."""
         if not self._rules:
             return ()
         steps = []
-        for rule, flow in self._path(source.label, dest):
+        for rule, flow in self._path(source, dest):
             fate = flow.decide(rule.conditions)
             if said := str(fate):
                 self.log.add(f"{rule.number} {flow.name} {flow.count} {said}")
@@ -122,12 +125,12 @@ class Network:
         for capture in self.captures.values():
             capture.add(packet[4:])
         now = monotonic()
-        first = self._decide(source, TO_ALL)
+        first = self._decide(source, None)
         if first is None:
             return
         self._learn(source, packet[10:16], now)
         for dest in self._targets(source, packet[4:10], now):
-            second = self._decide(source, dest.label)
+            second = self._decide(source, dest)
             if second is None:
                 continue
             if first or second:
@@ -157,7 +160,11 @@ class Network:
 
     def _deliver(self, source: Port, dest: Port, packet: bytes) -> None:
         self._changed.add(dest)
-        if not dest.put(packet) and not source.is_closed:
+        if dest.put(packet) or source.is_closed:
+            return
+        if monotonic() - dest.waiting_since > SILENT_SECONDS:
+            self._give_up(dest)  # it is frozen, so its peers should not wait at all
+        else:
             source.awaited.add(dest)
             dest.awaiting.add(source)
             self._changed.add(source)
@@ -187,9 +194,9 @@ class Network:
 
     # -- ports ------------------------------------------------------------------------------------
 
-    def add(self, number: int, label: str, channel: socket.socket) -> Port:
+    def add(self, number: int, label: str, place: str, channel: socket.socket) -> Port:
         """A new port."""
-        port = Port(number, label, channel, self.counts.setdefault(label, Counts()))
+        port = Port(number, label, place, channel, self.counts.setdefault(label, Counts()))
         self.ports.append(port)
         return port
 

@@ -9,6 +9,7 @@ import socket
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from itertools import islice
+from time import monotonic
 
 from .timetable import Entry
 
@@ -43,20 +44,25 @@ class Port:
     Attributes:
         number: of the port, in the whole switch.
         label: its name in its network.
+        place: what stands for it where chance comes from.
         waits: what it waits for: `READING`, `WRITING`, both, or none.
         awaited: ports whose guests cannot take what it sends. Meanwhile nothing is read from it.
         awaiting: ports that wait for it, until its `patience` ends.
         is_deaf: whether its guest took too little for too long. Then what is for it is dropped.
         queued: bytes that wait for its guest.
+        waiting_since: when the guest has last taken something, or the first frame began to wait.
         underway: bytes of its own frames that conditions hold.
         addresses: that were seen behind it, the oldest first.
         counts: of its label.
     """
 
-    def __init__(self, number: int, label: str, channel: socket.socket, counts: Counts) -> None:
+    def __init__(
+        self, number: int, label: str, place: str, channel: socket.socket, counts: Counts
+    ) -> None:
         channel.setblocking(False)
         self.number = number
         self.label = label
+        self.place = place
         self.socket = channel
         self.waits = 0
         self.is_deaf = self.is_closed = False
@@ -64,6 +70,7 @@ class Port:
         self.awaiting: set[Port] = set()
         self.patience: Entry | None = None
         self.queued = self.underway = 0
+        self.waiting_since = 0.0
         self.addresses: OrderedDict[bytes, float] = OrderedDict()
         self.counts = counts
         self._rest = b""
@@ -110,6 +117,8 @@ class Port:
         if self.is_deaf or self.queued >= QUEUE_IS_FULL:
             self.counts.dropped["unread"] += 1
             return True
+        if not self._queue:
+            self.waiting_since = monotonic()
         self._queue.append(frame)
         self.queued += len(frame) + OVERHEAD
         return self.queued < QUEUE_IS_LONG
@@ -126,6 +135,7 @@ class Port:
                 count = self.socket.sendmsg(list(islice(queue, _AT_ONCE)))
             except (BlockingIOError, InterruptedError):
                 return
+            self.waiting_since = monotonic()
             while queue and count >= len(queue[0]):
                 frame = queue.popleft()
                 count -= len(frame)

@@ -3,7 +3,7 @@
 The control socket carries one JSON message per packet, and each gets one answer, ``{}`` or what is named here:
 
 * ``{"do": "network", "name": …, "seed": N}``: ``{"network": N}``
-* ``{"do": "port", "network": N, "label": …}`` with a stream socket: ``{"port": N}``
+* ``{"do": "port", "network": N, "label": …, "place": …}`` with a stream socket: ``{"port": N}``
 * ``{"do": "impose", "network": N, "source": …, "dest": …, "conditions": {…}}``: ``{"rule": N}``
 * ``{"do": "capture", "network": N}`` with a file: ``{"capture": N}``
 * ``{"do": "statistics"|"decisions", "network": N}`` with a file, which gets JSON
@@ -142,7 +142,8 @@ class Program:
             return {"network": number}
         network = self._networks[request["network"]]
         if what == "port":
-            port = network.add(next(self._numbers), request["label"], socket.socket(fileno=fds[0]))
+            channel = socket.socket(fileno=fds[0])
+            port = network.add(next(self._numbers), request["label"], request["place"], channel)
             self._ports[port] = network
             self._changed.add(port)
             return {"port": port.number}

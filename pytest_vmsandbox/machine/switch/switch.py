@@ -73,7 +73,7 @@ class Switch:
 
         Args:
             name: it is part of what chance comes from. Several networks can have the same one.
-            seed: the same frames in the same order have the same fate if seed, name and labels are the same.
+            seed: the same frames in the same order have the same fate if seed, name and places are the same.
 
         Raises:
             LaunchError: the switch cannot be started.
@@ -102,12 +102,13 @@ class SwitchNetwork:
         self._is_closed = False
         self._number = program.ask("network", name=name, seed=seed)["network"]
 
-    def port(self, label: str) -> Port:
+    def port(self, label: str, *, place: str = "") -> Port:
         """A new port, for one network card.
 
         Args:
             label: its name. If several ports have the same one (a guest moves to another QEMU, or the former QEMU is not quite
                 gone), conditions and statistics are for all of them, and they hear nothing from each other.
+            place: what stands for the port in what chance comes from; the label if empty. It should be the same in each run.
 
         Raises:
             LaunchError: the switch is gone.
@@ -115,7 +116,9 @@ class SwitchNetwork:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                number = self._ask("port", label=label, fd=theirs.fileno())["port"]
+                number = self._ask("port", theirs.fileno(), label=label, place=place or label)[
+                    "port"
+                ]
             except BaseException:
                 ours.close()
                 raise
@@ -137,7 +140,7 @@ class SwitchNetwork:
         """
         _check(conditions)
         told = self._ask("impose", source=source, dest=dest, conditions=asdict(conditions))
-        return Imposed(self, told["rule"])
+        return Imposed(told["rule"], self)
 
     @contextmanager
     def capture(self, file: IO[bytes]) -> Iterator[None]:
@@ -162,17 +165,21 @@ class SwitchNetwork:
         """
         return {label: PortStatistics(**it) for label, it in self._tell("statistics").items()}
 
-    def decisions(self) -> list[str]:
+    def decisions(self, *rules: Imposed) -> list[str]:
         """What happened by conditions, one line for each begin, end, and frame that did not simply pass.
 
         A line is the number of the rule, the flow, the number of the frame in the flow, and its fate, such as
         ``2 db1>db2 17 lost``. After 1 MiB, the last line says that more is left out.
 
+        Args:
+            rules: whose lines to return; without any, all lines.
+
         Raises:
             LaunchError: the switch is gone.
         """
         lines: list[str] = self._tell("decisions")
-        return lines
+        numbers = {f"{rule.number}" for rule in rules}
+        return [line for line in lines if not rules or line.partition(" ")[0] in numbers]
 
     def end(self, **what: int) -> None:
         """End a rule, a port or a capture, by its number. If it is gone, nothing happens."""
@@ -221,10 +228,14 @@ class Port:
 
 @dataclass(frozen=True, eq=False)
 class Imposed:
-    """Conditions that are in force. They end with `end`, or with the context."""
+    """Conditions that are in force. They end with `end`, or with the context.
 
+    Attributes:
+        number: of the rule, in lines about decisions.
+    """
+
+    number: int
     _network: SwitchNetwork
-    _number: int
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +245,7 @@ class Imposed:
 
     def end(self) -> None:
         """End them. Frames that are on their way still arrive late. Ending them twice does nothing."""
-        self._network.end(rule=self._number)
+        self._network.end(rule=self.number)
 
 
 def _check(conditions: Conditions) -> None:

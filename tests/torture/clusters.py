@@ -1,0 +1,79 @@
+"""Kill pytest while tests have networks and clusters: nothing may be left, the switch neither.
+
+    python tests/torture/clusters.py --seed 1 --kills 200 --jobs 2
+
+Each round runs one test of `tiny`. Its guests join a network, talk to each other over a bad link, are captured,
+have a power cut, or are a cluster that is sealed and cloned. When that has begun, pytest is killed with SIGKILL,
+SIGTERM or SIGINT, at a random moment of the next seconds. Then no process that came from it may be alive. After the
+next start there may be no file of it. The same seed kills at the same moments.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torture import faults, kill
+
+MEMORY = "160MiB"
+ACTIONS = {  # what a test does again and again
+    "joins": "begun()\nwith members() as (lan, a, b): ping(lan, a, b)",
+    "link": (
+        "with members() as (lan, a, b):\n"
+        "    with lan.link(b, latency=0.05, loss=0.2, rate='1Mbit'): begun(); ping(lan, a, b)"
+    ),
+    "partition": (
+        "with members() as (lan, a, b):\n    with lan.partition(a, b): begun(); ping(lan, a, b)"
+    ),
+    "capture": (
+        "with members() as (lan, a, b):\n    with lan.capture('base/lan.pcap'): begun(); ping(lan, a, b)"
+    ),
+    "power": "with members() as (lan, a, b):\n    begun()\n    with b.faults.power_cut(): pass",
+}
+SUITE = """
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+HARDWARE = {{"memory": "{memory}"}}
+
+
+def test_clusters(vm_factory):
+    Path("base").mkdir(exist_ok=True)
+
+    def begun():
+        Path("begun").touch()
+        time.sleep(0.1)
+
+    @contextmanager
+    def members():
+        with vm_factory.network("lan") as lan:
+            with vm_factory.boot("tiny", networks=[lan], **HARDWARE) as a:
+                with vm_factory.boot("tiny", networks=[lan], **HARDWARE) as b:
+                    yield lan, a, b
+
+    def ping(lan, a, b):
+        a.run(["ping", "-c", "3", "-W", "1", str(lan.address(b))], check=False)
+
+    while True:
+{body}
+"""
+
+
+def main() -> int:
+    """Run the rounds; 0 if nothing was ever left."""
+    args, rounds = kill.begin(__doc__, longest=3.0)
+    with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
+        world = faults.World(Path(scratch), SUITE, ACTIONS, {"memory": MEMORY})
+        with ThreadPoolExecutor(args.jobs) as pool:
+            bad = sum(pool.map(world.play, rounds))
+    print("killed:", ", ".join(f"{count} {name}" for name, count in world.killed.items()))
+    print(f"{args.kills - bad} passed, {bad} failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
