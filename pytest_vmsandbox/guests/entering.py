@@ -27,6 +27,7 @@ from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.machine.accelerator import Verdict
+from pytest_vmsandbox.machine.cards import Card, Loose
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
@@ -98,6 +99,7 @@ def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
         tpm=_tpm(kept),
         has_helper=kept.record["has_helper"],
     )
+    machines.cards += [Loose(Card.read(card)) for card in kept.record.get("cards", ())]
     if kept.has_memory:
         state = stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
         machines.go_on_from(state, Lead(kept.record["lead"]))

@@ -267,6 +267,7 @@ def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -
         "hardware": asdict(blueprint.hardware),
         "layers": layers,
         "plugged": plugged,
+        "cards": [asdict(it.card) for it in machines.cards],
         "tpm": list(frozen.tpm),
         "kernel": _copy_kernel(folder / names.KERNEL, blueprint),
         "uefi": _copy_firmware(folder / names.FLASH, blueprint, frozen),

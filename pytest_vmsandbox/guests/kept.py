@@ -103,7 +103,7 @@ _RECORD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("saved_at", "lead"), _is_number),
     **dict.fromkeys(("has_memory", "has_helper", "answers"), _is(bool)),
     **dict.fromkeys(("more_args", "tpm"), _are_texts),
-    **dict.fromkeys(("layers", "plugged"), _is(list, tuple)),
+    **dict.fromkeys(("layers", "plugged", "cards"), _is(list, tuple)),
     **dict.fromkeys(("hardware", "helper"), _is(dict)),
     **dict.fromkeys(("kernel", "uefi"), _is(dict, type(None))),
 }

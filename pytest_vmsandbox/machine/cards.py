@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+_PORT = re.compile(r"port[0-9]")
+_MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 QUIET = "guest_announce"  # off: a saved guest that goes on announces itself to nobody
 
 
@@ -33,6 +36,19 @@ class Card:
     ipv6: str
     interface: str = ""
 
+    @classmethod
+    def read(cls, record: Mapping[str, object]) -> Card:
+        """A card from a record, which may be a stranger's.
+
+        Raises:
+            ValueError: no card can be so.
+        """
+        texts = {name: str(record[name]) for name in ("network", "ipv4", "ipv6", "interface")}
+        card = cls(port=str(record["port"]), mac=str(record["mac"]), **texts)
+        if not _PORT.fullmatch(card.port) or not _MAC.fullmatch(card.mac):
+            raise ValueError("a network card of it is invalid")
+        return card
+
     @property
     def device(self) -> str:
         """The id of the card in the monitor."""
@@ -50,6 +66,16 @@ class Connected:
 
     card: Card
     end: socket.socket | None
+
+
+@dataclass(frozen=True)
+class Loose:
+    """A card on no network."""
+
+    card: Card
+
+    def connect(self) -> None:
+        """There is no cable."""
 
 
 class HasCard(Protocol):

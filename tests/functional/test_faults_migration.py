@@ -10,6 +10,7 @@ import pytest
 
 from pytest_vmsandbox import ConfigError, MonitorError
 from pytest_vmsandbox.guests import moving as moving_guest
+from pytest_vmsandbox.guests.networks.joining import joined
 from pytest_vmsandbox.machine import moving
 from pytest_vmsandbox.machine.qemu import find_qemu
 
@@ -160,3 +161,28 @@ def feed(program, data):
 def of_a_fork(vm):
     """How often the kernel has learnt that it is a clone."""
     return len(re.findall("virtual machine fork", vm.run(["dmesg"]).stdout))
+
+
+@needs_a_new_qemu
+def test_its_networks_move_along(vm, vm_factory, monkeypatch):
+    with (
+        vm_factory.network("lan") as lan,
+        joined(vm, [lan]),
+        vm_factory.boot("tiny", networks=[lan], memory="160MiB") as other,
+    ):
+        here, there = COUNT.format(100), f"nc -w 20 {lan.name_of(vm)} 7"
+        server = vm.popen(["nc", "-l", "-p", "7"])
+        vm.wait_until(["sh", "-c", "netstat -ltn | grep -q :7"], timeout=20)
+        sender = other.popen(["sh", "-c", f"({here}; read x; {here}) | {there}"])
+        with monkeypatch.context() as patch:  # it goes on in its old QEMU, with its old cable
+            patch.setattr(moving, "_settle", lambda machine, _: machine.execute("no-such-command"))
+            with pytest.raises(MonitorError):
+                vm.faults.migrate()
+        assert other.run(["ping", "-c1", lan.name_of(vm)]).returncode == 0
+        with lan.unplug(vm):
+            vm.faults.migrate()
+            assert vm.read_text(f"/sys/class/net/{lan.interface(vm)}/carrier").strip() == "0"
+        sender.stdin.write("go on\n")
+        sender.stdin.close()
+        assert sender.wait(60) == 0
+        assert list(map(int, server.stdout)) == 2 * list(range(100))

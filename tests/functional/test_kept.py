@@ -41,6 +41,7 @@ with GuestFactory.open(Settings()) as factory:
     (kept,) = KeptStore(factory.backend.cache).find("test_y", Path("/elsewhere"))
     for _ in range(2):
         with entered(factory, kept) as vm:
+            card = vm.shell("ip -4 addr show eth1 | grep -c 10.1.0.1; cat /sys/class/net/eth1/carrier").stdout
             clock = int(vm.run(["date", "+%s"]).stdout) - now()
             with socket.create_connection(vm.forward(7000), 20) as service:
                 greeting = service.makefile().readline()
@@ -48,7 +49,7 @@ with GuestFactory.open(Settings()) as factory:
                 "name": vm.run(["hostname"]).stdout, "clock": clock, "greeting": greeting,
                 "random": vm.shell("head -c 16 /dev/urandom | od -An -tx1").stdout,
                 "files": vm.shell("cat /root/in-ram; head -c 6 /dev/vda; head -c 8 /dev/vdb").stdout,
-                "root": vm.run(["id", "-u"]).stdout,
+                "root": vm.run(["id", "-u"]).stdout, "card": card,
                 "booted": "vmsandbox: init" in vm.console.text,
             }})
             vm.shell("echo changed >/root/in-ram; echo changed >/dev/vda; sync")
@@ -78,7 +79,8 @@ def in_a_new_process(cache):
 
 
 def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path, monkeypatch):
-    with vm_factory.boot("tiny", disks=["16MiB"], **SIZE) as vm:
+    lan = vm_factory.network("lan", ipv4="10.1.0.0/24")
+    with lan, vm_factory.boot("tiny", networks=[lan], disks=["16MiB"], **SIZE) as vm:
         service = vm.popen(["sh", "-c", "while :; do echo hello | nc -l -p 7000; done"])
         disk = vm.attach_disk(size="8MiB")
         vm.shell(
@@ -109,6 +111,7 @@ def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path, monkeypatch):
         assert abs(seen.pop("clock") - LATER) < 2
         assert seen == {
             "name": f"{vm.name}\n", "greeting": "hello\n", "root": "0\n", "booted": True,
+            "card": "1\n1\n",
             "files": "kept\nkept-\nattached",
         }  # fmt: skip
     assert kept.damage() == ""

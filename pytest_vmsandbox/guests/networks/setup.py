@@ -31,11 +31,21 @@ await_card() {
     # udev may be about to rename it.
     if command -v udevadm >/dev/null; then udevadm settle --timeout=10; find_card "$1"; fi
 }
+# A network manager would ask for an address on a card that it does not know, and remove ours.
+keep_managers_away() {
+    if [ -d /run/systemd/netif ] && command -v networkctl >/dev/null; then
+        mkdir -p /run/systemd/network
+        printf '[Match]\nMACAddress=%s\n[Link]\nUnmanaged=yes\n' "$1" >"/run/systemd/network/00-vmsandbox-$device.network"
+        networkctl reload >&2
+    fi
+    if command -v nmcli >/dev/null; then nmcli device set "$device" managed no >&2; fi
+}
 hosts=$1
 shift
 while [ $# -gt 0 ]; do
     await_card "$1"
     if [ "$2" != - ]; then
+        keep_managers_away "$1"
         conf=/proc/sys/net/ipv6/conf/$device
         # Nobody else has these addresses, so nobody waits until that is known.
         if [ -d "$conf" ]; then echo 0 >"$conf/accept_dad"; fi
