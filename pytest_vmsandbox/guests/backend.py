@@ -6,10 +6,11 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.catalogue.catalogue import Catalogue
@@ -34,6 +35,7 @@ from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
+from pytest_vmsandbox.machine.quota import Quota
 from pytest_vmsandbox.machine.tpm import find_swtpm
 
 _RUNNING_PER_PROCESSOR = 8  # guests; an idle, emulated one takes about 0.04 of a CPU
@@ -50,6 +52,7 @@ class Backend:
         stack: ends what was started.
         catalogue: the images.
         idle: the guests that are leased.
+        fork: makes guests that go on from a running one, as `forking.forked` does; None while an image is made.
     """
 
     def __init__(self, settings: Settings, callbacks: Callbacks, stack: ExitStack) -> None:
@@ -57,6 +60,7 @@ class Backend:
         self.callbacks = callbacks
         self.catalogue = Catalogue(settings.image_path, settings.cache)
         self.idle = IdleGuests()
+        self.fork: Callable[[Engine, int], Any] | None = None
         self.stack = stack
         self._verdicts: dict[str, Verdict] = {}
         self._held: dict[str, BuiltImage] = {}
@@ -213,6 +217,11 @@ class Backend:
         )
 
     @cached_property
+    def quota(self) -> Quota:
+        """What guests may take of this host's memory."""
+        return Quota(self.hypervisor.folder)
+
+    @cached_property
     def kernels(self) -> KernelStore:
         """The kernels that users bring."""
         return KernelStore(self.cache, self.callbacks, self.stack)
@@ -277,6 +286,7 @@ class Backend:
             hints=lambda: [*machines.faults.hints(), *self.callbacks.hints()],
             on_resume=self.idle.pause_some,
             on_restore=self.callbacks.guest_restoring,
+            fork=self.fork,
         )
 
     def _check_network(self, hardware: Hardware) -> None:

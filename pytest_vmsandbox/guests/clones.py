@@ -21,7 +21,6 @@ from pytest_vmsandbox.guests.template_builder import (
     template_key,
 )
 from pytest_vmsandbox.guests.templates import NoTemplateError
-from pytest_vmsandbox.machine.quota import Quota
 
 _MOST_LOST = 3  # clones lost in a row before a test has one; after that, guests are booted
 
@@ -139,5 +138,5 @@ class Clones:
     @cached_property
     def pool(self) -> Pool:
         """Arms clones ahead of demand."""
-        quota = Quota(self._backend.hypervisor.folder)
-        return self._backend.stack.enter_context(Pool(partial(cloned, self._backend), quota))
+        backend = self._backend
+        return backend.stack.enter_context(Pool(partial(cloned, backend), backend.quota))

@@ -85,21 +85,28 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         )
         # A clone of a damaged template may not answer for minutes.
         running = machines.clone(opened.memory, state, opened.check)
-        stack.push(running.stack)
+        clone = awake(machines, running, stack)
         state.close()  # QEMU has loaded it
-        if (helper := running.helper) is None:
-            raise GuestLost(f"the helper in {name} is gone", stage="command")
         _check_reachable(running, opened, blueprint)
-        resume.rename(helper, name, in_files=_has_name_in_files(blueprint, setup))
+        resume.rename(clone.helper, name, in_files=_has_name_in_files(blueprint, setup))
         if arm:
-            _arm(running.machine, helper, blueprint)
-        return Clone(
-            is_armed=arm,
-            machines=machines,
-            running=running,
-            helper=helper,
-            stack=stack.pop_all(),
-        )
+            _arm(running.machine, clone.helper, blueprint)
+        return replace(clone, is_armed=arm, stack=stack.pop_all())
+
+
+def awake(machines: Machines, running: Running, stack: ExitStack) -> Clone:
+    """A clone that was just switched on.
+
+    Args:
+        stack: ends it.
+
+    Raises:
+        GuestLost: its helper is gone.
+    """
+    stack.push(running.stack)
+    if (helper := running.helper) is None:
+        raise GuestLost(f"the helper in {machines.name} is gone", stage="command")
+    return Clone(is_armed=False, machines=machines, running=running, helper=helper, stack=stack)
 
 
 def call(backend: Backend, clone: Clone, hostname: str) -> None:

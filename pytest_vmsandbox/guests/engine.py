@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import (
@@ -25,8 +25,9 @@ from pytest_vmsandbox.core.errors import (
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.access import SSHAccess
 from pytest_vmsandbox.guests.commands import Command, Sink, check_status, text_of
-from pytest_vmsandbox.guests.machines import Machines, Running, Saved
+from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.saved import Saved
 from pytest_vmsandbox.machine import capture, host
 
 _POLL_SECONDS = 0.25
@@ -45,6 +46,7 @@ class Engine:
         hints: lines for errors: where the artifacts are, and so on.
         on_resume: called when the guest goes on after a pause.
         on_restore: called with its name and the error that lets a snapshot be restored.
+        fork: makes guests that go on from now; None if there can be none.
 
     Attributes:
         spec: the guest's hardware.
@@ -64,6 +66,7 @@ class Engine:
         hints: Callable[[], Sequence[str]],
         on_resume: Callable[[], None] = lambda: None,
         on_restore: Callable[[str, BaseException], None] = lambda *_: None,
+        fork: Callable[[Engine, int], Any] | None = None,
     ) -> None:
         self.name, self.image = machines.name, machines.blueprint.image
         self.spec = machines.blueprint.hardware
@@ -73,7 +76,7 @@ class Engine:
         self.machines = machines
         self._settings, self._hints = settings, hints
         self._on_resume = on_resume
-        self.on_restore = on_restore
+        self.on_restore, self.fork = on_restore, fork
         self.running: Running | None = None
         self.power = threading.RLock()
         self.orderly = threading.Lock()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import overload
 
 from pytest_vmsandbox.core import spec
@@ -17,6 +18,7 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
+from pytest_vmsandbox.guests.forking import forked
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.machines import Machines
@@ -42,6 +44,7 @@ class GuestFactory:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        backend.fork = partial(forked, backend)
         self._clones = Clones(backend)
         self._networks = Networks(backend)
         self._provisioned: dict[str, PreparedImage] = {}

@@ -29,7 +29,7 @@ def retried(backend: Backend, work: Callable[[], T]) -> T:
 
 @contextmanager
 def leased(backend: Backend, guest: Guest) -> Iterator[Guest]:
-    """Hand out a guest that answers, until the end of the block.
+    """Hand out a guest that answers. What was forked from it is gone at the end.
 
     Raises:
         GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
@@ -39,7 +39,7 @@ def leased(backend: Backend, guest: Guest) -> Iterator[Guest]:
     with backend.idle.holding(guest.engine):
         callbacks.guest_ready(guest)
         try:
-            with on_sound_disks(guest):
+            with on_sound_disks(guest), guest.engine.machines.forks:
                 yield guest
         except (KeyboardInterrupt, SystemExit, GeneratorExit):  # there is no time
             raise

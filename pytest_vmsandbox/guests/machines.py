@@ -20,8 +20,9 @@ from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.ledger import Entry, Ledger
+from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.saved import Saved
 from pytest_vmsandbox.guests.ways_in import (
     CONNECT_SECONDS,
     LOOK_SECONDS,
@@ -252,29 +253,6 @@ class Running:
             transport.close()
 
 
-@dataclass(frozen=True)
-class Saved:
-    """The state of a guest, memory included, and its disks at that moment.
-
-    Attributes:
-        state: a file.
-        disks: the disks. Nobody writes to their files any more.
-        lead: by how much its clock had to be ahead of this host's.
-        held: whether it must not be paused.
-        console: what it had written to its console.
-        blueprint: what it was made of: another QEMU may not load its state.
-        faults: those that were in force.
-    """
-
-    state: IO[bytes]
-    disks: Disks
-    lead: Lead
-    held: bool
-    console: str
-    blueprint: Blueprint
-    faults: list[Entry]
-
-
 @dataclass(eq=False)
 class Machines:
     """Starts the machines of one guest, and saves its state.
@@ -298,6 +276,7 @@ class Machines:
         plugged: devices in root ports, except for disks and cards: id → port. They are in no saved state.
         cards: network cards in root ports. Each new machine has them, too.
         on_answer: called when the guest answers after a start.
+        forks: ends the guests that went on from this one.
     """
 
     blueprint: Blueprint
@@ -320,6 +299,7 @@ class Machines:
     hostname: str = ""
     cards: list[HasCard] = field(default_factory=list)
     on_answer: list[Callable[[], None]] = field(default_factory=list)
+    forks: ExitStack = field(default_factory=ExitStack)
     _lead: Lead = field(default_factory=Lead)  # of the clock in that state
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
@@ -329,9 +309,15 @@ class Machines:
         self.faults = Ledger(self.logs)
 
     def close(self) -> None:
-        """Close the files of snapshots and for SSH. The guest is off, and has no fault any more."""
+        """End the forks, and close the files of snapshots and for SSH.
+
+        The guest is off, and has no fault any more.
+        """
         self.faults.is_closed = True
-        self._own.close()
+        try:
+            self.forks.close()
+        finally:
+            self._own.close()
 
     def switch_on(self) -> Running:
         """A running machine. Its stack ends it."""
@@ -344,14 +330,21 @@ class Machines:
             start = Start.POWER_ON if self.memory is None else Start.TO_BE_SAVED
         return self._started(start, self.memory)
 
-    def clone(self, memory: IO[bytes], state: IO[bytes], check: Callable[[], None]) -> Running:
+    def clone(
+        self,
+        memory: IO[bytes],
+        state: IO[bytes],
+        check: Callable[[], None],
+        lead: Lead = Lead(),  # noqa: B008
+    ) -> Running:
         """Switch on a clone ahead of demand. The first call of `switch_on` returns it.
 
         Args:
             memory, state: of its template.
             check: called often while we wait for its helper. Its exception ends the wait.
+            lead: by how much its clock must be ahead of this host's.
         """
-        self.state = state
+        self.go_on_from(state, lead)
         self._ahead = self._started(Start.CLONED, memory, check)
         return self._ahead
 
@@ -468,7 +461,7 @@ class Machines:
         return frozen
 
     def go_on_from(self, state: IO[bytes], lead: Lead) -> None:
-        """Let the next machine go on from a saved state that has the memory in it."""
+        """Let the next machine go on from a saved state."""
         self.state, self._lead = state, lead
 
     def save(self, running: Running) -> Saved:
@@ -481,16 +474,16 @@ class Machines:
         machine = running.machine
         if unsaved := self.unsaved:
             raise ConfigError(
-                f"snapshot() does not work with {self.name}: {unsaved}",
+                f"the state of {self.name} cannot be saved: {unsaved}",
                 remedy="end that fault before"
                 if self.plugged
-                else "use a newer QEMU, or boot a fresh guest instead of a rollback",
+                else "use a newer QEMU, or boot fresh guests instead",
             )
         if (helper := running.helper) is None:
             why = None if self.setup is None else self.setup.failure
             raise ConfigError(
-                f"snapshot() does not work with {self.name}: without a helper in the guest, its clock would "
-                "be wrong after the rollback",
+                f"the state of {self.name} cannot be saved: without a helper in the guest, its clock would be "
+                "wrong when it goes on from there",
                 details="" if why is None else why.brief,
                 remedy="use an image that has the helper, such as debian-13",
             )

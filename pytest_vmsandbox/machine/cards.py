@@ -89,6 +89,16 @@ class HasCard(Protocol):
         """QEMU's end of a new cable; None for no network. The caller closes it. The former cable is cut."""
 
 
+@dataclass(frozen=True)
+class Loose:
+    """A card on no network."""
+
+    card: Card
+
+    def connect(self) -> None:
+        """There is no cable."""
+
+
 def connected(cards: Iterable[HasCard], ends: ExitStack) -> tuple[Connected, ...]:
     """Cards, each with QEMU's end of a new cable. `ends` closes these."""
     return tuple(

@@ -88,11 +88,17 @@ class Start(Enum):
     RESTORED = "restored"  # loads a state that contains the memory
     CONTINUED = "continued"  # loads a state, and goes on writing the memory file
     CLONED = "cloned"  # loads a state, and maps the memory file without changing it
+    UNPACKED = "unpacked"  # loads a state that contains the memory into the memory file; never runs
 
     @property
     def is_loaded(self) -> bool:
         """Whether a saved state is loaded before it runs."""
-        return self in {Start.RESTORED, Start.CONTINUED, Start.CLONED}
+        return self in {Start.RESTORED, Start.CONTINUED, Start.CLONED, Start.UNPACKED}
+
+    @property
+    def loads_memory(self) -> bool:
+        """Whether that state contains the memory."""
+        return self in {Start.RESTORED, Start.UNPACKED}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ class Machine:
             stack.callback(machine._end)
             machine.drives.started_with(names, fds)
             if state is not None:
-                machine._load(state, has_memory=memory is None)
+                machine._load(state, has_memory=spec.start.loads_memory)
             yield machine
 
     def take_over(self, other: Machine) -> None:

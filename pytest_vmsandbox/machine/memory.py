@@ -126,11 +126,32 @@ def for_clones(path: Path, version: tuple[int, ...]) -> Iterator[IO[bytes]]:
         if can_map_read_only(version):
             yield file
             return
-        number = os.memfd_create("vmsandbox-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(number, "r+b", buffering=0) as sealed:
+        with sealable(os.fstat(file.fileno()).st_size) as sealed:
             copy(file, sealed)
-            fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, sum(getattr(fcntl, name) for name in _SEALS))
+            seal(sealed)
             yield sealed
+
+
+@contextmanager
+def sealable(size: int) -> Iterator[IO[bytes]]:
+    """A new file in this host's memory, for a guest's memory.
+
+    Args:
+        size: bytes.
+
+    Raises:
+        LaunchError: this host does not have that much memory left.
+    """
+    host.require_memory(size)
+    number = os.memfd_create("vmsandbox-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with os.fdopen(number, "r+b", buffering=0) as file:
+        os.ftruncate(number, size)
+        yield file
+
+
+def seal(file: IO[bytes]) -> None:
+    """Let nobody change a file of `sealable` any more. No QEMU may map it for writing."""
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, sum(getattr(fcntl, name) for name in _SEALS))
 
 
 @contextmanager

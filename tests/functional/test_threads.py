@@ -17,6 +17,11 @@ def snapshot(vm):
         pass
 
 
+def forked(vm):
+    with vm.fork():
+        pass
+
+
 def popen(vm):
     with vm.popen(["cat"]) as process:
         process.stdin.write("x")
@@ -49,6 +54,7 @@ CALLS = {
     "detach": lambda vm, _: vm.detach(vm.attach_disk(size="1MiB")),
     "crash_points": lambda vm, _: recorded(vm),
     "snapshot": lambda vm, _: snapshot(vm),
+    "fork": lambda vm, _: forked(vm),
     "reboot": lambda vm, _: vm.reboot(timeout=SECONDS),
     "power_off": lambda vm, _: vm.power_off(),
     "power_on": lambda vm, _: vm.power_on(),

@@ -153,7 +153,7 @@ def test_memory_of_its_own():
 
 @pytest.mark.parametrize("start", Start)
 def test_loading(start):
-    loaded = start in {Start.RESTORED, Start.CONTINUED, Start.CLONED}
+    loaded = start in {Start.RESTORED, Start.CONTINUED, Start.CLONED, Start.UNPACKED}
     assert start.is_loaded is loaded
     argv = ["-incoming", "defer", "-S"] if loaded else []
     assert cmdline.loading(replace(SPEC, start=start)) == argv

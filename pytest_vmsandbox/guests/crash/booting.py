@@ -20,7 +20,7 @@ from pytest_vmsandbox.guests.crash.layers import write_layer
 from pytest_vmsandbox.guests.crash.recording import Recorder
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Saved
+from pytest_vmsandbox.guests.saved import Saved
 from pytest_vmsandbox.machine.cmdline import disk_names
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 

@@ -28,7 +28,7 @@ from pytest_vmsandbox.guests.crash.freeing import compare, release
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Saved
+from pytest_vmsandbox.guests.saved import Saved
 from pytest_vmsandbox.machine import filters
 from pytest_vmsandbox.machine.disk import empty_overlay
 from pytest_vmsandbox.machine.filters import Filter
