@@ -68,16 +68,6 @@ class Connected:
     end: socket.socket | None
 
 
-@dataclass(frozen=True)
-class Loose:
-    """A card on no network."""
-
-    card: Card
-
-    def connect(self) -> None:
-        """There is no cable."""
-
-
 class HasCard(Protocol):
     """A card in a port of a guest, which a new machine gets, too."""
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/switch.py [--guests IMAGE]
 
 Two sockets stand for guests. Frames of several sizes go from one to the other, with and without conditions in force,
-and one frame goes to and fro. The same is measured without the switch, on a pair of sockets.
+and one frame goes there and back. The same is measured without the switch, on a pair of sockets.
 
 With ``--guests``, two guests of an image that has ``nc`` send a stream to each other, and ping: in turn through the switch, and on a
 cable of QEMU's own, without it.
@@ -161,7 +161,7 @@ def frame(dest: bytes, source: bytes, size: int) -> bytes:
 
 
 def pinged(a: socket.socket, b: socket.socket, count: int) -> float:
-    """Median microseconds of a way to and fro."""
+    """Median microseconds of a way there and back."""
 
     def answer() -> None:
         for _ in range(count):
