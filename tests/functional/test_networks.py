@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_vmsandbox import ConfigError
+from pytest_vmsandbox.guests.factory import GuestFactory
 
 pytestmark = [pytest.mark.vm("tiny"), pytest.mark.origins("cloned")]
 
@@ -99,3 +100,27 @@ def test_networks_are_apart(vm_factory, lan):
             lan.address(b)
         with pytest.raises(ConfigError, match="two networks called 'lan'"):
             vm_factory.boot("tiny", networks=[lan, other]).__enter__()
+
+
+def test_runs_are_apart(vm_factory, lan, pair, tmp_path):
+    """Another run has a network with the same name and addresses, and guests with the same MAC addresses."""
+    captures = [tmp_path / "ours", tmp_path / "theirs"]
+    with ExitStack() as stack:
+        other_run = stack.enter_context(GuestFactory.open(vm_factory.backend.settings))
+        other = stack.enter_context(
+            other_run.network("lan", ipv4=str(lan.ipv4), ipv6=str(lan.ipv6))
+        )
+        others = [stack.enter_context(other_run.boot("tiny", networks=[other])) for _ in range(2)]
+        for network, path in zip((lan, other), captures, strict=True):
+            stack.enter_context(network.capture(path))
+        for network, (a, b), pattern in ((lan, pair, "a1"), (other, others, "b2")):
+            assert reaches(a, str(network.address(b)), "-p", pattern)
+        assert [str(lan.address(guest)) for guest in pair] == [
+            str(other.address(guest)) for guest in others
+        ]
+        with lan.link(pair[0], loss=1.0):
+            assert reaches(others[0], str(other.address(others[1])))
+    for path, theirs in zip(captures, (b"\xb2" * 8, b"\xa1" * 8), strict=True):
+        assert theirs not in path.read_bytes()
+    for path, own in zip(captures, (b"\xa1" * 8, b"\xb2" * 8), strict=True):
+        assert own in path.read_bytes()

@@ -2,7 +2,7 @@
 nothing half-made.
 
 The long versions: tests/torture/kill.py --kills 100, tests/torture/builds.py --kills 60 --guests,
-tests/torture/keep.py --kills 100, and tests/torture/faults.py --kills 100.
+tests/torture/keep.py --kills 100, tests/torture/faults.py --kills 100, and tests/torture/clusters.py --kills 200.
 """
 
 from __future__ import annotations
@@ -50,3 +50,13 @@ def test_pytest_killed_while_faults_are_in_force():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("11 passed, 0 failed\n")
+
+
+def test_pytest_killed_while_guests_talk():
+    done = subprocess.run(
+        [sys.executable, "-P", TORTURE / "clusters.py", "--seed", "20261129", "--kills", "10", "--jobs", "2",
+         "--longest", "1.5"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("10 passed, 0 failed\n")

@@ -442,6 +442,7 @@ class TestHostileGuest:
         assert b.queued <= ports.QUEUE_IS_FULL + 61_000
         assert b.counts.dropped["unread"]
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(1, 400), max_size=30), st.lists(st.integers(14, 300), max_size=8))
     def test_a_stream_may_come_in_any_pieces(self, cuts, sizes):
         frames = [bytes([number]) * size for number, size in enumerate(sizes)]
@@ -455,6 +456,7 @@ class TestHostileGuest:
                 found += [it[4:] for it in port.read()]
         assert found == frames
 
+    @settings(deadline=None)
     @given(st.binary(max_size=300))
     def test_any_bytes_are_frames_or_refused(self, data):
         ours, theirs = socket.socketpair()
