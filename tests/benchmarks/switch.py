@@ -5,7 +5,7 @@
 Two sockets stand for guests. Frames of several sizes go from one to the other, with and without conditions in force,
 and one frame goes there and back. The same is measured without the switch, on a pair of sockets.
 
-With ``--guests``, two guests of an image that has ``nc`` send a stream to each other, and ping: in turn through the switch, and on a
+With ``--guests``, two guests of an image that has Python send a stream to each other, and ping: in turn through the switch, and on a
 cable of QEMU's own, without it.
 """
 
@@ -36,7 +36,19 @@ from pytest_vmsandbox.machine.switch.switch import Switch, SwitchNetwork
 
 A, B = b"\x02\0\0\0\0\x0a", b"\x02\0\0\0\0\x0b"
 SIZES = (64, 1514)  # bytes of a frame
-STREAM = 32 << 20  # bytes between guests
+STREAM = 64 << 20  # bytes between guests
+SINK = """
+import socket
+stream, _ = socket.create_server(("", 5001)).accept()
+while stream.recv(1 << 20):
+    pass
+"""
+SOURCE = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 5001)) as stream:
+    for _ in range(int(sys.argv[2]) >> 20):
+        stream.sendall(bytes(1 << 20))
+"""
 AT_ONCE = 64  # frames in one call
 BAD = Conditions(latency=0.001, loss=0.01)
 
@@ -138,13 +150,10 @@ def measured(a: Guest, b: Guest, address: str, pid: int) -> dict[str, Any]:
     said = a.run(["ping", "-c", "21", "-i", "0.1", address]).stdout
     times = sorted(float(it.partition(" ")[0]) for it in said.split("time=")[1:])
     used = processor_seconds(pid)
-    with b.popen(["sh", "-c", "nc -l -p 5001 >/dev/null"]) as sink:
+    with b.popen(["python3", "-c", SINK]) as sink:
         time.sleep(1)
         began = time.perf_counter()
-        a.shell(
-            f"dd if=/dev/zero bs=64k count={STREAM >> 16} 2>/dev/null | nc {address} 5001",
-            timeout=300,
-        )
+        a.run(["python3", "-c", SOURCE, address, str(STREAM)], timeout=300)
         sink.wait(timeout=60)
     took = time.perf_counter() - began
     return {
