@@ -18,6 +18,8 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
 from pytest_vmsandbox.guests.clones import Clones
+from pytest_vmsandbox.guests.clusters.declaration import Base
+from pytest_vmsandbox.guests.clusters.making import MakesClusters
 from pytest_vmsandbox.guests.forking import forked
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
@@ -29,10 +31,8 @@ from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.template_builder import doer, grow
 
-Base = str | PreparedImage | PreparedLayer  # what guests are made of, for users
 
-
-class GuestFactory:
+class GuestFactory(MakesClusters):
     """Makes guests. The fixture `vm_factory` is one.
 
     Guests are clones of templates. It builds a template if there is none, and boots guests where there
@@ -46,7 +46,7 @@ class GuestFactory:
         self.backend = backend
         backend.fork = partial(forked, backend)
         self._clones = Clones(backend)
-        self._networks = Networks(backend)
+        self.networks = Networks(backend)
         self._provisioned: dict[str, PreparedImage] = {}
         self._key = KeyPair.generate()  # opens booted guests; clones have the key of their template
 
@@ -110,6 +110,26 @@ class GuestFactory:
             guest = self._fresh(image, hardware, hostname, stack)
             stack.enter_context(joined(guest, networks))
             yield stack.enter_context(leased(self.backend, guest))
+
+    def make_ready(self, image: Base, arguments: Mapping[str, object]) -> None:
+        """Build what guests are cloned from, if they can be cloned.
+
+        Args:
+            arguments: the hardware, as `boot` takes it.
+        """
+        prepared = self._prepared(image)
+        self._build_template(prepared, self.hardware(prepared.image, arguments))
+
+    def started(
+        self, image: Base, arguments: Mapping[str, object], hostname: str, stack: ExitStack
+    ) -> Guest:
+        """A fresh guest, running and answering, which `stack` ends. Tests get it by `leasing.leased`.
+
+        Args:
+            arguments: the hardware, as `boot` takes it.
+        """
+        prepared = self._prepared(image)
+        return self._fresh(prepared, self.hardware(prepared.image, arguments), hostname, stack)
 
     def _fresh(self, image: Base, hardware: Hardware, hostname: str, stack: ExitStack) -> Guest:
         prepared = self._prepared(image)
@@ -239,11 +259,16 @@ class GuestFactory:
             ):
                 a.run(["ping", "-c1", lan.name_of(b)])
         """
-        return self._networks.make(name, ipv4, ipv6, addresses, seed)
+        return self.networks.make(name, ipv4, ipv6, addresses, seed)
 
-    def _build_template(self, prepared: PreparedImage) -> None:
-        """Build the template for the default hardware, if guests can be cloned."""
-        blueprint = self.backend.blueprint(prepared.image, self.hardware(prepared.image, {}))
+    def _build_template(self, prepared: PreparedImage, hardware: Hardware | None = None) -> None:
+        """Build the template, if guests can be cloned.
+
+        Args:
+            hardware: of the guests; None for the default.
+        """
+        hardware = hardware or self.hardware(prepared.image, {})
+        blueprint = self.backend.blueprint(prepared.image, hardware)
         retried(self.backend, lambda: self._clones.build_template(blueprint, prepared.steps))
 
     def with_step(self, image: str | PreparedImage, step: Step) -> PreparedImage:

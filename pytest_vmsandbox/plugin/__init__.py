@@ -15,6 +15,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import (
     alarms,
+    clusters,
     config as options,
     hookspecs,
     naming,
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from pytest_vmsandbox.guests.factory import Base, GuestFactory
+    from pytest_vmsandbox.guests.clusters.cluster import Cluster
+    from pytest_vmsandbox.guests.clusters.declaration import Base
+    from pytest_vmsandbox.guests.factory import GuestFactory
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.plugin.in_vm.protocol import Inside as Inside
 
@@ -57,6 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "in_vm: run this test inside a guest; in_vm(False) keeps it on this machine under --in-vm",
+    )
+    config.addinivalue_line(
+        "markers",
+        "vm_cluster(machines, networks): the machines and networks of the fixture vm_cluster: name → image "
+        "or {'image': …, hardware}, and name → names of machines",
     )
     run = config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
@@ -225,7 +233,9 @@ def pytest_report_collectionfinish(
 ) -> list[str]:
     if config.getoption("collectonly"):
         return []
-    return config.stash[RUN].about([plan.image for plan in planning.with_guests(items)])
+    run = config.stash[RUN]
+    images = [plan.image for plan in planning.with_guests(items)]
+    return run.about([*images, *(image for image, _ in clusters.guests_to_come(run, items))])
 
 
 def pytest_terminal_summary(
@@ -417,6 +427,16 @@ def vm(
     else:
         guests: SharedGuests = request.getfixturevalue(f"_vm_of_{plan.isolation}")
         yield guests.get(base, plan.hardware)
+
+
+@pytest.fixture
+def vm_cluster(request: pytest.FixtureRequest, vm_factory: GuestFactory) -> Iterator[Cluster]:
+    """A running `Cluster` that no other test has touched, and none will.
+
+    The marker ``vm_cluster`` declares its machines and networks. ``vm_cluster["db1"]`` is a `Guest`.
+    """
+    with vm_factory.cluster(**clusters.arguments(request.node)) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

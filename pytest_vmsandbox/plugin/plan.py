@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image applies
 # Fixtures of tests that drive guests from this machine.
-_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared"}
+_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared", "vm_cluster"}
 _USUAL = Hardware()
 _ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
 

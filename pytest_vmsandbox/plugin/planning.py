@@ -10,7 +10,7 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin import config as options, plan as plans, terminal
+from pytest_vmsandbox.plugin import clusters, config as options, plan as plans, terminal
 from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, Variant, plan_of
 from pytest_vmsandbox.plugin.run import Run
@@ -207,11 +207,13 @@ def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> list[tuple[str, Ha
 
     A worker of xdist runs only a share of the tests. Nobody knows yet which.
     """
+    items = list(items)
     guests = [
         (plan.image, plan.hardware)
         for plan in with_guests(items)
         if not plan.is_inside and plan.isolation == "test"
     ]
+    guests += clusters.guests_to_come(run, items)
     return guests[: options.share(run.config, len(guests))]
 
 
@@ -228,6 +230,7 @@ def with_guests(items: Iterable[pytest.Item]) -> Iterator[Plan]:
 def check(run: Run, items: list[pytest.Item]) -> None:
     """Note invalid values of options, and folders that the tests need and cannot use."""
     config = run.config
+    clusters.check(run, items)
     try:
         options.check_values(config)
         if any(

@@ -88,7 +88,7 @@ def fixtures():
 
 
 def test_fixtures():
-    assert set(fixtures()) == {"vm", "vm_factory", "vm_prepared", "vm_artifacts"}
+    assert set(fixtures()) == {"vm", "vm_cluster", "vm_factory", "vm_prepared", "vm_artifacts"}
     assert all(getattr(plugin, name).__doc__ for name in fixtures())
 
 

@@ -27,7 +27,7 @@ vm_images = alpha-1
 """
 # The fake writes what happens to guests into the file `guests`, also from several processes.
 FAKE = """
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +88,19 @@ class FakeFactory:
         return self.lease(image, Hardware(user="root").changed(hardware))
 
     @contextmanager
-    def lease(self, image, spec):
+    def cluster(self, machines, **more):
+        self.note("cluster", *(f"{k}={v}" for k, v in more.items()))
+        with ExitStack() as stack:
+            guests = {}
+            for name, made_of in machines.items():
+                hardware = dict(made_of) if isinstance(made_of, dict) else {"image": made_of}
+                image = hardware.pop("image")
+                spec = Hardware(user="root").changed(hardware)
+                guests[name] = stack.enter_context(self.lease(image, spec, hostname=name))
+            yield guests
+
+    @contextmanager
+    def lease(self, image, spec, hostname=""):
         usual = Hardware(user="root")
         hardware = {
             name: value for name, value in vars(spec).items() if value != getattr(usual, name)
@@ -96,7 +108,7 @@ class FakeFactory:
         for name in {"memory", "disk"} & {*hardware}:
             hardware[name] = format_size(hardware[name])
         self.count += 1
-        name, config = f"{image}-{self.count}", self.session.config
+        name, config = f"{hostname or image}-{self.count}", self.session.config
         self.note("boot", name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
         self.session.guest_begun(name)
         logs = self.session.logs(name)

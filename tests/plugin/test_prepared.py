@@ -25,7 +25,7 @@ def fakes(pytestconfig):
         note(pytestconfig, "prepare", prepared.image, *(step.about for step in prepared.steps))
 
     @contextmanager
-    def lease(self, image, hardware):
+    def lease(self, image, hardware, **_):
         prepared, usual = self._prepared(image), self.hardware("alpha-1", {})
         changed = [name for name, it in vars(hardware).items() if it != getattr(usual, name)]
         note(pytestconfig, "boot", prepared.image, *(step.about for step in prepared.steps), *changed)

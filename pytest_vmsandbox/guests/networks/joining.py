@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,42 +21,67 @@ from pytest_vmsandbox.machine.cards import Connected
 
 @contextmanager
 def joined(guest: Guest, wanted: object) -> Iterator[None]:
-    """A guest that runs is on these networks, until the end of the block.
-
-    Args:
-        wanted: the networks; a mapping has an address for each, or None.
-
-    Raises:
-        ConfigError: it cannot join one of them.
-    """
-    machines, addresses = guest.engine.machines, _checked(wanted)
-    with ExitStack() as stack:
-        seats = []
-        for network, address in addresses.items():
-            name = machines.hostname or machines.name
-            seat = network.seat(name, port=_free_port(machines), address=address)
-            stack.callback(network.leave, seat)
-            _plug(guest.engine, seat)
-            seats.append(seat)
-        if seats:
-            admit(guest, seats)
+    """A guest that runs is on these networks, until the end of the block. See `joined_all`."""
+    with joined_all({guest: wanted}):
         yield
 
 
-def admit(guest: Guest, seats: Sequence[Seat]) -> None:
-    """Admit a guest that has its cards. From now on, all know its name.
+@contextmanager
+def joined_all(wanted: Mapping[Guest, object]) -> Iterator[None]:
+    """Guests that run are on networks, until the end of the block. They are set up at the same time.
+
+    Args:
+        wanted: the networks of each guest; a mapping has an address for each network, or None.
 
     Raises:
-        ConfigError: the guest lacks what this needs.
-        GuestLost, CommandTimeout: it does not answer.
+        ConfigError: a guest cannot join one of them.
+        GuestLost, CommandTimeout: a guest does not answer.
     """
-    engine = guest.engine
+    with ExitStack() as stack:
+        seats = {guest: _seated(guest, _checked(its), stack) for guest, its in wanted.items()}
+        _set_up_all({guest: its for guest, its in seats.items() if its})
+        yield
+
+
+def _seated(guest: Guest, addresses: Mapping[Network, object], stack: ExitStack) -> list[Seat]:
+    """The places of a guest, with its cards. `stack` lets it leave."""
+    machines, seats = guest.engine.machines, []
+    for network, address in addresses.items():
+        name = machines.hostname or machines.name
+        seat = network.seat(name, port=_free_port(machines), address=address)
+        stack.callback(network.leave, seat)
+        _plug(guest.engine, seat)
+        seats.append(seat)
+    return seats
+
+
+def admit(guest: Guest, seats: Sequence[Seat]) -> None:
+    """Admit a guest that has its cards. One that was saved has its addresses and all names, too."""
+    guest.engine.machines.on_answer.append(partial(_again, guest.engine))
     for seat in seats:
-        seat.engine = engine
-    engine.machines.on_answer.append(partial(_again, engine))
-    with engine.explained():
-        _set_up(engine)
-    for seat in seats:
+        seat.engine = guest.engine
+
+
+def _set_up_all(seats: Mapping[Guest, Sequence[Seat]]) -> None:
+    """Admit guests, give them their addresses, and let all know their names.
+
+    Raises:
+        ConfigError: a guest lacks what this needs.
+        GuestLost, CommandTimeout: a guest does not answer.
+    """
+
+    def set_up_one(guest: Guest) -> None:
+        with guest.engine.explained():
+            _set_up(guest.engine)
+
+    if not seats:
+        return
+    for guest, its in seats.items():
+        admit(guest, its)
+    with ThreadPoolExecutor(min(len(seats), os.cpu_count() or 1)) as threads:
+        for done in [threads.submit(set_up_one, guest) for guest in seats]:
+            done.result()
+    for seat in (seat for its in seats.values() for seat in its):
         for other in seat.network.others(seat):
             _tell(other)
 

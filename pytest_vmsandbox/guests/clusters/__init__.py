@@ -1,0 +1,1 @@
+"""Several guests that belong together, declared in one place."""

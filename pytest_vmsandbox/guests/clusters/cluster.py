@@ -1,0 +1,136 @@
+"""Several guests at once, as users hold them: started together, on networks of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
+from typing import Protocol
+
+from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
+from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.clusters.declaration import Base, Declaration, Member
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.leasing import leased
+from pytest_vmsandbox.guests.networks.joining import joined_all
+from pytest_vmsandbox.guests.networks.network import Network
+from pytest_vmsandbox.guests.networks.networks import Networks
+
+
+class Maker(Protocol):
+    """Makes what a cluster is made of. `GuestFactory` does."""
+
+    backend: Backend
+    networks: Networks
+
+    def make_ready(self, image: Base, arguments: Mapping[str, object]) -> None:
+        """Build what such a guest is cloned from, if it can be cloned."""
+
+    def started(
+        self, image: Base, arguments: Mapping[str, object], hostname: str, stack: ExitStack
+    ) -> Guest:
+        """A fresh guest, which `stack` ends. Called from several threads."""
+
+
+class Cluster(Mapping[str, Guest]):
+    """Guests that belong together, and their networks. `GuestFactory.cluster` makes it and ends it.
+
+    It is a mapping: the name of a machine → its `Guest`, in the order in which you declared them.
+
+    Attributes:
+        networks: the name of a network → the network, likewise.
+    """
+
+    def __init__(self, guests: Mapping[str, Guest], networks: Mapping[str, Network]) -> None:
+        self._guests = dict(guests)
+        self.networks: Mapping[str, Network] = MappingProxyType(dict(networks))
+
+    def __getitem__(self, name: str) -> Guest:
+        if name not in self._guests:
+            raise KeyError(f"{name}: the machines of this cluster are {', '.join(self._guests)}")
+        return self._guests[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._guests)
+
+    def __len__(self) -> int:
+        return len(self._guests)
+
+    def __repr__(self) -> str:
+        return f"<Cluster {', '.join(self._guests)} on {', '.join(self.networks) or 'no network'}>"
+
+    @property
+    def network(self) -> Network:
+        """The only network, or the first one that you declared.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        for network in self.networks.values():
+            return network
+        raise ConfigError("this cluster has no network", remedy="leave out networks={}")
+
+
+@contextmanager
+def opened(declared: Declaration, maker: Maker) -> Iterator[Cluster]:
+    """A cluster whose machines run, answer, and know each other. All of it is gone at the end.
+
+    Raises:
+        ConfigError: there is no such image, hardware or network.
+        VMSandboxError: one of its machines does not come up. The error names it, and the others are ended.
+    """
+    with ExitStack() as stack:
+        networks = {
+            network.name: stack.enter_context(maker.networks.make(network.name, **network.settings))
+            for network in declared.networks
+        }
+        guests = _started(declared, maker, stack)
+        wanted = {
+            guest: [networks[each] for each in declared.networks_of(name)]
+            for name, guest in guests.items()
+        }
+        stack.enter_context(joined_all(wanted))
+        for guest in guests.values():
+            # Last, so that at the end all are looked at before the first one is gone.
+            stack.enter_context(leased(maker.backend, guest))
+        yield Cluster(guests, networks)
+
+
+def _started(declared: Declaration, maker: Maker, stack: ExitStack) -> dict[str, Guest]:
+    """The guests, started at the same time. `stack` ends them."""
+    for member in declared.machines:  # threads would build the same template twice
+        with _about(member.name):
+            maker.make_ready(member.image, member.hardware)
+
+    def start(member: Member, own: ExitStack) -> Guest:
+        return maker.started(member.image, member.hardware, member.name, own)
+
+    starts: dict[str, Future[Guest]] = {}
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vmsandbox-cluster") as threads:
+        for member in declared.machines:
+            own = stack.enter_context(ExitStack())
+            starts[member.name] = threads.submit(start, member, own)
+        try:
+            wait(starts.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            for each in starts.values():
+                each.cancel()  # those that have not begun, because one has failed
+    failed = {
+        name: each for name, each in starts.items() if not each.cancelled() and each.exception()
+    }
+    for name, each in (failed or starts).items():
+        with _about(name):
+            each.result()
+    return {name: each.result() for name, each in starts.items()}
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Let an error name the machine of the cluster."""
+    try:
+        yield
+    except VMSandboxError as error:
+        error.brief = f"the machine {name!r} of the cluster: {error.brief}"
+        raise

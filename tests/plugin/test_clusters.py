@@ -1,0 +1,127 @@
+"""The marker and the fixture `vm_cluster`. The guests are fakes."""
+
+import pytest
+
+TWO = "{'db1': 'alpha-1', 'db2': {'image': 'beta', 'memory': '1GiB'}}"
+
+
+@pytest.mark.parametrize(
+    ("marked", "texts"),
+    [
+        ("", ["needs machines= once", "write @pytest.mark.vm_cluster({'db1'"]),
+        ("{}", ["a cluster needs a machine", "machines={'db1'"]),
+        ("['alpha-1']", ["machines=['alpha-1'] does not map names to machines", "machines={'db1'"]),
+        ("{'db1': 'alpha-1'}, machines={}", ["needs machines= once"]),
+        ("{'db1': 'alpha-1'}, {}", ["does not take {}", "networks={…}"]),
+        ("{'db1': 'alpha-1'}, memory='1GiB'", ["does not take 'memory'"]),
+        ("{'db_1': 'alpha-1'}", ["'db_1' cannot be the name of a machine", "lower-case letters"]),
+        ("{'10': 'alpha-1'}", ["'10' cannot be the name of a machine", "with a letter"]),
+        ("{'localhost': 'alpha-1'}", ["'localhost' cannot be the name"]),
+        ("{'db1': None}", ["the machine 'db1' has no image", "vmsandbox images list"]),
+        ("{'db1': {'memory': '1GiB'}}", ["the machine 'db1' has no image"]),
+        ("{'db1': 3}", ["the machine 'db1': 3 is no image"]),
+        ("{'db1': 'alpah-1'}", ["the machine 'db1': there is no image 'alpah-1'", "did you mean"]),
+        ("{'db1': 'alpha-*'}", ["'alpha-*' may stand for several images", "parametrize a fixture"]),
+        ("{'db1': {'image': 'beta', 'memory': 1}}", ["the machine 'db1': memory=1 is not a size"]),
+        ("{'db1': {'image': 'beta', 'colour': 1}}", ["the machine 'db1': there is no hardware"]),
+        ("{'db1': 'beta'}, networks=['db1']", ["networks=['db1'] does not map names to networks"]),
+        ("{'db1': 'beta'}, networks={'a b': ['db1']}", ["'a b' cannot be the name of a network"]),
+        ("{'db1': 'beta'}, networks={'lan': 'db1'}", ["network 'lan': 'db1' is not a list"]),
+        ("{'db1': 'beta'}, networks={'lan': ['db2']}", ["there is no machine 'db2'", "one of db1"]),
+        ("{'db1': 'beta'}, networks={'lan': []}", ["the network 'lan' has no machine"]),
+        ("{'db1': 'beta'}, networks={'lan': ['db1'] * 2}", ["'lan' names a machine twice"]),
+        ("{'db1': 'beta'}, networks={'lan': {'ipv5': 1}}", ["'lan' has no setting 'ipv5'", "ipv4"]),
+    ],
+)
+def test_a_marker_that_is_wrong(suite, marked, texts):
+    suite.write(f"import pytest\n@pytest.mark.vm_cluster({marked})\ndef test_x(vm_cluster): pass")
+    text = suite.usage_error()
+    assert "test_suite.py::test_x: " in text
+    assert "Remedy: " in text
+    for part in texts:
+        assert part in text
+    assert suite.guests == []
+
+
+def test_without_a_marker(suite):
+    suite.write("def test_x(vm_cluster): pass")
+    assert "needs the marker vm_cluster" in suite.usage_error()
+
+
+def test_not_inside(suite):
+    suite.write(f"""
+        import pytest
+
+        @pytest.mark.in_vm
+        @pytest.mark.vm_cluster({TWO})
+        def test_x(vm_cluster): pass
+    """)
+    assert "cannot drive a guest" in suite.usage_error()
+
+
+def test_each_test_has_its_own(suite):
+    suite.write(f"""
+        import pytest
+
+        pytestmark = pytest.mark.vm_cluster({TWO})
+
+        def test_a(vm_cluster):
+            assert [*vm_cluster] == ["db1", "db2"]
+            assert vm_cluster["db2"].image == "beta"
+
+        def test_b(vm_cluster): pass
+
+        @pytest.mark.vm_cluster({{"one": "alpha-2"}}, networks={{}})
+        def test_c(vm_cluster): pass
+    """)
+    suite.run("-p", "no:randomly", "--vm=alpha-2").assert_outcomes(passed=3)  # whatever --vm says
+    assert suite.guests == [
+        *("cluster", "boot db1-1", "boot db2-2 memory=1GiB", "end db2-2", "end db1-1"),
+        *("cluster", "boot db1-3", "boot db2-4 memory=1GiB", "end db2-4", "end db1-3"),
+        *("cluster networks={}", "boot one-5", "end one-5"),
+    ]
+    assert suite.ids() == ["test_a", "test_b", "test_c"]
+
+
+def test_the_header_and_what_is_armed(suite):
+    suite.write(f"""
+        import pytest
+
+        @pytest.mark.vm_cluster({TWO})
+        def test_a(vm_cluster): pass
+
+        @pytest.mark.skip
+        @pytest.mark.vm_cluster({{"one": "alpha-2"}})
+        def test_b(vm_cluster): pass
+    """)
+    result = suite.run()
+    assert [line for line in result.outlines if "a fake runs" in line] == [
+        "vmsandbox: a fake runs alpha-1",
+        "vmsandbox: a fake runs beta",
+    ]
+
+
+def test_a_failed_test_keeps_all_machines(suite):
+    suite.write(f"""
+        import pytest
+
+        @pytest.mark.vm_cluster({TWO})
+        def test_a(vm_cluster):
+            vm_cluster["db2"].fault("slow")
+            assert 0
+    """)
+    result = suite.run("--vm-keep=failed", "--vm-artifacts=kept")
+    result.assert_outcomes(failed=1)
+    assert [line for line in suite.guests if not line.startswith(("cluster", "boot", "end"))] == [
+        "restore db2-2 slow",
+        "keep db1-1 1 call assert 0",
+        "keep db2-2 2 call assert 0",
+    ]
+    (folder,) = (suite.path / "kept").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["db1-1", "db2-2"]
+    shown = result.stdout.str()
+    assert "fault in db2-2: slow" in shown
+    for name in ("db1-1", "db2-2"):
+        assert f"vmsandbox enter test_suite.py::test_a --guest {name}" in shown
+        assert (folder / name / "screenshot.png").exists()
+        assert (folder / name / "processes.txt").exists()
