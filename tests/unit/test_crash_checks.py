@@ -566,6 +566,15 @@ class TestArguments:
         with pytest.raises(ConfigError, match=next(iter(wanted))):
             cuts.check(good, **wanted)
 
+    @pytest.mark.parametrize(("tear", "size"), [(512, 512), ("1KiB", 1024), ("4KiB", 4096)])
+    def test_what_a_disk_writes_as_a_whole(self, tear, size):
+        assert crash_points._tear(tear) == size
+
+    @pytest.mark.parametrize("tear", [0, 100, True, "0.1KiB", "512B", None])
+    def test_what_no_disk_writes(self, tear):
+        with pytest.raises(ConfigError, match="tear="):
+            crash_points._tear(tear)
+
     def test_a_long_name_of_a_state_is_short_in_the_name_of_its_file(self, cuts, tmp_path):
         cuts._engine.machines.logs = tmp_path
         names = ["-".join(map(str, [point, *range(500)])) for point in (500, 501)]

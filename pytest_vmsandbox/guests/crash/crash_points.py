@@ -466,5 +466,7 @@ def _tear(tear: str | int) -> int:
     """
     size = tear if isinstance(tear, int) else parse_size(tear, "tear")
     if size <= 0 or size % 512:
-        raise ConfigError(f"tear={tear!r} is invalid", remedy="use a multiple of 512 bytes")
+        raise ConfigError(
+            f"tear={tear!r} is invalid", remedy="use a multiple of 512 bytes: 512, or '4KiB'"
+        )
     return size
