@@ -605,6 +605,18 @@ class TestProcess:
                 a.send(ALL, b"x")
                 assert b.take() == [b"x"]
 
+    def test_one_that_does_not_answer_is_ended(self, launcher):
+        with Switch(launcher) as switch:
+            lost = switch.network("lan")
+            program = lost._program
+            os.kill(program.process.pid, signal.SIGSTOP)
+            program.control.settimeout(0.01)
+            with pytest.raises(LaunchError, match="switch of this run is gone"):
+                lost.statistics()
+            os.kill(program.process.pid, signal.SIGCONT)
+            assert program.process.wait(SECONDS) == 0, program.process.stderr_tail
+            switch.network("lan")
+
     @pytest.mark.parametrize("victim", ["owner", "launcher"])
     def test_dies_with_its_owner_and_the_launcher(self, tmp_path, victim):
         code = f"""

@@ -16,7 +16,7 @@ from .timetable import Entry
 MOST_OF_FRAME = 65_536  # bytes
 _LEAST_OF_FRAME = 14  # bytes: two addresses and a type
 _LENGTH = 4  # bytes before a frame
-_CHUNK = 1 << 17  # bytes that are read from one port before the next one has its turn
+_CHUNK = 1 << 16  # bytes that are read from one port before the next one has its turn
 _AT_ONCE = 256  # frames that are written by one call
 QUEUE_IS_LONG = 1 << 19  # bytes that wait for a guest before those who send to it have to wait
 QUEUE_IS_SHORT = 1 << 17  # bytes, at which they go on

@@ -290,9 +290,10 @@ class _Program:
                 )
                 answer = self.control.recv(_MOST_OF_ANSWER)
             except OSError as error:
+                self.control.close()  # a late answer is not one to the next request; and the program ends
                 raise self._gone(str(error)) from error
         if not answer:
-            raise self._gone(self.process.stderr_tail)
+            raise self._gone("it has closed its control socket")
         told = json.loads(answer)
         if "error" in told:
             raise ConfigError(told["error"])
@@ -301,7 +302,7 @@ class _Program:
     def _gone(self, details: str) -> LaunchError:
         return LaunchError(
             "the switch of this run is gone, and with it all networks of guests",
-            details=details,
+            details=self.process.stderr_tail or details,
             remedy="something killed its process: look for an out-of-memory kill",
             transient=True,
         )
