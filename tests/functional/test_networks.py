@@ -124,3 +124,27 @@ def test_runs_are_apart(vm_factory, lan, pair, tmp_path):
         assert theirs not in path.read_bytes()
     for path, own in zip(captures, (b"\xa1" * 8, b"\xb2" * 8), strict=True):
         assert own in path.read_bytes()
+
+
+UDHCPC = """#!/bin/sh
+case $1 in
+bound | renew) ip addr replace "$ip/$mask" dev "$interface"; echo "$ip ${router:-none} $lease" >/tmp/lease ;;
+esac
+"""
+
+
+def test_a_guest_asks_for_its_address(vm_factory):
+    with (
+        vm_factory.network("lan", addresses="dhcp") as lan,
+        vm_factory.boot("tiny", networks=[lan]) as a,
+        vm_factory.boot("tiny", networks={lan: str(lan.ipv4[9])}) as b,
+    ):
+        for guest in (a, b):
+            assert str(lan.address(guest)) not in guest.run(["ip", "addr"]).stdout
+            guest.write_text("/tmp/script", UDHCPC)
+            guest.shell(f"chmod +x /tmp/script; ip link set {lan.interface(guest)} up")
+            guest.run(["udhcpc", "-i", lan.interface(guest), "-n", "-q", "-s", "/tmp/script"])
+            assert guest.read_text("/tmp/lease") == f"{lan.address(guest)} none 3600\n"
+        assert reaches(a, lan.name_of(b))
+        with pytest.raises(ConfigError, match="no IPv6 addresses"):
+            lan.address(a, version=6)
