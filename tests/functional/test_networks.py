@@ -89,6 +89,36 @@ def test_links_are_as_bad_as_asked_for(lan, pair, tmp_path):
     assert reaches(a, name)
 
 
+def test_the_share_of_frames_that_are_lost(lan, pair):
+    """Counted by both guests, on 5,000 frames: each datagram is sent as five fragments."""
+    a, b = pair
+
+    def count(guest, way):
+        return int(
+            guest.read_text(f"/sys/class/net/{lan.interface(guest)}/statistics/{way}_packets")
+        )
+
+    assert reaches(a, lan.name_of(b))
+    sent, received = count(a, "tx"), count(b, "rx")
+    with lan.link(a, loss=0.3, direction="from"):
+        argv = ["ping", "-q", "-c1500", "-i0.002", "-s7000", "-W1", str(lan.address(b))]
+        a.run(argv, check=False)
+    sent, received = count(a, "tx") - sent, count(b, "rx") - received
+    assert sent >= 5000
+    assert 0.27 <= 1 - received / sent <= 0.33
+
+
+def test_ten_guests(vm_factory, lan):
+    with ExitStack() as stack:
+        guests = [
+            stack.enter_context(vm_factory.boot("tiny", memory="160MiB", networks=[lan]))
+            for _ in range(10)
+        ]
+        names = [lan.name_of(guest) for guest in guests]
+        for guest in guests:
+            guest.shell(f"for name in {' '.join(names)}; do ping -c1 -W20 $name || exit; done")
+
+
 def test_networks_are_apart(vm_factory, lan):
     with (
         vm_factory.network("lan", ipv4=str(lan.ipv4), ipv6=str(lan.ipv6)) as other,
