@@ -101,7 +101,7 @@ def test_the_share_of_frames_that_are_lost(lan, pair):
     assert reaches(a, lan.name_of(b))
     sent, received = count(a, "tx"), count(b, "rx")
     with lan.link(a, loss=0.3, direction="from"):
-        argv = ["ping", "-q", "-c1500", "-i0.002", "-s7000", "-W1", str(lan.address(b))]
+        argv = ["ping", "-q", "-c2000", "-i0.002", "-s7000", "-W1", str(lan.address(b))]
         a.run(argv, check=False)
     sent, received = count(a, "tx") - sent, count(b, "rx") - received
     assert sent >= 5000
