@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -156,14 +157,18 @@ def test_forward_where_nobody_listens(vm, caplog):
         assert sock.recv(100) == b"hello\n"
 
 
-@pytest.mark.parametrize("network", ["isolated", "nat"])
+@pytest.mark.parametrize("network", ["isolated", "networked", "nat"])
 def test_isolation(vm_factory, network):
     """The same attempts, with a positive control: nat reaches the host by TCP and UDP, isolated does not."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.socket(type=socket.SOCK_DGRAM) as answering,
-        vm_factory.boot("tiny", network=network) as vm,
-    ):
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        answering = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+        if network == "networked":
+            lan = stack.enter_context(vm_factory.network("lan", ipv4="10.0.0.0/23"))
+            vm = stack.enter_context(vm_factory.boot("tiny", networks=[lan]))
+            vm.run(["ip", "route", "add", "10.0.2.2", "dev", lan.interface(vm)])
+        else:
+            vm = stack.enter_context(vm_factory.boot("tiny", network=network))
         answering.bind(("127.0.0.1", 0))
         # 10.0.2.2 is the host's loopback, as QEMU's user network shows it to the guest.
         connect = vm.popen(["nc", "-w", "5", "10.0.2.2", str(server.getsockname()[1])])

@@ -89,6 +89,36 @@ def test_links_are_as_bad_as_asked_for(lan, pair, tmp_path):
     assert reaches(a, name)
 
 
+def test_the_share_of_frames_that_are_lost(lan, pair):
+    """Counted by both guests, on 5,000 frames: each datagram is sent as five fragments."""
+    a, b = pair
+
+    def count(guest, way):
+        return int(
+            guest.read_text(f"/sys/class/net/{lan.interface(guest)}/statistics/{way}_packets")
+        )
+
+    assert reaches(a, lan.name_of(b))
+    sent, received = count(a, "tx"), count(b, "rx")
+    with lan.link(a, loss=0.3, direction="from"):
+        argv = ["ping", "-q", "-c2000", "-i0.002", "-s7000", "-W1", str(lan.address(b))]
+        a.run(argv, check=False)
+    sent, received = count(a, "tx") - sent, count(b, "rx") - received
+    assert sent >= 5000
+    assert 0.27 <= 1 - received / sent <= 0.33
+
+
+def test_ten_guests(vm_factory, lan):
+    with ExitStack() as stack:
+        guests = [
+            stack.enter_context(vm_factory.boot("tiny", memory="160MiB", networks=[lan]))
+            for _ in range(10)
+        ]
+        names = [lan.name_of(guest) for guest in guests]
+        for guest in guests:
+            guest.shell(f"for name in {' '.join(names)}; do ping -c1 -W20 $name || exit; done")
+
+
 def test_networks_are_apart(vm_factory, lan):
     with (
         vm_factory.network("lan", ipv4=str(lan.ipv4), ipv6=str(lan.ipv6)) as other,
@@ -124,3 +154,27 @@ def test_runs_are_apart(vm_factory, lan, pair, tmp_path):
         assert theirs not in path.read_bytes()
     for path, own in zip(captures, (b"\xa1" * 8, b"\xb2" * 8), strict=True):
         assert own in path.read_bytes()
+
+
+UDHCPC = """#!/bin/sh
+case $1 in
+bound | renew) ip addr replace "$ip/$mask" dev "$interface"; echo "$ip ${router:-none} $lease" >/tmp/lease ;;
+esac
+"""
+
+
+def test_a_guest_asks_for_its_address(vm_factory):
+    with (
+        vm_factory.network("lan", addresses="dhcp") as lan,
+        vm_factory.boot("tiny", networks=[lan]) as a,
+        vm_factory.boot("tiny", networks={lan: str(lan.ipv4[9])}) as b,
+    ):
+        for guest in (a, b):
+            assert str(lan.address(guest)) not in guest.run(["ip", "addr"]).stdout
+            guest.write_text("/tmp/script", UDHCPC)
+            guest.shell(f"chmod +x /tmp/script; ip link set {lan.interface(guest)} up")
+            guest.run(["udhcpc", "-i", lan.interface(guest), "-n", "-q", "-s", "/tmp/script"])
+            assert guest.read_text("/tmp/lease") == f"{lan.address(guest)} none 3600\n"
+        assert reaches(a, lan.name_of(b))
+        with pytest.raises(ConfigError, match="no IPv6 addresses"):
+            lan.address(a, version=6)

@@ -158,6 +158,8 @@ def _hosts(seats: Sequence[Seat]) -> str:
 def _set_up(engine: Engine, *, fresh: bool = True) -> None:
     """Give a guest its addresses, if `fresh`, and the names of all others."""
     seats = seats_of(engine)
+    if not engine.has_helper and all(seat.network.addresses == "dhcp" for seat in seats):
+        return  # nobody needs to do anything in it
     hosts = _hosts(seats)
     set_up_cards = [seat.card for seat in seats] if fresh else []
     dhcp = {seat.card.mac for seat in seats if seat.network.addresses == "dhcp"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -70,9 +71,8 @@ class Seat:
     def lines(self) -> list[str]:
         """The addresses of this guest with its names, as ``/etc/hosts`` has them."""
         names = f"{self.name} {self.name}.{self.network.name}"
-        return [
-            f"{address.partition('/')[0]} {names}" for address in (self.card.ipv4, self.card.ipv6)
-        ]
+        addresses = filter(None, (self.card.ipv4, self.card.ipv6))
+        return [f"{address.partition('/')[0]} {names}" for address in addresses]
 
 
 class Network:
@@ -98,7 +98,7 @@ class Network:
         self.subnets = subnets
         self.is_over = False
         self._seats: list[Seat] = []
-        self._captures: list[Capture] = []
+        self.own = ExitStack()  # ends what belongs to it
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -123,8 +123,7 @@ class Network:
             self.is_over = True
             for seat in list(self._seats):
                 self.leave(seat)
-            for capture in self._captures:
-                capture.end()
+            self.own.close()
             self.switch.close()
 
     # -- who is on it -----------------------------------------------------------------------------
@@ -140,10 +139,15 @@ class Network:
             version: 4 or 6.
 
         Raises:
-            ConfigError: the guest is not on this network.
+            ConfigError: the guest is not on this network, or has no such address.
         """
         if version not in (4, 6):
             raise ConfigError(f"version={version!r} is no version of IP", remedy="use 4 or 6")
+        if version == 6 and self.addresses == "dhcp":
+            raise ConfigError(
+                f"the network {self.name!r} gives no IPv6 addresses, because it has addresses='dhcp'",
+                remedy="use addresses='fixed', or the addresses fe80::… that the guests give themselves",
+            )
         return self.subnets.addresses(self.seat_of(guest).number)[0 if version == 4 else 1]
 
     def interface(self, guest: Guest) -> str:
@@ -302,7 +306,7 @@ class Network:
             LaunchError: the switch is gone.
         """
         capture = Capture(self.switch, Path(path))
-        self._captures.append(capture)
+        self.own.callback(capture.end)
         return capture
 
     # -- joining and leaving ----------------------------------------------------------------------
@@ -342,7 +346,7 @@ class Network:
                     port=port,
                     mac=mac_of(self.name, number),
                     ipv4=f"{four}/{self.ipv4.prefixlen}",
-                    ipv6=f"{six}/{self.ipv6.prefixlen}",
+                    ipv6=f"{six}/{self.ipv6.prefixlen}" if self.addresses == "fixed" else "",
                 )
             seat = Seat(self, name, number, card)
             self._seats.append(seat)
@@ -384,6 +388,13 @@ class Network:
         """The names of all guests, as ``/etc/hosts`` has them."""
         with self._lock:
             return [line for seat in self._seats for line in seat.lines()]
+
+    def address_of(self, mac: str) -> IPv4Address | None:
+        """The address of the guest that has a card with this MAC address; None if there is none."""
+        for seat in list(self._seats):
+            if seat.card.mac == mac:
+                return self.subnets.addresses(seat.number)[0]
+        return None
 
     def others(self, seat: Seat) -> list[Seat]:
         """The places of other guests."""

@@ -8,8 +8,11 @@ from typing import get_args
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.networks.dhcp import serving
 from pytest_vmsandbox.guests.networks.network import Addressing, Network
 from pytest_vmsandbox.guests.networks.subnets import checked_name, subnets_of
+
+_SERVER = "(dhcp)"  # no guest has such a name
 
 
 class Networks:
@@ -40,5 +43,14 @@ class Networks:
             subnets = subnets_of(ipv4, ipv6, [network.subnets for network in self._made])
             switch = self._backend.hypervisor.switch.network(named, seed=seed)
             network = Network(named, subnets, addressing, switch)
+            if addressing == "dhcp":
+                self._serve(network)
             self._made.append(network)
         return network
+
+    def _serve(self, network: Network) -> None:
+        """Start the network's DHCP server. It ends with the network."""
+        port = network.switch.port(_SERVER)
+        network.own.callback(port.close)
+        loop = self._backend.hypervisor.loop
+        network.own.enter_context(serving(port.socket, loop, network.subnets, network.address_of))
