@@ -21,7 +21,6 @@ from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.ways_in import check_network
-from pytest_vmsandbox.machine.machine import Machine
 
 _EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0
@@ -90,7 +89,8 @@ def cloned(backend: Backend, opened: OpenTemplate, blueprint: Blueprint, *, arm:
         _check_reachable(running, opened, blueprint)
         resume.rename(clone.helper, name, in_files=_has_name_in_files(blueprint, setup))
         if arm:
-            _arm(running.machine, clone.helper, blueprint)
+            exercise(clone)
+            running.machine.pause()
         return replace(clone, is_armed=arm, stack=stack.pop_all())
 
 
@@ -154,9 +154,9 @@ def _check_reachable(running: Running, opened: OpenTemplate, blueprint: Blueprin
     opened.checked.set()
 
 
-def _arm(machine: Machine, helper: Helper, blueprint: Blueprint) -> None:
-    """Run a program in a clone, and pause it."""
-    process = helper.start(_EXERCISE)
-    process.communicate(None, ignore, ignore, blueprint.stretch(_EXERCISE_SECONDS))
+def exercise(clone: Clone) -> None:
+    """Run a program in a clone."""
+    process = clone.helper.start(_EXERCISE)
+    seconds = clone.machines.blueprint.stretch(_EXERCISE_SECONDS)
+    process.communicate(None, ignore, ignore, seconds)
     process.close()
-    machine.pause()

@@ -28,6 +28,7 @@ from pytest_vmsandbox.guests.commands import Command, Sink, check_status, text_o
 from pytest_vmsandbox.guests.machines import Machines, Running
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.together import Meet, alone
 from pytest_vmsandbox.machine import capture, host
 
 _POLL_SECONDS = 0.25
@@ -434,8 +435,8 @@ class Engine:
 
     # -- its state --------------------------------------------------------------------------------
 
-    def save(self) -> Saved:
-        """Save the guest's memory and disks. It goes on afterwards.
+    def save(self, meet: Meet = alone) -> Saved:
+        """Save the guest's memory and disks, as `Machines.save`. It goes on afterwards.
 
         Raises:
             MonitorError: QEMU cannot do it.
@@ -444,7 +445,7 @@ class Engine:
         # Not while the guest shuts down: nobody would answer in a state that was saved then.
         # Use it again under the lock: another thread may have rolled it back meanwhile.
         with self.orderly, self.use(), self.power, self.use() as running:
-            return self.machines.save(running)
+            return self.machines.save(running, meet)
 
     def roll_back(self, saved: Saved) -> None:
         """Go on from a saved state, even if the guest was lost or switched off.

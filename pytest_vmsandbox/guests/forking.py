@@ -12,7 +12,6 @@ from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.forks import Forks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
-from pytest_vmsandbox.guests.pool import CLAIM
 from pytest_vmsandbox.guests.sealing import Sealed, clone_of, sealed
 
 
@@ -51,7 +50,5 @@ def _clones(backend: Backend, moment: Sealed, count: int, stack: ExitStack) -> l
         futures: list[Future[Clone]] = [threads.submit(made) for _ in range(count)]
     for future in futures:
         if future.exception() is None:
-            backend.quota.claim(CLAIM, spare=False)
-            stack.callback(backend.quota.release, CLAIM)
             stack.push(future.result().stack)
     return [future.result() for future in futures]

@@ -23,6 +23,7 @@ from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.together import Meet, alone
 from pytest_vmsandbox.guests.ways_in import (
     CONNECT_SECONDS,
     LOOK_SECONDS,
@@ -336,6 +337,7 @@ class Machines:
         state: IO[bytes],
         check: Callable[[], None],
         lead: Lead = Lead(),  # noqa: B008
+        meet: Meet = alone,
     ) -> Running:
         """Switch on a clone ahead of demand. The first call of `switch_on` returns it.
 
@@ -343,13 +345,18 @@ class Machines:
             memory, state: of its template.
             check: called often while we wait for its helper. Its exception ends the wait.
             lead: by how much its clock must be ahead of this host's.
+            meet: called right before its CPUs run.
         """
         self.go_on_from(state, lead)
-        self._ahead = self._started(Start.CLONED, memory, check)
+        self._ahead = self._started(Start.CLONED, memory, check, meet)
         return self._ahead
 
     def _started(
-        self, start: Start, memory: IO[bytes] | None, check: Callable[[], None] = lambda: None
+        self,
+        start: Start,
+        memory: IO[bytes] | None,
+        check: Callable[[], None] = lambda: None,
+        meet: Meet = alone,
     ) -> Running:
         state, self.state = self.state, None
         before, self.console = self.console, ""
@@ -386,7 +393,7 @@ class Machines:
             self.faults.switched_on(machine)  # a restored guest has them before it goes on
             if state is not None:
                 helper.lead = self._lead
-                self._go_on(machine, helper)
+                self._go_on(machine, helper, meet)
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
@@ -399,10 +406,10 @@ class Machines:
         for call in self.on_answer:
             call()
 
-    def _go_on(self, machine: Machine, helper: Helper) -> None:
+    def _go_on(self, machine: Machine, helper: Helper, meet: Meet) -> None:
         """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
         if self.has_helper:
-            resume.from_state(machine, helper)
+            resume.from_state(machine, helper, meet)
         elif machine.execute("query-status")["status"] != _PANICKED:
             machine.resume()
 
@@ -464,8 +471,11 @@ class Machines:
         """Let the next machine go on from a saved state."""
         self.state, self._lead = state, lead
 
-    def save(self, running: Running) -> Saved:
+    def save(self, running: Running, meet: Meet = alone) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.
+
+        Args:
+            meet: called right before its CPUs stop, and right before they run again.
 
         Raises:
             MonitorError: QEMU cannot do it.
@@ -488,14 +498,14 @@ class Machines:
                 remedy="use an image that has the helper, such as debian-13",
             )
         faults = self.faults.in_force
-        resume.pause(machine, helper)  # the helper has read everything so far
+        resume.pause(machine, helper, meet=meet)  # the helper has read everything so far
         try:
             frozen = self.freeze_disks(machine)
             state = self.unnamed_file()
             machine.save(state, with_memory=True)
             console = machine.console.saved
         finally:
-            resume.from_pause(machine, helper)
+            resume.from_pause(machine, helper, meet)
         return Saved(state, frozen, helper.lead, running.held, console, self.blueprint, faults)
 
     def roll_back(self, saved: Saved) -> None:

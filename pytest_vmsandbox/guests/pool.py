@@ -183,11 +183,7 @@ class Pool:
 
     def _made(self, opened: OpenTemplate, blueprint: Blueprint, *, arm: bool) -> Clone:
         """A clone whose memory is claimed."""
-        if not self._quota.claim(CLAIM, spare=arm):
-            raise LaunchError(
-                "there is no memory left for another clone",
-                remedy="stop other programs on this machine, or use fewer guests at a time",
-            )
+        self._quota.require(CLAIM, spare=arm)
         try:
             with self._quota.processor() if arm else nullcontext():
                 return self._clone(opened, blueprint, arm=arm)

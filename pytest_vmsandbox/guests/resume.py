@@ -15,6 +15,7 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Lead
+from pytest_vmsandbox.guests.together import Meet, alone
 from pytest_vmsandbox.machine.machine import Machine
 
 CLOCK_SECONDS = 0.05  # allowed error of a guest's clock when a test gets the guest
@@ -25,13 +26,17 @@ _SEED_BYTES = 64
 _HOSTS = "127.0.0.1 localhost\n127.0.1.1 {}\n::1 localhost ip6-localhost ip6-loopback\n"
 
 
-def from_state(machine: Machine, helper: Helper) -> None:
+def from_state(machine: Machine, helper: Helper, meet: Meet = alone) -> None:
     """Resume a machine whose state was loaded. Its helper knows the lead of its clock.
+
+    Args:
+        meet: called right before its CPUs run.
 
     Raises:
         GuestLost: it does not answer, or something in it cannot be corrected.
     """
     helper.assume()
+    meet()
     machine.resume()
     helper.seed(os.urandom(_SEED_BYTES))
     if helper.lead.is_free:
@@ -55,11 +60,14 @@ def rename(helper: Helper, hostname: str, *, in_files: bool) -> None:
         helper.write_file("/etc/hosts", _HOSTS.format(hostname).encode())
 
 
-def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> None:
+def pause(
+    machine: Machine, helper: Helper, timeout: float | None = None, meet: Meet = alone
+) -> None:
     """Pause a machine that is in use. `from_pause` keeps the difference of its clock.
 
     Args:
         timeout: seconds for its helper to answer; None for the helper's default.
+        meet: called right before its CPUs stop.
 
     Raises:
         GuestLost: it does not answer.
@@ -71,6 +79,7 @@ def pause(machine: Machine, helper: Helper, timeout: float | None = None) -> Non
             remedy="end the fault before the snapshot, or begin it in the block of the snapshot",
         )
     helper.lead = noted(machine, helper, timeout)
+    meet()
     try:
         machine.pause()
     except BaseException as error:
@@ -123,12 +132,16 @@ def _width(span: tuple[float, float]) -> float:
     return span[1] - span[0]
 
 
-def from_pause(machine: Machine, helper: Helper) -> None:
+def from_pause(machine: Machine, helper: Helper, meet: Meet = alone) -> None:
     """Resume a paused machine.
+
+    Args:
+        meet: called right before its CPUs run.
 
     Raises:
         GuestLost: it does not answer, or its clock cannot be set.
     """
+    meet()
     if helper.lead.is_free:
         machine.resume()
         helper.read_lead()  # this starts the timers, as setting it would

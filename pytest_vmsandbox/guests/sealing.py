@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.cloning import Clone, awake
+from pytest_vmsandbox.guests.cloning import Clone, awake, exercise
 from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.pool import CLAIM
 from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.together import Meet, alone, in_step
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.cards import Card, Connected, HasCard, Loose
 from pytest_vmsandbox.machine.cmdline import Start
@@ -34,6 +39,8 @@ from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.firmware import Flash
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +78,33 @@ class Sealed:
     cards: tuple[Card, ...]
 
 
-def sealed(backend: Backend, engine: Engine, stack: ExitStack) -> Sealed:
+def sealed_all(backend: Backend, engines: Sequence[Engine], stack: ExitStack) -> list[Sealed]:
+    """Seal several guests at one moment. They all go on when the memory of all is written.
+
+    Args:
+        stack: closes all files.
+
+    Raises:
+        VMSandboxError: one of them cannot be sealed. Then all go on.
+    """
+    for engine in engines:
+        _check(engine)
+    own = [stack.enter_context(ExitStack()) for _ in engines]
+    with _ONE_AT_A_TIME:  # a second thread would wait for the same guests in another order
+        return in_step(
+            [
+                partial(sealed, backend, engine, its)
+                for engine, its in zip(engines, own, strict=True)
+            ]
+        )
+
+
+def sealed(backend: Backend, engine: Engine, stack: ExitStack, meet: Meet = alone) -> Sealed:
     """Seal a guest. It goes on when its memory is written.
 
     Args:
         stack: closes all files.
+        meet: called right before its CPUs stop, and right before they run again.
 
     Raises:
         ConfigError: it cannot be sealed as it is now.
@@ -85,7 +114,10 @@ def sealed(backend: Backend, engine: Engine, stack: ExitStack) -> Sealed:
     """
     _check(engine)
     with ExitStack() as own:
-        saved = engine.save()
+        saved = engine.save(meet)
+        size = saved.blueprint.hardware.memory
+        backend.quota.claim(size, spare=False)
+        own.callback(backend.quota.release, size)
         disks = saved.disks.frozen(own)  # the guest may close its own sooner
         machines, hypervisor = engine.machines, backend.hypervisor
         state, ram = _unpacked(hypervisor, machines, replace(saved, disks=disks), own)
@@ -116,8 +148,8 @@ def _check(engine: Engine) -> None:
     refuse_recorded(engine)
     if texts := [entry.text for entry in engine.machines.faults.in_force]:
         raise ConfigError(
-            f"{engine.name} cannot be forked while faults are in force: {', '.join(texts)}",
-            remedy="end them before, or begin them in the forks: nobody could end them there",
+            f"the state of {engine.name} cannot be saved while faults are in force: {', '.join(texts)}",
+            remedy="end them before, or begin them in the guests that go on from it: nobody could end them there",
         )
 
 
@@ -164,11 +196,56 @@ def _with_fresh(blueprint: Blueprint, frozen: Disks, folder: Path, stack: ExitSt
     return replace(disks, flash=stack.enter_context(Flash.open(blueprint.uefi, folder)))
 
 
-def clone_of(backend: Backend, sealed: Sealed, cards: Sequence[HasCard] = ()) -> Clone:
+def clones_of(
+    backend: Backend,
+    members: Sequence[tuple[Sealed, Sequence[HasCard]]],
+    stack: ExitStack,
+    *,
+    arm: bool,
+) -> list[Clone]:
+    """Clones that go on from several sealed guests at one moment.
+
+    Args:
+        members: sealed guests, each with the cards of its clone: see `clone_of`.
+        stack: ends the clones.
+        arm: whether to arm them; if not, they run.
+
+    Raises:
+        VMSandboxError: one of them cannot be made.
+    """
+
+    def made(sealed: Sealed, cards: Sequence[HasCard], own: ExitStack, meet: Meet) -> Clone:
+        clone = clone_of(backend, sealed, cards, meet, arm=arm)
+        own.push(clone.stack)
+        return clone
+
+    own = [stack.enter_context(ExitStack()) for _ in members]
+    return in_step([partial(made, *member, its) for member, its in zip(members, own, strict=True)])
+
+
+def go_on(clones: Sequence[Clone]) -> None:
+    """Let armed clones go on at one moment.
+
+    Raises:
+        GuestLost: one of them does not answer, or its clock cannot be set.
+    """
+    in_step([partial(resume.from_pause, it.running.machine, it.helper) for it in clones])
+
+
+def clone_of(
+    backend: Backend,
+    sealed: Sealed,
+    cards: Sequence[HasCard] = (),
+    meet: Meet = alone,
+    *,
+    arm: bool = False,
+) -> Clone:
     """A clone that goes on from a sealed guest. In it, everything but the clock and random numbers is the same.
 
     Args:
         cards: its network cards, which connect it to networks. Without them, its cards are on no network.
+        meet: called right before its CPUs run; and before they stop again, if it is armed.
+        arm: whether to arm it; if not, it runs.
 
     Raises:
         VMSandboxError: it cannot be made, or something in it cannot be corrected.
@@ -179,6 +256,8 @@ def clone_of(backend: Backend, sealed: Sealed, cards: Sequence[HasCard] = ()) ->
     if sealed.setup is not None:
         setup = HelperSetup.of(blueprint, hypervisor.cache, sealed.setup.record())
     with ExitStack() as stack:
+        backend.quota.require(CLAIM, spare=arm)
+        stack.callback(backend.quota.release, CLAIM)
         machines = Machines(
             blueprint,
             hypervisor,
@@ -192,7 +271,11 @@ def clone_of(backend: Backend, sealed: Sealed, cards: Sequence[HasCard] = ()) ->
             captures=backend.settings.captures,
         )
         machines.cards = list(cards or map(Loose, sealed.cards))
-        running = machines.clone(sealed.memory, sealed.state, lambda: None, sealed.lead)
+        running = machines.clone(sealed.memory, sealed.state, lambda: None, sealed.lead, meet)
         running.held = sealed.held
         clone = awake(machines, running, stack)
-        return replace(clone, stack=stack.pop_all())
+        if arm:
+            exercise(clone)
+            meet()
+            running.machine.pause()
+        return replace(clone, is_armed=arm, stack=stack.pop_all())

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from pytest_vmsandbox.cache.files import locked
+from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.orphans import is_alive
 
@@ -45,6 +46,18 @@ class Quota:
                 return False
             self._write(size)
         return True
+
+    def require(self, size: int, *, spare: bool) -> None:
+        """Claim memory for a clone, as `claim` does.
+
+        Raises:
+            LaunchError: there is not enough.
+        """
+        if not self.claim(size, spare=spare):
+            raise LaunchError(
+                "there is no memory left for another clone",
+                remedy="stop other programs on this machine, or use fewer guests at a time",
+            )
 
     def release(self, size: int) -> None:
         """Release claimed memory."""

@@ -525,7 +525,7 @@ class TestChance:
         assert retried == []
 
     def test_a_clone_that_is_killed(self, factory, first):
-        first(resume, "from_state", lambda machine, _: self.kill(machine.process))
+        first(resume, "from_state", lambda machine, *_: self.kill(machine.process))
         one = factory()
         with one.boot("tiny", **TINY) as vm:
             assert vm.origin == "cloned"

@@ -1,0 +1,38 @@
+"""Threads that do something at one moment."""
+
+from functools import partial
+
+import pytest
+
+from pytest_vmsandbox.guests.together import in_step
+
+
+def test_all_wait_for_each_other():
+    done = []
+
+    def work(name, meet):
+        done.append(name)
+        meet()
+        found = set(done)
+        meet()
+        return name, found
+
+    names = ["a", "b", "c"]
+    assert in_step([partial(work, name) for name in names]) == [
+        (name, set(names)) for name in names
+    ]
+
+
+def test_nobody_waits_for_one_that_fails():
+    left = []
+
+    def fails(_):
+        raise ValueError("mine")
+
+    def works(meet):
+        meet()
+        left.append(True)
+
+    with pytest.raises(ValueError, match="mine"):
+        in_step([works, fails, works])
+    assert left == [True, True]
