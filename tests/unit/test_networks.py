@@ -27,7 +27,7 @@ class FakeSwitch:
 
 def network(ipv4="10.1.0.0/24", addresses="fixed"):
     subnets = Subnets(ipv4=IPv4Network(ipv4), ipv6=IPv6Network("fd00:1::/64"))
-    return Network("lan", subnets, addresses, cast(Any, FakeSwitch()))
+    return Network("lan", subnets, addresses, cast("Any", FakeSwitch()))
 
 
 class TestSubnets:
@@ -187,7 +187,7 @@ class TestLinks:
 def test_networks_that_cannot_be_made(more, text):
     values = {"ipv4": None, "ipv6": None, "addresses": "fixed", "seed": 1, **more}
     with pytest.raises(ConfigError, match=text):
-        Networks(cast(Any, None)).make("lan", **values)
+        Networks(cast("Any", None)).make("lan", **values)
 
 
 def test_names_are_found_again():
