@@ -295,6 +295,19 @@ class TestConditions:
         assert 0.25 <= passed[-1] - 5.0 <= 0.28  # the queue is bounded
         assert rule.sent_at(1250, now=6.0) == pytest.approx(6.01)
 
+    def test_a_frame_to_all_goes_once_through_the_link_of_its_source(self, network):
+        world, a, *others = network("abcd")
+        world.impose(Conditions(rate=1.0, reorder=1), "a", None)
+        for number in range(4):
+            give(world, a, ALL, address("a"), bytes([number]))
+        [rule] = world._rules.values()
+        assert rule._free_at - time.monotonic() <= 4 * 19 * 8
+        for entry in sorted(world._timetable._entries):
+            if action := entry.take():
+                action(entry.at)
+        for port in others:
+            assert [packet[18] for packet in port._queue] == [1, 0, 3, 2]
+
     def test_a_slow_rate_has_room_for_a_window(self):
         rule = Rule(1, Conditions(rate=8000), "a", None, "")
         assert sum(rule.sent_at(1500, now=0.0) is not None for _ in range(100)) == 22  # 32 KiB

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from time import monotonic
 
 from .conditions import Conditions, Fate, Flow, Rule
 from .pcap import Capture
 from .ports import MOST_UNDERWAY, OVERHEAD, Counts, Port
-from .timetable import Timetable
+from .timetable import Action, Timetable
 
 TO_ALL = "*"
 AGE_SECONDS = 300.0  # after which an address that was silent is forgotten
@@ -103,10 +104,8 @@ class Network:
         path = self._paths[key] = [(rule, rule.flow(">".join(key), way)) for rule in acting]
         return path
 
-    def _decide(self, source: Port, dest: Port | None) -> Sequence[Step] | None:
+    def _decide(self, source: Port, dest: Port | None) -> list[Step] | None:
         """Decide about a frame; None if it does not arrive."""
-        if not self._rules:
-            return ()
         steps = []
         for rule, flow in self._path(source, dest):
             fate = flow.decide(rule.conditions)
@@ -125,17 +124,33 @@ class Network:
         for capture in self.captures.values():
             capture.add(packet[4:])
         now = monotonic()
-        first = self._decide(source, None)
-        if first is None:
+        if not self._rules:
+            self._learn(source, packet[10:16], now)
+            for dest in self._targets(source, packet[4:10], now):
+                self._deliver(source, dest, packet)
+            return
+        steps = self._decide(source, None)
+        if steps is None:
             return
         self._learn(source, packet[10:16], now)
-        for dest in self._targets(source, packet[4:10], now):
-            second = self._decide(source, dest)
-            if second is None:
-                continue
-            if first or second:
-                Journey(self, source, dest, packet, [*first, *second]).begin(now)
-            else:
+        # All is decided now: the order in which frames come through the first rules depends on time.
+        ways = [
+            (dest, way)
+            for dest in self._targets(source, packet[4:10], now)
+            if (way := self._decide(source, dest)) is not None
+        ]
+
+        def fan_out(then: float) -> None:
+            for dest, way in ways:
+                copies = copies_of(steps + way)
+                arrive = partial(self._arrive, source, dest, packet, copies)
+                Journey(self._timetable, source, packet, way, arrive).begin(then)
+
+        Journey(self._timetable, source, packet, steps, fan_out).begin(now)
+
+    def _arrive(self, source: Port, dest: Port, packet: bytes, copies: int, _: float) -> None:
+        if not dest.is_closed:
+            for _ in range(copies):
                 self._deliver(source, dest, packet)
 
     def _learn(self, port: Port, address: bytes, now: float) -> None:
@@ -212,20 +227,35 @@ class Network:
         port.close()
 
 
-class Journey:
-    """A frame on its way to one port, through all rules that act on it."""
+def copies_of(steps: Iterable[Step]) -> int:
+    """How often a frame arrives."""
+    return 1 + sum(fate.is_doubled for _, _, fate in steps)
 
-    __slots__ = ("_copies", "_dest", "_network", "_packet", "_source", "_steps")
+
+class Journey:
+    """A frame on its way through rules that act on it.
+
+    Args:
+        source: the port that it comes from.
+        steps: the rules, with what is decided.
+        arrive: called with the time when it is through.
+    """
+
+    __slots__ = ("_arrive", "_packet", "_source", "_steps", "_timetable")
 
     def __init__(
-        self, network: Network, source: Port, dest: Port, packet: bytes, steps: list[Step]
+        self,
+        timetable: Timetable,
+        source: Port,
+        packet: bytes,
+        steps: list[Step],
+        arrive: Action,
     ) -> None:
-        self._network = network
+        self._timetable = timetable
         self._source = source
-        self._dest = dest
         self._packet = packet
         self._steps = steps[::-1]  # the next one is the last
-        self._copies = 1 + sum(fate.is_doubled for _, _, fate in steps)
+        self._arrive = arrive
 
     def begin(self, now: float) -> None:
         """Set out, if not too much of its port is under way."""
@@ -237,12 +267,10 @@ class Journey:
         self._go_on(now)
 
     def _go_on(self, now: float) -> None:
-        """Go on until it has to wait, or has arrived."""
+        """Go on until it has to wait, or is through."""
         if not self._steps:
             self._end()
-            if not self._dest.is_closed:
-                for _ in range(self._copies):
-                    self._network._deliver(self._source, self._dest, self._packet)  # noqa: SLF001  # its part
+            self._arrive(now)
             return
         rule, flow, fate = self._steps.pop()
         at = rule.sent_at(len(self._packet), now)
@@ -251,16 +279,15 @@ class Journey:
             self._end()
             return
         at = flow.last = max(at + rule.conditions.latency + fate.jitter, flow.last)
-        timetable = self._network._timetable  # noqa: SLF001  # likewise
         held = flow.held.take() if flow.held else None
         if fate.is_overtaken and held is None:
-            flow.held = timetable.add(at + OVERTAKEN_SECONDS, self._go_on)
+            flow.held = self._timetable.add(at + OVERTAKEN_SECONDS, self._go_on)
             return
         flow.held = None
         if at > now:
-            timetable.add(at, self._go_on)
+            self._timetable.add(at, self._go_on)
             if held:
-                timetable.add(at, held)
+                self._timetable.add(at, held)
         else:
             self._go_on(now)
             if held:
