@@ -259,6 +259,9 @@ class Journey:
 
     def begin(self, now: float) -> None:
         """Set out, if not too much of its port is under way."""
+        if not self._steps:
+            self._arrive(now)
+            return
         size = len(self._packet) + OVERHEAD
         if self._source.underway + size > MOST_UNDERWAY:
             self._source.counts.dropped["overflow"] += 1
