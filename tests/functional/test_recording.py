@@ -110,6 +110,14 @@ def test_what_ends_a_recording(vm):
     is_refused(lambda: recorder.acknowledge(1), "its block has ended")
 
     attached = vm.attach_disk(size="1MiB")
+
+    def record_another_late():
+        with recorded(vm.engine, "disk0") as recorder:
+            record(attached.name)
+            recorder.acknowledge(1)
+            record(attached.name)  # the guest flushes all disks for that
+
+    is_refused(record_another_late, "another recording has begun after the first acknowledge")
     is_refused(lambda: record(attached.name, [lambda: vm.detach(attached)]), "it was detached")
     pause = [lambda: vm.qmp("stop"), lambda: vm.qmp("cont")]
     is_refused(lambda: record(meanwhile=pause), "was paused")

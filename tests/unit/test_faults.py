@@ -159,6 +159,14 @@ class TestInterrupted:
         assert ledger.in_force == []
 
 
+def test_nothing_is_filled_while_a_disk_is_recorded(engine, ledger):
+    ledger.recorded["disk0"] = print
+    with pytest.raises(ConfigError, match="records a disk: disk0") as caught:
+        Faults(engine).full("/")
+    assert "before the block of crash_points" in caught.value.remedy
+    assert ledger.in_force == []
+
+
 def test_a_guest_that_is_removed_has_no_fault(engine, ledger):
     fault = FakeFault(engine).begin()
     ledger.is_closed = True  # as Machines.close does

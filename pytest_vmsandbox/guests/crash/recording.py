@@ -83,8 +83,6 @@ class Recorder:
         disk: the name of the disk.
         before: its content before the recording.
         log: the log file.
-        known: the numbers of QEMU's events that other recordings have caused. They pause the guest when
-            they begin. QEMU flushes all disks then, but the guest has just done that, too.
     """
 
     def __init__(self, engine: Engine, disk: str) -> None:
@@ -94,12 +92,15 @@ class Recorder:
         self._engine = engine
         self._machine: Machine
         self._events = 0  # of QEMU, before the recording began
-        self.known: set[int] = set()
+        # The numbers of QEMU's events that other recordings have caused. They pause the guest when they begin. QEMU
+        # flushes all disks then, but the guest has just done that, too.
+        self._known: set[int] = set()
         self._entries = Log(self.log, self.before.size)
         self._marks: list[Mark] = []
         self._lock = threading.Lock()
         self._devices = 0
-        self._is_over = self._has_host_flush = False
+        self._is_over = False
+        self._spoilt = ""  # why the log does not tell what the guest has flushed
         self._filter = Filter(
             order=RECORDER,
             device=self._device,
@@ -197,6 +198,16 @@ class Recorder:
                     self._machine.drives.remove(self.disk, self._filter)
             self._entries.finish()
 
+    def another_begins(self, events: range) -> None:
+        """Another recording of the guest has begun.
+
+        Args:
+            events: the numbers of QEMU's events that this has caused.
+        """
+        self._known.update(events)
+        if self._marks:
+            self._spoilt = "another recording has begun after the first acknowledge(), and all disks are flushed then"
+
     def _device(self, place: Place) -> Mapping[str, object]:
         """The block device that records."""
         self._devices += 1
@@ -213,7 +224,7 @@ class Recorder:
 
     def _flushed(self) -> None:
         """QEMU flushes it for this host. Nobody can tell that from a flush of the guest."""
-        self._has_host_flush = True
+        self._spoilt = "a fault of the disk has ended, and QEMU flushes the disk then"
 
     def _goes_on(self) -> bool:
         """Whether the guest is still the one that is recorded."""
@@ -233,15 +244,15 @@ class Recorder:
             raise self._ended("the guest was switched off, restored, or moved to another QEMU")
         if self._entries.is_finished:
             raise self._ended("it was detached")
-        if self._has_host_flush:
-            raise self._ended("a fault of the disk has ended, and QEMU flushes the disk then")
+        if self._spoilt:
+            raise self._ended(self._spoilt)
         self._machine.check()
         stops = {
             number
             for number, event in enumerate(self._machine.monitor.events())
             if event["event"] == "STOP" and number >= self._events
         }
-        if stops - self.known:
+        if stops - self._known:
             raise self._ended("the guest was paused, and QEMU flushes all disks then")
 
     def _ended(self, why: str) -> ConfigError:
@@ -289,7 +300,7 @@ def recorded(engine: Engine, disk: str) -> Iterator[Recorder]:
                 remedy="end the first block of crash_points before you begin another one on this disk",
             )
         recorder = Recorder(engine, disk)
-        names[disk] = recorder.known.update
+        names[disk] = recorder.another_begins
         try:
             recorder.begin()
         except BaseException:

@@ -80,10 +80,10 @@ sync
 _EMPTY = (
     _MOUNTS
     + r"""
-name=$1 folder=$2 device=$3 inner=${4%/} kind=$5 known=$6
+name=$1 folder=$2 device=$3 inner=${4%/} kind=$5 known=$6 recorded=$8  # disks that must not be flushed
 removed() {
     rm -f -- "$1/$name" "$1/$name.left" || return
-    [ "$kind" != btrfs ] || sync  # it gives the room back only then
+    [ "$kind" != btrfs ] || [ -n "$recorded" ] || sync  # it gives the room back only then
 }
 if [ -e "$folder/$name" ]; then removed "$folder"; exit; fi
 if [ -b "$device" ]; then
@@ -132,7 +132,8 @@ class FullFaults:
             The `Fault`, which is in force.
 
         Raises:
-            ConfigError: there is no such path, or its file system has no size, or less room than is to be left.
+            ConfigError: there is no such path, or its file system has no size, or less room than is to be
+                left. Or a disk is recorded for crash points.
             CommandError: the file system cannot be filled, for instance because it is read-only. At the end:
                 the file cannot be removed.
 
@@ -145,7 +146,21 @@ class FullFaults:
             left = 0
         if not isinstance(left, int) or isinstance(left, bool) or left < 0:
             left = parse_size(left, "left")
+        _refuse_recorded(self.engine)
         return _Full(self.engine, _path(path), left).begin()
+
+
+def _refuse_recorded(engine: Engine) -> None:
+    """Refuse to fill anything while a disk is recorded: the guest flushes all disks then.
+
+    Raises:
+        ConfigError: a disk is recorded.
+    """
+    if names := sorted(engine.machines.faults.recorded):
+        raise ConfigError(
+            f"no file system can be filled while {engine.name} records a disk: {', '.join(names)}",
+            remedy="begin the fault before the block of crash_points",
+        )
 
 
 def _path(path: object) -> str:
@@ -225,7 +240,8 @@ class _Full(Fault):
     def _restore(self) -> None:
         if not self._folder:  # Ctrl-C came before anything was filled
             return
-        result = self._run(_EMPTY, self._name, self._folder, *self._place)
+        recorded = " ".join(self._engine.machines.faults.recorded)
+        result = self._run(_EMPTY, self._name, self._folder, *self._place, recorded)
         if result.returncode != 0:
             raise CommandError(
                 f"{self._folder}/{self._name} in {self._engine.name} cannot be removed",
