@@ -255,6 +255,18 @@ class TestSearch:
         with pytest.raises(CrashPointError, match="not steady"):
             search(self.HISTORY, lambda *_: next(answers, ""), [State(1)]).run()
 
+    def test_a_check_that_does_not_end_is_not_asked_for_ever(self):
+        seen = []
+
+        def say(state, _):
+            seen.append(state)
+            return "" if state.point == 0 or len(seen) < 3 else NO_END
+
+        history = History(entries(*["write"] * 100))
+        report = search(history, say, [State(point) for point in range(50, 99)]).run()
+        assert (report.states, report.broken) == (5, 5)
+        assert len(seen) == 2 + 5 + 1 + 3  # without a power cut, the states, again, smaller ones
+
     def test_few_tries_make_a_state_smaller(self):
         history = History(entries(*["write"] * 200))
         state = State(200, frozenset(range(0, 200, 2)))

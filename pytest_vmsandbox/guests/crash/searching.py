@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.deadline import monotonic
-from pytest_vmsandbox.guests.crash.conversation import Looks, Verdict
+from pytest_vmsandbox.guests.crash.conversation import NO_END, Looks, Verdict
 from pytest_vmsandbox.guests.crash.report import (
     CrashFailure,
     CrashPointError,
@@ -16,6 +16,8 @@ from pytest_vmsandbox.guests.crash.report import (
 from pytest_vmsandbox.guests.crash.states import History, State
 
 _KINDS = 5  # that are made small and shown; more are mostly one cause in several words
+_ENDLESS = 5  # states on which the check does not end, after which the search does: each takes all its time
+_ENDLESS_TRIES = 3  # to make one of them smaller
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Search:
                 kinds[verdict.kind].count += 1
             else:
                 kinds[verdict.kind] = _Kind(1, state, verdict)
+            if verdict.kind == NO_END and kinds[NO_END].count == _ENDLESS:
+                break
         found = sorted(kinds.values(), key=lambda kind: -kind.count)
         return CrashReport(
             disk=self.disk,
@@ -108,7 +112,8 @@ class Search:
                 remedy="let the verdict depend on nothing but the disk and what was acknowledged: no timeouts, no "
                 "random numbers",
             )
-        state, verdict = smallest(self.history, kind.state, kind.verdict, self._verdict, self.tries)
+        tries = min(self.tries, _ENDLESS_TRIES) if again.kind == NO_END else self.tries
+        state, verdict = smallest(self.history, kind.state, kind.verdict, self._verdict, tries)
         return CrashFailure(
             kind=verdict.kind,
             count=kind.count,
