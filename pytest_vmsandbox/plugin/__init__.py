@@ -19,12 +19,14 @@ from pytest_vmsandbox.plugin import (
     config as options,
     hookspecs,
     naming,
+    noise,
     planning,
     reporting,
     unimportable,
 )
 from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import Variant, limit, plan_of
+from pytest_vmsandbox.plugin.repeating import Repeating
 from pytest_vmsandbox.plugin.run import Run, SharedGuests
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 RUN = pytest.StashKey[Run]()
 _INSIDE = pytest.StashKey["Inside"]()  # set in a run that has tests inside guests
+_REPEATING = pytest.StashKey[Repeating]()  # set in a run with --vm-repeat
 _FOUND = "vmsandbox"  # what an xdist worker has found, in its output
 
 
@@ -70,6 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
     config.pluginmanager.register(alarms, "vmsandbox-alarms")
     config.pluginmanager.register(run.faults, "vmsandbox-faults")
+    noise.register(config)
+    if count := options.repetitions(config):
+        config.stash[_REPEATING] = Repeating(config, count)
+        config.pluginmanager.register(config.stash[_REPEATING], "vmsandbox-repeating")
     with suppress(pytest.UsageError):  # it is reported with all other wrong values
         if run.keeping.is_on:
             config.pluginmanager.register(run.keeping, "vmsandbox-keeping")
@@ -159,6 +166,8 @@ def pytest_collection_modifyitems(
     planning.check_run(run, items)
     _refuse(run, items)
     planning.group(items)
+    if (repeating := session.config.stash.get(_REPEATING, None)) is not None:
+        repeating.repeat(items)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import tempfile
@@ -30,6 +31,7 @@ _KEEP_SIZE = "8GiB"
 Choice = TypeVar("Choice", bound=str)
 _TEST_SECONDS = 600.0
 _MOST_SECONDS = 86_400
+_MOST_REPETITIONS = 10_000
 _IMAGE_PATH = pytest.StashKey[tuple[Path, ...]]()
 _HARDWARE_KEYS = ("cpus", "memory", "disk", "network", "user")
 
@@ -118,8 +120,36 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="for a boot under KVM (default: 60); ten times as long under emulation",
     )
+    _add_hunting(group)
     for key, kind, about in _INI:
         parser.addini(key, about, type=kind, default=None)
+
+
+def _add_hunting(group: pytest.OptionGroup) -> None:
+    """Register the options that find tests which fail now and then. They are for one run, so no ini keys."""
+    group.addoption(
+        "--vm-repeat",
+        type=_count,
+        metavar="N",
+        help="run each test that needs a guest N times (at most 10000), each time in a fresh guest, and show how often "
+        "it fails",
+    )
+    group.addoption(
+        "--vm-noise",
+        action="store_true",
+        default=None,
+        help="disturb guests while tests run: their QEMU is paused for 2 of every 20 ms, so that tests with "
+        "short timeouts fail more often",
+    )
+
+
+def _count(text: str) -> int:
+    """The number of `--vm-repeat`."""
+    if not text.isdecimal() or not 0 < int(text) <= _MOST_REPETITIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is invalid: use a whole number from 1 to {_MOST_REPETITIONS}"
+        )
+    return int(text)
 
 
 def _add_guests(group: pytest.OptionGroup) -> None:
@@ -290,6 +320,8 @@ def which_guest(config: pytest.Config) -> list[str]:
         *(f"--vm-kernel={kernel}" for kernel in config.getoption("--vm-kernel") or ()),
         *(["--in-vm"] if config.getoption("--in-vm") else []),
         *([f"--vm-isolation={isolation}"] if isolation else []),
+        *([f"--vm-repeat={count}"] if (count := repetitions(config)) else []),
+        *(["--vm-noise"] if config.getoption("--vm-noise") else []),
     ]
 
 
@@ -306,6 +338,11 @@ def inside(config: pytest.Config) -> bool:
 def isolation(config: pytest.Config) -> Isolation:
     """Which tests inside share a guest."""
     return _choice(config, "--vm-isolation", "vm_isolation", ISOLATIONS) or "session"
+
+
+def repetitions(config: pytest.Config) -> int:
+    """How many times each test with a guest runs, if `--vm-repeat` says so; else 0."""
+    return config.getoption("--vm-repeat") or 0
 
 
 def keep(config: pytest.Config) -> str | None:

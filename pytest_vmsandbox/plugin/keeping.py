@@ -16,7 +16,7 @@ from _pytest.unittest import TestCaseFunction
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.core.text import one_line, printable
-from pytest_vmsandbox.plugin import alarms, config as options
+from pytest_vmsandbox.plugin import alarms, config as options, plan as plans
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.backend import Backend
@@ -140,6 +140,7 @@ class Keeping:
         self._backend = backend
         self._tell = tell
         self._tests: dict[str, _Test] = {}
+        self._repeated: dict[str, str] = {}  # test → its first repetition whose guests were kept
         self._problems: defaultdict[str, dict[str, None]] = defaultdict(dict)  # reason → tests
         self._has_workers = False
         self._removed: list[str] = []  # lines about guests for which there was no room
@@ -216,6 +217,7 @@ class Keeping:
             self.keeper.forget(key)
         if stays:  # the same item may run once more
             self._tests[item.nodeid] = _Test(before=stays)
+            self._repeated.setdefault(plans.selectable(item), item.nodeid)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -324,7 +326,7 @@ class Keeping:
             also: a guest that ends now, and that this test need not have used.
             about: what else `guests.kept.Moment` says.
         """
-        if not self.is_on:
+        if not self.is_on or self._is_kept_already(item):
             return
         if phase == "call" and is_certain and isinstance(error, BaseException):
             raised = self._test(item).raised
@@ -335,6 +337,11 @@ class Keeping:
         if also is not None and also.name not in names:
             names.append(also.name)
         self._keep_each(item, names, _Occasion(phase, error, is_certain, about))
+
+    def _is_kept_already(self, item: pytest.Item) -> bool:
+        """Whether guests of an earlier repetition are kept. Those of one failure are enough."""
+        first = self._repeated.get(plans.selectable(item), item.nodeid)
+        return first != item.nodeid and not self.keeps_all
 
     def _names(self, item: pytest.Item) -> list[str]:
         """The guests that this attempt at a test may have used, in their order."""

@@ -56,6 +56,18 @@ class Place(NamedTuple):
     shared: str
 
 
+class Repetition(NamedTuple):
+    """What an item repeats.
+
+    Attributes:
+        test: the id of the test.
+        number: of the repetition, from 1.
+    """
+
+    test: str
+    number: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is decided for a test.
@@ -72,6 +84,7 @@ class Plan:
         is_rerun: whether a plugin may run the test again when it fails.
         timeout: seconds for the test inside its guest; None for the run's default.
         call_timeout: seconds for the test's function alone; None for no limit.
+        repetition: the number of this repetition, from 1; 0 without ``--vm-repeat``.
         marks: the test's marks at that time.
     """
 
@@ -88,6 +101,7 @@ class Plan:
     is_rerun: bool = False
     timeout: float | None = None
     call_timeout: float | None = None
+    repetition: int = 0
     marks: tuple[pytest.Mark, ...] = ()
 
     @property
@@ -108,7 +122,8 @@ class Plan:
     @property
     def place(self) -> Place:
         """The place of the guest that it runs inside."""
-        shared = {"session": "session", "module": self.file, "test": self.plain}
+        own = f"{self.plain}#{self.repetition}" if self.repetition else self.plain
+        shared = {"session": "session", "module": self.file, "test": own}
         return Place(self.image, self.hardware, shared[self.isolation])
 
     def shares_with(self, item: pytest.Item | None) -> bool:
@@ -122,12 +137,18 @@ class Plan:
 
 
 PLAN = pytest.StashKey[Plan]()
+REPEATED = pytest.StashKey[Repetition]()  # set in items that are one of several repetitions
 _NO_GUEST = Plan(image="", hardware=_USUAL, is_inside=False, isolation="test", plain="")
 
 
 def plan_of(item: pytest.Item) -> Plan:
     """The plan of a test. It has no image if the test needs no guest, or is not collected yet."""
     return item.stash.get(PLAN, _NO_GUEST)
+
+
+def selectable(item: pytest.Item) -> str:
+    """The id by which users select a test. A repetition has the id of its test."""
+    return item.stash[REPEATED].test if REPEATED in item.stash else item.nodeid
 
 
 def limit(item: pytest.Item, seconds: float, *, of_call: bool) -> None:

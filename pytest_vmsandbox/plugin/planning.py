@@ -167,7 +167,7 @@ def store(
         ),
         release=variant.release,
         is_inside=is_inside,
-        isolation=request.isolation or default,
+        isolation="test" if options.repetitions(run.config) else request.isolation or default,
         plain=plain,
         is_remote=is_remote,
         indices=plans.plain_indices(item),
@@ -175,6 +175,7 @@ def store(
         xfail=xfail,
         is_rerun=is_inside and _is_rerun(item),
         timeout=request.test_timeout,
+        repetition=old.repetition,
         marks=tuple(item.iter_markers()),
     )
 
@@ -258,7 +259,12 @@ def check_kernels(run: Run, items: Sequence[pytest.Item]) -> None:
 
 
 def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
-    """Note what is invalid for the tests inside that are left after selection."""
+    """Note what is invalid for the tests that are left after selection."""
+    if options.repetitions(run.config) and any(map(_is_rerun, items)):
+        run.usage_errors.append(
+            "--vm-repeat counts failures, and pytest-rerunfailures would hide them: it runs a failed test "
+            "again\nRemedy: add --reruns=0, or -p no:rerunfailures if markers ask for it"
+        )
     if inside := [item for item in items if plan_of(item).is_inside]:
         run.usage_errors += _refused_for(run.config)
         try:

@@ -374,7 +374,7 @@ class Run:
         if self.item is None:
             return []
         plan = plans.plan_of(self.item)
-        argument = plan.file if plan.is_remote else self.item.nodeid
+        argument = plan.file if plan.is_remote else plans.selectable(self.item)
         again = [argument, *options.which_guest(self.config)]
         lines = [f"reproduce: pytest {shlex.join(again)}"]
         with telling(self.tell):

@@ -19,7 +19,7 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.inside.session import Collected, GuestSession, How
 from pytest_vmsandbox.inside.wire import broken
-from pytest_vmsandbox.plugin import config as options, plan as plans
+from pytest_vmsandbox.plugin import config as options, noise, plan as plans
 from pytest_vmsandbox.plugin.in_vm import other_plugins
 from pytest_vmsandbox.plugin.in_vm.debugging import Debuggers
 from pytest_vmsandbox.plugin.in_vm.hooks import ENDING, Hooks, end_run
@@ -169,7 +169,8 @@ class Inside:
                 lease.has_failed |= found.failed
                 yield [found, self._report(item, "teardown")]
                 return
-            self._hear(lease, item, found, nextitem, attempt, attempts, records)
+            with noise.during(item):
+                self._hear(lease, item, found, nextitem, attempt, attempts, records)
             if not attempts[-1].is_rerun:
                 attempts[-1].check()
             elif plan_of(item).isolation != "test" or attempt == _MOST_ATTEMPTS:
