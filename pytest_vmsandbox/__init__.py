@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.core.spec import Hardware
     from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.clusters.cluster import Cluster
+    from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
     from pytest_vmsandbox.guests.crash.crash_points import CrashPoints
     from pytest_vmsandbox.guests.crash.report import CrashFailure, CrashPointError, CrashReport
     from pytest_vmsandbox.guests.factory import GuestFactory
@@ -54,6 +55,7 @@ _MODULES = (  # the modules that define them, the cheapest to import first
     "guests.faults.faults",
     "guests.guest",
     "guests.networks.network",
+    "guests.clusters.sealed",
     "guests.clusters.cluster",
     "guests.factory",
 )
@@ -88,6 +90,7 @@ __all__ = [
     "Process",
     "Provision",
     "SSHAccess",
+    "SealedCluster",
     "TeardownError",
     "TransferError",
     "VMSandboxError",

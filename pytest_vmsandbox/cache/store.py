@@ -58,13 +58,14 @@ class Kind:
 IMAGES = Kind(folder="images", record="image.json", schema=2, pattern="[!.]*/[!.]*")
 TEMPLATES = Kind(folder="templates", record="template.json", schema=2)
 ENVIRONMENTS = Kind(folder="environments", record="environment.json", schema=1)
+CLUSTERS = Kind(folder="clusters", record="cluster.json", schema=1)
 KERNELS = Kind(folder="kernels", record="kernel.json", schema=1)
 HELPERS = Kind(folder="helpers", record="helper.json", schema=1)
 EMULATORS = Kind(folder="emulators", record="emulator.json", schema=1)
 DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
 KEPT = Kind(folder="kept", record="kept.json", schema=1, private=True)
 # An image takes minutes to build: only a command removes it. Nobody can make a kept guest again.
-_MADE_ANEW = (TEMPLATES, ENVIRONMENTS, KERNELS, HELPERS, EMULATORS)
+_MADE_ANEW = (TEMPLATES, CLUSTERS, ENVIRONMENTS, KERNELS, HELPERS, EMULATORS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from pytest_vmsandbox.cache.store import (
+    CLUSTERS,
     EMULATORS,
     ENVIRONMENTS,
     HELPERS,
@@ -29,7 +30,7 @@ from pytest_vmsandbox.machine import orphans
 @click.option(
     "--templates",
     is_flag=True,
-    help="Also remove all templates, prepared kernels of yours and helpers, that no run uses now.",
+    help="Also remove all templates, sealed clusters, prepared kernels of yours and helpers, that no run uses now.",
 )
 @click.option(
     "--environments",
@@ -55,6 +56,7 @@ def clean(*, templates: bool, environments: bool) -> None:
         said.append(f"removed: incomplete files in the cache; freed {format_size(freed)}")
     if templates:
         said += _emptied(cache, TEMPLATES, "template")
+        said += _emptied(cache, CLUSTERS, "sealed cluster")
         said += _emptied(cache, KERNELS, "kernel")
         said += _emptied(cache, HELPERS, "helper")
         said += _emptied(cache, EMULATORS, "emulator")

@@ -120,6 +120,18 @@ class GuestFactory(MakesClusters):
         prepared = self._prepared(image)
         self._build_template(prepared, self.hardware(prepared.image, arguments))
 
+    def made_of(
+        self, image: Base, arguments: Mapping[str, object]
+    ) -> tuple[Blueprint, Sequence[Step]]:
+        """What guests are made of, and their preparations.
+
+        Args:
+            arguments: the hardware, as `boot` takes it.
+        """
+        prepared = self._prepared(image)
+        hardware = self.hardware(prepared.image, arguments)
+        return self.backend.blueprint(prepared.image, hardware), prepared.steps
+
     def started(
         self, image: Base, arguments: Mapping[str, object], hostname: str, stack: ExitStack
     ) -> Guest:

@@ -1,6 +1,9 @@
 """Several machines of `tiny`, with names and networks of their own."""
 
 import threading
+from contextlib import ExitStack
+from dataclasses import replace
+from inspect import getsource
 
 import pytest
 
@@ -57,3 +60,67 @@ def test_one_that_cannot_be_had(vm_factory, monkeypatch):
         pytest.fail("there is no such cluster")
     (other,) = others
     assert not other.alive
+
+
+def formed(cluster):
+    """A server in one, a client that is connected to it in the other, and a note."""
+    one, two = cluster.values()
+    # What reads no input ends the connection.
+    one.shell("(sleep 99999 | nc -l -p 9000 >/tmp/heard) </dev/null >/dev/null 2>&1 &")
+    two.shell("touch /tmp/said; (tail -f /tmp/said | nc db1 9000) </dev/null >/dev/null 2>&1 &")
+    say(cluster, "before")
+
+
+def say(cluster, word):
+    one, two = cluster.values()
+    two.shell(f"echo {word} >>/tmp/said")
+    one.wait_until(["grep", "-q", word, "/tmp/heard"], timeout=120)
+
+
+@pytest.mark.origins("cloned")
+def test_a_clone_of_the_whole(vm_factory):
+    """Names, addresses and connections are as before. No clone sees another, nor the original."""
+    pair = {"db1": "tiny", "db2": "tiny"}
+    with vm_factory.cluster(pair) as original, ExitStack() as stack:
+        formed(original)
+        sealed = stack.enter_context(original.seal())
+        clones = [stack.enter_context(vm_factory.cluster(sealed)) for _ in range(2)]
+        for number, cluster in enumerate([*clones, original]):
+            assert [*cluster] == ["db1", "db2"]
+            one, two = cluster.values()
+            assert one.run(["hostname"]).stdout == "db1\n"
+            assert cluster.network.address(two) == original.network.address(original["db2"])
+            two.run(["ping", "-c1", "-W20", "db1"])
+            say(cluster, f"word-{number}")
+            assert one.read_text("/tmp/heard") == f"before\nword-{number}\n"
+        with vm_factory.cluster(sealed) as late:
+            late["db1"].power_cut()
+            late["db1"].power_on()
+            late["db2"].run(["ping", "-c1", "-W20", "db1"])
+            late["db1"].run(["ping", "-c1", "-W20", "db2"])
+    with pytest.raises(ConfigError, match="the sealed cluster of db1, db2 is over"):
+        vm_factory.cluster(sealed).__enter__()
+
+
+@pytest.mark.origins("cloned")
+def test_formed_once_and_armed(vm_factory):
+    """What an earlier run has formed is found in the cache. From the second clone on, one is armed ahead."""
+    called, origins = [], []
+
+    def form(cluster):
+        called.append(cluster)
+        formed(cluster)
+
+    pair = {"db1": "tiny", "db2": "tiny"}
+    settings = replace(vm_factory.backend.settings, clones="armed")
+    for run in range(2):
+        origins.clear()
+        with GuestFactory.open(settings) as factory:
+            sealed = factory.prepare_cluster(pair, form, depends_on=[getsource(formed)])
+            for number in range(3 if run else 1):
+                with factory.cluster(sealed) as cluster:
+                    say(cluster, f"word-{number}")
+                    assert cluster["db1"].read_text("/tmp/heard") == f"before\nword-{number}\n"
+                    origins.append({guest.origin for guest in cluster.values()})
+    assert len(called) <= 1
+    assert origins == [{"cloned"}, {"cloned"}, {"armed"}]

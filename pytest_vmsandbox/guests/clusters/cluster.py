@@ -12,6 +12,7 @@ from typing import Protocol
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.clusters.declaration import Base, Declaration, Member
+from pytest_vmsandbox.guests.clusters.sealed import SealedCluster, sealed
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased
 from pytest_vmsandbox.guests.networks.joining import joined_all
@@ -41,10 +42,19 @@ class Cluster(Mapping[str, Guest]):
 
     Attributes:
         networks: the name of a network → the network, likewise.
+        backend: what runs the guests. Not part of the public interface: it changes without notice.
     """
 
-    def __init__(self, guests: Mapping[str, Guest], networks: Mapping[str, Network]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        guests: Mapping[str, Guest],
+        networks: Mapping[str, Network],
+        seeds: Mapping[str, int],
+    ) -> None:
+        self.backend = backend
         self._guests = dict(guests)
+        self._seeds = dict(seeds)
         self.networks: Mapping[str, Network] = MappingProxyType(dict(networks))
 
     def __getitem__(self, name: str) -> Guest:
@@ -72,6 +82,31 @@ class Cluster(Mapping[str, Guest]):
             return network
         raise ConfigError("this cluster has no network", remedy="leave out networks={}")
 
+    def seal(self) -> SealedCluster:
+        """Save the whole cluster as it is at this moment: memory, devices and disks of all machines.
+
+        It goes on afterwards. Clones of the whole go on from that moment, with the same names and addresses
+        on networks of their own. Their clocks are right, and their random numbers are new. Connections
+        between the machines stay open. Conditions on links are not saved.
+
+        Returns:
+            A `SealedCluster`, for `GuestFactory.cluster`.
+
+        Raises:
+            ConfigError: a machine has no helper, a fault is in force in it, or a disk of it is recorded.
+            GuestLost: a machine is switched off.
+            MonitorError: the state of a machine cannot be saved.
+            LaunchError: this host has no room.
+
+        Example::
+
+            with vm_factory.cluster({"db1": "tiny", "db2": "tiny"}) as cluster:
+                form(cluster)
+                with cluster.seal() as sealed, vm_factory.cluster(sealed) as clone:
+                    clone["db1"].power_cut()
+        """
+        return sealed(self.backend, self._guests, self.networks, self._seeds)
+
 
 @contextmanager
 def opened(declared: Declaration, maker: Maker) -> Iterator[Cluster]:
@@ -92,10 +127,17 @@ def opened(declared: Declaration, maker: Maker) -> Iterator[Cluster]:
             for name, guest in guests.items()
         }
         stack.enter_context(joined_all(wanted))
-        for guest in guests.values():
-            # Last, so that at the end all are looked at before the first one is gone.
-            stack.enter_context(leased(maker.backend, guest))
-        yield Cluster(guests, networks)
+        seeds = {network.name: network.settings["seed"] for network in declared.networks}
+        yield stack.enter_context(handed_out(Cluster(maker.backend, guests, networks, seeds)))
+
+
+@contextmanager
+def handed_out(cluster: Cluster) -> Iterator[Cluster]:
+    """Hand out all machines. At the end, all are looked at before the first one is gone."""
+    with ExitStack() as stack:
+        for guest in cluster.values():
+            stack.enter_context(leased(cluster.backend, guest))
+        yield cluster
 
 
 def _started(declared: Declaration, maker: Maker, stack: ExitStack) -> dict[str, Guest]:

@@ -1,0 +1,197 @@
+"""Sealed clusters in the user's cache: formed once, and again if something changes that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_vmsandbox.cache.store import CLUSTERS, PRIVATE_KEY, Entry, Store
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.clusters.declaration import Declaration
+from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
+from pytest_vmsandbox.guests.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.lead import Lead
+from pytest_vmsandbox.guests.provision import Step
+from pytest_vmsandbox.guests.sealing import Sealed
+from pytest_vmsandbox.guests.template_builder import template_key
+from pytest_vmsandbox.guests.templates import CONSOLE, MEMORY, STATE, layer_name
+from pytest_vmsandbox.machine import memory
+from pytest_vmsandbox.machine.cards import Card
+
+FORMAT = 1  # raise it when we change what we do to a cluster before we seal it, or keep of it
+_TRIES = 3
+
+
+class KeptCluster(Entry):
+    """A sealed cluster in the cache."""
+
+
+def key_of(
+    declared: Declaration, made_of: Mapping[str, tuple[Blueprint, Sequence[Step]]], form: Step
+) -> str:
+    """The digest of everything that a sealed cluster depends on.
+
+    Args:
+        made_of: blueprint and preparations of each machine, by name.
+        form: what is done to the cluster.
+    """
+    machines = {
+        name: [template_key(blueprint, steps), blueprint.hardware.network, blueprint.hardware.user]
+        for name, (blueprint, steps) in made_of.items()
+    }
+    networks = [asdict(network) for network in declared.networks]
+    parts = [FORMAT, list(machines.items()), networks, form.digest]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _write_all(folder: Path, sealed: SealedCluster) -> dict[str, object]:
+    """Write a sealed cluster into an empty folder. Returns the record.
+
+    Raises:
+        ConfigError: it cannot be kept.
+    """
+    machines = {name: _write(folder, name, member) for name, member in sealed.members.items()}
+    keys = {name: member.key.private for name, member in sealed.members.items()}
+    (folder / PRIVATE_KEY).touch(0o600)
+    (folder / PRIVATE_KEY).write_text(json.dumps(keys), encoding="utf-8")
+    return {"machines": machines, "networks": sealed.networks}
+
+
+def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
+    if sealed.disks.plugged:
+        raise ConfigError(
+            f"the machine {name!r} has an attached disk, and a cluster with one cannot be kept",
+            remedy="detach it at the end of the function that forms the cluster, or use disks=['1GiB']",
+        )
+    _copy(sealed.memory, folder / f"{name}.{MEMORY}")
+    _copy(sealed.state, folder / f"{name}.{STATE}")
+    (folder / f"{name}.{CONSOLE}").write_text(sealed.console, "utf-8", "replace")
+    layers = []
+    for number, files in enumerate(sealed.disks.overlays):
+        names = [f"{name}.{layer_name(number, depth)}" for depth in range(len(files))]
+        for file, its in zip(files, names, strict=True):
+            _copy(file, folder / its)
+        layers.append(names)
+    return {
+        "hostname": sealed.hostname,
+        "label": sealed.label,
+        "layers": layers,
+        "lead": sealed.lead.seconds,
+        "held": sealed.held,
+        "helper": None if sealed.setup is None else sealed.setup.record(),
+        "cards": [asdict(card) for card in sealed.cards],
+    }
+
+
+def _copy(source: IO[bytes], dest: Path) -> None:
+    with dest.open("x+b", buffering=0) as file:
+        memory.copy(source, file)
+
+
+def obtained(
+    backend: Backend,
+    key: str,
+    blueprints: Mapping[str, Blueprint],
+    form: Callable[[], AbstractContextManager[SealedCluster]],
+) -> SealedCluster:
+    """The kept cluster with that key. It is formed if there is none.
+
+    Args:
+        blueprints: of the machines, by name.
+        form: returns a context manager with the sealed cluster.
+
+    Raises:
+        CacheError: it cannot be kept.
+        LaunchError: what was kept is damaged again and again.
+    """
+    store, names = Store(backend.cache, CLUSTERS, KeptCluster), ", ".join(blueprints)
+    say, about = backend.callbacks.say, f"the cluster of {names}"
+
+    def fill(folder: Path, _lock: int) -> dict[str, object]:
+        say(f"forming {about}. This is done once, and again if its inputs change")
+        try:
+            with form() as sealed:
+                return _write_all(folder, sealed)
+        except OSError as error:
+            raise _FormError(error) from error
+
+    for _ in range(_TRIES):
+        try:
+            kept = store.get(key) or store.make(
+                key, fill, on_busy=lambda: say(f"waiting: another run is forming {about}")
+            )
+        except _FormError as error:
+            raise error.args[0] from None
+        with ExitStack() as stack:
+            try:
+                found = _read_all(backend, kept, blueprints, stack)
+                if not (damage := kept.damage()):
+                    found.stack.push(stack.pop_all())
+                    backend.stack.callback(found.end)
+                    return found
+            except (OSError, ValueError, KeyError) as error:
+                damage = kept.damage() or str(error)
+        store.throw_away(key, kept)
+        backend.callbacks.tell(f"{about} was damaged ({damage}), so it is formed again")
+    raise LaunchError(f"{about} was damaged {_TRIES} times in a row")
+
+
+class _FormError(Exception):
+    """Carries an `OSError` of users past the one of the cache."""
+
+
+def _read_all(
+    backend: Backend, kept: KeptCluster, blueprints: Mapping[str, Blueprint], stack: ExitStack
+) -> SealedCluster:
+    """A kept cluster, open. `stack` closes its files.
+
+    Raises:
+        OSError, ValueError, KeyError: it is damaged.
+    """
+    stack.enter_context(Store.hold(kept.folder))
+    keys: dict[str, str] = json.loads((kept.folder / PRIVATE_KEY).read_text(encoding="utf-8"))
+    members = {
+        name: _read(backend, kept.folder, name, record, blueprints[name], keys[name], stack)
+        for name, record in kept.record["machines"].items()
+    }
+    return SealedCluster(members, kept.record["networks"], ExitStack())
+
+
+def _read(
+    backend: Backend,
+    folder: Path,
+    name: str,
+    record: Mapping[str, Any],
+    blueprint: Blueprint,
+    key: str,
+    stack: ExitStack,
+) -> Sealed:
+    helper, disks = record["helper"], stack.enter_context(blueprint.disks(backend.cache))
+    overlays = tuple(
+        tuple(stack.enter_context((folder / layer).open("rb")) for layer in layers)
+        for layers in record["layers"]
+    )
+    shared = memory.for_clones(folder / f"{name}.{MEMORY}", blueprint.qemu.version)
+    return Sealed(
+        blueprint=blueprint,
+        hostname=record["hostname"],
+        label=record["label"],
+        spec=blueprint.hardware,
+        key=KeyPair.of(key),
+        memory=stack.enter_context(shared),
+        state=stack.enter_context((folder / f"{name}.{STATE}").open("rb", buffering=0)),
+        disks=replace(disks, overlays=overlays),
+        lead=Lead(record["lead"]),
+        held=record["held"],
+        console=(folder / f"{name}.{CONSOLE}").read_text("utf-8"),
+        setup=None if helper is None else HelperSetup.of(blueprint, backend.cache, helper),
+        cards=tuple(Card.read(card) for card in record["cards"]),
+    )
