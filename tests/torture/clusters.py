@@ -2,8 +2,8 @@
 
     python tests/torture/clusters.py --seed 1 --kills 200 --jobs 2
 
-Each round runs one test of `tiny`. Its guests join a network, talk to each other over a bad link, are captured,
-have a power cut, are a cluster, or are forked. When that has begun, pytest is killed with SIGKILL,
+Each round runs one test of `tiny`. Its guests join a network, talk to each other over a bad link, are captured, have
+a power cut, are a cluster that is sealed and cloned, or are forked. When that has begun, pytest is killed with SIGKILL,
 SIGTERM or SIGINT, at a random moment of the next seconds. Then no process that came from it may be alive. After the
 next start there may be no file of it. The same seed kills at the same moments.
 """
@@ -34,6 +34,10 @@ ACTIONS = {  # what a test does again and again
     "cluster": (
         "begun()\n"
         "with vm_factory.cluster(MACHINES) as cluster: ping(cluster.network, cluster['a'], cluster['b'])"
+    ),
+    "sealed": (
+        "with vm_factory.cluster(MACHINES) as cluster:\n    begun()\n    sealed = cluster.seal()\n"
+        "with vm_factory.cluster(sealed) as clone: ping(clone.network, clone['a'], clone['b'])"
     ),
     "fork": (
         "with vm_factory.boot('tiny', **HARDWARE) as vm:\n    begun()\n"
