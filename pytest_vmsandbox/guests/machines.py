@@ -538,11 +538,26 @@ class Machines:
         """Whether a disk can be attached while the guest runs."""
         return self.blueprint.architecture.hot_plug != "none"
 
-    def free_port(self) -> str | None:
-        """A free root port; None if there is none."""
-        taken = {*self.plugged.values(), *(disk.port for disk in self.disks.plugged)}
-        taken |= {it.card.port for it in self.cards}
-        return next((port for port in PORTS if port not in taken), None)
+    def free_port(self, what: str) -> str:
+        """A free root port.
+
+        Args:
+            what: that needs it, for the error.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        taken = {port: name for name, port in self.plugged.items()}
+        taken |= {disk.port: f"the disk {disk.name}" for disk in self.disks.plugged}
+        taken |= {it.card.port: f"a card on {it.card.network}" for it in self.cards}
+        for port in PORTS:
+            if port not in taken:
+                return port
+        raise ConfigError(
+            f"{self.name} has no free port for {what}: {', '.join(sorted(taken.values()))} are in its {len(PORTS)}",
+            remedy="detach a disk first: vm.detach(), or use fewer networks. For disks that are always there, use "
+            "disks=['1GiB']",
+        )
 
     def disk_names(self) -> list[str]:
         """The names that disks of the guest have or may get."""

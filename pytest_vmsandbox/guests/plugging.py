@@ -22,7 +22,6 @@ from pytest_vmsandbox.guests import commands
 from pytest_vmsandbox.guests.commands import Command, StrPath
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines, Running
-from pytest_vmsandbox.machine.cmdline import PORTS
 from pytest_vmsandbox.machine.disk import PluggedDisk, empty_overlay
 
 _SECTOR = 512  # bytes; a disk has a whole number of them
@@ -377,11 +376,7 @@ def _made(
             f"{machines.blueprint.architecture.name} cannot take one",
             remedy="use a disk that is always there: disks=['1GiB'] (marker vm, boot)",
         )
-    if (port := machines.free_port()) is None:
-        raise ConfigError(
-            f"{machines.name} has {len(PORTS)} attached disks, and cannot have more",
-            remedy="detach one first: vm.detach(). For disks that are always there, use disks=['1GiB']",
-        )
+    port = machines.free_port("another disk")
     name = _checked_name(machines, name)
     wish = None if size is None else parse_size(size, "size")
     with ExitStack() as stack:

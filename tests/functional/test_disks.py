@@ -42,7 +42,9 @@ def test_attach_and_detach(vm, tmp_path):
         vm.shell("echo changed >/mnt/file; sync")
         vm.attach_disk(size="1MiB", name="later")
         vm.attach_disk(size="1MiB", name="fourth")
-        with pytest.raises(ConfigError, match="has 4 attached disks"):
+        with pytest.raises(
+            ConfigError, match="has no free port for another disk: the disk .* are in its 4"
+        ):
             vm.attach_disk(size="1MiB")
     assert disks(vm) == ["attached0", "attached1", "data"]
     assert vm.read_text("/mnt/file") == "kept\n"

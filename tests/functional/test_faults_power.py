@@ -106,9 +106,9 @@ def test_watchdog(vm):
         watchdog.fired(60)
         second = boots(vm)
         assert second != first
-        assert vm.engine.machines.free_port() == "port1"
+        assert vm.engine.machines.free_port("a test") == "port1"
     assert vm.shell("cat /sys/bus/pci/devices/*/device").stdout.count("0x25ab") == 0
-    assert vm.engine.machines.free_port() == "port0"
+    assert vm.engine.machines.free_port("a test") == "port0"
     with vm.faults.watchdog("poweroff", seconds=2) as watchdog:
         vm.write_text("/dev/watchdog", "feed me")
         watchdog.fired(60)

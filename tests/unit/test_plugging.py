@@ -144,7 +144,7 @@ class TestAttach:
 
     def test_in_the_first_free_port(self, vm, engine):
         disks = [vm.attach_disk(size="1MiB") for _ in range(4)]
-        with pytest.raises(ConfigError, match="has 4 attached disks") as caught:
+        with pytest.raises(ConfigError, match="no free port for another disk") as caught:
             vm.attach_disk(size="1MiB")
         assert "vm.detach()" in caught.value.remedy
         vm.detach(disks[1])

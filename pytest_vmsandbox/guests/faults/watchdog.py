@@ -148,11 +148,7 @@ class Watchdog(Fault):
 
     def _plug(self, machine: Machine) -> None:
         machines = self._engine.machines
-        if (port := machines.free_port()) is None:
-            raise ConfigError(
-                f"{self._engine.name} has no free port for a watchdog",
-                remedy="detach a disk first: vm.detach()",
-            )
+        port = machines.free_port("a watchdog")
         self._machine, self._since = machine, len(machine.monitor.events())
         machine.execute("watchdog-set-action", {"action": self._action})
         machines.plugged[_ID] = port

@@ -126,13 +126,7 @@ def _free_port(machines: Machines) -> str:
             "no root ports for network cards",
             remedy="use an image such as debian-13",
         )
-    if (port := machines.free_port()) is None:
-        raise ConfigError(
-            f"{machines.name} has no free port for another network card: attached disks, network cards and a "
-            "watchdog share four",
-            remedy="use fewer networks, or put disks that are always there into disks=['1GiB']",
-        )
-    return port
+    return machines.free_port("another network card")
 
 
 def _plug(engine: Engine, seat: Seat) -> None:

@@ -31,12 +31,12 @@ await_card() {
     # udev may be about to rename it.
     if command -v udevadm >/dev/null; then udevadm settle --timeout=10; find_card "$1"; fi
 }
-# A network manager would ask for an address on a card that it does not know, and remove ours.
+# A network manager would ask for an address on a card that it does not know, and remove ours. It may start later.
 keep_managers_away() {
-    if [ -d /run/systemd/netif ] && command -v networkctl >/dev/null; then
+    if command -v networkctl >/dev/null; then
         mkdir -p /run/systemd/network
         printf '[Match]\nMACAddress=%s\n[Link]\nUnmanaged=yes\n' "$1" >"/run/systemd/network/00-vmsandbox-$device.network"
-        networkctl reload >&2
+        if [ -e /run/systemd/netif/state ]; then networkctl reload >&2; fi
     fi
     if command -v nmcli >/dev/null; then nmcli device set "$device" managed no >&2; fi
 }
