@@ -138,10 +138,10 @@ class Engine:
 
         It must not be paused while a call uses it, nor once it is held: by a program that was left
         running, a forwarded port, access by SSH, a QMP command or its console. It is held until it is
-        switched off.
+        switched off. One on a network is never paused.
         """
-        running = self.running
-        if running is None or running.resting or running.held or running.users:
+        running, cards = self.running, self.machines.cards  # others may talk to one with cards
+        if running is None or running.resting or running.held or running.users or cards:
             return 0.0
         return monotonic() - running.last_use
 

@@ -49,8 +49,8 @@ class Guest(TakesDisks, TakesFaults, HasCrashPoints, HasForks):
 
     With more than eight guests per CPU, a guest that has been idle for half a second is paused. The
     next call resumes it, with the right time. A guest is never paused while a call waits for something
-    in it. After `popen`, `forward`, `ssh`, `ssh_command`, `ssh_config`, `console` or `qmp`, it is not
-    paused any more until it is switched off.
+    in it, nor while it is on a network. After `popen`, `forward`, `ssh`, `ssh_command`, `ssh_config`,
+    `console` or `qmp`, it is not paused any more until it is switched off.
 
     Attributes:
         name: unique among the guests of this process. It is also the hostname, except in a cluster.

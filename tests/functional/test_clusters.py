@@ -29,6 +29,7 @@ def test_names_and_networks(vm_cluster):
             guest.run(["ping", "-c1", "-W20", other])
     assert vm_cluster["db2"].spec.memory == 192 * 1024**2
     one, wan = vm_cluster["db1"], vm_cluster.networks["wan"]
+    assert one.engine.idle_seconds == 0.0  # others talk to it, so it is never paused
     vm_cluster["db3"].run(["ping", "-c1", "-W20", str(wan.address(one))])
     with pytest.raises(ConfigError, match="not on the network 'wan'"):
         wan.address(vm_cluster["db2"])
