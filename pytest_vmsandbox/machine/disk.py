@@ -127,7 +127,7 @@ class Disks:
         return replace(self, overlays=overlays, plugged=plugged)
 
     def frozen(self, stack: ExitStack) -> Disks:
-        """The same disks, with all files opened again read-only. `stack` closes them."""
+        """The same disks, with the files of all disks opened again read-only. `stack` closes them."""
 
         def again(files: Sequence[IO[bytes]]) -> tuple[IO[bytes], ...]:
             return tuple(
@@ -144,7 +144,8 @@ class Disks:
             )
             for disk in self.plugged
         )
-        return replace(self, overlays=tuple(map(again, self.overlays)), plugged=plugged)
+        base = None if self.base is None else again([self.base])[0]
+        return replace(self, base=base, overlays=tuple(map(again, self.overlays)), plugged=plugged)
 
     @property
     def plugged_in(self) -> list[PluggedDisk]:
