@@ -64,6 +64,7 @@ HELPERS = Kind(folder="helpers", record="helper.json", schema=1)
 EMULATORS = Kind(folder="emulators", record="emulator.json", schema=1)
 DOWNLOADS = Kind(folder="downloads", record="download.json", schema=1)
 KEPT = Kind(folder="kept", record="kept.json", schema=1, private=True)
+RECORDED = Kind(folder="recorded", record="recorded.json", schema=1, private=True)
 # An image takes minutes to build: only a command removes it. Nobody can make a kept guest again.
 _MADE_ANEW = (TEMPLATES, CLUSTERS, ENVIRONMENTS, KERNELS, HELPERS, EMULATORS)
 
@@ -256,7 +257,7 @@ class Store(Generic[E]):
         with files.locked(folder / IN_USE, shared=True, on_busy=lambda: None) as descriptor:
             with suppress(OSError):  # the cache may be read-only
                 os.utime(folder / IN_USE)
-                if not (folder / KEPT.record).exists():
+                if not any((folder / kind.record).exists() for kind in (KEPT, RECORDED)):
                     _let_others_read(folder)  # a copy of the cache may have lost these modes
             yield descriptor
 
@@ -375,7 +376,8 @@ def tidy(cache: Path, say: Callable[[str], object]) -> int:
         TeardownError: something cannot be removed.
     """
     freed = sum(
-        Store(cache, kind, Entry).sweep() for kind in (IMAGES, DOWNLOADS, KEPT, *_MADE_ANEW)
+        Store(cache, kind, Entry).sweep()
+        for kind in (IMAGES, DOWNLOADS, KEPT, RECORDED, *_MADE_ANEW)
     )
     old = [
         Store(cache, TEMPLATES, Entry).discard(

@@ -22,6 +22,7 @@ _COMMANDS = {  # name → help
     "shell": "Open an interactive shell in a fresh guest.",
     "enter": "Enter the kept guest of a failed test.",
     "kept": "List, share and remove the kept guests of failed tests.",
+    "replay": "Repeat a recorded run of a test (experimental).",
     "clean": "Remove processes and files that killed runs left behind.",
     "bench": "Measure on this machine what guests cost.",
 }

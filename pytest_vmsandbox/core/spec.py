@@ -78,6 +78,7 @@ class Hardware:
         firmware: what boots the guest: ``kernel`` (QEMU itself, without a boot loader), ``uefi`` or
             ``bios``; None for what the image says.
         tpm: whether the guest has a TPM 2.0; None for what the image says.
+        recorded: whether what runs in it can be recorded and repeated. Users cannot ask for it here.
     """
 
     cpus: int = 1
@@ -89,6 +90,7 @@ class Hardware:
     kernel: Path | None = None
     firmware: Firmware | None = None
     tpm: bool | None = None
+    recorded: bool = False
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
         """This hardware with some arguments changed.

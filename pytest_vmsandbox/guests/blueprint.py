@@ -168,6 +168,7 @@ class Blueprint:
             folder=folder,
             frozen=frozen,
             uefi=self.uefi,
+            recorded=self.hardware.recorded,
         )
 
     def with_network(self, network: Network) -> Blueprint:
@@ -210,6 +211,7 @@ class Blueprint:
             memory=0 if start is Start.CLONED else None,
             base=None if self.built.disk is None else 0,
             modules=None if spec.modules is None else 0,
+            request=0 if self.hardware.recorded else None,
             overlays=((0,),) * self._count_of_disks,
         )
         return cmdline.argv(spec, fds)

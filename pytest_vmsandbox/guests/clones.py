@@ -46,6 +46,14 @@ class Clones:
             except NoTemplateError as error:
                 self._fall_back(blueprint, steps, error)
 
+    def opened(self, blueprint: Blueprint, steps: Sequence[Step]) -> OpenTemplate:
+        """The open template of such guests.
+
+        Raises:
+            NoTemplateError: they cannot be cloned.
+        """
+        return self._builder.obtain(blueprint, steps)
+
     def guest(
         self, blueprint: Blueprint, prepared: PreparedImage, stack: ExitStack, hostname: str = ""
     ) -> Guest | None:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import overload
 
 from pytest_vmsandbox.core import spec
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests import recording
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -29,7 +31,8 @@ from pytest_vmsandbox.guests.networks.network import Addressing, Network
 from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.template_builder import doer, grow
+from pytest_vmsandbox.guests.recording import RecordedRun, Sealed
+from pytest_vmsandbox.guests.template_builder import OpenTemplate, doer, grow
 
 
 class GuestFactory(MakesClusters):
@@ -314,6 +317,32 @@ class GuestFactory(MakesClusters):
             )
             self._provisioned[image] = PreparedImage(image=image, steps=steps)
         return self._provisioned[image]
+
+    def recorded(
+        self, image: PreparedImage, hardware: Hardware, folder: Path, stack: ExitStack
+    ) -> tuple[RecordedRun, OpenTemplate, str]:
+        """A guest whose run is recorded, its template, and the digest of all that the run depends on.
+
+        Args:
+            folder: for the recording.
+            stack: ends the guest.
+
+        Raises:
+            ConfigError: such guests cannot be recorded.
+            VMSandboxError: there is no such guest.
+        """
+        blueprint = self.backend.blueprint(image.image, hardware)
+        recording.check(blueprint)
+        opened = self._clones.opened(blueprint, image.steps)
+        with opened.template.state() as state:
+            sealed = Sealed(
+                memory=opened.memory, state=state, layers=opened.template.layers, key=opened.key
+            )
+            name = self.backend.name(blueprint.image)
+            run = RecordedRun.started(
+                self.backend, blueprint, sealed, folder, name=name, mode="record", stack=stack
+            )
+        return run, opened, blueprint.digest
 
     def expect(self, image: str | PreparedImage, hardware: Hardware, count: int = 1) -> None:
         """Note that `count` guests of a kind will be asked for.

@@ -408,6 +408,8 @@ class Machines:
 
     def _go_on(self, machine: Machine, helper: Helper, meet: Meet) -> None:
         """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
+        if self.disks.recording is not None:
+            return  # it goes on when it is told to
         if self.has_helper:
             resume.from_state(machine, helper, meet)
         elif machine.execute("query-status")["status"] != _PANICKED:

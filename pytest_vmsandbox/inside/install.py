@@ -222,6 +222,12 @@ def install_project(guest: Guest, payload: Payload) -> None:
         tree_copy.push(guest.engine.stream_script, tree, there.outside[str(tree.root)])
 
 
+def await_request(guest: Guest, place: GuestPaths) -> None:
+    """Let a guest that will be recorded wait for its request, on a disk."""
+    argv = [place.python, "-I", "-S", place.runner, "wait", place.folder]
+    guest.run(argv, user="root")
+
+
 @contextmanager
 def _folder(files: Mapping[str, bytes]) -> Iterator[Path]:
     """A temporary folder with some files, with modes for a guest."""

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from pytest_vmsandbox.core.architecture import Architecture
 from pytest_vmsandbox.core.spec import MIB, Hardware
-from pytest_vmsandbox.machine import cards
+from pytest_vmsandbox.machine import cards, counting
 from pytest_vmsandbox.machine.cards import Card, Connected
+from pytest_vmsandbox.machine.counting import RecordingDescriptors
 from pytest_vmsandbox.machine.firmware import Uefi
 
 NETDEV = "n0"
 NETWORK_CARD = "nic0"
 ROOT_DISK = "root"
 MODULES_DISK = "modules"  # of a kernel that is not the image's own
+REQUEST_DISK = "request"  # of a guest that can be recorded
+RECORDED_GENERATION = "6f8a2c1e-3d54-4b7a-9e10-52c7d9b0a4f3"  # the same each time
 HELPER_PORT = "vmsandbox.helper"
 PORTS = ("port0", "port1", "port2", "port3")  # for devices that come while the guest runs
 _PORTS_SLOT = 0x1C  # on the board, as on real ones; a guest with eight disks fills 0x01 to 0x0e
@@ -62,6 +65,8 @@ class Descriptors:
             file is on top of the one before. Only the last one is written.
         plugged: the disks in root ports.
         cards: the network cards in root ports, and a socket for each; None for one on no network.
+        request: the disk that tells a guest what to run while it is recorded.
+        recording: None for a machine that is not recorded.
     """
 
     monitor: int = 3
@@ -78,6 +83,8 @@ class Descriptors:
     overlays: tuple[tuple[int, ...], ...] = ()
     plugged: tuple[PluggedDescriptors, ...] = ()
     cards: tuple[tuple[Card, int | None], ...] = ()
+    request: int | None = None
+    recording: RecordingDescriptors | None = None
 
 
 class Start(Enum):
@@ -156,6 +163,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *memory(spec, fds),
         *monitor(spec, fds),
         *console(fds),
+        *report(spec, fds),
         *helper(spec, fds),
         *display(spec),
         *kernel(spec, fds),
@@ -163,12 +171,14 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *tpm(spec, fds),
         *disks(spec, fds),
         *modules(spec, fds),
+        *request(spec, fds),
         *network(spec),
         *entropy(spec),
         *panic(spec),
         *ports(spec),
         *plugged_disks(spec, fds),
         *plugged_cards(fds),
+        *(counting.arguments(fds.recording, NETDEV) if spec.hardware.recorded else []),
         *confinement(),
         *loading(spec),
         *spec.more_args,
@@ -260,7 +270,21 @@ def monitor(spec: MachineSpec, fds: Descriptors) -> list[str]:
 
 def console(fds: Descriptors) -> list[str]:
     """The serial console on a socket."""
-    return ["-chardev", f"socket,id=console,fd={fds.console}", "-serial", "chardev:console"]
+    file = None if fds.recording is None else fds.recording.console
+    return _serial("console", f"socket,id=console,fd={fds.console}", file)
+
+
+def report(spec: MachineSpec, fds: Descriptors) -> list[str]:
+    """A second serial port, by which a guest reports while it is recorded."""
+    file = None if fds.recording is None else fds.recording.report
+    return _serial("report", "null,id=report", file) if spec.hardware.recorded else []
+
+
+def _serial(name: str, usual: str, file: int | None) -> list[str]:
+    """A serial port, and what it writes to: a file if there is one."""
+    chosen = usual if file is None else f"file,id={name},path=/dev/fdset/{file}"
+    its = [] if file is None else _descriptor_set(file)
+    return [*its, "-chardev", chosen, "-serial", f"chardev:{name}"]
 
 
 def helper(spec: MachineSpec, fds: Descriptors) -> list[str]:
@@ -348,10 +372,11 @@ def disks(spec: MachineSpec, fds: Descriptors) -> list[str]:
         below = "base" if name == ROOT_DISK else None
         for depth, number in enumerate(layers):
             is_top = depth == len(layers) - 1
-            node = name if is_top else f"{name}.{depth}"
+            node = name if is_top and fds.recording is None else f"{name}.{depth}"
             args += _descriptor_set(number)
             args += ["-blockdev", json.dumps(overlay(node, number, below, read_only=not is_top))]
             below = node
+        args += _replayed(name, below, fds, read_only=False)
         device = _disk(spec.architecture, name, node=name)
         if name == ROOT_DISK and fds.kernel is None:
             device["bootindex"] = "0"
@@ -367,6 +392,25 @@ def modules(spec: MachineSpec, fds: Descriptors) -> list[str]:
     block = json.dumps(_base(name, fds.modules))
     device = _device(_disk(spec.architecture, name, node=name))
     return [*_descriptor_set(fds.modules), "-blockdev", block, "-device", device]
+
+
+def request(spec: MachineSpec, fds: Descriptors) -> list[str]:
+    """The last disk of a guest that can be recorded. It is blank until the guest is recorded."""
+    if fds.request is None:
+        return []
+    node = REQUEST_DISK if fds.recording is None else f"{REQUEST_DISK}.0"
+    return [
+        *_descriptor_set(fds.request),
+        *("-blockdev", json.dumps(_base(node, fds.request))),
+        *_replayed(REQUEST_DISK, node, fds, read_only=True),
+        *("-device", _device(_disk(spec.architecture, REQUEST_DISK, node=REQUEST_DISK))),
+    ]
+
+
+def _replayed(name: str, below: str | None, fds: Descriptors, *, read_only: bool) -> list[str]:
+    """A block device that ends requests when they ended in the recording."""
+    device = {"driver": "blkreplay", "node-name": name, "read-only": read_only, "image": below}
+    return [] if fds.recording is None else ["-blockdev", json.dumps(device)]
 
 
 def _disk(architecture: Architecture, name: str, *, node: str) -> dict[str, str]:
@@ -488,10 +532,14 @@ def network(spec: MachineSpec) -> list[str]:
 
 
 def entropy(spec: MachineSpec) -> list[str]:
-    """Random numbers, and a generation id that tells a kernel that it was cloned."""
-    generation = ["-device", f"vmgenid,id=generation,guid={spec.generation}"]
+    """Random numbers, and a generation id that tells a kernel that it was cloned.
+
+    QEMU does not record what its source of random numbers gives. So a guest that can be recorded has none.
+    """
+    guid = RECORDED_GENERATION if spec.hardware.recorded else spec.generation
+    generation = ["-device", f"vmgenid,id=generation,guid={guid}"]
     return [
-        *("-device", f"{virtio('rng', spec)},id=entropy"),
+        *([] if spec.hardware.recorded else ["-device", f"{virtio('rng', spec)},id=entropy"]),
         *(generation if spec.architecture.has_generation else []),
     ]
 

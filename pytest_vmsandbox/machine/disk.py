@@ -20,6 +20,23 @@ from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine.firmware import Flash, Uefi
 
 _CREATE_SECONDS = 60.0
+REQUEST_SIZE = 4 << 20  # bytes of the disk that tells a guest what to run while it is recorded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """The open files of a machine that is recorded, or repeats what was recorded.
+
+    Attributes:
+        mode: ``record`` or ``replay``.
+        log: what came from outside.
+        console, report: what its two serial ports have written.
+    """
+
+    mode: str
+    log: IO[bytes]
+    console: IO[bytes]
+    report: IO[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +81,8 @@ class Disks:
         sizes: bytes of each disk, as the guest sees it.
         plugged: the disks that were attached to the guest. The guest may not have some of them now.
         flash: the files of UEFI firmware, or None without it.
+        request: the file of the disk that tells a guest what to run while it is recorded.
+        recording: the files of a machine that is recorded, or repeats what was recorded.
     """
 
     base: IO[bytes] | None
@@ -71,6 +90,8 @@ class Disks:
     sizes: tuple[int, ...] = ()
     plugged: tuple[PluggedDisk, ...] = ()
     flash: Flash | None = None
+    request: IO[bytes] | None = None
+    recording: Recording | None = None
 
     @classmethod
     @contextmanager
@@ -83,6 +104,7 @@ class Disks:
         folder: Path,
         frozen: Sequence[Sequence[Path]] = (),
         uefi: Uefi | None = None,
+        recorded: bool = False,
     ) -> Iterator[Disks]:
         """Fresh disks. What the guest writes to them is removed at the end.
 
@@ -93,6 +115,7 @@ class Disks:
             folder: on a file system with room for what the guest writes.
             frozen: read-only files with what was written to each disk before, lowest first.
             uefi: the guest's UEFI firmware, or None without it.
+            recorded: whether what runs in the guest can be recorded.
 
         Raises:
             ImageError: `base` cannot be read.
@@ -109,7 +132,16 @@ class Disks:
                 layers: list[IO[bytes]] = [stack.enter_context(path.open("rb")) for path in below]
                 overlays.append((*layers, stack.enter_context(empty_overlay(size, folder))))
             flash = stack.enter_context(Flash.open(uefi, folder)) if uefi is not None else None
-            yield cls(base=base_file, overlays=tuple(overlays), sizes=tuple(sizes), flash=flash)
+            request: IO[bytes] | None = None
+            if recorded:
+                request = stack.enter_context(_blank(REQUEST_SIZE, folder))
+            yield cls(
+                base=base_file,
+                overlays=tuple(overlays),
+                sizes=tuple(sizes),
+                flash=flash,
+                request=request,
+            )
 
     def on_top(self, fresh: Callable[[int], IO[bytes]]) -> Disks:
         """The same disks, with an empty file on top of each that the guest can write to.
@@ -174,6 +206,13 @@ def image_file(path: Path) -> BufferedReader:
             f"the image is damaged: {path} cannot be read: {error.strerror}",
             remedy="build the image again: vmsandbox images build NAME --force",
         ) from error
+
+
+def _blank(size: int, folder: Path) -> IO[bytes]:
+    """A file of zeros, without a name, that can only be read."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        os.ftruncate(file.fileno(), size)
+        return Path(f"/proc/self/fd/{file.fileno()}").open("rb", buffering=0)
 
 
 def empty_overlay(size: int, folder: Path) -> IO[bytes]:

@@ -85,6 +85,9 @@ class Drives:
         if fds.modules is not None:
             self._storage[cmdline.MODULES_DISK] = cmdline.MODULES_DISK
             self._read_only.add(cmdline.MODULES_DISK)
+        if fds.request is not None:
+            self._storage[cmdline.REQUEST_DISK] = cmdline.REQUEST_DISK
+            self._read_only.add(cmdline.REQUEST_DISK)
         self.own.update(self._storage.values())
         for disk in fds.plugged:
             nodes = [

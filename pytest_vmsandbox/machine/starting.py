@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.machine import cmdline, host, memory, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.machine.disk import Disks, image_file
+from pytest_vmsandbox.machine.counting import RecordingDescriptors
+from pytest_vmsandbox.machine.disk import Disks, Recording, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.loop import LoopThread
@@ -138,8 +140,23 @@ def descriptors(
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),
         plugged=tuple(descriptors_of(disk, give) for disk in disks.plugged_in),
         cards=tuple((it.card, give(it.end) if it.end else None) for it in spec.cards),
+        request=give(disks.request) if disks.request is not None else None,
+        recording=_of_recording(disks.recording, give),
     )
     return fds, given
+
+
+def _of_recording(
+    recording: Recording | None, give: Callable[[IO[bytes]], int]
+) -> RecordingDescriptors | None:
+    if recording is None:
+        return None
+    return RecordingDescriptors(
+        mode=recording.mode,
+        log=give(recording.log),
+        console=give(recording.console),
+        report=give(recording.report),
+    )
 
 
 def channel(

@@ -104,6 +104,13 @@ def add_options(parser: pytest.Parser) -> None:
         "are saved at the moment of the failure, and the summary shows how to enter them",
     )
     group.addoption(
+        "--vm-record",
+        action="store_true",
+        default=None,
+        help="experimental: record each test inside a guest, and keep the runs that fail for 'vmsandbox replay'. "
+        "Emulated only. Each test has a guest of its own",
+    )
+    group.addoption(
         "--vm-artifacts",
         metavar="DIR",
         help="folder for the artifacts of failed tests (default: beside pytest's temporary folders)",
@@ -319,6 +326,7 @@ def which_guest(config: pytest.Config) -> list[str]:
         *(f"--vm={pattern}" for pattern in config.getoption("--vm") or ()),
         *(f"--vm-kernel={kernel}" for kernel in config.getoption("--vm-kernel") or ()),
         *(["--in-vm"] if config.getoption("--in-vm") else []),
+        *(["--vm-record"] if record(config) else []),
         *([f"--vm-isolation={isolation}"] if isolation else []),
         *([f"--vm-repeat={count}"] if (count := repetitions(config)) else []),
         *(["--vm-noise"] if config.getoption("--vm-noise") else []),
@@ -343,6 +351,11 @@ def isolation(config: pytest.Config) -> Isolation:
 def repetitions(config: pytest.Config) -> int:
     """How many times each test with a guest runs, if `--vm-repeat` says so; else 0."""
     return config.getoption("--vm-repeat") or 0
+
+
+def record(config: pytest.Config) -> bool:
+    """Whether tests inside are recorded."""
+    return bool(config.getoption("--vm-record"))
 
 
 def keep(config: pytest.Config) -> str | None:

@@ -160,14 +160,15 @@ def store(
         item.add_marker(pytest.mark.skip(reason=skip))
     if xfail not in (None, old.xfail):
         item.add_marker(pytest.mark.xfail(reason=xfail))
+    is_recorded = is_inside and options.record(run.config)
+    is_alone = is_recorded or options.repetitions(run.config)
+    hardware = replace(request.hardware, kernel=variant.kernel, recorded=is_recorded)
     item.stash[PLAN] = Plan(
         image=image,
-        hardware=run.catalogue.get(image).hardware(
-            replace(request.hardware, kernel=variant.kernel), {}
-        ),
+        hardware=run.catalogue.get(image).hardware(hardware, {}),
         release=variant.release,
         is_inside=is_inside,
-        isolation="test" if options.repetitions(run.config) else request.isolation or default,
+        isolation="test" if is_alone else request.isolation or default,
         plain=plain,
         is_remote=is_remote,
         indices=plans.plain_indices(item),

@@ -5,7 +5,9 @@ import os
 import sys
 
 sys.path.append(os.path.dirname(sys.path.pop(0)))
-module = "runner.terminal" if sys.argv[1] == "lend" else "runner.supervisor"
+module = {"lend": "runner.terminal", "wait": "runner.recorded"}.get(
+    sys.argv[1], "runner.supervisor"
+)
 program = getattr(importlib.import_module(module), sys.argv[1])
 sys.path.pop()
 program(sys.argv[2])

@@ -86,7 +86,8 @@ class Leases:
         if plan.place not in self._leases:
             self._leases[plan.place] = self._provisioner.open(plan)
         lease = self._leases[plan.place]
-        self._run.note_use(lease.guest)
+        if not lease.is_recorded:  # else nobody can ask it anything
+            self._run.note_use(lease.guest)
         try:
             if lease.session is None:
                 lease.start(item.config.rootpath)
@@ -225,7 +226,7 @@ class Leases:
 
     def _bring_back(self, lease: Lease) -> None:
         """Bring back files that tests have written into the project. The guest's session is over."""
-        if not lease.has_collected or lease.is_untouched:
+        if not lease.has_collected or lease.is_untouched or lease.is_recorded:
             return
         if lease.guest.engine.loss is not None:
             self._note_loss(lease)

@@ -205,6 +205,8 @@ class Inside:
     def _keep(self, lease: Lease, attempts: list[Attempt], records: list[Record]) -> None:
         """Keep the results of a test. From now on they are not lost with its guest."""
         lease.has_failed |= any(each.has_failed for each in attempts)
+        failures = [it.longreprtext for each in attempts for it in each.reports if it.failed]
+        lease.failure = "\n".join(failures)
         for record in records:
             record()
 

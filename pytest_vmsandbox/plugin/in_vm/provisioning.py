@@ -24,17 +24,20 @@ from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.inside import distributions, install, project, requirements
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.install import Installed, Payload
+from pytest_vmsandbox.inside.recorded import RecordedConnection
 from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin import config as options
 from pytest_vmsandbox.plugin.in_vm import guest_config, other_plugins
 from pytest_vmsandbox.plugin.in_vm.hooks import end_run
 from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
+from pytest_vmsandbox.plugin.in_vm.recording import Keeper
 from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
 from pytest_vmsandbox.plugin.run import Run
 
 _SUGGESTED = 3  # images
+_RECORDING = 4.0  # by how much a test takes longer while it is recorded
 COLLECT_SECONDS = 60.0  # for pytest in the guest to collect; longer on a slow host
 _NO_PLUGIN = re.compile(r'Error importing plugin "([\w.-]+)"')
 _NO_MODULE = re.compile(r"No module named '(\w+)")
@@ -51,7 +54,9 @@ class Lease:
         said: messages of its session that were not passed on yet.
         has_collected: whether a session there has collected, and its messages were passed on.
         has_failed: whether a test there has failed.
+        failure: how the last one did, as pytest shows it; empty if it passed.
         is_untouched: whether its session says that no file was written there.
+        is_recorded: whether its run is recorded. Then nothing else can be done in the guest.
     """
 
     guest: Guest
@@ -66,7 +71,9 @@ class Lease:
     said: list[Message] = field(default_factory=list)
     has_collected: bool = False
     has_failed: bool = False
+    failure: str = ""
     is_untouched: bool = False
+    is_recorded: bool = False
 
     def start(self, root: Path) -> None:
         """Start a session and let it collect.
@@ -143,35 +150,65 @@ class Provisioner:
         image = factory.with_step(plan.image, install.environment_step(payload))
         if alone:
             image = factory.with_step(image, self._session_step(plan))
-            self._expect(plan, image)
+            if not plan.hardware.recorded:
+                self._expect(plan, image)
+        if plan.hardware.recorded:
+            return self._recorded(plan, image, payload)
         with ExitStack() as stack:
             guest = stack.enter_context(factory.lease(image, plan.hardware))
             if not alone:
                 install.install_project(guest, payload)
-            installed = install.layout(guest, payload)
             connection = stack.enter_context(
-                Connection.attached(guest, installed.place, patience=patience, serve=not alone)
+                Connection.attached(
+                    guest,
+                    install.layout(guest, payload).place,
+                    patience=patience,
+                    serve=not alone,
+                )
             )
-            lease = Lease(
-                guest=guest,
-                payload=payload,
-                tree=installed.tree,
-                place=installed.place,
-                connection=connection,
-                reader=ReportReader(
-                    installed.tree,
-                    self._config.rootpath,
-                    installed.outside,
-                    outcomes=guest_config.outcomes(self._config),
-                ),
-                config={
-                    **self._session_config(plan, installed, _own(guest)),
-                    "debugging": self._debugging(installed.place),
-                },
-                stack=stack,
-            )
+            lease = self._lease(plan, connection, payload, stack)
             if alone:
-                self._resume(lease, plan.kind)
+                self._resume(lease, plan.kind, lease.guest.engine.facts)
+            lease.stack = stack.pop_all()
+            return lease
+
+    def _lease(
+        self, plan: Plan, connection: Connection, payload: Payload, stack: ExitStack
+    ) -> Lease:
+        guest = connection.guest
+        installed = install.layout(guest, payload)
+        return Lease(
+            guest=guest,
+            payload=payload,
+            tree=installed.tree,
+            place=installed.place,
+            connection=connection,
+            reader=ReportReader(
+                installed.tree,
+                self._config.rootpath,
+                installed.outside,
+                outcomes=guest_config.outcomes(self._config),
+            ),
+            config={
+                **self._session_config(plan, installed, _own(guest)),
+                "debugging": self._debugging(installed.place),
+            },
+            stack=stack,
+            is_recorded=plan.hardware.recorded,
+        )
+
+    def _recorded(self, plan: Plan, image: PreparedImage, payload: Payload) -> Lease:
+        """A guest whose run is recorded. The recording is kept if the test fails."""
+        factory = self._run.factory
+        patience = _RECORDING * factory.backend.patience(plan.image)
+        with ExitStack() as stack:
+            recording = stack.enter_context(
+                Keeper.recording(self._run, factory, image, plan.hardware)
+            )
+            connection = RecordedConnection(recording.run, patience=patience)
+            lease = self._lease(plan, connection, payload, stack)
+            recording.failure = lambda: lease.failure
+            self._resume(lease, plan.kind, recording.opened.template.facts)
             lease.stack = stack.pop_all()
             return lease
 
@@ -253,6 +290,8 @@ class Provisioner:
             patience = self._run.factory.backend.patience(plan.image)
             with Connection.attached(guest, installed.place, patience=patience) as connection:
                 found, said = started(connection, config)
+            if plan.hardware.recorded:
+                install.await_request(guest, installed.place)
             return {"collected": vars(found.collected), "said": said}
 
         known = self._session_config(plan, install.layout(None, payload), {})
@@ -317,16 +356,19 @@ class Provisioner:
     def _debugging(self, place: GuestPaths) -> dict[str, object]:
         return guest_config.debugging(self._config, place.folder)
 
-    def _resume(self, lease: Lease, kind: Place) -> None:
-        """Take over the session that waits in a clone."""
-        facts: Any = lease.guest.engine.facts
+    def _resume(self, lease: Lease, kind: Place, facts: Any) -> None:
+        """Take over the session that waits in a clone.
+
+        Args:
+            facts: of the clone's template.
+        """
         try:
             lease.session, lease.said = GuestSession.woken(
                 lease.connection,
                 facts["collected"],
                 environment=_own(lease.guest),
                 fixtures=guest_config.fixtures(self._config),
-                debugging=self._debugging(lease.place),
+                debugging={} if lease.is_recorded else self._debugging(lease.place),
                 timeout=COLLECT_SECONDS * lease.connection.patience,
             )
         except InterpreterLost as error:

@@ -1,0 +1,60 @@
+"""A test inside that fails is recorded, and repeated to the byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from support.environment import without_ours
+
+SUITE = """
+import os, random, subprocess, threading, time, uuid
+
+import pytest
+
+pytestmark = pytest.mark.in_vm
+
+
+def test_passes(tmp_path):
+    (tmp_path / "file").write_bytes(os.urandom(1000))
+
+
+def test_fails():
+    order = []
+    threads = [threading.Thread(target=order.append, args=[number]) for number in range(4)]
+    for each in threads:
+        each.start()
+    subprocess.run(["sync"], check=True)
+    print(uuid.uuid4(), time.time_ns(), order, {random.random()})
+    assert not uuid.uuid4()
+"""
+
+
+def run(folder, *args):
+    return subprocess.run(
+        [sys.executable, "-P", "-m", *args],
+        env=without_ours(), cwd=folder, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+def test_a_failure_repeats_to_the_byte(tmp_path):
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nvm_requirements = pytest\n")
+    done = run(tmp_path, "pytest", "-p", "no:cacheprovider", "--vm-record", "--vm-accel=tcg")
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    line = "vmsandbox replay 'test_suite.py::test_fails[debian-13]'"
+    assert line in done.stdout
+    assert "test_passes[debian-13]'" not in done.stdout
+    (found,) = set(re.findall(r"assert not UUID\('[-0-9a-f]{36}'\)", done.stdout))
+
+    node = "test_suite.py::test_fails"
+    again = run(tmp_path, "pytest_vmsandbox", "replay", node, "--times=2", "--output=out")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert re.findall("replay ([12]) of 2: .*, the same as recorded", again.stdout) == ["1", "2"]
+    assert found in again.stdout  # how it failed
+    assert found.encode() in (tmp_path / "out" / "report").read_bytes()
+
+    none = run(tmp_path, "pytest_vmsandbox", "replay", "test_suite.py::test_passes")
+    assert none.returncode == 2
+    assert "no run of" in none.stderr

@@ -1,0 +1,66 @@
+"""Recorded runs: the count of a saved machine, what is compared, and which recording is meant."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.guests.recording import CONSOLE, REPORT, difference
+from pytest_vmsandbox.guests.recordings import Recorded, RecordedStore
+from pytest_vmsandbox.machine.counting import from_zero
+
+COUNT = b"\x05\x0ctimer/icount" + struct.pack(">I", 1)
+
+
+class TestCounting:
+    def test_time_of_instructions_is_added_to_the_clock(self):
+        state = b"before" + COUNT + struct.pack(">qq", 500, 1000) + b"after"
+        assert from_zero(state) == b"before" + COUNT + struct.pack(">qq", 500 + 8000, 0) + b"after"
+
+    @pytest.mark.parametrize("state", [b"no count", 2 * (COUNT + bytes(16))])
+    def test_a_state_without_one_count_is_refused(self, state):
+        with pytest.raises(LaunchError, match="count of instructions"):
+            from_zero(state)
+
+
+class TestDifference:
+    @pytest.mark.parametrize(
+        ("name", "other", "expected"),
+        [(REPORT, b"abX", "report, byte 2 of 3"), (CONSOLE, b"ab", "console, byte 2 of 3"),
+         (CONSOLE, b"abc", "")],
+    )  # fmt: skip
+    def test_tells_the_first_byte(self, tmp_path, name, other, expected):
+        for folder in (first := tmp_path / "1", second := tmp_path / "2"):
+            folder.mkdir()
+            for file in (REPORT, CONSOLE):
+                (folder / file).write_bytes(b"abc")
+        (second / name).write_bytes(other)
+        assert difference(first, second) == expected
+
+
+class TestFinding:
+    @pytest.fixture
+    def store(self, tmp_path, monkeypatch):
+        every = [
+            Recorded(folder=tmp_path / str(number), record={"nodeid": nodeid, "rootdir": rootdir})
+            for number, (nodeid, rootdir) in enumerate(
+                [("a/test_x.py::test_1[debian-13]", "/p"), ("test_y.py::test_1[debian-13]", "/p"),
+                 ("test_x.py::test_1[debian-13]", "/q")]
+            )
+        ]  # fmt: skip
+        monkeypatch.setattr(RecordedStore, "all", lambda _: every)
+        return RecordedStore(tmp_path)
+
+    @pytest.mark.parametrize("asked", ["a/test_x.py::test_1[debian-13]", "test_x.py::test_1"])
+    def test_finds_it_in_its_project(self, store, tmp_path, asked):
+        assert store.find(asked, tmp_path.__class__("/p/a")).nodeid.startswith("a/test_x.py")
+
+    def test_several_or_none_are_refused(self, store, tmp_path):
+        here = tmp_path.__class__("/p")
+        with pytest.raises(ConfigError, match="one of 2 recorded tests"):
+            store.find("test_1", here)
+        with pytest.raises(ConfigError, match="no run of 'test_2' was recorded") as raised:
+            store.find("test_2", here)
+        assert "--vm-record" in raised.value.remedy
