@@ -11,52 +11,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TORTURE = Path(__file__).resolve().parents[1] / "torture"
 
 
-def test_pytest_killed_at_random_moments():
+@pytest.mark.parametrize(
+    ("program", "kills", "options"),
+    [
+        ("kill.py", 6, "--seed 20261123 --longest 15"),
+        ("builds.py", 10, "--seed 20261129"),
+        ("keep.py", 10, "--seed 20261129 --jobs 2 --longest 1.5"),
+        ("clusters.py", 10, "--seed 20261129 --jobs 2 --longest 1.5"),
+        ("faults.py", 11, "--seed 20261129 --jobs 2 --longest 1.5"),
+    ],
+    ids=["tests", "builds of images", "keeping", "clusters", "faults"],
+)
+def test_killed_at_random_moments(program, kills, options):
     done = subprocess.run(
-        [sys.executable, "-P", TORTURE / "kill.py", "--seed", "20261123", "--kills", "6", "--longest", "15"],
+        [sys.executable, "-P", TORTURE / program, "--kills", str(kills), *options.split()],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("6 passed, 0 failed\n")
-
-
-def test_builds_of_images_killed_at_random_moments():
-    done = subprocess.run(
-        [sys.executable, "-P", TORTURE / "builds.py", "--seed", "20261129", "--kills", "10"],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("10 passed, 0 failed\n")
-
-
-def test_pytest_killed_while_it_keeps_guests():
-    done = subprocess.run(
-        [sys.executable, "-P", TORTURE / "keep.py", "--seed", "20261129", "--kills", "10", "--jobs", "2",
-         "--longest", "1.5"],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("10 passed, 0 failed\n")
-
-
-def test_pytest_killed_while_faults_are_in_force():
-    done = subprocess.run(
-        [sys.executable, "-P", TORTURE / "faults.py", "--seed", "20261129", "--kills", "11", "--jobs", "2",
-         "--longest", "1.5"],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("11 passed, 0 failed\n")
-
-
-def test_pytest_killed_while_guests_talk():
-    done = subprocess.run(
-        [sys.executable, "-P", TORTURE / "clusters.py", "--seed", "20261129", "--kills", "10", "--jobs", "2",
-         "--longest", "1.5"],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("10 passed, 0 failed\n")
+    assert done.stdout.endswith(f"{kills} passed, 0 failed\n")

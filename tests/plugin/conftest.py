@@ -193,6 +193,13 @@ class Suite:
         """Run in a process of its own: what it imports stays there."""
         return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *args, timeout=60)
 
+    def check(self, source, *args, apart=False, **outcomes):
+        """Write and run tests, which must end like this; what happened to guests. The result is in `result`."""
+        self.write(source)
+        self.result = (self.run_apart if apart else self.run)(*args)
+        self.result.assert_outcomes(**outcomes)
+        return self.guests
+
     def ids(self, *args):
         """The tests that are collected, in order."""
         lines = self.run("--collect-only", "-q", *args).outlines

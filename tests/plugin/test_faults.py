@@ -12,13 +12,11 @@ FAULT = re.compile(rf"(fault in \S+: .*?) \(began {WHEN}, (still in force|ended 
 def shown(suite):
     """Runs a file. Returns what is shown of faults, and what happened to guests without their ends."""
 
-    def run(source, *args, apart=False, **outcomes):
-        suite.write(source)
-        suite.result = (suite.run_apart if apart else suite.run)(*args)
-        suite.result.assert_outcomes(**outcomes)
+    def run(source, *args, **outcomes):
+        guests = suite.check(source, *args, **outcomes)
         found = map(FAULT.fullmatch, suite.result.outlines)
         lines = [f"{it[1]} {it[2].split()[0]}{it[3]}" for it in found if it]
-        return lines, [line for line in suite.guests if not line.startswith(("boot", "end"))]
+        return lines, [line for line in guests if not line.startswith(("boot", "end"))]
 
     return run
 

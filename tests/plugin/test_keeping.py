@@ -8,10 +8,7 @@ def kept(suite):
     """Runs a file, and returns what happens to its guests."""
 
     def run(source, *args, keep="failed", **outcomes):
-        suite.write(source)
-        suite.result = suite.run(f"--vm-keep={keep}", *args)
-        suite.result.assert_outcomes(**outcomes)
-        return suite.guests
+        return suite.check(source, f"--vm-keep={keep}", *args, **outcomes)
 
     return run
 

@@ -11,14 +11,11 @@ next start there may be no file of it. The same seed kills at the same moments.
 from __future__ import annotations
 
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from torture import faults, kill
+from torture.world import Acting
 
-MEMORY = "160MiB"
 ACTIONS = {  # what a test does again and again
     "joins": "begun()\nwith members() as (lan, a, b): ping(lan, a, b)",
     "link": (
@@ -76,17 +73,12 @@ def test_clusters(vm_factory):
 """
 
 
-def main() -> int:
-    """Run the rounds; 0 if nothing was ever left."""
-    args, rounds = kill.begin(__doc__, longest=3.0)
-    with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
-        world = faults.World(Path(scratch), SUITE, ACTIONS, {"memory": MEMORY})
-        with ThreadPoolExecutor(args.jobs) as pool:
-            bad = sum(pool.map(world.play, rounds))
-    print("killed:", ", ".join(f"{count} {name}" for name, count in world.killed.items()))
-    print(f"{args.kills - bad} passed, {bad} failed")
-    return 1 if bad else 0
+class Clusters(Acting):
+    """The action is what guests do with each other."""
+
+    tests = SUITE
+    actions = ACTIONS
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Clusters.main(__doc__))

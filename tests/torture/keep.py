@@ -14,13 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,11 +28,8 @@ from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 from pytest_vmsandbox.guests.templates import TemplateStore
 from torture import kill
+from torture.world import MEMORY, World
 
-BEGIN_SECONDS = 120.0  # for the first guest to be kept
-GRACE = 5.0  # for all processes to be gone
-ORDERLY = 30.0  # for pytest to end after SIGINT: it completes what it keeps
-MEMORY = "160MiB"
 SUITE = f"""
 import pytest
 
@@ -51,133 +43,46 @@ def test_fails(vm, number):
 """
 
 
-def main() -> int:
-    """Run the rounds; 0 if nothing but complete guests was ever left."""
-    args, rounds = kill.begin(__doc__, longest=3.0)
-    with tempfile.TemporaryDirectory(prefix="vmsandbox-torture-") as scratch:
-        world = World(Path(scratch))
-        with ThreadPoolExecutor(args.jobs) as pool:
-            bad = sum(pool.map(world.play, rounds))
-        print(f"complete guests that were left: {world.complete}")
-        if world.complete and not world.can_be_entered():
-            bad += 1
-    print(f"{args.kills - bad} passed, {bad} failed")
-    return 1 if bad else 0
+class Keeping(World):
+    """Pytest is killed while it keeps the guests of tests that fail."""
 
-
-class World:
-    """What the rounds share: the images, and a template. It is built, unless the user's cache has it."""
+    begun = "cache/kept"
+    may_end = True
+    options = ("--vm-keep=failed",)
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.complete = 0
+        super().__init__(folder)
+        self._complete = 0
         self._one = folder / "one"  # a cache with one of the kept guests
         self._counting = threading.Lock()
-        self._cache = folder / "cache"
-        kill.make_cache(self._cache)
-        copy_templates(self._cache)
-        settings = Settings(cache=self._cache, runtime=folder / "runtime", clones="demand")
-        with GuestFactory.open(settings) as factory, factory.boot("tiny", memory=MEMORY):
+        copy_templates(self.cache)
+        with self.factory() as factory, factory.boot("tiny", memory=MEMORY):
             pass
 
-    def play(self, one: kill.Round) -> bool:
-        """Play a round; whether something was wrong afterwards."""
-        folder = self.folder / f"round{one.number}"
-        folder.mkdir()
-        (folder / "test_suite.py").write_text(SUITE)
-        cache = folder / "cache"
-        cache.mkdir(mode=0o700)
-        for name in ("images", "accelerator", "templates"):
-            (cache / name).symlink_to(self._cache / name)
-        mark = f"VMSANDBOX_TORTURE_KEEP={os.getpid()}.{one.number}"
-        env = {
-            **os.environ, "VMSANDBOX_CACHE": str(cache), "VMSANDBOX_RUNTIME": str(folder / "runtime"),
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TMPDIR": str(folder), **dict([mark.split("=")]),
-        }  # fmt: skip
-        before = kill.files(folder)
-        argv = [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "vmsandbox",
-            "--vm-keep=failed",
-            "test_suite.py",
-        ]
-        pytest = subprocess.Popen(
-            [sys.executable, *argv, f"--basetemp={folder / 'base'}"], cwd=folder, env=env,
-            stdin=subprocess.DEVNULL, stdout=(folder / "output").open("wb"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        kill.OURS.add(pytest.pid)
-        wrong = self._killed(pytest, one, cache / "kept")
-        wrong += [f"{pid} {kill.cmdline(pid)}" for pid in self.alive(mark)]
-        with GuestFactory.open(Settings(cache=cache, runtime=folder / "runtime")) as factory:
-            factory.backend.clean()  # the next start removes what a dead run could not
-        whole, faults = self._kept(cache)
-        wrong += [*faults, *sorted(kill.files(folder) - before - whole)]
-        state = "over" if pytest.poll() == 1 else "killed"
-        print(
-            f"{one.number:4} {one.signal.name:8} after {one.after:5.2f} s ({state}): "
-            f"{'WRONG' if wrong else 'clean'}",
-            flush=True,
-        )
-        for line in wrong:
-            print(f"  {line}", flush=True)
-        if wrong:
-            print((folder / "output").read_text(errors="replace"), flush=True)
-        shutil.rmtree(folder)
-        return bool(wrong)
+    def suite(self, one: kill.Round) -> str:
+        return SUITE
 
-    def _killed(self, pytest: subprocess.Popen[bytes], one: kill.Round, kept: Path) -> list[str]:
-        """Kill pytest in its moment. Returns what was wrong."""
-        began = time.monotonic()
-        while not kept.exists() and pytest.poll() is None:
-            if time.monotonic() - began > BEGIN_SECONDS:
-                break
-            time.sleep(0.005)
-        wrong = [] if kept.exists() else ["no guest was ever kept"]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            pytest.wait(one.after)
-        pytest.send_signal(one.signal)
-        try:
-            pytest.wait(ORDERLY)
-        except subprocess.TimeoutExpired:
-            wrong.append(f"pytest did not end within {ORDERLY:g} s after {one.signal.name}")
-        return wrong
-
-    @staticmethod
-    def alive(mark: str) -> list[int]:
-        """The processes of a round that do not end. They are killed."""
-        began = time.monotonic()
-        while alive := kill.marked(mark):
-            if time.monotonic() - began > GRACE:
-                for pid in alive:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                return alive
-            time.sleep(0.05)
-        return []
-
-    def _kept(self, cache: Path) -> tuple[set[str], list[str]]:
-        """The files of guests that are kept completely, relative to the round; and what is wrong with others."""
-        store, faults = KeptStore(cache), []
-        found = {store.root, *store.root.glob("*.lock")}
-        for folder in store.folders():
-            kept = store.get(folder.name)
-            fault = store.unreadable(folder.name) if kept is None else fault_of(kept)
+    def judge(self, folder: Path, left: set[str]) -> list[str]:
+        store, faults = KeptStore(folder / "cache"), []
+        whole = {store.root, *store.root.glob("*.lock")}
+        for place in store.folders():
+            kept = store.get(place.name)
+            fault = store.unreadable(place.name) if kept is None else fault_of(kept)
             if kept is None or fault:
-                faults.append(f"{folder}: {fault}")
+                faults.append(f"{place}: {fault}")
                 continue
-            found |= {folder, *folder.rglob("*")}
+            whole |= {place, *place.rglob("*")}
             with self._counting:
-                self.complete += 1
+                self._complete += 1
                 if not self._one.exists():
-                    shutil.copytree(folder, self._one / "kept" / kept.key)
-        return {str(path.relative_to(cache.parent)) for path in found}, faults
+                    shutil.copytree(place, self._one / "kept" / kept.key)
+        return [*faults, *sorted(left - {str(path.relative_to(folder)) for path in whole})]
 
-    def can_be_entered(self) -> bool:
+    def summary(self) -> bool:
+        print(f"complete guests that were left: {self._complete}")
+        return not self._complete or self._can_be_entered()
+
+    def _can_be_entered(self) -> bool:
         """Whether a kept guest goes on as it was."""
         settings = Settings(cache=self._one, runtime=self.folder / "runtime")
         with GuestFactory.open(settings) as factory:
@@ -212,4 +117,4 @@ def fault_of(kept: KeptGuest) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Keeping.main(__doc__))

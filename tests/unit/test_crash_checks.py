@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport
-from pytest_vmsandbox.core.errors import INFRASTRUCTURE, ConfigError
+from pytest_vmsandbox.core.errors import INFRASTRUCTURE, CommandResult, ConfigError
 from pytest_vmsandbox.guests.crash import checker, crash_points, freeing, mounts, resident
 from pytest_vmsandbox.guests.crash.conversation import NO_END, Verdict, judged
 from pytest_vmsandbox.guests.crash.log import Entry
@@ -446,9 +446,13 @@ class Here:
         )
 
     def run(self, command):
-        if self.answer is not None:
-            return SimpleNamespace(stdout=self.answer, stderr=b"", returncode=0)
-        return subprocess.run(command.argv, capture_output=True, check=False)
+        out, err, status = self.answer, b"", 0
+        if out is None:
+            done = subprocess.run(command.argv, capture_output=True, check=False)
+            out, err, status = done.stdout, done.stderr, done.returncode
+        return CommandResult(
+            argv=command.argv, returncode=status, stdout=out, stderr=err, duration=0
+        )
 
     def stretch(self, seconds):
         return seconds

@@ -249,9 +249,9 @@ class TestLimitsOfOneService:
         def run(_, script, name, *limits):
             assert name == "it.service"
             if "set-property" not in script:
-                return "\n".join(known)
+                return SimpleNamespace(stdout="\n".join(known))
             known[:] = limits
-            return ""
+            return SimpleNamespace(stdout="")
 
         monkeypatch.setattr(memory, "run_as_root", run)
         self.faults = MemoryFaults()
@@ -276,7 +276,7 @@ class TestLimitsOfOneService:
             run(engine, script, *words)
             if "MemoryMax=10" in words:
                 raise CommandTimeout("late", seconds=1)
-            return "\n".join(before)
+            return SimpleNamespace(stdout="\n".join(before))
 
         monkeypatch.setattr(memory, "run_as_root", late)
         with pytest.raises(CommandTimeout):

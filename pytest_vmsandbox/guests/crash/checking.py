@@ -14,7 +14,6 @@ from typing import Self
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.crash import checker
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.checker import Program
@@ -28,6 +27,7 @@ from pytest_vmsandbox.guests.crash.freeing import compare, release
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.root_programs import run_as_root
 from pytest_vmsandbox.guests.saved import Saved
 from pytest_vmsandbox.machine import filters
 from pytest_vmsandbox.machine.disk import empty_overlay
@@ -196,10 +196,10 @@ def mounted(
 
 def _mount(engine: Engine, place: Place, state: State) -> None:
     script = f"{checker.drop_script(place)}\n{checker.mount_script(place)}"
-    done = engine.run(Command(argv=("/bin/sh", "-c", script), user="root"))
+    done = run_as_root(engine, script, check=False)
     if done.returncode:
         raise ConfigError(
             f"the state {state.name} cannot be mounted",
-            details=printable((done.stdout + done.stderr).decode(errors="replace")),
+            details=printable(done.stdout + done.stderr),
             remedy="write it into a file with write_state(), and attach that with vm.attach_disk()",
         )

@@ -11,13 +11,13 @@ from typing import Protocol
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.crash import checker
 from pytest_vmsandbox.guests.crash.checker import Program
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.process import STDERR, RemoteProcess
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 NO_END = "the check does not end"
 _MAX_LINE = 200  # bytes of the first line of an answer
@@ -194,8 +194,7 @@ class Conversation:
 
 
 def _require_python(engine: Engine) -> None:
-    argv = ("/bin/sh", "-c", "command -v python3")
-    if engine.run(Command(argv=argv, user="root")).returncode:
+    if run_as_root(engine, "command -v python3", check=False).returncode:
         raise ConfigError(
             f"a function cannot check states in {engine.name}: there is no python3",
             remedy="pass a program as a list of words, such as ['/bin/sh', '-c', 'cmp old new'], or install "

@@ -11,11 +11,11 @@ import shlex
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.mounts import Place, escaped, find
 from pytest_vmsandbox.guests.crash.states import State
 from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 _BLOCK = 4096  # bytes
 _SAMPLES, _SAMPLE = 16, 16  # written places that are compared, and blocks of each
@@ -147,13 +147,12 @@ def release(engine: Engine, disk: str, place: Place) -> None:
             f"{' '.join(now.devices)} now",
             remedy="check before the guest reboots, and before the disk is partitioned",
         )
-    argv = ("/bin/sh", "-c", _script(now), "sh", *now.devices)
-    done = engine.run(Command(argv=argv, user="root"))
+    done = run_as_root(engine, _script(now), *now.devices, check=False)
     if done.returncode:
-        busy = printable(done.stdout.decode(errors="replace")).split("\n")
+        busy = printable(done.stdout).split("\n")
         raise ConfigError(
             f"{engine.name} cannot free the disk {disk!r}: it is used by {', '.join(filter(None, busy))}",
-            details=printable(done.stderr.decode(errors="replace")),
+            details=printable(done.stderr),
             remedy="stop that before check(): swapoff, losetup -d, dmsetup remove, vgchange -an, mdadm --stop, or "
             "umount. Use the disk itself, without a volume or a loop device on it",
         )
@@ -186,12 +185,12 @@ def compare(engine: Engine, place: Place, drop: str, builder: Builder, state: St
     reads = "\n".join(f"dd bs={_BLOCK} skip={first} count={count}" for first, count in ranges)
     reads = reads.replace("dd ", f"dd 2>/dev/null if={place.devices[0]} ")
     script = f"{drop}\n{{\n{reads}\n}} | sha256sum"
-    done = engine.run(Command(argv=("/bin/sh", "-c", script), user="root"))
-    found = done.stdout.decode(errors="replace").split(" ")[0]
+    done = run_as_root(engine, script, check=False)
+    found = done.stdout.split(" ")[0]
     if found != wanted.hexdigest():
         raise ConfigError(
             f"{engine.name} does not see the state {state.name} on {place.devices[0]}, so no verdict would be right",
-            details=printable(done.stderr.decode(errors="replace")),
+            details=printable(done.stderr),
             remedy="something in the guest keeps the old content of the disk, or its programs dd, sha256sum or "
             "blockdev are missing",
         )

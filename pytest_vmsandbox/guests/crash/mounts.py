@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.plugging import FIND_DISK
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 # Prints the device files of a disk and of its partitions, an empty line, and what is mounted. $1: its serial number.
 _LOOK = (
@@ -72,8 +72,7 @@ def find(engine: Engine, disk: str) -> Place:
     Raises:
         ConfigError: the guest does not see it.
     """
-    argv = ("/bin/sh", "-c", _LOOK, "sh", disk)
-    text = engine.run(Command(argv=argv, user="root")).stdout.decode(errors="replace")
+    text = run_as_root(engine, _LOOK, disk, check=False).stdout
     head, _, table = text.partition("\n\n")
     devices = tuple(head.split())
     if not devices or not all(re.fullmatch(r"/dev/[\w!-]+", device) for device in devices):

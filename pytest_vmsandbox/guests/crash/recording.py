@@ -30,6 +30,7 @@ from pytest_vmsandbox.guests.crash.states import History, Mark
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import FIND_DISK
+from pytest_vmsandbox.guests.root_programs import run_as_root
 from pytest_vmsandbox.machine.cmdline import ROOT_DISK, disk_names
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.filters import RECORDER, Filter, Place
@@ -339,8 +340,7 @@ def _refuse_write_through(engine: Engine, disk: str) -> None:
     Raises:
         ConfigError: the guest does not flush it.
     """
-    argv = ("/bin/sh", "-c", _CACHE, "sh", disk)
-    found = engine.run(Command(argv=argv, user="root")).stdout.decode(errors="replace")
+    found = run_as_root(engine, _CACHE, disk, check=False).stdout
     if files := found.split()[1:]:
         raise ConfigError(
             f"{engine.name} takes {disk!r} for a disk without a cache, so it does not flush what it writes",

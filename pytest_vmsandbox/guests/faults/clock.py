@@ -14,10 +14,10 @@ from pytest_vmsandbox.guests.commands import is_number
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import timekeeping
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.faults.programs import run_as_root
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Drift
 from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 Leap = Literal["insert", "delete"]
 _LEAST_RATE, _MOST_RATE = 0.9, 1.1  # what kernels take
@@ -216,7 +216,7 @@ class _Clock(Fault):
         tick = round(rate * _TICK)
         frequency = round((rate * _TICK - tick) / _TICK * 1e6 * _PPM)
         try:
-            return run_as_root(self._engine, _ADJUST, tick, frequency, flags, tai)
+            return run_as_root(self._engine, _ADJUST, tick, frequency, flags, tai).stdout
         except CommandError as error:
             if error.result.returncode != _NO_PROGRAM:
                 raise

@@ -13,9 +13,10 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.spec import format_size, parse_size
-from pytest_vmsandbox.guests.commands import Command, StrPath, text_of
+from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 _NO_PATH = 44  # exit status of the script
 # Calls `seen` for each mount: its device number as `stat` shows it, its root in the file system, its mount point, its
@@ -251,5 +252,4 @@ class _Full(Fault):
             )
 
     def _run(self, script: str, *arguments: str) -> CommandResult[str]:
-        argv = ("/bin/sh", "-c", script, "sh", *arguments)
-        return text_of(self._engine.run(Command(argv=argv, user="root")))
+        return run_as_root(self._engine, script, *arguments, check=False)

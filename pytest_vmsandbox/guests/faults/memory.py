@@ -11,8 +11,8 @@ from pytest_vmsandbox.core.spec import MIB, format_size, parse_size
 from pytest_vmsandbox.guests.commands import is_number
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.faults.programs import run_as_root
 from pytest_vmsandbox.guests.process import Process
+from pytest_vmsandbox.guests.root_programs import run_as_root
 
 _LEAST = 16 * MIB  # bytes that must be left, so that the fault can be ended
 _NO_ROOM, _NO_CGROUPS, _NO_PROCESS, _TWICE = 66, 67, 68, 69
@@ -202,7 +202,7 @@ class _Programs(Fault):
         engine, pid = self._engine, self._pid
         with _nothing_left(self._stop):
             try:
-                self._root, self._from = run_as_root(engine, _WHERE, pid)[:-1].split("\n")
+                self._root, self._from = run_as_root(engine, _WHERE, pid).stdout[:-1].split("\n")
                 run_as_root(engine, _CONFINE, self._root, pid, self._group, self._size)
             except CommandError as error:
                 raise _explained(error, engine, f"process {pid}") from error
@@ -223,7 +223,7 @@ class _Service(Fault):
     def _start(self) -> None:
         with _nothing_left(self._stop):
             try:
-                former = run_as_root(self._engine, _SERVICE, self.name).split()
+                former = run_as_root(self._engine, _SERVICE, self.name).stdout.split()
             except CommandError as error:
                 raise _explained(error, self._engine, self.name) from error
             self.former = next((it.former for it in self._others()), former)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, MonitorError, VMSandboxError
 from pytest_vmsandbox.guests import commands, resume
-from pytest_vmsandbox.guests.commands import Command, ignore
+from pytest_vmsandbox.guests.commands import ignore
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
 from pytest_vmsandbox.guests.faults.acpi import AcpiRegisters
@@ -16,6 +16,7 @@ from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.outage import Outage
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.root_programs import run_as_root
 from pytest_vmsandbox.machine.qmp import Monitor
 
 _LOOK_SECONDS = 0.25
@@ -134,7 +135,7 @@ class PowerButton(Outage):
 
     def _start(self) -> None:
         engine = self._engine
-        engine.run(Command(argv=("/bin/sh", "-c", _LISTEN), user="root"))
+        run_as_root(engine, _LISTEN, check=False)
         with engine.orderly, engine.use() as running:
             machine = running.machine
             machine.check()
@@ -179,8 +180,7 @@ class Suspend(Outage):
 
     def _start(self) -> None:
         engine = self._engine
-        can = engine.run(Command(argv=("/bin/sh", "-c", _CAN_SUSPEND), user="root"))
-        if can.returncode:
+        if run_as_root(engine, _CAN_SUSPEND, check=False).returncode:
             raise ConfigError(
                 f"{engine.name} cannot suspend to memory: /sys/power does not offer it",
                 remedy="use a guest whose kernel has CONFIG_SUSPEND, such as debian-13",

@@ -8,10 +8,10 @@ from typing import Literal
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, GuestLost, MonitorError
 from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.root_programs import run_as_root
 from pytest_vmsandbox.machine.machine import Machine
 
 Action = Literal["reset", "shutdown", "poweroff", "pause", "inject-nmi", "none"]
@@ -142,9 +142,8 @@ class Watchdog(Fault):
 
     def _run(self, script: str) -> str | None:
         """What a script says if it fails; None if it returns 0."""
-        argv = ("/bin/sh", "-c", script, "sh", str(self._seconds))
-        done = self._engine.run(Command(argv=argv, user="root"))
-        return done.stderr.decode(errors="replace") if done.returncode else None
+        done = run_as_root(self._engine, script, self._seconds, check=False)
+        return done.stderr if done.returncode else None
 
     def _plug(self, machine: Machine) -> None:
         machines = self._engine.machines
