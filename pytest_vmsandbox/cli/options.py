@@ -34,8 +34,8 @@ def _hardware_options(function: Callable[..., None]) -> Callable[..., None]:
     )
     @click.option(
         "--network",
-        metavar="|".join(NETWORKS),
-        help="Network: isolated, or nat to reach your network (default: isolated).",
+        metavar="|".join([*NETWORKS, "HOST:PORT,…"]),
+        help="Network: isolated, nat to reach your network, or what the guest may reach (default: isolated).",
     )
     @click.option(
         "--firmware",

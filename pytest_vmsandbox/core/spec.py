@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
+from pytest_vmsandbox.core import allowed
 from pytest_vmsandbox.core.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 1024, 1024**2, 1024**3, 1024**4
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
-Network = Literal["isolated", "nat"]
+Network = str  # one of NETWORKS, or the text of a list
+NetworkArgument = str | Iterable[str]  # as users write it
 Firmware = Literal["kernel", "uefi", "bios"]
-NETWORKS: tuple[Network, ...] = get_args(Network)
+NETWORKS = ("isolated", "nat")
 OWN_KERNEL = "image"  # what users write for the kernel of the image
 FIRMWARE: tuple[Firmware, ...] = get_args(Firmware)
 _T = TypeVar("_T")
@@ -71,7 +73,8 @@ class Hardware:
         memory: bytes.
         disk: bytes of the root disk; None for the size that the image has.
         disks: bytes of each further, blank disk, in order.
-        network: ``isolated`` (nothing but what `Guest.forward` opens) or ``nat``.
+        network: ``isolated`` (nothing but what `Guest.forward` opens), ``nat``, or hosts and ports that the
+            guest may reach, as one text.
         user: who runs commands in the guest if a call names nobody; empty for the image's user.
         kernel: the absolute path of another kernel than the image's: its file, a folder or a package;
             None for the image's own.
@@ -136,12 +139,35 @@ def _disks(value: object) -> tuple[int, ...]:
 
 
 def parse_network(value: object) -> Network:
-    """The name of a network.
+    """The name of a network, or what it allows.
+
+    Args:
+        value: a name; or hosts and ports, as a list or as words of a text.
 
     Raises:
-        ConfigError: there is no network with that name.
+        ConfigError: there is no network with that name, or a host and port are invalid.
+
+    Example:
+        >>> parse_network(["example.org:443", "deb.example.org:80"])
+        'deb.example.org:80 example.org:443'
     """
-    return one_of(NETWORKS, value, "network")
+    if isinstance(value, str):
+        words = value.replace(",", " ").split()
+        if not any(":" in word for word in words):
+            if value in NETWORKS:
+                return value
+            raise ConfigError(
+                f"network={value!r} is unknown",
+                remedy="use 'isolated', 'nat', or a list of what the guest may reach, such as "
+                "['example.org:443']",
+            )
+        return allowed.canonical(words)
+    if not isinstance(value, Iterable):
+        raise ConfigError(
+            f"network={value!r} is no network",
+            remedy="use 'isolated', 'nat' or a list of hosts and ports",
+        )
+    return allowed.canonical(value)
 
 
 def one_of(choices: Sequence[_T], value: object, what: str) -> _T:

@@ -291,11 +291,11 @@ class Backend:
 
     def _check_network(self, hardware: Hardware) -> None:
         """Refuse a guest that could reach the network, if the run is offline."""
-        if self.settings.offline and hardware.network == "nat":
+        if self.settings.offline and hardware.network != "isolated":
             raise ConfigError(
-                "network='nat' is not allowed, because this run is offline (--vm-offline)",
+                f"network={hardware.network!r} is not allowed, because this run is offline (--vm-offline)",
                 remedy="use network='isolated', or leave out --vm-offline. A preparation with "
-                "network='nat' works offline if it was made before and has not changed",
+                "that network works offline if it was made before and has not changed",
             )
 
     def name(self, image: str) -> str:

@@ -169,7 +169,7 @@ class GuestFactory(MakesClusters):
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: spec.Network | None = None,
+        network: spec.NetworkArgument | None = None,
     ) -> PreparedImage: ...
     @overload
     def prepare(
@@ -178,7 +178,7 @@ class GuestFactory(MakesClusters):
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: spec.Network | None = None,
+        network: spec.NetworkArgument | None = None,
     ) -> PreparedLayer: ...
     def prepare(
         self,
@@ -186,7 +186,7 @@ class GuestFactory(MakesClusters):
         run: Callable[[Guest], object],
         *,
         depends_on: Sequence[str | os.PathLike[str]],
-        network: spec.Network | None = None,
+        network: spec.NetworkArgument | None = None,
     ) -> PreparedImage | PreparedLayer:
         """Make an image with more in it, for `boot`. ``run`` is called once, and again if its inputs change.
 
@@ -204,8 +204,8 @@ class GuestFactory(MakesClusters):
                 folders, whose names and content count. ``__pycache__`` does not count. The code of
                 ``run`` counts by itself, with the arguments that `functools.partial` holds. What it
                 calls and the variables around it do not count: name them here.
-            network: what the preparation needs: ``isolated`` or ``nat``; None for the run's default. It
-                does not affect guests booted from the image: pass ``network=`` to `boot` for those.
+            network: what the preparation needs: ``isolated``, ``nat``, or a list of hosts and ports; None
+                for the run's default. It does not affect guests booted from the image: pass ``network=`` to `boot` for those.
 
         Returns:
             What `boot` and `prepare` take as an image.
@@ -366,12 +366,13 @@ class GuestFactory(MakesClusters):
         """A guest that is booted, and then prepared."""
         backend, network = self.backend, blueprint.hardware.network
         for step in steps:
-            if step.network == "nat" != network:
+            if step.network not in (None, "isolated", network) and network != "nat":
                 raise LaunchError(
-                    f"the preparation {step.about!r} needs network='nat', but the guest has {network!r}. "
+                    f"the preparation {step.about!r} needs network={step.network!r}, but the guest has "
+                    f"{network!r}. "
                     "Only clones can have another network than their preparation, and guests cannot be "
                     "cloned here",
-                    remedy="boot the guest with network='nat'",
+                    remedy=f"boot the guest with network={step.network!r}",
                 )
         blueprint.built.verified()
         name = backend.name(hostname or blueprint.image)

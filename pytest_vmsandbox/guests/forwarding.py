@@ -30,16 +30,16 @@ def forward(
 
     Raises:
         ConnectionRefusedError: nothing listens there within `timeout` seconds.
-        ConfigError: `port` or `protocol` is invalid, or the guest is isolated and UDP is wanted.
+        ConfigError: `port` or `protocol` is invalid, or UDP is wanted and its network is not ``nat``.
         MonitorError: QEMU cannot do it.
     """
     if protocol not in ("tcp", "udp"):
         raise ConfigError(f"protocol={protocol!r} is unknown", remedy="use 'tcp' or 'udp'")
     if not is_number(port, int) or not 1 <= port <= 65535:
         raise ConfigError(f"{port!r} is not a {protocol.upper()} port", remedy="use 1 to 65535")
-    if protocol == "udp" and engine.spec.network == "isolated":
+    if protocol == "udp" and engine.spec.network != "nat":
         raise ConfigError(
-            f"UDP does not work with {engine.name}: QEMU drops the answers of an isolated guest",
+            f"UDP does not work with {engine.name}: answers of a guest leave it only with network='nat'",
             remedy="use a guest with network='nat', or use TCP",
         )
     deadline = Deadline(0 if timeout is None else seconds(timeout))

@@ -390,7 +390,7 @@ class Guest(TakesDisks, TakesFaults, HasCrashPoints, HasForks):
     ) -> tuple[str, int]:
         """Make a port of the guest reachable on a loopback address of this host.
 
-        It also works for an isolated guest, except for UDP. The service in the guest has to listen on
+        It works with any network; for UDP only with ``nat``. The service in the guest has to listen on
         ``0.0.0.0``, not only on the guest's own loopback. The forwarding ends when the guest is
         switched off or a snapshot is restored. Every user of this machine can reach the port.
 
@@ -408,7 +408,7 @@ class Guest(TakesDisks, TakesFaults, HasCrashPoints, HasForks):
 
         Raises:
             ConnectionRefusedError: nothing listens there within ``timeout`` seconds.
-            ConfigError: ``port`` or ``protocol`` is invalid, or the guest is isolated and you want UDP.
+            ConfigError: ``port`` or ``protocol`` is invalid, or you want UDP and the guest's network is not ``nat``.
             MonitorError: QEMU cannot do it.
         """
         with self.engine.explained():

@@ -14,7 +14,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Network, parse_network
+from pytest_vmsandbox.core.spec import Network, NetworkArgument, parse_network
 from pytest_vmsandbox.guests.guest import Guest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # in what `repr` says of many objects
@@ -35,7 +35,7 @@ class Provision:
             variables around it do not count: name them here.
         run: called with the guest, which no test has used. The guest's user is the image's. The return
             value is ignored. What it raises is an error of each test that needs such a guest.
-        network: what the layer needs: ``isolated`` or ``nat``; None for the network of the guest. A
+        network: what the layer needs: ``isolated``, ``nat``, or a list of hosts and ports; None for the network of the guest. A
             guest that is booted, not cloned, must have the same.
 
     Example::
@@ -51,7 +51,7 @@ class Provision:
     name: str
     depends_on: Sequence[str | os.PathLike[str]]
     run: Callable[[Guest], object]
-    network: Network | None = None
+    network: NetworkArgument | None = None
 
     def step(self) -> Step:
         """The layer with a digest of its inputs.
@@ -59,19 +59,18 @@ class Provision:
         Raises:
             ConfigError: `depends_on` is invalid, or a path does not exist.
         """
-        if self.network is not None:
-            parse_network(self.network)
+        network = None if self.network is None else parse_network(self.network)
         if not callable(self.run):
             raise ConfigError(
                 f"{self.name}: run={self.run!r} cannot be called",
                 remedy="pass a function that takes a guest",
             )
-        parts = [self.name, self.network, *_code(self.run), *_contents(self.name, self.depends_on)]
+        parts = [self.name, network, *_code(self.run), *_contents(self.name, self.depends_on)]
         return Step(
             digest=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
             run=lambda guest: _no_facts(self.run(guest)),
             about=self.name,
-            network=self.network,
+            network=network,
         )
 
 

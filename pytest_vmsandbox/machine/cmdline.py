@@ -13,11 +13,12 @@ from enum import Enum
 from pathlib import Path
 
 from pytest_vmsandbox.core.architecture import Architecture
-from pytest_vmsandbox.core.spec import MIB, Hardware
+from pytest_vmsandbox.core.spec import MIB, NETWORKS, Hardware
 from pytest_vmsandbox.machine import cards, counting
 from pytest_vmsandbox.machine.cards import Card, Connected
 from pytest_vmsandbox.machine.counting import RecordingDescriptors
 from pytest_vmsandbox.machine.firmware import Uefi
+from pytest_vmsandbox.machine.gate import options
 
 NETDEV = "n0"
 NETWORK_CARD = "nic0"
@@ -59,6 +60,8 @@ class Descriptors:
         modules: a file system with the kernel's modules; None without one.
         code, variables: files of UEFI firmware, or None without it.
         tpm: a socket to the guest's TPM, or None without one.
+        gate: four sockets: what leaves the guest goes into the first one, and comes back through the second
+            one; the other two are for what arrives. Empty if nobody looks at its frames.
         memory: a file with the guest's memory; None for memory of its own.
         base: the image's disk, read-only; None without one.
         overlays: the qcow2 files of the root disk, if there is a base, and of each further disk. Each
@@ -78,6 +81,7 @@ class Descriptors:
     code: int | None = None
     variables: int | None = None
     tpm: int | None = None
+    gate: tuple[int, ...] = ()
     memory: int | None = None
     base: int | None = None
     overlays: tuple[tuple[int, ...], ...] = ()
@@ -172,7 +176,7 @@ def argv(spec: MachineSpec, fds: Descriptors) -> list[str]:
         *disks(spec, fds),
         *modules(spec, fds),
         *request(spec, fds),
-        *network(spec),
+        *network(spec, fds),
         *entropy(spec),
         *panic(spec),
         *ports(spec),
@@ -518,17 +522,31 @@ def _descriptor_set(number: int) -> list[str]:
     return ["-add-fd", f"fd={number},set={number}"]
 
 
-def network(spec: MachineSpec) -> list[str]:
+def network(spec: MachineSpec, fds: Descriptors) -> list[str]:
     """One network card, on a network inside QEMU.
 
-    If it is isolated, nothing leaves it, and we forward ports by the monitor. A clone does not announce
-    itself, because nobody else is on the network.
+    If it is isolated, nothing leaves it, and we forward ports by the monitor. If its network is a list, all
+    frames come to us, and QEMU drops them if we are gone; only then there is IPv6. A clone does not announce itself, because nobody
+    else is on the network.
+
+    Raises:
+        ValueError: the network is a list, and nobody looks at the frames.
     """
+    has_gate = spec.hardware.network not in NETWORKS
+    if has_gate != bool(fds.gate):
+        raise ValueError(f"a gate for network={spec.hardware.network!r}: {fds.gate}")
     restrict = "on" if spec.hardware.network == "isolated" else "off"
     rom = "romfile=," if spec.architecture.bus == "pci" else ""
     card = f"id={NETWORK_CARD},netdev={NETDEV},{rom}guest_announce=off,mac=52:54:00:12:34:56"
-    netdev = f"user,id={NETDEV},ipv6=off,restrict={restrict}"
-    return ["-netdev", netdev, "-device", f"{virtio('net', spec)},{card}"]
+    versions = "ipv4=on,ipv6=on" if has_gate else "ipv6=off"
+    netdev = f"user,id={NETDEV},{versions},restrict={restrict}"
+    return [
+        "-netdev",
+        netdev,
+        "-device",
+        f"{virtio('net', spec)},{card}",
+        *options.filters(fds.gate, NETDEV),
+    ]
 
 
 def entropy(spec: MachineSpec) -> list[str]:

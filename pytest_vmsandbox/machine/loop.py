@@ -83,6 +83,55 @@ class LoopThread:
         finally:
             self.submit(end()).result(_CALL_SECONDS)
 
+    @contextmanager
+    def writing(self, target: socket.socket, *, most: int) -> Iterator[Callable[[bytes], None]]:
+        """What writes to a socket without waiting, for use on the loop's thread.
+
+        Args:
+            most: bytes that wait to be taken. What is written when there are more is dropped as a whole.
+        """
+        target.setblocking(False)
+        writer = _Writer(self._loop, target, most)
+
+        async def end() -> None:
+            writer.close()
+
+        try:
+            yield writer.write
+        finally:
+            self.submit(end()).result(_CALL_SECONDS)
+
+
+class _Writer:
+    """Writes to a socket what it takes, and keeps the rest."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, target: socket.socket, most: int) -> None:
+        self._loop, self._target, self._most = loop, target, most
+        self._waiting = bytearray()
+        self._is_over = False
+
+    def write(self, data: bytes) -> None:
+        if self._is_over or len(self._waiting) > self._most:
+            return
+        self._waiting += data
+        if len(self._waiting) == len(data):
+            self._flush()
+
+    def close(self) -> None:
+        self._is_over = True
+        self._loop.remove_writer(self._target)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._target.send(self._waiting[:_CHUNK])]
+        except BlockingIOError:
+            self._loop.add_writer(self._target, self._flush)
+        except OSError:  # the other end is gone
+            self.close()
+        else:
+            self._loop.remove_writer(self._target)
+
 
 async def _cancel_all() -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}

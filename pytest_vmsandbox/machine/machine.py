@@ -124,13 +124,13 @@ class Machine:
         loop = hypervisor.loop
         with ExitStack() as stack:
             lines = starting.lines(stack, loop, logs, before) if follows is None else follows.lines
-            own = stack.enter_context(ExitStack())
+            own, theirs = (stack.enter_context(ExitStack()) for _ in range(2))
             its_tpm = starting.start_tpm(own, hypervisor, spec, tpm_folder)
-            fds, given = starting.descriptors(own, spec, memory, disks, its_tpm)
+            fds, given = starting.descriptors(own, theirs, loop, spec, memory, disks, its_tpm)
             given |= {fds.console: lines.console_end.fileno(), fds.helper: lines.port_end.fileno()}
             argv = cmdline.argv(spec, fds)
             monitor_log = starting.monitor_log(own, logs, argv)
-            with ExitStack() as theirs:
+            with theirs:
                 our_monitor = starting.channel(own, theirs, given, fds.monitor)
                 process = own.enter_context(
                     starting.spawned(hypervisor.launcher, spec, argv, given)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import LaunchError
+from pytest_vmsandbox.core.spec import NETWORKS
 from pytest_vmsandbox.machine import cmdline, host, memory, tpm
 from pytest_vmsandbox.machine.cmdline import Descriptors, MachineSpec
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.counting import RecordingDescriptors
 from pytest_vmsandbox.machine.disk import Disks, Recording, image_file
 from pytest_vmsandbox.machine.drives import descriptors_of
+from pytest_vmsandbox.machine.gate.relay import gated
 from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
@@ -102,12 +104,14 @@ def start_tpm(
 
 def descriptors(
     stack: ExitStack,
+    theirs: ExitStack,
+    loop: LoopThread,
     spec: MachineSpec,
     ram: IO[bytes] | None,
     disks: Disks,
     machine_tpm: Tpm | None,
 ) -> tuple[Descriptors, dict[int, int]]:
-    """QEMU's descriptors, and its number → ours."""
+    """QEMU's descriptors, and its number → ours. `theirs` closes those here that only QEMU uses."""
     given: dict[int, int] = {}
 
     def give(file: IO[bytes] | socket.socket) -> int:
@@ -128,6 +132,10 @@ def descriptors(
             file = stack.enter_context(memory.in_memory(file))
         return give(file)
 
+    network = spec.hardware.network
+    gate: tuple[socket.socket, ...] = ()
+    if network not in NETWORKS:
+        gate = stack.enter_context(gated(loop, network, theirs))
     fds = Descriptors(
         kernel=give_boot_file(spec.kernel),
         initrd=give_boot_file(spec.initrd),
@@ -135,6 +143,7 @@ def descriptors(
         code=give(disks.flash.code) if disks.flash is not None else None,
         variables=give(disks.flash.variables) if disks.flash is not None else None,
         tpm=give(machine_tpm.channel) if machine_tpm is not None else None,
+        gate=tuple(map(give, gate)),
         memory=give(ram) if ram is not None else None,
         base=give(disks.base) if disks.base is not None else None,
         overlays=tuple(tuple(map(give, layers)) for layers in disks.overlays),

@@ -68,7 +68,8 @@ _INI: tuple[tuple[str, Any, str], ...] = (
     ("vm_cpus", None, "CPUs of a guest (default: 1)"),
     ("vm_memory", None, "memory of a guest (default: 512MiB)"),
     ("vm_disk", None, "size of a guest's root disk (default: the image's)"),
-    ("vm_network", None, "network of a guest: isolated (the default) or nat"),
+    ("vm_network", None, ("network of a guest: isolated (the default), nat, or the hosts and "
+     "ports that it may reach")),
     ("vm_user", None, "who runs commands in a guest (default: the image's user)"),
 )  # fmt: skip
 

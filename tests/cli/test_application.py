@@ -162,7 +162,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch):
         (["run", "tiny", "--memroy", "1GiB", "--", "ls", "-l"], 2, "Did you mean"),
         (["run", "tiny", "--memory", "lots", "--", "true"], 2, "memory='lots' is not a size"),
         (["run", "tiny", "--cpus", "0", "--", "true"], 2, "cpus='0'"),
-        (["run", "tiny", "--network", "wifi", "--", "true"], 2, "'isolated' or 'nat'"),
+        (["run", "tiny", "--network", "wifi", "--", "true"], 2, "use 'isolated', 'nat', or a list"),
         (["run", "tiny", "--user", "a b", "--", "true"], 2, "not a user name"),
         (["run", "tiny", "--timeout", "-1", "--", "true"], 2, "--timeout"),
         (["run", "tiny", "--accel", "xen", "--", "true"], 2, "'xen'"),

@@ -242,11 +242,26 @@ class TestFirmware:
 
 @pytest.mark.parametrize(("network", "restrict"), [("isolated", "on"), ("nat", "off")])
 def test_network(network, restrict):
-    netdev, device = cmdline.network(with_hardware(network=network))[1::2]
+    netdev, device = cmdline.network(with_hardware(network=network), Descriptors())[1::2]
     assert f"restrict={restrict}" in netdev.split(",")
     assert "ipv6=off" in netdev.split(",")
     assert "hostfwd" not in netdev
     assert device.startswith("virtio-net-pci,id=nic0,netdev=n0")
+
+
+def test_a_network_that_is_a_list_has_a_gate():
+    spec = with_hardware(network="example.org:443")
+    netdev, _, *gate = cmdline.network(spec, Descriptors(gate=(7, 8, 9, 10)))[1::2]
+    assert netdev == "user,id=n0,ipv4=on,ipv6=on,restrict=off"
+    assert gate == [
+        *(f"socket,id=gate{number},fd={number}" for number in (7, 8, 9, 10)),
+        "filter-redirector,id=leaving,netdev=n0,queue=rx,outdev=gate7,indev=gate8",
+        "filter-redirector,id=arriving,netdev=n0,queue=tx,outdev=gate9,indev=gate10",
+    ]
+    with pytest.raises(ValueError, match="gate"):
+        cmdline.network(spec, Descriptors())
+    with pytest.raises(ValueError, match="gate"):
+        cmdline.network(with_hardware(network="nat"), Descriptors(gate=(7, 8, 9, 10)))
 
 
 def test_devices_that_are_always_there():
