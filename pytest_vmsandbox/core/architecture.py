@@ -57,6 +57,7 @@ class Architecture:
         tpm: the device of a TPM.
         display: the graphics card, and its options.
         has_generation: whether there is a device that tells a kernel that it was cloned.
+        can_be_recorded: whether QEMU's record and replay was seen to work with it.
         narrow: the architecture of 32-bit programs that such a machine can run; or empty.
         in_uv: whether each version of uv that we support has names for its platforms.
         most_cpus, most_memory: what the board takes at most, in CPUs and bytes; None without a limit of ours.
@@ -96,6 +97,7 @@ class Architecture:
     tpm: str = ""
     display: str = "virtio-gpu-pci"
     has_generation: bool = False
+    can_be_recorded: bool = False
     most_cpus: int | None = None
     most_memory: int | None = None
     memory_step: int = 1
@@ -152,6 +154,7 @@ _X86_64 = Architecture(
     tpm="tpm-crb",
     display="VGA,vgamem_mb=4",
     has_generation=True,
+    can_be_recorded=True,
     hot_plug="port",
     narrow="i686",
     in_uv=True,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
 from pytest_vmsandbox.guests.access import KeyPair
@@ -63,8 +64,8 @@ def check(blueprint: Blueprint) -> None:
         why, remedy = "it needs emulation", "use --vm-accel=tcg"
     elif hardware.cpus > 1:
         why, remedy = f"the guest has {hardware.cpus} CPUs", "use cpus=1"
-    elif definition.architecture != "x86_64":
-        why, remedy = "it needs a guest of x86_64", "use another image"
+    elif not ARCHITECTURES[definition.architecture].can_be_recorded:
+        why, remedy = f"it was not seen to work with {definition.architecture}", "use another image"
     elif firmware_of(definition, hardware) != "kernel":
         why, remedy = "QEMU must boot the guest's kernel itself", "leave firmware= out"
     elif hardware.network != "isolated":
