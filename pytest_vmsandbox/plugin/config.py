@@ -139,8 +139,8 @@ def _add_hunting(group: pytest.OptionGroup) -> None:
         "--vm-repeat",
         type=_count,
         metavar="N",
-        help="run each test that needs a guest N times (at most 10000), each time in a fresh guest, and show how often "
-        "it fails",
+        help="run each selected test N times (at most 10000), each time in a fresh guest if it needs one, and show "
+        "how often it fails",
     )
     group.addoption(
         "--vm-noise",
@@ -350,7 +350,7 @@ def isolation(config: pytest.Config) -> Isolation:
 
 
 def repetitions(config: pytest.Config) -> int:
-    """How many times each test with a guest runs, if `--vm-repeat` says so; else 0."""
+    """How many times each test runs, if `--vm-repeat` says so; else 0."""
     return config.getoption("--vm-repeat") or 0
 
 

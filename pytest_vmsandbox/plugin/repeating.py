@@ -18,7 +18,6 @@ import pytest
 from pytest_vmsandbox.plugin import rates
 from pytest_vmsandbox.plugin.plan import PLAN, REPEATED, Repetition, plan_of
 
-_ASKS = {"vm_factory", "vm_cluster"}  # fixtures of tests that have guests without a plan
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _LONGEST_LINE = 150  # characters of what was raised
 # How a repetition can end. A later one counts more.
@@ -26,21 +25,11 @@ _ENDS = ("passed", "skipped", "xfailed", "failed", "error")
 
 
 def repeat(items: list[pytest.Item], count: int) -> None:
-    """Put that many repetitions in the place of each test that has a guest."""
-    items[:] = [
-        each
-        for item in items
-        for each in (
-            [_repetition(item, n + 1) for n in range(count)] if _has_guest(item) else [item]
-        )
-    ]
+    """Put that many repetitions in the place of each test.
 
-
-def _has_guest(item: pytest.Item) -> bool:
-    """Whether a test runs with a guest or inside one."""
-    if item.get_closest_marker("skip") is not None:
-        return False
-    return bool(plan_of(item).image) or not _ASKS.isdisjoint(getattr(item, "fixturenames", ()))
+    Also of those without a guest in sight: a test can ask for one by ``request.getfixturevalue``.
+    """
+    items[:] = [_repetition(item, n + 1) for item in items for n in range(count)]
 
 
 def _repetition(item: pytest.Item, number: int) -> pytest.Item:
@@ -58,6 +47,9 @@ def _repetition(item: pytest.Item, number: int) -> pytest.Item:
     if isinstance(item, pytest.Function) and item.cls is not None:
         for name in ("_instance", "_obj"):  # the instance of the class, and its method
             vars(one).pop(name, None)
+    if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
+        one.dtest = copy.copy(item.dtest)  # type: ignore[attr-defined]
+        one.dtest.globs = dict(item.dtest.globs)  # type: ignore[attr-defined]  # a run empties them
     if hasattr(one, "_initrequest"):
         one._initrequest()  # noqa: SLF001  # the values of its fixtures
     return one
@@ -185,7 +177,7 @@ class Repeating:
 
     def pytest_report_header(self) -> str:
         """Say that tests are repeated."""
-        return f"vmsandbox: each test that needs a guest runs {self._count} times, each time in a fresh guest"
+        return f"vmsandbox: each test runs {self._count} times, each time in a fresh guest if it needs one"
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:

@@ -41,7 +41,7 @@ class TestCounting:
     def test_failures_errors_and_causes(self, suite):
         suite.write(SOMETIMES)
         result = suite.run("--vm-repeat=8")
-        result.assert_outcomes(passed=5, failed=3, errors=1)
+        result.assert_outcomes(passed=12, failed=3, errors=1)
         assert result.ret == pytest.ExitCode.TESTS_FAILED
         assert rates(result) == [
             (
@@ -51,9 +51,10 @@ class TestCounting:
             "  2 × AssertionError: of process 4 (first: #4)",
             "  1 × ValueError: another one (first: #5)",
             "  1 × pytest_vmsandbox.GuestLost: [command] it is gone (first: #6)",
+            "test_suite.py::test_plain: failed 0 of 8 (0.0 %, 95 % interval 0.0 to 36.9 %)",
         ]
         text = result.stdout.str()
-        assert "each test that needs a guest runs 8 times" in text
+        assert "each test runs 8 times" in text
         assert "of process 8" not in text  # the same cause is shown once
         assert text.count("FAILED test_suite.py") == 2
 
@@ -79,10 +80,11 @@ class TestCounting:
             def test_never(vm): pass
         """)
         result = suite.run("--vm-repeat=2")
-        result.assert_outcomes(xfailed=1, xpassed=1, skipped=3)
+        result.assert_outcomes(xfailed=1, xpassed=1, skipped=4)
         assert rates(result) == [
             "test_suite.py::test_known[alpha-1]: failed 1 of 2 (50.0 %, 95 % interval 1.3 to 98.7 %)",
             "test_suite.py::test_skips[alpha-1]: failed 0 of 0; 2 skipped",
+            "test_suite.py::test_never[alpha-1]: failed 0 of 0; 2 skipped",
         ]
 
     @pytest.mark.parametrize("option", ["-x", "--sw"])
@@ -98,7 +100,7 @@ class TestCounting:
     def test_with_xdist(self, suite, dist):
         suite.write(SOMETIMES)
         result = suite.run_apart("--vm-repeat=8", "-n2", f"--dist={dist}")
-        result.assert_outcomes(passed=5, failed=3, errors=1)
+        result.assert_outcomes(passed=12, failed=3, errors=1)
         assert ": failed 3 of 7 (42.9 %" in rates(result)[0]
         assert result.stdout.str().count("FAILED test_suite.py") == 2
 
@@ -131,7 +133,7 @@ class TestTheSameState:
 
             def test_made(): assert len(made) == 3
         """)
-        suite.run("--vm-repeat=3").assert_outcomes(passed=4)
+        suite.run("--vm-repeat=3").assert_outcomes(passed=6)
         assert [line.split()[0] for line in suite.guests] == ["boot", "boot", "end", "end"] * 3
 
     def test_of_a_unittest_and_of_the_factory(self, suite):
@@ -144,15 +146,28 @@ class TestTheSameState:
                 def guest(self, vm): self.vm = vm
                 def test_a(self): assert self.vm.alive
 
-            def test_b(vm_factory):
-                with vm_factory.boot("beta"): pass
+            def test_b(request):
+                with request.getfixturevalue("vm_factory").boot("beta"): pass
         """)
         result = suite.run("--vm-repeat=2")
         result.assert_outcomes(passed=4)
+        assert len(suite.guests) == 8
         assert [line.partition(": ")[0] for line in rates(result)] == [
             "test_suite.py::TestIt::test_a",
             "test_suite.py::test_b",
         ]
+
+    def test_of_a_doctest(self, suite):
+        suite.write('''
+            """
+            >>> len(globals().setdefault("seen", [])), number
+            (0, 7)
+            >>> seen.append(number)
+            """
+
+            number = 7
+        ''')
+        suite.run("--vm-repeat=3", "--doctest-modules").assert_outcomes(passed=3)
 
     @pytest.mark.parametrize("args", [(), ("-n2",)])
     def test_inside(self, tmp_path_factory, args):
@@ -178,21 +193,21 @@ class TestWhatIsRemembered:
     @pytest.mark.parametrize("args", [(), ("-n2",)])
     def test_last_failed(self, suite, args):
         suite.write(SOMETIMES)
-        self.run(suite, "--vm-repeat=4", *args).assert_outcomes(passed=4, failed=1)
+        self.run(suite, "--vm-repeat=4", *args).assert_outcomes(passed=7, failed=1)
         again = self.run(suite, "--lf", "--collect-only", "-q")
         assert again.outlines[0] == "test_suite.py::test_x[alpha-1]"
         result = self.run(suite, "--lf", "--vm-repeat=3", *args)
         result.assert_outcomes(passed=3)
         assert rates(result)[0].startswith("test_suite.py::test_x[alpha-1]: failed 0 of 3 (")
         result = self.run(suite, "--lf", "--vm-repeat=2")  # none is left, so all run
-        result.assert_outcomes(passed=3)
+        result.assert_outcomes(passed=4)
 
     def test_stepwise(self, suite):
         suite.write(
             "def test_first(vm): pass\n" + "\n".join(line[4:] for line in SOMETIMES.splitlines())
         )
         self.run(suite, "--vm-repeat=4", "--sw").assert_outcomes(passed=7, failed=1)
-        self.run(suite, "--vm-repeat=3", "--sw").assert_outcomes(passed=4, deselected=1)
+        self.run(suite, "--vm-repeat=3", "--sw").assert_outcomes(passed=6, deselected=1)
 
     def test_they_are_not_collected(self, suite):
         suite.write("def test_x(vm): pass")
@@ -204,9 +219,11 @@ class TestWhatIsRemembered:
         cases = [*ET.parse(suite.path / "junit.xml").getroot().iter("testcase")]
         assert [case.get("name") for case in cases] == [
             *(f"test_x[alpha-1-#{n + 1}]" for n in range(4)),
-            "test_plain",
+            *(f"test_plain[#{n + 1}]" for n in range(4)),
         ]
-        assert [case.find("failure") is not None for case in cases] == [False] * 3 + [True, False]
+        assert [case.find("failure") is not None for case in cases] == [False] * 3 + [True] + [
+            False
+        ] * 4
 
     def test_only_the_first_failure_keeps_its_guest(self, suite):
         suite.write("def test_x(vm, request): assert '#1]' in request.node.nodeid")
