@@ -96,8 +96,9 @@ class _Test:
 
     def hear(self, report: pytest.TestReport, number: int) -> bool:
         """Hear a report. Returns whether it shows a failure that no earlier one has shown."""
-        end = _end(report)
-        self.ends[number] = max(end, self.ends.get(number, "passed"), key=_ENDS.index)
+        end, earlier = _end(report), self.ends.get(number, "passed")
+        if earlier != "failed":  # a guest that is lost after the test has failed changes nothing
+            self.ends[number] = max(end, earlier, key=_ENDS.index)
         if report.when == "teardown":
             self.over.add(number)
         if not report.failed:

@@ -87,6 +87,22 @@ class TestCounting:
             "test_suite.py::test_never[alpha-1]: failed 0 of 0; 2 skipped",
         ]
 
+    def test_a_guest_lost_after_the_failure(self, suite):
+        suite.write("""
+            import pytest
+            from pytest_vmsandbox import GuestLost
+
+            @pytest.fixture
+            def app(vm):
+                yield
+                raise GuestLost("it is gone")
+
+            def test_x(app): assert 1 == 2
+        """)
+        result = suite.run("--vm-repeat=2")
+        result.assert_outcomes(failed=2, errors=2)
+        assert rates(result)[0].startswith("test_suite.py::test_x[alpha-1]: failed 2 of 2 (100.0 %")
+
     @pytest.mark.parametrize("option", ["-x", "--sw"])
     def test_it_stops_at_the_first_failure(self, suite, option):
         suite.write(SOMETIMES)
