@@ -31,7 +31,7 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.leasing import on_sound_disks
+from pytest_vmsandbox.guests.leasing import on_sound_host
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.root_disk import grow as grow_root
 from pytest_vmsandbox.machine import memory
@@ -117,7 +117,7 @@ def changing(
             disks=disks,
             logs=build.work / "logs",
         )
-        with backend.engine(machines) as engine, on_sound_disks(guest := Guest(engine)):
+        with backend.engine(machines) as engine, on_sound_host(guest := Guest(engine)):
             with named(build):
                 yield guest
             build.say("shutting it down")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
+from pytest_vmsandbox.core.errors import GuestLost, LaunchError, VMSandboxError
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.machine import host
@@ -34,12 +34,13 @@ def leased(backend: Backend, guest: Guest) -> Iterator[Guest]:
     Raises:
         GuestLost: at the end: the disk of this machine was full or failed, whatever the guest and
             the block made of that.
+        LaunchError: at the end: the switch of the guest's networks is gone.
     """
     callbacks = backend.callbacks
     with backend.idle.holding(guest.engine):
         callbacks.guest_ready(guest)
         try:
-            with on_sound_disks(guest), guest.engine.machines.forks:
+            with on_sound_host(guest), guest.engine.machines.forks:
                 yield guest
         except (KeyboardInterrupt, SystemExit, GeneratorExit):  # there is no time
             raise
@@ -51,21 +52,28 @@ def leased(backend: Backend, guest: Guest) -> Iterator[Guest]:
 
 
 @contextmanager
-def on_sound_disks(guest: Guest) -> Iterator[None]:
-    """Check at the end that this machine could read and write the guest's disks.
+def on_sound_host(guest: Guest) -> Iterator[None]:
+    """Check at the end that this machine could use the guest's disks, and still has its networks.
 
     Raises:
-        GuestLost: it could not. So nothing in the block proves anything, whether it failed or not.
+        GuestLost: it could not use a disk. So nothing in the block proves anything, whether it failed or not.
+        LaunchError: the switch is gone, with the same consequence.
     """
     with guest.engine.explained():
         try:
             yield
-        except GuestLost:
+        except (GuestLost, LaunchError):
             raise
         except Exception as error:
             try:
-                guest.engine.check_disks()
-            except GuestLost as lost:
-                raise lost from error
+                _check(guest)
+            except (GuestLost, LaunchError) as cause:
+                raise cause from error
             raise
-        guest.engine.check_disks()
+        _check(guest)
+
+
+def _check(guest: Guest) -> None:
+    guest.engine.check_disks()
+    for place in guest.engine.machines.cards:
+        place.check()

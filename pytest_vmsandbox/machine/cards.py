@@ -78,6 +78,13 @@ class HasCard(Protocol):
     def connect(self) -> socket.socket | None:
         """QEMU's end of a new cable; None for no network. The caller closes it. The former cable is cut."""
 
+    def check(self) -> None:
+        """Check that the network still carries frames, unless it is over.
+
+        Raises:
+            LaunchError: its switch is gone.
+        """
+
 
 @dataclass(frozen=True)
 class Loose:
@@ -87,6 +94,9 @@ class Loose:
 
     def connect(self) -> None:
         """There is no cable."""
+
+    def check(self) -> None:
+        """There is no network."""
 
 
 def connected(cards: Iterable[HasCard], ends: ExitStack) -> tuple[Connected, ...]:

@@ -66,6 +66,23 @@ def test_a_card_survives_what_a_guest_survives(lan, pair):
     assert reaches(a, name)
 
 
+def test_a_cable_is_out_as_long_as_one_fault_says_so(lan, pair):
+    a, b = pair
+    first, second = lan.unplug(b), lan.unplug(b)
+    first.end()
+    assert carrier(lan, b) == "0"
+    with b.snapshot():
+        second.end()
+        assert carrier(lan, b) == "1"
+        third = lan.unplug(b)
+    assert b.faults.in_force == (third,)
+    assert carrier(lan, b) == "0"
+    assert not reaches(a, lan.name_of(b))
+    third.end()
+    assert carrier(lan, b) == "1"
+    assert reaches(a, lan.name_of(b))
+
+
 def test_links_are_as_bad_as_asked_for(lan, pair, tmp_path):
     a, b = pair
     name = lan.name_of(b)

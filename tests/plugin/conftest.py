@@ -58,7 +58,7 @@ class FakeGuest:
     def __init__(self, name, image, config, logs):
         self.name, self.image, self.alive, self.config = name, image, True, config
         self.engine = self
-        self.machines, self.running = SimpleNamespace(faults=Ledger(logs)), None
+        self.machines, self.running = SimpleNamespace(faults=Ledger(logs), cards=[]), None
         self.explained = nullcontext
 
     def fault(self, text):

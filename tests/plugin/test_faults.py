@@ -400,3 +400,18 @@ def test_the_log_is_among_the_artifacts(shown, suite):
     (log,) = suite.path.glob("kept/*/alpha-1-1/faults.log")
     assert re.fullmatch(rf"{WHEN} begin slow\n{WHEN} end   slow\n", log.read_text())
     assert log.stat().st_mode & 0o077 == 0
+
+
+def test_a_test_without_its_network_proves_nothing(suite):
+    source = """
+        from types import SimpleNamespace
+        from pytest_vmsandbox import LaunchError
+
+        def check():
+            raise LaunchError("the switch is gone")
+
+        def test_a(vm):
+            vm.machines.cards.append(SimpleNamespace(check=check))
+    """
+    suite.check(source, errors=1)
+    suite.result.stdout.fnmatch_lines(["*the switch is gone*"])

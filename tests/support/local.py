@@ -62,7 +62,7 @@ class LocalGuest:
         self.name, self.image = name, image
         self.lost = None
         self.transient = False  # whether something else than the guest was at fault
-        self.machines = SimpleNamespace(faults=Ledger(None))
+        self.machines = SimpleNamespace(faults=Ledger(None), cards=[])
 
     @property
     def engine(self):

@@ -424,7 +424,7 @@ class TestThisMachinesDisk:
 
     def test_spoils_whatever_a_block_has_found(self, vm, platform):
         def use(error=None):
-            with leasing.on_sound_disks(vm):
+            with leasing.on_sound_host(vm):
                 if error is not None:
                     raise error
 

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager, nullcontext
 from ipaddress import IPv4Network, IPv6Network
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.networks.links import Rule, conditions_of, cuts, rules_of, text_of
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.guests import leasing
+from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.networks.links import (
+    LinkFault,
+    Rule,
+    Unplugged,
+    conditions_of,
+    cuts,
+    rules_of,
+    text_of,
+)
 from pytest_vmsandbox.guests.networks.network import Network
 from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.networks.setup import hosts_text
@@ -21,8 +34,38 @@ RECORD = {
 
 
 class FakeSwitch:
+    gone = False
+
+    def check(self):
+        if self.gone:
+            raise LaunchError("the switch is gone")
+
     def close(self):
-        pass
+        self.check()
+
+    def impose(self, conditions, *, source, dest):
+        self.check()
+        return SimpleNamespace(end=self.check)
+
+
+class FakeEngine:
+    """A guest whose card has a cable."""
+
+    name = "a"
+    loss = running = None
+    explained = staticmethod(nullcontext)
+
+    def __init__(self):
+        self.machines = SimpleNamespace(faults=Ledger(None), logs=None)
+        self.is_up = True
+
+    @contextmanager
+    def use(self):
+        yield SimpleNamespace(machine=self)
+
+    def execute(self, command, arguments):
+        assert (command, arguments["name"]) == ("set_link", "card-port0")
+        self.is_up = arguments["up"]
 
 
 def network(ipv4="10.1.0.0/24", addresses="fixed"):
@@ -154,6 +197,11 @@ class TestLinks:
             ({"loss": True}, "loss=True is not a number"),
             ({"rate": "10MiB"}, "is not a number of bits per second"),
             ({"rate": True}, "is not a number of bits per second"),
+            *(
+                ({name: value}, f"{name} is not a finite number")
+                for name in ("latency", "jitter", "loss", "duplicate", "reorder", "rate")
+                for value in (float("nan"), float("inf"), -float("inf"), 10**400)
+            ),
         ],
     )
     def test_what_cannot_be_a_condition(self, given, text):
@@ -174,6 +222,109 @@ class TestLinks:
         ways = [(rule.source, rule.dest) for rule in cuts(["a"], ["b", "c"], one_way=False)]
         assert ways == [("a", "b"), ("a", "c"), ("b", "a"), ("c", "a")]
         assert len(cuts(["a"], ["b", "c"], one_way=True)) == 2
+
+
+def _pull(engine, seat, switch):
+    return Unplugged(engine, "cable", switch, seat.card, seat.cable).begin()
+
+
+class TestCable:
+    @pytest.fixture
+    def engine(self):
+        return FakeEngine()
+
+    @pytest.fixture
+    def pull(self, engine):
+        seat = network().seat("a", port="port0")
+        return lambda: _pull(engine, seat, FakeSwitch())
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_is_out_until_the_last_fault_ends(self, engine, pull, order):
+        faults = [pull(), pull()]
+        faults[order[0]].end()
+        assert not engine.is_up
+        faults[order[1]].end()
+        assert engine.is_up
+
+    def test_is_out_after_a_rollback_if_a_later_fault_is_in_force(self, engine, pull):
+        first, ledger = pull(), engine.machines.faults
+        then = ledger.in_force
+        first.end()
+        second = pull()
+        ledger.rolled_back(then)
+        assert not engine.is_up
+        second.end()
+        assert engine.is_up
+
+    def test_is_in_after_a_rollback_if_no_fault_is_in_force(self, engine, pull):
+        fault, ledger = pull(), engine.machines.faults
+        then = ledger.in_force
+        fault.end()
+        engine.is_up = False  # as it was saved
+        ledger.rolled_back(then)
+        assert engine.is_up
+
+    def test_one_of_another_card_counts_nothing(self, engine, pull):
+        other = Unplugged(
+            cast("Any", engine), "other", cast("Any", FakeSwitch()),
+            Card(**{**RECORD, "port": "port1"}), threading.Lock(),
+        )  # fmt: skip
+        engine.machines.faults.begun(other, "other")
+        pull().end()
+        assert engine.is_up
+
+
+class TestWithoutItsSwitch:
+    """What a test has seen of a network proves nothing then."""
+
+    def test_faults_do_not_begin(self):
+        switch = FakeSwitch()
+        switch.gone = True
+        engine = FakeEngine()
+        with pytest.raises(LaunchError, match="gone"):
+            _pull(engine, network().seat("a", port="port0"), switch)
+        assert engine.machines.faults.in_force == []
+
+    @pytest.mark.parametrize("kind", ["link", "cable"])
+    def test_the_end_of_a_fault_says_so(self, kind):
+        switch, engine = FakeSwitch(), FakeEngine()
+        if kind == "link":
+            rules = [Rule(Conditions(cut=True), "a", None)]
+            fault = LinkFault(cast("Any", engine), "cut", cast("Any", switch), rules).begin()
+        else:
+            fault = _pull(engine, network().seat("a", port="port0"), switch)
+        switch.gone = True
+        with pytest.raises(LaunchError, match="gone"), fault:
+            pass
+        assert engine.machines.faults.in_force == []
+        assert engine.is_up
+
+    def test_so_does_the_end_of_the_network(self):
+        lan = network()
+        seat = lan.seat("a", port="port0")
+        seat.engine = cast("Any", FakeEngine())
+        rules = [Rule(Conditions(cut=True), "a", None)]
+        LinkFault(seat.engine, "cut", lan.switch, rules).begin()
+        cast("Any", lan.switch).gone = True
+        with pytest.raises(LaunchError, match="gone"):
+            lan.end()
+        assert (lan.is_over, lan.lines()) == (True, [])
+
+    def test_so_does_the_end_of_the_guest(self):
+        lan = network()
+        seat = lan.seat("a", port="port0")
+        engine = SimpleNamespace(
+            explained=nullcontext, check_disks=lambda: None, machines=SimpleNamespace(cards=[seat])
+        )
+        guest = cast("Any", SimpleNamespace(engine=engine))
+        with leasing.on_sound_host(guest):
+            pass
+        cast("Any", lan.switch).gone = True
+        with pytest.raises(LaunchError, match="gone"), leasing.on_sound_host(guest):
+            pass
+        with pytest.raises(LaunchError) as caught, leasing.on_sound_host(guest):
+            raise AssertionError
+        assert isinstance(caught.value.__cause__, AssertionError)
 
 
 @pytest.mark.parametrize(

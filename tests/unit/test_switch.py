@@ -3,6 +3,7 @@
 import io
 import os
 import select
+import selectors
 import signal
 import socket
 import struct
@@ -287,6 +288,17 @@ class TestConditions:
             assert b.take(20) == [bytes([number]) for number in range(20)]  # jitter keeps the order
             assert time.monotonic() - began >= 0.09
 
+    def test_nobody_waits_longer_than_a_selector_can(self):
+        timetable = Timetable()
+        timetable.add(1e300, lambda _: None)
+        with selectors.DefaultSelector() as selector:
+            read, write = os.pipe()
+            selector.register(read, selectors.EVENT_READ)
+            os.write(write, b"x")
+            assert selector.select(timetable.seconds())
+            os.close(read)
+            os.close(write)
+
     def test_a_rate_is_not_exceeded(self):
         rule = Rule(1, Conditions(rate=1e6), "a", None, "")
         sent = [rule.sent_at(1250, now=5.0) for _ in range(100)]  # 10 ms each
@@ -341,6 +353,7 @@ class TestConditions:
         [
             *({"loss": 1.1}, {"duplicate": -1}, {"reorder": float("nan")}),
             *({"latency": -0.1}, {"jitter": 61}, {"rate": 0}, {"rate": float("inf")}),
+            *({"rate": 1e-5}, {"rate": float("nan")}, {"latency": float("nan")}),
         ],
     )
     def test_impossible_ones_are_refused(self, lan, conditions):
@@ -607,13 +620,15 @@ class TestProcess:
             with card.socket:
                 os.kill(lost._program.process.pid, signal.SIGKILL)
                 assert card.socket.recv(1) == b""
-                with pytest.raises(LaunchError, match="switch of this run is gone") as caught:
-                    lost.statistics()
-                assert caught.value.transient
-                lost.close()
-            assert lost._program.process.wait(SECONDS) == -9
-            again = switch.network("lan")
-            a, b = Card(again, "a"), Card(again, "b")
+                assert lost._program.process.wait(SECONDS) == -9
+                lan = switch.network("lan")  # by another process
+                for use in (lost.check, lost.statistics, lambda: lost.end(rule=1), lost.close):
+                    with pytest.raises(LaunchError, match="switch of this run is gone") as caught:
+                        use()
+                    assert caught.value.transient
+                for use in (card.port.close, lost.check, lost.close, lan.check):
+                    use()  # nobody needs it any more
+            a, b = Card(lan, "a"), Card(lan, "b")
             with a.socket, b.socket:
                 a.send(ALL, b"x")
                 assert b.take() == [b"x"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
@@ -10,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
@@ -60,10 +62,12 @@ class LinkFault(Fault):
     def _stop(self) -> None:
         self._end()
         if (logs := self._engine.machines.logs) is not None:
-            with suppress(LaunchError, OSError):  # the fault is over, with or without its log
-                lines = self.switch.decisions(*self._imposed)
-                with open(logs / LOG, "a", encoding="utf-8", opener=host.private) as file:
-                    file.writelines(f"{line}\n" for line in (self.text, *lines))
+            lines = self.switch.decisions(*self._imposed)
+            with (
+                suppress(OSError),  # the fault is over, with or without its log
+                open(logs / LOG, "a", encoding="utf-8", opener=host.private) as file,
+            ):
+                file.writelines(f"{line}\n" for line in (self.text, *lines))
 
     def _end(self) -> None:
         for imposed in self._imposed:
@@ -74,35 +78,55 @@ class LinkFault(Fault):
 
 
 class Unplugged(Fault):
-    """The cable is out of a network card."""
+    """The cable is out of a network card.
+
+    Args:
+        cable: held while the cable is pulled or put in.
+
+    Attributes:
+        card: that of the cable.
+    """
 
     needs_answers = False
 
-    def __init__(self, engine: Engine, text: str, switch: SwitchNetwork, card: Card) -> None:
+    def __init__(
+        self, engine: Engine, text: str, switch: SwitchNetwork, card: Card, cable: threading.Lock
+    ) -> None:
         super().__init__(engine, text)
         self.switch = switch
-        self._card = card
+        self.card = card
+        self._cable = cable
 
     def _start(self) -> None:
-        self._set(up=False)
+        self.switch.check()
+        self._settle()
 
     def _stop(self) -> None:
-        self._set(up=True)
+        self._settle()
+        self.switch.check()  # without it, silence proves nothing about the cable
 
-    def _set(self, *, up: bool) -> None:
+    def _settle(self) -> None:
+        """Have the cable in, unless a fault that is in force has it out: this one, or another."""
         engine = self._engine
-        if engine.loss is None:
+        with self._cable:
+            if engine.loss is not None:
+                return
+            is_out = any(
+                isinstance(fault := entry.fault, Unplugged)
+                and fault.in_force
+                and fault.card.device == self.card.device
+                for entry in engine.machines.faults.in_force
+            )
             with engine.use() as running:
-                cabling.set_link(running.machine.execute, self._card, up=up)
+                cabling.set_link(running.machine.execute, self.card, up=not is_out)
 
     def switched_on(self, machine: Machine) -> None:
         """The new machine's cable is out, too."""
-        cabling.set_link(machine.execute, self._card, up=False)
+        cabling.set_link(machine.execute, self.card, up=False)
 
-    def rolled_back(self, *, was_in_force: bool) -> None:
+    def rolled_back(self, *, was_in_force: bool) -> None:  # noqa: ARG002
         """It stays as it is, but what was saved has the cable as it was then."""
-        if was_in_force and not self.in_force:
-            self._set(up=True)
+        self._settle()
 
 
 class Capture:
@@ -189,7 +213,7 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         example = "0.05 for 50 ms" if name in ("latency", "jitter") else "0.1 for every tenth frame"
         raise ConfigError(f"{name}={value!r} is not a number", remedy=f"use for instance {example}")
-    return float(value)
+    return _finite(name, value)
 
 
 def _rate(value: object) -> float:
@@ -200,4 +224,11 @@ def _rate(value: object) -> float:
             f"rate={value!r} is not a number of bits per second",
             remedy="use for instance '10Mbit' (bit, kbit, Mbit, Gbit), or a number",
         )
-    return float(value)
+    return _finite("rate", value)
+
+
+def _finite(name: str, value: float) -> float:
+    with suppress(OverflowError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise ConfigError(f"{name} is not a finite number", remedy="use an ordinary one, such as 0.1")

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,7 @@ class Seat:
         card: its card.
         engine: the guest; None before it is admitted.
         knows: the names that the guest has.
+        cable: held while the cable is pulled or put in.
     """
 
     network: Network
@@ -54,6 +55,7 @@ class Seat:
     card: Card
     engine: Engine | None = None
     knows: str = ""
+    cable: threading.Lock = field(default_factory=threading.Lock)
     _port: Port | None = None
 
     def connect(self) -> socket.socket | None:
@@ -67,6 +69,14 @@ class Seat:
         """Cut the cable."""
         if self._port is not None:
             self._port.close()
+
+    def check(self) -> None:
+        """Check that the network still carries frames, unless it is over.
+
+        Raises:
+            LaunchError: its switch is gone.
+        """
+        self.network.switch.check()
 
     def lines(self) -> list[str]:
         """The addresses of this guest with its names, as ``/etc/hosts`` has them."""
@@ -118,13 +128,16 @@ class Network:
     def end(self) -> None:
         """End it. Guests that are still on it keep their cards, and reach nobody there. A second call does
         nothing.
+
+        Raises:
+            LaunchError: the switch was gone before. So what a test has seen of this network proves nothing.
         """
-        with self._lock:
+        with self._lock, ExitStack() as stack:
             self.is_over = True
+            stack.callback(self.switch.close)
+            stack.push(self.own)
             for seat in list(self._seats):
-                self.leave(seat)
-            self.own.close()
-            self.switch.close()
+                stack.callback(self.leave, seat)
 
     # -- who is on it -----------------------------------------------------------------------------
 
@@ -213,7 +226,7 @@ class Network:
             jitter: up to so many seconds more. Frames keep their order.
             loss, duplicate, reorder: the share of frames that are lost, arrive twice, or arrive after the
                 next one; from 0 to 1.
-            rate: bits per second: ``"10Mbit"``, or a number. What waits longer than 0.25 s is lost.
+            rate: bits per second, from 100 on: ``"10Mbit"``, or a number. What waits longer than 0.25 s is lost.
             direction: ``to`` the guest, ``from`` it, or ``both``.
 
         Raises:
@@ -283,14 +296,15 @@ class Network:
     def unplug(self, guest: Guest) -> Fault:
         """Pull a guest's cable out. Its carrier is 0 then. This is a fault: see `Fault`.
 
-        The cable stays out if the guest is switched off and on.
+        The cable stays out if the guest is switched off and on, and until the last fault that has it out ends.
 
         Raises:
             ConfigError: the guest is not on this network.
+            LaunchError: the switch is gone.
         """
         seat = self.seat_of(guest)
         text = f"cable out of {self.name}"
-        return Unplugged(guest.engine, text, self.switch, seat.card).begin()
+        return Unplugged(guest.engine, text, self.switch, seat.card, seat.cable).begin()
 
     def capture(self, path: StrPath) -> Capture:
         """Write all frames that guests send from now on into a file, as pcap.
@@ -379,10 +393,11 @@ class Network:
             if seat not in self._seats:
                 return
             self._seats.remove(seat)
-        for entry in seat.engine.machines.faults.in_force if seat.engine else ():
-            if getattr(entry.fault, "switch", None) is self.switch:
-                entry.fault.end()
-        seat.close()
+        with ExitStack() as stack:
+            stack.callback(seat.close)
+            for entry in seat.engine.machines.faults.in_force if seat.engine else ():
+                if getattr(entry.fault, "switch", None) is self.switch:
+                    stack.callback(entry.fault.end)
 
     def lines(self) -> list[str]:
         """The names of all guests, as ``/etc/hosts`` has them."""

@@ -15,6 +15,7 @@ from .timetable import Entry
 QUEUE_SECONDS = 0.25  # a path with a rate holds what it sends in this time, but at least …
 QUEUE_BYTES = 32_768
 MOST_SECONDS = 60.0  # of latency, and of jitter
+LEAST_RATE = 100.0  # bits per second: a frame takes minutes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ The control socket carries one JSON message per packet, and each gets one answer
 * ``{"do": "capture", "network": N}`` with a file: ``{"capture": N}``
 * ``{"do": "statistics"|"decisions", "network": N}`` with a file, which gets JSON
 * ``{"do": "end", "network": N, "port"|"rule"|"capture": N}`` ends one of these, and ``{"do": "close", "network": N}`` all
+* ``{"do": "check"}``: nothing happens
 * ``{"error": TEXT}`` is the answer to what cannot be done.
 """
 
@@ -140,6 +141,8 @@ class Program:
                 request["name"], request["seed"], self._timetable, self._changed
             )
             return {"network": number}
+        if what == "check":
+            return {}
         network = self._networks[request["network"]]
         if what == "port":
             channel = socket.socket(fileno=fds[0])

@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
-from pytest_vmsandbox.machine.switch.conditions import MOST_SECONDS, Conditions
+from pytest_vmsandbox.machine.switch.conditions import LEAST_RATE, MOST_SECONDS, Conditions
 
 _CONTROL = 3  # its descriptor in the program
 _ANSWER_SECONDS = 60.0
@@ -181,18 +181,33 @@ class SwitchNetwork:
         numbers = {f"{rule.number}" for rule in rules}
         return [line for line in lines if not rules or line.partition(" ")[0] in numbers]
 
-    def end(self, **what: int) -> None:
-        """End a rule, a port or a capture, by its number. If it is gone, nothing happens."""
+    def check(self) -> None:
+        """Check that frames can pass. A network that is closed needs no switch.
+
+        Raises:
+            LaunchError: the switch is gone, so nothing passes, whatever is imposed.
+        """
         if not self._is_closed:
-            with suppress(LaunchError):
-                self._ask("end", None, **what)
+            self._program.ask("check")
+
+    def end(self, **what: int) -> None:
+        """End a rule, a port or a capture, by its number. If it is gone, nothing happens.
+
+        Raises:
+            LaunchError: the switch is gone.
+        """
+        if not self._is_closed:
+            self._ask("end", None, **what)
 
     def close(self) -> None:
-        """End the network and close its ports. Closing it twice does nothing."""
+        """End the network and close its ports. Closing it twice does nothing.
+
+        Raises:
+            LaunchError: the switch was gone before.
+        """
         if not self._is_closed:
-            with suppress(LaunchError):
-                self._ask("close")
             self._is_closed = True
+            self._ask("close")
 
     def _ask(self, what: str, fd: int | None = None, **more: Any) -> Any:
         return self._program.ask(what, fd, network=self._number, **more)
@@ -223,7 +238,8 @@ class Port:
     def close(self) -> None:
         """Close the port, also if QEMU still has its end."""
         self.socket.close()
-        self._network.end(port=self._number)
+        with suppress(LaunchError):
+            self._network.end(port=self._number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +260,11 @@ class Imposed:
         self.end()
 
     def end(self) -> None:
-        """End them. Frames that are on their way still arrive late. Ending them twice does nothing."""
+        """End them. Frames that are on their way still arrive late. Ending them twice does nothing.
+
+        Raises:
+            LaunchError: the switch is gone.
+        """
         self._network.end(rule=self.number)
 
 
@@ -261,10 +281,10 @@ def _check(conditions: Conditions) -> None:
                 f"{name}={getattr(conditions, name)!r} is not a possible time",
                 remedy=f"use seconds, from 0 to {MOST_SECONDS:g}, such as 0.05",
             )
-    if conditions.rate is not None and not (conditions.rate > 0 and math.isfinite(conditions.rate)):
+    if conditions.rate is not None and not LEAST_RATE <= conditions.rate < math.inf:
         raise ConfigError(
-            f"rate={conditions.rate!r} is not a number of bits per second",
-            remedy="use a positive number, such as 10e6; to let nothing pass, cut the connection",
+            f"rate={conditions.rate!r} is not a possible number of bits per second",
+            remedy=f"use a number from {LEAST_RATE:g} on, such as 10e6; to let nothing pass, use partition",
         )
 
 

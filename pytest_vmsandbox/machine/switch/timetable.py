@@ -9,6 +9,7 @@ from itertools import count
 from time import monotonic
 
 Action = Callable[[float], None]
+_LONGEST = 3600.0  # seconds to wait at once: a selector refuses a month
 
 
 @dataclass(order=True)
@@ -39,8 +40,10 @@ class Timetable:
         return entry
 
     def seconds(self) -> float | None:
-        """Until the next action is due; None if there is none."""
-        return max(0.0, self._entries[0].at - monotonic()) if self._entries else None
+        """Until the next action is due, an hour at most; None if there is none."""
+        if not self._entries:
+            return None
+        return min(max(0.0, self._entries[0].at - monotonic()), _LONGEST)
 
     def run(self) -> None:
         """Do all that is due."""
