@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.guests import leasing
 from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.networks import joining
 from pytest_vmsandbox.guests.networks.links import (
     LinkFault,
     Rule,
@@ -167,11 +169,32 @@ class TestSeats:
         with pytest.raises(ConfigError, match="has 5 guests, and no address for one more"):
             lan.seat("b", port="port0")
 
-    def test_a_network_that_is_over(self):
+    def test_a_network_that_is_over(self, tmp_path):
         with network() as lan:
             pass
-        with pytest.raises(ConfigError, match="the network 'lan' is over"):
-            lan.seat("a", port="port0")
+        for use in (lambda: lan.seat("a", port="port0"), lambda: lan.capture(tmp_path / "pcap")):
+            with pytest.raises(ConfigError, match="the network 'lan' is over"):
+                use()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_guest_that_joins_while_another_is_set_up(self, monkeypatch):
+        """The other one may have heard of it before, and an older text would win."""
+        lan, told = network(), []
+        seat = lan.seat("a", port="port0")
+        engine = cast("Any", SimpleNamespace(has_helper=True, machines=SimpleNamespace()))
+        engine.machines.cards = [seat]
+
+        def set_up(engine, cards, hosts, *, dhcp):
+            if not told:
+                lan.seat("b", port="port0")
+            told.append((len(cards), "10.1.0.2 b b.lan" in hosts))
+            return {seat.card.mac: "eth1"} if cards else {}
+
+        monkeypatch.setattr(joining, "set_up", set_up)
+        joining._set_up(engine)
+        assert told == [(1, False), (0, True)]
+        assert seat.card.interface == "eth1"
+        assert "b.lan" in seat.knows
 
     def test_who_asks_for_addresses_gets_only_ipv4(self):
         lan = network(addresses="dhcp")
@@ -325,6 +348,32 @@ class TestWithoutItsSwitch:
         with pytest.raises(LaunchError) as caught, leasing.on_sound_host(guest):
             raise AssertionError
         assert isinstance(caught.value.__cause__, AssertionError)
+
+
+def test_networks_end_with_the_run_but_before_the_switch():
+    ended: list[str] = []
+
+    class Switch(FakeSwitch):
+        def __init__(self, name, seed):
+            self.name, self.gone = name, name == "gone"
+
+        def close(self):
+            ended.append(self.name)
+            self.check()
+
+    class Backend:
+        stack = ExitStack()
+
+        @cached_property
+        def hypervisor(self):
+            self.stack.callback(ended.append, "switch")
+            return SimpleNamespace(switch=SimpleNamespace(network=Switch))
+
+    with (backend := Backend()).stack:
+        networks = Networks(cast("Any", backend))
+        for name in ("a", "gone", "b"):
+            networks.make(name, None, None, "fixed", 1)
+    assert ended == ["a", "gone", "b", "switch"]
 
 
 @pytest.mark.parametrize(

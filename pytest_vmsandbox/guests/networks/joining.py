@@ -154,13 +154,17 @@ def _set_up(engine: Engine, *, fresh: bool = True) -> None:
     seats = seats_of(engine)
     if not engine.has_helper and all(seat.network.addresses == "dhcp" for seat in seats):
         return  # nobody needs to do anything in it
-    hosts = _hosts(seats)
-    set_up_cards = [seat.card for seat in seats] if fresh else []
+    cards = [seat.card for seat in seats] if fresh else []
     dhcp = {seat.card.mac for seat in seats if seat.network.addresses == "dhcp"}
-    found = set_up(engine, set_up_cards, hosts, dhcp=dhcp)
-    for seat in seats:
-        seat.knows = hosts
-        seat.card = replace(seat.card, interface=found.get(seat.card.mac, seat.card.interface))
+    hosts = ""
+    while hosts != (
+        hosts := _hosts(seats)
+    ):  # others may join meanwhile, and tell newer names before
+        found = set_up(engine, cards, hosts, dhcp=dhcp)
+        cards = []
+        for seat in seats:
+            seat.knows = hosts
+            seat.card = replace(seat.card, interface=found.get(seat.card.mac, seat.card.interface))
 
 
 def _again(engine: Engine) -> None:

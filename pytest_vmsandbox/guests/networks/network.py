@@ -316,9 +316,11 @@ class Network:
             A context manager, at whose end the file is complete. ``end()`` does the same.
 
         Raises:
+            ConfigError: the network is over.
             OSError: ``path`` cannot be written.
             LaunchError: the switch is gone.
         """
+        self._check_open()
         capture = Capture(self.switch, Path(path))
         self.own.callback(capture.end)
         return capture
@@ -340,11 +342,7 @@ class Network:
             ConfigError: the name or the address is taken or impossible, or the network is full or over.
         """
         with self._lock:
-            if self.is_over:
-                raise ConfigError(
-                    f"the network {self.name!r} is over",
-                    remedy="make another one: vm_factory.network()",
-                )
+            self._check_open()
             if any(seat.name == name for seat in self._seats):
                 raise ConfigError(
                     f"there is already a guest {name} on the network {self.name!r}",
@@ -365,6 +363,13 @@ class Network:
             seat = Seat(self, name, number, card)
             self._seats.append(seat)
             return seat
+
+    def _check_open(self) -> None:
+        if self.is_over:
+            raise ConfigError(
+                f"the network {self.name!r} is over",
+                remedy="make another one: vm_factory.network()",
+            )
 
     def _number(self, address: object) -> int:
         taken = {seat.number: seat for seat in self._seats}

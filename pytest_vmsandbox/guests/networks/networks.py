@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import get_args
 
-from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.networks.dhcp import serving
@@ -22,6 +23,7 @@ class Networks:
         self._backend = backend
         self._made: list[Network] = []
         self._lock = threading.Lock()
+        self._ends = False  # with the run
 
     def make(
         self, name: object, ipv4: object, ipv6: object, addresses: object, seed: object
@@ -42,11 +44,19 @@ class Networks:
             self._made = [network for network in self._made if not network.is_over]
             subnets = subnets_of(ipv4, ipv6, [network.subnets for network in self._made])
             switch = self._backend.hypervisor.switch.network(named, seed=seed)
+            if not self._ends:  # before the switch, which is running now
+                self._backend.stack.callback(self._end)
+                self._ends = True
             network = Network(named, subnets, addressing, switch)
             if addressing == "dhcp":
                 self._serve(network)
             self._made.append(network)
         return network
+
+    def _end(self) -> None:
+        for network in self._made:
+            with suppress(LaunchError):  # each test and guest has been told
+                network.end()
 
     def _serve(self, network: Network) -> None:
         """Start the network's DHCP server. It ends with the network."""
