@@ -177,6 +177,21 @@ class TestSeats:
                 use()
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_guest_finds_its_cards_in_the_order_of_its_networks(self, monkeypatch):
+        """Otherwise chance decides which one is ``eth1``."""
+        done, front, back = [], network(), network("10.2.0.0/24")
+        monkeypatch.setattr(joining, "_free_port", lambda _: "port0")
+        monkeypatch.setattr(joining, "_plug", lambda _, seat: done.append(seat.network))
+        monkeypatch.setattr(
+            joining, "set_up", lambda _, cards, *__, **___: done.append(cards[0].ipv4)
+        )
+        machines = SimpleNamespace(hostname="a")
+        engine = SimpleNamespace(has_helper=True, machines=machines, explained=nullcontext)
+        guest = cast("Any", SimpleNamespace(engine=engine))
+        with ExitStack() as stack:
+            joining._seated(guest, {front: None, back: None}, stack)
+        assert done == [front, "10.1.0.1/24", back]
+
     def test_a_guest_that_joins_while_another_is_set_up(self, monkeypatch):
         """The other one may have heard of it before, and an older text would win."""
         lan, told = network(), []

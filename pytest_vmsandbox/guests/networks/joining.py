@@ -16,7 +16,7 @@ from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.networks.network import Network, Seat
 from pytest_vmsandbox.guests.networks.setup import hosts_text, set_up
 from pytest_vmsandbox.machine import cabling
-from pytest_vmsandbox.machine.cards import Connected
+from pytest_vmsandbox.machine.cards import Card, Connected
 
 
 @contextmanager
@@ -45,9 +45,12 @@ def joined_all(wanted: Mapping[Guest, object]) -> Iterator[None]:
 
 def _seated(guest: Guest, addresses: Mapping[Network, object], stack: ExitStack) -> list[Seat]:
     """The places of a guest, with its cards. `stack` lets it leave."""
-    machines, seats = guest.engine.machines, []
+    machines = guest.engine.machines
+    seats: list[Seat] = []
     for network, address in addresses.items():
         name = machines.hostname or machines.name
+        if seats:
+            _await_card(guest.engine, seats[-1].card)
         seat = network.seat(name, port=_free_port(machines), address=address)
         stack.callback(network.leave, seat)
         _plug(guest.engine, seat)
@@ -138,6 +141,13 @@ def _plug(engine: Engine, seat: Seat) -> None:
             stack.enter_context(end)
         cabling.plug(running.machine.execute, Connected(seat.card, end))
         engine.machines.cards.append(seat)
+
+
+def _await_card(engine: Engine, card: Card) -> None:
+    """Wait until a guest has found a card. It names cards in the order in which it finds them."""
+    if engine.has_helper:
+        with engine.explained():
+            set_up(engine, [card], hosts_text([]), dhcp=[card.mac])
 
 
 def seats_of(engine: Engine) -> list[Seat]:
