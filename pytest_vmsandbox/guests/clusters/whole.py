@@ -48,12 +48,14 @@ class Clones:
         self._sealed = sealed
         self._count = 0
         self._next: Future[Whole] | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-cluster-filler")
 
     def close(self) -> None:
         """End the clone that nobody has used."""
         with self._lock:
+            self._is_closed = True
             self._filler.shutdown(cancel_futures=True)
             coming, self._next = self._next, None
         if coming is not None and not coming.cancelled() and coming.exception() is None:
@@ -104,7 +106,7 @@ class Clones:
         with self._lock:
             self._count += 1
             wanted = self._count > 1 and self._backend.settings.clones == "armed"
-            if wanted and self._next is None:
+            if wanted and self._next is None and not self._is_closed:  # clones that run go on
                 self._next = self._filler.submit(self._made, arm=True)
 
     def _made(self, *, arm: bool) -> Whole:
