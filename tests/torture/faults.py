@@ -4,8 +4,8 @@
 
 Each round runs one test of `tiny`: its QEMU is stopped, paused or stalled, its disk is slow, fails or
 vanishes, its file system is full, its writes are recorded, states after power cuts are checked, or it
-migrates. When that has begun, pytest is killed with SIGKILL, SIGTERM or SIGINT, at a random moment of the next
-seconds. Then no process that came from it may be alive, also no stopped one. After the next start there may
+migrates. All of them have noise, which stops QEMU for 2 of every 20 ms. When that has begun, pytest is killed
+with SIGKILL, SIGTERM or SIGINT, at a random moment of the next seconds. Then no process that came from it may be alive, also no stopped one. After the next start there may
 be no file of it. The same seed kills at the same moments.
 """
 
@@ -35,6 +35,7 @@ FAULTS = {  # what a test does again and again, with a guest and its second disk
         "for _ in range(9): cuts.check(['true'], states=100)"
     ),
     "moves": "begun(); vm.faults.migrate()",
+    "noise": "begun()",
 }
 SUITE = """
 import time
@@ -65,6 +66,7 @@ class Faults(Acting):
 
     tests = SUITE
     actions = FAULTS
+    options = ("--vm-noise",)
     disks: ClassVar = ["64MiB"]
 
     def look(self, vm: Guest) -> None:
