@@ -109,6 +109,17 @@ class Ledger:
                 entry.ended, entry.error = wall(), error
                 self._write(entry.ended, "end", entry.text)
 
+    def pass_on(self, fault: Ends, other: Ledger) -> None:
+        """A fault that is in force belongs to another guest from now on."""
+        for entry in self.in_force:
+            if entry.fault is fault:
+                with self._lock:
+                    self._entries.remove(entry)
+                with other._lock:
+                    other._entries.append(entry)
+                self.note(f"goes on in another guest: {entry.text}")
+                other.note(f"goes on here: {entry.text}")
+
     def note(self, text: str) -> None:
         """Note something that has happened at one moment, and has no end."""
         self._write(wall(), "event", text)

@@ -312,6 +312,49 @@ class TestCable:
         assert engine.is_up
 
 
+class TestLeaving:
+    @pytest.fixture
+    def lan(self):
+        return network()
+
+    @pytest.fixture
+    def seats(self, lan):
+        seats = [lan.seat(name, port="port0") for name in "abc"]
+        for seat in seats:
+            seat.engine = cast("Any", FakeEngine())
+        return seats
+
+    def cut(self, lan, seats, side, other):
+        rules = cuts(side, other, one_way=False)
+        return LinkFault(seats[0].engine, "partition", lan.switch, rules).begin()
+
+    def test_a_partition_goes_on_between_the_others(self, lan, seats):
+        fault = self.cut(lan, seats, ["a", "c"], ["b"])
+        ledgers = [seat.engine.machines.faults for seat in seats]
+        lan.leave(seats[0])
+        ledgers[0].is_closed = True
+        assert fault.in_force
+        assert [len(ledger.in_force) for ledger in ledgers] == [0, 0, 1]
+        lan.leave(seats[2])
+        assert not fault.in_force
+        assert ledgers[2].in_force == []
+
+    def test_one_that_has_lost_a_whole_side_is_over(self, lan, seats):
+        fault = self.cut(lan, seats, ["a"], ["b", "c"])
+        lan.leave(seats[0])
+        assert not fault.in_force
+
+    def test_a_network_that_is_over_says_so(self, lan, tmp_path):
+        lan.end()
+        guest = cast("Any", None)
+        for call in (lan.address, lan.interface, lan.name_of, lan.unplug, lambda _: lan.capture(tmp_path / "p"),
+                     lambda it: lan.link(it, loss=0.1), lambda it: lan.partition([it], [it])):  # fmt: skip
+            with pytest.raises(ConfigError, match="the network 'lan' is over") as refused:
+                call(guest)
+            assert refused.value.remedy
+        assert not (tmp_path / "p").exists()
+
+
 class TestWithoutItsSwitch:
     """What a test has seen of a network proves nothing then."""
 

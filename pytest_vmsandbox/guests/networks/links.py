@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -68,6 +68,23 @@ class LinkFault(Fault):
                 open(logs / LOG, "a", encoding="utf-8", opener=host.private) as file,
             ):
                 file.writelines(f"{line}\n" for line in (self.text, *lines))
+
+    def pass_on(self, others: Mapping[str, Engine]) -> bool:
+        """Its guest leaves the network. What is wrong between others now belongs to one of them.
+
+        Args:
+            others: the guests that are left, by their names.
+
+        Returns:
+            Whether there is such a guest. Otherwise this fault may end.
+        """
+        for rule in self._rules:
+            heir = None if rule.source is None else others.get(rule.source)
+            if heir is not None and rule.dest in others:
+                former, self._engine = self._engine, heir
+                former.machines.faults.pass_on(self, self._engine.machines.faults)
+                return True
+        return False
 
     def _end(self) -> None:
         for imposed in self._imposed:

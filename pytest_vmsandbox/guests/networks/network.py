@@ -93,7 +93,8 @@ class Network:
 
     Attributes:
         name: its name.
-        ipv4, ipv6: its subnets.
+        ipv4: its subnet of IPv4.
+        ipv6: its subnet of IPv6.
         addresses: ``fixed`` or ``dhcp``.
         switch: what carries the frames. Not part of the public interface: it changes without notice.
     """
@@ -189,8 +190,9 @@ class Network:
         """The place of a guest.
 
         Raises:
-            ConfigError: it is not on this network.
+            ConfigError: it is not on this network, or the network is over.
         """
+        self._check_open()
         for seat in self._seats:
             if seat.engine is not None and seat.engine is getattr(guest, "engine", None):
                 return seat
@@ -392,16 +394,19 @@ class Network:
     def leave(self, seat: Seat) -> None:
         """Let a guest leave. Its card stays, on no network. Others know its name until the next one joins.
 
-        What was wrong with its links is over.
+        What was wrong with its links is over. A partition stays in force between the others.
         """
         with self._lock:
             if seat not in self._seats:
                 return
             self._seats.remove(seat)
+            others = {it.name: it.engine for it in self._seats if it.engine is not None}
         with ExitStack() as stack:
             stack.callback(seat.close)
             for entry in seat.engine.machines.faults.in_force if seat.engine else ():
-                if getattr(entry.fault, "switch", None) is self.switch:
+                if getattr(entry.fault, "switch", None) is not self.switch:
+                    continue
+                if not isinstance(entry.fault, LinkFault) or not entry.fault.pass_on(others):
                     stack.callback(entry.fault.end)
 
     def lines(self) -> list[str]:
