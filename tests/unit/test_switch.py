@@ -541,6 +541,7 @@ class TestCapture:
                 b.send(a, b"y" * 70)
                 a.take()
                 counts(lan, "a", "cut", 1)
+                assert len(frames_of(os.pread(file.fileno(), 1000, 0))) == 2  # as it goes
             a.send(b, b"not captured")
             b.take()
             file.seek(0)

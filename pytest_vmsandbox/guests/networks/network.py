@@ -315,7 +315,8 @@ class Network:
         256 MiB at most.
 
         Returns:
-            A context manager, at whose end the file is complete. ``end()`` does the same.
+            A context manager, at whose end the file is complete. ``end()`` does the same, and the end of the
+            network or of the run does so, too. Frames are in the file before guests have them.
 
         Raises:
             ConfigError: the network is over.

@@ -16,6 +16,10 @@ _MOST_MEMBERS = 1000
 _Subnet = TypeVar("_Subnet", IPv4Network, IPv6Network)
 _V4 = [IPv4Network(f"10.{number}.0.0/24") for number in range(1, 256)]
 _V6 = [IPv6Network(f"fd00:{number:x}::/64") for number in range(1, 256)]
+_UNUSABLE = [  # systems refuse these addresses, or use them for something else
+    *(IPv4Network(it) for it in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3")),
+    *(IPv6Network(it) for it in ("::/64", "fe80::/10", "ff00::/8")),
+]
 _RUN_OWN = IPv4Network("10.0.2.0/24")  # of each guest's first card
 
 
@@ -118,7 +122,7 @@ def _read(kind: type[_Subnet], value: object, what: str, example: str) -> _Subne
         raise ConfigError(
             f"{what}={value!r} is not a subnet: {error}", remedy=f"write for instance {example!r}"
         ) from error
-    if subnet.is_multicast or subnet.is_loopback:
+    if any(isinstance(it, kind) and subnet.overlaps(it) for it in _UNUSABLE):
         raise ConfigError(
             f"{what}={str(subnet)!r} cannot be the subnet of a network",
             remedy=f"write for instance {example!r}",

@@ -24,6 +24,7 @@ class Capture:
         self._file = file
         self._left = limit - len(_HEADER)
         self._buffer = bytearray(_HEADER)
+        self.flush()
 
     def add(self, frame: bytes) -> None:
         """Add a frame that came now."""

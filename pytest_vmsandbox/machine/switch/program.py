@@ -86,6 +86,8 @@ class Program:
                 network.forward(port, packet)
         except (OSError, ProtocolError):
             self._remove(port)
+        for capture in network.captures.values():  # before anyone has these frames
+            capture.flush()
 
     def _settle(self) -> None:
         """Write what waits in ports, and have the selector wait for what they can do next."""
