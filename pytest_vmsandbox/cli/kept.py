@@ -298,19 +298,21 @@ def choose(store: KeptStore, nodeid: str, guest: str | None) -> KeptGuest:
     """The kept guest of a test.
 
     Args:
-        guest: its name; None if the test had only one.
+        guest: its name, or that of a machine of a cluster: ``db1`` for ``db1-4``. None if the test had
+            only one.
 
     Raises:
         ConfigError: there is none, or there are several.
     """
     found = find(store, nodeid)
     chosen = [it for it in found if guest in (None, it.guest)]
+    chosen = chosen or [it for it in found if it.guest.rpartition("-")[0] == guest]
     if len(chosen) == 1:
         return chosen[0]
     details = "\n".join(f"  {it.guest}  ({it.image})  {line(it, several=True)}" for it in found)
-    if guest is None:
+    if chosen:
         raise ConfigError(
-            f"{len(found)} guests of {found[0].moment.nodeid} are kept",
+            f"{len(chosen)} guests of {found[0].moment.nodeid} are kept",
             details=details,
             remedy="name one of them with --guest",
         )

@@ -72,7 +72,8 @@ class GuestFactory(MakesClusters):
         Args:
             image: a name of the catalogue, or what `prepare` returned. What ``prepare(None, …)``
                 returned is booted on the image of the test that runs now.
-            networks: what `network` has returned. The guest joins these networks. A mapping may give it an
+            networks: what `network` has returned. The guest joins these networks. Its cards come in the
+                order in which the networks are given. A mapping may give it an
                 address on each: ``{lan: "10.1.0.7"}``.
             hardware: ``cpus``, ``memory``, ``disk``, ``disks``, ``network``, ``user``, ``kernel``, as in
                 the marker ``vm``. What you leave out is the run's default.

@@ -73,7 +73,7 @@ class HasForks:
                 other.run(["systemctl", "restart", "app"])
         """
         with self.engine.explained():
-            if count < 1:
+            if type(count) is not int or count < 1:  # True is none, either
                 raise ConfigError(
                     f"fork({count!r}): there can be no such number of guests",
                     remedy="use a whole number, 1 or more",

@@ -555,10 +555,10 @@ class Machines:
         for port in PORTS:
             if port not in taken:
                 return port
+        first = "detach a disk first: vm.detach(), or use" if self.disks.plugged else "use"
         raise ConfigError(
             f"{self.name} has no free port for {what}: {', '.join(sorted(taken.values()))} are in its {len(PORTS)}",
-            remedy="detach a disk first: vm.detach(), or use fewer networks. For disks that are always there, use "
-            "disks=['1GiB']",
+            remedy=f"{first} fewer networks. For disks that are always there, use disks=['1GiB']",
         )
 
     def disk_names(self) -> list[str]:

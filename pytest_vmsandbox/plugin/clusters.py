@@ -46,9 +46,12 @@ def arguments(item: pytest.Item) -> dict[str, Any]:
             remedy=f"add for instance {_EXAMPLE}",
         )
     found = {**dict(zip(_ARGUMENTS, mark.args, strict=False)), **mark.kwargs}
-    unknown = [*mark.args[1:], *(name for name in found if name not in _ARGUMENTS)]
-    if unknown or "machines" not in found or (mark.args and "machines" in mark.kwargs):
-        what = f"does not take {unknown[0]!r}" if unknown else "needs machines= once"
+    unknown = [*mark.args[2:], *(name for name in found if name not in _ARGUMENTS)]
+    twice = [name for name, _ in zip(_ARGUMENTS, mark.args, strict=False) if name in mark.kwargs]
+    if unknown or twice or "machines" not in found:
+        what = (
+            f"does not take {unknown[0]!r}" if unknown else f"needs {[*twice, 'machines'][0]}= once"
+        )
         raise ConfigError(
             f"pytest.mark.vm_cluster {what}",
             remedy=f"write {_EXAMPLE}, and networks={{…}} if you need it",

@@ -89,8 +89,9 @@ def test_forks_leave_private_networks(vm_factory):
 
 
 def test_what_cannot_be_forked(vm):
-    with pytest.raises(ConfigError, match="no such number"):
-        vm.fork(0)
+    for count in (0, True, "x"):
+        with pytest.raises(ConfigError, match="no such number"):
+            vm.fork(count)
     with vm.faults.clock(60), pytest.raises(ConfigError, match="while faults are in force"):
         vm.fork()
     vm.power_cut()

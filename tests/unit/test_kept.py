@@ -6,11 +6,14 @@ import os
 import stat
 from contextlib import ExitStack
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_vmsandbox import ConfigError
 from pytest_vmsandbox.cache.store import tidy
+from pytest_vmsandbox.cli import kept as commands
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.kept import KeptStore, Moment, key_of
 
@@ -250,3 +253,16 @@ class TestItsFiles:
         tidy(tmp_path / "cache", lambda _: None)
         assert not left.exists()
         assert [found.key for found in store.all()] == [kept.key]
+
+
+def test_one_guest_of_several(store, monkeypatch):
+    """It has its name, or is the only one of a machine."""
+    names = ("db1-4", "db2-5", "tiny-6", "tiny-7")
+    of = SimpleNamespace(nodeid="t.py::test_y")
+    found: list[Any] = [SimpleNamespace(guest=it, image="tiny", moment=of) for it in names]
+    monkeypatch.setattr(commands, "find", lambda *_: found)
+    assert commands.choose(store, "test_y", "db2-5") is found[1]
+    assert commands.choose(store, "test_y", "db1") is found[0]
+    for name, text in [(None, "4 guests"), ("tiny", "2 guests"), ("db", "no guest 'db'")]:
+        with pytest.raises(ConfigError, match=f"{text} of t.py::test_y"):
+            commands.choose(store, "test_y", name)

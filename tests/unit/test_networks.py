@@ -240,6 +240,7 @@ class TestLinks:
         ("given", "text"),
         [
             ({"latency": None}, "needs to know what is wrong"),
+            ({"latency": 0, "loss": 0.0}, "latency=0, loss=0.0 is a link as usual"),
             ({"latency": "1s"}, "latency='1s' is not a number"),
             ({"loss": True}, "loss=True is not a number"),
             ({"rate": "10MiB"}, "is not a number of bits per second"),

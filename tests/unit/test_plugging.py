@@ -18,6 +18,7 @@ from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import TakesDisks, name_of, refuse_left
+from pytest_vmsandbox.machine.cmdline import PORTS
 from pytest_vmsandbox.machine.disk import Disks
 
 
@@ -147,6 +148,14 @@ class TestAttach:
         with pytest.raises(ConfigError, match="no free port for another disk") as caught:
             vm.attach_disk(size="1MiB")
         assert "vm.detach()" in caught.value.remedy
+        engine.machines.disks = replace(plugged := engine.machines.disks, plugged=())
+        cards = [SimpleNamespace(port=port, network="lan") for port in PORTS]
+        engine.machines.cards.extend(SimpleNamespace(card=card) for card in cards)
+        with pytest.raises(ConfigError, match="a card on lan") as caught:
+            vm.attach_disk(size="1MiB")
+        assert caught.value.remedy.startswith("use fewer networks")
+        engine.machines.cards.clear()
+        engine.machines.disks = plugged
         vm.detach(disks[1])
         assert vm.attach_disk(size="1MiB", name="again").name == "again"
         assert [disk.port for disk in engine.machines.disks.plugged] == [

@@ -107,6 +107,10 @@ def _member(name: str, value: object) -> Member:
         arguments = dict(value)
     image = arguments.pop("image", None)
     where = f"the machine {name!r}"
+    try:
+        Hardware().changed(arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.brief}", remedy=error.remedy) from error
     if not isinstance(image, str | PreparedImage | PreparedLayer) or not image:
         raise ConfigError(
             f"{where} has no image" if image in (None, "") else f"{where}: {image!r} is no image",
@@ -118,10 +122,6 @@ def _member(name: str, value: object) -> Member:
             f"{where}: {image!r} may stand for several images, and a machine is made of one",
             remedy="name the image. To test several, parametrize a fixture that calls vm_factory.cluster()",
         )
-    try:
-        Hardware().changed(arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.brief}", remedy=error.remedy) from error
     return Member(name, image, arguments)
 
 

@@ -176,7 +176,7 @@ def conditions_of(**values: float | str | None) -> Conditions:
     """The conditions that a user asks for. What is None is as usual.
 
     Raises:
-        ConfigError: a value is invalid, or there is none.
+        ConfigError: a value is invalid, or nothing is wrong with the link.
     """
     given = {name: value for name, value in values.items() if value is not None}
     if not given:
@@ -188,7 +188,13 @@ def conditions_of(**values: float | str | None) -> Conditions:
         name: _rate(value) if name == "rate" else _number(name, value)
         for name, value in given.items()
     }
-    return replace(Conditions(), **numbers)  # type: ignore[arg-type]
+    conditions = replace(Conditions(), **numbers)  # type: ignore[arg-type]
+    if conditions == Conditions():
+        raise ConfigError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is a link as usual",
+            remedy="use more than 0, such as latency=0.05",
+        )
+    return conditions
 
 
 def text_of(conditions: Conditions, direction: Direction) -> str:
@@ -205,7 +211,7 @@ def text_of(conditions: Conditions, direction: Direction) -> str:
         else:
             said.append(f"{field.name} {value:.4g}")
     way = {"both": "", "to": " (to it)", "from": " (from it)"}[direction]
-    return ", ".join(said or ["nothing"]) + way
+    return ", ".join(said) + way
 
 
 def rules_of(name: str, conditions: Conditions, direction: object) -> tuple[Direction, list[Rule]]:

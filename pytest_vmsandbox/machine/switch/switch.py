@@ -284,7 +284,7 @@ def _check(conditions: Conditions) -> None:
     if conditions.rate is not None and not LEAST_RATE <= conditions.rate < math.inf:
         raise ConfigError(
             f"rate={conditions.rate!r} is not a possible number of bits per second",
-            remedy=f"use a number from {LEAST_RATE:g} on, such as 10e6; to let nothing pass, use partition",
+            remedy=f"use a number from {LEAST_RATE:g} on, such as 10e6; to let nothing pass, use partition or unplug",
         )
 
 
