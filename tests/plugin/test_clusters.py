@@ -15,7 +15,7 @@ TWO = "{'db1': 'alpha-1', 'db2': {'image': 'beta', 'memory': '1GiB'}}"
         ("{'db1': 'alpha-1'}, {}, 5", ["does not take 5", "networks={…}"]),
         ("{'db1': 'alpha-1'}, {}, networks={}", ["needs networks= once"]),
         ("{'db1': 'alpha-1'}, {'lan': ['db2']}", ["the network 'lan': there is no machine 'db2'"]),
-        ("{'db1': {'imag': 'alpha-1'}}", ["the machine 'db1': ", "imag"]),
+        ("{'db1': {'imag': 'alpha-1'}}", ["no hardware called 'imag'", "name the image, 'image':"]),
         ("{'db1': 'alpha-1'}, memory='1GiB'", ["does not take 'memory'"]),
         ("{'db_1': 'alpha-1'}", ["'db_1' cannot be the name of a machine", "lower-case letters"]),
         ("{'10': 'alpha-1'}", ["'10' cannot be the name of a machine", "with a letter"]),

@@ -360,6 +360,7 @@ class TestConditions:
         with pytest.raises(ConfigError, match=next(iter(conditions))) as caught:
             lan.impose(Conditions(**conditions), source="a")
         assert caught.value.remedy
+        assert ("partition or unplug" in caught.value.remedy) == ("rate" in conditions)
 
     def test_the_log_is_bounded(self):
         log = forwarding.Log()

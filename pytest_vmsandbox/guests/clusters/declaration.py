@@ -110,7 +110,8 @@ def _member(name: str, value: object) -> Member:
     try:
         Hardware().changed(arguments)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error.brief}", remedy=error.remedy) from error
+        remedy = error.remedy if image else f"name the image, 'image': 'debian-13'; {error.remedy}"
+        raise ConfigError(f"{where}: {error.brief}", remedy=remedy) from error
     if not isinstance(image, str | PreparedImage | PreparedLayer) or not image:
         raise ConfigError(
             f"{where} has no image" if image in (None, "") else f"{where}: {image!r} is no image",
