@@ -14,8 +14,8 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
-_PING_SECONDS = 15.0  # of silence, after which we check that the guest answers
-_ANSWER_SECONDS = 5.0  # for that answer; longer on a slow host
+PING_SECONDS = 15.0  # of silence, after which we check that the guest answers
+ANSWER_SECONDS = 5.0  # for that answer; longer on a slow host
 _ATTACH_SECONDS = 30.0  # for the supervisor to greet; longer on a slow host
 _MAX_MESSAGES = 100_000  # in answer to one request; live output does not count
 _MAX_BYTES = 256 << 20  # of these messages
@@ -126,7 +126,7 @@ class Connection:
         deadline = Deadline(timeout)
         while not self._waiting:
             try:
-                self._receive(deadline.remaining(_PING_SECONDS))
+                self._receive(deadline.remaining(PING_SECONDS))
             except TimeoutError:
                 if not deadline.expired:
                     self._ping()
@@ -154,7 +154,7 @@ class Connection:
     def _ping(self) -> None:
         """Check that the guest still answers. A test may be silent for any time."""
         self.say({"do": "ping", "n": 0})
-        deadline = Deadline(_ANSWER_SECONDS * self.patience)
+        deadline = Deadline(ANSWER_SECONDS * self.patience)
         try:
             while not self._receive(deadline.remaining()):
                 pass
@@ -170,7 +170,7 @@ class Connection:
 
     def _lost(self) -> GuestLost:
         try:
-            self.guest.run(["true"], timeout=_ANSWER_SECONDS * self.patience)
+            self.guest.run(["true"], timeout=ANSWER_SECONDS * self.patience)
         except GuestLost as lost:
             if lost.stage != "ssh":  # QEMU knows the reason
                 return lost

@@ -6,9 +6,10 @@ import secrets
 from collections import deque
 from collections.abc import Mapping
 
-from pytest_vmsandbox.core.deadline import wall
+from pytest_vmsandbox.core.deadline import Deadline, wall
+from pytest_vmsandbox.core.errors import GuestLost
 from pytest_vmsandbox.guests.recording import RecordedRun
-from pytest_vmsandbox.inside.connection import Connection
+from pytest_vmsandbox.inside.connection import ANSWER_SECONDS, PING_SECONDS, Connection
 from pytest_vmsandbox.inside.wire import Decoder, encode
 
 _FINISH = {"do": "finish"}
@@ -29,13 +30,20 @@ class RecordedConnection(Connection):
         self._answers, self._weight = 0, 0
         self._unsent: list[Mapping[str, object]] = []
         self._has_begun = False
+        self._silence = Deadline(PING_SECONDS + ANSWER_SECONDS * patience)
 
     def say(self, *messages: Mapping[str, object]) -> None:
         """Note messages. Once it runs, they are lost: it was told to finish."""
         self._unsent += messages
 
     def signal(self, name: str) -> None:
-        """Do nothing: no signal gets there."""
+        """Give the guest up: no signal gets there. Stacks cannot be asked for either.
+
+        Raises:
+            GuestLost: the session had to be interrupted or killed.
+        """
+        if name != "DUMP":
+            raise GuestLost(f"{self.guest.name} is recorded, so its session cannot be interrupted")
 
     def _receive(self, timeout: float) -> bool:
         if not self._has_begun:
@@ -45,9 +53,13 @@ class RecordedConnection(Connection):
                 b"".join(map(encode, [*self._unsent, _FINISH])),
             )
             self._run.begin()
+            self._silence = Deadline(self._silence.seconds)
         messages = self._decoder.feed(self._run.receive(timeout))
+        self._silence = Deadline(self._silence.seconds)
         self._waiting += [it for it in messages if not {"pong", "attached", "awake"} & it.keys()]
         return bool(messages)
 
     def _ping(self) -> None:
-        """Nobody could answer. `_receive` looks after the guest."""
+        """Check that the guest still reports. It pings its supervisor by itself, as nobody else can."""
+        if self._silence.expired:
+            raise self._silent()

@@ -45,7 +45,9 @@ def arguments(recording: RecordingDescriptors | None, netdev: str) -> list[str]:
     if recording is None:
         return ["-icount", options]
     options += f",rr={recording.mode},rrfile=/proc/self/fd/{recording.log}"
-    return ["-icount", options, "-object", f"filter-replay,id=replay,netdev={netdev}"]
+    # Seen: a reset never ends while QEMU records. It does not answer then either.
+    ends = ["-action", "reboot=shutdown"]
+    return ["-icount", options, *ends, "-object", f"filter-replay,id=replay,netdev={netdev}"]
 
 
 def from_zero(state: bytes) -> bytes:

@@ -28,6 +28,11 @@ def test_fails():
     subprocess.run(["sync"], check=True)
     print(uuid.uuid4(), time.time_ns(), order, {random.random()})
     assert not uuid.uuid4()
+
+
+def test_restarts():
+    subprocess.run(["reboot", "-f"])
+    time.sleep(1000)
 """
 
 
@@ -42,7 +47,8 @@ def test_a_failure_repeats_to_the_byte(tmp_path):
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nvm_requirements = pytest\n")
     done = run(tmp_path, "pytest", "-p", "no:cacheprovider", "--vm-record", "--vm-accel=tcg")
-    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert "is switched off (guest-reset)" in done.stdout
     line = "vmsandbox replay 'test_suite.py::test_fails[debian-13]'"
     assert line in done.stdout
     assert "test_passes[debian-13]'" not in done.stdout

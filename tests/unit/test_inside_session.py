@@ -85,7 +85,7 @@ class Script:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
-    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS"):
+    for name in ("PING_SECONDS", "ANSWER_SECONDS", "_ATTACH_SECONDS"):
         monkeypatch.setattr(connection, name, 0.2)
     monkeypatch.setattr(session, "_EXIT_SECONDS", 0.2)
 
@@ -228,7 +228,7 @@ def test_a_message_needs_no_thread():
 
 
 def test_silence_is_asked_about(monkeypatch):
-    monkeypatch.setattr(connection, "_PING_SECONDS", 0.01)
+    monkeypatch.setattr(connection, "PING_SECONDS", 0.01)
     assert run(SILENCE, {"pong": 0}, {"done": ID}) == [{"done": ID}]
     with pytest.raises(GuestLost, match="does not answer"):
         run(SILENCE, SILENCE)
@@ -515,7 +515,7 @@ def _read(path):
 
 @pytest.fixture
 def inside(monkeypatch):
-    for name in ("_PING_SECONDS", "_ANSWER_SECONDS", "_ATTACH_SECONDS"):
+    for name in ("PING_SECONDS", "ANSWER_SECONDS", "_ATTACH_SECONDS"):
         monkeypatch.setattr(connection, name, 10)
     monkeypatch.setattr(session, "_EXIT_SECONDS", 10)
     places = []

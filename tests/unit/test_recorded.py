@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError
-from pytest_vmsandbox.guests.recording import CONSOLE, REPORT, difference
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
+from pytest_vmsandbox.guests.recording import CONSOLE, REPORT, RecordedRun, difference
 from pytest_vmsandbox.guests.recordings import Recorded, RecordedStore
+from pytest_vmsandbox.inside import recorded
 from pytest_vmsandbox.machine.counting import from_zero
 
 COUNT = b"\x05\x0ctimer/icount" + struct.pack(">I", 1)
@@ -64,3 +67,52 @@ class TestFinding:
         with pytest.raises(ConfigError, match="no run of 'test_2' was recorded") as raised:
             store.find("test_2", here)
         assert "--vm-record" in raised.value.remedy
+
+
+class FakeRun:
+    """A recorded run whose guest says what it is given, then nothing."""
+
+    guest = SimpleNamespace(name="one")
+
+    def __init__(self, *said):
+        self.said = list(said)
+
+    def request(self, head, lines):
+        self.lines = lines
+
+    def begin(self):
+        pass
+
+    def receive(self, _timeout):
+        if not self.said:
+            raise TimeoutError
+        return self.said.pop(0)
+
+
+class TestConnection:
+    @pytest.fixture
+    def opened(self, monkeypatch):
+        for name in ("PING_SECONDS", "ANSWER_SECONDS"):
+            monkeypatch.setattr(recorded, name, 0.0)
+
+        def opened(*said):
+            connection = recorded.RecordedConnection(
+                cast("RecordedRun", FakeRun(*said)), patience=1.0
+            )
+            assert connection.hear(1.0) == {"awake": 0}
+            return connection
+
+        return opened
+
+    def test_a_guest_that_reports_nothing_any_more_is_lost(self, opened):
+        connection = opened(b'{"pong": 0}\n', b'{"call": true}\n')
+        assert connection.hear(60.0) == {"call": True}
+        with pytest.raises(GuestLost, match="does not answer any more"):
+            connection.hear(60.0)
+
+    def test_it_is_given_up_instead_of_interrupted(self, opened):
+        connection = opened()
+        connection.signal("DUMP")
+        for name in ("INT", "KILL"):
+            with pytest.raises(GuestLost, match="cannot be interrupted"):
+                connection.signal(name)

@@ -10,6 +10,7 @@ import glob
 import json
 import mmap
 import os
+import select
 import socket
 import struct
 import termios
@@ -21,6 +22,8 @@ DISK = "request"  # the serial number of the disk
 REPORT = "/dev/ttyS1"
 BLOCK = 4096  # bytes; a disk that is read past the cache wants whole blocks
 LOOK_SECONDS = 0.1
+PING_SECONDS = 2.0  # of the supervisor's silence, after which it is asked for a sign of life
+PING = b'{"do": "ping", "n": 0}\n'
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # Linux's RNDADDENTROPY and RNDRESEEDCRNG
 
 
@@ -79,12 +82,20 @@ def begin(head: dict[str, object]) -> None:
 
 
 def relay(folder: str, request: bytes, report: int) -> None:
-    """Send a request to the supervisor, and write all of its messages until the session has ended."""
+    """Send a request to the supervisor, and write all of its messages until the session has ended.
+
+    The host cannot ask whether the supervisor lives. So this does, and writes the answer.
+    """
     supervisor = socket.socket(socket.AF_UNIX)
     supervisor.connect(os.path.join(folder, SOCKET))
     supervisor.sendall(request)
     lines = Lines()
-    while data := supervisor.recv(CHUNK):
+    while True:
+        if not select.select([supervisor], [], [], PING_SECONDS)[0]:
+            supervisor.sendall(PING)
+        data = supervisor.recv(CHUNK)
+        if not data:
+            return
         for line in lines.feed(data):
             rest = memoryview(line + b"\n")
             while rest:
