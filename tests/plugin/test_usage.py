@@ -17,7 +17,7 @@ import pytest
         ("disks=['1MiB'] * 9", ["9 disks", "at most 8"]),
         ("cpus=0", ["cpus=0", "1 to 255"]),
         ("cpus=True", ["cpus=True", "1 to 255"]),
-        ("network='lan'", ["network='lan'", "'isolated' or 'nat'"]),
+        ("network='lan'", ["network='lan'", "use 'isolated', 'nat', or a list"]),
         ("user='a b'", ["user='a b'"]),
         ("isolation='none'", ["isolation='none'", "test, module, session"]),
         ("isolation=['test']", ["isolation=['test']", "test, module, session"]),
