@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.core.errors import CacheError, ConfigError, MonitorError
+from pytest_vmsandbox.core.errors import CacheError, CommandResult, ConfigError, MonitorError
 from pytest_vmsandbox.guests.crash import exploring, recording
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.exploring import Exploration, spread
@@ -408,7 +408,9 @@ def test_a_disk_that_the_guest_does_not_flush():
     engine: Any = SimpleNamespace(name="tiny-1")
 
     def answers(text):
-        engine.run = lambda command: SimpleNamespace(stdout=text)
+        engine.run = lambda command: CommandResult(
+            argv=command.argv, returncode=0, stdout=text, stderr=b"", duration=0.0
+        )
         return recording._refuse_write_through(engine, "disk0")
 
     assert answers(b"") is answers(b"/dev/vda\n") is None

@@ -7,6 +7,7 @@ nothing else: not on time, and not on other ports.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 
@@ -79,7 +80,9 @@ class Flow:
         self.count = 0
         self.last = 0.0
         self.held: Entry | None = None
-        self._next = random.Random(seed).random  # noqa: S311  # a test wants it to repeat
+        # A text as the seed would need an import when no file can be read any more (Python 3.13).
+        number = int.from_bytes(hashlib.sha256(seed.encode()).digest(), "big")
+        self._next = random.Random(number).random  # noqa: S311  # a test wants it to repeat
         self._overtaking = False
 
     def decide(self, conditions: Conditions) -> Fate:
