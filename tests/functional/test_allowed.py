@@ -129,6 +129,7 @@ def try_ways_out(vm, seconds):
 def tries(vm, ours):
     listed, unlisted = ours
     before = reached()
+    vm.wait_until(["sh", "-c", "ip -6 addr show dev eth0 | grep fec0 | grep -qv tentative"], timeout=60)
     for target in ("198.51.100.2:8000", "[2001:db8::2]:8000", "other.test:8001"):
         assert vm.shell(f"wget -qO- http://{target}/").stdout == "the other machine"
     assert vm.shell(f"wget -qO- http://10.0.2.2:{listed}/").stdout == "this machine"
