@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pytest_vmsandbox.core import allowed
 from pytest_vmsandbox.core.errors import ConfigError
@@ -94,6 +94,13 @@ class Hardware:
     firmware: Firmware | None = None
     tpm: bool | None = None
     recorded: bool = False
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Hardware:
+        """Hardware that was written down as JSON, with `dataclasses.asdict`."""
+        kernel = record["kernel"]
+        path = None if kernel is None else Path(kernel)
+        return cls(**{**record, "kernel": path, "disks": tuple(record["disks"])})
 
     def changed(self, arguments: Mapping[str, object]) -> Hardware:
         """This hardware with some arguments changed.

@@ -196,10 +196,7 @@ class KeptGuest(Entry):
     @property
     def hardware(self) -> Hardware:
         """Its hardware."""
-        values: dict[str, Any] = dict(self.record["hardware"])
-        kernel = values["kernel"]
-        values["kernel"] = None if kernel is None else Path(kernel)
-        return Hardware(**{**values, "disks": tuple(values["disks"])})
+        return Hardware.of_record(self.record["hardware"])
 
     @property
     def console(self) -> str:

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from pytest_vmsandbox.cache.store import PRIVATE_KEY, RECORDED, Entry, Store
 from pytest_vmsandbox.core.deadline import wall
@@ -52,10 +51,7 @@ class Recorded(Entry):
     @property
     def hardware(self) -> Hardware:
         """The hardware of the guest."""
-        values: dict[str, Any] = dict(self.record["hardware"])
-        kernel = values["kernel"]
-        values["kernel"] = None if kernel is None else Path(kernel)
-        return Hardware(**{**values, "disks": tuple(values["disks"])})
+        return Hardware.of_record(self.record["hardware"])
 
     def replayed(
         self, backend: Backend, folder: Path, stack: ExitStack, *, gdb: int | None = None
