@@ -68,6 +68,8 @@ def formed(cluster):
     one, two = cluster.values()
     # What reads no input ends the connection.
     one.shell("(sleep 99999 | nc -l -p 9000 >/tmp/heard) </dev/null >/dev/null 2>&1 &")
+    # A client that comes too early is refused, and ends.
+    one.wait_until(["sh", "-c", "netstat -ltn | grep -q ':9000 '"], timeout=120)
     two.shell("touch /tmp/said; (tail -f /tmp/said | nc db1 9000) </dev/null >/dev/null 2>&1 &")
     say(cluster, "before")
 

@@ -9,6 +9,7 @@ from pytest_vmsandbox.guests.sealing import clones_of, go_on, sealed_all
 
 SECONDS = 60
 SERVER = "while :; do nc -l -p 7 -e cat; done"
+LISTENS = ["sh", "-c", "netstat -ltn | grep -q ':7 '"]
 CLIENT = "while sleep 0.1; do n=$((n + 1)); echo $n; done | nc $0 7 >/root/heard"
 
 pytestmark = pytest.mark.origins("cloned")
@@ -31,6 +32,7 @@ def test_connections_between_members_are_alive(vm_factory, arm):
         ExitStack() as stack,
     ):
         server.popen(["sh", "-c", SERVER])
+        server.wait_until(LISTENS, timeout=SECONDS)  # else the client is refused, and ends
         client.popen(["sh", "-c", CLIENT, str(lan.address(server))])
         client.wait_until(["grep", "-qx", "3", "/root/heard"], timeout=SECONDS)
         members = sealed_all(backend, [server.engine, client.engine], stack)
