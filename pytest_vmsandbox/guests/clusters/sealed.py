@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.networks.network import Network
 from pytest_vmsandbox.guests.sealing import Sealed, sealed_all
 
 
-class SealedCluster:
+class SealedCluster(Lasting):
     """A cluster at one moment. `GuestFactory.cluster` makes clones of it.
 
     `Cluster.seal` and `GuestFactory.prepare_cluster` return it. It is a context manager: at its end, or at
@@ -42,17 +42,6 @@ class SealedCluster:
 
     def __repr__(self) -> str:
         return f"<SealedCluster {', '.join(self.machines)}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
 
     def end(self) -> None:
         """End it before the run ends, which frees its memory. A second call does nothing."""

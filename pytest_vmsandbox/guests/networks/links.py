@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
@@ -146,7 +146,7 @@ class Unplugged(Fault):
         self._settle()
 
 
-class Capture:
+class Capture(Lasting):
     """A capture of a network, which goes on until `end`, or until the end of its block."""
 
     def __init__(self, switch: SwitchNetwork, path: Path) -> None:
@@ -155,17 +155,6 @@ class Capture:
             file = stack.enter_context(path.open("wb", buffering=0))
             stack.enter_context(switch.capture(file))
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
 
     def end(self) -> None:
         """End it. All frames until now are in the file. A second call does nothing."""

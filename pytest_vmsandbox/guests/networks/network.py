@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self, overload
+from typing import Literal, overload
 
 from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
@@ -85,7 +85,7 @@ class Seat:
         return [f"{address.partition('/')[0]} {names}" for address in addresses]
 
 
-class Network:
+class Network(Lasting):
     """A private network between guests. `GuestFactory.network` makes it.
 
     Guests join it when they are booted: ``boot("debian-13", networks=[lan])``. It reaches nothing but
@@ -114,17 +114,6 @@ class Network:
 
     def __repr__(self) -> str:
         return f"<Network {self.name} {self.ipv4} {self.ipv6} guests={len(self._seats)}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
 
     def end(self) -> None:
         """End it. Guests that are still on it keep their cards, and reach nobody there. A second call does

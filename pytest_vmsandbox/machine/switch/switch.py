@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.process import Launcher, OwnedProcess
 from pytest_vmsandbox.machine.switch.conditions import LEAST_RATE, MOST_SECONDS, Conditions
@@ -243,7 +244,7 @@ class Port:
 
 
 @dataclass(frozen=True, eq=False)
-class Imposed:
+class Imposed(Lasting):
     """Conditions that are in force. They end with `end`, or with the context.
 
     Attributes:
@@ -252,12 +253,6 @@ class Imposed:
 
     number: int
     _network: SwitchNetwork
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def end(self) -> None:
         """End them. Frames that are on their way still arrive late. Ending them twice does nothing.
