@@ -53,7 +53,7 @@ def list_(*, as_json: bool) -> None:
     screen = Screen()
     if not found:
         screen.say("no guest is kept. 'pytest --vm-keep=failed' keeps those of failed tests")
-    here = os.fspath(_project(store))
+    here = os.fspath(store.project(Path.cwd()))
     tests: dict[tuple[str, str], list[KeptGuest]] = {}
     for it in found:
         tests.setdefault((it.moment.nodeid, it.moment.rootdir), []).append(it)
@@ -97,7 +97,7 @@ def rm(*, nodeids: tuple[str, ...], every: bool, guest: str | None) -> None:
         if guest is not None:
             folders.append(choose(store, nodeid, guest).folder)
         else:
-            below = store.below(nodeid, _project(store))
+            below = store.below(nodeid, store.project(Path.cwd()))
             folders += [it.folder for it in below or find(store, nodeid)]
     done = store.discard(dict.fromkeys(folders))
     store.sweep()
@@ -291,7 +291,7 @@ def find(store: KeptStore, nodeid: str) -> list[KeptGuest]:
     Raises:
         ConfigError: there is none, or tests of several projects match.
     """
-    return store.find(nodeid, _project(store))
+    return store.find(nodeid, store.project(Path.cwd()))
 
 
 def choose(store: KeptStore, nodeid: str, guest: str | None) -> KeptGuest:
@@ -321,13 +321,6 @@ def choose(store: KeptStore, nodeid: str, guest: str | None) -> KeptGuest:
         details=details,
         remedy="name one of these with --guest",
     )
-
-
-def _project(store: KeptStore) -> Path:
-    """The nearest folder from here upwards that is the rootdir of a kept guest; else this one."""
-    here = Path.cwd()
-    known = {it.moment.rootdir for it in store.all()}
-    return next((it for it in (here, *here.parents) if os.fspath(it) in known), here)
 
 
 @contextmanager

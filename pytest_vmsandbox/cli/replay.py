@@ -53,7 +53,7 @@ def replay(
     vmsandbox replay --times 5 'tests/test_app.py::test_start[debian-13]'
     """  # noqa: D301  # a mark for click
     screen, store = Screen(), RecordedStore(cache_dir())
-    recorded = store.find(nodeid, Path.cwd())
+    (recorded,) = store.find(nodeid, store.project(Path.cwd()))  # a test has one
     if recorded.failure:
         screen.say(recorded.failure)
     settings = Settings(accelerator="tcg")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from pytest_vmsandbox.cache.copying import copy
 from pytest_vmsandbox.catalogue.making import LONGEST_LINE, Build
 from pytest_vmsandbox.catalogue.store import DISK, BuiltImage
 from pytest_vmsandbox.core.errors import (
@@ -34,7 +35,6 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import on_sound_host
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.root_disk import grow as grow_root
-from pytest_vmsandbox.machine import memory
 from pytest_vmsandbox.machine.disk import Disks
 
 _MEMORY = GIB  # package managers need more than most tests
@@ -349,5 +349,5 @@ def copy_file(source: Path, dest: Path) -> None:
     """
     if not _shares(source, dest):
         with source.open("rb") as old, dest.open("xb", buffering=0) as new:
-            memory.copy(old, new)
+            copy(old, new)
     dest.chmod(stat.S_IMODE(source.stat().st_mode))

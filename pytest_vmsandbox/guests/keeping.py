@@ -16,8 +16,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
+from pytest_vmsandbox.cache.copying import copy_to, link, link_open
 from pytest_vmsandbox.cache.files import own_size
 from pytest_vmsandbox.cache.store import IMAGES, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import BuiltImage, files_of
@@ -34,7 +35,7 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore, Moment, key_of
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.templates import layer_name
-from pytest_vmsandbox.machine import host, memory
+from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import Start
 
 _THREADS = 8  # guests that are put in their place at the same time
@@ -274,7 +275,7 @@ def _link_image(folder: Path, built: BuiltImage) -> dict[str, str]:
     """Link the files of an image. Returns the digests that are known, by path in the kept guest."""
     folder.mkdir(mode=0o700)
     for name in (IMAGES.record, *files_of(built.definition)):
-        _link(built.folder / name, folder / name)
+        link(built.folder / name, folder / name)
     known = built.record().get("digests", {})
     return {
         f"{folder.name}/{name}": known[name] for name in files_of(built.definition) if name in known
@@ -287,16 +288,16 @@ def _copy_disks(folder: Path, frozen: Frozen) -> tuple[list[list[str]], list[dic
     for disk, files in enumerate(frozen.disks.overlays):
         layers.append([layer_name(disk, depth) for depth in range(len(files))])
         for file, name in zip(files, layers[-1], strict=True):
-            _link_open(file, folder / name)
+            link_open(file, folder / name)
     plugged: list[dict[str, object]] = []
     for number, attached in enumerate(frozen.disks.plugged_in):
         own = [f"plugged{number}.{depth}.qcow2" for depth in range(len(attached.layers))]
         for file, name in zip(attached.layers, own, strict=True):
-            _copy(file, folder / name)
+            copy_to(file, folder / name)
         base = None
         if attached.base is not None:  # its owner may change the file later
             base = f"plugged{number}.raw"
-            _copy(attached.base, folder / base)
+            copy_to(attached.base, folder / base)
         plugged.append(
             {
                 "name": attached.name,
@@ -318,7 +319,7 @@ def _copy_kernel(folder: Path, blueprint: Blueprint) -> dict[str, object] | None
     files = {"image": kernel.image, "initrd": kernel.initrd, "modules": kernel.modules}
     there = {what: path for what, path in files.items() if path is not None}
     for what, path in there.items():
-        _link(path, folder / what)
+        link(path, folder / what)
     return {"release": kernel.release, "digest": kernel.digest, "has_modules": "modules" in there}
 
 
@@ -328,29 +329,6 @@ def _copy_firmware(folder: Path, blueprint: Blueprint, frozen: Frozen) -> dict[s
         return None
     folder.mkdir(mode=0o700)
     with uefi.code.open("rb") as code:
-        _copy(code, folder / "code")
+        copy_to(code, folder / "code")
     (folder / "variables").write_bytes(frozen.variables)
     return {"format": uefi.format, "secure_boot": uefi.secure_boot, "digest": uefi.digest}
-
-
-def _link(source: Path, dest: Path) -> None:
-    """Link a file that nobody changes, or copy it."""
-    with source.open("rb") as file:
-        _link_open(file, dest)
-
-
-def _link_open(source: IO[bytes], dest: Path) -> None:
-    """Link an open file that nobody changes, or copy it: it may have no name, or be on another disk."""
-    try:
-        name, number = f"/proc/self/fd/{source.fileno()}", source.fileno()
-        os.link(
-            name, dest, src_dir_fd=number, follow_symlinks=True
-        )  # it follows only with a folder
-    except OSError:
-        _copy(source, dest)
-
-
-def _copy(source: IO[bytes], dest: Path) -> None:
-    with dest.open("x+b", buffering=0) as file:
-        os.fchmod(file.fileno(), 0o600)
-        memory.copy(source, file)

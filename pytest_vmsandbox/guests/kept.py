@@ -8,20 +8,19 @@ have as well are linked, if the file system can do so.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_vmsandbox.cache.files import own_size
-from pytest_vmsandbox.cache.store import KEPT, PRIVATE_KEY, Entry, Store
-from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware, format_size
+from pytest_vmsandbox.cache.store import KEPT
+from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.core.text import printable
+from pytest_vmsandbox.guests import of_test
+from pytest_vmsandbox.guests.of_test import OfTest, StoreOfTests, Words
 
 STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
     "state",
@@ -31,8 +30,6 @@ STATE, CONSOLE, IMAGE, KERNEL, FLASH, TPM = (
     "flash",
     "tpm",
 )
-_KEY_DIGITS = 16
-_SHOWN = 10  # ids in an error
 _MAX_NUMBER = 1e18
 _MAX_LABEL = 1 << 20  # characters
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
@@ -69,8 +66,7 @@ class Moment:
 
 def key_of(moment: Moment) -> str:
     """The key of a guest that is kept: a later failure of the same test replaces it."""
-    parts = json.dumps([moment.rootdir, moment.nodeid, moment.number])
-    return hashlib.sha256(parts.encode()).hexdigest()[:_KEY_DIGITS]
+    return of_test.key_of(moment.rootdir, moment.nodeid, moment.number)
 
 
 # -- the shape of a record --------------------------------------------------------------------------
@@ -143,7 +139,7 @@ def _is_label(text: str) -> bool:
     return len(text) <= _MAX_LABEL and len(text.splitlines()) <= 1 and printable(text) == text
 
 
-class KeptGuest(Entry):
+class KeptGuest(OfTest):
     """A guest that was kept."""
 
     @property
@@ -152,25 +148,20 @@ class KeptGuest(Entry):
         return self.folder.name
 
     @property
+    def nodeid(self) -> str:
+        """See `OfTest.nodeid`."""
+        return self.moment.nodeid
+
+    @property
+    def rootdir(self) -> str:
+        """See `OfTest.rootdir`."""
+        return self.moment.rootdir
+
+    @property
     def moment(self) -> Moment:
         """When it was kept, and why."""
         values = dict(self.record["moment"])
         return Moment(**{**values, "environment": tuple(values["environment"])})
-
-    @property
-    def guest(self) -> str:
-        """The guest's name, which is also its hostname."""
-        return str(self.record["guest"])
-
-    @property
-    def image(self) -> str:
-        """The name of its image."""
-        return str(self.record["image"])
-
-    @property
-    def saved_at(self) -> float:
-        """When it was saved, in seconds since the epoch."""
-        return float(self.record["saved_at"])
 
     @property
     def has_memory(self) -> bool:
@@ -194,28 +185,22 @@ class KeptGuest(Entry):
         return str(self.record["accelerator"])
 
     @property
-    def hardware(self) -> Hardware:
-        """Its hardware."""
-        return Hardware.of_record(self.record["hardware"])
-
-    @property
     def console(self) -> str:
         """What it had written to its console."""
         return (self.folder / CONSOLE).read_text(encoding="utf-8", errors="replace")
 
-    @property
-    def private_key(self) -> str:
-        """The key that opens it, in OpenSSH's format."""
-        return (self.folder / PRIVATE_KEY).read_text(encoding="utf-8")
 
-    @property
-    def size_on_disk(self) -> int:
-        """Bytes that become free with it: files that others have, too, do not count."""
-        return own_size([self.folder])
-
-
-class KeptStore(Store[KeptGuest]):
+class KeptStore(StoreOfTests[KeptGuest]):
     """The kept guests of one cache folder: ``<cache>/kept/<key>/``."""
+
+    words = Words(
+        tests="tests with a kept guest",
+        none="no guest of {} is kept",
+        why="the test was not run with --vm-keep, it passed, it had no guest, or the guest was removed",
+        there="kept are those of:",
+        listing="vmsandbox kept list",
+        remedy="run the test with --vm-keep=failed",
+    )
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache, KEPT, KeptGuest)
@@ -226,39 +211,8 @@ class KeptStore(Store[KeptGuest]):
         return None if kept is None or misshapen(kept.record) else kept
 
     def find(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
-        """All kept guests of a test, by their numbers.
-
-        Args:
-            nodeid: the test's id, the id without the image, the end of only one id, or one of these without
-                parameters.
-            rootdir: of the user's project. Its own guests come before those of other projects.
-
-        Raises:
-            ConfigError: there are none, or those of several tests.
-        """
-        tests: dict[tuple[str, str], list[KeptGuest]] = {}
-        for kept in self.all():
-            tests.setdefault((kept.moment.rootdir, kept.moment.nodeid), []).append(kept)
-        own = os.fspath(rootdir)
-        for matches in (
-            _is_id,
-            _is_id_without_image,
-            _is_end,
-            _is_end_without_image,
-            _is_without_parameters,
-        ):
-            found = {test: kept for test, kept in tests.items() if matches(kept[0], nodeid)}
-            found = {test: kept for test, kept in found.items() if test[0] == own} or found
-            if len(found) == 1:
-                (guests,) = found.values()
-                return sorted(guests, key=lambda kept: kept.moment.number)
-            if found:
-                raise ConfigError(
-                    f"{nodeid!r} can be one of {len(found)} tests with a kept guest",
-                    details="\n".join(sorted(_shown(test, own) for test in found)),
-                    remedy="give more of its id; or run the command in the folder of its project",
-                )
-        raise _none_of(nodeid, tests, own)
+        """All kept guests of a test, by their numbers. See `StoreOfTests.find`."""
+        return sorted(super().find(nodeid, rootdir), key=lambda kept: kept.moment.number)
 
     def below(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
         """All kept guests of the tests in a file, a class or a folder of a project; of all tests for a dot."""
@@ -293,73 +247,3 @@ class KeptStore(Store[KeptGuest]):
                     f"the kept guest {oldest.guest} of {oldest.moment.nodeid} was removed: kept guests took "
                     f"{format_size(total)}, and vm_keep_size is {format_size(size)}"
                 )
-
-
-def _is_id(kept: KeptGuest, nodeid: str) -> bool:
-    return kept.moment.nodeid == nodeid
-
-
-def _is_id_without_image(kept: KeptGuest, nodeid: str) -> bool:
-    return _without_image(kept) == nodeid
-
-
-def _is_end(kept: KeptGuest, nodeid: str) -> bool:
-    return _ends_with(kept.moment.nodeid, nodeid)
-
-
-def _is_end_without_image(kept: KeptGuest, nodeid: str) -> bool:
-    return _ends_with(_without_image(kept), nodeid)
-
-
-def _is_without_parameters(kept: KeptGuest, nodeid: str) -> bool:
-    name = kept.moment.nodeid.partition("[")[0]
-    return name == nodeid or _ends_with(name, nodeid)
-
-
-def _ends_with(whole: str, end: str) -> bool:
-    return bool(end) and whole.endswith((f"/{end}", f"::{end}"))
-
-
-def _without_image(kept: KeptGuest) -> str:
-    """The id of its test without the image, which is the first or the last of the parameters."""
-    nodeid, image = kept.moment.nodeid, kept.image
-    name, bracket, parameters = nodeid.partition("[")
-    if not bracket:
-        return nodeid
-    inside = parameters.removesuffix("]")
-    kernel = kept.record["kernel"]
-    for label in ([] if kernel is None else [f"{image}+{kernel['release']}"]) + [image]:
-        if inside == label:
-            return name
-        for rest in (inside.removeprefix(f"{label}-"), inside.removesuffix(f"-{label}")):
-            if rest != inside:
-                return f"{name}[{rest}]"
-    return nodeid
-
-
-def _none_of(
-    nodeid: str, tests: Mapping[tuple[str, str], Sequence[KeptGuest]], own: str
-) -> ConfigError:
-    """That no guest of a test is kept, which ones could be meant, and what can be done."""
-    remedy = "run the test with --vm-keep=failed"
-    why = (
-        "the test was not run with --vm-keep, it passed, it had no guest, or the guest was removed"
-    )
-    if not tests:
-        return ConfigError(f"no guest of {nodeid!r} is kept", details=why, remedy=remedy)
-    # Those of this project first, then the newest.
-    newest = sorted(tests, key=lambda test: tests[test][0].saved_at, reverse=True)
-    newest.sort(key=lambda test: test[0] != own)
-    shown = [f"  {_shown(test, own)}" for test in newest[:_SHOWN]]
-    if more := len(newest) - len(shown):
-        shown.append(f"  and {more} more: 'vmsandbox kept list'")
-    return ConfigError(
-        f"no guest of {nodeid!r} is kept",
-        details="\n".join([why, "kept are those of:", *shown]),
-        remedy=f"name one of these tests, or {remedy}",
-    )
-
-
-def _shown(test: tuple[str, str], own: str) -> str:
-    rootdir, nodeid = test
-    return nodeid if rootdir == own else f"{nodeid} (in {rootdir})"

@@ -5,8 +5,6 @@ The files of its template are linked, if the file system can do so. Nobody write
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from contextlib import ExitStack
@@ -14,29 +12,24 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from pytest_vmsandbox.cache.store import PRIVATE_KEY, RECORDED, Entry, Store
+from pytest_vmsandbox.cache.copying import link
+from pytest_vmsandbox.cache.store import PRIVATE_KEY, RECORDED
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.of_test import OfTest, StoreOfTests, Words, key_of
 from pytest_vmsandbox.guests.recording import FILES, LOG, REQUEST, RecordedRun, Sealed, check
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.templates import MEMORY, STATE
 from pytest_vmsandbox.machine import memory
 
 MOST = 10  # recorded runs; the oldest are removed first
-_KEY_DIGITS = 16
 _AGAIN = "record it again: pytest --vm-record"
 
 
-class Recorded(Entry):
+class Recorded(OfTest):
     """A run that was recorded."""
-
-    @property
-    def nodeid(self) -> str:
-        """The id of the test, with the image."""
-        return str(self.record["nodeid"])
 
     @property
     def failure(self) -> str:
@@ -47,11 +40,6 @@ class Recorded(Entry):
     def seconds(self) -> float:
         """How long the recording took."""
         return float(self.record["seconds"])
-
-    @property
-    def hardware(self) -> Hardware:
-        """The hardware of the guest."""
-        return Hardware.of_record(self.record["hardware"])
 
     def replayed(
         self, backend: Backend, folder: Path, stack: ExitStack, *, gdb: int | None = None
@@ -66,7 +54,7 @@ class Recorded(Entry):
             ConfigError: what it depends on has changed.
             LaunchError: QEMU cannot be started.
         """
-        blueprint = backend.blueprint(str(self.record["image"]), self.hardware)
+        blueprint = backend.blueprint(self.image, self.hardware)
         check(blueprint)
         if blueprint.digest != self.record["digest"]:
             raise ConfigError(
@@ -80,22 +68,30 @@ class Recorded(Entry):
         its = stack.enter_context(memory.for_clones(self.folder / MEMORY, blueprint.qemu.version))
         layers = [[self.folder / name for name in names] for names in self.record["layers"]]
         with (self.folder / STATE).open("rb", buffering=0) as state:
-            key = KeyPair.of((self.folder / PRIVATE_KEY).read_text(encoding="utf-8"))
+            key = KeyPair.of(self.private_key)
             sealed = Sealed(memory=its, state=state, layers=layers, key=key)
             return RecordedRun.started(
                 backend,
                 blueprint,
                 sealed,
                 folder,
-                name=str(self.record["guest"]),
+                name=self.guest,
                 mode="replay",
                 stack=stack,
                 arguments=[] if gdb is None else ["-gdb", f"tcp:127.0.0.1:{gdb}"],
             )
 
 
-class RecordedStore(Store[Recorded]):
+class RecordedStore(StoreOfTests[Recorded]):
     """The recorded runs of one cache folder: ``<cache>/recorded/<key>/``."""
+
+    words = Words(
+        tests="tests with a recorded run",
+        none="no run of {} was recorded",
+        why="the test was not run with --vm-record, it passed, it did not run inside a guest, or the run was removed",
+        there="recorded are those of:",
+        remedy="run the test with --vm-record",
+    )
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache, RECORDED, Recorded)
@@ -116,7 +112,6 @@ class RecordedStore(Store[Recorded]):
         Raises:
             CacheError: it cannot be kept.
         """
-        parts = json.dumps([os.fspath(rootdir), nodeid])
         template, engine = opened.template, run.guest.engine
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
@@ -124,9 +119,7 @@ class RecordedStore(Store[Recorded]):
                 shutil.copyfile(run.folder / name, folder / name)
             names = [[file.name for file in files] for files in template.layers]
             for name in (MEMORY, STATE, PRIVATE_KEY, *chain.from_iterable(names)):
-                _link(template.folder / name, folder / name)
-            hardware = asdict(engine.spec)
-            kernel = hardware["kernel"]
+                link(template.folder / name, folder / name)
             return {
                 "nodeid": nodeid,
                 "rootdir": os.fspath(rootdir),
@@ -137,53 +130,12 @@ class RecordedStore(Store[Recorded]):
                 "saved_at": wall(),
                 "digest": digest,
                 "qemu": engine.machines.blueprint.qemu.release,
-                "hardware": {**hardware, "kernel": None if kernel is None else os.fspath(kernel)},
+                "hardware": asdict(engine.spec),
                 "layers": names,
             }
 
-        key = hashlib.sha256(parts.encode()).hexdigest()[:_KEY_DIGITS]
+        key = key_of(os.fspath(rootdir), nodeid)
         kept = self.make(key, fill, on_busy=lambda: None, replace=True)
-        older = sorted(self.all(), key=lambda it: -float(it.record["saved_at"]))[MOST:]
+        older = sorted(self.all(), key=lambda it: -it.saved_at)[MOST:]
         self.discard([it.folder for it in older])
         return kept
-
-    def find(self, nodeid: str, here: Path) -> Recorded:
-        """The recorded run of a test.
-
-        Args:
-            nodeid: its id, with or without the image and the folders at its beginning.
-            here: a folder of its project.
-
-        Raises:
-            ConfigError: there is none, or there are several.
-        """
-        every = self.all()
-        own = [it for it in every if here.is_relative_to(str(it.record["rootdir"]))]
-        found = [it for it in own or every if _is(nodeid, it.nodeid)]
-        if len(found) == 1:
-            return found[0]
-        there = "\n".join(f"  {it.nodeid}" for it in found or every)
-        if found:
-            raise ConfigError(
-                f"{nodeid!r} can be one of {len(found)} recorded tests",
-                details=there,
-                remedy="give more of its id",
-            )
-        raise ConfigError(
-            f"no run of {nodeid!r} was recorded",
-            details=f"recorded are:\n{there}" if every else "",
-            remedy="run the test with --vm-record. Only tests inside guests that fail are kept",
-        )
-
-
-def _is(asked: str, nodeid: str) -> bool:
-    plain = nodeid.partition("[")[0]
-    return any(it == asked or it.endswith((f"/{asked}", f"::{asked}")) for it in (nodeid, plain))
-
-
-def _link(source: Path, dest: Path) -> None:
-    try:
-        os.link(source, dest)
-    except OSError:  # a file system without hard links
-        with source.open("rb", buffering=0) as file, dest.open("x+b", buffering=0) as copy:
-            memory.copy(file, copy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
+from pytest_vmsandbox.cache import copying
 from pytest_vmsandbox.cache.store import IN_USE, PRIVATE_KEY
 from pytest_vmsandbox.catalogue.store import DISK, damaged
 from pytest_vmsandbox.core.deadline import Deadline
@@ -262,7 +262,7 @@ class TemplateBuilder:
             ram = stack.enter_context(memory.reserved(folder / MEMORY, hardware.memory))
             if below is not None:
                 with below.memory.open("rb", buffering=0) as source:
-                    memory.copy(source, ram)
+                    copying.copy(source, ram)
             if identity is not None:  # QEMU opens the file itself, as that user
                 os.fchown(ram.fileno(), identity.uid, identity.gid)
             disks = stack.enter_context(
@@ -378,15 +378,7 @@ def _keep_layers(folder: Path, disks: Disks, below: Template | None) -> list[lis
         names = [layer_name(disk, depth) for depth in range(len(files))]
         for depth, name in enumerate(names[:-1]):
             assert below is not None
-            _link(below.layers[disk][depth], folder / name)
-        with (folder / names[-1]).open("x+b", buffering=0) as copy:
-            memory.copy(files[-1], copy)
+            copying.link(below.layers[disk][depth], folder / name)
+        copying.copy_to(files[-1], folder / names[-1])
         layers.append(names)
     return layers
-
-
-def _link(source: Path, dest: Path) -> None:
-    try:
-        os.link(source, dest)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, dest)

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from pytest_vmsandbox.cache.integrity import chunks, extents
+from pytest_vmsandbox.cache.copying import copy
+from pytest_vmsandbox.cache.integrity import chunks
 from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.machine import host
@@ -162,15 +163,3 @@ def in_memory(source: IO[bytes]) -> Iterator[IO[bytes]]:
         copy(source, dest)
         os.fchmod(number, 0o444)
         yield dest
-
-
-def copy(source: IO[bytes], dest: IO[bytes]) -> None:
-    """Copy a file and keep its holes."""
-    os.ftruncate(dest.fileno(), os.fstat(source.fileno()).st_size)
-    for start, end in extents(source):
-        os.lseek(dest.fileno(), start, os.SEEK_SET)
-        at = start
-        while at < end:
-            if not (sent := os.sendfile(dest.fileno(), source.fileno(), at, end - at)):
-                raise OSError(errno.EIO, "the file has become shorter")
-            at += sent

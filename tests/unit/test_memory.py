@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.cache import integrity
+from pytest_vmsandbox.cache import copying, integrity
 from pytest_vmsandbox.cache.integrity import file_digest
 from pytest_vmsandbox.core.errors import LaunchError
 from pytest_vmsandbox.core.spec import KIB, MIB
@@ -167,7 +167,7 @@ class TestCopy:
             (tmp_path / name).unlink(missing_ok=True)
         content = sparse(tmp_path / "source", size, parts)
         with opened(tmp_path / "source") as source, memory.create(tmp_path / "dest", 0) as dest:
-            memory.copy(source, dest)
+            copying.copy(source, dest)
         assert (tmp_path / "dest").read_bytes() == content
 
     def test_keeps_holes(self, tmp_path):
@@ -175,14 +175,14 @@ class TestCopy:
             tmp_path / "source", 64 * MIB, [(0, b"x"), (40 * MIB + 5, b"y"), (64 * MIB - 1, b"z")]
         )
         with opened(tmp_path / "source") as source, memory.create(tmp_path / "dest", 0) as dest:
-            memory.copy(source, dest)
+            copying.copy(source, dest)
             assert os.fstat(dest.fileno()).st_blocks * 512 <= 16 * PAGE
 
     def test_does_not_depend_on_where_the_source_was_read(self, tmp_path):
         content = sparse(tmp_path / "source", MIB, [(0, b"first"), (MIB // 2, b"second")])
         with opened(tmp_path / "source") as source, memory.create(tmp_path / "dest", 0) as dest:
             os.lseek(source.fileno(), 0, os.SEEK_END)
-            memory.copy(source, dest)
+            copying.copy(source, dest)
         assert (tmp_path / "dest").read_bytes() == content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -47,7 +48,10 @@ class TestFinding:
     @pytest.fixture
     def store(self, tmp_path, monkeypatch):
         every = [
-            Recorded(folder=tmp_path / str(number), record={"nodeid": nodeid, "rootdir": rootdir})
+            Recorded(
+                folder=tmp_path / str(number),
+                record={"nodeid": nodeid, "rootdir": rootdir, "image": "debian-13", "saved_at": 1},
+            )
             for number, (nodeid, rootdir) in enumerate(
                 [("a/test_x.py::test_1[debian-13]", "/p"), ("test_y.py::test_1[debian-13]", "/p"),
                  ("test_x.py::test_1[debian-13]", "/q")]
@@ -57,12 +61,12 @@ class TestFinding:
         return RecordedStore(tmp_path)
 
     @pytest.mark.parametrize("asked", ["a/test_x.py::test_1[debian-13]", "test_x.py::test_1"])
-    def test_finds_it_in_its_project(self, store, tmp_path, asked):
-        assert store.find(asked, tmp_path.__class__("/p/a")).nodeid.startswith("a/test_x.py")
+    def test_finds_it_in_its_project(self, store, asked):
+        assert store.find(asked, store.project(Path("/p/a")))[0].nodeid.startswith("a/test_x.py")
 
-    def test_several_or_none_are_refused(self, store, tmp_path):
-        here = tmp_path.__class__("/p")
-        with pytest.raises(ConfigError, match="one of 2 recorded tests"):
+    def test_several_or_none_are_refused(self, store):
+        here = Path("/p")
+        with pytest.raises(ConfigError, match="one of 2 tests with a recorded run"):
             store.find("test_1", here)
         with pytest.raises(ConfigError, match="no run of 'test_2' was recorded") as raised:
             store.find("test_2", here)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from pytest_vmsandbox.cache.copying import copy_to
 from pytest_vmsandbox.cache.store import CLUSTERS, PRIVATE_KEY, Entry, Store
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.guests.access import KeyPair
@@ -71,14 +72,14 @@ def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
             f"the machine {name!r} has an attached disk, and a cluster with one cannot be kept",
             remedy="detach it at the end of the function that forms the cluster, or use disks=['1GiB']",
         )
-    _copy(sealed.memory, folder / f"{name}.{MEMORY}")
-    _copy(sealed.state, folder / f"{name}.{STATE}")
+    copy_to(sealed.memory, folder / f"{name}.{MEMORY}")
+    copy_to(sealed.state, folder / f"{name}.{STATE}")
     (folder / f"{name}.{CONSOLE}").write_text(sealed.console, "utf-8", "replace")
     layers = []
     for number, files in enumerate(sealed.disks.overlays):
         names = [f"{name}.{layer_name(number, depth)}" for depth in range(len(files))]
         for file, its in zip(files, names, strict=True):
-            _copy(file, folder / its)
+            copy_to(file, folder / its)
         layers.append(names)
     return {
         "hostname": sealed.hostname,
@@ -89,11 +90,6 @@ def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
         "helper": None if sealed.setup is None else sealed.setup.record(),
         "cards": [asdict(card) for card in sealed.cards],
     }
-
-
-def _copy(source: IO[bytes], dest: Path) -> None:
-    with dest.open("x+b", buffering=0) as file:
-        memory.copy(source, file)
 
 
 def obtained(
