@@ -332,8 +332,8 @@ class TestNoise:
         ]
         result.stdout.fnmatch_lines(
             [
-                "vmsandbox: noise in guests while tests run: pauses of 2 in 20 ms",
-                "with noise: pauses of 2 in 20 ms",
+                "vmsandbox: noise in guests while tests run: stopped at random, for 1 to 50 ms, half of the time",
+                "with noise: stopped at random, for 1 to 50 ms, half of the time",
             ]
         )
 
@@ -342,7 +342,8 @@ class TestNoise:
         result = noisy.run_apart("--vm-noise", "--vm-repeat=2", "-n2")
         result.assert_outcomes(failed=2)
         lines = result.outlines
-        assert lines.count("with noise: pauses of 2 in 20 ms") == 1  # of the first failure
+        said = "with noise: stopped at random, for 1 to 50 ms, half of the time"
+        assert lines.count(said) == 1  # of the first failure
         assert any("how often tests failed (with noise)" in line for line in lines)
 
     def test_without_it(self, noisy):

@@ -4,7 +4,7 @@
 
 Each round runs one test of `tiny`: its QEMU is stopped, paused or stalled, its disk is slow, fails or
 vanishes, its file system is full, its writes are recorded, states after power cuts are checked, or it
-migrates. All of them have noise, which stops QEMU for 2 of every 20 ms. When that has begun, pytest is killed
+migrates. All of them have noise, which stops QEMU again and again. When that has begun, pytest is killed
 with SIGKILL, SIGTERM or SIGINT, at a random moment of the next seconds. Then no process that came from it may be alive, also no stopped one. After the next start there may
 be no file of it. The same seed kills at the same moments.
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
@@ -226,7 +226,16 @@ class _Stall(_Held):
         self._share, self._period = share, period
 
     def _hold(self, running: Running, over: threading.Event) -> None:
-        stall(running.machine.process.stopped, over, self._share, self._period)
+        share, ran = (
+            self._share,
+            (1 - self._share) * self._period,
+        )  # all in all; it begins with a stop
+        stood = 0.0
+        while not over.is_set():
+            with running.machine.process.stopped():
+                # Both waits may take longer than they should, so what has passed is measured.
+                stood += _waited(over, ran * share / (1 - share) - stood)
+            ran += _waited(over, (1 - share) * self._period)
 
     def switched_on(self, machine: Machine) -> None:
         """Stall the new machine, too. A guest that moves to another QEMU keeps its machine."""
@@ -235,29 +244,6 @@ class _Stall(_Held):
 
     def rolled_back(self, *, was_in_force: bool) -> None:
         """It stays as it is."""
-
-
-def stall(
-    stopped: Callable[[], AbstractContextManager[None]],
-    over: threading.Event,
-    share: float,
-    period: float,
-) -> None:
-    """Stop something for a share of the time, again and again, until it is over.
-
-    Args:
-        stopped: what it is, stopped while this lasts.
-        over: set from another thread.
-        share: above 0 and below 1.
-        period: seconds.
-    """
-    ran = (1 - share) * period  # all in all; it begins with a stop
-    stood = 0.0
-    while not over.is_set():
-        with stopped():
-            # Both waits may take longer than they should, so what has passed is measured.
-            stood += _waited(over, ran * share / (1 - share) - stood)
-        ran += _waited(over, (1 - share) * period)
 
 
 def _waited(over: threading.Event, seconds: float) -> float:
