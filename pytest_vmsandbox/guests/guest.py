@@ -23,6 +23,7 @@ from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.faults import TakesFaults
 from pytest_vmsandbox.guests.forks import HasForks
+from pytest_vmsandbox.guests.networks.network import HasNetworks
 from pytest_vmsandbox.guests.plugging import TakesDisks
 from pytest_vmsandbox.guests.process import Process
 from pytest_vmsandbox.guests.saved import Saved
@@ -38,7 +39,7 @@ _INSTEAD = {  # what to do instead of the arguments that `popen` does not take
 _POLL_SECONDS = 0.25
 
 
-class Guest(TakesDisks, TakesFaults, HasCrashPoints, HasForks):
+class Guest(TakesDisks, TakesFaults, HasNetworks, HasCrashPoints, HasForks):
     """A running virtual machine. `GuestFactory.boot` makes it and ends it.
 
     Every method that talks to the guest raises `GuestLost` if the guest is gone.

@@ -27,7 +27,7 @@ from pytest_vmsandbox.plugin import (
 from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import Variant, limit, plan_of
 from pytest_vmsandbox.plugin.repeating import Repeating
-from pytest_vmsandbox.plugin.run import Run, SharedGuests
+from pytest_vmsandbox.plugin.run import Run, SharedGuests, leased
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -431,11 +431,11 @@ def vm(
         )
     base = vm_prepared or plan.image
     if plan.isolation == "test":
-        with vm_factory.lease(base, plan.hardware) as guest:
+        with leased(vm_factory, base, plan) as guest:
             yield guest
     else:
         guests: SharedGuests = request.getfixturevalue(f"_vm_of_{plan.isolation}")
-        yield guests.get(base, plan.hardware)
+        yield guests.get(base, plan)
 
 
 @pytest.fixture

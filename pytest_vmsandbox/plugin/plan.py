@@ -22,7 +22,7 @@ NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image
 # Fixtures of tests that drive guests from this machine.
 _DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared", "vm_cluster"}
 _USUAL = Hardware()
-_ARGUMENTS = (*HARDWARE_NAMES, "isolation", "test_timeout", "skip", "xfail")
+_ARGUMENTS = (*HARDWARE_NAMES, "networks", "isolation", "test_timeout", "skip", "xfail")
 
 
 class Variant(NamedTuple):
@@ -49,11 +49,13 @@ class Place(NamedTuple):
 
     Attributes:
         shared: what shares the guest: ``session``, a file, or a test.
+        networks: the names of its own networks.
     """
 
     image: str
     hardware: Hardware
     shared: str
+    networks: tuple[str, ...] = ()
 
 
 class Repetition(NamedTuple):
@@ -75,6 +77,7 @@ class Plan:
     Attributes:
         image: empty for a test that needs no guest.
         release: of the kernel, as ids show it, if it is not the image's own.
+        networks: the names of networks of its guest's own.
         is_inside: whether it belongs inside its guest; if not, it drives the guest from here.
         isolation: which tests share the guest.
         plain: the test's id without the image.
@@ -94,6 +97,7 @@ class Plan:
     isolation: Isolation
     plain: str
     release: str = ""
+    networks: tuple[str, ...] = ()
     is_remote: bool = False
     indices: Mapping[str, int] | None = None
     skip: str | None = None
@@ -124,7 +128,7 @@ class Plan:
         """The place of the guest that it runs inside."""
         own = f"{self.plain}#{self.repetition}" if self.repetition else self.plain
         shared = {"session": "session", "module": self.file, "test": own}
-        return Place(self.image, self.hardware, shared[self.isolation])
+        return Place(self.image, self.hardware, shared[self.isolation], self.networks)
 
     def shares_with(self, item: pytest.Item | None) -> bool:
         """Whether another test belongs inside the same guest."""
@@ -215,6 +219,7 @@ class GuestRequest:
     Attributes:
         images: names and globs; empty for those of the run.
         kernels: paths, or ``image`` for the image's own; empty for those of the run.
+        networks: names.
         isolation: None for the default.
         test_timeout: seconds for a test inside a guest; None for the default.
         skip, xfail: image glob → reason; those of the closest marker come first.
@@ -223,6 +228,7 @@ class GuestRequest:
     images: tuple[str, ...] = ()
     kernels: tuple[str | os.PathLike[str], ...] = ()
     hardware: Hardware = field(default_factory=Hardware)
+    networks: tuple[str, ...] = ()
     isolation: Isolation | None = None
     test_timeout: float | None = None
     skip: Mapping[str, str] = field(default_factory=dict)
@@ -340,6 +346,29 @@ def _kernels(value: object) -> tuple[str | os.PathLike[str], ...]:
     return kernels
 
 
+def _networks(value: object) -> tuple[str, ...]:
+    """The names of networks in a marker: one, or several."""
+    from pytest_vmsandbox.guests.networks.subnets import checked_name
+    from pytest_vmsandbox.machine.cmdline import PORTS
+
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(
+            f"networks={value!r} is not a list of names",
+            remedy="write for instance networks=['lan']: each guest of the marker gets new networks of these names",
+        )
+    names = tuple(map(checked_name, (value,) if isinstance(value, str) else value))
+    if len({*names}) < len(names):
+        raise ConfigError(
+            f"networks={value!r} names a network twice", remedy="name each network once"
+        )
+    if len(names) > len(PORTS):
+        raise ConfigError(
+            f"networks={value!r} are {len(names)} networks, and a guest can be on {len(PORTS)}",
+            remedy=f"name at most {len(PORTS)}",
+        )
+    return names
+
+
 def _image(arg: object) -> str:
     if not isinstance(arg, str) or not arg:
         raise ConfigError(
@@ -363,5 +392,6 @@ def _reasons(name: str, value: object) -> dict[str, str]:
 _READERS: dict[str, Callable[[object], Any]] = {
     "isolation": _isolation,
     "kernels": _kernels,
+    "networks": _networks,
     "test_timeout": lambda value: options.seconds(value, "test_timeout"),
 }

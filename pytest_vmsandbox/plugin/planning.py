@@ -162,11 +162,17 @@ def store(
         item.add_marker(pytest.mark.xfail(reason=xfail))
     is_recorded = is_inside and options.record(run.config)
     is_alone = is_recorded or options.repetitions(run.config)
+    if is_recorded and request.networks:
+        raise ConfigError(
+            "networks= and --vm-record cannot be combined: a run with network cards cannot be repeated",
+            remedy="leave one of them out",
+        )
     hardware = replace(request.hardware, kernel=variant.kernel, recorded=is_recorded)
     item.stash[PLAN] = Plan(
         image=image,
         hardware=run.catalogue.get(image).hardware(hardware, {}),
         release=variant.release,
+        networks=request.networks,
         is_inside=is_inside,
         isolation="test" if is_alone else request.isolation or default,
         plain=plain,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, count
@@ -502,23 +502,32 @@ class Run:
                 self._gatherer.gather(self.item.nodeid, guest, name)
 
 
+@contextmanager
+def leased(
+    factory: GuestFactory, image: str | PreparedImage | PreparedLayer, plan: plans.Plan
+) -> Iterator[Guest]:
+    """A fresh guest for a test, on networks of its own that are gone with it."""
+    with ExitStack() as stack:
+        networks = [stack.enter_context(factory.network(name)) for name in plan.networks]
+        yield stack.enter_context(factory.lease(image, plan.hardware, networks=networks))
+
+
 class SharedGuests:
-    """Guests that tests of a module or of a run share, by image and hardware."""
+    """Guests that tests of a module or of a run share, by image, hardware and networks."""
 
     def __init__(self, run: Run, stack: ExitStack) -> None:
         self._run = run
         self._stack = stack
         self._guests: dict[tuple[object, ...], tuple[Guest, ExitStack]] = {}
 
-    def get(self, image: str | PreparedImage | PreparedLayer, hardware: Hardware) -> Guest:
-        """The guest for this image and hardware. A lost guest is replaced by a fresh one."""
-        key = (image, self._run.image(), hardware)
+    def get(self, image: str | PreparedImage | PreparedLayer, plan: plans.Plan) -> Guest:
+        """The guest for tests with this image and such a plan. A lost guest is replaced by a fresh one."""
+        key = (image, self._run.image(), plan.hardware, plan.networks)
         if key in self._guests and not self._guests[key][0].alive:
             self._guests.pop(key)[1].close()
         if key not in self._guests:
             own = self._stack.enter_context(ExitStack())
-            lease = self._run.factory.lease(image, hardware)
-            self._guests[key] = own.enter_context(lease), own
+            self._guests[key] = own.enter_context(leased(self._run.factory, image, plan)), own
         guest, _ = self._guests[key]
         self._run.note_use(guest)
         return guest

@@ -125,6 +125,17 @@ def test_the_share_of_frames_that_are_lost(lan, pair):
     assert 0.27 <= 1 - received / sent <= 0.33
 
 
+@pytest.mark.vm(networks=["lan", "wan"])
+def test_the_marker_names_networks(vm, vm_factory):
+    assert [*vm.networks] == ["lan", "wan"]
+    lan, wan = vm.networks.values()
+    with vm_factory.boot("tiny", networks=[wan]) as other:
+        assert other.networks == {"wan": wan}
+        assert reaches(vm, wan.name_of(other))
+        assert reaches(other, str(wan.address(vm)))
+        assert not reaches(other, str(lan.address(vm)))
+
+
 def test_ten_guests(vm_factory, lan):
     with ExitStack() as stack:
         guests = [

@@ -55,12 +55,13 @@ CALLS = {
     "crash_points": lambda vm, _: recorded(vm),
     "snapshot": lambda vm, _: snapshot(vm),
     "fork": lambda vm, _: forked(vm),
+    "networks": lambda vm, _: vm.networks,
     "reboot": lambda vm, _: vm.reboot(timeout=SECONDS),
     "power_off": lambda vm, _: vm.power_off(),
     "power_on": lambda vm, _: vm.power_on(),
     "power_cut": lambda vm, _: vm.power_cut(),
 }
-LOOKS = {"alive", "faults", "origin", "spec"}  # they do not let it go on
+LOOKS = {"alive", "faults", "networks", "origin", "spec"}  # they do not let it go on
 SWITCHES = {"power_off", "power_on", "power_cut"}  # the second one comes too late
 
 

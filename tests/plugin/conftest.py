@@ -100,7 +100,13 @@ class FakeFactory:
             yield guests
 
     @contextmanager
-    def lease(self, image, spec, hostname=""):
+    def network(self, name):
+        self.note("network", name)
+        yield name
+        self.note("network ends", name)
+
+    @contextmanager
+    def lease(self, image, spec, hostname="", networks=()):
         usual = Hardware(user="root")
         hardware = {
             name: value for name, value in vars(spec).items() if value != getattr(usual, name)
@@ -109,7 +115,10 @@ class FakeFactory:
             hardware[name] = format_size(hardware[name])
         self.count += 1
         name, config = f"{hostname or image}-{self.count}", self.session.config
-        self.note("boot", name, *(f"{k}={v}" for k, v in sorted(hardware.items())))
+        self.note(
+            *("boot", name, *(f"{k}={v}" for k, v in sorted(hardware.items()))),
+            *(f"on {network}" for network in networks),
+        )
         self.session.guest_begun(name)
         logs = self.session.logs(name)
         guest = FakeGuest(name, image, config, logs)

@@ -187,6 +187,33 @@ class TestIsolation:
         suite.run().assert_outcomes(passed=2)
         assert suite.guests == ["boot alpha-1-1 memory=1GiB", "end alpha-1-1"]
 
+    def test_a_guest_is_another_one_on_other_networks(self, suite):
+        suite.write("""
+            import pytest
+
+            pytestmark = pytest.mark.vm(networks=["lan", "wan"])
+
+            def test_a(vm): pass
+
+            @pytest.mark.vm(isolation="session")
+            def test_b(vm): pass
+
+            @pytest.mark.vm(isolation="session", networks="lan")
+            def test_c(vm): pass
+
+            @pytest.mark.vm(isolation="session", networks=("lan", "wan"))
+            def test_d(vm): pass
+        """)
+        suite.run().assert_outcomes(passed=4)
+        assert suite.guests == [
+            *("network lan", "network wan", "boot alpha-1-1 on lan on wan"),
+            *("end alpha-1-1", "network ends wan", "network ends lan"),
+            *("network lan", "network wan", "boot alpha-1-2 on lan on wan"),
+            *("network lan", "boot alpha-1-3 on lan"),
+            *("end alpha-1-3", "network ends lan"),
+            *("end alpha-1-2", "network ends wan", "network ends lan"),
+        ]
+
     SOURCE = """
         import pytest
 

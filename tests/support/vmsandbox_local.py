@@ -74,7 +74,7 @@ class LocalFactory:
         return PreparedImage(image=image.image, steps=(*image.steps, step))
 
     @contextmanager
-    def lease(self, prepared, hardware):
+    def lease(self, prepared, hardware, networks=()):
         image = prepared.image
         assert isinstance(hardware, Hardware)
         self.count += 1

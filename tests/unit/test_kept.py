@@ -113,7 +113,9 @@ class TestFind:
         keep(moment())
         assert [kept.moment.rootdir for kept in store.find("test_y", HERE)] == [HERE]
         assert [kept.moment.rootdir for kept in store.find("test_y", "/other")] == ["/other"]
-        keep(moment("test_y[tiny]", rootdir="/other"), image="tiny")  # a better match, but elsewhere
+        keep(
+            moment("test_y[tiny]", rootdir="/other"), image="tiny"
+        )  # a better match, but elsewhere
         assert [kept.moment.rootdir for kept in store.find("test_y", HERE)] == [HERE]
 
     def test_of_another_project(self, store, keep):

@@ -8,26 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
 from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.networks.network import Network, Seat
+from pytest_vmsandbox.guests.networks.network import HasNetworks, Network, Seat
 from pytest_vmsandbox.guests.networks.setup import hosts_text, set_up
 from pytest_vmsandbox.machine import cabling
 from pytest_vmsandbox.machine.cards import Card, Connected
 
+G = TypeVar("G", bound=HasNetworks)
+
 
 @contextmanager
-def joined(guest: Guest, wanted: object) -> Iterator[None]:
+def joined(guest: HasNetworks, wanted: object) -> Iterator[None]:
     """A guest that runs is on these networks, until the end of the block. See `joined_all`."""
     with joined_all({guest: wanted}):
         yield
 
 
 @contextmanager
-def joined_all(wanted: Mapping[Guest, object]) -> Iterator[None]:
+def joined_all(wanted: Mapping[G, object]) -> Iterator[None]:
     """Guests that run are on networks, until the end of the block. They are set up at the same time.
 
     Args:
@@ -43,7 +45,9 @@ def joined_all(wanted: Mapping[Guest, object]) -> Iterator[None]:
         yield
 
 
-def _seated(guest: Guest, addresses: Mapping[Network, object], stack: ExitStack) -> list[Seat]:
+def _seated(
+    guest: HasNetworks, addresses: Mapping[Network, object], stack: ExitStack
+) -> list[Seat]:
     """The places of a guest, with its cards. `stack` lets it leave."""
     machines = guest.engine.machines
     seats: list[Seat] = []
@@ -58,14 +62,14 @@ def _seated(guest: Guest, addresses: Mapping[Network, object], stack: ExitStack)
     return seats
 
 
-def admit(guest: Guest, seats: Sequence[Seat]) -> None:
+def admit(guest: HasNetworks, seats: Sequence[Seat]) -> None:
     """Admit a guest that has its cards. One that was saved has its addresses and all names, too."""
     guest.engine.machines.on_answer.append(partial(_again, guest.engine))
     for seat in seats:
         seat.engine = guest.engine
 
 
-def _set_up_all(seats: Mapping[Guest, Sequence[Seat]]) -> None:
+def _set_up_all(seats: Mapping[G, Sequence[Seat]]) -> None:
     """Admit guests, give them their addresses, and let all know their names.
 
     Raises:
@@ -73,7 +77,7 @@ def _set_up_all(seats: Mapping[Guest, Sequence[Seat]]) -> None:
         GuestLost, CommandTimeout: a guest does not answer.
     """
 
-    def set_up_one(guest: Guest) -> None:
+    def set_up_one(guest: G) -> None:
         with guest.engine.explained():
             _set_up(guest.engine)
 

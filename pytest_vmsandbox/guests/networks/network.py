@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, overload
 
 from pytest_vmsandbox.core.errors import ConfigError
@@ -17,7 +18,6 @@ from pytest_vmsandbox.core.spec import one_of
 from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.networks.links import (
     Capture,
     Direction,
@@ -85,6 +85,30 @@ class Seat:
         return [f"{address.partition('/')[0]} {names}" for address in addresses]
 
 
+class HasNetworks:
+    """The part of `Guest` that is about networks."""
+
+    name: str
+    engine: Engine
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """The private networks that the guest is on: their names → each as a `Network`, in the order of its cards.
+
+        Example::
+
+            @pytest.mark.vm("tiny", networks=["lan"])
+            def test_a_neighbour(vm, vm_factory):
+                lan = vm.networks["lan"]
+                with vm_factory.boot("tiny", networks=[lan]) as other:
+                    vm.run(["ping", "-c1", lan.name_of(other)])
+        """
+        places = self.engine.machines.cards
+        return MappingProxyType(
+            {it.network.name: it.network for it in places if isinstance(it, Seat)}
+        )
+
+
 class Network(Lasting):
     """A private network between guests. `GuestFactory.network` makes it.
 
@@ -132,10 +156,10 @@ class Network(Lasting):
     # -- who is on it -----------------------------------------------------------------------------
 
     @overload
-    def address(self, guest: Guest, version: Literal[4] = ...) -> IPv4Address: ...
+    def address(self, guest: HasNetworks, version: Literal[4] = ...) -> IPv4Address: ...
     @overload
-    def address(self, guest: Guest, version: Literal[6]) -> IPv6Address: ...
-    def address(self, guest: Guest, version: Literal[4, 6] = 4) -> IPv4Address | IPv6Address:
+    def address(self, guest: HasNetworks, version: Literal[6]) -> IPv6Address: ...
+    def address(self, guest: HasNetworks, version: Literal[4, 6] = 4) -> IPv4Address | IPv6Address:
         """The address of a guest on this network.
 
         Args:
@@ -153,7 +177,7 @@ class Network(Lasting):
             )
         return self.subnets.addresses(self.seat_of(guest).number)[0 if version == 4 else 1]
 
-    def interface(self, guest: Guest) -> str:
+    def interface(self, guest: HasNetworks) -> str:
         """The guest's name for its card on this network, such as ``enp28s0``.
 
         Raises:
@@ -167,7 +191,7 @@ class Network(Lasting):
             )
         return seat.card.interface
 
-    def name_of(self, guest: Guest) -> str:
+    def name_of(self, guest: HasNetworks) -> str:
         """The name by which all guests of this network know a guest.
 
         Raises:
@@ -175,7 +199,7 @@ class Network(Lasting):
         """
         return self.seat_of(guest).name
 
-    def seat_of(self, guest: Guest) -> Seat:
+    def seat_of(self, guest: HasNetworks) -> Seat:
         """The place of a guest.
 
         Raises:
@@ -185,7 +209,7 @@ class Network(Lasting):
         for seat in self._seats:
             if seat.engine is not None and seat.engine is getattr(guest, "engine", None):
                 return seat
-        if not isinstance(guest, Guest):
+        if not isinstance(guest, HasNetworks):
             raise TypeError(f"a network takes guests, not {type(guest).__name__}")
         raise ConfigError(
             f"{guest.name} is not on the network {self.name!r}",
@@ -197,7 +221,7 @@ class Network(Lasting):
 
     def link(
         self,
-        guest: Guest,
+        guest: HasNetworks,
         *,
         latency: float | None = None,
         jitter: float | None = None,
@@ -243,8 +267,8 @@ class Network(Lasting):
 
     def partition(
         self,
-        side: Guest | Sequence[Guest],
-        other: Guest | Sequence[Guest],
+        side: HasNetworks | Sequence[HasNetworks],
+        other: HasNetworks | Sequence[HasNetworks],
         *,
         one_way: bool = False,
     ) -> Fault:
@@ -264,7 +288,7 @@ class Network(Lasting):
         """
         one_of((True, False), one_way, "one_way")
         sides = [
-            [self.seat_of(guest) for guest in ([it] if isinstance(it, Guest) else it)]
+            [self.seat_of(guest) for guest in ([it] if isinstance(it, HasNetworks) else it)]
             for it in (side, other)
         ]
         first, second = ([seat.name for seat in seats] for seats in sides)
@@ -284,7 +308,7 @@ class Network(Lasting):
         rules = cuts(first, second, one_way=one_way)
         return LinkFault(engine, text, self.switch, rules).begin()
 
-    def unplug(self, guest: Guest) -> Fault:
+    def unplug(self, guest: HasNetworks) -> Fault:
         """Pull a guest's cable out. Its carrier is 0 then. This is a fault: see `Fault`.
 
         The cable stays out if the guest is switched off and on, and until the last fault that has it out ends.

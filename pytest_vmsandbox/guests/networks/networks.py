@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
-from typing import get_args
+from contextlib import ExitStack, suppress
+from typing import Protocol, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.core.spec import one_of
-from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.networks.dhcp import serving
 from pytest_vmsandbox.guests.networks.network import Addressing, Network
 from pytest_vmsandbox.guests.networks.subnets import checked_name, subnets_of
+from pytest_vmsandbox.machine.hypervisor import Hypervisor
 
 _SERVER = "(dhcp)"  # no guest has such a name
+
+
+class Owner(Protocol):
+    """What the networks of a run belong to. A `Backend` is one.
+
+    Attributes:
+        stack: is closed at the end of the run.
+    """
+
+    stack: ExitStack
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """What has the switch."""
 
 
 class Networks:
     """Makes networks. Those that are left end with the run."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
         self._made: list[Network] = []
         self._lock = threading.Lock()
         self._ends = False  # with the run
@@ -43,9 +57,9 @@ class Networks:
         with self._lock:
             self._made = [network for network in self._made if not network.is_over]
             subnets = subnets_of(ipv4, ipv6, [network.subnets for network in self._made])
-            switch = self._backend.hypervisor.switch.network(named, seed=seed)
+            switch = self._owner.hypervisor.switch.network(named, seed=seed)
             if not self._ends:  # before the switch, which is running now
-                self._backend.stack.callback(self._end)
+                self._owner.stack.callback(self._end)
                 self._ends = True
             network = Network(named, subnets, addressing, switch)
             if addressing == "dhcp":
@@ -62,5 +76,5 @@ class Networks:
         """Start the network's DHCP server. It ends with the network."""
         port = network.switch.port(_SERVER)
         network.own.callback(port.close)
-        loop = self._backend.hypervisor.loop
+        loop = self._owner.hypervisor.loop
         network.own.enter_context(serving(port.socket, loop, network.subnets, network.address_of))

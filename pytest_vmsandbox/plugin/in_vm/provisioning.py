@@ -34,7 +34,7 @@ from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
 from pytest_vmsandbox.plugin.in_vm.recording import Keeper
 from pytest_vmsandbox.plugin.in_vm.remote_reports import ReportReader
 from pytest_vmsandbox.plugin.plan import Place, Plan, alike, plan_of
-from pytest_vmsandbox.plugin.run import Run
+from pytest_vmsandbox.plugin.run import Run, leased
 
 _SUGGESTED = 3  # images
 _RECORDING = 4.0  # by how much a test takes longer while it is recorded
@@ -155,7 +155,7 @@ class Provisioner:
         if plan.hardware.recorded:
             return self._recorded(plan, image, payload)
         with ExitStack() as stack:
-            guest = stack.enter_context(factory.lease(image, plan.hardware))
+            guest = stack.enter_context(leased(factory, image, plan))
             if not alone:
                 install.install_project(guest, payload)
             connection = stack.enter_context(
