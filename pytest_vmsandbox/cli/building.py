@@ -15,7 +15,7 @@ from pytest_vmsandbox.core.errors import ImageError, VMSandboxError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.guests.images.maker import make_image
 
 _SHOWN = 20  # lines of differences
 

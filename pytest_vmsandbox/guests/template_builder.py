@@ -23,12 +23,13 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
-from pytest_vmsandbox.guests import helper_setup, root_disk, started
+from pytest_vmsandbox.guests import helper_setup
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.images import root_disk, started
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import Facts, Step

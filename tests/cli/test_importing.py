@@ -21,7 +21,7 @@ from pytest_vmsandbox.catalogue.importing.source import SourceFile
 from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.paths import cache_dir
-from pytest_vmsandbox.guests import image_maker
+from pytest_vmsandbox.guests.images import maker as image_maker
 from support import disks
 from support.definitions import DISK, toml, write
 from support.disks import made

@@ -14,7 +14,7 @@ from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architectur
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.guests.images.maker import make_image
 
 FOREIGN = next(name for name in ("aarch64", "x86_64") if name != native_architecture())
 IMAGE = f"tiny_{ARCHITECTURES[FOREIGN].debian}"

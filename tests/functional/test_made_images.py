@@ -13,9 +13,9 @@ from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests import changing
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.guests.images import changing
+from pytest_vmsandbox.guests.images.maker import make_image
 from pytest_vmsandbox.machine.disk import Disks
 from support.images import DEFINITION
 

@@ -19,7 +19,7 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.guests.images.maker import make_image
 
 SUITE = """
 import platform

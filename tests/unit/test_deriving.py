@@ -21,8 +21,8 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, deriving
-from pytest_vmsandbox.guests.image_maker import make_image
+from pytest_vmsandbox.guests.images import changing, deriving
+from pytest_vmsandbox.guests.images.maker import make_image
 from support import damage, images
 from support.images import DEFINITION
 
@@ -152,7 +152,7 @@ class TestTwoAtOnce:
             made.append(build)
             return derive(build, base, settings)
 
-        monkeypatch.setattr("pytest_vmsandbox.guests.image_maker.derive", slow)
+        monkeypatch.setattr("pytest_vmsandbox.guests.images.maker.derive", slow)
         results = []
         threads = [
             threading.Thread(target=lambda: results.append(world.make("upper"))) for _ in range(2)

@@ -113,9 +113,7 @@ class TestFind:
         keep(moment())
         assert [kept.moment.rootdir for kept in store.find("test_y", HERE)] == [HERE]
         assert [kept.moment.rootdir for kept in store.find("test_y", "/other")] == ["/other"]
-        keep(
-            moment("test_y[tiny]", rootdir="/other"), image="tiny"
-        )  # a better match, but elsewhere
+        keep(moment("test_y[tiny]", rootdir="/other"), image="tiny")  # matches better there
         assert [kept.moment.rootdir for kept in store.find("test_y", HERE)] == [HERE]
 
     def test_of_another_project(self, store, keep):

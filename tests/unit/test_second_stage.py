@@ -17,7 +17,7 @@ from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES, ImageStore
 from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.core.errors import CommandTimeout, ImageError, LaunchError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, image_maker
+from pytest_vmsandbox.guests.images import changing, maker as image_maker
 from support import images
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43

@@ -15,9 +15,10 @@ import pytest
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests import adopting, process as remote, ssh
+from pytest_vmsandbox.guests import process as remote, ssh
 from pytest_vmsandbox.guests.access import KeyPair, greeting, refusal
 from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.images import adopting
 from pytest_vmsandbox.guests.ssh import FirstTransport, SSHTransport, host_key_at
 from support.arguments import FITS, TOO_LONG, output_of
 

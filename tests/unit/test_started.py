@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_vmsandbox.core.errors import BootError, CommandTimeout, ImageError
-from pytest_vmsandbox.guests import changing, started
+from pytest_vmsandbox.guests.images import changing, started
 from support.images import DEFINITION
 
 

@@ -13,8 +13,8 @@ from pytest_vmsandbox.catalogue.store import BuiltImage, ImageStore
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import second_stage
-from pytest_vmsandbox.guests.deriving import derive
+from pytest_vmsandbox.guests.images import second_stage
+from pytest_vmsandbox.guests.images.deriving import derive
 from pytest_vmsandbox.machine.qemu import find_qemu
 
 
@@ -72,7 +72,7 @@ def _adopted(
     definition = build.definition
     if definition.source is None and definition.login.method not in ADOPTED:
         return record
-    from pytest_vmsandbox.guests.adopting import adopt  # imports SSH, which is rarely needed
+    from pytest_vmsandbox.guests.images.adopting import adopt  # imports SSH, which is rarely needed
 
     return {**record, **adopt(build, settings)}
 

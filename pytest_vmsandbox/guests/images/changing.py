@@ -32,9 +32,9 @@ from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.images.root_disk import grow as grow_root
 from pytest_vmsandbox.guests.leasing import on_sound_host
 from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.root_disk import grow as grow_root
 from pytest_vmsandbox.machine.disk import Disks
 
 _MEMORY = GIB  # package managers need more than most tests

@@ -21,11 +21,11 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import changing, examining, started
 from pytest_vmsandbox.guests.access import KeyPair
-from pytest_vmsandbox.guests.changing import Lines
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.images import changing, examining, started
+from pytest_vmsandbox.guests.images.changing import Lines
 from pytest_vmsandbox.guests.machines import Running
 from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
 from pytest_vmsandbox.guests.ways_in import check_network
@@ -111,7 +111,7 @@ def adopt(build: Build, settings: Settings) -> Mapping[str, object]:
     hardware = changing.hardware_for(image, disk=definition.disk_size, network="isolated")
     further: list[bytes] = []
     if definition.login.method == "cloud-init":
-        from pytest_vmsandbox.guests.seed import seed  # slow to import, and rarely needed
+        from pytest_vmsandbox.guests.images.seed import seed  # slow to import, and rarely needed
 
         further.append(seed(definition.name, key.public))
     build.say("booting it for the first time")

@@ -1,0 +1,1 @@
+"""Images are made by guests: how each kind of them is made."""
