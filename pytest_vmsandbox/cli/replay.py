@@ -15,8 +15,8 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.recording import CONSOLE, REPORT, difference, size
-from pytest_vmsandbox.guests.recordings import Recorded, RecordedStore
+from pytest_vmsandbox.guests.replay.run import CONSOLE, REPORT, difference, size
+from pytest_vmsandbox.guests.replay.store import Recorded, RecordedStore
 
 _SLOWER, _LEAST_SECONDS = 10, 120.0  # how long a replay may take, compared to the recording
 _DEBUGGED_SECONDS = 86_400.0

@@ -14,7 +14,6 @@ from pytest_vmsandbox.core import spec
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import recording
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
@@ -27,11 +26,11 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.networks.joining import joined
+from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Addressing, Network
-from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
-from pytest_vmsandbox.guests.recording import RecordedRun, Sealed
+from pytest_vmsandbox.guests.replay.run import BeforeRun, RecordedRun, check_recordable
 from pytest_vmsandbox.guests.template_builder import OpenTemplate, doer, grow
 
 
@@ -333,15 +332,15 @@ class GuestFactory(MakesClusters):
             VMSandboxError: there is no such guest.
         """
         blueprint = self.backend.blueprint(image.image, hardware)
-        recording.check(blueprint)
+        check_recordable(blueprint)
         opened = self._clones.opened(blueprint, image.steps)
         with opened.template.state() as state:
-            sealed = Sealed(
+            before = BeforeRun(
                 memory=opened.memory, state=state, layers=opened.template.layers, key=opened.key
             )
             name = self.backend.name(blueprint.image)
             run = RecordedRun.started(
-                self.backend, blueprint, sealed, folder, name=name, mode="record", stack=stack
+                self.backend, blueprint, before, folder, name=name, mode="record", stack=stack
             )
         return run, opened, blueprint.digest
 

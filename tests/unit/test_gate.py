@@ -9,7 +9,7 @@ import pytest
 from pytest_vmsandbox.core.allowed import canonical, targets
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import parse_network
-from pytest_vmsandbox.machine.gate import dns, frames, names
+from pytest_vmsandbox.machine.gate import dns, frames, lookup
 from pytest_vmsandbox.machine.gate.gate import Gate
 
 GUEST, GUEST6 = "10.0.2.15", "fec0::5054:ff:fe12:3456"
@@ -231,7 +231,7 @@ class TestNames:
                  "224.0.0.1", "::ffff:127.0.0.1", "no address"]
     )  # fmt: skip
     def test_a_name_does_not_open_this_machine(self, text):
-        assert not names.leads_out(text)
+        assert not lookup.leads_out(text)
 
     def test_nor_by_its_own_addresses(self, monkeypatch):
         class Probe(socket.socket):
@@ -242,8 +242,8 @@ class TestNames:
                 return "198.51.100.7", 1
 
         monkeypatch.setattr(socket, "socket", Probe)
-        assert names.leads_out("198.51.100.8")
-        assert not names.leads_out("198.51.100.7")
+        assert lookup.leads_out("198.51.100.8")
+        assert not lookup.leads_out("198.51.100.7")
 
 
 class TestLists:

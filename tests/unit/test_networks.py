@@ -22,8 +22,8 @@ from pytest_vmsandbox.guests.networks.links import (
     rules_of,
     text_of,
 )
+from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network
-from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.networks.setup import hosts_text
 from pytest_vmsandbox.guests.networks.subnets import Subnets, checked_name, mac_of, subnets_of
 from pytest_vmsandbox.machine.cards import Card

@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
-from pytest_vmsandbox.guests.recording import CONSOLE, REPORT, RecordedRun, difference
-from pytest_vmsandbox.guests.recordings import Recorded, RecordedStore
-from pytest_vmsandbox.inside import recorded
+from pytest_vmsandbox.guests.replay.run import CONSOLE, REPORT, RecordedRun, difference
+from pytest_vmsandbox.guests.replay.store import Recorded, RecordedStore
+from pytest_vmsandbox.inside import recorded_connection
 from pytest_vmsandbox.machine.counting import from_zero
 
 COUNT = b"\x05\x0ctimer/icount" + struct.pack(">I", 1)
@@ -97,10 +97,10 @@ class TestConnection:
     @pytest.fixture
     def opened(self, monkeypatch):
         for name in ("PING_SECONDS", "ANSWER_SECONDS"):
-            monkeypatch.setattr(recorded, name, 0.0)
+            monkeypatch.setattr(recorded_connection, name, 0.0)
 
         def opened(*said):
-            connection = recorded.RecordedConnection(
+            connection = recorded_connection.RecordedConnection(
                 cast("RecordedRun", FakeRun(*said)), patience=1.0
             )
             assert connection.hear(1.0) == {"awake": 0}

@@ -16,8 +16,8 @@ from pytest_vmsandbox.guests.clusters.sealed import SealedCluster, sealed
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased
 from pytest_vmsandbox.guests.networks.joining import joined_all
+from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network
-from pytest_vmsandbox.guests.networks.networks import Networks
 
 
 class Maker(Protocol):

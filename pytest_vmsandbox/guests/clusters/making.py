@@ -17,7 +17,7 @@ from pytest_vmsandbox.guests.clusters.declaration import Base, Declaration
 from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
 from pytest_vmsandbox.guests.clusters.whole import Clones
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.networks.networks import Networks
+from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.provision import Provision, Step
 
 

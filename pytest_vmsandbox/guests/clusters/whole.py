@@ -15,8 +15,8 @@ from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import retried
 from pytest_vmsandbox.guests.networks.joining import admit
+from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network, Seat
-from pytest_vmsandbox.guests.networks.networks import Networks
 from pytest_vmsandbox.guests.sealing import clones_of, go_on
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from pytest_vmsandbox.core.allowed import targets
 from pytest_vmsandbox.machine.gate.gate import Gate
-from pytest_vmsandbox.machine.gate.names import look_up
+from pytest_vmsandbox.machine.gate.lookup import look_up
 from pytest_vmsandbox.machine.loop import LoopThread
 
 _MOST_OF_FRAME = 65_536 + 4096

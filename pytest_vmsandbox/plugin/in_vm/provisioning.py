@@ -24,7 +24,7 @@ from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.inside import distributions, install, project, requirements
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.install import Installed, Payload
-from pytest_vmsandbox.inside.recorded import RecordedConnection
+from pytest_vmsandbox.inside.recorded_connection import RecordedConnection
 from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin import config as options

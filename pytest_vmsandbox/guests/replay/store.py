@@ -19,7 +19,14 @@ from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.of_test import OfTest, StoreOfTests, Words, key_of
-from pytest_vmsandbox.guests.recording import FILES, LOG, REQUEST, RecordedRun, Sealed, check
+from pytest_vmsandbox.guests.replay.run import (
+    FILES,
+    LOG,
+    REQUEST,
+    BeforeRun,
+    RecordedRun,
+    check_recordable,
+)
 from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.templates import MEMORY, STATE
 from pytest_vmsandbox.machine import memory
@@ -55,7 +62,7 @@ class Recorded(OfTest):
             LaunchError: QEMU cannot be started.
         """
         blueprint = backend.blueprint(self.image, self.hardware)
-        check(blueprint)
+        check_recordable(blueprint)
         if blueprint.digest != self.record["digest"]:
             raise ConfigError(
                 f"the recorded run of {self.nodeid} cannot be repeated: QEMU, the image or pytest-vmsandbox is "
@@ -69,11 +76,11 @@ class Recorded(OfTest):
         layers = [[self.folder / name for name in names] for names in self.record["layers"]]
         with (self.folder / STATE).open("rb", buffering=0) as state:
             key = KeyPair.of(self.private_key)
-            sealed = Sealed(memory=its, state=state, layers=layers, key=key)
+            before = BeforeRun(memory=its, state=state, layers=layers, key=key)
             return RecordedRun.started(
                 backend,
                 blueprint,
-                sealed,
+                before,
                 folder,
                 name=self.guest,
                 mode="replay",

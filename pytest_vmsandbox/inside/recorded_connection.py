@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.guests.recording import RecordedRun
+from pytest_vmsandbox.guests.replay.run import RecordedRun
 from pytest_vmsandbox.inside.connection import ANSWER_SECONDS, PING_SECONDS, Connection
 from pytest_vmsandbox.inside.wire import Decoder, encode
 

@@ -36,7 +36,7 @@ _RESULTS = (LOG, CONSOLE, REPORT)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sealed:
+class BeforeRun:
     """The saved guest that runs go on from.
 
     Attributes:
@@ -52,7 +52,7 @@ class Sealed:
     key: KeyPair
 
 
-def check(blueprint: Blueprint) -> None:
+def check_recordable(blueprint: Blueprint) -> None:
     """Check that runs of such guests can be recorded.
 
     Raises:
@@ -93,7 +93,7 @@ class RecordedRun:
         cls,
         backend: Backend,
         blueprint: Blueprint,
-        sealed: Sealed,
+        before: BeforeRun,
         folder: Path,
         *,
         name: str,
@@ -114,7 +114,7 @@ class RecordedRun:
             LaunchError: QEMU cannot be started.
         """
         state = stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
-        state.write(counting.from_zero(sealed.state.read()))
+        state.write(counting.from_zero(before.state.read()))
         state.seek(0)
         if mode == "record":
             for name_of, length in ((REQUEST, REQUEST_SIZE), (LOG, 0)):
@@ -129,7 +129,7 @@ class RecordedRun:
             console=stack.enter_context((folder / CONSOLE).open("wb", buffering=0)),
             report=stack.enter_context((folder / REPORT).open("wb", buffering=0)),
         )
-        disks = stack.enter_context(blueprint.disks(backend.hypervisor.cache, sealed.layers))
+        disks = stack.enter_context(blueprint.disks(backend.hypervisor.cache, before.layers))
         request = stack.enter_context((folder / REQUEST).open("rb", buffering=0))
         disks = replace(disks, request=request, recording=files)
         if arguments:
@@ -139,13 +139,13 @@ class RecordedRun:
             blueprint,
             backend.hypervisor,
             name=name,
-            key=sealed.key,
+            key=before.key,
             disks=disks,
             logs=backend.callbacks.logs(name),
             has_helper=False,
             is_awaited=False,
         )
-        stack.push(machines.clone(sealed.memory, state, _nothing).stack)
+        stack.push(machines.clone(before.memory, state, _nothing).stack)
         engine = stack.enter_context(backend.engine(machines))
         engine.origin = "cloned"
         return cls(Guest(engine), folder)

@@ -1,0 +1,1 @@
+"""Runs of guests that are recorded, and repeated to the byte."""
