@@ -18,10 +18,11 @@ from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
-from pytest_vmsandbox.guests.clones import Clones
+from pytest_vmsandbox.guests.cloning.clones import Clones
+from pytest_vmsandbox.guests.cloning.forking import forked
+from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate, doer, grow
 from pytest_vmsandbox.guests.clusters.declaration import Base
 from pytest_vmsandbox.guests.clusters.making import MakesClusters
-from pytest_vmsandbox.guests.forking import forked
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.machines import Machines
@@ -31,7 +32,6 @@ from pytest_vmsandbox.guests.networks.network import Addressing, Network
 from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
 from pytest_vmsandbox.guests.replay.run import BeforeRun, RecordedRun, check_recordable
-from pytest_vmsandbox.guests.template_builder import OpenTemplate, doer, grow
 
 
 class GuestFactory(MakesClusters):

@@ -24,8 +24,9 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import resume, template_builder
+from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.cloning import template_builder
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.gathering import WHY_NOT, gathered
 from pytest_vmsandbox.guests.machines import Running

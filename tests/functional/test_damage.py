@@ -16,8 +16,8 @@ from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.cloning.template_builder import TemplateBuilder
 from pytest_vmsandbox.guests.factory import GuestFactory
-from pytest_vmsandbox.guests.template_builder import TemplateBuilder
 from pytest_vmsandbox.guests.templates import TemplateStore
 from support import damage
 

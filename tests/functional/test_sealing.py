@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_vmsandbox import Guest
-from pytest_vmsandbox.guests.sealing import clones_of, go_on, sealed_all
+from pytest_vmsandbox.guests.cloning.sealing import clones_of, go_on, sealed_all
 
 SECONDS = 60
 SERVER = "while :; do nc -l -p 7 -e cat; done"

@@ -12,7 +12,8 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, ImageError
-from pytest_vmsandbox.guests import cloning, commands, helper_scripts, helper_setup, machines
+from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup, machines
+from pytest_vmsandbox.guests.cloning import making as cloning
 from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
 

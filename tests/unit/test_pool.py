@@ -12,10 +12,10 @@ import pytest
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
 from pytest_vmsandbox.core.spec import GIB, Hardware
-from pytest_vmsandbox.guests import cloning, pool as pool_module
-from pytest_vmsandbox.guests.cloning import Clone
+from pytest_vmsandbox.guests.cloning import making as cloning, pool as pool_module
+from pytest_vmsandbox.guests.cloning.making import Clone
+from pytest_vmsandbox.guests.cloning.pool import CLAIM, Pool
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.pool import CLAIM, Pool
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.quota import Quota
 
@@ -220,7 +220,7 @@ class TestAhead:
         assert len(pool.made) == 3
 
     def test_who_has_taken_one_has_a_head_start_as_long_as_there_are_more(self, pool, monkeypatch):
-        monkeypatch.setattr("pytest_vmsandbox.guests.pool._HEAD_START_SECONDS", 2 * SECONDS)
+        monkeypatch.setattr("pytest_vmsandbox.guests.cloning.pool._HEAD_START_SECONDS", 2 * SECONDS)
         pool.expect(OPENED, BLUEPRINT, 10)
         pool.armed(OPENED, DEPTH)
         for _ in range(DEPTH - 1):

@@ -17,8 +17,8 @@ from pytest_vmsandbox.guests import blueprint as blueprint_module
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer
+from pytest_vmsandbox.guests.cloning.template_builder import TemplateBuilder, doer, template_key
 from pytest_vmsandbox.guests.provision import Step
-from pytest_vmsandbox.guests.template_builder import TemplateBuilder, doer, template_key
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu

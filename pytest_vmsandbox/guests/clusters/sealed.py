@@ -9,9 +9,9 @@ from typing import Any
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.cloning.sealing import Sealed, sealed_all
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.networks.network import Network
-from pytest_vmsandbox.guests.sealing import Sealed, sealed_all
 
 
 class SealedCluster(Lasting):

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.guests.backend import Backend
-from pytest_vmsandbox.guests.cloning import Clone
+from pytest_vmsandbox.guests.cloning.making import Clone
+from pytest_vmsandbox.guests.cloning.sealing import clones_of, go_on
 from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import retried
 from pytest_vmsandbox.guests.networks.joining import admit
 from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network, Seat
-from pytest_vmsandbox.guests.sealing import clones_of, go_on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.of_test import OfTest, StoreOfTests, Words, key_of
 from pytest_vmsandbox.guests.replay.run import (
     FILES,
@@ -27,7 +28,6 @@ from pytest_vmsandbox.guests.replay.run import (
     RecordedRun,
     check_recordable,
 )
-from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.templates import MEMORY, STATE
 from pytest_vmsandbox.machine import memory
 

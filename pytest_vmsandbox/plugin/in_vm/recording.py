@@ -12,11 +12,11 @@ import pytest
 
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.core.spec import Hardware
+from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.guests.replay.run import RecordedRun
 from pytest_vmsandbox.guests.replay.store import RecordedStore
-from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.plugin.run import Run
 
 

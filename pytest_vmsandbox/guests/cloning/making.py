@@ -15,11 +15,11 @@ from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.machines import Machines, Running
-from pytest_vmsandbox.guests.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.ways_in import check_network
 
 _EXERCISE = Command(argv=("true",))

@@ -11,15 +11,15 @@ from pytest_vmsandbox.core.errors import GuestLost, LaunchError, MonitorError, V
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.cloning import Clone, call, cloned
-from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.pool import Pool
-from pytest_vmsandbox.guests.provision import PreparedImage, Step
-from pytest_vmsandbox.guests.template_builder import (
+from pytest_vmsandbox.guests.cloning.making import Clone, call, cloned
+from pytest_vmsandbox.guests.cloning.pool import Pool
+from pytest_vmsandbox.guests.cloning.template_builder import (
     OpenTemplate,
     TemplateBuilder,
     template_key,
 )
+from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.provision import PreparedImage, Step
 from pytest_vmsandbox.guests.templates import NoTemplateError
 
 _MOST_LOST = 3  # clones lost in a row before a test has one; after that, guests are booted
