@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         VMSandboxError,
     )
     from pytest_vmsandbox.core.spec import Hardware
-    from pytest_vmsandbox.guests.access import SSHAccess
     from pytest_vmsandbox.guests.clusters.cluster import Cluster
     from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
     from pytest_vmsandbox.guests.crash.crash_points import CrashPoints
@@ -38,17 +37,18 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.faults.faults import Faults
     from pytest_vmsandbox.guests.guest import Guest
     from pytest_vmsandbox.guests.networks.network import Network
-    from pytest_vmsandbox.guests.plugging import AttachedDisk
-    from pytest_vmsandbox.guests.process import Process
     from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision
+    from pytest_vmsandbox.guests.reaching.access import SSHAccess
+    from pytest_vmsandbox.guests.reaching.process import Process
+    from pytest_vmsandbox.guests.running.plugging import AttachedDisk
 
 _MODULES = (  # the modules that define them, the cheapest to import first
     "core.errors",
     "core.spec",
-    "guests.process",
-    "guests.access",
+    "guests.reaching.process",
+    "guests.reaching.access",
     "guests.provision",
-    "guests.plugging",
+    "guests.running.plugging",
     "guests.crash.report",
     "guests.crash.crash_points",
     "guests.faults.fault",

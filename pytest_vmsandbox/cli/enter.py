@@ -26,13 +26,13 @@ from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.text import one_line
-from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.commands import for_any_shell
 from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
+from pytest_vmsandbox.guests.reaching.access import require_client
+from pytest_vmsandbox.guests.reaching.commands import for_any_shell
 
 _LOOK_MS = 1000  # how often we check that the guest is still there
 _CHUNK = 4096

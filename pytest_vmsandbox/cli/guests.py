@@ -21,12 +21,12 @@ from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.reaching.access import require_client
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
 
 _STDOUT, _STDERR = 1, 2
 _CHUNK = 1 << 16

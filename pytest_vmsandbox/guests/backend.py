@@ -28,9 +28,9 @@ from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.blueprint import Blueprint, check_board, find_firmware, has_tpm, trial
 from pytest_vmsandbox.guests.callbacks import Callbacks
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.kernels import KernelStore
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine import accelerator, host
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.hypervisor import Hypervisor

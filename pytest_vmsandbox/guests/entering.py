@@ -16,16 +16,16 @@ from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architectur
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.guests import kept as names
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint, OwnKernel
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.keeping import line_digest, processor_digest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cards import Card, Loose
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay

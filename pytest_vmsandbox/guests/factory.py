@@ -14,7 +14,6 @@ from pytest_vmsandbox.core import spec
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError, VMSandboxError
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer, Callbacks
@@ -25,13 +24,14 @@ from pytest_vmsandbox.guests.clusters.declaration import Base
 from pytest_vmsandbox.guests.clusters.making import MakesClusters
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
-from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.networks.joining import joined
 from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Addressing, Network
-from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import PreparedImage, PreparedLayer, Provision, Step
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.replay.run import BeforeRun, RecordedRun, check_recordable
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.plugging import refuse_left
 
 
 class GuestFactory(MakesClusters):

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.running.engine import Engine
 
 G = TypeVar("G")  # a `Guest`
 

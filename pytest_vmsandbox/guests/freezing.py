@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.errors import GuestLost, MonitorError
-from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.machines import Machines, Running
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.machines import Machines, Running
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 

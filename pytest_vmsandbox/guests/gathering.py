@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, GuestLost, VMSandboxError
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.guests.access import greeting
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.ways_in import check_way_in
+from pytest_vmsandbox.guests.reaching.access import greeting
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.ways_in import check_way_in
+from pytest_vmsandbox.guests.running.machines import Running
 
 MOST = 256 << 10  # bytes of each text; the end is what matters
 WHY_NOT = "not-gathered.txt"  # the file that says why there is none, or not all

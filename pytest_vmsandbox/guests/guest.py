@@ -15,18 +15,19 @@ from typing import Any, Literal, overload
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandResult, CommandTimeout, ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import commands, forwarding, transfer
-from pytest_vmsandbox.guests.access import SSHAccess
-from pytest_vmsandbox.guests.commands import StrPath
 from pytest_vmsandbox.guests.crash.crash_points import HasCrashPoints
 from pytest_vmsandbox.guests.crash.recording import refuse_recorded
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.faults import TakesFaults
 from pytest_vmsandbox.guests.forks import HasForks
 from pytest_vmsandbox.guests.networks.network import HasNetworks
-from pytest_vmsandbox.guests.plugging import TakesDisks
-from pytest_vmsandbox.guests.process import Process
-from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.reaching import commands, transfer
+from pytest_vmsandbox.guests.reaching.access import SSHAccess
+from pytest_vmsandbox.guests.reaching.commands import StrPath
+from pytest_vmsandbox.guests.reaching.process import Process
+from pytest_vmsandbox.guests.running import forwarding
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.plugging import TakesDisks
+from pytest_vmsandbox.guests.running.saved import Saved
 from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.console import Console
 

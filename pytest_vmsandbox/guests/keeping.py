@@ -29,11 +29,11 @@ from pytest_vmsandbox.core.spec import format_size
 from pytest_vmsandbox.guests import kept as names
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.engine import Engine, seized
 from pytest_vmsandbox.guests.freezing import Frozen, freeze
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore, Moment, key_of
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.running.engine import Engine, seized
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.guests.templates import layer_name
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import Start

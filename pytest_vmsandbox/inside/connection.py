@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import GuestLost, VMSandboxError
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
 from pytest_vmsandbox.inside.wire import Decoder, Message, broken, encode
 
 PING_SECONDS = 15.0  # of silence, after which we check that the guest answers

@@ -10,9 +10,9 @@ import shlex
 from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import InterpreterLost
-from pytest_vmsandbox.guests.access import require_client
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.kept import Moment
+from pytest_vmsandbox.guests.reaching.access import require_client
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.install import BASE
 

@@ -28,9 +28,9 @@ from typing import IO, cast
 from pytest_vmsandbox.cache.files import locked
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, TransferError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests import transfer
-from pytest_vmsandbox.guests.archive import extract
-from pytest_vmsandbox.guests.transfer import Streamer
+from pytest_vmsandbox.guests.reaching import transfer
+from pytest_vmsandbox.guests.reaching.archive import extract
+from pytest_vmsandbox.guests.reaching.transfer import Streamer
 from pytest_vmsandbox.inside.tree import Tree, TreeEntry, is_cache, shown
 
 _MAX_LISTING = 64 * MIB

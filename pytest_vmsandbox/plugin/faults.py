@@ -15,7 +15,7 @@ from pytest_vmsandbox.plugin.keeping import belong_together
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.guests.guest import Guest
-    from pytest_vmsandbox.guests.ledger import Entry, Ledger
+    from pytest_vmsandbox.guests.running.ledger import Entry, Ledger
 
 
 class Speaker(Protocol):

@@ -34,9 +34,9 @@ from pytest_vmsandbox.core.errors import BootError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Clones, Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.machine.qemu import find_qemu
 from support import vendor_disk
 

@@ -24,12 +24,12 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import MonitorError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.cloning import template_builder
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.gathering import WHY_NOT, gathered
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.machines import Running
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine import machine as machine_module
 from pytest_vmsandbox.machine.qemu import find_qemu

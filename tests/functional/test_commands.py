@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pytest_vmsandbox import CommandError, CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.reaching.commands import Command
 
 pytestmark = pytest.mark.vm("tiny", isolation="module")
 

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from pytest_vmsandbox import ConfigError, MonitorError
-from pytest_vmsandbox.guests import moving as moving_guest
 from pytest_vmsandbox.guests.networks.joining import joined
+from pytest_vmsandbox.guests.running import moving as moving_guest
 from pytest_vmsandbox.machine import moving
 from pytest_vmsandbox.machine.qemu import find_qemu
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from pytest_vmsandbox import TransferError
-from pytest_vmsandbox.guests import transfer
+from pytest_vmsandbox.guests.reaching import transfer
 
 pytestmark = pytest.mark.vm("tiny", isolation="module")
 

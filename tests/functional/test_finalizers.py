@@ -13,7 +13,7 @@ SUITE = """
     import gc, os, signal, threading
     import pytest
     from pytest_vmsandbox import VMSandboxError
-    from pytest_vmsandbox.guests.machines import Running
+    from pytest_vmsandbox.guests.running.machines import Running
 
     @pytest.fixture(params=["helper", "ssh"])
     def way(request, monkeypatch):

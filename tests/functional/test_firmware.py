@@ -17,8 +17,8 @@ from pytest_vmsandbox.catalogue.store import ImageStore
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, LaunchError
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.factory import GuestFactory
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.machine import firmware, tpm
 from support import vendor_disk
 

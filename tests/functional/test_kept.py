@@ -29,7 +29,7 @@ ENTER = f"""
 import json, socket, sys, time
 from pathlib import Path
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests import helper
+from pytest_vmsandbox.guests.reaching import helper
 from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.kept import KeptStore

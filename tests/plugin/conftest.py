@@ -35,7 +35,7 @@ import pytest
 from pytest_vmsandbox.core.errors import BootError, MonitorError
 from pytest_vmsandbox.core.spec import Hardware, format_size
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.running.ledger import Ledger
 from pytest_vmsandbox.plugin import RUN
 
 

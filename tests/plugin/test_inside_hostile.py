@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.running.ledger import Ledger
 from pytest_vmsandbox.inside.connection import Connection, GuestPaths
 from pytest_vmsandbox.inside.session import Collected, GuestSession
 from pytest_vmsandbox.inside.wire import encode

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_vmsandbox.guests.commands import Command
+from pytest_vmsandbox.guests.reaching.commands import Command
 
 WORD = 131_071  # bytes of the longest word
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.running.ledger import Ledger
 
 
 class LocalProcess:

@@ -21,7 +21,7 @@ from pytest_vmsandbox.catalogue.definition import ImageDefinition
 from pytest_vmsandbox.catalogue.making import Build
 from pytest_vmsandbox.catalogue.store import DISK, HOST_KEY, BuiltImage, ImageStore
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 
 NEEDED = ("sgdisk", "mkfs.vfat", "mcopy", "grub-mkimage", "mke2fs", "debugfs", "unshare")
 LABEL = "root"

@@ -18,8 +18,8 @@ from pathlib import Path
 from pytest_vmsandbox import CrashPointError, CrashPoints, CrashReport, Guest, GuestFactory
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.plugging import AttachedDisk
 from pytest_vmsandbox.guests.provision import PreparedImage
+from pytest_vmsandbox.guests.running.plugging import AttachedDisk
 
 FOLDER = "/mnt/data"
 UPDATES = 6

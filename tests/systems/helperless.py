@@ -42,12 +42,12 @@ from pytest_vmsandbox.catalogue.store import (
 )
 from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.images.adopting import INSECURE_KEYS
 from pytest_vmsandbox.guests.images.maker import make_image
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from support.helperless import bare
 
 BASE = "debian-13"

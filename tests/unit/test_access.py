@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_vmsandbox.guests.access import SSHAccess
+from pytest_vmsandbox.guests.reaching.access import SSHAccess
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh"), reason="there is no OpenSSH client here")
 

@@ -12,9 +12,9 @@ import pycdlib
 import pytest
 
 from pytest_vmsandbox.core.errors import ImageError
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.images import adopting, changing, examining, root_disk
 from pytest_vmsandbox.guests.images.seed import seed
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from support.images import DEFINITION
 
 KEY = KeyPair.generate()

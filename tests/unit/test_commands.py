@@ -9,7 +9,7 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from pytest_vmsandbox.guests.commands import (
+from pytest_vmsandbox.guests.reaching.commands import (
     STARTED,
     Command,
     command_line,

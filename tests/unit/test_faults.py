@@ -12,7 +12,7 @@ from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.faults import Faults
 from pytest_vmsandbox.guests.faults.memory import MemoryFaults
 from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.running.ledger import Ledger
 
 
 class FakeMachine:

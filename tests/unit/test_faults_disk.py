@@ -9,7 +9,7 @@ import pytest
 from pytest_vmsandbox import ConfigError, GuestLost
 from pytest_vmsandbox.core.spec import MIB, Hardware
 from pytest_vmsandbox.guests.faults import disk
-from pytest_vmsandbox.guests.ledger import Ledger
+from pytest_vmsandbox.guests.running.ledger import Ledger
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.filters import ERRORS, RECORDER, THROTTLE, Filter, Filters, Place
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from pytest_vmsandbox.guests import forwarding
+from pytest_vmsandbox.guests.running import forwarding
 
 KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 ADDRESSES = [

@@ -28,23 +28,20 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import (
-    engine as engine_module,
-    forwarding,
-    guest as guest_module,
-    kernel_faults,
-    leasing,
-    machines as machines_module,
-    ssh,
-    transfer,
-    ways_in,
-)
-from pytest_vmsandbox.guests.access import KeyPair, SSHAccess
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests import guest as guest_module, leasing
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.reaching import ssh, transfer, ways_in
+from pytest_vmsandbox.guests.reaching.access import KeyPair, SSHAccess
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.running import (
+    engine as engine_module,
+    forwarding,
+    kernel_faults,
+    machines as machines_module,
+)
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine.console import Console
 from pytest_vmsandbox.machine.disk import Disks
 

@@ -27,10 +27,14 @@ from pytest_vmsandbox.core.errors import (
     GuestLost,
     VMSandboxError,
 )
-from pytest_vmsandbox.guests import commands, helper as helper_module, process as process_module
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Lead
+from pytest_vmsandbox.guests.reaching import (
+    commands,
+    helper as helper_module,
+    process as process_module,
+)
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.helper import Helper
 from pytest_vmsandbox.machine.loop import LoopThread
 from pytest_vmsandbox.machine.port import Port
 from support.arguments import FITS, TOO_LONG, output_of

@@ -12,10 +12,11 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, ImageError
-from pytest_vmsandbox.guests import commands, helper_scripts, helper_setup, machines
 from pytest_vmsandbox.guests.cloning import making as cloning
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.helper_setup import HelperSetup, NoHelperError, variables
+from pytest_vmsandbox.guests.reaching import commands, helper_scripts, helper_setup
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup, NoHelperError, variables
+from pytest_vmsandbox.guests.running import machines
 
 _ROOTS = "etc|run|proc|sys|usr/lib|usr/local/lib|opt|var|tmp|root|dev/shm|service"
 PROGRAM = b"#!/bin/sh\nexit 0\n"

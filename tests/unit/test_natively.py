@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pytest_vmsandbox.guests.access import KeyPair
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 
 PROGRAM = Path(__file__).resolve().parents[2] / "images/debian/natively.py"
 FORMATS = [

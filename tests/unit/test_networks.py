@@ -11,7 +11,6 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.guests import leasing
-from pytest_vmsandbox.guests.ledger import Ledger
 from pytest_vmsandbox.guests.networks import joining
 from pytest_vmsandbox.guests.networks.links import (
     LinkFault,
@@ -26,6 +25,7 @@ from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network
 from pytest_vmsandbox.guests.networks.setup import hosts_text
 from pytest_vmsandbox.guests.networks.subnets import Subnets, checked_name, mac_of, subnets_of
+from pytest_vmsandbox.guests.running.ledger import Ledger
 from pytest_vmsandbox.machine.cards import Card
 from pytest_vmsandbox.machine.switch.conditions import Conditions
 

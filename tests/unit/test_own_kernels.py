@@ -12,9 +12,9 @@ from pytest_vmsandbox.catalogue import kernels as sources
 from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import OWN_KERNEL, Hardware, parse_kernel
-from pytest_vmsandbox.guests import kernel_faults
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.kernels import KernelStore, newc
+from pytest_vmsandbox.guests.running import kernel_faults
 from support.images import DEFINITION
 from support.kernels import GOOD, installed, kernel, package, tree
 

@@ -14,10 +14,10 @@ from pytest_vmsandbox import AttachedDisk, CommandTimeout, ConfigError, GuestLos
 from pytest_vmsandbox.catalogue.importing import vmdk, vpc
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware
-from pytest_vmsandbox.guests import plugging
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import TakesDisks, name_of, refuse_left
+from pytest_vmsandbox.guests.running import plugging
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.plugging import TakesDisks, name_of, refuse_left
 from pytest_vmsandbox.machine.cmdline import PORTS
 from pytest_vmsandbox.machine.disk import Disks
 

@@ -4,8 +4,8 @@ import pytest
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost
-from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.lead import Drift, Lead
+from pytest_vmsandbox.guests.running import resume
 
 
 class Fakes:

@@ -15,11 +15,11 @@ import pytest
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL, OPEN_SUCCEEDED
 
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError, GuestLost
-from pytest_vmsandbox.guests import process as remote, ssh
-from pytest_vmsandbox.guests.access import KeyPair, greeting, refusal
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.images import adopting
-from pytest_vmsandbox.guests.ssh import FirstTransport, SSHTransport, host_key_at
+from pytest_vmsandbox.guests.reaching import process as remote, ssh
+from pytest_vmsandbox.guests.reaching.access import KeyPair, greeting, refusal
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.ssh import FirstTransport, SSHTransport, host_key_at
 from support.arguments import FITS, TOO_LONG, output_of
 
 GONE = (OSError, EOFError, paramiko.SSHException)  # what a server hears when its client has gone

@@ -10,8 +10,8 @@ SCRIPT = """
 import gc
 from types import SimpleNamespace
 from pytest_vmsandbox.core.errors import GuestLost
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.process import RemoteProcess, Process
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess, Process
 
 def lost(*_):
     raise GuestLost("the guest is gone")

@@ -14,11 +14,11 @@ from pytest_vmsandbox.catalogue.store import BuiltImage
 from pytest_vmsandbox.core.errors import ImageError, LaunchError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests import blueprint as blueprint_module
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.cloning.template_builder import TemplateBuilder, doer, template_key
 from pytest_vmsandbox.guests.provision import Step
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.templates import TemplateStore
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.qemu import Qemu

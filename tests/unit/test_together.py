@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from pytest_vmsandbox.guests.together import in_step
+from pytest_vmsandbox.guests.running.together import in_step
 
 
 def test_all_wait_for_each_other():

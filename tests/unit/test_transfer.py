@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, TransferError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests import archive, transfer
-from pytest_vmsandbox.guests.archive import extract
+from pytest_vmsandbox.guests.reaching import archive, transfer
+from pytest_vmsandbox.guests.reaching.archive import extract
 
 SHELLS = [["/bin/sh"]]
 SHELLS += [[path, "sh"] for path in [shutil.which("busybox")] if path]

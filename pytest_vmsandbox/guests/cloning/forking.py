@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.cloning.making import Clone
 from pytest_vmsandbox.guests.cloning.sealing import Sealed, clone_of, sealed
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.forks import Forks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
+from pytest_vmsandbox.guests.running.engine import Engine
 
 
 def forked(backend: Backend, engine: Engine, count: int) -> Forks[Guest]:

@@ -11,16 +11,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.errors import GuestLost, LaunchError
-from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.access import refusal
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
-from pytest_vmsandbox.guests.commands import Command, ignore
-from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
-from pytest_vmsandbox.guests.machines import Machines, Running
-from pytest_vmsandbox.guests.ways_in import check_network
+from pytest_vmsandbox.guests.reaching.access import refusal
+from pytest_vmsandbox.guests.reaching.commands import Command, ignore
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.reaching.ways_in import check_network
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.machines import Machines, Running
 
 _EXERCISE = Command(argv=("true",))
 _EXERCISE_SECONDS = 60.0

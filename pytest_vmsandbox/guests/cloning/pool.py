@@ -12,10 +12,10 @@ from typing import Protocol, Self
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import LaunchError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB
-from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.making import Clone
 from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
+from pytest_vmsandbox.guests.running import resume
 from pytest_vmsandbox.machine.quota import Quota
 
 CLAIM = 128 * MIB  # of the host's memory, for a clone

@@ -19,19 +19,19 @@ from typing import IO
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.making import Clone, awake, exercise
 from pytest_vmsandbox.guests.cloning.pool import CLAIM
 from pytest_vmsandbox.guests.crash.recording import refuse_recorded
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.saved import Saved
-from pytest_vmsandbox.guests.together import Meet, alone, in_step
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.saved import Saved
+from pytest_vmsandbox.guests.running.together import Meet, alone, in_step
 from pytest_vmsandbox.machine import host, memory
 from pytest_vmsandbox.machine.cards import Card, Connected, HasCard, Loose
 from pytest_vmsandbox.machine.cmdline import Start

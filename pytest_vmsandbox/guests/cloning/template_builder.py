@@ -23,16 +23,16 @@ from pytest_vmsandbox.core.errors import (
     LaunchError,
     MonitorError,
 )
-from pytest_vmsandbox.guests import helper_setup
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.images import root_disk, started
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import refuse_left
 from pytest_vmsandbox.guests.provision import Facts, Step
+from pytest_vmsandbox.guests.reaching import helper_setup
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.plugging import refuse_left
 from pytest_vmsandbox.guests.templates import (
     CONSOLE,
     MEMORY,

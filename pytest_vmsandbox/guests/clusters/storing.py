@@ -13,16 +13,16 @@ from typing import Any
 from pytest_vmsandbox.cache.copying import copy_to
 from pytest_vmsandbox.cache.store import CLUSTERS, PRIVATE_KEY, Entry, Store
 from pytest_vmsandbox.core.errors import ConfigError, LaunchError
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.sealing import Sealed
 from pytest_vmsandbox.guests.cloning.template_builder import template_key
 from pytest_vmsandbox.guests.clusters.declaration import Declaration
 from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.provision import Step
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.templates import CONSOLE, MEMORY, STATE, layer_name
 from pytest_vmsandbox.machine import memory
 from pytest_vmsandbox.machine.cards import Card

@@ -19,8 +19,8 @@ from pytest_vmsandbox.guests.crash.conversation import Unusable, Verdict, conver
 from pytest_vmsandbox.guests.crash.layers import write_layer
 from pytest_vmsandbox.guests.crash.recording import Recorder
 from pytest_vmsandbox.guests.crash.states import State
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.saved import Saved
 from pytest_vmsandbox.machine.cmdline import disk_names
 from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 

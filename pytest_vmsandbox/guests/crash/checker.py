@@ -17,9 +17,9 @@ from types import FunctionType
 from typing import Any
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.commands import Command, StrPath, command
 from pytest_vmsandbox.guests.crash.freeing import FUNCTIONS
 from pytest_vmsandbox.guests.crash.mounts import Place, escaped
+from pytest_vmsandbox.guests.reaching.commands import Command, StrPath, command
 
 CheckFunction = Callable[[Path, list[Any]], object]
 Check = CheckFunction | Sequence[StrPath]

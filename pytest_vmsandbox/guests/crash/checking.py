@@ -25,9 +25,9 @@ from pytest_vmsandbox.guests.crash.conversation import (
 from pytest_vmsandbox.guests.crash.freeing import compare, release
 from pytest_vmsandbox.guests.crash.mounts import Place
 from pytest_vmsandbox.guests.crash.states import State
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.root_programs import run_as_root
-from pytest_vmsandbox.guests.saved import Saved
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
+from pytest_vmsandbox.guests.running.saved import Saved
 from pytest_vmsandbox.machine import filters
 from pytest_vmsandbox.machine.disk import empty_overlay
 from pytest_vmsandbox.machine.filters import Filter

@@ -14,10 +14,10 @@ from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.crash import checker
 from pytest_vmsandbox.guests.crash.checker import Program
 from pytest_vmsandbox.guests.crash.states import State
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.process import STDERR, RemoteProcess
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching.process import STDERR, RemoteProcess
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 NO_END = "the check does not end"
 _MAX_LINE = 200  # bytes of the first line of an answer

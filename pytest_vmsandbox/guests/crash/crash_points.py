@@ -14,8 +14,6 @@ from typing import Protocol, Self
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import parse_size
-from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.commands import Command, StrPath
 from pytest_vmsandbox.guests.crash import checker, mounts
 from pytest_vmsandbox.guests.crash.booting import Boots, booted
 from pytest_vmsandbox.guests.crash.building import Builder
@@ -33,8 +31,10 @@ from pytest_vmsandbox.guests.crash.report import (
 )
 from pytest_vmsandbox.guests.crash.searching import Search
 from pytest_vmsandbox.guests.crash.states import History, State
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.plugging import AttachedDisk, name_of
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.reaching.commands import Command, StrPath
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.plugging import AttachedDisk, name_of
 
 _STATES, _BOOTS = 600, 20
 _TRIES, _BOOT_TRIES = 60, 6  # to make a broken state smaller

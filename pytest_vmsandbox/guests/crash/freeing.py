@@ -14,8 +14,8 @@ from pytest_vmsandbox.core.text import printable
 from pytest_vmsandbox.guests.crash.building import Builder
 from pytest_vmsandbox.guests.crash.mounts import Place, escaped, find
 from pytest_vmsandbox.guests.crash.states import State
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 _BLOCK = 4096  # bytes
 _SAMPLES, _SAMPLE = 16, 16  # written places that are compared, and blocks of each

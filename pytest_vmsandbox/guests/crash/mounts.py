@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.plugging import FIND_DISK
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.plugging import FIND_DISK
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 # Prints the device files of a disk and of its partitions, an empty line, and what is mounted. $1: its serial number.
 _LOOK = (

@@ -23,14 +23,14 @@ from pytest_vmsandbox.core import paths
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, MonitorError, VMSandboxError
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.commands import Command, check_status, text_of
 from pytest_vmsandbox.guests.crash.log import Log
 from pytest_vmsandbox.guests.crash.states import History, Mark
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import FIND_DISK
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching.commands import Command, check_status, text_of
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.plugging import FIND_DISK
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 from pytest_vmsandbox.machine.cmdline import ROOT_DISK, disk_names
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.filters import RECORDER, Filter, Place

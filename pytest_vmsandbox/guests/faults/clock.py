@@ -9,15 +9,15 @@ from typing import Literal
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, GuestLost
-from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.commands import is_number
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import timekeeping
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Drift
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching.commands import is_number
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 Leap = Literal["insert", "delete"]
 _LEAST_RATE, _MOST_RATE = 0.9, 1.1  # what kernels take

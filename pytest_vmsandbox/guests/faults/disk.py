@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, MonitorError
 from pytest_vmsandbox.core.spec import format_size, parse_size
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.machines import Machines
-from pytest_vmsandbox.guests.plugging import AttachedDisk, name_of, pull_out, put_back
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.plugging import AttachedDisk, name_of, pull_out, put_back
 from pytest_vmsandbox.machine.cmdline import disk_names
 from pytest_vmsandbox.machine.filters import ERRORS, KINDS, THROTTLE, Filter, Place
 from pytest_vmsandbox.machine.machine import Machine

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.running.engine import Engine
 from pytest_vmsandbox.machine.machine import Machine
 
 

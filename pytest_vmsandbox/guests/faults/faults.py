@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.clock import ClockFaults
 from pytest_vmsandbox.guests.faults.disk import DiskFaults
 from pytest_vmsandbox.guests.faults.fault import Fault
@@ -14,6 +13,7 @@ from pytest_vmsandbox.guests.faults.memory import MemoryFaults
 from pytest_vmsandbox.guests.faults.migration import Migration
 from pytest_vmsandbox.guests.faults.power import PowerFaults
 from pytest_vmsandbox.guests.faults.processors import ProcessorFaults
+from pytest_vmsandbox.guests.running.engine import Engine
 
 
 class Faults(

@@ -13,10 +13,10 @@ from pytest_vmsandbox.core.errors import (
     VMSandboxError,
 )
 from pytest_vmsandbox.core.spec import format_size, parse_size
-from pytest_vmsandbox.guests.commands import StrPath
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching.commands import StrPath
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 _NO_PATH = 44  # exit status of the script
 # Calls `seen` for each mount: its device number as `stat` shows it, its root in the file system, its mount point, its

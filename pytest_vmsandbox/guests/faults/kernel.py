@@ -6,13 +6,13 @@ from contextlib import ExitStack, suppress
 from typing import Self, get_args
 
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost
-from pytest_vmsandbox.guests.commands import is_number
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.outage import Outage
 from pytest_vmsandbox.guests.faults.watchdog import Action, Watchdog
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.reaching.commands import is_number
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
 from pytest_vmsandbox.machine import stages
 from pytest_vmsandbox.machine.machine import Machine
 

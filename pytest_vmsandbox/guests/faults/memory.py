@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from pytest_vmsandbox.core.errors import CommandError, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.spec import MIB, format_size, parse_size
-from pytest_vmsandbox.guests.commands import is_number
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.process import Process
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching.commands import is_number
+from pytest_vmsandbox.guests.reaching.process import Process
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 
 _LEAST = 16 * MIB  # bytes that must be left, so that the fault can be ended
 _NO_ROOM, _NO_CGROUPS, _NO_PROCESS, _TWICE = 66, 67, 68, 69

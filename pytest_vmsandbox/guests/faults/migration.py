@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_vmsandbox.guests.commands import StrPath
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.moving import Move, move
+from pytest_vmsandbox.guests.reaching.commands import StrPath
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.moving import Move, move
 from pytest_vmsandbox.machine.qemu import qemu_at
 
 

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import BootError, CommandResult, CommandTimeout, GuestLost
-from pytest_vmsandbox.guests.commands import Command, check_status, text_of
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.reaching.commands import Command, check_status, text_of
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
 from pytest_vmsandbox.machine.machine import Machine
 
 _READ_SECONDS = 5.0

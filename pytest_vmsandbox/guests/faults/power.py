@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, MonitorError, VMSandboxError
-from pytest_vmsandbox.guests import commands, resume
-from pytest_vmsandbox.guests.commands import ignore
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
 from pytest_vmsandbox.guests.faults.acpi import AcpiRegisters
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.faults.outage import Outage
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.reaching.commands import ignore
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 from pytest_vmsandbox.machine.qmp import Monitor
 
 _LOOK_SECONDS = 0.25

@@ -10,12 +10,12 @@ from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.commands import is_number
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import timekeeping
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.lead import Drift
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.reaching.commands import is_number
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.machine import Machine
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests import resume
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Drift, Lead
-from pytest_vmsandbox.guests.machines import Running
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Running
 
 
 def helper_of(running: Running) -> Helper:

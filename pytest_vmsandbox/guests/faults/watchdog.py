@@ -7,11 +7,11 @@ from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, GuestLost, MonitorError
-from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults import outage
 from pytest_vmsandbox.guests.faults.fault import Fault
-from pytest_vmsandbox.guests.root_programs import run_as_root
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.root_programs import run_as_root
 from pytest_vmsandbox.machine.machine import Machine
 
 Action = Literal["reset", "shutdown", "poweroff", "pause", "inject-nmi", "none"]

@@ -21,14 +21,14 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import KeyPair
-from pytest_vmsandbox.guests.commands import Command, ignore
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.images import changing, examining, started
 from pytest_vmsandbox.guests.images.changing import Lines
-from pytest_vmsandbox.guests.machines import Running
-from pytest_vmsandbox.guests.ssh import FirstTransport, host_key_at
-from pytest_vmsandbox.guests.ways_in import check_network
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.commands import Command, ignore
+from pytest_vmsandbox.guests.reaching.ssh import FirstTransport, host_key_at
+from pytest_vmsandbox.guests.reaching.ways_in import check_network
+from pytest_vmsandbox.guests.running.machines import Running
 
 _SSH_PORT = 22
 _CONNECT_SECONDS = 20.0

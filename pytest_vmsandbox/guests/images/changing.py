@@ -26,15 +26,15 @@ from pytest_vmsandbox.core.errors import (
 )
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.spec import GIB, MIB, Hardware, Network
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.images.root_disk import grow as grow_root
 from pytest_vmsandbox.guests.leasing import on_sound_host
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine.disk import Disks
 
 _MEMORY = GIB  # package managers need more than most tests

@@ -19,9 +19,9 @@ from pytest_vmsandbox.catalogue.store import (
 )
 from pytest_vmsandbox.core.errors import ImageError
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.images import changing, examining, started
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 
 _FOLDER = "/root/.vmsandbox-add"  # of the definition's files, in the guest
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pytest_vmsandbox.catalogue.making import SECOND_STAGE, Build
 from pytest_vmsandbox.catalogue.store import HOST_KEY, PACKAGES
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.images import changing
 from pytest_vmsandbox.guests.images.changing import Unfinished
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 
 _FOLDER = "/second-stage"  # in the guest, as the recipe made it; it is gone afterwards
 _RESULTS = "/run/second-stage/out"

@@ -11,10 +11,10 @@ from functools import partial
 from typing import TypeVar
 
 from pytest_vmsandbox.core.errors import ConfigError, VMSandboxError
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Machines
 from pytest_vmsandbox.guests.networks.network import HasNetworks, Network, Seat
 from pytest_vmsandbox.guests.networks.setup import hosts_text, set_up
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine import cabling
 from pytest_vmsandbox.machine.cards import Card, Connected
 

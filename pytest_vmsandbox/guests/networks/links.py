@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.core.spec import one_of
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
+from pytest_vmsandbox.guests.running.engine import Engine
 from pytest_vmsandbox.machine import cabling, host
 from pytest_vmsandbox.machine.cards import Card
 from pytest_vmsandbox.machine.machine import Machine

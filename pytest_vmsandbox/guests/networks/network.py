@@ -15,8 +15,6 @@ from typing import Literal, overload
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.core.spec import one_of
-from pytest_vmsandbox.guests.commands import StrPath
-from pytest_vmsandbox.guests.engine import Engine
 from pytest_vmsandbox.guests.faults.fault import Fault
 from pytest_vmsandbox.guests.networks.links import (
     Capture,
@@ -29,6 +27,8 @@ from pytest_vmsandbox.guests.networks.links import (
     text_of,
 )
 from pytest_vmsandbox.guests.networks.subnets import Subnets, mac_of
+from pytest_vmsandbox.guests.reaching.commands import StrPath
+from pytest_vmsandbox.guests.running.engine import Engine
 from pytest_vmsandbox.machine.cards import Card
 from pytest_vmsandbox.machine.switch.switch import Port, SwitchNetwork
 

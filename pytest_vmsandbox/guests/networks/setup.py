@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.commands import Command, text_of
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.reaching.commands import Command, text_of
+from pytest_vmsandbox.guests.running.engine import Engine
 from pytest_vmsandbox.machine.cards import Card
 
 # Arguments: what belongs into /etc/hosts, then for each card its MAC address, its IPv4 address and its IPv6 address, each

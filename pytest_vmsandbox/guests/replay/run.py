@@ -19,11 +19,11 @@ from typing import IO
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint, firmware_of
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.machines import Machines
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine import counting, host
 from pytest_vmsandbox.machine.disk import REQUEST_SIZE, Recording
 from pytest_vmsandbox.machine.machine import Machine

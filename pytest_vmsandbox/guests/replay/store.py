@@ -16,10 +16,10 @@ from pytest_vmsandbox.cache.copying import link
 from pytest_vmsandbox.cache.store import PRIVATE_KEY, RECORDED
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.guests.access import KeyPair
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.of_test import OfTest, StoreOfTests, Words, key_of
+from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.replay.run import (
     FILES,
     LOG,

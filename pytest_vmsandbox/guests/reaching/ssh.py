@@ -22,10 +22,10 @@ import paramiko
 
 from pytest_vmsandbox.core.deadline import Deadline, within
 from pytest_vmsandbox.core.errors import CommandError, GuestLost
-from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.access import KeyPair
-from pytest_vmsandbox.guests.commands import Command
-from pytest_vmsandbox.guests.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.reaching.access import KeyPair
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
 
 _KILL_SECONDS = 15.0
 _KEEPALIVE_SECONDS = 15

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, VMSandboxError
-from pytest_vmsandbox.guests.helper import Helper
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.together import Meet, alone
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.running.together import Meet, alone
 from pytest_vmsandbox.machine.machine import Machine
 
 CLOCK_SECONDS = 0.05  # allowed error of a guest's clock when a test gets the guest

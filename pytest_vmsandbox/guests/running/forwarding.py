@@ -10,8 +10,8 @@ from typing import Literal
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandError, CommandTimeout, ConfigError
-from pytest_vmsandbox.guests.commands import Command, is_number, seconds
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.reaching.commands import Command, is_number, seconds
+from pytest_vmsandbox.guests.running.engine import Engine
 
 Protocol = Literal["tcp", "udp"]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

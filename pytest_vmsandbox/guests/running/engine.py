@@ -23,12 +23,12 @@ from pytest_vmsandbox.core.errors import (
     add_hints,
 )
 from pytest_vmsandbox.core.settings import Settings
-from pytest_vmsandbox.guests.access import SSHAccess
-from pytest_vmsandbox.guests.commands import Command, Sink, check_status, text_of
-from pytest_vmsandbox.guests.machines import Machines, Running
-from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.guests.saved import Saved
-from pytest_vmsandbox.guests.together import Meet, alone
+from pytest_vmsandbox.guests.reaching.access import SSHAccess
+from pytest_vmsandbox.guests.reaching.commands import Command, Sink, check_status, text_of
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
+from pytest_vmsandbox.guests.running.machines import Machines, Running
+from pytest_vmsandbox.guests.running.saved import Saved
+from pytest_vmsandbox.guests.running.together import Meet, alone
 from pytest_vmsandbox.machine import capture, host
 
 _POLL_SECONDS = 0.25

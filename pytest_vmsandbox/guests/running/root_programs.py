@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pytest_vmsandbox.core.errors import CommandResult
-from pytest_vmsandbox.guests.commands import Command, check_status, text_of
-from pytest_vmsandbox.guests.engine import Engine
+from pytest_vmsandbox.guests.reaching.commands import Command, check_status, text_of
+from pytest_vmsandbox.guests.running.engine import Engine
 
 
 def run_as_root(

@@ -20,10 +20,10 @@ from typing import Any
 
 from pytest_vmsandbox.core.deadline import Deadline, wall
 from pytest_vmsandbox.core.errors import CommandError, CommandResult, GuestLost, VMSandboxError
-from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.commands import Command
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.reaching.commands import Command
+from pytest_vmsandbox.guests.reaching.process import STDERR, STDOUT, UNKNOWN_SIGNAL, RemoteProcess
 from pytest_vmsandbox.machine.port import Port
 
 VERSION = 1

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, cast
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic, within
 from pytest_vmsandbox.core.errors import CommandTimeout, GuestLost, VMSandboxError
-from pytest_vmsandbox.guests.commands import Command, Sink, seconds
+from pytest_vmsandbox.guests.reaching.commands import Command, Sink, seconds
 
 if TYPE_CHECKING:
     from _typeshed import SupportsRead

@@ -28,8 +28,8 @@ from pytest_vmsandbox.cache import integrity
 from pytest_vmsandbox.core.errors import CommandError, TransferError
 from pytest_vmsandbox.core.spec import MIB, format_size
 from pytest_vmsandbox.core.text import printable
-from pytest_vmsandbox.guests import archive
-from pytest_vmsandbox.guests.commands import Sink, StrPath, word
+from pytest_vmsandbox.guests.reaching import archive
+from pytest_vmsandbox.guests.reaching.commands import Sink, StrPath, word
 
 T = TypeVar("T")
 _Parts = list[tuple[int, int]]  # of a file: the first block of each, and the one after its last

@@ -26,11 +26,11 @@ from pytest_vmsandbox.core.errors import (
     ImageError,
 )
 from pytest_vmsandbox.core.spec import MIB, format_size
-from pytest_vmsandbox.guests import helper_scripts as scripts
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.commands import NAME, Command
-from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.process import RemoteProcess
+from pytest_vmsandbox.guests.reaching import helper_scripts as scripts
+from pytest_vmsandbox.guests.reaching.commands import NAME, Command
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
 from pytest_vmsandbox.guests.templates import NoTemplateError
 
 Start = Callable[

@@ -13,24 +13,24 @@ from typing import IO, TYPE_CHECKING
 
 from pytest_vmsandbox.core.deadline import Deadline, monotonic
 from pytest_vmsandbox.core.errors import BootError, ConfigError, GuestLost, VMSandboxError
-from pytest_vmsandbox.guests import kernel_faults, resume
-from pytest_vmsandbox.guests.access import KeyPair, SSHAccess, greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.commands import Command, ignore
-from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.ledger import Ledger
-from pytest_vmsandbox.guests.process import RemoteProcess
-from pytest_vmsandbox.guests.saved import Saved
-from pytest_vmsandbox.guests.together import Meet, alone
-from pytest_vmsandbox.guests.ways_in import (
+from pytest_vmsandbox.guests.reaching.access import KeyPair, SSHAccess, greeting
+from pytest_vmsandbox.guests.reaching.commands import Command, ignore
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
+from pytest_vmsandbox.guests.reaching.process import RemoteProcess
+from pytest_vmsandbox.guests.reaching.ways_in import (
     CONNECT_SECONDS,
     LOOK_SECONDS,
     SSH_PORT,
     check_network,
     check_way_in,
 )
+from pytest_vmsandbox.guests.running import kernel_faults, resume
+from pytest_vmsandbox.guests.running.ledger import Ledger
+from pytest_vmsandbox.guests.running.saved import Saved
+from pytest_vmsandbox.guests.running.together import Meet, alone
 from pytest_vmsandbox.machine import capture
 from pytest_vmsandbox.machine.cards import HasCard, connected
 from pytest_vmsandbox.machine.cmdline import MODULES_DISK, PORTS, MachineSpec, Start, disk_names
@@ -39,7 +39,7 @@ from pytest_vmsandbox.machine.hypervisor import Hypervisor
 from pytest_vmsandbox.machine.machine import Machine
 
 if TYPE_CHECKING:
-    from pytest_vmsandbox.guests.ssh import SSHTransport
+    from pytest_vmsandbox.guests.reaching.ssh import SSHTransport
 
 _ANSWER_SECONDS = 20.0
 _QUIET_SECONDS = 0.5
@@ -136,7 +136,7 @@ class Running:
         return transport.start(command)
 
     def _transport(self, login: str) -> SSHTransport:
-        from pytest_vmsandbox.guests import ssh  # slow to import, and rarely needed
+        from pytest_vmsandbox.guests.reaching import ssh  # slow to import, and rarely needed
 
         return ssh.SSHTransport(
             address=lambda: self.machine.forward(SSH_PORT),

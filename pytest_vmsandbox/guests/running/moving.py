@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.deadline import monotonic
 from pytest_vmsandbox.core.errors import ConfigError, MonitorError, VMSandboxError
-from pytest_vmsandbox.guests import resume
 from pytest_vmsandbox.guests.blueprint import Blueprint
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.helper import Helper
-from pytest_vmsandbox.guests.machines import Machines, Running
+from pytest_vmsandbox.guests.reaching.helper import Helper
+from pytest_vmsandbox.guests.running import resume
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines, Running
 from pytest_vmsandbox.machine import capture, forwards, moving
 from pytest_vmsandbox.machine.cards import connected
 from pytest_vmsandbox.machine.cmdline import MachineSpec, Start

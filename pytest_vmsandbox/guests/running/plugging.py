@@ -18,10 +18,10 @@ from pytest_vmsandbox.catalogue.importing.headers import begins_as
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandTimeout, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.spec import format_size, parse_size
-from pytest_vmsandbox.guests import commands
-from pytest_vmsandbox.guests.commands import Command, StrPath
-from pytest_vmsandbox.guests.engine import Engine
-from pytest_vmsandbox.guests.machines import Machines, Running
+from pytest_vmsandbox.guests.reaching import commands
+from pytest_vmsandbox.guests.reaching.commands import Command, StrPath
+from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.machines import Machines, Running
 from pytest_vmsandbox.machine.disk import PluggedDisk, empty_overlay
 
 _SECTOR = 512  # bytes; a disk has a whole number of them

@@ -7,7 +7,7 @@ from typing import IO
 
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.lead import Lead
-from pytest_vmsandbox.guests.ledger import Entry
+from pytest_vmsandbox.guests.running.ledger import Entry
 from pytest_vmsandbox.machine.disk import Disks
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost
-from pytest_vmsandbox.guests.access import greeting
 from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.reaching.access import greeting
 from pytest_vmsandbox.machine.machine import Machine
 
 SSH_PORT = 22
