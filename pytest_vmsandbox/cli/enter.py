@@ -1,4 +1,4 @@
-"""``vmsandbox enter``: the kept guest of a failed test goes on from the moment of the failure."""
+"""``vmsandbox enter``: the kept guests of a failed test go on from the moment of the failure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from math import inf
 from typing import NoReturn
 
 import click
 
-from pytest_vmsandbox.cli import terminal
+from pytest_vmsandbox.cli import terminal, woken
 from pytest_vmsandbox.cli.guests import Passing, attach, passed_on, read_words
 from pytest_vmsandbox.cli.kept import choose, guest_option, in_use, line, why
 from pytest_vmsandbox.cli.screen import Screen
@@ -27,10 +28,10 @@ from pytest_vmsandbox.core.paths import cache_dir
 from pytest_vmsandbox.core.settings import Settings
 from pytest_vmsandbox.core.text import one_line
 from pytest_vmsandbox.guests.callbacks import Announcer
-from pytest_vmsandbox.guests.entering import entered
+from pytest_vmsandbox.guests.entering import all_entered
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
+from pytest_vmsandbox.guests.kept import Group, KeptGuest, KeptStore
 from pytest_vmsandbox.guests.reaching.access import require_client
 from pytest_vmsandbox.guests.reaching.commands import for_any_shell
 
@@ -47,6 +48,9 @@ _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))  # seconds of each
     "command", nargs=-1, type=click.UNPROCESSED, callback=read_words, metavar="[-- COMMAND...]"
 )
 @guest_option
+@click.option(
+    "--alone", is_flag=True, help="Wake only this guest, without the others of its networks."
+)
 @click.option("--ssh", is_flag=True, help="Print the SSH command line, and wait.")
 @click.option("--console", is_flag=True, help="Use its serial console. Ctrl-] leaves.")
 @click.option("--pdb", is_flag=True, help="Debug the test that failed inside the guest.")
@@ -58,6 +62,7 @@ def enter(
     nodeid: str,
     command: tuple[str, ...],
     guest: str | None,
+    alone: bool,
     ssh: bool,
     console: bool,
     pdb: bool,
@@ -71,6 +76,10 @@ def enter(
     instead, as in 'vmsandbox run', and at a terminal it has one, too. The exit status is that of the
     shell or the COMMAND. What you change is gone afterwards: the kept guest stays as it was, and several
     people can enter it at once.
+
+    Guests of the test that were on common networks, such as the machines of a cluster, wake at the same
+    moment, and reach each other as before. A second command, in another terminal, enters another one of
+    them. They end when the last command has left. With --alone, only this guest wakes.
 
     --ssh prints a command line for other tools. The guest runs until Ctrl-C, a SIGTERM, or the end of
     standard input if that is a terminal or a pipe.
@@ -92,23 +101,79 @@ def enter(
     store = KeptStore(cache_dir())
     kept = choose(store, nodeid, guest)
     _check(kept, console=console, pdb=pdb, shell=not (command or ssh or console or pdb))
-    output = _output_aside() if ssh else -1
-    with in_use(store, kept), _running(kept, console=console) as running:
-        if console:
-            with running.engine.use(hold=True) as its:
-                terminal.converse(running.console, lambda: its.machine.ended() is not None)
+    wish = _Wish(command, _output_aside() if ssh else None, console=console, pdb=pdb)
+    group = [kept] if alone else store.together(kept)
+    if not alone and kept.group is not None:
+        _tell_missing(kept.group, group)
+    shared = None if alone or kept.group is None or len(kept.group.guests) == 1 else kept.group
+    with in_use(store, kept), woken.entrance(store.root, shared) as entrance:
+        if isinstance(entrance, woken.Visit):
+            status = _visited(entrance, kept, wish)
+        else:
+            status = _woken(entrance, kept, group, wish)
+    ctx.exit(passed_on(status))
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """How somebody wants to enter a guest: by a shell, if it is in no other way.
+
+    Attributes:
+        command: that runs instead.
+        output: a descriptor for the SSH command line; None if it is not wanted.
+        console: whether by its serial console.
+        pdb: whether to debug its test.
+    """
+
+    command: tuple[str, ...]
+    output: int | None
+    console: bool
+    pdb: bool
+
+    def by_ssh(self, way: woken.Way) -> int:
+        """Enter a guest by SSH. Returns the exit status."""
+        return _shell(way, self.command) if self.output is None else _offer(way, self.output)
+
+
+def _woken(door: woken.Door, kept: KeptGuest, group: Sequence[KeptGuest], wish: _Wish) -> int:
+    """Wake guests, and enter one of them. Returns the exit status when all commands have left them."""
+    group = [kept, *(it for it in group if it.key != kept.key)]
+    with _running(group, console=wish.console) as guests, door.opened(guests, group):
+        guest = guests[0]
+        if wish.console:
+            with guest.engine.use(hold=True) as its:
+                terminal.converse(guest.console, lambda: its.machine.ended() is not None)
             status = 0
-        elif ssh:
-            status = _offer(running, output)
-        elif pdb:
+        elif wish.pdb:
             from pytest_vmsandbox.inside.debugging import debug
 
-            status = debug(running, kept.moment, patience=running.engine.stretch(1.0))
-        elif command and not _is_at_terminal():
-            status = attach(running, command, inf, _folder(running, kept))
+            status = debug(guest, kept.moment, patience=guest.engine.stretch(1.0))
+        elif wish.command and not _is_at_terminal():
+            status = attach(guest, wish.command, inf, woken.folder_in(guest, kept) or None)
         else:
-            status = _shell(running, kept, command)
-    ctx.exit(passed_on(status))
+            status = wish.by_ssh(woken.Way.into(guest, kept))
+        _leave_to_others(door, guests[1:])
+    return status
+
+
+def _visited(visit: woken.Visit, kept: KeptGuest, wish: _Wish) -> int:
+    """Enter a guest that another command has woken. Returns the exit status.
+
+    Raises:
+        ConfigError: only the other command can enter it in this way.
+        GuestLost: the guest is gone, or the other command has ended.
+    """
+    again = f"{line(kept, several=True)} --alone"
+    if wish.console or wish.pdb:
+        raise ConfigError(
+            f"{kept.guest} was woken by another command, so only that one has its console and its debugger",
+            remedy=f"leave that command first, or wake another copy of the guest: {again}",
+        )
+    if wish.output is None:
+        require_client(instead=f"{again} -- COMMAND")
+    with Screen(stderr=True).waiting(f"entering {kept.guest}"):
+        way = visit.way(kept)
+    return wish.by_ssh(way)
 
 
 def _check(kept: KeptGuest, *, console: bool, pdb: bool, shell: bool) -> None:
@@ -155,27 +220,58 @@ def _check_debugger(kept: KeptGuest) -> None:
         )
 
 
+def _tell_missing(group: Group, there: Sequence[KeptGuest]) -> None:
+    """Say which guests of a group cannot wake any more."""
+    names = {it.guest for it in there}
+    if gone := [name for name in group.guests if name not in names]:
+        Screen(stderr=True).say(
+            f"not kept any more, so it does not wake: {', '.join(gone)}", "yellow"
+        )
+
+
 @contextmanager
-def _running(kept: KeptGuest, *, console: bool) -> Iterator[Guest]:
-    """The guest, going on. Our own lines go to standard error."""
-    screen = Screen(stderr=True)
-    if not kept.has_memory:
-        screen.say(f"{kept.guest} was off when it was kept, so it boots from its disks", "dim")
+def _running(group: Sequence[KeptGuest], *, console: bool) -> Iterator[list[Guest]]:
+    """The guests, going on. The first one is entered. Our own lines go to standard error."""
+    screen, kept = Screen(stderr=True), group[0]
+    for it in group:
+        if not it.has_memory:
+            screen.say(f"{it.guest} was off when it was kept, so it boots from its disks", "dim")
+    names = ", ".join(it.guest for it in group)
     with GuestFactory.open(Settings(), Announcer(screen.say)) as factory, ExitStack() as stack:
         try:
-            with screen.waiting(f"entering {kept.guest}"):
-                guest = stack.enter_context(entered(factory.backend, kept, wait=not console))
+            with screen.waiting(f"entering {names}"):
+                guests = stack.enter_context(all_entered(factory, group, wait=not console))
         except (BootError, GuestLost) as error:
             error.add_note(f"Look at its serial console: {line(kept, several=True)} --console")
             raise
+        for guest in guests:
+            for text in guest.engine.machines.faults.unrestored:
+                screen.say(f"{guest.name}: {text}", "yellow")
         if screen.lively:
-            screen.say(_introduced(kept, console=console), "dim")
-        yield guest
+            screen.say(_introduced(kept, console=console, others=group[1:]), "dim")
+        yield guests
 
 
-def _introduced(kept: KeptGuest, *, console: bool) -> str:
+def _leave_to_others(door: woken.Door, others: Sequence[Guest]) -> None:
+    """Say which of the others were lost meanwhile, and wait for those who are in them."""
+    screen = Screen(stderr=True)
+    for guest in others:
+        if (loss := guest.engine.loss) is not None:
+            screen.say(f"lost meanwhile: {loss.brief}", "yellow")
+
+    def tell(count: int) -> None:
+        who = "another command is" if count == 1 else f"{count} other commands are"
+        screen.say(f"{who} in these guests, which run until it has left. Ctrl-C ends them", "dim")
+
+    with suppress(KeyboardInterrupt):
+        door.await_others(tell)
+
+
+def _introduced(kept: KeptGuest, *, console: bool, others: Sequence[KeptGuest] = ()) -> str:
     ago = _ago(wall() - kept.saved_at)
     text = f"{kept.moment.nodeid}, {why(kept)}, {ago}. Your changes are gone when you leave"
+    if others:
+        text += f"\nIn another terminal: {line(others[0], several=True)}"
     if not console:
         python = one_line(kept.moment.python)
         return f"{text}\nThe test's Python is {python}" if python else text
@@ -203,36 +299,31 @@ def _is_at_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and shutil.which("ssh") is not None
 
 
-def _shell(guest: Guest, kept: KeptGuest, command: Sequence[str]) -> int:
-    """A shell in the guest, or a command with a terminal. Returns its exit status.
+def _shell(way: woken.Way, command: Sequence[str]) -> int:
+    """A shell in the guest, or a command with our streams. Returns its exit status.
 
     Raises:
         GuestLost: the guest is gone.
     """
-    words = shlex.split(guest.ssh_command)
-    folder = _folder(guest, kept)
-    if folder or command:
+    words = shlex.split(way.ssh)
+    if way.folder or command:
         # sshd starts it by the user's login shell, whatever that is.
-        inside = f"cd {shlex.quote(folder)}; " if folder else ""
+        inside = f"cd {shlex.quote(way.folder)}; " if way.folder else ""
         inside += f"exec {shlex.join(command)}" if command else 'exec "${SHELL:-/bin/sh}" -l'
-        terminal_too = ["-t"] if command or sys.stdin.isatty() else []
-        words = [words[0], *terminal_too, *words[1:], for_any_shell(inside)]
+        more = []
+        if _is_at_terminal() if command else sys.stdin.isatty():
+            more = ["-t"]
+        elif command and sys.stdin.isatty():  # then it has no input
+            more = ["-n"]
+        words = [words[0], *more, *words[1:], for_any_shell(inside)]
     status = foreground.run(words)
     if status == _SSH_FAILED:  # a guest that powers off closes its connections first
         deadline = Deadline(_END_SECONDS)
-        while (loss := guest.engine.loss) is None and not deadline.expired:
+        while (loss := way.loss()) is None and not deadline.expired:
             deadline.pause(_LOOK_MS / 10_000)
         if loss is not None:
             raise loss
     return status
-
-
-def _folder(guest: Guest, kept: KeptGuest) -> str | None:
-    """Where a test inside has run, if it is still there."""
-    folder = kept.moment.folder
-    if not folder or guest.run(["test", "-d", folder], check=False).returncode:
-        return None
-    return folder
 
 
 class _Left(Exception):
@@ -255,7 +346,7 @@ def _output_aside() -> int:
     return aside
 
 
-def _offer(guest: Guest, output: int) -> int:
+def _offer(way: woken.Way, output: int) -> int:
     """Write the command line that logs in, and wait until somebody wants us to end.
 
     Args:
@@ -264,15 +355,14 @@ def _offer(guest: Guest, output: int) -> int:
     Raises:
         GuestLost: the guest is gone.
     """
-    text = guest.ssh_command
     before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with os.fdopen(output, "w") as out:
-            out.write(f"{text}\n")
+            out.write(f"{way.ssh}\n")
         screen = Screen(stderr=True)
         if screen.lively:
-            screen.say(f"{guest.name} runs until you press Ctrl-C", "dim")
-        _wait(guest)
+            screen.say("the guest runs until you press Ctrl-C", "dim")
+        _wait(way)
     except _Left:
         pass
     finally:
@@ -281,7 +371,7 @@ def _offer(guest: Guest, output: int) -> int:
     return 0
 
 
-def _wait(guest: Guest) -> None:
+def _wait(way: woken.Way) -> None:
     """Wait for the end of standard input, if somebody can end it."""
     poller = select.poll()
     if _can_end(0):
@@ -289,7 +379,7 @@ def _wait(guest: Guest) -> None:
     while True:
         if poller.poll(_LOOK_MS) and not os.read(0, _CHUNK):
             return
-        if (loss := guest.engine.loss) is not None:
+        if (loss := way.loss()) is not None:
             raise loss
 
 

@@ -60,7 +60,7 @@ def list_(*, as_json: bool) -> None:
     for (nodeid, rootdir), guests in tests.items():
         is_here = rootdir == here
         screen.parts((nodeid, "bold"), ("" if is_here else f"  ({rootdir})", "dim"))
-        for it in guests:
+        for it in sorted(guests, key=lambda it: it.moment.number):
             screen.parts(
                 (f"  {it.guest}  {it.image}  {_moment_of(it):%Y-%m-%d %H:%M}", ""),
                 (f"  {format_size(it.size_on_disk)}  QEMU {it.qemu[0]}", ""),
@@ -389,6 +389,7 @@ def _described(it: KeptGuest) -> dict[str, Any]:
         "rootdir": moment.rootdir,
         "guest": it.guest,
         "number": moment.number,
+        "together": [] if it.group is None else list(it.group.guests),
         "image": it.image,
         "saved_at": _moment_of(it).isoformat(timespec="seconds"),
         "phase": moment.phase,

@@ -1,13 +1,15 @@
-"""Enters a kept guest: it goes on from the moment at which it was kept.
+"""Enters kept guests: they go on from the moment at which they were kept.
 
-What is done in it is gone afterwards. The kept guest stays as it was.
+What is done in them is gone afterwards. The kept guests stay as they were. Those of one group go on at
+the same moment, on new networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,15 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.keeping import line_digest, processor_digest
 from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore
 from pytest_vmsandbox.guests.lead import Lead
+from pytest_vmsandbox.guests.networks.joining import admit, seats_of
+from pytest_vmsandbox.guests.networks.making import Networks
+from pytest_vmsandbox.guests.networks.network import Network
 from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
 from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.together import Meet, in_step
 from pytest_vmsandbox.machine.accelerator import Verdict
-from pytest_vmsandbox.machine.cards import Card, Loose
+from pytest_vmsandbox.machine.cards import Card, HasCard, Loose
 from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
@@ -52,32 +58,108 @@ def entered(
         LaunchError: QEMU cannot be started, or this host has no room.
         BootError: it does not come up.
     """
-    backend = source.backend if isinstance(source, GuestFactory) else source
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(KeptStore.hold(kept.folder))
-            machines = _machines(backend, kept, stack)
-        except FileNotFoundError as error:
-            if not kept.folder.exists():
-                raise _gone(kept) from error
-            raise _damaged(kept, str(error)) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _damaged(kept, str(error)) from error
-        machines.is_awaited = wait and (kept.answers or not kept.has_memory)
-        try:
-            engine = stack.enter_context(backend.engine(machines))
-        except LaunchError as error:
-            if kept.has_memory and (damage := kept.damage()):
-                raise _damaged(kept, damage) from error
-            raise
-        guest = Guest(engine)
-        if wait and kept.answers and not machines.has_helper:
-            _set_clock(guest, kept.record["lead"])
+    with all_entered(source, [kept], wait=wait) as (guest,):
         yield guest
 
 
+@contextmanager
+def all_entered(
+    source: GuestFactory | Backend, group: Sequence[KeptGuest], *, wait: bool = True
+) -> Iterator[list[Guest]]:
+    """Kept guests, which go on from their moment together, on networks of their own. See `entered`.
+
+    Args:
+        group: those that are woken. Others of their networks are not there.
+        wait: as for `entered`, for the first one. The others are waited for.
+
+    Raises:
+        LaunchError: at the end, too: the switch of their networks is gone.
+        VMSandboxError: as `entered`.
+    """
+    backend = source.backend if isinstance(source, GuestFactory) else source
+    with ExitStack() as stack:
+        networks = _Networks(backend, stack)
+        found = [_prepared(backend, kept, networks, stack) for kept in group]
+        for kept, machines in zip(group, found, strict=True):
+            waits = wait or kept is not group[0]
+            machines.is_awaited = waits and (kept.answers or not kept.has_memory)
+        own = [stack.enter_context(ExitStack()) for _ in group]
+        works = [
+            partial(_switched_on, backend, *each) for each in zip(group, found, own, strict=True)
+        ]
+        yield in_step(works)
+
+
+class _Networks:
+    """New networks for kept guests. `stack` ends them."""
+
+    def __init__(self, backend: Backend, stack: ExitStack) -> None:
+        self._networks = Networks(backend)
+        self._stack = stack
+        self._made: dict[int, Network] = {}
+
+    def cards(self, kept: KeptGuest) -> list[HasCard]:
+        """The cards of a kept guest, on networks that others of its group are on, too."""
+        cards = [Card.read(card) for card in kept.record.get("cards", ())]
+        networks = kept.group.networks if kept.group is not None else [None] * len(cards)
+        return [
+            Loose(card) if its is None else self._network(card, its).seat(kept.hostname, card=card)
+            for card, its in zip(cards, networks, strict=True)
+        ]
+
+    def _network(self, card: Card, its: Mapping[str, Any]) -> Network:
+        if (made := self._made.get(its["number"])) is None:
+            settings = {name: its[name] for name in ("ipv4", "ipv6", "addresses")}
+            made = self._networks.make(card.network, **settings, seed=1)
+            self._made[its["number"]] = self._stack.enter_context(made)
+        return made
+
+
+def _prepared(backend: Backend, kept: KeptGuest, networks: _Networks, stack: ExitStack) -> Machines:
+    """What starts a kept guest. `stack` closes its files, and lets others remove it."""
+    try:
+        stack.enter_context(KeptStore.hold(kept.folder))
+        machines = _machines(backend, kept, stack)
+        machines.cards += networks.cards(kept)
+    except FileNotFoundError as error:
+        if not kept.folder.exists():
+            raise _gone(kept) from error
+        raise _damaged(kept, str(error)) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(kept, str(error)) from error
+    return machines
+
+
+def _switched_on(
+    backend: Backend, kept: KeptGuest, machines: Machines, stack: ExitStack, meet: Meet
+) -> Guest:
+    """A guest that goes on. `stack` ends it.
+
+    Args:
+        meet: called right before its CPUs run, if it goes on from a moment.
+    """
+    if kept.has_memory:
+        state = stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
+        machines.go_on_from(state, Lead(kept.record["lead"]), meet)
+    engine = backend.engine(machines)
+    guest, seats = Guest(engine), seats_of(engine)
+    if not kept.has_memory:  # it gets its addresses when it has booted
+        admit(guest, seats)
+    try:
+        stack.enter_context(engine)
+    except LaunchError as error:
+        if kept.has_memory and (damage := kept.damage()):
+            raise _damaged(kept, damage) from error
+        raise
+    if kept.has_memory:
+        admit(guest, seats)
+    if machines.is_awaited and kept.answers and not machines.has_helper:
+        _set_clock(guest, kept.record["lead"])
+    return guest
+
+
 def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
-    """What starts the guest. `stack` closes its files.
+    """The machines of a kept guest, without its cards. `stack` closes its files.
 
     Raises:
         ConfigError: its state cannot be loaded here.
@@ -87,10 +169,11 @@ def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
     setup = None
     if way := kept.record["helper"]:
         setup = HelperSetup.of(blueprint, backend.cache, way)
-    machines = Machines(
+    return Machines(
         blueprint,
         backend.hypervisor,
         name=kept.guest,
+        hostname=kept.record.get("hostname", ""),
         key=KeyPair.of(kept.private_key),
         disks=stack.enter_context(_disks(blueprint, kept, backend.cache)),
         logs=backend.callbacks.logs(kept.guest),
@@ -99,11 +182,6 @@ def _machines(backend: Backend, kept: KeptGuest, stack: ExitStack) -> Machines:
         tpm=_tpm(kept),
         has_helper=kept.record["has_helper"],
     )
-    machines.cards += [Loose(Card.read(card)) for card in kept.record.get("cards", ())]
-    if kept.has_memory:
-        state = stack.enter_context((kept.folder / names.STATE).open("rb", buffering=0))
-        machines.go_on_from(state, Lead(kept.record["lead"]))
-    return machines
 
 
 def _set_clock(guest: Guest, lead: float) -> None:

@@ -14,6 +14,7 @@ from pytest_vmsandbox.core.errors import GuestLost, MonitorError
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.running import resume
 from pytest_vmsandbox.guests.running.machines import Machines, Running
+from pytest_vmsandbox.guests.running.together import Meet, alone
 from pytest_vmsandbox.machine.disk import Disks
 from pytest_vmsandbox.machine.machine import Machine
 
@@ -48,7 +49,13 @@ class Frozen:
     more_args: tuple[str, ...]
 
 
-def freeze(machines: Machines, running: Running | None, state: Path, stack: ExitStack) -> Frozen:
+def freeze(
+    machines: Machines,
+    running: Running | None,
+    state: Path,
+    stack: ExitStack,
+    meet: Meet = alone,
+) -> Frozen:
     """Save a guest. If its CPUs ran, they run again. A paused guest stays paused.
 
     Nobody may switch it on or off meanwhile.
@@ -58,13 +65,14 @@ def freeze(machines: Machines, running: Running | None, state: Path, stack: Exit
         state: a new file for its state and memory. There is none afterwards if the guest is off, or if QEMU
             cannot save all of it.
         stack: closes the files of the disks.
+        meet: called right before its CPUs stop, and right before they run again, if they ran.
 
     Raises:
         MonitorError, GuestLost: QEMU cannot do it, for instance because the disk is full.
     """
     if running is not None and running.machine.ended() is None:
         try:
-            return _freeze_running(machines, running, state, stack)
+            return _freeze_running(machines, running, state, stack, meet)
         except (MonitorError, GuestLost):
             if running.machine.ended() is None:
                 raise
@@ -73,11 +81,16 @@ def freeze(machines: Machines, running: Running | None, state: Path, stack: Exit
     return _frozen(machines, None, stack, console=console)
 
 
-def _freeze_running(machines: Machines, running: Running, state: Path, stack: ExitStack) -> Frozen:
+def _freeze_running(
+    machines: Machines, running: Running, state: Path, stack: ExitStack, meet: Meet
+) -> Frozen:
     machine = running.machine
     was_running = machine.execute("query-status")["status"] == "running"
     # A guest that rests is paused, and has answered before.
-    has_helper = _paused(running) if was_running else running.resting and running.helper is not None
+    if was_running:
+        has_helper = _paused(running, meet)
+    else:
+        has_helper = running.resting and running.helper is not None
     try:
         has_memory = not machines.unsaved
         frozen = _frozen(
@@ -95,7 +108,7 @@ def _freeze_running(machines: Machines, running: Running, state: Path, stack: Ex
             _save(machine, state)
     finally:
         if was_running:
-            _resume(running, has_helper=has_helper)
+            _resume(running, meet, has_helper=has_helper)
     return frozen
 
 
@@ -122,17 +135,18 @@ def _unwritable(file: IO[bytes]) -> str:
     return ""
 
 
-def _paused(running: Running) -> bool:
+def _paused(running: Running, meet: Meet) -> bool:
     """Pause what runs. Returns whether its helper answered before."""
     machine, helper = running.machine, running.helper
     if helper is not None:
         try:
-            resume.pause(machine, helper, running.blueprint.stretch(_ANSWER_SECONDS))
+            resume.pause(machine, helper, running.blueprint.stretch(_ANSWER_SECONDS), meet)
         except GuestLost:
             if machine.ended() is not None:
                 raise
         else:
             return True
+    meet()
     machine.pause()
     return False
 
@@ -142,11 +156,12 @@ def _is_without_helper(running: Running) -> bool:
     return running.helper is None and running.blueprint.has_way_in
 
 
-def _resume(running: Running, *, has_helper: bool) -> None:
+def _resume(running: Running, meet: Meet, *, has_helper: bool) -> None:
     helper = running.helper
     if has_helper and helper is not None:
-        resume.from_pause(running.machine, helper)
+        resume.from_pause(running.machine, helper, meet)
     else:
+        meet()
         running.machine.resume()
 
 

@@ -1,7 +1,8 @@
 """Keeps guests of failed tests in the cache.
 
-A guest waits only while its memory is written, as for a snapshot. A thread does the rest: it copies
-what the guest has written to its disks, links the files of its image, and puts all in its place.
+A guest waits only while its memory is written, as for a snapshot. Guests on common networks stop at one
+moment, and wait for each other. A thread does the rest: it copies what the guest has written to its
+disks, links the files of its image, and puts all in its place.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -31,14 +34,19 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.freezing import Frozen, freeze
 from pytest_vmsandbox.guests.guest import Guest
-from pytest_vmsandbox.guests.kept import KeptGuest, KeptStore, Moment, key_of
-from pytest_vmsandbox.guests.running.engine import Engine, seized
+from pytest_vmsandbox.guests.kept import Group, KeptGuest, KeptStore, Moment, key_of
+from pytest_vmsandbox.guests.networks.network import Network, Seat
+from pytest_vmsandbox.guests.running.engine import seized
 from pytest_vmsandbox.guests.running.machines import Machines
+from pytest_vmsandbox.guests.running.together import Meet, in_step
 from pytest_vmsandbox.guests.templates import layer_name
 from pytest_vmsandbox.machine import host
 from pytest_vmsandbox.machine.cmdline import Start
 
 _THREADS = 8  # guests that are put in their place at the same time
+_MOST = (
+    1000  # guests that are being kept, at any time: all of a group have to be saved at one moment
+)
 _SEIZE_SECONDS = 10.0
 
 
@@ -69,12 +77,61 @@ class Outcome:
 
 @dataclass(eq=False)
 class _Job:
-    """A guest that is being kept."""
+    """A guest that is being kept.
+
+    Attributes:
+        group: those that are kept with it.
+        meet: waits for them.
+    """
 
     guest: Guest
     moment: Moment
+    group: _Together
+    meet: Meet
     goes_on: threading.Event = field(default_factory=threading.Event)
     future: Future[KeptGuest] = field(init=False)
+
+
+class _Together:
+    """Guests that are kept at one moment because they are on networks."""
+
+    def __init__(self, guests: Sequence[Guest]) -> None:
+        self._id = secrets.token_hex(8)
+        self._guests = tuple(it.engine.name for it in guests if _networks_of(it.engine.machines))
+        self._numbers: dict[Network, int] = {}
+        for guest in guests:
+            for network in _networks_of(guest.engine.machines).values():
+                self._numbers.setdefault(network, len(self._numbers))
+
+    def of(self, machines: Machines) -> Group | None:
+        """The group, as the record of one of its guests has it; None for a guest on no network."""
+        if machines.name not in self._guests:
+            return None
+        networks = _networks_of(machines)
+        return Group(
+            id=self._id,
+            guests=self._guests,
+            networks=tuple(self._described(networks.get(it.card.port)) for it in machines.cards),
+        )
+
+    def _described(self, network: Network | None) -> dict[str, object] | None:
+        if network is None:
+            return None
+        return {
+            "number": self._numbers[network],
+            "ipv4": str(network.ipv4),
+            "ipv6": str(network.ipv6),
+            "addresses": network.addresses,
+        }
+
+
+def _networks_of(machines: Machines) -> dict[str, Network]:
+    """The networks of a guest, by the port of its card."""
+    return {
+        it.card.port: it.network
+        for it in machines.cards
+        if isinstance(it, Seat) and not it.network.is_over
+    }
 
 
 class Keeper:
@@ -93,7 +150,9 @@ class Keeper:
         self._tell = tell
         self._jobs: dict[str, _Job] = {}
         self._began = wall()
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="vmsandbox-keep")
+        self._pool = ThreadPoolExecutor(_MOST, thread_name_prefix="vmsandbox-keep")
+        self._places = threading.Semaphore(_THREADS)
+        self._freezing = threading.Lock()
         self._limiting = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -113,10 +172,36 @@ class Keeper:
         Raises:
             KeepError: it cannot be kept.
         """
-        key = key_of(moment)
+        (result,) = self.keep_all({guest: moment})
+        if isinstance(result, KeepError):
+            raise result
+        return result
+
+    def keep_all(self, wanted: Mapping[Guest, Moment]) -> list[str | KeepError]:
+        """Keep guests as they are now. Those that are on networks stop at one moment, and can go on together.
+
+        Returns:
+            For each guest, its key, or why it cannot be kept.
+        """
+        group = _Together(list(wanted))
+
+        def kept(guest: Guest, moment: Moment, meet: Meet) -> str | KeepError:
+            try:
+                return self._frozen(key_of(moment), _Job(guest, moment, group, meet))
+            except KeepError as error:
+                return error
+
+        with self._freezing:  # a second thread would wait for the same guests in another order
+            return in_step([partial(kept, guest, moment) for guest, moment in wanted.items()])
+
+    def _frozen(self, key: str, job: _Job) -> str:
+        """Begin to keep a guest. Returns when it goes on.
+
+        Raises:
+            KeepError: it cannot be kept.
+        """
         if (former := self._jobs.get(key)) is not None:
             wait([former.future])
-        job = _Job(guest, moment)
         job.future = self._pool.submit(self._made, key, job)
         job.future.add_done_callback(lambda _: job.goes_on.set())
         self._jobs[key] = job
@@ -157,17 +242,20 @@ class Keeper:
             KeepError: it cannot be kept.
         """
         name = job.guest.name
+        place = ExitStack()
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             with ExitStack() as stack:
-                frozen = self._frozen(job.guest.engine, folder / names.STATE, stack)
+                frozen = _saved(job, folder / names.STATE, stack)
                 job.goes_on.set()
-                record = _written(folder, job.guest.engine.machines, frozen, job.moment)
+                place.enter_context(self._places)
+                record = _written(folder, job, frozen)
             self._check_size(folder)
             return record
 
         try:
-            kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
+            with place:
+                kept = self._store.make(key, fill, on_busy=lambda: None, replace=True)
             with self._limiting:
                 self._remove_former(job.moment)
                 self._store.limit(self._limit, self._tell)
@@ -195,16 +283,6 @@ class Keeper:
                 remedy="set vm_keep_size to more (ini file)",
             )
 
-    @staticmethod
-    def _frozen(engine: Engine, state: Path, stack: ExitStack) -> Frozen:
-        with seized(engine, _SEIZE_SECONDS) as running:
-            if running is not None and running.resident.is_away:
-                raise ConfigError(
-                    "a fault keeps it from answering",
-                    remedy="end the fault before: otherwise the guest could not be entered",
-                )
-            return freeze(engine.machines, running, state, stack)
-
     def _remove_former(self, moment: Moment) -> None:
         """Remove further guests that an earlier run has kept for this test."""
         of_test = (moment.rootdir, moment.nodeid)
@@ -213,6 +291,18 @@ class Keeper:
             for kept in self._store.all()
             if (kept.moment.rootdir, kept.moment.nodeid) == of_test and kept.saved_at < self._began
         )
+
+
+def _saved(job: _Job, state: Path, stack: ExitStack) -> Frozen:
+    """Save a guest. It goes on."""
+    engine = job.guest.engine
+    with seized(engine, _SEIZE_SECONDS) as running:
+        if running is not None and running.resident.is_away:
+            raise ConfigError(
+                "a fault keeps it from answering",
+                remedy="end the fault before: otherwise the guest could not be entered",
+            )
+        return freeze(engine.machines, running, state, stack, job.meet)
 
 
 # -- what lies in the folder -----------------------------------------------------------------------
@@ -232,9 +322,10 @@ def processor_digest(accelerator: str) -> str:
     return hashlib.sha256(host.processor().encode()).hexdigest()
 
 
-def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -> dict[str, object]:
+def _written(folder: Path, job: _Job, frozen: Frozen) -> dict[str, object]:
     """Put a guest's files into a folder. Returns the record of the kept guest."""
-    blueprint = machines.blueprint
+    machines = job.guest.engine.machines
+    blueprint, group = machines.blueprint, job.group.of(machines)
     digests = _link_image(folder / names.IMAGE, blueprint.built)
     layers, plugged = _copy_disks(folder, frozen)
     machines.key.save(folder / PRIVATE_KEY)
@@ -244,8 +335,10 @@ def _written(folder: Path, machines: Machines, frozen: Frozen, moment: Moment) -
     for name, content in frozen.tpm.items():
         (folder / names.TPM / name).write_bytes(content)
     return {
-        "moment": asdict(moment),
+        "moment": asdict(job.moment),
         "guest": machines.name,
+        "hostname": machines.hostname,
+        "group": None if group is None else asdict(group),
         "image": blueprint.image,
         "saved_at": wall(),
         "version": version("pytest-vmsandbox"),

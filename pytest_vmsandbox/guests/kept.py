@@ -64,6 +64,22 @@ class Moment:
     environment: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Guests that were on common networks, and were kept at one moment. They go on together.
+
+    Attributes:
+        id: of that moment.
+        guests: the names of all of them.
+        networks: for each card of this guest, what its network is made of, and a ``number`` that guests on
+            the same network share; None for a card on no network.
+    """
+
+    id: str
+    guests: tuple[str, ...]
+    networks: tuple[Mapping[str, Any] | None, ...]
+
+
 def key_of(moment: Moment) -> str:
     """The key of a guest that is kept: a later failure of the same test replaces it."""
     return of_test.key_of(moment.rootdir, moment.nodeid, moment.number)
@@ -86,6 +102,23 @@ def _is(*kinds: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kinds)
 
 
+def _is_group(value: object) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"id", "guests", "networks"}:
+        return value is None
+    networks = value["networks"]
+    return (
+        isinstance(value["id"], str)
+        and _are_texts(value["guests"])
+        and isinstance(networks, list | tuple)
+        and all(it is None or _is_network(it) for it in networks)
+    )
+
+
+def _is_network(value: object) -> bool:
+    return isinstance(value, dict) and {name: type(it) for name, it in value.items()} == _NETWORK
+
+
+_NETWORK = {"number": int, "ipv4": str, "ipv6": str, "addresses": str}
 _MOMENT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("nodeid", "rootdir", "phase", "outcome"), _is(str)),
     **dict.fromkeys(("error", "folder", "python"), _is(str)),
@@ -94,7 +127,7 @@ _MOMENT: dict[str, Callable[[object], bool]] = {
     "environment": _are_texts,
 }
 _RECORD: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("guest", "image"), _is(str)),
+    **dict.fromkeys(("guest", "image", "hostname"), _is(str)),
     **dict.fromkeys(("qemu", "accelerator", "version", "processor", "host", "line"), _is(str)),
     **dict.fromkeys(("saved_at", "lead"), _is_number),
     **dict.fromkeys(("has_memory", "has_helper", "answers"), _is(bool)),
@@ -102,6 +135,7 @@ _RECORD: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("layers", "plugged", "cards"), _is(list, tuple)),
     **dict.fromkeys(("hardware", "helper"), _is(dict)),
     **dict.fromkeys(("kernel", "uefi"), _is(dict, type(None))),
+    "group": _is_group,
 }
 _NEEDED = {"guest", "image", "qemu", "accelerator", "saved_at", "has_memory", "answers", "hardware"}
 
@@ -131,6 +165,8 @@ def harmful(record: Mapping[str, Any]) -> str:
     labels |= {name: record[name] for name in ("qemu", "accelerator", "version") if name in record}
     wrong = [name for name, text in labels.items() if not _is_label(text)]
     wrong += [name for name in ("guest", "image") if not _NAME.fullmatch(record[name])]
+    group = record.get("group") or {"id": "x", "guests": []}
+    wrong += ["group"] * (not all(map(_NAME.fullmatch, [group["id"], *group["guests"]])))
     return next(iter(wrong), "")
 
 
@@ -162,6 +198,19 @@ class KeptGuest(OfTest):
         """When it was kept, and why."""
         values = dict(self.record["moment"])
         return Moment(**{**values, "environment": tuple(values["environment"])})
+
+    @property
+    def hostname(self) -> str:
+        """What it is called inside, and by others on its networks."""
+        return str(self.record.get("hostname") or self.guest)
+
+    @property
+    def group(self) -> Group | None:
+        """Those that go on together with it; None if it was on no network."""
+        if (record := self.record.get("group")) is None:
+            return None
+        guests, networks = tuple(record["guests"]), tuple(record["networks"])
+        return Group(id=record["id"], guests=guests, networks=networks)
 
     @property
     def has_memory(self) -> bool:
@@ -213,6 +262,20 @@ class KeptStore(StoreOfTests[KeptGuest]):
     def find(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
         """All kept guests of a test, by their numbers. See `StoreOfTests.find`."""
         return sorted(super().find(nodeid, rootdir), key=lambda kept: kept.moment.number)
+
+    def together(self, kept: KeptGuest) -> list[KeptGuest]:
+        """A kept guest, and those of its group that are still there, in the order in which the test asked for them."""
+        if (group := kept.group) is None:
+            return [kept]
+        test = kept.moment.rootdir, kept.moment.nodeid
+        others = (
+            it
+            for it in self.all()
+            if it.group is not None
+            and it.group.id == group.id
+            and (it.moment.rootdir, it.moment.nodeid) == test
+        )
+        return sorted(others, key=lambda it: it.moment.number)
 
     def below(self, nodeid: str, rootdir: Path) -> list[KeptGuest]:
         """All kept guests of the tests in a file, a class or a folder of a project; of all tests for a dot."""

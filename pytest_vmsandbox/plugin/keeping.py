@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -101,6 +101,7 @@ class Line:
     failed: bool
     number: int = 1
     size: int = 0
+    wakes_others: bool = False
 
     @classmethod
     def of(cls, moment: Moment, guest: str) -> Line:
@@ -176,7 +177,12 @@ class Keeping:
                 self._problems[_why(outcome.error, outcome.guest)][moment.nodeid] = None
             elif outcome.kept is not None:  # else there was no room
                 line = Line.of(moment, outcome.guest)
-                self.lines[outcome.key] = replace(line, size=outcome.kept.size_on_disk)
+                group = outcome.kept.group
+                self.lines[outcome.key] = replace(
+                    line,
+                    size=outcome.kept.size_on_disk,
+                    wakes_others=group is not None and len(group.guests) > 1,
+                )
         for why, nodeids in self._problems.items():
             first, *others = nodeids
             more = f" and {len(others)} more" if others else ""
@@ -352,6 +358,7 @@ class Keeping:
         self, item: pytest.Item, names: list[str], occasion: _Occasion, only: Guest | None = None
     ) -> None:
         test, guests = self._test(item), self._guests()
+        wanted = {}
         for number, name in enumerate(names, 1):
             guest = guests[name]
             if guest is None or (only is not None and guest is not only):
@@ -361,33 +368,56 @@ class Keeping:
                     known = replace(kept.occasion, is_certain=True)
                     test.kept[name] = replace(kept, occasion=known)
                 continue
-            self._keep(item, test, number, guest, occasion)
+            wanted[guest] = number
+        if wanted:
+            self._keep_all(item, wanted, occasion)
 
-    def _keep(
-        self, item: pytest.Item, test: _Test, number: int, guest: Guest, occasion: _Occasion
+    def _keep_all(
+        self, item: pytest.Item, wanted: Mapping[Guest, int], occasion: _Occasion
     ) -> None:
         from pytest_vmsandbox.guests.kept import Moment
 
+        moment = Moment(
+            nodeid=item.nodeid,
+            rootdir=str(self._config.rootpath),
+            number=0,
+            phase=occasion.phase,
+            outcome="passed" if occasion.error is None else "failed",
+            error=_in_one_line(occasion.error),
+            **occasion.about,
+        )
+        moments = {guest: replace(moment, number=number) for guest, number in wanted.items()}
+        found: Sequence[str | Exception]
         try:
-            moment = Moment(
-                nodeid=item.nodeid,
-                rootdir=str(self._config.rootpath),
-                number=number,
-                phase=occasion.phase,
-                outcome="passed" if occasion.error is None else "failed",
-                error=_in_one_line(occasion.error),
-                **occasion.about,
-            )
             with alarms.paused(item):
-                key = self.keeper.keep(guest, moment)
+                found = self.keeper.keep_all(moments)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is no failure of the test
-            why = _why(error, guest.name)
+            found = [error] * len(moments)
+        for (guest, its), result in zip(moments.items(), found, strict=True):
+            self._note(item, guest, its, occasion, result)
+
+    def _note(
+        self,
+        item: pytest.Item,
+        guest: Guest,
+        moment: Moment,
+        occasion: _Occasion,
+        result: str | Exception,
+    ) -> None:
+        """Note whether a guest was kept.
+
+        Args:
+            result: its key, or why it was not.
+        """
+        test = self._test(item)
+        if isinstance(result, Exception):
+            why = _why(result, guest.name)
             test.problems[guest.name] = f"{guest.name} could not be kept: {why}"
             self._problems[why][item.nodeid] = None
         else:
             test.problems.pop(guest.name, None)
-            test.kept[guest.name] = _Kept(key, occasion)
-            self.lines[key] = Line.of(moment, guest.name)
+            test.kept[guest.name] = _Kept(result, occasion)
+            self.lines[result] = Line.of(moment, guest.name)
 
     # -- what people see --------------------------------------------------------------------------------
 
@@ -430,6 +460,10 @@ class Keeping:
             if _are_several(self.lines, line):
                 about.append(f"its guest {line.number}")  # as it asked for them
             rows.append(f"{', '.join([*about, format_size(line.size)])}: {command}")
+        if any(line.wakes_others for line in self.lines.values()):
+            rows.append(
+                "guests on common networks wake together: a second command enters another of them"
+            )
         return [title, *rows]
 
     def found(self) -> dict[str, dict[str, Any]]:

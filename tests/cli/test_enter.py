@@ -40,7 +40,8 @@ class Played:
 
     def __init__(self, kept, wait):
         self.kept, self.wait = kept, wait
-        self.engine = SimpleNamespace(loss=None)
+        machines = SimpleNamespace(faults=SimpleNamespace(unrestored=[]))
+        self.engine = SimpleNamespace(loss=None, machines=machines)
 
     def run(self, argv, check):
         assert (argv[:2], check) == (["test", "-d"], False)
@@ -58,10 +59,10 @@ def calls(monkeypatch):
     found: dict[str, list[Any]] = {"entered": [], "attach": [], "run": []}
 
     @contextmanager
-    def entered(_backend, kept, *, wait=True):
-        guest = Played(kept, wait)
-        found["entered"].append(guest)
-        yield guest
+    def entered(_backend, group, *, wait=True):
+        guests = [Played(kept, wait) for kept in group]
+        found["entered"] += guests
+        yield guests
 
     def attach(_guest, *rest):
         found["attach"].append(rest)
@@ -71,7 +72,7 @@ def calls(monkeypatch):
         found["run"].append(words)
         return -15
 
-    monkeypatch.setattr(enter, "entered", entered)
+    monkeypatch.setattr(enter, "all_entered", entered)
     monkeypatch.setattr(enter, "attach", attach)
     monkeypatch.setattr(foreground, "run", run)
     return found
@@ -216,7 +217,7 @@ class TestRefused:
             raise GuestLost("no answer")
 
         made_kept.add(cache, NODEID)
-        monkeypatch.setattr(enter, "entered", entered)
+        monkeypatch.setattr(enter, "all_entered", entered)
         done = invoke(NODEID, "--", "ls")
         assert done.exit_code == 69
         assert "no answer" in done.stderr
@@ -265,14 +266,13 @@ def test_how_long_ago(seconds, text):
 PROGRAM = """
 from pathlib import Path
 import subprocess
-from types import SimpleNamespace
 from pytest_vmsandbox.cli import enter
+from pytest_vmsandbox.cli.woken import Way
 output = enter._output_aside()
 loss = None
 child = subprocess.Popen(["sleep", "60"])  # as QEMU, it has our standard output
-guest = SimpleNamespace(name="tiny-1", ssh_command="ssh root@there", engine=SimpleNamespace(loss=loss))
 try:
-    raise SystemExit(enter._offer(guest, output))
+    raise SystemExit(enter._offer(Way("ssh root@there", "", lambda: loss), output))
 finally:
     child.kill()
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from pytest_vmsandbox.guests.entering import entered
 from pytest_vmsandbox.guests.keeping import Keeper, KeepError
 from pytest_vmsandbox.guests.kept import KeptStore, Moment
 from pytest_vmsandbox.machine.qemu import find_qemu
+from support import leaks
 from support.mounts import small_file_system
 
 pytestmark = pytest.mark.origins("cloned")
@@ -127,6 +130,51 @@ def test_is_entered_in_a_new_process(vm_factory, keeper, tmp_path, monkeypatch):
     assert "cannot go on with this QEMU: another build has saved it" in said
     assert f"saved by: QEMU {kept.qemu[0]} (SHA-256 {kept.qemu[1]})" in said
     assert f"Remedy: install QEMU {kept.qemu[0]} from the same package" in said
+
+
+def connected(cluster):
+    """What a file in the second machine gets goes over one connection, into a file in the first one."""
+    one, two = cluster.values()
+    one.shell("(sleep 99999 | nc -l -p 9000 >/tmp/heard) </dev/null >/dev/null 2>&1 &")
+    one.wait_until(["sh", "-c", "netstat -ltn | grep -q ':9000 '"], timeout=120)
+    two.shell("touch /tmp/said; (tail -f /tmp/said | nc db1 9000) </dev/null >/dev/null 2>&1 &")
+    two.shell("echo before >>/tmp/said")
+    one.wait_until(["grep", "-q", "before", "/tmp/heard"], timeout=120)
+
+
+def test_machines_of_a_cluster_wake_together(vm_factory, keeper, tmp_path):
+    """They talk to each other as before. Two commands enter two of them, and all end with these."""
+    with vm_factory.cluster({"db1": "tiny", "db2": "tiny"}) as cluster:
+        connected(cluster)
+        keys = keeper.keep_all(
+            {guest: moment(number=number) for number, guest in enumerate(cluster.values(), 1)}
+        )
+        names = [guest.name for guest in cluster.values()]
+    kept = [outcome.kept for outcome in keeper.close()]
+    assert [it.key for it in kept] == keys
+    assert [it.guest for it in keeper._store.together(kept[1])] == names
+
+    (tmp_path / "kept" / "accelerator").symlink_to(vm_factory.backend.cache / "accelerator")
+    enter = [sys.executable, "-P", "-m", "pytest_vmsandbox", "enter", "test_y", "--guest"]
+    streams: Any = {"env": {**os.environ, "VMSANDBOX_CACHE": str(tmp_path / "kept")}, "text": True}
+    with subprocess.Popen(
+        [*enter, "db1", "--ssh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **streams
+    ) as first:
+        into_one = first.stdout.read()
+        script = "ping -c1 -W20 db1 >/dev/null && echo woken >>/tmp/said && hostname"
+        command = [*enter, "db2", "--", "sh", "-c", script]
+        second = subprocess.run(command, capture_output=True, timeout=300, check=False, **streams)
+        assert (second.returncode, second.stdout, second.stderr) == (0, "db2\n", "")
+        script = "until grep woken /tmp/heard; do sleep 0.1; done; cat /tmp/heard"
+        words = [*shlex.split(into_one), script]
+        heard = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
+        assert heard.stdout == "woken\nbefore\nwoken\n"
+        below = leaks.descendants(first.pid)
+        assert len([name for _, name in below if name.startswith("qemu")]) == 2
+        first.stdin.close()
+        assert first.wait(60) == 0
+    assert [name for pid, name in below if Path(f"/proc/{pid}").exists()] == []
+    assert keeper._store.discard([it.folder for it in kept]).in_use == []
 
 
 def test_guests_that_do_not_answer(vm_factory, keeper):

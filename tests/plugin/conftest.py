@@ -143,6 +143,15 @@ class FakeKeeper:
         self.fails = None
         self.interrupted = False
 
+    def keep_all(self, moments):
+        found = []
+        for guest, moment in moments.items():
+            try:
+                found.append(self.keep(guest, moment))
+            except Exception as error:
+                found.append(error)
+        return found
+
     def keep(self, guest, moment):
         key = f"{moment.nodeid}#{moment.number}"
         error = moment.error or moment.outcome
@@ -150,7 +159,8 @@ class FakeKeeper:
         self.note("keep", guest.name, moment.number, moment.phase, error, *changed)
         if self.fails is not None:
             raise self.fails
-        kept = SimpleNamespace(size_on_disk=3 << 20)
+        group = SimpleNamespace(guests=["a", "b"]) if "network" in moment.nodeid else None
+        kept = SimpleNamespace(size_on_disk=3 << 20, group=group)
         self.there[key] = SimpleNamespace(
             key=key, moment=moment, guest=guest.name, kept=kept, error=None
         )

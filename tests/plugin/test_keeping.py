@@ -541,6 +541,17 @@ class TestWhatIsSaid:
             ["enter: vmsandbox enter 'test_suite.py::test_b?alpha-1?' --guest alpha-2-3"]
         )
 
+    def test_guests_on_a_network_wake_together(self, kept, suite):
+        source = """
+            def test_a(vm): assert False
+            def test_on_a_network(vm): assert False
+        """
+        said = "guests on common networks wake together: *"
+        kept(source, "-k", "test_a", failed=1, deselected=1)
+        suite.result.stdout.no_fnmatch_line(said)
+        kept(source, failed=2)
+        suite.result.stdout.fnmatch_lines(["failed in call, * vmsandbox enter *", said])
+
     def test_so_it_is_with_xdist_even_if_a_worker_crashes(self, suite):
         suite.write("""
             import os

@@ -15,7 +15,7 @@ from pytest_vmsandbox import ConfigError
 from pytest_vmsandbox.cache.store import tidy
 from pytest_vmsandbox.cli import kept as commands
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.guests.kept import KeptStore, Moment, key_of
+from pytest_vmsandbox.guests.kept import KeptStore, Moment, harmful, key_of
 
 HERE = "/home/user/project"
 
@@ -34,7 +34,7 @@ def store(tmp_path):
 def keep(store, tmp_path):
     """Puts a kept guest into the store, with files of some sizes."""
 
-    def put(it, saved_at=1.0, image="debian-13", own=4096, linked=None, kernel=None):
+    def put(it, saved_at=1.0, image="debian-13", own=4096, linked=None, kernel=None, group=None):
         def fill(folder, _lock):
             (folder / "state").write_bytes(os.urandom(own))
             (folder / "image").mkdir()
@@ -42,7 +42,7 @@ def keep(store, tmp_path):
                 os.link(linked, folder / "image" / "disk.raw")
             return {
                 "moment": asdict(it), "guest": f"{image}-1", "image": image, "saved_at": saved_at,
-                "kernel": kernel, "hardware": asdict(Hardware(disks=(1 << 20,))), "has_memory": True,
+                "kernel": kernel, "group": group, "hardware": asdict(Hardware(disks=(1 << 20,))), "has_memory": True,
                 "answers": True, "qemu": "7.2.22 abc", "accelerator": "tcg",
             }  # fmt: skip
 
@@ -81,6 +81,35 @@ class TestItsRecord:
         assert store.unreadable(bad.folder.name)
         assert len(store.find("test_y", HERE)) == 1
         assert tidy(store.root.parent, pytest.fail) == 0
+
+
+NETWORK = {"number": 0, "ipv4": "10.1.0.0/24", "ipv6": "fd00:1::/64", "addresses": "fixed"}
+GROUP = {"id": "a1", "guests": ["db1-1", "db2-1"], "networks": [NETWORK, None]}
+
+
+class TestTogether:
+    def test_those_of_one_moment_and_test(self, store, keep):
+        second, first = (keep(moment(number=it), group=GROUP) for it in (2, 1))
+        alone = keep(moment(number=3))
+        keep(moment(number=4), group={**GROUP, "id": "of another moment"})
+        keep(moment("b.py::t[debian-13]"), group=GROUP)
+        assert store.together(second) == store.together(first) == [first, second]
+        assert store.together(alone) == [alone]
+        assert first.group.networks == (NETWORK, None)
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"id": 1}, {"guests": [1]}, {"networks": ["lan"]}, {"networks": [{**NETWORK, "ipv4": 1}]},
+         {"networks": [{}]}, {"more": 1}],
+    )  # fmt: skip
+    def test_a_wrong_shape_is_unreadable(self, store, keep, change):
+        bad = keep(moment(), group={**GROUP, **change})
+        assert store.unreadable(bad.folder.name)
+
+    @pytest.mark.parametrize("change", [{"id": "a\x1b"}, {"guests": ["a b"]}, {}])
+    def test_names_of_a_stranger_are_plain(self, keep, change):
+        it = keep(moment(), group={**GROUP, **change})
+        assert harmful(it.record) == ("group" if change else "")
 
 
 class TestFind:

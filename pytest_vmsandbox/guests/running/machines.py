@@ -302,6 +302,7 @@ class Machines:
     on_answer: list[Callable[[], None]] = field(default_factory=list)
     forks: ExitStack = field(default_factory=ExitStack)
     _lead: Lead = field(default_factory=Lead)  # of the clock in that state
+    _meet: Meet = alone  # before the CPUs run
     _ahead: Running | None = None  # a clone that is already switched on
     _disk_failure: GuestLost | None = None  # in one of the machines
     _own: ExitStack = field(default_factory=ExitStack)  # files of snapshots and for SSH
@@ -347,8 +348,8 @@ class Machines:
             lead: by how much its clock must be ahead of this host's.
             meet: called right before its CPUs run.
         """
-        self.go_on_from(state, lead)
-        self._ahead = self._started(Start.CLONED, memory, check, meet)
+        self.go_on_from(state, lead, meet)
+        self._ahead = self._started(Start.CLONED, memory, check)
         return self._ahead
 
     def _started(
@@ -356,7 +357,6 @@ class Machines:
         start: Start,
         memory: IO[bytes] | None,
         check: Callable[[], None] = lambda: None,
-        meet: Meet = alone,
     ) -> Running:
         state, self.state = self.state, None
         before, self.console = self.console, ""
@@ -393,7 +393,7 @@ class Machines:
             self.faults.switched_on(machine)  # a restored guest has them before it goes on
             if state is not None:
                 helper.lead = self._lead
-                self._go_on(machine, helper, meet)
+                self._go_on(machine, helper)
             running = Running(
                 machine, self.blueprint, self.key, helper, stack.pop_all(), setup=self.setup
             )
@@ -406,13 +406,14 @@ class Machines:
         for call in self.on_answer:
             call()
 
-    def _go_on(self, machine: Machine, helper: Helper, meet: Meet) -> None:
+    def _go_on(self, machine: Machine, helper: Helper) -> None:
         """Let a machine go on from its state. One that has panicked stays as it is: it might restart."""
         if self.disks.recording is not None:
             return  # it goes on when it is told to
         if self.has_helper:
-            resume.from_state(machine, helper, meet)
+            resume.from_state(machine, helper, self._meet)
         elif machine.execute("query-status")["status"] != _PANICKED:
+            self._meet()
             machine.resume()
 
     def spec(
@@ -469,9 +470,9 @@ class Machines:
         self.disks = disks
         return frozen
 
-    def go_on_from(self, state: IO[bytes], lead: Lead) -> None:
-        """Let the next machine go on from a saved state."""
-        self.state, self._lead = state, lead
+    def go_on_from(self, state: IO[bytes], lead: Lead, meet: Meet = alone) -> None:
+        """Let the next machine go on from a saved state. `meet` is called right before its CPUs run."""
+        self.state, self._lead, self._meet = state, lead, meet
 
     def save(self, running: Running, meet: Meet = alone) -> Saved:
         """Save the guest's memory and disks. It goes on afterwards.
