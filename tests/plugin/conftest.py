@@ -9,6 +9,7 @@ from pytest_vmsandbox.catalogue import store
 from pytest_vmsandbox.core.architecture import native_architecture
 from pytest_vmsandbox.guests.faults import fault
 from support import images
+from support.environment import WITHOUT_HYPOTHESIS
 
 # pytester forgets what a run in this process imports: what takes long to import is kept.
 assert store
@@ -210,7 +211,8 @@ class Suite:
 
     def run_apart(self, *args):
         """Run in a process of its own: what it imports stays there."""
-        return self.pytester.runpytest_subprocess("-p", "no:cacheprovider", *args, timeout=60)
+        plugins = (*WITHOUT_HYPOTHESIS, "-p", "no:cacheprovider")
+        return self.pytester.runpytest_subprocess(*plugins, *args, timeout=60)
 
     def check(self, source, *args, apart=False, **outcomes):
         """Write and run tests, which must end like this; what happened to guests. The result is in `result`."""

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.environment import without_ours
+from support.environment import WITHOUT_HYPOTHESIS, without_ours
 
 SUPPORT = Path(__file__).parent
 
@@ -37,7 +37,7 @@ class Suite:
         return subprocess.Popen(
             # Whatever started us in the background may have made us deaf to SIGINT.
             ["env", "--default-signal=INT",
-             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-ra"),
+             *(sys.executable, "-m", "pytest", *WITHOUT_HYPOTHESIS, "-p", "no:cacheprovider", "-ra"),
              *("-p", "vmsandbox_local", "-p", "vmsandbox_host_plugin", *args)],
             cwd=self.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**without_ours(), "PYTHONPATH": f"{SUPPORT.parent}:{SUPPORT}:{self.folder}",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from support import fidelity
-from support.environment import without_ours
+from support.environment import WITHOUT_HYPOTHESIS, without_ours
 from support.fidelity import Line, Run, Said
 
 IMAGE = "debian-13"
@@ -89,7 +89,7 @@ class Sides:
         if "no:cacheprovider" not in arguments:
             arguments[:0] = ["-o", f"cache_dir={self.folder / side}-cache"]
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "--ignore=apart", *arguments],
+            [sys.executable, "-m", "pytest", *WITHOUT_HYPOTHESIS, "--ignore=apart", *arguments],
             cwd=self.suite, env=environment, timeout=100, check=False, stderr=subprocess.STDOUT,
             stdout=subprocess.PIPE,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -126,23 +127,51 @@ class LocalFactory:
 
 def end_all(word):
     """End the processes on whose command line is a word: supervisors, and their sessions."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "serve" in line and any(it.startswith(word) for it in line):
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                pass
+    while any(_end(entry, word) for entry in Path("/proc").iterdir()):
+        pass  # until there is none: one of them may have forked meanwhile
+
+
+def _end(entry, word):
+    """End a process if it is one of these; whether it was."""
+    if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+        return False
+    try:
+        line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        if "serve" not in line or not any(it.startswith(word) for it in line):
+            return False
+        os.kill(int(entry.name), signal.SIGKILL)
+    except OSError:
+        return False
+    return True
+
+
+# Ends what is left of a pytest that was killed: its guests are processes of nobody.
+WARDEN = """
+cat
+while pids=$(grep -lsz "^$1/" /proc/[0-9]*/cmdline); [ "$pids" ]; do
+    for pid in $pids; do pid=${pid#/proc/}; kill -KILL "${pid%/*}"; done
+done
+rm -rf "$1"
+"""
+
+
+@contextmanager
+def own_folder():
+    """A folder for guests. However this process ends, the folder goes, and with it what runs there."""
+    folder = tempfile.mkdtemp(prefix="local-", dir="/tmp")
+    warden = subprocess.Popen(
+        ["sh", "-c", WARDEN, "sh", folder], start_new_session=True, stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with warden:  # which closes its standard input, and waits
+        yield Path(folder)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     reporting._HIDDEN += (f"{Path(__file__).parent}{os.sep}",)  # it stands in for ours
     session = config.stash[RUN]
-    folder = Path(
-        session._stack.enter_context(tempfile.TemporaryDirectory(prefix="local-", dir="/tmp"))
-    )
+    folder = session._stack.enter_context(own_folder())
     session.factory = LocalFactory(session, folder)
     session._gatherer._ask = lambda guest: {"processes.txt": f"those of {guest.name}"}
     for name in ("install_environment", "install_project", "layout"):
