@@ -101,9 +101,8 @@ def __getattr__(name: str) -> object:
     for module in _MODULES if name in __all__ else ():
         found = import_module(f"{__name__}.{module}")
         value: object = getattr(found, name, None)
-        if (
-            getattr(value, "__name__", "") == name
-        ):  # a type of the same name may have another meaning there
+        # A type of the same name may have another meaning there.
+        if getattr(value, "__name__", "") == name:
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

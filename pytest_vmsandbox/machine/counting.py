@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pytest_vmsandbox.core.errors import LaunchError
 
 _SHIFT = 3  # an instruction takes 2 ** 3 ns of the guest's time
-_SUBSECTION = b"\x05\x0ctimer/icount" + struct.pack(
-    ">I", 1
-)  # of QEMU's stream: kind, name, version
+# Of QEMU's stream: kind, name, version.
+_SUBSECTION = b"\x05\x0ctimer/icount" + struct.pack(">I", 1)
 _VALUES = struct.Struct(">qq")  # what is added to the clock, and the instructions so far
 
 

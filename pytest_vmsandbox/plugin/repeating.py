@@ -162,9 +162,8 @@ class Repeating:
     def __init__(self, config: pytest.Config, count: int) -> None:
         self._config = config
         self._count = count
-        self._repetitions: dict[
-            str, Repetition
-        ] = {}  # by id: those of this process, and those heard of
+        # By id: those of this process, and those heard of.
+        self._repetitions: dict[str, Repetition] = {}
         self._tests: dict[str, _Test] = {}
 
     def repeat(self, items: list[pytest.Item]) -> None:

@@ -6,8 +6,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
 
-from pytest_vmsandbox.guests.networks.dhcp import MAC, Frames, Server
+from pytest_vmsandbox.guests.networks.dhcp import MAC, Server
 from pytest_vmsandbox.guests.networks.subnets import Subnets
+from pytest_vmsandbox.machine.framed import Frames
 
 CARD = bytes.fromhex("525609ab0003")
 ALL = b"\xff" * 6

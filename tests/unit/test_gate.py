@@ -79,12 +79,12 @@ def is_sound(frame):
     packet = frames.packet(frame)
     begin, end = packet.header
     if len(packet.source) == 4:
-        assert frames._checksum(frame[begin:end]) == b"\xff\xff"
+        assert frames.checksum(frame[begin:end]) == b"\xff\xff"
     length = len(packet.payload)
     pseudo = packet.source + packet.target + struct.pack("!II", length, packet.protocol)
     if packet.protocol == frames.ICMP:
         pseudo = b""
-    assert frames._checksum(pseudo + packet.payload) == b"\xff\xff"
+    assert frames.checksum(pseudo + packet.payload) == b"\xff\xff"
     assert frame[:6] == CARD
     return packet
 

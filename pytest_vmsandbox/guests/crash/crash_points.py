@@ -88,9 +88,8 @@ class CrashPoints:
         assert self._recording is not None
         with self._engine.explained():
             try:
-                if (
-                    error is None
-                ):  # what is still in the guest's memory is written, so it is recorded, too
+                if error is None:
+                    # What is still in the guest's memory is written, so it is recorded, too.
                     self._engine.run(Command(argv=("sync",), user="root"))
             except BaseException as failed:
                 self._recording.__exit__(type(failed), failed, failed.__traceback__)

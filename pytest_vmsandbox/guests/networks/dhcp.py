@@ -14,13 +14,14 @@ from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address
 
 from pytest_vmsandbox.guests.networks.subnets import Subnets
+from pytest_vmsandbox.machine.framed import Frames, framed
+from pytest_vmsandbox.machine.gate.frames import ARP, HOPS, IPV4, UDP, checksum, frame_type
 from pytest_vmsandbox.machine.loop import LoopThread
 
 MAC = bytes.fromhex("525601000001")  # of the server
 _EVERYBODY = b"\xff" * 6
 _LEASE_SECONDS = 3600
 _MOST_UNSENT = 1 << 16  # bytes
-_ARP, _IPV4, _UDP = 0x0806, 0x0800, 17
 _SERVER_PORT, _CLIENT_PORT = 67, 68
 _ANY = IPv4Address(0)
 _COOKIE = bytes.fromhex("63825363")
@@ -50,29 +51,12 @@ def serving(
         for frame in frames.feed(data):
             answer = server.answer(frame)
             if answer and len(unsent) < _MOST_UNSENT:  # a client asks again
-                unsent.extend(struct.pack("!I", len(answer)) + answer)
+                unsent.extend(framed(answer))
         with suppress(OSError):  # the switch reads later, or is gone
             del unsent[: end.send(unsent)]
 
     with loop.reading(end, feed):
         yield
-
-
-class Frames:
-    """Cuts a stream into frames: each comes after its length, in 4 bytes."""
-
-    def __init__(self) -> None:
-        self._rest = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The frames that are complete now."""
-        self._rest += data
-        while len(self._rest) >= 4:
-            (length,) = struct.unpack_from("!I", self._rest)
-            if len(self._rest) < 4 + length:
-                return
-            yield bytes(self._rest[4 : 4 + length])
-            del self._rest[: 4 + length]
 
 
 class Server:
@@ -86,10 +70,10 @@ class Server:
     def answer(self, frame: bytes) -> bytes:
         """The frame that answers another one; empty for none."""
         try:
-            kind = int.from_bytes(frame[12:14], "big")
-            if kind == _ARP:
+            kind = frame_type(frame)
+            if kind == ARP:
                 return self._about_itself(frame)
-            if kind == _IPV4:
+            if kind == IPV4:
                 return self._to_request(frame)
         except (struct.error, ValueError, IndexError):
             pass
@@ -102,12 +86,12 @@ class Server:
         if head != bytes.fromhex("0001080006040001") or wanted != self._address.packed:
             return b""
         answer = struct.pack("!8s6s4s6s4s", head[:7] + b"\x02", MAC, self._address.packed, mac, ip)
-        return frame[22:28] + MAC + struct.pack("!H", _ARP) + answer
+        return frame[22:28] + MAC + ARP.to_bytes(2) + answer
 
     def _to_request(self, frame: bytes) -> bytes:
         start = 14 + (frame[14] & 15) * 4
         ports = struct.unpack_from("!HH", frame, start)
-        if frame[14] >> 4 != 4 or frame[23] != _UDP or ports != (_CLIENT_PORT, _SERVER_PORT):
+        if frame[14] >> 4 != 4 or frame[23] != UDP or ports != (_CLIENT_PORT, _SERVER_PORT):
             return b""
         message = frame[start + 8 :]
         operation, hardware, length, _, identity, _, flags, client, *_, card, _, _ = (
@@ -133,7 +117,7 @@ class Server:
         to_all = said == _NAK or (asked == _ANY and flags & 0x8000)
         mac = _EVERYBODY if to_all else card[:6]
         dest = IPv4Address("255.255.255.255") if to_all else (yours if asked == _ANY else asked)
-        return mac + MAC + struct.pack("!H", _IPV4) + self._datagram(dest, body)
+        return mac + MAC + IPV4.to_bytes(2) + self._datagram(dest, body)
 
     def _message(
         self, identity: bytes, flags: int, client: bytes, yours: IPv4Address, card: bytes, kind: int
@@ -142,22 +126,9 @@ class Server:
         if kind == _NAK:
             client = zero
         head = _FIXED.pack(
-            *(
-                2,
-                1,
-                6,
-                0,
-                identity,
-                0,
-                flags,
-                client,
-                yours.packed,
-                self._address.packed,
-                zero,
-                card,
-            ),
-            *(b"", b""),
-        )
+            2, 1, 6, 0, identity, 0, flags,
+            client, yours.packed, self._address.packed, zero, card, b"", b"",
+        )  # fmt: skip
         options = [(_KIND, bytes([kind])), (_SERVER, self._address.packed)]
         if kind != _NAK:
             options.append((_MASK, self._mask.packed))
@@ -169,14 +140,9 @@ class Server:
     def _datagram(self, dest: IPv4Address, body: bytes) -> bytes:
         """An IPv4 packet with a UDP datagram. IPv4 needs no checksum of that."""
         udp = struct.pack("!HHHH", _SERVER_PORT, _CLIENT_PORT, 8 + len(body), 0) + body
-        head = struct.pack(
-            *("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, _UDP, 0),
-            *(self._address.packed, dest.packed),
-        )
-        total = sum(struct.unpack("!10H", head))
-        total = (total & 0xFFFF) + (total >> 16)
-        total = (total & 0xFFFF) + (total >> 16)
-        return head[:10] + struct.pack("!H", total ^ 0xFFFF) + head[12:] + udp
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, HOPS, UDP, 0)
+        head += self._address.packed + dest.packed
+        return head[:10] + checksum(head) + head[12:] + udp
 
 
 def _options(data: bytes) -> dict[int, bytes]:

@@ -170,11 +170,10 @@ def _set_up(engine: Engine, *, fresh: bool = True) -> None:
         return  # nobody needs to do anything in it
     cards = [seat.card for seat in seats] if fresh else []
     dhcp = {seat.card.mac for seat in seats if seat.network.addresses == "dhcp"}
-    hosts = ""
-    while hosts != (
-        hosts := _hosts(seats)
-    ):  # others may join meanwhile, and tell newer names before
+    known = ""
+    while (hosts := _hosts(seats)) != known:  # others may join meanwhile
         found = set_up(engine, cards, hosts, dhcp=dhcp)
+        known = hosts
         cards = []
         for seat in seats:
             seat.knows = hosts

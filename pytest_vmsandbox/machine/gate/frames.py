@@ -11,7 +11,7 @@ SYN, RST, ACK, FIN = 0x02, 0x04, 0x10, 0x01
 _ETHERNET = 14
 _PORTS = struct.Struct("!HH")
 _TCP = struct.Struct("!HHIIBBHHH")
-_HOPS = 64
+HOPS = 64
 _ROUTER_ASKER = b"\x52\x54\0\x12\x34\x57"  # the address of an Ethernet card that nobody has
 _MOST_QUOTED = 1200  # bytes of a refused packet, in the answer
 
@@ -82,7 +82,7 @@ def router_solicitation() -> bytes:
     """A frame that asks the router of IPv6 to tell all hosts how to configure themselves."""
     source, target = bytes(16), b"\xff\x02" + bytes(13) + b"\x02"
     pseudo = source + target + struct.pack("!II", 8, ICMPV6)
-    message = b"\x85\0" + _checksum(pseudo + b"\x85" + bytes(7)) + bytes(4)
+    message = b"\x85\0" + checksum(pseudo + b"\x85" + bytes(7)) + bytes(4)
     head = struct.pack("!IHBB", 6 << 28, 8, ICMPV6, 255) + source + target
     return b"\x33\x33\0\0\0\x02" + _ROUTER_ASKER + IPV6.to_bytes(2) + head + message
 
@@ -131,19 +131,19 @@ def _answer(packet: Packet, protocol: int, payload: bytes, checksum_at: int) -> 
     ethernet = packet.frame[6:12] + packet.frame[:6] + packet.frame[12:14]
     if len(source) == 4:
         pseudo = source + target + struct.pack("!HH", protocol, len(payload))
-        head = struct.pack("!BBHIBBH", 0x45, 0, 20 + len(payload), 0, _HOPS, protocol, 0)
+        head = struct.pack("!BBHIBBH", 0x45, 0, 20 + len(payload), 0, HOPS, protocol, 0)
         head += source + target
-        head = head[:10] + _checksum(head) + head[12:]
+        head = head[:10] + checksum(head) + head[12:]
     else:
         pseudo = source + target + struct.pack("!II", len(payload), protocol)
-        head = struct.pack("!IHBB", 6 << 28, len(payload), protocol, _HOPS) + source + target
+        head = struct.pack("!IHBB", 6 << 28, len(payload), protocol, HOPS) + source + target
     if protocol == ICMP:
         pseudo = b""
-    checksum = _checksum(pseudo + payload)
-    return ethernet + head + payload[:checksum_at] + checksum + payload[checksum_at + 2 :]
+    payload = payload[:checksum_at] + checksum(pseudo + payload) + payload[checksum_at + 2 :]
+    return ethernet + head + payload
 
 
-def _checksum(data: bytes) -> bytes:
+def checksum(data: bytes) -> bytes:
     """The checksum of the Internet. The field itself is zero in `data`."""
     data += bytes(len(data) % 2)
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))

@@ -15,11 +15,8 @@ _HERE = (ip_address("10.0.2.2").packed, ip_address("fec0::2").packed)
 _NAMES = (ip_address("10.0.2.3").packed, ip_address("fec0::3").packed)
 _DHCP = {_HERE[0], b"\xff" * 4}
 _DHCP_PORT, _DNS_PORT = 67, 53
-_NEIGHBOURS = {
-    b"\x85",
-    b"\x87",
-    b"\x88",
-}  # of ICMPv6: a router or a neighbour is looked for or told
+# Of ICMPv6: a router is looked for, a neighbour is looked for, and a neighbour is told.
+_NEIGHBOURS = {b"\x85", b"\x87", b"\x88"}
 _MOST_CONNECTIONS = 65_536  # from outside, that are remembered
 _MOST_ADDRESSES = 1024  # of one name, that are remembered
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from pytest_vmsandbox.core.allowed import targets
+from pytest_vmsandbox.machine.framed import Frames, framed
 from pytest_vmsandbox.machine.gate.gate import Gate
 from pytest_vmsandbox.machine.gate.lookup import look_up
 from pytest_vmsandbox.machine.loop import LoopThread
 
-_MOST_OF_FRAME = 65_536 + 4096
 _MOST_WAITING = 4 << 20  # bytes that QEMU has not taken yet. More are dropped, as in any network
 _MOST_ASKING = 64  # questions for one name that wait for its addresses
 
@@ -42,40 +42,27 @@ def gated(loop: LoopThread, network: str, theirs: ExitStack) -> Iterator[tuple[s
         (leaving, left, arriving, arrived) = pair(), pair(), pair(), pair()
         out, back = (stack.enter_context(_sending(loop, end)) for end in (left[0], arrived[0]))
         gate = Gate(targets(network), out=out, back=back, resolve=_Names(loop).resolve)
-        stack.enter_context(loop.reading(leaving[0], _Frames(gate.leaves).feed))
-        stack.enter_context(loop.reading(arriving[0], _Frames(gate.arrives).feed))
+        stack.enter_context(loop.reading(leaving[0], _each(gate.leaves)))
+        stack.enter_context(loop.reading(arriving[0], _each(gate.arrives)))
         yield leaving[1], left[1], arriving[1], arrived[1]
 
 
 @contextmanager
 def _sending(loop: LoopThread, end: socket.socket) -> Iterator[Callable[[bytes], None]]:
-    """What sends frames to QEMU, in the same form."""
+    """What sends frames to QEMU."""
     with loop.writing(end, most=_MOST_WAITING) as write:
-        yield lambda frame: write(len(frame).to_bytes(4) + frame)
+        yield lambda frame: write(framed(frame))
 
 
-class _Frames:
-    """Cuts what QEMU sends into frames: four bytes with the size, and the frame."""
+def _each(take: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """What takes a stream from QEMU, and passes on each frame."""
+    frames = Frames()
 
-    def __init__(self, take: Callable[[bytes], None]) -> None:
-        self._take = take
-        self._rest = bytearray()
-        self._is_over = False
+    def feed(data: bytes) -> None:
+        for frame in frames.feed(data):
+            take(frame)
 
-    def feed(self, data: bytes) -> None:
-        if self._is_over:
-            return
-        self._rest += data
-        while len(self._rest) >= 4:
-            size = int.from_bytes(self._rest[:4])
-            if size > _MOST_OF_FRAME:  # never sent by QEMU
-                self._is_over = True
-                self._rest.clear()
-            if len(self._rest) < 4 + size:
-                return
-            frame = bytes(self._rest[4 : 4 + size])
-            del self._rest[: 4 + size]
-            self._take(frame)
+    return feed
 
 
 class _Names:

@@ -66,7 +66,7 @@ class Switch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def network(self, name: str, *, seed: int = 0) -> SwitchNetwork:
@@ -117,13 +117,11 @@ class SwitchNetwork:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                number = self._ask("port", theirs.fileno(), label=label, place=place or label)[
-                    "port"
-                ]
+                told = self._ask("port", theirs.fileno(), label=label, place=place or label)
             except BaseException:
                 ours.close()
                 raise
-        return Port(label, ours, self, number)
+        return Port(label, ours, self, told["port"])
 
     def impose(
         self, conditions: Conditions, *, source: str | None = None, dest: str | None = None
@@ -300,9 +298,7 @@ class _Program:
         with self._lock:
             fds = [] if fd is None else [fd]
             try:
-                socket.send_fds(
-                    self.control, [json.dumps({"do": what, **more}).encode()], fds or []
-                )
+                socket.send_fds(self.control, [json.dumps({"do": what, **more}).encode()], fds)
                 answer = self.control.recv(_MOST_OF_ANSWER)
             except OSError as error:
                 self.control.close()  # a late answer is not one to the next request; and the program ends
