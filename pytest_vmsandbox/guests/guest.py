@@ -16,7 +16,6 @@ from pytest_vmsandbox.core.deadline import Deadline
 from pytest_vmsandbox.core.errors import CommandResult, CommandTimeout, ConfigError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.crash.crash_points import HasCrashPoints
-from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.faults.faults import TakesFaults
 from pytest_vmsandbox.guests.forks import HasForks
 from pytest_vmsandbox.guests.networks.network import HasNetworks
@@ -496,7 +495,10 @@ class _Snapshot:
 
     def __enter__(self) -> None:
         with self._engine.explained():
-            refuse_recorded(self._engine)
+            self._engine.machines.faults.refuse_recorded(
+                f"snapshot() does not work with {self._engine.name}",
+                "take the snapshot before crash_points begins, or after its block",
+            )
             self._saved = self._engine.save()
 
     def __exit__(

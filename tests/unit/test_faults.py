@@ -161,7 +161,7 @@ class TestInterrupted:
 
 def test_nothing_is_filled_while_a_disk_is_recorded(engine, ledger):
     ledger.recorded["disk0"] = print
-    with pytest.raises(ConfigError, match="records a disk: disk0") as caught:
+    with pytest.raises(ConfigError, match="while a disk is recorded: disk0") as caught:
         Faults(engine).full("/")
     assert "before the block of crash_points" in caught.value.remedy
     assert ledger.in_force == []

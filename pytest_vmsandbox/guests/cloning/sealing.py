@@ -23,7 +23,6 @@ from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.making import Clone, awake, exercise
 from pytest_vmsandbox.guests.cloning.pool import CLAIM
-from pytest_vmsandbox.guests.crash.recording import refuse_recorded
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.reaching.helper_setup import HelperSetup
@@ -145,8 +144,12 @@ def _check(engine: Engine) -> None:
     Raises:
         ConfigError: a fault is in force, or a disk is recorded.
     """
-    refuse_recorded(engine)
-    if texts := [entry.text for entry in engine.machines.faults.in_force]:
+    faults = engine.machines.faults
+    faults.refuse_recorded(
+        f"the state of {engine.name} cannot be saved",
+        "fork or seal before crash_points begins, or after its block",
+    )
+    if texts := [entry.text for entry in faults.in_force]:
         raise ConfigError(
             f"the state of {engine.name} cannot be saved while faults are in force: {', '.join(texts)}",
             remedy="end them before, or begin them in the guests that go on from it: nobody could end them there",

@@ -321,19 +321,6 @@ def recorded(engine: Engine, disk: str) -> Iterator[Recorder]:
         del names[disk]
 
 
-def refuse_recorded(engine: Engine) -> None:
-    """Refuse a snapshot while a disk is recorded: QEMU flushes all disks then.
-
-    Raises:
-        ConfigError: a disk is recorded.
-    """
-    if names := sorted(engine.machines.faults.recorded):
-        raise ConfigError(
-            f"snapshot() does not work with {engine.name} while a disk is recorded: {', '.join(names)}",
-            remedy="take the snapshot before crash_points begins, or after its block",
-        )
-
-
 def _refuse_write_through(engine: Engine, disk: str) -> None:
     """Refuse a disk that the guest takes for one without a cache: it does not flush it then.
 

@@ -147,21 +147,11 @@ class FullFaults:
             left = 0
         if not isinstance(left, int) or isinstance(left, bool) or left < 0:
             left = parse_size(left, "left")
-        _refuse_recorded(self.engine)
-        return _Full(self.engine, _path(path), left).begin()
-
-
-def _refuse_recorded(engine: Engine) -> None:
-    """Refuse to fill anything while a disk is recorded: the guest flushes all disks then.
-
-    Raises:
-        ConfigError: a disk is recorded.
-    """
-    if names := sorted(engine.machines.faults.recorded):
-        raise ConfigError(
-            f"no file system can be filled while {engine.name} records a disk: {', '.join(names)}",
-            remedy="begin the fault before the block of crash_points",
+        self.engine.machines.faults.refuse_recorded(  # the guest would flush all disks
+            f"no file system of {self.engine.name} can be filled",
+            "begin the fault before the block of crash_points",
         )
+        return _Full(self.engine, _path(path), left).begin()
 
 
 def _path(path: object) -> str:

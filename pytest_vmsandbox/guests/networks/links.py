@@ -37,16 +37,38 @@ class Rule:
     dest: str | None
 
 
-class LinkFault(Fault):
-    """Something is wrong on the way through the switch. It outlives boots and snapshots of the guest."""
+class NetworkFault(Fault):
+    """A fault of one network.
+
+    Args:
+        switch: what carries the network's frames.
+    """
 
     needs_answers = False
+
+    def __init__(self, engine: Engine, text: str, switch: SwitchNetwork) -> None:
+        super().__init__(engine, text)
+        self.switch = switch
+
+    def pass_on(self, others: Mapping[str, Engine]) -> bool:  # noqa: ARG002
+        """Its guest leaves the network. What is wrong between others now belongs to one of them.
+
+        Args:
+            others: the guests that are left, by their names.
+
+        Returns:
+            Whether there is such a guest. Otherwise this fault may end.
+        """
+        return False
+
+
+class LinkFault(NetworkFault):
+    """Something is wrong on the way through the switch. It outlives boots and snapshots of the guest."""
 
     def __init__(
         self, engine: Engine, text: str, switch: SwitchNetwork, rules: Sequence[Rule]
     ) -> None:
-        super().__init__(engine, text)
-        self.switch = switch
+        super().__init__(engine, text, switch)
         self._rules = rules
         self._imposed: list[Imposed] = []
 
@@ -70,14 +92,7 @@ class LinkFault(Fault):
                 file.writelines(f"{line}\n" for line in (self.text, *lines))
 
     def pass_on(self, others: Mapping[str, Engine]) -> bool:
-        """Its guest leaves the network. What is wrong between others now belongs to one of them.
-
-        Args:
-            others: the guests that are left, by their names.
-
-        Returns:
-            Whether there is such a guest. Otherwise this fault may end.
-        """
+        """See `NetworkFault.pass_on`."""
         for rule in self._rules:
             heir = None if rule.source is None else others.get(rule.source)
             if heir is not None and rule.dest in others:
@@ -94,7 +109,7 @@ class LinkFault(Fault):
         """It stays as it is."""
 
 
-class Unplugged(Fault):
+class Unplugged(NetworkFault):
     """The cable is out of a network card.
 
     Args:
@@ -104,13 +119,10 @@ class Unplugged(Fault):
         card: that of the cable.
     """
 
-    needs_answers = False
-
     def __init__(
         self, engine: Engine, text: str, switch: SwitchNetwork, card: Card, cable: threading.Lock
     ) -> None:
-        super().__init__(engine, text)
-        self.switch = switch
+        super().__init__(engine, text, switch)
         self.card = card
         self._cable = cable
 

@@ -20,6 +20,7 @@ from pytest_vmsandbox.guests.networks.links import (
     Capture,
     Direction,
     LinkFault,
+    NetworkFault,
     Unplugged,
     conditions_of,
     cuts,
@@ -418,10 +419,11 @@ class Network(Lasting):
         with ExitStack() as stack:
             stack.callback(seat.close)
             for entry in seat.engine.machines.faults.in_force if seat.engine else ():
-                if getattr(entry.fault, "switch", None) is not self.switch:
-                    continue
-                if not isinstance(entry.fault, LinkFault) or not entry.fault.pass_on(others):
-                    stack.callback(entry.fault.end)
+                fault = entry.fault
+                if not isinstance(fault, NetworkFault) or fault.switch is not self.switch:
+                    continue  # it has nothing to do with this network
+                if not fault.pass_on(others):
+                    stack.callback(fault.end)
 
     def lines(self) -> list[str]:
         """The names of all guests, as ``/etc/hosts`` has them."""

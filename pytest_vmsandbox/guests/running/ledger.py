@@ -91,6 +91,18 @@ class Ledger:
         texts = [entry.text for entry in self.in_force]
         return [f"faults in force: {'; '.join(texts)}"] if texts else []
 
+    def refuse_recorded(self, what: str, remedy: str) -> None:
+        """Refuse what QEMU or the guest would flush all disks for, or what ends a recording.
+
+        Args:
+            what: cannot be done.
+
+        Raises:
+            ConfigError: a disk is recorded.
+        """
+        if names := sorted(self.recorded):
+            raise ConfigError(f"{what} while a disk is recorded: {', '.join(names)}", remedy=remedy)
+
     def begun(self, fault: Ends, text: str) -> None:
         """Note that a fault is in force from now on."""
         entry = Entry(fault, text, wall())

@@ -129,11 +129,9 @@ def _check(running: Running, machines: Machines, qemu: Qemu) -> Helper:
             f"{what}: {' and '.join(machines.plugged)} is plugged in for a fault, and would not move along",
             remedy="end that fault before, or begin it after the move",
         )
-    if names := sorted(machines.faults.recorded):  # the new QEMU would not record
-        raise ConfigError(
-            f"{what} while a disk is recorded: {', '.join(names)}",
-            remedy="move it before crash_points begins, or after its block",
-        )
+    machines.faults.refuse_recorded(  # the new QEMU would not record
+        what, "move it before crash_points begins, or after its block"
+    )
     if running.machine.spec.tpm:
         raise ConfigError(
             f"{what}: it has a TPM, whose process does not move along",
