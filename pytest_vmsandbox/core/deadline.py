@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _LOOK_SECONDS = 0.25
+_giving_up = threading.local()
 
 
 def monotonic() -> float:
@@ -17,6 +19,30 @@ def monotonic() -> float:
 def wall() -> float:
     """Seconds since the epoch."""
     return time.time()
+
+
+@contextmanager
+def giving_up_at(event: threading.Event) -> Iterator[None]:
+    """Let this thread give up once somebody sets an event.
+
+    Python interrupts the main thread only. So its Ctrl-C has to be passed on to threads that it waits for.
+
+    Raises:
+        KeyboardInterrupt: the event is set, and the thread looked at a `Deadline`. It is raised once, so what
+            cleans up has its time.
+    """
+    _giving_up.at = event
+    try:
+        yield
+    finally:
+        _giving_up.at = None
+
+
+def _look() -> None:
+    event: threading.Event | None = getattr(_giving_up, "at", None)
+    if event is not None and event.is_set():
+        _giving_up.at = None
+        raise KeyboardInterrupt
 
 
 class Deadline:
@@ -43,6 +69,7 @@ class Deadline:
 
     def remaining(self, at_most: float | None = None) -> float:
         """Seconds left, never negative and never more than `at_most`."""
+        _look()
         left = max(0.0, self.seconds - self.elapsed)
         return left if at_most is None else min(left, at_most)
 

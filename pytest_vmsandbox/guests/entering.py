@@ -17,7 +17,7 @@ from pytest_vmsandbox.catalogue.store import BuiltImage, image_in
 from pytest_vmsandbox.core.architecture import ARCHITECTURES, native_architecture
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, LaunchError, VMSandboxError
-from pytest_vmsandbox.guests import kept as names
+from pytest_vmsandbox.guests import kept as names, plugged_files
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint, OwnKernel
 from pytest_vmsandbox.guests.factory import GuestFactory
@@ -34,7 +34,7 @@ from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.guests.running.together import Meet, in_step
 from pytest_vmsandbox.machine.accelerator import Verdict
 from pytest_vmsandbox.machine.cards import Card, HasCard, Loose
-from pytest_vmsandbox.machine.disk import Disks, PluggedDisk, empty_overlay
+from pytest_vmsandbox.machine.disk import Disks, empty_overlay
 from pytest_vmsandbox.machine.firmware import Uefi
 from pytest_vmsandbox.machine.qemu import Qemu, find_qemu
 
@@ -307,24 +307,14 @@ def _disks(blueprint: Blueprint, kept: KeptGuest, cache: Path) -> Iterator[Disks
     """The disks as they were, with empty files on top."""
     frozen = [[kept.folder / name for name in layers] for layers in kept.record["layers"]]
     with ExitStack() as stack:
-        disks = stack.enter_context(blueprint.disks(cache, frozen))
-        plugged = [_plugged(record, kept.folder, cache, stack) for record in kept.record["plugged"]]
+        disks, plugged = stack.enter_context(blueprint.disks(cache, frozen)), []
+        for record in kept.record["plugged"]:
+            disk = plugged_files.read(record, kept.folder, stack)
+            if not disk.read_only:
+                top = stack.enter_context(empty_overlay(disk.size, cache))
+                disk = replace(disk, layers=(*disk.layers, top))
+            plugged.append(disk)
         yield replace(disks, plugged=tuple(plugged))
-
-
-def _plugged(record: dict[str, Any], folder: Path, cache: Path, stack: ExitStack) -> PluggedDisk:
-    layers = [stack.enter_context((folder / name).open("rb")) for name in record["layers"]]
-    if not record["read_only"]:
-        layers.append(stack.enter_context(empty_overlay(record["size"], cache)))
-    base = record["base"]
-    return PluggedDisk(
-        name=record["name"],
-        port=record["port"],
-        size=record["size"],
-        read_only=record["read_only"],
-        base=None if base is None else stack.enter_context((folder / base).open("rb")),
-        layers=tuple(layers),
-    )
 
 
 def _tpm(kept: KeptGuest) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import CacheError, ConfigError, VMSandboxError
 from pytest_vmsandbox.core.paths import CACHE
 from pytest_vmsandbox.core.spec import format_size
-from pytest_vmsandbox.guests import kept as names
+from pytest_vmsandbox.guests import kept as names, plugged_files
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.freezing import Frozen, freeze
@@ -382,26 +382,7 @@ def _copy_disks(folder: Path, frozen: Frozen) -> tuple[list[list[str]], list[dic
         layers.append([layer_name(disk, depth) for depth in range(len(files))])
         for file, name in zip(files, layers[-1], strict=True):
             link_open(file, folder / name)
-    plugged: list[dict[str, object]] = []
-    for number, attached in enumerate(frozen.disks.plugged_in):
-        own = [f"plugged{number}.{depth}.qcow2" for depth in range(len(attached.layers))]
-        for file, name in zip(attached.layers, own, strict=True):
-            copy_to(file, folder / name)
-        base = None
-        if attached.base is not None:  # its owner may change the file later
-            base = f"plugged{number}.raw"
-            copy_to(attached.base, folder / base)
-        plugged.append(
-            {
-                "name": attached.name,
-                "port": attached.port,
-                "size": attached.size,
-                "read_only": attached.read_only,
-                "base": base,
-                "layers": own,
-            }
-        )
-    return layers, plugged
+    return layers, plugged_files.write(frozen.disks.plugged_in, folder)
 
 
 def _copy_kernel(folder: Path, blueprint: Blueprint) -> dict[str, object] | None:

@@ -51,7 +51,7 @@ def reserved(path: Path, size: int) -> Iterator[IO[bytes]]:
         _reserve(file, size)
         yield file
         with suppress(OSError):  # the file is larger then
-            _give_back(file, size)
+            free_zeros(file)
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
@@ -73,10 +73,13 @@ def _reserve(file: IO[bytes], size: int) -> None:
             raise
 
 
-def _give_back(file: IO[bytes], size: int) -> None:
+def free_zeros(file: IO[bytes]) -> None:
     """Make holes where there are only zeros.
 
     We read the content, because a file system may count a reserved page as used when it was only read.
+
+    Raises:
+        OSError: the file system cannot do it.
     """
     zero, done = bytes(_PIECE), 0
     for start, data in chunks(file):
@@ -85,7 +88,7 @@ def _give_back(file: IO[bytes], size: int) -> None:
             if piece != zero[: len(piece)]:
                 make_hole(file, done, start + at)
                 done = start + at + len(piece)
-    make_hole(file, done, size)
+    make_hole(file, done, os.fstat(file.fileno()).st_size)
 
 
 def make_hole(file: IO[bytes], start: int, end: int) -> None:

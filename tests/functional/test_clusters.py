@@ -8,6 +8,8 @@ from inspect import getsource
 import pytest
 
 from pytest_vmsandbox import ConfigError, LaunchError
+from pytest_vmsandbox.guests.blueprint import Blueprint
+from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
 
 TRIO = {"db1": "tiny", "db2": {"image": "tiny", "memory": "192MiB"}, "db3": "tiny"}
@@ -113,6 +115,8 @@ def test_formed_once_and_armed(vm_factory):
     def form(cluster):
         called.append(cluster)
         formed(cluster)
+        disk = cluster["db2"].attach_disk(size="1MiB", name="extra")
+        cluster["db2"].shell(f"ln -s {disk.device} /tmp/disk; echo kept >/tmp/disk; sync")
 
     pair = {"db1": "tiny", "db2": "tiny"}
     settings = replace(vm_factory.backend.settings, clones="armed")
@@ -124,6 +128,33 @@ def test_formed_once_and_armed(vm_factory):
                 with factory.cluster(sealed) as cluster:
                     say(cluster, f"word-{number}")
                     assert cluster["db1"].read_text("/tmp/heard") == f"before\nword-{number}\n"
+                    show = "echo 3 >/proc/sys/vm/drop_caches; head -n1 /tmp/disk"
+                    assert cluster["db2"].shell(show, user="root").stdout == "kept\n"
+                    cluster["db2"].detach("extra")
                     origins.append({guest.origin for guest in cluster.values()})
     assert len(called) <= 1
     assert origins == [{"cloned"}, {"cloned"}, {"armed"}]
+
+
+@pytest.mark.origins("cloned")  # whatever `clones` says below
+@pytest.mark.parametrize(("clones", "count"), [("never", 0), ("demand", 1)])
+def test_formed_for_each_test(vm_factory, monkeypatch, clones, count):
+    """So it is where there are no clones. It is told unless it was asked for."""
+    monkeypatch.setattr(Blueprint, "unsaved", "QEMU does not save it")
+    called, told = [], []
+
+    def form(cluster):
+        called.append(cluster)
+        cluster["db1"].write_text("/tmp/formed", str(len(called)))
+
+    settings = replace(vm_factory.backend.settings, clones=clones)
+    with GuestFactory.open(settings, Announcer(tell=told.append)) as factory:
+        for number in (1, 2):
+            sealed = factory.prepare_cluster({"db1": "tiny"}, form, depends_on=[])
+            assert sealed.machines == ("db1",)
+            with factory.cluster(sealed) as cluster:
+                assert cluster["db1"].read_text("/tmp/formed") == str(number)
+                assert cluster["db1"].origin == "booted"
+    lines = [line for line in told if line.startswith("the cluster of db1 is formed for each test")]
+    assert len(lines) == count
+    assert all("QEMU does not save it" in line for line in lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,16 +141,41 @@ def test_clones_of_uefi_and_a_tpm(guests):
         one.detach(disk)
 
         # A power cut resets what the TPM has measured, and keeps its seeds; so it does with variables.
-        flash = one.engine.machines.disks.flash
-        flash.variables.seek(0)
-        variables = flash.variables.read()
+        variables = variables_of(one)
         assert variables != guests.backend.blueprint("vendor", one.spec).uefi.variables.read_bytes()
         one.power_cut()
         one.power_on()
         assert ask(one, ENDORSEMENT) == seed
         assert ask(one, READ_16) != before
-        flash.variables.seek(0)
-        assert len(flash.variables.read()) == len(variables)
+        assert len(variables_of(one)) == len(variables)
+
+
+def variables_of(vm) -> bytes:
+    """The firmware's variables."""
+    flash = vm.engine.machines.disks.flash
+    flash.variables.seek(0)
+    return flash.variables.read()
+
+
+def test_forks_and_clusters_of_uefi_and_a_tpm(guests):
+    """They go on with the variables and the TPM of the guest. Both survive a power cut as they do in a guest."""
+    with guests.cluster({"db1": "vendor"}) as cluster, ExitStack() as stack:
+        (vm,) = cluster.values()
+        ask(vm, EXTEND_16)
+        measured, seed, variables = ask(vm, READ_16), ask(vm, ENDORSEMENT), variables_of(vm)
+        fork, cut_off = stack.enter_context(vm.fork(2))
+        clone = stack.enter_context(guests.cluster(stack.enter_context(cluster.seal())))["db1"]
+        ask(vm, EXTEND_16)
+        for each in (fork, cut_off, clone):
+            assert ask(each, READ_16) == measured
+            assert variables_of(each) == variables
+        for each in (cut_off, clone):
+            each.power_cut()
+            each.power_on()
+            each.run(["test", "-d", "/sys/firmware/efi"])
+            assert ask(each, ENDORSEMENT) == seed
+            assert ask(each, READ_16) != measured
+        assert ask(fork, READ_16) == measured
 
 
 def test_a_tpm_that_is_gone(guests):

@@ -401,7 +401,7 @@ class TestFailure:
 
 class TestEnd:
     def test_of_those_that_nobody_takes(self, quota, monkeypatch):
-        monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 0.1)
+        monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.1)
         with running(quota) as pool:
             pool.expect(OPENED, BLUEPRINT, 3)
             # On a busy machine the time may be over before all three are there.
@@ -410,7 +410,7 @@ class TestEnd:
             made = len(pool.made)
             settled()
             assert len(pool.made) == len(pool.closed) == made
-            monkeypatch.setattr(pool_module, "_IDLE_SECONDS", 60)
+            monkeypatch.setattr(pool_module, "IDLE_SECONDS", 60)
             with lease(pool, more=True) as (_, was_armed):  # and they come back with demand
                 assert not was_armed
                 wait_for(lambda: pool.kind(OPENED).armed)

@@ -1,11 +1,18 @@
-"""Threads that do something at one moment."""
+"""Threads that do something at the same time, or at one moment."""
 
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from functools import partial
+from typing import Any
 
 import pytest
 
-from pytest_vmsandbox.guests.running.together import Meet, in_step
+from pytest_vmsandbox.core.deadline import Deadline
+from pytest_vmsandbox.guests.running.together import Meet, in_step, in_threads
 
 
 def test_all_wait_for_each_other():
@@ -55,3 +62,72 @@ def test_nobody_waits_for_one_that_has_returned():
     everybody: list[Callable[[Meet], None]] = [partial(works, "a"), leaves, partial(works, "b")]
     in_step(everybody)
     assert len(done) == 7
+
+
+def waits(ended, has_begun=lambda: None):
+    """Wait without an end, as for a guest that does not boot."""
+    try:
+        has_begun()
+        while True:
+            Deadline(60).pause(0.01)
+    except KeyboardInterrupt:
+        Deadline(60).pause(0.01)  # what cleans up has its time
+        ended.append(True)
+        raise
+
+
+def ctrl_c(begun):
+    """Press Ctrl-C when all have begun, and the main thread waits for them."""
+    begun.wait()
+    main = threading.main_thread().ident or 0
+    while True:
+        top, *others = codes(sys._current_frames()[main])
+        if top is threading.Condition.wait.__code__ and wait.__code__ in others:
+            break
+        time.sleep(0.01)
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def codes(frame):
+    return [frame.f_code, *codes(frame.f_back)] if frame else []
+
+
+def test_all_give_up_after_ctrl_c():
+    ended, begun = [], threading.Barrier(3)
+    interrupts = threading.Thread(target=ctrl_c, args=[begun])
+    interrupts.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_threads([partial(waits, ended, begun.wait)] * 3, 2)
+    interrupts.join()
+    assert ended == [True, True]
+
+
+def test_all_give_up_after_ctrl_c_while_one_waits_for_others():
+    ended, begun = [], threading.Barrier(3)
+    interrupts = threading.Thread(target=ctrl_c, args=[begun])
+
+    def meets(meet):
+        begun.wait()
+        meet()
+        ended.append(True)
+
+    interrupts.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_step([lambda _: waits(ended, begun.wait), meets])
+    interrupts.join()
+    assert ended == [True, True]
+
+
+def test_all_or_none():
+    ended, has_begun = [], threading.Event()
+
+    def fails():
+        assert has_begun.wait(60)
+        raise ValueError("mine")
+
+    works: list[Any] = [partial(waits, ended, has_begun.set), fails, partial(waits, ended)]
+    first, second, third = in_threads(works, 2, all_or_none=True)
+    assert isinstance(first.exception(), KeyboardInterrupt)
+    assert isinstance(second.exception(), ValueError)
+    assert third.cancelled() or isinstance(third.exception(), KeyboardInterrupt)
+    assert ended

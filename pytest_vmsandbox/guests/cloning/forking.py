@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from pytest_vmsandbox.guests.backend import Backend
@@ -13,6 +12,7 @@ from pytest_vmsandbox.guests.forks import Forks
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.leasing import leased, retried
 from pytest_vmsandbox.guests.running.engine import Engine
+from pytest_vmsandbox.guests.running.together import in_threads
 
 
 def forked(backend: Backend, engine: Engine, count: int) -> Forks[Guest]:
@@ -46,8 +46,7 @@ def _clones(backend: Backend, moment: Sealed, count: int, stack: ExitStack) -> l
     def made() -> Clone:
         return retried(backend, lambda: clone_of(backend, moment))
 
-    with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as threads:
-        futures: list[Future[Clone]] = [threads.submit(made) for _ in range(count)]
+    futures = in_threads([made] * count, min(count, os.cpu_count() or 1))
     for future in futures:
         if future.exception() is None:
             stack.push(future.result().stack)

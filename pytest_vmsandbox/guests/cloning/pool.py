@@ -21,7 +21,7 @@ from pytest_vmsandbox.machine.quota import Quota
 CLAIM = 128 * MIB  # of the host's memory, for a clone
 _DEPTH = 3  # armed clones for each kind of guest, if that many are expected
 _HEAD_START_SECONDS = 0.03  # in which a leased clone has the CPUs to itself, if more are armed
-_IDLE_SECONDS = 60.0  # after which unused clones are ended
+IDLE_SECONDS = 60.0  # after which unused clones are ended
 _STOP_SECONDS = 30.0
 
 
@@ -46,7 +46,7 @@ class _Kind:
     leased: int = 0
     arming: int = 0
     failure: VMSandboxError | None = None
-    last: Deadline = field(default_factory=lambda: Deadline(_IDLE_SECONDS))
+    last: Deadline = field(default_factory=lambda: Deadline(IDLE_SECONDS))
     head_start: Deadline = field(default_factory=lambda: Deadline(0))
     is_forgotten: bool = False
 
@@ -99,7 +99,7 @@ class Pool:
         with self._changed:
             kind = self._kind(opened, blueprint)
             kind.expected += count
-            kind.last = Deadline(_IDLE_SECONDS)
+            kind.last = Deadline(IDLE_SECONDS)
             self._start()
 
     @contextmanager
@@ -169,7 +169,7 @@ class Pool:
                 kind.leased += 1
                 self._start()
             kind.expected = max(0, kind.expected - 1)
-            kind.last = Deadline(_IDLE_SECONDS)
+            kind.last = Deadline(IDLE_SECONDS)
             kind.head_start = Deadline(_HEAD_START_SECONDS)
             was_armed = bool(kind.armed)
             while kind.arming and not kind.armed and kind.failure is None:
@@ -212,7 +212,7 @@ class Pool:
             with self._changed:
                 kind = self._wanting()
                 while not self._stopped and (kind is None or kind.pause):
-                    self._changed.wait(_IDLE_SECONDS / 4 if kind is None else kind.pause)
+                    self._changed.wait(IDLE_SECONDS / 4 if kind is None else kind.pause)
                     self._shrink()
                     kind = self._wanting()
                 if self._stopped:

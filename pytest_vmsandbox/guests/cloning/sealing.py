@@ -183,6 +183,7 @@ def _unpacked(
             machine.save(state, with_memory=False)
             machine.end(0)
     os.fchown(ram.fileno(), os.geteuid(), os.getegid())
+    memory.free_zeros(ram)  # QEMU has touched every page
     memory.seal(ram)
     return state, ram
 

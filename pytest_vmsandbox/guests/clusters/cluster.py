@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from pytest_vmsandbox.guests.leasing import leased
 from pytest_vmsandbox.guests.networks.joining import joined_all
 from pytest_vmsandbox.guests.networks.making import Networks
 from pytest_vmsandbox.guests.networks.network import Network
+from pytest_vmsandbox.guests.running.together import in_threads
 
 
 class Maker(Protocol):
@@ -149,23 +150,22 @@ def _started(declared: Declaration, maker: Maker, stack: ExitStack) -> dict[str,
     def start(member: Member, own: ExitStack) -> Guest:
         return maker.started(member.image, member.hardware, member.name, own)
 
-    starts: dict[str, Future[Guest]] = {}
-    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vmsandbox-cluster") as threads:
-        for member in declared.machines:
-            own = stack.enter_context(ExitStack())
-            starts[member.name] = threads.submit(start, member, own)
-        try:
-            wait(starts.values(), return_when=FIRST_EXCEPTION)
-        finally:
-            for each in starts.values():
-                each.cancel()  # those that have not begun, because one has failed
-    failed = {
-        name: each for name, each in starts.items() if not each.cancelled() and each.exception()
-    }
-    for name, each in (failed or starts).items():
-        with _about(name):
-            each.result()
-    return {name: each.result() for name, each in starts.items()}
+    works = [
+        partial(start, member, stack.enter_context(ExitStack())) for member in declared.machines
+    ]
+    starts = in_threads(works, os.cpu_count() or 1, all_or_none=True)
+    errors = {it: it.exception() for it in starts if not it.cancelled()}
+    failed = [
+        it
+        for it, error in errors.items()
+        if error is not None and not isinstance(error, KeyboardInterrupt)  # which had to give up
+    ]
+    named = {member.name: it for member, it in zip(declared.machines, starts, strict=True)}
+    for name, it in named.items():
+        if it in failed or not failed:
+            with _about(name):
+                it.result()
+    return {name: it.result() for name, it in named.items()}
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, cast
 
-from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.errors import CacheError, ConfigError
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.clusters import storing
 from pytest_vmsandbox.guests.clusters.cluster import Cluster, handed_out, opened
 from pytest_vmsandbox.guests.clusters.declaration import Base, Declaration
-from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
+from pytest_vmsandbox.guests.clusters.sealed import NotSealedError, SealedCluster
 from pytest_vmsandbox.guests.clusters.whole import Clones
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.networks.making import Networks
@@ -83,6 +83,11 @@ class MakesClusters:
                 remedy="leave out networks=",
             )
         seeds = {name: settings["seed"] for name, settings in machines.networks.items()}
+        machines.check()
+        if machines.form is not None:
+            with machines.form() as cluster:
+                yield cluster
+            return
         with (
             self._clones_of(machines).lent() as (guests, its),
             handed_out(Cluster(self.backend, guests, its, seeds)) as cluster,
@@ -90,7 +95,6 @@ class MakesClusters:
             yield cluster
 
     def _clones_of(self, sealed: SealedCluster) -> Clones:
-        sealed.check()
         if sealed not in self._whole:
             clones = self._whole[sealed] = Clones(self.backend, self.networks, sealed)
             sealed.stack.callback(clones.close)
@@ -117,6 +121,8 @@ class MakesClusters:
         It is done now, unless this run or an earlier one has done so. What ``form`` leaves running goes on
         running in every clone. The result lies in the cache: put no secret into it.
 
+        Where there can be no clones, ``form`` is called for each test. A line on the terminal says so.
+
         Args:
             machines: as `cluster` takes them.
             form: called with a fresh cluster.
@@ -127,7 +133,7 @@ class MakesClusters:
             A `SealedCluster`. It is gone with the run; the next run finds it in the cache.
 
         Raises:
-            ConfigError: an argument is invalid, a machine cannot be sealed, or it has an attached disk.
+            ConfigError: an argument is invalid, a fault is in force, or a disk is recorded.
             VMSandboxError: as `boot`, and as `Cluster.seal`. What ``form`` raises is passed on.
         """
         declared = Declaration.read(machines, networks)
@@ -136,18 +142,36 @@ class MakesClusters:
         made_of = {it.name: self.made_of(it.image, it.hardware) for it in declared.machines}
         key = storing.key_of(declared, made_of, step)
 
-        @contextmanager
-        def formed() -> Iterator[SealedCluster]:
-            with opened(declared, self) as cluster:
-                form(cluster)
-                for (
-                    guest
-                ) in cluster.values():  # a power cut in a clone must not undo what was formed
-                    guest.run(["sync"], user="root")
-                with cluster.seal() as sealed:
-                    yield sealed
-
         if key not in self._formed or self._formed[key].is_over:
             blueprints = {name: blueprint for name, (blueprint, _) in made_of.items()}
-            self._formed[key] = storing.obtained(self.backend, key, blueprints, formed)
+            self._formed[key] = self._sealed(key, declared, blueprints, form)
         return self._formed[key]
+
+    def _sealed(
+        self,
+        key: str,
+        declared: Declaration,
+        blueprints: Mapping[str, Blueprint],
+        form: Callable[[Cluster], object],
+    ) -> SealedCluster:
+        """A cluster of the cache, or what forms one for each test if there can be none."""
+
+        @contextmanager
+        def formed() -> Iterator[Cluster]:
+            with opened(declared, self) as cluster:
+                form(cluster)
+                yield cluster
+
+        each_time = SealedCluster.formed_each_time(blueprints, formed)
+        if self.backend.settings.clones == "never":
+            return each_time
+        try:
+            return storing.obtained(self.backend, key, blueprints, formed)
+        except (NotSealedError, CacheError) as error:
+            if error.transient:
+                raise
+            self.backend.callbacks.tell(
+                f"the cluster of {', '.join(blueprints)} is formed for each test, because it cannot be sealed: "
+                f"{error.brief}. Tests give the same results, but are slower"
+            )
+            return each_time

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Self
 
-from pytest_vmsandbox.core.errors import ConfigError
+from pytest_vmsandbox.core.errors import ConfigError, LaunchError
 from pytest_vmsandbox.core.lasting import Lasting
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.cloning.sealing import Sealed, sealed_all
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.networks.network import Network
+
+
+class NotSealedError(LaunchError):
+    """There can be no sealed cluster of these machines here. It can still be formed for each test."""
 
 
 class SealedCluster(Lasting):
@@ -25,6 +29,8 @@ class SealedCluster(Lasting):
         is_over: whether there can be no more clones of it.
         members: each machine at that moment, by name. Not part of the public interface.
         networks: what each network is made of, by name. Not part of the public interface.
+        form: forms such a cluster where none can be sealed; None where it is sealed. Not part of the public
+            interface.
         stack: ends everything. Not part of the public interface.
     """
 
@@ -37,8 +43,23 @@ class SealedCluster(Lasting):
         self.machines = tuple(members)
         self.members = dict(members)
         self.networks = dict(networks)
+        self.form: Callable[[], AbstractContextManager[Any]] | None = None
         self.stack = stack
         self.is_over = False
+
+    @classmethod
+    def formed_each_time(
+        cls, machines: Iterable[str], form: Callable[[], AbstractContextManager[Any]]
+    ) -> Self:
+        """What stands for one that cannot be sealed: a cluster is formed for each test.
+
+        Args:
+            machines: their names.
+            form: returns a context manager with a cluster.
+        """
+        made = cls({}, {}, ExitStack())
+        made.machines, made.form = tuple(machines), form
+        return made
 
     def __repr__(self) -> str:
         return f"<SealedCluster {', '.join(self.machines)}>"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,13 +14,15 @@ from typing import Any
 
 from pytest_vmsandbox.cache.copying import copy_to
 from pytest_vmsandbox.cache.store import CLUSTERS, PRIVATE_KEY, Entry, Store
-from pytest_vmsandbox.core.errors import ConfigError, LaunchError
+from pytest_vmsandbox.core.errors import LaunchError, MonitorError
+from pytest_vmsandbox.guests import plugged_files
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.cloning.sealing import Sealed
 from pytest_vmsandbox.guests.cloning.template_builder import template_key
+from pytest_vmsandbox.guests.clusters.cluster import Cluster
 from pytest_vmsandbox.guests.clusters.declaration import Declaration
-from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
+from pytest_vmsandbox.guests.clusters.sealed import NotSealedError, SealedCluster
 from pytest_vmsandbox.guests.lead import Lead
 from pytest_vmsandbox.guests.provision import Step
 from pytest_vmsandbox.guests.reaching.access import KeyPair
@@ -27,7 +31,7 @@ from pytest_vmsandbox.guests.templates import CONSOLE, MEMORY, STATE, layer_name
 from pytest_vmsandbox.machine import memory
 from pytest_vmsandbox.machine.cards import Card
 
-FORMAT = 1  # raise it when we change what we do to a cluster before we seal it, or keep of it
+FORMAT = 2  # raise it when we change what we do to a cluster before we seal it, or keep of it
 _TRIES = 3
 
 
@@ -53,12 +57,26 @@ def key_of(
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def _write_all(folder: Path, sealed: SealedCluster) -> dict[str, object]:
-    """Write a sealed cluster into an empty folder. Returns the record.
+def _written(folder: Path, cluster: Cluster) -> dict[str, object] | str:
+    """Seal a cluster, and write it into an empty folder. Returns the record, or why that cannot be done."""
+    for guest in cluster.values():  # a power cut in a clone must not undo what was formed
+        guest.run(["sync"], user="root")
+    for name, guest in cluster.items():
+        if not guest.engine.has_helper:
+            return f"there is no helper in {name}"
+    try:
+        with cluster.seal() as sealed:
+            return _write_all(folder, sealed)
+    except (LaunchError, MonitorError) as error:
+        if error.transient:
+            raise
+        return error.brief
+    except OSError as error:
+        return f"it cannot be written: {error.strerror or error}"
 
-    Raises:
-        ConfigError: it cannot be kept.
-    """
+
+def _write_all(folder: Path, sealed: SealedCluster) -> dict[str, object]:
+    """Write a sealed cluster into an empty folder. Returns the record."""
     machines = {name: _write(folder, name, member) for name, member in sealed.members.items()}
     keys = {name: member.key.private for name, member in sealed.members.items()}
     (folder / PRIVATE_KEY).touch(0o600)
@@ -67,11 +85,6 @@ def _write_all(folder: Path, sealed: SealedCluster) -> dict[str, object]:
 
 
 def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
-    if sealed.disks.plugged:
-        raise ConfigError(
-            f"the machine {name!r} has an attached disk, and a cluster with one cannot be kept",
-            remedy="detach it at the end of the function that forms the cluster, or use disks=['1GiB']",
-        )
     copy_to(sealed.memory, folder / f"{name}.{MEMORY}")
     copy_to(sealed.state, folder / f"{name}.{STATE}")
     (folder / f"{name}.{CONSOLE}").write_text(sealed.console, "utf-8", "replace")
@@ -85,6 +98,7 @@ def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
         "hostname": sealed.hostname,
         "label": sealed.label,
         "layers": layers,
+        "plugged": plugged_files.write(sealed.disks.plugged, folder, f"{name}."),
         "lead": sealed.lead.seconds,
         "held": sealed.held,
         "helper": None if sealed.setup is None else sealed.setup.record(),
@@ -96,28 +110,35 @@ def obtained(
     backend: Backend,
     key: str,
     blueprints: Mapping[str, Blueprint],
-    form: Callable[[], AbstractContextManager[SealedCluster]],
+    form: Callable[[], AbstractContextManager[Cluster]],
 ) -> SealedCluster:
-    """The kept cluster with that key. It is formed if there is none.
+    """The kept cluster with that key. It is formed and sealed if there is none.
 
     Args:
         blueprints: of the machines, by name.
-        form: returns a context manager with the sealed cluster.
+        form: returns a context manager with the cluster.
 
     Raises:
+        NotSealedError: it cannot be sealed here.
         CacheError: it cannot be kept.
         LaunchError: what was kept is damaged again and again.
     """
+    for name, blueprint in blueprints.items():
+        if why := blueprint.unsaved or ("" if blueprint.has_way_in else "it has no way in"):
+            raise NotSealedError(f"{name}: {why}")
     store, names = Store(backend.cache, CLUSTERS, KeptCluster), ", ".join(blueprints)
     say, about = backend.callbacks.say, f"the cluster of {names}"
 
     def fill(folder: Path, _lock: int) -> dict[str, object]:
         say(f"forming {about}. This is done once, and again if its inputs change")
         try:
-            with form() as sealed:
-                return _write_all(folder, sealed)
+            with form() as cluster:
+                record = _written(folder, cluster)
         except OSError as error:
             raise _FormError(error) from error
+        if isinstance(record, str):
+            raise NotSealedError(record)
+        return record
 
     for _ in range(_TRIES):
         try:
@@ -128,8 +149,8 @@ def obtained(
             raise error.args[0] from None
         with ExitStack() as stack:
             try:
-                found = _read_all(backend, kept, blueprints, stack)
-                if not (damage := kept.damage()):
+                found, damage = _read_all(backend, kept, blueprints, stack)
+                if not damage:
                     found.stack.push(stack.pop_all())
                     backend.stack.callback(found.end)
                     return found
@@ -146,19 +167,34 @@ class _FormError(Exception):
 
 def _read_all(
     backend: Backend, kept: KeptCluster, blueprints: Mapping[str, Blueprint], stack: ExitStack
-) -> SealedCluster:
-    """A kept cluster, open. `stack` closes its files.
+) -> tuple[SealedCluster, str]:
+    """A kept cluster, open, and which of its files has changed; empty if none has.
+
+    Threads do it: large files are read, and some QEMUs need copies of the memories.
+
+    Args:
+        stack: closes its files.
 
     Raises:
         OSError, ValueError, KeyError: it is damaged.
+        ImageError: an image below it is damaged.
     """
     stack.enter_context(Store.hold(kept.folder))
     keys: dict[str, str] = json.loads((kept.folder / PRIVATE_KEY).read_text(encoding="utf-8"))
-    members = {
-        name: _read(backend, kept.folder, name, record, blueprints[name], keys[name], stack)
-        for name, record in kept.record["machines"].items()
-    }
-    return SealedCluster(members, kept.record["networks"], ExitStack())
+
+    def read(name: str) -> Sealed:
+        record = kept.record["machines"][name]
+        return _read(backend, kept.folder, name, record, blueprints[name], keys[name], own[name])
+
+    own = {name: stack.enter_context(ExitStack()) for name in blueprints}
+    images = {blueprint.image: blueprint.built for blueprint in blueprints.values()}
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vmsandbox-cluster") as threads:
+        verified = [threads.submit(built.verified) for built in images.values()]
+        damage = threads.submit(kept.damage)
+        members = dict(zip(own, threads.map(read, own), strict=True))
+    for each in verified:
+        each.result()
+    return SealedCluster(members, kept.record["networks"], ExitStack()), damage.result()
 
 
 def _read(
@@ -175,6 +211,7 @@ def _read(
         tuple(stack.enter_context((folder / layer).open("rb")) for layer in layers)
         for layers in record["layers"]
     )
+    plugged = tuple(plugged_files.read(it, folder, stack) for it in record["plugged"])
     shared = memory.for_clones(folder / f"{name}.{MEMORY}", blueprint.qemu.version)
     return Sealed(
         blueprint=blueprint,
@@ -184,7 +221,7 @@ def _read(
         key=KeyPair.of(key),
         memory=stack.enter_context(shared),
         state=stack.enter_context((folder / f"{name}.{STATE}").open("rb", buffering=0)),
-        disks=replace(disks, overlays=overlays),
+        disks=replace(disks, overlays=overlays, plugged=plugged),
         lead=Lead(record["lead"]),
         held=record["held"],
         console=(folder / f"{name}.{CONSOLE}").read_text("utf-8"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from pytest_vmsandbox.core.errors import VMSandboxError
 from pytest_vmsandbox.guests.backend import Backend
+from pytest_vmsandbox.guests.cloning import pool
 from pytest_vmsandbox.guests.cloning.making import Clone
 from pytest_vmsandbox.guests.cloning.sealing import clones_of, go_on
 from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
@@ -40,7 +41,10 @@ class Whole:
 
 
 class Clones:
-    """The clones of one sealed cluster. From the second one on, the next one is armed ahead of demand."""
+    """The clones of one sealed cluster. From the second one on, the next one is armed ahead of demand.
+
+    Like any armed clone, it ends if nobody asks for it for a while.
+    """
 
     def __init__(self, backend: Backend, networks: Networks, sealed: SealedCluster) -> None:
         self._backend = backend
@@ -51,15 +55,29 @@ class Clones:
         self._is_closed = False
         self._lock = threading.Lock()
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="vmsandbox-cluster-filler")
+        self._idle: threading.Timer | None = None  # ends the next one if nobody wants it
 
     def close(self) -> None:
         """End the clone that nobody has used."""
         with self._lock:
             self._is_closed = True
             self._filler.shutdown(cancel_futures=True)
+        self._stay()
+        self._end_next()
+
+    def _stay(self) -> None:
+        """Let the next one stay for now."""
+        if (idle := self._idle) is not None:
+            idle.cancel()
+            idle.join()
+
+    def _end_next(self) -> None:
+        with self._lock:
             coming, self._next = self._next, None
-        if coming is not None and not coming.cancelled() and coming.exception() is None:
-            coming.result().stack.close()
+        if coming is not None:
+            wait([coming])
+            if not coming.cancelled() and coming.exception() is None:
+                coming.result().stack.close()
 
     @contextmanager
     def lent(self) -> Iterator[tuple[dict[str, Guest], Mapping[str, Network]]]:
@@ -103,11 +121,17 @@ class Clones:
         return None
 
     def _arm_next(self) -> None:
+        self._stay()
         with self._lock:
             self._count += 1
             wanted = self._count > 1 and self._backend.settings.clones == "armed"
-            if wanted and self._next is None and not self._is_closed:  # clones that run go on
+            if not wanted or self._is_closed:  # clones that run go on
+                return
+            if self._next is None:
                 self._next = self._filler.submit(self._made, arm=True)
+            self._idle = threading.Timer(pool.IDLE_SECONDS, self._end_next)
+            self._idle.daemon = True
+            self._idle.start()
 
     def _made(self, *, arm: bool) -> Whole:
         members = self._sealed.members

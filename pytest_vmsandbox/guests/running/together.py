@@ -1,18 +1,65 @@
-"""Several threads, one for each guest, that do something at one moment."""
+"""Several threads, one for each guest, that do something at the same time, or at one moment."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
+from pytest_vmsandbox.core.deadline import giving_up_at
+
+_LOOK_SECONDS = 0.5
 T = TypeVar("T")
 Meet = Callable[[], object]  # returns when all others have called theirs
 
 
 def alone() -> None:
     """A `Meet` without others."""
+
+
+def in_threads(
+    works: Sequence[Callable[[], T]], most: int, *, all_or_none: bool = False
+) -> list[Future[T]]:
+    """Call functions in threads, and wait for them. Ctrl-C here lets them give up, and is passed on.
+
+    Args:
+        most: how many are called at the same time.
+        all_or_none: whether the others give up if one fails.
+
+    Returns:
+        Their results, in their order. Those that did not begin are cancelled.
+    """
+    stop = threading.Event()
+
+    def called(work: Callable[[], T]) -> T:
+        with giving_up_at(stop):
+            return work()
+
+    with ThreadPoolExecutor(most, thread_name_prefix="vmsandbox-together") as threads:
+        futures: list[Future[T]] = []
+        try:
+            for work in works:
+                futures.append(threads.submit(called, work))  # noqa: PERF401  # Ctrl-C may come now
+            while _go_on(futures, all_or_none=all_or_none):
+                pass
+        finally:
+            if len(futures) < len(works) or not all(future.done() for future in futures):
+                for future in futures:
+                    future.cancel()
+                stop.set()
+    return futures
+
+
+def _go_on(futures: Sequence[Future[T]], *, all_or_none: bool) -> bool:
+    """Wait a moment. Returns whether to wait any longer.
+
+    Python notices a Ctrl-C that came right before a wait only after it.
+    """
+    when = FIRST_EXCEPTION if all_or_none else ALL_COMPLETED
+    done, others = wait(futures, _LOOK_SECONDS, when)
+    return bool(others) and not (all_or_none and any(it.exception() for it in done))
 
 
 class _Meeting:
@@ -68,6 +115,5 @@ def in_step(works: Sequence[Callable[[Meet], T]]) -> list[T]:
         finally:
             meeting.leave()
 
-    with ThreadPoolExecutor(len(works), thread_name_prefix="vmsandbox-together") as threads:
-        futures = [threads.submit(done, work) for work in works]
+    futures = in_threads([partial(done, work) for work in works], len(works))
     return [future.result() for future in futures]
