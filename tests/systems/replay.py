@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pytest_vmsandbox.core.paths import cache_dir
-from pytest_vmsandbox.guests.recording import CONSOLE, LOG, REPORT
-from pytest_vmsandbox.guests.recordings import Recorded, RecordedStore
+from pytest_vmsandbox.guests.replay.run import CONSOLE, LOG, REPORT
+from pytest_vmsandbox.guests.replay.store import Recorded, RecordedStore
 
 NODEID = "test_chance.py::test_chance"
 KINDS = ("random", "now", "monotonic", "uuid", "hash", "races", "processes")
@@ -121,7 +121,9 @@ def recorded(folder: Path, qemu: str | None, times: dict[str, list[float]]) -> R
     differ = [kind for kind in KINDS if first[kind] != second[kind]]
     assert {"random", "now", "uuid", "hash"} <= {*differ}, f"only {differ} differ"
     print(f"  another recording of it differs in: {', '.join(differ)}", flush=True)
-    return RecordedStore(cache_dir()).find(NODEID, folder)
+    store = RecordedStore(cache_dir())
+    (found,) = store.find(NODEID, store.project(folder))
+    return found
 
 
 def shown(folder: Path, qemu: str | None, times: int) -> bool:
