@@ -62,7 +62,7 @@ def _snapshots(file: int | None) -> list[str]:
     """
     if file is None:
         return []
-    drive = f"file=/dev/fdset/{file},format=qcow2,if=none,id=snapshots"
+    drive = f"file=/dev/fdset/{file},format=qcow2,auto-read-only=off,if=none,id=snapshots"
     return ["-add-fd", f"fd={file},set={file}", "-drive", drive]
 
 
