@@ -46,8 +46,8 @@ def replay(
     All that the guest does happens again: random numbers, times, and the order of its threads. The command
     compares what the guest writes with the recording. The exit status is 1 if it differs.
 
-    --gdb lets the guest wait for a debugger, which can set breakpoints in its kernel and its programs. In
-    gdb, use 'target remote 127.0.0.1:PORT', then 'continue'.
+    --gdb lets the guest wait for a debugger, which can set breakpoints in its kernel and its programs, and
+    go backwards: 'reverse-stepi', 'reverse-continue'. The output is not compared then.
 
     \b
     vmsandbox replay --times 5 'tests/test_app.py::test_start[debian-13]'
@@ -63,8 +63,11 @@ def replay(
     ):
         for number in range(1, times + 1):
             begun = monotonic()
-            differs, count = _repeated(factory, recorded, gdb, output)
+            differs, count = _repeated(factory, recorded, gdb, output, screen)
             about = f"replay {number} of {times}: {count:,} bytes in {monotonic() - begun:.1f} s"
+            if gdb is not None:  # it may have gone backwards, so output comes twice
+                screen.say(about)
+                continue
             if differs:
                 screen.say(f"{about}; they differ from the recording: {differs}")
                 ctx.exit(1)
@@ -72,7 +75,7 @@ def replay(
 
 
 def _repeated(
-    factory: GuestFactory, recorded: Recorded, gdb: int | None, output: Path | None
+    factory: GuestFactory, recorded: Recorded, gdb: int | None, output: Path | None, screen: Screen
 ) -> tuple[str, int]:
     """Repeat a run. Returns where its output differs, and how long that is.
 
@@ -82,9 +85,13 @@ def _repeated(
     limit = _DEBUGGED_SECONDS if gdb else max(_LEAST_SECONDS, _SLOWER * recorded.seconds)
     with ExitStack() as stack:
         folder = stack.enter_context(factory.backend.hypervisor.scratch("replay"))
-        run = recorded.replayed(factory.backend, folder, stack, gdb=gdb)
+        run = recorded.replayed(factory.backend, folder, stack, is_debugged=gdb is not None)
         if gdb is None:
             run.begin()
+        else:
+            run.await_debugger(gdb)
+            commands = f"-ex 'set remotetimeout 100' -ex 'target remote 127.0.0.1:{gdb}'"
+            screen.say(f"the guest waits: gdb {commands}")
         ended = run.await_end(limit)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)

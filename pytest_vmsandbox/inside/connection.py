@@ -176,6 +176,9 @@ class Connection:
                 return lost
         except VMSandboxError:
             pass
+        return self._gone()
+
+    def _gone(self) -> GuestLost:
         return GuestLost(
             f"the process in {self.guest.name} that runs the tests is gone",
             stage="command",

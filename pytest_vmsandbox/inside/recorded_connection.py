@@ -55,6 +55,10 @@ class RecordedConnection(Connection):
             self._run.begin()
             self._silence = Deadline(self._silence.seconds)
         messages = self._decoder.feed(self._run.receive(timeout))
+        if any(
+            "gone" in it for it in messages
+        ):  # the supervisor; what it said before does not count
+            raise self._gone()
         self._silence = Deadline(self._silence.seconds)
         self._waiting += [it for it in messages if not {"pong", "attached", "awake"} & it.keys()]
         return bool(messages)

@@ -25,12 +25,14 @@ class RecordingDescriptors:
         log: the file with what came from outside.
         console, report: the files that its two serial ports write to. A socket may be full for a moment,
             which cannot be repeated.
+        snapshots: the qcow2 file for QEMU's snapshots, if a debugger may go backwards; else None.
     """
 
     mode: str
     log: int
     console: int
     report: int
+    snapshots: int | None = None
 
 
 def arguments(recording: RecordingDescriptors | None, netdev: str) -> list[str]:
@@ -41,12 +43,27 @@ def arguments(recording: RecordingDescriptors | None, netdev: str) -> list[str]:
         netdev: the id of its network.
     """
     options = f"shift={_SHIFT}"
+    # Only Windows XP uses it. Seen: with it, QEMU hangs when a debugger goes backwards.
+    always = ["-global", "apic-common.vapic=off"]
     if recording is None:
-        return ["-icount", options]
+        return [*always, "-icount", options]
     options += f",rr={recording.mode},rrfile=/proc/self/fd/{recording.log}"
     # Seen: a reset never ends while QEMU records. It does not answer then either.
     ends = ["-action", "reboot=shutdown"]
-    return ["-icount", options, *ends, "-object", f"filter-replay,id=replay,netdev={netdev}"]
+    replay = ["-object", f"filter-replay,id=replay,netdev={netdev}"]
+    return [*always, "-icount", options, *ends, *replay, *_snapshots(recording.snapshots)]
+
+
+def _snapshots(file: int | None) -> list[str]:
+    """A disk that no guest has. QEMU saves a snapshot when a debugger comes, and goes back to it.
+
+    QEMU takes the first disk that has a name. Seen: any other one waits for a request to end, which does not
+    happen while the guest is paused, so QEMU would hang.
+    """
+    if file is None:
+        return []
+    drive = f"file=/dev/fdset/{file},format=qcow2,auto-read-only=off,if=none,id=snapshots"
+    return ["-add-fd", f"fd={file},set={file}", "-drive", drive]
 
 
 def from_zero(state: bytes) -> bytes:

@@ -31,12 +31,14 @@ class Recording:
         mode: ``record`` or ``replay``.
         log: what came from outside.
         console, report: what its two serial ports have written.
+        snapshots: a qcow2 file for QEMU's snapshots, if a debugger may go backwards; else None.
     """
 
     mode: str
     log: IO[bytes]
     console: IO[bytes]
     report: IO[bytes]
+    snapshots: IO[bytes] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

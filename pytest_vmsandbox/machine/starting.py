@@ -165,6 +165,7 @@ def _of_recording(
         log=give(recording.log),
         console=give(recording.console),
         report=give(recording.report),
+        snapshots=None if recording.snapshots is None else give(recording.snapshots),
     )
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
+from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.replay.run import CONSOLE, REPORT, RecordedRun, difference
 from pytest_vmsandbox.guests.replay.store import Recorded, RecordedStore
 from pytest_vmsandbox.inside import recorded_connection
@@ -114,9 +115,29 @@ class TestConnection:
         with pytest.raises(GuestLost, match="does not answer any more"):
             connection.hear(60.0)
 
+    def test_a_guest_whose_supervisor_is_gone_is_lost_at_once(self, opened):
+        connection = opened(b'{"call": true}\n{"gone": true}\n')
+        with pytest.raises(GuestLost, match="that runs the tests is gone"):
+            connection.hear(60.0)
+
     def test_it_is_given_up_instead_of_interrupted(self, opened):
         connection = opened()
         connection.signal("DUMP")
         for name in ("INT", "KILL"):
             with pytest.raises(GuestLost, match="cannot be interrupted"):
                 connection.signal(name)
+
+
+class TestLog:
+    @pytest.mark.parametrize("said", ["", "qemu-system-x86_64: replay write error"])
+    def test_one_that_is_not_complete_is_not_kept(self, tmp_path, said):
+        engine = SimpleNamespace(running=SimpleNamespace(machine=SimpleNamespace()))
+        guest = cast("Guest", SimpleNamespace(engine=engine, name="one"))
+        run = RecordedRun(guest, tmp_path / "run")
+        engine.running.machine.process = SimpleNamespace(stderr_tail=said)
+        if not said:
+            run.check_log()
+            return
+        with pytest.raises(GuestLost, match="could not write the log of one") as raised:
+            run.check_log()
+        assert str(tmp_path) in raised.value.remedy

@@ -25,14 +25,17 @@ from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.reaching.access import KeyPair
 from pytest_vmsandbox.guests.running.machines import Machines
 from pytest_vmsandbox.machine import counting, host
-from pytest_vmsandbox.machine.disk import REQUEST_SIZE, Recording
+from pytest_vmsandbox.machine.disk import REQUEST_SIZE, Recording, empty_overlay
 from pytest_vmsandbox.machine.machine import Machine
 
 REQUEST, LOG, CONSOLE, REPORT = "request", "log", "console", "report"
 FILES = (REQUEST, LOG, CONSOLE, REPORT)  # of a recorded run
 MOST_LOG = 1 << 30  # bytes of a log
 _LOOK_SECONDS = 0.05
-_RESULTS = (LOG, CONSOLE, REPORT)
+_NOT_WRITTEN = "replay write error"  # QEMU's words
+_WAITING = "Waiting for gdb connection"  # likewise
+_SNAPSHOTS = 1 << 20  # bytes of a disk that has nothing but snapshots
+_PIECE = 1 << 20  # bytes of a console that are read at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,7 @@ class RecordedRun:
         self.folder = folder
         self._machine: Machine = guest.engine.running.machine  # type: ignore[union-attr]
         self._read = 0
+        self._shown = 0  # bytes of the console
 
     @classmethod
     def started(
@@ -99,7 +103,7 @@ class RecordedRun:
         name: str,
         mode: str,
         stack: ExitStack,
-        arguments: Sequence[str] = (),
+        is_debugged: bool = False,
     ) -> RecordedRun:
         """Start QEMU. `stack` ends it.
 
@@ -108,7 +112,7 @@ class RecordedRun:
                 there.
             name: of the guest.
             mode: ``record`` or ``replay``.
-            arguments: further ones for QEMU.
+            is_debugged: whether a debugger will come, see `await_debugger`.
 
         Raises:
             LaunchError: QEMU cannot be started.
@@ -128,13 +132,13 @@ class RecordedRun:
             log=stack.enter_context((folder / LOG).open("rb", buffering=0)),
             console=stack.enter_context((folder / CONSOLE).open("wb", buffering=0)),
             report=stack.enter_context((folder / REPORT).open("wb", buffering=0)),
+            snapshots=stack.enter_context(empty_overlay(_SNAPSHOTS, folder))
+            if is_debugged
+            else None,
         )
         disks = stack.enter_context(blueprint.disks(backend.hypervisor.cache, before.layers))
         request = stack.enter_context((folder / REQUEST).open("rb", buffering=0))
         disks = replace(disks, request=request, recording=files)
-        if arguments:
-            more = blueprint.qemu_args
-            blueprint = replace(blueprint, qemu_args=lambda spec: [*more(spec), *arguments])
         machines = Machines(
             blueprint,
             backend.hypervisor,
@@ -170,6 +174,21 @@ class RecordedRun:
         """Let the guest run."""
         self._machine.resume()
 
+    def await_debugger(self, port: int) -> None:
+        """Let a debugger connect to a port of this host, and decide when the guest runs.
+
+        Raises:
+            ConfigError: the port cannot be used.
+        """
+        # Not before the guest's state is loaded: QEMU saves a snapshot when a debugger comes.
+        said = self._machine.human(f"gdbserver tcp:127.0.0.1:{port}")
+        if _WAITING not in said:
+            raise ConfigError(
+                f"QEMU cannot wait for a debugger at port {port}",
+                details=said,
+                remedy="use another port",
+            )
+
     def receive(self, timeout: float) -> bytes:
         """What the guest has reported since the last call.
 
@@ -181,6 +200,7 @@ class RecordedRun:
         with (self.folder / REPORT).open("rb") as file:
             file.seek(self._read)
             while not (data := file.read()):
+                self._show_console()
                 self._machine.check()
                 if (self.folder / LOG).stat().st_size > MOST_LOG:
                     raise GuestLost(
@@ -192,9 +212,30 @@ class RecordedRun:
             self._read = file.tell()
         return data
 
+    def _show_console(self) -> None:
+        """Let our side see what the guest has written to its console, such as the text of a panic."""
+        with (self.folder / CONSOLE).open("rb") as file:
+            file.seek(self._shown)
+            while data := file.read(_PIECE):
+                self._machine.console.feed(data)
+            self._shown = file.tell()
+
     def finish(self) -> None:
         """End QEMU, so that the log is complete."""
         self._machine.end(0)
+        self._show_console()
+
+    def check_log(self) -> None:
+        """Check that QEMU could write all of the log.
+
+        Raises:
+            GuestLost: it could not. QEMU goes on then, but the run cannot be repeated.
+        """
+        if _NOT_WRITTEN in self.said:
+            raise GuestLost(
+                f"QEMU could not write the log of {self.guest.name}: is the disk full?",
+                remedy=f"make room in {self.folder.parent}",
+            )
 
     def await_end(self, timeout: float) -> bool:
         """Whether a replay has come to the end of its log within `timeout` seconds."""

@@ -49,13 +49,13 @@ class Recorded(OfTest):
         return float(self.record["seconds"])
 
     def replayed(
-        self, backend: Backend, folder: Path, stack: ExitStack, *, gdb: int | None = None
+        self, backend: Backend, folder: Path, stack: ExitStack, *, is_debugged: bool = False
     ) -> RecordedRun:
         """A guest that repeats the run. It is paused; `stack` ends it.
 
         Args:
             folder: an empty one, for what the guest writes.
-            gdb: a port for a debugger; None for none.
+            is_debugged: whether a debugger will come, see `RecordedRun.await_debugger`.
 
         Raises:
             ConfigError: what it depends on has changed.
@@ -64,11 +64,15 @@ class Recorded(OfTest):
         blueprint = backend.blueprint(self.image, self.hardware)
         check_recordable(blueprint)
         if blueprint.digest != self.record["digest"]:
+            what, remedy = "pytest-vmsandbox or its settings have changed", _AGAIN
+            if blueprint.qemu.build != self.record["qemu_build"]:
+                here = blueprint.qemu.release
+                what = f"it was recorded with QEMU {self.record['qemu']}, and here is another one: {here}"
+                remedy = f"use that QEMU (VMSANDBOX_QEMU), or {_AGAIN}"
+            elif blueprint.built.build_id != self.record["image_build"]:
+                what = f"the image {blueprint.image} was built again since then"
             raise ConfigError(
-                f"the recorded run of {self.nodeid} cannot be repeated: QEMU, the image or pytest-vmsandbox is "
-                "another one",
-                details=f"it was recorded with QEMU {self.record['qemu']}; here is {blueprint.qemu.release}",
-                remedy=f"use the QEMU that it was recorded with, or {_AGAIN}",
+                f"the recorded run of {self.nodeid} cannot be repeated: {what}", remedy=remedy
             )
         for name in (REQUEST, LOG):
             shutil.copyfile(self.folder / name, folder / name)
@@ -85,7 +89,7 @@ class Recorded(OfTest):
                 name=self.guest,
                 mode="replay",
                 stack=stack,
-                arguments=[] if gdb is None else ["-gdb", f"tcp:127.0.0.1:{gdb}"],
+                is_debugged=is_debugged,
             )
 
 
@@ -118,8 +122,11 @@ class RecordedStore(StoreOfTests[Recorded]):
 
         Raises:
             CacheError: it cannot be kept.
+            GuestLost: its log is not complete.
         """
+        run.check_log()
         template, engine = opened.template, run.guest.engine
+        blueprint = engine.machines.blueprint
 
         def fill(folder: Path, _lock: int) -> dict[str, object]:
             for name in FILES:
@@ -136,7 +143,9 @@ class RecordedStore(StoreOfTests[Recorded]):
                 "seconds": seconds,
                 "saved_at": wall(),
                 "digest": digest,
-                "qemu": engine.machines.blueprint.qemu.release,
+                "qemu": blueprint.qemu.release,
+                "qemu_build": blueprint.qemu.build,
+                "image_build": blueprint.built.build_id,
                 "hardware": asdict(engine.spec),
                 "layers": names,
             }

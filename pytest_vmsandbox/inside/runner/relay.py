@@ -23,6 +23,7 @@ REPORT = "/dev/ttyS1"
 BLOCK = 4096  # bytes; a disk that is read past the cache wants whole blocks
 LOOK_SECONDS = 0.1
 PING_SECONDS = 2.0  # of the supervisor's silence, after which it is asked for a sign of life
+GONE = b'{"gone": true}\n'
 PING = b'{"do": "ping", "n": 0}\n'
 ADD_ENTROPY, RESEED = 0x40085203, 0x5207  # Linux's RNDADDENTROPY and RNDRESEEDCRNG
 
@@ -84,22 +85,24 @@ def begin(head: dict[str, object]) -> None:
 def relay(folder: str, request: bytes, report: int) -> None:
     """Send a request to the supervisor, and write all of its messages until the session has ended.
 
-    The host cannot ask whether the supervisor lives. So this does, and writes the answer.
+    The host cannot ask whether the supervisor lives. So this does, and writes the answer, or that it is
+    gone.
     """
     supervisor = socket.socket(socket.AF_UNIX)
     supervisor.connect(os.path.join(folder, SOCKET))
     supervisor.sendall(request)
     lines = Lines()
-    while True:
-        if not select.select([supervisor], [], [], PING_SECONDS)[0]:
-            supervisor.sendall(PING)
-        data = supervisor.recv(CHUNK)
-        if not data:
-            return
-        for line in lines.feed(data):
+    is_over = False
+    while not is_over:
+        try:
+            if not select.select([supervisor], [], [], PING_SECONDS)[0]:
+                supervisor.sendall(PING)
+            data = supervisor.recv(CHUNK)
+        except OSError:
+            data = b""
+        for line in lines.feed(data) if data else [GONE.rstrip()]:
             rest = memoryview(line + b"\n")
             while rest:
                 rest = rest[os.write(report, rest) :]
-            if line.startswith(b'{"exit"'):
-                termios.tcdrain(report)
-                return
+            is_over = not data or line.startswith(b'{"exit"')
+    termios.tcdrain(report)

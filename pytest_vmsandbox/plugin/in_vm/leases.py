@@ -241,6 +241,6 @@ class Leases:
             pulling.note(self._run.pulled, outcome.value, paths)
 
     def _note_loss(self, lease: Lease) -> None:
-        """Report at the end that files written in a guest are lost, if tests may have run there."""
-        if lease.has_collected:
+        """Report at the end that files written in a guest are lost, if they would have come back."""
+        if lease.has_collected and not lease.is_recorded:
             pulling.note(self._run.pulled, pulling.LOST, [lease.guest.name])

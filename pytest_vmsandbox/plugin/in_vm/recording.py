@@ -16,8 +16,11 @@ from pytest_vmsandbox.guests.cloning.template_builder import OpenTemplate
 from pytest_vmsandbox.guests.factory import GuestFactory
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.guests.replay.run import RecordedRun
-from pytest_vmsandbox.guests.replay.store import RecordedStore
+from pytest_vmsandbox.guests.replay.store import MOST, RecordedStore
+from pytest_vmsandbox.plugin.reporting import FAILED
 from pytest_vmsandbox.plugin.run import Run
+
+_KEPT = pytest.StashKey[int]()  # how many recordings this run has kept
 
 
 @dataclass(eq=False)
@@ -49,32 +52,48 @@ class Keeper:
         with ExitStack() as stack:
             folder = stack.enter_context(factory.backend.hypervisor.scratch("recording"))
             recorded, opened, digest = factory.recorded(image, hardware, folder, stack)
-            keeper, begun, is_lost = cls(recorded, opened), monotonic(), False
+            keeper, begun, lost = cls(recorded, opened), monotonic(), ""
             try:
                 yield keeper
-            except Exception:
-                is_lost = True
+            except VMSandboxError as error:
+                lost = "" if error.transient else str(error)  # what the host did cannot be repeated
                 raise
             finally:
                 recorded.finish()
-                if item is not None and (is_lost or keeper.failure()):
-                    keeper._keep(run, factory, item, digest=digest, seconds=monotonic() - begun)
+                failure = keeper.failure() or lost
+                if item is not None and failure:
+                    seconds = monotonic() - begun
+                    keeper._keep(run, factory, item, failure, digest=digest, seconds=seconds)
+                elif item is not None and item.stash.get(FAILED, False):
+                    run.tell(f"{item.nodeid} was not recorded: it failed before it could run")
 
     def _keep(
-        self, run: Run, factory: GuestFactory, item: pytest.Item, *, digest: str, seconds: float
+        self,
+        run: Run,
+        factory: GuestFactory,
+        item: pytest.Item,
+        failure: str,
+        *,
+        digest: str,
+        seconds: float,
     ) -> None:
+        if (count := run.config.stash.get(_KEPT, 0)) == MOST:
+            run.tell(f"a run keeps {MOST} recordings. Later failures were not kept")
+            return
         try:
             RecordedStore(factory.backend.cache).keep(
                 self.run,
                 self.opened,
                 nodeid=item.nodeid,
                 rootdir=run.config.rootpath,
-                failure=self.failure(),
+                failure=failure,
                 digest=digest,
                 seconds=seconds,
             )
-        except VMSandboxError as error:
-            run.tell_problem(f"the recording of {item.nodeid} was not kept: {error.brief}")
+        except (VMSandboxError, OSError) as error:
+            why = error.brief if isinstance(error, VMSandboxError) else error
+            run.tell_problem(f"the recording of {item.nodeid} was not kept: {why}")
         else:
+            run.config.stash[_KEPT] = count + 1
             line = f"vmsandbox replay {shlex.quote(item.nodeid)}"
             run.tell(f"{item.nodeid} was recorded, which is experimental: {line}")
