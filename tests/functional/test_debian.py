@@ -58,8 +58,13 @@ def test_sessions_start_on_demand(vm):
     assert vm.run(["su", "-", "tester", "-c", ask]).stdout == "running\n"
 
 
-@pytest.mark.vm(user="tester")
-def test_power_and_an_ordinary_user(vm):
+@pytest.mark.vm(user="tester", disk="9GiB")
+@pytest.mark.origins(
+    "cloned"
+)  # of a guest that was booted; and from its first reboot on, it is one
+def test_power_an_ordinary_user_and_a_larger_disk(vm):
+    blocks, size = map(int, vm.run(["stat", "-f", "-c", "%b %S", "/"]).stdout.split())
+    assert blocks * size > 8.5 * 2**30
     assert vm.run(["id", "-un"]).stdout == "tester\n"
     assert vm.run(["id", "-un"], user="root").stdout == "root\n"
     vm.write_text("/home/tester/kept", "yes")
@@ -72,12 +77,6 @@ def test_power_and_an_ordinary_user(vm):
     assert vm.read_text("/home/tester/kept") == "yes"
     with pytest.raises(GuestLost, match="kernel panic: sysrq triggered crash"):
         vm.run(["sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100"], user="root")
-
-
-@pytest.mark.vm(disk="9GiB", isolation="test")
-def test_a_larger_disk_is_used(vm):
-    blocks, size = map(int, vm.run(["stat", "-f", "-c", "%b %S", "/"]).stdout.split())
-    assert blocks * size > 8.5 * 2**30
 
 
 ECHO = """

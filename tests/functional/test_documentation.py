@@ -12,7 +12,7 @@ import pytest
 
 from support import documentation
 from support.documentation import Commands, Example, Suite
-from support.environment import without_ours
+from support.environment import WITHOUT_HYPOTHESIS, without_ours
 
 EXAMPLES = [example for page in documentation.pages() for example in page.examples]
 TESTS = [example for example in EXAMPLES if isinstance(example, Suite)]
@@ -49,8 +49,8 @@ def test_tests(example, tmp_path):
     write(example.files, tmp_path)
     done = subprocess.run(
         [
-            *(sys.executable, "-P", "-m", "pytest", "-ra", "-p", "no:cacheprovider"),
-            *example.arguments,
+            *(sys.executable, "-P", "-m", "pytest", *WITHOUT_HYPOTHESIS),
+            *("-ra", "-p", "no:cacheprovider", *example.arguments),
         ],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip

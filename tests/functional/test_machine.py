@@ -42,6 +42,7 @@ def has_its_hardware(vm):
 
 
 @pytest.mark.vm(**HARDWARE)
+@pytest.mark.origins("cloned")  # from the first cut on, it is a guest that was booted
 def test_power(vm):
     has_its_hardware(vm)
     vm.shell("mkfs.ext4 -q /dev/vdb && mkdir /mnt/d && mount /dev/vdb /mnt/d")
@@ -170,10 +171,12 @@ def test_isolation(vm_factory, network):
         else:
             vm = stack.enter_context(vm_factory.boot("tiny", network=network))
         answering.bind(("127.0.0.1", 0))
+        patience = 60 if network == "nat" else 5  # where nothing comes, that is waited out
         # 10.0.2.2 is the host's loopback, as QEMU's user network shows it to the guest.
-        connect = vm.popen(["nc", "-w", "5", "10.0.2.2", str(server.getsockname()[1])])
+        connect = vm.popen(["nc", "-w", f"{patience}", "10.0.2.2", str(server.getsockname()[1])])
         # busybox's nc knows no UDP; this asks again and again until something comes.
-        ask = f"timeout 5 tftp -g -l - -r {network} 10.0.2.2 {answering.getsockname()[1]}"
+        port = answering.getsockname()[1]
+        ask = f"timeout {patience} tftp -g -l - -r {network} 10.0.2.2 {port}"
         asking = vm.popen(["sh", "-c", ask])
         if network == "nat":
             server.settimeout(60)
@@ -217,6 +220,7 @@ def test_two_at_once(vm_factory):
         assert b.run(["test", "-e", "/tmp/x"], check=False).returncode == 1
 
 
+@pytest.mark.origins("cloned")  # the guest that panics has been booted
 def test_power_off_and_panic_from_inside(vm):
     vm.popen(["poweroff"])
     with pytest.raises(GuestLost, match="switched off"):

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.origins("cloned")
 
 
 def clocks(guests):
-    """How far apart the clocks of guests are, at most, in seconds."""
+    """How far apart the clocks of guests are, at least, in seconds: asking may take long on a busy machine."""
     spans = [guest.engine.running.helper.read_lead() for guest in guests]
-    return max(most for _, most in spans) - min(least for least, _ in spans)
+    return max(least for least, _ in spans) - min(most for _, most in spans)
 
 
 @pytest.mark.parametrize("arm", [False, True], ids=["on-demand", "armed"])
@@ -41,7 +41,7 @@ def test_connections_between_members_are_alive(vm_factory, arm):
         if arm:
             go_on(clones)
         guests = [Guest(stack.enter_context(backend.engine(it.machines))) for it in clones]
-        assert clocks(guests) < 0.2  # each is right to 0.05 s, and took a moment to ask
+        assert clocks(guests) < 0.1  # each is right to 0.05 s
         for guest in (client, guests[1]):
             heard = guest.read_text("/root/heard").split()
             more = f"until [ $(wc -l </root/heard) -gt {len(heard) + 5} ]; do sleep 0.1; done"

@@ -41,8 +41,8 @@ from pytest_vmsandbox.core.paths import cache_dir
 from torture import kill
 
 NAMES = ("made", "derived", "fetched")
-GRACE = 5.0  # seconds for all processes to be gone
-ORDERLY = 30.0  # seconds to end after SIGINT and SIGTERM
+GRACE = 20.0  # seconds for all processes to be gone: this machine may be busy
+ORDERLY = 60.0  # seconds to end after SIGINT and SIGTERM
 COMMAND = "from pytest_vmsandbox.cli import main; main()"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI" + "A" * 43
 RECIPE = f"""#!/bin/sh

@@ -22,8 +22,8 @@ from pytest_vmsandbox.guests.guest import Guest
 from torture import kill
 
 BEGIN_SECONDS = 120.0  # for what pytest is killed in
-GRACE = 5.0  # for all processes to be gone
-ORDERLY = 30.0  # for pytest to end after SIGINT: it completes what it keeps
+GRACE = 20.0  # for all processes to be gone: this machine may be busy
+ORDERLY = 60.0  # for pytest to end after SIGINT: it completes what it keeps
 MEMORY = "160MiB"
 
 

@@ -745,11 +745,11 @@ class TestListing:
             pass
 
     def test_a_large_one_is_quick(self):
-        started = time.monotonic()
+        started = time.process_time()
         names = (b"f\x0012345\x001700000000.1234567890\x00some/folder/%d\x00" % it
                  for it in range(5000))  # fmt: skip
         assert len(tree_copy._parsed(DOT + b"".join(names), "x")) == 5000
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
 
 
 NAMES = st.sampled_from(["a", "b", "é", RAW, " -", "\n"])
