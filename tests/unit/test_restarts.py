@@ -2,6 +2,7 @@
 
 import threading
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -55,7 +56,7 @@ class Guest:
             assert self.may_go_on.wait(SECONDS)
             self.settled.append(True)
 
-        restarts = Restarts(self, self, setup, seconds, again)
+        restarts = Restarts(cast("Any", self), cast("Any", self), setup, seconds, again)
         return restarts
 
 
