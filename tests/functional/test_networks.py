@@ -66,6 +66,21 @@ def test_a_card_survives_what_a_guest_survives(lan, pair):
     assert reaches(a, name)
 
 
+def test_a_guest_that_restarts_by_itself_is_back_on_its_networks(lan, pair):
+    a, b = pair
+    name, monitor = lan.name_of(b), b.engine.running.machine.monitor
+
+    def restart():
+        since = len(monitor.events())
+        b.run(["reboot"])
+        assert monitor.wait_event("RESET", since=since, timeout=60)
+
+    restart()
+    assert reaches(b, lan.name_of(a))  # it has waited
+    restart()
+    a.wait_until(["ping", "-c1", "-W2", name], timeout=300)  # nobody has asked it
+
+
 def test_a_cable_is_out_as_long_as_one_fault_says_so(lan, pair):
     a, b = pair
     first, second = lan.unplug(b), lan.unplug(b)

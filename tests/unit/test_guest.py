@@ -212,7 +212,8 @@ class FakeMachine:
                 self.status = 0
 
     def events(self):
-        return list(self.names)
+        now = {"seconds": 0, "microseconds": 0}
+        return [{"event": name, "timestamp": now} for name in self.names]
 
     def wait_event(self, name, *, since, timeout):
         return name if name in self.names[since:] else None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -27,7 +29,9 @@ from pytest_vmsandbox.guests.networks.setup import hosts_text
 from pytest_vmsandbox.guests.networks.subnets import Subnets, checked_name, mac_of, subnets_of
 from pytest_vmsandbox.guests.running.ledger import Ledger
 from pytest_vmsandbox.machine.cards import Card
+from pytest_vmsandbox.machine.process import Launcher
 from pytest_vmsandbox.machine.switch.conditions import Conditions
+from pytest_vmsandbox.machine.switch.switch import Switch
 
 RECORD = {
     "network": "lan", "port": "port1", "mac": "52:56:00:00:00:01", "ipv4": "10.1.0.1/24",
@@ -70,9 +74,27 @@ class FakeEngine:
         self.is_up = arguments["up"]
 
 
-def network(ipv4="10.1.0.0/24", addresses="fixed"):
+def network(ipv4="10.1.0.0/24", addresses="fixed", switch=None):
     subnets = Subnets(ipv4=IPv4Network(ipv4), ipv6=IPv6Network("fd00:1::/64"))
-    return Network("lan", subnets, addresses, cast("Any", FakeSwitch()))
+    return Network("lan", subnets, addresses, cast("Any", switch or FakeSwitch()))
+
+
+def send(end, text):
+    """Send a frame to all."""
+    frame = b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + text
+    end.sendall(struct.pack(">I", len(frame)) + frame)
+
+
+def took(end):
+    """What is in the next frame."""
+    (size,) = struct.unpack(">I", end.recv(4, socket.MSG_WAITALL))
+    return end.recv(size, socket.MSG_WAITALL)[14:]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    with Launcher(tmp_path_factory.mktemp("run")) as launcher, Switch(launcher) as switch:
+        yield switch
 
 
 class TestSubnets:
@@ -353,6 +375,38 @@ class TestLeaving:
         fault = self.cut(lan, seats, ["a"], ["b", "c"])
         lan.leave(seats[0])
         assert not fault.in_force
+
+    @pytest.mark.parametrize("first", ["a", "b"])
+    def test_a_later_guest_of_that_name_is_not_cut_off(self, launched, first):
+        """On a real switch: what is cut between others stays so, whoever's fault it is."""
+        lan = network(switch=launched.network("lan"))
+
+        def come(name):
+            seat = lan.seat(name, port="port0")
+            seat.engine = cast("Any", FakeEngine())
+            end = seat.connect()
+            end.settimeout(20)
+            return seat, end
+
+        seats, ends = zip(*map(come, "abc"), strict=True)
+        rest = [name for name in "abc" if name != first]
+        engine = seats["abc".index(first)].engine
+        rules = cuts([first], rest, one_way=False) + cuts(["c"], ["b"], one_way=False)
+        fault = LinkFault(engine, "partition", lan.switch, rules).begin()
+        lan.leave(seats[0])
+        assert fault.in_force
+        _, again = come("a")
+        send(again, b"from the new one")
+        send(ends[1], b"from b")
+        send(ends[2], b"from c")
+        assert took(ends[1]) == took(ends[2]) == b"from the new one"
+        assert {took(again), took(again)} == {b"from b", b"from c"}
+        fault.end()
+        send(ends[2], b"the end")
+        assert took(ends[1]) == b"the end"  # nothing of c came before
+        lan.end()
+        for end in (*ends, again):
+            end.close()
 
     def test_a_network_that_is_over_says_so(self, lan, tmp_path):
         lan.end()

@@ -188,6 +188,8 @@ def _again(engine: Engine) -> None:
     try:
         _set_up(engine, fresh=fresh)
     except VMSandboxError as error:
+        if engine.running is not running or engine.loss is not None:
+            return  # it is gone, or starts again
         text = f"its networks could not be set up again: {error.brief}"
         engine.machines.faults.unrestored.append(text)
         engine.machines.faults.note(text)
@@ -196,7 +198,8 @@ def _again(engine: Engine) -> None:
 def _tell(seat: Seat) -> None:
     """Tell a guest the names of all others. One that is off, or does not answer, hears them later."""
     engine = seat.engine
-    if engine is None or engine.running is None or engine.running.resident.is_away:
+    running = None if engine is None else engine.running
+    if engine is None or running is None or running.resident.is_away or running.restarts.goes_on:
         return
     if seat.knows != _hosts(seats_of(engine)):
         with suppress(VMSandboxError):

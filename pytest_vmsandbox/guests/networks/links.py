@@ -70,13 +70,13 @@ class LinkFault(NetworkFault):
     ) -> None:
         super().__init__(engine, text, switch)
         self._rules = rules
-        self._imposed: list[Imposed] = []
+        self._imposed: list[tuple[Rule, Imposed]] = []
 
     def _start(self) -> None:
         try:
             for rule in self._rules:
                 imposed = self.switch.impose(rule.conditions, source=rule.source, dest=rule.dest)
-                self._imposed.append(imposed)
+                self._imposed.append((rule, imposed))
         except BaseException:
             self._end()
             raise
@@ -84,7 +84,7 @@ class LinkFault(NetworkFault):
     def _stop(self) -> None:
         self._end()
         if (logs := self._engine.machines.logs) is not None:
-            lines = self.switch.decisions(*self._imposed)
+            lines = self.switch.decisions(*(imposed for _, imposed in self._imposed))
             with (
                 suppress(OSError),  # the fault is over, with or without its log
                 open(logs / LOG, "a", encoding="utf-8", opener=host.private) as file,
@@ -102,8 +102,19 @@ class LinkFault(NetworkFault):
         return False
 
     def _end(self) -> None:
-        for imposed in self._imposed:
+        for _, imposed in self._imposed:
             imposed.end()
+
+    def forget(self, name: str) -> None:
+        """A guest is gone. What was wrong with its links is over, also for a later one of that name.
+
+        Raises:
+            LaunchError: the switch is gone.
+        """
+        for rule, imposed in self._imposed:
+            if rule in self._rules and name in (rule.source, rule.dest):
+                imposed.end()
+        self._rules = [rule for rule in self._rules if name not in (rule.source, rule.dest)]
 
     def rolled_back(self, *, was_in_force: bool) -> None:
         """It stays as it is."""

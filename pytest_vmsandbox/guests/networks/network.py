@@ -409,7 +409,8 @@ class Network(Lasting):
     def leave(self, seat: Seat) -> None:
         """Let a guest leave. Its card stays, on no network. Others know its name until the next one joins.
 
-        What was wrong with its links is over. A partition stays in force between the others.
+        What was wrong with its links is over, and a later guest of its name has none of that. A partition stays in
+        force between the others.
         """
         with self._lock:
             if seat not in self._seats:
@@ -424,6 +425,11 @@ class Network(Lasting):
                     continue  # it has nothing to do with this network
                 if not fault.pass_on(others):
                     stack.callback(fault.end)
+            for entry in (
+                it for engine in others.values() for it in engine.machines.faults.in_force
+            ):
+                if isinstance(entry.fault, LinkFault) and entry.fault.switch is self.switch:
+                    stack.callback(entry.fault.forget, seat.name)
 
     def lines(self) -> list[str]:
         """The names of all guests, as ``/etc/hosts`` has them."""

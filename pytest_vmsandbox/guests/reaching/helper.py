@@ -56,6 +56,7 @@ class Helper:
         is_frozen: whether a fault keeps the guest's CPUs from running, so no answer comes.
         sleeps: whether the guest is suspended, so no answer comes either.
         changed: is notified when anything arrives.
+        returned: called when another one says hello in the same machine.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Helper:
         self.sleeps: Callable[[], bool] = lambda: False
         self._port = port
         self.changed = threading.Condition()
+        self.returned: Callable[[], None] = lambda: None
         self._numbers = itertools.count(1)
         self._rest = bytearray()
         self._generation = 0  # grows with each start of the helper in the guest
@@ -395,6 +397,8 @@ class Helper:
                 raise ValueError(f"version {version}")
             self._lose_channels()
             self._generation += 1
+            if self._generation > 1:
+                self.returned()
         elif kind in "PR":
             if number in self._replies:
                 self._replies[number] = ord(kind), payload
@@ -543,9 +547,7 @@ class HelperChannel:
         """Take a frame.
 
         Raises:
-            ValueError: the frame is invalid now.
-            IndexError: likewise.
-            struct.error: likewise.
+            ValueError, IndexError, struct.error: the frame is invalid now.
         """
         if kind == "S":
             (self.group,) = struct.unpack("<I", payload)

@@ -29,6 +29,7 @@ from pytest_vmsandbox.guests.reaching.ways_in import (
 )
 from pytest_vmsandbox.guests.running import kernel_faults, resume
 from pytest_vmsandbox.guests.running.ledger import Ledger
+from pytest_vmsandbox.guests.running.restarts import Restarts
 from pytest_vmsandbox.guests.running.saved import Saved
 from pytest_vmsandbox.guests.running.together import Meet, alone
 from pytest_vmsandbox.machine import capture
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pytest_vmsandbox.guests.reaching.ssh import SSHTransport
 
 _ANSWER_SECONDS = 20.0
+_RESTART_SECONDS = 60.0  # until the helper is back
 _QUIET_SECONDS = 0.5
 _UNANNOUNCED_SECONDS = 0.5
 _SET_HOSTNAME = 'hostname "$1" 2>/dev/null || echo "$1" >/proc/sys/kernel/hostname'
@@ -66,6 +68,7 @@ class Running:
         last_use: when it was last used.
         left: programs that go on even if their starters forget them.
         restarted: whether the guest has restarted since the machine was started.
+        restarts: those that were not asked for here.
         answered: called when the guest answers after a start.
     """
 
@@ -82,9 +85,13 @@ class Running:
     left: list[RemoteProcess] = field(default_factory=list)
     restarted: bool = False
     answered: Callable[[], None] | None = None
-    _known_restarts: int = 0
+    restarts: Restarts = field(init=False)
     _transports: dict[str, SSHTransport] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        seconds = self.blueprint.stretch(_RESTART_SECONDS)
+        self.restarts = Restarts(self.machine, self.resident, self.setup, seconds, self._again)
 
     @property
     def helper(self) -> Helper | None:
@@ -99,7 +106,7 @@ class Running:
                 command's user. If not, that user logs in.
         """
         self.machine.check()
-        self._notice_restart()
+        self.restarts.await_end()
         login = user if user == "root" or command.user is None else command.user
         if command.user == login:
             command = replace(command, user=None)
@@ -109,18 +116,16 @@ class Running:
             command = self.setup.in_environment(command, command.user or login)
         return helper.start(command, login)
 
-    def _notice_restart(self) -> None:
-        """Forget a helper that ended with a restart that nobody announced, and that no init starts again."""
-        if (
-            self.setup is not None
-            and self.setup.is_by_hand
-            and self._restarts() > self._known_restarts
-        ):
-            self._known_restarts = self._restarts()
-            self.resident.close()
+    def _again(self) -> None:
+        """Let a guest that has restarted by itself be as it was before."""
+        self.restarted = True
+        self._settle()
 
-    def _restarts(self) -> int:
-        return sum(event["event"] == "RESET" for event in self.machine.monitor.events())
+    def _settle(self) -> None:
+        if self.blueprint.built.key is not None:
+            self._introduce()
+        if self.answered is not None:
+            self.answered()
 
     def start_by_ssh(self, command: Command, login: str) -> RemoteProcess:
         """Start a program by SSH, even if the guest has a helper.
@@ -197,14 +202,11 @@ class Running:
                     remedy="give it more time: --vm-boot-timeout (pytest), --boot-timeout (vmsandbox)",
                 )
             deadline.pause(0.05)
+        self.restarts.note()
         if self.setup is not None and self.helper is None and self.blueprint.has_way_in:
-            self._known_restarts = self._restarts()
             self.setup.give(self.resident, self.start_by_ssh, self.blueprint.stretch)
             self.leave_ssh()
-        if self.blueprint.built.key is not None:
-            self._introduce()
-        if self.answered is not None:
-            self.answered()
+        self._settle()
 
     def _introduce(self) -> None:
         """Tell a guest its name after a boot, because no command line of a kernel does so."""
