@@ -15,6 +15,7 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.plugin import (
     alarms,
+    cluster_marker,
     clusters,
     config as options,
     hookspecs,
@@ -66,8 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "vm_cluster(machines, networks): the machines and networks of the fixture vm_cluster: name → image "
-        "or {'image': …, hardware}, and name → names of machines",
+        "vm_cluster(machines, networks, inside, form, depends_on): the machines and networks of the fixture "
+        "vm_cluster: name → image or {'image': …, hardware}, and name → names of machines; the machine that tests "
+        "with the marker in_vm run inside; and a function that forms the cluster once",
     )
     run = config.stash[RUN] = Run(config)
     config.pluginmanager.register(_Protocol(), "vmsandbox-protocol")
@@ -244,7 +246,7 @@ def pytest_report_collectionfinish(
         return []
     run = config.stash[RUN]
     images = [plan.image for plan in planning.with_guests(items)]
-    return run.about([*images, *(image for image, _ in clusters.guests_to_come(run, items))])
+    return run.about([*images, *clusters.images(run, items)])
 
 
 def pytest_terminal_summary(
@@ -442,9 +444,10 @@ def vm(
 def vm_cluster(request: pytest.FixtureRequest, vm_factory: GuestFactory) -> Iterator[Cluster]:
     """A running `Cluster` that no other test has touched, and none will.
 
-    The marker ``vm_cluster`` declares its machines and networks. ``vm_cluster["db1"]`` is a `Guest`.
+    The marker ``vm_cluster`` declares its machines and networks, and may name a function that forms it once.
+    ``vm_cluster["db1"]`` is a `Guest`.
     """
-    with vm_factory.cluster(**clusters.arguments(request.node)) as cluster:
+    with clusters.opened(vm_factory, cluster_marker.read(request.node)) as cluster:
         yield cluster
 
 

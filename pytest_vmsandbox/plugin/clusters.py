@@ -1,93 +1,126 @@
-"""The marker `vm_cluster`: what it says, and what the run needs for the tests that have it."""
+"""Clusters of tests: what the run needs for them, and how they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
-from pytest_vmsandbox.plugin import config as options
+from pytest_vmsandbox.plugin import cluster_marker, config as options
+from pytest_vmsandbox.plugin.cluster_marker import NAME, ClusterMark
+from pytest_vmsandbox.plugin.plan import plan_of, read_marks
 from pytest_vmsandbox.plugin.run import Run
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.core.spec import Hardware
-
-NAME = "vm_cluster"  # the marker and the fixture
-_ARGUMENTS = ("machines", "networks")
-_EXAMPLE = "@pytest.mark.vm_cluster({'db1': 'debian-13', 'db2': 'debian-13'})"
+    from pytest_vmsandbox.guests.clusters.cluster import Cluster
+    from pytest_vmsandbox.guests.factory import GuestFactory
 
 
-def asks(item: pytest.Item) -> bool:
-    """Whether a test asks for the fixture."""
-    return NAME in getattr(item, "fixturenames", ())
+def opened(factory: GuestFactory, mark: ClusterMark) -> AbstractContextManager[Cluster]:
+    """The cluster of a test that drives it: fresh machines, or a clone of those that were formed."""
+    if mark.form is None:
+        return factory.cluster(**mark.arguments())
+    formed = factory.prepare_cluster(form=mark.form, depends_on=mark.depends_on, **mark.arguments())
+    return factory.cluster(formed)
 
 
 def check(run: Run, items: Iterable[pytest.Item]) -> None:
     """Note what is wrong in the markers of tests that ask for a cluster."""
-    for item in filter(asks, items):
+    for item in filter(_asks, items):
         try:
-            guests(run, item)
+            guests(run, cluster_marker.read(item))
         except ConfigError as error:
             run.note_usage_error(item.nodeid, error)
 
 
-def arguments(item: pytest.Item) -> dict[str, Any]:
-    """What the closest marker of a test says, as `GuestFactory.cluster` takes it.
+def guests(run: Run, mark: ClusterMark) -> dict[str, tuple[str, Hardware]]:
+    """Image and hardware of each machine of a cluster, by name.
 
     Raises:
-        ConfigError: there is no marker, or it has other arguments.
+        ConfigError: a machine cannot be as the marker says.
     """
-    if (mark := item.get_closest_marker(NAME)) is None:
-        raise ConfigError(
-            "the fixture vm_cluster needs the marker vm_cluster, which declares the machines",
-            remedy=f"add for instance {_EXAMPLE}",
-        )
-    found = {**dict(zip(_ARGUMENTS, mark.args, strict=False)), **mark.kwargs}
-    unknown = [*mark.args[2:], *(name for name in found if name not in _ARGUMENTS)]
-    twice = [name for name, _ in zip(_ARGUMENTS, mark.args, strict=False) if name in mark.kwargs]
-    if unknown or twice or "machines" not in found:
-        what = (
-            f"does not take {unknown[0]!r}" if unknown else f"needs {[*twice, 'machines'][0]}= once"
-        )
-        raise ConfigError(
-            f"pytest.mark.vm_cluster {what}",
-            remedy=f"write {_EXAMPLE}, and networks={{…}} if you need it",
-        )
-    return found
-
-
-def guests(run: Run, item: pytest.Item) -> list[tuple[str, Hardware]]:
-    """Image and hardware of each machine that a test asks for.
-
-    Raises:
-        ConfigError: its marker is wrong, or a machine cannot be as it says.
-    """
-    from pytest_vmsandbox.guests.clusters.declaration import Declaration
-
-    found = []
-    for member in Declaration.read(**arguments(item)).machines:
-        if not isinstance(member.image, str):
-            raise ConfigError(
-                f"the machine {member.name!r}: a marker takes names of images only",
-                remedy="for prepared images, write a fixture that calls vm_factory.cluster()",
-            )
+    found = {}
+    for member in mark.machines.values():
         try:
-            definition = run.catalogue.get(member.image)
+            definition = run.catalogue.get(str(member.image))
             hardware = definition.hardware(options.hardware(run.config), member.hardware)
             definition.check(hardware)
         except ConfigError as error:
             error.brief = f"the machine {member.name!r}: {error.brief}"
             raise
-        found.append((definition.name, hardware))
+        found[member.name] = definition.name, hardware
     return found
 
 
+def refused(config: pytest.Config, inside: Iterable[pytest.Item]) -> Iterator[str]:
+    """Errors for what tests inside a machine of a cluster cannot have."""
+    clustered = [item.nodeid for item in inside if plan_of(item).cluster is not None]
+    if clustered and options.record(config):
+        more = f" and {len(clustered) - 1} more" if clustered[1:] else ""
+        yield (
+            f"{clustered[0]}{more}: --vm-record records one guest, and this test runs inside a machine of a "
+            "cluster\nRemedy: leave out --vm-record, or deselect such tests, by -k or --deselect"
+        )
+    for item in inside:
+        plan = plan_of(item)
+        if plan.is_remote and item.get_closest_marker(NAME) is not None:
+            yield (
+                f"{item.nodeid}: only the guest can import {plan.file}, so nobody here can read its marker "
+                "vm_cluster\nRemedy: import what only guests have inside the tests, or move the test to another "
+                "file"
+            )
+
+
+def without_effect(config: pytest.Config, inside: Iterable[pytest.Item]) -> Iterator[str]:
+    """Lines about hardware that the marker `vm` asks for, although the cluster declares it."""
+    usual = options.hardware(config)
+    for item in inside:
+        mark = plan_of(item).cluster
+        asked = read_marks(item.iter_markers("vm"), usual)
+        if mark is not None and (asked.hardware != usual or asked.networks):
+            yield (
+                f"hardware and networks in the marker vm of {item.nodeid} have no effect: the marker vm_cluster "
+                f"says what the machine {mark.inside!r} has"
+            )
+
+
+def images(run: Run, items: Iterable[pytest.Item]) -> Iterator[str]:
+    """The image of each machine of the clusters that tests will ask for."""
+    for _, mark in _coming(items):
+        with suppress(ConfigError):  # the test reports it
+            yield from (image for image, _ in guests(run, mark).values())
+
+
 def guests_to_come(run: Run, items: Iterable[pytest.Item]) -> Iterator[tuple[str, Hardware]]:
-    """Image and hardware of each machine that tests will ask for."""
-    for item in filter(asks, items):
-        if item.get_closest_marker("skip") is None:
-            with suppress(ConfigError):  # the test reports it
-                yield from guests(run, item)
+    """Image and hardware of each fresh machine that tests will ask for.
+
+    The machine that a test runs inside is not among them, nor are those of clusters that are formed once.
+    """
+    for item, mark in _coming(items):
+        plan = plan_of(item)
+        with suppress(ConfigError):
+            if mark.form is None and (not plan.is_inside or plan.isolation == "test"):
+                for name, guest in guests(run, mark).items():
+                    if not plan.is_inside or name != mark.inside:
+                        yield guest
+
+
+def _asks(item: pytest.Item) -> bool:
+    """Whether a test asks for the fixture."""
+    return NAME in getattr(item, "fixturenames", ())
+
+
+def _coming(items: Iterable[pytest.Item]) -> Iterator[tuple[pytest.Item, ClusterMark]]:
+    """The tests that will have a cluster, and their markers."""
+    for item in items:
+        if item.get_closest_marker("skip") is not None:
+            continue
+        if (mark := plan_of(item).cluster) is not None:
+            yield item, mark
+        elif _asks(item):
+            with suppress(ConfigError):
+                yield item, cluster_marker.read(item)

@@ -377,6 +377,8 @@ class Keeping:
     ) -> None:
         from pytest_vmsandbox.guests.kept import Moment
 
+        about = dict(occasion.about)
+        holds_for = about.pop("guest", None)  # a name; without one, for all
         moment = Moment(
             nodeid=item.nodeid,
             rootdir=str(self._config.rootpath),
@@ -384,9 +386,13 @@ class Keeping:
             phase=occasion.phase,
             outcome="passed" if occasion.error is None else "failed",
             error=_in_one_line(occasion.error),
-            **occasion.about,
         )
-        moments = {guest: replace(moment, number=number) for guest, number in wanted.items()}
+        moments = {
+            guest: replace(
+                moment, number=number, **(about if holds_for in (None, guest.name) else {})
+            )
+            for guest, number in wanted.items()
+        }
         found: Sequence[str | Exception]
         try:
             with alarms.paused(item):

@@ -13,14 +13,15 @@ import pytest
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.settings import ISOLATIONS, Isolation
 from pytest_vmsandbox.core.spec import HARDWARE_NAMES, Hardware, parse_kernel
-from pytest_vmsandbox.plugin import config as options
+from pytest_vmsandbox.plugin import cluster_marker, config as options
+from pytest_vmsandbox.plugin.cluster_marker import ClusterMark
 
 if TYPE_CHECKING:
     from pytest_vmsandbox.catalogue.catalogue import Catalogue
 
 NO_IMAGE = "no-image"  # the parameter's id for tests to which no selected image applies
 # Fixtures of tests that drive guests from this machine.
-_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared", "vm_cluster"}
+_DRIVES = {"vm", "vm_factory", "vm_artifacts", "vm_prepared", cluster_marker.NAME}
 _USUAL = Hardware()
 _ARGUMENTS = (*HARDWARE_NAMES, "networks", "isolation", "test_timeout", "skip", "xfail")
 
@@ -50,12 +51,14 @@ class Place(NamedTuple):
     Attributes:
         shared: what shares the guest: ``session``, a file, or a test.
         networks: the names of its own networks.
+        cluster: the cluster that the guest is a machine of; None if it is none.
     """
 
     image: str
     hardware: Hardware
     shared: str
     networks: tuple[str, ...] = ()
+    cluster: ClusterMark | None = None
 
 
 class Repetition(NamedTuple):
@@ -80,6 +83,7 @@ class Plan:
         networks: the names of networks of its guest's own.
         is_inside: whether it belongs inside its guest; if not, it drives the guest from here.
         isolation: which tests share the guest.
+        cluster: that of the machine it runs inside; None if that is a guest of its own.
         plain: the test's id without the image.
         is_remote: whether only the guest could collect it.
         indices: of its parameters, without that of the image; None if it has none.
@@ -96,6 +100,7 @@ class Plan:
     is_inside: bool
     isolation: Isolation
     plain: str
+    cluster: ClusterMark | None = None
     release: str = ""
     networks: tuple[str, ...] = ()
     is_remote: bool = False
@@ -128,7 +133,8 @@ class Plan:
         """The place of the guest that it runs inside."""
         own = f"{self.plain}#{self.repetition}" if self.repetition else self.plain
         shared = {"session": "session", "module": self.file, "test": own}
-        return Place(self.image, self.hardware, shared[self.isolation], self.networks)
+        shared_by = shared[self.isolation]
+        return Place(self.image, self.hardware, shared_by, self.networks, self.cluster)
 
     def shares_with(self, item: pytest.Item | None) -> bool:
         """Whether another test belongs inside the same guest."""
@@ -320,12 +326,22 @@ def belongs_inside(node: pytest.Item, fixturenames: Iterable[str]) -> bool:
             remedy="give images and hardware to pytest.mark.vm",
         )
     if drives and mark.args != (False,):
-        raise ConfigError(
-            "a test that runs inside a guest cannot drive a guest: it has the marker in_vm, and asks for "
-            "the fixture vm or another one that drives guests",
-            remedy="remove the marker in_vm or that fixture",
-        )
+        raise _contradiction(fixturenames)
     return mark.args != (False,)
+
+
+def _contradiction(fixturenames: Iterable[str]) -> ConfigError:
+    about = "a test that runs inside a guest cannot drive a guest: it has the marker in_vm, and asks for the"
+    if cluster_marker.NAME in fixturenames:
+        return ConfigError(
+            f"{about} fixture vm_cluster",
+            remedy="remove the marker in_vm or that fixture. With inside= in the marker vm_cluster, a test runs "
+            "inside one machine without that fixture, and reaches the others by their names",
+        )
+    return ConfigError(
+        f"{about} fixture vm or another one that drives guests",
+        remedy="remove the marker in_vm or that fixture",
+    )
 
 
 def _isolation(value: object) -> object:

@@ -10,7 +10,13 @@ import pytest
 
 from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
-from pytest_vmsandbox.plugin import clusters, config as options, plan as plans, terminal
+from pytest_vmsandbox.plugin import (
+    cluster_marker,
+    clusters,
+    config as options,
+    plan as plans,
+    terminal,
+)
 from pytest_vmsandbox.plugin.in_vm import pulling
 from pytest_vmsandbox.plugin.plan import PLAN, Plan, Variant, plan_of
 from pytest_vmsandbox.plugin.run import Run
@@ -45,7 +51,7 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
     """
     variants: list[Variant] = []
     try:
-        variants = run.variants(metafunc.definition.iter_markers("vm"))
+        variants = _variants(run, metafunc.definition, metafunc.fixturenames)
     except ConfigError as error:
         run.note_usage_error(metafunc.definition.nodeid, error)
     metafunc.parametrize(
@@ -55,6 +61,16 @@ def parametrize(run: Run, metafunc: pytest.Metafunc) -> None:
         indirect=True,
         scope="function",  # so pytest keeps the tests in order; see `group`
     )
+
+
+def _variants(run: Run, node: pytest.Item, fixturenames: Iterable[str]) -> list[Variant]:
+    """The systems that a test runs on."""
+    if plans.belongs_inside(node, fixturenames):
+        mark = cluster_marker.of_inside(node)
+        if mark is not None and mark.inside is not None:
+            image, hardware = clusters.guests(run, mark)[mark.inside]
+            return [run.variant(image, hardware.kernel)]
+    return run.variants(node.iter_markers("vm"))
 
 
 # -- the plans ----------------------------------------------------------------------------------------
@@ -96,7 +112,7 @@ def _plan(run: Run, item: pytest.Item) -> bool:
 
 def _only_variant(run: Run, item: pytest.Item) -> Variant | None:
     """The system of a test that pytest cannot parametrize (unittest's classes, doctests)."""
-    variants = run.variants(item.iter_markers("vm"))
+    variants = _variants(run, item, getattr(item, "fixturenames", ()))
     if len(variants) > 1:
         what = "kernels" if variants[0].image == variants[1].image else "images"
         run.tell(
@@ -153,14 +169,15 @@ def store(
     """Make a plan from the marks of a test, and add pytest's marks for skip and xfail."""
     image = variant.image
     request = plans.read_marks(item.iter_markers("vm"), options.hardware(run.config))
-    default = options.isolation(item.config) if is_inside else "test"
+    cluster = cluster_marker.of_inside(item) if is_inside and not is_remote else None
+    default = options.isolation(item.config) if is_inside and cluster is None else "test"
     old = plan_of(item)
     skip, xfail = (plans.reason(why, image, run.catalogue) for why in (request.skip, request.xfail))
     if skip not in (None, old.skip):
         item.add_marker(pytest.mark.skip(reason=skip))
     if xfail not in (None, old.xfail):
         item.add_marker(pytest.mark.xfail(reason=xfail))
-    is_recorded = is_inside and options.record(run.config)
+    is_recorded = is_inside and cluster is None and options.record(run.config)
     is_alone = is_recorded or options.repetitions(run.config)
     if is_recorded and request.networks:
         raise ConfigError(
@@ -168,13 +185,17 @@ def store(
             remedy="leave one of them out",
         )
     hardware = replace(request.hardware, kernel=variant.kernel, recorded=is_recorded)
+    hardware = run.catalogue.get(image).hardware(hardware, {})
+    if cluster is not None and cluster.inside is not None:  # a hook may have added the marker
+        image, hardware = clusters.guests(run, cluster)[cluster.inside]
     item.stash[PLAN] = Plan(
         image=image,
-        hardware=run.catalogue.get(image).hardware(hardware, {}),
+        hardware=hardware,
         release=variant.release,
-        networks=request.networks,
+        networks=request.networks if cluster is None else (),
         is_inside=is_inside,
         isolation="test" if is_alone else request.isolation or default,
+        cluster=cluster,
         plain=plain,
         is_remote=is_remote,
         indices=plans.plain_indices(item),
@@ -274,6 +295,7 @@ def check_run(run: Run, items: Sequence[pytest.Item]) -> None:
         )
     if inside := [item for item in items if plan_of(item).is_inside]:
         run.usage_errors += _refused_for(run.config)
+        run.usage_errors += clusters.refused(run.config, inside)
         try:
             pulling.patterns(run.config)
             if not run.config.getoption("collectonly"):
@@ -319,6 +341,7 @@ def _without_effect(config: pytest.Config, inside: Sequence[pytest.Item]) -> Ite
     for option in _WITHOUT_EFFECT:
         if config.getoption(option, default=False):
             yield f"{option} shows nothing for {_THOSE}"
+    yield from clusters.without_effect(config, inside)
     there = options.entries(config, "vm_guest_plugins")
     is_absent = there and {"rerunfailures", "pytest_rerunfailures"}.isdisjoint(there)
     if is_absent and any(map(_is_rerun, inside)):

@@ -173,11 +173,15 @@ class Run:
         named = plans.read_marks(marks).kernels
         folder = self.config.rootpath
         wanted = [parse_kernel(kernel, folder) for kernel in named] or options.kernels(self.config)
-        return [
-            Variant(image) if kernel is None else self._on_kernel(image, kernel)
-            for image in images
-            for kernel in dict.fromkeys(wanted)
-        ]
+        return [self.variant(image, kernel) for image in images for kernel in dict.fromkeys(wanted)]
+
+    def variant(self, image: str, kernel: Path | None) -> Variant:
+        """An image on a kernel; None for the image's own.
+
+        Raises:
+            ConfigError: as `variants`.
+        """
+        return Variant(image) if kernel is None else self._on_kernel(image, kernel)
 
     def _on_kernel(self, image: str, path: Path) -> Variant:
         """An image on another kernel. An error that comes again is the same object."""
@@ -462,7 +466,7 @@ class Run:
 
         Args:
             error: what was raised, or one line.
-            about: what else is known, as in `guests.kept.Moment`.
+            about: what else is known, as in `guests.kept.Moment`; ``guest`` names the one that it holds for.
         """
         guests = self._running(self._used_by(item))
         with alarms.paused(item):

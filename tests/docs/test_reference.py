@@ -24,7 +24,7 @@ from pytest_vmsandbox.core import spec
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.errors import INFRASTRUCTURE, VMSandboxError
 from pytest_vmsandbox.machine.console import Console
-from pytest_vmsandbox.plugin import config, hookspecs, plan
+from pytest_vmsandbox.plugin import cluster_marker, config, hookspecs, plan
 from pytest_vmsandbox.plugin.in_vm import guest_config
 
 PACKAGE = Path(pytest_vmsandbox.__file__).parent
@@ -139,7 +139,7 @@ def test_each_option_and_ini_key_has_a_help():
 
 
 def test_the_page_on_markers_has_each_argument():
-    for name in plan._ARGUMENTS:
+    for name in (*plan._ARGUMENTS, *cluster_marker.ARGUMENTS):
         assert re.search(rf"^\| `{name}` \|", page("marker"), re.MULTILINE), name
 
 

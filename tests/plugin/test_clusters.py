@@ -59,7 +59,59 @@ def test_not_inside(suite):
         @pytest.mark.vm_cluster({TWO})
         def test_x(vm_cluster): pass
     """)
-    assert "cannot drive a guest" in suite.usage_error()
+    text = suite.usage_error()
+    assert (
+        "cannot drive a guest: it has the marker in_vm, and asks for the fixture vm_cluster" in text
+    )
+    assert "With inside= in the marker vm_cluster, a test runs inside one machine" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "args", "texts"),
+    [
+        ("", (), ["does not say in which one of db1, db2", "add inside='db1'", "the marker in_vm"]),
+        (", inside='db3'", (), ["inside='db3': there is no such machine", "use one of db1, db2"]),
+        (", inside='db1', form=3", (), ["form=3 cannot be called", "takes a cluster"]),
+        (", inside='db1', depends_on=[]", (), ["there is no form=", "leave out depends_on="]),
+        (", inside='db1'", ("--vm-record",), ["--vm-record records one guest", "deselect such"]),
+    ],
+)
+def test_inside_one_machine_that_is_wrong(suite, more, args, texts):
+    suite.write(f"""
+        import pytest
+
+        @pytest.mark.in_vm
+        @pytest.mark.vm_cluster({TWO}{more})
+        def test_x(): pass
+    """)
+    text = suite.usage_error(*args)
+    assert "test_suite.py::test_x" in text
+    for part in ["Remedy: ", *texts]:
+        assert part in text
+
+
+def test_inside_a_machine_that_cannot_be(suite):
+    suite.write("""
+        import pytest
+
+        @pytest.mark.vm_cluster({"db1": "alpha-1", "db2": "gamma"}, inside="db1")
+        def test_x(): pass
+    """)
+    assert "the machine 'db2': there is no image 'gamma'" in suite.usage_error("--in-vm")
+
+
+def test_formed_once(suite):
+    suite.write("""
+        import pytest
+
+        def form(cluster): pass
+
+        @pytest.mark.vm_cluster({"one": "alpha-1"}, inside="one", form=form, depends_on=["etcd 3"])
+        def test_x(vm_cluster):
+            assert [*vm_cluster] == ["one"]
+    """)
+    suite.run().assert_outcomes(passed=1)
+    assert suite.guests == ["form form etcd 3", "cluster", "boot one-1", "end one-1"]
 
 
 def test_each_test_has_its_own(suite):

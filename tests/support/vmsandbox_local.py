@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
+from pytest_vmsandbox.core.errors import ConfigError
 from pytest_vmsandbox.core.spec import Hardware
 from pytest_vmsandbox.guests.provision import PreparedImage
 from pytest_vmsandbox.inside import install, tree_copy
@@ -33,6 +36,7 @@ class Local(LocalGuest):
 
     spec = SimpleNamespace(user="root")
     facts = None
+    is_on = True
 
     def screenshot(self, path):
         path.write_bytes(b"a picture")
@@ -46,6 +50,16 @@ class Local(LocalGuest):
 
 def _is_ours(name):
     return name.startswith(("PYTEST_", "PYTHON", "COV"))
+
+
+class LocalCluster(dict):
+    def seal(self):
+        raise ConfigError("this machine cannot be sealed")
+
+
+class LocalFormed(NamedTuple):
+    machines: dict
+    form: Callable
 
 
 class LocalFactory:
@@ -69,17 +83,36 @@ class LocalFactory:
     def expect(self, image, hardware, count=1):
         pass
 
+    def with_nothing(self, image):
+        return PreparedImage(image=image, steps=()) if isinstance(image, str) else image
+
     def with_step(self, image, step):
-        if isinstance(image, str):
-            image = PreparedImage(image=image, steps=())
+        image = self.with_nothing(image)
         return PreparedImage(image=image.image, steps=(*image.steps, step))
 
+    def prepare_cluster(self, machines, form, depends_on, **more):
+        return LocalFormed(machines, form)
+
     @contextmanager
-    def lease(self, prepared, hardware, networks=()):
+    def cluster(self, machines, networks=None):
+        form = None
+        if isinstance(machines, LocalFormed):
+            machines, form = machines.machines, machines.form
+        with ExitStack() as stack:
+            guests = LocalCluster()
+            for name, made_of in machines.items():
+                image = self.with_nothing(made_of["image"])
+                guests[name] = stack.enter_context(self.lease(image, Hardware(), hostname=name))
+            if form is not None:
+                form(guests)
+            yield guests
+
+    @contextmanager
+    def lease(self, prepared, hardware, hostname="", networks=()):
         image = prepared.image
         assert isinstance(hardware, Hardware)
         self.count += 1
-        guest = Local(f"{image}-{self.count}", image)
+        guest = Local(f"{hostname or image}-{self.count}", image)
         self.session.guest_begun(guest.name)
         (self.session.logs(guest.name) / "console.log").write_text(f"{guest.name} boots")
         for step in prepared.steps:

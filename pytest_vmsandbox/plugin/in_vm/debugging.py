@@ -87,6 +87,7 @@ class Debuggers:
 
     def _about(self, lease: Lease) -> dict[str, Any]:
         return {
+            "guest": lease.guest.name,
             "folder": lease.tree,
             "python": lease.place.python,
             "environment": tuple(options.guest_environment(self._run.config)),

@@ -87,7 +87,8 @@ class Leases:
             self._leases[plan.place] = self._provisioner.open(plan)
         lease = self._leases[plan.place]
         if not lease.is_recorded:  # else nobody can ask it anything
-            self._run.note_use(lease.guest)
+            for guest in lease.guests:
+                self._run.note_use(guest)
         try:
             if lease.session is None:
                 lease.start(item.config.rootpath)
@@ -104,7 +105,7 @@ class Leases:
     def _drop_lost(self, item: pytest.Item) -> None:
         """End the guest for a test if it is lost."""
         lease = self._leases.get(plan_of(item).place)
-        if lease is None or (loss := lease.guest.engine.loss) is None:
+        if lease is None or (loss := lease.loss) is None:
             return
         self._note_loss(lease)
         self._end(item)

@@ -276,6 +276,8 @@ class Inside:
                 end_run(message)
             else:
                 self._messages.tell(lease, message, item.nodeid)
+        if (loss := lease.loss_of_others) is not None:  # whatever the test has made of that
+            raise loss
 
     def _announce(self, session: GuestSession, item: pytest.Item) -> None:
         """Let the guest go on with the next tests, while reports are on their way here."""

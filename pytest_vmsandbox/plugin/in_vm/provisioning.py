@@ -17,7 +17,7 @@ import pytest
 from _pytest.junitxml import xml_key
 
 from pytest_vmsandbox.catalogue.definition import PYTHON_FLOOR
-from pytest_vmsandbox.core.errors import ConfigError, InterpreterLost, TransferError
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, InterpreterLost, TransferError
 from pytest_vmsandbox.core.settings import DEFAULT_IMAGE
 from pytest_vmsandbox.guests.guest import Guest
 from pytest_vmsandbox.guests.provision import PreparedImage, Step
@@ -29,6 +29,7 @@ from pytest_vmsandbox.inside.session import GuestSession, RunEnded
 from pytest_vmsandbox.inside.wire import Message
 from pytest_vmsandbox.plugin import config as options
 from pytest_vmsandbox.plugin.in_vm import guest_config, other_plugins
+from pytest_vmsandbox.plugin.in_vm.clustered import Clustered, Facts
 from pytest_vmsandbox.plugin.in_vm.hooks import end_run
 from pytest_vmsandbox.plugin.in_vm.measuring import Measuring
 from pytest_vmsandbox.plugin.in_vm.recording import Keeper
@@ -57,6 +58,7 @@ class Lease:
         failure: how the last one did, as pytest shows it; empty if it passed.
         is_untouched: whether its session says that no file was written there.
         is_recorded: whether its run is recorded. Then nothing else can be done in the guest.
+        others: the other machines of its cluster, if it is one.
     """
 
     guest: Guest
@@ -74,6 +76,23 @@ class Lease:
     failure: str = ""
     is_untouched: bool = False
     is_recorded: bool = False
+    others: tuple[Guest, ...] = ()
+
+    @property
+    def guests(self) -> tuple[Guest, ...]:
+        """The guest, and the other machines of its cluster."""
+        return (self.guest, *self.others)
+
+    @property
+    def loss(self) -> GuestLost | None:
+        """Why the guest, or another machine of its cluster, is gone; None if all are there."""
+        return self.guest.engine.loss or self.loss_of_others
+
+    @property
+    def loss_of_others(self) -> GuestLost | None:
+        """Why another machine of its cluster is gone. One that a hook has switched off is not."""
+        losses = (other.engine.loss for other in self.others if other.engine.is_on)
+        return next(filter(None, losses), None)
 
     def start(self, root: Path) -> None:
         """Start a session and let it collect.
@@ -145,17 +164,13 @@ class Provisioner:
         factory = self._run.factory
         factory.backend.require(plan.image)
         payload = self._payload
+        if plan.hardware.recorded:
+            image = factory.with_step(plan.image, install.environment_step(payload))
+            return self._recorded(plan, factory.with_step(image, self._session_step(plan)), payload)
         patience = factory.backend.patience(plan.image)
         alone = plan.isolation == "test"
-        image = factory.with_step(plan.image, install.environment_step(payload))
-        if alone:
-            image = factory.with_step(image, self._session_step(plan))
-            if not plan.hardware.recorded:
-                self._expect(plan, image)
-        if plan.hardware.recorded:
-            return self._recorded(plan, image, payload)
         with ExitStack() as stack:
-            guest = stack.enter_context(leased(factory, image, plan))
+            guest, others, facts = self._guests(plan, stack)
             if not alone:
                 install.install_project(guest, payload)
             connection = stack.enter_context(
@@ -167,10 +182,36 @@ class Provisioner:
                 )
             )
             lease = self._lease(plan, connection, payload, stack)
+            lease.others = others
             if alone:
-                self._resume(lease, plan.kind, lease.guest.engine.facts)
+                self._resume(lease, plan.kind, facts)
             lease.stack = stack.pop_all()
             return lease
+
+    def _guests(self, plan: Plan, stack: ExitStack) -> tuple[Guest, tuple[Guest, ...], Facts]:
+        """The guest for a test, the other machines of its cluster, and what its session has collected.
+
+        Args:
+            stack: ends them.
+        """
+        factory, mark = self._run.factory, plan.cluster
+        image = factory.with_step(plan.image, install.environment_step(self._payload))
+        session = self._session_step(plan) if plan.isolation == "test" else None
+        with_session = image if session is None else factory.with_step(image, session)
+        if session is not None and (mark is None or mark.form is None):
+            self._expect(plan, with_session)
+        if mark is None:
+            guest = stack.enter_context(leased(factory, with_session, plan))
+            return guest, (), guest.engine.facts
+        for machine in mark.machines.values():
+            factory.backend.require(str(machine.image))
+        cluster, facts = stack.enter_context(
+            self._clustered.opened(
+                mark, image, plan.kind, session, more=lambda: self._count(plan) > 1
+            )
+        )
+        inside = cluster[str(mark.inside)]
+        return inside, tuple(it for it in cluster.values() if it is not inside), facts
 
     def _lease(
         self, plan: Plan, connection: Connection, payload: Payload, stack: ExitStack
@@ -234,6 +275,10 @@ class Provisioner:
         )
 
     @cached_property
+    def _clustered(self) -> Clustered:
+        return Clustered(self._run.factory, self._run.tell)
+
+    @cached_property
     def _payload(self) -> Payload:
         """What goes to each guest of this run. What cannot go there is reported."""
         config = self._config
@@ -276,8 +321,12 @@ class Provisioner:
         """Tell the factory, once, how many guests of a kind the tests will need."""
         if plan.kind not in self._expected:
             self._expected.add(plan.kind)
-            count = sum(each.runs_inside for each in alike(self._session.items, plan))
-            self._run.factory.expect(image, plan.hardware, options.share(self._config, count))
+            self._run.factory.expect(image, plan.hardware, self._count(plan))
+
+    def _count(self, plan: Plan) -> int:
+        """How many tests run here inside guests of a kind."""
+        count = sum(each.runs_inside for each in alike(self._session.items, plan))
+        return options.share(self._config, count)
 
     def _session_step(self, plan: Plan) -> Step:
         """A layer with a session that has collected, and waits until the guest becomes a template."""
