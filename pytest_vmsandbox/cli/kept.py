@@ -134,8 +134,14 @@ def export(*, nodeid: str, file: Path, guest: str | None) -> None:
             exported.write(it, out, tell)
         size = out.tell()
     screen.say(f"wrote {file}: {format_size(size)}. Only you can read it")
-    for line in secrets_of(it):
-        screen.say(line)
+    for text in [*secrets_of(it), *_left_out(it)]:
+        screen.say(text)
+
+
+def _left_out(it: KeptGuest) -> Iterator[str]:
+    """Which guests wake together with a kept one, and are not in its file."""
+    if others := [name for name in (it.group.guests if it.group else ()) if name != it.guest]:
+        yield f"Not in it: {', '.join(others)}. Export them, too, if all should wake together there"
 
 
 def secrets_of(it: KeptGuest) -> Iterator[str]:

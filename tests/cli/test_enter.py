@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from pytest_vmsandbox import cli
-from pytest_vmsandbox.cli import enter, terminal
+from pytest_vmsandbox.cli import enter, terminal, woken
 from pytest_vmsandbox.core import foreground
 from pytest_vmsandbox.core.deadline import wall
 from pytest_vmsandbox.core.errors import GuestLost
@@ -121,6 +121,59 @@ class TestCommand:
         monkeypatch.setattr(enter, "attach", attach)
         assert invoke(NODEID, "--", "true").exit_code == 0
         assert left == [it.folder]
+
+
+def pair(cache):
+    """Two machines of a cluster, which wake together."""
+    group = {"id": "a1", "guests": ["db1-1", "db2-1"], "networks": []}
+    return [
+        made_kept.add(cache, NODEID, guest=guest, number=number, group=group)
+        for number, guest in enumerate(group["guests"], 1)
+    ]
+
+
+class TestTogether:
+    @pytest.mark.parametrize(
+        ("which", "names"),
+        [
+            (["db1"], ["db1-1", "db2-1"]),
+            (["db2"], ["db2-1", "db1-1"]),
+            (["db2", "--alone"], ["db2-1"]),
+        ],
+    )
+    def test_the_one_that_is_entered_comes_first(self, invoke, cache, calls, which, names):
+        pair(cache)
+        done = invoke(NODEID, "--guest", *which, "--", "ls")
+        assert (done.exit_code, done.stderr) == (7, "")
+        assert [guest.kept.guest for guest in calls["entered"]] == names
+
+    def test_one_that_is_not_kept_any_more_is_named(self, invoke, cache, calls):
+        first, _ = pair(cache)
+        KeptStore(cache).discard([first.folder])
+        done = invoke(NODEID, "--", "ls")
+        assert (done.exit_code, len(calls["entered"])) == (7, 1)
+        assert done.stderr == "not kept any more, so it does not wake: db1-1\n"
+
+    def test_a_second_command_enters_one_that_runs(self, invoke, cache, calls):
+        _, second = pair(cache)
+        with woken.entrance(KeptStore(cache).root, second.group) as door:
+            guests: list[Any] = [Played(second, True)]
+            with door.opened(guests, [second]):
+                assert invoke(NODEID, "--guest", "db2", "--", "ls", "-l").exit_code == 128 + 15
+                done = invoke(NODEID, "--guest", "db2", "--console")
+        assert (done.exit_code, "leave that command first" in done.stderr) == (2, True)
+        assert [words[:-1] for words in calls["run"]] == [["ssh", "-o", "Port=1", "root@127.0.0.1"]]
+        assert calls["entered"] == []
+
+    def test_one_that_was_lost_meanwhile_is_named(self, invoke, cache, calls, monkeypatch):
+        def attach(*_):
+            calls["entered"][1].engine.loss = GuestLost("db2-1: QEMU ended")
+            return 0
+
+        monkeypatch.setattr(enter, "attach", attach)
+        pair(cache)
+        done = invoke(NODEID, "--guest", "db1", "--", "ls")
+        assert (done.exit_code, done.stderr) == (0, "lost meanwhile: db2-1: QEMU ended\n")
 
 
 class TestShell:

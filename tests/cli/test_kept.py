@@ -207,12 +207,14 @@ class TestChoice:
 
 class TestExport:
     def test_there_and_back(self, invoke, cache, tmp_path, monkeypatch):
-        before = made_kept.add(cache, ODD, environment=("TOKEN", "PASSWORD"))
+        group = {"id": "a1", "guests": ["tiny-1", "tiny-2"], "networks": []}
+        before = made_kept.add(cache, ODD, environment=("TOKEN", "PASSWORD"), group=group)
         file = tmp_path / "file"
         done = invoke("kept", "export", ODD, str(file))
         assert done.exit_code == 0
         assert "the memory and the disks of tiny-1, and the SSH key" in done.stdout
         assert "TOKEN, PASSWORD" in done.stdout
+        assert "Not in it: tiny-2. Export them, too" in done.stdout
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert [it.name for it in tmp_path.iterdir() if it.name.startswith(".")] == []
 

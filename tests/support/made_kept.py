@@ -16,7 +16,7 @@ def add(cache, nodeid="tests/test_x.py::test_y[tiny]", *, guest="tiny-1", image=
         "accelerator": "tcg",
     }
     facts |= {name: others.pop(name) for name in [*facts] if name in others}
-    size = others.pop("size", 8192)
+    size, group = others.pop("size", 8192), others.pop("group", None)
     told = {"rootdir": "/home/you/project", "number": 1, "phase": "call", "outcome": "failed"}
     moment = Moment(nodeid=nodeid, **{**told, "error": "assert 1 == 2", **others})
 
@@ -34,6 +34,7 @@ def add(cache, nodeid="tests/test_x.py::test_y[tiny]", *, guest="tiny-1", image=
             "image": image,
             "hardware": hardware,
             "kernel": None,
+            "group": group,
             "layers": [["disk0.0.qcow2"]],
             "plugged": [],
             "tpm": [],
