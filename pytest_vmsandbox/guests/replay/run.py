@@ -11,14 +11,14 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from pytest_vmsandbox.core.architecture import ARCHITECTURES
 from pytest_vmsandbox.core.deadline import Deadline
-from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError
+from pytest_vmsandbox.core.errors import ConfigError, GuestLost, LaunchError, MonitorError
 from pytest_vmsandbox.guests.backend import Backend
 from pytest_vmsandbox.guests.blueprint import Blueprint, firmware_of
 from pytest_vmsandbox.guests.guest import Guest
@@ -181,6 +181,9 @@ class RecordedRun:
             ConfigError: the port cannot be used.
         """
         # Not before the guest's state is loaded: QEMU saves a snapshot when a debugger comes.
+        # From 10.0 on, its disks can be written to only when the guest runs, unless we say so.
+        with suppress(MonitorError):
+            self._machine.execute("blockdev-set-active", {"active": True})
         said = self._machine.human(f"gdbserver tcp:127.0.0.1:{port}")
         if _WAITING not in said:
             raise ConfigError(
