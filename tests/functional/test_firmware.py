@@ -159,7 +159,7 @@ def variables_of(vm) -> bytes:
 
 def test_forks_and_clusters_of_uefi_and_a_tpm(guests):
     """They go on with the variables and the TPM of the guest. Both survive a power cut as they do in a guest."""
-    with guests.cluster({"db1": "vendor"}) as cluster, ExitStack() as stack:
+    with guests.cluster({"db1": "vendor"}, networks={}) as cluster, ExitStack() as stack:
         (vm,) = cluster.values()
         ask(vm, EXTEND_16)
         measured, seed, variables = ask(vm, READ_16), ask(vm, ENDORSEMENT), variables_of(vm)
