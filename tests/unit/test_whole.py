@@ -10,6 +10,7 @@ import pytest
 from pytest_vmsandbox.guests.cloning import pool
 from pytest_vmsandbox.guests.clusters import whole
 from pytest_vmsandbox.guests.clusters.sealed import SealedCluster
+from support.resident import wait_for
 
 
 @pytest.fixture
@@ -53,4 +54,5 @@ def test_one_that_nobody_wants_ends(clones, monkeypatch):
     monkeypatch.setattr(pool, "IDLE_SECONDS", 600)
     lend(clones)  # and they come back with demand
     lend(clones)
+    wait_for(lambda: len(clones.armed) == 3)
     assert [ended.is_set() for ended in clones.armed] == [True, True, False]
