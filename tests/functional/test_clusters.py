@@ -7,7 +7,7 @@ from inspect import getsource
 
 import pytest
 
-from pytest_vmsandbox import ConfigError, LaunchError
+from pytest_vmsandbox import CacheError, ConfigError, LaunchError
 from pytest_vmsandbox.guests.blueprint import Blueprint
 from pytest_vmsandbox.guests.callbacks import Announcer
 from pytest_vmsandbox.guests.factory import GuestFactory
@@ -158,3 +158,16 @@ def test_formed_for_each_test(vm_factory, monkeypatch, clones, count):
     lines = [line for line in told if line.startswith("the cluster of db1 is formed for each test")]
     assert len(lines) == count
     assert all("QEMU does not save it" in line for line in lines)
+
+
+@pytest.mark.origins("cloned")
+@pytest.mark.parametrize("error", [CacheError("of mine"), OSError("of mine")])
+def test_form_fails(vm_factory, error):
+    """What users raise is theirs, also where the cache raises the same."""
+
+    def form(_):
+        raise error
+
+    with pytest.raises(type(error), match="of mine") as caught:
+        vm_factory.prepare_cluster({"db1": "tiny"}, form, depends_on=[])
+    assert caught.value is error

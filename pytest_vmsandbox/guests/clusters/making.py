@@ -167,6 +167,8 @@ class MakesClusters:
             return each_time
         try:
             return storing.obtained(self.backend, key, blueprints, formed)
+        except storing.FormError as error:
+            raise error.args[0] from None
         except (NotSealedError, CacheError) as error:
             if error.transient:
                 raise

@@ -106,6 +106,10 @@ def _write(folder: Path, name: str, sealed: Sealed) -> dict[str, object]:
     }
 
 
+class FormError(Exception):
+    """Its argument is what was raised while a cluster was formed, so that nobody takes it for an error of the cache."""
+
+
 def obtained(
     backend: Backend,
     key: str,
@@ -119,6 +123,7 @@ def obtained(
         form: returns a context manager with the cluster.
 
     Raises:
+        FormError: it cannot be formed.
         NotSealedError: it cannot be sealed here.
         CacheError: it cannot be kept.
         LaunchError: what was kept is damaged again and again.
@@ -131,22 +136,20 @@ def obtained(
 
     def fill(folder: Path, _lock: int) -> dict[str, object]:
         say(f"forming {about}. This is done once, and again if its inputs change")
-        try:
-            with form() as cluster:
-                record = _written(folder, cluster)
-        except OSError as error:
-            raise _FormError(error) from error
+        with ExitStack() as stack:
+            try:
+                cluster = stack.enter_context(form())
+            except Exception as error:
+                raise FormError(error) from error
+            record = _written(folder, cluster)
         if isinstance(record, str):
             raise NotSealedError(record)
         return record
 
     for _ in range(_TRIES):
-        try:
-            kept = store.get(key) or store.make(
-                key, fill, on_busy=lambda: say(f"waiting: another run is forming {about}")
-            )
-        except _FormError as error:
-            raise error.args[0] from None
+        kept = store.get(key) or store.make(
+            key, fill, on_busy=lambda: say(f"waiting: another run is forming {about}")
+        )
         with ExitStack() as stack:
             try:
                 found, damage = _read_all(backend, kept, blueprints, stack)
@@ -159,10 +162,6 @@ def obtained(
         store.throw_away(key, kept)
         backend.callbacks.tell(f"{about} was damaged ({damage}), so it is formed again")
     raise LaunchError(f"{about} was damaged {_TRIES} times in a row")
-
-
-class _FormError(Exception):
-    """Carries an `OSError` of users past the one of the cache."""
 
 
 def _read_all(
